@@ -172,7 +172,7 @@ class ForwardAlignmentTheorem(Analysis):
 
 
 def of_rank(matrix: np.ndarray, rank: int) -> np.ndarray:
-    """The nearest matrix of this rank."""
+    """The nearest matrix with this rank."""
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
     s[rank:] = 0
     return u * s @ v

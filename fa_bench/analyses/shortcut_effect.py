@@ -58,7 +58,7 @@ class ShortcutEffect(Analysis):
     epochs: int = option(6, "epochs of training", minimum=1)
     every: int = option(3, "epochs between two measurements; also measured before the first and after the last epoch", minimum=1)
     batch_size: int = option(64, "batch size of training", minimum=1)
-    probe_size: int = option(128, "size of the batch for the angles", minimum=2)
+    probe_size: int = option(128, "batch size for measuring the angles", minimum=2)
     seeds: int = option(2, "seeds, from 0", minimum=1)
     device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1, mps")
 

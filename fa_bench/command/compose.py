@@ -136,7 +136,7 @@ class Composer:
         return parts or [overrides]
 
     def choices(self) -> dict[str, list[str]]:
-        """The groups of components and experiments with their choices, including those of the user's folder."""
+        """The groups of components and experiments with their choices, including those in the user's folder."""
         return list_groups(self.loader)
 
     def chosen(self) -> dict[str, list[str]]:
@@ -303,7 +303,7 @@ def _override(where: str, key: str, value: str) -> str:
 
 
 def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
-    """The parts of an experiment's sweep, each with its values as on the command line, by key."""
+    """The parts of an experiment's sweep: for each part, the values by key, as they would be typed on the command line."""
     grid = _read(config, GRID, where)
     if grid is None:
         return []

@@ -160,7 +160,7 @@ def _uncovered(rule: Rule) -> list[str]:
 
 
 def _without_error(parts: Parts) -> list[str]:
-    """A line on the layers with feedback that need not pass an error on, because no layer before them learns."""
+    """A line about layers with feedback that need not pass an error on, because no layer before them learns."""
     reached, pairs = parts.meter.trace.reached, parts.rule.weight_pairs()
     first = [path for path in parts.meter.trace.order if path in pairs and path not in reached]
     return [f"{names(first)} sends no error back: nothing before it learns"] if first else []

@@ -100,7 +100,7 @@ class Decoder:
             # The other frames of a camera's MPO are its preview, or the picture for the other eye.
             notes["frames"] += int(opened.format != "MPO" and getattr(opened, "is_animated", False))
             raw, deep = _storage(opened)
-            tags = getattr(opened, "tag_v2", {})  # of a TIFF, which Pillow rotates when loading
+            tags = getattr(opened, "tag_v2", {})  # a TIFF's tags; Pillow rotates a TIFF when it loads it
             rotated = tags.get(_ORIENTATION) in _UPRIGHT
             opened.load()
             if opened.format == "PNG" and "transparency" in opened.info:

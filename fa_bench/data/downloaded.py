@@ -120,7 +120,7 @@ class MNIST(Downloaded):
         return dataset.data.numpy()[:, None], dataset.targets.numpy()
 
     def _hashes(self) -> dict[str, str]:
-        return dict(self._torchvision.resources)  # of the archives only
+        return dict(self._torchvision.resources)  # only the hashes of the archives
 
     def _is_intact(self, path: Path) -> bool:
         """Whether the file has the format: two zeros, 8 for bytes, the number of axes, the length of each in four bytes, and as

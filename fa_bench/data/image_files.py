@@ -169,7 +169,7 @@ class _Part:
 
 
 def _hash(parts: dict[str, _Part], contents: bool) -> str:
-    """A hash of the names, sizes and labels of all files, and with `contents` of their bytes."""
+    """A hash of the names, sizes and labels of all files and, with `contents`, of their bytes."""
     digest = hashlib.sha256()
     for name in sorted(parts):
         digest.update(name.encode() + parts[name].names + (parts[name].contents() if contents else b""))

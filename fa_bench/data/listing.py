@@ -229,7 +229,7 @@ def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one."""
+    """Whether the entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself

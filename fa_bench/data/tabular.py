@@ -107,7 +107,7 @@ class Tabular(VectorDataset):
 
 @dataclasses.dataclass
 class _Table:
-    """A CSV file: features (n, F), targets (n,), the names of the classes or of the output, and the task."""
+    """The content of a CSV file: features (n, F), targets (n,), the names of the classes or of the output, and the task."""
 
     features: np.ndarray
     values: np.ndarray

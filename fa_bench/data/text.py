@@ -124,7 +124,8 @@ class WindowSplit(Split):
     ) -> None:
         self.tokens, self.context, self.moves, self.device = tokens.to(device), context, moves, device
         self.characters = characters
-        # The last target is one token behind its window, and the windows of training may start up to T - 1 tokens later.
+        # The last target is one token after the end of its window, and the windows of training may start up to T - 1 tokens
+        # later.
         count = max((len(tokens) - 1 - (context - 1) * moves) // context, 0)
         self.starts = (torch.arange(count) * context if starts is None else starts).to(device)
 

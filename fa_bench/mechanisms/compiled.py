@@ -2,7 +2,7 @@
 
 Most of a rule is traced into the graph unchanged. Parts that cannot be traced (local losses, labels that are known only in the
 backward pass, samples that depend on a step's number) run as without compilation, inside an operator that the graph treats as a
-black box. Such an operator gets tensors, numbers and the key of a `Handle`, by which it finds the object that it belongs to.
+black box. Such an operator gets tensors, numbers and the key of a `Handle`, with which it finds the object that it belongs to.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def _a(kind: str) -> str:
 
 
 def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> set[str]:
-    """The paths that match names or patterns such as ``layer*.conv1``; ``*`` matches any characters, dots included.
+    """The paths that match names or patterns such as ``layer*.conv1``; ``*`` matches any characters, including dots.
 
     Raises:
         CoverageError: if a pattern matches nothing; the message names the option, the pattern and the nearest path.

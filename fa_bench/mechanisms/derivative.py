@@ -292,7 +292,7 @@ class DualModule(nn.Module):
 
 class _DualReLU(DualModule):
     def difference(self, a: Tensor, d: Tensor) -> Tensor:
-        # Without subtraction of numbers that are nearly equal: 2 d if both are positive, 0 if both are negative.
+        # Computed without subtracting nearly equal numbers: 2 d if both are positive, 0 if both are negative.
         size = d.abs()
         return torch.minimum((a + size).clamp_min(0), 2 * size).copysign(d)
 

@@ -93,7 +93,7 @@ class Structure:
         self._record()
 
     def release(self) -> None:
-        """Remove the mark that the modules belong to the model."""
+        """Remove the marks that assign the modules to the model."""
         for module in (*self._known, *self._model.modules()):
             module.__dict__.pop(PART_ATTRIBUTE, None)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _ENTRIES = 16
 #: After this many calls of `after_step` without an update, only optimizers are checked, no longer updates by hand.
 _PATIENCE = 3
-#: Gradients below this fraction of the entries are rounding noise: an update by them changes nothing.
+#: Gradients below this fraction of the entries are rounding noise: an update with them changes nothing.
 _NOISE = 1e-5
 #: After this many updates without ``rule.step()``, rules that need it warn: one change may be a state that was loaded.
 _MISSED = 3
@@ -302,7 +302,7 @@ class _Snapshot:
 
     @property
     def significant(self) -> bool:
-        """Whether an update by this gradient changes anything: a gradient scaler skips gradients that are not finite."""
+        """Whether an update with this gradient changes anything: a gradient scaler skips gradients that are not finite."""
         size = self._gradients.abs().max()
         return bool(torch.isfinite(self._gradients).all()) and bool(size > _NOISE * self._values.abs().max())
 

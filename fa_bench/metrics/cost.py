@@ -62,7 +62,7 @@ class Cost:
 
     @property
     def multiplications(self) -> int:
-        """Those of the whole step."""
+        """The multiplications of the whole step."""
         return self.forward + self.backward + self.feedback + self.optimizer
 
     def record(self) -> dict[str, int]:
@@ -71,7 +71,7 @@ class Cost:
 
 
 class Counter(TorchDispatchMode):
-    """Counts multiplications, bytes moved and bytes of new tensors, for all operations, those of a backward pass included.
+    """Counts multiplications, bytes moved and bytes of new tensors for all operations, including those of a backward pass.
 
     FlopCounterMode of torch hooks modules and fails if gradients are computed in a backward pass.
 
@@ -213,7 +213,7 @@ def step_costs(
         classes: number of classes, of outputs, or of tokens.
         batch: the batch size of the step.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
-        optimizers: makes those of the rule; without it, the bytes that they move and their states are not counted.
+        optimizers: creates the rule's optimizers; without it, the bytes that they move and their states are not counted.
         accumulate: the micro-batches that the batch is split into.
     """
     model, learned = rule.model, rule.feedback_parameters()

@@ -171,7 +171,7 @@ def _common(folders: Sequence[Path]) -> Path:
     """The lowest folder that contains all of `folders`."""
     try:
         common = Path(os.path.commonpath([resolved(folder) for folder in folders]))
-    except ValueError:  # on several drives
+    except ValueError:  # the folders are on several drives
         common = Path(folders[0].anchor)
     if common == Path(common.anchor):
         raise DataError(f"{', '.join(map(str, folders))}: no common folder; choose where to write the report with --out DIR")

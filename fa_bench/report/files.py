@@ -28,7 +28,7 @@ _COMMON_FILES = (
         for end in (".csv", ".json", ".tex", "_layers.csv", "_published.csv", "_tried.csv", "_aggregate.csv", ".png")
     ),
 )
-#: The record: the names of the files that reports wrote in its folder. Without one, the links in report.md serve.
+#: The record: the names of the files that reports wrote in its folder. If there is none, the links in report.md are used.
 RECORD, LOCK = f".{NAME}.json", f".{NAME}.lock"
 _FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|html|csv|png|svg|pdf|json|tex)|{re.escape(RUNS)}")
 _FIRST_LINE = "# Report\n"
@@ -78,7 +78,7 @@ def recorded_files(folder: Path) -> set[str]:
 
 
 def covered_directories(folder: Path) -> list[Path]:
-    """The run directories of the report in `folder`, by its runs.csv, as far as they still exist; empty without a report."""
+    """The run directories of the report in `folder` that still exist, according to its runs.csv; empty without a report."""
     try:
         if RUNS not in recorded_files(folder) or (folder / RUNS).is_symlink():
             return []

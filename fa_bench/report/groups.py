@@ -38,7 +38,7 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 
 
 def is_floor(rule: str) -> bool:
-    """Whether the rule declares that it is a floor; one that is not registered, for lack of its plugin, does not."""
+    """Whether the rule declares that it is a floor; False if it is not registered because its plugin is missing."""
     return rule in ALGORITHMS and ALGORITHMS[rule].is_floor
 
 

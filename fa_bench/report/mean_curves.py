@@ -217,7 +217,9 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
         for name, content in contents.items():
             (folder / name).mkdir(exist_ok=True)
             file = folder / name / EVENTS
-            if not file.exists() or file.read_bytes() != content:  # a running TensorBoard reads on in the file that it knows
+            if (
+                not file.exists() or file.read_bytes() != content
+            ):  # a running TensorBoard continues reading the file that it knows
                 with atomic(file) as temporary:
                     temporary.write_bytes(content)
         for name in earlier.difference(contents):

@@ -53,7 +53,7 @@ COLOURS = (
 )
 GREY = "#A8A8A8"
 STYLES = ("-", "--", ":", "-.")
-FILLS = ("full", "none", "left", "right")  # of markers, with the line style of the same index
+FILLS = ("full", "none", "left", "right")  # of markers; the line style has the same index
 _MARKERS = "osD^vPXp<>*"
 #: The rules that have one of `COLOURS[1:]` with a solid line, with dashes, with long ones, and with dashes and dots; relatives
 #: share a colour.

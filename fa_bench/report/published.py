@@ -85,7 +85,7 @@ class Entry:
     def ours(self, runs: Iterable[Run], layer: str = "") -> list[float]:
         """The finished runs' values of this quantity (in `layer`, for a quantity of layers) in `unit`, one per seed.
 
-        Those of epoch `at`, or the last ones.
+        They are those of epoch `at`, or the last ones.
         """
         finished = finished_by_seed(runs).values()
         if self.at is not None:

@@ -96,7 +96,8 @@ def _group(directory: Path, config: dict[str, Any], others: Sequence[Run]) -> st
     for run in others:
         if result_options(run.config) == relevant:
             return run.result["group"]
-    # Not the real name of the group, which only a checked config determines, but the same for all such runs of a rule.
+    # This is not the real name of the group, which only a checked config determines, but it is the same for all such runs of a
+    # rule.
     return f"{rule}-{hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:8]}"
 
 

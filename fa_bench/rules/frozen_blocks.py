@@ -23,10 +23,11 @@ class FrozenBlocks(BP):
     "Frozen blocks" of the diagnostic protocol for feedback alignment (faeval, spring 2026). A rule that does not beat this floor
     trains nothing useful within the blocks.
 
-    The model declares its blocks (``model.blocks``, else ``model.cut_points``), or `blocks` names the modules that end them; a
-    block reaches from the end of the previous block to its own end. Every parameter of a block, including those of normalisation
-    layers, keeps its initial value and does not decay. The embedding and everything after the last block learn from their true
-    gradients, which pass through the random blocks. Parameters of the model itself, outside its submodules, also learn.
+    The model declares its blocks (``model.blocks`` or, without it, ``model.cut_points``), or `blocks` names the modules that end
+    them; a block reaches from the end of the previous block to its own end. Every parameter of a block, including those of
+    normalisation layers, keeps its initial value and does not decay. The embedding and everything after the last block learn from
+    their true gradients, which pass through the random blocks. Parameters of the model itself, outside its submodules, also
+    learn.
 
     The embedding is the part of the first block that comes before the module that ends it: in residual_mlp, vit_mini and decoder,
     everything that precedes the first residual block. If this module has no parameters, the embedding is the whole first block;

@@ -126,7 +126,7 @@ def load(
         expected: what they must match.
         rule: a rule attached to a model of this run.
         optimizers: the optimizers of this run.
-        warn: called with a line about every unusable checkpoint, if another one is usable.
+        warn: called with a line about each unusable checkpoint, if another one is usable.
         callbacks: the callbacks of this run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The lock of a run directory, which lets only one process write it."""
+"""The lock of a run directory, which allows only one process to write to it."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ class Processes(World):
         self._messages += 1
         key = f"{_MESSAGE}{self._messages}"
         with self._talking():
-            # Not a wait within torch, during which Python does not see signals.
+            # This polls instead of waiting within torch, because Python does not see signals during such a wait.
             while not self._store.check([key]):
                 if self._store.check([_ERROR]):
                     raise self._lost()
@@ -209,7 +209,7 @@ class Processes(World):
         return self._lost() if is_lost else error
 
     def _lost(self) -> ProcessLost:
-        """The error that another process has ended, with the one that it has reported, if there is one."""
+        """The error that another process has ended, with the error that it reported, if any."""
         self.has_lost, reason = True, ""
         with suppress(RuntimeError):
             if self._store.check([_ERROR]):

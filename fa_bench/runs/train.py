@@ -262,7 +262,7 @@ def _log_start(job: Job, parts: Parts, progress: Progress, warnings: list[str], 
 
 
 def _initial_phase(rule: Rule, title: str, stop: StopRequest) -> None:
-    """Run the rule's phase before training."""
+    """Run the rule's initial phase, which comes before training."""
     steps = rule.initial_steps_left
     if steps:
         log.info("%s: %d steps before training", title, steps)

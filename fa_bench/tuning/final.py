@@ -23,7 +23,7 @@ from fa_bench.tuning.plan import ALGORITHM, OUTPUT, SEED, Plan, RulePlan
 from fa_bench.tuning.space import as_typed
 from fa_bench.utils.files import output_errors, write_text
 
-#: The first lines of the experiment, by which it is recognised as written by a study.
+#: The first lines of the experiment, which mark it as written by a study.
 _HEAD = "# @package _global_\n# Written by fa-bench-tune: "
 #: Keys that a config file must not or need not set.
 _OMITTED = (SEED, OUTPUT, "plugins", "resume")

@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def score(self) -> Score:
-        """The score of the validation samples by which trials are compared."""
+        """The validation score by which trials are compared."""
         return self.rules[0].job.scores[0]
 
     @property

@@ -88,7 +88,7 @@ class RuleStudy:
             distributions = {key: each for key, each in distributions.items() if self.plan.space[key].contains(default[key])}
             self._study.enqueue_trial({key: default[key] for key in distributions})
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of experimental parts
+            warnings.simplefilter("ignore")  # about experimental features
             trial = self._study.ask(fixed_distributions=distributions)
         assert trial.number == number
         return trial, {**default, **trial.params} if number == 0 else dict(trial.params)

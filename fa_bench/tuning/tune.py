@@ -106,7 +106,7 @@ def _data_hash(plan: Plan) -> str:
     with isolated():
         splits = load(scaled(job), prepare(job))
     if splits.validation is None or not len(splits.validation):
-        raise DataError(f"dataset={job.dataset.name} has no validation split, by which trials are compared")
+        raise DataError(f"dataset={job.dataset.name} has no validation split, which is needed to compare trials")
     return splits.data_hash
 
 

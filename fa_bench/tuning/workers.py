@@ -1,4 +1,4 @@
-"""Processes that run trials, and end with the process that started them."""
+"""Processes that run trials and end when the process that started them ends."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Workers:
 
 @contextmanager
 def workers(count: int, threads: int) -> Iterator[Workers]:
-    """Workers that end with the block; a signal lets them write their checkpoints first."""
+    """Workers that end when the block ends; after a signal, they first write their checkpoints."""
     started = Workers(count, threads)
     try:
         with interrupt_on_signals(lambda number: started.stop()):

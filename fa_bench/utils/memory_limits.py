@@ -14,7 +14,7 @@ from fa_bench.utils.text import format_bytes, format_shape
 
 #: Requests up to this size (bytes) are not checked.
 _MIN_CHECKED = 1 << 24
-#: The torch functions by which modules and rules allocate a tensor of a given size.
+#: The torch functions with which modules and rules allocate a tensor of a given size.
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "eye")
 
 

@@ -1,4 +1,4 @@
-"""Muon as a torch optimizer; it is kept apart from its options so that reading them does not import torch."""
+"""Muon as a torch optimizer; it is separate from its options, so that reading them does not import torch."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class _ResilientFile(io.FileIO):
     """A file descriptor whose writes never fail: after the first error, they are discarded.
 
     Attributes:
-        failure: the error by which wanted output was lost; None if none was.
+        failure: the error that caused a loss of wanted output; None if none was lost.
     """
 
     failure: OSError | None = None

@@ -45,8 +45,8 @@ def start_of_session(
     Args:
         name: the name of the run in the table; runs with the same name share a row.
         values: the run's config by command-line key; keys that it lacks are blank.
-        keys: hyperparameters in addition to `HYPERPARAMETERS`, and whether all runs have numbers there: the same for all runs
-            that are shown together, since TensorBoard takes the columns from one of them.
+        keys: hyperparameters in addition to `HYPERPARAMETERS`, and whether all runs have numbers there. They must be the same for
+            all runs that are shown together, since TensorBoard takes the columns from one of them.
         metrics: the tags of the table's other columns.
         start: the time at which the run started, in seconds.
     """

@@ -44,7 +44,7 @@ class Compound(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.rule_mode
-        # Without gradients in a training pass of the model, the layers must notice that.
+        # In a training pass of the model without gradients, the layers are called so that they notice this.
         if mode.layerwise and (torch.is_grad_enabled() or mode.training or mode.always_layerwise):
             return self.layerwise_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)

@@ -33,7 +33,7 @@ class CapturedActivation:
         tensor: the tensor before it was detached, (N, ...); `CutRule.signal` may read it only if the rule sets `reads_values`.
         shape: its shape.
         output_shape: for a cut at a module's input, the shape of the module's output.
-        channels_last: whether the error is to be stored with its channels last.
+        channels_last: whether the error should be stored with its channels last.
     """
 
     tensor: Any

@@ -119,7 +119,7 @@ class Delivery:
         return self._function.apply(errors, len(tensors), saves, logits, *tensors, *(one.tensor for one in learned))
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
-        """As `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
+        """Like `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
         parameters = self.rule.trained_parameters([logits, *(captured.tensor for captured in tape.values())])
         activations = {cut: captured.tensor.detach() for cut, captured in tape.items()}
         errors = self._with_first_pass(functools.partial(self._gradients, parameters, activations, logits.detach()))
@@ -130,7 +130,7 @@ class Delivery:
     def _connected_in_graph(
         self, logits: Tensor, tape: dict[str, CapturedActivation], tensors: list[Tensor], learned: list[LearnedTensor]
     ) -> Tensor:
-        """As `_connected`, in a graph that is being compiled."""
+        """Like `_connected`, in a graph that is being compiled."""
         cuts = repr([(cut, captured.output_shape) for cut, captured in tape.items()])
         # A graph would leave out an operator without results, and the pass would count as not delivered.
         changes_delta = self.rule.changes_delta or not tensors
@@ -285,7 +285,7 @@ class Delivery:
     ) -> list[Tensor | None]:
         """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ."""
         device = delta.device.type
-        if torch.is_autocast_enabled(device):  # by the caller; a backward pass has the precision of its inputs
+        if torch.is_autocast_enabled(device):  # enabled by the caller; a backward pass has the precision of its inputs
             with torch.autocast(device, enabled=False):
                 return self._errors(tape, learned, logits, delta, tensors)
         rule, target = self.rule, self._target

@@ -133,6 +133,6 @@ class PassRule(CutRule):
 
 
 def used_parameters(model: torch_nn.Module, results: list[Tensor]) -> list[torch_nn.Parameter]:
-    """The parameters of a model to which the graphs of the results lead."""
+    """The parameters of a model that can be reached in the graphs of the results."""
     used = set().union(*(leaves(result.grad_fn) for result in results))
     return [parameter for parameter in model.parameters() if id(parameter) in used]

@@ -86,7 +86,7 @@ class CutRule(Rule):
     output_learns_by_delta = False
     #: The description of an output layer's error in the coverage table.
     output_source: ClassVar[str] = "is the true one (output layer)"
-    #: The rule that this one belongs to, and whose options it uses; None if it is a rule by itself.
+    #: The rule that this one belongs to, and whose options it uses; None if it is an independent rule.
     part_of: ClassVar[Rule | None] = None
 
     @property

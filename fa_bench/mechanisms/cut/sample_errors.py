@@ -49,7 +49,8 @@ class SampleErrors:
         return f"the last errors of {len(self.errors):,} training samples take {format_bytes(size)}"
 
     def read(self, indices: Tensor, first: Tensor) -> Tensor:
-        """The errors of the samples `indices` (N,), or `first` (N, C) where there is none, (N, C), with its device and dtype."""
+        """The errors of the samples `indices` (N,), or `first` (N, C) for samples without one: (N, C), with the device and dtype
+        of `first`."""
         if self.errors.device != first.device or self.errors.dtype != first.dtype:  # the model was moved, or converted
             self.errors, self.seen = self.errors.to(first), self.seen.to(first.device)
         indices = indices.to(first.device, torch.int64)

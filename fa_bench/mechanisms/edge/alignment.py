@@ -152,7 +152,7 @@ class AlignedFeedback(FeedbackPathway):
             rows: the outputs that are computed; None: all.
         """
         device = x.device.type
-        if torch.is_autocast_enabled(device):  # by the caller of the backward pass
+        if torch.is_autocast_enabled(device):  # enabled by the caller of the backward pass
             with torch.autocast(device, enabled=False):
                 return self.gradient(of, layer, x, geometry, rows)
         weight, feedback = layer.weight.detach(), feedback_tensor(layer, "B")

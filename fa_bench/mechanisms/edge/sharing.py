@@ -61,7 +61,7 @@ class SharedActivation:
         self._captured = None
 
     def in_backward(self, match: Callable[[Tensor], Tensor], rule: str) -> Callable[[], Tensor]:
-        """A function that returns this forward pass's activation, matched, for the backward pass.
+        """A function that returns this forward pass's activation, resized to the layer's input, for the backward pass.
 
         Raises:
             CoverageError: if the first consumer of the activation did not run in this pass.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def oja_gradient(first: Tensor, groups: int, rate: float, errors: Tensor) -> Tensor:
     """The gradient of B by Oja's subspace rule, -rate (C B - B Bᵀ C B) with C = Σ gᵀ g / ‖g‖ over the rows, (O, M)."""
     device = first.device.type
-    if torch.is_autocast_enabled(device):  # by the caller of the backward pass
+    if torch.is_autocast_enabled(device):  # enabled by the caller of the backward pass
         with torch.autocast(device, enabled=False):
             return oja_gradient(first, groups, rate, errors)
     b = first.view(groups, len(first) // groups, -1)

@@ -139,7 +139,7 @@ class Probes:
             }
 
     def due(self, epoch: int) -> bool:
-        """Whether they are to be measured at the end of this epoch, counted from 1."""
+        """Whether the probes should be measured at the end of this epoch, counted from 1."""
         return bool(self.probes) and self.every > 0 and epoch % self.every == 0
 
     def measure(self, step: int) -> Quantities:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FLOOR = "input"
 #: Maximum number of features of an activation that the readout takes, and its regularisation, see `fit`.
 FEATURES, RIDGE = 1024, 0.01
-#: Where activations are read besides the inputs of layers: at the model's input and output. No layer can have these paths.
+#: Where activations are read in addition to the inputs of layers: at the model's input and output. No layer can have these paths.
 MODEL_INPUT, MODEL_OUTPUT = ".", ""
 
 
@@ -34,7 +34,7 @@ class Readout(Probe):
     """Accuracy (a fraction) of a linear classifier of each layer's activation, and of the raw images, ``input``.
 
     A layer's activation is the input of the next layer: after the layer's normalisation, nonlinearity, addition and pooling; for
-    the output layer it is the logits. Layers whose outputs are added share one. The model is in evaluation mode.
+    the output layer it is the logits. Layers whose outputs are added share one activation. The model is in evaluation mode.
 
     The classifier (`fit`) is trained on at most 2,000 training images, not augmented, and scored on at most 10,000 validation
     images, or test images if there is no validation split. It takes at most 1024 features (`bounded`).

@@ -24,10 +24,10 @@ class StreamGrowth(Probe):
     Norms are Euclidean norms of each sample's activation or, for tokens (N, T, D), of each token's; means are over the fixed
     batch. Batch normalisation uses the batch's statistics and dropout is off.
 
-    The model declares its blocks (``model.blocks``, else ``model.cut_points``). The input of a block is that of the module which
-    ends it if this module has parameters, as a residual block does; otherwise it is the output of the previous block. A first
-    block that ends in a module without parameters, such as the stem of a convolutional net, has no row: its input is the image.
-    NaN if the input is zero.
+    The model declares its blocks (``model.blocks`` or, without it, ``model.cut_points``). The input of a block is that of the
+    module which ends it if this module has parameters, as a residual block does; otherwise it is the output of the previous
+    block. A first block that ends in a module without parameters, such as the stem of a convolutional net, has no row: its input
+    is the image. NaN if the input is zero.
     """
 
     alarms = {
