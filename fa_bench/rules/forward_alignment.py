@@ -77,7 +77,7 @@ class RandomForward(TransposeFeedback):
         y = layer.apply_feedback(x, weight.detach(), bias, context, *args, **kwargs)
         from fa_bench.mechanisms.edge.messages import receive
 
-        # Layers of compound modules may compute some rows only.
+        # Layers of compound modules may compute only some rows.
         rows = next((one for one in (*args, *kwargs.values()) if isinstance(one, slice)), None)
         weight = weight if rows is None else weight[rows]
         addend, current.messengers[layer.path] = receive(layer, weight, x, y)

@@ -58,7 +58,8 @@ class PlannedRun(NamedTuple):
 
 
 def scalar_keys(record: Any) -> list[str]:
-    """The keys of every epoch's record of a run, in addition to the epoch's number, by the scores that a record declares."""
+    """The keys in the record of every epoch, in addition to the epoch's number; they depend on the scores that the record
+    declares."""
     return [*score_keys(scores_of(record)), "lr"]
 
 
