@@ -1,8 +1,8 @@
 """The feedback tensors of a module, by name; only this file knows where a module stores them.
 
-The tensor `B` of a module is its buffer ``feedback_B`` if it is fixed and its parameter ``feedback_B`` if it is learned. So
-state_dict, ``.to()``, memory formats and deepcopy, and for learned ones optimizers, clipping and data parallelism, treat it like
-a weight.
+The tensor `B` of a module is its buffer ``feedback_B`` if it is fixed and its parameter ``feedback_B`` if it is learned.
+Therefore, ``state_dict``, ``.to()``, memory formats and deepcopy treat it like a weight, and so do optimizers, clipping and data
+parallelism if it is learned.
 """
 
 from __future__ import annotations

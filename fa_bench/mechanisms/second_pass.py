@@ -25,7 +25,7 @@ Change = Callable[[Tensor], "Tensor | None"]
 
 
 class FirstPass:
-    """The arguments and the surroundings of a training pass of the model.
+    """The arguments of a training pass of the model, and the state in which it ran.
 
     Args:
         rule: the rule's name, for error messages.
@@ -65,13 +65,13 @@ class FirstPass:
             if tensor._version != version:
                 raise StateError(
                     f"rule '{self.rule}' runs the model again in the backward pass, but an input of shape "
-                    f"{tuple(tensor.shape)} was changed in place after the forward pass: pass a copy"
+                    f"{tuple(tensor.shape)} was changed in place after the forward pass; pass a copy"
                 )
         for name, parameter, version in self._weights:
             if parameter._version != version:
                 raise StateError(
                     f"rule '{self.rule}' runs the model again in the backward pass, but '{name}' was changed after "
-                    f"the forward pass: update the weights after the backward passes"
+                    f"the forward pass; update the weights after the backward passes"
                 )
         torch.set_rng_state(self._random)
         for device, state in self._random_on.items():
@@ -101,8 +101,8 @@ def repeated(
 ) -> Iterator[Any]:
     """A context with the result of another forward pass of an attached model, in which the rule's own hooks change nothing.
 
-    The pass has gradients if they are enabled. Its backward pass must run within the context, because activation checkpointing
-    runs parts of the forward pass again then.
+    The pass has gradients if they are enabled. Its backward pass must also run within the context, because activation
+    checkpointing then reruns parts of the forward pass.
 
     Args:
         model: the model.

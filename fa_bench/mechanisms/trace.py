@@ -49,7 +49,7 @@ class Trace:
         after_tables: watched modules whose output depends on an embedding, not through a layer.
         tables: paths of embeddings and ids of parameters that belong to no layer.
         kinds: watched module -> type of its output if it is not a tensor.
-        output_shapes, input_shapes: watched module or layer -> shape of its output, of its input.
+        output_shapes, input_shapes: watched module or layer -> shape of its output or input.
         trainable: watched modules whose output depends on a trainable parameter, without passing another one's output.
         changed_in_place: watched modules and layers whose output was changed in place after they returned it.
         without_gradients: weighted layers that ran without gradients, under ``torch.no_grad()`` or reentrant checkpointing.
@@ -265,7 +265,7 @@ def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: 
 
     if sample_input is not None:
         return traced(sample_input)
-    needed = f"rule '{rule.name}' needs sample_input, one input batch, to see what follows layer '{path}'"
+    needed = f"rule '{rule.name}' needs sample_input, one input batch, to determine what follows layer '{path}'"
     if not isinstance(first, nn.Linear):
         raise CoverageError(needed)
     try:

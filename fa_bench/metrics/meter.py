@@ -248,7 +248,7 @@ class Call:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors of several calls, (N, ...) each, as one, (N, features), if each has all samples, else (rows, features)."""
+    """The tensors of several calls, (N, ...) each, as one, (N, features), if each has all samples, otherwise (rows, features)."""
     if len(tensors) == 1:
         return tensors[0]
     if len({len(tensor) for tensor in tensors}) == 1:
@@ -269,7 +269,7 @@ class Record:
 
     @functools.cached_property
     def tensors(self) -> dict[Point, Tensor]:
-        """The tensors of all calls at a point, joined; those that require gradients."""
+        """The tensors of all calls at a point that require gradients, joined."""
         found = {
             point: [call.by_sample(call.tensor) for call in calls if call.tensor.requires_grad]
             for point, calls in self.calls.items()
@@ -278,7 +278,7 @@ class Record:
 
     @functools.cached_property
     def errors(self) -> dict[Point, Tensor]:
-        """The gradients at a point, joined; those that the pass has computed."""
+        """The gradients at a point that the pass has computed, joined."""
         found = {
             point: [call.by_sample(call.error) for call in calls if call.error is not None] for point, calls in self.calls.items()
         }

@@ -1,4 +1,4 @@
-"""Backpropagation with deep supervision, the reference of rules with local losses."""
+"""Backpropagation with deep supervision, the reference for rules with local losses."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Pass:
 
     true: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     random: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    #: layer -> what brings it its input of the second pass, in a compiled graph; see `messages`.
+    #: layer -> the messenger that brings its input of the second pass, in a compiled graph; see `messages`.
     messengers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     is_compiled: bool = False
 
@@ -62,9 +62,9 @@ class RandomForward(TransposeFeedback):
             # The context must hold the same tensors as that of the first pass, which has the activation.
             return BackwardContext(self.effective(layer), activation=None if self.first else refuse_reentrant(self.rule.name))
         if current is None and layer.mode.freeze_random:
-            return BackwardContext(self.effective(layer))  # a metric runs this layer alone
+            return BackwardContext(self.effective(layer))  # a metric runs only this layer
         if current is None:
-            raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model: call the model itself")
+            raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model; call the model itself")
         self.observe(layer, x)
         return BackwardContext(self.effective(layer), activation=None if self.first else current.random_input(layer.path))
 
@@ -77,7 +77,7 @@ class RandomForward(TransposeFeedback):
         y = layer.apply_feedback(x, weight.detach(), bias, context, *args, **kwargs)
         from fa_bench.mechanisms.edge.messages import receive
 
-        # Layers of compound modules may compute some rows only.
+        # Layers of compound modules may compute only some rows.
         rows = next((one for one in (*args, *kwargs.values()) if isinstance(one, slice)), None)
         weight = weight if rows is None else weight[rows]
         addend, current.messengers[layer.path] = receive(layer, weight, x, y)
@@ -163,7 +163,7 @@ class ForwardAlignment(EdgeRule):
 
         if not all(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
             raise CoverageError(f"rule '{self.name}' compiles models whose arguments are tensors only")
-        # Those that get a message come first.
+        # Layers that get a message come first.
         paths = [*current.messengers, *(path for path in current.true if path not in current.messengers)]
         random = second_pass(
             [*args, *kwargs.values()],

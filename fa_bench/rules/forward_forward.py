@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: Added to the length of an activation before dividing by it, as in the code that the docstring names.
 _TINY = 1e-8
-#: What the running mean of a unit's activity keeps in each update, and what it starts from; of the same code.
+#: The fraction of the running mean of a unit's activity that each update keeps, and its initial value; from the same code.
 _MOMENTUM, _START = 0.9, 0.5
 
 
@@ -222,10 +222,10 @@ class ForwardForward(DrawingRule, PassRule):
             if not self.full_gradient or not self.is_nonlinearity(cut):
                 return None
             entering[cut] = tensor
-            return tensor.detach().clone()  # the nonlinearity may work in place
+            return tensor.detach().clone()  # the nonlinearity may be an in-place operation
 
         def at_output(cut: str, tensor: Tensor) -> Tensor:
-            # The value of h with the derivative of what entered the nonlinearity.
+            # The value of h, with the derivative of the nonlinearity's input.
             found[cut] = tensor + entering[cut] - entering[cut].detach() if cut in entering else tensor
             return _normalised(tensor.detach())
 
@@ -244,8 +244,8 @@ class ForwardForward(DrawingRule, PassRule):
         running = self.tensor(cut, "activity")
         if activation.flatten(1).shape[1] != len(running):
             raise CoverageError(
-                f"cut '{cut}' has activations of shape {tuple(activation.shape[1:])}, but {len(running)} mean activities: attach "
-                "with a sample_input of the size of training data"
+                f"cut '{cut}' has activations of shape {tuple(activation.shape[1:])}, but {len(running)} mean activities; attach "
+                "with a sample_input of the same size as the training data"
             )
         mean = running * _MOMENTUM + activation.flatten(1).mean(0) * (1 - _MOMENTUM)
         if not self.mode.freeze_random:

@@ -33,7 +33,7 @@ class CapturedActivation:
         tensor: the tensor before it was detached, (N, ...); `CutRule.signal` may read it only if the rule sets `reads_values`.
         shape: its shape.
         output_shape: for a cut at a module's input, the shape of the module's output.
-        channels_last: whether the error is to be stored with its channels last.
+        channels_last: whether the error should be stored with its channels last.
     """
 
     tensor: Any
@@ -104,7 +104,7 @@ class Capture:
         elif self.tape is not None and not recomputing():
             raise CoverageError(
                 f"the model calls itself in a training pass, and rule '{self.rule.name}' cannot tell its outputs "
-                f"apart: call one of its modules instead"
+                f"apart; call one of its modules instead"
             )
         else:
             self.tape = {}
@@ -119,7 +119,7 @@ class Capture:
         self.tape = self._outer_tapes.pop() if self._outer_tapes else None
 
     def require_connected(self) -> None:
-        """Raise an error if the module in the option ``error_at`` did not run in the training pass that ends."""
+        """Raise an error if the module in the option ``error_at`` did not run in the training pass that is ending."""
         if not self._connected and not recomputing():
             raise CoverageError(
                 f"error_at={self.rule.error_at}: this module did not run in a training pass with gradients, "
@@ -149,7 +149,7 @@ class Capture:
             if not torch.is_grad_enabled() or self.rule.mode.exact:
                 return None
             if not recomputing():
-                raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
+                raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model; call the model itself")
         if not isinstance(output, torch.Tensor):
             raise CoverageError(f"cut '{cut}' returns a {type(output).__name__}; name a module that returns one tensor")
         if not output.requires_grad:
@@ -162,7 +162,7 @@ class Capture:
                 )
             if cut in tape:
                 raise CoverageError(
-                    f"cut '{cut}' ran twice in a training pass, but once when the model was attached: "
+                    f"cut '{cut}' ran twice in a training pass, but once when the model was attached; "
                     f"name a module that runs once in training"
                 )
             tape[cut] = CapturedActivation(output, output.shape)

@@ -1,8 +1,8 @@
 """The backward pass of a cut rule: once the error at the logits is known, an error is delivered to every cut.
 
-An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. So all parts
-of the model belong to one graph: loss scaling, several forward passes before a backward pass and a plain ``loss.backward()`` work
-as usual, and a graph that is never differentiated is freed together with the output.
+An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. All parts of
+the model therefore belong to one graph: loss scaling, several forward passes before a backward pass and a plain
+``loss.backward()`` work as usual, and a graph that is never differentiated is freed together with the output.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class Delivery:
             if result.dim() == 0 and (rule.output is None or depends_on(result, results.get(str(rule.output)))):
                 raise CoverageError(
                     f"the model returns a loss ('{name}') that it has computed itself, and the error of rule "
-                    f"'{rule.name}' cannot come from there: call it without labels, and compute the loss from "
+                    f"'{rule.name}' cannot come from there; call it without labels, and compute the loss from "
                     f"its logits"
                 )
         if rule.output is None and len(results) > 1:
             raise CoverageError(
-                f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}: "
+                f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}; "
                 "choose one, for example {output}",
                 {"output": next(iter(results))},
             )
@@ -119,7 +119,7 @@ class Delivery:
         return self._function.apply(errors, len(tensors), saves, logits, *tensors, *(one.tensor for one in learned))
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
-        """As `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
+        """Like `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
         parameters = self.rule.trained_parameters([logits, *(captured.tensor for captured in tape.values())])
         activations = {cut: captured.tensor.detach() for cut, captured in tape.items()}
         errors = self._with_first_pass(functools.partial(self._gradients, parameters, activations, logits.detach()))
@@ -130,7 +130,7 @@ class Delivery:
     def _connected_in_graph(
         self, logits: Tensor, tape: dict[str, CapturedActivation], tensors: list[Tensor], learned: list[LearnedTensor]
     ) -> Tensor:
-        """As `_connected`, in a graph that is being compiled."""
+        """Like `_connected`, in a graph that is being compiled."""
         cuts = repr([(cut, captured.output_shape) for cut, captured in tape.items()])
         # A graph would leave out an operator without results, and the pass would count as not delivered.
         changes_delta = self.rule.changes_delta or not tensors
@@ -285,7 +285,7 @@ class Delivery:
     ) -> list[Tensor | None]:
         """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ."""
         device = delta.device.type
-        if torch.is_autocast_enabled(device):  # by the caller; a backward pass has the precision of its inputs
+        if torch.is_autocast_enabled(device):  # enabled by the caller; a backward pass has the precision of its inputs
             with torch.autocast(device, enabled=False):
                 return self._errors(tape, learned, logits, delta, tensors)
         rule, target = self.rule, self._target
@@ -325,14 +325,14 @@ class Delivery:
         if self._is_delivered:
             raise ValueError(
                 f"rule '{self.rule.name}': the loss depends on two forward passes, but the labels belong to one of "
-                f"them: call rule.backward for each"
+                f"them; call rule.backward for each"
             )
         if target is not None and self.rule.takes_numbers and target.is_floating_point() and target.shape == rows.shape:
             return
         if target is None or target.shape != rows.shape[:-1] or target.is_floating_point():
             shape = "(N,)" if rows.dim() == 2 else f"{tuple(rows.shape[:-1])}, one for each position"
             raise ValueError(
-                f"rule '{self.rule.name}' requires labels: call rule.backward(loss, logits, target) with class "
+                f"rule '{self.rule.name}' requires labels; call rule.backward(loss, logits, target) with class "
                 f"indices of shape {shape}"
             )
 
@@ -340,12 +340,12 @@ class Delivery:
         rule, count = self.rule.name, self.rule.sample_count
         if self._is_delivered:
             raise ValueError(
-                f"rule '{rule}': the loss depends on two forward passes, but the indices belong to one of them: call "
+                f"rule '{rule}': the loss depends on two forward passes, but the indices belong to one of them; call "
                 "rule.backward for each"
             )
         if indices is None:
             raise ValueError(
-                f"rule '{rule}' requires the indices of the batch's samples in the training set: call "
+                f"rule '{rule}' requires the indices of the batch's samples in the training set; call "
                 f"rule.backward(loss, logits, target, indices=indices) with integers of shape (N,)"
             )
         if not isinstance(indices, torch.Tensor):

@@ -44,14 +44,14 @@ class PassRule(CutRule):
     def first_argument(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The positional arguments of a pass, the first of which is the model's input; raises an error if there are none."""
         if not args:
-            raise CoverageError(f"rule '{self.name}' changes the model's input: pass it as the first positional argument")
+            raise CoverageError(f"rule '{self.name}' changes the model's input; pass it as the first positional argument")
         return args
 
     def trained_parameters(self, results: list[Tensor]) -> list[torch_nn.Parameter]:
         """The parameters that `gradients` gets.
 
         Args:
-            results: the logits and the activations at the cuts, of the first pass.
+            results: the logits of the first pass, and its activations at the cuts.
         """
         return used_parameters(self.model, results)
 
@@ -133,6 +133,6 @@ class PassRule(CutRule):
 
 
 def used_parameters(model: torch_nn.Module, results: list[Tensor]) -> list[torch_nn.Parameter]:
-    """The parameters of a model to which the graphs of the results lead."""
+    """The parameters of a model that can be reached in the graphs of the results."""
     used = set().union(*(leaves(result.grad_fn) for result in results))
     return [parameter for parameter in model.parameters() if id(parameter) in used]

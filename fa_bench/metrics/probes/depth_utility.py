@@ -34,7 +34,7 @@ class DepthUtility(Probe):
     worsens, in its unit: by how much R² falls or perplexity rises.
 
     The layers after the block were trained on its trained output, so this is an upper bound on what training the block
-    contributed: about 0 means that it contributed nothing.
+    contributed: a value near 0 means that it contributed nothing.
     """
 
     needs_initial = True

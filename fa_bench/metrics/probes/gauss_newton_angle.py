@@ -25,12 +25,15 @@ DAMPING = 1e-6
 class GaussNewtonAngle(Probe):
     """Angle between the errors at a layer's activation and J⁺ δ, the change of the activation that a Gauss-Newton step takes.
 
-    J = ∂z/∂a (C, F) is the derivative of the logits of a sample by its activation a, δ the gradient of the loss at its logits,
-    and J⁺ = Jᵀ (J Jᵀ + ε I)⁻¹ with ε a millionth of the mean of the diagonal of J Jᵀ. Backpropagation's error is Jᵀ δ.
+    J = ∂z/∂a (C, F) is the derivative of the logits of a sample with respect to its activation a, δ the gradient of the loss at
+    its logits, and J⁺ = Jᵀ (J Jᵀ + ε I)⁻¹ with ε a millionth of the mean of the diagonal of J Jᵀ. Backpropagation's error is Jᵀ
+    δ.
 
-    - ``gauss_newton_angle``: of the rule's errors to J⁺ δ, mean over the batch, in degrees. - ``gauss_newton_angle_bp``: the same
-    angle for backpropagation's errors with the same weights; a rule is nearer to Gauss-Newton if its angle is smaller. The rule's
-    angle to backpropagation is `delta_angle`.
+    - ``gauss_newton_angle``: the angle between the rule's errors and J⁺ δ, mean over the batch, in degrees.
+    - ``gauss_newton_angle_bp``: the same angle for backpropagation's errors with the same weights; a rule is nearer to
+      Gauss-Newton if its angle is smaller.
+
+    The rule's angle to backpropagation is `delta_angle`.
 
     Errors are taken at the same points as for `delta_angle`, on the fixed batch. NaN where an error is zero. With batch
     normalisation, J also contains the effect of a sample on the logits of the others. Costs C backward passes per layer.
@@ -90,7 +93,7 @@ def tensors_at(rule: Rule, points: set[Point], x: Tensor) -> tuple[Tensor, dict[
 
 
 def jacobian(logits: Tensor, activation: Tensor) -> Tensor:
-    """J (N, C, F), of the logits (N, C) by an activation (N, ...)."""
+    """J (N, C, F), the derivative of the logits (N, C) with respect to an activation (N, ...)."""
     rows = [
         torch.autograd.grad(logits[:, number].sum(), activation, retain_graph=True)[0].flatten(1)
         for number in range(logits.shape[1])

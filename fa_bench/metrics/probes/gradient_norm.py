@@ -13,7 +13,7 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Most groups of samples whose gradients are compared.
+#: Maximum number of groups of samples whose gradients are compared.
 GROUPS = 16
 
 
@@ -29,7 +29,7 @@ class GradientNorm(Probe):
     - ``gradient_norm_update``: the norm of the gradient that the rule gives the optimizer instead of g, before momentum, weight
       decay and learning rate; 0 for a weight that does not learn.
     - ``gradient_norm_floor``: the standard error s of g over samples. If the true gradient were zero on average, the root mean
-      square of ‖g‖ would be s: a norm near s cannot be distinguished from zero, one several times as large can.
+      square of ‖g‖ would be s: a norm near s cannot be distinguished from zero, but one several times as large can.
 
     For s the samples are dealt, in a random order with a fixed seed, to K = min(16, N) groups of size nₖ; with gₖ the gradient of
     the group's mean loss in the same forward pass and wₖ = nₖ/N, so that g = Σ wₖ gₖ,

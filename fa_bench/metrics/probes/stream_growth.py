@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 class StreamGrowth(Probe):
     """Mean norm of a block's output divided by that of its input: the growth of the residual stream.
 
-    Norms are Euclidean, of each sample's activation, for tokens (N, T, D) of each token's; means are over the fixed batch. Batch
-    normalisation uses the batch's statistics and dropout is off.
+    Norms are Euclidean norms of each sample's activation or, for tokens (N, T, D), of each token's; means are over the fixed
+    batch. Batch normalisation uses the batch's statistics and dropout is off.
 
-    The model declares its blocks (``model.blocks``, else ``model.cut_points``). The input of a block is that of the module which
-    ends it if this module has parameters, as a residual block does; otherwise it is the output of the previous block. A first
-    block that ends in a module without parameters, such as the stem of a convolutional net, has no row: its input is the image.
-    NaN if the input is zero.
+    The model declares its blocks (``model.blocks`` or, without it, ``model.cut_points``). The input of a block is that of the
+    module which ends it if this module has parameters, as a residual block does; otherwise it is the output of the previous
+    block. A first block that ends in a module without parameters, such as the stem of a convolutional net, has no row: its input
+    is the image. NaN if the input is zero.
     """
 
     alarms = {
@@ -59,7 +59,7 @@ class StreamGrowth(Probe):
 
         def hook(path: str) -> Any:
             def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-                if path not in norms:  # of a block that runs several times, the first
+                if path not in norms:  # the first call of a block that runs several times
                     own = next(tensors_in((args, kwargs))) if next(module.parameters(), None) is not None else None
                     norms[path] = None if own is None else mean_norm(own), mean_norm(next(tensors_in(output)))
 
