@@ -103,7 +103,7 @@ def test_attention(options: dict[str, Any], call: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_masks_of_attention_have_the_precision_of_the_model(dtype: torch.dtype, need_weights: bool) -> None:
     q, k = Q.to(dtype), K.to(dtype)
-    masks = {"key_padding_mask": PADDED, "attn_mask": randn(5, 4) > 1}
+    masks = {"key_padding_mask": PADDED, "attn_mask": CAUSAL[:, :4]}
 
     def call(attention: nn.Module) -> Any:
         return attention(q, k, 2 * k, need_weights=need_weights, **masks)
