@@ -91,6 +91,7 @@ OUTSIDE: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
     "the model's own": (lambda net, h: h @ net.same, r"matmul\(\) in the model"),
     "another module": (lambda net, h: net.decoder(h), r"t\(\) in module 'decoder'"),
     "gate": (lambda net, h: h[:, :8] * net.enc.weight.sum(), r"sum\(\)"),
+    "gate of each unit": (lambda net, h: h[:, :8] * net.enc.weight[0], r"mul\(\)|__getitem__\(\)"),
 }
 
 
