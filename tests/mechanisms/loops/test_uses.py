@@ -118,6 +118,16 @@ def test_a_weight_used_outside_its_layer_before_the_layer_runs_is_refused(name: 
 
 
 @pytest.mark.parametrize("name", COVERING)
+def test_a_weight_that_scales_the_output_is_refused(name: str) -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.enc.weight[0, :3]
+
+    with pytest.raises(CoverageError, match=r"enc\.weight \(used outside its layer"):
+        attach(Scaled(), name)
+
+
+@pytest.mark.parametrize("name", COVERING)
 def test_the_refusal_says_it_once_and_leaves_the_model_plain(name: str) -> None:
     model = Net(OUTSIDE["matmul"][0])
     with pytest.raises(CoverageError) as refused:
