@@ -234,6 +234,24 @@ def test_the_default_compiler_agrees(spec: str) -> None:
         assert torch.allclose(tensor, wanted[name], rtol=1e-4, atol=1e-5), name
 
 
+def test_a_layer_without_gradients_in_a_compiled_pass_is_refused() -> None:
+    class Partial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.learns = nn.Linear(4, 5), nn.Linear(5, 3), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(self.learns):
+                h = self.a(x).tanh()
+            return self.b(h)
+
+    model = Partial()
+    fa_bench.attach(model, "fa")
+    model.learns = False
+    with pytest.raises(CoverageError, match="layer 'a' ran without gradients"):
+        torch.compile(model, backend="aot_eager")(torch.zeros(2, 4))
+
+
 def test_feedback_that_a_later_update_by_hand_leaves_out_is_an_error() -> None:
     """The first update, which is left out, tells nothing."""
     model, rule, x, y = attached("kp", Small)
