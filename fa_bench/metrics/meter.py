@@ -81,7 +81,8 @@ class AlignmentMeter:
                     f"{truncate(repr(of_layer), 100)}"
                 )
         return {
-            name: {layer: of_layer[layer] for layer in self.trace.order if layer in of_layer} for name, of_layer in values.items()
+            name: {layer: float(of_layer[layer]) for layer in self.trace.order if layer in of_layer}
+            for name, of_layer in values.items()
         }
 
 

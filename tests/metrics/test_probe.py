@@ -7,6 +7,7 @@ import gc
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -335,6 +336,14 @@ def test_a_metric_returns_a_number_for_each_layer(value: object, monkeypatch: py
     monkeypatch.setattr(type(meter.metrics[0]), "measure", lambda self, passes: value)
     with pytest.raises(ConfigError, match="metric norm_ratio: its measure must return a dict with a number for each layer"):
         meter.measure()
+
+
+def test_numbers_of_a_metric_are_those_that_checkpoints_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), "fa", seed=0)
+    meter = AlignmentMeter(rule, torch.randn(5, 4), torch.arange(5) % 2, ["norm_ratio"])
+    monkeypatch.setattr(type(meter.metrics[0]), "measure", lambda self, passes: {"0": 3, "2": np.float64(0.5)})
+    found = meter.measure()["norm_ratio"]
+    assert found == {"0": 3.0, "2": 0.5} and [type(value) for value in found.values()] == [float, float]
 
 
 SHARED = [
