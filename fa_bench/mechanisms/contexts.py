@@ -7,7 +7,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fa_bench.mechanisms.feedback_tensors import PREFIX
+
+#: A buffer's dictionary in its module, and its key there.
+Place = tuple[dict[str, "Tensor | None"], str]
 
 
 @contextmanager
@@ -84,11 +89,41 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
         stack.enter_context(set_temporarily(dropouts, "training", False))
         stack.enter_context(set_temporarily(dropouts, "p", 0.0))  # attention may read it and call a function
         stack.enter_context(without_running_statistics(model))
+        stack.enter_context(with_copies([(place, buffer) for place, buffer in own_buffers(model)]))
         for name in _DROPOUT_RATES:
             rates = [m for m in model.modules() if isinstance(getattr(m, name, None), float)]
             stack.enter_context(set_temporarily(rates, name, 0.0))
         stack.enter_context(same_randomness(model))
         yield
+
+
+def own_buffers(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
+    """The buffers that a forward pass may update although `without_running_statistics` is active, such as running means of a
+    user's own normalisation; without those of rules."""
+    for module in model.modules():
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not key.startswith(PREFIX):
+                    yield (module._buffers, key), buffer
+
+
+@contextmanager
+def with_copies(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
+    """A context in which buffers are copies of these values; afterwards they are the tensors that they were before.
+
+    Their values are not copied back, because autograd would count that as a change of what it has saved.
+    """
+    copies: dict[int, Tensor] = {}
+    before = [(place, place[0].get(place[1])) for place, _ in values]
+    for (buffers, key), value in values:
+        if id(value) not in copies:  # modules may share a buffer
+            copies[id(value)] = value.detach().clone()
+        buffers[key] = copies[id(value)]
+    try:
+        yield
+    finally:
+        for (buffers, key), earlier in before:
+            buffers[key] = earlier
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.errors import StateError
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.utils.lazy import torch
 
@@ -68,6 +69,48 @@ PASS_OBJECTIVE = (
 )
 
 
+class PassOutput:
+    """The output of one training pass, from which the loss is computed.
+
+    It shares its memory with the tensor that the user gets: a change in place, such as ``logits[:, 3:] = -1e9``, changes both.
+
+    Args:
+        rule: the rule's name, for error messages.
+        logits: (N, C), or with positions, as in `measured_scale`.
+
+    Attributes:
+        logits: the same values, detached, as they are now.
+    """
+
+    def __init__(self, rule: str, logits: Tensor) -> None:
+        self.rule, self.logits, self._version = rule, logits.detach(), logits._version
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it was changed in place since the forward pass."""
+        return self.logits._version != self._version
+
+    def unchanged(self) -> Tensor:
+        """The logits; raises a StateError if they were changed in place."""
+        if self.is_changed:
+            raise StateError(
+                f"rule '{self.rule}' learns from the model's output as the forward pass returned it, but it was changed in "
+                "place since: make the change within the model, or in an objective of your own, objective=..."
+            )
+        return self.logits
+
+    def scale(
+        self, delta: Tensor, target: Tensor | None, last: float, objective: Objective | None, mend: str = PASS_SCALE
+    ) -> float:
+        """`measured_scale` at these logits; raises a StateError if they were changed in place."""
+        if self.is_changed:
+            raise StateError(
+                f"rule '{self.rule}' needs the scale of the loss and cannot infer it: the model's output was changed in place "
+                f"after the forward pass. {mend}"
+            )
+        return measured_scale(self.rule, delta, self.logits, target, last, objective, mend)
+
+
 def measured_scale(
     rule: str,
     delta: Tensor,
@@ -90,10 +133,17 @@ def measured_scale(
         mend: what to do if δ is something else, for the error message.
 
     Raises:
-        ValueError: if δ is not a multiple of that gradient.
+        ValueError: if δ is not a multiple of that gradient, or if the labels do not fit the logits.
     """
     objective, given = objective or CrossEntropy(), delta.double()
-    unit, tolerance = _unit(delta, logits, target, objective), _tolerance(delta)
+    try:
+        unit, tolerance = _unit(delta, logits, target, objective), _tolerance(delta)
+    except (IndexError, RuntimeError, ValueError):
+        from fa_bench.mechanisms.cut.positions import require_labels
+
+        if target is not None:
+            require_labels(rule, target, logits.shape, objective)
+        raise
     size = unit.square().sum().item()
     scale = (given * unit).sum().item() / size if size else last
     if not math.isfinite(scale):

@@ -15,7 +15,7 @@ from fa_bench.mechanisms.graph import tensors_in
 from fa_bench.mechanisms.running import RunningPass
 from fa_bench.mechanisms.structure import RULE_ATTRIBUTE, Structure, check_model
 from fa_bench.mechanisms.updates import STEP_MISSED, StepReminder
-from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.objectives.base import as_objective
 from fa_bench.registry.options import Options, option
 from fa_bench.utils.lazy import torch
 
@@ -101,7 +101,7 @@ class Rule(Options):
         seed: int = 0,
         sample_input: Any = None,
         initial_phase: bool = True,
-        objective: Objective | None = None,
+        objective: str | Objective | None = None,
     ) -> R:
         """Attach the rule to `model`, in place.
 
@@ -111,11 +111,12 @@ class Rule(Options):
             sample_input: one input batch (N, ...), or a tuple or dictionary of several arguments; for rules that depend on the
                 order of the layers.
             initial_phase: whether to run the rule's initial phase now; otherwise, the caller runs the method `initial_phase`.
-            objective: the objective that the model is trained with, for rules that use the labels; None: cross-entropy.
+            objective: the objective that the model is trained with, for rules that use the labels, or its name; None:
+                cross-entropy.
 
         Raises:
             CoverageError: if the rule cannot be attached; names the layers.
-            OptionError: if the rule and the objective name different outputs of the model.
+            OptionError: if the rule and the objective name different outputs of the model, or if `objective` is not one.
         """
         from fa_bench.mechanisms.compound.expansion import expand
         from fa_bench.mechanisms.weighted_layers import Mode
@@ -127,7 +128,7 @@ class Rule(Options):
         if getattr(self, "model", None) is not None:
             raise CoverageError(f"this '{self.name}' rule object is already attached to a model; create another one")
         check_model(model)
-        objective = objective or CrossEntropy()
+        objective = as_objective(objective)
         self._take_output_of(objective)
         self.model, self.mode, self.seed, self.objective = model, Mode(self.name), seed, objective
         expand(model, self.mode)

@@ -2,11 +2,14 @@
 
 A rule that sets `Rule.repeats` gets the `FirstPass` of every training pass, and reruns the model with `again`: with noise at
 cuts, with another input, or for forward-mode differentiation. Dropout masks are those of the first pass. Batch normalisation in
-training mode uses the statistics of the pass's own batch, and updates its running ones in the first pass only.
+training mode uses the statistics of the pass's own batch, and updates its running ones in the first pass only. Other buffers that
+the first pass has updated, such as running means of a user's own normalisation, have the values that it saw; afterwards they have
+those that it left behind.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,13 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from fa_bench.errors import StateError
-from fa_bench.mechanisms.contexts import same_randomness, set_temporarily, without_running_statistics
+from fa_bench.mechanisms.contexts import (
+    Place,
+    own_buffers,
+    same_randomness,
+    set_temporarily,
+    with_copies,
+    without_running_statistics,
+)
 from fa_bench.mechanisms.graph import tensors_in
 from fa_bench.mechanisms.processes import rank
 from fa_bench.utils.sampling import seed_for
 
 #: A change of the tensor at a module's input or output; None leaves it as it is.
 Change = Callable[[Tensor], "Tensor | None"]
+
+
+#: Model -> whether something in it is in training mode -> the buffers that passes were seen to update, so that only these are
+#: copied before every pass. Before the first one, all are.
+_updated: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[tuple[int, str]]]] = weakref.WeakKeyDictionary()
 
 
 class FirstPass:
@@ -43,17 +58,38 @@ class FirstPass:
         self.rule, self.args, self.kwargs = rule, args, kwargs
         self.note: Any = None
         self._versions = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
-        self._weights = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
+        self._weights = [
+            (path, module._parameters, key, parameter, parameter._version)
+            for path, module in model.named_modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        ]
         self._modes = [(module, module.training) for module in model.modules()]
+        self._buffers = EarlierBuffers(model, any(training for _, training in self._modes))
         self._random = torch.get_rng_state()
         devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         self._random_on = {device: torch.cuda.get_rng_state(device) for device in devices}
         kinds = {"cpu", *(device.type for device in devices)}
         self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
 
+    @property
+    def input_requires_grad(self) -> bool:
+        """Whether an argument requires its gradient."""
+        return any(tensor.requires_grad for tensor, _ in self._versions)
+
+    def require_own_weights(self) -> None:
+        """Raise a StateError if the model has other parameters than in this pass, because further passes would run with them."""
+        for path, of_module, key, parameter, _ in self._weights:
+            if of_module.get(key) is not parameter:
+                raise StateError(
+                    f"rule '{self.rule}' runs the model again in the backward pass, but '{_name(path, key)}' was another tensor "
+                    "in the forward pass (torch.func.functional_call, or replaced since): copy the values into the model's own "
+                    "parameters, then call the model"
+                )
+
     @contextmanager
     def surroundings(self, precise: bool = False) -> Iterator[None]:
-        """A context with the random state, the modes of the modules and the precision of the pass.
+        """A context with the random state, the modes of the modules, their own buffers and the precision of the pass.
 
         Args:
             precise: without autocast: small differences would be lost.
@@ -67,16 +103,17 @@ class FirstPass:
                     f"rule '{self.rule}' runs the model again in the backward pass, but an input of shape "
                     f"{tuple(tensor.shape)} was changed in place after the forward pass; pass a copy"
                 )
-        for name, parameter, version in self._weights:
+        for path, _, key, parameter, version in self._weights:
             if parameter._version != version:
                 raise StateError(
-                    f"rule '{self.rule}' runs the model again in the backward pass, but '{name}' was changed after "
+                    f"rule '{self.rule}' runs the model again in the backward pass, but '{_name(path, key)}' was changed after "
                     f"the forward pass; update the weights after the backward passes"
                 )
         torch.set_rng_state(self._random)
         for device, state in self._random_on.items():
             torch.cuda.set_rng_state(state, device)
         with ExitStack() as stack:
+            stack.enter_context(with_copies(self._buffers.values()))
             for mode in (True, False):
                 changed = [module for module, training in self._modes if training == mode != module.training]
                 stack.enter_context(set_temporarily(changed, "training", mode))
@@ -87,6 +124,43 @@ class FirstPass:
                 # Its cache would keep the weights as they were before a rule changed them.
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
             yield
+
+
+class EarlierBuffers:
+    """The values that a model's own buffers have now, for those that the pass which starts now will update.
+
+    Args:
+        model: the model.
+        trains: whether something in it is in training mode.
+    """
+
+    def __init__(self, model: nn.Module, trains: bool) -> None:
+        self._trains, self._updated = trains, _updated.setdefault(model, {})
+        known = self._updated.get(trains)
+        self._known = [
+            (place, buffer, buffer._version, buffer.clone() if known is None or _key(place) in known else None)
+            for place, buffer in own_buffers(model)
+        ]
+        self._values: list[tuple[Place, Tensor]] | None = None
+
+    def values(self) -> list[tuple[Place, Tensor]]:
+        """The buffers that were updated or replaced since, with their earlier values; called after the pass.
+
+        A buffer that was not updated by any pass before has its value of now, if it was changed in place.
+        """
+        if self._values is None:
+            updated = [
+                (place, (copy if copy is not None else buffer))
+                for place, buffer, version, copy in self._known
+                if place[0].get(place[1]) is not buffer or buffer._version != version
+            ]
+            self._updated.setdefault(self._trains, set()).update(_key(place) for place, _ in updated)
+            self._known, self._values = [], updated
+        return self._values
+
+
+def _key(place: Place) -> tuple[int, str]:
+    return id(place[0]), place[1]
 
 
 @contextmanager
@@ -134,6 +208,11 @@ def again(model: nn.Module, mode: Any, first: FirstPass, **changes: Any) -> Any:
     """The result of another forward pass that is not differentiated; the arguments are those of `repeated`."""
     with torch.no_grad(), repeated(model, mode, first, **changes) as result:
         return result
+
+
+def _name(path: str, key: str) -> str:
+    """The name of a module's parameter in the model."""
+    return f"{path}.{key}" if path else key
 
 
 def _at_input(change: Change) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fa_bench.errors import OptionError
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.mechanisms.structure import RULE_ATTRIBUTE
-from fa_bench.registry.registries import ALGORITHMS, OBJECTIVES
+from fa_bench.registry.registries import ALGORITHMS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,8 +63,7 @@ def attach(
         rule = cls.from_mapping(options)
     elif options:
         raise OptionError(next(iter(options)), f"a rule object already has its options; pass them to {type(rule).__name__}")
-    goal = OBJECTIVES[objective]() if isinstance(objective, str) else objective
-    return rule.attach(model, seed=seed, sample_input=sample_input, objective=goal)
+    return rule.attach(model, seed=seed, sample_input=sample_input, objective=objective)
 
 
 def attached_rule(model: nn.Module) -> Rule | None:

@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fa_bench.errors import OptionError, names, nearest, truncate
 from fa_bench.objectives.scores import ACCURACY, R2, RMSE, Score
 from fa_bench.registry.kinds import CLASSES, POSITIONS, VALUES
 from fa_bench.registry.options import Options, option
+from fa_bench.registry.registries import OBJECTIVES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +117,34 @@ class Objective(Options):
             **({R2.name: 1 - sums["error_squares"] / around_mean} if varies else {}),
             RMSE.name: math.sqrt(sums["error_squares"] / (count * outputs)),
         }
+
+
+#: Losses of torch whose names do not resemble those of the objectives.
+_OF_TORCH = dict.fromkeys(("BCEWithLogitsLoss", "binary_cross_entropy_with_logits"), "sigmoid_ce")
+
+
+def as_objective(given: Any) -> Objective:
+    """The objective of a name, or the objective itself; None: the cross-entropy.
+
+    Raises:
+        ConfigError: for an unknown name; suggests the nearest one.
+        OptionError: for anything else, such as a loss of torch.
+    """
+    if given is None:
+        return OBJECTIVES["cross_entropy"]()
+    if isinstance(given, str):
+        return OBJECTIVES[given]()
+    if isinstance(given, Objective):
+        return given
+    name = getattr(given, "__name__", type(given).__name__)
+    similar = nearest(name.removesuffix("Loss").removesuffix("_loss"), OBJECTIVES)
+    hint = f"; did you mean '{_OF_TORCH[name]}'?" if name in _OF_TORCH else similar
+    shown = name if hasattr(given, "__name__") else truncate(repr(given), 100)
+    raise OptionError(
+        "objective",
+        f"={shown} is not an objective: pass a name ({names(OBJECTIVES)}) or an object of a class that "
+        f"derives from fa_bench.Objective{hint}",
+    )
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:

@@ -175,8 +175,9 @@ class F3(CutRule):
         information = self.information.removesuffix(_ONE_HOT)
         if information == "delayed_loss":
             return of_loss
-        assert self.logits is not None
-        outputs = self.objective.predicted(self.logits.to(of_loss.dtype))
+        logits = self.logits
+        assert logits is not None
+        outputs = self.objective.predicted(logits.to(of_loss.dtype))
         if information == "delayed_loss_softmax":
             with torch.enable_grad():
                 leaf = outputs.detach().requires_grad_(True)

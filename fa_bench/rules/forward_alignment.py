@@ -211,8 +211,10 @@ class ForwardAlignment(EdgeRule):
             weight = weight_parameter(layer)
             values[weight_name(path, layer)] = feedback_tensor(layer, "C").view(weight.shape if weight is not None else ())
             if (bias := bias_name(path, layer)) is not None:
-                # Layers of a compound module may share one bias.
-                zeroed = values.setdefault(bias, self.model.get_parameter(bias).detach().clone())
+                # Layers of a compound module may share one bias. It is no nn.Parameter in torch.func.functional_call.
+                owner, _, key = bias.rpartition(".")
+                own: Any = self.model.get_submodule(owner)._parameters[key]
+                zeroed = values.setdefault(bias, own.detach().clone())
                 zeroed[getattr(layer, "bias_rows", None) or slice(None)] = 0
         handles = [self._layers[path].register_forward_pre_hook(restart(path)) for path in self._random_layers]
         try:

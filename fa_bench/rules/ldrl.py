@@ -76,6 +76,7 @@ class LDRL(DrawingRule, LocalRule):
     repeats = True
     reads_values = False
     needs_target = False
+    had_older_states = False
 
     # -------------------------------------------------------------------------------------------- attach
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:

@@ -10,7 +10,7 @@ from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, LearnedFeedback, feedback_gradient
 from fa_bench.mechanisms.edge.rule import LayerContext, RandomFeedbackRule
-from fa_bench.mechanisms.loss_scale import measured_scale
+from fa_bench.mechanisms.loss_scale import PassOutput
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import torch
@@ -155,7 +155,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
                     f"the model returns a loss ('{name}') that it has computed itself, and rule '{self.name}' "
                     f"cannot learn from there; call it without labels, and compute the loss from its logits"
                 )
-            learn = functools.partial(self._learn, first, name, self.regression, result.detach())
+            learn = functools.partial(self._learn, first, name, self.regression, PassOutput(self.name, result))
             output = replaced(output, result, DeliverFunction.apply(learn, 0, False, result))
         return output
 
@@ -169,24 +169,32 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
             raise ValueError(f"rule '{self.name}': the loss was not computed by a training forward pass of the attached model")
 
     def _learn(
-        self, first: FirstPass, output: str, regression: Regression, logits: Tensor, delta: Tensor, _: Any
+        self, first: FirstPass, name: str, regression: Regression, output: PassOutput, delta: Tensor, _: Any
     ) -> list[Tensor]:
         """δ; computes what the noise does to the loss, before the backward pass reaches the layers."""
+        from fa_bench.mechanisms.cut.positions import require_labels
+
         target = self._target
         if target is None:
             raise ValueError(f"rule '{self.name}' learns its feedback from the labels; call rule.backward(loss, logits, target)")
         if regression.slopes is not None:
             raise CoverageError(f"rule '{self.name}': the loss depends on two outputs of the model, but the labels belong to one")
         self._is_delivered = True
+        output.unchanged()
+        first.require_own_weights()
         scale = self._loss_scale
         if scale is None:
-            scale = measured_scale(self.name, delta, logits, target, 1.0, self.objective)
+            scale = output.scale(delta, target, 1.0, self.objective)
         if not self.mode.freeze_random:
             self.next_draws()
-            with torch.no_grad():
-                plus, minus = (self._losses(first, output, regression, size, target) for size in (self.sigma, -self.sigma))
+            try:
+                with torch.no_grad():
+                    plus, minus = (self._losses(first, name, regression, size, target) for size in (self.sigma, -self.sigma))
+            except (IndexError, RuntimeError, ValueError):
+                require_labels(self.name, target, delta.shape, self.objective)
+                raise
             regression.slopes = (plus - minus) / (2 * self.sigma)
-            regression.scale = len(logits) / scale if scale else 0.0
+            regression.scale = len(delta) / scale if scale else 0.0
         return [delta]
 
     def _losses(self, first: FirstPass, output: str, regression: Regression, size: float, target: Tensor) -> Tensor:

@@ -422,6 +422,7 @@ def test_a_copied_and_a_pickled_model_train_alike() -> None:
         assert all(torch.equal(found[key], want[key]) for key in want)
 
 
+@pytest.mark.filterwarnings("ignore:.*computes no error for the model's input")
 def test_what_nothing_trainable_precedes_is_not_controlled() -> None:
     """Its block of J Q would be control that no layer learns from; an input that requires its gradient changes nothing."""
     x, y = nets.batch("mlp_tanh")

@@ -10,7 +10,9 @@ from torch import nn
 
 import fa_bench
 from fa_bench.mechanisms.cut.local import _seeded, pooled_size
+from fa_bench.mechanisms.cut.positions import require_labels
 from fa_bench.metrics.meter import measurement_mode
+from fa_bench.objectives.cross_entropy import CrossEntropy
 
 from . import nets
 from .helpers import REL, array, arrays, assert_bitwise, assert_matches, distance, feedback_arrays, rule_grads
@@ -139,14 +141,11 @@ def test_a_plain_backward_pass_after_one_with_labels_asks_for_them(name):
         F.cross_entropy(net(x), y).backward()
 
 
-@pytest.mark.parametrize("name", LABELLED)
-def test_labels_elsewhere_are_not_read(name):
+def test_labels_elsewhere_are_not_read():
     """No accelerator is made to wait; meta tensors stand for one, for they have no values to read."""
-    _, rule, _, _ = registered(LABELLED[name], name)
-    cuts = rule._local if name == "asfp_lc" else rule
-    cuts._delivery._check_labels(torch.empty(6, dtype=torch.long, device="meta"), 3)
+    require_labels("fa", torch.empty(6, dtype=torch.long, device="meta"), (6, 3), CrossEntropy())
     with pytest.raises(ValueError, match="label 7 is out of range"):
-        cuts._delivery._check_labels(torch.tensor([7]), 3)
+        require_labels("fa", torch.tensor([7]), (1, 3), CrossEntropy())
 
 
 def test_draws_belong_to_the_cut_not_to_the_order():

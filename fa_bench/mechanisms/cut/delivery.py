@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import ast
 import functools
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import CoverageError, names
+from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.mechanisms.checkpointing import refuse_reentrant
 from fa_bench.mechanisms.cut.capture import CapturedActivation, format_of, is_stored_last
-from fa_bench.mechanisms.cut.positions import ignored_label
+from fa_bench.mechanisms.cut.positions import require_labels
 from fa_bench.mechanisms.graph import nodes_from
-from fa_bench.mechanisms.loss_scale import PASS_OBJECTIVE, PASS_SCALE, is_other_loss, is_unscaled, measured_scale, not_a_multiple
+from fa_bench.mechanisms.loss_scale import PASS_OBJECTIVE, PASS_SCALE, PassOutput, is_other_loss, is_unscaled, not_a_multiple
 from fa_bench.mechanisms.rule import OUTPUT
 from fa_bench.utils.lazy import torch
 
@@ -53,7 +54,7 @@ class Delivery:
         self._keeps_values = self._reads_values and rule.error_at is not None
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
-        self._is_delivered = False
+        self._is_delivered = self._has_warned_of_input = False
         #: Passes whose loss is still to be compared with the objective: the first ones, because it makes an accelerator wait.
         self._unchecked = _CHECKED_PASSES if rule.learns_by_objective else 0
 
@@ -111,18 +112,31 @@ class Delivery:
         learned = [] if rule.mode.freeze_random else [one for cut in tape for one in rule.learned_at(cut)]
         if torch.compiler.is_compiling():
             return self._connected_in_graph(logits, tape, tensors, learned)
-        errors = functools.partial(self._errors, tape, learned, logits if rule.scales else None)
+        parameters = [one.tensor for one in learned]
+        output = PassOutput(rule.name, logits) if rule.scales else None
+        errors = functools.partial(self._errors, tape, list(zip(learned, parameters, strict=True)), output)
         if rule.first_pass is not None:
             rule.first_pass.output = logits.detach().clone()
         errors = self._with_first_pass(errors)
         saves = self._reads_values and not self._keeps_values
-        return self._function.apply(errors, len(tensors), saves, logits, *tensors, *(one.tensor for one in learned))
+        return self._function.apply(errors, len(tensors), saves, logits, *tensors, *parameters)
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         """Like `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
+        first = self.rule.first_pass
+        if first is not None and first.input_requires_grad and not self._has_warned_of_input:
+            self._has_warned_of_input = True
+            warnings.warn(
+                f"rule '{self.rule.name}' computes no error for the model's input, which requires its gradient: it gets none, "
+                "and nothing in front of the model learns. Attach the rule to a model that contains both parts, or detach the "
+                "input; in rule.exact(), the input gets its true gradient",
+                stacklevel=2,
+            )
         parameters = self.rule.trained_parameters([logits, *(captured.tensor for captured in tape.values())])
         activations = {cut: captured.tensor.detach() for cut, captured in tape.items()}
-        errors = self._with_first_pass(functools.partial(self._gradients, parameters, activations, logits.detach()))
+        errors = self._with_first_pass(
+            functools.partial(self._gradients, parameters, activations, PassOutput(self.rule.name, logits))
+        )
         # Without the logits' graph, the activations of the first pass are freed at once.
         connected = logits if self.rule.output_learns_by_delta else logits.detach()
         return self._function.apply(errors, 0, False, connected, *parameters)
@@ -170,8 +184,8 @@ class Delivery:
             cut: CapturedActivation(tensor, tensor.shape, shape, matrices and is_stored_last(tensor))
             for (cut, shape), tensor in zip(ast.literal_eval(cuts), activations, strict=True)
         }
-        tensors = [one for cut in tape for one in self.rule.learned_at(cut)] if learned else []
-        error, *others = self._errors(tape, tensors, logits[0] if logits else None, delta, ())
+        tensors = [(one, one.tensor) for cut in tape for one in self.rule.learned_at(cut)] if learned else []
+        error, *others = self._errors(tape, tensors, PassOutput(self.rule.name, logits[0]) if logits else None, delta, ())
         like, results = [*activations, *learned], others
         if changes_delta:
             like, results = [*like, delta], [*others, error]
@@ -212,6 +226,8 @@ class Delivery:
     def _of_pass(self, first: FirstPass | None, errors: Callable[..., Any], *arguments: Any) -> Any:
         if first is None:
             refuse_reentrant(self.rule.name)()
+        assert first is not None
+        first.require_own_weights()
         self.rule.first_pass = first
         try:
             return errors(*arguments)
@@ -222,7 +238,7 @@ class Delivery:
         self,
         parameters: list[nn.Parameter],
         activations: dict[str, Tensor],
-        logits: Tensor,
+        output: PassOutput,
         delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
@@ -230,18 +246,18 @@ class Delivery:
         device, rule = delta.device.type, self.rule
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self._gradients(parameters, activations, logits, delta, tensors)
+                return self._gradients(parameters, activations, output, delta, tensors)
         with torch.enable_grad():
             self._checked_rows(delta)
             self._is_delivered = True
             try:
                 if rule.scales:
-                    self._measure_scale(delta, logits)
+                    self._measure_scale(delta, output)
                 labels: Any = self._target  # None for rules that do not need them
-                gradients = rule.gradients(parameters, activations, delta, logits, labels)
+                gradients = rule.gradients(parameters, activations, delta, output.logits, labels)
             except (IndexError, RuntimeError, ValueError):
-                if self._target is not None:
-                    self._check_labels(self._target, logits.shape[rule.error_axis])
+                if rule.needs_target and self._target is not None:
+                    require_labels(rule.name, self._target, delta.shape, rule.objective)
                 raise
         given = {id(parameter): gradient for parameter, gradient in zip(parameters, gradients, strict=True)}
         for one in rule.learned_feedback():
@@ -263,14 +279,16 @@ class Delivery:
             self._check_indices(len(rows), rule.indices)
         return rows
 
-    def _measure_scale(self, delta: Tensor, logits: Tensor) -> None:
+    def _measure_scale(self, delta: Tensor, output: PassOutput) -> None:
         """Set the rule's `loss_factor`."""
         rule, scale, target = self.rule, self._loss_scale, self._target
+        if rule.learns_by_objective:
+            output.unchanged()
         if scale is None:
             mend = PASS_OBJECTIVE if rule.learns_by_objective else PASS_SCALE
-            scale = measured_scale(rule.name, delta, logits.detach(), target, rule.loss_factor, rule.objective, mend)
+            scale = output.scale(delta, target, rule.loss_factor, rule.objective, mend)
         elif self._unchecked and target is not None:
-            if is_other_loss(delta, logits.detach(), target, rule.objective):
+            if is_other_loss(delta, output.logits, target, rule.objective):
                 raise ValueError(f"rule '{rule.name}': {not_a_multiple(rule.objective)}. {PASS_OBJECTIVE}")
             self._unchecked -= 1
         rule.loss_factor = scale
@@ -278,18 +296,28 @@ class Delivery:
     def _errors(
         self,
         tape: dict[str, CapturedActivation],
-        learned: list[LearnedTensor],
-        logits: Tensor | None,
+        learned: list[tuple[LearnedTensor, Tensor]],
+        output: PassOutput | None,
         delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
-        """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ."""
+        """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ.
+
+        `learned` has each learned tensor with its parameter in the forward pass.
+        """
         device = delta.device.type
         if torch.is_autocast_enabled(device):  # enabled by the caller; a backward pass has the precision of its inputs
             with torch.autocast(device, enabled=False):
-                return self._errors(tape, learned, logits, delta, tensors)
+                return self._errors(tape, learned, output, delta, tensors)
         rule, target = self.rule, self._target
         rows = self._checked_rows(delta)
+        for one, parameter in learned:
+            if one.tensor is not parameter:
+                raise StateError(
+                    f"rule '{rule.name}' computes errors by its learned feedback in the backward pass, but '{one.name}' was "
+                    "another tensor in the forward pass (torch.func.functional_call, or replaced since): pass it the weights "
+                    "alone, and replace tensors before the forward pass"
+                )
         if tensors:
             for captured, tensor in zip(tape.values(), tensors, strict=True):
                 captured.tensor = tensor
@@ -297,9 +325,9 @@ class Delivery:
         errors: list[Tensor | None] = []
         gradients: list[Tensor | None] = []
         try:
-            if logits is not None:
-                self._measure_scale(delta, logits)
-                rule.logits = logits.detach()
+            if output is not None:
+                self._measure_scale(delta, output)
+                rule.pass_output = output
             broadcast = rule.broadcast(rows, target)
             errors.append(rule.output_error(delta))
             for cut, captured in tape.items():
@@ -308,16 +336,16 @@ class Delivery:
                 gradients += gradients_at_cut
         except (IndexError, RuntimeError, ValueError):
             if self._needs_target and target is not None:
-                self._check_labels(target, rows.shape[-1])
+                require_labels(rule.name, target, delta.shape, rule.objective)
             raise
         finally:
-            if logits is not None:
-                rule.logits = None
+            if output is not None:
+                rule.pass_output = None
         if tensors:
             for captured in tape.values():
                 captured.tensor = None
         if learned:
-            for one, gradient in zip(learned, gradients, strict=True):
+            for (one, _), gradient in zip(learned, gradients, strict=True):
                 one.on_gradient(gradient)
         return errors + gradients
 
@@ -362,24 +390,6 @@ class Delivery:
             raise ValueError(
                 f"rule '{rule}': index {low if low < 0 else high} is out of range: there are {count} training samples, "
                 f"numbered from 0 to {count - 1}"
-            )
-
-    def _check_labels(self, target: Tensor, classes: int) -> None:
-        """Raise an error for labels outside [0, classes); called after something that uses the labels has failed.
-
-        On the CPU only: an accelerator that was given such a label no longer responds.
-        """
-        if target.device.type != "cpu":
-            return
-        if target.dim() > 1:
-            target = target[target != ignored_label(self.rule.objective)]
-        if not target.numel():
-            return
-        low, high = (int(bound) for bound in target.aminmax())
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"rule '{self.rule.name}': label {low if low < 0 else high} is out of range: this model has "
-                f"{classes} classes, numbered from 0 to {classes - 1}; remove unlabelled samples from the batch"
             )
 
 

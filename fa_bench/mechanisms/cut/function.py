@@ -56,7 +56,8 @@ class CompiledDeliverFunction(torch.autograd.Function):
         ctx.key, ctx.cuts, ctx.count, ctx.save_logits, ctx.changes_delta = key, cuts, count, save_logits, changes_delta
         # If only the shape of a tensor is needed, only its shape is saved.
         activations = tensors[:count] if save_values else map(stand_in, tensors[:count])
-        ctx.save_for_backward(*([logits] if save_logits else []), *activations, *map(stand_in, tensors[count:]))
+        # A copy, because a graph shows no change of the output in place to `PassOutput`.
+        ctx.save_for_backward(*([logits.clone()] if save_logits else []), *activations, *map(stand_in, tensors[count:]))
         return logits.detach()
 
     @staticmethod

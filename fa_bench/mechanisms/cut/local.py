@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.mechanisms.cut.positions import class_axis, mean_loss
@@ -46,6 +46,8 @@ class LocalRule(CutRule):
     same_positions = True
     scales = True
     needs_target = True
+    #: Whether earlier versions saved the auxiliary layers in the rule's state, so that the model may load a state without them.
+    had_older_states: ClassVar[bool] = True
 
     # -------------------------------------------------------------------------------------------- for subclasses
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
@@ -84,7 +86,7 @@ class LocalRule(CutRule):
             with _seeded(seed_for(self.seed, cut, "auxiliary")):
                 net = self.auxiliary(cut, shape, classes)
             net = net.to(like.device, like.dtype)
-            self._auxiliary[cut] = Auxiliary(cut, self._cut_modules[cut], net, self._witness)
+            self._auxiliary[cut] = Auxiliary(cut, self._cut_modules[cut], net, self._witness, self.had_older_states)
 
     def unwire(self) -> None:
         for auxiliary in getattr(self, "_auxiliary", {}).values():
@@ -154,14 +156,22 @@ class Auxiliary:
         module: the module at the cut.
         net: the layers.
         witness: the layer of the model whose weight shows whether an update has happened.
+        had_older_states: whether the model may load a state without these tensors, which earlier versions saved elsewhere.
 
     Attributes:
         tensors: name of a tensor in the module -> the dictionaries of module and net that hold it, and its name in the net.
         learned: the parameters.
-        is_missing: whether the model has loaded a state without these tensors, which earlier versions saved elsewhere.
+        is_missing: whether the model has loaded such a state.
     """
 
-    def __init__(self, cut: str, module: torch_nn.Module, net: torch_nn.Module, witness: torch_nn.Module | None) -> None:
+    def __init__(
+        self,
+        cut: str,
+        module: torch_nn.Module,
+        net: torch_nn.Module,
+        witness: torch_nn.Module | None,
+        had_older_states: bool = True,
+    ) -> None:
         self._net = net
         self.is_missing = False
         self.tensors: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
@@ -178,7 +188,7 @@ class Auxiliary:
                     else:
                         module.register_buffer(key, tensor)
                     self.tensors[key] = (getattr(module, source), getattr(part, source), name)
-        self._hook = module.register_load_state_dict_pre_hook(self._accept_older_state)
+        self._hook = module.register_load_state_dict_pre_hook(self._accept_older_state) if had_older_states else None
 
     def net(self) -> torch_nn.Module:
         """The layers, with the tensors that the module has now: loading a state may have replaced them."""
@@ -195,7 +205,8 @@ class Auxiliary:
 
     def unregister(self) -> None:
         """Remove the tensors from the module."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         for key, (of_module, _, _) in self.tensors.items():
             of_module.pop(key, None)
 

@@ -34,6 +34,41 @@ def ignored_label(objective: Objective) -> int:
     return getattr(objective, "ignore_index", IGNORED)
 
 
+def require_labels(rule: str, target: Tensor, shape: Shape, objective: Objective) -> None:
+    """Called after something that uses the labels has failed: raise an error if they do not fit outputs of this shape.
+
+    Args:
+        rule: the rule's name, for the error message.
+        target: the labels (N,) or (N, P...); numbers in the outputs' shape fit.
+        shape: that of the outputs, (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W).
+        objective: the objective.
+
+    Raises:
+        ValueError: for labels of another shape, or outside [0, C). The latter only on the CPU: an accelerator that was given such
+            a label no longer responds.
+    """
+    axis = class_axis(shape)
+    classes, wanted = shape[axis], (*shape[:axis], *shape[axis + 1 :])
+    if target.is_floating_point() and target.shape == shape:
+        return
+    if target.is_floating_point() or target.shape != wanted:
+        kind = "numbers" if target.is_floating_point() else "class indices"
+        raise ValueError(
+            f"rule '{rule}': labels are {kind} of shape {tuple(target.shape)}; this output, {tuple(shape)}, needs class "
+            f"indices of shape {wanted}, or numbers of its own shape"
+        )
+    if target.device.type != "cpu":
+        return
+    if target.dim() > 1:
+        target = target[target != ignored_label(objective)]
+    low, high = (int(bound) for bound in target.aminmax()) if target.numel() else (0, 0)
+    if target.numel() and (low < 0 or high >= classes):
+        raise ValueError(
+            f"rule '{rule}': label {low if low < 0 else high} is out of range: this model has {classes} classes, numbered from 0 "
+            f"to {classes - 1}; remove unlabelled samples from the batch"
+        )
+
+
 def positions_of(shape: Shape, axis: int) -> Shape:
     """The sizes of all axes except the batch and `axis`."""
     return shape[1:axis] + shape[axis + 1 :]

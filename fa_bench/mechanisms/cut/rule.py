@@ -23,6 +23,7 @@ from fa_bench.utils.sampling import sample, seed_for
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fa_bench.mechanisms.loss_scale import PassOutput
     from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedTensor
     from fa_bench.mechanisms.weighted_layers import WeightedLayer
@@ -111,6 +112,15 @@ class CutRule(Rule):
     def changes_delta(self) -> bool:
         """Whether `output_error` differs from δ."""
         return type(self).output_error is not CutRule.output_error
+
+    @property
+    def logits(self) -> Tensor | None:
+        """While errors are computed, if the rule `scales`: the logits z, in the model's shape and detached.
+
+        Raises:
+            StateError: if they were changed in place after the forward pass.
+        """
+        return None if self.pass_output is None else self.pass_output.unchanged()
 
     # -------------------------------------------------------------------------------------------- for subclasses
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
@@ -250,8 +260,8 @@ class CutRule(Rule):
         from fa_bench.mechanisms.cut.cut_points import check_cuts, named_origin
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
-        #: While errors are computed, if the rule `scales`: the logits z, in the model's shape and detached.
-        self.logits: Tensor | None = None
+        #: While errors are computed, if the rule `scales`: the output that they come from.
+        self.pass_output: PassOutput | None = None
         self._cut_modules: dict[str, nn.Module] = {}
         self._layouts: dict[str, Layout] = {}
         self._reordered: dict[str, tuple[tuple[int, int], Tensor]] = {}

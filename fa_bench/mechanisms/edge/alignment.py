@@ -133,20 +133,25 @@ class AlignedFeedback(FeedbackPathway):
         return feedback_tensor(layer, "B")
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
-        of_input = functools.partial(self.gradient, self.loss.feedback_gradient, layer)
-        of_weight = functools.partial(self.gradient, self.loss.weight_gradient, layer)
+        # Those of this pass: in the backward pass the layer may have others (torch.func.functional_call).
+        weight, feedback = layer.weight, layer.learned["B"].tensor
+        of_input = functools.partial(self.gradient, self.loss.feedback_gradient, layer, weight, feedback)
+        of_weight = functools.partial(self.gradient, self.loss.weight_gradient, layer, weight, feedback)
         return BackwardContext(
-            layer.learned["B"].tensor,
+            feedback,
             gradients=feedback_gradient(layer, "B", of_input=of_input),
             local_gradient=of_weight if self.updates_weight else None,
         )
 
-    def gradient(self, of: Any, layer: Any, x: Tensor, geometry: Geometry | None, rows: slice | None) -> Tensor:
+    def gradient(
+        self, of: Any, layer: Any, weight: Tensor, feedback: Tensor, x: Tensor, geometry: Geometry | None, rows: slice | None
+    ) -> Tensor:
         """The gradient of the local loss, times the factor of the task's loss.
 
         Args:
             of: computes it: a method of the loss.
             layer: the layer.
+            weight, feedback: W and B in the forward pass.
             x: its input as its autograd Function has it.
             geometry: the geometry of a convolution.
             rows: the outputs that are computed; None: all.
@@ -154,8 +159,8 @@ class AlignedFeedback(FeedbackPathway):
         device = x.device.type
         if torch.is_autocast_enabled(device):  # enabled by the caller of the backward pass
             with torch.autocast(device, enabled=False):
-                return self.gradient(of, layer, x, geometry, rows)
-        weight, feedback = layer.weight.detach(), feedback_tensor(layer, "B")
+                return self.gradient(of, layer, weight, feedback, x, geometry, rows)
+        weight, feedback = weight.detach(), feedback.detach()
         if rows is not None:
             weight, feedback = weight[rows], feedback[rows]
         if layer.mode.freeze_random and not self.scale.is_known:  # a metric asks only for this layer's input error

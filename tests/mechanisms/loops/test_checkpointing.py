@@ -186,6 +186,7 @@ def test_convolutions_with_batch_normalisation(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ reentrant
 @pytest.mark.parametrize("asks", [False, True], ids=["input", "input requires grad"])
 @pytest.mark.parametrize("late", [False, True], ids=["before attach", "after attach"])
+@pytest.mark.filterwarnings("ignore:.*computes no error for the model's input")
 @pytest.mark.parametrize("name", RULES)
 def test_reentrant_parts_are_right_or_refused(name: str, late: bool, asks: bool) -> None:
     plain, model = Chain(), Chain(None if late else reentrant)

@@ -438,3 +438,25 @@ def test_a_loss_times_zero_has_the_scale_zero() -> None:
     logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True), torch.arange(4) % 3
     (delta,) = torch.autograd.grad(0 * F.cross_entropy(logits, labels), logits)
     assert measured_scale("drtp", delta, logits.detach(), labels) == 0
+
+
+#: Losses that are not the objective, which rules take without further arguments, or only with the scale, or never.
+OTHERS: dict[str, Loss] = {
+    "mse": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).to(z)),
+    "huber": lambda z, y: F.huber_loss(z, F.one_hot(y, 3).to(z)),
+    "bce": lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 3).to(z)),
+    "temperature": lambda z, y: F.cross_entropy(z / 3, y),
+}
+
+
+@pytest.mark.parametrize("loss", OTHERS)
+@pytest.mark.parametrize("name", RULES)
+def test_which_rules_refuse_another_loss(name: str, loss: str) -> None:
+    """As docs/training_loops.md says."""
+    for scale in ({}, {"loss_scale": 1.0}):
+        by_objective = name in ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
+        if by_objective or (name in ("f3", "np_feedback") and not scale):
+            with pytest.raises(ValueError, match="is not a multiple of that of the mean cross-entropy"):
+                found(name, [(X, Y, OTHERS[loss])], **scale)
+        else:
+            assert found(name, [(X, Y, OTHERS[loss])], **scale)

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import fa_bench
-from fa_bench.errors import ConfigError
+from fa_bench.errors import ConfigError, OptionError
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.objectives.mse import MSE
 from fa_bench.objectives.sigmoid_ce import SigmoidCE
+from fa_bench.rules.epc import EPC
 
 
 def model() -> nn.Sequential:
@@ -85,6 +86,35 @@ def test_trained_classifiers_learn_by_the_objective_with_its_options(name, objec
         "cross_entropy": scores.softmax(1) - (0.4 * labels + 0.2),
     }[objective.name]
     torch.testing.assert_close(tensors[f"{last}.bias"].grad, errors.mean(0), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        (nn.MSELoss(), "mse"),
+        (nn.MSELoss, "mse"),
+        (nn.functional.mse_loss, "mse"),
+        (MSE, "mse"),
+        (nn.CrossEntropyLoss(), "cross_entropy"),
+        (nn.functional.cross_entropy, "cross_entropy"),
+        (nn.BCEWithLogitsLoss(), "sigmoid_ce"),
+        (lambda z, y: z, None),
+        (0, None),
+        ("", None),
+    ],
+    ids=["loss", "class of loss", "function", "class", "loss 2", "function 2", "loss 3", "lambda", "number", "empty"],
+)
+@pytest.mark.parametrize("how", ["attach", "Rule.attach"])
+def test_what_is_no_objective_is_refused_with_the_nearest_name(given, nearest, how):
+    net = model()
+    with pytest.raises((OptionError, ConfigError), match=r"objective=.*cross_entropy, mse, sigmoid_ce") as refused:
+        if how == "attach":
+            fa_bench.attach(net, "epc", cuts=["1"], objective=given)
+        else:
+            EPC(cuts=["1"]).attach(net, objective=given)
+    assert ("did you mean" in str(refused.value)) == (nearest is not None)
+    assert nearest is None or f"did you mean '{nearest}'?" in str(refused.value)
+    fa_bench.attach(net, "epc", cuts=["1"], objective=nearest or "mse")  # the model is as it was
 
 
 def test_an_unknown_objective_is_named():

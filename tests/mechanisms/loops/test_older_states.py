@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fa_bench.errors import StateError
+from fa_bench.registry.registries import ALGORITHMS
 from tests.rules.helpers import assert_bitwise
 
 from .scripts import LEARNED, attached, sgd, state, steps
@@ -75,6 +76,18 @@ def test_a_state_without_auxiliary_layers_anywhere_is_refused(name):
     with pytest.raises(RuntimeError, match="feedback_auxiliary"):  # a part of them is a torn state, not an older one
         some = next(key for key in model.state_dict() if "feedback_auxiliary_" in key)
         fresh.load_state_dict(own | {some: model.state_dict()[some]})
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_states_of_a_rule_without_feedback_are_refused_by_one_that_has_some(name):
+    """Its tensors would stay random. The rule's own state is complete, such as the number of its update."""
+    model, rule = attached(name)
+    plain = {key: value for key, value in state(model).items() if "feedback" not in key}
+    if len(plain) == len(model.state_dict()):
+        pytest.skip("has no feedback")
+    with pytest.raises((StateError, RuntimeError), match=r"feedback_|auxiliary layers of cut '1'"):
+        model.load_state_dict(plain)
+        rule.load_state_dict(rule.state_dict())
 
 
 @pytest.mark.parametrize("name", LEARNED)
