@@ -109,7 +109,8 @@ def repeated(
         mode: `Rule.mode`.
         first: the pass that is repeated.
         args: replaces the positional arguments.
-        inputs, outputs: module's path -> change of the tensor at its input, or output.
+        inputs, outputs: module's path -> change of the tensor at its input, or output; one that keeps a tensor for later keeps
+            its `value_of`.
         precise: without autocast.
     """
     handles = []
@@ -134,6 +135,11 @@ def again(model: nn.Module, mode: Any, first: FirstPass, **changes: Any) -> Any:
     """The result of another forward pass that is not differentiated; the arguments are those of `repeated`."""
     with torch.no_grad(), repeated(model, mode, first, **changes) as result:
         return result
+
+
+def value_of(tensor: Tensor) -> Tensor:
+    """The value of a tensor at a module, to be used after the pass: a copy, because later modules may change it in place."""
+    return tensor.detach().clone()
 
 
 def _at_input(change: Change) -> Any:
