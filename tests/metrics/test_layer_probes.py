@@ -334,6 +334,29 @@ def test_utility_is_measured_by_the_prediction_of_the_rule() -> None:
     assert asked == [20, 20, 20]
 
 
+def test_utility_is_that_of_the_output_that_the_rule_names() -> None:
+    class TwoOutputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+            self.cut_points = self.blocks = ["net.act1", "net.act2"]
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.net(x)
+            return -logits, logits
+
+    def utility(model: nn.Module, **options: object) -> list[float]:
+        probes = Probes(["depth_utility"], 0, subject_of(model, "dfa", **options))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("fc2.weight"):
+                    parameter.mul_(-3)
+        return list(probes.measure(0)["depth_utility"].values())
+
+    want = utility(mlp())
+    assert utility(TwoOutputs(), output=1) == want and any(want)
+
+
 @pytest.mark.parametrize("net", ["mlp", "resnet"])
 def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net: str) -> None:
     torch.manual_seed(0)
