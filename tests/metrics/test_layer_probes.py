@@ -92,6 +92,15 @@ def test_readout_finds_what_a_layer_separates_and_the_input_does_not() -> None:
     assert found["1"] > 0.95 and 0.4 < found["input"] < 0.7
 
 
+def test_readout_of_the_input_is_that_before_a_model_changes_it() -> None:
+    def floor(in_place: bool) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.ReLU(in_place), nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3))
+        return measured("readout", subject_of(model, "bp"))["readout"]["input"]
+
+    assert floor(True) == floor(False)
+
+
 def test_readout_reads_what_the_next_layer_takes() -> None:
     """Behind ReLU and pooling for a layer, the logits for the last; layers of one sum have the same."""
     torch.manual_seed(0)
