@@ -70,6 +70,11 @@ def tensors_of(module: torch_nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def has_own_parameters(module: torch_nn.Module) -> bool:
+    """Whether a module, or one within it, has parameters besides the feedback that a rule has registered there."""
+    return any(not name.rpartition(".")[2].startswith(PREFIX) for name, _ in module.named_parameters())
+
+
 def drop_tensors(module: torch_nn.Module) -> None:
     """Remove every feedback tensor from a module."""
     for name in module.__dict__.pop(_NAMES, ()):

@@ -183,7 +183,8 @@ def repeated(
         mode: `Rule.mode`.
         first: the pass that is repeated.
         args: replaces the positional arguments.
-        inputs, outputs: module's path -> change of the tensor at its input, or output.
+        inputs, outputs: module's path -> change of the tensor at its input, or output; one that keeps a tensor for later keeps
+            its `value_of`.
         precise: without autocast.
     """
     handles = []
@@ -213,6 +214,11 @@ def again(model: nn.Module, mode: Any, first: FirstPass, **changes: Any) -> Any:
 def _name(path: str, key: str) -> str:
     """The name of a module's parameter in the model."""
     return f"{path}.{key}" if path else key
+
+
+def value_of(tensor: Tensor) -> Tensor:
+    """The value of a tensor at a module, to be used after the pass: a copy, because later modules may change it in place."""
+    return tensor.detach().clone()
 
 
 def _at_input(change: Change) -> Any:

@@ -85,7 +85,7 @@ class RandomForward(TransposeFeedback):
 
     def observe(self, layer: Any, x: Tensor) -> None:
         if self.rule.current is not None:
-            self.rule.current.true[layer.path] = x.detach()
+            self.rule.current.true[layer.path] = self.rule.kept(layer.path, x.detach())
 
 
 @ALGORITHMS.register("forward_alignment")
@@ -128,7 +128,7 @@ class ForwardAlignment(EdgeRule):
                 f"rule '{self.name}' needs layers that run once in a forward pass; '{repeated[0]}' runs "
                 f"{trace.calls[repeated[0]]} times"
             )
-        self._first = set(trace.inputs[0])
+        self._first, self._changed_in_place = set(trace.inputs[0]), trace.inputs_changed_in_place
         coverage = super().wire(sample_input)
         self._random_layers = [path for path, layer in self._layers.items() if isinstance(layer.pathway, RandomForward)]
         return coverage
@@ -136,6 +136,10 @@ class ForwardAlignment(EdgeRule):
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         layer.put("C", self.c_init)
         return RandomForward(self, layer.path in self._first)
+
+    def kept(self, path: str, x: Tensor) -> Tensor:
+        """A layer's input, to be used after the pass: a copy if the model changes it in place."""
+        return x.clone() if path in self._changed_in_place else x
 
     # Neither the second pass itself nor a pass that activation checkpointing repeats starts a second pass.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -200,7 +204,7 @@ class ForwardAlignment(EdgeRule):
 
         def restart(path: str) -> Any:
             def hook(module: nn.Module, args: Any) -> Any:
-                current.random[path] = args[0]
+                current.random[path] = self.kept(path, args[0])
                 return (current.true[path], *args[1:])
 
             return hook

@@ -156,8 +156,11 @@ class ForwardForward(DrawingRule, PassRule):
     def _normalise_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if self.mode.exact:
             return None
-        self._normalised[cut] = _normalised(output.detach())
-        return self._normalised[cut]
+        normalised = _normalised(output.detach())
+        # What is passed on may be changed in place before the classifier reads it.
+        copies = cut in self._learned and cut in self._trace.changed_in_place
+        self._normalised[cut] = normalised.clone() if copies else normalised
+        return normalised
 
     def connect(self, output: Any, tape: Any, at: str | None = None) -> Any:
         from fa_bench.mechanisms.trace import replaced

@@ -34,12 +34,14 @@ class CapturedActivation:
         shape: its shape.
         output_shape: for a cut at a module's input, the shape of the module's output.
         channels_last: whether the error should be stored with its channels last.
+        version: the tensor's version when it was captured; 0 in a compiled graph, which has none.
     """
 
     tensor: Any
     shape: torch.Size
     output_shape: tuple[int, ...] = ()
     channels_last: bool = False
+    version: int = 0
 
 
 def is_stored_last(tensor: Tensor) -> bool:
@@ -165,14 +167,17 @@ class Capture:
                     f"cut '{cut}' ran twice in a training pass, but once when the model was attached; "
                     f"name a module that runs once in training"
                 )
-            tape[cut] = CapturedActivation(output, output.shape)
+            # Of what errors cross, the model goes on with the output itself, as in backpropagation.
+            kept = output.clone() if self.rule.crosses and cut in self._changed_in_place else output
+            tape[cut] = CapturedActivation(kept, output.shape, version=0 if torch.compiler.is_compiling() else kept._version)
             frozen = [learned for learned in self.frozen.get(cut, ()) if learned.is_frozen]
             if frozen and self.depends_on_parameters(output):
                 for learned in frozen:
                     learned.require_trainable()
-        passed_on = output if self.rule.crosses else output.detach()
-        # The next module changes this output in place, and the rule needs the original.
-        return passed_on.clone() if cut in self._changed_in_place else passed_on
+        if self.rule.crosses:
+            return output
+        # A later module changes this output in place, and the rule needs the original.
+        return output.detach().clone() if cut in self._changed_in_place else output.detach()
 
     def _at_origin(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Connect the output of the module in ``error_at`` to the cuts before it."""

@@ -103,6 +103,8 @@ class Delivery:
 
     def _connected(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         rule = self.rule
+        if (self._reads_values or rule.learns_in_passes) and not torch.compiler.is_compiling():
+            self._check_unchanged(tape)
         if rule.learns_in_passes:
             return self._connected_to_parameters(logits, tape)
         tensors = []
@@ -120,6 +122,15 @@ class Delivery:
         errors = self._with_first_pass(errors)
         saves = self._reads_values and not self._keeps_values
         return self._function.apply(errors, len(tensors), saves, logits, *tensors, *parameters)
+
+    def _check_unchanged(self, tape: dict[str, CapturedActivation]) -> None:
+        """Refuse activations that were changed in place, although not in the pass from which `attach` read the model."""
+        for cut, captured in tape.items():
+            if captured.tensor._version != captured.version:
+                raise CoverageError(
+                    f"cut '{cut}': its output was changed in place in a training pass, but not in evaluation mode, and rule "
+                    f"'{self.rule.name}' needs it as it was: use inplace=False after this module"
+                )
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         """Like `_connected`, for a rule that computes the gradients of all parameters in separate passes."""

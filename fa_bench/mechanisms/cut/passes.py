@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.cut.rule import CutRule
-from fa_bench.mechanisms.feedback_tensors import PREFIX
+from fa_bench.mechanisms.feedback_tensors import has_own_parameters
 from fa_bench.mechanisms.graph import leaves
 from fa_bench.utils.lazy import nn
 
@@ -103,7 +103,7 @@ class PassRule(CutRule):
 
         def nonlinearity(cut: str) -> str:
             """The last module before a pooling, or another cut that changes the shape, that could be its nonlinearity."""
-            if not self._changes_shape(cut, trace) or list(self.model.get_submodule(cut).parameters()):
+            if not self._changes_shape(cut, trace) or has_own_parameters(self.model.get_submodule(cut)):
                 return cut
             for path in reversed(order[: order.index(cut)]):
                 module = self.model.get_submodule(path)
@@ -111,7 +111,7 @@ class PassRule(CutRule):
                     break
                 if not (
                     self._changes_shape(path, trace)
-                    or list(module.parameters())
+                    or has_own_parameters(module)
                     or trace.calls[path] != 1
                     or isinstance(module, (nn.modules.dropout._DropoutNd, nn.Identity))
                     or path in cuts
@@ -128,8 +128,7 @@ class PassRule(CutRule):
 
     def is_nonlinearity(self, cut: str) -> bool:
         """Whether an error can be delivered at the input of the module at a cut, because only a nonlinearity is in between."""
-        names = [name for name, _ in self._cut_modules[cut].named_parameters() if not name.startswith(PREFIX)]
-        return not names and not self._changes_shape(cut, self._trace)
+        return not has_own_parameters(self._cut_modules[cut]) and not self._changes_shape(cut, self._trace)
 
 
 def used_parameters(model: torch_nn.Module, results: list[Tensor]) -> list[torch_nn.Parameter]:

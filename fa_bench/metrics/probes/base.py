@@ -34,7 +34,7 @@ class Subject:
     Attributes:
         rule: an attached rule; its model is measured.
         splits: the data.
-        meter: holds the fixed batch (``x``, ``y``) and the model's structure (``trace``).
+        meter: holds the fixed batch (``x``, ``y``; ``inputs()`` is a copy for one pass) and the model's structure (``trace``).
         batch_size: the batch size of training.
         initial: parameter name -> its value before training; empty unless a probe needs it.
     """

@@ -55,17 +55,16 @@ class Energy(Probe):
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.cut.energy import EnergyRule
-        from fa_bench.mechanisms.trace import loss_output
         from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
-        from fa_bench.metrics.meter import measurement_mode
+        from fa_bench.metrics.meter import measured_output, measurement_mode
 
-        rule, x, y = subject.rule, subject.meter.x, subject.meter.y
+        rule, meter, y = subject.rule, subject.meter, subject.meter.y
         assert isinstance(rule, EnergyRule)
         layers = weighted_layers(subject.model)
         layers = {path: layers[path] for path in subject.meter.trace.order}
 
         def gradients() -> dict[str, Tensor | None]:
-            logits = loss_output(subject.model(x), rule.loss_output)
+            logits = measured_output(rule, subject.model(meter.inputs()))
             rule.backward(rule.objective.loss(logits, y), logits, y, indices=subject.meter.indices)
             return {path: weight_gradient(layer) for path, layer in layers.items()}
 

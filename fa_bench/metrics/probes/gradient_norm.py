@@ -42,21 +42,20 @@ class GradientNorm(Probe):
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.contexts import all_require_grad
-        from fa_bench.mechanisms.trace import loss_output
         from fa_bench.mechanisms.weighted_layers import weighted_layers
-        from fa_bench.metrics.meter import measurement_mode
+        from fa_bench.metrics.meter import measured_output, measurement_mode
 
-        rule, x, y = subject.rule, subject.meter.x, subject.meter.y
+        rule, meter, y = subject.rule, subject.meter, subject.meter.y
         layers = weighted_layers(subject.model)
         weights = {path: layers[path].weight for path in subject.meter.trace.order}
         with measurement_mode(rule), torch.enable_grad(), rule.of_samples(subject.meter.indices):
-            logits = loss_output(subject.model(x), rule.loss_output)
+            logits = measured_output(rule, subject.model(meter.inputs()))
             rule.deliver(rule.objective.loss(logits, y), logits, y)
             updates = {
                 path: 0.0 if weight.grad is None else weight.grad.double().norm().item() for path, weight in weights.items()
             }
             with rule.exact(), all_require_grad(subject.model):
-                losses = rule.objective.loss(loss_output(subject.model(x), rule.loss_output), y, reduction="none")
+                losses = rule.objective.loss(measured_output(rule, subject.model(meter.inputs())), y, reduction="none")
                 norms, floors = norms_and_errors(losses, list(weights.values()))
         return {
             self.name: dict(zip(weights, norms, strict=True)),

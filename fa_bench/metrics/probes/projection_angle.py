@@ -29,20 +29,25 @@ class ProjectionAngle(Probe):
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.compound.projection import Projection
+        from fa_bench.mechanisms.second_pass import value_of
         from fa_bench.metrics.angles import mean_sample_angle
         from fa_bench.metrics.meter import measurement_mode
 
         pairs, inputs = subject.rule.weight_pairs(), {}
 
         def record(path: str) -> Any:
-            return lambda module, args: inputs.setdefault(path, args[0].detach())
+            def hook(module: Any, args: Any) -> None:
+                if path not in inputs:
+                    inputs[path] = value_of(args[0])
+
+            return hook
 
         layers = {path: subject.model.get_submodule(path) for path in subject.meter.trace.order if path in pairs}
         layers = {path: layer for path, layer in layers.items() if not isinstance(layer, Projection)}
         handles = [layer.register_forward_pre_hook(record(path)) for path, layer in layers.items()]
         try:
             with measurement_mode(subject.rule), torch.no_grad():
-                subject.model(subject.meter.x)
+                subject.model(subject.meter.inputs())
                 return {
                     self.name: {
                         path: mean_sample_angle(*(output(layers[path], inputs[path], kernel) for kernel in pairs[path]))

@@ -116,7 +116,8 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
 
 
 def _array(features: Tensor) -> np.ndarray:
-    return features.float().cpu().numpy()
+    """A copy, because the model may change its input, or that of a layer, in place."""
+    return features.to("cpu", torch.float32, copy=True).numpy()
 
 
 def bounded(x: Tensor, features_last: bool = False) -> Tensor:

@@ -47,9 +47,8 @@ class Stability(Probe):
     }
 
     def measure(self, subject: Subject) -> Quantities:
-        from fa_bench.mechanisms.trace import loss_output
         from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
-        from fa_bench.metrics.meter import measurement_mode
+        from fa_bench.metrics.meter import measured_output, measurement_mode
 
         rule, data = subject.rule, subject.training
         layers = weighted_layers(subject.model)
@@ -61,7 +60,7 @@ class Stability(Probe):
         batches = zip(data.batches(size, drop_last=True), data.batch_indices(size, drop_last=True), strict=False)
         for ((x, y), chosen), _ in zip(batches, range(BATCHES), strict=False):
             with measurement_mode(rule), torch.enable_grad(), rule.of_samples(indices[chosen]):
-                logits = loss_output(subject.model(x), rule.loss_output)
+                logits = measured_output(rule, subject.model(x))
                 rule.deliver(rule.objective.loss(logits, y), logits, y)
                 for path, seen in directions.items():
                     if (gradient := weight_gradient(layers[path])) is not None:

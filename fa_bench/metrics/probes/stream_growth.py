@@ -26,8 +26,8 @@ class StreamGrowth(Probe):
 
     The model declares its blocks (``model.blocks`` or, without it, ``model.cut_points``). The input of a block is that of the
     module which ends it if this module has parameters, as a residual block does; otherwise it is the output of the previous
-    block. A first block that ends in a module without parameters, such as the stem of a convolutional net, has no row: its input
-    is the image. NaN if the input is zero.
+    block. Feedback that the rule stores in the module does not count. A first block that ends in a module without parameters,
+    such as the stem of a convolutional net, has no row: its input is the image. NaN if the input is zero.
     """
 
     alarms = {
@@ -51,11 +51,14 @@ class StreamGrowth(Probe):
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.blocks import block_ends
+        from fa_bench.mechanisms.feedback_tensors import has_own_parameters
         from fa_bench.mechanisms.trace import tensors_in
         from fa_bench.metrics.meter import measurement_mode
 
         model = subject.model
-        norms: dict[str, tuple[float | None, float]] = {}  # in the order of execution; input None: the previous output
+        # Of a block that runs several times, those of its first run.
+        inputs: dict[str, float] = {}  # of blocks that have parameters
+        outputs: dict[str, float] = {}  # in the order of execution
 
         def hook(path: str) -> Any:
             def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -65,19 +68,30 @@ class StreamGrowth(Probe):
 
             return record
 
-        handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in block_ends(model)]
+        def after(path: str) -> Any:
+            def record(module: Any, args: Any, output: Any) -> None:
+                if path not in outputs:
+                    outputs[path] = mean_norm(next(tensors_in(output)))
+
+            return record
+
+        handles = []
+        for path in block_ends(model):
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(after(path)))
         try:
             with measurement_mode(subject.rule), torch.no_grad():
-                model(subject.meter.x)
+                model(subject.meter.inputs())
         finally:
             for handle in handles:
                 handle.remove()
-        growth, before = {}, None
-        for path, (given, after) in norms.items():
-            given = before if given is None else given
+        growth, previous = {}, None
+        for path, norm in outputs.items():
+            given = inputs.get(path, previous)
             if given is not None:
-                growth[path] = after / given if given else math.nan
-            before = after
+                growth[path] = norm / given if given else math.nan
+            previous = norm
         return {self.name: growth}
 
 
