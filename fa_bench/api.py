@@ -21,9 +21,9 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
 
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=0.1"``. A sweep needs no ``-m``.
-            config_dir: a folder of additional configs, as ``--config-dir``. **options: overrides as keywords, such as ``seed=0``;
-            pass a key with a dot as ``**{"optimizer.lr": 0.1}``. A list, a range or an array is a sweep: ``seed=[0, 1, 2]``; a
-            list within it is one value: ``probes=[["readout"]]``.
+        config_dir: a folder of additional configs, as ``--config-dir``.
+        **options: overrides as keywords, such as ``seed=0``; pass a key with a dot as ``**{"optimizer.lr": 0.1}``. A list, a
+            range or an array is a sweep: ``seed=[0, 1, 2]``; a list within it is one value: ``probes=[["readout"]]``.
 
     Returns:
         The runs in the order of the jobs, each with its directory, result, config and metrics of every epoch. A run that fails or
@@ -74,10 +74,10 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
 
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=tag(log,interval(1e-3,1))"``.
-            config_dir: a folder of additional configs, as ``--config-dir``. **options: overrides as keywords, such as
-            ``budget=20`` or ``seeds=[0, 1, 2]``; pass a key with a dot as ``**{"optimizer.lr": [0.1, 0.01]}``, where a list holds
-            the values to choose from. With ``jobs`` above 1, a script must call this under ``if __name__ == "__main__":``,
-            because it starts processes.
+        config_dir: a folder of additional configs, as ``--config-dir``.
+        **options: overrides as keywords, such as ``budget=20`` or ``seeds=[0, 1, 2]``; pass a key with a dot as
+            ``**{"optimizer.lr": [0.1, 0.01]}``, where a list holds the values to choose from. With ``jobs`` above 1, a script
+            must call this under ``if __name__ == "__main__":``, because it starts processes.
 
     Returns:
         The study, which is displayed as its table. `table` and `trials` are data frames with one row per rule and one row per

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_errors_printed(program: str, function: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code of `function`; errors of the input, of files and of plugins, and signals, end in a line and a code."""
+    """The exit code of `function`; errors in the input, in files and in plugins, and signals, are reported in one line and an
+    exit code."""
     try:
         with interrupt_on_signals():
             return function()
@@ -104,7 +105,7 @@ def _main(argv: list[str]) -> int:
 
 
 def run(composer: Composer, task: Task) -> int:
-    """Run one job; the exit code."""
+    """Run one job; returns the exit code."""
     from hydra.core.utils import run_job
     from hydra.types import RunMode
 
@@ -132,7 +133,7 @@ def run(composer: Composer, task: Task) -> int:
 
 
 def sweep(composer: Composer, task: Task) -> int:
-    """Run a sweep by Hydra's sweeper, which is fa-bench's own; the exit code."""
+    """Run a sweep with Hydra's sweeper, which is fa-bench's own; returns the exit code."""
     from hydra.core.plugins import Plugins
     from hydra.types import RunMode
 
@@ -164,7 +165,7 @@ def _context(composer: Composer, config: Any) -> Any:
 
 
 def _parse(argv: list[str]) -> Any:
-    # The only declaration of Hydra's flags.
+    # The only place where Hydra's flags are declared.
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
@@ -174,7 +175,7 @@ def _parse(argv: list[str]) -> Any:
         raise ConfigError(f"{message}; see fa-bench --help")
 
     parser.error = refuse  # type: ignore[method-assign]
-    # With abbreviations, --experiment=quickstart would be one of Hydra's flags with that prefix.
+    # If abbreviations were allowed, --experiment=quickstart would be read as one of Hydra's flags with that prefix.
     parser.allow_abbrev = False
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
@@ -223,7 +224,7 @@ def hydra_errors() -> Iterator[None]:
 
 
 def _run_hydra(argv: list[str]) -> int:
-    """Run Hydra's command line, which prints configs, information or completions; the exit code."""
+    """Run Hydra's command line, which prints configs, information or completions; returns the exit code."""
     from fa_bench.runs.logs import preserve_root_logger
 
     argv_before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")

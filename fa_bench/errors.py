@@ -129,8 +129,9 @@ def describe_error(error: BaseException, locate: bool = False) -> str:
     """An error in one line: ``TypeError: its message``.
 
     Args:
-        error: the error. locate: append the file and line of the innermost frame outside fa_bench and the import system; for
-            errors in a user's code.
+        error: the error.
+        locate: append the file and line of the innermost frame outside fa_bench and the import system; for errors in a user's
+            code.
     """
     kind, message = type(error).__name__, first_line(error)
     description = kind if message == kind else f"{kind}: {message}"

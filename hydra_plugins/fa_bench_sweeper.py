@@ -27,7 +27,7 @@ class FaBenchSweeper(Sweeper):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the sweep over `arguments`, the overrides; the exit code."""
+        """Run the sweep over `arguments`, the overrides; returns the exit code."""
         from fa_bench.command.sweep import sweep
 
         assert self.hydra_context is not None and self.config is not None

@@ -48,6 +48,6 @@ class Analysis(Options):
 
             figure = Figure(figsize=self.size, dpi=120, layout="constrained")
             self.plot(figure, table)
-            # Without matplotlib's version, which would change the bytes of equal pictures.
+            # Without matplotlib's version, so that equal pictures have equal bytes.
             figure.savefig(temporary, format="png", metadata={"Software": None})
         return table, csv, png

@@ -25,14 +25,14 @@ class BrainCorrelation(Analysis):
     """Angle between forward and feedback weights for a fraction of reciprocal pairs (appendix B of Li and Benna 2024).
 
     A fraction p of the connected pairs of neurons is connected in both directions, and the weights of these pairs have the
-    correlation R; for the other pairs the feedback weight is zero. For weights of mean zero, the correlation over all pairs is
+    correlation R; for the other pairs the feedback weight is zero. For weights with mean zero, the correlation over all pairs is
     R √p, and
 
         cos(angle) = R √p        [derived: the covariance is p R, and the variance of the feedback is multiplied by p]
 
     The paper sampled matrices with p = 0.31 and R = 0.36, as measured in cortex, and found a correlation of 0.2 and 78 degrees,
     in agreement with the formula. Here matrices are sampled, too: W Gaussian, F = R W + √(1 - R²) noise where a Bernoulli mask
-    with probability p is one, else 0. For weights with nonzero mean, such as synapses of one sign, the angle differs.
+    with probability p is one, otherwise 0. For weights with nonzero mean, such as synapses of one sign, the angle differs.
 
     The rule `mixed` reaches the same point with three kinds of synapses: p = k + f and R = k / (k + f) for its fractions k of KP
     and f of FA. Its row uses the rule's defaults.

@@ -27,12 +27,12 @@ def _parsed(options: list[str]) -> DictConfig:
             raise ConfigError(f"{word}: options are written OPTION=VALUE")
     try:
         return OmegaConf.from_dotlist(options)
-    except Exception as error:  # the parser raises many kinds
+    except Exception as error:  # the parser raises many kinds of errors
         raise ConfigError(f"{' '.join(options)}: cannot be read ({type(error).__name__})") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``fa-bench-analyse``; returns the exit code: 2 for invalid input, with an error message of one line."""
+    """Entry point of ``fa-bench-analyse``; returns the exit code: 2 for invalid input, with a one-line error message."""
     return exit_code("fa-bench-analyse", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
 

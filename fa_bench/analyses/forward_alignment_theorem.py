@@ -49,7 +49,7 @@ class ForwardAlignmentTheorem(Analysis):
 
     y = W A x learns y = T x, with E = T - W A and the continuous dynamics Ẇ = E Cᵀ, Ȧ = Wᵀ E. The theorem states that E → 0 as
     t → ∞ (t → 0 in print) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column rank, and the input is white. V = ‖E Cᵀ‖² is its
-    Lyapunov function. All cases have the same T, C and initial values, except for the condition that they break:
+    Lyapunov function. All cases have the same T, C and initial values, except for the condition that they violate:
 
     - theorem: all conditions hold. W = M Cᵀ with a small random M, and A = ½ C Mᵀ M, so that k = 0 [derived];
     - k_random: Gaussian numbers are added to A; k_negative: A - ``k`` C, which inverts the sign of the hidden activation C x;
@@ -172,7 +172,7 @@ class ForwardAlignmentTheorem(Analysis):
 
 
 def of_rank(matrix: np.ndarray, rank: int) -> np.ndarray:
-    """The nearest matrix of this rank."""
+    """The nearest matrix with this rank."""
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
     s[rank:] = 0
     return u * s @ v

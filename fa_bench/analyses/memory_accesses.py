@@ -27,8 +27,8 @@ class MemoryAccesses(Analysis):
 
     One row per architecture, rule and batch size b: parameters P, activations A that are kept per sample, reads 2P + A b, writes
     P + A b, their total 3P + 2 A b, and its ratio to backpropagation's. The paper does not give its batch size. There is no row
-    for a value of k that, for lack of layers, keeps the same activations as a smaller one, and none for a net in which asap has
-    nothing to share. How a shared activation is resized makes no difference.
+    for a value of k that keeps the same activations as a smaller one because the net has too few layers, nor for a net in which
+    asap has nothing to share. How a shared activation is resized makes no difference.
     """
 
     architectures: list[str] = option(
@@ -45,7 +45,7 @@ class MemoryAccesses(Analysis):
             raise OptionError("input_shape", f"={self.input_shape} is not [channels, height, width]")
         for key in ("architectures", "k", "batch"):
             if not getattr(self, key):
-                raise OptionError(key, "=[] names nothing to count")
+                raise OptionError(key, "=[] lists nothing to count")
 
     def table(self) -> pd.DataFrame:
         import pandas as pd

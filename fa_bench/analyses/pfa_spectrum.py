@@ -31,9 +31,9 @@ class PFASpectrum(Analysis):
 
         μ(v) = √((λ₊ - v)(v - λ₋)) / (2π λ v) on [λ₋, λ₊], λ± = (1 ± √λ)²
 
-    with mean 1 and standard deviation √λ; for λ > 1 a fraction 1 - 1/λ of them is zero [derived]. W and R learn by gᵀ x and
-    Bᵀ gᵀ x, so that B R becomes B Bᵀ W. For W (O, I) independent of B its angle to W is arctan √λ [derived: tr(B Bᵀ)/O is 1, and
-    tr((B Bᵀ)²)/O is 1 + λ]. A new W is sampled with every B.
+    with mean 1 and standard deviation √λ; for λ > 1 a fraction 1 - 1/λ of them is zero [derived]. W and R learn by gᵀ x and Bᵀ gᵀ
+    x, so B R becomes B Bᵀ W. If W (O, I) is independent of B, its angle to W is arctan √λ [derived: tr(B Bᵀ)/O is 1, and tr((B
+    Bᵀ)²)/O is 1 + λ]. A new W is sampled with every B.
 
     The table is in long format: quantity, ratio, λ, and for the density the middle of the bin; the measured mean over all samples
     (and eigenvalues), its standard deviation over them, and the prediction.

@@ -63,8 +63,8 @@ class QualitativeTable(Analysis):
       ``apart`` reduced; otherwise, or if a rule has no direct synapses, yes.
     - accurate approximation of BP: mean angle of effective feedback to W over the paths of hidden errors; for a path that does
       not pass through a single W (direct feedback), the delta angle of the error. Up to ``aligned`` yes.
-    - BP-level performance: yes if the test accuracy is less than ``gap`` points below that of bp; else between if it is above
-      those of fa and dfa; else no.
+    - BP-level performance: yes if the test accuracy is less than ``gap`` points below that of bp; otherwise between if it is
+      above those of fa and dfa, and no if it is not.
 
     PAL, the paper's eighth column, is not implemented. A published "unclear" disagrees with every mark.
     Rows: rule, property, measured mark and value, published mark, and whether they agree.
@@ -88,7 +88,7 @@ class QualitativeTable(Analysis):
     seeds: int = option(2, "seeds, from 0", minimum=1)
     changed: float = option(
         1e-4,
-        "relative change, or fraction of values, that does not count: above rounding (1e-7), far below "
+        "relative change, or fraction of values, that is ignored: above rounding (1e-7), far below "
         "a transport (1) or a mirror step (0.01)",
         minimum=0,
     )
@@ -238,7 +238,7 @@ def feedback_of(rule: Rule) -> dict[str, Tensor]:
 
 
 def transport(rule: Rule) -> dict[str, float]:
-    """How the feedback changes between two updates if the weights change, and by the rule's own step.
+    """How much the feedback changes between two updates if the weights change, and in the rule's own step.
 
     ``sign``: largest fraction of feedback values whose sign changes if all weights are negated; ``magnitude``: largest relative
     change if they are doubled; ``phase``: largest relative change in ``rule.step()``. The rule's model does not change.

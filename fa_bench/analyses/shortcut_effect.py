@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 class ShortcutEffect(Analysis):
     """The shortcut effect, measured (appendix E of Woo et al. 2021, eqs 43-47).
 
-    Layer l + 3 has the input h_{l+2} = φ(W_{l+2} h_{l+1} + b_{l+2}), plus h_l if there is a shortcut, so that backpropagation
-    changes its weight by δ φ(...), plus δ h_l. ASAP shares h_l and changes it by δ h_l in both nets: with a shortcut, this is
-    part of backpropagation's change. The paper illustrates this with a sketch; here it is measured. Both nets are trained by
-    ASAP. Between epochs the gradients of ASAP and of backpropagation are computed for the same batch and weights, and their
-    angles in each layer:
+    Layer l + 3 has the input h_{l+2} = φ(W_{l+2} h_{l+1} + b_{l+2}), plus h_l if there is a shortcut, so backpropagation changes
+    its weight by δ φ(...), plus δ h_l. ASAP shares h_l and changes it by δ h_l in both nets: with a shortcut, this is part of
+    backpropagation's change. The paper illustrates this with a sketch; here it is measured. Both nets are trained by ASAP.
+    Between epochs the gradients of ASAP and of backpropagation are computed for the same batch and weights, and their angles in
+    each layer:
 
     - ``whole``: ASAP as in training, with its δ through B;
-    - ``sharing``: with backpropagation's δ (``transport``, also in fully connected layers), as compared in eqs 44, 46 and 47.
+    - ``sharing``: with backpropagation's δ (``transport``, including in fully connected layers), as compared in eqs 44, 46 and
+      47.
 
     The effect occurs in layers whose input is the sum of a block, such as the first convolution of the next block, and not in
     those inside a block. ``shares`` marks layers whose shared activation is not their own input; for other layers, sharing has no
@@ -57,7 +58,7 @@ class ShortcutEffect(Analysis):
     epochs: int = option(6, "epochs of training", minimum=1)
     every: int = option(3, "epochs between two measurements; also measured before the first and after the last epoch", minimum=1)
     batch_size: int = option(64, "batch size of training", minimum=1)
-    probe_size: int = option(128, "size of the batch for the angles", minimum=2)
+    probe_size: int = option(128, "batch size for measuring the angles", minimum=2)
     seeds: int = option(2, "seeds, from 0", minimum=1)
     device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1, mps")
 
@@ -65,7 +66,7 @@ class ShortcutEffect(Analysis):
         self.job("with_shortcuts", 0)
         self.job("without_shortcuts", 0)
         if not hasattr(component(ALGORITHMS, self.rule), "transport"):
-            raise OptionError("rule", f"={self.rule} has no option transport (asap has)")
+            raise OptionError("rule", f"={self.rule} has no option transport (asap has one)")
 
     def job(self, net: str, seed: int) -> Job:
         """The job of one net: `net` is the option that names it."""
@@ -149,7 +150,7 @@ class ShortcutEffect(Analysis):
 
 
 def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
-    """{layer: angles} of the rule's weight gradients to backpropagation's on the fixed batch; the model does not change.
+    """{layer: angles} between the rule's weight gradients and backpropagation's on the fixed batch; the model does not change.
 
     ``whole`` for the rule as it is, ``sharing`` with transport, in degrees; ``shares`` is whether sharing changes the layer's
     gradient at all.

@@ -37,7 +37,7 @@ class Callback(Options):
     """
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Before the first step, also in a resumed run."""
+        """Called before the first step, including in a resumed run."""
 
     def on_epoch_start(self, trainer: Trainer) -> None:
         """Before the first step of an epoch in this process; ``trainer.progress.epoch`` counts from 0."""

@@ -136,11 +136,11 @@ class Composer:
         return parts or [overrides]
 
     def choices(self) -> dict[str, list[str]]:
-        """The groups of components and experiments with their choices, including those of the user's folder."""
+        """The groups of components and experiments with their choices, including those in the user's folder."""
         return list_groups(self.loader)
 
     def chosen(self) -> dict[str, list[str]]:
-        """The values on the command line, by key."""
+        """The values given on the command line, by key."""
         return {override.key_or_group: values_of(override) for override in self.parsed}
 
     def component(self, kind: str, choice: str) -> dict[str, Any]:
@@ -193,16 +193,16 @@ class Composer:
         return [(job, run_dir) for run_dir, job in checked.items()]
 
     def compose(self, overrides: list[str] | None = None, mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The config of one job, or with `RunMode.MULTIRUN` of a sweep from its overrides with a single value.
+        """The config of one job or, with `RunMode.MULTIRUN`, that of a sweep, from its overrides with a single value.
 
-        Without `overrides`, of the whole command line.
+        Without `overrides`, it is the config of the whole command line.
         """
         overrides = self.overrides if overrides is None else overrides
         try:
             config = self.loader.load_configuration(self.config_name, overrides, run_mode=mode, from_shell=False)
         except FaBenchError:
             raise
-        except Exception as error:  # Hydra raises errors of many kinds
+        except Exception as error:  # Hydra raises many kinds of errors
             raise explain(self.loader, self.config_name, overrides, error, self.chosen()) from None
         check_config(config, self.plugins)
         record: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
@@ -226,10 +226,10 @@ def _loader(folder: Path | None) -> ConfigLoader:
 
 @contextmanager
 def _as_hydra_config(config: DictConfig) -> Iterator[None]:
-    """Resolve ``${hydra:...}`` in this config, as while Hydra runs it."""
+    """Within the block, resolve ``${hydra:...}`` in this config as Hydra does while it runs the config."""
     current: Any = HydraConfig.instance()
     before = current.cfg
-    current.cfg = config  # not by set_config, which copies it, and makes it read-only
+    current.cfg = config  # not with set_config, which copies it and makes it read-only
     try:
         yield
     finally:
@@ -263,7 +263,7 @@ def folder_of(config: DictConfig, key: str) -> str:
 
 
 def _parse_all(overrides: list[str]) -> list[Override]:
-    """Parse overrides; raises ConfigError for what Hydra would refuse only after the start, or take for something else.
+    """Parse overrides; raises ConfigError for those that Hydra would refuse only after the start, or misread.
 
     Hydra refuses sweeps over its own options, and merges the configs of a list of components.
     """
@@ -303,7 +303,7 @@ def _override(where: str, key: str, value: str) -> str:
 
 
 def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
-    """The parts of an experiment's sweep, each with its values as on the command line, by key."""
+    """The parts of an experiment's sweep: for each part, the values by key, as they would be typed on the command line."""
     grid = _read(config, GRID, where)
     if grid is None:
         return []

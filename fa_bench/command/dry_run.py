@@ -37,11 +37,11 @@ from fa_bench.utils.files import CONFIG, METRICS
 from fa_bench.utils.process import isolated
 from fa_bench.utils.text import align_columns, format_bytes, format_count, format_shape, indent
 
-#: Most configs of a sweep, not counting seeds, that are all shown; of more, only the first one is.
+#: Maximum number of configs of a sweep, not counting seeds, that are shown; if there are more, only the first one is shown.
 MOST_CONFIGS = 6
 _HEAD = "Dry run: nothing is trained or written."
 _CPU = torch.device("cpu")
-#: What a dataset's list of names has, by the kind of targets.
+#: What a dataset's list of names contains, by the kind of targets.
 _OUTPUTS = {CLASSES: "classes", VALUES: "outputs", POSITIONS: "tokens"}
 
 
@@ -101,7 +101,7 @@ def _title(job: Job, jobs: Sequence[Job]) -> str:
 
 @contextlib.contextmanager
 def _nothing_written() -> Iterator[None]:
-    """Prevent downloads, and bytecode files of a user's plugins."""
+    """Within the block, prevent downloads, and bytecode files for a user's plugins."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         with downloads_refused():
@@ -111,7 +111,7 @@ def _nothing_written() -> Iterator[None]:
 
 
 def _load(job: Job, cache: dict[str, Splits]) -> Splits:
-    """The job's dataset; `cache` holds the last one, so that a sweep loads each once, but never two are in memory."""
+    """The job's dataset; `cache` holds the last one, so that a sweep loads each dataset once but never has two in memory."""
     plain = job.plain()
     key = json.dumps([plain[part] for part in ("dataset", "data_dir", "scale")], sort_keys=True)
     if key not in cache:
@@ -160,7 +160,7 @@ def _uncovered(rule: Rule) -> list[str]:
 
 
 def _without_error(parts: Parts) -> list[str]:
-    """A line on the layers with feedback that need not pass an error on, because no layer before them learns."""
+    """A line about layers with feedback that need not pass an error on, because no layer before them learns."""
     reached, pairs = parts.meter.trace.reached, parts.rule.weight_pairs()
     first = [path for path in parts.meter.trace.order if path in pairs and path not in reached]
     return [f"{names(first)} sends no error back: nothing before it learns"] if first else []
@@ -267,7 +267,7 @@ def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:
         smaller = [f"{key}={getattr(trained.run, key)}" for key in keys if getattr(trained.run, key) != getattr(job.run, key)]
         before, after = as_plain(job.algorithm), as_plain(trained.algorithm)
         smaller += [f"algorithm.{key}={after[key]}" for key in after if after[key] != before[key]]
-        text = f"trains with {', '.join(smaller) or 'the options above'}; all numbers above are of this trial"
+        text = f"trains with {', '.join(smaller) or 'the options above'}; all numbers above are for this shortened run"
         rows.append((f"scale={job.run.scale}", text))
     return rows
 

@@ -129,7 +129,7 @@ def unknown_key(key: str, config: DictConfig, groups: list[str]) -> str:
 
 
 def _same_name_hint(last: str, config: DictConfig) -> str:
-    """A hint at keys of other components that end in `last`."""
+    """A hint that lists keys of other components that end in `last`."""
 
     def keys(node: DictConfig, prefix: str) -> Iterator[str]:
         for name in node:

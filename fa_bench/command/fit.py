@@ -16,12 +16,13 @@ MOST_SECONDS = 15.0
 
 
 def check_fit(jobs: Iterable[Job]) -> None:
-    """Attach each rule to its network on the meta device, once per config, first one of each pair of rule and architecture.
+    """Attach each rule to its network on the meta device, once per config, starting with one config for each pair of rule and
+    architecture.
 
     Only coverage errors are raised; others are left to the job. Datasets whose shape is known only from their files are skipped.
 
     Raises:
-        CoverageError: names the rule, the architecture and what is missing.
+        CoverageError: if a rule does not cover its network; the message names the rule, the architecture and what is missing.
     """
     deadline = time.monotonic() + MOST_SECONDS
     first: dict[tuple[str, ...], Job] = {}
@@ -53,7 +54,7 @@ def _attach(job: Job) -> None:
         raise error.with_prefix("algorithm") from None
     except KeyboardInterrupt:
         raise
-    except BaseException:  # of a user's class: the job itself will report it
+    except BaseException:  # raised by a user's class; the job itself will report it
         return
     finally:
         torch.set_rng_state(state)

@@ -20,8 +20,9 @@ _claimed: list[FileLock] = []
 class GpuPool:
     """CUDA devices for the worker processes of a sweep.
 
-    A worker claims the lowest free slot by a lock file, which ends with the worker, even by a kill; slots alternate between the
-    devices, so that no device has two workers more than another as long as all of them run.
+    A worker claims the lowest free slot with a lock file, whose lock is released when the worker ends, even if it is killed;
+    slots alternate between the devices, so the numbers of workers on two devices differ by at most one as long as all of them
+    run.
 
     Attributes:
         devices: as in CUDA_VISIBLE_DEVICES.
@@ -54,13 +55,15 @@ class GpuPool:
 
 
 def visible_devices(count: int, environment: Mapping[str, str]) -> list[str]:
-    """Names of the `count` CUDA devices that torch finds, for CUDA_VISIBLE_DEVICES of a process that is to see one of them."""
+    """Names of the `count` CUDA devices that torch finds, for the CUDA_VISIBLE_DEVICES of a process that should see only one of
+    them."""
     listed = [name.strip() for name in environment.get(_VISIBLE, "").split(",")]
     return listed[:count] if len(listed) >= count and listed[0] else [str(index) for index in range(count)]
 
 
 def shares_devices(requested: Collection[str]) -> bool:
-    """Whether jobs with these values of `device` may be given any CUDA device: none of them names one by its number."""
+    """Whether jobs with these values of `device` may be given any CUDA device, because none of them names a device by its
+    number."""
     return bool({"auto", "cuda"}.intersection(requested)) and set(requested) <= {"auto", "cuda", "cpu"}
 
 

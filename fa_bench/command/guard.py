@@ -1,7 +1,8 @@
 """Configs are data: a config that would make Hydra run code of the config's choice is refused before Hydra runs.
 
-Hydra instantiates launcher, sweeper and callbacks from the classes that ``_target_`` names, imports the packages of its search
-path, and passes its logging sections to `logging.config`, which calls what they name. A downloaded config could run anything.
+Hydra instantiates launcher, sweeper and callbacks from the classes that ``_target_`` names, imports the packages in its search
+path, and passes its logging sections to `logging.config`, which calls the functions that they name. A downloaded config could run
+anything.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _LOG_VALUES = {
     "filename": ("${hydra.runtime.output_dir}/${hydra.job.name}.log",),
 }
 _LOG_SCHEMES = ("ext://sys.stdout", "ext://sys.stderr")
-#: Most characters of a value with its interpolations resolved, and most interpolations followed one after another.
+#: Maximum number of characters of a value with its interpolations resolved, and of interpolations followed one after another.
 _MOST_TEXT, _MOST_STEPS = 100_000, 100
 _REFERENCE = re.compile(r"\$\{\s*(?:oc\.[\w.]+\s*:\s*)?((?:hydra\s*:\s*)?[\w.\[\]@/-]+)")
 
@@ -102,7 +103,8 @@ class CheckedPackages(ImportlibResourcesConfigSource):
 
 
 class SharedStore(StructuredConfigSource):
-    """Hydra's source of the ConfigStore, which copies what it loads: Hydra would copy the whole store for every config."""
+    """Hydra's source of the ConfigStore that copies only the entries it loads: Hydra itself would copy the whole store for every
+    config."""
 
     def __deepcopy__(self, memo: Any) -> SharedStore:
         return self
@@ -128,7 +130,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
         plugins: the modules named on the command line, the only ones that may be imported.
 
     Raises:
-        ConfigError: names the key, its value and what is allowed.
+        ConfigError: for such a config; the message names the key, its value and what is allowed.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
     _check_lengths(plain)
@@ -188,7 +190,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
 
 
 def _check_lengths(plain: Any) -> None:
-    """Refuse values that refer to values that refer to values ... until they fill the memory."""
+    """Refuse chains of interpolations whose resolved values would fill the memory."""
     values = {path: value for path, _, value in _walk(plain)}
     lengths: dict[str, int] = {}
 

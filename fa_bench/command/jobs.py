@@ -118,7 +118,7 @@ class Task:
         """End a job whose run a signal has stopped; raises `error` unless a launcher can handle it.
 
         submitit requeues the job after its signal, which Slurm sends before a job's time ends. After SIGTERM, Slurm may requeue
-        the job itself, so that there must be no result yet; the jobs of submitit_local have none to requeue them.
+        the job itself, so there must be no result yet; nothing requeues the jobs of submitit_local.
         """
         requeue = requeue_handler(error.number) if isinstance(error, Interrupted) else None
         if requeue is not None and isinstance(error, Interrupted):
@@ -132,7 +132,7 @@ class Task:
         raise error
 
     def _set_up_worker(self) -> None:
-        """Prepare a launcher's process like the one that started the sweep."""
+        """Give a launcher's process the same settings as the process that started the sweep."""
         import torch
 
         from fa_bench.utils.process import cores
@@ -150,7 +150,7 @@ def job_name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
 
 
 def report_interrupt(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt) -> int:
-    """Print how to resume interrupted jobs; the exit code."""
+    """Print how to resume interrupted jobs; returns the exit code."""
     world = parallel.current()
     if not (world.rank and world.stops_together):  # then process 0 saves the checkpoint, and says so
         # torchrun also sends SIGTERM to the processes that remain after one has ended.
@@ -171,7 +171,7 @@ def exit_code_of(error: KeyboardInterrupt) -> int:
 
 
 def _record(job: Job, directory: Path, error: BaseException, experiment: str | None) -> bool:
-    """Record a failure; whether that succeeded: on a full disk, the other jobs continue."""
+    """Record a failure; returns whether that succeeded. If the disk is full, the other jobs continue."""
     from fa_bench.runs.outcome import record_failure
 
     try:

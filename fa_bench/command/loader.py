@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from fa_bench.command.overrides import parse_override
 from fa_bench.config.job import registered_components
 
-#: Most configs that a loader keeps, about 20 kB each.
+#: Maximum number of configs that a loader keeps, about 20 kB each.
 _MOST_CONFIGS = 512
 _SEARCH_PATH = "hydra.searchpath"
 
@@ -27,8 +27,8 @@ _SEARCH_PATH = "hydra.searchpath"
 class JobLoader(ConfigLoaderImpl):
     """Hydra's config loader, which composes jobs that choose the same components only once, and sets the other options in copies.
 
-    Hydra composes every job from some twenty files and schemas, which takes most of the time of checking a sweep. The files of a
-    command are read once: create a loader for each command, so that a change of a file is seen by the next one. The configs
+    Hydra composes every job from some twenty files and schemas, which takes most of the time needed to check a sweep. The files
+    of a command are read once: create a loader for each command, so that the next command sees changed files. The configs
     themselves are the ones that Hydra composes.
     """
 
@@ -109,7 +109,7 @@ class JobLoader(ConfigLoaderImpl):
             except Exception:
                 if run_mode is RunMode.RUN:
                     raise
-                # Without a component that has no default, which the sweep's jobs choose.
+                # Without components that have no default: the sweep's jobs choose them.
                 return super()._load_configuration_impl(config_name, overrides, run_mode, from_shell=False)
             if len(self._configs) >= _MOST_CONFIGS:
                 del self._configs[next(iter(self._configs))]
@@ -118,7 +118,7 @@ class JobLoader(ConfigLoaderImpl):
 
 
 class _Kept:
-    """A config of which copies are made by pickle, several times faster than by `copy.deepcopy`."""
+    """A config that is copied with pickle, which is several times faster than `copy.deepcopy`."""
 
     def __init__(self, config: DictConfig) -> None:
         # Hydra imports the modules of its plugins twice, and pickle refuses the classes of the first import.

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from fa_bench.errors import ConfigError, first_line, truncate
 from fa_bench.utils.shell import expansion_problem, hydra_quote, shell_quote
 
-#: Most jobs of a sweep, and most characters of an override: far above what anybody runs.
+#: Maximum number of jobs in a sweep and of characters in an override, far above anything in practical use.
 MOST_JOBS, MOST_TEXT = 10_000, 20_000
 
 
@@ -81,7 +81,7 @@ def expand(overrides: list[Override]) -> list[list[str]]:
 
 
 def _quoting_hint(text: str) -> str:
-    """The message for an override whose value needs quotes; empty if that is not the problem."""
+    """The message for an override whose value needs quotes; empty if missing quotes are not the problem."""
     key, found, value = text.partition("=")
     if not found or not re.fullmatch(r"\+{0,2}[\w./@-]+", key) or not value.isprintable() or re.match(r"\s*[\[{'\"]", value):
         return ""

@@ -127,7 +127,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
                 ),
                 file=sys.stderr,
             )
-        # joblib would keep its processes for later sweeps, which may have another working directory.
+        # joblib would keep its processes for later sweeps, which may have a different working directory.
         if (loky := sys.modules.get("joblib.externals.loky")) is not None:
             loky.get_reusable_executor(reuse=True).shutdown(wait=True)
     return max(_write_report(members, folder) for folder, members in folders.items())
@@ -153,7 +153,7 @@ def oversubscribed(jobs: int | None, threads: int, available: int) -> str:
 
 
 def _earlier_runs(jobs: Jobs) -> str:
-    """A line on the state of runs that an earlier start of the sweep left, or nothing."""
+    """A line about the state of the runs that an earlier start of the sweep left behind, or nothing."""
     counts = Counter(RunDirectory(run_dir, job).state for job, run_dir in jobs if job.run.resume is not False)
     states = [state for state in (RunState.FINISHED, RunState.UNFINISHED, RunState.STALE) if counts[state]]
     return f"\n  of these: {', '.join(f'{counts[state]} {state.value}' for state in states)}" if states else ""
@@ -205,9 +205,9 @@ def _status(run_dir: Path) -> str:
 def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
     """The folders for sweep.json and the report, each with its run directories.
 
-    One for each `output_dir`, so that nothing is written outside the folders that the user has chosen: the folder of the
+    There is one for each `output_dir`, so nothing is written outside the folders that the user has chosen: the folder of the
     experiment, or of dataset and architecture, however many groups of runs it has; `output_dir` if the sweep spans several of
-    these. In directories that are laid out otherwise, the lowest common folder.
+    these. For directories with a different layout, it is the lowest common folder.
     """
     by_output: dict[str, list[tuple[Job, Path]]] = {}
     for job, run_dir in jobs:

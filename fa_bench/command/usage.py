@@ -112,7 +112,7 @@ def _choices(composer: Composer, kind: str, choices: Sequence[str]) -> Iterator[
 
 
 def _components(registry: Registry) -> Iterator[str]:
-    """The components of a registry that is no config group, with their options."""
+    """The components of a registry that is not a config group, with their options."""
     if not registry:
         yield "  none is registered; pass plugins=[MODULE] to list those of a module"
     for name, cls in registry.items():
@@ -129,7 +129,7 @@ def _own_options(registry: Registry, name: str) -> Iterator[str]:
 
 
 def _comment(composer: Composer, name: str) -> str:
-    """The comment at the head of an experiment's file, as one line."""
+    """The comment at the top of an experiment's file, as one line."""
     folders = [conf_dir(), *([composer.config_dir] if composer.config_dir else [])]
     path = next(path for folder in folders if (path := folder / "experiment" / f"{name}.yaml").is_file())
     head = re.match(r"(?:#.*\n)*", path.read_text(encoding="utf-8", errors="replace"))

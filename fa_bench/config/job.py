@@ -142,7 +142,7 @@ class RunOptions(Options):
     )
     scale: str = option(
         "full",
-        "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
+        "full, or a shortened run of the same config: short (a tenth of the epochs, at most 10,000 training "
         "samples) or smoke (one epoch of 24)",
         choices=list(SCALES),
     )
@@ -339,7 +339,7 @@ def _hash(value: Any) -> str:
 
 
 def import_plugins(modules: Any) -> None:
-    """Import a user's modules, also from the working directory, and register their components.
+    """Import a user's modules, including those in the working directory, and register their components.
 
     Raises:
         OptionError: if `modules` is not a list of names.
@@ -356,7 +356,7 @@ def import_plugins(modules: Any) -> None:
 
 
 def conf_dir() -> Path:
-    """The folder of the shipped configs: inside an installed package, beside the package in a checkout."""
+    """The folder of the shipped configs: inside an installed package, or next to the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return next(path for path in (package / "conf", package.parent / "conf") if path.is_dir())
 
@@ -406,7 +406,7 @@ def register_schemas() -> None:
 
 
 def registered_components() -> Any:
-    """What `register_schemas` has registered: equal as long as the schemas are."""
+    """The state of what `register_schemas` has registered, which is equal as long as the schemas are."""
     return _registered.get("known")
 
 
@@ -430,7 +430,7 @@ _known: tuple[DictConfig | None, Job | None] = None, None
 
 @contextmanager
 def known_job(config: DictConfig, job: Job) -> Iterator[None]:
-    """Within the block, the directory of `config`, which must not change, is that of `job`, and its check is not repeated."""
+    """Within the block, `config`, which must not change, has the directory of `job` and is not checked again."""
     global _known
     before = _known
     _known = config, job

@@ -54,7 +54,7 @@ def result_options(config: Flat) -> dict[str, Any]:
 def differing_keys(configs: Iterable[Flat]) -> list[str]:
     """The keys of `result_options` in which these configs differ.
 
-    An option counts only if it differs between configs with the same component: sgd and adam differ in ``optimizer`` alone.
+    An option counts only if it differs between configs with the same component: sgd and adam differ only in ``optimizer``.
     """
     configs = [result_options(config) for config in configs]
     return [key for key in dict.fromkeys(key for config in configs for key in config) if _differs(key, configs)]
@@ -90,8 +90,8 @@ def _component_keys(key: str) -> list[str]:
 def short_key(key: str, config: Flat) -> str:
     """A key as labels show it: without the prefix of the rule's options and the optimizer's, ``lr`` for ``optimizer.lr``.
 
-    The whole key stays if that would be ambiguous within the config. It does not depend on other configs, so a run has the same
-    label whatever it is compared with.
+    The full key is used if the short form would be ambiguous within the config. It does not depend on other configs, so a run has
+    the same label whatever it is compared with.
     """
     group, _, name = key.partition(".")
     if group not in _SHORTENED or not name or name == "name" or name in config or name in _RUN_OPTIONS:
@@ -106,7 +106,7 @@ def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
 
 
 def distinct_labels(names: Mapping[Key, str], configs: Mapping[Key, Flat]) -> dict[Key, str]:
-    """The names; to equal ones, the values of the keys in which their configs differ are added.
+    """The names; if several are equal, the values of the keys in which their configs differ are added.
 
     This is the form of all labels of runs that are compared: in reports, figures, the live view and the log of a sweep. Keys in
     which only runs with other names differ are not added.

@@ -1,4 +1,4 @@
-"""Scales: trials of a config with fewer epochs and less data."""
+"""Scales: shortened runs of a config, with fewer epochs and less data."""
 
 from __future__ import annotations
 

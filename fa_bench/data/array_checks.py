@@ -34,7 +34,7 @@ def checked(
         (n, O).
 
     Raises:
-        ValueError: names the array, its value and what is allowed.
+        ValueError: if an array is invalid; the message names it, its value and what is allowed.
     """
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 5:
         raise ValueError(
@@ -69,7 +69,7 @@ def checked(
     train_x, test_x = (checked_inputs(x, part) for x, part in ((train_x, "training"), (test_x, "test")))
     train_y, test_y = (checked_targets(y, part, x) for y, part, x in ((train_y, "training", train_x), (test_y, "test", test_x)))
     if train_x.shape[1:] != test_x.shape[1:]:
-        raise ValueError(f"training {several} of shape {train_x.shape[1:]}, test {several} of {test_x.shape[1:]}")
+        raise ValueError(f"training {several} have shape {train_x.shape[1:]}, but test {several} have {test_x.shape[1:]}")
     return train_x, train_y, test_x, test_y, classes
 
 

@@ -123,11 +123,11 @@ class Dataset(Options):
         Args:
             data_dir: the folder of the datasets.
             device: the device of samples that fit in memory.
-            at_most: numbers of training and test samples of a trial, sampled with a fixed seed; None: all. Numbers of held-out
-                samples, and `samples`, are then reduced in proportion.
+            at_most: numbers of training and test samples of a shortened run, sampled with a fixed seed; None: all. Numbers of
+                held-out samples, and `samples`, are then reduced in proportion.
 
         Raises:
-            DataError: names the missing or unreadable file, or the split without samples.
+            DataError: if a file is missing or unreadable, or a split has no samples; the message names it.
             OptionError: if an option does not fit the data.
         """
         splits = self._with_data_errors(lambda: self.read(data_dir, device))
@@ -149,12 +149,13 @@ class Dataset(Options):
         return self.finished(self._reduced(splits, full))
 
     def finished(self, splits: Splits) -> Splits:
-        """The splits after the last selection of samples; overridden by what depends on the training samples, such as scaling."""
+        """The splits after the last selection of samples; overridden for steps that depend on the training samples, such as
+        scaling."""
         return splits
 
     def _hold_out(self, splits: Splits, total: int) -> tuple[Splits, int]:
         """Hold out training samples for validation; `total` is the number of training samples in the complete dataset, and the
-        returned number that without those which it holds out."""
+        returned number is `total` without the held-out ones."""
         train = splits.train
         held = round(self.validation * len(train) / (1 if self.validation < 1 else total))
         if self.validation > 0:
@@ -177,7 +178,7 @@ class Dataset(Options):
         return self.samples
 
     def _reduced(self, splits: Splits, full: int) -> Splits:
-        """Keep the training samples that `samples` asks for; `full` is the number of training samples without a trial."""
+        """Keep the training samples that `samples` asks for; `full` is the number of training samples in a full run."""
         wanted, train = self.subsample, splits.train
         if wanted is None:
             return splits

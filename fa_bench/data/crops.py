@@ -62,7 +62,8 @@ class Crop:
 
 
 class PaddedCrop(Crop):
-    """Shorter side resized, centre cropped; augmented by a crop with 4 pixels of zero padding and a horizontal flip."""
+    """Resizes the shorter side and crops the centre; augments with a crop after 4 pixels of zero padding, and a horizontal
+    flip."""
 
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
         return crop_and_flip(self.fixed(images), generator, part=part)
@@ -75,7 +76,7 @@ class PaddedCrop(Crop):
 class ResizedCrop(Crop):
     """A random part of an image, 8 % to 100 % of its area, resized, with a horizontal flip (Szegedy et al. 2015).
 
-    Without augmentation the shorter side is resized to 256/224 of the size and the centre cropped.
+    Without augmentation, the shorter side is resized to 256/224 of the size, and the centre is cropped.
     """
 
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
@@ -159,7 +160,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4, 
 def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
     """Boxes of random resized crops: area uniform in 8 % to 100 %, aspect ratio log-uniform in 3/4 to 4/3.
 
-    The first of ten tries that fits; if none does, the largest centred box with an aspect ratio in that range.
+    Each is the first of ten tries that fits or, if none does, the largest centred box with an aspect ratio in that range.
 
     Args:
         draws: uniform in [0, 1), (N, DRAWS); the last, for the flip, is not used here.

@@ -37,7 +37,7 @@ _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 
 
-#: What may be noted of an image file, and the sentence about it.
+#: What may be noted about an image file, and the corresponding sentence.
 NOTES = {
     "rotated": "images rotated by their EXIF orientation",
     "transparent": "transparent images composited on {shade} (dataset.background)",
@@ -52,7 +52,7 @@ class Decoder:
     """Reads one image file as uint8 (C, H, W).
 
     Attributes:
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for colour, 1 for greyscale.
         height, width: the height and width of the result.
         resize: resize images of other sizes, which are refused otherwise.
         background: grey level, 0 to 255, behind transparent pixels.
@@ -78,7 +78,7 @@ class Decoder:
             The image if `keep`, else None; 1 for each of `NOTES` that applies; the SHA-256 of the file.
 
         Raises:
-            DataError: names the file.
+            DataError: if it cannot be decoded; the message names the file.
         """
         notes: Counter[str] = Counter()
         with errors_named(path):
@@ -100,7 +100,7 @@ class Decoder:
             # The other frames of a camera's MPO are its preview, or the picture for the other eye.
             notes["frames"] += int(opened.format != "MPO" and getattr(opened, "is_animated", False))
             raw, deep = _storage(opened)
-            tags = getattr(opened, "tag_v2", {})  # of a TIFF, which Pillow rotates when loading
+            tags = getattr(opened, "tag_v2", {})  # a TIFF's tags; Pillow rotates a TIFF when it loads it
             rotated = tags.get(_ORIENTATION) in _UPRIGHT
             opened.load()
             if opened.format == "PNG" and "transparency" in opened.info:
@@ -141,7 +141,7 @@ class Decoder:
         tags = getattr(opened, "tag_v2", {})
         if not (opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM"))):
             raise DataError(
-                f"{path}: pixels without a largest value (mode {opened.mode}), so that white is undefined; "
+                f"{path}: pixel values without a maximum (mode {opened.mode}), so white is undefined; "
                 "convert it to 8 or 16 bits per channel"
             )
         values = np.asarray(image)
@@ -164,7 +164,7 @@ class Decoder:
 
 
 def _storage(opened: Any) -> tuple[str, bool]:
-    """Of a file that is not loaded yet: Pillow's raw mode, and whether it has 16 bits a channel."""
+    """Pillow's raw mode of a file that is not loaded yet, and whether it has 16 bits per channel."""
     arguments = opened.tile[0][3] if opened.tile else ""
     raw, *more = arguments if isinstance(arguments, tuple) else (arguments,)
     return str(raw), ";16" in str(raw) or (opened.format == "PPM" and more[:1] > [255])
@@ -176,7 +176,7 @@ def upright(image: Any) -> Any:
 
     try:
         transposition = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF raises errors of many kinds; viewers ignore it
+    except Exception:  # damaged EXIF data raise many kinds of errors; viewers ignore them
         transposition = None
     return image if transposition is None else image.transpose(Image.Transpose[transposition])
 
@@ -229,5 +229,5 @@ def errors_named(path: Path) -> Iterator[None]:
             raise DataError(
                 f"{path}: more pixels than Pillow allows, {str(error).split(',')[0].lower()}; make it smaller or remove it"
             ) from None
-        why = "cut off" if "truncated" in str(error).lower() else getattr(error, "strerror", None) or type(error).__name__
+        why = "truncated" if "truncated" in str(error).lower() else getattr(error, "strerror", None) or type(error).__name__
         raise DataError(f"{path}: not a readable image ({why}); replace or remove it") from None

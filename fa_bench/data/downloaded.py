@@ -38,10 +38,10 @@ class Downloaded(ArrayDataset, CroppedDataset):
             (train_x, train_y), (test_x, test_y), classes = self._unpack(train), self._unpack(test), self._classes(train)
             check_labels(train_x, train_y, classes, "training")
             check_labels(test_x, test_y, classes, "test")
-        except Exception as error:  # of many kinds, if files are damaged
+        except Exception as error:  # damaged files raise many kinds of errors
             if damaged := [name for name in self.files if not self._is_intact(folder / name)]:
                 raise DataError(
-                    f"dataset={self.name}: {folder / damaged[0]} is damaged or cut off; delete "
+                    f"dataset={self.name}: {folder / damaged[0]} is damaged or incomplete; delete "
                     f"{', '.join(damaged)} there to download {'it' if len(damaged) == 1 else 'them'} again"
                 ) from None
             raise DataError(
@@ -51,14 +51,14 @@ class Downloaded(ArrayDataset, CroppedDataset):
         return train_x, train_y, test_x, test_y, classes
 
     def _download(self, data_dir: Path, missing: list[str]) -> None:
-        """Download into a temporary folder and move complete files into place, so that no file is ever incomplete."""
+        """Download into a temporary folder and move complete files into place, so that there is never an incomplete file."""
         folder = data_dir / self.folder
         archives = sorted(data_dir.glob(self.archives)) if self.archives else []
         hashes = self._hashes()
         damaged = [path for path in archives if path.name in hashes and not has_md5(path, hashes[path.name])]
         description = f"{', '.join(missing)} in {folder}"
         if damaged:
-            description += f" ({damaged[0]} is damaged or cut off, delete it: its MD5 is not {hashes[damaged[0].name]})"
+            description += f" ({damaged[0]} is damaged or incomplete, delete it: its MD5 is not {hashes[damaged[0].name]})"
         with fetching(data_dir, self.name, description) as temporary:
             missing = [name for name in missing if not (folder / name).is_file()]  # another process may have downloaded some
             # torchvision unpacks existing archives without a network.
@@ -120,10 +120,11 @@ class MNIST(Downloaded):
         return dataset.data.numpy()[:, None], dataset.targets.numpy()
 
     def _hashes(self) -> dict[str, str]:
-        return dict(self._torchvision.resources)  # of the archives only
+        return dict(self._torchvision.resources)  # only the hashes of the archives
 
     def _is_intact(self, path: Path) -> bool:
-        """Two zeros, 8 for bytes, the number of axes, the length of each in four bytes, and that many bytes."""
+        """Whether the file has the format: two zeros, 8 for bytes, the number of axes, the length of each in four bytes, and as
+        many bytes as these give."""
         with path.open("rb") as file:
             head = file.read(16)
         axes = 3 if "idx3" in path.name else 1
@@ -164,7 +165,7 @@ class CIFAR10(Downloaded):
     archives = "cifar-10-python.tar.gz"
 
     def _fetch(self, root: Path, missing: list[str]) -> None:
-        # torchvision does not check where the members of the archive would land.
+        # torchvision does not check where the members of the archive would be unpacked.
         archive = root / self._torchvision.filename
         download(self._torchvision.url, self._torchvision.tgz_md5, archive)
         unpack_tar(archive, root)

@@ -25,7 +25,7 @@ from fa_bench.errors import DataError
 
 #: Seconds after which a silent server counts as unreachable.
 _TIMEOUT = 60.0
-#: An archive of images may grow by at most this factor when it is unpacked, plus a number of bytes.
+#: An unpacked archive of images may be larger than the archive by at most this factor, plus a number of bytes.
 _MOST_GROWTH, _SMALL = 20, 1 << 24
 
 log = logging.getLogger("fa_bench")
@@ -55,7 +55,8 @@ def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
         missing: the missing files and where they belong, as text.
 
     Raises:
-        DataError: if the block fails for lack of a network or space, or by a wrong checksum, and within `downloads_refused`.
+        DataError: if the block fails because there is no network or no space, or because of a wrong checksum, and within
+            `downloads_refused`.
     """
     if _refuse_downloads:
         raise DataError(
@@ -88,7 +89,7 @@ def download(url: str, md5: str, path: Path) -> None:
 
     Raises:
         OSError, HTTPException: if the server cannot be reached, refuses or stops responding.
-        RuntimeError: if the file has another MD5.
+        RuntimeError: if the file has a different MD5.
     """
     from torchvision.datasets.utils import download_url
 
@@ -106,8 +107,8 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     """Unpack the top-level folder `folder.name` of a zip archive as `folder`, which appears once it is complete.
 
     Raises:
-        DataError: names the archive, if it is damaged, or has members outside of the folder, links or devices, and within
-            `downloads_refused`.
+        DataError: if the archive is damaged, or has members outside of the folder, links or devices, and within
+            `downloads_refused`; the message names it.
     """
     if _refuse_downloads:
         raise DataError(f"{archive}: not unpacked yet, and a dry run writes nothing; unpack it, or start a run to do so")
@@ -124,7 +125,7 @@ def unpack_zip(archive: Path, folder: Path) -> None:
                     raise _unsafe(f"{archive}: its member '{member.filename}' is a link or a device")
             size = sum(member.file_size for member in members)
             if size > _MOST_GROWTH * archive.stat().st_size + _SMALL:
-                raise _unsafe(f"{archive}: would grow to {size / 1e9:.3g} GB, too large for an image dataset")
+                raise _unsafe(f"{archive}: would unpack to {size / 1e9:.3g} GB, too much for an image dataset")
             with workspace(folder.with_name(f".unpack-{folder.name}")) as temporary:
                 if folder.is_dir():  # unpacked by another process in the meantime
                     return
@@ -138,15 +139,15 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     except DataError:
         raise
     except OSError as error:
-        if not folder.is_dir():  # else another process has unpacked it, and may have removed the archive
+        if not folder.is_dir():  # otherwise another process has unpacked it, and may have removed the archive
             raise DataError(f"{archive}: cannot be unpacked ({reason(error)})") from None
 
 
 def unpack_tar(archive: Path, folder: Path) -> None:
-    """Unpack a tar archive, compressed or not, into `folder`, whatever its checksum without links and devices.
+    """Unpack a tar archive, compressed or not, into `folder`; links and devices are refused even if the checksum is right.
 
     Raises:
-        DataError: names the archive, if it has members outside of the folder, links or devices.
+        DataError: if the archive has members outside of the folder, links or devices; the message names it.
         OSError: if it cannot be read or its members cannot be written.
         ValueError: if it is damaged.
     """
@@ -174,7 +175,7 @@ def unpack_tar(archive: Path, folder: Path) -> None:
 
 
 def _unsafe(problem: str) -> DataError:
-    return DataError(f"{problem}; nothing was unpacked: download the archive again from a source you trust")
+    return DataError(f"{problem}; nothing was unpacked. Download the archive again from a source you trust")
 
 
 def reason(error: Exception) -> str:

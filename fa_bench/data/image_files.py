@@ -28,8 +28,8 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: By the state of files (sizes, times): their SHA-256, and a decoder's notes on them, so that unchanged files are not read again
-#: in this process.
+#: The SHA-256 of files and a decoder's notes on them, by the files' state (sizes, times), so that unchanged files are not read
+#: again in this process.
 _contents: dict[bytes, bytes] = {}
 _inspected: dict[tuple[bytes, str], Counter[str]] = {}
 
@@ -169,7 +169,7 @@ class _Part:
 
 
 def _hash(parts: dict[str, _Part], contents: bool) -> str:
-    """A hash of the names, sizes and labels of all files, and with `contents` of their bytes."""
+    """A hash of the names, sizes and labels of all files and, with `contents`, of their bytes."""
     digest = hashlib.sha256()
     for name in sorted(parts):
         digest.update(name.encode() + parts[name].names + (parts[name].contents() if contents else b""))
@@ -248,7 +248,8 @@ class StreamedSplit(ImageSplit):
 
 
 def _end_with_parent(worker: int) -> None:
-    """Make a worker end with its parent; torch's own watchdog misses a parent that was killed before the watchdog started."""
+    """Make a worker end when its parent ends; torch's own watchdog misses a parent that was killed before the watchdog
+    started."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -260,7 +261,8 @@ def _end_with_parent(worker: int) -> None:
 
 
 def _start_method() -> str:
-    """How workers are started: the default of joblib's processes is joblib's own method, which starts only joblib's processes."""
+    """How workers are started: in joblib's processes, the default is joblib's own method, which can start only joblib's
+    processes."""
     method, known = multiprocessing.get_start_method(), multiprocessing.get_all_start_methods()
     return method if method in known else known[0]  # the system's default
 

@@ -59,13 +59,13 @@ class ImageFolder(ImageFiles):
             first = data_dir / ("test" if "test" in folders else present[0])
             names = ", ".join([*classes[:3], "..."] if len(classes) > 3 else classes)
             raise DataError(
-                f"{first}: contains no folder named like a class of {train} ({names}); sort its images into such folders"
+                f"{first}: contains no folder named after a class in {train} ({names}); sort its images into such folders"
             )
         # If only one of them has labelled images, it is the test set.
         test, validation = data_dir / labelled[0], data_dir / labelled[1] if len(labelled) > 1 else None
         for name in ("test", *present):
             if name in folders and name not in labelled:
-                notes.append(f"{data_dir / name}: skipped, because it has no folder named like a class of {train}")
+                notes.append(f"{data_dir / name}: skipped, because it has no folder named after a class in {train}")
         if test.name != "test":
             notes.append(f"{test}: used as the test set")
         if validation is not None and self.validation > 0:

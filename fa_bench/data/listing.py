@@ -61,7 +61,7 @@ class Listing:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden or created by a system, so that viewers do not show it."""
+    """Whether a file or folder is hidden or was created by an operating system, so viewers do not show it."""
     return name.startswith(".") or _SYSTEM.fullmatch(name) is not None
 
 
@@ -91,7 +91,7 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
         skipped: counts skipped files, by reason.
 
     Raises:
-        DataError: names a folder that cannot be read.
+        DataError: if a folder cannot be read; the message names it.
     """
     images: list[Path] = []
     folders, links = [folder], []
@@ -114,7 +114,7 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
                 skipped["broken links"] += 1
             else:
                 skipped[suffix or "no extension"] += 1
-    # By parts, because the order of Windows paths ignores case.
+    # Compared by parts, because the order of Windows paths ignores case.
     return sorted(images, key=lambda path: path.parts)
 
 
@@ -122,7 +122,7 @@ def labelled_files(folders: Iterable[Path], skipped: Counter[str]) -> list[tuple
     """(file, label) of every image in the folders of classes, sorted by name; counts skipped files.
 
     Raises:
-        DataError: names the folder that cannot be read or contains no images.
+        DataError: if a folder cannot be read or contains no images; the message names it.
     """
     files: list[tuple[Path, int]] = []
     for label, folder in enumerate(folders):
@@ -229,7 +229,7 @@ def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one."""
+    """Whether the entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself

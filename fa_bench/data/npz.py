@@ -104,7 +104,7 @@ class Npz(VectorDataset):
         return 1 + max(int(array.max()) for array in (*(y for _, y in parts.values()), *with_tokens) if array.size)
 
     def _images(self, parts: dict[str, tuple[Any, Any]], of: list[str], device: torch.device) -> Splits:
-        """As `VectorDataset.splits_of`, for images, which are stored with 8 bits."""
+        """Like `VectorDataset.splits_of`, for images, which are stored as 8-bit integers."""
         notes: list[str] = []
         digest, made = hashlib.sha256(), {}
         try:
@@ -145,7 +145,8 @@ class Npz(VectorDataset):
 
 @functools.lru_cache(maxsize=8)
 def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
-    """The kinds of inputs and targets of a file, by the headers of its arrays; read again if its `state` has changed.
+    """The kinds of inputs and targets of a file, determined from the headers of its arrays; read again if its `state` has
+    changed.
 
     Raises:
         DataError: if an array is missing, or its kind cannot be determined from its type and shape.

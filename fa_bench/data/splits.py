@@ -29,7 +29,7 @@ class Splits:
 
     Attributes:
         train, validation, test: the splits; validation is None if nothing is held out.
-        classes: their names; of tokens, the vocabulary; of numbers, the names of the outputs.
+        classes: the names of the classes; for tokens, the vocabulary; for numbers, the names of the outputs.
         input_shape: the shape of one sample: (C, H, W), (F,) or (T,).
         data_hash: the hash of all inputs and targets as stored, before the validation split.
         notes: a printable sentence on each part of the source that is skipped or changed.
@@ -68,9 +68,9 @@ class Split(abc.ABC):
         `key` seeds what varies from epoch to epoch while reading; None: nothing.
         """
 
-    #: The targets of the samples, (n, ...), where they are at hand; for what depends on classes.
+    #: The targets of the samples, (n, ...), if they are available; used wherever classes matter.
     targets: Tensor | None = None
-    #: Of text, the characters of a token on average in this split.
+    #: For text, the mean number of characters per token in this split.
     characters: float | None = None
 
     @property
@@ -110,14 +110,14 @@ class Split(abc.ABC):
 
         Args:
             batch_size: samples in a batch; the last may have fewer.
-            seed: None for the stored order without augmentation; else the samples are shuffled and augmented, as a function of
-                (seed, epoch) only.
+            seed: None for the stored order without augmentation; otherwise, the samples are shuffled and augmented, as a function
+                of (seed, epoch) only.
             epoch: number of the pass.
             drop_last: drop the last incomplete batch, unless it is the only one.
             start: number of batches to skip at the beginning; the others do not depend on it.
-            shuffle: false for the stored order also with a seed.
-            share: the positions of the wanted samples in a batch of so many, (n,) int64; None: all. A batch of which none is
-                wanted is skipped.
+            shuffle: false for the stored order, even with a seed.
+            share: the positions of the wanted samples in a batch of the given size, (n,) int64; None: all. A batch without wanted
+                samples is skipped.
         """
         chunks = self.batch_indices(
             batch_size, seed=seed, epoch=epoch, drop_last=drop_last, start=start, shuffle=shuffle, share=share
@@ -155,7 +155,7 @@ class Split(abc.ABC):
         return (chunk[part.positions] for chunk, part in zip(chunks, parts, strict=False))
 
     def _parts(self, share: Callable[[int], Tensor], batch_size: int, steps: range) -> list[Part]:
-        """The wanted part of each batch, of those that have one; the last batch may have fewer samples."""
+        """The wanted part of each batch that has one; the last batch may have fewer samples."""
         sizes = (min(batch_size, len(self) - i * batch_size) for i in steps)
         return [part for size in sizes if len((part := Part(share(size), size)).positions)]
 
@@ -269,12 +269,12 @@ def some_indices(split: Split, number: int) -> Tensor:
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
-    """The sorted indices of `count` samples with as many of each class as in `labels` (n,), up to rounding."""
+    """The sorted indices of `count` samples with the class proportions of `labels` (n,), up to rounding."""
     labels = labels.cpu()
     classes, sizes = labels.unique(return_counts=True)
     shares = sizes.double() * count / len(labels)
     numbers = shares.floor().long()
-    # The classes with the largest remainders, of equal ones the first, get what rounding has left.
+    # Samples left over from rounding down go to the classes with the largest remainders; in a tie, to the earlier class.
     order = (numbers - shares).argsort(stable=True)
     numbers[order[: count - int(numbers.sum())]] += 1
     chosen = []

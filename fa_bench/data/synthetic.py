@@ -1,4 +1,4 @@
-"""Artificial images, for trials and tests."""
+"""Artificial images, for trying things out and for tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fa_bench.utils.text import format_shape
 @DATASETS.register("synthetic")
 @dataclasses.dataclass(eq=False)
 class Synthetic(ArrayDataset):
-    """One random prototype for each class, plus Gaussian noise; meant for trials, not for results."""
+    """One random prototype for each class, plus Gaussian noise; meant for trying things out, not for results."""
 
     samples: int = option(  # pyright: ignore[reportIncompatibleVariableOverride]
         2048, "number of training images, including those for validation", minimum=1
@@ -34,7 +34,7 @@ class Synthetic(ArrayDataset):
 
     @property
     def subsample(self) -> None:
-        """None: its option `samples` is the number of images that are made."""
+        """None: its option `samples` is the number of generated images."""
         return None
 
     def shape(self) -> tuple[tuple[int, int, int], int]:
@@ -43,7 +43,7 @@ class Synthetic(ArrayDataset):
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         generator = np.random.default_rng(self.data_seed)
         shape = (self.channels, self.size, self.size)
-        # In float64, at the same time: images, noise and the rounded result.
+        # Images, noise and the rounded result are in memory at the same time, in float64.
         count = max(self.samples, self.test_samples, self.classes)
         require_memory(
             3 * 8 * count * math.prod(shape),

@@ -18,7 +18,7 @@ from fa_bench.registry.registries import DATASETS
 #: The bundled tables, and the kinds of their targets.
 BUNDLED = {"diabetes": VALUES, "wine": CLASSES, "breast_cancer": CLASSES}
 _TASKS = {"regression": VALUES, "classification": CLASSES}
-#: Most names of columns in a message.
+#: Maximum number of column names in a message.
 _MANY = 12
 
 
@@ -31,7 +31,7 @@ class Tabular(VectorDataset):
     with 13 features in 3 classes (Aeberhard and Forina 1991), breast_cancer 569 tumours with 30 features in 2 classes (Wolberg et
     al. 1993).
 
-    A CSV file has a header with the names of the columns; all columns except the target are features and must be numeric. A text
+    A CSV file has a header with the column names; all columns except the target are features and must be numeric. A text
     target is a class, and a target with fractions is a number; a target with whole numbers may be either, so set `task`. Classes
     are sorted alphabetically or by value. `test_seed` determines which rows form the test set, which has the same class
     proportions. With `standardise`, regression targets are also standardised, with the mean and standard deviation over the rows
@@ -107,7 +107,7 @@ class Tabular(VectorDataset):
 
 @dataclasses.dataclass
 class _Table:
-    """A CSV file: features (n, F), targets (n,), the names of the classes or of the output, and the task."""
+    """The content of a CSV file: features (n, F), targets (n,), the names of the classes or of the output, and the task."""
 
     features: np.ndarray
     values: np.ndarray
@@ -120,7 +120,7 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
     """Read a CSV file, again only if its `state` has changed.
 
     Raises:
-        DataError: names the column or row that cannot be used.
+        DataError: if a column or row cannot be used; the message names it.
         OptionError: if the target does not exist, or may be a class as well as a number.
     """
     import pandas as pd
@@ -154,7 +154,7 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
         rows = len({int(row) for row, _ in missing})
         raise DataError(
             f"{path}: no value in column '{columns[column]}' of row {row + 1} (below the header); {rows} "
-            f"row{'s lack' if rows > 1 else ' lacks'} values: remove or fill them"
+            f"row{'s lack' if rows > 1 else ' lacks'} values; remove or fill them"
         )
     features = frame.drop(columns=target)
     if text := [name for name in features if not pd.api.types.is_numeric_dtype(features[name])]:
@@ -191,7 +191,7 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
         occur = "occurs" if len(rare) == 1 else "occur"
         raise DataError(
             f"{path}: in column '{target}', {len(rare)} of {len(counts)} classes {occur} only once "
-            f"({names(rare[:3])}{', ...' * (len(rare) > 3)}); training and test set need a row each"
+            f"({names(rare[:3])}{', ...' * (len(rare) > 3)}); the training set and the test set need one row each"
         )
     return _Table(x, labels, of_classes, task)
 

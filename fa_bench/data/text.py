@@ -1,4 +1,4 @@
-"""Text, as sequences of characters, bytes or tokens of byte-pair encoding.
+"""Text, as sequences of characters, bytes or byte-pair-encoding tokens.
 
 Shapes: N batch, T positions, L tokens of a part of the text.
 """
@@ -22,10 +22,10 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The text that is used without a path, and the bytes of which the vocabulary of byte-pair encoding always has one each.
+#: The text that is used without a path, and the bytes, each of which is always in the vocabulary of byte-pair encoding.
 BUILT_IN, BYTES = Path(__file__).with_name("alice.txt"), 256
 UNKNOWN = "<unk>"
-#: Of the text, each token as a number; and the names of the tokens.
+#: The text with each token as a number, and the names of the tokens.
 Encoding = tuple[Callable[[str], Sequence[int]], list[str]]
 
 
@@ -44,8 +44,8 @@ class Text(Dataset):
     epoch to epoch, from 0 to `context` - 1, and they are shuffled; both depend only on the seed and the epoch.
 
     With unit=characters, the vocabulary has the characters of the training part, and `<unk>` for others, whose number is
-    reported. With unit=bytes, it has the 256 bytes. With unit=bpe, byte-pair encoding is learned from the training part alone, by
-    the package tokenizers (pip install fa_bench[text]).
+    reported. With unit=bytes, it has the 256 bytes. With unit=bpe, byte-pair encoding is learned from the training part only,
+    with the tokenizers package (pip install fa_bench[text]).
     """
 
     path: str | None = option(None, "a UTF-8 file, or a folder of .txt files; null: Alice's Adventures in Wonderland")
@@ -124,7 +124,8 @@ class WindowSplit(Split):
     ) -> None:
         self.tokens, self.context, self.moves, self.device = tokens.to(device), context, moves, device
         self.characters = characters
-        # The last target is one token behind its window, and the windows of training may start up to T - 1 tokens later.
+        # The last target is one token after the end of its window, and the windows of training may start up to T - 1 tokens
+        # later.
         count = max((len(tokens) - 1 - (context - 1) * moves) // context, 0)
         self.starts = (torch.arange(count) * context if starts is None else starts).to(device)
 
@@ -157,7 +158,7 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, or of all .txt files at and below a folder in the order of their names.
 
     Raises:
-        DataError: names the file that is missing, empty or not UTF-8.
+        DataError: if a file is missing, empty or not UTF-8; the message names it.
     """
     if path.is_dir():
         files = sorted(filter(Path.is_file, path.rglob("*.txt")), key=lambda file: file.relative_to(path).as_posix())

@@ -52,12 +52,12 @@ class TinyImageNet(ImageFiles):
         downloads = not archive.is_file()
         if downloads:
             with fetching(data_dir, self.name, f"{root} (or {archive}, from {self.url})") as temporary:
-                if not archive.is_file() and not root.is_dir():  # else another process has downloaded it
+                if not archive.is_file() and not root.is_dir():  # otherwise another process has downloaded it
                     download(self.url, self.md5, temporary / archive.name)
                     os.replace(temporary / archive.name, archive)
         elif not has_md5(archive, self.md5):
             raise DataError(
-                f"dataset={self.name}: {archive} is damaged or cut off (its MD5 is not {self.md5}); "
+                f"dataset={self.name}: {archive} is damaged or incomplete (its MD5 is not {self.md5}); "
                 "delete it to download it again"
             )
         if not root.is_dir():
@@ -70,7 +70,7 @@ def annotated(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """(file, label) of the images in `folder`/images, read from `folder`/val_annotations.txt: name, class and box in each line.
 
     Raises:
-        DataError: names the line, or an image without a line.
+        DataError: if a line is invalid, or an image has no line; the message names it.
     """
     source, label_of = folder / "val_annotations.txt", {}
     labels = {name: label for label, name in enumerate(classes)}

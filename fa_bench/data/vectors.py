@@ -43,7 +43,7 @@ class VectorDataset(Dataset):
         """The splits of checked arrays, {train, test, and possibly validation: (inputs, targets)}.
 
         Raises:
-            DataError: names the array and what is wrong with it.
+            DataError: if an array is invalid; the message names it and the problem.
         """
         notes: list[str] = []
         digest, splits = hashlib.sha256(), {}
@@ -81,7 +81,7 @@ def standardise(splits: Splits) -> None:
     parts = [split for split in (splits.train, splits.validation, splits.test) if isinstance(split, ArraySplit)]
     inputs = parts[0].inputs.double()
     mean, std = inputs.mean(0), inputs.std(0, correction=0)
-    # The standard deviation of equal numbers is rounding.
+    # The standard deviation of equal numbers is only rounding error.
     std = torch.where(std > 1e-7 * mean.abs(), std, torch.ones_like(std))
     for split in parts:
         split.inputs = ((split.inputs.double() - mean) / std).float()

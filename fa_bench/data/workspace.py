@@ -18,7 +18,7 @@ _MARK = ".made-by-fa-bench"
 def workspace(path: Path) -> Iterator[Path]:
     """An empty folder at `path`, locked for this process, and removed at the end.
 
-    The name is fixed so that the next process removes the files that a killed one has left there.
+    The name is fixed, so the next process removes the files that a killed one left there.
 
     Raises:
         DataError: if `path` or its lock was not created by fa-bench.
@@ -41,7 +41,7 @@ def workspace(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Remove the folder; raises DataError for a link or a file, and a folder of somebody else."""
+    """Remove the folder; raises DataError for a link, a file, or a folder that fa-bench did not create."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise DataError(f"{path}: not a folder, but fa-bench downloads and unpacks there; remove or rename it")
     if path.exists():

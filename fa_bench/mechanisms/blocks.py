@@ -19,7 +19,7 @@ def block_ends(model: nn.Module, blocks: Iterable[str] | None = None) -> set[str
 
     Args:
         model: an attached or plain model.
-        blocks: names or patterns of these modules; None: those in ``model.blocks``, else in ``model.cut_points``.
+        blocks: names or patterns of these modules; None: those in ``model.blocks`` or, without it, ``model.cut_points``.
 
     Raises:
         CoverageError: if a name matches no module.
@@ -50,7 +50,7 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
     seen: set[str] = set()
 
     def add(path: str, recurse: bool) -> None:
-        # Not `named_parameters`, which wrappers override.
+        # `named_parameters` is not used, because wrappers override it.
         parts = modules[path].named_modules(prefix=path, remove_duplicate=False) if recurse else [(path, modules[path])]
         names = [
             f"{where}.{name}"
@@ -84,7 +84,8 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
 def embedding_of(model: nn.Module, blocks: dict[str, list[str]]) -> list[str]:
     """The names of the parameters of the first block that come before the module that ends it: the model's embedding.
 
-    If this module has no parameters, as the nonlinearity that ends the first block of `mlp`, these are all of the first block.
+    If this module has no parameters, like the nonlinearity that ends the first block of `mlp`, these are all parameters of the
+    first block.
 
     Args:
         model: an attached or plain model.

@@ -19,7 +19,8 @@ def recomputing() -> bool:
 
 
 def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
-    """A stand-in, in the `BackwardContext` of a repeated forward pass, for what only the first pass has; calling it is an error.
+    """A placeholder, in the `BackwardContext` of a repeated forward pass, for functions that only the first pass has; calling it
+    is an error.
 
     It is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole model. The first
     pass then ran without gradients and looked like an evaluation.

@@ -2,7 +2,7 @@
 
 Most of a rule is traced into the graph unchanged. Parts that cannot be traced (local losses, labels that are known only in the
 backward pass, samples that depend on a step's number) run as without compilation, inside an operator that the graph treats as a
-black box. Such an operator gets tensors, numbers and the key of a `Handle`, by which it finds the object that it belongs to.
+black box. Such an operator gets tensors, numbers and the key of a `Handle`, with which it finds the object that it belongs to.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ COMPILING_TORCH = (2, 13)
 
 
 class Handle:
-    """A name for an object in compiled graphs. A copy or a pickled one names the copy of its owner.
+    """A name for an object in compiled graphs. If it is copied or pickled with its owner, the copy names the owner's copy.
 
     Args:
         owner: the object.
 
     Attributes:
-        key: the name. Graphs contain it, so that a graph compiled for one owner is never run for another. It is the smallest
-            number that is free, so that equal runs, one after the other, have equal graphs, which compilers find in their cache.
+        key: the name. Graphs contain it, so that a graph compiled for one owner is never run for another. It is the smallest free
+            number, so that equal runs, one after the other, have equal graphs, which compilers find in their cache.
     """
 
     def __init__(self, owner: Any) -> None:
@@ -51,8 +51,8 @@ _library = torch.library.Library("fa_bench", "DEF")
 def guard_hooks() -> None:
     """Make graphs depend on the hooks of the modules that they were traced from.
 
-    By default torch does not look at hooks when it reuses a graph, so that a model with a rule that works by hooks would run the
-    graph of a plain model of the same shape. Graphs that were made before are discarded, because they do not look either.
+    By default, torch ignores hooks when it reuses a graph, so a model whose rule works with hooks would run the graph of a plain
+    model of the same shape. Graphs compiled earlier are discarded, because they ignore hooks, too.
     """
     import torch._dynamo.config as config
 
@@ -61,8 +61,8 @@ def guard_hooks() -> None:
         torch._dynamo.reset()
 
 
-_REPEATS = "runs the model again in the backward pass, which no compiled graph can do: do not compile the model"
-_NEEDS_MODEL = "needs a second forward pass of the whole model: compile the model, not"
+_REPEATS = "runs the model again in the backward pass, which no compiled graph can do; do not compile the model"
+_NEEDS_MODEL = "needs a second forward pass of the whole model; compile the model, not"
 
 
 def too_old_to_compile() -> str:
@@ -73,8 +73,8 @@ def too_old_to_compile() -> str:
     return f"torch {torch.__version__} cannot compile every rule, which needs {'.'.join(map(str, COMPILING_TORCH))} or later"
 
 
-# With fullgraph=True the compiler raises an error of its own, which contains the reason; otherwise it gives the graph up, and
-# these functions raise theirs.
+# With fullgraph=True the compiler raises an error of its own, which contains the reason; otherwise it abandons the graph, and
+# these functions raise their own errors.
 @torch.compiler.disable(reason=f"its rule {_REPEATS}")
 def refuse_repeats(rule: str) -> None:
     """Raise the error that a rule with `Rule.repeats` cannot be compiled."""
@@ -83,7 +83,7 @@ def refuse_repeats(rule: str) -> None:
 
 @torch.compiler.disable(reason=f"its rule {_NEEDS_MODEL} a part of it alone")
 def refuse_part(rule: str, path: str) -> None:
-    """Raise the error that a part of the model cannot be compiled alone."""
+    """Raise the error that a part of the model cannot be compiled on its own."""
     raise CoverageError(f"rule '{rule}' {_NEEDS_MODEL} its part '{path}' alone")
 
 

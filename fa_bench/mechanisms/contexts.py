@@ -50,9 +50,10 @@ def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
 
 
 def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    """Bring modules back to the modes of `modes_of`.
+    """Restore the modes that `modes_of` returned.
 
-    Those that override ``train`` are called, because they may keep more than the attribute: some merge weights for evaluation.
+    For modules that override ``train``, this method is called, because it may change more than the attribute: some merge weights
+    for evaluation.
     """
     for module, training in modes:
         if type(module).train is not nn.Module.train:

@@ -39,9 +39,10 @@ class Coverage:
     """Which weights a rule covers and which it does not.
 
     Attributes:
-        rule: the rule's name. covered: the covered layers, in the order of the model. uncovered: weight name -> why it is not
-            covered. Such a weight learns from its local gradient and passes the error on itself, which is weight transport if an
-            error passes through it.
+        rule: the rule's name.
+        covered: the covered layers, in the order of the model.
+        uncovered: weight name -> why it is not covered. Such a weight learns from its local gradient and passes the error on
+            itself, which is weight transport if an error passes through it.
         local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn from
             their local gradient and need no feedback.
         notes: additional notes on the rule in this model.
@@ -76,7 +77,7 @@ class Coverage:
         return "\n".join(lines)
 
     def with_frozen(self, model: Any) -> Coverage:
-        """The same coverage, with the layers of `model` marked whose weights are frozen."""
+        """The same coverage, in which layers of `model` with frozen weights are marked."""
         return dataclasses.replace(
             self,
             covered=tuple(
@@ -92,7 +93,7 @@ class Coverage:
             model: the model, to explain why nothing is covered.
 
         Raises:
-            CoverageError: names the weights.
+            CoverageError: in these cases; the message names the weights.
         """
         if not self.covered:
             raise CoverageError(f"rule '{self.rule}' covers no layer of this model: {not_coverable(model)}")
@@ -134,7 +135,7 @@ def computed_weights(model: Any) -> str:
     if not paths:
         return ""
     return (
-        f"the weight of {names(paths)} is computed by pruning or a parametrization, and no rule covers it: first turn it "
+        f"the weight of {names(paths)} is computed by pruning or a parametrization, and no rule covers it; first turn it "
         f"into a plain parameter, with prune.remove, remove_weight_norm or remove_parametrizations of torch.nn.utils"
     )
 
@@ -185,7 +186,7 @@ def noise_note() -> str:
 
 def outside_text(use: str) -> str:
     """Why a weight that is used outside its layer is not covered, see `fa_bench.mechanisms.uses.Uses`."""
-    return f"used outside its layer, by {use}: there it carries the error itself"
+    return f"used outside its layer, by {use}, where it propagates the error itself"
 
 
 def is_weight(name: str, parameter: Any) -> bool:
@@ -209,10 +210,10 @@ def _a(kind: str) -> str:
 
 
 def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> set[str]:
-    """The paths that match names or patterns such as ``layer*.conv1``; ``*`` matches any characters, dots included.
+    """The paths that match names or patterns such as ``layer*.conv1``; ``*`` matches any characters, including dots.
 
     Raises:
-        CoverageError: names the option and the pattern that matches nothing, with the nearest path.
+        CoverageError: if a pattern matches nothing; the message names the option, the pattern and the nearest path.
     """
     matched: set[str] = set()
     for pattern in patterns:

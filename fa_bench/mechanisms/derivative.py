@@ -5,7 +5,7 @@ A nonlinearity φ with the input a passes the error g at its output on as
     g_in = (φ(a + β s g) - φ(a - β s g)) / (2 β s),    s = N / c
 
 instead of φ'(a) g, with N samples in the batch and a loss that is c times their mean. s g is the error of a sample's own loss, so
-that β means the same for every batch size, number of micro-batches and scale of a gradient scaler, and on every rank of
+β has the same meaning for every batch size, number of micro-batches and scale of a gradient scaler, and on every rank of
 data-parallel training. Modules are covered, in place, by swapping their class; functions cannot be, and are refused.
 """
 
@@ -139,7 +139,7 @@ class Dual:
                 module.__dict__.pop("dual", None)
 
     def note(self) -> str:
-        """What the coverage says about it."""
+        """The note about this in the coverage."""
         if not self.modules:
             return "This model has no nonlinear modules whose derivative could be replaced."
         return f"The derivative of {names(self.modules)} is a finite difference over each sample's error (beta={self.beta:g})."
@@ -167,10 +167,10 @@ class Dual:
             CoverageError: if the module runs outside of a forward pass of the model.
         """
         if self._samples is None and recomputing():
-            return 0  # the backward pass has that of the pass that is repeated
+            return 0  # the backward pass uses the number of the pass that is repeated
         if self._samples is None:
             raise CoverageError(
-                f"{type(module).__name__.removeprefix('Dual')} ran outside a forward pass of the attached model: "
+                f"{type(module).__name__.removeprefix('Dual')} ran outside a forward pass of the attached model; "
                 f"call the model itself"
             )
         return self._samples
@@ -217,7 +217,7 @@ class Dual:
         """
         if self._scale is None:
             raise ValueError(
-                f"rule '{self.rule}': derivative=dual needs the scale of the loss: call rule.backward(loss, logits, "
+                f"rule '{self.rule}': derivative=dual needs the scale of the loss; call rule.backward(loss, logits, "
                 f"target) with the logits of this forward pass instead of loss.backward()"
             )
         return self.beta * samples / (self._scale or 1.0)  # a scale of 0 comes with errors of 0
@@ -227,7 +227,7 @@ class Dual:
         if found:
             raise CoverageError(
                 f"rule '{self.rule}': {{derivative}} replaces the derivative of modules such as nn.ReLU, but "
-                f"this model computes {names(found)} by functions: use modules of torch.nn",
+                f"this model computes {names(found)} by functions; use modules of torch.nn",
                 {"derivative": "dual"},
             )
 
@@ -245,7 +245,7 @@ def _functions(model: nn.Module, modules: Iterable[nn.Module], sample: Any) -> l
     inputs: list[Any] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs[:] = (tensor.grad_fn for tensor in tensors_in((args, kwargs)))  # before it changes in place
+        inputs[:] = (tensor.grad_fn for tensor in tensors_in((args, kwargs)))  # before it is changed in place
 
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
         inside.update(nodes_from([output.grad_fn], inputs))
@@ -292,7 +292,7 @@ class DualModule(nn.Module):
 
 class _DualReLU(DualModule):
     def difference(self, a: Tensor, d: Tensor) -> Tensor:
-        # Without subtraction of numbers that are nearly equal: 2 d if both are positive, 0 if both are negative.
+        # Computed without subtracting nearly equal numbers: 2 d if both are positive, 0 if both are negative.
         size = d.abs()
         return torch.minimum((a + size).clamp_min(0), 2 * size).copysign(d)
 
@@ -327,7 +327,7 @@ def _dual(plain: type[nn.Module]) -> type[DualModule]:
     """``DualReLU`` and the like, as a global of this module, so that such modules can be pickled."""
     name = f"Dual{plain.__name__}"
     mixin = _DualReLU if plain is nn.ReLU else DualModule
-    body = {"__module__": __name__, "__doc__": "With a finite difference for its derivative.", "plain_class": plain}
+    body = {"__module__": __name__, "__doc__": "The module with a finite difference as its derivative.", "plain_class": plain}
     return globals().setdefault(name, type(name, (mixin, plain), body))
 
 

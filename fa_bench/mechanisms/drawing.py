@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class DrawingRule(Rule):
-    """Base, before that of the mechanism, of a rule with new random numbers for every update; its state has their number."""
+    """Base class of rules with new random numbers for every update, to be listed before the mechanism's; its state counts the
+    updates."""
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.second_pass import Draws

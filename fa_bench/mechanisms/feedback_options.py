@@ -59,7 +59,7 @@ def positions_option() -> Any:
     """Whether the positions of a cut share their feedback if the errors have no positions."""
     return option(
         "own",
-        "feedback for a cut's tokens or pixels if the output has none: own, a part of B for each; shared, one matrix for all",
+        "feedback for a cut's tokens or pixels if the output has none: own (part of B for each) or shared (one matrix for all)",
         choices=["own", "shared"],
         identifying=False,
     )

@@ -1,8 +1,8 @@
 """The feedback tensors of a module, by name; only this file knows where a module stores them.
 
-The tensor `B` of a module is its buffer ``feedback_B`` if it is fixed and its parameter ``feedback_B`` if it is learned. So
-state_dict, ``.to()``, memory formats and deepcopy, and for learned ones optimizers, clipping and data parallelism, treat it like
-a weight.
+The tensor `B` of a module is its buffer ``feedback_B`` if it is fixed and its parameter ``feedback_B`` if it is learned.
+Therefore, ``state_dict``, ``.to()``, memory formats and deepcopy treat it like a weight, and so do optimizers, clipping and data
+parallelism if it is learned.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ def tensors_of(module: torch_nn.Module) -> dict[str, Tensor]:
         if tensor is not None:
             tensors[name] = tensor
     return tensors
+
+
+def has_own_parameters(module: torch_nn.Module) -> bool:
+    """Whether a module, or one within it, has parameters besides the feedback that a rule has registered there."""
+    return any(not name.rpartition(".")[2].startswith(PREFIX) for name, _ in module.named_parameters())
 
 
 def drop_tensors(module: torch_nn.Module) -> None:

@@ -33,7 +33,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def nodes_from(roots: Iterable[Any], stops: Iterable[Any] = ()) -> Iterator[Any]:
-    """Every autograd node to which the graph leads from the nodes `roots`, themselves included, without reaching `stops`."""
+    """Every autograd node that can be reached from the nodes `roots`, including these, without passing `stops`."""
     visited = {None, *stops}
     stack = [root for root in dict.fromkeys(roots) if root not in visited]
     visited.update(stack)
@@ -47,5 +47,5 @@ def nodes_from(roots: Iterable[Any], stops: Iterable[Any] = ()) -> Iterator[Any]
 
 
 def leaves(root: Any, stops: Iterable[Any] = ()) -> set[int]:
-    """Ids of the leaves, such as parameters, to which the graph leads from the node `root` without passing `stops`."""
+    """Ids of the leaves, such as parameters, that can be reached from the node `root` without passing `stops`."""
     return {id(node.variable) for node in nodes_from([root], set(stops) - {root}) if hasattr(node, "variable")}

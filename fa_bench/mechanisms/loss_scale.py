@@ -62,10 +62,10 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
     return not 0 <= ignored < 1 << 62 or not bool((target == ignored).any())
 
 
-#: What to do if a rule computes errors from the labels, or everything.
+#: What to do if a rule computes errors, or everything, from the labels.
 PASS_SCALE = "Pass the scale: rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
 PASS_OBJECTIVE = (
-    "It learns from the objective alone, whatever the loss is: attach it with the objective that you train, objective=..."
+    "It learns only from the objective, whatever the loss is; attach it with the objective that you train, objective=..."
 )
 
 

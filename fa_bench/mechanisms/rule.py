@@ -106,9 +106,10 @@ class Rule(Options):
         """Attach the rule to `model`, in place.
 
         Args:
-            model: a plain module, neither wrapped for data-parallel training nor compiled, and without a rule. seed: seed of the
-                feedback; every tensor is sampled from (seed, layer, name). sample_input: one input batch (N, ...), or a tuple or
-                dictionary of several arguments; for rules that depend on the order of the layers.
+            model: a plain module, neither wrapped for data-parallel training nor compiled, and without a rule.
+            seed: seed of the feedback; every tensor is sampled from (seed, layer, name).
+            sample_input: one input batch (N, ...), or a tuple or dictionary of several arguments; for rules that depend on the
+                order of the layers.
             initial_phase: whether to run the rule's initial phase now; otherwise, the caller runs the method `initial_phase`.
             objective: the objective that the model is trained with, for rules that use the labels, or its name; None:
                 cross-entropy.
@@ -122,7 +123,7 @@ class Rule(Options):
 
         if torch.is_inference_mode_enabled():
             raise CoverageError(
-                "attach was called in torch.inference_mode(), whose tensors cannot be trained: call attach outside of it"
+                "attach was called in torch.inference_mode(), whose tensors cannot be trained; call attach outside of it"
             )
         if getattr(self, "model", None) is not None:
             raise CoverageError(f"this '{self.name}' rule object is already attached to a model; create another one")
@@ -217,7 +218,7 @@ class Rule(Options):
         raise NotImplementedError
 
     def unwire(self) -> None:
-        """Undo `wire`, also after an error in it."""
+        """Undo `wire`, even if it failed."""
         raise NotImplementedError
 
     def watched_modules(self) -> dict[str, nn.Module]:
@@ -345,9 +346,9 @@ class Rule(Options):
             loss: the scalar loss, possibly scaled.
             logits: the output of the model from which the loss was computed, (N, C), or (N, T, C) or (N, C, H, W) if it has
                 positions; for cut rules.
-            target: the labels, (N,), or one for each position; for rules that compute their errors from labels. loss_scale: the
-                factor by which gradient accumulation or a gradient scaler has scaled the loss; None: rules that compute their
-                errors from the labels infer it, if the loss is the objective's mean times a number.
+            target: the labels, (N,), or one for each position; for rules that compute their errors from labels.
+            loss_scale: the factor by which gradient accumulation or a gradient scaler has scaled the loss; None: rules that
+                compute their errors from the labels infer it, if the loss is the objective's mean times a number.
             indices: the indices of the batch's samples in the training set, integers (N,) from 0, which must be the same in every
                 epoch; for rules with `needs_indices`.
 
@@ -389,7 +390,7 @@ class Rule(Options):
 
     @property
     def needs_step(self) -> bool:
-        """Whether `step` does more than check the update, so that the user is warned if a training loop never calls it."""
+        """Whether `step` does more than check the update, in which case the user is warned if a training loop never calls it."""
         return False
 
     def step(self) -> None:
@@ -499,7 +500,7 @@ class Rule(Options):
         """Load the result of `state_dict`, after the model's state; rules with state extend this method.
 
         Raises:
-            StateError: names entries that are missing or unknown.
+            StateError: if entries are missing or unknown; the message names them.
         """
         self.require_entries(state, self.state_dict())
 

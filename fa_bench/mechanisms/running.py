@@ -1,7 +1,7 @@
 """Forward passes that have begun.
 
 PyTorch calls the hooks at the end of a forward pass after an ``Exception``, but not after a KeyboardInterrupt or another
-BaseException. A rule therefore finds out for itself whether a pass that has not ended is still running.
+BaseException. A rule therefore checks itself whether a pass that has not ended is still running.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RunningPass:
         return cls(training, frame)
 
     def is_running(self) -> bool:
-        """Whether the pass still runs; of a pass in another thread that is not known, and so it counts as running."""
+        """Whether the pass is still running; a pass in another thread counts as running, because its state is not known."""
         if self._thread != threading.get_ident():
             return True
         frame: FrameType | None = sys._getframe(1)

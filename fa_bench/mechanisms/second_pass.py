@@ -40,7 +40,7 @@ _updated: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[tuple[int, str]]]]
 
 
 class FirstPass:
-    """The arguments and the surroundings of a training pass of the model.
+    """The arguments of a training pass of the model, and the state in which it ran.
 
     Args:
         rule: the rule's name, for error messages.
@@ -101,13 +101,13 @@ class FirstPass:
             if tensor._version != version:
                 raise StateError(
                     f"rule '{self.rule}' runs the model again in the backward pass, but an input of shape "
-                    f"{tuple(tensor.shape)} was changed in place after the forward pass: pass a copy"
+                    f"{tuple(tensor.shape)} was changed in place after the forward pass; pass a copy"
                 )
         for path, _, key, parameter, version in self._weights:
             if parameter._version != version:
                 raise StateError(
                     f"rule '{self.rule}' runs the model again in the backward pass, but '{_name(path, key)}' was changed after "
-                    f"the forward pass: update the weights after the backward passes"
+                    f"the forward pass; update the weights after the backward passes"
                 )
         torch.set_rng_state(self._random)
         for device, state in self._random_on.items():
@@ -175,15 +175,16 @@ def repeated(
 ) -> Iterator[Any]:
     """A context with the result of another forward pass of an attached model, in which the rule's own hooks change nothing.
 
-    The pass has gradients if they are enabled. Its backward pass must run within the context, because activation checkpointing
-    runs parts of the forward pass again then.
+    The pass has gradients if they are enabled. Its backward pass must also run within the context, because activation
+    checkpointing then reruns parts of the forward pass.
 
     Args:
         model: the model.
         mode: `Rule.mode`.
         first: the pass that is repeated.
         args: replaces the positional arguments.
-        inputs, outputs: module's path -> change of the tensor at its input, or output.
+        inputs, outputs: module's path -> change of the tensor at its input, or output; one that keeps a tensor for later keeps
+            its `value_of`.
         precise: without autocast.
     """
     handles = []
@@ -213,6 +214,11 @@ def again(model: nn.Module, mode: Any, first: FirstPass, **changes: Any) -> Any:
 def _name(path: str, key: str) -> str:
     """The name of a module's parameter in the model."""
     return f"{path}.{key}" if path else key
+
+
+def value_of(tensor: Tensor) -> Tensor:
+    """The value of a tensor at a module, to be used after the pass: a copy, because later modules may change it in place."""
+    return tensor.detach().clone()
 
 
 def _at_input(change: Change) -> Any:

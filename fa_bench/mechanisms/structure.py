@@ -54,7 +54,7 @@ class Structure:
             allow_new: whether modules with weights may have been added.
 
         Raises:
-            CoverageError: names what changed and what to do.
+            CoverageError: in this case; the message says what changed and what to do.
         """
         for children, known in self._children:
             if list(children.values()) != known:
@@ -93,7 +93,7 @@ class Structure:
         self._record()
 
     def release(self) -> None:
-        """Remove the mark that the modules belong to the model."""
+        """Remove the marks that assign the modules to the model."""
         for module in (*self._known, *self._model.modules()):
             module.__dict__.pop(PART_ATTRIBUTE, None)
 
@@ -134,17 +134,17 @@ def check_model(model: Any) -> None:
         where = f"the model's part '{path}'" if path else "the model"
         nn, kind, tensors = torch.nn, type(module).__name__, (*module._parameters.values(), *module._buffers.values())
         if any(isinstance(one, (nn.UninitializedParameter, nn.UninitializedBuffer)) for one in tensors):
-            raise CoverageError(f"{where} ({kind}) has no weight yet: run one forward pass, then attach")
+            raise CoverageError(f"{where} ({kind}) has no weight yet; run one forward pass, then attach")
         if kind in _WRAPPERS and type(module).__module__.startswith("torch."):
-            raise CoverageError(f"{where} is wrapped in {kind}: attach to the plain model, then wrap it")
+            raise CoverageError(f"{where} is wrapped in {kind}; attach to the plain model, then wrap it")
         if kind == "OptimizedModule" or module._compiled_call_impl is not None:
-            raise CoverageError(f"{where} is compiled: attach to the plain model, then compile it")
+            raise CoverageError(f"{where} is compiled; attach to the plain model, then compile it")
         if (rule := getattr(module, RULE_ATTRIBUTE, None)) is not None:
-            raise CoverageError(f"{where} already has the rule '{rule.name}': call its detach() first")
+            raise CoverageError(f"{where} already has the rule '{rule.name}'; call its detach() first")
         if (name := rule_around(module)) is not None:
-            raise CoverageError(f"{where} is part of another model with the rule '{name}': call that rule's detach() first")
+            raise CoverageError(f"{where} is part of another model with the rule '{name}'; call that rule's detach() first")
         if hasattr(module, "pathway") and kind.startswith("Feedback"):
-            raise CoverageError(f"{where} is a copy of a layer that has feedback: call detach() before copying")
+            raise CoverageError(f"{where} is a copy of a layer that has feedback; call detach() before copying")
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")

@@ -3,8 +3,8 @@
 The passes repeat the training pass (`fa_bench.mechanisms.second_pass`): dropout masks and the statistics of normalisation are the
 same, running statistics are not updated, and the values of forward-mode passes are those of the training pass, though without
 autocast. Attention and recurrent modules run as compositions of operations that have a forward-mode derivative, which changes
-rounding; where the fused kernel of the training pass has dropout within it, such as that of several LSTM layers, its mask is
-another one.
+rounding; where the fused kernel of the training pass has dropout within it, such as that of several LSTM layers, the mask
+differs.
 """
 
 from __future__ import annotations

@@ -49,9 +49,10 @@ class Trace:
         after_tables: watched modules whose output depends on an embedding, not through a layer.
         tables: paths of embeddings and ids of parameters that belong to no layer.
         kinds: watched module -> type of its output if it is not a tensor.
-        output_shapes, input_shapes: watched module or layer -> shape of its output, of its input.
+        output_shapes, input_shapes: watched module or layer -> shape of its output or input.
         trainable: watched modules whose output depends on a trainable parameter, without passing another one's output.
-        changed_in_place: watched modules and layers whose output was changed in place after they returned it.
+        changed_in_place: watched modules and layers whose output is changed in place after they have returned it.
+        inputs_changed_in_place: layers whose input is changed in place after their last call.
         without_gradients: weighted layers that ran without gradients, under ``torch.no_grad()`` or reentrant checkpointing.
         uses: how the model's weights were used outside their own layers.
         results: name -> shape of each output from which a loss can be computed; the name of a single tensor is ``""``.
@@ -81,6 +82,7 @@ class Trace:
     input_shapes: dict[str, tuple[int, ...]]
     trainable: set[str]
     changed_in_place: set[str]
+    inputs_changed_in_place: set[str]
     without_gradients: list[str]
     uses: Uses
     results: dict[str, tuple[int, ...]]
@@ -144,6 +146,11 @@ def _traced(
     look_ups: dict[Any, str] = {}
     kinds: dict[str, str] = {}
     without_gradients: list[str] = []
+    dropped: set[int] = set()
+
+    def enters_dropout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The sample's pass has no dropout, which works in place in training alone.
+        dropped.update(_memory(tensor) for tensor in tensors_in((args, kwargs)))
 
     def record(path: str):
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -159,13 +166,18 @@ def _traced(
                 look_ups[y.grad_fn] = path
             x = next(tensors_in(args), y)
             # The current nodes: a later in-place operation gives the tensor another one.
-            seen[path] = _Call(tuple(x.shape), x.grad_fn, y, y.grad_fn, y._version)
+            seen[path] = _Call(x, tuple(x.shape), x.grad_fn, x._version, y, y.grad_fn, y._version)
             if path in layers and y.grad_fn is not None:
                 node_of[y.grad_fn] = path
 
         return hook
 
     handles = [m.register_forward_hook(record(p), prepend=True) for p, m in {**watched, **layers, **embeddings}.items()]
+    handles += [
+        module.register_forward_pre_hook(enters_dropout, with_kwargs=True)
+        for module in modules.values()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.inplace
+    ]
     args, kwargs = arguments(sample)
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad} - set(map(id, frozen))
     try:
@@ -174,6 +186,9 @@ def _traced(
     finally:
         for handle in handles:
             handle.remove()
+
+    def is_changed(tensor: Tensor, version: int) -> bool:
+        return tensor._version != version or _memory(tensor) in dropped
 
     results = named_results(result)
     roots = [tensor.grad_fn for tensor in results.values() if tensor.grad_fn is not None]
@@ -230,7 +245,8 @@ def _traced(
         output_shapes={path: tuple(record.output.shape) for path, record in seen.items()},
         input_shapes={path: record.input_shape for path, record in seen.items()},
         trainable={path for path, node in output_nodes.items() if trained & leaves(node, output_nodes.values())},
-        changed_in_place={path for path, record in seen.items() if record.output._version != record.version},
+        changed_in_place={path for path, call in seen.items() if is_changed(call.output, call.output_version)},
+        inputs_changed_in_place={path for path in order if is_changed(seen[path].input, seen[path].input_version)},
         without_gradients=list(dict.fromkeys(without_gradients)),
         uses=used,
         results={name: tuple(tensor.shape) for name, tensor in results.items()},
@@ -265,7 +281,7 @@ def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: 
 
     if sample_input is not None:
         return traced(sample_input)
-    needed = f"rule '{rule.name}' needs sample_input, one input batch, to see what follows layer '{path}'"
+    needed = f"rule '{rule.name}' needs sample_input, one input batch, to determine what follows layer '{path}'"
     if not isinstance(first, nn.Linear):
         raise CoverageError(needed)
     try:
@@ -366,11 +382,18 @@ def loss_output(result: Any, output: str | int | None) -> Tensor:
 class _Call(NamedTuple):
     """One watched module in the forward pass of the sample; nodes are those of the autograd graph."""
 
+    input: Tensor
     input_shape: tuple[int, ...]
     input_node: Any
+    input_version: int
     output: Tensor
     output_node: Any
-    version: int
+    output_version: int
+
+
+def _memory(tensor: Tensor) -> int:
+    """Identifies the memory of a tensor while it is alive."""
+    return tensor.untyped_storage()._cdata
 
 
 def _walk(

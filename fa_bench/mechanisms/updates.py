@@ -1,10 +1,10 @@
 """Learned feedback tensors, and whether an optimizer trains them.
 
-A learned tensor is a parameter of the model, so that an optimizer created after `attach` trains it. An optimizer created earlier
+A learned tensor is a parameter of the model, so an optimizer created after `attach` trains it. An optimizer created earlier
 does not, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. Both would fail
-silently: the rule would turn into feedback alignment, or nothing would be learned. So the first update after `attach`, and the
-first one after a tensor was replaced, is checked: against the parameter groups of the optimizers that step, or, if the weights
-are updated by hand, by what has changed when ``rule.step()`` is called. After that the check costs one comparison.
+silently: the rule would turn into feedback alignment, or nothing would be learned. Therefore, the first update after `attach` and
+the first one after a tensor was replaced are checked: against the parameter groups of the optimizers that step, or, if the
+weights are updated by hand, by what has changed when ``rule.step()`` is called. After that the check costs one comparison.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: How many entries of a tensor are compared before and after an update: those with the largest gradients.
+#: Number of entries of a tensor, those with the largest gradients, that are compared before and after an update.
 _ENTRIES = 16
 #: After this many calls of `after_step` without an update, only optimizers are checked, no longer updates by hand.
 _PATIENCE = 3
-#: Gradients below this fraction of the entries are rounding noise: an update by them changes nothing.
+#: Gradients below this fraction of the entries are rounding noise: an update with them changes nothing.
 _NOISE = 1e-5
 #: After this many updates without ``rule.step()``, rules that need it warn: one change may be a state that was loaded.
 _MISSED = 3
@@ -83,7 +83,7 @@ class LearnedTensor:
             if not self.tensor.requires_grad:
                 raise StateError(
                     f"the learned feedback '{self.name}' was frozen by attach because nothing that it learns from was "
-                    f"trainable, but that has changed: unfreeze it, too (it is in rule.feedback_parameters()), or attach again"
+                    f"trainable, but that has changed; unfreeze it, too (it is in rule.feedback_parameters()), or attach again"
                 )
             self.is_frozen = False
 
@@ -132,7 +132,7 @@ class LearnedTensor:
         """Called after an update.
 
         Raises:
-            StateError: as `on_gradient`; also if the weight was updated by hand and this tensor was not.
+            StateError: as for `on_gradient`, and if the weight was updated by hand but this tensor was not.
         """
         if self._snapshot is None and not self._fault:
             if self._trained and self.module._parameters[self.key] is not self._known:
@@ -208,7 +208,8 @@ class StepReminder:
     """Notices that weights are updated and ``rule.step()`` is not called.
 
     Args:
-        weights: of which one that learns is watched. Updates that autograd does not count (fused optimizers) are not noticed.
+        weights: weights of the model; one that learns is watched. Updates that autograd does not count (fused optimizers) are not
+            noticed.
     """
 
     def __init__(self, weights: list[nn.Parameter]) -> None:
@@ -233,7 +234,7 @@ class StepReminder:
 
 #: The warning.
 STEP_MISSED = (
-    f"the weights were updated {_MISSED} times without rule.step(), which does a part of the learning; call it after every "
+    f"the weights were updated {_MISSED} times without rule.step(), which does part of the learning; call it after every "
     f"optimizer.step()"
 )
 
@@ -301,7 +302,7 @@ class _Snapshot:
 
     @property
     def significant(self) -> bool:
-        """Whether an update by this gradient changes anything: a gradient scaler skips gradients that are not finite."""
+        """Whether an update with this gradient changes anything: a gradient scaler skips gradients that are not finite."""
         size = self._gradients.abs().max()
         return bool(torch.isfinite(self._gradients).all()) and bool(size > _NOISE * self._values.abs().max())
 

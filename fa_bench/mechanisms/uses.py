@@ -182,7 +182,7 @@ def _kind(node: Any) -> str:
 
 
 def _mixing_node(leaf: Any, consumers: dict[Any, set[Any]], excluded: set[Any]) -> Any:
-    """The node in which a leaf of the graph is combined with another tensor, so that the other's error depends on the leaf.
+    """The node in which a leaf of the graph is combined with another tensor whose error then depends on the leaf.
 
     None if the leaf is only rearranged, added, concatenated or looked up; nodes in `excluded` are ignored.
     """
@@ -203,7 +203,7 @@ def _mixing_node(leaf: Any, consumers: dict[Any, set[Any]], excluded: set[Any]) 
 
 
 def _is_weight(root: Any) -> bool:
-    """Whether a node's result is computed from parameters alone, such as a sum or concatenation of weights."""
+    """Whether a node's result is computed only from parameters, such as a sum or concatenation of weights."""
     stack, visited = [root], {root}
     while stack:
         node = stack.pop()

@@ -25,9 +25,9 @@ class Mode:
         rule: the rule's name.
         exact: forward passes are those of the plain model.
         freeze_random: forward passes sample no new random tensors, so that measuring does not change the run.
-        alone: nothing is exchanged with the other processes of a data-parallel training, which do not do the same now.
+        alone: nothing is exchanged with the other processes of a data-parallel run, which are not doing the same at the moment.
         layerwise: compound modules call one layer for each of their weights; otherwise they may use fused kernels.
-        always_layerwise: they do so without gradients, too.
+        always_layerwise: they also do so without gradients.
         training: a forward pass of the whole model with gradients is running.
         without_gradients: path -> trainable layer that ran without gradients in this pass.
         with_gradients: paths of the layers that ran with gradients in this pass.
@@ -109,7 +109,7 @@ def require_gradients(path: str, layer: nn.Module) -> None:
     """Refuse a layer with a trainable weight that ran without gradients in a forward pass of the model with gradients.
 
     Raises:
-        CoverageError: names the layer and what to do.
+        CoverageError: in this case; the message names the layer and what to do.
     """
     if layer.weight.requires_grad:
         raise CoverageError(

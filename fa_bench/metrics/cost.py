@@ -1,6 +1,6 @@
 """The cost of a training step: multiplications, bytes moved and peak memory, counted in steps on a few samples.
 
-The counts follow from shapes alone. Steps of two, three and four samples on the CPU determine those of any batch size.
+The counts depend only on shapes. Steps with two, three and four samples on the CPU determine the counts for any batch size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from fa_bench.registry.kinds import CLASSES, IMAGES, TOKENS, VALUES
 #: Sizes of the batches that are run to determine the counts at any batch size.
 _BATCHES = (2, 3, 4)
 _ATEN = torch.ops.aten
-#: Attention on the CPU, which torch's table lacks. Its backward pass computes the scores again: five products, not four.
+#: Attention on the CPU, which is missing from torch's table. Its backward pass computes the scores again: five products, not
+#: four.
 _ATTENTION: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query.shape, key.shape, value.shape
@@ -43,8 +44,8 @@ class Cost:
     """The cost of one training step.
 
     Attributes:
-        forward, backward, feedback: multiplications in matrix products and convolutions, each with its addition: of the forward
-            pass with the loss; of the backward pass; of learning the feedback, in the backward pass or after it.
+        forward, backward, feedback: multiplications in matrix products and convolutions, each with its addition: in the forward
+            pass with the loss; in the backward pass; and for learning the feedback, in the backward pass or after it.
         optimizer: multiplications of the optimizer, if it was counted; most optimizers have none.
         bytes_moved: bytes of the inputs and outputs of all operations, as if none were fused and nothing stayed in a cache; with
             the optimizer, if it was counted.
@@ -61,7 +62,7 @@ class Cost:
 
     @property
     def multiplications(self) -> int:
-        """Those of the whole step."""
+        """The multiplications of the whole step."""
         return self.forward + self.backward + self.feedback + self.optimizer
 
     def record(self) -> dict[str, int]:
@@ -70,7 +71,7 @@ class Cost:
 
 
 class Counter(TorchDispatchMode):
-    """Counts multiplications, bytes moved and bytes of new tensors, for all operations, those of a backward pass included.
+    """Counts multiplications, bytes moved and bytes of new tensors for all operations, including those of a backward pass.
 
     FlopCounterMode of torch hooks modules and fails if gradients are computed in a backward pass.
 
@@ -120,7 +121,7 @@ class Counter(TorchDispatchMode):
 def _convolution_backward(
     g: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *others: Any
 ) -> int:
-    """The multiplications of the gradients of a convolution: each as many as in the forward pass, also with groups, for which
+    """The multiplications of the gradients of a convolution: as many for each as in the forward pass, even with groups, for which
     torch's own count is too high."""
     needs_x, needs_weight, _ = others[-1]
     return (int(needs_x) + int(needs_weight)) * (x if transposed else g).numel() * weight[0].numel()
@@ -142,7 +143,7 @@ def _mutated(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[T
 
 
 def _size(tensor: Tensor) -> int:
-    """The bytes of a tensor; one that repeats its values without copying them has fewer than it has values."""
+    """The bytes that a tensor occupies: fewer than its values would need if it repeats them without copying."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
@@ -150,8 +151,8 @@ def _size(tensor: Tensor) -> int:
 def counting() -> Iterator[Counter]:
     """Count the operations of the block.
 
-    Recurrent modules run as the operations of their cells, not as one kernel that cannot be looked into. Tensors are freed where
-    the last reference to them ends, never by the collector, whose times would make the count depend on what ran before.
+    Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed when
+    the last reference to them ends, never by the garbage collector, whose timing would make the count depend on what ran before.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -173,8 +174,8 @@ def multiplications(step: Callable[[], None]) -> int:
 def at_batch(counts: Sequence[int], batch: int) -> int:
     """The count for a batch of `batch` samples, from those for 2, 3 and 4.
 
-    Exact if the count is a polynomial of the batch size of degree at most two: products with the batch grow linearly,
-    similarities between samples quadratically, and steps on a rule's own noise are constant.
+    Exact if the count is a polynomial in the batch size of degree at most two: products that involve the batch grow linearly,
+    similarities between samples grow quadratically, and steps on noise that the rule generates are constant.
     """
     two, three, four = counts
     beyond = batch - _BATCHES[0]
@@ -212,7 +213,7 @@ def step_costs(
         classes: number of classes, of outputs, or of tokens.
         batch: the batch size of the step.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
-        optimizers: makes those of the rule; without it, the bytes that they move and their states are not counted.
+        optimizers: creates the rule's optimizers; without it, the bytes that they move and their states are not counted.
         accumulate: the micro-batches that the batch is split into.
     """
     model, learned = rule.model, rule.feedback_parameters()
@@ -226,7 +227,7 @@ def step_costs(
         # The first step creates the states of optimizers, and whatever the rule keeps.
         for size in (_BATCHES[0], *_BATCHES):
             found.append(_step(rule, samples(size), own, exact))
-            if state:  # of a rule whose steps are not all alike, the same one is counted again
+            if state:  # if a rule's steps are not all alike, the same one is counted again
                 rule.load_state_dict(state)
         return found[1:]
 
@@ -281,7 +282,7 @@ def _samples(device: torch.device, shape: tuple[int, ...], classes: int, inputs:
 
 
 def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None, exact: bool) -> _Step:
-    """Run and count one step, after those that came before it have lost their gradients."""
+    """Run and count one step; the gradients of earlier steps are removed first."""
     x, y = data
     indices = torch.arange(len(y)) % (rule.sample_count or len(y))
     rule.model.zero_grad()
@@ -304,8 +305,8 @@ def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None
 
 
 def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
-    """The cost of a step from its counts for a few samples, the sizes of its micro-batches, and bytes that are there all the
-    time."""
+    """The cost of a step from its counts for a few samples, the sizes of its micro-batches, and the bytes that are in use
+    throughout."""
     *products, of_optimizer, products_after = zip(*(step.multiplications for step in steps), strict=True)
     *moved, moved_after = zip(*(step.moved for step in steps), strict=True)
     forward, backward, feedback = (sum(at_batch(counts, size) for size in sizes) for counts in products)
@@ -320,9 +321,9 @@ def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
 
 
 def _peak(new: Sequence[Sequence[int]], batch: int) -> int:
-    """The most bytes of new tensors at a time in a batch of `batch` samples.
+    """The peak number of bytes of new tensors in a batch of `batch` samples.
 
-    At which operation this is depends on the batch size, so that each operation has its own polynomial. If the number of
+    The operation at which the peak occurs depends on the batch size, so each operation has its own polynomial. If the number of
     operations depends on the batch size, the polynomial is that of the peaks.
     """
     at_a_time = zip(*new, strict=True) if len(set(map(len, new))) == 1 else [[max(series) for series in new]]

@@ -13,7 +13,7 @@ from fa_bench.mechanisms.contexts import evaluating
 from fa_bench.mechanisms.trace import loss_output
 from fa_bench.objectives.base import Objective
 
-#: Least batch size of evaluation: it keeps no activations, so that larger batches hardly need more memory.
+#: Minimum batch size of evaluation: it keeps no activations, so larger batches hardly need more memory.
 EVALUATION_BATCH = 512
 
 
@@ -35,7 +35,7 @@ def evaluate(
     Args:
         model, objective, split, batch_size: what is evaluated, and how.
         before_batch: called before every batch.
-        share: the positions of the samples that this process evaluates in a batch of so many; None: all.
+        share: the positions of the samples that this process evaluates in a batch of the given size; None: all.
         predict: computes the outputs of a batch; None: the model.
         gather: the values that all processes pass, in their order.
     """

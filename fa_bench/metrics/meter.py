@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fa_bench.errors import ConfigError, truncate
+from fa_bench.errors import ConfigError, CoverageError, names, truncate
 from fa_bench.mechanisms.contexts import in_mode, same_randomness, set_temporarily, without_side_effects
 from fa_bench.mechanisms.cut.positions import mean_loss
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
-from fa_bench.mechanisms.trace import loss_output, tensors_in, trace_model
+from fa_bench.mechanisms.trace import loss_output, named_results, tensors_in, trace_model
 from fa_bench.mechanisms.weighted_layers import sample_axis, weight_gradient, weighted_layers
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.registry.registries import METRICS
@@ -37,6 +37,9 @@ class AlignmentMeter:
         y: targets (N,), (N, O) if they are numbers, or (N, P...) for outputs with positions.
         metrics: names of the metrics; None: all that are registered.
         indices: the indices of the samples in the training set, for rules with `Rule.needs_indices`.
+
+    Raises:
+        CoverageError: if the model returns several outputs and neither the rule nor its objective names the one that is trained.
 
     Examples:
         >>> import torch, fa_bench
@@ -56,6 +59,7 @@ class AlignmentMeter:
         self.metrics = [metric() for metric in declared(METRICS if metrics is None else metrics).values()]
         with rule.exact():
             self.trace = trace_model(rule.model, x[:2], output=rule.loss_output)
+        _require_one(rule, self.trace.results)
         self.points = rule.error_points(self.trace)
 
     @property
@@ -69,6 +73,10 @@ class AlignmentMeter:
         """Layers that feed the logits, where the delta angle is 0 by construction."""
         return self.trace.outputs
 
+    def inputs(self) -> Tensor:
+        """A copy of `x` for one pass of the model, which may change it in place."""
+        return self.x.clone()
+
     def measure(self) -> dict[str, dict[str, float]]:
         """{metric: {layer: value}}, the layers in the order of execution; NaN for an undefined value."""
         with measurement_mode(self.rule):
@@ -81,7 +89,8 @@ class AlignmentMeter:
                     f"{truncate(repr(of_layer), 100)}"
                 )
         return {
-            name: {layer: of_layer[layer] for layer in self.trace.order if layer in of_layer} for name, of_layer in values.items()
+            name: {layer: float(of_layer[layer]) for layer in self.trace.order if layer in of_layer}
+            for name, of_layer in values.items()
         }
 
 
@@ -144,7 +153,7 @@ class Passes:
         ]
         try:
             with torch.enable_grad(), same_randomness(model):
-                logits = loss_output(model(self._meter.x), self.rule.loss_output)
+                logits = measured_output(self.rule, model(self._meter.inputs()))
                 record.watch(LOGITS, logits, modules[""])
                 backward(mean_loss(self.rule.objective, logits, self._meter.y), logits)
         finally:
@@ -182,7 +191,7 @@ class Passes:
             for path in self.trace.order:
                 calls = zip(delivered.calls.get((path, INPUT), ()), delivered.calls.get((path, OUTPUT), ()), strict=False)
                 for before, after in calls:
-                    if before.tensor is call.tensor and after.error is not None:
+                    if before.is_same(call) and after.error is not None:
                         g = before.of_all_outputs(after.error)
                         contributed = rule.input_error(path, call.tensor, g, delta)
                         with rule.exact():
@@ -208,7 +217,7 @@ class Passes:
         handles = [modules[path].register_forward_hook(split(path)) for path in cuts]
         try:
             with self.rule.exact(), torch.enable_grad(), same_randomness(self.rule.model):
-                logits = loss_output(self.rule.model(self._meter.x), self.rule.loss_output)
+                logits = measured_output(self.rule, self.rule.model(self._meter.inputs()))
         finally:
             for handle in handles:
                 handle.remove()
@@ -226,6 +235,7 @@ class Call:
     Attributes:
         batch_axis: the axis of the samples.
         rows, outputs: the outputs that the call computed, if not all of the layer's, and their number.
+        version: the tensor's version in that call, because later modules may change it in place.
     """
 
     tensor: Tensor
@@ -233,6 +243,11 @@ class Call:
     batch_axis: int = 0
     rows: slice | None = None
     outputs: int = 0
+    version: int = 0
+
+    def is_same(self, other: Call) -> bool:
+        """Whether the tensor is that of another call, with the same value."""
+        return self.tensor is other.tensor and self.version == other.version
 
     def by_sample(self, tensor: Tensor) -> Tensor:
         """A tensor of this call's shape with the samples along its first axis."""
@@ -248,7 +263,7 @@ class Call:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors of several calls, (N, ...) each, as one, (N, features), if each has all samples, else (rows, features)."""
+    """The tensors of several calls, (N, ...) each, as one, (N, features), if each has all samples, otherwise (rows, features)."""
     if len(tensors) == 1:
         return tensors[0]
     if len({len(tensor) for tensor in tensors}) == 1:
@@ -269,7 +284,7 @@ class Record:
 
     @functools.cached_property
     def tensors(self) -> dict[Point, Tensor]:
-        """The tensors of all calls at a point, joined; those that require gradients."""
+        """The tensors of all calls at a point that require gradients, joined."""
         found = {
             point: [call.by_sample(call.tensor) for call in calls if call.tensor.requires_grad]
             for point, calls in self.calls.items()
@@ -278,7 +293,7 @@ class Record:
 
     @functools.cached_property
     def errors(self) -> dict[Point, Tensor]:
-        """The gradients at a point, joined; those that the pass has computed."""
+        """The gradients at a point that the pass has computed, joined."""
         found = {
             point: [call.by_sample(call.error) for call in calls if call.error is not None] for point, calls in self.calls.items()
         }
@@ -286,7 +301,8 @@ class Record:
 
     def watch(self, point: Point, tensor: Tensor, module: nn.Module, rows: slice | None = None) -> None:
         """Record a tensor, and its gradient once the backward pass has accumulated it."""
-        call = Call(tensor, None, sample_axis(module, tensor.dim()), rows, getattr(module, "out_features", 0))
+        outputs = getattr(module, "out_features", 0)
+        call = Call(tensor, None, sample_axis(module, tensor.dim()), rows, outputs, tensor._version)
         self.calls.setdefault(point, []).append(call)
 
         def hook(gradient: Tensor) -> None:
@@ -302,6 +318,32 @@ class Record:
     def outputs(self, path: str) -> Any:
         """A forward hook that watches a module's output."""
         return lambda module, args, output: self.watch((path, OUTPUT), next(tensors_in(output)), module)
+
+
+def measured_output(rule: Rule, result: Any) -> Tensor:
+    """The output of an attached model whose loss is measured, from the result of a pass with gradients.
+
+    Raises:
+        CoverageError: if there are several, and neither the rule nor its objective names one.
+    """
+    if not isinstance(result, Tensor):
+        _require_one(rule, named_results(result))
+    return loss_output(result, rule.loss_output)
+
+
+def _require_one(rule: Rule, results: Collection[str]) -> None:
+    if rule.loss_output is not None or len(results) < 2:
+        return
+    objective = dataclasses.replace(rule.objective, output=next(iter(results)))
+    kind = type(objective)
+    options = {field.name: getattr(objective, field.name) for field in dataclasses.fields(kind) if field.init}
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value != defaults[name])
+    raise CoverageError(
+        f"rule '{rule.name}' is measured by the loss of one output, but this model returns {names(results)}: attach the rule "
+        f"with the one that is trained, for example objective={kind.__name__}({given}), with {kind.__name__} from "
+        f"{kind.__module__}"
+    )
 
 
 @contextmanager

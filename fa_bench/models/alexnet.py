@@ -21,7 +21,7 @@ class ASAPAlexNet(Architecture):
     Three convolutions with max-pooling, then 4096-1024-1024-classes (appendix C and published code of Woo et al. 2021).
 
     5x5 kernels, padding 2, channels 64-128-256; batch normalisation and ReLU after every hidden layer, and batch normalisation
-    of the logits. Pooling rounds up, so that 28x28 and 32x32 images both give 256 x 4 x 4 features. This is the net of the code;
+    of the logits. Pooling rounds up, so 28x28 and 32x32 images both give 256 x 4 x 4 features. This is the net of the code;
     the paper's text has 3x3 kernels, which contradict its 4096 features.
     """
 
@@ -50,8 +50,8 @@ class DKPAlexNet(Architecture):
 
     width: int = option(64, "channels of the first convolution; the others have 3, 6, 4 and 4 times as many", minimum=1)
     hidden: int = option(4096, "neurons of the two hidden fully connected layers", minimum=1)
-    linear_norm: bool = option(True, "also batch normalisation after the hidden fully connected layers")
-    dropout: float = option(0.5, "rate of the two dropouts", minimum=0, below=1)
+    linear_norm: bool = option(True, "batch normalisation after the hidden fully connected layers, too")
+    dropout: float = option(0.5, "rate of the two dropout layers", minimum=0, below=1)
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.convnet import ConvStage, convnet

@@ -29,7 +29,9 @@ class Conv2(Architecture):
 
     channels: int = option(32, "channels of both convolutions", minimum=1)
     hidden: int = option(128, "neurons of the hidden fully connected layer", minimum=1)
-    padding: int | None = option(None, "padding of both convolutions; null: 0 for 32x32 images, else 1", minimum=0, maximum=2)
+    padding: int | None = option(
+        None, "padding of both convolutions; null: 0 for 32x32 images, otherwise 1", minimum=0, maximum=2
+    )
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         colours, height, width = input_shape

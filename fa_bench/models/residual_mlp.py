@@ -37,7 +37,7 @@ class ResidualMLP(Architecture):
 
     width: int = option(256, "neurons of the residual stream", minimum=1)
     blocks: int = option(4, "residual blocks", minimum=1, maximum=1000)
-    expansion: float = option(4.0, "neurons of a block's hidden layer, in units of width", above=0, maximum=100)
+    expansion: float = option(4.0, "neurons of a block's hidden layer, as a multiple of width", above=0, maximum=100)
     activation: str = option("gelu", "activation function of the hidden layers", choices=list(ACTIVATIONS))
     final_norm: bool = option(True, "whether there is a LayerNorm before the output layer")
 

@@ -14,8 +14,8 @@ class TransformerArchitecture(Architecture):
     """Base class of transformers."""
 
     width: int = option(128, "features of a token", minimum=1)
-    heads: int = option(4, "heads of the attention, a divisor of width", minimum=1)
-    expansion: float = option(4.0, "neurons of a block's hidden layer, in units of width", above=0, maximum=100)
+    heads: int = option(4, "number of attention heads, a divisor of width", minimum=1)
+    expansion: float = option(4.0, "neurons of a block's hidden layer, as a multiple of width", above=0, maximum=100)
     activation: str = option("gelu", "activation function of the hidden layers", choices=list(ACTIVATIONS))
 
     def check(self) -> None:

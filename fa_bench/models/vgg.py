@@ -34,8 +34,8 @@ class VGG(Architecture):
     convolution of VGG-7 have no padding. PCX lists another VGG-9, with 64 to 512 channels and three fully connected layers.
 
     Depth 16 has the 13 convolutions of configuration D of Simonyan and Zisserman 2015, 64 to 512 channels, and ReLU. Their three
-    fully connected layers are replaced by one, which is common practice for CIFAR and not in the paper; ``batch_norm=true``
-    normalises before every activation, likewise.
+    fully connected layers are replaced by one, which is common practice for CIFAR and not in the paper; so is
+    ``batch_norm=true``, which normalises before every activation.
     """
 
     depth: int = option(5, "number of layers with weights: 5, 7, 9 or 16")

@@ -83,9 +83,9 @@ class Objective(Options):
         return outputs
 
     def sums(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Sums over the targets of a batch that count, from which `scored` computes the scores of all batches together.
+        """Sums over the counted targets of a batch, from which `scored` computes the scores of all batches together.
 
-        The loss and the number of targets are summed without being named here.
+        The loss and the number of targets are summed separately and need not be included.
         """
         if (correct := self.correct(outputs, target)) is not None:
             return {"correct": correct.sum()}
@@ -111,7 +111,7 @@ class Objective(Options):
         around_mean = sum(
             square - total * total / count for square, total in zip(sums["target_squares"], sums["target_sums"], strict=True)
         )
-        # Constant targets leave only the rounding of their squares.
+        # For constant targets, only the rounding error of their squares remains.
         varies = around_mean > 1e-12 * sum(sums["target_squares"])
         return {
             **({R2.name: 1 - sums["error_squares"] / around_mean} if varies else {}),

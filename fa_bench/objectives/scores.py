@@ -55,7 +55,7 @@ class Score:
         return "maximize" if self.higher_is_better else "minimize"
 
     def merit(self, value: float) -> float:
-        """The value, or its negative if smaller values are better: of two merits, the larger one is better."""
+        """The value, or its negative if smaller values are better, so the larger of two merits is always better."""
         return value if self.higher_is_better else -value
 
     def text(self, value: float) -> str:

@@ -30,7 +30,7 @@ _SCORES = (PERPLEXITY, BITS_PER_TOKEN, BITS_PER_CHARACTER, NEXT_TOKEN)
 class TokenCrossEntropy(Objective):
     """Cross-entropy of the softmax at every position: the mean of L_nt = -log softmax(z_nt)[y_nt] over the targets that count.
 
-    Targets equal to `ignore_index` do not count, neither in the loss nor in a score. With L the mean loss in nats, perplexity is
+    Targets equal to `ignore_index` count neither in the loss nor in a score. With L the mean loss in nats, perplexity is
     exp(L) and bits per token are L / log 2. Bits per character are this number divided by the mean number of characters per token
     in the split (blank if the dataset has no characters). Accuracy is the fraction of the counted targets that have the largest
     logit. `score` is the one that reports compare and that determines the best epoch and settings.
@@ -73,7 +73,7 @@ class TokenCrossEntropy(Objective):
         return (target != self.ignore_index).sum()
 
     def correct(self, outputs: Tensor, target: Tensor) -> Tensor:
-        # No class has the number of an ignored target if that is negative; else it must not count as a class.
+        # If `ignore_index` is negative, no class has this number; otherwise, it must not count as a class.
         return (outputs.argmax(-1) == target) & (target != self.ignore_index)
 
     def scored(self, sums: Mapping[str, Any], loss: float, count: int, characters: float | None = None) -> dict[str, float]:

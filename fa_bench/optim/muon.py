@@ -30,8 +30,8 @@ class Muon(OptimizerOptions):
         X <- X / ‖X‖, then five times (``ns_steps``) X <- a X + (b A + c A²) X,  A = X Xᵀ, (a, b, c) = (3.4445, -4.7750, 2.0315)
         W <- (1 - lr λ) W - lr s X,  s = √max(1, rows / columns) (``adjust_lr``)
 
-    The update does not depend on the size of G. Learned feedback with the gradient of W gets the same update as W, so that W - B
-    changes by the decoupled decay alone, as with AdamW: ‖W - B‖ = ‖W(0) - B(0)‖ Π (1 - lr λ). Without weight decay `kp` does not
+    The update does not depend on the size of G. Learned feedback with the gradient of W gets the same update as W, so W - B
+    changes only by the decoupled decay, as with AdamW: ‖W - B‖ = ‖W(0) - B(0)‖ Π (1 - lr λ). Without weight decay `kp` does not
     align. The same holds for W - B R in `pfa_o` with its ratio of 1, but not in `pfa`: the update is not linear in the gradient.
 
     ``layers=hidden`` leaves the first and the last layer to AdamW, as usual recipes do, and ``exclude`` lists others, together

@@ -71,7 +71,8 @@ class Optimizers:
         self._set_rates(epoch=0, step=0)
 
     def share_gradients(self) -> None:
-        """From now on, a backward pass computes no second gradient for learned feedback that has the gradient of a weight.
+        """From now on, backward passes do not compute a second gradient for learned feedback that shares the gradient of a
+        weight.
 
         Only for optimizers that update in one fused pass, and for training by one process; others are left as they are.
         """
@@ -109,7 +110,8 @@ class Optimizers:
             self._set_rates(step=step)
 
     def _set_rates(self, **done: int) -> None:
-        """Set the learning rates of schedules that count in these units, ``epoch`` or ``step``, after so many of them."""
+        """Set the learning rates of schedules that count in these units, ``epoch`` or ``step``, after the given number of
+        them."""
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
             if (unit := part.schedule.per) in done:
                 for group in optimizer.param_groups:

@@ -37,12 +37,16 @@ def option(
     """Declare one option of a component.
 
     Args:
-        default: lists and nested options are copied for each instance. help: one sentence for ``--help``, with units. choices:
-            the allowed strings, or for a list those of its items; a registry is read when a value is checked. with_options:
-            whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``. minimum: the smallest allowed
-            value, or for a list that of its items. above: exclusive lower bound. maximum: the largest allowed value. below:
-            exclusive upper bound. identifying: whether the default is part of a run's identity; False for an option added to a
-            component with existing runs, so that their hashes stay the same.
+        default: lists and nested options are copied for each instance.
+        help: one sentence for ``--help``, with units.
+        choices: the allowed strings, or for a list those of its items; a registry is read when a value is checked.
+        with_options: whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``.
+        minimum: the smallest allowed value, or for a list that of its items.
+        above: exclusive lower bound.
+        maximum: the largest allowed value.
+        below: exclusive upper bound.
+        identifying: whether the default is part of a run's identity; False for an option added to a component with existing runs,
+            so that their hashes stay the same.
 
     Examples:
         >>> import dataclasses, fa_bench
@@ -74,7 +78,7 @@ class Options:
     """Base class of all components: checks types, choices and ranges of the fields when a component is created.
 
     Raises:
-        OptionError: names the option, the value and what is allowed.
+        OptionError: for an invalid value; the message names the option, the value and what is allowed.
     """
 
     name: ClassVar[str] = ""

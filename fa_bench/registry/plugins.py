@@ -1,4 +1,5 @@
-"""Imports plugins: modules named on the command line, and those of installed distributions. They may raise any exception."""
+"""Imports plugins: modules named on the command line, and those of installed distributions. Importing them may raise any
+exception."""
 
 from __future__ import annotations
 

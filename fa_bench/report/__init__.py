@@ -56,7 +56,7 @@ are chosen in the same way.
 }
 _BEST_LEGEND = """\
 For each rule and remaining setting, the value with the best validation score (last epoch, mean over the finished runs) was
-chosen; of equal ones, the smaller. Values with runs that diverged count as tried, but are not chosen.
+chosen; in a tie, the smallest. Values with runs that diverged count as tried, but are not chosen.
 """
 _PUBLISHED_LEGEND = """\
 Ours is the mean over the finished runs in the last epoch, one per seed. Inside: whether it is in the published range.
@@ -91,8 +91,8 @@ def write_report(
     Each file is replaced atomically; files of an earlier report that are not part of this one are removed. The same runs give
     byte-identical files, in any order and in any folders, except for the directories in runs.csv. Runs that have not finished are
     counted in their rows and listed, but excluded from the statistics. The report also lists `planned` runs that have not
-    started, missing seeds, and published rows without a run. Runs with a damaged or foreign record are excluded and listed with
-    the problem.
+    started, missing seeds, and published rows without a run. Runs with a record that is damaged or was not written by a run are
+    excluded and listed with the problem.
 
     Args:
         run_dirs: the runs' directories, with or without records.
@@ -269,7 +269,7 @@ def _gaps(records: _Records, planned: Sequence[PlannedRun]) -> _Gaps:
 
 
 def _notes(gaps: _Gaps) -> list[str]:
-    """Lines for the terminal, of a kind with many runs that have not started the first ones."""
+    """Lines for the terminal; if many runs have not started, only the first ones are listed."""
     not_started = gaps.not_started
     if len(not_started) > MAX_SHOWN:
         not_started = [*not_started[: MAX_SHOWN - 1], f"{len(not_started) - MAX_SHOWN + 1} more runs not started"]
@@ -340,7 +340,7 @@ def _read(directories: list[Path]) -> _Records:
 
 
 def _describe(error: RecordError) -> str:
-    """A line about a damaged record that does not depend on where it lies."""
+    """A line about a damaged record that does not depend on where the record is stored."""
     return f"{short_path(error.path.parent)}/{error.path.name}: {error.problem}"
 
 
@@ -355,7 +355,7 @@ def _sections(tables: Iterable[Table]) -> list[str]:
 
 
 def _link(picture: Picture) -> str:
-    """The figure in Markdown: shown in the first format that can be, with links to its further files."""
+    """The figure in Markdown: shown in the first format that can be displayed, with links to its other files."""
     shown, *others = sorted(picture.paths, key=lambda path: path.suffix == ".pdf")
     links = [f"[{path.name}]({path.name})" for path in others]
     return " ".join([f"{'!' * (shown.suffix != '.pdf')}[{shown.stem}]({shown.name})", *links])

@@ -46,7 +46,7 @@ def over_tasks(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str]]:
         if primary == ACCURACY:
             by_task[title] = of_task
         else:
-            left_out.append(f"{title} is not in the aggregate: its score is no accuracy ({primary.title})")
+            left_out.append(f"{title} is not in the aggregate: its score is not an accuracy ({primary.title})")
     used: dict[str, dict[str, str]] = {}  # {rule: {task: group}}
     for title, of_task in by_task.items():
         for group, members in of_task.items():

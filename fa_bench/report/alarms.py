@@ -32,7 +32,7 @@ docs/faeval.md explains the alarms.
 
 
 def declared_alarms() -> dict[str, Alarm]:
-    """{quantity: its threshold} of all metrics and probes, in the order of their names."""
+    """{quantity: its threshold} for all metrics and probes, in the order of their names."""
     components: tuple[Mapping[str, Any], ...] = (METRICS, PROBES)
     return {name: alarm for registry in components for cls in registry.values() for name, alarm in cls.alarms.items()}
 

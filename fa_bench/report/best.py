@@ -27,7 +27,7 @@ from fa_bench.report.states import DIVERGED
 
 #: Keys that no setting is chosen by, and why.
 _REFUSED = {
-    "algorithm": "the rules are what is compared",
+    "algorithm": "the rules are being compared",
     "seed": "runs of different seeds are averaged",
     "dataset": "it is part of the task",
     "architecture": "it is part of the task",
@@ -149,7 +149,7 @@ def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str
 
 
 def _choose(cell: Groups, merits: Mapping[str, float]) -> str | None:
-    """The first group with the best validation score; the only one also without it, if it has a finished run."""
+    """The first group with the best validation score; a single group with a finished run is chosen even without a score."""
     if len(cell) == 1:
         ((group, members),) = cell.items()
         diverged = any(run.result["status"] == DIVERGED for run in members)
@@ -211,7 +211,7 @@ def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
 
 
 def _budgets(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, dict[str, int]]:
-    """{what: {group: number}} of values, seeds and epochs."""
+    """The numbers of values, seeds and epochs of each group: {what: {group: number}}."""
     return {
         "values": {group: chosen[group].tried for group in groups},
         "seeds": {group: len(finished_by_seed(members)) for group, members in groups.items()},
@@ -220,7 +220,7 @@ def _budgets(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, dict[str
 
 
 def _budget_notes(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, str]:
-    """For each row of a task whose rows had unequal budgets, its own among them."""
+    """A note for each row of a task whose rows had unequal budgets: its own budget and those of the others."""
     notes: dict[str, list[str]] = {}
     for what, counts in _budgets(groups, chosen).items():
         if len(set(counts.values())) > 1:
@@ -249,6 +249,6 @@ def _unequal(title: str, groups: Groups, chosen: Mapping[str, Chosen], labels: M
 
 
 def abridged(items: Iterable[str], most: int = 6) -> str:
-    """The names, of many the first ones and the number of the others."""
+    """The names; if there are many, only the first ones and the number of the others."""
     items = list(items)
     return names(items if len(items) <= most else [*items[: most - 1], f"{len(items) - most + 1} more"])

@@ -25,7 +25,7 @@ running sweep; nothing is written.
 _CODES = """\
 exit code: 0 if all runs have finished or were stopped by a callback; 1 if some have not, or are excluded from the report; 2 if
 there is nothing to report.
-The live view exits with 0 whatever the states of the runs, also after Ctrl-C.
+The live view exits with 0 whatever the states of the runs, even after Ctrl-C.
 """
 INTERVAL, MIN_INTERVAL, MAX_INTERVAL = 5.0, 0.5, 3600.0  # seconds between two updates of the live view
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 if all runs that were found or announced have finished or were stopped by a callback; 1 if some have not,
         or are excluded; 2 if there is nothing to report or it cannot be written, with one line on standard error; 130 after an
-        interrupt. The live view returns 0, also after an interrupt, which is the way to end it, or 2 as above.
+        interrupt. The live view returns 0, even after an interrupt, which is the normal way to end it, or 2 as above.
     """
     return exit_code("fa-bench-report", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
@@ -64,7 +64,7 @@ def _main(argv: list[str]) -> int:
     parser.add_argument(
         "--no-timings",
         action="store_true",
-        help="omit measured seconds, memory and energy, so that two sweeps of the same runs give the same bytes",
+        help="omit measured seconds, memory and energy, so that two sweeps of the same runs give byte-identical reports",
     )
     parser.add_argument(
         "--best",
@@ -105,13 +105,13 @@ def _main(argv: list[str]) -> int:
     parser.add_argument(
         "--tensorboard",
         action="store_true",
-        help="also write mean curves over the seeds for TensorBoard: the folder tensorboard beside the report",
+        help="also write mean curves over the seeds for TensorBoard: in the tensorboard folder next to the report",
     )
     live = parser.add_argument_group("a running sweep")
     live.add_argument(
         "--live",
         action="store_true",
-        help="show the state, epoch, last numbers and remaining time of every run, "
+        help="show the state, epoch, latest values and remaining time of every run, "
         "repeatedly until all have ended or Ctrl-C; once if not on a terminal",
     )
     live.add_argument("--interval", metavar="SECONDS", type=float, help=f"time between two updates (default: {INTERVAL:g})")
@@ -163,7 +163,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    """The different words of a list separated by commas."""
+    """The distinct words in a list separated by commas."""
     return tuple(dict.fromkeys(word for part in text.split(",") if (word := part.strip())))
 
 
@@ -171,7 +171,7 @@ def _common(folders: Sequence[Path]) -> Path:
     """The lowest folder that contains all of `folders`."""
     try:
         common = Path(os.path.commonpath([resolved(folder) for folder in folders]))
-    except ValueError:  # on several drives
+    except ValueError:  # the folders are on several drives
         common = Path(folders[0].anchor)
     if common == Path(common.anchor):
         raise DataError(f"{', '.join(map(str, folders))}: no common folder; choose where to write the report with --out DIR")

@@ -32,12 +32,12 @@ MEASURED = {
 ENERGY = ("energy_wh", "energy_counters")
 LEGEND = """\
 Predicted from shapes for one step in single precision, not compiled: multiplications in matrix products and convolutions; bytes
-of the inputs and outputs of all operations, as if none were fused; the most bytes of tensors at a time. Their ratios are to
+of the inputs and outputs of all operations, as if none were fused; the peak number of bytes of tensors. Their ratios are to
 backpropagation in the same model. Measured: the median of seconds per step over the finished runs, without evaluation and
 compilation, and its ratio to bp's with the same task, batch size, device, threads and way of execution; peak memory on GPUs,
 with resident data and evaluation; energy of the whole machine during training and evaluation, where it counts it.
 """
-#: What the time of a step depends on, beside the task, the rule and the device.
+#: What the time of a step depends on, in addition to the task, the rule and the device.
 _EXECUTION = (
     "batch_size",
     "accumulate",
@@ -93,7 +93,7 @@ _PREDICTIONS = {"multiplications": "multiplications", "bytes_moved": "bytes_move
 
 
 def _setting(run: Run) -> Any:
-    """Equal for runs whose times can be compared."""
+    """A key that is equal for runs whose times can be compared."""
     return task_key(run), run.result.get("device"), *(str(run.config.get(key, run.result.get(key))) for key in _EXECUTION)
 
 

@@ -55,7 +55,7 @@ BEST = "Each rule at its best setting by the validation score (last epoch); all 
 
 
 class Picture(NamedTuple):
-    """A figure of a report: its title, its files, and itself as an SVG element."""
+    """A figure of a report: its title, its files, and the figure as an SVG element."""
 
     title: str
     paths: list[Path]
@@ -89,7 +89,7 @@ def write_figures(
 
 
 def report_figures(runs: Sequence[Run], selection: Selection, swept: Sequence[Run]) -> Iterator[tuple[str, str, Figure]]:
-    """(end of the file name, title, figure) of every figure of a report; the overview comes first, without an end."""
+    """(end of the file name, title, figure) of every figure of a report; the overview comes first, with an empty end."""
     by_task, metrics = tasks(group_runs(runs)), metrics_of(runs)
     only = quantity(selection.metric, metrics, scores_in(runs)) if selection.metric else None
     x = selection.position
@@ -128,7 +128,7 @@ def task_figures(
 
 
 def curve_parts(title: str, groups: Groups, only: Quantity | None, x: str) -> list[Part]:
-    """The curves of a task: of a small one all scores and losses side by side, of a large one a part for each."""
+    """The curves of a task: for a small one, all scores and losses side by side; for a large one, a part for each."""
     scores = _ordered_scores(runs_of(groups))
     curves = (
         [only]
@@ -161,8 +161,8 @@ def overview_quantities(metrics: Mapping[str, type[Metric]], first: Score = ACCU
 def overview(
     by_task: Mapping[str, Groups], quantities: Sequence[Quantity] | None, metrics: Mapping[str, type[Metric]], x: str
 ) -> Figure:
-    """All tasks below each other, a panel for each quantity (None: `overview_quantities`); of large sweeps, each rule's best
-    setting."""
+    """All tasks below each other, with a panel for each quantity (None: `overview_quantities`); for large sweeps, each rule's
+    best setting is shown."""
     parts = []
     for title, groups in by_task.items():
         shown = quantities or overview_quantities(metrics, primary(runs_of(groups)))
@@ -171,14 +171,15 @@ def overview(
 
 
 def layers_parts(title: str, groups: Groups, name: str, x: str) -> list[Part]:
-    """An alignment metric, a panel for each layer; of large sweeps, each rule's best setting. Empty if there are no values."""
+    """An alignment metric, with a panel for each layer; for large sweeps, each rule's best setting is shown. Empty if there are
+    no values."""
     layers = layer_quantities(groups, name)
     columns = min(COLUMNS, len(layers))
     return [lines_part(title, _chosen(groups), layers, x, columns, group_labels(groups))] if layers else []
 
 
 def layer_quantities(groups: Groups, name: str) -> list[Quantity]:
-    """The metric in every layer for which some run has values of it, in the order of execution."""
+    """The metric in every layer for which some run has a value, in the order of execution."""
     runs = [run for members in groups.values() for run in members]
     layers: dict[str, bool] = {}
     for run in runs:
@@ -204,7 +205,7 @@ def is_large(groups: Groups) -> bool:
 
 
 def _chosen(groups: Groups) -> Groups:
-    """The groups; of a large sweep, each rule's best one, or all if no validation score is known."""
+    """The groups; for a large sweep, only each rule's best one, or all if no validation score is known."""
     if not is_large(groups):
         return groups
     chosen: dict[str, Sequence[Run]] = {}
@@ -214,7 +215,7 @@ def _chosen(groups: Groups) -> Groups:
 
 
 def _settings(groups: Groups) -> dict[str, str]:
-    """{group: its values of the keys that some rule sweeps}; the rest of its label where these do not distinguish it."""
+    """{group: its values of the keys that some rule sweeps}; the rest of its label if these do not distinguish it."""
     keys, labels, settings = swept_keys(groups), group_labels(groups), {}
     for rule, members in by_rule(groups).items():
         texts = {group: label("", runs[0].config, keys).strip() for group, runs in members.items()}

@@ -28,7 +28,7 @@ _COMMON_FILES = (
         for end in (".csv", ".json", ".tex", "_layers.csv", "_published.csv", "_tried.csv", "_aggregate.csv", ".png")
     ),
 )
-#: The record: the names of the files that reports wrote in its folder. Without one, the links in report.md serve.
+#: The record: the names of the files that reports wrote in its folder. If there is none, the links in report.md are used.
 RECORD, LOCK = f".{NAME}.json", f".{NAME}.lock"
 _FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|html|csv|png|svg|pdf|json|tex)|{re.escape(RUNS)}")
 _FIRST_LINE = "# Report\n"
@@ -36,7 +36,7 @@ _FIRST_LINE = "# Report\n"
 
 @contextmanager
 def report_lock(folder: Path) -> Iterator[None]:
-    """Make `folder` if necessary, and be the only process that writes a report into it.
+    """Within the block, `folder` exists, and this is the only process that writes a report into it.
 
     Raises:
         RunDirectoryError: another process is writing one.
@@ -63,7 +63,7 @@ def recorded_files(folder: Path) -> set[str]:
     """The names of the files in `folder` that reports wrote there.
 
     Raises:
-        RunDirectoryError: the file with the record's name is no such record.
+        RunDirectoryError: the file with the record's name is not such a record.
     """
     path = folder / RECORD
     if not os.path.lexists(path):
@@ -73,18 +73,18 @@ def recorded_files(folder: Path) -> set[str]:
     except (OSError, ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in names):
-        raise RunDirectoryError(f"{path}: not the record of a report's files; move it away")
+        raise RunDirectoryError(f"{path}: not a record of report files; move it elsewhere")
     return set(names)
 
 
 def covered_directories(folder: Path) -> list[Path]:
-    """The run directories of the report in `folder`, by its runs.csv, as far as they still exist; empty without a report."""
+    """The run directories of the report in `folder` that still exist, according to its runs.csv; empty without a report."""
     try:
         if RUNS not in recorded_files(folder) or (folder / RUNS).is_symlink():
             return []
         with (folder / RUNS).open(encoding="utf-8", newline="") as file:
             directories = [folder / row["directory"] for row in csv.DictReader(file) if row.get("directory")]
-    except (OSError, ValueError, csv.Error):  # not readable: the report is written anew
+    except (OSError, ValueError, csv.Error):  # not readable: the report is written again
         return []
     return [directory for directory in directories if directory.is_dir()]
 
@@ -109,7 +109,7 @@ def write_record(folder: Path, names: set[str]) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder into which a report could not be written, before the runs that it is to cover start.
+    """Refuse a folder into which a report could not be written, before the runs that it should cover start.
 
     Raises:
         RunDirectoryError: a file that no report wrote is in the way.
@@ -125,12 +125,12 @@ def check_file(path: Path, names: set[str]) -> None:
     """Refuse to replace `path` if it exists and is not among the report's files `names`.
 
     Raises:
-        RunDirectoryError: names the file.
+        RunDirectoryError: if so; the message names the file.
     """
     if path.name not in names:
         check_temporary(path, b"")
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.name not in names):
-        raise RunDirectoryError(f"{path}: not written by a report of fa-bench, which would overwrite it; move it away")
+        raise RunDirectoryError(f"{path}: not written by a report of fa-bench, which would overwrite it; move it elsewhere")
 
 
 def _linked_files(markdown: Path) -> set[str]:

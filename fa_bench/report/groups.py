@@ -21,7 +21,7 @@ Groups = Mapping[str, Sequence[Run]]
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
-    """The runs in an order that depends only on their records, so that a report does not depend on where they lie.
+    """The runs in an order that depends only on their records, so that a report does not depend on where they are stored.
 
     Sorted by dataset, architecture, the control, the floors, the label (numbers in it by value), and seed.
     """
@@ -38,7 +38,7 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 
 
 def is_floor(rule: str) -> bool:
-    """Whether the rule declares that it is a floor; one that is not registered, for lack of its plugin, does not."""
+    """Whether the rule declares that it is a floor; False if it is not registered because its plugin is missing."""
     return rule in ALGORITHMS and ALGORITHMS[rule].is_floor
 
 
@@ -54,7 +54,7 @@ def value_key(value: Any) -> tuple[int, float, list[Any]]:
 
 
 def nearest_key(name: str, allowed: Iterable[str]) -> str:
-    """A hint of the form ``; did you mean 'optimizer.lr'?``, also for the short name that labels show, ``lr``."""
+    """A hint of the form ``; did you mean 'optimizer.lr'?``; it is also given for the short name that labels show, ``lr``."""
     allowed = list(allowed)
     whole = next((key for key in allowed if key.endswith(f".{name}")), None)
     return f"; did you mean '{whole}'?" if whole else nearest(name, allowed)
@@ -113,7 +113,7 @@ def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
 
 
 def task_key(run: Run) -> str:
-    """The same text for runs of the same task."""
+    """A text that is the same for all runs of a task."""
     return repr(sorted(_task(run).items(), key=str))
 
 
@@ -143,7 +143,8 @@ def _task(run: Run) -> dict[str, Any]:
 
 
 def finished_by_seed(runs: Iterable[Run]) -> dict[int, Run]:
-    """The finished run of each seed; of several the last one, because counting a seed twice would understate the spread."""
+    """The finished run of each seed; if there are several, the last one, because counting a seed twice would understate the
+    spread."""
     return {run.result["seed"]: run for run in runs if run.finished}
 
 
@@ -151,8 +152,8 @@ def validation_score(members: Iterable[Run]) -> float:
     """The primary validation score of a group, by which settings are chosen: in the last epoch, mean over the finished runs, in
     the unit of tables (% for an accuracy).
 
-    Rounded to 10 digits, so that ties do not depend on the order of the seeds. NaN if none is known, or if a run diverged: the
-    others would be chosen by their luck.
+    Rounded to 10 digits, so that ties do not depend on the order of the seeds. NaN if none is known, or if a run diverged,
+    because otherwise a setting could win by the luck of its other seeds.
     """
     members = list(members)
     if any(run.result["status"] == DIVERGED for run in members):

@@ -31,7 +31,7 @@ _SEEDS = {
     "test": Column("test"),
     "seconds": Column("seconds", ".1f", timing=True),
 }
-#: Columns of numbers that, like texts, are not repeated in every row if all rows have the same.
+#: Columns of numbers that, like text, are not repeated in every row if they are the same in all rows.
 _COUNTS = ("epochs", "n", "runs")
 
 
@@ -47,7 +47,7 @@ class Table(NamedTuple):
 def to_html(
     tables: Iterable[Table], lists: Mapping[str, Sequence[str]], runs: Sequence[Run], pictures: Iterable[Picture], timings: bool
 ) -> str:
-    """The page: it works offline, without other files, on phones, and in light and dark. The same runs give a byte-identical
+    """The page: it works offline, without other files, on phones, and in light and dark mode. The same runs give a byte-identical
     page.
 
     Args:
@@ -58,7 +58,7 @@ def to_html(
         timings: whether to include measured seconds.
     """
     style, script = _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8")
-    # The page's own script alone may run, whatever the labels and messages of runs contain.
+    # Only the page's own script may run, whatever the labels and messages of runs contain.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     groups = group_runs(runs)
@@ -106,7 +106,7 @@ def _figure(picture: Picture) -> str:
 
 
 def _table(table: Table) -> str:
-    """A section with the columns that are not blank in every row. Texts that all rows have in common stand above the table."""
+    """A section with the columns that are not blank in every row. Text that all rows have in common is shown above the table."""
     columns: list[tuple[Column, list[str]]] = []
     common: dict[str, str] = {}
     for name, column in table.columns.items():
@@ -143,7 +143,7 @@ def _grid(columns: Sequence[tuple[Column, Sequence[str]]]) -> str:
 
 
 def _runs(groups: Groups, timings: bool) -> str:
-    """The configs: what all have in common once, and for each group the rest, with the statuses of its runs."""
+    """The configs: the common part once, and the rest for each group, with the statuses of its runs."""
     configs = {
         group: {key: format_value(value) for key, value in result_options(runs[0].config).items()}
         for group, runs in groups.items()

@@ -172,7 +172,7 @@ def _line(planned: PlannedRun, run: Run, problem: str, now: float) -> Line:
 
 
 def _started(directory: Path) -> float:
-    """When the process that holds the lock started, by its own record; 0 if unknown."""
+    """The time at which the process that holds the lock started, according to its own record; 0 if unknown."""
     try:
         return datetime.fromisoformat((lock_holder(directory) or {})["started"]).timestamp()
     except (OSError, ValueError, KeyError, TypeError):
@@ -187,7 +187,7 @@ def _modified(path: Path) -> float:
 
 
 def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
-    """Names of runs that no sweep.json lists: rule, the keys in which the rule's runs differ, and seed; else the path."""
+    """Names of runs that no sweep.json lists: rule, the keys in which the rule's runs differ, and seed; otherwise the path."""
     rules = {path: str(config["algorithm"]) for path, config in configs.items() if "algorithm" in config}
     labels = distinct_labels(rules, configs)
     names = {
@@ -199,7 +199,8 @@ def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
 
 
 def _estimate(lines: Sequence[Line]) -> None:
-    """Fill in the remaining seconds of running and waiting runs; unknown paces are the mean of the same row's, else of all."""
+    """Fill in the remaining seconds of running and waiting runs; an unknown pace is the mean over the same row or, failing that,
+    over all runs."""
     overheads = known(line.overhead for line in lines)
     overhead = mean(overheads) if overheads else 1.0
     paces: dict[str | None, list[float]] = {}
@@ -221,7 +222,8 @@ def _row(line: Line) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """The sweep in one line: the number of runs in each state, and the time left if as many run at a time as now."""
+    """The sweep in one line: the number of runs in each state, and the time left if the number of simultaneous runs stays the
+    same."""
     counts = Counter(line.state for line in lines)
     order = [DONE, *STATES, *sorted(set(counts).difference(STATES))]
     text = f"{len(lines)} run{'s' * (len(lines) > 1)}: " + ", ".join(
@@ -256,8 +258,9 @@ def table(lines: Sequence[Line], width: int, height: int) -> Table:
     """The view for a terminal.
 
     Args:
-        lines: the runs. width: columns of the terminal. Long names are shortened in the middle, because rule and seed are at the
-            ends; remarks are truncated.
+        lines: the runs.
+        width: columns of the terminal. Long names are shortened in the middle, because rule and seed are at the ends; remarks are
+            truncated.
         height: total number of lines. If not all runs fit, those that need the least attention are only counted.
     """
     from rich.table import Table
@@ -308,8 +311,8 @@ def _cells(line: Line) -> tuple[str, ...]:
 
 
 def watch(folders: Iterable[Path], out: TextIO, interval: float, once: bool) -> None:
-    """Show the runs at and below `folders` on `out`, updated every `interval` seconds until all have ended or Ctrl-C is pressed;
-    only once, in plain text and unabridged, with `once` or if `out` is not a terminal.
+    """Show the runs at and below `folders` on `out`, updated every `interval` seconds until all have ended or Ctrl-C is pressed.
+    With `once`, or if `out` is not a terminal, they are shown only once, in plain text and unabridged.
 
     Raises:
         DataError: as `Watcher.look`.

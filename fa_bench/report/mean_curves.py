@@ -1,8 +1,8 @@
 """Mean curves over the seeds of each group of runs, and a table of the groups, for TensorBoard.
 
 TensorBoard shows directories, but the names of run directories do not say what they contain. A sweep's folder therefore has a
-folder `tensorboard` with a directory for each group, named after its rule and settings, which contains one event file. Its
-timestamps are the steps, so that the same runs give byte-identical files.
+`tensorboard` folder with a directory for each group, named after its rule and settings, which contains one event file. Its
+timestamps are the steps, so the same runs give byte-identical files.
 """
 
 # The classes of protobuf modules are created at import.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 #: The folder of the mean curves, and the names of the directory's files in it: the record of the groups, and a group's curves.
 FOLDER, RECORD, EVENTS = "tensorboard", ".fa_bench.json", "events.out.tfevents.0000000000.fa_bench.mean"
-#: Most characters of a directory's name; file systems allow 255 bytes.
+#: Maximum number of characters in a directory's name; file systems allow 255 bytes.
 _MAX_NAME = 120
 #: The characters of these names, which end with the seeds.
 _CHARACTERS = r"\w.,=+()\[\]@ -"
@@ -45,7 +45,7 @@ Curves = dict[str, dict[int, float]]
 
 
 def write_mean_curves(run_dirs: Iterable[Path], folder: Path) -> list[str]:
-    """Write the mean curves of the finished runs in `run_dirs` to the folder `tensorboard` in `folder`.
+    """Write the mean curves of the finished runs in `run_dirs` to the `tensorboard` folder in `folder`.
 
     Each file is replaced atomically, and groups that no longer exist are removed. Nothing is written if no run logs to
     TensorBoard.
@@ -182,9 +182,10 @@ def _statistics(curves: Sequence[Curves]) -> Curves:
 
 # ------------------------------------------------------------------------------------------------ files
 def _recorded(folder: Path) -> set[str]:
-    """The names of the groups whose directories fa_bench wrote in `folder`; raises RunDirectoryError if the folder is not its."""
+    """The names of the groups whose directories fa_bench wrote in `folder`; raises RunDirectoryError if fa_bench did not write
+    the folder."""
     record = folder / RECORD
-    problem = RunDirectoryError(f"{folder}: not written by fa_bench, which writes its mean curves there; move it away")
+    problem = RunDirectoryError(f"{folder}: not written by fa_bench, which writes its mean curves there; move it elsewhere")
     if not os.path.lexists(folder):
         return set()
     if folder.is_symlink() or not folder.is_dir():
@@ -198,7 +199,7 @@ def _recorded(folder: Path) -> set[str]:
     except (OSError, ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) and _GROUP_NAME.fullmatch(name) for name in names):
-        raise RunDirectoryError(f"{record}: not the record of the mean curves; move {folder} away")
+        raise RunDirectoryError(f"{record}: not a record of mean curves; move {folder} elsewhere")
     return set(names)
 
 
@@ -208,7 +209,7 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
         directory, file = folder / name, folder / name / EVENTS
         is_foreign = os.path.lexists(directory) and (name not in earlier or directory.is_symlink() or not directory.is_dir())
         if is_foreign or file.is_symlink():
-            raise RunDirectoryError(f"{directory}: not written by fa_bench, which would overwrite it; move it away")
+            raise RunDirectoryError(f"{directory}: not written by fa_bench, which would overwrite it; move it elsewhere")
     with output_errors(folder):
         folder.mkdir(exist_ok=True)
         # Before they exist: after a kill, unrecorded directories would not be recognised.
@@ -216,7 +217,9 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
         for name, content in contents.items():
             (folder / name).mkdir(exist_ok=True)
             file = folder / name / EVENTS
-            if not file.exists() or file.read_bytes() != content:  # a running TensorBoard reads on in the file that it knows
+            if (
+                not file.exists() or file.read_bytes() != content
+            ):  # a running TensorBoard continues reading the file that it knows
                 with atomic(file) as temporary:
                     temporary.write_bytes(content)
         for name in earlier.difference(contents):

@@ -12,7 +12,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 CONFIDENCE = 0.95
-#: Fewest values of a t interval and a t test: with two, the 95 % interval would be 12.7 standard errors wide on either side.
+#: Minimum number of values for a t interval and a t test: with two, the 95 % interval would be 12.7 standard errors wide on
+#: either side.
 FEWEST = 3
 #: Resamples of a bootstrap interval, and their seed.
 RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
@@ -113,7 +114,7 @@ def interquartile_mean(values: Iterable[Any]) -> float:
 def bootstrap_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of the interquartile mean, with values resampled within each stratum (task).
 
-    The seed is fixed. NaN without any stratum with two values: then nothing varies.
+    The seed is fixed. NaN if no stratum has two values, because then nothing varies.
     """
     import numpy as np
 

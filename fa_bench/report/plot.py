@@ -53,7 +53,7 @@ COLOURS = (
 )
 GREY = "#A8A8A8"
 STYLES = ("-", "--", ":", "-.")
-FILLS = ("full", "none", "left", "right")  # of markers, with the line style of the same index
+FILLS = ("full", "none", "left", "right")  # of markers; the line style has the same index
 _MARKERS = "osD^vPXp<>*"
 #: The rules that have one of `COLOURS[1:]` with a solid line, with dashes, with long ones, and with dashes and dots; relatives
 #: share a colour.
@@ -155,7 +155,8 @@ def curves_figure(parts: Sequence[Part], note: str = "") -> Figure:
     """A figure of parts below each other, each with its legend beside its panels.
 
     Each line is the mean over seeds, with a band of ± one sample standard deviation. Crosses at the lower edge mark runs that
-    diverged, in their last epoch. Titles are shown if there are several parts, and below the last one a note on the choice.
+    diverged, in their last epoch. Titles are shown if there are several parts, and a note on the choice is shown below the last
+    one.
     """
     heights = [_height(part) for part in parts]
     figure = new_figure(sum(heights))
@@ -187,7 +188,7 @@ def new_figure(height: float) -> Figure:
 
 
 def legend_entry(label: str, members: Sequence[Run] = ()) -> str:
-    """A label in lines of the legend's width, which the legend takes from the panels, with statuses if some run is unfinished."""
+    """A label wrapped to the legend's width, which reduces that of the panels, with statuses if some run is unfinished."""
     lines = textwrap.wrap(truncate(escape_mathtext(label), MAX_LEGEND), LEGEND_WIDTH, break_on_hyphens=False)
     return "\n".join(lines + [f"({status_counts(members)})"] * any(not run.finished for run in members))
 
@@ -241,7 +242,7 @@ def rendered(figure: Figure, form: str, name: str) -> bytes:
     metadata = {"png": ("Software",), "svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer")}[form]
     buffer = io.BytesIO()
     with _quiet(), matplotlib.rc_context(settings):
-        # Not `savefig`, which draws each figure twice.
+        # `savefig` is not used, because it draws each figure twice.
         canvas: Any = {"png": FigureCanvasAgg, "svg": FigureCanvasSVG, "pdf": FigureCanvasPdf}[form](figure)
         getattr(canvas, f"print_{form}")(buffer, metadata=dict.fromkeys(metadata))
     return buffer.getvalue()
@@ -266,7 +267,7 @@ def style_axes(axes: Axes) -> None:
 
 
 def label_edges(grid: Sequence[Axes], count: int, columns: int) -> None:
-    """Of `count` panels in rows, label the axes at the left and lower edges only, with small ticks."""
+    """Label the axes of `count` panels in rows only at the left and lower edges, with small ticks."""
     for index, axes in enumerate(grid[:count]):
         axes.tick_params(labelsize=8)
         axes.set_ylabel(axes.get_ylabel() if index % columns == 0 else "")
@@ -286,12 +287,12 @@ class Range(NamedTuple):
 
 
 def typical(values: Sequence[float]) -> float:
-    """The value by which a curve is far from others or not: the median of its second half."""
+    """The value that determines whether a curve is far from the others: the median of its second half."""
     return median(values[len(values) // 2 :])
 
 
 def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], kind: str) -> Range:
-    """The range that shows these lines of values, except those far below the others (accuracies) or above (losses).
+    """The axis range that covers these lines, except those far below the others (accuracies) or far above them (losses).
 
     A line, with the value in `centres`, is far off if it is three interquartile ranges from the quartile of all lines, and at
     least 6 points of accuracy or a factor of 30 of loss. Losses of very different sizes have a logarithmic axis.

@@ -27,7 +27,7 @@ class Entry:
     """One published number.
 
     Attributes:
-        paper, table: where it was published; `row` is the name of the line there, the paper's or ours.
+        paper, table: where it was published; `row` is the name of the row there, the paper's or ours.
         dataset, architecture: descriptions.
         rule: name of the algorithm here.
         quantity: a key of result.json (test_accuracy, val_accuracy, train_accuracy) or of its angles, or `DIFFERENCE`.
@@ -85,7 +85,7 @@ class Entry:
     def ours(self, runs: Iterable[Run], layer: str = "") -> list[float]:
         """The finished runs' values of this quantity (in `layer`, for a quantity of layers) in `unit`, one per seed.
 
-        Those of epoch `at`, or the last ones.
+        They are those of epoch `at`, or the last ones.
         """
         finished = finished_by_seed(runs).values()
         if self.at is not None:
@@ -113,7 +113,7 @@ class Entry:
         """Known differences between the finished runs and those of the paper; empty if there are none."""
         runs = list(finished_by_seed(runs).values())
         scales = {str(run.config.get("scale", "full")) for run in runs} - {"full"}
-        remarks = [f"a trial: scale={scale}" for scale in sorted(scales)]
+        remarks = [f"a shortened run: scale={scale}" for scale in sorted(scales)]
         if self.epochs and any(run.epochs != self.epochs for run in runs):
             remarks.append(f"published after {self.epochs} epochs")
         return "; ".join(remarks)
@@ -173,7 +173,7 @@ def read_entries(path: Path) -> list[Entry]:
 
     try:
         tables: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # the parser raises many kinds for a damaged file
+    except Exception as error:  # the parser raises many kinds of errors for a damaged file
         raise DataError(f"{path}: unreadable: {error}") from error
     entries = []
     for table in tables:

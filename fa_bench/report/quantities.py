@@ -28,7 +28,7 @@ Value = Callable[[Run, Mapping[str, Any]], float]
 class Quantity(NamedTuple):
     """A number in the records of a run: its name, title, axis label with unit, kind, and how to read it from a record.
 
-    `measured`: it comes from the alignment metrics, which are measured at other steps than the ends of epochs, too. `lower`:
+    `measured`: it comes from the alignment metrics, which are not only measured at the ends of epochs. `lower`:
     lower values are better.
     """
 
@@ -169,7 +169,7 @@ def quantity(name: str, metrics: Mapping[str, type[Metric]], scores: Sequence[Sc
 
 
 def measurements(run: Run) -> list[dict[str, Any]]:
-    """Every measurement of the alignment metrics; of runs of older versions, the last one of each epoch."""
+    """Every measurement of the alignment metrics; for runs of older versions, the last one of each epoch."""
     return run.measurements or [line for line in run.metrics if line.get("angles")]
 
 

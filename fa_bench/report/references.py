@@ -27,10 +27,10 @@ class References:
     """The rows of bp and of the floor among some groups.
 
     A reference is a row of the same task. Rows with the same code and data as the compared row are preferred; others are used
-    with a note. Of several, `BEST` takes the one with the best primary validation score (last epoch, mean over its finished
-    runs), because a reference should be trained as well as possible. It prefers rows with the same number of epochs and the same
-    scale, and never takes one with runs that diverged. `NEAREST` takes the one whose settings differ from the row's in the fewest
-    keys; of several of these, the one with the best validation score.
+    with a note. If there are several, `BEST` takes the one with the best primary validation score (last epoch, mean over its
+    finished runs), because a reference should be trained as well as possible. It prefers rows with the same number of epochs and
+    the same scale, and never takes one with runs that diverged. `NEAREST` takes the one whose settings differ from the row's in
+    the fewest keys; if there are several, the one with the best validation score.
 
     Args:
         groups: all groups that may be references.

@@ -78,12 +78,13 @@ class Run:
 
     @property
     def experiment(self) -> str | None:
-        """The experiment that the run belongs to; older results do not record it, and the folder with its name serves."""
+        """The experiment that the run belongs to; older results do not record it, in which case the folder with its name is
+        used."""
         return self.result["experiment"] if "experiment" in self.result else resolved(self.directory).parent.parent.name
 
     @property
     def epochs(self) -> int | None:
-        """The epochs that the run trained, or was to train if that is not recorded."""
+        """The number of epochs that the run trained or, if this is not recorded, was supposed to train."""
         return self.result.get("epoch") or self.result.get("epochs")
 
     @property
@@ -189,7 +190,8 @@ def _is_a_runs_config(config: Path) -> bool:
 
 
 def short_path(directory: Path) -> str:
-    """The last three folders of a run directory's path, usually experiment, rule and seed: independent of where it lies."""
+    """The last three folders of a run directory's path, usually experiment, rule and seed, which do not depend on where it is
+    stored."""
     return "/".join(resolved(directory).parts[-3:])
 
 

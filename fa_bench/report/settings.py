@@ -60,8 +60,8 @@ class Series(NamedTuple):
 def series_by_panel(groups: Groups, key: str, of: Quantity) -> dict[str, list[Series]]:
     """{title: the series of all rules} for each combination of the other swept settings; empty if no rule has several values.
 
-    A rule that does not sweep some of the other settings is in all panels that agree with those that it does sweep. Of more than
-    `MAX_PANELS` combinations, each rule and value has the one with the best validation score, in one panel.
+    A rule that does not sweep some of the other settings is in all panels that agree with those that it does sweep. If there are
+    more than `MAX_PANELS` combinations, each rule and value is shown at the one with the best validation score, in one panel.
     """
     rows: list[tuple[str, str, Any, dict[str, str]]] = []
     values: dict[str, set[str]] = {}
@@ -232,7 +232,8 @@ def _draw(
     limits: Range,
     is_background: bool,
 ) -> None:
-    """One rule: points moved sideways by `shift` points so that bars do not overlap; a rule without the setting is level."""
+    """One rule: points moved sideways by `shift` points so that bars do not overlap; a rule without the setting is a horizontal
+    line."""
     figure: Any = axes.figure
     moved = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
     bars = {"elinewidth": 1, "capsize": 2, "markersize": 4.5}
@@ -270,7 +271,8 @@ def _draw(
 
 
 def _rank(axes: Axes, series: Sequence[Series], places: Mapping[str, float], of: Quantity) -> int:
-    """Above each value the rules with the best means there; those that do not have the setting do not count. Returns the rows."""
+    """Above each value, list the rules with the best means there; those that do not have the setting do not count. Returns the
+    rows."""
     sign = 1 if of.lower else -1
     rows = min(len(RANKS), sum(any(each.x is not None for each in line.points) for line in series))
     for name, place in places.items():

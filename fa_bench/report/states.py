@@ -22,7 +22,7 @@ from fa_bench.runs.readers import read_config, read_metrics
 from fa_bench.utils.files import CONFIG, METRICS, resolved
 
 RUNNING, INTERRUPTED, DIVERGED, STOPPED = "running", "interrupted", "diverged", "stopped"
-#: Most characters of the reason of a failure; the run's log has all of it.
+#: Maximum number of characters of the reason for a failure; the run's log has all of it.
 MAX_REASON = 300
 
 
@@ -96,7 +96,8 @@ def _group(directory: Path, config: dict[str, Any], others: Sequence[Run]) -> st
     for run in others:
         if result_options(run.config) == relevant:
             return run.result["group"]
-    # Not the real name of the group, which only a checked config determines, but the same for all such runs of a rule.
+    # This is not the real name of the group, which only a checked config determines, but it is the same for all such runs of a
+    # rule.
     return f"{rule}-{hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:8]}"
 
 

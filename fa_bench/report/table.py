@@ -24,9 +24,9 @@ from fa_bench.report.states import describe_status
 from fa_bench.utils.text import align_columns, escape_markdown
 
 BLANK = "-"
-#: Most characters of a cell in text and Markdown; the CSV has all of it.
+#: Maximum number of characters of a cell in text and Markdown; the CSV has all of it.
 MAX_CELL = 500
-#: Characters of a line of the terminal's table, if possible, and the most lines of notes below it.
+#: Width in characters of the terminal's table, if possible, and the maximum number of lines of notes below it.
 WIDTH, MAX_NOTES = 120, 12
 
 
@@ -120,7 +120,7 @@ COLUMNS = {
     "chosen": Column("chosen"),
     "note": Column("note"),
 }
-#: The columns of the values that `best.choose_best` tried, beside those of its keys.
+#: The columns of the values that `best.choose_best` tried, in addition to those of its keys.
 TRIED_COLUMNS = {"task": Column("task"), **{name: COLUMNS[name] for name in ("label", "n", "status", "val_accuracy", "chosen")}}
 #: The columns of differences, in the unit of the row's score.
 _DIFFERENCES = ("bp_difference", "bp_difference_ci95", "bp_difference_low", "bp_difference_high")
@@ -267,7 +267,7 @@ def _score_texts(frame: pd.DataFrame, score: Score) -> list[_TextColumn]:
 
 
 class _TextColumn(NamedTuple):
-    """A column of the terminal's table, and its title if there is little room."""
+    """A column of the terminal's table, and its shorter title for narrow tables."""
 
     title: str
     cells: Sequence[str]
@@ -320,7 +320,7 @@ def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) ->
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """The frame as CSV with ten digits per number and text on one line: the same bytes on every platform.
+    """The frame as CSV with ten digits per number and text on one line, byte-identical on every platform.
 
     Values of configs are written as they are typed on the command line.
     """
@@ -349,7 +349,7 @@ def with_std(frame: pd.DataFrame, name: str) -> list[str]:
 
 
 def _with_ranges(frame: pd.DataFrame, name: str, columns: Mapping[str, Column]) -> list[str]:
-    """The cells of an interval; where there is none, the range of the values."""
+    """The cells of an interval; if there is none, the range of the values."""
     low, high = (_cells(frame, name.removesuffix("_ci95") + end, columns) for end in _ENDS)
     return [
         f"{a} to {b}" if cell == BLANK and a != BLANK else cell
@@ -437,7 +437,7 @@ def _row(
 
 
 def _pairs_note(final: Mapping[int, float], control: Reference, difference: Paired) -> str:
-    """A note if only some of the row's seeds have a partner."""
+    """A note if only some of the row's seeds are paired."""
     if not final or difference.n == len(final) or not finished_by_seed(control.runs):
         return ""
     return f"{difference.n} of {len(final)} seeds are paired with {control.label}"

@@ -92,7 +92,7 @@ class ASFPLC(ASFP):
 
     cuts: list[str] | None = option(None, "modules (names or patterns) that end the blocks; null: the model's blocks")
     output: str | int | None = output_option()
-    pool: int = option(2, "side length to which a classifier averages a map", minimum=1)
+    pool: int = option(2, "side length to which maps are averaged", minimum=1)
 
     def wire(self, sample_input: Any) -> Coverage:
         local: Any = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)

@@ -1,4 +1,4 @@
-"""Backpropagation, the reference of every metric."""
+"""Backpropagation, the reference for every metric."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("bp")
 @dataclasses.dataclass(eq=False)
 class BP(Rule):
-    """Backpropagation: the reference of every metric.
+    """Backpropagation: the reference for every metric.
 
     e_in = g W; gradient of W = gᵀ x; gradient of b = Σ g (Rumelhart, Hinton and Williams 1986; eqs 1-2 of Akrout et al. 2019).
 

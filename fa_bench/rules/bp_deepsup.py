@@ -1,4 +1,4 @@
-"""Backpropagation with deep supervision, the reference of rules with local losses."""
+"""Backpropagation with deep supervision, the reference for rules with local losses."""
 
 from __future__ import annotations
 
@@ -87,3 +87,8 @@ class BPDeepSup(LocalRule):
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
         return Rule.error_points(self, trace)
+
+    def input_error(self, layer: str, x: Tensor, g: Tensor, delta: Tensor) -> Tensor:
+        """That of backpropagation: the error `g` at a layer that is a cut contains that of the cut's classifier."""
+        with self.exact():  # a cut's hook refuses calls outside of a forward pass of the model
+            return super().input_error(layer, x, g, delta)

@@ -85,7 +85,7 @@ class DDTPLinear(DrawingRule, DKP):
 
     def _responses(self, cut: str) -> tuple[Tensor, Tensor]:
         """The change (N, C), or (N, P..., C), of the output from which errors come, and the noise at the cut that causes it."""
-        from fa_bench.mechanisms.second_pass import again
+        from fa_bench.mechanisms.second_pass import again, value_of
 
         first = self.first_pass
         seen: dict[str, Tensor] = {}
@@ -98,7 +98,7 @@ class DDTPLinear(DrawingRule, DKP):
             return activation + seen["noise"]
 
         def record(output: Tensor) -> None:
-            seen["output"] = output.detach()
+            seen["output"] = value_of(output)
 
         changes: dict[str, Any] = {cut: disturb} | ({} if self.error_at is None else {self.error_at: record})
         result = again(self.model, self.mode, first, outputs=changes)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: The name under which the output has its entries, beside the cuts.
+#: The key of the output's entries, in addition to those of the cuts.
 OUTPUT_OF_MODEL = ""
-#: The feedback tensor of the output, which the last cut has.
+#: The feedback tensor of the output, which is stored at the last cut.
 OF_OUTPUT = "B_output"
 
 
@@ -164,7 +164,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         return dataclasses.replace(coverage, covered=covered, transport=transport)
 
     def trainable_cuts(self, trace: Trace) -> set[str]:
-        """Those that the controller acts on: B also learns where a frozen layer comes after one that learns."""
+        """The cuts that the controller acts on: B also learns where a frozen layer follows one that learns."""
         return self.after_first_trainable(trace)
 
     def notes(self) -> tuple[str, ...]:
@@ -175,7 +175,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
         if self.error_dims != 2:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
-        #: The cuts with the voltage in front of them; the others have it at their output.
+        #: The cuts whose voltage is at their input; that of the others is at their output.
         self._nonlinear = frozenset(cut for cut in features if self.is_nonlinearity(cut))
         self._last = list(features)[-1]
         self._learned, self._masked = {cut: [] for cut in features}, False
@@ -189,7 +189,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             self._learned[self._last].append(LearnedTensor(self._last, module, make_learned(module, OF_OUTPUT), self._witness))
 
     def is_nonlinearity(self, cut: str) -> bool:
-        """As for `pepita`, but not if it draws random numbers, which would differ when it is evaluated again."""
+        """As for `pepita`, but not if the module draws random numbers, which would differ when it is evaluated again."""
         modules = self._cut_modules[cut].modules()
         draws = any(isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) for module in modules)
         return not draws and super().is_nonlinearity(cut)
@@ -235,10 +235,10 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         seen: dict[str, Tensor] = {}
 
         def at(cut: str, voltage: Tensor) -> Tensor:
-            # Only where something that learns comes before it; an input that requires its gradient is not that.
+            # Only if something that learns comes before it; an input that requires its gradient does not count.
             if voltage.requires_grad and used_parameters(self.model, [voltage]):
                 seen[cut] = voltage
-            return voltage.clone()  # what comes next may work in place
+            return voltage.clone()  # the next operation may be an in-place one
 
         with torch.enable_grad(), self._pass(at) as output:
             dtype, (batch, classes) = torch.promote_types(output.dtype, torch.float32), output.shape
@@ -262,12 +262,12 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         if math.prod(voltage.shape[1:]) != feedback.shape[1]:
             raise CoverageError(
                 f"cut '{cut}' has activations of shape {tuple(voltage.shape[1:])}, but its feedback was made for "
-                f"{feedback.shape[1]} features: attach with a sample_input of the size of training data"
+                f"{feedback.shape[1]} features; attach with a sample_input of the same size as the training data"
             )
         return feedback
 
     def _feedback_of_output(self, unit: Tensor) -> Tensor:
-        """That of the output, (C, C), which is the identity unless it learns."""
+        """B of the output, (C, C), which is the identity unless it learns."""
         return self.tensor(self._last, OF_OUTPUT).to(unit.dtype) if self.feedback_weights == "learned" else unit
 
     def _steady_state(
@@ -304,7 +304,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     def _activation(self, cut: str, voltage: Tensor) -> Tensor:
         """φ(v), without the hooks of the nonlinearity."""
         with torch.no_grad():
-            return self._cut_modules[cut].forward(voltage.clone())  # it may work in place
+            return self._cut_modules[cut].forward(voltage.clone())  # it may be an in-place operation
 
     def _feedback_gradients(self, controller: Controller, share: float) -> dict[str, Tensor]:
         """Cut, or "" for the output -> the gradient of its B (C, F), from a pass with noise in all voltages."""

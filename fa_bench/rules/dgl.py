@@ -30,8 +30,9 @@ class DGL(ModuleRule):
     a map a with C channels and size H x W:
 
     - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉; three times 1x1 convolution from C to C without bias, batch normalisation, ReLU;
-    average pooling to 2x2; three times linear from 4C to 4C, batch normalisation, ReLU; linear to the classes. - mlp: the same
-    without the convolutions. - linear: the two average poolings and the last layer.
+      average pooling to 2x2; three times linear from 4C to 4C, batch normalisation, ReLU; linear to the classes.
+    - mlp: the same without the convolutions.
+    - linear: the two average poolings and the last layer.
 
     For a flat a of F features, the layers are F wide, and mlp_sr is the same as mlp. The auxiliary nets learn with W's optimizer.
     The paper's settings: SGD at 0.1, multiplied by 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50 epochs.

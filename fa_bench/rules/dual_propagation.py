@@ -22,7 +22,7 @@ class DualPropagation(EdgeRule):
 
         g_in = (φ(a + β s g) - φ(a - β s g)) / (2 β s),    s = N / c
 
-    for N samples and a loss that is c times the mean of their losses, so that s g is the error of a sample's own loss. Gradients
+    for N samples and a loss that is c times the mean of their losses, so s g is the error of a sample's own loss. Gradients
     of W and b are those of backpropagation with these errors; pooling, normalisation and softmax have exact derivatives. With
     ``beta`` → 0, and for linear φ with every ``beta``, this is backpropagation; for ReLU and β s |g| ≥ |a| the slope tends to 1/2
     on both sides.

@@ -77,7 +77,7 @@ class F3(CutRule):
 
     information: str = option(
         "delayed_loss",
-        "what is projected: the derivative of the sample's loss, or output minus target, of the previous epoch, as it is, after "
+        "what is projected: the derivative of the sample's loss, or output minus target, in the previous epoch, unchanged, after "
         "a softmax, or times the one-hot target; the current error (dfa), or the target (drtp)",
         choices=[
             "delayed_loss",

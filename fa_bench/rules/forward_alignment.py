@@ -30,7 +30,7 @@ class Pass:
 
     true: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     random: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    #: layer -> what brings it its input of the second pass, in a compiled graph; see `messages`.
+    #: layer -> the messenger that brings its input of the second pass, in a compiled graph; see `messages`.
     messengers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     is_compiled: bool = False
 
@@ -62,9 +62,9 @@ class RandomForward(TransposeFeedback):
             # The context must hold the same tensors as that of the first pass, which has the activation.
             return BackwardContext(self.effective(layer), activation=None if self.first else refuse_reentrant(self.rule.name))
         if current is None and layer.mode.freeze_random:
-            return BackwardContext(self.effective(layer))  # a metric runs this layer alone
+            return BackwardContext(self.effective(layer))  # a metric runs only this layer
         if current is None:
-            raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model: call the model itself")
+            raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model; call the model itself")
         self.observe(layer, x)
         return BackwardContext(self.effective(layer), activation=None if self.first else current.random_input(layer.path))
 
@@ -77,7 +77,7 @@ class RandomForward(TransposeFeedback):
         y = layer.apply_feedback(x, weight.detach(), bias, context, *args, **kwargs)
         from fa_bench.mechanisms.edge.messages import receive
 
-        # Layers of compound modules may compute some rows only.
+        # Layers of compound modules may compute only some rows.
         rows = next((one for one in (*args, *kwargs.values()) if isinstance(one, slice)), None)
         weight = weight if rows is None else weight[rows]
         addend, current.messengers[layer.path] = receive(layer, weight, x, y)
@@ -85,7 +85,7 @@ class RandomForward(TransposeFeedback):
 
     def observe(self, layer: Any, x: Tensor) -> None:
         if self.rule.current is not None:
-            self.rule.current.true[layer.path] = x.detach()
+            self.rule.current.true[layer.path] = self.rule.kept(layer.path, x.detach())
 
 
 @ALGORITHMS.register("forward_alignment")
@@ -128,7 +128,7 @@ class ForwardAlignment(EdgeRule):
                 f"rule '{self.name}' needs layers that run once in a forward pass; '{repeated[0]}' runs "
                 f"{trace.calls[repeated[0]]} times"
             )
-        self._first = set(trace.inputs[0])
+        self._first, self._changed_in_place = set(trace.inputs[0]), trace.inputs_changed_in_place
         coverage = super().wire(sample_input)
         self._random_layers = [path for path, layer in self._layers.items() if isinstance(layer.pathway, RandomForward)]
         return coverage
@@ -136,6 +136,10 @@ class ForwardAlignment(EdgeRule):
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         layer.put("C", self.c_init)
         return RandomForward(self, layer.path in self._first)
+
+    def kept(self, path: str, x: Tensor) -> Tensor:
+        """A layer's input, to be used after the pass: a copy if the model changes it in place."""
+        return x.clone() if path in self._changed_in_place else x
 
     # Neither the second pass itself nor a pass that activation checkpointing repeats starts a second pass.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -163,7 +167,7 @@ class ForwardAlignment(EdgeRule):
 
         if not all(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
             raise CoverageError(f"rule '{self.name}' compiles models whose arguments are tensors only")
-        # Those that get a message come first.
+        # Layers that get a message come first.
         paths = [*current.messengers, *(path for path in current.true if path not in current.messengers)]
         random = second_pass(
             [*args, *kwargs.values()],
@@ -200,7 +204,7 @@ class ForwardAlignment(EdgeRule):
 
         def restart(path: str) -> Any:
             def hook(module: nn.Module, args: Any) -> Any:
-                current.random[path] = args[0]
+                current.random[path] = self.kept(path, args[0])
                 return (current.true[path], *args[1:])
 
             return hook

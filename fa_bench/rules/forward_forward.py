@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: Added to the length of an activation before dividing by it, as in the code that the docstring names.
 _TINY = 1e-8
-#: What the running mean of a unit's activity keeps in each update, and what it starts from; of the same code.
+#: The fraction of the running mean of a unit's activity that each update keeps, and its initial value; from the same code.
 _MOMENTUM, _START = 0.9, 0.5
 
 
@@ -62,7 +62,8 @@ class ForwardForward(DrawingRule, PassRule):
 
     Deviations from that code: the output layer has a bias, and its initial values are those of the model (in the code, they are
     zero: ``architecture.output_init=zeros``). The code processes both kinds of samples in a single pass. Learning rates that
-    suit other rules are too large, because goodness sums over all units of a layer: begin with 1e-3. The code's settings: three layers of 1000 units, weights N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4 (1e-2 and 3e-3 for the
+    suit other rules are too large, because goodness sums over all units of a layer: begin with 1e-3. The code's settings: three
+    layers of 1000 units, weights N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4 (1e-2 and 3e-3 for the
     classifier), a learning rate that falls linearly to zero over the second half of 100 epochs, batches of 100.
 
     Each data-parallel process updates the running means with its own samples; `step` replaces them with their means over the
@@ -155,8 +156,11 @@ class ForwardForward(DrawingRule, PassRule):
     def _normalise_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if self.mode.exact:
             return None
-        self._normalised[cut] = _normalised(output.detach())
-        return self._normalised[cut]
+        normalised = _normalised(output.detach())
+        # What is passed on may be changed in place before the classifier reads it.
+        copies = cut in self._learned and cut in self._trace.changed_in_place
+        self._normalised[cut] = normalised.clone() if copies else normalised
+        return normalised
 
     def connect(self, output: Any, tape: Any, at: str | None = None) -> Any:
         from fa_bench.mechanisms.trace import replaced
@@ -222,10 +226,10 @@ class ForwardForward(DrawingRule, PassRule):
             if not self.full_gradient or not self.is_nonlinearity(cut):
                 return None
             entering[cut] = tensor
-            return tensor.detach().clone()  # the nonlinearity may work in place
+            return tensor.detach().clone()  # the nonlinearity may be an in-place operation
 
         def at_output(cut: str, tensor: Tensor) -> Tensor:
-            # The value of h with the derivative of what entered the nonlinearity.
+            # The value of h, with the derivative of the nonlinearity's input.
             found[cut] = tensor + entering[cut] - entering[cut].detach() if cut in entering else tensor
             return _normalised(tensor.detach())
 
@@ -244,8 +248,8 @@ class ForwardForward(DrawingRule, PassRule):
         running = self.tensor(cut, "activity")
         if activation.flatten(1).shape[1] != len(running):
             raise CoverageError(
-                f"cut '{cut}' has activations of shape {tuple(activation.shape[1:])}, but {len(running)} mean activities: attach "
-                "with a sample_input of the size of training data"
+                f"cut '{cut}' has activations of shape {tuple(activation.shape[1:])}, but {len(running)} mean activities; attach "
+                "with a sample_input of the same size as the training data"
             )
         mean = running * _MOMENTUM + activation.flatten(1).mean(0) * (1 - _MOMENTUM)
         if not self.mode.freeze_random:

@@ -11,7 +11,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.bp import BP
 from fa_bench.utils.lazy import nn
 
-#: Most layers that an error suggests as blocks.
+#: Maximum number of layers that an error suggests as blocks.
 MAX_NAMES = 6
 
 
@@ -23,10 +23,11 @@ class FrozenBlocks(BP):
     "Frozen blocks" of the diagnostic protocol for feedback alignment (faeval, spring 2026). A rule that does not beat this floor
     trains nothing useful within the blocks.
 
-    The model declares its blocks (``model.blocks``, else ``model.cut_points``), or `blocks` names the modules that end them; a
-    block reaches from the end of the previous block to its own end. Every parameter of a block, including those of normalisation
-    layers, keeps its initial value and does not decay. The embedding and everything after the last block learn from their true
-    gradients, which pass through the random blocks. Parameters of the model itself, outside its submodules, also learn.
+    The model declares its blocks (``model.blocks`` or, without it, ``model.cut_points``), or `blocks` names the modules that end
+    them; a block reaches from the end of the previous block to its own end. Every parameter of a block, including those of
+    normalisation layers, keeps its initial value and does not decay. The embedding and everything after the last block learn from
+    their true gradients, which pass through the random blocks. Parameters of the model itself, outside its submodules, also
+    learn.
 
     The embedding is the part of the first block that comes before the module that ends it: in residual_mlp, vit_mini and decoder,
     everything that precedes the first residual block. If this module has no parameters, the embedding is the whole first block;
@@ -55,7 +56,7 @@ class FrozenBlocks(BP):
             inner = self._inner_modules()
             example = {"blocks": inner} if 0 < len(inner) <= MAX_NAMES else {}
             raise CoverageError(
-                f"rule '{self.name}' needs blocks that stay random, and {model} declares none: list the modules "
+                f"rule '{self.name}' needs blocks that stay random, and {model} declares none; list the modules "
                 f"that end them in the option blocks{', for example {blocks}' if example else ''}, or set model.blocks",
                 example,
             )
@@ -81,7 +82,7 @@ class FrozenBlocks(BP):
         return fixed
 
     def _inner_modules(self) -> list[str]:
-        """The modules of all layers but the first and the last; for a part of a recurrent or attention module, that module."""
+        """The modules of all layers except the first and the last; for a part of a recurrent or attention module, that module."""
         from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 
         called = (nn.Linear, *CONVOLUTIONS)

@@ -98,7 +98,7 @@ class LDRL(DrawingRule, LocalRule):
         if frozen := next((cut for cut in above if cut not in learning), None):
             raise CoverageError(
                 f"rule '{self.name}' sends errors through the block that ends at '{frozen}', whose weights "
-                f"are frozen, and its map would not learn: join it with the next block by leaving '{frozen}' "
+                f"are frozen, and its map would not learn; join it with the next block by leaving '{frozen}' "
                 f"out of cuts, or freeze only blocks below all others"
             )
 
@@ -155,8 +155,9 @@ class LDRL(DrawingRule, LocalRule):
         return error, [gradient * scale for gradient in gradients]
 
     def _pass(self, cut: str | None) -> dict[str, Tensor]:
-        """The activations at the ends of all blocks in another forward pass; with noise at one cut, which is in its place."""
-        from fa_bench.mechanisms.second_pass import again
+        """The activations at the ends of all blocks in another forward pass; or, with noise at one cut, this noise and the
+        activation at the end of the next block."""
+        from fa_bench.mechanisms.second_pass import again, value_of
 
         first = self.first_pass
         if first is None:
@@ -165,16 +166,17 @@ class LDRL(DrawingRule, LocalRule):
         seen: dict[str, Tensor] = {}
 
         def change(path: str) -> Any:
-            def at(activation: Tensor) -> Tensor | None:
-                seen[path] = activation.detach()
-                if path != cut:
-                    return None
-                seen[path] = self.sigma * self._draws.normal(path, seen[path])
+            def record(activation: Tensor) -> None:
+                seen[path] = value_of(activation)
+
+            def disturb(activation: Tensor) -> Tensor:
+                seen[path] = self.sigma * self._draws.normal(path, activation)
                 return activation + seen[path]
 
-            return at
+            return disturb if path == cut else record
 
-        result = again(self.model, self.mode, first, outputs={path: change(path) for path in self._next})
+        ends = self._next if cut is None else [path for path in (cut, self._next[cut]) if path != OUTPUT_OF_MODEL]
+        result = again(self.model, self.mode, first, outputs={path: change(path) for path in ends})
         seen[OUTPUT_OF_MODEL] = self.logits_of(result)
         return seen
 

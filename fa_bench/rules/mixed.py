@@ -82,8 +82,8 @@ class Mixed(ExpandingRule):
 
         cos = (k + f ρ r) / √(k + f r²)
 
-    since a PFA synapse passes through the other population; `direct_feedback` returns the direct synapses of a layer. Strictly,
-    p, f and k are each kind's share of ‖W‖², which deviates from its fraction if W comes to prefer the true kinds.
+    since a PFA synapse passes through the intermediate population; `direct_feedback` returns the direct synapses of a layer.
+    Strictly, p, f and k are each kind's share of ‖W‖², which deviates from its fraction if W comes to prefer the true kinds.
 
     Choices: the paper gives no fractions. The defaults follow from its appendix B, for r = 1 and ρ = 0: 31 % of connected pairs
     are connected in both directions, with a correlation of k / (k + f) = 0.36; over all pairs it is 0.2, an angle of 78 degrees.

@@ -44,7 +44,7 @@ class Regression:
 
         if self.slopes is None:
             raise CoverageError(
-                f"rule '{rule}' learns its feedback from the labels: call rule.backward(loss, logits, target) "
+                f"rule '{rule}' learns its feedback from the labels; call rule.backward(loss, logits, target) "
                 f"with the output of this forward pass (activation checkpointing needs use_reentrant=False)"
             )
         noise = self.noise[layer.path][call]
@@ -150,10 +150,10 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
         for name, result in results.items():
             if result.dim() == 0:
                 if not any(other.dim() and depends_on(result, other) for other in results.values()):
-                    continue  # such as a penalty of the weights
+                    continue  # such as a penalty on the weights
                 raise CoverageError(
                     f"the model returns a loss ('{name}') that it has computed itself, and rule '{self.name}' "
-                    f"cannot learn from there: call it without labels, and compute the loss from its logits"
+                    f"cannot learn from there; call it without labels, and compute the loss from its logits"
                 )
             learn = functools.partial(self._learn, first, name, self.regression, PassOutput(self.name, result))
             output = replaced(output, result, DeliverFunction.apply(learn, 0, False, result))
@@ -176,7 +176,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
 
         target = self._target
         if target is None:
-            raise ValueError(f"rule '{self.name}' learns its feedback from the labels: call rule.backward(loss, logits, target)")
+            raise ValueError(f"rule '{self.name}' learns its feedback from the labels; call rule.backward(loss, logits, target)")
         if regression.slopes is not None:
             raise CoverageError(f"rule '{self.name}': the loss depends on two outputs of the model, but the labels belong to one")
         self._is_delivered = True

@@ -103,12 +103,13 @@ class Pepita(PassRule):
             if not self.is_nonlinearity(cut):
                 return None
             before[cut] = tensor
-            return tensor.detach().clone()  # the nonlinearity may work in place
+            return tensor.detach().clone()  # the nonlinearity may be an in-place operation
 
         def at_output(cut: str, tensor: Tensor) -> Tensor:
             before.setdefault(cut, tensor)
             differences[cut] = (activations[cut] - tensor.detach()) * share
-            return tensor.detach()
+            # The gradient of the module at the cut may need its output.
+            return tensor.detach().clone() if cut in self._trace.changed_in_place else tensor.detach()
 
         x, *others = self.first_argument(self.first_pass.args)
         feedback = self.tensor(self._first_cut, "F")

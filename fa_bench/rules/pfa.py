@@ -92,7 +92,7 @@ class ProductRule(EdgeRule):
 
 @dataclasses.dataclass(eq=False)
 class ExpandingRule(ProductRule):
-    """Base class of the rules whose intermediate population has a number of units relative to the layer's output."""
+    """Base class of the rules whose intermediate population is sized relative to the layer's output."""
 
     ratio: float = option(10.0, "expansion ratio: units of the intermediate population per unit of the layer's output", above=0)
 

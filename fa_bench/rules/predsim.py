@@ -51,7 +51,7 @@ class PredSim(LocalRule):
     predicts with the last M; here the output layer, which has its true gradient, acts as the last M.
 
     Choices: sizes that the decoder's pooling does not divide are averaged over overlapping windows. A sample whose K a is
-    constant has similarity 0 to all others and no gradient; the paper's code divides by zero. In half precision the cosines are
+    constant has similarity 0 to all others and no gradient; the paper's code divides by zero. In half precision, the cosines are
     computed in single precision. A projection shortcut learns by the loss of the activation after the addition. Dropout after a
     cut does not affect its loss.
 
@@ -78,7 +78,7 @@ class PredSim(LocalRule):
         if self._layouts and self.loss != "pred":
             raise CoverageError(
                 f"rule '{self.name}' compares samples by their labels, and the outputs of this model have a "
-                "label for each position: use {loss}",
+                "label for each position; use {loss}",
                 {"loss": "pred"},
             )
         self._classes = classes
@@ -112,8 +112,8 @@ class PredSim(LocalRule):
 def similarity(x: Tensor) -> Tensor:
     """Cosines between the centred rows of x, (N, F) or maps (N, C, ...), as (N, N); in single precision at least.
 
-    Rows that are too short for their direction to be known count as constant: half precision has no numbers but 0 below 6e-8, and
-    a gradient that is divided by such a length overflows.
+    Rows that are too short for their direction to be known count as constant: half precision has no nonzero numbers below 6e-8,
+    and a gradient that is divided by such a length overflows.
     """
     shortest = max(_TINY, torch.finfo(x.dtype).tiny)
     x, device = x.to(torch.promote_types(x.dtype, torch.float32)), x.device.type

@@ -74,7 +74,7 @@ class WeightPerturbation(DrawingRule, PassRule):
             Covered(path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient comes from perturbed losses")
             for path, layer in self._covered.items()
         )
-        return with_untrained(Coverage(self.name, covered, {}), self, trace.result_leaves, "gets noise alone")
+        return with_untrained(Coverage(self.name, covered, {}), self, trace.result_leaves, "gets only noise")
 
     def transporting_layers(self) -> dict[str, Any]:
         return {}

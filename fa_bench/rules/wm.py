@@ -179,7 +179,7 @@ class WM(EdgeRule):
     )
     mirror_steps: int = option(1, "mirror steps after every update", minimum=0)
     initial_steps: int = option(469, "mirror steps before training", minimum=0)
-    mirror_batch: int = option(128, "samples of noise in a mirror step", minimum=1)
+    mirror_batch: int = option(128, "noise samples per mirror step", minimum=1)
     noise: str = option("gaussian", "distribution of the noise", choices=["gaussian", "uniform"])
     sigma: float = option(1.0, "standard deviation of the noise", above=0)
     activation: str = option("linear", "activation function applied to the layer's response in mirror mode", choices=list(SLOPES))
@@ -255,7 +255,7 @@ class WM(EdgeRule):
 def _noise_geometry(
     conv: Any, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Tensor, Geometry | None]:
-    """For a convolution in mirror mode: the shape of one sample of noise, n of each tap (1, 1, K...), the geometry."""
+    """For a convolution in mirror mode: the shape of one noise sample, n of each tap (1, 1, K...), and the geometry."""
     from fa_bench.mechanisms.edge.layers import padded
     from fa_bench.mechanisms.edge.ops import Geometry, weight_gradient
 

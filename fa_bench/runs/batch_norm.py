@@ -66,6 +66,6 @@ def synchronise(model: nn.Module) -> nn.Module:
     """The model, in which every batch normalisation is over the batches of all processes."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            # The class alone changes, so that attributes and references to the module stay as they are.
+            # Only the class changes, so attributes and references to the module stay as they are.
             module.__class__ = SynchronisedBatchNorm  # pyright: ignore[reportAttributeAccessIssue]
     return model

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch that alignment metrics are measured on: at most `size` training samples, not augmented, their targets, indices.
+    """The batch that alignment metrics are measured on: at most `size` training samples, not augmented, with their targets and
+    indices.
 
-    These are the first samples as stored, or a sample with a fixed seed if the first ones contain less than half as many classes
-    as possible because the data are stored class by class.
+    These are the first samples in stored order or, if the first ones contain less than half as many classes as possible because
+    the data are stored class by class, a random selection with a fixed seed.
     """
     from fa_bench.data.splits import some_indices
 
@@ -41,7 +42,7 @@ def check_indices(rule: Rule, splits: Splits, dataset: str) -> None:
         splits: the splits of the dataset with the name `dataset`.
 
     Raises:
-        OptionError: names the rule and the dataset.
+        OptionError: in this case; the message names the rule and the dataset.
     """
     if rule.needs_indices and not splits.train.is_indexed:
         raise OptionError(
@@ -117,7 +118,7 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: in
         processes: the number of processes that divide each batch, or each of its micro-batches.
 
     Raises:
-        OptionError: names the option that leads to such a batch, and what to set instead.
+        OptionError: in this case; the message names the option that leads to such a batch, and what to set instead.
     """
     one, several = NOUNS[splits.inputs]
     count, size = len(splits.train), min(options.batch_size, len(splits.train))

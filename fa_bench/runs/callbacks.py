@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 LINE_EVERY = 10.0
 #: Seconds between two readings of the machine's energy counters.
 ENERGY_EVERY = 60.0
-#: The least number of automatic measurements in a run that has as many steps, and the most steps between two of them.
+#: The minimum number of automatic measurements in a run with at least as many steps, and the maximum number of steps between two
+#: of them.
 MEASUREMENTS, MAX_INTERVAL = 20, 500
 
 
@@ -65,8 +66,8 @@ class Alignment(Callback):
         if progress.stopped is not None and progress.probed != progress.step:
             self.measure(trainer)
         elif progress.probed != progress.step or not progress.angles:
-            # The run was resumed after its last epoch, or stopped by a callback without which it may be resumed: then it must not
-            # record what an uninterrupted run does not measure.
+            # If the run was resumed after its last epoch, or stopped by a callback without which it may be resumed, it must not
+            # record measurements that an uninterrupted run would not make.
             progress.angles = self.meter.measure()
 
     def measure(self, trainer: Trainer) -> None:
@@ -79,7 +80,7 @@ class Alignment(Callback):
 
 @dataclasses.dataclass(eq=False)
 class Energy(Callback):
-    """Adds up the energy that the machine uses while a run trains; a run that began where it was not counted has none."""
+    """Adds up the energy that the machine uses while a run trains; a run that was started without counters has no value."""
 
     meter: EnergyMeter
 

@@ -23,7 +23,7 @@ Check = Callable[[str, Any], None]
 
 
 class RecordError(DataError):
-    """A file of a run is damaged, or is no such file; `path` is the file, `problem` what is wrong with it."""
+    """A file of a run is damaged, or is not the expected kind of file; `path` is the file, `problem` what is wrong with it."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
@@ -119,7 +119,7 @@ def is_int(value: Any, minimum: int = -(2**63)) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number; not finite ones are allowed, larger ones than MAX_NUMBER are not."""
+    """Whether a value is a number; non-finite numbers are allowed, but numbers larger than MAX_NUMBER are not."""
     return (isinstance(value, float) and not MAX_NUMBER < abs(value) < math.inf) or is_int(value)
 
 

@@ -70,7 +70,8 @@ def save(
     )
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
-        # Not `write_bytes`: if it fails, its frame keeps the buffer in use, of which Python 3.13 complains in a collection.
+        # `write_bytes` is not used: if it fails, its frame keeps the buffer in use, and Python 3.13 complains about this in a
+        # garbage collection.
         with temporary.open("wb") as file, buffer.getbuffer() as content:
             file.write(content)
         if path.exists():
@@ -90,7 +91,7 @@ def capture(progress: Progress, rule: Rule, optimizers: Optimizers, callbacks: I
 
 
 def restore(state: dict[str, Any], rule: Rule, optimizers: Optimizers, callbacks: Iterable[Callback] = ()) -> None:
-    """Restore what `capture` returned, all but the progress."""
+    """Restore everything that `capture` returned except the progress."""
     rule.model.load_state_dict(state["model"])
     rule.load_state_dict(state["rule"])
     optimizers.load_state_dict(state["optimizers"])
@@ -125,7 +126,7 @@ def load(
         expected: what they must match.
         rule: a rule attached to a model of this run.
         optimizers: the optimizers of this run.
-        warn: called with a line about every unusable checkpoint, if another one is usable.
+        warn: called with a line about each unusable checkpoint, if another one is usable.
         callbacks: the callbacks of this run.
 
     Raises:
@@ -220,7 +221,7 @@ def read(path: Path, config_hash: str, device: torch.device | str) -> dict[str, 
         stored, version = state["config_hash"], state["version"]
     except RunDirectoryError:
         raise
-    except Exception as error:  # damaged files raise many types
+    except Exception as error:  # damaged files raise many types of errors
         raise RunDirectoryError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
     if version != VERSION:
         raise RunDirectoryError(f"{path}: checkpoint of format {version}; this version of fa_bench reads format {VERSION}")

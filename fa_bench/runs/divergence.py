@@ -55,7 +55,7 @@ class Divergence(Callback):
         progress = trainer.progress
         if progress.diverged is not None:
             return
-        # Outputs may not be finite in the part of one process alone.
+        # Outputs may be non-finite in the part of only one process.
         layers = trainer.world.gather(first_nonfinite(trainer.rule, x))
         order = [name for name, _ in trainer.model.named_modules()]
         layer = min(filter(None, layers), key=lambda name: order.index(name) if name in order else -1, default=None)

@@ -15,7 +15,7 @@ from fa_bench.errors import ConfigError, first_line
 from fa_bench.mechanisms.compiled import too_old_to_compile
 from fa_bench.runs.logs import log
 
-#: With compile=auto, steps that a run must have: a graph of resnet20 takes some 30 s to compile and saves 15 ms a step.
+#: The minimum number of steps of a run for compile=auto: a graph of resnet20 takes some 30 s to compile and saves 15 ms a step.
 ENOUGH_STEPS = 2000
 
 
@@ -33,9 +33,11 @@ class Execution:
     def __init__(self, options: RunOptions, device: torch.device) -> None:
         self.options, self.device = options, device
         if options.precision == "tf32" and device.type != "cuda":
-            raise ConfigError(f"precision=tf32: {device.type} devices have no such format (allowed: fp32, bf16)")
+            raise ConfigError(f"precision=tf32: {device.type} devices do not support this format (allowed: fp32, bf16)")
         if options.graphs is True and device.type != "cuda":
-            raise ConfigError(f"graphs=true: this run's device, {device.type}, has no CUDA graphs (allowed: auto, false)")
+            raise ConfigError(
+                f"graphs=true: this run's device, {device.type}, does not support CUDA graphs (allowed: auto, false)"
+            )
         if options.graphs is True and options.compile is not True:
             raise ConfigError("graphs=true needs compile=true: graphs are captured from compiled code")
         self._channels_last = options.channels_last
@@ -54,7 +56,7 @@ class Execution:
         model = model.to(self.device)
         if self._channels_last == "auto":
             self._channels_last = self.device.type == "cpu" and _has_convolutions(model)
-            log.info("channels_last=auto: %s", "on" if self._channels_last else "off (measured to pay for convolutions on a CPU)")
+            log.info("channels_last=auto: %s", "on" if self._channels_last else "off (pays off only for convolutions on a CPU)")
         return model.to(memory_format=torch.channels_last) if self._channels_last else model
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -154,9 +156,9 @@ def _pays(model: torch.nn.Module, device: torch.device, steps: int) -> tuple[boo
     if device.type != "cpu":
         return False, f"not measured on {device.type}"
     if not _has_convolutions(model):
-        return False, "measured to pay only for models with convolutions"
+        return False, "it pays off only for models with convolutions, according to measurements"
     if steps < ENOUGH_STEPS:
-        return False, f"{steps} steps; compiling takes as long as some {ENOUGH_STEPS} steps save"
+        return False, f"{steps} steps; compiling takes about as much time as it saves in {ENOUGH_STEPS} steps"
     if problem := too_old_to_compile():
         return False, problem
     if problem := _no_compiler():

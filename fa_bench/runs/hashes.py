@@ -90,7 +90,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def compare_data(job: Job, result: dict[str, Any], read_hash: Callable[[], str]) -> tuple[bool, str]:
-    """Whether a finished run's result is valid for the current data, and a remark for the log, which may be empty.
+    """Whether a finished run's result is valid for the current data, and a remark for the log (possibly empty).
 
     Data that cannot be read do not invalidate a result; the remark then says so.
 

@@ -1,4 +1,4 @@
-"""The lock of a run directory, which lets only one process write it."""
+"""The lock of a run directory, which allows only one process to write to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
     """Hold the lock of a run directory, which is created if it does not exist.
 
     Raises:
-        DirectoryLockedError: names the process that holds the lock.
+        DirectoryLockedError: if another process holds the lock; the message names it.
         OutputError: if the directory cannot be created or written.
     """
     about = {

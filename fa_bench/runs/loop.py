@@ -1,4 +1,4 @@
-"""The training loop. It knows no rule, loss, metric or logger by name."""
+"""The training loop. It refers to no rule, loss, metric or logger by name."""
 
 from __future__ import annotations
 
@@ -164,8 +164,8 @@ class Trainer:
         """End the training early. Called by a callback's hook; calls after the first have no effect.
 
         An epoch that has begun is finished: its remaining steps, its evaluation, the hooks `on_epoch_end` of all callbacks and a
-        checkpoint; then `on_fit_end` is called. Called before the first epoch, it prevents that. In the last epoch, it has no
-        effect: the run finishes.
+        checkpoint; then `on_fit_end` is called. If it is called before the first epoch, that epoch does not run. In the last
+        epoch, it has no effect: the run finishes.
 
         Args:
             reason: recorded in the result, whose status is `stopped`.
@@ -182,7 +182,8 @@ class Trainer:
 
     @property
     def stop_request(self) -> dict[str, Any] | None:
-        """The reason to stop, and the callback that requested it (None: not part of the config), which precedes others."""
+        """The reason to stop, and the callback that requested it (None: not part of the config). Callbacks of the config take
+        precedence."""
         return self.progress.stopped or self._external_stop
 
     def agree_on_stop(self) -> None:

@@ -94,7 +94,8 @@ def _stopped(progress: Progress, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: BaseException, job: Job) -> BaseException:
-    """The error, ProcessLost if it means that, or a ConfigError if torch found an operation that is not deterministic."""
+    """The error; ProcessLost if it means that another process has ended, or a ConfigError if torch found a nondeterministic
+    operation."""
     error = parallel.current().explained(error)
     operation = re.match(r"(\S+) does not have a deterministic implementation", str(error))
     if isinstance(error, RuntimeError) and operation and job.run.deterministic:

@@ -19,7 +19,7 @@ LOCK, HOLDER = ".lock", ".holder.json"
 _WRITTEN = (CONFIG, METRICS, ANGLES, CURVES, RESULT, HOLDER, EVENTS)
 TEMPORARIES = (NEW_EVENTS, *map(temporary_name, _WRITTEN))
 CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
-#: Files that may remain, beside the lock, from a run that was killed before it wrote its config, and how each begins.
+#: Files other than the lock that may remain from a run that was killed before it wrote its config, and how each begins.
 _EARLY_FILES = {HOLDER: b'{"pid"', temporary_name(HOLDER): b'{"pid"', temporary_name(CONFIG): HEADER.encode()}
 #: Files of Hydra (on request), file managers and fa-bench-report, which a run neither touches nor refuses.
 IGNORED = re.compile(
@@ -29,7 +29,8 @@ IGNORED = re.compile(
 
 
 def removable_files(directory: Path, resume: bool) -> Iterator[Path]:
-    """The files that a run removes when it starts, checkpoints first: those of other code must not outlive the config.
+    """The files that a run removes when it starts; checkpoints come first, because those of other code must not outlive the
+    config.
 
     Args:
         directory: the run's.
@@ -52,7 +53,7 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
         is_own_run: whether its config is the run's; otherwise only files that a run writes before its config may be there.
 
     Raises:
-        RunDirectoryError: names the foreign files.
+        RunDirectoryError: in this case; the message names the files that are not the run's.
     """
     known = {LOCK, LOG, *_WRITTEN, *TEMPORARIES, *recorded_events(directory)}
     foreign = []
@@ -78,7 +79,7 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
     if foreign:
         listed = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise RunDirectoryError(
-            f"{directory}: contains {listed}, which no run wrote; choose another directory, or move them away"
+            f"{directory}: contains {listed}, which no run wrote; choose another directory, or move them elsewhere"
         )
     check_lock(directory / LOCK)
 

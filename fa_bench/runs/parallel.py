@@ -2,7 +2,7 @@
 
 Every process builds the same model with the same rule and trains on its part of every batch; DistributedDataParallel averages
 the gradients. The parts, the augmentation and the weights of the losses are chosen so that the update is that of one process
-with the whole batch. All measurements happen in every process, so that no process waits for another, but only process 0 writes.
+with the whole batch. All processes perform all measurements, so that none waits for another, but only process 0 writes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
     from fa_bench.runs.loop import Progress, Trainer
 
-#: The longest that a process waits for another one that has neither ended nor answered. The end of one is noticed at once.
+#: The longest time that a process waits for another one that has neither ended nor answered. If a process ends, this is noticed
+#: at once.
 TIMEOUT = timedelta(minutes=10)
-#: Seconds between two looks for a message of process 0 before training.
+#: Seconds between two checks for a message from process 0 before training.
 _INTERVAL = 0.05
 #: What torchrun sets for each process.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -58,7 +59,7 @@ class ProcessLost(Exception):
 
 
 class World:
-    """The processes of a run. This is the only one; `Processes` is one of several.
+    """The processes of a run. This class stands for a single process; `Processes` for one of several.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -79,7 +80,7 @@ class World:
         raise NotImplementedError
 
     def report(self, line: str) -> None:
-        """Print an error on standard error; of several processes, only the first one that has an error."""
+        """Print an error on standard error; with several processes, only the first one that has an error does so."""
         print(line, file=sys.stderr)
 
     def explained(self, error: BaseException) -> BaseException:
@@ -105,15 +106,15 @@ class World:
         return progress
 
     def whole_batch(self, x: Tensor, y: Tensor, share: Callable[[int], Tensor] | None, size: int) -> tuple[Tensor, Tensor]:
-        """The whole batch of `size` samples, of which a process has the given inputs and targets, in order, on the CPU."""
+        """The whole batch of `size` samples, in order, on the CPU; each process passes the inputs and targets of its part."""
         return x, y
 
     def same_buffers(self, model: torch_nn.Module) -> None:
         """Give all processes the running statistics of process 0."""
 
     def due(self, wanted: bool) -> bool:
-        """Whether all processes now take an action that one of them has requested: with one process immediately, with several one
-        step later."""
+        """Whether all processes now take an action that one of them has requested: immediately with one process, one step later
+        with several."""
         return wanted
 
     def check(self, stop: StopRequest) -> None:
@@ -126,7 +127,7 @@ class World:
         return name
 
     def share(self, accumulate: int = 1) -> Callable[[int], Tensor] | None:
-        """The positions of this process's samples in a batch of so many; None: all."""
+        """The positions of this process's samples in a batch of the given size; None: all."""
         return None
 
     def begin_step(self, seed: int, step: int) -> None:
@@ -186,7 +187,7 @@ class Processes(World):
         self._messages += 1
         key = f"{_MESSAGE}{self._messages}"
         with self._talking():
-            # Not a wait within torch, during which Python does not see signals.
+            # This polls instead of waiting within torch, because Python does not see signals during such a wait.
             while not self._store.check([key]):
                 if self._store.check([_ERROR]):
                     raise self._lost()
@@ -208,7 +209,7 @@ class Processes(World):
         return self._lost() if is_lost else error
 
     def _lost(self) -> ProcessLost:
-        """The error that another process has ended, with the one that it has reported, if there is one."""
+        """The error that another process has ended, with the error that it reported, if any."""
         self.has_lost, reason = True, ""
         with suppress(RuntimeError):
             if self._store.check([_ERROR]):
@@ -356,7 +357,8 @@ class Processes(World):
 
 
 class SameStop(Callback):
-    """Makes a request to stop by a callback in one process that of all; it comes after the callbacks that may request it."""
+    """Turns a callback's request to stop in one process into a request in all processes; it must come after the callbacks that
+    may request it."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
         trainer.agree_on_stop()
@@ -401,7 +403,7 @@ def run_together(command: Callable[[], int]) -> int:
         return command()
     try:
         _world = _joined()
-    except Exception as error:  # of torch's, of many types
+    except Exception as error:  # torch raises many types of errors
         print(f"fa-bench: cannot reach the other processes of torchrun ({describe_error(error)})", file=sys.stderr)
         return 1
     try:

@@ -1,4 +1,4 @@
-"""Worker processes of a sweep exit when the process that started the sweep ends, even by a kill."""
+"""Worker processes of a sweep exit when the process that started the sweep ends, even if it is killed."""
 
 from __future__ import annotations
 

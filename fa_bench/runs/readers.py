@@ -37,7 +37,7 @@ from fa_bench.utils.files import RESULT
 
 #: The beginning of the first line of a run's config.yaml, and of the second.
 HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
-#: A config's line with its seed, and the seed with which configs that differ in it alone are parsed.
+#: A config's line with its seed, and the seed with which configs that differ only in the seed are parsed.
 _SEED_LINE, _TEMPLATE_SEED = re.compile(r"^seed: (0|[1-9]\d{0,17})$", re.MULTILINE), 10**17 + 3
 _COMMENTS = re.compile(r"\A(#.*\n)+")
 
@@ -58,7 +58,8 @@ class PlannedRun(NamedTuple):
 
 
 def scalar_keys(record: Any) -> list[str]:
-    """The keys of every epoch's record of a run, beside its number, by the scores that a record declares."""
+    """The keys in the record of every epoch, in addition to the epoch's number; they depend on the scores that the record
+    declares."""
     return [*score_keys(scores_of(record)), "lr"]
 
 
@@ -115,7 +116,8 @@ def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]
     """The first `epochs` lines of a run's `metrics.jsonl`, which a resumed run continues.
 
     Raises:
-        RecordError: names the line that is missing or is not the record of its epoch; with `complete`, also if there are more.
+        RecordError: if a line is missing or is not the record of its epoch, or, with `complete`, if there are more; the message
+            names the line.
     """
     content = read_bytes(path) if epochs else b""
     if content is None:
@@ -191,7 +193,7 @@ def read_config(path: Path) -> Config:
     except ConfigError as error:
         problem = re.sub(r"^:(\d+)", r"line \1", str(error).removeprefix(str(path))).lstrip(": ")
         raise RecordError(path, problem) from None
-    except Exception as error:  # OmegaConf raises many types for odd content
+    except Exception as error:  # OmegaConf raises many types of errors for odd content
         raise RecordError(path, f"not readable as a config ({type(error).__name__})") from None
     if values is None:
         raise RecordError(path, "not a run's config (allowed: a mapping)")
@@ -222,7 +224,7 @@ def _config_but_seed(text: str) -> dict[str, Any] | None:
         return None
     body = _COMMENTS.sub("", text)  # the hashes at the top differ between seeds
     values = _parsed_template(_SEED_LINE.sub(f"seed: {_TEMPLATE_SEED}", body, count=1))
-    # If that line is no key of the config, but part of a text in it, the seed is another one.
+    # If that line is not a key of the config but part of a text in it, the seed is a different one.
     return values | {"seed": int(found[1])} if values and values.get("seed") == _TEMPLATE_SEED else None
 
 

@@ -157,7 +157,7 @@ def tag_of(key: str) -> str:
 def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
     """The result of a run that has not trained yet, with every key that a result has.
 
-    The experiment's name is recorded here and not in the config, so that equal configs are the same run whatever they are called.
+    The experiment's name is recorded here and not in the config, so equal configs are the same run whatever they are called.
     """
     return {
         "status": "failed",
@@ -225,7 +225,7 @@ def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMete
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak memory so far, in bytes: of the accelerator's allocator, or of this process; None on Windows."""
+    """Peak memory so far, in bytes: that of the accelerator's allocator, or of this process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -58,9 +58,9 @@ class RunDirectory:
         return RunState.UNFINISHED if self.checkpoint.exists() or self.previous.exists() else RunState.NEW
 
     def _is_complete(self) -> bool:
-        """Whether there are the result and records of a run that is not to be trained further.
+        """Whether the result and records of a run that must not be trained further exist.
 
-        It trained to its last epoch, diverged, or was stopped by a callback of its config, whose name the result then has.
+        Such a run trained to its last epoch, diverged, or was stopped by a callback of its config, which the result then names.
         """
         try:
             result = read_result(self.path / RESULT)
@@ -84,7 +84,7 @@ class RunDirectory:
         """Refuse a directory that belongs to another config's run, or contains files that are not this run's.
 
         Raises:
-            RunDirectoryError: names the directory and what differs.
+            RunDirectoryError: in this case; the message names the directory and what differs.
         """
         if not self.path.is_dir():
             return

@@ -34,12 +34,12 @@ def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[PlannedRun]
         try:
             with locked(path.with_name(SWEEP_LOCK)):
                 check_temporary(path, b'{\n "command"')
-                # By normalised directories, so that a run is recognised whatever its directory was called from.
+                # Compared by normalised directories, so that a run is recognised whatever the working directory was.
                 merged = {os.path.relpath(run.directory, folder): run for run in (*read_sweep(path), *runs)}
                 listed = [{**run._asdict(), "directory": directory} for directory, run in merged.items()]
                 write_text(path, dump_json({"command": list(command), "runs": listed}, indent=1) + "\n")
         except RecordError as error:
-            raise RunDirectoryError(f"{error}; move it away") from None
+            raise RunDirectoryError(f"{error}; move it elsewhere") from None
         except Timeout:
             raise RunDirectoryError(f"{path}: locked by another sweep for {PATIENCE:g} s; try again") from None
 

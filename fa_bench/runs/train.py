@@ -58,8 +58,8 @@ def run(
         later_epochs: epochs of the runs that follow, to estimate the remaining time.
         callbacks: additional callbacks, called after those of the config. They are not part of the run's identity: they must not
             change the training, and their state is not saved. A run that they stop can be resumed without them, with the result
-            of an uninterrupted run; one that a callback of its config stopped is not trained again. If both request a stop, that
-            of the config takes precedence.
+            of an uninterrupted run; a run that a callback of its config stopped is not trained again. If both request a stop,
+            that of the config takes precedence.
         swept: the keys in which the runs of the sweep differ, for the loggers; see `fa_bench.config.labels.swept_keys`.
         brief: print fewer lines; see `fa_bench.runs.callbacks.Display`.
 
@@ -262,7 +262,7 @@ def _log_start(job: Job, parts: Parts, progress: Progress, warnings: list[str], 
 
 
 def _initial_phase(rule: Rule, title: str, stop: StopRequest) -> None:
-    """Run the rule's phase before training."""
+    """Run the rule's initial phase, which comes before training."""
     steps = rule.initial_steps_left
     if steps:
         log.info("%s: %d steps before training", title, steps)

@@ -17,7 +17,7 @@ S = TypeVar("S", bound="Schedule")
 class Schedule(Options):
     """Base class of schedules, registered in `fa_bench.registry.registries.SCHEDULES`.
 
-    A schedule has no state, so that a resumed run does not have to restore it.
+    A schedule has no state, so a resumed run does not have to restore it.
 
     Examples:
         >>> import dataclasses, fa_bench
@@ -32,7 +32,7 @@ class Schedule(Options):
     """
 
     kinds = SCHEDULES
-    per: str = option("epoch", "unit that the schedule and its warm-up count in", choices=["epoch", "step"])
+    per: str = option("epoch", "unit of the schedule and its warm-up", choices=["epoch", "step"])
     warmup: int = option(0, "epochs (or steps, see `per`) of linear warm-up to the learning rate of the schedule", minimum=0)
 
     def rate(self, lr: float, done: int, total: int) -> float:
@@ -54,7 +54,7 @@ class Schedule(Options):
         """Override to check the options against the optimizer's learning rate; raise OptionError."""
 
     def shortened(self: S, length: Callable[[int], int]) -> S:
-        """The schedule of a shorter trial; `length` maps a number of epochs or steps to that of the trial."""
+        """The schedule of a shortened run; `length` maps a number of epochs or steps to that of the shortened run."""
         return dataclasses.replace(self, warmup=length(self.warmup) if self.warmup else 0)
 
     def schema(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class _StepDecay(Schedule):
         raise NotImplementedError
 
     def rate(self, lr: float, done: int, total: int) -> float:
-        for _ in range(self.reductions(done)):  # one factor at a time, for the rounding of torch's schedulers
+        for _ in range(self.reductions(done)):  # one factor at a time, to round as torch's schedulers do
             lr *= self.gamma
         return lr
 

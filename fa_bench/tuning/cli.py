@@ -20,7 +20,7 @@ _HEAD = """\
 usage: fa-bench-tune [key=value ...]
 
   fa-bench-tune algorithm=bp,frozen,fa,kp,dfa dataset=mnist budget=20 tune_seeds=1 seeds=0,1,2
-  fa-bench-tune experiment=tune_digits        an experiment with a section `tune`
+  fa-bench-tune experiment=tune_digits        an experiment with a `tune` section
   fa-bench-tune --dry-run ...                 show what would run; train and write nothing
   fa-bench-tune --config-dir FOLDER ...       add a folder of configs
 

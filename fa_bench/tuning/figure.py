@@ -78,7 +78,7 @@ def _plot_rates(axes: Axes, study: RuleStudy, limits: Range, reference: float | 
         if LR in trial.values
     ]
     best = _shown(study, study.best) if study.best is not None else 0.0
-    # In merits: of two values, the larger one is better.
+    # In merits, so the larger of two values is always better.
     low, high = sorted(map(score.merit, (limits.low, limits.high)))
     margin = SHOWN if is_accuracy else RANGES * (high - low)
     edge = low - margin if not limits.is_outside(best, _quantity(score).kind) else score.merit(best) - 2 * margin

@@ -23,7 +23,7 @@ from fa_bench.tuning.plan import ALGORITHM, OUTPUT, SEED, Plan, RulePlan
 from fa_bench.tuning.space import as_typed
 from fa_bench.utils.files import output_errors, write_text
 
-#: The first lines of the experiment, by which it is recognised as written by a study.
+#: The first lines of the experiment, which mark it as written by a study.
 _HEAD = "# @package _global_\n# Written by fa-bench-tune: "
 #: Keys that a config file must not or need not set.
 _OMITTED = (SEED, OUTPUT, "plugins", "resume")
@@ -84,7 +84,7 @@ def check_final(plan: Plan) -> None:
     """Check, before the first trial, that the final runs will be the configs that were tuned.
 
     Raises:
-        ConfigError: names the rule.
+        ConfigError: if not; the message names the rule.
         FaBenchError: if a final run could not start.
     """
     epochs = plan.options.final_epochs or plan.epochs
@@ -111,13 +111,13 @@ def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
     with output_errors(path):
         path.parent.mkdir(exist_ok=True)
         if path.is_symlink() or (path.exists() and not path.read_bytes().startswith(_HEAD.encode())):
-            raise RunDirectoryError(f"{path}: not written by fa-bench-tune, which would overwrite it; move it away")
+            raise RunDirectoryError(f"{path}: not written by fa-bench-tune, which would overwrite it; move it elsewhere")
         write_text(path, experiment_text(plan, jobs, plan.directory))
     return path
 
 
 def run_final(plan: Plan) -> tuple[int, list[Path]]:
-    """Run the experiment of the final runs as a sweep; its exit code, and the directories of the runs.
+    """Run the experiment of the final runs as a sweep; returns its exit code and the directories of the runs.
 
     With several jobs, it uses Hydra's joblib launcher if that is installed and the command line names no other.
 

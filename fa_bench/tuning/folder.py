@@ -36,7 +36,7 @@ MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR = (
 REPORTS = (MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR)
 _FILES = (STUDY, JOURNAL, *REPORTS)
 _FOLDERS = (TRIALS, EXPERIMENT, FINAL)
-#: Files that a process leaves that is killed before it writes `STUDY`.
+#: Files left by a process that was killed before it wrote `STUDY`.
 _EARLY = (LOCK, HOLDER, temporary_name(HOLDER), temporary_name(STUDY))
 
 
@@ -90,7 +90,7 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
     """Refuse a folder of another study, or with files that no study wrote.
 
     Raises:
-        RunDirectoryError: names the key that differs, with both values, or the files.
+        RunDirectoryError: in these cases; the message names the key that differs, with both values, or the files.
     """
     if not directory.is_dir():
         return
@@ -101,7 +101,7 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
     if foreign:
         listed = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise RunDirectoryError(
-            f"{directory}: contains {listed}, which no study wrote; choose another name=NAME, or move them away"
+            f"{directory}: contains {listed}, which no study wrote; choose another name=NAME, or move them elsewhere"
         )
     for name in (*_FILES, *_FOLDERS):
         if os.path.lexists(directory / name):
@@ -151,7 +151,7 @@ def check_budget(budget: int, done: Mapping[str, int], directory: Path) -> None:
     """Refuse a budget that is smaller than the number of finished trials.
 
     Raises:
-        ConfigError: names the rule.
+        ConfigError: if so; the message names the rule.
     """
     for rule, count in done.items():
         if count > budget:

@@ -1,4 +1,4 @@
-"""The options of a study: those of the command line, and those of an experiment's section ``tune``."""
+"""The options of a study: those of the command line, and those of an experiment's ``tune`` section."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fa_bench.registry.options import Options, option, option_fields
 from fa_bench.tuning.optuna_parts import PRUNERS, SAMPLERS
 
 SPACE = "space"
-#: How values to search may begin, beside a list.
+#: How values to search may begin if they are not a list.
 _FUNCTION = re.compile(r"\s*(tag|interval|range|int|float|choice|sort|shuffle)\(")
 
 

@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def score(self) -> Score:
-        """The score of the validation samples by which trials are compared."""
+        """The validation score by which trials are compared."""
         return self.rules[0].job.scores[0]
 
     @property
@@ -211,7 +211,7 @@ def _searchable(overrides: Sequence[Override]) -> None:
 
 
 def _section(config: Any) -> dict[str, Any]:
-    """The experiment's section ``tune`` as plain containers; empty without one."""
+    """The experiment's ``tune`` section as plain containers; empty without one."""
     section = config.get(TUNE)
     plain = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
     if plain is None:
@@ -245,7 +245,7 @@ def _space_of_file(section: Mapping[str, Any], experiment: Any) -> tuple[list[Ov
 
 
 def _by_rule(jobs: Sequence[list[str]], default_rule: str, experiment: Any) -> dict[str, list[str]]:
-    """The overrides of every rule's default config; jobs that name no rule have the default one.
+    """The overrides of every rule's default config; jobs that do not name a rule use the default one.
 
     Raises:
         ConfigError: if an experiment has several configs of one rule.
@@ -268,7 +268,7 @@ def _of_rule(name: str, overrides: Sequence[Override]) -> list[str]:
 
 
 def _of_rule_or_common(name: str, overrides: Sequence[Override]) -> list[Override]:
-    """Those of the overrides whose key the rule has; options of rules apply to the rules that have them."""
+    """The overrides whose key the rule has; options of rules apply only to the rules that have them."""
     options = [field.name for field in option_fields(ALGORITHMS[name])] if name in ALGORITHMS else None
     return [
         override
@@ -311,7 +311,7 @@ def _check(plan: Plan) -> None:
     """Check the default config of each rule, the ends of its space, and the folder.
 
     Raises:
-        FaBenchError: names the key.
+        FaBenchError: if one of them cannot be used; the message names the key.
     """
     refuse_root(plan.directory, OUTPUT)
     check_writable(plan.directory)

@@ -63,7 +63,7 @@ class Judge:
         self._trial = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
 
     def is_hopeless(self, step: int, value: float) -> bool:
-        """Whether the trial should end, with this validation score after so many epochs of all its seeds together."""
+        """Whether the trial should end, given this validation score after this number of epochs, counted over all its seeds."""
         self._trial.report(value, step)
         return self._trial.should_prune()
 
@@ -74,7 +74,7 @@ class Judge:
 
 
 class Pruning(Callback):
-    """Stops a run whose trial is hopeless.
+    """Stops a run if the pruner considers its trial hopeless.
 
     Args:
         judge: the judge of the trial.

@@ -24,7 +24,7 @@ from fa_bench.tuning.store import RuleStudy
 from fa_bench.tuning.trials import DIVERGED, DONE, FAILED, PRUNED
 from fa_bench.utils.text import align_columns, escape_markdown
 
-#: Columns of the report's table that this one has, too, beside those of the score.
+#: Columns that this table shares with that of the report, in addition to those of the score.
 _FROM_REPORT = ("n", "bp_difference", "bp_difference_ci95", "floor")
 
 
@@ -55,7 +55,7 @@ def columns(score: Score) -> dict[str, Column]:
 _LEGEND = """\
 Every rule had {budget} trials of {epochs} epochs with {trial_seeds}, proposed by optuna's sampler `{sampler}` (seed
 {study_seed}, pruner `{pruner}`) from the spaces below. Trial 0 of each rule is its default config. The best trial is the one
-with the best validation {title} after the last epoch (mean over its seeds; of equals, the earlier one). Trials that diverged or
+with the best validation {title} after the last epoch (mean over its seeds; in a tie, the earlier one). Trials that diverged or
 failed count as trials, with {worst}. The test set was not used to choose anything.
 
 The chosen config of each rule was then trained for {final_epochs} epochs with {seeds}, which no trial used, and tested once. n is
@@ -231,8 +231,8 @@ def markdown(plan: Plan, studies: Sequence[RuleStudy], table: pd.DataFrame) -> s
         "\n".join(space),
         *(["## Trials that diverged or failed", "\n".join(unfinished)] if unfinished else []),
         "## Files",
-        f"[{TABLE}]({TABLE}) is the table with all digits, [{TRIAL_TABLE}]({TRIAL_TABLE}) has all trials, and "
-        f"[{SECONDS}]({SECONDS}) their seconds of training.",
+        f"[{TABLE}]({TABLE}) is the table at full precision, [{TRIAL_TABLE}]({TRIAL_TABLE}) has all trials, and "
+        f"[{SECONDS}]({SECONDS}) has their training times.",
         f"![{score.title} against learning rate, and the best so far]({FIGURE})",
     ]
     return "\n\n".join(section.strip("\n") for section in sections) + "\n"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 JOURNAL = "study.journal"
-#: The size of the value of a trial that diverged or failed if no other trial has a score that has no worst value.
+#: The magnitude of the value of a trial that diverged or failed, if the score has no worst value and no other trial has a score.
 HUGE = 1e6
 
 
@@ -84,11 +84,11 @@ class RuleStudy:
         default, number = self.plan.default, len(self.finished)
         distributions = self._distributions
         if number == 0:
-            # A default outside of the space is no value that the sampler could have proposed: it does not learn from it.
+            # The sampler could not have proposed a default outside of the space, so it does not learn from it.
             distributions = {key: each for key, each in distributions.items() if self.plan.space[key].contains(default[key])}
             self._study.enqueue_trial({key: default[key] for key in distributions})
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of experimental parts
+            warnings.simplefilter("ignore")  # about experimental features
             trial = self._study.ask(fixed_distributions=distributions)
         assert trial.number == number
         return trial, {**default, **trial.params} if number == 0 else dict(trial.params)
@@ -144,8 +144,8 @@ class RuleStudy:
         attributes = stored.user_attrs
         if stored.params != trial.params or attributes.get("values") != json.loads(json.dumps(values)):
             raise RunDirectoryError(
-                f"{JOURNAL}: trial {stored.number} of {self.plan.rule} has other values than this study "
-                "proposes; the file was changed, or written on a machine that rounds differently: choose "
+                f"{JOURNAL}: trial {stored.number} of {self.plan.rule} has different values than this study "
+                "proposes (the file was changed, or written on a machine that rounds differently); choose "
                 "another name=NAME"
             )
         outcome = Outcome(**attributes["outcome"])
@@ -154,7 +154,7 @@ class RuleStudy:
 
     @property
     def best(self) -> Finished | None:
-        """The trial with the best validation score, the earlier one of equals; None if every trial diverged or failed."""
+        """The trial with the best validation score, in a tie, the earlier one; None if every trial diverged or failed."""
         usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
         return max(usable, key=lambda trial: (self.score.merit(trial.outcome.value or 0.0), -trial.number), default=None)
 
@@ -170,7 +170,7 @@ def stored_studies(plan: Plan) -> list[RuleStudy]:
         return [RuleStudy(each, plan.options, storage) for each in plan.rules]
     except (FaBenchError, KeyboardInterrupt):
         raise
-    except Exception as error:  # optuna raises many kinds for odd content
+    except Exception as error:  # optuna raises many kinds of errors for odd content
         raise RunDirectoryError(
             f"{plan.directory / JOURNAL}: damaged, or not written by a study ({describe_error(error)}); choose another name=NAME"
         ) from None
@@ -191,7 +191,7 @@ def _frozen(told: FrozenTrial, state: Any, attributes: dict[str, Any]) -> Frozen
 
 
 def open_journal(directory: Path) -> JournalStorage:
-    """The storage of a study, which this process alone writes: it holds the lock of the study's folder.
+    """The storage of a study, which only this process writes, because it holds the lock of the study's folder.
 
     A last line that a full disk cut short is removed: its trial is run again.
     """
@@ -211,7 +211,7 @@ def open_journal(directory: Path) -> JournalStorage:
 
 
 class _NoLock:
-    """In the place of optuna's lock, which a killed process would leave behind."""
+    """Replaces optuna's lock, which a killed process would leave behind."""
 
     def acquire(self) -> bool:
         return True

@@ -69,7 +69,7 @@ def run_trial(trial: TrialRun) -> Outcome:
     Raises:
         Interrupted: after a signal; the unfinished run resumes from its checkpoint.
         FaBenchError: if the rule's default config cannot be run.
-        OSError: for data that cannot be read and folders that cannot be written, which are no result of the trial's values.
+        OSError: for data that cannot be read and folders that cannot be written, which are not due to the trial's values.
     """
     from fa_bench.runs.outcome import record_failure
     from fa_bench.runs.train import run
@@ -122,5 +122,5 @@ def _state(result: dict[str, Any]) -> tuple[str, str]:
     error = result["error"] or {}
     if result["status"] == "stopped" and error.get("callback") is None:
         return PRUNED, f"after epoch {result['epoch']}"
-    # A callback of the config may stop a run early: that is a part of what is tuned.
+    # A callback of the config may stop a run early: this is part of what is tuned.
     return (DONE, "") if result["status"] in SUCCESSES else (DIVERGED, str(error.get("message") or ""))

@@ -35,7 +35,7 @@ class TuneResult:
 
     Attributes:
         table: one row per rule, as tune.csv.
-        trials: one row per trial, as trials.csv, with the seconds of training.
+        trials: one row per trial, as trials.csv, with the training time in seconds.
         directory: the study's folder.
         text: the table for a terminal.
         code: the exit code: 0 if all final runs finished, else 1.
@@ -106,7 +106,7 @@ def _data_hash(plan: Plan) -> str:
     with isolated():
         splits = load(scaled(job), prepare(job))
     if splits.validation is None or not len(splits.validation):
-        raise DataError(f"dataset={job.dataset.name} has no validation split, by which trials are compared")
+        raise DataError(f"dataset={job.dataset.name} has no validation split, which is needed to compare trials")
     return splits.data_hash
 
 

@@ -1,4 +1,4 @@
-"""Processes that run trials, and end with the process that started them."""
+"""Processes that run trials and end when the process that started them ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Workers:
 
     Args:
         count: the number of processes.
-        threads: CPU threads of each, as in the process that starts them, because their number changes rounding.
+        threads: CPU threads per process: as many as in the process that starts them, because their number changes rounding.
     """
 
     def __init__(self, count: int, threads: int) -> None:
@@ -89,7 +89,7 @@ class Workers:
 
 @contextmanager
 def workers(count: int, threads: int) -> Iterator[Workers]:
-    """Workers that end with the block; a signal lets them write their checkpoints first."""
+    """Workers that end when the block ends; after a signal, they first write their checkpoints."""
     started = Workers(count, threads)
     try:
         with interrupt_on_signals(lambda number: started.stop()):
@@ -112,7 +112,7 @@ def _work(connection: Connection, starter: int, threads: int) -> None:
             torch.set_num_threads(min(threads, cores()))
             while True:
                 connection.send(_result(connection.recv()))
-    except (EOFError, OSError, KeyboardInterrupt):  # the parent has ended, or stops its workers
+    except (EOFError, OSError, KeyboardInterrupt):  # the parent has ended, or is stopping its workers
         return
 
 

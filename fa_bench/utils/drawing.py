@@ -1,4 +1,4 @@
-"""Matplotlib with its default settings, whatever a notebook, a shell or a matplotlibrc configured; figures are never shown."""
+"""Matplotlib with its default settings, regardless of those of a notebook, a shell or a matplotlibrc; figures are never shown."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class EnergyMeter:
     @classmethod
     def of(cls, device: torch.device) -> EnergyMeter | None:
         """The meter of a run on a device: the processors' packages and their memory, if they are counted, and the GPU; None if
-        the processors, for a run on a GPU the GPU, are not counted."""
+        the processors (or, for a run on a GPU, the GPU) are not counted."""
         counters = rapl()
         if device.type == "cuda":
             import torch
@@ -93,14 +93,14 @@ class EnergyMeter:
         return list(self._counters)
 
     def start(self) -> None:
-        """Begin: forget what was used before."""
+        """Begin a measurement; energy used before is not counted."""
         self.used_wh()
 
     def used_wh(self) -> float | None:
         """The energy since the last call in watt-hours; None if a counter failed."""
         try:
             now = sum(counter.joules() for counter in self._counters.values())
-        except Exception:  # of which NVML has many kinds
+        except Exception:  # NVML raises many kinds of errors
             return None
         used, self._before = now - self._before, now
         return used / _WH

@@ -1,4 +1,5 @@
-"""Atomic writes, so that a reader sees either the old file or the new one, never a part; checks of where runs may write."""
+"""Atomic writes, with which a reader sees either the old file or the new one, never a part of it; checks of where runs may
+write."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ def output_errors(path: Path) -> Iterator[None]:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it replaces `path` when the block ends without an error.
 
-    Its name depends only on that of `path`, so that what a killed process left is replaced: only one process at a time may
-    write `path`.
+    Its name depends only on that of `path`, so a file left by a killed process is replaced; only one process at a time may write
+    `path`.
 
     Raises:
         OutputError: if the file cannot be written; the old one is unchanged.
@@ -73,7 +74,7 @@ def resolved(path: Path) -> Path:
 
 
 def check_lock(path: Path) -> None:
-    """Refuse a path that is not a lock file: locking truncates the file, which must not have other content or another link."""
+    """Refuse a path that is not a lock file: locking truncates the file, which must not have other content or further links."""
     try:
         status = path.lstat()
         if status.st_nlink == 0:  # the lock holder is removing it right now
@@ -90,7 +91,7 @@ def check_temporary(path: Path, prefix: bytes) -> None:
 
     Args:
         path: the file to be written.
-        prefix: its first bytes, also those of a part that a killed process has written; empty if it was never begun.
+        prefix: its first bytes, even if a killed process has written only part of it; empty if nothing was written.
     """
     temporary = path.with_name(temporary_name(path.name))
     if os.path.lexists(path) or not os.path.lexists(temporary):
@@ -100,14 +101,14 @@ def check_temporary(path: Path, prefix: bytes) -> None:
     if is_ours and status.st_size:
         is_ours = prefix != b"" and prefix.startswith(temporary.read_bytes()[: len(prefix)])
     if not is_ours:
-        raise RunDirectoryError(f"{temporary}: not written by fa-bench, which would overwrite it; move it away")
+        raise RunDirectoryError(f"{temporary}: not written by fa-bench, which would overwrite it; move it elsewhere")
 
 
 def refuse_root(path: Path, key: str) -> None:
     """Refuse the root of the file system as a folder for runs.
 
     Raises:
-        RunDirectoryError: names the key that gives the path.
+        RunDirectoryError: in this case; the message names the key that gives the path.
     """
     if "\0" in str(path):
         return  # `check_writable` refuses it
@@ -119,7 +120,7 @@ def check_writable(path: Path) -> None:
     """Refuse, before training, a directory that cannot be created or written to.
 
     Raises:
-        RunDirectoryError: names the part of the path that is the obstacle, and why.
+        RunDirectoryError: in this case; the message names the part of the path that is the obstacle, and the reason.
     """
     try:
         if "\0" in str(path):

@@ -1,4 +1,4 @@
-"""A lock on a file for one process at a time, which ends with the process, even by a kill.
+"""A lock on a file for one process at a time, which is released when the process ends, even if it is killed.
 
 The lock is filelock's; processes forked by its holder, such as data workers, do not inherit it.
 """

@@ -16,7 +16,7 @@ from fa_bench.utils.text import format_bytes, format_shape
 _MIN_CHECKED = 1 << 24
 #: Numbers of entries from this one on fit into no memory; torch fails at some of them with errors of its own.
 _NEVER = 1 << 60
-#: The torch functions by which modules and rules allocate a tensor of a given size.
+#: The torch functions with which modules and rules allocate a tensor of a given size.
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "eye")
 
 
@@ -46,7 +46,7 @@ def require_memory(needed: float, what: str) -> None:
         what: what needs the memory, and the option to reduce.
 
     Raises:
-        ConfigError: names what needs the memory, its size, and the size available.
+        ConfigError: in this case; the message names what needs the memory, its size, and the size available.
     """
     if needed > _MIN_CHECKED and (free := available_memory()) is not None and needed > free:
         raise ConfigError(f"{what}: needs {format_bytes(needed)} of memory, but only {format_bytes(free)} is available")
@@ -92,7 +92,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_failure(error: BaseException) -> str:
-    """An error in one line: its type and the first line of its message, or that memory ran out."""
+    """An error in one line: its type and the first line of its message, or a note that memory ran out."""
     return "out of memory; make batch_size or the architecture smaller" if is_out_of_memory(error) else describe_error(error)
 
 

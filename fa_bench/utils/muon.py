@@ -1,4 +1,4 @@
-"""Muon as a torch optimizer; it is kept apart from its options so that reading them does not import torch."""
+"""Muon as a torch optimizer; it is separate from its options, so that reading them does not import torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
     """The matrix with its singular values moved close to 1 by Newton-Schulz iterations; zero stays zero.
 
     Args:
-        matrix: (rows, columns), in single or double precision. steps: number of iterations. After five, singular values that were
-            above about 1/100 of the matrix's norm are between 0.68 and 1.13; smaller ones are between 0 and 1.13.
+        matrix: (rows, columns), in single or double precision.
+        steps: number of iterations. After five, singular values that were above about 1/100 of the matrix's norm are between
+            0.68 and 1.13; smaller ones are between 0 and 1.13.
     """
     a, b, c = COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()  # the smaller of both products with the transpose
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()  # for the smaller product with the transpose
     x = wide / wide.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
     for _ in range(steps):
         gram = x @ x.t()

@@ -1,4 +1,4 @@
-"""Standard output and error that never end a run, even if they are closed, full or lack characters."""
+"""Standard output and error that never end a run, even if they are closed or full, or their encoding lacks characters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ASCII = {
     "Ø": "O",
 }
 _ERRORS = "fa_bench.plain"
-#: Errors by which wanted output is lost; after any other error, such as a broken pipe, nobody reads it.
+#: Errors that lose output that is still wanted; after any other error, such as a broken pipe, nobody reads it.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -41,7 +41,7 @@ class _ResilientFile(io.FileIO):
     """A file descriptor whose writes never fail: after the first error, they are discarded.
 
     Attributes:
-        failure: the error by which wanted output was lost; None if none was.
+        failure: the error that caused a loss of wanted output; None if none was lost.
     """
 
     failure: OSError | None = None

@@ -46,7 +46,7 @@ def seed_everything(seed: int) -> None:
 
 
 def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
-    """Make torch refuse nondeterministic operations, or only warn of them.
+    """Make torch refuse nondeterministic operations, or only warn about them.
 
     Does nothing if that is the current setting: torch imports its compiler to change it, which takes a second.
     """

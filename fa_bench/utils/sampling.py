@@ -33,7 +33,7 @@ class Initialiser(NamedTuple):
 
 
 def _one_of(*values: float) -> Callable[[Tensor, torch.Generator | None], Tensor]:
-    """Fills tensors with independent entries, each of the values with the same probability."""
+    """Fills tensors with independent entries, each of which takes one of the values with equal probability."""
 
     def fill(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
         chosen = torch.randint(len(values), tensor.shape, generator=generator, device=tensor.device)

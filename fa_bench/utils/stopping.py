@@ -102,9 +102,9 @@ def _signal_handler(handle: Callable[[int, FrameType | None], None]) -> Iterator
         # Python sets handlers in the main thread only; a program that runs jobs in other threads stops them by other means.
         yield
         return
-    # nohup ignores SIGHUP: the run is to outlive its terminal.
+    # nohup ignores SIGHUP, because the run should outlive its terminal.
     handled = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
-    # Before submitit requeues a job, its run is to write a checkpoint.
+    # Before submitit requeues a job, its run must write a checkpoint.
     handled += [number for number in _REQUEUE_SIGNALS if requeue_handler(number) or _is_own(signal.getsignal(number))]
     previous = {number: signal.signal(number, handle) for number in handled}
     try:

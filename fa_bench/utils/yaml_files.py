@@ -25,7 +25,8 @@ def read_yaml(path: Path) -> Any:
     """The content of a YAML file as an OmegaConf container; an empty mapping for an empty file.
 
     Raises:
-        ConfigError: names the file, and the line if known, if it is unreadable, too large, not YAML or not plain data.
+        ConfigError: if the file is unreadable, too large, not YAML or not plain data; the message names it, and the line if
+            known.
     """
     return parse_yaml(read_text(path), str(path))
 
@@ -34,7 +35,7 @@ def read_text(path: Path) -> str:
     """The text of a YAML file.
 
     Raises:
-        ConfigError: names the file, if it is unreadable, too large or not UTF-8.
+        ConfigError: if the file is unreadable, too large or not UTF-8; the message names it.
     """
     try:
         with path.open("rb") as file:
@@ -69,7 +70,7 @@ def _parse(text: str, source: str) -> Any:
         where = f":{mark.line + 1}" if mark else ""
         problem = " ".join((error.problem or error.context or "no YAML").split())
         raise ConfigError(f"{source}{where}: invalid YAML ({problem})") from None
-    except Exception as error:  # OmegaConf raises many types for odd content
+    except Exception as error:  # OmegaConf raises many types of errors for odd content
         raise ConfigError(f"{source}: invalid YAML ({first_line(error)})") from None
 
 

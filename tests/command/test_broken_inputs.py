@@ -136,7 +136,7 @@ def test_a_label_without_class_is_a_short_error(folder: Path, capsys: pytest.Cap
         (stat.S_IFLNK, "a link or a device"),
         (stat.S_IFCHR, "a link or a device"),
         (stat.S_IFIFO, "a link or a device"),
-        ("bomb", "would grow to"),
+        ("bomb", "would unpack to"),
         ("..", "outside"),
         (".", "outside"),
         ("/x", "outside"),

@@ -132,7 +132,7 @@ def test_scale_is_respected(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "scale=smoke", "algorithm=wm"], capsys)
     assert row(text, "steps") == "2 an epoch, 2 in 1 epoch" and "(batch of 8)" in row(text, "multiplications")
     smaller = "epochs=1, batch_size=8, probe_size=4, algorithm.initial_steps=0"
-    assert row(text, "scale=smoke") == f"trains with {smaller}; all numbers above are of this trial"
+    assert row(text, "scale=smoke") == f"trains with {smaller}; all numbers above are for this shortened run"
     assert "B, which learns W from noise" in row(text, "fc2", "Linear")
 
 

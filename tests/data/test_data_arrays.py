@@ -98,7 +98,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "none at all": ({"x": np.array(3)}, r"there are no training images"),
     "channels last": ({"x": np.zeros((6, 8, 9, 3), np.uint8)}, r"shape \(6, 8, 9, 3\), .*images\.transpose\(0, 3, 1, 2\)"),
     "one channel last": ({"x": np.zeros((6, 28, 28, 1), np.uint8)}, r"images\.transpose\(0, 3, 1, 2\)"),
-    "other channels": ({"test_x": COLOUR}, r"training images of shape \(1, 5, 4\), test images of \(3, 5, 4\)"),
+    "other channels": ({"test_x": COLOUR}, r"training images have shape \(1, 5, 4\), but test images have \(3, 5, 4\)"),
     "fractions": ({"y": Y + 0.5}, r"training image 0 has label 0\.5, which is not a class index \(allowed: 0 to 2\)"),
     "label beyond 64 bits": ({"y": np.where(Y == 2, 1e300, Y)}, r"training image 2 has label 1e\+300, which is not"),
     "label infinite": ({"y": np.where(Y == 2, np.inf, Y)}, r"training image 2 has label inf"),

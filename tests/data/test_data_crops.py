@@ -139,6 +139,10 @@ def test_batches_of_a_split(name: str, size: int | None) -> None:
     torch.testing.assert_close(plain, (crop.fixed(split.images) / 255 - 0.2) / 0.5, rtol=1e-5, atol=1e-5)
     seen = [torch.cat([x for x, _ in split.batches(4, seed=0, epoch=epoch)]) for epoch in (0, 0, 1)]
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    assert torch.equal(split.subset(torch.tensor([3, 1])).labels, split.labels[[3, 1]])
+    same = ResidentSplit(split.images[:1].repeat(16, 1, 1, 1), torch.arange(16), [0.2] * 3, [0.5] * 3, True, CPU, crop)
+    first, second = (x for x, _ in same.batches(8, seed=0))
+    assert not torch.equal(first, second), "every batch draws its own crops"
     halves = split.subset(torch.arange(5))
     assert torch.equal(next(halves.batches(5))[0], plain[:5])
 

@@ -142,7 +142,7 @@ def test_a_cifar_batch_with_another_checksum_is_refused(tmp_path: Path, monkeypa
     write_cifar(tmp_path, monkeypatch)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(DataError, match="damaged or cut off; delete data_batch_2 there") as caught:
+    with pytest.raises(DataError, match="damaged or incomplete; delete data_batch_2 there") as caught:
         DATASETS["cifar10"]().load(tmp_path, CPU)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -259,7 +259,7 @@ def test_a_cut_off_svhn_file_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     write_svhn(tmp_path, monkeypatch)
     path = tmp_path / "SVHN" / f"{part}_32x32.mat"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match=f"{part}_32x32.mat is damaged or cut off; delete {part}_32x32.mat there") as caught:
+    with pytest.raises(DataError, match=f"{part}_32x32.mat is damaged or incomplete; delete {part}_32x32.mat there") as caught:
         DATASETS["svhn"]().load(tmp_path, CPU)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -293,7 +293,7 @@ def test_a_cut_off_archive_is_named(tmp_path: Path, name: str, archive: str) -> 
     path = tmp_path / archive
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"half of it")
-    with pytest.raises(DataError, match=r"is damaged or cut off, delete it: its MD5 is not [0-9a-f]{32}") as caught:
+    with pytest.raises(DataError, match=r"is damaged or incomplete, delete it: its MD5 is not [0-9a-f]{32}") as caught:
         DATASETS[name]().load(tmp_path, CPU)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value) and path.read_bytes() == b"half of it"
 
@@ -303,6 +303,6 @@ def test_a_damaged_idx_file_is_the_one_that_is_named(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / IDX_FILES[2]
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=f"{IDX_FILES[2]} is damaged or cut off; delete {IDX_FILES[2]} there") as caught:
+    with pytest.raises(DataError, match=f"{IDX_FILES[2]} is damaged or incomplete; delete {IDX_FILES[2]} there") as caught:
         DATASETS["mnist"]().load(tmp_path, CPU)
     assert not any(name in str(caught.value) for name in (IDX_FILES[0], IDX_FILES[1], IDX_FILES[3]))

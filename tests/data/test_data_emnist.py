@@ -111,5 +111,5 @@ def test_a_cut_off_file_of_stl10_is_refused(tmp_path: Path) -> None:
     stl_files(tmp_path / "stl10_binary")
     path = tmp_path / "stl10_binary" / "train_X.bin"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DataError, match=r"train_X\.bin is damaged or cut off"):
+    with pytest.raises(DataError, match=r"train_X\.bin is damaged or incomplete"):
         DATASETS["stl10"]().load(tmp_path, CPU)

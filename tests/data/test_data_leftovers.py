@@ -179,7 +179,7 @@ def test_val_beside_an_unlabelled_test_is_the_test_set(folder: Path) -> None:
         splits = load(folder)
         assert len(splits.test) == 2 and splits.validation is None
         assert splits.notes == [
-            f"{folder / 'test'}: skipped, because it has no folder named like a class of {folder / 'train'}",
+            f"{folder / 'test'}: skipped, because it has no folder named after a class in {folder / 'train'}",
             f"{folder / 'val'}: used as the test set",
         ]
 
@@ -208,7 +208,7 @@ def test_val_without_labels_is_left_out(folder: Path) -> None:
     image(folder / "val/0.png")
     splits = load(folder, validation=0.25)
     assert (len(splits.train), len(splits.validation)) == (3, 1)
-    assert splits.notes == [f"{folder / 'val'}: skipped, because it has no folder named like a class of {folder / 'train'}"]
+    assert splits.notes == [f"{folder / 'val'}: skipped, because it has no folder named after a class in {folder / 'train'}"]
 
 
 def test_folders_of_other_names_are_named(folder: Path) -> None:
@@ -231,7 +231,7 @@ def test_folders_of_other_names_are_named(folder: Path) -> None:
         (lambda f: [p.unlink() for p in f.glob("test/*/*")], r"test: contains no images in folders of the classes of .*train"),
         (
             lambda f: ((f / "test").rename(f / "moved"), image(f / "test/0.png")),
-            r"test: contains no folder named like a class of .*train \(cat, dog\); sort its images into such folders",
+            r"test: contains no folder named after a class in .*train \(cat, dog\); sort its images into such folders",
         ),
         (
             lambda f: (

@@ -43,6 +43,8 @@ def test_largest_remainders_get_the_rest() -> None:
     labels = torch.tensor([0] * 7 + [1] * 2 + [2])
     assert labels[stratified(labels, 4, 0)].tolist() == [0, 0, 0, 1]
     assert stratified(labels, 10, 3).tolist() == list(range(10))
+    many = torch.arange(300).repeat_interleave(2)
+    assert many[stratified(many, 300, 0)].tolist() == list(range(300))
 
 
 def test_trials_reduce_numbers_in_proportion_and_too_many_are_refused() -> None:

@@ -134,7 +134,7 @@ def test_a_download_that_fails_says_what_is_missing_and_leaves_nothing(tmp_path:
 def test_a_cut_off_archive_is_named_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
     archive.write_bytes(archive.read_bytes()[:-10])
-    with pytest.raises(DataError, match=r"is damaged or cut off .*delete it to download it again") as caught:
+    with pytest.raises(DataError, match=r"is damaged or incomplete .*delete it to download it again") as caught:
         load(tmp_path / "data")
     assert str(archive) in str(caught.value) and names(tmp_path / "data") == [archive.name]
 

@@ -252,7 +252,7 @@ def test_16_bits_where_0_is_white_are_not_a_negative(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["I", "F"])
 @pytest.mark.parametrize("limit", [1, 0])
 def test_pixels_without_a_largest_value_are_refused(tmp_path: Path, mode: str, limit: float) -> None:
-    with pytest.raises(DataError, match=r"0\.tif: pixels without a largest value") as caught:
+    with pytest.raises(DataError, match=r"0\.tif: pixel values without a maximum") as caught:
         only(tmp_path, Image.fromarray(picture()[..., 0]).convert(mode), "0.tif", limit)
     assert str(tmp_path / "train/a/0.tif") in str(caught.value)
 

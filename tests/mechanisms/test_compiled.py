@@ -174,6 +174,30 @@ def test_a_compiled_model_may_be_called_without_compilation_too(spec: str) -> No
 
 
 @pytest.mark.parametrize("spec", ["kp", "forward_alignment"])
+def test_compiled_models_return_their_own_structure(spec: str) -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc1, self.one, self.two = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.fc1(x).tanh()
+            return {"one": self.one(h), "two": self.two(h)}
+
+    x, y = torch.randn(7, 4, generator=torch.Generator().manual_seed(1)), torch.arange(7)
+    found = []
+    for compiles in (False, True):
+        model = TwoHeads()
+        rule = fa_bench.attach(model, spec, seed=0, sample_input=x)
+        out = (torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model)(x)
+        assert type(out) is dict and list(out) == ["one", "two"]
+        rule.backward(F.cross_entropy(out["one"], y % 3) + F.cross_entropy(out["two"], y % 2))
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert found[0]["fc1.weight"].any() and all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+
+
+@pytest.mark.parametrize("spec", ["kp", "forward_alignment"])
 def test_compiled_models_may_have_arguments_with_names(spec: str) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -208,6 +232,24 @@ def test_the_default_compiler_agrees(spec: str) -> None:
     found = trained(model, rule, x, y, torch.compile(model, fullgraph=True))
     for name, tensor in found.items():
         assert torch.allclose(tensor, wanted[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_a_layer_without_gradients_in_a_compiled_pass_is_refused() -> None:
+    class Partial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.learns = nn.Linear(4, 5), nn.Linear(5, 3), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(self.learns):
+                h = self.a(x).tanh()
+            return self.b(h)
+
+    model = Partial()
+    fa_bench.attach(model, "fa")
+    model.learns = False
+    with pytest.raises(CoverageError, match="layer 'a' ran without gradients"):
+        torch.compile(model, backend="aot_eager")(torch.zeros(2, 4))
 
 
 def test_feedback_that_a_later_update_by_hand_leaves_out_is_an_error() -> None:

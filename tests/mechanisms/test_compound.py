@@ -100,6 +100,18 @@ def test_attention(options: dict[str, Any], call: str) -> None:
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_masks_of_attention_have_the_precision_of_the_model(dtype: torch.dtype, need_weights: bool) -> None:
+    q, k = Q.to(dtype), K.to(dtype)
+    masks = {"key_padding_mask": PADDED, "attn_mask": CAUSAL[:, :4]}
+
+    def call(attention: nn.Module) -> Any:
+        return attention(q, k, 2 * k, need_weights=need_weights, **masks)
+
+    require_equal(nn.MultiheadAttention(12, 3).to(dtype), call, 10 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
 def test_causality_without_a_mask_is_refused_as_torch_does(need_weights: bool) -> None:
     plain = nn.MultiheadAttention(12, 3)
     for module in (plain, layerwise(plain)):

@@ -122,7 +122,7 @@ def test_a_repeated_pass_is_as_precise_as_the_first():
 
 def test_an_input_changed_in_place_is_refused():
     x = torch.randn(8, 6)
-    with pytest.raises(StateError, match=r"an input of shape \(8, 6\) was changed in place after the forward pass: pass a copy"):
+    with pytest.raises(StateError, match=r"an input of shape \(8, 6\) was changed in place after the forward pass; pass a copy"):
         repeated({}, x=x, before=lambda: x.add_(1))
 
 

@@ -151,6 +151,10 @@ def test_counting_exchanges_nothing_with_other_processes(monkeypatch: pytest.Mon
     assert cost("f3", samples=20)[0].multiplications > 0 and not exchanged
 
 
+def test_counting_does_not_depend_on_the_number_of_training_samples() -> None:
+    assert cost("f3", samples=2)[0].multiplications == cost("f3", samples=20)[0].multiplications
+
+
 def test_a_step_is_counted_in_training_mode_whatever_the_model_was_in() -> None:
     """Where normalisation computes statistics."""
     found = []

@@ -89,6 +89,34 @@ def test_blocks_that_end_in_a_nonlinearity_grow_from_one_to_the_next() -> None:
     assert found["act2"] == pytest.approx((second.norm(dim=1).mean() / first.norm(dim=1).mean()).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["dfa", "dkp", "fdfa", "ddtp_linear", "local_error", "predsim", "ldrl", "dfc"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_growth_does_not_depend_on_the_rule_whose_feedback_the_nonlinearity_has(rule: str, in_place: bool) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Flatten(), nn.Linear(36, 6), nn.ReLU(in_place), nn.Linear(6, 5), nn.ReLU(in_place), nn.Linear(5, 3)]
+        model = nn.Sequential(*layers)
+        model.cut_points = model.blocks = ["2", "4"]
+        return model
+
+    found, want = (measured("stream_growth", subject_of(net(), name))["stream_growth"] for name in (rule, "bp"))
+    assert found == want and list(want) == ["4"] and want["4"] not in (0, 1)
+
+
+def test_growth_of_a_block_that_changes_its_input_in_place() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(self.gain)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 6), Block(), nn.Linear(6, 3))
+    model.blocks = ["2"]
+    assert measured("stream_growth", subject_of(model, "bp"))["stream_growth"]["2"] == pytest.approx(3, rel=1e-6)
+
+
 def test_growth_of_a_convolutional_net_begins_after_the_stem() -> None:
     torch.manual_seed(0)
     subject = subject_of(ResNet20(width=2, blocks=1).build((1, 6, 6), 3), "fa")

@@ -73,6 +73,12 @@ def test_the_probe_has_no_direction_of_a_frozen_layer() -> None:
     assert found["energy"]["1"] > 0 and found["energy_cosine"]["2"] > 0
 
 
+def test_the_probe_may_be_called_without_gradients() -> None:
+    want = measured(attach("epc", steps=3))
+    with torch.no_grad():
+        assert measured(attach("epc", steps=3)) == want
+
+
 def test_other_rules_have_no_energy() -> None:
     with pytest.raises(ConfigError, match="rule 'bp' has no energy; rules that have one: epc, pc"):
         measured(fa_bench.attach(mlp(8, 7), "bp"))

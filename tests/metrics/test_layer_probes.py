@@ -92,6 +92,15 @@ def test_readout_finds_what_a_layer_separates_and_the_input_does_not() -> None:
     assert found["1"] > 0.95 and 0.4 < found["input"] < 0.7
 
 
+def test_readout_of_the_input_is_that_before_a_model_changes_it() -> None:
+    def floor(in_place: bool) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.ReLU(in_place), nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3))
+        return measured("readout", subject_of(model, "bp"))["readout"]["input"]
+
+    assert floor(True) == floor(False)
+
+
 def test_readout_reads_what_the_next_layer_takes() -> None:
     """Behind ReLU and pooling for a layer, the logits for the last; layers of one sum have the same."""
     torch.manual_seed(0)
@@ -332,6 +341,29 @@ def test_utility_is_measured_by_the_prediction_of_the_rule() -> None:
         subject.model.fc1.weight.add_(1.0)
     assert set(probes.measure(0)["depth_utility"].values()) == {0.0}
     assert asked == [20, 20, 20]
+
+
+def test_utility_is_that_of_the_output_that_the_rule_names() -> None:
+    class TwoOutputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+            self.cut_points = self.blocks = ["net.act1", "net.act2"]
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.net(x)
+            return -logits, logits
+
+    def utility(model: nn.Module, **options: object) -> list[float]:
+        probes = Probes(["depth_utility"], 0, subject_of(model, "dfa", **options))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("fc2.weight"):
+                    parameter.mul_(-3)
+        return list(probes.measure(0)["depth_utility"].values())
+
+    want = utility(mlp())
+    assert utility(TwoOutputs(), output=1) == want and any(want)
 
 
 @pytest.mark.parametrize("net", ["mlp", "resnet"])

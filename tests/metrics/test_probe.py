@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import math
+import re
+from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa_bench
-from fa_bench.errors import ConfigError
+from fa_bench.errors import ConfigError, CoverageError
 from fa_bench.metrics.angles import angles, norm_ratio, weight_angle
 from fa_bench.metrics.meter import AlignmentMeter, Passes, measurement_mode
 from fa_bench.models.resnet import ResNet20
@@ -337,6 +341,14 @@ def test_a_metric_returns_a_number_for_each_layer(value: object, monkeypatch: py
         meter.measure()
 
 
+def test_numbers_of_a_metric_are_those_that_checkpoints_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), "fa", seed=0)
+    meter = AlignmentMeter(rule, torch.randn(5, 4), torch.arange(5) % 2, ["norm_ratio"])
+    monkeypatch.setattr(type(meter.metrics[0]), "measure", lambda self, passes: {"0": 3, "2": np.float64(0.5)})
+    found = meter.measure()["norm_ratio"]
+    assert found == {"0": 3.0, "2": 0.5} and [type(value) for value in found.values()] == [float, float]
+
+
 SHARED = [
     (name, {"match": "random", "linear": "share"} | ({"cuts": ["1"]} if name == "asfp_lc" else {}))
     for name in ("asap", "asfp", "asfp_lc")
@@ -371,3 +383,44 @@ def test_a_layer_that_feeds_the_output_and_others_is_an_output_layer() -> None:
 
     rule = fa_bench.attach(Ladder(), "fa", seed=0)
     assert AlignmentMeter(rule, torch.randn(3, 4), torch.arange(3)).output_layers == ["fc2", "fc3"]
+
+
+class TwoHeads(nn.Module):
+    """Two outputs in training, and in evaluation as well, unless told otherwise."""
+
+    def __init__(self, in_evaluation: bool = True) -> None:
+        super().__init__()
+        self.fc1, self.act, self.aux, self.head = nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.in_evaluation = in_evaluation
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.act(self.fc1(x))
+        outputs = {"aux": self.aux(h), "logits": self.head(h)}
+        return outputs if self.training or self.in_evaluation else outputs["logits"]
+
+
+@pytest.mark.parametrize("name", ["bp", "fa", "kp"])
+@pytest.mark.parametrize("in_evaluation", [True, False])
+def test_of_several_outputs_one_must_be_named(name: str, in_evaluation: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = TwoHeads(in_evaluation), torch.randn(8, 4), torch.arange(8) % 3
+    rule = fa_bench.attach(model, name, seed=0, objective=CrossEntropy(label_smoothing=0.1))
+    with pytest.raises(CoverageError, match="measured by the loss of one output, but this model returns aux, logits") as caught:
+        meter = AlignmentMeter(rule, x, y)
+        assert not in_evaluation, "refused before anything is measured"
+        meter.measure()
+    suggested, of_class = re.search(r"objective=(.*), with (CrossEntropy from .*)$", str(caught.value)).groups()  # type: ignore[union-attr]
+    assert suggested == "CrossEntropy(output='aux', label_smoothing=0.1)"
+    namespace: dict[str, Any] = {}
+    kind, module = of_class.split(" from ")
+    exec(f"from {module} import {kind}\nobjective = {suggested}", namespace)
+    rule.detach()
+    torch.manual_seed(0)
+    model = TwoHeads(in_evaluation)
+    rule = fa_bench.attach(model, name, seed=0, objective=dataclasses.replace(namespace["objective"], output="logits"))
+    found = AlignmentMeter(rule, x, y).measure()["delta_angle"]
+    plain = nn.Sequential(OrderedDict(fc1=model.fc1, act=model.act, head=model.head))
+    rule.detach()
+    rule = fa_bench.attach(plain, name, seed=0, objective=CrossEntropy(label_smoothing=0.1))
+    want = AlignmentMeter(rule, x, y).measure()["delta_angle"]
+    assert {layer: found[layer] for layer in want} == want

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import r2_score
-from torch import Tensor
+from torch import Tensor, nn
 
+from fa_bench.data.splits import ArraySplit
 from fa_bench.errors import OptionError
-from fa_bench.metrics.evaluation import add
+from fa_bench.metrics.evaluation import add, evaluate
 from fa_bench.objectives.base import Objective
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.objectives.mse import MSE
@@ -56,6 +57,18 @@ def test_token_scores_are_those_of_the_counted_tokens_in_any_batches(batches: li
         },
         rel=1e-5,
     )
+
+
+def test_evaluation_counts_what_the_objective_counts() -> None:
+    """Masked tokens do not count, and a row of numbers counts once."""
+    tokens = torch.tensor([[0, 2, -100], [1, -100, -100], [2, 1, 0]])
+    numbers = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    for objective, inputs, target in (
+        (TokenCrossEntropy(), F.one_hot(tokens.clamp(0), 3).float(), tokens),
+        (MSE(), numbers, -numbers),
+    ):
+        found = evaluate(nn.Identity(), objective, ArraySplit(inputs, target, torch.device("cpu")), batch_size=2)
+        assert found["loss"] == pytest.approx(objective.loss(inputs, target).item(), rel=1e-6)
 
 
 def test_token_loss_is_the_mean_over_the_counted_tokens() -> None:

@@ -229,6 +229,14 @@ def test_feedback_of_cuts_is_orthogonalised_at_its_own_rate() -> None:
     assert optimizers.lr == 0.2
 
 
+def test_feedback_that_adamw_trains_has_its_own_rate() -> None:
+    rule = fa_bench.attach(net(), "kp", sample_input=torch.zeros(2, 1, dtype=torch.long), b_lr_scale=0.5)
+    of_adam = Optimizers(Muon(lr=0.2, adam_lr=0.03, exclude=["fc3"]), rule, 1).optimizers[1]
+    rates = {id(tensor): group["lr"] for group in of_adam.param_groups for tensor in group["params"]}
+    assert rates[id(rule.model.fc3.weight)] == pytest.approx(0.03)
+    assert rates[id(rule.model.fc3.feedback_B)] == pytest.approx(0.015)
+
+
 def test_a_weight_that_an_excluded_layer_shares_is_excluded() -> None:
     model = net()
     model.fc3.weight = model.fc2.weight

@@ -187,6 +187,20 @@ def test_both_optimizers_follow_their_own_schedules(first: Any, second: Any) -> 
     assert seen[1] == pytest.approx([0.3 * factor for factor in second[1]])
 
 
+@pytest.mark.parametrize("of_feedback", [False, True])
+def test_a_schedule_of_one_optimizer_may_count_steps(of_feedback: bool) -> None:
+    parts = [plain(0.1, 0.0, None), plain(0.1, 0.0, None, name="step", step_size=2, gamma=0.5, per="step")]
+    first, second = parts if of_feedback else reversed(parts)
+    optimizers = Optimizers(first, attached(), 1, second, steps_per_epoch=4)
+    optimizers.begin_epoch(0)
+    seen: tuple[list[float], list[float]] = ([], [])
+    for step in range(4):
+        optimizers.begin_step(step)
+        for rates_of, optimizer in zip(seen, optimizers.optimizers, strict=True):
+            rates_of.append(optimizer.param_groups[0]["lr"])
+    assert seen[of_feedback] == pytest.approx([0.1, 0.1, 0.05, 0.05]) and seen[not of_feedback] == pytest.approx([0.1] * 4)
+
+
 @pytest.mark.parametrize(("schedule", "factors"), SCHEDULES, ids=lambda case: str(case)[:20])
 def test_scaled_rate_of_the_feedback_follows_the_schedule(schedule: dict[str, Any], factors: list[float]) -> None:
     rule = attached(b_lr_scale=0.25)

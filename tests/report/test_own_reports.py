@@ -106,7 +106,7 @@ def test_what_a_killed_report_left_half_written_is_replaced(tmp_path):
 @pytest.mark.parametrize("text", ["{", '["../x.csv"]', '["mine.csv"]', "{}", "[" * 100_000])
 def test_a_record_of_another_kind_is_left_alone(tmp_path, text):
     (tmp_path / ".report.json").write_text(text)
-    with pytest.raises(RunDirectoryError, match=r"\.report\.json: not the record of a report's files"):
+    with pytest.raises(RunDirectoryError, match=r"\.report\.json: not a record of report files"):
         files.check_folder(tmp_path)
     assert (tmp_path / ".report.json").read_text() == text
 

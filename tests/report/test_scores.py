@@ -1,4 +1,4 @@
-"""Reports on tasks whose score is no accuracy: its columns, its direction, its figures."""
+"""Reports on tasks whose score is not an accuracy: its columns, its direction, its figures."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_tasks_with_different_scores_have_their_own_columns_and_figures(tmp_path
     assert {"", "optimizer.lr", "optimizer.lr-test_perplexity"} <= {*names}
     frame, left_out = over_tasks(runs)
     assert list(frame["tasks"]) == [1]
-    assert left_out == ["text, mlp is not in the aggregate: its score is no accuracy (perplexity)"]
+    assert left_out == ["text, mlp is not in the aggregate: its score is not an accuracy (perplexity)"]
 
 
 def test_frames_and_the_live_view_show_the_score(tmp_path: Path) -> None:

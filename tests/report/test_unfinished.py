@@ -176,6 +176,6 @@ def test_a_damaged_list_is_named_and_left_as_it_is(tmp_path, text):
     faults = []
     assert find_planned_runs([tmp_path], faults) == []
     assert re.search(r"sweep\.json: (not the list of a sweep's runs|unreadable)", str(*faults))
-    with pytest.raises(RunDirectoryError, match="move it away"):
+    with pytest.raises(RunDirectoryError, match="move it elsewhere"):
         write_sweep(tmp_path, [], [PlannedRun(tmp_path / "a", "a", 1)])
     assert (tmp_path / "sweep.json").read_text() == text

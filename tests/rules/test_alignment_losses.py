@@ -223,7 +223,7 @@ def test_the_factor_of_the_loss_is_found_or_asked_for() -> None:
     for got, want in zip(squares, plain, strict=True):
         assert distance(array(got), array(2 * want)) < 1e-12
     logits = model(x)
-    with pytest.raises(ValueError, match=r"cannot infer the factor without the logits: call rule\.backward\(loss, "):
+    with pytest.raises(ValueError, match=r"cannot infer the factor without the logits; call rule\.backward\(loss, "):
         rule.backward(2 * F.cross_entropy(logits, y))
     with pytest.raises(ValueError, match=r"needs the scale of the loss and cannot infer it"):
         rule.backward(2 * F.mse_loss(logits, F.one_hot(y, 3).double()), logits, y)

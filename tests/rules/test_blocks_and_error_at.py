@@ -353,7 +353,7 @@ def test_a_weight_that_a_function_uses_within_a_block_is_transported():
     [
         ({"error_at": "layers.1.norm3"}, r"error_at=layers\.1\.norm3: the model has no module of that name; did you mean"),
         ({"error_at": "layers.0"}, r"error_at=layers\.0: the cut layers\.1 runs after this module"),
-        ({"error_at": "layers.1.norm2"}, r"the cut layers\.1 has the same output: use error_at='layers\.1'"),
+        ({"error_at": "layers.1.norm2"}, r"cut layers\.1 has the same output; use error_at='layers\.1'"),
         ({"error_at": "twice"}, r"error_at=twice: this module runs 2 times"),
         ({"error_at": "pair", "cuts": ["layers.0"]}, r"error_at=pair: this module returns a tuple"),
     ],

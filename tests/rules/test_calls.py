@@ -28,7 +28,7 @@ def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
     """With gradients only: evaluating a part, or differentiating it exactly, does no harm."""
     model, rule, x, y = attached(name)
     want = rule_grads(model, rule, x, y)
-    with pytest.raises(CoverageError, match=r"'(act1|fc1)' ran outside a forward pass of the attached model: call the model"):
+    with pytest.raises(CoverageError, match=r"'(act1|fc1)' ran outside a forward pass of the attached model; call the model"):
         model[:3](x)
     with torch.no_grad():
         model[:3](x)
@@ -91,7 +91,7 @@ def test_two_cuts_at_one_tensor_are_refused(name):
         nn.ReLU(),
         nn.Linear(4, 3),
     )
-    with pytest.raises(CoverageError, match=r"cut '0\.1' has the same output as cut '0': name one of them"):
+    with pytest.raises(CoverageError, match=r"cut '0\.1' has the same output as cut '0'; name only one of them"):
         fa_bench.attach(model, name, cuts=["0", "0.*", "1", "3"])
     fa_bench.attach(model, name, cuts=["0", "1", "3"])
 
@@ -121,7 +121,7 @@ def test_a_copy_of_a_layer_with_feedback_is_refused():
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
     other = nn.Sequential(copy.deepcopy(model.fc1), nn.Linear(5, 3))
-    with pytest.raises(CoverageError, match=r"'0' is a copy of a layer that has feedback: call detach\(\) before copying"):
+    with pytest.raises(CoverageError, match=r"'0' is a copy of a layer that has feedback; call detach\(\) before copying"):
         fa_bench.attach(other, "fa")
     rule.detach()
     fa_bench.attach(nn.Sequential(copy.deepcopy(model.fc1).float(), nn.Linear(5, 3)), "fa")

@@ -130,6 +130,26 @@ def test_angles_to_backpropagation() -> None:
     assert values["delta_angle"]["fc1"] > 1 and values["delta_angle"]["fc2"] > 1
 
 
+def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
+    """Against autograd; all derivatives are exact, so that no error differs from that of one step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    rule = fa_bench.attach(model, "bp_deepsup", cuts=["0", "2"], weight=2.0, decoder_init="pytorch")
+    values = AlignmentMeter(rule, x, y).measure()
+    assert max(values["delta_angle_one_step"].values()) < 1e-6
+    tensors = [x]
+    for module in model:
+        tensors.append(module.forward(tensors[-1]))  # without hooks
+    loss = F.cross_entropy(tensors[-1], y)
+    decoder = rule.feedback["2"]
+    own = 2 * F.cross_entropy(F.linear(tensors[3], decoder["out.weight"], decoder["out.bias"]), y)
+    want, exact = (torch.autograd.grad(total, tensors[2], retain_graph=True)[0] for total in (loss + own, loss))
+    degrees = torch.rad2deg(torch.acos(F.cosine_similarity(want, exact))).mean().item()
+    assert degrees > 1 and values["delta_angle"]["0"] == pytest.approx(degrees, rel=1e-6)
+    assert values["delta_angle"]["2"] < 1e-3, "its activation is after the cut, where no classifier adds to the error"
+
+
 def test_weights_that_are_used_elsewhere_are_accepted() -> None:
     """As for bp: the error passes through weights anyway."""
 

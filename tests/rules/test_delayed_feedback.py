@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.errors import ConfigError, CoverageError, OptionError, StateError
+from fa_bench.mechanisms.cut import sample_errors
+from fa_bench.mechanisms.cut.sample_errors import SampleErrors
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.objectives.mse import MSE
 from fa_bench.objectives.sigmoid_ce import SigmoidCE
@@ -392,3 +394,17 @@ def test_the_number_of_samples_of_a_run() -> None:
     with pytest.raises(OptionError, match="samples=9: there are 10 training samples; use null, or 10 or more"):
         rule.expect_samples(10)
     assert not attached(information="one_hot_target")[1].needs_indices and rule.needs_indices
+
+
+def test_a_process_without_new_errors_takes_part_in_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the others would wait for it."""
+    kept, calls = SampleErrors(3, 2, torch.zeros(())), []
+
+    def gathered(everywhere: list[Any], own: Any) -> None:
+        calls.append(list(own))
+        everywhere[:] = [own, [(torch.tensor([2]), torch.ones(1, 2))]]
+
+    monkeypatch.setattr(sample_errors, "process_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    kept.exchange()
+    assert calls == [[]] and kept.seen.tolist() == [False, False, True] and kept.errors[2].tolist() == [1, 1]

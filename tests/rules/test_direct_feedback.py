@@ -335,7 +335,7 @@ class Blocks(nn.Module):
 
 @pytest.mark.parametrize("cuts", [["stage", "stage.1"], ["stage*"], ["stage.1.1", "stage.1"]])
 def test_cuts_with_one_output_are_refused_as_such(cuts):
-    with pytest.raises(fa_bench.errors.CoverageError, match=r"'stage\.1\S*' has the same output as cut 'stage.*crosses dots"):
+    with pytest.raises(fa_bench.errors.CoverageError, match=r"'stage\.1\S*' has the same output as cut 'stage.*matches dots"):
         fa_bench.attach(Blocks(), "dfa", cuts=cuts, sample_input=torch.randn(2, 1, 4, 4))
 
 

@@ -265,7 +265,7 @@ def test_second_rule_on_an_attached_model_is_refused():
     """Two rules on one model would both claim its layers; after detach the second is welcome."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
-    with pytest.raises(LOUD, match=r"the model already has the rule 'fa': call its detach\(\) first"):
+    with pytest.raises(LOUD, match=r"the model already has the rule 'fa'; call its detach\(\) first"):
         fa_bench.attach(model, "kp", seed=0)
     rule.detach()
     fa_bench.attach(model, "kp", seed=0)

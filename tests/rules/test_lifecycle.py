@@ -249,6 +249,30 @@ def test_detach_gives_the_plain_model_back(variant):
     assert copy.deepcopy(model).state_dict().keys() == plain.state_dict().keys()
 
 
+class Unfinished(CutRule):
+    """A rule that fails after it has put feedback into the model."""
+
+    def make_feedback(self, features, classes):
+        for cut in features:
+            self.put(cut, "B", torch.zeros(2))
+        raise ZeroDivisionError
+
+
+def test_a_rule_that_fails_in_attach_leaves_the_model_plain():
+    model = nets.mlp()
+    keys, rule = list(model.state_dict()), Unfinished(cuts=["act1", "act2"])
+    with pytest.raises(ZeroDivisionError):
+        fa_bench.attach(model, rule)
+    assert list(model.state_dict()) == keys and fa_bench.attached_rule(model) is None
+    fa_bench.attach(model, "fa")
+
+
+def test_rules_without_feedback_of_layers_say_so():
+    rule = start("dfa-neuron")[1]
+    with pytest.raises(CoverageError, match=r"rule 'dfa' passes no error through layers such as 'fc'"):
+        rule.effective_feedback("fc")
+
+
 def test_rules_one_after_the_other_on_one_model():
     """Detach leaves nothing that the next rule could trip over; the same seed gives the first rule's gradients again."""
     x, y = nets.batch("conv")

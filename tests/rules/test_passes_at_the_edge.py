@@ -49,7 +49,7 @@ def test_forward_forward_names_a_cut_of_another_size_than_the_sample():
     rule = fa_bench.attach(model, "forward_forward", cuts=["1"], sample_input=torch.rand(2, 4, 4, 4))
     logits = model(torch.rand(6, 4, 2, 2))
     y = torch.arange(6) % 3
-    with pytest.raises(fa_bench.FaBenchError, match=r"cut '1'.*sample_input of the size of training data"):
+    with pytest.raises(fa_bench.FaBenchError, match=r"cut '1'.*sample_input of the same size as the training data"):
         rule.backward(F.cross_entropy(logits, y), logits, y)
 
 

@@ -237,7 +237,7 @@ def test_wrong_labels_are_named():
 
 
 def test_similarities_of_tokens_are_refused():
-    with pytest.raises(CoverageError, match="label for each position: use loss='pred'") as refused:
+    with pytest.raises(CoverageError, match="label for each position; use loss='pred'") as refused:
         attached("predsim")
     attached("predsim", **refused.value.settings)
 

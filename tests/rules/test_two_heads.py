@@ -18,7 +18,7 @@ PASSES: dict[str, tuple[dict[str, Any], str]] = {
     "pepita": ({}, "not trained"),
     "dfc": ({}, "not trained"),
     "forward_gradient": ({"form": "weight"}, "not trained"),
-    "weight_perturbation": ({}, "gets noise alone"),
+    "weight_perturbation": ({}, "gets only noise"),
 }
 #: Rules with which every output has its own gradient.
 OTHERS = ("dfa", "drtp", "forward_forward", "node_perturbation", "dgl", "ldrl")

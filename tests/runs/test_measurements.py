@@ -91,6 +91,11 @@ def test_record_of_every_measurement(words: list[str], measured: list[int]) -> N
         assert lines[0]["angles"]["weight_angle"] != lines[-1]["angles"]["weight_angle"]
 
 
+def test_only_the_chosen_metrics_are_measured() -> None:
+    assert main([*RUN, "metrics=[weight_angle]"]) == 0
+    assert {key for line in read_measurements(Path("run", ANGLES)) for key in line["angles"]} == {"weight_angle"}
+
+
 def test_measuring_is_no_training_time(monkeypatch: Patch) -> None:
     now = [0.0]
     measure = AlignmentMeter.measure

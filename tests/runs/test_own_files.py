@@ -93,7 +93,7 @@ def test_foreign_files_in_a_run_of_ones_own_are_named_by_single_runs_and_sweeps(
         assert path.name in own or "tfevents" in path.name
     put(f"../{place}/{name}")
     for command in ([*COMMON, "output_dir=o"], [*COMMON, "output_dir=o", "resume=false"], ["-m", *COMMON, "output_dir=o"]):
-        assert "which no run wrote; choose another directory, or move them away" in refused(command, capsys)
+        assert "which no run wrote; choose another directory, or move them elsewhere" in refused(command, capsys)
 
 
 @pytest.mark.parametrize("name", [LOG, event_files.EVENTS, *ownership.TEMPORARIES, ownership.HOLDER])

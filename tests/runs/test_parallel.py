@@ -26,11 +26,15 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from fa_bench.cli import main
+from fa_bench.metrics.evaluation import evaluate
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.runs import parallel
+from fa_bench.runs.assembly import assemble, prepare
 from fa_bench.runs.batch_norm import synchronise
 from fa_bench.runs.callbacks import StopOnSignal
 from fa_bench.utils.files import ANGLES, METRICS, RESULT
+
+from .test_stopping import job_of
 
 ROOT = Path(__file__).resolve().parents[2]
 #: 50 samples in batches of 9, of which two processes have 5 and 4, and a last one of 5, of which they have 3 and 2.
@@ -325,6 +329,17 @@ def test_batch_normalisation_of_each_process_differs_and_is_noted(inside: Any) -
     assert main([*RESNET, "hydra.run.dir=one/statistics"]) == 0 and difference("one/statistics", "two/statistics") > 1e-3
     # The option changes nothing in one process.
     assert difference("one/statistics", "two/resnet20") < 1e-5
+
+
+def test_all_processes_evaluate_by_the_statistics_that_are_saved(inside: Any) -> None:
+    """Those of process 0, though each trained with its own."""
+    job = job_of(RESNET)
+    parts = assemble(job, prepare(job))
+    state = torch.load("two/statistics/checkpoints/last.pt", weights_only=True)
+    parts.rule.model.load_state_dict(state["model"])
+    found = evaluate(parts.rule.model, job.objective, parts.splits.test, 64)
+    last = json.loads(Path("two/statistics", METRICS).read_text().splitlines()[-1])
+    assert found["loss"] == pytest.approx(last["test_loss"], rel=1e-5)
 
 
 def test_a_callback_in_one_process_stops_all(inside: Any) -> None:

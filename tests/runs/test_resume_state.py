@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.callbacks.base import Callback
 from fa_bench.cli import main
 from fa_bench.errors import RunDirectoryError
 from fa_bench.mechanisms.rule import Rule
@@ -361,6 +362,26 @@ def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
             load(value)
     if field == "loss_sum":
         assert getattr(load(None, Progress(epoch=2, step=8)), field) is None, "no batch has been summed yet"
+
+
+def test_callbacks_without_a_stored_state_start_anew() -> None:
+    rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "bp")
+    optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)
+
+    class Own(Callback):
+        def __init__(self, name: str, state: dict[str, Any]) -> None:
+            self.name, self.state = name, state
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.state
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.state = state
+
+    state = checkpoint.capture(Progress(), rule, optimizers, [Own("counts", {"n": 3}), Own("empty", {})])
+    loaded = [Own("counts", {}), Own("empty", {"n": 1}), Own("new", {"n": 2})]
+    checkpoint.restore(state, rule, optimizers, loaded)
+    assert [callback.state for callback in loaded] == [{"n": 3}, {}, {}]
 
 
 def test_the_state_of_a_rule_is_restored_after_that_of_its_model() -> None:

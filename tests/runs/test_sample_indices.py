@@ -85,6 +85,16 @@ def test_the_checkpoint_has_an_error_of_every_sample_that_was_trained_on() -> No
     assert "feedback_errors" not in state["model"] and "errors" not in state["model"]
 
 
+def test_micro_batches_get_their_own_indices() -> None:
+    """After every sample's second error, which depends on its first one, the errors are those of whole batches."""
+    states = []
+    for count in (1, 3):
+        assert main([*RUN, "epochs=2", f"accumulate={count}", f"hydra.run.dir=run{count}"]) == 0
+        states.append(torch.load(f"run{count}/checkpoints/last.pt", weights_only=True)["rule"])
+    assert all(state["seen"].all() for state in states)
+    torch.testing.assert_close(states[0]["errors"], states[1]["errors"], rtol=1e-3, atol=1e-5)
+
+
 def test_measuring_and_probes_change_nothing() -> None:
     for folder, more in (
         ("plain", ["probe_every=0"]),

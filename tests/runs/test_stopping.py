@@ -180,6 +180,32 @@ def test_a_run_that_a_further_callback_stopped_can_be_resumed_without_it(words: 
     assert recorded("run") == recorded("whole")
 
 
+def test_the_checkpoint_of_an_epoch_has_what_callbacks_did_in_it() -> None:
+    """Each is written after all callbacks have seen the end of its epoch."""
+
+    @fa_bench.register_callback("counts")
+    @dataclasses.dataclass(eq=False)
+    class Counts(Callback):
+        """Counts epochs, and stops after the third."""
+
+        count = 0
+
+        def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+            self.count += 1
+            if self.count == 3:
+                trainer.stop("three")
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+    try:
+        assert main([*RUN, "callbacks=[counts]"]) == 0
+    finally:
+        CALLBACKS.drop("counts")
+    state = torch.load(LAST, weights_only=True)
+    assert state["callbacks"]["counts"] == {"count": 3} and state["progress"]["stopped"]["reason"] == "three"
+
+
 def test_a_stop_of_the_config_precedes_that_of_a_further_callback() -> None:
     job = job_of([*RUN, *STOPPED])
     result = run(job, Path("run"), callbacks=[Halt("on_step_end", 6)])

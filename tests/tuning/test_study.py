@@ -351,7 +351,7 @@ def test_changed_trials_are_found(copy: Path, capsys: pytest.CaptureFixture[str]
     assert text.count("0.05") >= 2
     journal.write_text(text.replace("0.05", "0.06"))
     assert main(STUDY) == 2
-    assert "trial 0 of bp has other values than this study proposes" in capsys.readouterr().err
+    assert "trial 0 of bp has different values than this study proposes" in capsys.readouterr().err
     journal.write_text("no JSON\n")
     assert main(STUDY) == 2
     assert "study.journal: damaged, or not written by a study (JSONDecodeError" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The record of a run's event files, by which the run recognises them."""
+"""The record of a run's event files, which allows the run to recognise them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fa_bench.utils.files import write_text
 
 #: The record: TensorBoard requires a unique name for every event file.
 EVENTS = ".events.json"
-#: An event file that is being written; its name lacks "tfevents", by which TensorBoard finds files.
+#: An event file that is being written; its name lacks "tfevents", which TensorBoard looks for.
 NEW_EVENTS = ".events.tmp"
 EVENT_NAME = re.compile(r"events\.out\.tfevents\.\d{10,}\.[^/\\]+\.\d+\.0")
 

@@ -25,7 +25,7 @@ HYPERPARAMETERS = {
     "epochs": True,
     "seed": True,
 }
-#: Those whose columns the table shows by default, beside the keys in which the runs of a sweep differ.
+#: Those whose columns the table shows by default, in addition to the keys in which the runs of a sweep differ.
 _DEFAULT_COLUMNS = ("algorithm", "architecture", "dataset", "optimizer.lr", "seed")
 #: TensorBoard's status of a run. An interrupted run has none, because it may be resumed and a running TensorBoard keeps the
 #: first status.
@@ -43,9 +43,10 @@ def start_of_session(
     """The summaries that begin a run's session.
 
     Args:
-        name: the name of the run in the table; runs with the same name share a row. values: the run's config by command-line key;
-            keys that it lacks are blank. keys: hyperparameters in addition to `HYPERPARAMETERS`, and whether all runs have
-            numbers there: the same for all runs that are shown together, since TensorBoard takes the columns from one of them.
+        name: the name of the run in the table; runs with the same name share a row.
+        values: the run's config by command-line key; keys that it lacks are blank.
+        keys: hyperparameters in addition to `HYPERPARAMETERS`, and whether all runs have numbers there. They must be the same for
+            all runs that are shown together, since TensorBoard takes the columns from one of them.
         metrics: the tags of the table's other columns.
         start: the time at which the run started, in seconds.
     """

@@ -193,7 +193,7 @@ def _read(path: Path) -> Iterator[Event]:
 
 
 def _is_point(value: Any) -> bool:
-    """Whether a value is a point of a curve, not a final value of an earlier attempt nor part of a file's head."""
+    """Whether a value is a point of a curve, rather than a final value of an earlier attempt or part of a file's header."""
     return not value.tag.startswith("final/") and (value.HasField("simple_value") or value.HasField("histo"))
 
 
@@ -211,7 +211,7 @@ def _head(job: Job, swept: Mapping[str, bool], start: float, groups: list[str]) 
 
 
 def _events(points: Points) -> Iterator[Event]:
-    """One event for the points of each step and time."""
+    """One event for all points with the same step and time."""
     for (step, wall), group in itertools.groupby(points.items(), key=lambda item: (item[0][0], item[1][0])):
         yield Event(wall_time=wall, step=step, summary=Summary(value=[value for _, (_, value) in group]))
 

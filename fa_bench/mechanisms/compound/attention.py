@@ -20,8 +20,8 @@ from fa_bench.mechanisms.compound.projection import Projection
 class AttentionLayers(Compound):
     """Attention with the layers ``in_proj`` (or ``q_proj``, ``k_proj`` and ``v_proj``) and ``out_proj``.
 
-    Self-attention projects its input once by the whole ``in_proj_weight``; attention to other keys and values projects each
-    argument by its own rows of it.
+    Self-attention projects its input once with the whole ``in_proj_weight``; attention to other keys and values projects each
+    argument with its own rows of it.
     """
 
     batch_axis = 1
@@ -114,7 +114,7 @@ class AttentionLayers(Compound):
         module: Any = self
         length, batch, keys = sizes
         if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal=True is a hint about attn_mask, which is missing: pass attn_mask as well")
+            raise RuntimeError("is_causal=True is a hint about attn_mask, which is missing; pass attn_mask as well")
         is_causal = is_causal and key_padding_mask is None and not need_weights
         mask = None
         if attn_mask is not None and not is_causal:
@@ -132,5 +132,5 @@ class AttentionLayers(Compound):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that is added to scores; of a boolean one, True means: not attended to."""
+    """A mask that is added to the scores; in a boolean mask, True marks positions that are not attended to."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf) if mask.dtype == torch.bool else mask

@@ -44,7 +44,7 @@ class Compound(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.rule_mode
-        # Without gradients in a training pass of the model, the layers must notice that.
+        # In a training pass of the model without gradients, the layers are called so that they notice this.
         if mode.layerwise and (torch.is_grad_enabled() or mode.training or mode.always_layerwise):
             return self.layerwise_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)
@@ -71,10 +71,10 @@ def compound(*plain_classes: type[nn.Module]) -> Any:
 class Substitute(TorchFunctionMode):
     """A context in which calls of some of PyTorch's functions are replaced.
 
-    A fused function is replaced by its composition of layers, while the checks of arguments around it stay PyTorch's.
+    A fused function is replaced with a composition of layers; the argument checks around it remain those of PyTorch.
 
     Args:
-        **replacements: name of a function -> what is called in its place, with the same arguments.
+        **replacements: name of a function -> the function that is called in its place, with the same arguments.
     """
 
     def __init__(self, **replacements: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""How the compound modules of a model are turned into compositions of layers, in place, and back."""
+"""Turning the compound modules of a model into compositions of layers, in place, and back."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def _replanted(cls: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def layerwise(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """A context in which every compound module calls one layer for each weight; modules that are not expanded are expanded while
-    it lasts.
+    """A context in which every compound module calls one layer for each weight; modules that are not expanded yet are expanded
+    within it.
 
     Args:
         model: a plain model, or one with a rule.

@@ -62,7 +62,7 @@ class Projection(nn.Module):
                 yield name, parameter
 
     def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """The output, (..., O), for x (..., I); with `rows`, that of these rows of the weight only."""
+        """The output, (..., O), for x (..., I); with `rows`, only the output of these rows of the weight."""
         weight, bias = self.weight, self.bias
         if rows is None:
             return F.linear(x, weight, bias)

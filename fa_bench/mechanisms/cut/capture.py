@@ -33,13 +33,15 @@ class CapturedActivation:
         tensor: the tensor before it was detached, (N, ...); `CutRule.signal` may read it only if the rule sets `reads_values`.
         shape: its shape.
         output_shape: for a cut at a module's input, the shape of the module's output.
-        channels_last: whether the error is to be stored with its channels last.
+        channels_last: whether the error should be stored with its channels last.
+        version: the tensor's version when it was captured; 0 in a compiled graph, which has none.
     """
 
     tensor: Any
     shape: torch.Size
     output_shape: tuple[int, ...] = ()
     channels_last: bool = False
+    version: int = 0
 
 
 def is_stored_last(tensor: Tensor) -> bool:
@@ -104,7 +106,7 @@ class Capture:
         elif self.tape is not None and not recomputing():
             raise CoverageError(
                 f"the model calls itself in a training pass, and rule '{self.rule.name}' cannot tell its outputs "
-                f"apart: call one of its modules instead"
+                f"apart; call one of its modules instead"
             )
         else:
             self.tape = {}
@@ -119,7 +121,7 @@ class Capture:
         self.tape = self._outer_tapes.pop() if self._outer_tapes else None
 
     def require_connected(self) -> None:
-        """Raise an error if the module in the option ``error_at`` did not run in the training pass that ends."""
+        """Raise an error if the module in the option ``error_at`` did not run in the training pass that is ending."""
         if not self._connected and not recomputing():
             raise CoverageError(
                 f"error_at={self.rule.error_at}: this module did not run in a training pass with gradients, "
@@ -149,7 +151,7 @@ class Capture:
             if not torch.is_grad_enabled() or self.rule.mode.exact:
                 return None
             if not recomputing():
-                raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
+                raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model; call the model itself")
         if not isinstance(output, torch.Tensor):
             raise CoverageError(f"cut '{cut}' returns a {type(output).__name__}; name a module that returns one tensor")
         if not output.requires_grad:
@@ -162,17 +164,20 @@ class Capture:
                 )
             if cut in tape:
                 raise CoverageError(
-                    f"cut '{cut}' ran twice in a training pass, but once when the model was attached: "
+                    f"cut '{cut}' ran twice in a training pass, but once when the model was attached; "
                     f"name a module that runs once in training"
                 )
-            tape[cut] = CapturedActivation(output, output.shape)
+            # Of what errors cross, the model goes on with the output itself, as in backpropagation.
+            kept = output.clone() if self.rule.crosses and cut in self._changed_in_place else output
+            tape[cut] = CapturedActivation(kept, output.shape, version=0 if torch.compiler.is_compiling() else kept._version)
             frozen = [learned for learned in self.frozen.get(cut, ()) if learned.is_frozen]
             if frozen and self.depends_on_parameters(output):
                 for learned in frozen:
                     learned.require_trainable()
-        passed_on = output if self.rule.crosses else output.detach()
-        # The next module changes this output in place, and the rule needs the original.
-        return passed_on.clone() if cut in self._changed_in_place else passed_on
+        if self.rule.crosses:
+            return output
+        # A later module changes this output in place, and the rule needs the original.
+        return output.detach().clone() if cut in self._changed_in_place else output.detach()
 
     def _at_origin(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Connect the output of the module in ``error_at`` to the cuts before it."""

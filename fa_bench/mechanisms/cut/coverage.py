@@ -69,9 +69,9 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
 
 
 def with_untrained(coverage: Coverage, rule: CutRule, reached: set[int], why: str = "not trained") -> Coverage:
-    """The coverage of a rule that learns in separate passes; it says what does not learn in them.
+    """The coverage of a rule that learns in separate passes; it states which weights do not learn in them.
 
-    Other outputs of the model than that of the loss are detached, so that their layers get no gradient from elsewhere.
+    All outputs of the model except that of the loss are detached, so that their layers get no gradient from other losses.
 
     Args:
         coverage: the coverage of the rule, which is being attached.

@@ -1,4 +1,5 @@
-"""At which modules a cut rule cuts: those that are named, which ones it refuses, and which it suggests if none are named."""
+"""The modules at which a cut rule cuts: those that are named, those that are refused, and those that are suggested if none are
+named."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ _MAX_ATTEMPTS = 4
 
 
 def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
-    """The modules that the rule's option `cuts`, or else the model, names; in the order of the model's modules.
+    """The modules that the rule's option `cuts` names, or otherwise the model, in the order of the model's modules.
 
     Raises:
         CoverageError: if there are none, or a name matches no module.
@@ -51,13 +52,13 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
         cuts: paths of modules.
 
     Raises:
-        CoverageError: names the cut, or what the model returns.
+        CoverageError: if there is such a cut; the message names it, or the model's return type.
     """
     if rule.output is None and len(trace.results) > 1:
         listed = names(f"{name} {shape}" for name, shape in trace.results.items())
         logits = [name for name, shape in trace.results.items() if len(shape) == 2] or list(trace.results)
         raise CoverageError(
-            f"rule '{rule.name}' takes its error from one output, but this model returns {listed}: choose "
+            f"rule '{rule.name}' takes its error from one output, but this model returns {listed}; choose "
             "one, for example {output}",
             {"output": logits[0]},
         )
@@ -71,12 +72,14 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
     elif _has_classes_first(rule, trace):
         raise CoverageError(
             f"rule '{rule.name}' needs sequences of outputs as (N, T, C), but this model returns "
-            f"{trace.result_shape} from the convolution '{trace.outputs[0]}', whose classes come first: "
+            f"{trace.result_shape} from the convolution '{trace.outputs[0]}', whose classes come first; "
             f"transpose the model's output"
         )
     for cut, same in trace.same_output.items() if rule.side == OUTPUT else ():
         if cut in cuts and same in cuts:
-            raise CoverageError(f"cut '{cut}' has the same output as cut '{same}': name one of them (in patterns * crosses dots)")
+            raise CoverageError(
+                f"cut '{cut}' has the same output as cut '{same}'; name only one of them (in patterns, * also matches dots)"
+            )
     for cut in cuts:
         if trace.calls[cut] != 1:
             raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in a forward pass; name a module that runs once")
@@ -89,7 +92,7 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
 
 
 def _has_classes_first(rule: CutRule, trace: Trace) -> bool:
-    """Whether the model's output is (N, C, T), judging by a convolution that has made it."""
+    """Whether the model's output is (N, C, T), judging by whether a convolution computed it."""
     shape = trace.result_shape
     layers = [(rule.model.get_submodule(path), trace.output_shapes[path]) for path in trace.outputs]
     return (
@@ -114,7 +117,7 @@ def named_origin(rule: CutRule) -> tuple[str, ...]:
 
 
 def _check_origin(origin: str, trace: Trace, cuts: tuple[str, ...]) -> None:
-    """Raise an error for a module from whose output no error can be taken, or if cuts run after it."""
+    """Raise an error for a module whose output cannot provide an error, or if cuts run after it."""
     if trace.calls[origin] != 1:
         raise CoverageError(
             f"error_at={origin}: this module runs {trace.calls[origin]} times in a forward pass; name one that runs once"
@@ -131,16 +134,16 @@ def _check_origin(origin: str, trace: Trace, cuts: tuple[str, ...]) -> None:
     order = list(trace.output_shapes)
     late = [cut for cut in cuts if cut in order and order.index(cut) > order.index(origin)]
     if late and (trace.same_output.get(origin) == late[0] or trace.same_output.get(late[0]) == origin):
-        raise CoverageError(f"error_at={origin}: the cut {late[0]} has the same output: use {{error_at}}", {"error_at": late[0]})
+        raise CoverageError(f"error_at={origin}: cut {late[0]} has the same output; use {{error_at}}", {"error_at": late[0]})
     if late:
         raise CoverageError(
             f"error_at={origin}: the cut{'s' * (len(late) > 1)} {names(late)} run{'s' * (len(late) == 1)} after "
-            f"this module, and would not get its error: leave them out of the cuts"
+            f"this module and would not get its error; omit them from the cuts"
         )
 
 
 def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
-    """The error for a model without cut points; it suggests some that work if there is a sample to try them with."""
+    """The error for a model without cut points; if there is a sample to try them with, it suggests some that work."""
     model, modules = rule.model, [path for path in paths if not list(rule.model.get_submodule(path).children())]
     options: dict[str, Any] = {}
     if sample_input is not None:
@@ -149,7 +152,7 @@ def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> Covera
     example = f", for example {' and '.join(f'{{{name}}}' for name in options)}" if options else ""
     more = ", ..." if len(modules) > 12 else ""
     return CoverageError(
-        f"rule '{rule.name}' needs cut points and {type(model).__name__} declares none: name the modules whose outputs receive "
+        f"rule '{rule.name}' needs cut points and {type(model).__name__} declares none; name the modules whose outputs receive "
         f"the error with cuts{example}, or set model.{rule.declared} (modules: {names(modules[:12])}{more})",
         options,
     )

@@ -1,8 +1,8 @@
 """The backward pass of a cut rule: once the error at the logits is known, an error is delivered to every cut.
 
-An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. So all parts
-of the model belong to one graph: loss scaling, several forward passes before a backward pass and a plain ``loss.backward()`` work
-as usual, and a graph that is never differentiated is freed together with the output.
+An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. All parts of
+the model therefore belong to one graph: loss scaling, several forward passes before a backward pass and a plain
+``loss.backward()`` work as usual, and a graph that is never differentiated is freed together with the output.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ class Delivery:
             if result.dim() == 0 and (rule.output is None or depends_on(result, results.get(str(rule.output)))):
                 raise CoverageError(
                     f"the model returns a loss ('{name}') that it has computed itself, and the error of rule "
-                    f"'{rule.name}' cannot come from there: call it without labels, and compute the loss from "
+                    f"'{rule.name}' cannot come from there; call it without labels, and compute the loss from "
                     f"its logits"
                 )
         if rule.output is None and len(results) > 1:
             raise CoverageError(
-                f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}: "
+                f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}; "
                 "choose one, for example {output}",
                 {"output": next(iter(results))},
             )
@@ -103,6 +103,8 @@ class Delivery:
 
     def _connected(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         rule = self.rule
+        if (self._reads_values or rule.learns_in_passes) and not torch.compiler.is_compiling():
+            self._check_unchanged(tape)
         if rule.learns_in_passes:
             return self._connected_to_parameters(logits, tape)
         tensors = []
@@ -121,8 +123,17 @@ class Delivery:
         saves = self._reads_values and not self._keeps_values
         return self._function.apply(errors, len(tensors), saves, logits, *tensors, *parameters)
 
+    def _check_unchanged(self, tape: dict[str, CapturedActivation]) -> None:
+        """Refuse activations that were changed in place, although not in the pass from which `attach` read the model."""
+        for cut, captured in tape.items():
+            if captured.tensor._version != captured.version:
+                raise CoverageError(
+                    f"cut '{cut}': its output was changed in place in a training pass, but not in evaluation mode, and rule "
+                    f"'{self.rule.name}' needs it as it was: use inplace=False after this module"
+                )
+
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
-        """As `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
+        """Like `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
         first = self.rule.first_pass
         if first is not None and first.input_requires_grad and not self._has_warned_of_input:
             self._has_warned_of_input = True
@@ -144,7 +155,7 @@ class Delivery:
     def _connected_in_graph(
         self, logits: Tensor, tape: dict[str, CapturedActivation], tensors: list[Tensor], learned: list[LearnedTensor]
     ) -> Tensor:
-        """As `_connected`, in a graph that is being compiled."""
+        """Like `_connected`, in a graph that is being compiled."""
         cuts = repr([(cut, captured.output_shape) for cut, captured in tape.items()])
         # A graph would leave out an operator without results, and the pass would count as not delivered.
         changes_delta = self.rule.changes_delta or not tensors
@@ -306,7 +317,7 @@ class Delivery:
         `learned` has each learned tensor with its parameter in the forward pass.
         """
         device = delta.device.type
-        if torch.is_autocast_enabled(device):  # by the caller; a backward pass has the precision of its inputs
+        if torch.is_autocast_enabled(device):  # enabled by the caller; a backward pass has the precision of its inputs
             with torch.autocast(device, enabled=False):
                 return self._errors(tape, learned, output, delta, tensors)
         rule, target = self.rule, self._target
@@ -353,14 +364,14 @@ class Delivery:
         if self._is_delivered:
             raise ValueError(
                 f"rule '{self.rule.name}': the loss depends on two forward passes, but the labels belong to one of "
-                f"them: call rule.backward for each"
+                f"them; call rule.backward for each"
             )
         if target is not None and self.rule.takes_numbers and target.is_floating_point() and target.shape == rows.shape:
             return
         if target is None or target.shape != rows.shape[:-1] or target.is_floating_point():
             shape = "(N,)" if rows.dim() == 2 else f"{tuple(rows.shape[:-1])}, one for each position"
             raise ValueError(
-                f"rule '{self.rule.name}' requires labels: call rule.backward(loss, logits, target) with class "
+                f"rule '{self.rule.name}' requires labels; call rule.backward(loss, logits, target) with class "
                 f"indices of shape {shape}"
             )
 
@@ -368,12 +379,12 @@ class Delivery:
         rule, count = self.rule.name, self.rule.sample_count
         if self._is_delivered:
             raise ValueError(
-                f"rule '{rule}': the loss depends on two forward passes, but the indices belong to one of them: call "
+                f"rule '{rule}': the loss depends on two forward passes, but the indices belong to one of them; call "
                 "rule.backward for each"
             )
         if indices is None:
             raise ValueError(
-                f"rule '{rule}' requires the indices of the batch's samples in the training set: call "
+                f"rule '{rule}' requires the indices of the batch's samples in the training set; call "
                 f"rule.backward(loss, logits, target, indices=indices) with integers of shape (N,)"
             )
         if not isinstance(indices, torch.Tensor):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.coverage import Coverage
 
-#: Below this length of the path of the errors, their final values differ little from their first steps.
+#: If the path of the errors is shorter than this, their final values differ little from their first steps.
 SHORT = 0.1
 
 
@@ -66,7 +66,7 @@ class EnergyRule(PassRule):
     a block get the gradient of E / N with all states fixed, in one more pass.
     """
 
-    #: Whether the states are what moves; otherwise the errors e_l do, and s_l = f_l(s_{l-1}) + e_l.
+    #: Whether the states are the variables; otherwise the errors e_l are, and s_l = f_l(s_{l-1}) + e_l.
     moves_states: ClassVar[bool] = False
 
     within = "block"
@@ -80,7 +80,7 @@ class EnergyRule(PassRule):
 
     def wire(self, sample_input: Any) -> Coverage:
         self._observed: list[Relaxation] | None = None
-        # Errors reach a state through the weights of the block after it, also if this is a single layer.
+        # Errors reach a state through the weights of the block after it, even if that block is a single layer.
         across = () if self.moves_states else ("from block to block in each step of settling",)
         return dataclasses.replace(super().wire(sample_input), transport=("within blocks", *across))
 
@@ -174,7 +174,7 @@ class EnergyRule(PassRule):
         @torch.enable_grad()  # a frozen part of the model may run without gradients
         def at_output(cut: str, tensor: Tensor) -> Tensor:
             found.predicted[cut] = tensor
-            # A step may be smaller than the rounding of a half-precision activation.
+            # A step may be smaller than the rounding error of a half-precision activation.
             predicted = _wide(tensor.detach() if local else tensor)
             if cut not in variables:
                 variables[cut] = (predicted.detach() if moves_states else torch.zeros_like(predicted)).requires_grad_()

@@ -54,7 +54,7 @@ class CompiledDeliverFunction(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         ctx.key, ctx.cuts, ctx.count, ctx.save_logits, ctx.changes_delta = key, cuts, count, save_logits, changes_delta
-        # What need not be known is saved by its shape alone.
+        # If only the shape of a tensor is needed, only its shape is saved.
         activations = tensors[:count] if save_values else map(stand_in, tensors[:count])
         # A copy, because a graph shows no change of the output in place to `PassOutput`.
         ctx.save_for_backward(*([logits.clone()] if save_logits else []), *activations, *map(stand_in, tensors[count:]))

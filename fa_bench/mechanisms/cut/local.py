@@ -1,5 +1,4 @@
-"""Rules with a local loss at every cut, which is computed from the activation there, the labels, and auxiliary layers of the
-rule."""
+"""Rules with a local loss at every cut, computed from the activation there, the labels, and the rule's auxiliary layers."""
 
 from __future__ import annotations
 
@@ -35,9 +34,9 @@ class LocalRule(CutRule):
 
     No error crosses a cut, unless `crosses` is set. The auxiliary layers belong to the rule, but their parameters and buffers are
     also registered in the module at the cut, as ``feedback_auxiliary_...``: so ``model.parameters()`` and ``model.state_dict()``
-    contain them, and they follow the model to its device and dtype. They are not modules of the model, because a container would
-    run them. ``rule.feedback_parameters()`` are the auxiliary parameters; ``rule.feedback`` lists them under their cut. Local
-    losses are scaled like the loss, and computed in the model's dtype under autocast.
+    contain them, and they follow the model to its device and dtype. They are not registered as submodules, because a container
+    such as ``nn.Sequential`` would run them. ``rule.feedback_parameters()`` are the auxiliary parameters; ``rule.feedback`` lists
+    them under their cut. Local losses are scaled like the loss, and computed in the model's dtype under autocast.
 
     If the output has positions, each cut must have the same ones, and they count as samples: the auxiliary layers see activations
     (M, F) with M = N times the number of positions.
@@ -310,7 +309,7 @@ def linear_classifier(
     """
     layers, count = flattening(cut, shape, limit)
     layers["out"] = out = nn.Linear(count, classes, bias=bias)
-    if init == "zeros":  # samples nothing: the layers that are created next are those of earlier versions
+    if init == "zeros":  # samples nothing, so the layers created next are the same as in earlier versions
         nn.init.zeros_(out.weight)
     elif init != "pytorch":  # which it has
         fill(out.weight, init)

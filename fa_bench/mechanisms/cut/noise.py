@@ -38,7 +38,7 @@ class NoisyCutRule(DrawingRule, CutRule):
     def hook_model(self) -> None:
         from fa_bench.mechanisms.tangents import check_tangents
 
-        # Here, because weights that are not covered should be named first.
+        # Checked here, because an error about uncovered weights should come first.
         check_tangents(self, self.tangents, self._cut_modules, self._sample)
         self._sample = None
         super().hook_model()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.cut.rule import CutRule
-from fa_bench.mechanisms.feedback_tensors import PREFIX
+from fa_bench.mechanisms.feedback_tensors import has_own_parameters
 from fa_bench.mechanisms.graph import leaves
 from fa_bench.utils.lazy import nn
 
@@ -44,14 +44,14 @@ class PassRule(CutRule):
     def first_argument(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The positional arguments of a pass, the first of which is the model's input; raises an error if there are none."""
         if not args:
-            raise CoverageError(f"rule '{self.name}' changes the model's input: pass it as the first positional argument")
+            raise CoverageError(f"rule '{self.name}' changes the model's input; pass it as the first positional argument")
         return args
 
     def trained_parameters(self, results: list[Tensor]) -> list[torch_nn.Parameter]:
         """The parameters that `gradients` gets.
 
         Args:
-            results: the logits and the activations at the cuts, of the first pass.
+            results: the logits of the first pass, and its activations at the cuts.
         """
         return used_parameters(self.model, results)
 
@@ -103,7 +103,7 @@ class PassRule(CutRule):
 
         def nonlinearity(cut: str) -> str:
             """The last module before a pooling, or another cut that changes the shape, that could be its nonlinearity."""
-            if not self._changes_shape(cut, trace) or list(self.model.get_submodule(cut).parameters()):
+            if not self._changes_shape(cut, trace) or has_own_parameters(self.model.get_submodule(cut)):
                 return cut
             for path in reversed(order[: order.index(cut)]):
                 module = self.model.get_submodule(path)
@@ -111,7 +111,7 @@ class PassRule(CutRule):
                     break
                 if not (
                     self._changes_shape(path, trace)
-                    or list(module.parameters())
+                    or has_own_parameters(module)
                     or trace.calls[path] != 1
                     or isinstance(module, (nn.modules.dropout._DropoutNd, nn.Identity))
                     or path in cuts
@@ -128,11 +128,10 @@ class PassRule(CutRule):
 
     def is_nonlinearity(self, cut: str) -> bool:
         """Whether an error can be delivered at the input of the module at a cut, because only a nonlinearity is in between."""
-        names = [name for name, _ in self._cut_modules[cut].named_parameters() if not name.startswith(PREFIX)]
-        return not names and not self._changes_shape(cut, self._trace)
+        return not has_own_parameters(self._cut_modules[cut]) and not self._changes_shape(cut, self._trace)
 
 
 def used_parameters(model: torch_nn.Module, results: list[Tensor]) -> list[torch_nn.Parameter]:
-    """The parameters of a model to which the graphs of the results lead."""
+    """The parameters of a model that can be reached in the graphs of the results."""
     used = set().union(*(leaves(result.grad_fn) for result in results))
     return [parameter for parameter in model.parameters() if id(parameter) in used]

@@ -70,12 +70,12 @@ def require_labels(rule: str, target: Tensor, shape: Shape, objective: Objective
 
 
 def positions_of(shape: Shape, axis: int) -> Shape:
-    """The sizes of all axes but the batch and `axis`."""
+    """The sizes of all axes except the batch and `axis`."""
     return shape[1:axis] + shape[axis + 1 :]
 
 
 def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
-    """The objective's mean loss; one for a single class per sample takes every position with a label for a sample.
+    """The objective's mean loss; an objective for one class per sample treats every position with a label as a sample.
 
     Args:
         objective: the objective.
@@ -92,7 +92,7 @@ def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
 
 
 def sample_losses(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
-    """The objective's loss of each sample, (N,), whose mean is `mean_loss`; arguments as there."""
+    """The objective's loss of each sample, (N,), whose mean is `mean_loss`; the arguments are the same."""
     outputs = _classes_last(outputs, target)
     if not _is_position_a_sample(objective, outputs, target):
         return objective.loss(outputs, target, "none")
@@ -119,7 +119,7 @@ class Layout:
     """The axes of a cut's activation (N, ...) if one matrix B (C, F) serves all of its positions.
 
     The positions of the cut need not be those of the error, but along each axis, one number must be a multiple of the other.
-    Where the cut has fewer, an error is the sum over the positions that it covers; where it has more, errors are copied. A cut
+    If the cut has fewer, an error is the sum over the positions that it covers; if it has more, errors are copied. A cut
     without positions gets the sum over all positions, and an error without positions is copied to all of them.
 
     Attributes:
@@ -200,8 +200,8 @@ def mismatch(cut: str, shape: Shape, positions: Shape) -> str:
 def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shape] | None) -> int:
     """The axis of an activation's features, (N, P..., F) or (N, F, P...).
 
-    It is the one that has the width of the layer before and leaves the positions of the output. If sizes allow both or disagree,
-    it is where that layer has its features: the last axis, or the first one of a convolution.
+    It is the axis whose size is the width of the preceding layer, and without which the positions of the output remain. If sizes
+    allow both or disagree, it is where that layer has its features: the last axis, or the first one of a convolution.
 
     Args:
         shape: the shape of the activation.

@@ -63,7 +63,7 @@ class CutRule(Rule):
         self.output = None if self.output is None else str(self.output)
 
     #: The options of rules that have them: how far errors are exact (`within_option`), the module from whose output the error
-    #: comes (`error_at_option`), and whether positions that the error does not have share a matrix (`positions_option`).
+    #: comes (`error_at_option`), and whether all positions of a cut share a matrix if the error has none (`positions_option`).
     within: str = dataclasses.field(default="layer", init=False)
     error_at: str | None = dataclasses.field(default=None, init=False)
     positions: str = dataclasses.field(default="own", init=False)
@@ -78,16 +78,16 @@ class CutRule(Rule):
     #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.
     scales = False
     loss_factor = 1.0
-    #: Whether targets may be numbers (N, O), because errors come from the objective's loss of them, whatever they are.
+    #: Whether targets may be numbers (N, O), because errors come from the objective's loss, whatever the targets are.
     takes_numbers: ClassVar[bool] = False
-    #: Whether all errors are those of the objective, so that another loss would be ignored.
+    #: Whether all errors are those of the objective, so that any other loss would be ignored.
     learns_by_objective: ClassVar[bool] = False
     #: Whether `gradients` computes the gradients of all parameters, in passes of its own: see `fa_bench.mechanisms.cut.passes`.
     learns_in_passes = False
     output_learns_by_delta = False
-    #: In the table of coverage, what the error of an output layer is.
+    #: The description of an output layer's error in the coverage table.
     output_source: ClassVar[str] = "is the true one (output layer)"
-    #: The rule that this one belongs to, and whose options it uses; None if it is a rule by itself.
+    #: The rule that this one belongs to, and whose options it uses; None if it is an independent rule.
     part_of: ClassVar[Rule | None] = None
 
     @property
@@ -217,7 +217,7 @@ class CutRule(Rule):
         except RuntimeError:
             raise CoverageError(
                 f"cut '{cut}' has activations of shape {tuple(captured.shape[1:])}, but its feedback was made "
-                f"for {projected.shape[1]} features: attach with a sample_input of the size of training "
+                f"for {projected.shape[1]} features; attach with a sample_input of the same size as the training "
                 f"data"
             ) from None
 
@@ -309,7 +309,7 @@ class CutRule(Rule):
         axis = class_axis(shape) if self.error_at is None else layout_of(self.error_at, shape, (), trace, layers).axis
         if self.side == INPUT and len(shape) > 2:
             raise CoverageError(
-                f"rule '{self.name}' with form=kernel needs outputs of shape (N, C), not {shape}: use form=neuron"
+                f"rule '{self.name}' with form=kernel needs outputs of shape (N, C), not {shape}; use form=neuron"
             )
         if self.side == OUTPUT:
             self._layouts = layouts_of(cuts, shape, axis, self.positions == "shared", self.same_positions, trace, layers)

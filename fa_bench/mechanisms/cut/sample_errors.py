@@ -16,13 +16,13 @@ from fa_bench.utils.text import format_bytes
 class SampleErrors:
     """The last error of every training sample, and whether there is one.
 
-    Data-parallel processes have different samples, which are others in the next epoch: `exchange` gives all of them the same
+    Data-parallel processes have different samples, which change from epoch to epoch: `exchange` gives all processes the same
     errors.
 
     Args:
         count: n, the number of training samples.
         classes: C.
-        like: a tensor on the device, whose dtype the errors have, but for those of less than 32 bits. They follow a model that
+        like: a tensor on the device; the errors have its dtype, or 32 bits if it has fewer. They follow a model that
             is moved or converted later.
 
     Attributes:
@@ -49,7 +49,8 @@ class SampleErrors:
         return f"the last errors of {len(self.errors):,} training samples take {format_bytes(size)}"
 
     def read(self, indices: Tensor, first: Tensor) -> Tensor:
-        """The errors of the samples `indices` (N,), or `first` (N, C) where there is none, (N, C), with its device and dtype."""
+        """The errors of the samples `indices` (N,), or `first` (N, C) for samples without one: (N, C), with the device and dtype
+        of `first`."""
         if self.errors.device != first.device or self.errors.dtype != first.dtype:  # the model was moved, or converted
             self.errors, self.seen = self.errors.to(first), self.seen.to(first.device)
         indices = indices.to(first.device, torch.int64)
@@ -58,7 +59,7 @@ class SampleErrors:
     def write(self, indices: Tensor, errors: Tensor, is_shared: bool = True) -> None:
         """Replace the errors of the samples `indices` (N,) by `errors` (N, C), which `exchange` gives to others if `is_shared`.
 
-        Samples with an error that is not finite keep the one before, because a gradient scaler skips their update.
+        If a sample's error is not finite, its previous one is kept, because a gradient scaler skips this update.
         """
         indices, errors = indices.to(self.errors.device, torch.int64), errors.to(self.errors.dtype)
         finite = errors.isfinite().all(1)
@@ -71,7 +72,7 @@ class SampleErrors:
     def exchange(self) -> None:
         """Give all processes the errors that were written in one of them since the last exchange; all must call this.
 
-        Where several have the same sample, all get the error of the last one.
+        If several processes have the same sample, all get the error of the last process.
         """
         if not self.is_shared:
             self._new.clear()
@@ -92,7 +93,7 @@ class SampleErrors:
         """Restore what `state` returned.
 
         Raises:
-            StateError: names the rule, if the shapes differ.
+            StateError: if the shapes differ; the message names the rule.
         """
         if state["errors"].shape != self.errors.shape or state["seen"].shape != self.seen.shape:
             raise StateError(

@@ -1,4 +1,4 @@
-"""Feedback that learns from local losses between it and the weight, on the layer's input or on noise.
+"""Feedback that learns from local losses that compare it with the weight, on the layer's input or on noise.
 
 The losses of a layer, with z_W = x Wᵀ and z_B = x Bᵀ for the rows x of its input, whose means are over samples and positions:
 
@@ -9,7 +9,7 @@ The losses of a layer, with z_W = x Wᵀ and z_B = x Bᵀ for the rows x of its 
     sparse   mean ‖z_W‖² + mean ‖z_B‖²
 
 For a convolution, z_W and z_B are its outputs with W and B, each divided among samples and output positions, and z_W B is the
-error that B passes to the input from z_W. No loss has a gradient at the layer's input, and W has one only if that is wanted.
+error that B passes to the input from z_W. No loss has a gradient at the layer's input, and W has one only if this is requested.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ class AlignedFeedback(FeedbackPathway):
 
     Args:
         loss: the loss.
-        scale: by which factor the gradients are multiplied: that of the task's loss.
+        scale: the factor by which the gradients are multiplied, which is that of the task's loss.
         updates_weight: whether W gets the gradient of the local loss, too.
-        on_noise: whether the local loss is that of the layer's `noise` in place of its input.
+        on_noise: whether the local loss is computed on the layer's `noise` instead of its input.
     """
 
     learned = ("B",)
@@ -159,13 +159,13 @@ class AlignedFeedback(FeedbackPathway):
             rows: the outputs that are computed; None: all.
         """
         device = x.device.type
-        if torch.is_autocast_enabled(device):  # by the caller of the backward pass
+        if torch.is_autocast_enabled(device):  # enabled by the caller of the backward pass
             with torch.autocast(device, enabled=False):
                 return self.gradient(of, layer, weight, feedback, x, geometry, rows)
         weight, feedback = weight.detach(), feedback.detach()
         if rows is not None:
             weight, feedback = weight[rows], feedback[rows]
-        if layer.mode.freeze_random and not self.scale.is_known:  # a metric asks for this layer's input error alone
+        if layer.mode.freeze_random and not self.scale.is_known:  # a metric asks only for this layer's input error
             return torch.zeros_like(weight)
         if self.on_noise:
             x, geometry = layer.prepared(feedback_tensor(layer, "noise"))
@@ -197,7 +197,7 @@ class LossScale:
         """
         if not torch.compiler.is_compiling() and not self.is_known:
             raise StateError(
-                f"rule '{self.rule}' adds local losses, which are scaled like the loss: call rule.backward(loss, "
+                f"rule '{self.rule}' adds local losses, which are scaled like the loss; call rule.backward(loss, "
                 "logits, target), not loss.backward()"
             )
         return self.value.to(like.dtype)
@@ -246,7 +246,7 @@ class AlignmentRule(RandomFeedbackRule):
         if logits is None:
             raise ValueError(
                 f"rule '{self.name}' scales its local losses like the loss, and cannot infer the factor without "
-                "the logits: call rule.backward(loss, logits, target), or pass the factor, such as loss_scale=1.0"
+                "the logits; call rule.backward(loss, logits, target), or pass the factor, such as loss_scale=1.0"
             )
         (delta,) = torch.autograd.grad(loss, logits, retain_graph=True)
         return measured_scale(self.name, delta, logits.detach(), target, self._scale.last, self.objective)

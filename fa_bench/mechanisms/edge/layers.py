@@ -56,7 +56,7 @@ class FeedbackLayer(nn.Module):
         # From the dictionary: attribute access on a module costs as much as launching a small matrix product.
         parameters = self._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if weight is None or "bias" not in parameters:  # a pruned or parametrized bias is no parameter of the layer
+        if weight is None or "bias" not in parameters:  # a pruned or parametrized bias is not a parameter of the layer
             weight, bias = self._weight_and_bias()
         pathway = self.pathway
         if self.training and not mode.freeze_random:
@@ -120,7 +120,7 @@ class FeedbackLayer(nn.Module):
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         raise CoverageError(
-            f"layer '{self.path}' has feedback, which quantisation does not support: call rule.detach() first, then quantise"
+            f"layer '{self.path}' has feedback, which quantisation does not support; call rule.detach() first, then quantise"
         )
 
 

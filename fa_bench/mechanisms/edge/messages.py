@@ -1,8 +1,8 @@
 """Activations that a compiled graph computes after a layer has run, and that the layer's weight gradient needs.
 
-Without compilation a layer's backward pass looks such an activation up. A graph has no place for that, but it passes gradients:
-`receive` gives a layer another output, its messenger, and the gradient that the backward pass brings to the messenger is the
-activation, which `send` has put there. `send` is applied to the model's outputs, so that its backward pass is the first one.
+Without compilation, a layer's backward pass looks such an activation up. A compiled graph cannot do that, but it can pass
+gradients: `receive` gives a layer an additional output, its messenger, and `send` makes the activation the gradient that the
+messenger receives in the backward pass. `send` is applied to the model's outputs, so that its backward pass is the first one.
 """
 
 from __future__ import annotations

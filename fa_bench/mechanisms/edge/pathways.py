@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class FeedbackGradient(NamedTuple):
-    """How the gradient of a learned feedback tensor is computed: as the weight's unless one of the ways below is given.
+    """How the gradient of a learned feedback tensor is computed: like the weight's, unless one of the ways below is given.
 
     Attributes:
         learned: the learned tensor. It is an input of the layer's autograd Function, so that autograd accumulates its gradient,
@@ -31,10 +31,10 @@ class FeedbackGradient(NamedTuple):
         activation: returns the activation that replaces the layer's input in the gradient, in the input's shape.
         first_hop: B, if the learned tensor is R of a product B R: then ē = g B replaces g in the gradient. See
             `fa_bench.mechanisms.edge.product` for its layout.
-        of_errors: computes the gradient from the errors at the layer's output, (samples and positions, O), if it depends on them
-            alone.
+        of_errors: computes the gradient from the errors at the layer's output, (samples and positions, O), if it depends only on
+            them.
         of_input: computes the gradient from the layer's input, its `Geometry` (None for a linear layer) and `rows`, if it depends
-            on them and on the layer's tensors alone.
+            only on them and on the layer's tensors.
         rows: the layer's outputs that this call computes, if the tensor has a row for each of them; None for all.
         error_scale: if given, its result times the error at the layer's input is added to `activation`.
     """
@@ -81,7 +81,7 @@ class FeedbackPathway:
     Attributes:
         description: the tensor that the error passes through, in a few words, for the coverage table.
         learned: names of the tensors that the optimizer trains.
-        follows: which of these has exactly the gradient of the weight; None if none has.
+        follows: the one of these that has exactly the gradient of the weight; None if there is none.
         always_needed: whether the layer needs `context` even if no error is needed at its input.
 
     Examples:

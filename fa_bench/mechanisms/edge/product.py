@@ -27,7 +27,8 @@ def gradient_of_second(first: Tensor, gradient: Tensor, groups: int, transposed:
 
 
 def _mix(mixing: Tensor, tensor: Tensor, transposed: bool) -> Tensor:
-    """A T in every group: mixing A (G, P, Q), T laid out like a weight with Q outputs a group, the result like one with P."""
+    """The product A T in every group, with the mixing matrices A (G, P, Q): T is laid out like a weight with Q outputs per group,
+    and the result like one with P."""
     groups, outputs, inputs = mixing.shape
     if transposed:
         mixed = mixing.unsqueeze(1) @ tensor.reshape(groups, len(tensor) // groups, inputs, -1)

@@ -277,7 +277,7 @@ class EdgeRule(Rule):
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
         from fa_bench.mechanisms.weighted_layers import weight_parameter
 
-        # A weight that is also used elsewhere has the gradient of all its uses.
+        # The gradient of a weight that is also used elsewhere includes all its uses.
         parameters = list(self.model.named_parameters(remove_duplicate=False))
         uses = Counter(id(parameter) for _, parameter in parameters)
         uses.update(id(parameter) for name, parameter in parameters if name in self.coverage.uncovered)

@@ -61,7 +61,7 @@ class SharedActivation:
         self._captured = None
 
     def in_backward(self, match: Callable[[Tensor], Tensor], rule: str) -> Callable[[], Tensor]:
-        """A function that returns this forward pass's activation, matched, for the backward pass.
+        """A function that returns this forward pass's activation, resized to the layer's input, for the backward pass.
 
         Raises:
             CoverageError: if the first consumer of the activation did not run in this pass.
@@ -173,7 +173,7 @@ class SharedActivationFeedback(FeedbackPathway):
             self.provides.capture(_batch_first(layer, x))
         context = self.inner.context(layer, x)
         if self.source is None or (layer.mode.freeze_random and self.source.is_missing):
-            return context  # a metric runs this layer alone
+            return context  # a metric runs only this layer
         return self.shared(layer, context, self.source.in_backward(self.match(layer), layer.mode.rule))
 
     def match(self, layer: Any) -> Callable[[Tensor], Tensor]:
@@ -234,7 +234,7 @@ class SharingRule(EdgeRule):
         repeated = [path for group in groups for path in group if trace.calls[path] > 1]
         if repeated:
             raise CoverageError(
-                f"rule '{self.name}' shares one activation with each layer, so that a layer must run once in a "
+                f"rule '{self.name}' shares one activation with each layer, so a layer must run once in a "
                 f"forward pass; {names(repeated)} runs {trace.calls[repeated[0]]} times"
             )
         self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}
@@ -272,7 +272,7 @@ class SharingRule(EdgeRule):
             would_suffice = not share_linear and len(trace.inputs) > 2  # fully connected layers would be enough
             raise CoverageError(
                 f"rule '{self.name}' has nothing to share in this model: after the first layer '{trace.order[0]}' it needs two "
-                f"activations that are inputs of layers which share, but there are {len(groups)} (inputs of {sharing_layers}). "
+                f"activations that are inputs of sharing layers, but there are {len(groups)} (inputs of {sharing_layers}). "
                 + ("Pass {linear} to have fully connected layers share too" if would_suffice else "It needs a deeper model"),
                 {"linear": "share"} if would_suffice else {},
             )
@@ -334,7 +334,7 @@ class SharingRule(EdgeRule):
 
 
 def _batch_first(layer: Any, x: Tensor, undo: bool = False) -> Tensor:
-    """An input of a layer as (N, ...), or, with `undo`, that as an input of the layer."""
+    """An input of a layer as (N, ...), or, with `undo`, a tensor (N, ...) as an input of the layer."""
     from fa_bench.mechanisms.weighted_layers import sample_axis
 
     axis = sample_axis(layer, x.dim())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def oja_gradient(first: Tensor, groups: int, rate: float, errors: Tensor) -> Tensor:
     """The gradient of B by Oja's subspace rule, -rate (C B - B Bᵀ C B) with C = Σ gᵀ g / ‖g‖ over the rows, (O, M)."""
     device = first.device.type
-    if torch.is_autocast_enabled(device):  # by the caller of the backward pass
+    if torch.is_autocast_enabled(device):  # enabled by the caller of the backward pass
         with torch.autocast(device, enabled=False):
             return oja_gradient(first, groups, rate, errors)
     b = first.view(groups, len(first) // groups, -1)
@@ -27,7 +27,7 @@ def oja_gradient(first: Tensor, groups: int, rate: float, errors: Tensor) -> Ten
 
 
 def orthonormalized(first: Tensor, groups: int) -> Tensor:
-    """B with orthonormal columns in every group, by Gram and Schmidt from the first column on, (O, M)."""
+    """B with orthonormal columns in every group, (O, M), by Gram-Schmidt orthonormalisation starting from the first column."""
     b = first.view(groups, len(first) // groups, -1)
     q, r = torch.linalg.qr(b.to(torch.promote_types(b.dtype, torch.float32)))
     return (q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)).flatten(0, 1).to(first.dtype)

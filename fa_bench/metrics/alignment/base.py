@@ -60,7 +60,8 @@ class Metric(Options):
 
 
 def declared(names: Iterable[str]) -> dict[str, type[Metric]]:
-    """The metrics of these names, in their order; one that is not registered, for lack of its plugin, is titled by its name."""
+    """The metrics with these names, in their order; if a metric is not registered because its plugin is missing, its name is its
+    title."""
     metrics = {
         name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")}) for name in names
     }

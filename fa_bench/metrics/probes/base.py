@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.metrics.meter import AlignmentMeter
 
-#: Most training images that a probe may learn from, and most images that it is scored on: a fixed subset.
+#: Maximum numbers of training images that a probe may learn from and of images that it is scored on, in both cases a fixed
+#: subset.
 TRAINING_IMAGES, SCORED_IMAGES = 2_000, 10_000
 
 Quantities = dict[str, dict[str, float]]
@@ -33,7 +34,7 @@ class Subject:
     Attributes:
         rule: an attached rule; its model is measured.
         splits: the data.
-        meter: holds the fixed batch (``x``, ``y``) and the model's structure (``trace``).
+        meter: holds the fixed batch (``x``, ``y``; ``inputs()`` is a copy for one pass) and the model's structure (``trace``).
         batch_size: the batch size of training.
         initial: parameter name -> its value before training; empty unless a probe needs it.
     """
@@ -65,7 +66,7 @@ class Subject:
 
     @property
     def scored(self) -> Split:
-        """The images that accuracies are measured on: validation images if there are any, else test images."""
+        """The images that accuracies are measured on: validation images if there are any, otherwise test images."""
         from fa_bench.data.splits import some
 
         validation = self.splits.validation
@@ -138,7 +139,7 @@ class Probes:
             }
 
     def due(self, epoch: int) -> bool:
-        """Whether they are to be measured at the end of this epoch, counted from 1."""
+        """Whether the probes should be measured at the end of this epoch, counted from 1."""
         return bool(self.probes) and self.every > 0 and epoch % self.every == 0
 
     def measure(self, step: int) -> Quantities:
@@ -156,7 +157,7 @@ class Probes:
 def state_restored(rule: Rule) -> Iterator[None]:
     """A context whose changes to an attached model and to global random numbers are undone afterwards.
 
-    Restored are parameters, learned feedback included, buffers, gradients (None within it), ``requires_grad``, the modes of all
+    It restores parameters, including learned feedback, buffers, gradients (None within it), ``requires_grad``, the modes of all
     modules, and every global random generator; ``rule.mode.freeze_random`` is set within it.
     """
     from fa_bench.mechanisms.contexts import modes_of, restore_modes, set_temporarily

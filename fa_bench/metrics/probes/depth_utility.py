@@ -34,7 +34,7 @@ class DepthUtility(Probe):
     worsens, in its unit: by how much R² falls or perplexity rises.
 
     The layers after the block were trained on its trained output, so this is an upper bound on what training the block
-    contributed: about 0 means that it contributed nothing.
+    contributed: a value near 0 means that it contributed nothing.
     """
 
     needs_initial = True
@@ -52,15 +52,16 @@ class DepthUtility(Probe):
         from fa_bench.mechanisms.blocks import blocks_of
 
         model, training, scored = subject.model, subject.training, subject.scored
-        primary = subject.rule.objective.scores[subject.splits.targets][0]
+        # The rule may name the output that is trained, too.
+        objective = dataclasses.replace(subject.rule.objective, output=subject.rule.loss_output)
+        primary = objective.scores[subject.splits.targets][0]
         blocks, parameters = blocks_of(model, subject.meter.x[:2]), dict(model.named_parameters(remove_duplicate=False))
 
         def merit() -> float:
             from fa_bench.metrics.evaluation import evaluate
 
             estimate_running_statistics(model, training, subject.batch_size)
-            rule = subject.rule
-            value = evaluate(model, rule.objective, scored, subject.batch_size, predict=rule.predict).get(primary.name)
+            value = evaluate(model, objective, scored, subject.batch_size, predict=subject.rule.predict).get(primary.name)
             return math.nan if value is None else primary.merit(value)
 
         trained_merit, utility = merit(), {}

@@ -1,4 +1,4 @@
-"""How far rules that settle an energy have settled, and how much their gradients differ from backpropagation's."""
+"""How far rules that minimise an energy have settled, and how much their gradients differ from backpropagation's."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Energy(Probe):
 
     For `fa_bench.mechanisms.cut.energy.EnergyRule`, with e_l the error between state and prediction at cut l:
 
-    - ``energy``: the parts of the energy after settling, ½‖e_l‖² of every cut and, in the row ``(loss)``, the loss, all as means
+    - ``energy``: the parts of the energy after settling, ½‖e_l‖² of every cut and, in the ``(loss)`` row, the loss, all as means
       over the samples.
     - ``energy_gradient``: ‖∂E/∂e_l‖ after settling, with the states after l moving along, divided by the same before settling,
       where it is the norm of backpropagation's error at the cut: 1 if nothing has settled, 0 at equilibrium.
-    - ``energy_cosine``: of each layer, the cosine of the weight's gradient to that of backpropagation.
-    - ``energy_ratio``: of each layer, its norm divided by that of backpropagation.
+    - ``energy_cosine``: for each layer, the cosine between the weight's gradient and that of backpropagation.
+    - ``energy_ratio``: for each layer, the norm of the weight's gradient divided by that of backpropagation.
 
     On the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. NaN where a norm is zero or a weight
     does not learn. Costs a step of the rule, two more steps of settling, and a backward pass.
@@ -41,7 +41,7 @@ class Energy(Probe):
         "energy_gradient": Alarm(
             0.9,
             True,
-            "The states have hardly settled: hidden layers then learn by backpropagation's gradient times a number, which "
+            "The states have hardly settled: hidden layers then learn from backpropagation's gradient times a number, which "
             "Adam removes (the threshold is this project's).",
         )
     }
@@ -55,17 +55,16 @@ class Energy(Probe):
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.cut.energy import EnergyRule
-        from fa_bench.mechanisms.trace import loss_output
         from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
-        from fa_bench.metrics.meter import measurement_mode
+        from fa_bench.metrics.meter import measured_output, measurement_mode
 
-        rule, x, y = subject.rule, subject.meter.x, subject.meter.y
+        rule, meter, y = subject.rule, subject.meter, subject.meter.y
         assert isinstance(rule, EnergyRule)
         layers = weighted_layers(subject.model)
         layers = {path: layers[path] for path in subject.meter.trace.order}
 
         def gradients() -> dict[str, Tensor | None]:
-            logits = loss_output(subject.model(x), rule.loss_output)
+            logits = measured_output(rule, subject.model(meter.inputs()))
             rule.backward(rule.objective.loss(logits, y), logits, y, indices=subject.meter.indices)
             return {path: weight_gradient(layer) for path, layer in layers.items()}
 

@@ -12,6 +12,7 @@ from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.autograd.graph import GradientEdge
 
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.metrics.meter import Point
@@ -25,12 +26,15 @@ DAMPING = 1e-6
 class GaussNewtonAngle(Probe):
     """Angle between the errors at a layer's activation and J⁺ δ, the change of the activation that a Gauss-Newton step takes.
 
-    J = ∂z/∂a (C, F) is the derivative of the logits of a sample by its activation a, δ the gradient of the loss at its logits,
-    and J⁺ = Jᵀ (J Jᵀ + ε I)⁻¹ with ε a millionth of the mean of the diagonal of J Jᵀ. Backpropagation's error is Jᵀ δ.
+    J = ∂z/∂a (C, F) is the derivative of the logits of a sample with respect to its activation a, δ the gradient of the loss at
+    its logits, and J⁺ = Jᵀ (J Jᵀ + ε I)⁻¹ with ε a millionth of the mean of the diagonal of J Jᵀ. Backpropagation's error is Jᵀ
+    δ.
 
-    - ``gauss_newton_angle``: of the rule's errors to J⁺ δ, mean over the batch, in degrees. - ``gauss_newton_angle_bp``: the same
-    angle for backpropagation's errors with the same weights; a rule is nearer to Gauss-Newton if its angle is smaller. The rule's
-    angle to backpropagation is `delta_angle`.
+    - ``gauss_newton_angle``: the angle between the rule's errors and J⁺ δ, mean over the batch, in degrees.
+    - ``gauss_newton_angle_bp``: the same angle for backpropagation's errors with the same weights; a rule is nearer to
+      Gauss-Newton if its angle is smaller.
+
+    The rule's angle to backpropagation is `delta_angle`.
 
     Errors are taken at the same points as for `delta_angle`, on the fixed batch. NaN where an error is zero. With batch
     normalisation, J also contains the effect of a sample on the logits of the others. Costs C backward passes per layer.
@@ -50,28 +54,35 @@ class GaussNewtonAngle(Probe):
         with measurement_mode(subject.rule):
             passes = Passes(meter)
             delivered, exact = passes.delivered.errors, passes.exact.errors
-            logits, tensors = tensors_at(subject.rule, set(meter.points.values()), meter.x)
+            logits, edges = edges_at(subject.rule, set(meter.points.values()), meter.inputs())
             delta = exact[LOGITS].double()
             for layer in meter.trace.order:
                 point = meter.points.get(layer)
-                if point not in tensors or point not in exact or point not in delivered:
+                if point not in edges or point not in exact or point not in delivered:
                     continue
-                wanted = gauss_newton(jacobian(logits, tensors[point]), delta)
+                wanted = gauss_newton(jacobian(logits, edges[point]), delta)
                 found[self.name][layer] = mean_sample_angle(delivered[point].flatten(1), wanted)
                 found[f"{self.name}_bp"][layer] = mean_sample_angle(exact[point].flatten(1), wanted)
         return found
 
 
-def tensors_at(rule: Rule, points: set[Point], x: Tensor) -> tuple[Tensor, dict[Point, Tensor]]:
-    """The logits of an exact forward pass, and the tensors at these points, if they occur once; all with their graph."""
-    from fa_bench.mechanisms.rule import INPUT
-    from fa_bench.mechanisms.trace import loss_output, tensors_in
+def edges_at(rule: Rule, points: set[Point], x: Tensor) -> tuple[Tensor, dict[Point, GradientEdge]]:
+    """The logits of an exact forward pass, and where in their graph the tensors at these points are, if they occur once.
 
-    seen: dict[Point, list[Tensor]] = {}
+    Later modules may change such a tensor in place; the tensor itself then stands for another place in the graph.
+    """
+    from torch.autograd.graph import get_gradient_edge
+
+    from fa_bench.mechanisms.rule import INPUT
+    from fa_bench.mechanisms.trace import tensors_in
+    from fa_bench.metrics.meter import measured_output
+
+    seen: dict[Point, list[GradientEdge | None]] = {}
 
     def hook(point: Point, at_input: bool) -> Any:
         def record(module: Any, args: Any, output: Any = None) -> None:
-            seen.setdefault(point, []).append(next(tensors_in(args if at_input else output)))
+            tensor = next(tensors_in(args if at_input else output))
+            seen.setdefault(point, []).append(get_gradient_edge(tensor) if tensor.requires_grad else None)
 
         return record
 
@@ -82,15 +93,15 @@ def tensors_at(rule: Rule, points: set[Point], x: Tensor) -> tuple[Tensor, dict[
         handles.append(register(hook((path, side), side == INPUT), prepend=True))
     try:
         with torch.enable_grad(), rule.exact():
-            logits = loss_output(rule.model(x), rule.loss_output)
+            logits = measured_output(rule, rule.model(x))
     finally:
         for handle in handles:
             handle.remove()
-    return logits, {point: tensors[0] for point, tensors in seen.items() if len(tensors) == 1 and tensors[0].requires_grad}
+    return logits, {point: edges[0] for point, edges in seen.items() if len(edges) == 1 and edges[0] is not None}
 
 
-def jacobian(logits: Tensor, activation: Tensor) -> Tensor:
-    """J (N, C, F), of the logits (N, C) by an activation (N, ...)."""
+def jacobian(logits: Tensor, activation: Tensor | GradientEdge) -> Tensor:
+    """J (N, C, F), the derivative of the logits (N, C) with respect to an activation (N, ...)."""
     rows = [
         torch.autograd.grad(logits[:, number].sum(), activation, retain_graph=True)[0].flatten(1)
         for number in range(logits.shape[1])

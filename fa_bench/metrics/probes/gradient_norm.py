@@ -13,7 +13,7 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Most groups of samples whose gradients are compared.
+#: Maximum number of groups of samples whose gradients are compared.
 GROUPS = 16
 
 
@@ -29,7 +29,7 @@ class GradientNorm(Probe):
     - ``gradient_norm_update``: the norm of the gradient that the rule gives the optimizer instead of g, before momentum, weight
       decay and learning rate; 0 for a weight that does not learn.
     - ``gradient_norm_floor``: the standard error s of g over samples. If the true gradient were zero on average, the root mean
-      square of ‖g‖ would be s: a norm near s cannot be distinguished from zero, one several times as large can.
+      square of ‖g‖ would be s: a norm near s cannot be distinguished from zero, but one several times as large can.
 
     For s the samples are dealt, in a random order with a fixed seed, to K = min(16, N) groups of size nₖ; with gₖ the gradient of
     the group's mean loss in the same forward pass and wₖ = nₖ/N, so that g = Σ wₖ gₖ,
@@ -42,21 +42,20 @@ class GradientNorm(Probe):
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.contexts import all_require_grad
-        from fa_bench.mechanisms.trace import loss_output
         from fa_bench.mechanisms.weighted_layers import weighted_layers
-        from fa_bench.metrics.meter import measurement_mode
+        from fa_bench.metrics.meter import measured_output, measurement_mode
 
-        rule, x, y = subject.rule, subject.meter.x, subject.meter.y
+        rule, meter, y = subject.rule, subject.meter, subject.meter.y
         layers = weighted_layers(subject.model)
         weights = {path: layers[path].weight for path in subject.meter.trace.order}
         with measurement_mode(rule), torch.enable_grad(), rule.of_samples(subject.meter.indices):
-            logits = loss_output(subject.model(x), rule.loss_output)
+            logits = measured_output(rule, subject.model(meter.inputs()))
             rule.deliver(rule.objective.loss(logits, y), logits, y)
             updates = {
                 path: 0.0 if weight.grad is None else weight.grad.double().norm().item() for path, weight in weights.items()
             }
             with rule.exact(), all_require_grad(subject.model):
-                losses = rule.objective.loss(loss_output(subject.model(x), rule.loss_output), y, reduction="none")
+                losses = rule.objective.loss(measured_output(rule, subject.model(meter.inputs())), y, reduction="none")
                 norms, floors = norms_and_errors(losses, list(weights.values()))
         return {
             self.name: dict(zip(weights, norms, strict=True)),

@@ -19,30 +19,35 @@ class ProjectionAngle(Probe):
     """Angle between x Wᵀ and x Eᵀ, the outputs of a layer with its weight and with its effective feedback, in degrees.
 
     Kunin et al. 2020. x is the layer's input (N, ...) on the fixed batch, without biases; the angle is between the outputs of
-    each sample, flattened over positions, and the value is the mean over the samples for which it is defined. A layer that runs
-    several times has that of its first run. Batch normalisation uses the batch's statistics and dropout is off.
+    each sample, flattened over positions, and the value is the mean over the samples for which it is defined. For a layer that
+    runs several times, the angle is that of its first run. Batch normalisation uses the batch's statistics and dropout is off.
 
     It is 0 where feedback equals the weight up to a positive factor on the span of the inputs, however different they are
-    elsewhere, which `weight_angle` sees. Layers of attention and recurrent modules have none, nor have those for which a rule has
-    no feedback in the weight's shape.
+    elsewhere, which `weight_angle` measures. Layers of attention and recurrent modules have no angle, and neither do layers for
+    which the rule has no feedback in the weight's shape.
     """
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.compound.projection import Projection
+        from fa_bench.mechanisms.second_pass import value_of
         from fa_bench.metrics.angles import mean_sample_angle
         from fa_bench.metrics.meter import measurement_mode
 
         pairs, inputs = subject.rule.weight_pairs(), {}
 
         def record(path: str) -> Any:
-            return lambda module, args: inputs.setdefault(path, args[0].detach())
+            def hook(module: Any, args: Any) -> None:
+                if path not in inputs:
+                    inputs[path] = value_of(args[0])
+
+            return hook
 
         layers = {path: subject.model.get_submodule(path) for path in subject.meter.trace.order if path in pairs}
         layers = {path: layer for path, layer in layers.items() if not isinstance(layer, Projection)}
         handles = [layer.register_forward_pre_hook(record(path)) for path, layer in layers.items()]
         try:
             with measurement_mode(subject.rule), torch.no_grad():
-                subject.model(subject.meter.x)
+                subject.model(subject.meter.inputs())
                 return {
                     self.name: {
                         path: mean_sample_angle(*(output(layers[path], inputs[path], kernel) for kernel in pairs[path]))

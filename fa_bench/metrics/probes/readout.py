@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 #: The row of the raw images: a layer that is no better has learned nothing useful.
 FLOOR = "input"
-#: Most features of an activation that the readout takes, and its regularisation, see `fit`.
+#: Maximum number of features of an activation that the readout takes, and its regularisation, see `fit`.
 FEATURES, RIDGE = 1024, 0.01
-#: Where activations are read besides the inputs of layers: at the model's input and output. No layer can have these paths.
+#: Where activations are read in addition to the inputs of layers: at the model's input and output. No layer can have these paths.
 MODEL_INPUT, MODEL_OUTPUT = ".", ""
 
 
@@ -34,7 +34,7 @@ class Readout(Probe):
     """Accuracy (a fraction) of a linear classifier of each layer's activation, and of the raw images, ``input``.
 
     A layer's activation is the input of the next layer: after the layer's normalisation, nonlinearity, addition and pooling; for
-    the output layer it is the logits. Layers whose outputs are added share one. The model is in evaluation mode.
+    the output layer it is the logits. Layers whose outputs are added share one activation. The model is in evaluation mode.
 
     The classifier (`fit`) is trained on at most 2,000 training images, not augmented, and scored on at most 10,000 validation
     images, or test images if there is no validation split. It takes at most 1024 features (`bounded`).
@@ -87,7 +87,8 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
 
     def recorder(point: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            # Of a layer that runs several times, the first input; in a recurrent module that is its initial state, so the last.
+            # If a layer runs several times, the first input is taken; in a recurrent module that is the initial state, so the
+            # last one is taken.
             in_compound = isinstance(module, Projection)
             if point not in activations or in_compound:
                 x = args[0].movedim(sample_axis(module, args[0].dim()), 0)
@@ -115,7 +116,8 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
 
 
 def _array(features: Tensor) -> np.ndarray:
-    return features.float().cpu().numpy()
+    """A copy, because the model may change its input, or that of a layer, in place."""
+    return features.to("cpu", torch.float32, copy=True).numpy()
 
 
 def bounded(x: Tensor, features_last: bool = False) -> Tensor:

@@ -23,8 +23,9 @@ BATCHES, MIN_NORM = 8, 1e-12
 class Stability(Probe):
     """Mean cosine between the gradients that the rule gives a weight on two different batches.
 
-    The gradients are those of the objective's mean loss on 8 batches, without augmentation: of the run's batch size, or an eighth
-    of the training images that probes may learn from if these are too few. The mean is over all pairs of batches:
+    The gradients are those of the objective's mean loss on 8 batches, without augmentation. The batches have the run's batch
+    size, or contain an eighth of the training images that probes may learn from if these are too few. The mean is over all pairs
+    of batches:
 
         c = (‖Σ uₖ‖² - K) / (K (K - 1)),
 
@@ -32,8 +33,8 @@ class Stability(Probe):
     a weight with fewer than two, such as one that does not learn. Batch normalisation uses the batch's statistics, and dropout is
     off.
 
-    Near 0, the batches' gradients are mostly noise, as late in training; near 1, the weight moves in one direction whatever the
-    data are: it drifts.
+    Near 0, the batches' gradients are mostly noise, as late in training; near 1, the weight moves in the same direction whatever
+    the data are: it drifts.
     """
 
     alarms = {
@@ -46,9 +47,8 @@ class Stability(Probe):
     }
 
     def measure(self, subject: Subject) -> Quantities:
-        from fa_bench.mechanisms.trace import loss_output
         from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
-        from fa_bench.metrics.meter import measurement_mode
+        from fa_bench.metrics.meter import measured_output, measurement_mode
 
         rule, data = subject.rule, subject.training
         layers = weighted_layers(subject.model)
@@ -60,7 +60,7 @@ class Stability(Probe):
         batches = zip(data.batches(size, drop_last=True), data.batch_indices(size, drop_last=True), strict=False)
         for ((x, y), chosen), _ in zip(batches, range(BATCHES), strict=False):
             with measurement_mode(rule), torch.enable_grad(), rule.of_samples(indices[chosen]):
-                logits = loss_output(subject.model(x), rule.loss_output)
+                logits = measured_output(rule, subject.model(x))
                 rule.deliver(rule.objective.loss(logits, y), logits, y)
                 for path, seen in directions.items():
                     if (gradient := weight_gradient(layers[path])) is not None:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 class StreamGrowth(Probe):
     """Mean norm of a block's output divided by that of its input: the growth of the residual stream.
 
-    Norms are Euclidean, of each sample's activation, for tokens (N, T, D) of each token's; means are over the fixed batch. Batch
-    normalisation uses the batch's statistics and dropout is off.
+    Norms are Euclidean norms of each sample's activation or, for tokens (N, T, D), of each token's; means are over the fixed
+    batch. Batch normalisation uses the batch's statistics and dropout is off.
 
-    The model declares its blocks (``model.blocks``, else ``model.cut_points``). The input of a block is that of the module which
-    ends it if this module has parameters, as a residual block does; otherwise it is the output of the previous block. A first
-    block that ends in a module without parameters, such as the stem of a convolutional net, has no row: its input is the image.
-    NaN if the input is zero.
+    The model declares its blocks (``model.blocks`` or, without it, ``model.cut_points``). The input of a block is that of the
+    module which ends it if this module has parameters, as a residual block does; otherwise it is the output of the previous
+    block. Feedback that the rule stores in the module does not count. A first block that ends in a module without parameters,
+    such as the stem of a convolutional net, has no row: its input is the image. NaN if the input is zero.
     """
 
     alarms = {
@@ -51,33 +51,47 @@ class StreamGrowth(Probe):
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.blocks import block_ends
+        from fa_bench.mechanisms.feedback_tensors import has_own_parameters
         from fa_bench.mechanisms.trace import tensors_in
         from fa_bench.metrics.meter import measurement_mode
 
         model = subject.model
-        norms: dict[str, tuple[float | None, float]] = {}  # in the order of execution; input None: the previous output
+        # Of a block that runs several times, those of its first run.
+        inputs: dict[str, float] = {}  # of blocks that have parameters
+        outputs: dict[str, float] = {}  # in the order of execution
 
         def hook(path: str) -> Any:
             def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-                if path not in norms:  # of a block that runs several times, the first
+                if path not in norms:  # the first call of a block that runs several times
                     own = next(tensors_in((args, kwargs))) if next(module.parameters(), None) is not None else None
                     norms[path] = None if own is None else mean_norm(own), mean_norm(next(tensors_in(output)))
 
             return record
 
-        handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in block_ends(model)]
+        def after(path: str) -> Any:
+            def record(module: Any, args: Any, output: Any) -> None:
+                if path not in outputs:
+                    outputs[path] = mean_norm(next(tensors_in(output)))
+
+            return record
+
+        handles = []
+        for path in block_ends(model):
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(after(path)))
         try:
             with measurement_mode(subject.rule), torch.no_grad():
-                model(subject.meter.x)
+                model(subject.meter.inputs())
         finally:
             for handle in handles:
                 handle.remove()
-        growth, before = {}, None
-        for path, (given, after) in norms.items():
-            given = before if given is None else given
+        growth, previous = {}, None
+        for path, norm in outputs.items():
+            given = inputs.get(path, previous)
             if given is not None:
-                growth[path] = after / given if given else math.nan
-            before = after
+                growth[path] = norm / given if given else math.nan
+            previous = norm
         return {self.name: growth}
 
 

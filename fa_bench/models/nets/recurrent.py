@@ -34,7 +34,7 @@ class Recurrent(nn.Module):
         self.last = last
         self.read = read
         self.rnn = CELLS[cell](features, width, layers, batch_first=True, dropout=dropout)
-        self.states = nn.Identity()  # a module whose output are the states, where errors can be delivered
+        self.states = nn.Identity()  # a module whose output is the states, so that errors can be delivered there
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

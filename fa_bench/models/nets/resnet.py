@@ -125,7 +125,7 @@ class ResNet(nn.Module):
         ends = [path for path, module in self.named_modules() if isinstance(module, Block)]
         activation, inner = ("bn", len(kernels) - 1) if norm_after else ("relu", len(kernels))
         self.cut_points = [stem, *(f"stages.*.{activation}{number}" for number in range(1, inner + 1))]
-        if norm_after:  # the sum is the output of no module but the block
+        if norm_after:  # no module except the block outputs the sum
             self.cut_points += ends
         self.blocks = [stem, *ends]
 

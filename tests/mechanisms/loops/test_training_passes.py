@@ -181,7 +181,7 @@ def test_sizes_that_feedback_was_not_made_for_are_named(name):
     logits = model(torch.randn(4, 1, 10))
     labels = torch.tensor([0, 1, 2, 1])
     if name in ("dfa", "dkp", "drtp"):
-        with pytest.raises(CoverageError, match="sample_input of the size"):
+        with pytest.raises(CoverageError, match="sample_input of the same size"):
             rule.backward(F.cross_entropy(logits, labels), logits, labels)
 
 

@@ -91,6 +91,7 @@ OUTSIDE: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
     "the model's own": (lambda net, h: h @ net.same, r"matmul\(\) in the model"),
     "another module": (lambda net, h: net.decoder(h), r"t\(\) in module 'decoder'"),
     "gate": (lambda net, h: h[:, :8] * net.enc.weight.sum(), r"sum\(\)"),
+    "gate of each unit": (lambda net, h: h[:, :8] * net.enc.weight[0], r"mul\(\)|__getitem__\(\)"),
 }
 
 
@@ -114,6 +115,16 @@ def test_a_weight_used_outside_its_layer_before_the_layer_runs_is_refused(name: 
 
     with pytest.raises(CoverageError, match=r"mid\.weight \(used outside its layer, by matmul\(\) in the model"):
         attach(Early(), name, sample_input=X)
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_a_weight_that_scales_the_output_is_refused(name: str) -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.enc.weight[0, :3]
+
+    with pytest.raises(CoverageError, match=r"enc\.weight \(used outside its layer"):
+        attach(Scaled(), name)
 
 
 @pytest.mark.parametrize("name", COVERING)
