@@ -60,11 +60,10 @@ class StreamGrowth(Probe):
         inputs: dict[str, float] = {}  # of blocks that have parameters
         outputs: dict[str, float] = {}  # in the order of execution
 
-        def hook(path: str) -> Any:
-            def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-                if path not in norms:  # the first call of a block that runs several times
-                    own = next(tensors_in((args, kwargs))) if next(module.parameters(), None) is not None else None
-                    norms[path] = None if own is None else mean_norm(own), mean_norm(next(tensors_in(output)))
+        def before(path: str) -> Any:
+            def record(module: Any, args: Any, kwargs: Any) -> None:
+                if path not in inputs and has_own_parameters(module):
+                    inputs[path] = mean_norm(next(tensors_in((args, kwargs))))  # before the module can change it in place
 
             return record
 
