@@ -58,6 +58,10 @@ class Score:
         """The value, or its negative if smaller values are better, so the larger of two merits is always better."""
         return value if self.higher_is_better else -value
 
+    def is_better(self, value: float, other: float) -> bool:
+        """Whether a mean is better than another one; equal means that differ by rounding are not."""
+        return self.merit(value) - self.merit(other) > 1e-9 * max(abs(value), abs(other))
+
     def text(self, value: float) -> str:
         """A recorded value as text: ``97.10%``, ``4.321``."""
         return f"{value:.2%}" if self.unit == "%" else f"{value:.4g}"

@@ -72,7 +72,7 @@ def alarms(runs: Sequence[Run], reference: str) -> tuple[pd.DataFrame, str]:
             ours, theirs = (known(run.score(score) for run in of) for of in (finished, finished_by_seed(other.runs).values()))
             if ours and theirs:
                 checked[score] = checked.get(score, 0) + 1
-                if primary.merit(mean(ours)) <= primary.merit(mean(theirs)):
+                if not primary.is_better(mean(ours), mean(theirs)):
                     sign = "<=" if primary.higher_is_better else ">="
                     rows.append(
                         (

@@ -386,7 +386,7 @@ def _row(
     control, floor, difference = comparison
     floor_mean = mean(_scores(floor.runs, test).values())
     final_mean = mean(final.values())
-    beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else (primary.merit(final_mean) > primary.merit(floor_mean))
+    beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else primary.is_better(final_mean, floor_mean)
     repeated = sum(run.finished for run in members) - len(finished)
     entry, ours = headline(matching_entries(published, members), members)
     notes = [

@@ -47,6 +47,8 @@ class PC(EnergyRule):
     uses 5 steps of 0.0183 with momentum 0.35, and its VGG-5 in the error-based paper's code uses 8 steps of 0.0266. E sums over
     samples, so settling does not depend on the batch size, and over positions if the output has them.
 
+    The rule delivers no errors at activations, so there are no delta angles; ``probes=[energy]`` compares gradients instead.
+
     Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, which couples the samples of a
     batch, and updates its running statistics in the first pass. Multiplications: T + 1 additional forward passes and T + 1
     backward passes, T of which are for the states alone and one for the weights alone.

@@ -207,6 +207,13 @@ def test_floor(tmp_path):
     assert [table[rule]["floor_row"] for rule in ("fa", "dfa", "frozen")] == ["frozen", "frozen", ""]
 
 
+def test_a_tie_does_not_beat_the_floor(tmp_path):
+    """716 of 720 images both: the means of the two fractions differ in the last digit."""
+    write_group(tmp_path, "frozen", [358 / 360, 358 / 360])
+    write_group(tmp_path, "fa", [359 / 360, 357 / 360])
+    assert rows(tmp_path)["fa"]["floor"] is False
+
+
 @pytest.mark.parametrize("elsewhere", [{"dataset": "mnist"}, {"architecture": "cnn"}])
 def test_references_are_of_the_same_task(tmp_path, elsewhere):
     write_group(tmp_path, "bp", [0.97], **elsewhere)
