@@ -11,6 +11,7 @@ from tests.mechanisms.loops.chain import RULES, Chain, assert_same, attach, batc
 X, Y = batch()
 
 
+@pytest.mark.filterwarnings("ignore:.*computes no error for the model's input")
 @pytest.mark.parametrize("frozen", [False, True], ids=["all learns", "first part frozen"])
 @pytest.mark.parametrize("name", RULES)
 def test_an_input_that_requires_grad_changes_nothing(name: str, frozen: bool) -> None:
