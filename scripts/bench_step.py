@@ -56,7 +56,10 @@ def make_step(
     model = ARCHITECTURES[net]().build(shape, 10).to(device)
     x, y = torch.randn(batch, *shape).to(device), torch.randint(0, 10, (batch,)).to(device)
     name, options = parse_spec(rule_name or "bp")
-    rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
+    rule = ALGORITHMS[name].from_mapping(options)
+    rule.expect_samples(batch)
+    fa_bench.attach(model, rule, seed=0, sample_input=x[:2])
+    indices = torch.arange(batch) if rule.needs_indices else None
     optimizers = Optimizers(SGD(lr=1e-3), rule, epochs=1)
     if with_optimizer:
         optimizers.share_gradients()
@@ -75,7 +78,7 @@ def make_step(
         if rule_name is None:
             loss.backward()
         else:
-            rule.backward(loss, logits, y, 1.0)
+            rule.backward(loss, logits, y, 1.0, indices)
         if with_optimizer:
             optimizers.step()
         if rule_name is not None:
