@@ -101,7 +101,8 @@ def measure(folder: Path, out_dir: Path) -> None:
     from fa_bench.report.groups import in_order
     from fa_bench.report.layers import by_layer
     from fa_bench.report.runs import find_runs, read_run
-    from fa_bench.report.table import summarise, to_csv, to_markdown, to_text
+    from fa_bench.report.table import summarise
+    from fa_bench.report.text import to_csv, to_markdown, to_text
     from fa_bench.utils.drawing import default_style
 
     def timed(name: str, function: Callable[[], Any]) -> Any:

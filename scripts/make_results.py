@@ -27,7 +27,7 @@ import jinja2
 import pandas as pd
 import yaml
 
-from fa_bench.report.table import COLUMNS as REPORT_COLUMNS
+from fa_bench.report.columns import COLUMNS as REPORT_COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "data"

@@ -14,7 +14,7 @@ from fa_bench.utils.lazy import torch
 @OPTIMIZERS.register("adam")
 @dataclasses.dataclass(eq=False)
 class Adam(OptimizerOptions):
-    """Adam with coupled weight decay, with which W - B in Kolen-Pollack does not converge: use adamw for that rule."""
+    """Adam with coupled weight decay, added to the gradient before it is divided by the root of its second moment."""
 
     torch_class: ClassVar[str] = "Adam"
     search_space = {**OptimizerOptions.search_space, "lr": "tag(log,interval(1e-5,1e-1))"}

@@ -229,7 +229,8 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
             items = f" (of {allowed})" if choices else ""
             raise OptionError(name, f"={truncate(repr(value), 100)} is not a list{items}", f"=[{value}]" if is_item else "")
         wanted = f"one of {allowed}" if choices else type_name(hint)
-        raise OptionError(name, f"={truncate(repr(value), 100)} is not {wanted}", _name_suggestion(value, hint))
+        shown = "null" if value is None else truncate(repr(value), 100)
+        raise OptionError(name, f"={shown} is not {wanted}", _name_suggestion(value, hint))
     for item in converted if isinstance(converted, list) else [converted]:
         chosen = item.partition(":")[0] if metadata["with_options"] and isinstance(item, str) else item
         if choices is not None and item is not None and chosen not in choices:

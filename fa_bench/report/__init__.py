@@ -115,6 +115,7 @@ def write_report(
     from fa_bench.report.aggregate import AGGREGATE_COLUMNS, AGGREGATE_LEGEND, over_tasks
     from fa_bench.report.alarms import ALARM_COLUMNS, alarms
     from fa_bench.report.best import choose_best
+    from fa_bench.report.columns import TIMINGS, TRIED_COLUMNS, Column, columns_of, primary_scores, score_columns
     from fa_bench.report.cost import LEGEND as COST_LEGEND
     from fa_bench.report.cost import MEASURED, PREDICTED
     from fa_bench.report.export import RUN_TIMINGS, runs_table, to_json, to_latex
@@ -122,17 +123,8 @@ def write_report(
     from fa_bench.report.html import Table, to_html
     from fa_bench.report.layers import PROBES_LEGEND, by_layer, probe_table
     from fa_bench.report.published import published
-    from fa_bench.report.table import (
-        TIMINGS,
-        TRIED_COLUMNS,
-        Column,
-        columns_of,
-        primary_scores,
-        score_columns,
-        summarise,
-        to_csv,
-        to_text,
-    )
+    from fa_bench.report.table import summarise
+    from fa_bench.report.text import to_csv, to_text
 
     out_dir, planned = Path(out_dir), list(planned)
     records = _read([*map(Path, run_dirs), *(run.directory for run in planned)])
@@ -345,7 +337,7 @@ def _describe(error: RecordError) -> str:
 
 
 def _sections(tables: Iterable[Table]) -> list[str]:
-    from fa_bench.report.table import to_markdown
+    from fa_bench.report.text import to_markdown
 
     parts = [
         (f"## {escape_markdown(table.title)}" if table.title else "", to_markdown(table.frame, table.columns), table.legend)

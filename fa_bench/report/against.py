@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
+from fa_bench.report.columns import Column
 from fa_bench.report.groups import group_labels, group_runs
 from fa_bench.report.numbers import half_width, mean, number, std
 from fa_bench.report.published import Entry, compare, matching_entries
 from fa_bench.report.runs import Run
-from fa_bench.report.table import Column
 
 COLUMNS = {
     "label": Column("rule"),

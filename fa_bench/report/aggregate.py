@@ -9,10 +9,10 @@ import pandas as pd
 
 from fa_bench.errors import names
 from fa_bench.objectives.scores import ACCURACY
+from fa_bench.report.columns import Column
 from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, tasks, validation_merit
 from fa_bench.report.numbers import bootstrap_interval, interquartile_mean, known, mean
 from fa_bench.report.runs import Run
-from fa_bench.report.table import Column
 
 AGGREGATE_COLUMNS = {
     "algorithm": Column("rule"),

@@ -9,11 +9,11 @@ import pandas as pd
 
 from fa_bench.metrics.alarm import Alarm
 from fa_bench.registry.registries import METRICS, PROBES
+from fa_bench.report.columns import Column
 from fa_bench.report.groups import finished_by_seed, group_runs, is_floor
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.references import References
 from fa_bench.report.runs import Run
-from fa_bench.report.table import Column
 
 ALARM_COLUMNS = {
     "label": Column("rule"),

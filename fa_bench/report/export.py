@@ -15,12 +15,13 @@ import pandas as pd
 from fa_bench.config.labels import differing_keys
 from fa_bench.errors import printable
 from fa_bench.objectives.scores import ACCURACY, PARTS
+from fa_bench.report.columns import COLUMNS, primary_scores
 from fa_bench.report.groups import group_labels, group_runs
 from fa_bench.report.numbers import number
 from fa_bench.report.quantities import scores_in
 from fa_bench.report.runs import VERSIONS, Run, metrics_of
 from fa_bench.report.states import reason
-from fa_bench.report.table import COLUMNS, primary_scores, with_std
+from fa_bench.report.text import with_std
 from fa_bench.utils.files import resolved
 
 #: Characters that have a meaning in LaTeX; [ and * have one after the end of a row.

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fa_bench.config.labels import result_options
 from fa_bench.errors import format_value, printable, truncate
 from fa_bench.objectives.scores import Score
+from fa_bench.report.columns import Column
 from fa_bench.report.groups import Groups, group_labels, group_runs, status_counts
 from fa_bench.report.runs import Run
 from fa_bench.report.states import describe_status
-from fa_bench.report.table import BLANK, MAX_CELL, Column, cell
+from fa_bench.report.text import BLANK, MAX_CELL, cell
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from fa_bench.report.columns import Column
 from fa_bench.report.groups import finished_by_seed, group_labels, group_runs
 from fa_bench.report.numbers import half_width, known, mean, std
 from fa_bench.report.runs import VERSIONS, Run
-from fa_bench.report.table import Column
 
 COLUMNS = ("label", "group", *VERSIONS, "architecture", "dataset", "layer", "quantity", "n", "mean", "std", "ci95")
 PROBES_LEGEND = """\

@@ -19,7 +19,8 @@ class KP(RandomFeedbackRule):
 
     e_in = g B. The gradient of B is exactly that of W, and B is trained with W's optimizer, learning rate, momentum and decay.
     The gradients cancel in W - B, so with decay λ, momentum m and rate lr, SGD shrinks the difference: ‖W - B‖ ≈ ‖W(0) - B(0)‖
-    exp(-Σ lr λ/(1-m)). This does not hold for Adam with coupled decay, but it does for AdamW.
+    exp(-Σ lr λ/(1-m)). AdamW shrinks it by the factor 1 - lr λ in each step. Adam with coupled decay divides the decay, too, by
+    the root of the second moment, so the difference shrinks at a rate that depends on the gradients and is often faster.
 
     Choices: B is sampled as in FA (``b_init``, and ``linear_b_init`` for fully connected layers). The first layer's B propagates
     no error but is trained anyway. Optional deviation: with ``b_lr_scale`` other than 1, B has its own learning rate, and the

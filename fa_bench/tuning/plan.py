@@ -358,10 +358,11 @@ def _with_value(job: Job, key: str, value: Any) -> DictConfig:
 def describe(plan: Plan) -> str:
     """A description of what a study will do, for the terminal."""
     options, count = plan.options, len(plan.rules)
+    finals = count * len(options.seeds)
     lines = [
         f"Tuning {count} rule{'s' * (count > 1)}: {options.budget * count} trials ({options.budget} of each) of "
         f"{plan.epochs} epoch{'s' * (plan.epochs > 1)}, with seed{'s' * (len(options.trial_seeds) > 1)} "
-        f"{names(options.trial_seeds)}; then {count * len(options.seeds)} final runs, with seed"
+        f"{names(options.trial_seeds)}; then {finals} final run{'s' * (finals > 1)}, with seed"
         f"{'s' * (len(options.seeds) > 1)} {names(options.seeds)}; output: {plan.directory}",
         f"  sampler: {options.sampler}, seed {options.study_seed}; pruner: {options.pruner}",
     ]

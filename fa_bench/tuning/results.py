@@ -13,9 +13,11 @@ import pandas as pd
 from fa_bench.config.job import Job
 from fa_bench.errors import printable
 from fa_bench.objectives.scores import ACCURACY, Score
+from fa_bench.report.columns import Column
 from fa_bench.report.groups import CONTROL, FLOOR
 from fa_bench.report.runs import Run
-from fa_bench.report.table import BLANK, Column, summarise, to_markdown
+from fa_bench.report.table import summarise
+from fa_bench.report.text import BLANK, to_markdown
 from fa_bench.tuning.final import final_arguments
 from fa_bench.tuning.folder import FIGURE, SECONDS, TABLE, TRIAL_TABLE
 from fa_bench.tuning.plan import Plan

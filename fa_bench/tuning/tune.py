@@ -112,7 +112,7 @@ def _data_hash(plan: Plan) -> str:
 
 def _finish(plan: Plan, studies: Sequence[RuleStudy]) -> TuneResult:
     from fa_bench.report.runs import read_run
-    from fa_bench.report.table import to_csv
+    from fa_bench.report.text import to_csv
     from fa_bench.tuning.final import run_final, tuned_job, write_experiment
     from fa_bench.tuning.results import markdown, result_table, short, to_text, trial_table
     from fa_bench.utils.drawing import default_style

@@ -14,9 +14,9 @@ import pytest
 from fa_bench.errors import DataError
 from fa_bench.report import write_report
 from fa_bench.report.cli import main
+from fa_bench.report.columns import COLUMNS
 from fa_bench.report.cost import ENERGY
 from fa_bench.report.runs import find_runs
-from fa_bench.report.table import COLUMNS
 from fa_bench.runs.sweep import PlannedRun, write_sweep
 from fa_bench.utils.files import atomic
 

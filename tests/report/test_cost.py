@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fa_bench.report import write_report
+from fa_bench.report.columns import TIMINGS
 from fa_bench.report.runs import find_runs
-from fa_bench.report.table import TIMINGS, summarise
+from fa_bench.report.table import summarise
 from tests.report.by_hand import blank, runs_in, without_pixels, write_set
 
 BP = {"multiplications": 100, "forward": 40, "backward": 60, "feedback": 0, "bytes_moved": 1000, "peak_memory": 5000}

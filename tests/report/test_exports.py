@@ -18,7 +18,8 @@ from fa_bench.report.cli import main
 from fa_bench.report.export import escape_latex, to_json, to_latex
 from fa_bench.report.groups import in_order
 from fa_bench.report.runs import find_runs
-from fa_bench.report.table import WIDTH, summarise, to_csv, to_markdown, to_text
+from fa_bench.report.table import summarise
+from fa_bench.report.text import WIDTH, to_csv, to_markdown, to_text
 
 from .by_hand import T_2, runs_in, without_pixels, write_set
 

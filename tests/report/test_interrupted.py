@@ -17,7 +17,7 @@ from fa_bench.config.job import Job, register_schemas
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.report import figures
 from fa_bench.report.cli import main as report
-from fa_bench.report.table import COLUMNS, TIMINGS
+from fa_bench.report.columns import COLUMNS, TIMINGS
 from fa_bench.runs import loop, train
 from fa_bench.runs.sweep import PlannedRun, write_sweep
 

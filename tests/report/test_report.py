@@ -9,11 +9,13 @@ import pytest
 
 from fa_bench.config import labels
 from fa_bench.errors import DataError
+from fa_bench.report.columns import columns_of
 from fa_bench.report.groups import group_labels, group_runs, tasks
 from fa_bench.report.numbers import half_width, value_range
 from fa_bench.report.references import BEST, NEAREST
 from fa_bench.report.runs import find_runs, read_run
-from fa_bench.report.table import summarise, to_markdown, to_text
+from fa_bench.report.table import summarise
+from fa_bench.report.text import to_markdown, to_text
 
 from .by_hand import ENTRY, T_2, TWO_SEEDS, blank, epoch_record, runs_in, write_group, write_run, write_set
 
@@ -366,6 +368,42 @@ def test_terminal_table(tmp_path):
         "bp    96.50   98.00 ± 1.00                 3                 -                -      2.0",
         "fa        -  100.00                        1              70.0             40.0      2.0",
     ]
+
+
+def _write_rates(root: Path, **rates: float) -> None:
+    for rule, rate in rates.items():
+        run = write_run(root, rule.rstrip("_"), 0, 0.9, group=rule)
+        config = {"algorithm": {"name": rule.rstrip("_")}, "optimizer": {"name": "sgd", "lr": rate}, "shuffle": rule != "fa"}
+        (run / "config.yaml").write_text(json.dumps(config))
+
+
+def test_settings_that_differ_between_rules_have_columns(tmp_path):
+    """They are in no label, because each rule has one value."""
+    _write_rates(tmp_path, bp=0.1, fa=0.02)
+    frame = summarise(runs_in(tmp_path))
+    lines = to_text(frame).splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["rule", "optimizer.lr", "shuffle"],
+        ["----", "------------", "-------"],
+        ["bp", "0.1", "yes"],
+        ["fa", "0.02", "no"],
+    ]
+    markdown = to_markdown(frame, columns_of(frame)).splitlines()
+    column = markdown[0].split(" | ").index("optimizer.lr")
+    assert [line.split(" | ")[column] for line in markdown[2:]] == [r"0\.1", r"0\.02"]
+
+
+def test_settings_in_labels_have_no_columns_and_those_without_room_are_left_out_of_the_terminal_s_table(tmp_path):
+    _write_rates(tmp_path, bp=0.1, fa=0.02, fa_=0.03)
+    frame = summarise(runs_in(tmp_path))
+    assert list(frame["label"]) == ["bp", "fa lr=0.02 shuffle=false", "fa lr=0.03 shuffle=true"]
+    assert frame.attrs["settings"] == []
+    assert "optimizer.lr" not in columns_of(frame)
+    frame.attrs["settings"] = ["optimizer.lr"]
+    frame["label"] = ["x" * 75] * 3
+    header = to_text(frame).splitlines()[0]
+    assert "lr" not in header and header.endswith("seconds")
+    assert "optimizer.lr" in columns_of(frame)
 
 
 def test_terminal_table_says_what_did_not_finish_and_what_misses_its_floor(tmp_path):
