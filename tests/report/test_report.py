@@ -336,6 +336,25 @@ def test_a_run_that_did_not_finish_is_counted_and_kept_out_of_the_means(tmp_path
     assert (kp["n"], kp["status"]) == (0, "1 failed") and blank(kp["test_accuracy"]) and blank(kp["floor"])
 
 
+@pytest.mark.parametrize(
+    ("losses", "note"),
+    [
+        ([[2.0, 1.0, 4.1]], "the training loss of the run rose, from 2 in the first epoch to 4.1 in the last (seed 0)"),
+        (
+            [[2.0, 9e21], [2.0, 8.0], [2.0, 1.0]],
+            "of 2 of 3 runs rose, from 2 in the first epoch to 9e+21 in the last (seed 0)",
+        ),
+        ([[2.0, 4.0], [4.1], [None, 9.0], [-1.0, 4.0], [2.0, 9.0, 1.0]], ""),
+    ],
+)
+def test_runs_that_blew_up_but_stayed_finite_are_noted(tmp_path, losses, note):
+    for seed, values in enumerate(losses):
+        metrics = [epoch_record(epoch, 0.1, None) | {"train_loss": loss} for epoch, loss in enumerate(values, start=1)]
+        write_run(tmp_path, "drtp", seed, 0.1, metrics=metrics, epochs=len(values))
+    (row,) = rows(tmp_path).values()
+    assert note in row["note"] and ("training loss" in row["note"]) == bool(note)
+
+
 def test_a_repeated_seed_counts_once(tmp_path):
     for index, accuracy in enumerate([0.80, 0.90]):
         write_run(tmp_path / str(index), "fa", 0, accuracy)
