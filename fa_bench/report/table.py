@@ -196,7 +196,7 @@ def _rise_note(finished: Mapping[int, Run]) -> str:
     seed, losses = max(risen.items(), key=lambda item: item[1][-1])
     of = f"{len(risen)} of {len(finished)} runs" if len(finished) > 1 else "the run"
     return (
-        f"the training loss of {of} rose, from {losses[0]:.3g} in the first epoch to {losses[-1]:.3g} in the last (seed {seed})"
+        f"the training loss of {of} rose, from {losses[0]:.3g} in the first epoch to {losses[-1]:.3g} (seed {seed})"
     )
 
 

@@ -339,10 +339,10 @@ def test_a_run_that_did_not_finish_is_counted_and_kept_out_of_the_means(tmp_path
 @pytest.mark.parametrize(
     ("losses", "note"),
     [
-        ([[2.0, 1.0, 4.1]], "the training loss of the run rose, from 2 in the first epoch to 4.1 in the last (seed 0)"),
+        ([[2.0, 1.0, 4.1]], "the training loss of the run rose, from 2 in the first epoch to 4.1 (seed 0)"),
         (
             [[2.0, 9e21], [2.0, 8.0], [2.0, 1.0]],
-            "of 2 of 3 runs rose, from 2 in the first epoch to 9e+21 in the last (seed 0)",
+            "of 2 of 3 runs rose, from 2 in the first epoch to 9e+21 (seed 0)",
         ),
         ([[2.0, 4.0], [4.1], [None, 9.0], [-1.0, 4.0], [2.0, 9.0, 1.0]], ""),
     ],
