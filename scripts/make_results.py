@@ -85,8 +85,8 @@ class Study:
         threads = "one thread per run" if about["threads"] == 1 else f"{about['threads']} threads per run"
         command = "\n".join(f"    {line}" for line in about["command"].splitlines())
         return (
-            f"{command}\n\n{_commits(about['commit'])}, torch {about['torch']}, Python {about['python']}, {about['processor']}, "
-            f"{threads}, {listed}."
+            f"{command}\n\nThe runs are from {_commits(about['commit'])} (torch {about['torch']}, Python {about['python']}, "
+            f"{about['processor']}, {threads}, {listed})."
         )
 
     def value(self, label: str, column: str, digits: int = 2) -> str:
@@ -160,7 +160,7 @@ class Study:
 
 def _commits(commits: str) -> str:
     short = [commit[:7] for commit in commits.split()]
-    return f"Commit {short[0]}" if len(short) == 1 else f"Commits {' and '.join(short)}"
+    return f"commit {short[0]}" if len(short) == 1 else f"commits {' and '.join(short)}"
 
 
 def _is_blank(value: Any) -> bool:

@@ -65,8 +65,8 @@ def test_collecting_keeps_tables_and_provenance(sweep: Path, tmp_path: Path, mon
     assert set(study.report.index) == {"bp", "frozen"}
     assert len(study.runs) == 4
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.iterdir())
-    assert "    fa-bench -m algorithm=bp,frozen seed=0,1\n\nCommit 1111111, torch " in study.header()
-    assert "seeds 0 to 1." in study.header()
+    assert "    fa-bench -m algorithm=bp,frozen seed=0,1\n\nThe runs are from commit 1111111 (torch " in study.header()
+    assert "seeds 0 to 1)." in study.header()
     head, _, *rows = study.table("rule", "test accuracy (%)", "beats the floor", labels=["frozen", "bp"]).splitlines()
     assert head == "| rule | test accuracy (%) | beats the floor |"
     assert [row.split(" | ")[0] for row in rows] == ["| frozen", "| bp"]
