@@ -35,7 +35,7 @@ def feedback_tensor(module: torch_nn.Module, name: str) -> Any:
 def fixed_tensor_reader(name: str) -> Any:
     """A method that returns the fixed feedback tensor `name` of the module it is given.
 
-    For code that runs at every step: it costs one dictionary look-up, where ``module.feedback_B`` costs as much as launching a
+    For code that runs at every step: it costs one dictionary look-up, whereas ``module.feedback_B`` costs as much as launching a
     small matrix product.
     """
     key = PREFIX + name

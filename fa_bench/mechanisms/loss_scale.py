@@ -42,7 +42,8 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
 
     Args:
         loss: the loss.
-        target: the labels (N,) or (N, P...); a loss of fewer, or with ignored or weighted ones, is not the mean over them.
+        target: the labels (N,) or (N, P...); a loss that covers fewer labels, or ignores or weights some of them, is not their
+            mean.
         objective: the objective of the training; None: the cross-entropy.
     """
     if objective is not None and not objective.is_cross_entropy:
@@ -79,7 +80,7 @@ class PassOutput:
         logits: (N, C), or with positions, as in `measured_scale`.
 
     Attributes:
-        logits: the same values, detached, as they are now.
+        logits: the current values, detached.
     """
 
     def __init__(self, rule: str, logits: Tensor) -> None:
@@ -158,7 +159,7 @@ def measured_scale(
 def is_other_loss(delta: Tensor, logits: Tensor, target: Tensor, objective: Objective) -> Tensor:
     """Whether δ is not a multiple of the gradient of the objective's mean loss: a scalar on the device, False if δ is not finite.
 
-    The arguments are those of `measured_scale`, which makes an accelerator wait.
+    The arguments are those of `measured_scale`, which, unlike this function, makes an accelerator wait.
     """
     unit, given = _unit(delta, logits, target, objective), delta.double()
     scale = (given * unit).sum() / unit.square().sum()
@@ -185,7 +186,8 @@ def _tolerance(delta: Tensor) -> float:
 
 
 def _rounding(delta: Tensor) -> float:
-    """The norm of the rounding of δ for a loss of scale 1: its entries were rounded before they were divided by the samples."""
+    """The norm of the rounding error of δ for a loss of scale 1, whose entries were rounded before the division by the sample
+    count."""
     from fa_bench.mechanisms.cut.positions import class_axis
 
     samples = max(delta.numel() // delta.shape[class_axis(delta.shape)], 1)

@@ -63,7 +63,8 @@ class Rule(Options):
     is_floor: ClassVar[bool] = False
     #: Whether the rule runs the model again in the backward pass, see `fa_bench.mechanisms.second_pass`.
     repeats: ClassVar[bool] = False
-    #: The update as LaTeX for the rule's page, one row of an ``aligned`` environment each; ∇ is the gradient for the optimizer.
+    #: The update as LaTeX for the rule's page, each entry one row of an ``aligned`` environment; ∇ is the gradient for the
+    #: optimizer.
     equations: ClassVar[tuple[str, ...]] = ()
 
     allow_uncovered: bool | list[str] = option(
@@ -251,7 +252,7 @@ class Rule(Options):
                 refuse_repeats(self.name)
             if problem := too_old_to_compile():
                 refuse_version(self.name, problem)
-            # New containers, because a graph depends on the contents of those that it finds.
+            # The containers are new, because a compiled graph depends on the contents of the containers that it finds.
             mode.training, mode.with_gradients, mode.without_gradients, mode.seeds = training, set(), {}, {}
             return
         self._end_interrupted()
@@ -522,7 +523,8 @@ class Rule(Options):
         return {}
 
     def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows a (M, features) of a cut's activation and the logits (M, C) that a Bᵀ estimates, one for each position."""
+        """The rows a (M, features) of a cut's activation and the logits (M, C) that a Bᵀ estimates, one row for each sample and
+        position."""
         return activation.flatten(1), logits
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
