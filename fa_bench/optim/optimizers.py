@@ -110,8 +110,8 @@ class Optimizers:
             self._set_rates(step=step)
 
     def _set_rates(self, **done: int) -> None:
-        """Set the learning rates of schedules that count in these units, ``epoch`` or ``step``, after the given number of
-        them."""
+        """Set the learning rates of schedules that count in the given unit, ``epoch`` or ``step``, after the given number of
+        units."""
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
             if (unit := part.schedule.per) in done:
                 for group in optimizer.param_groups:
@@ -141,7 +141,7 @@ class Optimizers:
         return (tensor for optimizer in self.optimizers for group in optimizer.param_groups for tensor in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors."""
+        """The state, as plain containers and tensors."""
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

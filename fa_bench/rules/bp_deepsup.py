@@ -89,6 +89,6 @@ class BPDeepSup(LocalRule):
         return Rule.error_points(self, trace)
 
     def input_error(self, layer: str, x: Tensor, g: Tensor, delta: Tensor) -> Tensor:
-        """That of backpropagation: the error `g` at a layer that is a cut contains that of the cut's classifier."""
+        """The error of backpropagation. At a layer that is a cut, `g` contains the error of the cut's classifier."""
         with self.exact():  # a cut's hook refuses calls outside of a forward pass of the model
             return super().input_error(layer, x, g, delta)

@@ -47,7 +47,7 @@ class DFA(CutRule):
     such as the vocabulary layer, learn by exact backpropagation, and h receives its exact error through their weights.
 
     With ``within=block``, there are cuts only at the ends of the model's blocks (or at `cuts`), and all layers between two cuts
-    learn by exact backpropagation from the upper one. This is weight transport within blocks; coverage and reports say so. By
+    learn by exact backpropagation from the upper one. This is weight transport within blocks, as coverage and reports state. By
     default (``within=layer``), there must be a cut between a weight or an embedding and the next weight.
 
     Together, these two options give the settings of Launay et al. 2020 for transformers, with the error taken at the input of the

@@ -206,6 +206,6 @@ class F3(CutRule):
 
 
 def _given(target: Tensor | None) -> Tensor:
-    """The targets, which `F3.needs_target` has asked for."""
+    """The targets, which are given because `F3.needs_target` is set."""
     assert target is not None
     return target

@@ -122,12 +122,12 @@ class LDRL(DrawingRule, LocalRule):
     def connect(self, output: Any, tape: dict[str, CapturedActivation] | None, at: str | None = None) -> Any:
         if tape and len(tape) < len(self._next) and not recomputing():  # blocks may have been frozen after `attach`
             outputs = {cut: captured.tensor for cut, captured in tape.items() if captured.tensor is not None}
-            # An input that requires its gradient does not make a block learn.
+            # An input that requires a gradient does not make a block learn.
             self._require_none_frozen([cut for cut, output in outputs.items() if self._capture.depends_on_parameters(output)])
         return super().connect(output, tape, at)
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        """δ; computes the errors at all cuts, from the last one down."""
+        """Compute the errors at all cuts, from the last one down, and return δ."""
         error = delta.to(next(self.model.parameters()).dtype)
         with torch.no_grad():
             for cut in reversed(self._next):
@@ -155,8 +155,8 @@ class LDRL(DrawingRule, LocalRule):
         return error, [gradient * scale for gradient in gradients]
 
     def _pass(self, cut: str | None) -> dict[str, Tensor]:
-        """The activations at the ends of all blocks in another forward pass; or, with noise at one cut, this noise and the
-        activation at the end of the next block."""
+        """The activations at the ends of all blocks in another forward pass. If a cut is given, noise is added there, and the
+        result is this noise and the activation at the end of the next block."""
         from fa_bench.mechanisms.second_pass import again, value_of
 
         first = self.first_pass

@@ -25,7 +25,7 @@ KINDS = tuple(TENSORS)
 
 
 class MixedFeedback(FeedbackPathway):
-    """e_in = g E, where the masks say which entries of E come from B R, from F and from K.
+    """e_in = g E, where the masks determine which entries of E come from B R, from F and from K.
 
     Args:
         kinds: those of `KINDS` that the layer has; only their tensors exist.
@@ -72,13 +72,13 @@ class Mixed(ExpandingRule):
     initialisers are ``f_init``, ``k_init`` and ``r_init``.
 
     Neither learned gradient is masked: R's is that of PFA, and K's is that of W, although only the entries under K's mask
-    propagate an error. With decay, B R and K therefore approach W everywhere, as in `pfa` and `kp`. Then, with λ = 1/ratio, and r
-    the norm ratio and ρ the cosine of F to W over FA's entries (0 unless W aligns itself to F there, as in FA), the angle of E to
-    W is
+    propagate an error. With decay, B R and K therefore approach W everywhere, as in `pfa` and `kp`. Let λ = 1/ratio, and let r be
+    the norm ratio and ρ the cosine of F to W over FA's entries (ρ is 0 unless W aligns with F there, as in FA). The angle of E to
+    W is then given by
 
         cos = (p + k + f ρ r) / √(p (1 + λ) + k + f r²)
 
-    and that of the direct synapses alone, m_fa F + m_kp K, which are the ones between the neurons that W connects, is
+    and the angle of the direct synapses alone, m_fa F + m_kp K, which lie between the neurons that W connects, by
 
         cos = (k + f ρ r) / √(k + f r²)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Regression:
-    """What one training pass needs to learn feedback from noise.
+    """The data that one training pass needs to learn feedback from noise.
 
     Attributes:
         noise: layer -> the noise at its input in each of its calls.
@@ -150,7 +150,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
         for name, result in results.items():
             if result.dim() == 0:
                 if not any(other.dim() and depends_on(result, other) for other in results.values()):
-                    continue  # such as a penalty on the weights
+                    continue  # depends on no other output, like a penalty on the weights
                 raise CoverageError(
                     f"the model returns a loss ('{name}') that it has computed itself, and rule '{self.name}' "
                     f"cannot learn from there; call it without labels, and compute the loss from its logits"
@@ -171,7 +171,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
     def _learn(
         self, first: FirstPass, name: str, regression: Regression, output: PassOutput, delta: Tensor, _: Any
     ) -> list[Tensor]:
-        """δ; computes what the noise does to the loss, before the backward pass reaches the layers."""
+        """Compute the effect of the noise on the loss, before the backward pass reaches the layers, and return δ."""
         from fa_bench.mechanisms.cut.positions import require_labels
 
         target = self._target

@@ -65,4 +65,4 @@ class PC(EnergyRule):
     search_space = {"steps": "choice(5,20,80)", "rate": "tag(log,interval(0.01,0.5))", "momentum": "choice(0,0.5)"}
 
     moves_states = True
-    learns_beside_output = True  # states there do not immediately follow those before them
+    learns_beside_output = True  # states there do not change at once with those before them

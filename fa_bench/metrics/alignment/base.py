@@ -60,8 +60,8 @@ class Metric(Options):
 
 
 def declared(names: Iterable[str]) -> dict[str, type[Metric]]:
-    """The metrics with these names, in their order; if a metric is not registered because its plugin is missing, its name is its
-    title."""
+    """The metrics with these names, in their order; a metric that is not registered, because its plugin is missing, has its name
+    as its title."""
     metrics = {
         name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")}) for name in names
     }

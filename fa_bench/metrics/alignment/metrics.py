@@ -100,7 +100,8 @@ class TrueGradientNorm(Metric):
 @METRICS.register("output_angle")
 @dataclasses.dataclass(eq=False)
 class OutputAngle(Metric):
-    """Angle between the logits and a Bᵀ, with a the activation at a cut and B (C, features) its direct feedback, in degrees.
+    """Angle between the logits and a Bᵀ, with a the activation at a cut and B (C, features) the direct feedback there, in
+    degrees.
 
     Fig. 2 of the paper on direct Kolen-Pollack learning; only for rules with direct feedback.
     """

@@ -52,7 +52,7 @@ class DepthUtility(Probe):
         from fa_bench.mechanisms.blocks import blocks_of
 
         model, training, scored = subject.model, subject.training, subject.scored
-        # The rule may name the output that is trained, too.
+        # The name of the trained output may also come from the rule.
         objective = dataclasses.replace(subject.rule.objective, output=subject.rule.loss_output)
         primary = objective.scores[subject.splits.targets][0]
         blocks, parameters = blocks_of(model, subject.meter.x[:2]), dict(model.named_parameters(remove_duplicate=False))

@@ -28,8 +28,8 @@ class EffectiveRank(Probe):
     - ``effective_rank_stable``: the stable rank of the rule's errors, Σ σ² / max σ², which small singular values hardly change.
 
     Errors are taken at the same points as for `delta_angle`, on the fixed batch of N samples: an error (N, F) unchanged, tokens
-    (N, T, F) as N T rows, and maps (N, C, H, W) as N H W rows of C features. At the output layer it is that of the logits. NaN if
-    all errors are zero, or one is not finite.
+    (N, T, F) as N T rows, and maps (N, C, H, W) as N H W rows of C features. At the output layer, it is the error of the logits.
+    Values are NaN if all errors are zero or one is not finite.
     """
 
     def measure(self, subject: Subject) -> Quantities:
@@ -61,7 +61,8 @@ class EffectiveRank(Probe):
 def last_is_features(error: Tensor, model: torch_nn.Module, trace: Trace, layer: str) -> bool:
     """Whether the features of an error at the layer's activation are its last dimension, as for tokens, not the second.
 
-    That depends on the layer that takes the activation, or, if the error's shape is not that of its input, on the layer itself.
+    This depends on the next layer, which takes the activation as its input, or, if the error does not have the shape of that
+    input, on the layer itself.
     """
     consumer = trace.consumer.get(layer, layer)
     takes = error.shape[1:] == trace.input_shapes[consumer][1:]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: The row of the raw images: a layer that is no better has learned nothing useful.
 FLOOR = "input"
-#: Maximum number of features of an activation that the readout takes, and its regularisation, see `fit`.
+#: The maximum number of features that the readout uses of an activation, and its regularisation; see `fit`.
 FEATURES, RIDGE = 1024, 0.01
 #: Where activations are read in addition to the inputs of layers: at the model's input and output. No layer can have these paths.
 MODEL_INPUT, MODEL_OUTPUT = ".", ""
@@ -140,7 +140,7 @@ def bounded(x: Tensor, features_last: bool = False) -> Tensor:
 
 
 class Linear(NamedTuple):
-    """A fitted classifier: scores are x W + b, W (F, C) and b (C,); void if the features were not finite."""
+    """A fitted classifier: scores are x W + b, W (F, C) and b (C,); `void` is set if the features were not finite."""
 
     weight: np.ndarray
     bias: np.ndarray

@@ -66,7 +66,7 @@ def convnet(
         activation: one of ACTIVATIONS.
         conv_norm: batch normalisation after convolutions.
         linear_norm: batch normalisation after hidden fully connected layers.
-        dropout: rate of the dropout before every hidden fully connected layer; None for no such modules.
+        dropout: rate of the dropout before every hidden fully connected layer; None for no dropout.
         output_norm: batch normalisation of the logits.
         name: the name of the net in errors.
 
@@ -92,7 +92,7 @@ def convnet(
     width = channels * math.prod(size)
     for number, units in enumerate(hidden, start=len(stages) + 1):
         if dropout is not None:
-            # Dropout of the activation before; the error is delivered after it.
+            # This is the dropout of the preceding activation; the error is delivered after it.
             ends[-1] = f"drop{number}"
             parts[ends[-1]] = nn.Dropout(dropout)
         parts[f"fc{number}"] = nn.Linear(width, units)
