@@ -26,13 +26,13 @@ def block_ends(model: nn.Module, blocks: Iterable[str] | None = None) -> set[str
         CoverageError: if a name matches no module.
     """
     declared = [getattr(model, name, None) for name in ("blocks", "cut_points")] if blocks is None else [list(blocks)]
-    # Only lists of names count: a user's model may use these names for its own modules.
+    # Only lists of names count, because a user's model may use these attributes for its own modules.
     patterns = next((value for value in declared if isinstance(value, (list, tuple)) and value), ())
     return matching(patterns, [path for path, _ in model.named_modules() if path], "blocks")
 
 
 def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None) -> dict[str, list[str]]:
-    """{end of a block: names of its parameters}, in the order of execution, without blocks that have none.
+    """{end of a block: names of its parameters}, in the order of execution; blocks without parameters are left out.
 
     A block reaches from the end of the previous one to its own end.
 

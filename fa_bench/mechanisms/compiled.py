@@ -96,7 +96,7 @@ def refuse_version(rule: str, problem: str) -> None:
 
 
 def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator that turns a function into the operator ``fa_bench::NAME``, which compilers do not look into.
+    """A decorator that turns a function into the operator ``fa_bench::NAME``, whose code compilers do not trace.
 
     The operator's last argument is the key of a handle, and the function's first argument is the owner of that handle. The
     function must not return its arguments or views of them. Unlike in `torch.library.custom_op`, autograd works within the
@@ -105,7 +105,7 @@ def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., A
     Args:
         schema: name, arguments and results, without the key. Compilers keep graphs on disk, so if the memory format of the
             results changes, the operator needs a new name.
-        like: for compilers: takes the arguments without the key and returns tensors like the results.
+        like: used by compilers; takes the arguments without the key and returns tensors like the results.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -144,5 +144,5 @@ def new_sample(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
 
 @operator("sampled(Tensor magnitudes) -> Tensor", like=torch.empty_like)
 def sampled(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
-    """A layer's random magnitudes |M| as they are now; `magnitudes` may not have been overwritten yet."""
+    """The current random magnitudes |M| of a layer; `magnitudes` may not have been overwritten yet."""
     return pathway.sampled(magnitudes)

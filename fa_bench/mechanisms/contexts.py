@@ -30,7 +30,8 @@ def set_temporarily(objects: Iterable[Any], attribute: str, value: Any) -> Itera
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """A context in which every module is in training or evaluation mode, except modules whose own ``train`` method refuses.
+    """A context in which every module is in training or evaluation mode, except modules whose own ``train`` method refuses the
+    mode.
 
     Afterwards, every module is back in its earlier mode.
     """

@@ -127,8 +127,8 @@ def measured_scale(
         rule: the rule's name, for the error message.
         delta: δ, the gradient of the loss at the logits, in their shape.
         logits: (N, C), or with positions (N, T, C), (N, C, H, W) or (N, C, D, H, W).
-        target: the labels (N,) or (N, P...); None: for each sample or position the class with the lowest δ, the only negative
-            one for a cross-entropy.
+        target: the labels (N,) or (N, P...); None: the class with the lowest δ of each sample or position, which for a
+            cross-entropy is the only negative δ.
         last: the previous result, returned if δ is zero because every label has probability 1.
         objective: the objective of the training; None: the mean cross-entropy.
         mend: what to do if δ is something else, for the error message.

@@ -116,8 +116,8 @@ class Rule(Options):
                 cross-entropy.
 
         Raises:
-            CoverageError: if the rule cannot be attached; names the layers.
-            OptionError: if the rule and the objective name different outputs of the model, or if `objective` is not one.
+            CoverageError: if the rule cannot be attached; the message names the layers.
+            OptionError: if the rule and the objective name different outputs of the model, or if `objective` is not an objective.
         """
         from fa_bench.mechanisms.compound.expansion import expand
         from fa_bench.mechanisms.weighted_layers import Mode

@@ -2,9 +2,9 @@
 
 A rule that sets `Rule.repeats` gets the `FirstPass` of every training pass, and reruns the model with `again`: with noise at
 cuts, with another input, or for forward-mode differentiation. Dropout masks are those of the first pass. Batch normalisation in
-training mode uses the statistics of the pass's own batch, and updates its running ones in the first pass only. Other buffers that
-the first pass has updated, such as running means of a user's own normalisation, have the values from the start of the first pass;
-afterwards, they are set back to those from its end.
+training mode uses the statistics of the pass's own batch, and updates its running statistics only in the first pass. Other
+buffers that the first pass has updated, such as running means of a user's own normalisation, have the values from the start of
+the first pass; afterwards, they are set back to those from its end.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ class Draws:
         self.seed, self.number = seed, 0
 
     def generator(self, name: str, device: torch.device, is_shared: bool = False) -> torch.Generator:
-        """A generator that is seeded by the number and the name.
+        """A generator that is seeded by the number of the update and the name.
 
         Args:
             name: a name, for example that of a cut.

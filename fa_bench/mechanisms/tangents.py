@@ -125,7 +125,7 @@ def _by_forward_mode(
 
 @functools.lru_cache(maxsize=1)
 def _load_forward_mode() -> None:
-    """Make PyTorch load its decompositions now; loading them emits an irrelevant warning at the first dual tensor."""
+    """Make PyTorch load its decompositions now, and suppress the irrelevant warning that it emits with the first dual tensor."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", FutureWarning)
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))

@@ -40,7 +40,7 @@ class Trace:
         calls: how often each watched module ran.
         feeds: watched module -> weighted layers that feed its output.
         feeds_alone: watched module, in the order of execution -> `feeds` as it would be if no other module were watched.
-        same_output: watched module -> a module watched before it with the same output tensor, such as a block's last module.
+        same_output: watched module -> an earlier watched module with the same output tensor, such as a block's last module.
         through_weights: weighted layers whose error comes, at least in part, through the weight of another layer.
         through_below, through_beyond: like `through_weights`, but including paths of embeddings and ids of parameters that belong
             to no layer. In the former, the error comes from a watched module; in the latter, from the model's outputs without
@@ -52,7 +52,8 @@ class Trace:
         tables: paths of embeddings and ids of parameters that belong to no layer.
         kinds: watched module -> type of its output if it is not a tensor.
         output_shapes, input_shapes: watched module or layer -> shape of its output or input.
-        trainable: watched modules whose output depends on a trainable parameter, without passing another one's output.
+        trainable: watched modules whose output depends on a trainable parameter, without passing the output of another watched
+            module.
         changed_in_place: watched modules and layers whose output is changed in place after they have returned it.
         inputs_changed_in_place: layers whose input is changed in place after their last call.
         without_gradients: weighted layers that ran without gradients, under ``torch.no_grad()`` or reentrant checkpointing.
@@ -122,7 +123,7 @@ def trace_model(
         watch: paths of further modules whose outputs matter.
         output: name of the output from which the loss is computed; None: the first.
         frozen: parameters that are not trained, even if they require gradients now.
-        alone: fill in `Trace.feeds_alone`.
+        alone: whether to fill in `Trace.feeds_alone`.
 
     Raises:
         CoverageError: if the model has no such output.
@@ -304,7 +305,7 @@ class Arguments(NamedTuple):
 
 
 def arguments(sample: Any) -> Arguments:
-    """The arguments of a forward pass of a sample, see `trace_model`: copies, because a model may change its inputs."""
+    """The arguments of a forward pass of a sample (see `trace_model`), copied because a model may change its inputs."""
 
     def detached(value: Any) -> Any:
         if isinstance(value, Tensor):

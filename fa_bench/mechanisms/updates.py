@@ -44,7 +44,7 @@ class LearnedTensor:
     lr_scale = 1.0
     #: Whether its gradient is exactly that of the witness's weight.
     follows = False
-    #: Whether it has no gradient of its own, because the optimizer uses the weight's.
+    #: Whether the tensor has no separate gradient, because the optimizer uses the weight's gradient.
     shares_gradient = False
 
     def __init__(self, path: str, module: nn.Module, key: str, witness: nn.Module | None) -> None:
@@ -102,7 +102,7 @@ class LearnedTensor:
 
     @property
     def name(self) -> str:
-        """Its name in the model."""
+        """The tensor's name in the model."""
         return f"{self.path}.{self.key}" if self.path else self.key
 
     def _is_trained(self) -> bool:

@@ -101,8 +101,8 @@ class UsesOfWeights(TorchFunctionMode):
         self._running: list[tuple[str, nn.Module]] = []
         #: The autograd nodes that the owners of each weight have created.
         self._nodes_of: dict[int, set[Any]] = defaultdict(set)
-        #: (layer, description, node): functions that used the layer's weight; those that used its entries without
-        #: differentiation.
+        #: (layer, description, node) of each function that used the layer's weight or, in the second list, that used the weight's
+        #: entries without differentiation.
         self._used: list[tuple[str, str, Any]] = []
         self._detached: list[tuple[str, str, Any]] = []
         self._handles: list[Any] = []

@@ -27,7 +27,7 @@ class Mode:
         freeze_random: forward passes sample no new random tensors, so that measuring does not change the run.
         alone: nothing is exchanged with the other processes of a data-parallel run, which are not doing the same at the moment.
         layerwise: compound modules call one layer for each of their weights; otherwise they may use fused kernels.
-        always_layerwise: compound modules also do so without gradients.
+        always_layerwise: compound modules call these layers even if gradients are disabled.
         training: a forward pass of the whole model with gradients is running.
         without_gradients: path -> trainable layer that ran without gradients in this pass.
         with_gradients: paths of the layers that ran with gradients in this pass.
@@ -85,7 +85,7 @@ def _parameter_name(path: str, layer: nn.Module, name: str) -> str:
 
 
 def sample_axis(layer: nn.Module, dims: int) -> int:
-    """The axis of the samples in a layer's input or output of `dims` dimensions; attention has positions first."""
+    """The axis of the samples in a layer's input or output of `dims` dimensions; in attention, positions come first."""
     return getattr(layer, "batch_axis", 0) if dims > 2 else 0
 
 

@@ -78,7 +78,7 @@ class Counter(TorchDispatchMode):
 
     Attributes:
         multiplications, moved: the numbers of multiplications and of bytes moved so far.
-        new: bytes of the tensors that are alive and were created since the beginning, after each operation.
+        new: after each operation, the bytes of all live tensors that were created since counting began.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ def _size(tensor: Tensor) -> int:
 
 @contextmanager
 def counting() -> Iterator[Counter]:
-    """Count the operations of the block.
+    """A context that counts the operations within it.
 
     Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed when
     the last reference to them ends, never by the garbage collector, whose timing would make the count depend on what ran before.
@@ -184,9 +184,14 @@ def at_batch(counts: Sequence[int], batch: int) -> int:
 
 
 class _Step(NamedTuple):
-    """The counts of one step: multiplications of the forward pass, of the backward pass, of learning the feedback in it, of the
-    optimizer, and of what follows; bytes moved in the forward pass, in the backward pass, and in what follows; bytes of new
-    tensors, see `Counter`."""
+    """The counts of one step.
+
+    Attributes:
+        multiplications: in the forward pass, in the backward pass, for learning the feedback in the backward pass, in the
+            optimizer, and after it.
+        moved: bytes moved in the forward pass, in the backward pass, and after it.
+        new: bytes of new tensors, see `Counter`.
+    """
 
     multiplications: tuple[int, int, int, int, int]
     moved: tuple[int, int, int]
@@ -205,8 +210,8 @@ def step_costs(
 ) -> tuple[Cost, Cost]:
     """The costs of one training step: with the rule, and with backpropagation in the same model.
 
-    Runs small steps on random inputs, which change gradients, running statistics, random feedback and, with `optimizers`, the
-    weights, so pass a rule that will not be trained further.
+    This runs small steps on random inputs, which change gradients, running statistics, random feedback and, with `optimizers`,
+    the weights, so pass a rule that will not be trained further.
 
     Args:
         rule: an attached rule.
@@ -228,7 +233,7 @@ def step_costs(
         # The first step creates the states of optimizers, and whatever the rule keeps.
         for size in (_BATCHES[0], *_BATCHES):
             found.append(_step(rule, samples(size), own, exact))
-            if state:  # if a rule's steps are not all alike, the same one is counted again
+            if state:  # so that the same step is counted every time, if a rule's steps differ
                 rule.load_state_dict(state)
         return found[1:]
 
@@ -264,7 +269,7 @@ def step_costs(
 
 
 def optimizer_states(optimizers: Optimizers | None) -> list[Tensor]:
-    """The tensors that optimizers keep for their parameters; none without optimizers or before their first step."""
+    """The tensors that optimizers keep for their parameters; there are none without optimizers or before their first step."""
     return [
         value
         for optimizer in (optimizers.optimizers if optimizers is not None else ())

@@ -47,7 +47,7 @@ class Optimizers:
         elif learned and scale != 1:
             parts[0][2].append({"params": learned, "lr": options.lr * scale})
         else:
-            # One group for both: rules that rely on equal updates of W and B rely on equal settings.
+            # Both share one group, because rules that rely on equal updates of W and B rely on equal settings.
             weights += learned
         #: The optimizers, and the options of each.
         self.optimizers: list[torch.optim.Optimizer] = []

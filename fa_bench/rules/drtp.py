@@ -81,7 +81,7 @@ class DRTP(CutRule):
         return self.in_shape(cut, self.matrix(cut, captured).index_select(0, target).mul_(factor), captured)
 
     def _at_positions(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
-        """The signal for an output with positions; those without a label have no error and do not count."""
+        """The signal for an output with positions; positions without a label have no error and do not count."""
         labelled = target != ignored_label(self.objective) if target is not None else broadcast.ne(0).any(-1)
         feedback = self.tensor(cut, "B")
         count = labelled.sum().clamp_min(1).to(torch.promote_types(feedback.dtype, torch.float32))

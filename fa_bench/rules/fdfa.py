@@ -39,8 +39,8 @@ class FDFA(JacobianRule):
     ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a rate of 0, the rule is
     direct feedback alignment.
 
-    `tangents` chooses how d is computed: ``forward`` exactly, ``difference`` as (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001, for
-    operations without a forward-mode derivative, which are refused otherwise. `within` and `positions` are those of `dfa`;
+    `tangents` chooses how d is computed: ``forward`` is exact; ``difference`` is (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001, for
+    operations without a forward-mode derivative, which ``forward`` refuses. `within` and `positions` are those of `dfa`;
     positions, such as tokens, count as samples, and B (C, F) is the mean Jacobian between corresponding positions.
 
     Choices: B starts at zero as in the code (``b_init``). The gradient of B is multiplied by the factor by which the loss was

@@ -103,7 +103,7 @@ class LDRL(DrawingRule, LocalRule):
             )
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
-        """G, from the end of the next block to this cut."""
+        """G, which maps errors at the end of the next block to this cut."""
         above = self._shapes[self._next[cut]]
         layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
         if len(shape) == len(above) > 1:

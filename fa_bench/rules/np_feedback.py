@@ -93,10 +93,10 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
     in a linear net B learns W. B has its own learning rate, `b_lr_scale` times that of W (0: feedback alignment), or its own
     optimizer; the authors use plain SGD for it.
 
-    Deviations from the code: a two-sided difference in place of noisy minus clean; the mean over the batch in place of the sum;
-    any loss and nonlinearity, whereas the code has squared errors and sigmoids; B is sampled by `b_init` and ``linear_b_init``,
-    whereas the code has N(0, 2/fan) for weights and feedback alike. The first layer's B propagates no error but is trained
-    anyway.
+    Deviations from the code: a two-sided difference of losses in place of the noisy loss minus the clean one; the mean over the
+    batch in place of the sum; any loss and nonlinearity, whereas the code has squared errors and sigmoids; B is sampled by
+    `b_init` and ``linear_b_init``, whereas the code has N(0, 2/fan) for weights and feedback alike. The first layer's B
+    propagates no error but is trained anyway.
 
     In convolutions whose padding is not of zeros, or not the same on both sides (``same`` with an even kernel), B learns from the
     errors at the padded input, with its border, and so learns W only approximately.

@@ -12,7 +12,7 @@ from fa_bench.mechanisms.feedback_options import density_option
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 
-#: name -> computes s from (fan_in, fan_out), kernel positions counted, and whether the layer is a convolution
+#: Name -> function that computes s from fan_in and fan_out, which count kernel positions, and whether the layer is a convolution.
 SCALES: dict[str, Callable[[int, int, bool], float]] = {
     "xavier": lambda fan_in, fan_out, conv: math.sqrt(2 / (fan_in + fan_out)),
     "pytorch": lambda fan_in, fan_out, conv: 1 / math.sqrt(3 * fan_in),

@@ -45,14 +45,14 @@ class Compound(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.rule_mode
         # If this module runs without gradients in a training pass of the model, its layers are called nevertheless, so that they
-        # notice.
+        # notice this.
         if mode.layerwise and (torch.is_grad_enabled() or mode.training or mode.always_layerwise):
             return self.layerwise_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
 
 def compound(*plain_classes: type[nn.Module]) -> Any:
-    """A decorator for a mixin, which combines it with each of these plain classes into a compound class.
+    """A decorator for mixins, which combines a mixin with each of these plain classes into a compound class.
 
     The compound classes, such as ``CompoundLSTM``, are globals of the mixin's module, so that models can be pickled.
     """
@@ -70,7 +70,7 @@ def compound(*plain_classes: type[nn.Module]) -> Any:
 
 
 class Substitute(TorchFunctionMode):
-    """A context in which calls of some of PyTorch's functions are replaced.
+    """A context in which calls to some PyTorch functions are replaced.
 
     A fused function is replaced with a composition of layers; the argument checks around it remain those of PyTorch.
 

@@ -60,8 +60,7 @@ def contract(model: nn.Module) -> None:
 
 
 def _replanted(cls: type[nn.Module]) -> type[nn.Module]:
-    """The counterpart of a class that a parametrization has derived from a compound class: derived from the plain class
-    instead."""
+    """For a class that a parametrization has derived from a compound class: the same class, derived from the plain class."""
     plain: Any = cls.__bases__[0]
     body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     return type(f"Parametrized{plain.plain_class.__name__}", (plain.plain_class,), body)

@@ -45,7 +45,7 @@ class Projection(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """O."""
+        """The number of outputs, O."""
         return len(self.weight)
 
     @property

@@ -29,8 +29,8 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
     from fa_bench.mechanisms.weighted_layers import kind_of, weight_name
 
     beyond = trace.beyond if rule.error_at is not None else set()
-    # With error_at, errors beyond that module are exact by design and do not count; without it, those between the outputs and the
-    # last cut count, too.
+    # The layers whose error passes through another layer's weight. Those beyond the module in error_at do not count, because
+    # exact errors are intended there.
     passed = trace.through_below if rule.error_at is not None else trace.through_below | trace.through_beyond
     through = [path for path in trace.order if path in passed and path not in beyond]
     covered = tuple(

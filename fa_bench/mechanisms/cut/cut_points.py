@@ -173,7 +173,7 @@ def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
         except CoverageError as error:
             settings = error.settings
             if "allow_uncovered" in settings and has_blocks and not rule.modular and "within" not in options:
-                settings = {"within": "block"}  # describes correctly what uncovered weights would do
+                settings = {"within": "block"}  # what leaving the weights uncovered would amount to
             if not settings or options.items() >= settings.items():
                 break
             options |= settings

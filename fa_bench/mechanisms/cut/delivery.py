@@ -46,7 +46,7 @@ class Delivery:
         from fa_bench.mechanisms.cut.function import CompiledDeliverFunction, DeliverFunction
 
         self.rule, self._handle, self._compiled_function = rule, Handle(self), CompiledDeliverFunction
-        # These are read at every step, in which imports and properties would make a small net one per cent slower.
+        # These are read at every step; imports and properties there would slow down a small net by one per cent.
         self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
         self._needs_indices = rule.needs_indices
         # If activation checkpointing contains the module in error_at, it does not run this Function again, so values that the
@@ -187,8 +187,8 @@ class Delivery:
         Args:
             delta: δ.
             logits: the logits, if the rule needs them.
-            activations: the activation at each cut, or a tensor of its shape if the rule does not read it.
-            learned: tensors like the learned ones.
+            activations: the activation at each cut, or a tensor of the same shape if the rule does not read it.
+            learned: tensors with the shapes and dtypes of the learned tensors.
             cuts: the ``repr`` of a list that contains each cut with its `CapturedActivation.output_shape`.
         """
         matrices = not self.rule._layouts and self.rule.side == OUTPUT
@@ -201,8 +201,8 @@ class Delivery:
         like, results = [*activations, *learned], others
         if changes_delta:
             like, results = [*like, delta], [*others, error]
-        # An operator must not return its arguments or tensors that are kept elsewhere. Most results are new and large, so only
-        # these are copied.
+        # An operator must not return its arguments or tensors that are kept elsewhere. Only such tensors are copied, because most
+        # results are new and large.
         feedback = (one for tensors in self.rule.feedback.values() for one in tensors.values())
         kept = {one.untyped_storage().data_ptr() for one in (delta, *logits, *activations, *learned, *feedback)}
         return [

@@ -26,7 +26,7 @@ class EnergyPass:
     """One forward pass in which the activations at the cuts are replaced by states.
 
     Attributes:
-        predicted: cut -> f_l(s_{l-1}) (N, ...), the output of its block for the previous state.
+        predicted: cut -> f_l(s_{l-1}) (N, ...), the output of the cut's block for the previous state.
         errors: cut -> s_l - f_l(s_{l-1}), in the shape of the cut's activation and in at least single precision.
         loss: the mean loss, a scalar; None while the pass runs.
     """

@@ -33,10 +33,11 @@ class LocalRule(CutRule):
     """A cut rule whose error at a cut is the gradient of a local loss; subclasses implement `auxiliary` and `local_loss`.
 
     No error crosses a cut, unless `crosses` is set. The auxiliary layers belong to the rule, but their parameters and buffers are
-    also registered in the module at the cut, as ``feedback_auxiliary_...``: so ``model.parameters()`` and ``model.state_dict()``
-    contain them, and they follow the model to its device and dtype. They are not registered as submodules, because a container
-    such as ``nn.Sequential`` would run them. ``rule.feedback_parameters()`` are the auxiliary parameters; ``rule.feedback`` lists
-    them under their cut. Local losses are scaled like the loss, and computed in the model's dtype under autocast.
+    also registered in the module at the cut, as ``feedback_auxiliary_...``. Therefore, ``model.parameters()`` and
+    ``model.state_dict()`` contain them, and they follow the model to its device and dtype. They are not registered as submodules,
+    because a container such as ``nn.Sequential`` would run them. ``rule.feedback_parameters()`` are the auxiliary parameters;
+    ``rule.feedback`` lists them under their cut. Local losses are scaled like the loss, and computed in the model's dtype under
+    autocast.
 
     If the output has positions, each cut must have the same ones, and they count as samples: the auxiliary layers see activations
     (M, F) with M = N times the number of positions.

@@ -41,7 +41,7 @@ def require_labels(rule: str, target: Tensor, shape: Shape, objective: Objective
     Args:
         rule: the rule's name, for the error message.
         target: the labels (N,) or (N, P...), or numbers in the shape of the outputs.
-        shape: that of the outputs, (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W).
+        shape: the shape of the outputs, (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W).
         objective: the objective.
 
     Raises:
@@ -119,9 +119,9 @@ def _is_position_a_sample(objective: Objective, outputs: Tensor, target: Tensor)
 class Layout:
     """The axes of a cut's activation (N, ...) if one matrix B (C, F) serves all of its positions.
 
-    The positions of the cut need not be those of the error, but along each axis, one number must be a multiple of the other.
-    If the cut has fewer, an error is the sum over the positions that it covers; if it has more, errors are copied. A cut
-    without positions gets the sum over all positions, and an error without positions is copied to all of them.
+    The positions of the cut need not be those of the error, but along each axis, one size must be a multiple of the other. If the
+    cut has fewer positions, each gets the sum of the errors that it covers; if it has more, errors are copied. A cut without
+    positions gets the sum over all positions, and an error without positions is copied to all of them.
 
     Attributes:
         cut: the cut's path, for error messages.
@@ -150,7 +150,7 @@ class Layout:
         are copied later, by `restored`.
 
         Raises:
-            CoverageError: if their numbers do not match.
+            CoverageError: if the numbers of positions do not match.
         """
         given, wanted = tuple(errors.shape[1:-1]), positions_of(shape, self.axis)
         if given == wanted:

@@ -1,6 +1,7 @@
 """Cut rules: the second mechanism, which cuts the graph at named modules and delivers an error to each of them directly.
 
-`cut_points` determines which modules can be cut, `capture` has the hooks that cut, and `delivery` has the backward pass.
+`cut_points` determines which modules can be cut, `capture` contains the hooks that cut, and `delivery` contains the backward
+pass.
 """
 
 from __future__ import annotations
@@ -78,11 +79,12 @@ class CutRule(Rule):
     #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.
     scales = False
     loss_factor = 1.0
-    #: Whether targets may be numbers (N, O), because errors come from the objective's loss, whatever the targets are.
+    #: Whether targets may be numbers (N, O), because errors are computed from the objective's loss, regardless of the kind of
+    #: targets.
     takes_numbers: ClassVar[bool] = False
     #: Whether all errors are those of the objective, so that any other loss would be ignored.
     learns_by_objective: ClassVar[bool] = False
-    #: Whether `gradients` computes the gradients of all parameters, in its own passes: see `fa_bench.mechanisms.cut.passes`.
+    #: Whether `gradients` computes the gradients of all parameters, in separate passes; see `fa_bench.mechanisms.cut.passes`.
     learns_in_passes = False
     output_learns_by_delta = False
     #: The description of an output layer's error in the coverage table.

@@ -117,7 +117,7 @@ class AlignedFeedback(FeedbackPathway):
 
     Args:
         loss: the loss.
-        scale: the factor by which the gradients are multiplied, which is that of the task's loss.
+        scale: the factor of the gradients, by which the task's loss was scaled, too.
         updates_weight: whether W gets the gradient of the local loss, too.
         on_noise: whether the local loss is computed on the layer's `noise` instead of its input.
     """
@@ -149,7 +149,7 @@ class AlignedFeedback(FeedbackPathway):
     def gradient(
         self, of: Any, layer: Any, weight: Tensor, feedback: Tensor, x: Tensor, geometry: Geometry | None, rows: slice | None
     ) -> Tensor:
-        """The gradient of the local loss, times the factor of the task's loss.
+        """The gradient of the local loss, times the factor by which the task's loss was scaled.
 
         Args:
             of: the method of the loss that computes the gradient.

@@ -9,7 +9,7 @@ layer's output:
     error at the input     = g times `feedback`                         (backpropagation uses the weight here)
 
 `feedback` has the weight's layout, so with feedback = weight the result is bitwise identical to backpropagation, without a
-transpose. A layer passes its own tensors to its Function, a `BackwardContext`, and, one by one, the learned feedback tensors of
+transpose. A layer passes to its Function its own tensors, a `BackwardContext` and, one by one, the learned feedback tensors of
 ``context.gradients``. Because these are inputs, autograd accumulates their gradients, and all code that watches gradients works
 on them. The arithmetic of a small layer takes microseconds, so wrappers are costly: Functions have few arguments, forward and
 setup in one method, and a backward that is not marked ``once_differentiable``. Second derivatives are those of the formulas
@@ -185,7 +185,7 @@ def learned_gradients(
 
     Args:
         how: how each gradient is computed.
-        needed: whether each is needed.
+        needed: whether each gradient is needed.
         grad_weight: the weight's gradient; None if the weight is frozen.
         e_in: the error at the layer's input; None if it is not needed.
         errors: returns the errors at the layer's output, (samples and positions, O).

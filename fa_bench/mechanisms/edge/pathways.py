@@ -232,7 +232,7 @@ class TransposeFeedback(FeedbackPathway):
 class WeightDerivedFeedback(FeedbackPathway):
     """B is computed from the weight in the backward pass, just before the multiplication, so that B is still in the cache.
 
-    This is the weight of the forward pass. As in backpropagation, autograd raises an error if the weight was changed in place
+    The weight is that of the forward pass. As in backpropagation, autograd raises an error if the weight was changed in place
     before the backward pass.
     """
 

@@ -2,7 +2,8 @@
 
 The activations between weighted layers are numbered in the order of execution. The stem's output is number 1. An activation that
 is the input of several layers, such as a block's first convolution and its projection, counts once. If k layers share, activation
-s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021); layers whose input is activation 1 use it itself.
+s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021); layers whose input is activation 1 use that
+activation itself.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class SharedActivation:
         self._captured: tuple[Tensor, int] | None = None
 
     def capture(self, x: Tensor) -> None:
-        """Called at every forward pass by the first layer that has the activation as its input."""
+        """Called in every forward pass by the first layer that has the activation as its input."""
         self._captured = x.detach(), 0 if torch.compiler.is_compiling() else x._version  # a graph has no versions
 
     @property
@@ -183,7 +184,7 @@ class SharedActivationFeedback(FeedbackPathway):
         return lambda activation: _batch_first(layer, match(activation), undo=True)
 
     def shared(self, layer: Any, context: BackwardContext, activation: Callable[[], Tensor]) -> BackwardContext:
-        """The context with the shared activation: here, it enters the weight gradient."""
+        """The context with the shared activation: in this class, it enters the weight gradient."""
         return context._replace(activation=activation)
 
     def effective(self, layer: Any) -> Tensor:

@@ -47,7 +47,8 @@ class Metric(Options):
     unit: ClassVar[str] = ""
     #: The layers that a report averages over: FEEDBACK, HIDDEN or ALL.
     layers: ClassVar[str] = ALL
-    #: Whether the mean over layers is a column of reports, whether reports plot it by layer, and its rank among the metrics.
+    #: Whether reports have a column for the mean over layers, whether they plot the values by layer, and the metric's rank among
+    #: all.
     column: ClassVar[bool] = True
     plot: ClassVar[bool] = True
     order: ClassVar[int] = 100

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fa_bench.metrics.meter import Passes, Point
 
-#: The norm of a gradient below which angles to it mean nothing (the faeval protocol, spring 2026).
+#: The norm of a gradient below which angles to the gradient are meaningless (the faeval protocol, spring 2026).
 GRADIENT_FLOOR = 1e-7
 
 

@@ -23,8 +23,8 @@ class EffectiveRank(Probe):
     """Effective rank of the matrix of the errors at a layer's activation, one row for each sample or position.
 
     - ``effective_rank``: exp(-Σ p log p) with p = σ / Σ σ, where σ are the singular values of the rule's errors (Roy and Vetterli
-      2007). It lies between 1 and the smaller number of rows and features.
-    - ``effective_rank_bp``: that of the errors of backpropagation at the same place, with the same weights.
+      2007). It lies between 1 and the number of rows or of features, whichever is smaller.
+    - ``effective_rank_bp``: the effective rank of backpropagation's errors at the same place, with the same weights.
     - ``effective_rank_stable``: the stable rank of the rule's errors, Σ σ² / max σ², which small singular values hardly change.
 
     Errors are taken at the same points as for `delta_angle`, on the fixed batch of N samples: an error (N, F) unchanged, tokens

@@ -68,7 +68,7 @@ class GaussNewtonAngle(Probe):
 
 
 def edges_at(rule: Rule, points: set[Point], x: Tensor) -> tuple[Tensor, dict[Point, GradientEdge]]:
-    """The logits of an exact forward pass, and the graph edges of the tensors at those of these points that occur once.
+    """The logits of an exact forward pass, and the graph edge of the tensor at each of these points that occurs exactly once.
 
     Edges are returned rather than tensors, because later modules may change a tensor in place, which moves it to another place in
     the graph.
@@ -116,6 +116,6 @@ def gauss_newton(jacobian: Tensor, delta: Tensor) -> Tensor:
     wide = jacobian.double()
     gram = wide @ wide.mT
     size = gram.diagonal(dim1=1, dim2=2).mean(1)
-    damping = torch.where(size > 0, DAMPING * size, 1.0)  # J⁺ of zeros is zero
+    damping = torch.where(size > 0, DAMPING * size, 1.0)  # J⁺ is zero if J is
     damped = gram + damping[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     return (wide.mT @ torch.linalg.solve(damped, delta.double().unsqueeze(2))).squeeze(2)

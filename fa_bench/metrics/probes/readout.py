@@ -87,8 +87,8 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
 
     def recorder(point: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            # If a layer runs several times, the first input is taken; in a recurrent module that is the initial state, so the
-            # last one is taken.
+            # If a layer runs several times, its first input is taken, except in a recurrent module, where this is the initial
+            # state and the last input is taken instead.
             in_compound = isinstance(module, Projection)
             if point not in activations or in_compound:
                 x = args[0].movedim(sample_axis(module, args[0].dim()), 0)

@@ -55,8 +55,8 @@ def convnet(
 ) -> nn.Sequential:
     """conv1 (- bn1) - act1 (- pool1) - conv2 - ... - flatten - (dropN -) fcN (- bnN) - actN - ... - fcK (- bnK).
 
-    Numbers continue from the convolutions to the fully connected layers. The cut points are the hidden activations, after pooling
-    and dropout if present, where the code of both papers delivers the error. The blocks end at the same modules.
+    Module numbers continue from the convolutions to the fully connected layers. The cut points are the hidden activations, after
+    pooling and dropout if present, where the code of both papers delivers the error. The blocks end at the same modules.
 
     Args:
         input_shape: (C, H, W) of one image.
@@ -64,10 +64,10 @@ def convnet(
         stages: the convolutions.
         hidden: neurons of the hidden fully connected layers.
         activation: one of ACTIVATIONS.
-        conv_norm: batch normalisation after convolutions.
-        linear_norm: batch normalisation after hidden fully connected layers.
+        conv_norm: whether batch normalisation follows the convolutions.
+        linear_norm: whether batch normalisation follows the hidden fully connected layers.
         dropout: rate of the dropout before every hidden fully connected layer; None for no dropout.
-        output_norm: batch normalisation of the logits.
+        output_norm: whether the logits are batch-normalised.
         name: the name of the net in errors.
 
     Raises:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Shortcuts: every second pixel, and zeros for the added channels; a 1x1 convolution with batch normalisation if the shape
-#: changes; no shortcut at all.
+#: Shortcuts. pad: every second pixel, and zeros for the added channels; project: a 1x1 convolution with batch normalisation if
+#: the shape changes; none: no shortcut at all.
 SHORTCUTS = ("pad", "project", "none")
 
 
