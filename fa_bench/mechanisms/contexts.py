@@ -46,7 +46,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Every module, and whether it is in training mode."""
+    """(module, whether it is in training mode) for every module."""
     return [(module, module.training) for module in model.modules()]
 
 

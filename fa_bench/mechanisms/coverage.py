@@ -112,7 +112,7 @@ COVERABLE = "nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, attention, re
 
 
 def not_coverable(model: Any) -> str:
-    """Why no layer of the model can be covered, and what to do, as one or more clauses."""
+    """Why no layer of the model can be covered, and how to change that, as one or more clauses."""
     nn, reasons = torch.nn, [f"it has no {COVERABLE}"]
     compounds = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
     why = {

@@ -86,7 +86,7 @@ class Dual:
 
     Args:
         rule: the rule's name.
-        mode: that of the attached model.
+        mode: the mode of the attached model.
         beta: β.
 
     Attributes:

@@ -63,7 +63,7 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
     return not 0 <= ignored < 1 << 62 or not bool((target == ignored).any())
 
 
-#: What to do if a rule computes errors, or everything, from the labels.
+#: The remedy if a rule computes errors, or everything, from the labels.
 PASS_SCALE = "Pass the scale: rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
 PASS_OBJECTIVE = (
     "It learns only from the objective, whatever the loss is; attach it with the objective that you train, objective=..."
@@ -73,7 +73,8 @@ PASS_OBJECTIVE = (
 class PassOutput:
     """The output of one training pass, from which the loss is computed.
 
-    It shares its memory with the tensor that the user gets: a change in place, such as ``logits[:, 3:] = -1e9``, changes both.
+    The output shares its memory with the tensor that the user gets: a change in place, such as ``logits[:, 3:] = -1e9``, changes
+    both.
 
     Args:
         rule: the rule's name, for error messages.
@@ -88,7 +89,7 @@ class PassOutput:
 
     @property
     def is_changed(self) -> bool:
-        """Whether it was changed in place since the forward pass."""
+        """Whether the output was changed in place since the forward pass."""
         return self.logits._version != self._version
 
     def unchanged(self) -> Tensor:
@@ -131,7 +132,7 @@ def measured_scale(
             cross-entropy is the only negative δ.
         last: the previous result, returned if δ is zero because every label has probability 1.
         objective: the objective of the training; None: the mean cross-entropy.
-        mend: what to do if δ is something else, for the error message.
+        mend: a remedy for the error message, if δ is something else.
 
     Raises:
         ValueError: if δ is not a multiple of that gradient, or if the labels do not fit the logits.

@@ -215,7 +215,7 @@ class Rule(Options):
         return self._structure.current_parameters() if self._structure is not None else self._frozen
 
     def wire(self, sample_input: Any) -> Coverage:
-        """Wire the rule into `self.model` and return what it covers; implemented by the mechanism."""
+        """Wire the rule into `self.model` and return its coverage; implemented by the mechanism."""
         raise NotImplementedError
 
     def unwire(self) -> None:
@@ -276,7 +276,7 @@ class Rule(Options):
         mode.training = training
 
     def _end_interrupted(self) -> None:
-        """Do what `end_forward` could not do in passes that were interrupted."""
+        """Do the work of `end_forward` for passes that were interrupted before it."""
         while self._passes and not self._passes[-1].is_running():
             self.end_forward(self.model, (), None)
 
@@ -458,7 +458,8 @@ class Rule(Options):
 
     @property
     def loss_output(self) -> str | int | None:
-        """The name of the model's output from which the loss is computed, which is an option of the objective or of the rule."""
+        """The name of the model's output from which the loss is computed; the name is an option of the objective or of the
+        rule."""
         return self.objective.output if self.objective.output is not None else getattr(self, "output", None)
 
     def weight_parameters(self) -> list[nn.Parameter]:

@@ -128,7 +128,7 @@ class FirstPass:
 
 
 class EarlierBuffers:
-    """The values, before a pass, of those of a model's own buffers that the pass updates; to be created when the pass starts.
+    """The earlier values of those of a model's own buffers that a pass updates; to be created when the pass starts.
 
     Args:
         model: the model.

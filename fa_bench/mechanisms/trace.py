@@ -120,7 +120,7 @@ def trace_model(
     Args:
         model: the plain model (or an attached one inside ``rule.exact()``).
         sample: one input batch, (N, ...); a tuple or list of several arguments, or a dictionary of them by name.
-        watch: paths of further modules whose outputs matter.
+        watch: paths of additional modules whose outputs are traced.
         output: name of the output from which the loss is computed; None: the first.
         frozen: parameters that are not trained, even if they require gradients now.
         alone: whether to fill in `Trace.feeds_alone`.
@@ -214,7 +214,7 @@ def _traced(
         return _walk(roots, node_of, stops, look_ups, set(tables))
 
     walks = {path: tabled([node], output_nodes.values()) for path, node in output_nodes.items()}
-    # An output of the model that is also that of a watched module, such as a hidden state, is not followed any further.
+    # An output of the model that is also the output of a watched module, such as a hidden state, is not followed any further.
     ends = set(roots).difference(output_nodes.values())
     first_beyond, through_beyond = tabled(ends, output_nodes.values())
     through_below = set().union(*(through for _, through in walks.values()))

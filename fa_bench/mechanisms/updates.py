@@ -1,10 +1,11 @@
 """Learned feedback tensors, and whether an optimizer trains them.
 
 A learned tensor is a parameter of the model, so an optimizer created after `attach` trains it. An optimizer created earlier does
-not, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. Both would fail
-silently: the rule would turn into feedback alignment, or nothing would be learned. Therefore, the first update after `attach` and
-the first one after a tensor was replaced are checked: against the parameter groups of the optimizers that step, or, if the
-weights are updated by hand, by comparing values when ``rule.step()`` is called. After that, the check costs one comparison.
+not, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. In both cases, training
+would fail silently: the rule would turn into feedback alignment, or nothing would be learned. Therefore, the first update after
+`attach` and the first one after a tensor was replaced are checked: against the parameter groups of the optimizers that step, or,
+if the weights are updated by hand, by comparing values when ``rule.step()`` is called. After that, the check costs one
+comparison.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class LearnedTensor:
             None disables the check.
     """
 
-    #: Its learning rate relative to that of the weights.
+    #: The tensor's learning rate relative to that of the weights.
     lr_scale = 1.0
-    #: Whether its gradient is exactly that of the witness's weight.
+    #: Whether the tensor's gradient is exactly the gradient of the witness's weight.
     follows = False
     #: Whether the tensor has no separate gradient, because the optimizer uses the weight's gradient.
     shares_gradient = False

@@ -109,7 +109,7 @@ def require_gradients(path: str, layer: nn.Module) -> None:
     """Refuse a layer with a trainable weight that ran without gradients in a forward pass of the model with gradients.
 
     Raises:
-        CoverageError: in this case; the message names the layer and what to do.
+        CoverageError: in this case; the message names the layer and a remedy.
     """
     if layer.weight.requires_grad:
         raise CoverageError(

@@ -152,8 +152,8 @@ def _size(tensor: Tensor) -> int:
 def counting() -> Iterator[Counter]:
     """A context that counts the operations within it.
 
-    Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed when
-    the last reference to them ends, never by the garbage collector, whose timing would make the count depend on what ran before.
+    Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed when the last reference to
+    them ends, never by the garbage collector, whose timing would make the count depend on earlier code.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -230,7 +230,7 @@ def step_costs(
 
     def steps(own: Optimizers | None, exact: bool = False) -> list[_Step]:
         state, found = rule.state_dict(), []
-        # The first step creates the states of optimizers, and whatever the rule keeps.
+        # The first step creates the states of optimizers and all tensors that the rule keeps.
         for size in (_BATCHES[0], *_BATCHES):
             found.append(_step(rule, samples(size), own, exact))
             if state:  # so that the same step is counted every time, if a rule's steps differ
@@ -238,7 +238,7 @@ def step_costs(
         return found[1:]
 
     with rule.exact():
-        plain = optimizers() if optimizers is not None else None  # trains what the rule has frozen, too
+        plain = optimizers() if optimizers is not None else None  # also trains parameters that the rule has frozen
         reference = steps(plain, exact=True)
     own = optimizers() if optimizers is not None else None
     if own is not None:

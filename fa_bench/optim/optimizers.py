@@ -74,7 +74,7 @@ class Optimizers:
         """From now on, backward passes do not compute a second gradient for learned feedback that shares the gradient of a
         weight.
 
-        Only for optimizers that update in one fused pass, and for training by one process; others are left as they are.
+        Only for optimizers that update in one fused pass, and for training by one process; in all other cases, nothing changes.
         """
         if all(optimizer.defaults.get("fused") for optimizer in self.optimizers):
             self._shared = self._rule.shared_gradients()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: The key of the output's entries, in addition to those of the cuts.
+#: The key for entries of the output, in dictionaries whose other keys are cuts.
 OUTPUT_OF_MODEL = ""
 #: The feedback tensor of the output, which is stored at the last cut.
 OF_OUTPUT = "B_output"
@@ -61,7 +61,7 @@ class Controller:
 @ALGORITHMS.register("dfc")
 @dataclasses.dataclass(eq=False)
 class DFC(DrawingRule, LearnedCutRule, PassRule):
-    """Deep feedback control: a controller drives the output to a target, and layers learn from how it changes them.
+    """Deep feedback control: a controller drives the output to a target, and layers learn from the changes that it causes.
 
     Meulemans et al. 2021, arXiv 2106.07887, with the steady state in closed form, which is the option ``ssa`` in the code of
     Meulemans et al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). With r_0 = x, the steady state of the voltages before the
@@ -175,7 +175,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
         if self.error_dims != 2:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
-        #: The cuts whose voltage is at their input; that of the others is at their output.
+        #: The cuts whose voltage is at the module's input; the voltage of all other cuts is at the output.
         self._nonlinear = frozenset(cut for cut in features if self.is_nonlinearity(cut))
         self._last = list(features)[-1]
         self._learned, self._masked = {cut: [] for cut in features}, False

@@ -39,7 +39,7 @@ class DRTP(CutRule):
     blocks and lets the layers of each block learn by backpropagation from its end, as in `dfa`. There is no ``error_at``, because
     labels have no error at a hidden layer.
 
-    Choices: the error is divided by N, like that of the output layer. The paper's code does so only at the output, which
+    Choices: the error is divided by N, like the error of the output layer. The paper's code does so only at the output, which
     corresponds to ``scale`` = N here. The sign is that of the code; it makes no difference because the distribution of B is
     symmetric about zero. B is Kaiming-uniform with the cut's features as its fan (``b_init``), with one fixed mask if ``density``
     is below 1. The error is scaled like the loss. The paper uses tanh units (``architecture.activation=tanh``) and no batch

@@ -105,7 +105,7 @@ class ForwardAlignment(EdgeRule):
     their weight. The rule costs a second forward pass.
 
     In a model with batch normalisation, the second pass depends on the batch; under data parallelism, each rank uses the
-    statistics of its own part.
+    statistics of its part of the batch.
     """
 
     equations = (
@@ -234,6 +234,6 @@ class ForwardAlignment(EdgeRule):
         return (batch_note("batch normalisation in the second forward pass"),) if normalised else ()
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """C and W, which align here."""
+        """C and W, which align in this rule."""
         layers = {path: self._layers[path] for path in self._random_layers}
         return {path: (feedback_tensor(layer, "C"), layer.weight.detach()) for path, layer in layers.items()}

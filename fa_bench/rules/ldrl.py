@@ -36,7 +36,7 @@ class LDRL(DrawingRule, LocalRule):
 
     The model is a chain of blocks f, here those that it declares (``model.blocks``) or those that end with the modules in
     ``cuts``. Each block except the first has a feedback map g from its output h' = f(h) to its input h, here a linear map G
-    without bias. A block's target is h' - e', and that of the block below is h + g(h' - e') - g(h'), so that
+    without bias. A block's target is h' - e', and the target of the block below is h + g(h' - e') - g(h'), so that
 
         e = g(h') - g(h' - e') = G e'
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.edge.ops import Geometry
 
-#: activation -> its φ'(0); that of ReLU is the mean of its slopes on both sides.
+#: Activation -> its φ'(0); for ReLU, this is the mean of the slopes on both sides.
 SLOPES = {"linear": 1.0, "relu": 0.5, "tanh": 1.0, "sigmoid": 0.25}
 
 

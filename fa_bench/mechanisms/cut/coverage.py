@@ -79,7 +79,7 @@ def with_untrained(coverage: Coverage, rule: CutRule, reached: set[int], why: st
         coverage: the coverage of the rule, which is being attached.
         rule: the rule.
         reached: ids of the parameters that learn.
-        why: what happens to all other parameters, as text.
+        why: the state of all other parameters, as text.
     """
     results = rule._trace.results
     which = f"output '{next(iter(results)) if rule.output is None else rule.output}'" if len(results) > 1 else "the output"

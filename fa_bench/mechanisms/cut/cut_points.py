@@ -1,5 +1,5 @@
-"""The modules at which a cut rule cuts: those that are named, those that are refused, and those that are suggested if none are
-named."""
+"""The choice of the modules at which a cut rule cuts: reading their names, refusing unsuitable ones, and suggesting some if none
+are named."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
         except CoverageError as error:
             settings = error.settings
             if "allow_uncovered" in settings and has_blocks and not rule.modular and "within" not in options:
-                settings = {"within": "block"}  # what leaving the weights uncovered would amount to
+                settings = {"within": "block"}  # leaving the weights uncovered would amount to this
             if not settings or options.items() >= settings.items():
                 break
             options |= settings

@@ -228,7 +228,7 @@ class ModuleRule(LocalRule):
     """
 
     within = "block"
-    #: For error messages: the name of an auxiliary net, and what to do if a batch is too small for its batch normalisation.
+    #: For error messages: the name of an auxiliary net, and a remedy if a batch is too small for its batch normalisation.
     net_name = "auxiliary net"
     larger_batches = "use larger batches, or drop the last incomplete one"
 

@@ -66,10 +66,10 @@ class PassRule(CutRule):
         """The gradients of the parameters; called with gradients enabled and `first_pass` set.
 
         Args:
-            parameters: those of `trained_parameters`.
+            parameters: the result of `trained_parameters`.
             activations: cut -> its activation (N, ...) in the first pass.
             delta: the gradient of the loss at the logits, in their shape; it contains `loss_factor` and the mean's 1/N.
-            logits: those of the first pass.
+            logits: the logits of the first pass.
             target: the labels, (N,) or (N, P...).
         """
         raise NotImplementedError

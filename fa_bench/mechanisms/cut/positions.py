@@ -226,7 +226,8 @@ def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shap
 
 
 def layout_of(path: str, shape: Shape, positions: Shape, trace: Trace, layers: dict[str, WeightedLayer]) -> Layout:
-    """The layout of a watched module's output, with the arguments of `layouts_of`; `positions` are those of the errors."""
+    """The layout of a watched module's output, with the arguments of `layouts_of`; `positions` are the positions of the
+    errors."""
     before = trace.feeds.get(path)
     last = (layers[before[-1]], trace.output_shapes[before[-1]]) if before else None
     return Layout(path, feature_axis(shape, positions, last))
@@ -243,7 +244,7 @@ def layouts_of(
         errors: shape of the tensor from which the error comes.
         axis: the class axis of that tensor.
         shared: whether the positions of a cut share B if the errors have no positions.
-        same: whether positions must be those of the errors.
+        same: whether cuts must have the positions of the errors.
         trace: the model's structure, with the cuts watched.
         layers: the model's weighted layers.
 

@@ -68,7 +68,7 @@ class CutRule(Rule):
     within: str = dataclasses.field(default="layer", init=False)
     error_at: str | None = dataclasses.field(default=None, init=False)
     positions: str = dataclasses.field(default="own", init=False)
-    #: Whether the positions of cuts must be those of the output.
+    #: Whether cuts must have the positions of the output.
     same_positions = False
     #: Whether the errors of the layers above cross the cuts; `signal` is then added to them.
     crosses = False
@@ -147,7 +147,7 @@ class CutRule(Rule):
 
         Args:
             cut: the cut's module path.
-            name: the tensor's name: the model's state_dict has it as ``feedback_NAME``.
+            name: the tensor's name, which is ``feedback_NAME`` in the model's state_dict.
             value: an initialiser, or the tensor itself; the arguments below are for initialisers.
             shape: the tensor's shape, (C, ...).
             density: fraction of the entries that are not masked.
@@ -168,7 +168,7 @@ class CutRule(Rule):
         return delta
 
     def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
-        """The error at one cut, in the shape of its activation: by default that of `project`.
+        """The error at one cut, in the shape of its activation; by default, the result of `project`.
 
         Args:
             cut: the cut's module path.

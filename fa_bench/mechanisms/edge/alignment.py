@@ -117,7 +117,7 @@ class AlignedFeedback(FeedbackPathway):
 
     Args:
         loss: the loss.
-        scale: the factor of the gradients, by which the task's loss was scaled, too.
+        scale: the factor by which the task's loss was scaled; the gradients are multiplied by it.
         updates_weight: whether W gets the gradient of the local loss, too.
         on_noise: whether the local loss is computed on the layer's `noise` instead of its input.
     """

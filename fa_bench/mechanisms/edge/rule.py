@@ -65,12 +65,12 @@ class LayerContext:
         """Give the layer the feedback tensor `name`.
 
         Args:
-            name: the tensor's name: the model's state_dict has it as ``feedback_NAME``.
+            name: the tensor's name, which is ``feedback_NAME`` in the model's state_dict.
             value: an initialiser, ``copy_w`` for a copy of the weight, or the tensor itself, which is moved to the weight's
                 device and dtype; the arguments below are for initialisers.
             density: fraction of the entries that are not masked.
             magnitude: take the absolute values.
-            shape: the tensor's shape; default: that of the weight.
+            shape: the tensor's shape; default: the shape of the weight.
         """
         weight = self.module.weight.detach()
         if not isinstance(value, str):
@@ -91,7 +91,7 @@ class LayerContext:
         Args:
             density: the probability of a one.
             seeded_by: the name of a tensor: the mask is the one by which `put` multiplies that tensor.
-            shape: the mask's shape; default: that of the weight.
+            shape: the mask's shape; default: the shape of the weight.
         """
         weight = self.module.weight
         shape = tuple(weight.shape) if shape is None else shape

@@ -42,7 +42,7 @@ class Metric(Options):
         ['0', '1']
     """
 
-    #: Its heading in tables and figures, and its unit: ``°`` or empty.
+    #: The metric's heading in tables and figures, and its unit: ``°`` or empty.
     title: ClassVar[str] = ""
     unit: ClassVar[str] = ""
     #: The layers that a report averages over: FEEDBACK, HIDDEN or ALL.

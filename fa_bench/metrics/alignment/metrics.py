@@ -49,7 +49,7 @@ class DeltaAngle(Metric):
 @METRICS.register("norm_ratio")
 @dataclasses.dataclass(eq=False)
 class NormRatio(Metric):
-    """Frobenius norm of the effective feedback over that of the weight."""
+    """Frobenius norm of the effective feedback, divided by that of the weight."""
 
     title, layers, order = "norm ratio", FEEDBACK, 3
 

@@ -20,7 +20,7 @@ class ProjectionAngle(Probe):
 
     Kunin et al. 2020. x is the layer's input (N, ...) on the fixed batch, and the outputs have no biases. The angle is between
     the outputs of each sample, flattened over positions, and the value is the mean over the samples for which it is defined. For
-    a layer that runs several times, the angle is that of its first run. Batch normalisation uses the batch's statistics and
+    a layer that runs several times, the angle is measured in the first run. Batch normalisation uses the batch's statistics and
     dropout is off.
 
     It is 0 where feedback equals the weight up to a positive factor on the span of the inputs, even if they differ elsewhere,

@@ -73,8 +73,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A stem, stages of blocks, which halve the image from the second stage on, and one linear layer.
 
-    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: that of the stem, and one after every
-    convolution of a block, the last one after the sum. Its blocks are the stem and the residual blocks.
+    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: the stem's, and one after every convolution of a
+    block, of which the last follows the sum. Its blocks are the stem and the residual blocks.
 
     Args:
         colours: C.
