@@ -35,8 +35,9 @@ class FDFA(JacobianRule):
     As in the code, an optimizer updates B with this gradient: either W's optimizer, with its learning rate times `b_lr_scale`, or
     a separate one, with ``optimizer@feedback_optimizer=adam``. The code uses Adam at 1e-4 for both, no decay, batches of 64, and
     a learning rate of W that is multiplied by 0.95 per epoch. The paper's form, B ← (1 - α) B + α mean d_n ⊗ p_n (from memory,
-    not checked against the paper), is plain SGD at the rate α: ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA
-    feedback_optimizer.momentum=0``. With a rate of 0, the rule is direct feedback alignment.
+    not checked against the paper), is plain SGD at the rate α:
+    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a rate of 0, the rule is
+    direct feedback alignment.
 
     `tangents` chooses how d is computed: ``forward`` is exact; ``difference`` is (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001, for
     operations without a forward-mode derivative, which ``forward`` refuses. `within` and `positions` are those of `dfa`;
