@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: Added to the length of an activation before dividing by it, as in the code that the docstring names.
+#: A number added to the length of an activation before the division by that length, as in the code named in the docstring.
 _TINY = 1e-8
 #: The fraction of the running mean of a unit's activity that each update keeps, and its initial value; from the same code.
 _MOMENTUM, _START = 0.9, 0.5

@@ -44,7 +44,7 @@ class Relaxation:
         energies: ½‖e_l‖², mean over the samples.
         loss: the mean loss of the settled states.
         before, after: the norm over the batch of ∂E/∂e_l, where all later states change with e_l. `before` is for e = 0, at which
-            the derivative is the error of backpropagation; `after` is for the settled errors, for which it is zero at
+            the derivative is the error of backpropagation; `after` is for the settled errors, at which the derivative is zero in
             equilibrium.
     """
 

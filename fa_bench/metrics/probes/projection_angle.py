@@ -23,9 +23,9 @@ class ProjectionAngle(Probe):
     a layer that runs several times, the angle is measured in the first run. Batch normalisation uses the batch's statistics and
     dropout is off.
 
-    It is 0 where feedback equals the weight up to a positive factor on the span of the inputs, even if they differ elsewhere,
-    which only `weight_angle` shows. Layers of attention and recurrent modules have no angle, and neither do layers for which the
-    rule has no feedback in the weight's shape.
+    The angle is 0 where feedback equals the weight, up to a positive factor, on the span of the inputs, even if the two differ
+    elsewhere; only `weight_angle` shows such differences. Layers of attention and recurrent modules have no angle, and neither do
+    layers for which the rule has no feedback in the weight's shape.
     """
 
     def measure(self, subject: Subject) -> Quantities:
