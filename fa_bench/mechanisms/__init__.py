@@ -1,1 +1,1 @@
-"""How rules act on a model: edge rules change the backward pass of layers, cut rules deliver errors to cuts."""
+"""How rules act on a model: edge rules change the backward pass of layers, and cut rules deliver errors to cuts."""

@@ -15,23 +15,24 @@ from fa_bench.mechanisms.trace import arguments
 
 
 def block_ends(model: nn.Module, blocks: Iterable[str] | None = None) -> set[str]:
-    """The paths of the modules that end the model's blocks; empty if it declares none.
+    """The paths of the modules that end the model's blocks; empty if the model declares none.
 
     Args:
         model: an attached or plain model.
-        blocks: names or patterns of these modules; None: those in ``model.blocks`` or, without it, ``model.cut_points``.
+        blocks: names of these modules, or patterns; None: those in ``model.blocks`` or, if the model has none,
+            ``model.cut_points``.
 
     Raises:
         CoverageError: if a name matches no module.
     """
     declared = [getattr(model, name, None) for name in ("blocks", "cut_points")] if blocks is None else [list(blocks)]
-    # Only lists of names count: a user's model may use these names for its own modules.
+    # Only lists of names count, because a user's model may use these attributes for its own modules.
     patterns = next((value for value in declared if isinstance(value, (list, tuple)) and value), ())
     return matching(patterns, [path for path, _ in model.named_modules() if path], "blocks")
 
 
 def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None) -> dict[str, list[str]]:
-    """{end of a block: names of its parameters}, in the order of execution, without blocks that have none.
+    """{end of a block: names of its parameters}, in the order of execution; blocks without parameters are left out.
 
     A block reaches from the end of the previous one to its own end.
 
@@ -62,7 +63,7 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
         seen.update(names)
 
     def after_module(path: str) -> None:
-        add(path, recurse=True)  # a module may use the parameters of another one within it, as attention does, without a call
+        add(path, recurse=True)  # a module such as attention may use a child's parameters without calling it
         if path in ends and current:
             found[path] = [*found.get(path, []), *current]
             current.clear()
@@ -82,10 +83,10 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
 
 
 def embedding_of(model: nn.Module, blocks: dict[str, list[str]]) -> list[str]:
-    """The names of the parameters of the first block that come before the module that ends it: the model's embedding.
+    """The names of the parameters of the model's embedding: the part of the first block before the module that ends the block.
 
-    If this module has no parameters, like the nonlinearity that ends the first block of `mlp`, these are all parameters of the
-    first block.
+    If this module has no parameters, like the nonlinearity that ends the first block of `mlp`, the embedding is the whole first
+    block.
 
     Args:
         model: an attached or plain model.

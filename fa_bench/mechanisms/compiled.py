@@ -1,8 +1,9 @@
 """Models under ``torch.compile``: operators through which a compiled graph calls a rule's own code.
 
 Most of a rule is traced into the graph unchanged. Parts that cannot be traced (local losses, labels that are known only in the
-backward pass, samples that depend on a step's number) run as without compilation, inside an operator that the graph treats as a
-black box. Such an operator gets tensors, numbers and the key of a `Handle`, with which it finds the object that it belongs to.
+backward pass, samples that depend on a step's number) run as they would without compilation, inside an operator that the graph
+treats as a black box. Such an operator gets tensors, numbers and the key of a `Handle`, by which it finds the object that it
+belongs to.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ import torch
 
 from fa_bench.errors import CoverageError
 
-#: The first version of torch that compiles every rule; the compilers of earlier ones stop at layers with convolutions, and that
-#: of 2.11 made all gradients zero with derivative=dual.
+#: The first version of torch that compiles every rule. Earlier compilers fail at convolutional layers, and torch 2.11 made all
+#: gradients zero with derivative=dual.
 COMPILING_TORCH = (2, 13)
 
 
 class Handle:
-    """A name for an object in compiled graphs. If it is copied or pickled with its owner, the copy names the owner's copy.
+    """A name for an object in compiled graphs. If a handle is copied or pickled with its owner, the copied handle names the
+    copied owner.
 
     Args:
         owner: the object.
 
     Attributes:
-        key: the name. Graphs contain it, so that a graph compiled for one owner is never run for another. It is the smallest free
-            number, so that equal runs, one after the other, have equal graphs, which compilers find in their cache.
+        key: the name. Graphs contain it, so a graph compiled for one owner is never run for another. It is the smallest unused
+            number, so repeating a run gives identical graphs, which compilers find in their cache.
     """
 
     def __init__(self, owner: Any) -> None:
@@ -52,7 +54,7 @@ def guard_hooks() -> None:
     """Make graphs depend on the hooks of the modules that they were traced from.
 
     By default, torch ignores hooks when it reuses a graph, so a model whose rule works with hooks would run the graph of a plain
-    model of the same shape. Graphs compiled earlier are discarded, because they ignore hooks, too.
+    model of the same shape. Graphs compiled earlier are discarded, because they ignore hooks as well.
     """
     import torch._dynamo.config as config
 
@@ -73,42 +75,43 @@ def too_old_to_compile() -> str:
     return f"torch {torch.__version__} cannot compile every rule, which needs {'.'.join(map(str, COMPILING_TORCH))} or later"
 
 
-# With fullgraph=True the compiler raises an error of its own, which contains the reason; otherwise it abandons the graph, and
-# these functions raise their own errors.
+# With fullgraph=True, the compiler raises its own error, which contains the reason. Otherwise, it abandons the graph, and these
+# functions raise their errors.
 @torch.compiler.disable(reason=f"its rule {_REPEATS}")
 def refuse_repeats(rule: str) -> None:
-    """Raise the error that a rule with `Rule.repeats` cannot be compiled."""
+    """Raise the error for a rule with `Rule.repeats`, which cannot be compiled."""
     raise CoverageError(f"rule '{rule}' {_REPEATS}")
 
 
 @torch.compiler.disable(reason=f"its rule {_NEEDS_MODEL} a part of it alone")
 def refuse_part(rule: str, path: str) -> None:
-    """Raise the error that a part of the model cannot be compiled on its own."""
+    """Raise the error for compiling only a part of the model."""
     raise CoverageError(f"rule '{rule}' {_NEEDS_MODEL} its part '{path}' alone")
 
 
 @torch.compiler.disable(reason="this version of torch cannot compile every rule")
 def refuse_version(rule: str, problem: str) -> None:
-    """Raise the error that this version of torch compiles no rules, see `too_old_to_compile`."""
+    """Raise the error for a version of torch that cannot compile every rule; see `too_old_to_compile`."""
     raise CoverageError(f"rule '{rule}': {problem}; upgrade it, or do not compile the model")
 
 
 def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator that turns a function into the operator ``fa_bench::NAME``, which compilers do not look into.
+    """A decorator that turns a function into the operator ``fa_bench::NAME``, whose code compilers do not trace.
 
-    The function's first argument is the owner of the handle whose key the operator gets as its last one. It must not return its
-    arguments or views of them. Unlike in `torch.library.custom_op`, autograd works in it.
+    The operator's last argument is the key of a handle, and the function's first argument is the owner of that handle. The
+    function must not return its arguments or views of them. Unlike in `torch.library.custom_op`, autograd works within the
+    function.
 
     Args:
-        schema: name, arguments and results, without the key. Compilers keep graphs on disk: an operator whose results get another
-            memory format needs another name.
-        like: returns tensors like the results, from the arguments without the key; for compilers.
+        schema: name, arguments and results, without the key. Compilers keep graphs on disk, so if the memory format of the
+            results changes, the operator needs a new name.
+        like: used by compilers; takes the arguments without the key and returns tensors like the results.
     """
 
     def register(function: Callable[..., Any]) -> Any:
         name = schema.partition("(")[0]
-        # A compiler may choose the memory format of the arguments, and must not capture the operator in a CUDA graph, which would
-        # repeat its kernels without running its Python code.
+        # The tags allow a compiler to choose the memory format of the arguments and forbid it to capture the operator in a CUDA
+        # graph, which would repeat the kernels without running the Python code.
         _library.define(schema.replace(") ->", ", str key) ->"), tags=(torch.Tag.flexible_layout, *_tags("cudagraph_unsafe")))
         _library.impl(name, lambda *given: function(_handles[given[-1]].owner, *given[:-1]), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fa_bench::{name}", lambda *given: like(*given[:-1]), lib=_library)
@@ -118,7 +121,7 @@ def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., A
 
 
 def _tags(name: str) -> tuple[torch.Tag, ...]:
-    """A tag of operators by name; none if this version of torch does not have it."""
+    """The operator tag with this name, as a tuple; empty if this version of torch does not have the tag."""
     tag = getattr(torch.Tag, name, None)
     return () if tag is None else (tag,)
 
@@ -141,5 +144,5 @@ def new_sample(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
 
 @operator("sampled(Tensor magnitudes) -> Tensor", like=torch.empty_like)
 def sampled(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
-    """A layer's random magnitudes |M| as they are now; `magnitudes` may not have been overwritten yet."""
+    """The current random magnitudes |M| of a layer; `magnitudes` may not have been overwritten yet."""
     return pathway.sampled(magnitudes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fa_bench.mechanisms.feedback_tensors import PREFIX
 
-#: A buffer's dictionary in its module, and its key there.
+#: The dictionary in which a module stores a buffer, and the buffer's key in it.
 Place = tuple[dict[str, "Tensor | None"], str]
 
 
@@ -30,9 +30,10 @@ def set_temporarily(objects: Iterable[Any], attribute: str, value: Any) -> Itera
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """A context in which every module is in training mode, or in evaluation mode; modules may override ``train`` to refuse that.
+    """A context in which every module is in training or evaluation mode, except modules whose own ``train`` method refuses the
+    mode.
 
-    Afterwards each has its earlier mode.
+    Afterwards, every module is back in its earlier mode.
     """
     modes = modes_of(model)
     for module, _ in modes:
@@ -45,15 +46,15 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Every module, and whether it is in training mode."""
+    """(module, whether it is in training mode) for every module."""
     return [(module, module.training) for module in model.modules()]
 
 
 def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     """Restore the modes that `modes_of` returned.
 
-    For modules that override ``train``, this method is called, because it may change more than the attribute: some merge weights
-    for evaluation.
+    If a module overrides ``train``, that method is called, because it may change more than the attribute: some modules merge
+    weights for evaluation.
     """
     for module, training in modes:
         if type(module).train is not nn.Module.train:
@@ -68,26 +69,26 @@ def evaluating(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def all_require_grad(model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which every floating-point parameter requires gradients, frozen ones too."""
+    """A context in which every floating-point parameter requires gradients, even if it was frozen."""
     return set_temporarily([p for p in model.parameters() if p.is_floating_point()], "requires_grad", True)
 
 
-#: Attributes in which modules that call functions, PyTorch's and others', keep the rate of their dropout.
+#: Attributes for the dropout rate in modules, of PyTorch and other libraries, that call dropout as a function.
 _DROPOUT_RATES = ("dropout", "dropout_p", "attention_dropout", "activation_dropout", "dropout_prob", "dropout_rate", "drop_prob")
 
 
 @contextmanager
 def without_side_effects(model: nn.Module) -> Iterator[None]:
-    """A context without dropout in which batches are normalised by their own statistics, and running ones are not updated.
+    """A context without dropout, in which batches are normalised by their own statistics and running statistics are not updated.
 
-    Random generators have their earlier state afterwards.
+    Afterwards, random generators are back in their earlier state.
     """
     dropouts = [
         m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"
     ]
     with ExitStack() as stack:
         stack.enter_context(set_temporarily(dropouts, "training", False))
-        stack.enter_context(set_temporarily(dropouts, "p", 0.0))  # attention may read it and call a function
+        stack.enter_context(set_temporarily(dropouts, "p", 0.0))  # attention may pass this rate to a function
         stack.enter_context(without_running_statistics(model))
         stack.enter_context(with_copies([(place, buffer) for place, buffer in own_buffers(model)]))
         for name in _DROPOUT_RATES:
@@ -98,8 +99,8 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
 
 
 def own_buffers(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
-    """The buffers that a forward pass may update although `without_running_statistics` is active, such as running means of a
-    user's own normalisation; without those of rules."""
+    """The buffers that a forward pass may update even within `without_running_statistics`, such as running means of a user's own
+    normalisation. Buffers of rules are left out."""
     for module in model.modules():
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             for key, buffer in module._buffers.items():
@@ -109,9 +110,9 @@ def own_buffers(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
 
 @contextmanager
 def with_copies(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
-    """A context in which buffers are copies of these values; afterwards they are the tensors that they were before.
+    """A context in which buffers are copies of these values; afterwards, they are the original tensors again.
 
-    Their values are not copied back, because autograd would count that as a change of what it has saved.
+    Values are not copied back, because autograd would take this for a change of the tensors that it has saved.
     """
     copies: dict[int, Tensor] = {}
     before = [(place, place[0].get(place[1])) for place, _ in values]
@@ -130,7 +131,7 @@ def with_copies(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
 def without_running_statistics(model: nn.Module) -> Iterator[None]:
     """A context in which normalisation in training mode uses the batch's statistics and does not update the running ones."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    # Instance normalisation ignores that and updates its running statistics; with momentum 0 they do not change.
+    # Instance normalisation ignores this attribute and updates its running statistics; with momentum 0, they do not change.
     instances = [m for m in norms if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
     with set_temporarily(norms, "track_running_stats", False), set_temporarily(instances, "momentum", 0.0):
         yield
@@ -138,6 +139,6 @@ def without_running_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_randomness(model: nn.Module) -> Iterator[None]:
-    """A context that leaves the state of the random generators as it was, for models that sample in other ways."""
+    """A context that restores the state of the random generators, for models that sample by other means than dropout."""
     with torch.random.fork_rng({parameter.device for parameter in model.parameters() if parameter.is_cuda}):
         yield

@@ -21,7 +21,7 @@ class Covered:
     """One weight that the rule covers.
 
     Attributes:
-        layer, kind, shape: its layer's path and type, and its own shape.
+        layer, kind, shape: the path and type of the layer, and the shape of the weight.
         feedback: completes the sentence "its error ...": for an edge rule, how it passes to the layer below; for a cut rule,
             where it comes from.
         learns: whether the weight is trained.
@@ -41,8 +41,8 @@ class Coverage:
     Attributes:
         rule: the rule's name.
         covered: the covered layers, in the order of the model.
-        uncovered: weight name -> why it is not covered. Such a weight learns from its local gradient and passes the error on
-            itself, which is weight transport if an error passes through it.
+        uncovered: weight name -> why it is not covered. Such a weight learns from its local gradient. An error that passes
+            through the layer is multiplied by the weight itself, which is weight transport.
         local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn from
             their local gradient and need no feedback.
         notes: additional notes on the rule in this model.
@@ -77,7 +77,7 @@ class Coverage:
         return "\n".join(lines)
 
     def with_frozen(self, model: Any) -> Coverage:
-        """The same coverage, in which layers of `model` with frozen weights are marked."""
+        """A copy of this coverage that marks the layers whose weights are frozen in `model`."""
         return dataclasses.replace(
             self,
             covered=tuple(
@@ -89,7 +89,7 @@ class Coverage:
         """Raise an error if the rule covers nothing, or if weights are uncovered that must be covered.
 
         Args:
-            allowed: whether weights may be uncovered; or which ones: names, or patterns such as ``lstm.*``.
+            allowed: whether weights may be uncovered, or a list of those that may be: names, or patterns such as ``lstm.*``.
             model: the model, to explain why nothing is covered.
 
         Raises:
@@ -112,7 +112,7 @@ COVERABLE = "nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, attention, re
 
 
 def not_coverable(model: Any) -> str:
-    """Why no layer of the model can be covered, and what to do, as one or more clauses."""
+    """Why no layer of the model can be covered, and how to change that, as one or more clauses."""
     nn, reasons = torch.nn, [f"it has no {COVERABLE}"]
     compounds = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
     why = {
@@ -141,9 +141,10 @@ def computed_weights(model: Any) -> str:
 
 
 def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> tuple[dict[str, str], dict[str, str]]:
-    """Weights of the model that belong to none of the layers whose parameters have the ids in `covered`.
+    """The model's weights that are not in `covered`: those that a rule leaves uncovered, and those that need no feedback.
 
-    A parameter is a weight when it is a matrix or has two long dimensions; gains such as (C, 1, 1) are not.
+    A parameter is a weight when it is a matrix or has two long dimensions; gains of shape (C, 1, 1), for example, are not
+    weights.
 
     Args:
         model: the model.
@@ -151,7 +152,7 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
         uses: how a forward pass of a sample used the weights, if there was one.
 
     Returns:
-        (uncovered, local), as `Coverage` has them.
+        (uncovered, local), as in `Coverage`.
     """
     uncovered: dict[str, str] = {}
     local: dict[str, str] = {}
@@ -197,8 +198,8 @@ def is_weight(name: str, parameter: Any) -> bool:
 
 
 def _kind(module: Any) -> str:
-    """The type of a module; with its package if its name is also that of a torch module, such as timm's Linear; and how it was
-    modified."""
+    """The type of a module and how the module was modified. The package is included if torch has a module of the same name, as
+    for timm's Linear."""
     cls = type(module)
     is_other = cls.__name__ in vars(torch.nn) and not cls.__module__.startswith("torch.")
     name = f"{cls.__module__}.{cls.__name__}" if is_other else cls.__name__

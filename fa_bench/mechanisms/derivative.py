@@ -1,12 +1,13 @@
 """The derivative of elementwise nonlinearities, replaced by a finite difference over the error itself.
 
-A nonlinearity φ with the input a passes the error g at its output on as
+A nonlinearity φ with the input a and the error g at its output passes on
 
     g_in = (φ(a + β s g) - φ(a - β s g)) / (2 β s),    s = N / c
 
-instead of φ'(a) g, with N samples in the batch and a loss that is c times their mean. s g is the error of a sample's own loss, so
-β has the same meaning for every batch size, number of micro-batches and scale of a gradient scaler, and on every rank of
-data-parallel training. Modules are covered, in place, by swapping their class; functions cannot be, and are refused.
+instead of φ'(a) g, for N samples in the batch and a loss that is c times the mean of their losses. s g is the error of a sample's
+own loss, so β has the same meaning for every batch size, number of micro-batches and scale of a gradient scaler, and on every
+rank of data-parallel training. Modules are covered, in place, by swapping their class; functions cannot be covered and are
+refused.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fa_bench.mechanisms.weighted_layers import Mode
 if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
 
-#: The modules whose derivative can be replaced; only these exact types: the forward pass of a subclass may differ.
+#: The modules whose derivative can be replaced; only these exact types, because the forward pass of a subclass may differ.
 NONLINEAR: tuple[type[nn.Module], ...] = (
     nn.ReLU,
     nn.LeakyReLU,
@@ -55,7 +56,7 @@ NONLINEAR: tuple[type[nn.Module], ...] = (
     nn.Hardswish,
     nn.Hardsigmoid,
 )
-#: The autograd nodes of nonlinear functions of one element, and of kernels that contain some, by their names without "Backward".
+#: Autograd nodes of elementwise nonlinear functions, and of kernels that contain such functions, by name without "Backward".
 _FUNCTIONS = {
     name: name.lower()
     for name in (
@@ -85,7 +86,7 @@ class Dual:
 
     Args:
         rule: the rule's name.
-        mode: that of the attached model.
+        mode: the mode of the attached model.
         beta: β.
 
     Attributes:
@@ -139,7 +140,7 @@ class Dual:
                 module.__dict__.pop("dual", None)
 
     def note(self) -> str:
-        """The note about this in the coverage."""
+        """The note about the finite differences in the coverage."""
         if not self.modules:
             return "This model has no nonlinear modules whose derivative could be replaced."
         return f"The derivative of {names(self.modules)} is a finite difference over each sample's error (beta={self.beta:g})."
@@ -161,13 +162,13 @@ class Dual:
             self._is_checked = True
 
     def samples(self, module: nn.Module) -> int:
-        """N of the forward pass that runs.
+        """N of the current forward pass.
 
         Raises:
             CoverageError: if the module runs outside of a forward pass of the model.
         """
         if self._samples is None and recomputing():
-            return 0  # the backward pass uses the number of the pass that is repeated
+            return 0  # the backward pass uses the number from the pass that is repeated
         if self._samples is None:
             raise CoverageError(
                 f"{type(module).__name__.removeprefix('Dual')} ran outside a forward pass of the attached model; "
@@ -183,7 +184,7 @@ class Dual:
         """A context for the backward pass, in which c is known; arguments as for `Rule.backward`.
 
         Raises:
-            ValueError: if c is not given, and neither 1 nor can be inferred.
+            ValueError: if c is not given, is not 1, and cannot be inferred.
         """
         if loss_scale is None and is_unscaled(loss, target, rule.objective):
             loss_scale = 1.0
@@ -213,14 +214,14 @@ class Dual:
         """β s.
 
         Raises:
-            ValueError: if the backward pass does not come from `delivering`.
+            ValueError: if the backward pass does not run within `delivering`.
         """
         if self._scale is None:
             raise ValueError(
                 f"rule '{self.rule}': derivative=dual needs the scale of the loss; call rule.backward(loss, logits, "
                 f"target) with the logits of this forward pass instead of loss.backward()"
             )
-        return self.beta * samples / (self._scale or 1.0)  # a scale of 0 comes with errors of 0
+        return self.beta * samples / (self._scale or 1.0)  # if the scale is 0, so are the errors
 
     def _refuse(self, functions: Iterable[str]) -> None:
         found = sorted(set(functions))
@@ -240,7 +241,7 @@ def _nonlinear(nodes: Iterable[Any]) -> Iterator[str]:
 
 
 def _functions(model: nn.Module, modules: Iterable[nn.Module], sample: Any) -> list[str]:
-    """The nonlinear functions that a plain model calls outside of `modules`, from one forward pass of the sample."""
+    """The nonlinear functions that a plain model calls outside of `modules`, found in one forward pass of the sample."""
     inside: set[Any] = set()
     inputs: list[Any] = []
 
@@ -292,7 +293,7 @@ class DualModule(nn.Module):
 
 class _DualReLU(DualModule):
     def difference(self, a: Tensor, d: Tensor) -> Tensor:
-        # Computed without subtracting nearly equal numbers: 2 d if both are positive, 0 if both are negative.
+        # Computed without subtracting nearly equal numbers: 2 d if both arguments are positive, 0 if both are negative.
         size = d.abs()
         return torch.minimum((a + size).clamp_min(0), 2 * size).copysign(d)
 
@@ -310,7 +311,7 @@ class _DualFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (a,), module = ctx.saved_tensors, ctx.module
         dual = module.dual
-        # In half precision little would be left of the difference.
+        # In half precision, rounding would leave little of the difference.
         wide = torch.promote_types(a.dtype, torch.float32)
         error = g.to(wide)
         step = dual_step(error, ctx.samples, dual.key) if torch.compiler.is_compiling() else dual.step(ctx.samples)
@@ -324,7 +325,8 @@ def dual_step(dual: Dual, error: Tensor, samples: int) -> Tensor:
 
 
 def _dual(plain: type[nn.Module]) -> type[DualModule]:
-    """``DualReLU`` and the like, as a global of this module, so that such modules can be pickled."""
+    """The class with the finite difference for a plain class, such as ``DualReLU``; a global of this module, so that modules can
+    be pickled."""
     name = f"Dual{plain.__name__}"
     mixin = _DualReLU if plain is nn.ReLU else DualModule
     body = {"__module__": __name__, "__doc__": "The module with a finite difference as its derivative.", "plain_class": plain}

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class DrawingRule(Rule):
-    """Base class of rules with new random numbers for every update, to be listed before the mechanism's; its state counts the
-    updates."""
+    """Base class of rules that draw new random numbers for every update; list it before the mechanism's class. The state counts
+    the updates."""
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.second_pass import Draws

@@ -33,10 +33,10 @@ def feedback_tensor(module: torch_nn.Module, name: str) -> Any:
 
 
 def fixed_tensor_reader(name: str) -> Any:
-    """A method that returns the fixed feedback tensor `name` of the module it is given.
+    """A function that returns the fixed feedback tensor `name` of a given module.
 
-    For code that runs at every step: it costs one dictionary look-up, where ``module.feedback_B`` costs as much as launching a
-    small matrix product.
+    This is for code that runs at every step: it costs one dictionary look-up, whereas ``module.feedback_B`` costs as much as
+    launching a small matrix product.
     """
     key = PREFIX + name
     return lambda self, layer: layer._buffers[key]

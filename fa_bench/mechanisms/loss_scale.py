@@ -42,7 +42,8 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
 
     Args:
         loss: the loss.
-        target: the labels (N,) or (N, P...); a loss of fewer, or with ignored or weighted ones, is not the mean over them.
+        target: the labels (N,) or (N, P...); a loss that covers fewer labels, or ignores or weights some of them, is not their
+            mean.
         objective: the objective of the training; None: the cross-entropy.
     """
     if objective is not None and not objective.is_cross_entropy:
@@ -62,7 +63,7 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
     return not 0 <= ignored < 1 << 62 or not bool((target == ignored).any())
 
 
-#: What to do if a rule computes errors, or everything, from the labels.
+#: The remedy if a rule computes errors, or everything, from the labels.
 PASS_SCALE = "Pass the scale: rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
 PASS_OBJECTIVE = (
     "It learns only from the objective, whatever the loss is; attach it with the objective that you train, objective=..."
@@ -72,14 +73,15 @@ PASS_OBJECTIVE = (
 class PassOutput:
     """The output of one training pass, from which the loss is computed.
 
-    It shares its memory with the tensor that the user gets: a change in place, such as ``logits[:, 3:] = -1e9``, changes both.
+    The output shares its memory with the tensor that the user gets: a change in place, such as ``logits[:, 3:] = -1e9``, changes
+    both.
 
     Args:
         rule: the rule's name, for error messages.
         logits: (N, C), or with positions, as in `measured_scale`.
 
     Attributes:
-        logits: the same values, detached, as they are now.
+        logits: the current values, detached.
     """
 
     def __init__(self, rule: str, logits: Tensor) -> None:
@@ -87,7 +89,7 @@ class PassOutput:
 
     @property
     def is_changed(self) -> bool:
-        """Whether it was changed in place since the forward pass."""
+        """Whether the output was changed in place since the forward pass."""
         return self.logits._version != self._version
 
     def unchanged(self) -> Tensor:
@@ -126,11 +128,11 @@ def measured_scale(
         rule: the rule's name, for the error message.
         delta: δ, the gradient of the loss at the logits, in their shape.
         logits: (N, C), or with positions (N, T, C), (N, C, H, W) or (N, C, D, H, W).
-        target: the labels (N,) or (N, P...); None: for each sample or position the class with the lowest δ, the only negative
-            one for a cross-entropy.
+        target: the labels (N,) or (N, P...); None: the class with the lowest δ of each sample or position, which for a
+            cross-entropy is the only negative δ.
         last: the previous result, returned if δ is zero because every label has probability 1.
         objective: the objective of the training; None: the mean cross-entropy.
-        mend: what to do if δ is something else, for the error message.
+        mend: a remedy for the error message, if δ is something else.
 
     Raises:
         ValueError: if δ is not a multiple of that gradient, or if the labels do not fit the logits.
@@ -158,7 +160,7 @@ def measured_scale(
 def is_other_loss(delta: Tensor, logits: Tensor, target: Tensor, objective: Objective) -> Tensor:
     """Whether δ is not a multiple of the gradient of the objective's mean loss: a scalar on the device, False if δ is not finite.
 
-    The arguments are those of `measured_scale`, which makes an accelerator wait.
+    The arguments are those of `measured_scale`, which, unlike this function, makes an accelerator wait.
     """
     unit, given = _unit(delta, logits, target, objective), delta.double()
     scale = (given * unit).sum() / unit.square().sum()
@@ -185,7 +187,8 @@ def _tolerance(delta: Tensor) -> float:
 
 
 def _rounding(delta: Tensor) -> float:
-    """The norm of the rounding of δ for a loss of scale 1: its entries were rounded before they were divided by the samples."""
+    """The norm of the rounding error of δ for a loss of scale 1, whose entries were rounded before the division by the sample
+    count."""
     from fa_bench.mechanisms.cut.positions import class_axis
 
     samples = max(delta.numel() // delta.shape[class_axis(delta.shape)], 1)

@@ -1,4 +1,4 @@
-"""The processes of data-parallel training, however they were started; without torch.distributed, there is one."""
+"""The processes of data-parallel training, however they were started; without torch.distributed, there is only one."""
 
 from __future__ import annotations
 

@@ -63,7 +63,8 @@ class Rule(Options):
     is_floor: ClassVar[bool] = False
     #: Whether the rule runs the model again in the backward pass, see `fa_bench.mechanisms.second_pass`.
     repeats: ClassVar[bool] = False
-    #: The update as LaTeX for the rule's page, one row of an ``aligned`` environment each; ∇ is the gradient for the optimizer.
+    #: The update as LaTeX for the rule's page, each entry one row of an ``aligned`` environment; ∇ is the gradient for the
+    #: optimizer.
     equations: ClassVar[tuple[str, ...]] = ()
 
     allow_uncovered: bool | list[str] = option(
@@ -115,8 +116,8 @@ class Rule(Options):
                 cross-entropy.
 
         Raises:
-            CoverageError: if the rule cannot be attached; names the layers.
-            OptionError: if the rule and the objective name different outputs of the model, or if `objective` is not one.
+            CoverageError: if the rule cannot be attached; the message names the layers.
+            OptionError: if the rule and the objective name different outputs of the model, or if `objective` is not an objective.
         """
         from fa_bench.mechanisms.compound.expansion import expand
         from fa_bench.mechanisms.weighted_layers import Mode
@@ -214,7 +215,7 @@ class Rule(Options):
         return self._structure.current_parameters() if self._structure is not None else self._frozen
 
     def wire(self, sample_input: Any) -> Coverage:
-        """Wire the rule into `self.model` and return what it covers; implemented by the mechanism."""
+        """Wire the rule into `self.model` and return its coverage; implemented by the mechanism."""
         raise NotImplementedError
 
     def unwire(self) -> None:
@@ -251,7 +252,7 @@ class Rule(Options):
                 refuse_repeats(self.name)
             if problem := too_old_to_compile():
                 refuse_version(self.name, problem)
-            # New containers, because a graph depends on the contents of those that it finds.
+            # The containers are new, because a compiled graph depends on the contents of the containers that it finds.
             mode.training, mode.with_gradients, mode.without_gradients, mode.seeds = training, set(), {}, {}
             return
         self._end_interrupted()
@@ -275,7 +276,7 @@ class Rule(Options):
         mode.training = training
 
     def _end_interrupted(self) -> None:
-        """Do what `end_forward` could not do in passes that were interrupted."""
+        """Do the work of `end_forward` for passes that were interrupted before it."""
         while self._passes and not self._passes[-1].is_running():
             self.end_forward(self.model, (), None)
 
@@ -457,7 +458,8 @@ class Rule(Options):
 
     @property
     def loss_output(self) -> str | int | None:
-        """The name of the model's output from which the loss is computed, which is an option of the objective or of the rule."""
+        """The name of the model's output from which the loss is computed; the name is an option of the objective or of the
+        rule."""
         return self.objective.output if self.objective.output is not None else getattr(self, "output", None)
 
     def weight_parameters(self) -> list[nn.Parameter]:
@@ -522,7 +524,8 @@ class Rule(Options):
         return {}
 
     def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows a (M, features) of a cut's activation and the logits (M, C) that a Bᵀ estimates, one for each position."""
+        """The rows a (M, features) of a cut's activation and the logits (M, C) that a Bᵀ estimates, one row for each sample and
+        position."""
         return activation.flatten(1), logits
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:

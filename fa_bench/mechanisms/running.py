@@ -1,7 +1,7 @@
 """Forward passes that have begun.
 
 PyTorch calls the hooks at the end of a forward pass after an ``Exception``, but not after a KeyboardInterrupt or another
-BaseException. A rule therefore checks itself whether a pass that has not ended is still running.
+BaseException. Therefore, a rule itself checks whether a pass that has not ended is still running.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class RunningPass:
     """A forward pass of a model, created in a hook at its start.
 
     Args:
-        training: what the rule's mode was before the pass.
+        training: the value of ``mode.training`` before the pass.
 
     Attributes:
         training: as given.
@@ -28,7 +28,7 @@ class RunningPass:
 
     @classmethod
     def begin(cls, training: bool) -> RunningPass:
-        """The pass in whose hook this is called."""
+        """Create the object for the pass in whose hook this is called."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_globals.get("__name__") != _CALLER:
             frame = frame.f_back

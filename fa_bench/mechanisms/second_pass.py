@@ -2,9 +2,9 @@
 
 A rule that sets `Rule.repeats` gets the `FirstPass` of every training pass, and reruns the model with `again`: with noise at
 cuts, with another input, or for forward-mode differentiation. Dropout masks are those of the first pass. Batch normalisation in
-training mode uses the statistics of the pass's own batch, and updates its running ones in the first pass only. Other buffers that
-the first pass has updated, such as running means of a user's own normalisation, have the values that it saw; afterwards they have
-those that it left behind.
+training mode uses the statistics of the pass's own batch, and updates its running statistics only in the first pass. Other
+buffers that the first pass has updated, such as running means of a user's own normalisation, have the values from the start of
+the first pass; afterwards, they are set back to those from its end.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fa_bench.mechanisms.graph import tensors_in
 from fa_bench.mechanisms.processes import rank
 from fa_bench.utils.sampling import seed_for
 
-#: A change of the tensor at a module's input or output; None leaves it as it is.
+#: A change of the tensor at a module's input or output; None leaves it unchanged.
 Change = Callable[[Tensor], "Tensor | None"]
 
 
 #: Model -> whether something in it is in training mode -> the buffers that passes were seen to update, so that only these are
-#: copied before every pass. Before the first one, all are.
+#: copied before a pass. Before the first pass, all buffers are copied.
 _updated: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[tuple[int, str]]]] = weakref.WeakKeyDictionary()
 
 
@@ -45,7 +45,7 @@ class FirstPass:
     Args:
         rule: the rule's name, for error messages.
         model: the model.
-        args, kwargs: what it is called with.
+        args, kwargs: the arguments of the pass.
 
     Attributes:
         note: data of this pass that the rule needs in its backward pass.
@@ -78,7 +78,8 @@ class FirstPass:
         return any(tensor.requires_grad for tensor, _ in self._versions)
 
     def require_own_weights(self) -> None:
-        """Raise a StateError if the model has other parameters than in this pass, because further passes would run with them."""
+        """Raise a StateError if the model's parameters are not those of this pass, because further passes would use the new
+        ones."""
         for path, of_module, key, parameter, _ in self._weights:
             if of_module.get(key) is not parameter:
                 raise StateError(
@@ -89,13 +90,13 @@ class FirstPass:
 
     @contextmanager
     def surroundings(self, precise: bool = False) -> Iterator[None]:
-        """A context with the random state, the modes of the modules, their own buffers and the precision of the pass.
+        """A context that restores the random state, the modes of the modules, their own buffers and the precision of the pass.
 
         Args:
-            precise: without autocast: small differences would be lost.
+            precise: whether autocast is off, because small differences would be lost.
 
         Raises:
-            StateError: if an argument or a parameter was changed in place since.
+            StateError: if an argument or a parameter was changed in place after the pass.
         """
         for tensor, version in self._versions:
             if tensor._version != version:
@@ -121,13 +122,13 @@ class FirstPass:
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             for kind, dtype in () if precise else self._autocast:
-                # Its cache would keep the weights as they were before a rule changed them.
+                # Autocast's cache would keep the weights from before a rule changed them.
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
             yield
 
 
 class EarlierBuffers:
-    """The values that a model's own buffers have now, for those that the pass which starts now will update.
+    """The earlier values of those of a model's own buffers that a pass updates; to be created when the pass starts.
 
     Args:
         model: the model.
@@ -144,9 +145,10 @@ class EarlierBuffers:
         self._values: list[tuple[Place, Tensor]] | None = None
 
     def values(self) -> list[tuple[Place, Tensor]]:
-        """The buffers that were updated or replaced since, with their earlier values; called after the pass.
+        """The buffers that the pass updated or replaced, with their earlier values; called after the pass.
 
-        A buffer that was not updated by any pass before has its value of now, if it was changed in place.
+        A buffer that previous passes did not update was not copied; if it was changed in place nevertheless, its current value is
+        returned.
         """
         if self._values is None:
             updated = [
@@ -183,9 +185,9 @@ def repeated(
         mode: `Rule.mode`.
         first: the pass that is repeated.
         args: replaces the positional arguments.
-        inputs, outputs: module's path -> change of the tensor at its input, or output; one that keeps a tensor for later keeps
-            its `value_of`.
-        precise: without autocast.
+        inputs, outputs: module's path -> change of the tensor at the module's input, or output. A change that keeps the tensor
+            for later must keep its `value_of`.
+        precise: whether autocast is off.
     """
     handles = []
     try:
@@ -234,7 +236,8 @@ def _at_output(change: Change) -> Any:
 
 
 class Draws:
-    """The random tensors of an attached rule, which are new for every update; each depends only on the seed, a number and a name.
+    """The random tensors of an attached rule, which are new for every update; each depends only on the seed, the number of the
+    update and a name.
 
     Processes of a data-parallel run have different samples, and therefore draw different noise for them.
 
@@ -249,12 +252,12 @@ class Draws:
         self.seed, self.number = seed, 0
 
     def generator(self, name: str, device: torch.device, is_shared: bool = False) -> torch.Generator:
-        """A generator that is seeded by the number and the name.
+        """A generator that is seeded by the number of the update and the name.
 
         Args:
-            name: for example a cut.
-            device: the generator's.
-            is_shared: whether all processes of a data-parallel run draw the same.
+            name: a name, for example that of a cut.
+            device: the device of the generator.
+            is_shared: whether all processes of a data-parallel run draw the same numbers.
         """
         return torch.Generator(device).manual_seed(seed_for(self.seed, self.number, name, 0 if is_shared else rank()))
 
@@ -267,7 +270,7 @@ class Draws:
         return torch.randint(1, high, (count,), generator=self.generator(name, torch.device("cpu")))
 
     def state(self) -> dict[str, int]:
-        """For checkpoints."""
+        """The state for checkpoints."""
         return {"seed": self.seed, "number": self.number}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Structure:
     """The modules of an attached model, and the parameters that the rule froze.
 
-    `check` runs before every training forward pass. Unless a module was added or removed, it costs one comparison of lists for
-    each module that has children.
+    `check` runs before every training forward pass. Unless a module was added or removed, the check costs one comparison of lists
+    for each module that has children.
 
     Args:
         rule: the rule's name.
@@ -43,7 +43,8 @@ class Structure:
     def _record(self) -> None:
         self._known = set(self._model.modules())
         for module in self._known:
-            # A number rather than the rule: modules are copied and pickled, and a copy is not part of the model.
+            # A number is stored rather than the rule, because modules are copied and pickled, and a copy is not part of the
+            # model.
             module.__dict__[PART_ATTRIBUTE] = self._number, id(module)
         self._children = [(module._modules, list(module._modules.values())) for module in self._known if module._modules]
 
@@ -54,7 +55,7 @@ class Structure:
             allow_new: whether modules with weights may have been added.
 
         Raises:
-            CoverageError: in this case; the message says what changed and what to do.
+            CoverageError: in this case; the message names the change and a remedy.
         """
         for children, known in self._children:
             if list(children.values()) != known:
@@ -125,8 +126,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: if `model` is not a module.
-        CoverageError: for a model that is wrapped for data-parallel training, compiled, has layers without a weight yet, or
-            already has a rule.
+        CoverageError: for a model that is compiled or wrapped for data-parallel training, that has layers without a weight yet,
+            or that already has a rule.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"attach needs an nn.Module, not {type(model).__name__}")

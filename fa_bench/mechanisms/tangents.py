@@ -3,8 +3,7 @@
 The passes repeat the training pass (`fa_bench.mechanisms.second_pass`): dropout masks and the statistics of normalisation are the
 same, running statistics are not updated, and the values of forward-mode passes are those of the training pass, though without
 autocast. Attention and recurrent modules run as compositions of operations that have a forward-mode derivative, which changes
-rounding; where the fused kernel of the training pass has dropout within it, such as that of several LSTM layers, the mask
-differs.
+rounding; if the fused kernel of the training pass contains dropout, as for several LSTM layers, the dropout mask differs.
 """
 
 from __future__ import annotations
@@ -33,9 +32,10 @@ if TYPE_CHECKING:
 #: Ways to compute a derivative: the exact one by forward-mode differentiation, and central differences of two passes.
 FORWARD, DIFFERENCE = "forward", "difference"
 METHODS = (FORWARD, DIFFERENCE)
-#: Relative step of central differences: the derivative's error is of the order of its square, and rounding of 1 / step.
+#: The relative step of central differences. The error of the derivative is of the order of its square, the rounding error of the
+#: order of its inverse.
 STEP = 1e-3
-#: Module's path -> function of the tensor at its output that returns the tangent to add there, in its shape.
+#: Module's path -> function that takes the tensor at the module's output and returns the tangent to add there, in the same shape.
 Directions = Mapping[str, Callable[[Tensor], Tensor]]
 
 
@@ -52,7 +52,7 @@ def output_tangent(
         parameters: parameter -> its tangent, in its shape.
 
     Raises:
-        CoverageError: if an operation has no forward-mode derivative, or the output depends on no direction.
+        CoverageError: if an operation has no forward-mode derivative, or if the output does not depend on any of the directions.
     """
     with torch.no_grad(), _without_fused_kernels(rule.mode):
         if method == FORWARD:
@@ -66,7 +66,7 @@ def check_tangents(rule: CutRule, method: str, cuts: Mapping[str, nn.Module], sa
     Args:
         rule: the rule, after `CutRule.wire`.
         method: one of `METHODS`.
-        cuts: the modules at which tangents are added, by path; without any, they are those of the parameters.
+        cuts: the modules at which tangents are added, by path; if there are none, the parameters get tangents instead.
         sample: inputs (N, ...), as for `Rule.attach`; None: zeros, if the first layer is fully connected.
 
     Raises:
@@ -125,7 +125,7 @@ def _by_forward_mode(
 
 @functools.lru_cache(maxsize=1)
 def _load_forward_mode() -> None:
-    """Let PyTorch load its decompositions, which it does at the first dual tensor, with an irrelevant warning."""
+    """Make PyTorch load its decompositions now, and suppress the irrelevant warning that it emits with the first dual tensor."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", FutureWarning)
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))

@@ -33,30 +33,33 @@ class Trace:
 
     Attributes:
         order: weighted layers in the order of execution.
-        outputs: weighted layers that feed the output of the loss, or another output but no other layer.
+        outputs: weighted layers that feed the output for the loss, or that feed another output and no other layer.
         reached: weighted layers whose input depends on a parameter, so that an error has to pass through them.
         consumer: layer -> the first executed layer whose input is its activation; absent for output layers.
         inputs: weighted layers grouped by their input, in the order of execution; those whose input is the image come first.
         calls: how often each watched module ran.
         feeds: watched module -> weighted layers that feed its output.
-        feeds_alone: watched module, in the order of execution -> `feeds` if no other module were watched.
-        same_output: watched module -> a module watched before it with the same output tensor, such as a block's last module.
+        feeds_alone: watched module, in the order of execution -> `feeds` as it would be if no other module were watched.
+        same_output: watched module -> an earlier watched module with the same output tensor, such as a block's last module.
         through_weights: weighted layers whose error comes, at least in part, through the weight of another layer.
-        through_below, through_beyond: these and, likewise, paths of embeddings and ids of parameters that belong to no layer:
-            those whose error comes from a watched module, and from the model's outputs without passing a watched module.
+        through_below, through_beyond: like `through_weights`, but including paths of embeddings and ids of parameters that belong
+            to no layer. In the former, the error comes from a watched module; in the latter, from the model's outputs without
+            passing a watched module.
         beyond: weighted layers between the outputs and the watched modules.
-        beyond_leaves, below_leaves: ids of the parameters there, and of those below the watched modules without look-ups.
-        after_tables: watched modules whose output depends on an embedding, not through a layer.
+        beyond_leaves, below_leaves: ids of the parameters between the outputs and the watched modules, and of those below the
+            watched modules, without the weights of embeddings.
+        after_tables: watched modules whose output depends on an embedding with no layer in between.
         tables: paths of embeddings and ids of parameters that belong to no layer.
         kinds: watched module -> type of its output if it is not a tensor.
         output_shapes, input_shapes: watched module or layer -> shape of its output or input.
-        trainable: watched modules whose output depends on a trainable parameter, without passing another one's output.
+        trainable: watched modules whose output depends on a trainable parameter, without passing the output of another watched
+            module.
         changed_in_place: watched modules and layers whose output is changed in place after they have returned it.
         inputs_changed_in_place: layers whose input is changed in place after their last call.
         without_gradients: weighted layers that ran without gradients, under ``torch.no_grad()`` or reentrant checkpointing.
         uses: how the model's weights were used outside their own layers.
         results: name -> shape of each output from which a loss can be computed; the name of a single tensor is ``""``.
-        result_shape: shape of the output of the loss: the one asked for, or the first one.
+        result_shape: shape of the output for the loss: the requested one, or the first one.
         result_leaves: ids of the parameters on which that output depends.
     """
 
@@ -117,10 +120,10 @@ def trace_model(
     Args:
         model: the plain model (or an attached one inside ``rule.exact()``).
         sample: one input batch, (N, ...); a tuple or list of several arguments, or a dictionary of them by name.
-        watch: paths of further modules whose outputs matter.
+        watch: paths of additional modules whose outputs are traced.
         output: name of the output from which the loss is computed; None: the first.
         frozen: parameters that are not trained, even if they require gradients now.
-        alone: fill in `Trace.feeds_alone`.
+        alone: whether to fill in `Trace.feeds_alone`.
 
     Raises:
         CoverageError: if the model has no such output.
@@ -149,7 +152,7 @@ def _traced(
     dropped: set[int] = set()
 
     def enters_dropout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # The sample's pass has no dropout, which works in place in training alone.
+        # In-place dropout changes its input only in training, so the pass of the sample does not reveal this change.
         dropped.update(_memory(tensor) for tensor in tensors_in((args, kwargs)))
 
     def record(path: str):
@@ -165,7 +168,7 @@ def _traced(
             if path in embeddings:
                 look_ups[y.grad_fn] = path
             x = next(tensors_in(args), y)
-            # The current nodes: a later in-place operation gives the tensor another one.
+            # The current nodes are stored, because a later in-place operation gives the tensor another one.
             seen[path] = _Call(x, tuple(x.shape), x.grad_fn, x._version, y, y.grad_fn, y._version)
             if path in layers and y.grad_fn is not None:
                 node_of[y.grad_fn] = path
@@ -211,7 +214,7 @@ def _traced(
         return _walk(roots, node_of, stops, look_ups, set(tables))
 
     walks = {path: tabled([node], output_nodes.values()) for path, node in output_nodes.items()}
-    # An output of the model that is also that of a watched module, such as a hidden state, is not followed any further.
+    # An output of the model that is also the output of a watched module, such as a hidden state, is not followed any further.
     ends = set(roots).difference(output_nodes.values())
     first_beyond, through_beyond = tabled(ends, output_nodes.values())
     through_below = set().union(*(through for _, through in walks.values()))
@@ -302,7 +305,7 @@ class Arguments(NamedTuple):
 
 
 def arguments(sample: Any) -> Arguments:
-    """The arguments of a forward pass of a sample, see `trace_model`: copies, because a model may change its inputs."""
+    """The arguments of a forward pass of a sample (see `trace_model`), copied because a model may change its inputs."""
 
     def detached(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -332,7 +335,7 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     elif (named := items_in(value)) is not None:
         for name, item in named:
             if (changed := replaced(item, old, new)) is not item:
-                object.__setattr__(value, name, changed)  # frozen ones too
+                object.__setattr__(value, name, changed)  # works for frozen dataclasses, too
     return value
 
 
@@ -361,7 +364,7 @@ def chosen_result(results: dict[str, Tensor], output: str | int | None) -> Tenso
     Raises:
         CoverageError: if there is none.
     """
-    if results and (output is None or list(results) == [""]):  # a model may return several outputs in training alone
+    if results and (output is None or list(results) == [""]):  # a model may return several outputs only in training
         return next(iter(results.values()))
     name = "" if output is None else str(output)
     if name not in results:
@@ -392,7 +395,7 @@ class _Call(NamedTuple):
 
 
 def _memory(tensor: Tensor) -> int:
-    """Identifies the memory of a tensor while it is alive."""
+    """A number that identifies the memory of a tensor while the tensor is alive."""
     return tensor.untyped_storage()._cdata
 
 
@@ -405,7 +408,7 @@ def _walk(
 ) -> tuple[set[Any], set[Any]]:
     """The layers met first on the paths down the graph from `roots`, and the layers met after those, without passing `stops`.
 
-    Likewise embeddings, whose nodes are `look_ups`, and the ids of those of `parameters` that are met.
+    Both sets also contain the embeddings that are met, whose nodes are `look_ups`, and the ids of the `parameters` that are met.
     """
     first: set[Any] = set()
     later: set[Any] = set()

@@ -1,10 +1,11 @@
 """Learned feedback tensors, and whether an optimizer trains them.
 
-A learned tensor is a parameter of the model, so an optimizer created after `attach` trains it. An optimizer created earlier
-does not, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. Both would fail
-silently: the rule would turn into feedback alignment, or nothing would be learned. Therefore, the first update after `attach` and
-the first one after a tensor was replaced are checked: against the parameter groups of the optimizers that step, or, if the
-weights are updated by hand, by what has changed when ``rule.step()`` is called. After that the check costs one comparison.
+A learned tensor is a parameter of the model, so an optimizer created after `attach` trains it. An optimizer created earlier does
+not, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. In both cases, training
+would fail silently: the rule would turn into feedback alignment, or nothing would be learned. Therefore, the first update after
+`attach` and the first one after a tensor was replaced are checked: against the parameter groups of the optimizers that step, or,
+if the weights are updated by hand, by comparing values when ``rule.step()`` is called. After that, the check costs one
+comparison.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 #: Number of entries of a tensor, those with the largest gradients, that are compared before and after an update.
 _ENTRIES = 16
-#: After this many calls of `after_step` without an update, only optimizers are checked, no longer updates by hand.
+#: After this many calls of `after_step` without an update, updates by hand are no longer checked, only optimizers.
 _PATIENCE = 3
 #: Gradients below this fraction of the entries are rounding noise: an update with them changes nothing.
 _NOISE = 1e-5
-#: After this many updates without ``rule.step()``, rules that need it warn: one change may be a state that was loaded.
+#: After this many updates without ``rule.step()``, rules that need this call warn. A single change may come from loading a state.
 _MISSED = 3
 
 
@@ -40,16 +41,16 @@ class LearnedTensor:
             None disables the check.
     """
 
-    #: Its learning rate relative to that of the weights.
+    #: The tensor's learning rate relative to that of the weights.
     lr_scale = 1.0
-    #: Whether its gradient is exactly that of the witness's weight.
+    #: Whether the tensor's gradient is exactly the gradient of the witness's weight.
     follows = False
-    #: Whether it has no gradient of its own, because the optimizer uses the weight's.
+    #: Whether the tensor has no separate gradient, because the optimizer uses the weight's gradient.
     shares_gradient = False
 
     def __init__(self, path: str, module: nn.Module, key: str, witness: nn.Module | None) -> None:
         self.path, self.module, self.key, self.witness = path, module, key, witness
-        #: The tensor that was last seen to be trained; until then the initial one.
+        #: The tensor that was last seen to be trained; before that, the initial one.
         self._known = self.tensor
         self._trained = False
         self._snapshot: _Snapshot | None = None
@@ -69,7 +70,8 @@ class LearnedTensor:
             self._hook.remove()
 
     def freeze(self) -> None:
-        """Freeze the tensor, which cannot learn from anything; otherwise, DistributedDataParallel would wait for its gradient."""
+        """Freeze the tensor, because nothing that it learns from is trainable; otherwise, DistributedDataParallel would wait for
+        its gradient."""
         self.is_frozen = True
         self.tensor.requires_grad_(False)
 
@@ -101,7 +103,7 @@ class LearnedTensor:
 
     @property
     def name(self) -> str:
-        """Its name in the model."""
+        """The tensor's name in the model."""
         return f"{self.path}.{self.key}" if self.path else self.key
 
     def _is_trained(self) -> bool:
@@ -136,7 +138,7 @@ class LearnedTensor:
         """
         if self._snapshot is None and not self._fault:
             if self._trained and self.module._parameters[self.key] is not self._known:
-                _watch_optimizers(self)  # a tensor that replaced it has no hook, and a compiled graph does not call `on_gradient`
+                _watch_optimizers(self)  # a new tensor has no hook, and a compiled graph does not call `on_gradient`
             return
         snapshot, self._snapshot = self._snapshot, None
         self._require_no_fault()
@@ -167,7 +169,7 @@ class LearnedTensor:
             if weight_group is not None:
                 self._compare(group, weight_group)
         elif weight_group is not None:
-            # A tensor that was trained before may have an optimizer of its own, which steps before or after that of the weights.
+            # A tensor that was trained before may have its own optimizer, which steps before or after that of the weights.
             if not self._fault:
                 self._grace = 2 if self._is_trained() else 0
             self._fault = _NOT_TRAINED
@@ -205,7 +207,7 @@ class LearnedTensor:
 
 
 class StepReminder:
-    """Notices that weights are updated and ``rule.step()`` is not called.
+    """Notices if weights are updated but ``rule.step()`` is not called.
 
     Args:
         weights: weights of the model; one that learns is watched. Updates that autograd does not count (fused optimizers) are not
@@ -224,7 +226,8 @@ class StepReminder:
             self._version = self._weight._version
 
     def is_missed(self) -> bool:
-        """Called before a training pass; whether this is the pass after so many updates without a step as `STEP_MISSED` says."""
+        """Called before every training pass; True once, when the number of updates without ``rule.step()`` has reached
+        `_MISSED`."""
         if self._weight is None or self._weight._version == self._version:
             return False
         self._version = self._weight._version
@@ -232,7 +235,7 @@ class StepReminder:
         return self._missed == _MISSED
 
 
-#: The warning.
+#: The warning about updates without ``rule.step()``.
 STEP_MISSED = (
     f"the weights were updated {_MISSED} times without rule.step(), which does part of the learning; call it after every "
     f"optimizer.step()"

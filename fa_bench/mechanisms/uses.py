@@ -101,7 +101,8 @@ class UsesOfWeights(TorchFunctionMode):
         self._running: list[tuple[str, nn.Module]] = []
         #: The autograd nodes that the owners of each weight have created.
         self._nodes_of: dict[int, set[Any]] = defaultdict(set)
-        #: (layer, description, node): functions that used its weight; those that used its entries without differentiation.
+        #: (layer, description, node) of each function that used the layer's weight or, in the second list, that used the weight's
+        #: entries without differentiation.
         self._used: list[tuple[str, str, Any]] = []
         self._detached: list[tuple[str, str, Any]] = []
         self._handles: list[Any] = []
@@ -138,7 +139,7 @@ class UsesOfWeights(TorchFunctionMode):
                 if isinstance(value, nn.Parameter):
                     number, uses = id(value), self._used if value.requires_grad else self._detached
                 else:
-                    # A view of a weight that is not differentiated: weight.detach(), weight.data, one of a frozen weight.
+                    # A view of a weight that is not differentiated: weight.detach(), weight.data, or a view of a frozen weight.
                     number = 0 if value.requires_grad else self._stored_at.get(_storage(value), 0)
                     uses = self._detached
                 path, owners = self._layer_of.get(number), self._owners.get(number, ())
@@ -210,7 +211,7 @@ def _is_weight(root: Any) -> bool:
         if hasattr(node, "variable"):
             continue
         kind, inputs = _kind(node), {following for following, _ in node.next_functions}
-        # A product with a factor that is not differentiated may be one with data.
+        # A product with a factor that is not differentiated may be a product with data.
         is_differentiated = (len(node.next_functions) == 1 or kind in ("Mm", "Bmm")) and None not in inputs
         if kind.startswith("Embedding") or not (is_differentiated or kind in _MOVES or kind in _SCALES or kind in _ADDS):
             return False

@@ -1,4 +1,4 @@
-"""The layers with weights that rules work on, and the state that those of one attached model share."""
+"""The weighted layers that rules work on, and the state that all layers of an attached model share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Mode:
         freeze_random: forward passes sample no new random tensors, so that measuring does not change the run.
         alone: nothing is exchanged with the other processes of a data-parallel run, which are not doing the same at the moment.
         layerwise: compound modules call one layer for each of their weights; otherwise they may use fused kernels.
-        always_layerwise: they also do so without gradients.
+        always_layerwise: compound modules call these layers even if gradients are disabled.
         training: a forward pass of the whole model with gradients is running.
         without_gradients: path -> trainable layer that ran without gradients in this pass.
         with_gradients: paths of the layers that ran with gradients in this pass.
@@ -49,10 +49,10 @@ class Mode:
 def is_weighted(module: nn.Module) -> TypeGuard[WeightedLayer]:
     """Whether the module is a layer that can have feedback, plain or already swapped."""
     plain = _plain_class(type(module))
-    # Only attention has such a layer, and calls it only as a compound module, which gives its layers this attribute.
+    # Only attention has such a layer, and calls it only if it is a compound module, which gives its layers this attribute.
     is_used = plain is not nn.modules.linear.NonDynamicallyQuantizableLinear or "batch_axis" in module.__dict__
     if plain not in WEIGHTED or not is_used or "forward" in module.__dict__:
-        return False  # the forward method of this one module was replaced, and may use the weight in any way
+        return False  # this module's forward method was replaced and may use the weight in any way
     weight = weight_parameter(module)
     return isinstance(weight, nn.Parameter) and not weight.is_complex()
 
@@ -85,7 +85,7 @@ def _parameter_name(path: str, layer: nn.Module, name: str) -> str:
 
 
 def sample_axis(layer: nn.Module, dims: int) -> int:
-    """The axis of the samples in a layer's input or output of `dims` dimensions; attention has positions first."""
+    """The axis of the samples in a layer's input or output of `dims` dimensions; in attention, positions come first."""
     return getattr(layer, "batch_axis", 0) if dims > 2 else 0
 
 
@@ -109,7 +109,7 @@ def require_gradients(path: str, layer: nn.Module) -> None:
     """Refuse a layer with a trainable weight that ran without gradients in a forward pass of the model with gradients.
 
     Raises:
-        CoverageError: in this case; the message names the layer and what to do.
+        CoverageError: in this case; the message names the layer and a remedy.
     """
     if layer.weight.requires_grad:
         raise CoverageError(

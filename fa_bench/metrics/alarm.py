@@ -11,7 +11,7 @@ class Alarm(NamedTuple):
     Attributes:
         threshold: the threshold in the quantity's unit.
         above: whether values above the threshold are reported, rather than those below it.
-        meaning: a sentence that says what such a value means and where the threshold comes from.
+        meaning: a sentence about the meaning of such a value and the source of the threshold.
     """
 
     threshold: float

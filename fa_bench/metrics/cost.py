@@ -44,13 +44,14 @@ class Cost:
     """The cost of one training step.
 
     Attributes:
-        forward, backward, feedback: multiplications in matrix products and convolutions, each with its addition: in the forward
-            pass with the loss; in the backward pass; and for learning the feedback, in the backward pass or after it.
+        forward, backward, feedback: multiplications (each with its addition) in matrix products and convolutions: in the forward
+            pass, which includes the loss; in the backward pass; and for learning the feedback, during the backward pass or after
+            it.
         optimizer: multiplications of the optimizer, if it was counted; most optimizers have none.
-        bytes_moved: bytes of the inputs and outputs of all operations, as if none were fused and nothing stayed in a cache; with
-            the optimizer, if it was counted.
+        bytes_moved: bytes of the inputs and outputs of all operations, as if none were fused and nothing stayed in a cache;
+            including the optimizer, if it was counted.
         peak_memory: the largest number of bytes that tensors occupy at any time: parameters, buffers, feedback, states of the
-            optimizer, the batch, activations and gradients; without what a single operation allocates for itself.
+            optimizer, the batch, activations and gradients; excluding memory that a single operation allocates temporarily.
     """
 
     forward: int
@@ -73,11 +74,11 @@ class Cost:
 class Counter(TorchDispatchMode):
     """Counts multiplications, bytes moved and bytes of new tensors for all operations, including those of a backward pass.
 
-    FlopCounterMode of torch hooks modules and fails if gradients are computed in a backward pass.
+    It replaces torch's FlopCounterMode, which hooks modules and fails if gradients are computed in a backward pass.
 
     Attributes:
-        multiplications, moved: so far.
-        new: bytes of the tensors that are alive and were created since the beginning, after each operation.
+        multiplications, moved: the numbers of multiplications and of bytes moved so far.
+        new: after each operation, the bytes of all live tensors that were created since counting began.
     """
 
     def __init__(self) -> None:
@@ -143,16 +144,16 @@ def _mutated(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[T
 
 
 def _size(tensor: Tensor) -> int:
-    """The bytes that a tensor occupies: fewer than its values would need if it repeats them without copying."""
+    """The bytes that a tensor occupies: fewer than its values would need, if it repeats values without copying them."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 @contextmanager
 def counting() -> Iterator[Counter]:
-    """Count the operations of the block.
+    """A context that counts the operations within it.
 
-    Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed when
-    the last reference to them ends, never by the garbage collector, whose timing would make the count depend on what ran before.
+    Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed when the last reference to
+    them ends, never by the garbage collector, whose timing would make the count depend on earlier code.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -174,8 +175,8 @@ def multiplications(step: Callable[[], None]) -> int:
 def at_batch(counts: Sequence[int], batch: int) -> int:
     """The count for a batch of `batch` samples, from those for 2, 3 and 4.
 
-    Exact if the count is a polynomial in the batch size of degree at most two: products that involve the batch grow linearly,
-    similarities between samples grow quadratically, and steps on noise that the rule generates are constant.
+    Exact if the count is a polynomial in the batch size of degree at most two: products that involve the batch grow linearly with
+    it, similarities between samples grow quadratically, and learning from noise that the rule generates is constant.
     """
     two, three, four = counts
     beyond = batch - _BATCHES[0]
@@ -183,9 +184,14 @@ def at_batch(counts: Sequence[int], batch: int) -> int:
 
 
 class _Step(NamedTuple):
-    """The counts of one step: multiplications of the forward pass, of the backward pass, of learning the feedback in it, of the
-    optimizer, and of what follows; bytes moved in the forward pass, in the backward pass, and in what follows; bytes of new
-    tensors, see `Counter`."""
+    """The counts of one step.
+
+    Attributes:
+        multiplications: in the forward pass, in the backward pass, for learning the feedback in the backward pass, in the
+            optimizer, and after it.
+        moved: bytes moved in the forward pass, in the backward pass, and after it.
+        new: bytes of new tensors, see `Counter`.
+    """
 
     multiplications: tuple[int, int, int, int, int]
     moved: tuple[int, int, int]
@@ -204,8 +210,8 @@ def step_costs(
 ) -> tuple[Cost, Cost]:
     """The costs of one training step: with the rule, and with backpropagation in the same model.
 
-    Runs small steps on random inputs, which change gradients, running statistics, random feedback and, with `optimizers`, the
-    weights: pass a rule that will not train.
+    This runs small steps on random inputs, which change gradients, running statistics, random feedback and, with `optimizers`,
+    the weights, so pass a rule that will not be trained further.
 
     Args:
         rule: an attached rule.
@@ -214,7 +220,7 @@ def step_costs(
         batch: the batch size of the step.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
         optimizers: creates the rule's optimizers; without it, the bytes that they move and their states are not counted.
-        accumulate: the micro-batches that the batch is split into.
+        accumulate: the number of micro-batches into which the batch is split.
     """
     model, learned = rule.model, rule.feedback_parameters()
     model.train()
@@ -224,15 +230,15 @@ def step_costs(
 
     def steps(own: Optimizers | None, exact: bool = False) -> list[_Step]:
         state, found = rule.state_dict(), []
-        # The first step creates the states of optimizers, and whatever the rule keeps.
+        # The first step creates the states of optimizers and all tensors that the rule keeps.
         for size in (_BATCHES[0], *_BATCHES):
             found.append(_step(rule, samples(size), own, exact))
-            if state:  # if a rule's steps are not all alike, the same one is counted again
+            if state:  # so that the same step is counted every time, if a rule's steps differ
                 rule.load_state_dict(state)
         return found[1:]
 
     with rule.exact():
-        plain = optimizers() if optimizers is not None else None  # trains what the rule has frozen, too
+        plain = optimizers() if optimizers is not None else None  # also trains parameters that the rule has frozen
         reference = steps(plain, exact=True)
     own = optimizers() if optimizers is not None else None
     if own is not None:
@@ -263,7 +269,7 @@ def step_costs(
 
 
 def optimizer_states(optimizers: Optimizers | None) -> list[Tensor]:
-    """The tensors that optimizers keep for their parameters; none without optimizers or before their first step."""
+    """The tensors that optimizers keep for their parameters; there are none without optimizers or before their first step."""
     return [
         value
         for optimizer in (optimizers.optimizers if optimizers is not None else ())
@@ -286,7 +292,7 @@ def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None
     x, y = data
     indices = torch.arange(len(y)) % (rule.sample_count or len(y))
     rule.model.zero_grad()
-    # Only one process of several counts.
+    # If there are several processes, only one of them counts.
     with set_temporarily([rule.mode], "alone", True), counting() as counter:
         logits = loss_output(rule.model(x), rule.loss_output)
         loss = rule.objective.loss(logits, y)
@@ -305,8 +311,8 @@ def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None
 
 
 def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
-    """The cost of a step from its counts for a few samples, the sizes of its micro-batches, and the bytes that are in use
-    throughout."""
+    """The cost of a step, from the counts for a few samples, the sizes of the micro-batches, and the bytes in use throughout the
+    step."""
     *products, of_optimizer, products_after = zip(*(step.multiplications for step in steps), strict=True)
     *moved, moved_after = zip(*(step.moved for step in steps), strict=True)
     forward, backward, feedback = (sum(at_batch(counts, size) for size in sizes) for counts in products)
@@ -324,7 +330,7 @@ def _peak(new: Sequence[Sequence[int]], batch: int) -> int:
     """The peak number of bytes of new tensors in a batch of `batch` samples.
 
     The operation at which the peak occurs depends on the batch size, so each operation has its own polynomial. If the number of
-    operations depends on the batch size, the polynomial is that of the peaks.
+    operations depends on the batch size, a single polynomial is fitted to the peaks.
     """
     at_a_time = zip(*new, strict=True) if len(set(map(len, new))) == 1 else [[max(series) for series in new]]
     return max(at_batch(counts, batch) for counts in at_a_time)

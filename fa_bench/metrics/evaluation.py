@@ -30,14 +30,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss and scores over a whole split in evaluation mode, by name: ``loss``, ``accuracy`` (a fraction).
 
-    Empty without samples.
+    The result is empty if there are no samples.
 
     Args:
-        model, objective, split, batch_size: what is evaluated, and how.
+        model, objective, split, batch_size: the model, its objective, the split to evaluate it on, and the run's batch size.
         before_batch: called before every batch.
         share: the positions of the samples that this process evaluates in a batch of the given size; None: all.
         predict: computes the outputs of a batch; None: the model.
-        gather: the values that all processes pass, in their order.
+        gather: collects a value from every process; returns them in the order of the processes.
     """
     if split is None or len(split) == 0:
         return {}

@@ -30,8 +30,8 @@ class Memory:
         parameters: P, the size of ``model.parameters()``.
         activations: A, values per sample that are kept for the backward pass.
         feedback: number of values in feedback tensors that propagate an error.
-        learned: how many of these are learned.
-        relus: outputs of ReLUs per sample.
+        learned: number of those values that are learned.
+        relus: number of outputs of ReLUs per sample.
     """
 
     parameters: int
@@ -44,8 +44,8 @@ class Memory:
         """(reads, writes) of one step: 2P + A b and P + A b.
 
         The forward pass reads P and writes A b (eq 48), the backward pass reads P + A b and writes P (eq 49): 3P + 2 A b.
-        `strict` adds what the paper omits: reading B and writing its learned part; and one bit for every output of a ReLU, 32 in
-        a value, written in the forward pass and read in the backward pass.
+        `strict` adds accesses that the paper omits: reading B, writing its learned part, and one bit for every output of a ReLU
+        (32 bits count as one value), written in the forward pass and read in the backward pass.
         """
         reads, writes = 2 * self.parameters + self.activations * batch, self.parameters + self.activations * batch
         if not strict:
@@ -59,11 +59,11 @@ def memories(
 ) -> tuple[Memory, Memory | None]:
     """Counts for backpropagation in a plain model, and for a rule if it defines `step_memory`.
 
-    From one forward pass of one sample on the model's device; cheap on the device ``meta``.
+    The counts come from one forward pass of one sample on the model's device; this is cheap on the device ``meta``.
 
     Backpropagation keeps the output of every layer, counted once: for a weighted layer the activation after normalisation,
     nonlinearity, addition and max-pooling, which is the input of the next layers; for average pooling, which counts as a layer,
-    its input; and the logits. The image is not counted. A rule keeps what its `step_memory` returns, and the logits.
+    its input; and the logits. The image is not counted. A rule keeps the result of its `step_memory`, and the logits.
 
     Args:
         model: a plain model.
@@ -93,7 +93,7 @@ def _inputs(trace: Trace, layers: list[str]) -> int:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts what the inputs of layers do not reveal: maps that are averaged, and outputs of ReLUs."""
+    """Counts values that the inputs of layers do not show: maps that are averaged, and outputs of ReLUs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """Measures how far a rule's errors are from those of backpropagation, on a fixed batch and without side effects.
 
 The error of a layer is taken at its activation, where the rule delivers it: for edge rules at the input of the next weighted
-layer, for cut rules at the cut. Batch normalisation uses the statistics of the batch and keeps its running ones; dropout is off.
+layer, for cut rules at the cut. Batch normalisation uses the statistics of the batch and does not update its running statistics;
+dropout is off.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Passes:
     @functools.cached_property
     def exact(self) -> Record:
         """Errors and tensors of a pass with backpropagation."""
-        _ = self.delivered  # comes first, as in training
+        _ = self.delivered  # the pass with the rule comes first, as in training
         with self.rule.exact():
             return self._pass(lambda loss, logits: loss.backward())
 
@@ -141,12 +142,13 @@ class Passes:
         return self.delivered.tensors[LOGITS].detach()
 
     def _pass(self, backward: Callable[[Tensor, Tensor], Any]) -> Record:
-        """One forward and backward pass: records the points, and the outputs of all layers if points are inputs of layers."""
+        """Run one forward and one backward pass; record the tensors at the points and, if points are inputs of layers, all
+        layers' outputs."""
         record, model = Record(), self.rule.model
         modules = dict(model.named_modules())
         cuts = {module for module, side in self.points.values() if side == OUTPUT}
         layers = set(self.trace.order) if any(side == INPUT for _, side in self.points.values()) else set()
-        # Before the rule's own hooks, which replace the tensors at cuts.
+        # These hooks run before the rule's own hooks, which replace the tensors at cuts.
         handles = [modules[path].register_forward_hook(record.outputs(path), prepend=True) for path in cuts | layers]
         handles += [
             modules[path].register_forward_pre_hook(record.inputs(path), prepend=True, with_kwargs=True) for path in layers
@@ -157,7 +159,8 @@ class Passes:
                 record.watch(LOGITS, logits, modules[""])
                 backward(mean_loss(self.rule.objective, logits, self._meter.y), logits)
         finally:
-            # Tensors and record would keep each other alive through the tensors' hooks, unseen by the garbage collector.
+            # The tensors and the record would keep each other alive through the tensors' hooks, which the garbage collector does
+            # not see.
             for handle in handles + record.handles:
                 handle.remove()
         record.gradients = {path: weight_gradient(layer) for path, layer in weighted_layers(model).items()}
@@ -230,11 +233,11 @@ class Passes:
 
 @dataclasses.dataclass
 class Call:
-    """A tensor at a module's input or output in one call of the module, and its gradient once there is one.
+    """A tensor at a module's input or output in one call of the module, and its gradient once it has been computed.
 
     Attributes:
         batch_axis: the axis of the samples.
-        rows, outputs: the outputs that the call computed, if not all of the layer's, and their number.
+        rows, outputs: which of the layer's outputs the call computed, if not all, and how many outputs the layer has.
         version: the tensor's version in that call, because later modules may change it in place.
     """
 
@@ -246,7 +249,7 @@ class Call:
     version: int = 0
 
     def is_same(self, other: Call) -> bool:
-        """Whether the tensor is that of another call, with the same value."""
+        """Whether another call has the same tensor with the same value."""
         return self.tensor is other.tensor and self.version == other.version
 
     def by_sample(self, tensor: Tensor) -> Tensor:
@@ -254,7 +257,7 @@ class Call:
         return tensor.movedim(self.batch_axis, 0) if self.batch_axis else tensor
 
     def of_all_outputs(self, g: Tensor) -> Tensor:
-        """The error at the outputs of the call as one at all outputs of the layer."""
+        """The error at the outputs of this call, padded with zeros for the layer's other outputs."""
         if self.rows is None:
             return g
         padded = g.new_zeros(*g.shape[:-1], self.outputs)
@@ -263,7 +266,8 @@ class Call:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors of several calls, (N, ...) each, as one, (N, features), if each has all samples, otherwise (rows, features)."""
+    """The tensors of several calls as one tensor: (N, features) if each call has all samples, (N, ...), and otherwise (rows,
+    features)."""
     if len(tensors) == 1:
         return tensors[0]
     if len({len(tensor) for tensor in tensors}) == 1:
@@ -284,7 +288,7 @@ class Record:
 
     @functools.cached_property
     def tensors(self) -> dict[Point, Tensor]:
-        """The tensors of all calls at a point that require gradients, joined."""
+        """{point: the tensors of all calls that require gradients, joined}."""
         found = {
             point: [call.by_sample(call.tensor) for call in calls if call.tensor.requires_grad]
             for point, calls in self.calls.items()
@@ -293,7 +297,7 @@ class Record:
 
     @functools.cached_property
     def errors(self) -> dict[Point, Tensor]:
-        """The gradients at a point that the pass has computed, joined."""
+        """{point: the gradients that the pass has computed there, joined}."""
         found = {
             point: [call.by_sample(call.error) for call in calls if call.error is not None] for point, calls in self.calls.items()
         }
@@ -350,7 +354,7 @@ def _require_one(rule: Rule, results: Collection[str]) -> None:
 def measurement_mode(rule: Rule) -> Iterator[None]:
     """A context for passes without side effects: training mode with the batch's statistics, without dropout or new samples.
 
-    Gradients are None within it; afterwards they, the modes of modules and running statistics are as before.
+    Gradients are None within it. Afterwards, gradients, modes of modules and running statistics are as before.
     """
     model = rule.model
     with (

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 #: Former names of initialisers, which old configs may use.
 OLD_NAMES = {"kaiming_normal": "kaiming_normal_fan_out"}
 
-#: Activation functions by name, as makers of modules: torch is imported when the first one is made.
+#: Functions that create the modules of activation functions, by name; torch is imported when the first one is called.
 ACTIVATIONS = {
     "relu": lambda: nn.ReLU(),
     "leaky_relu": lambda: nn.LeakyReLU(0.01),
@@ -79,7 +79,7 @@ class Architecture(Options):
             init = self.linear_init if isinstance(module, nn.Linear) and self.linear_init is not None else self.init
             if module is layers[-1] and self.output_init is not None:
                 init = self.output_init
-            if init != "pytorch":  # which `make` has applied
+            if init != "pytorch":  # `make` has already applied it
                 fill(module.weight, init)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -24,7 +24,7 @@ class Conv2(Architecture):
     conv1 - bn1 - act1 - conv2 - bn2 - act2 - pool - fc1 - bn3 - act3 - fc2 (Table 3 of the DKP paper).
 
     3x3 kernels, stride 1, max-pooling by 2. The paper's 6272 features, 32 x 14 x 14, follow from padding 1 for 28x28 images and
-    padding 0 for 32x32 ones, which ``padding=null`` selects; it is 1 for any other size.
+    padding 0 for 32x32 ones, and ``padding=null`` selects these; for any other size, the padding is then 1.
     """
 
     channels: int = option(32, "channels of both convolutions", minimum=1)

@@ -25,11 +25,10 @@ class Decoder(TransformerArchitecture):
     embed - causal blocks - (final_norm) - head; tokens (N, T) to logits (N, T, V).
 
     The net of Launay et al. 2020 (arXiv 2006.12878) is ``depth=6 width=512 heads=8 norm=post positions=sinusoidal
-    activation=relu`` on sequences of 128 tokens. Its initial weights differ: in their code, embedding and head are uniform and
-    all blocks start with the same weights. Here, token embeddings and learned positions are initialised from N(0, 0.02²), as in
-    GPT-2, and token embeddings from N(0, 1) if positions are sinusoidal (Vaswani et al. 2017, section 3.5); `init` and
-    `linear_init` apply to all linear layers, including q, k, v and out of the attention. Embedding and head do not share
-    weights.
+    activation=relu`` on sequences of 128 tokens. The initial weights differ here: in their code, embedding and head are uniform
+    and all blocks start with the same weights. Here, token embeddings and learned positions are initialised from N(0, 0.02²), as
+    in GPT-2, and token embeddings from N(0, 1) if positions are sinusoidal (Vaswani et al. 2017, section 3.5); `init` and
+    `linear_init` apply to all linear layers, including q, k, v and out of the attention. Embedding and head do not share weights.
 
     The modules of a block are attn (with q, k, v, out), norm1, fc1, act, fc2, norm2. With ``norm=post``, the paper's cuts are
     ``[*.norm1,*.act,*.norm2]`` ("micro") and ``[*.norm2]`` ("macro"). The model's own cut points are the outputs of embed, q,

@@ -40,7 +40,7 @@ class Torchvision(Architecture):
         accepted = inspect.signature(models.get_model_builder(self.model)).parameters
         extra: dict[str, object] = {"num_classes": classes}
         if self.model in ("googlenet", "inception_v3"):
-            # With auxiliary heads they would return a tuple in training, and their own initialiser takes minutes.
+            # With auxiliary heads, these models would return a tuple in training; their own initialiser takes minutes.
             extra |= {"aux_logits": False, "init_weights": False}
         if "image_size" in accepted or self.model.startswith("vit"):
             extra["image_size"] = input_shape[1]

@@ -13,7 +13,7 @@ from fa_bench.registry.registries import ARCHITECTURES
 if TYPE_CHECKING:
     from torch import nn as torch_nn
 
-#: Depth -> the 3x3 convolutions: channels in units of the first one's; p: max-pooling by 2 follows, v: no padding.
+#: Depth -> the 3x3 convolutions, by their channels as multiples of the first one's; p: max-pooling by 2 follows; v: no padding.
 CONVOLUTIONS = {
     5: "1p 2p 4p 4p",
     7: "1p 1 2p 2v 4p 4v",

@@ -40,7 +40,7 @@ class Objective(Options):
     #: The scores for each kind of targets. The first one is the primary score, by which epochs and settings are chosen.
     scores: ClassVar[Mapping[str, tuple[Score, ...]]] = {CLASSES: (ACCURACY,), POSITIONS: (ACCURACY,), VALUES: (R2, RMSE)}
 
-    #: The range of numbers, if they are the targets, for which `loss` is defined; None: all.
+    #: The range of numerical targets for which `loss` is defined; None: all numbers.
     value_range: ClassVar[tuple[float, float] | None] = None
 
     @property
@@ -59,7 +59,7 @@ class Objective(Options):
             outputs: the outputs of the network, (N, C), (N, O) or (N, T, C).
             target: class indices (N,), numbers (N, O) or class indices of positions (N, T), depending on `targets`.
             reduction: ``mean`` or ``sum`` over the targets that count, for a scalar; ``none`` for the loss of each sample, (N,),
-                whose mean is that of ``mean``.
+                whose mean is the result of ``mean``.
         """
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class Objective(Options):
         """
         if (correct := self.correct(outputs, target)) is not None:
             return {"correct": correct.sum()}
-        wide = target.double() if target.device.type != "mps" else target  # which has no float64
+        wide = target.double() if target.device.type != "mps" else target  # MPS has no float64
         errors = self.predicted(outputs).to(wide.dtype) - wide
         return {"error_squares": errors.square().sum(), "target_sums": wide.sum(0), "target_squares": wide.square().sum(0)}
 
@@ -124,7 +124,7 @@ _OF_TORCH = dict.fromkeys(("BCEWithLogitsLoss", "binary_cross_entropy_with_logit
 
 
 def as_objective(given: Any) -> Objective:
-    """The objective of a name, or the objective itself; None: the cross-entropy.
+    """The objective with the given name, or the given objective itself; for None, the cross-entropy.
 
     Raises:
         ConfigError: for an unknown name; suggests the nearest one.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class MSE(Objective):
     """Half the squared error, L = ½ Σ_k (z_k - t_k)², of real targets t or of the label's one-hot row.
 
-    With the sum over outputs and the factor ½, the gradient at the outputs is z - t, which is of the same scale as that of
+    With the sum over outputs and the factor ½, the gradient at the outputs is z - t, which has the same scale as the gradient of
     cross-entropy. The scores of real targets are R² and RMSE, see `Objective.scored`; those of labels are accuracies.
     """
 

@@ -51,7 +51,7 @@ class Score:
 
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
-        """optuna's word for the direction of a search."""
+        """The direction of a search, in optuna's terms."""
         return "maximize" if self.higher_is_better else "minimize"
 
     def merit(self, value: float) -> float:
@@ -59,7 +59,7 @@ class Score:
         return value if self.higher_is_better else -value
 
     def is_better(self, value: float, other: float) -> bool:
-        """Whether a mean is better than another one; equal means that differ by rounding are not."""
+        """Whether a mean is better than another one; means that differ only by rounding count as equal."""
         return self.merit(value) - self.merit(other) > 1e-9 * max(abs(value), abs(other))
 
     def text(self, value: float) -> str:

@@ -56,6 +56,6 @@ class OptimizerOptions(Options):
 
 
 def fusible(groups: list[dict[str, Any]]) -> bool:
-    """Whether torch's fused update supports the tensors; on a CPU it is two to three times faster."""
+    """Whether torch's fused update supports the tensors; on a CPU, this update is two to three times faster."""
     tensors = [tensor for group in groups for tensor in group["params"]]
     return all(tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda") for tensor in tensors)

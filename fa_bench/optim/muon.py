@@ -109,7 +109,7 @@ class Muon(OptimizerOptions):
             raise OptionError(
                 "layers", f"={self.layers} with exclude={self.exclude} leaves muon no layer (layers: {names(tensors)})"
             )
-        # A weight that an excluded layer shares is excluded.
+        # A weight that is shared with an excluded layer is excluded, too.
         return {id(tensor) for path in tensors for tensor in tensors[path]} - {
             id(tensor) for path in excluded for tensor in tensors.get(path, ())
         }

@@ -47,7 +47,7 @@ class Optimizers:
         elif learned and scale != 1:
             parts[0][2].append({"params": learned, "lr": options.lr * scale})
         else:
-            # One group for both: rules that rely on equal updates of W and B rely on equal settings.
+            # Both share one group, because rules that rely on equal updates of W and B rely on equal settings.
             weights += learned
         #: The optimizers, and the options of each.
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -74,7 +74,7 @@ class Optimizers:
         """From now on, backward passes do not compute a second gradient for learned feedback that shares the gradient of a
         weight.
 
-        Only for optimizers that update in one fused pass, and for training by one process; others are left as they are.
+        Only for optimizers that update in one fused pass, and for training by one process; in all other cases, nothing changes.
         """
         if all(optimizer.defaults.get("fused") for optimizer in self.optimizers):
             self._shared = self._rule.shared_gradients()
@@ -110,8 +110,8 @@ class Optimizers:
             self._set_rates(step=step)
 
     def _set_rates(self, **done: int) -> None:
-        """Set the learning rates of schedules that count in these units, ``epoch`` or ``step``, after the given number of
-        them."""
+        """Set the learning rates of schedules that count in the given unit, ``epoch`` or ``step``, after the given number of
+        units."""
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
             if (unit := part.schedule.per) in done:
                 for group in optimizer.param_groups:
@@ -141,7 +141,7 @@ class Optimizers:
         return (tensor for optimizer in self.optimizers for group in optimizer.param_groups for tensor in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors."""
+        """The state, as plain containers and tensors."""
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("activation_alignment")
 @dataclasses.dataclass(eq=False)
 class ActivationAlignment(InputAlignmentRule):
-    """Activation alignment: a local loss compares a layer's outputs with feedback and with weights, which pulls the feedback
+    """Activation alignment: a local loss compares the outputs of a layer's weights and of its feedback, and pulls the feedback
     towards the weights.
 
     Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives sparse and amp.

@@ -77,10 +77,10 @@ class ASFPLC(ASFP):
     shared activation h̃.
 
     Choices, since no code was published: the blocks are those of the model (``model.blocks``, or those that end with the modules
-    in ``cuts``), namely the residual blocks and the stem. The stem's normalisation learns from a classifier of its own (a frozen
-    stem without normalisation has none). Activations are shared across blocks as in `asfp`. The classifier is used only in
-    training, so its normalisation always uses batch statistics: it refuses a batch of one sample, and under data parallelism each
-    rank has its own statistics.
+    in ``cuts``), namely the residual blocks and the stem. The stem's normalisation learns from its own classifier (a frozen stem
+    without normalisation has none). Activations are shared across blocks as in `asfp`. The classifier is used only in training,
+    so its normalisation always uses batch statistics: it refuses a batch of one sample, and under data parallelism each rank has
+    its own statistics.
     """
 
     equations = (
@@ -96,7 +96,7 @@ class ASFPLC(ASFP):
 
     def wire(self, sample_input: Any) -> Coverage:
         local: Any = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
-        # Both share one mode, so that a measurement covers both.
+        # Both rules share one mode, so that a measurement covers both.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
         local.objective, local._frozen, local._structure, local._uses_outside = self.objective, self._frozen, None, {}
         local.first_pass = None

@@ -35,7 +35,7 @@ class BPDeepSup(LocalRule):
 
     The cuts and the classifiers are those of `predsim` with ``loss=pred``: D_l averages maps to at most `decoder_size` features,
     its weight is initially zero (`decoder_init`), and it learns with the optimizer of the weights. The difference between the two
-    rules shows what local losses lose by stopping errors at the cuts.
+    rules shows how much local losses lose by stopping errors at the cuts.
 
     The form and the weights of the auxiliary losses were not checked against the papers. Lee et al. reduce the auxiliary losses
     during training; here w is constant. If the model's output has positions, such as tokens, a cut must have the same positions.
@@ -89,6 +89,6 @@ class BPDeepSup(LocalRule):
         return Rule.error_points(self, trace)
 
     def input_error(self, layer: str, x: Tensor, g: Tensor, delta: Tensor) -> Tensor:
-        """That of backpropagation: the error `g` at a layer that is a cut contains that of the cut's classifier."""
+        """The error of backpropagation. At a layer that is a cut, `g` contains the error of the cut's classifier."""
         with self.exact():  # a cut's hook refuses calls outside of a forward pass of the model
             return super().input_error(layer, x, g, delta)

@@ -14,7 +14,7 @@ from fa_bench.utils.lazy import nn
 @ALGORITHMS.register("bp_fc")
 @dataclasses.dataclass(eq=False)
 class BPFullyConnected(BP):
-    """Floor for convolutional nets: fully connected layers learn by backpropagation, convolutions stay random.
+    """Floor for convolutional nets: fully connected layers learn by backpropagation, and convolutions stay random.
 
     "BP (FC only)", section 3.2 of the DKP paper.
 

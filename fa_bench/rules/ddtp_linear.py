@@ -107,9 +107,9 @@ class DDTPLinear(DrawingRule, DKP):
         return change.movedim(self.error_axis, -1), seen["noise"]
 
     def readouts(self) -> dict[str, Tensor]:
-        """None: B inverts the layers above the cut; it is not a readout of the activation."""
+        """Empty: B inverts the layers above the cut; it is not a readout of the activation."""
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """None: B is not the transpose of weights."""
+        """Empty: B is not the transpose of weights."""
         return {}

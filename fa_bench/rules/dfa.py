@@ -35,7 +35,7 @@ class DFA(CutRule):
       the error is the input gradient of a convolution with B of shape (C, I, K...). Identity shortcuts still add the error from
       above, so the rule is a hybrid in residual nets, as in the code of Li and Benna 2024.
     - shared: one matrix, uniform in [-1, 1), for all cuts, of shape (C, features of the largest cut); each cut uses its first
-      columns, divided, with `normalise`, by √(features of the largest cut) (Launay et al. 2020).
+      columns, which `normalise` divides by √(features of the largest cut) (Launay et al. 2020).
 
     If the output has positions, such as tokens (N, T, C) or pixels (N, C, H, W), these are a second batch axis. The error at
     position t of a cut (N, T, F) or (N, F, H, W) is δ_t B, with one B (C, F) for all positions. At a cut with fewer positions (by
@@ -47,7 +47,7 @@ class DFA(CutRule):
     such as the vocabulary layer, learn by exact backpropagation, and h receives its exact error through their weights.
 
     With ``within=block``, there are cuts only at the ends of the model's blocks (or at `cuts`), and all layers between two cuts
-    learn by exact backpropagation from the upper one. This is weight transport within blocks; coverage and reports say so. By
+    learn by exact backpropagation from the upper one. This is weight transport within blocks, as coverage and reports state. By
     default (``within=layer``), there must be a cut between a weight or an embedding and the next weight.
 
     Together, these two options give the settings of Launay et al. 2020 for transformers, with the error taken at the input of the
@@ -56,7 +56,7 @@ class DFA(CutRule):
     normalisation, and for "micro" also ``algorithm.cuts='[*norm1,*act,*norm2]'``, with the names of the model's own modules.
 
     Choices: B is Xavier-uniform for neuron and kernel (``b_init``), with one fixed mask if ``density`` is below 1; its fan_in is
-    the number of features, its fan_out C.
+    the number of features, and its fan_out is C.
     """
 
     equations = (r"e_a &= \delta B,\quad B \text{ fixed}",)

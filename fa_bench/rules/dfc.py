@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: The key of the output's entries, in addition to those of the cuts.
+#: The key for entries of the output, in dictionaries whose other keys are cuts.
 OUTPUT_OF_MODEL = ""
 #: The feedback tensor of the output, which is stored at the last cut.
 OF_OUTPUT = "B_output"
@@ -61,7 +61,7 @@ class Controller:
 @ALGORITHMS.register("dfc")
 @dataclasses.dataclass(eq=False)
 class DFC(DrawingRule, LearnedCutRule, PassRule):
-    """Deep feedback control: a controller drives the output to a target, and layers learn from how it changes them.
+    """Deep feedback control: a controller drives the output to a target, and layers learn from the changes that it causes.
 
     Meulemans et al. 2021, arXiv 2106.07887, with the steady state in closed form, which is the option ``ssa`` in the code of
     Meulemans et al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). With r_0 = x, the steady state of the voltages before the
@@ -85,8 +85,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
     **Feedback.** `feedback_weights` determines Q. With ``learned``, B_l = Q_lᵀ (C, F_l) is initially Xavier-normal (`b_init`),
     and B at the output is initially the identity; both learn from Gaussian noise. In another forward pass, σ ε (`sigma`) is added
-    to all voltages, the controller with the leak `alpha_fb` counteracts its effect on z, and Q learns anti-Hebbian from the
-    voltages that the layer then receives:
+    to all voltages, the controller with the leak `alpha_fb` counteracts its effect on z, and Q learns by an anti-Hebbian rule
+    from the voltages that the layer then receives:
 
         u = (J Q + α_fb I)⁻¹ (z⁻ - z_noisy),    v_fb = Q u + σ ε,    gradient of Q_l = 1/(N σ²) Σ_n v_fb,l uᵀ.
 
@@ -175,7 +175,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
         if self.error_dims != 2:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
-        #: The cuts whose voltage is at their input; that of the others is at their output.
+        #: The cuts whose voltage is at the module's input; the voltage of all other cuts is at the output.
         self._nonlinear = frozenset(cut for cut in features if self.is_nonlinearity(cut))
         self._last = list(features)[-1]
         self._learned, self._masked = {cut: [] for cut in features}, False
@@ -189,7 +189,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             self._learned[self._last].append(LearnedTensor(self._last, module, make_learned(module, OF_OUTPUT), self._witness))
 
     def is_nonlinearity(self, cut: str) -> bool:
-        """As for `pepita`, but not if the module draws random numbers, which would differ when it is evaluated again."""
+        """As for `pepita`, but False if the module draws random numbers, which would differ in a second evaluation."""
         modules = self._cut_modules[cut].modules()
         draws = any(isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) for module in modules)
         return not draws and super().is_nonlinearity(cut)
@@ -215,7 +215,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         return [found.get(id(parameter)) for parameter in parameters]
 
     def _learned_at_places(self) -> Iterator[tuple[str, LearnedTensor]]:
-        """Each learned tensor with its cut, or "" for that of the output."""
+        """Each learned tensor with its cut, or with "" for the output."""
         for cut, learned in self._learned.items():
             yield from zip((cut, OUTPUT_OF_MODEL), learned, strict=False)
 
@@ -235,10 +235,11 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         seen: dict[str, Tensor] = {}
 
         def at(cut: str, voltage: Tensor) -> Tensor:
-            # Only if something that learns comes before it; an input that requires its gradient does not count.
+            # Only voltages that depend on a parameter of the model are recorded; an input that requires a gradient does not
+            # count.
             if voltage.requires_grad and used_parameters(self.model, [voltage]):
                 seen[cut] = voltage
-            return voltage.clone()  # the next operation may be an in-place one
+            return voltage.clone()  # the next operation may work in place
 
         with torch.enable_grad(), self._pass(at) as output:
             dtype, (batch, classes) = torch.promote_types(output.dtype, torch.float32), output.shape
@@ -279,7 +280,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             controller: the closed loop.
             control: u (N, C).
             share: the weight of a sample in the loss.
-            weights: whose gradients they are.
+            weights: the parameters whose gradients are computed.
         """
         ends: list[tuple[Tensor, Tensor]] = []
 
@@ -304,7 +305,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     def _activation(self, cut: str, voltage: Tensor) -> Tensor:
         """φ(v), without the hooks of the nonlinearity."""
         with torch.no_grad():
-            return self._cut_modules[cut].forward(voltage.clone())  # it may be an in-place operation
+            return self._cut_modules[cut].forward(voltage.clone())  # the nonlinearity may work in place
 
     def _feedback_gradients(self, controller: Controller, share: float) -> dict[str, Tensor]:
         """Cut, or "" for the output -> the gradient of its B (C, F), from a pass with noise in all voltages."""
@@ -330,7 +331,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
 
 def _jacobian_rows(output: Tensor, voltages: dict[str, Tensor], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """The rows of J, one for each class: cut -> the derivatives (N, F) of the output (N, C) by the voltage there."""
+    """The rows of J, one for each class: cut -> the derivatives (N, F) of the output (N, C) with respect to the voltage there."""
     if not voltages:
         yield from ({} for _ in range(output.shape[1]))
         return

@@ -29,16 +29,18 @@ class DGL(ModuleRule):
     from one module to the next. The last module learns from the network's own classifier and loss. `auxiliary_net` chooses A, for
     a map a with C channels and size H x W:
 
-    - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉; three times 1x1 convolution from C to C without bias, batch normalisation, ReLU;
-      average pooling to 2x2; three times linear from 4C to 4C, batch normalisation, ReLU; linear to the classes.
+    - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉; three stages, each a 1x1 convolution from C to C channels without bias, batch
+      normalisation and ReLU; average pooling to 2x2; three stages, each a linear layer from 4C to 4C features, batch
+      normalisation and ReLU; a linear layer to the classes.
     - mlp: the same without the convolutions.
     - linear: the two average poolings and the last layer.
 
-    For a flat a of F features, the layers are F wide, and mlp_sr is the same as mlp. The auxiliary nets learn with W's optimizer.
-    The paper's settings: SGD at 0.1, multiplied by 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50 epochs.
+    For a flat activation a of F features, the layers are F wide, and mlp_sr is the same as mlp. The auxiliary nets learn with W's
+    optimizer. The paper's settings: SGD at 0.1, multiplied by 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50
+    epochs.
 
     If the model's output has positions, such as tokens, a module must have the same positions. A is applied to each position,
-    with its own label, as to a flat a.
+    with its own label, as to a flat activation.
 
     Choices: average pooling never enlarges a map, so a map of a single pixel has C features, not 4C. A is used only in training,
     so its batch normalisation always uses batch statistics: it refuses a batch of one sample (which ``auxiliary_net=linear``

@@ -79,6 +79,7 @@ def _product(delta: Tensor, activation: Tensor) -> Tensor:
     """δᵀ a, (C, F), for δ (N, C) and an activation (N, ...) with F features."""
     if activation.dim() != 4 or activation.is_contiguous():
         return delta.t().mm(activation.flatten(1))
-    # A map with its channels last, as compilers store it, is many times larger than the product: the product is reordered.
+    # A map with its channels last, as compilers store it, is many times larger than the product, so the product is reordered
+    # instead.
     last = activation.movedim(1, -1)
     return delta.t().mm(last.flatten(1)).unflatten(1, last.shape[1:]).movedim(-1, 1).flatten(1)

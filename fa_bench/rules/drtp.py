@@ -39,7 +39,7 @@ class DRTP(CutRule):
     blocks and lets the layers of each block learn by backpropagation from its end, as in `dfa`. There is no ``error_at``, because
     labels have no error at a hidden layer.
 
-    Choices: the error is divided by N, like that of the output layer. The paper's code does so only at the output, which
+    Choices: the error is divided by N, like the error of the output layer. The paper's code does so only at the output, which
     corresponds to ``scale`` = N here. The sign is that of the code; it makes no difference because the distribution of B is
     symmetric about zero. B is Kaiming-uniform with the cut's features as its fan (``b_init``), with one fixed mask if ``density``
     is below 1. The error is scaled like the loss. The paper uses tanh units (``architecture.activation=tanh``) and no batch
@@ -81,7 +81,7 @@ class DRTP(CutRule):
         return self.in_shape(cut, self.matrix(cut, captured).index_select(0, target).mul_(factor), captured)
 
     def _at_positions(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
-        """The signal for an output with positions; those without a label have no error and do not count."""
+        """The signal for an output with positions; positions without a label have no error and do not count."""
         labelled = target != ignored_label(self.objective) if target is not None else broadcast.ne(0).any(-1)
         feedback = self.tensor(cut, "B")
         count = labelled.sum().clamp_min(1).to(torch.promote_types(feedback.dtype, torch.float32))

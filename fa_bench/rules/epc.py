@@ -24,8 +24,8 @@ class EPC(EnergyRule):
 
     ∂E/∂e_l is e_l plus the error that backpropagation passes from the loss to s_l through all later blocks, so each step is exact
     reverse-mode differentiation of the whole net. Then every block learns from the gradient of E / N with the states fixed, -e_lᵀ
-    ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from that of the loss at the settled state. In `pc`, the states settle
-    instead; the minima are the same.
+    ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient of the loss at the settled state. In `pc`, the states
+    settle instead; the minima are the same.
 
     **When this is backpropagation.** After a few small steps, e_l = -T η ∂L/∂s_l + O(η²), where T is the number of steps. Every
     hidden layer then learns from backpropagation's gradient times T η, and the output layer from backpropagation's gradient

@@ -171,7 +171,7 @@ class F3(CutRule):
         return (delayed * one_hot(_given(target), delayed) if self.information.endswith(_ONE_HOT) else delayed) * factor
 
     def _error(self, of_loss: Tensor, target: Tensor | None) -> Tensor:
-        """The samples' errors in this pass, (N, C), without the one-hot factor; `of_loss` is that of ``delayed_loss``."""
+        """The samples' errors in this pass, (N, C), without the one-hot factor; `of_loss` is the error of ``delayed_loss``."""
         information = self.information.removesuffix(_ONE_HOT)
         if information == "delayed_loss":
             return of_loss
@@ -206,6 +206,6 @@ class F3(CutRule):
 
 
 def _given(target: Tensor | None) -> Tensor:
-    """The targets, which `F3.needs_target` has asked for."""
+    """The targets, which are given because `F3.needs_target` is set."""
     assert target is not None
     return target

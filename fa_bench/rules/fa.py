@@ -20,7 +20,7 @@ class FA(RandomFeedbackRule):
     e_in = g B. B is random, fixed and independent of W; each weighted layer has one, including projection shortcuts. Gradients of
     W and b are those of backpropagation with this error. B has no gradient and does not decay.
 
-    Choices: B is Xavier-uniform as in Li and Benna's runs; the first layer's B propagates no error; it exists only so that its
+    Choices: B is Xavier-uniform as in Li and Benna's runs; the first layer's B propagates no error and exists only so that its
     angle can be measured. ``b_init=copy_w`` starts with B(0) = W(0), as the code of Woo et al. 2021 does in convolutions;
     ``linear_b_init`` gives fully connected layers another initialiser, which is uniform in [-1, 1) in that code. ``density``
     below 1 masks B with one fixed mask.

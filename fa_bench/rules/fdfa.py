@@ -32,15 +32,15 @@ class FDFA(JacobianRule):
     pass, so the noise at the other cuts adds variance to d, which grows with the number of cuts. The output layer has its true
     gradient.
 
-    As in the code, an optimizer updates B with this gradient: either W's, with its learning rate times `b_lr_scale`, or one of
-    its own with ``optimizer@feedback_optimizer=adam``. The code uses Adam at 1e-4 for both, no decay, batches of 64, and a
-    learning rate of W that is multiplied by 0.95 per epoch. The paper's form, B ← (1 - α) B + α mean d_n ⊗ p_n (from memory, not
-    checked against the paper), is plain SGD at the rate α:
+    As in the code, an optimizer updates B with this gradient: either W's optimizer, with its learning rate times `b_lr_scale`, or
+    a separate one, with ``optimizer@feedback_optimizer=adam``. The code uses Adam at 1e-4 for both, no decay, batches of 64, and
+    a learning rate of W that is multiplied by 0.95 per epoch. The paper's form, B ← (1 - α) B + α mean d_n ⊗ p_n (from memory,
+    not checked against the paper), is plain SGD at the rate α:
     ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a rate of 0, the rule is
     direct feedback alignment.
 
-    `tangents` chooses how d is computed: ``forward`` exactly, ``difference`` as (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001, for
-    operations without a forward-mode derivative, which are refused otherwise. `within` and `positions` are those of `dfa`;
+    `tangents` chooses how d is computed: ``forward`` is exact; ``difference`` is (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001, for
+    operations without a forward-mode derivative, which ``forward`` refuses. `within` and `positions` are those of `dfa`;
     positions, such as tokens, count as samples, and B (C, F) is the mean Jacobian between corresponding positions.
 
     Choices: B starts at zero as in the code (``b_init``). The gradient of B is multiplied by the factor by which the loss was

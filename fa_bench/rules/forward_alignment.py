@@ -30,7 +30,7 @@ class Pass:
 
     true: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     random: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    #: layer -> the messenger that brings its input of the second pass, in a compiled graph; see `messages`.
+    #: In a compiled graph, layer -> the messenger that brings the layer's input in the second pass; see `messages`.
     messengers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     is_compiled: bool = False
 
@@ -105,7 +105,7 @@ class ForwardAlignment(EdgeRule):
     their weight. The rule costs a second forward pass.
 
     In a model with batch normalisation, the second pass depends on the batch; under data parallelism, each rank uses the
-    statistics of its own part.
+    statistics of its part of the batch.
     """
 
     equations = (
@@ -186,10 +186,10 @@ class ForwardAlignment(EdgeRule):
         """The second pass of a compiled graph.
 
         Args:
-            given: the model's arguments, those with a name last.
+            given: the model's arguments, with keyword arguments last.
             true: the inputs of the layers in the first pass.
-            count: how many of these layers need their inputs of the second pass, which are returned: the first ones.
-            names: the layers and the names of arguments, as ``repr`` writes them.
+            count: how many of these layers, counted from the first, need their inputs in the second pass, which are returned.
+            names: the ``repr`` of the layers and the names of the keyword arguments.
         """
         paths, keywords = ast.literal_eval(names)
         current = Pass(dict(zip(paths, true, strict=True)))
@@ -215,7 +215,7 @@ class ForwardAlignment(EdgeRule):
             weight = weight_parameter(layer)
             values[weight_name(path, layer)] = feedback_tensor(layer, "C").view(weight.shape if weight is not None else ())
             if (bias := bias_name(path, layer)) is not None:
-                # Layers of a compound module may share one bias. It is no nn.Parameter in torch.func.functional_call.
+                # Layers of a compound module may share one bias, which is not an nn.Parameter within torch.func.functional_call.
                 owner, _, key = bias.rpartition(".")
                 own: Any = self.model.get_submodule(owner)._parameters[key]
                 zeroed = values.setdefault(bias, own.detach().clone())
@@ -234,6 +234,6 @@ class ForwardAlignment(EdgeRule):
         return (batch_note("batch normalisation in the second forward pass"),) if normalised else ()
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """C and W, which align here."""
+        """C and W, which align in this rule."""
         layers = {path: self._layers[path] for path in self._random_layers}
         return {path: (feedback_tensor(layer, "C"), layer.weight.detach()) for path, layer in layers.items()}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: Added to the length of an activation before dividing by it, as in the code that the docstring names.
+#: A number added to the length of an activation before the division by that length, as in the code named in the docstring.
 _TINY = 1e-8
 #: The fraction of the running mean of a unit's activity that each update keeps, and its initial value; from the same code.
 _MOMENTUM, _START = 0.9, 0.5
@@ -157,7 +157,7 @@ class ForwardForward(DrawingRule, PassRule):
         if self.mode.exact:
             return None
         normalised = _normalised(output.detach())
-        # What is passed on may be changed in place before the classifier reads it.
+        # The tensor that is passed on may be changed in place before the classifier reads it.
         copies = cut in self._learned and cut in self._trace.changed_in_place
         self._normalised[cut] = normalised.clone() if copies else normalised
         return normalised
@@ -206,7 +206,7 @@ class ForwardForward(DrawingRule, PassRule):
         values = activation.flatten(1)
         goodness = values.square().sum(1)
         threshold = values.shape[1] if self.theta is None else self.theta
-        # softplus itself is rounded to a line above 20.
+        # torch's softplus is linear above 20.
         loss = -torch.nn.functional.logsigmoid(sign * (goodness - threshold)).mean() / 2
         return loss + self.peer_norm * self._inequality(cut, activation) if sign == 1 and self.peer_norm else loss
 
@@ -226,7 +226,7 @@ class ForwardForward(DrawingRule, PassRule):
             if not self.full_gradient or not self.is_nonlinearity(cut):
                 return None
             entering[cut] = tensor
-            return tensor.detach().clone()  # the nonlinearity may be an in-place operation
+            return tensor.detach().clone()  # the nonlinearity may work in place
 
         def at_output(cut: str, tensor: Tensor) -> Tensor:
             # The value of h, with the derivative of the nonlinearity's input.

@@ -109,7 +109,7 @@ class ForwardGradient(NoisyCutRule):
         return [tangent * derivative.to(tangent.dtype) for tangent in noise.values()]
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """None: there is no feedback."""
+        """Empty: there is no feedback."""
         return {}
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:

@@ -34,5 +34,5 @@ class Frozen(BP):
         return {id(p): "trains nothing" for p in self.model.parameters() if id(p) not in learns}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """None: no error passes through a layer."""
+        """Empty: no error passes through a layer."""
         return {}

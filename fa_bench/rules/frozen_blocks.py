@@ -61,7 +61,7 @@ class FrozenBlocks(BP):
                 example,
             )
         if sample_input is None:
-            self.trace(None)  # raises an error unless zeros can replace it
+            self.trace(None)  # raises an error unless zeros can replace the sample
             first: Any = next(iter(self._layers.values()))
             sample_input = first.weight.new_zeros(2, first.in_features)
         blocks = blocks_of(self.model, sample_input, self.blocks)
@@ -82,7 +82,8 @@ class FrozenBlocks(BP):
         return fixed
 
     def _inner_modules(self) -> list[str]:
-        """The modules of all layers except the first and the last; for a part of a recurrent or attention module, that module."""
+        """The modules of all layers except the first and the last; for a layer within a recurrent or attention module, that
+        module."""
         from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 
         called = (nn.Linear, *CONVOLUTIONS)

@@ -36,7 +36,7 @@ class LDRL(DrawingRule, LocalRule):
 
     The model is a chain of blocks f, here those that it declares (``model.blocks``) or those that end with the modules in
     ``cuts``. Each block except the first has a feedback map g from its output h' = f(h) to its input h, here a linear map G
-    without bias. A block's target is h' - e', and that of the block below is h + g(h' - e') - g(h'), so that
+    without bias. A block's target is h' - e', and the target of the block below is h + g(h' - e') - g(h'), so that
 
         e = g(h') - g(h' - e') = G e'
 
@@ -103,7 +103,7 @@ class LDRL(DrawingRule, LocalRule):
             )
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
-        """G, from the end of the next block to this cut."""
+        """G, which maps errors at the end of the next block to this cut."""
         above = self._shapes[self._next[cut]]
         layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
         if len(shape) == len(above) > 1:
@@ -122,12 +122,12 @@ class LDRL(DrawingRule, LocalRule):
     def connect(self, output: Any, tape: dict[str, CapturedActivation] | None, at: str | None = None) -> Any:
         if tape and len(tape) < len(self._next) and not recomputing():  # blocks may have been frozen after `attach`
             outputs = {cut: captured.tensor for cut, captured in tape.items() if captured.tensor is not None}
-            # An input that requires its gradient does not make a block learn.
+            # An input that requires a gradient does not make a block learn.
             self._require_none_frozen([cut for cut, output in outputs.items() if self._capture.depends_on_parameters(output)])
         return super().connect(output, tape, at)
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        """δ; computes the errors at all cuts, from the last one down."""
+        """Compute the errors at all cuts, from the last one down, and return δ."""
         error = delta.to(next(self.model.parameters()).dtype)
         with torch.no_grad():
             for cut in reversed(self._next):
@@ -155,8 +155,8 @@ class LDRL(DrawingRule, LocalRule):
         return error, [gradient * scale for gradient in gradients]
 
     def _pass(self, cut: str | None) -> dict[str, Tensor]:
-        """The activations at the ends of all blocks in another forward pass; or, with noise at one cut, this noise and the
-        activation at the end of the next block."""
+        """The activations at the ends of all blocks in another forward pass. If a cut is given, noise is added there, and the
+        result is this noise and the activation at the end of the next block."""
         from fa_bench.mechanisms.second_pass import again, value_of
 
         first = self.first_pass

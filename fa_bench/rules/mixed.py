@@ -25,10 +25,10 @@ KINDS = tuple(TENSORS)
 
 
 class MixedFeedback(FeedbackPathway):
-    """e_in = g E, where the masks say which entries of E come from B R, from F and from K.
+    """e_in = g E, where the masks determine which entries of E come from B R, from F and from K.
 
     Args:
-        kinds: those of `KINDS` that the layer has; only their tensors exist.
+        kinds: the `KINDS` that the layer has; only the tensors of these exist.
     """
 
     def __init__(self, kinds: tuple[str, ...]) -> None:
@@ -71,14 +71,14 @@ class Mixed(ExpandingRule):
     with gradient ēᵀ x and ē = g B, are those of `pfa` (M = ``ratio`` x O); F is fixed; K has the gradient of W; their
     initialisers are ``f_init``, ``k_init`` and ``r_init``.
 
-    Neither learned gradient is masked: R's is that of PFA, and K's is that of W, although only the entries under K's mask
-    propagate an error. With decay, B R and K therefore approach W everywhere, as in `pfa` and `kp`. Then, with λ = 1/ratio, and r
-    the norm ratio and ρ the cosine of F to W over FA's entries (0 unless W aligns itself to F there, as in FA), the angle of E to
-    W is
+    Neither learned gradient is masked: R has the gradient of PFA, and K has the gradient of W, although only the entries under
+    K's mask propagate an error. With decay, B R and K therefore approach W everywhere, as in `pfa` and `kp`. Let λ = 1/ratio, and
+    let r be the norm ratio and ρ the cosine of F to W over FA's entries (ρ is 0 unless W aligns with F there, as in FA). The
+    angle of E to W is then given by
 
         cos = (p + k + f ρ r) / √(p (1 + λ) + k + f r²)
 
-    and that of the direct synapses alone, m_fa F + m_kp K, which are the ones between the neurons that W connects, is
+    and the angle of the direct synapses alone, m_fa F + m_kp K, which lie between the neurons that W connects, by
 
         cos = (k + f ρ r) / √(k + f r²)
 
@@ -86,9 +86,9 @@ class Mixed(ExpandingRule):
     Strictly, p, f and k are each kind's share of ‖W‖², which deviates from its fraction if W comes to prefer the true kinds.
 
     Choices: the paper gives no fractions. The defaults follow from its appendix B, for r = 1 and ρ = 0: 31 % of connected pairs
-    are connected in both directions, with a correlation of k / (k + f) = 0.36; over all pairs it is 0.2, an angle of 78 degrees.
-    A kind with fraction 0 has no tensors; if one has fraction 1, the rule is `pfa`, `fa` or `kp`. Masks are sampled entry by
-    entry, so a layer has these fractions only approximately.
+    are connected in both directions, with a correlation of k / (k + f) = 0.36; the correlation over all pairs is 0.2, which is an
+    angle of 78 degrees. A kind with fraction 0 has no tensors; if one has fraction 1, the rule is `pfa`, `fa` or `kp`. Masks are
+    sampled entry by entry, so a layer has these fractions only approximately.
     """
 
     equations = (

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Regression:
-    """What one training pass needs to learn feedback from noise.
+    """The data that one training pass needs to learn feedback from noise.
 
     Attributes:
         noise: layer -> the noise at its input in each of its calls.
@@ -93,10 +93,10 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
     in a linear net B learns W. B has its own learning rate, `b_lr_scale` times that of W (0: feedback alignment), or its own
     optimizer; the authors use plain SGD for it.
 
-    Deviations from the code: a two-sided difference in place of noisy minus clean; the mean over the batch in place of the sum;
-    any loss and nonlinearity, whereas the code has squared errors and sigmoids; B is sampled by `b_init` and ``linear_b_init``,
-    whereas the code has N(0, 2/fan) for weights and feedback alike. The first layer's B propagates no error but is trained
-    anyway.
+    Deviations from the code: a two-sided difference of losses in place of the noisy loss minus the clean one; the mean over the
+    batch in place of the sum; any loss and nonlinearity, whereas the code has squared errors and sigmoids; B is sampled by
+    `b_init` and ``linear_b_init``, whereas the code has N(0, 2/fan) for weights and feedback alike. The first layer's B
+    propagates no error but is trained anyway.
 
     In convolutions whose padding is not of zeros, or not the same on both sides (``same`` with an even kernel), B learns from the
     errors at the padded input, with its border, and so learns W only approximately.
@@ -150,7 +150,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
         for name, result in results.items():
             if result.dim() == 0:
                 if not any(other.dim() and depends_on(result, other) for other in results.values()):
-                    continue  # such as a penalty on the weights
+                    continue  # depends on no other output, like a penalty on the weights
                 raise CoverageError(
                     f"the model returns a loss ('{name}') that it has computed itself, and rule '{self.name}' "
                     f"cannot learn from there; call it without labels, and compute the loss from its logits"
@@ -171,7 +171,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
     def _learn(
         self, first: FirstPass, name: str, regression: Regression, output: PassOutput, delta: Tensor, _: Any
     ) -> list[Tensor]:
-        """δ; computes what the noise does to the loss, before the backward pass reaches the layers."""
+        """Compute the effect of the noise on the loss, before the backward pass reaches the layers, and return δ."""
         from fa_bench.mechanisms.cut.positions import require_labels
 
         target = self._target

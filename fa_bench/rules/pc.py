@@ -25,8 +25,8 @@ class PC(EnergyRule):
 
     for the last state, the error of the loss replaces -e_L. A state depends only on its neighbours, so an error moves by one
     block per step; with fewer steps than blocks, the first blocks do not learn. Then every block learns from the gradient of E /
-    N with the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from that of the loss at the settled state.
-    `epc` has the same minima and reaches all blocks in its first step.
+    N with the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient of the loss at the
+    settled state. `epc` has the same minima and reaches all blocks in its first step.
 
     **When this is backpropagation.** After a few small steps, the error d blocks before the last cut is -(T choose d + 1) η^(d +
     1) times the error of backpropagation, to leading order in η, where T is the number of steps. Each hidden layer then learns
@@ -65,4 +65,4 @@ class PC(EnergyRule):
     search_space = {"steps": "choice(5,20,80)", "rate": "tag(log,interval(0.01,0.5))", "momentum": "choice(0,0.5)"}
 
     moves_states = True
-    learns_beside_output = True  # states there do not immediately follow those before them
+    learns_beside_output = True  # states there do not change at once with those before them

@@ -103,7 +103,7 @@ class Pepita(PassRule):
             if not self.is_nonlinearity(cut):
                 return None
             before[cut] = tensor
-            return tensor.detach().clone()  # the nonlinearity may be an in-place operation
+            return tensor.detach().clone()  # the nonlinearity may work in place
 
         def at_output(cut: str, tensor: Tensor) -> Tensor:
             before.setdefault(cut, tensor)

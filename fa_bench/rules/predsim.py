@@ -46,7 +46,7 @@ class PredSim(LocalRule):
     epochs, leaky ReLU, dropout, no decay.
 
     ``loss=pred decoder_init=pytorch decoder_bias=false`` is Mono-Forward (Gong, Li and Abdulla 2025, arXiv 2501.09238) with all
-    layers trained at once: D is their goodness matrix M (C, features), scores a Mᵀ. The independent code whose numbers
+    layers trained at once: D is their goodness matrix M (C, features), with scores a Mᵀ. The independent code whose numbers
     ``experiment=mono_forward`` lists trains one layer after the other with early stopping, has another M at the input, and
     predicts with the last M; here the output layer, which has its true gradient, acts as the last M.
 

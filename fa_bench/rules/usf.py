@@ -12,7 +12,7 @@ from fa_bench.mechanisms.feedback_options import density_option
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 
-#: name -> computes s from (fan_in, fan_out), kernel positions counted, and whether the layer is a convolution
+#: Name -> function that computes s from fan_in and fan_out, which count kernel positions, and whether the layer is a convolution.
 SCALES: dict[str, Callable[[int, int, bool], float]] = {
     "xavier": lambda fan_in, fan_out, conv: math.sqrt(2 / (fan_in + fan_out)),
     "pytorch": lambda fan_in, fan_out, conv: 1 / math.sqrt(3 * fan_in),
@@ -28,9 +28,9 @@ class USF(EdgeRule):
 
     Liao et al. 2016; Xiao et al. 2018; SF of Li and Benna 2024.
 
-    e_in = g B with B = s sign(W) of the current W, sign(0) = 0. `scale` chooses s:
-    xavier √(2/(fan_in + fan_out)); pytorch 1/√(3 fan_in); xiao √(2/fan_out) for convolutions and 1/√fan_in for linear
-    layers; none 1. Fans count kernel positions. B is computed from the weight of the forward pass that is differentiated.
+    e_in = g B with B = s sign(W) of the current W, sign(0) = 0. `scale` chooses s: √(2/(fan_in + fan_out)) for xavier, 1/√(3
+    fan_in) for pytorch, and 1 for none; for xiao, √(2/fan_out) in convolutions and 1/√fan_in in linear layers. Fans count kernel
+    positions. B is computed from the weight of the forward pass that is differentiated.
 
     Deviation: Li and Benna write B = sign(W) without s, which makes training diverge; their figures were computed with s =
     xavier. ``density`` below 1 masks B with one fixed mask. With ``plain_last`` the output layer uses its true weight, as in Xiao

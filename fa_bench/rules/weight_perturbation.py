@@ -92,7 +92,7 @@ class WeightPerturbation(DrawingRule, PassRule):
                 plus, minus = (self._loss(parameters, kept, size, target) for size in (self.epsilon, -self.epsilon))
             finally:
                 for parameter, value in zip(parameters, kept, strict=True):
-                    parameter.data.copy_(value)  # not counted as a change: the value is the one that others have seen
+                    parameter.data.copy_(value)  # autograd need not count this as a change: others have seen this value
             if not len(target):
                 return [torch.zeros_like(parameter) for parameter in parameters]
             slope = (plus - minus) / (2 * self.epsilon) * self.loss_factor
@@ -113,5 +113,5 @@ class WeightPerturbation(DrawingRule, PassRule):
         return mean_loss(self.objective, logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
 
     def notes(self) -> tuple[str, ...]:
-        """None: all samples and processes share the noise."""
+        """Empty: all samples and processes share the noise."""
         return ()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.edge.ops import Geometry
 
-#: activation -> its φ'(0); that of ReLU is the mean of its slopes on both sides.
+#: Activation -> its φ'(0); for ReLU, this is the mean of the slopes on both sides.
 SLOPES = {"linear": 1.0, "relu": 0.5, "tanh": 1.0, "sigmoid": 0.25}
 
 
@@ -271,7 +271,7 @@ def _noise_geometry(
         ones, geometry = padded(conv, ones)
         if conv.padding_mode != "zeros":
             noise_geometry, shape = geometry, (shape[0], *ones.shape[2:])
-    # The weight gradient of ones and ones counts positions.
+    # The weight gradient for inputs and errors of one counts positions.
     ungrouped, tap = geometry._replace(groups=1), ones.new_ones(1, 1, *conv.kernel_size)
     positions = weight_gradient(torch.ones_like(torch.ops.aten.convolution(ones, tap, None, *ungrouped)), ones, tap, ungrouped)
     # The Ŵ of a tap that meets only padding is 0, so the divisor has no effect.

@@ -20,8 +20,8 @@ from fa_bench.mechanisms.compound.projection import Projection
 class AttentionLayers(Compound):
     """Attention with the layers ``in_proj`` (or ``q_proj``, ``k_proj`` and ``v_proj``) and ``out_proj``.
 
-    Self-attention projects its input once with the whole ``in_proj_weight``; attention to other keys and values projects each
-    argument with its own rows of it.
+    Self-attention projects its input once with the whole ``in_proj_weight``; cross-attention projects each argument with its own
+    rows of this weight.
     """
 
     batch_axis = 1
@@ -66,7 +66,7 @@ class AttentionLayers(Compound):
         functional: Any = F
         functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, module.num_heads)
         is_batched, first = query.dim() == 3, module.batch_first and query.dim() == 3
-        # One tensor stays one tensor, so that it is projected once.
+        # If arguments are the same tensor, they stay the same tensor, so that it is projected only once.
         shaped = {id(x): x.transpose(0, 1) if first else x if is_batched else x.unsqueeze(1) for x in (query, key, value)}
         dtype = query.dtype
         length, batch, _ = shaped[id(query)].shape
@@ -106,7 +106,7 @@ class AttentionLayers(Compound):
         sizes: tuple[int, int, int],
         dtype: torch.dtype,
     ) -> tuple[Tensor | None, bool]:
-        """What is added to the scores, (1 or N H, L, S), and whether causality is left to the attention function.
+        """The mask to add to the scores, (1 or N H, L, S), and whether the attention function itself has to ensure causality.
 
         Args:
             sizes: (L, N, S).
@@ -132,5 +132,5 @@ class AttentionLayers(Compound):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that is added to the scores; in a boolean mask, True marks positions that are not attended to."""
+    """The mask as numbers to add to the scores; in a boolean mask, True marks positions that are not attended to."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf) if mask.dtype == torch.bool else mask

@@ -22,8 +22,8 @@ COMPOUNDS: dict[type[nn.Module], type[Compound]] = {}
 class Compound(nn.Module):
     """Mixin for a plain module with several weights; subclasses implement `projections` and `layerwise_forward`.
 
-    The forward pass calls one layer for each weight if ``rule_mode.layerwise`` is set and gradients are enabled; otherwise it
-    is that of the plain class, which may be a fused kernel.
+    The forward pass calls one layer for each weight if ``rule_mode.layerwise`` is set and gradients are enabled; otherwise, it is
+    the forward pass of the plain class, which may be a fused kernel.
 
     Attributes:
         rule_mode: shared by all layers of the attached model.
@@ -35,25 +35,26 @@ class Compound(nn.Module):
     batch_axis: ClassVar[int] = 0
 
     def projections(self) -> dict[str, Projection]:
-        """The layers of its weights, by the names that they get as children; other children have weights of their own."""
+        """The layers for this module's weights, by their names as children; all other children have their own weights."""
         return {}
 
     def layerwise_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass, by calls of the children."""
+        """The forward pass, computed by calling the children."""
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.rule_mode
-        # In a training pass of the model without gradients, the layers are called so that they notice this.
+        # If this module runs without gradients in a training pass of the model, its layers are called nevertheless, so that they
+        # notice this.
         if mode.layerwise and (torch.is_grad_enabled() or mode.training or mode.always_layerwise):
             return self.layerwise_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
 
 def compound(*plain_classes: type[nn.Module]) -> Any:
-    """Class decorator: the mixin that makes compound modules of these plain classes.
+    """A decorator for mixins, which combines a mixin with each of these plain classes into a compound class.
 
-    The classes ``CompoundLSTM`` and the like are globals of the mixin's module, so that models can be pickled.
+    The compound classes, such as ``CompoundLSTM``, are globals of the mixin's module, so that models can be pickled.
     """
 
     def register(mixin: type[Compound]) -> type[Compound]:
@@ -69,7 +70,7 @@ def compound(*plain_classes: type[nn.Module]) -> Any:
 
 
 class Substitute(TorchFunctionMode):
-    """A context in which calls of some of PyTorch's functions are replaced.
+    """A context in which calls to some PyTorch functions are replaced.
 
     A fused function is replaced with a composition of layers; the argument checks around it remain those of PyTorch.
 

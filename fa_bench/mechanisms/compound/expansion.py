@@ -25,7 +25,7 @@ def expand(model: nn.Module, mode: Mode) -> None:
     """
     if "torchvision.models.swin_transformer" in sys.modules:
         from fa_bench.mechanisms.compound import windows  # noqa: F401
-    contract(model)  # a copy of a model with a rule is expanded
+    contract(model)  # a copy of a model with a rule is already expanded
     module: Any
     for module in list(model.modules()):
         cls = COMPOUNDS.get(type(module))
@@ -37,7 +37,8 @@ def expand(model: nn.Module, mode: Mode) -> None:
             module.__class__ = cls.plain_class
             continue
         module.__dict__["rule_mode"] = mode
-        # Before the children that a module has, such as the output projection of attention: this is the order of use.
+        # The projections come before the module's other children, such as the output projection of attention, because they run
+        # first.
         children = dict(module._modules)
         module._modules.clear()
         module._modules.update({**projections, **children})
@@ -59,7 +60,7 @@ def contract(model: nn.Module) -> None:
 
 
 def _replanted(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that a parametrization has derived from a compound class, derived from the plain class instead."""
+    """For a class that a parametrization has derived from a compound class: the same class, derived from the plain class."""
     plain: Any = cls.__bases__[0]
     body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     return type(f"Parametrized{plain.plain_class.__name__}", (plain.plain_class,), body)
@@ -72,7 +73,7 @@ def layerwise(model: nn.Module, mode: Mode) -> Iterator[None]:
 
     Args:
         model: a plain model, or one with a rule.
-        mode: for modules that are not expanded.
+        mode: the mode of modules that are not expanded yet.
     """
     modes = {id(module.rule_mode): module.rule_mode for module in model.modules() if isinstance(module, Compound)}
     is_plain = not modes

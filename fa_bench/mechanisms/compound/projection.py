@@ -15,8 +15,8 @@ from torch.nn import functional as F
 class Projection(nn.Module):
     """y = x Wᵀ + b with a weight and a bias of a compound module, which keeps them as its parameters.
 
-    The model has it as a child of the compound module while a rule is attached: hooks, feedback and metrics treat it like a
-    linear layer, and the model's state_dict does not contain it, except for its feedback.
+    While a rule is attached, this layer is a child of the compound module: hooks, feedback and metrics treat it like a linear
+    layer. The model's state_dict contains only its feedback.
 
     Args:
         owner: the compound module.
@@ -45,7 +45,7 @@ class Projection(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """O."""
+        """The number of outputs, O."""
         return len(self.weight)
 
     @property

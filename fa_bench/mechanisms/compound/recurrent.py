@@ -1,4 +1,4 @@
-"""Recurrent modules, and bilinear ones, as compositions of linear layers.
+"""Recurrent and bilinear modules as compositions of linear layers.
 
 Shapes: N batch, T steps, I inputs, H hidden units, G gates times H; R the sum of the lengths of all sequences in a batch.
 """
@@ -17,7 +17,8 @@ from fa_bench.mechanisms.compound.projection import Projection
 
 #: (h,), or (h, c) of an LSTM; each (N, H).
 State: TypeAlias = tuple[Tensor, ...]
-#: One step: the gates' parts from the input and from the state, and the state, to the next state.
+#: Computes the next state from the part of the gates that comes from the input, the part that comes from the state, and the
+#: state.
 Step: TypeAlias = Callable[[Tensor, Tensor, State], State]
 
 
@@ -77,10 +78,10 @@ class RecurrentLayers(Compound):
             return self.plain_class.forward(self, *args, **kwargs)
 
     def _run(self, step: Step, x: Tensor, second: Any, third: Any, *_: Any) -> tuple[Tensor, ...]:
-        """In place of the fused function: the outputs, and the final states, (layers and directions, N, H) each.
+        """Run in place of the fused function; returns the outputs and the final states, each (layers and directions, N, H).
 
-        Its arguments are either x (T, N, I) or, with ``batch_first``, (N, T, I), and the initial state; or, for sequences of
-        several lengths, x (R, I), the number of sequences in each step, and the initial state.
+        The arguments after `step` are x (T, N, I), or (N, T, I) with ``batch_first``, and the initial state. For sequences of
+        several lengths, they are x (R, I), the number of sequences in each step, and the initial state.
         """
         module: Any = self
         if isinstance(second, Tensor) and second.dtype == torch.int64 and second.dim() == 1:
@@ -90,7 +91,8 @@ class RecurrentLayers(Compound):
         return y.transpose(0, 1) if module.batch_first else y, *final
 
     def _layers(self, step: Step, x: Tensor, sizes: list[int] | None, initial: Any) -> tuple[Tensor, ...]:
-        """All layers: x is (T, N, I) or, with `sizes`, the number of sequences in each step, (R, I), steps in order."""
+        """Run all layers; x is (T, N, I) or, if `sizes` lists the number of sequences in each step, (R, I) with the steps in
+        order."""
         module: Any = self
         states: list[Tensor] = [initial] if isinstance(initial, Tensor) else list(initial)
         finals: list[State] = []
@@ -109,7 +111,7 @@ class RecurrentLayers(Compound):
         return x, *(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _direction(self, step: Step, x: Tensor, sizes: list[int] | None, initial: State, suffix: str) -> tuple[Tensor, State]:
-        """One layer in one direction; sequences end or begin where the number of sequences changes."""
+        """Run one layer in one direction; sequences end or begin where the number of sequences changes."""
         module: Any = self
         ih, hh, hr = (getattr(module, f"{part}_{suffix}", None) for part in ("ih", "hh", "hr"))
         assert ih is not None and hh is not None
@@ -163,7 +165,7 @@ class BilinearLayers(Compound):
     """y_o = Σ_ij x1_i A_oij x2_j + b_o as the layer ``product`` of the outer product of x1 (..., I1) and x2 (..., I2).
 
     The layer's weight is A, (O, I1, I2), flattened to (O, I1 I2). Its feedback gives the error of the outer product, from which
-    that of x1 and x2 follows by exact derivatives.
+    the errors of x1 and x2 follow by exact derivatives.
     """
 
     def projections(self) -> dict[str, Projection]:

@@ -1,4 +1,4 @@
-"""torchvision's attention in shifted windows; imported only if torchvision's module is."""
+"""torchvision's attention in shifted windows; this module is imported only if torchvision's module has been imported."""
 
 from __future__ import annotations
 

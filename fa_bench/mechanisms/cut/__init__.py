@@ -1,1 +1,1 @@
-"""Cut rules: errors delivered at chosen modules, none passed between them."""
+"""Cut rules: errors are delivered at chosen modules, and none pass between them."""

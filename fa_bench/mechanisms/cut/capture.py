@@ -34,7 +34,7 @@ class CapturedActivation:
         shape: its shape.
         output_shape: for a cut at a module's input, the shape of the module's output.
         channels_last: whether the error should be stored with its channels last.
-        version: the tensor's version when it was captured; 0 in a compiled graph, which has none.
+        version: the tensor's version when it was captured; 0 in a compiled graph, which has no versions.
     """
 
     tensor: Any
@@ -45,7 +45,7 @@ class CapturedActivation:
 
 
 def is_stored_last(tensor: Tensor) -> bool:
-    """Whether a compiled graph stores a tensor of this shape with its channels last: maps on CPUs."""
+    """Whether a compiled graph stores a tensor of this shape with its channels last, as it does for maps on CPUs."""
     return tensor.dim() == 4 and tensor.is_cpu
 
 
@@ -64,7 +64,7 @@ class Capture:
         frozen: cut -> learned tensors there that are frozen because nothing trainable precedes the cut.
 
     Attributes:
-        tape: cut -> activation captured in the forward pass that is running; None outside a training pass.
+        tape: cut -> activation captured in the current forward pass; None outside a training pass.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Capture:
     def begin(self) -> None:
         """Called at the start of every forward pass of the model."""
         if torch.compiler.is_compiling():
-            # New containers, because a graph depends on the contents of those that it finds.
+            # The containers are new, because a compiled graph depends on the contents of the containers that it finds.
             self.tape, self._connected, self._without_gradients = {} if self.rule.mode.training else None, False, set()
             return
         self._outer_tapes.append(self.tape)
@@ -167,7 +167,7 @@ class Capture:
                     f"cut '{cut}' ran twice in a training pass, but once when the model was attached; "
                     f"name a module that runs once in training"
                 )
-            # Of what errors cross, the model goes on with the output itself, as in backpropagation.
+            # If errors cross the cut, the model continues with the output itself, as in backpropagation.
             kept = output.clone() if self.rule.crosses and cut in self._changed_in_place else output
             tape[cut] = CapturedActivation(kept, output.shape, version=0 if torch.compiler.is_compiling() else kept._version)
             frozen = [learned for learned in self.frozen.get(cut, ()) if learned.is_frozen]
@@ -187,7 +187,7 @@ class Capture:
             repeated = recomputing() and not self.rule.mode.exact and torch.is_grad_enabled()
             return output.detach().requires_grad_() if repeated else None
         if not torch.is_grad_enabled():
-            return None  # beside the trained pass; in reentrant checkpointing, `require_connected` refuses the pass
+            return None  # not the trained pass; `require_connected` refuses reentrant checkpointing
         if not isinstance(output, torch.Tensor) or self._connected:
             what = "ran twice" if self._connected else f"returned a {type(output).__name__}"
             raise CoverageError(
@@ -199,7 +199,7 @@ class Capture:
         return connected
 
     def depends_on_parameters(self, output: Tensor) -> bool:
-        """Whether a cut's output depends on a trainable parameter, and not only on an input that requires its gradient."""
+        """Whether a cut's output depends on a trainable parameter, and not only on an input that requires a gradient."""
         return not leaves(output.grad_fn).isdisjoint(id(parameter) for parameter in self.rule.model.parameters())
 
     def _at_input(self, cut: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -29,7 +29,8 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
     from fa_bench.mechanisms.weighted_layers import kind_of, weight_name
 
     beyond = trace.beyond if rule.error_at is not None else set()
-    # Errors are exact beyond the module in error_at; without one, from the outputs down to the last cut, too.
+    # The layers whose error passes through another layer's weight. Those beyond the module in error_at do not count, because
+    # exact errors are intended there.
     passed = trace.through_below if rule.error_at is not None else trace.through_below | trace.through_beyond
     through = [path for path in trace.order if path in passed and path not in beyond]
     covered = tuple(
@@ -69,15 +70,16 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
 
 
 def with_untrained(coverage: Coverage, rule: CutRule, reached: set[int], why: str = "not trained") -> Coverage:
-    """The coverage of a rule that learns in separate passes; it states which weights do not learn in them.
+    """The coverage of a rule that learns in separate passes, with a note on the weights that do not learn in them.
 
-    All outputs of the model except that of the loss are detached, so that their layers get no gradient from other losses.
+    All outputs of the model except the one for the loss are detached, so layers that feed only these get no gradient from other
+    losses.
 
     Args:
         coverage: the coverage of the rule, which is being attached.
         rule: the rule.
         reached: ids of the parameters that learn.
-        why: what happens to the others.
+        why: the state of all other parameters, as text.
     """
     results = rule._trace.results
     which = f"output '{next(iter(results)) if rule.output is None else rule.output}'" if len(results) > 1 else "the output"

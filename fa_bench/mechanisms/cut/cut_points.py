@@ -1,5 +1,5 @@
-"""The modules at which a cut rule cuts: those that are named, those that are refused, and those that are suggested if none are
-named."""
+"""The choice of the modules at which a cut rule cuts: reading their names, refusing unsuitable ones, and suggesting some if none
+are named."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _MAX_ATTEMPTS = 4
 
 
 def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
-    """The modules that the rule's option `cuts` names, or otherwise the model, in the order of the model's modules.
+    """The modules named by the rule's option `cuts` or, if it is not set, by the model, in the order of the model's modules.
 
     Raises:
         CoverageError: if there are none, or a name matches no module.
     """
     paths = [path for path, _ in rule.model.named_modules() if path]
     declared = getattr(rule.model, rule.declared, None)
-    # A model may have modules of that name, which declare nothing.
+    # A model may use this name for its own modules, which declare no cut points.
     names_modules = isinstance(declared, (list, tuple)) and all(isinstance(name, str) for name in declared)
     patterns = rule.cuts if rule.cuts is not None else declared if names_modules else None
     if not patterns:
@@ -159,7 +159,7 @@ def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> Covera
 
 
 def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
-    """Options with which the rule can be attached to its model: ``cuts``, and those that its errors suggest in addition.
+    """Options with which the rule can be attached to its model: ``cuts``, and any others that the rule's errors suggest.
 
     Empty if none are found.
     """
@@ -173,7 +173,7 @@ def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
         except CoverageError as error:
             settings = error.settings
             if "allow_uncovered" in settings and has_blocks and not rule.modular and "within" not in options:
-                settings = {"within": "block"}  # an honest name for what uncovered weights would do
+                settings = {"within": "block"}  # leaving the weights uncovered would amount to this
             if not settings or options.items() >= settings.items():
                 break
             options |= settings
@@ -216,7 +216,7 @@ def _suggested_cuts(rule: CutRule, sample_input: Any) -> list[str]:
 
 
 def patterns(chosen: Collection[str], paths: Collection[str]) -> list[str]:
-    """Names of modules; if there are many, patterns that match no other of `paths`."""
+    """The names of the chosen modules or, if there are many, patterns that match these and no other of `paths`."""
     if len(chosen) <= _MAX_NAMES:
         return list(chosen)
     shortest: dict[str, None] = {}

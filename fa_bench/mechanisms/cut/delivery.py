@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.updates import LearnedTensor
 
 
-#: A gradient scaler may skip the first ones, whose gradients are not finite.
+#: The number of passes whose loss is checked: a gradient scaler may skip the first ones, because their gradients are not finite.
 _CHECKED_PASSES = 3
 
 
@@ -46,16 +46,17 @@ class Delivery:
         from fa_bench.mechanisms.cut.function import CompiledDeliverFunction, DeliverFunction
 
         self.rule, self._handle, self._compiled_function = rule, Handle(self), CompiledDeliverFunction
-        # Read at every step; imports and properties would add a hundredth to a small net's step.
+        # These are read at every step; imports and properties there would slow down a small net by one per cent.
         self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
         self._needs_indices = rule.needs_indices
-        # Activation checkpointing that contains the module in error_at does not run this Function again, and would miss what
-        # it has saved.
+        # If activation checkpointing contains the module in error_at, it does not run this Function again, so values that the
+        # Function has saved would be missing.
         self._keeps_values = self._reads_values and rule.error_at is not None
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
         self._is_delivered = self._has_warned_of_input = False
-        #: Passes whose loss is still to be compared with the objective: the first ones, because it makes an accelerator wait.
+        #: The number of passes whose loss is still to be compared with the objective: only the first ones, because the comparison
+        #: makes an accelerator wait.
         self._unchecked = _CHECKED_PASSES if rule.learns_by_objective else 0
 
     # -------------------------------------------------------------------------------------------- forward
@@ -63,7 +64,7 @@ class Delivery:
         """The model's output, with its logits connected to the captured activations.
 
         Raises:
-            CoverageError: if the model returns a loss, or several outputs and none was chosen.
+            CoverageError: if the model returns a loss, or if it returns several outputs and none of them was chosen.
         """
         logits = self.logits_in(output)
         if logits is output:
@@ -124,7 +125,7 @@ class Delivery:
         return self._function.apply(errors, len(tensors), saves, logits, *tensors, *parameters)
 
     def _check_unchanged(self, tape: dict[str, CapturedActivation]) -> None:
-        """Refuse activations that were changed in place, although not in the pass from which `attach` read the model."""
+        """Refuse activations that were changed in place in this pass but not in the pass that `attach` traced."""
         for cut, captured in tape.items():
             if captured.tensor._version != captured.version:
                 raise CoverageError(
@@ -157,7 +158,7 @@ class Delivery:
     ) -> Tensor:
         """Like `_connected`, in a graph that is being compiled."""
         cuts = repr([(cut, captured.output_shape) for cut, captured in tape.items()])
-        # A graph would leave out an operator without results, and the pass would count as not delivered.
+        # A compiled graph would omit an operator without results, and the pass would count as not delivered.
         changes_delta = self.rule.changes_delta or not tensors
         return self._compiled_function.apply(
             self._handle.key,
@@ -186,9 +187,9 @@ class Delivery:
         Args:
             delta: δ.
             logits: the logits, if the rule needs them.
-            activations: the activation at each cut, or a tensor of its shape if the rule does not read it.
-            learned: tensors like the learned ones.
-            cuts: the cuts, as ``repr`` writes a list of names and `CapturedActivation.output_shape`.
+            activations: the activation at each cut, or a tensor of the same shape if the rule does not read it.
+            learned: tensors with the shapes and dtypes of the learned tensors.
+            cuts: the ``repr`` of a list that contains each cut with its `CapturedActivation.output_shape`.
         """
         matrices = not self.rule._layouts and self.rule.side == OUTPUT
         tape = {
@@ -200,7 +201,8 @@ class Delivery:
         like, results = [*activations, *learned], others
         if changes_delta:
             like, results = [*like, delta], [*others, error]
-        # An operator must not return its arguments, or what lives on; most results are new, and large.
+        # An operator must not return its arguments or tensors that are kept elsewhere. Only such tensors are copied, because most
+        # results are new and large.
         feedback = (one for tensors in self.rule.feedback.values() for one in tensors.values())
         kept = {one.untyped_storage().data_ptr() for one in (delta, *logits, *activations, *learned, *feedback)}
         return [
@@ -214,7 +216,8 @@ class Delivery:
         """The backward pass; arguments as for `Rule.backward`."""
         self._target, self._is_delivered = target, False
         if self.rule.scales:
-            # Rules that compute everything from the objective must know that the loss is this objective of the model's output.
+            # Rules that compute everything from the objective must make sure that the loss is this objective of the model's
+            # output.
             is_known = not self.rule.takes_numbers and is_unscaled(loss, target, self.rule.objective)
             self._loss_scale = 1.0 if loss_scale is None and is_known else loss_scale
         try:
@@ -228,7 +231,7 @@ class Delivery:
             )
 
     def _with_first_pass(self, errors: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, called with the rule's `first_pass` as it is now; it is not kept longer than the graph."""
+        """Bind the function to the rule's current `first_pass`, which is then kept only as long as the graph."""
         if not self.rule.repeats:
             return errors
         first, self.rule.first_pass = self.rule.first_pass, None
@@ -253,7 +256,7 @@ class Delivery:
         delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
-        """The error at the logits and the gradients of all parameters of a rule that learns in separate passes."""
+        """The error at the logits and the gradients of all parameters, for a rule that learns in separate passes."""
         device, rule = delta.device.type, self.rule
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -314,7 +317,7 @@ class Delivery:
     ) -> list[Tensor | None]:
         """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ.
 
-        `learned` has each learned tensor with its parameter in the forward pass.
+        `learned` contains each learned tensor together with its parameter in the forward pass.
         """
         device = delta.device.type
         if torch.is_autocast_enabled(device):  # enabled by the caller; a backward pass has the precision of its inputs

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.coverage import Coverage
 
-#: If the path of the errors is shorter than this, their final values differ little from their first steps.
+#: Below this path length, the settled errors differ little from a multiple of their first step.
 SHORT = 0.1
 
 
@@ -26,8 +26,8 @@ class EnergyPass:
     """One forward pass in which the activations at the cuts are replaced by states.
 
     Attributes:
-        predicted: cut -> f_l(s_{l-1}) (N, ...), the output of its block for the previous state.
-        errors: cut -> s_l - f_l(s_{l-1}), in the shape of its activation, at least in single precision.
+        predicted: cut -> f_l(s_{l-1}) (N, ...), the output of the cut's block for the previous state.
+        errors: cut -> s_l - f_l(s_{l-1}), in the shape of the cut's activation and in at least single precision.
         loss: the mean loss, a scalar; None while the pass runs.
     """
 
@@ -38,13 +38,14 @@ class EnergyPass:
 
 @dataclasses.dataclass(frozen=True)
 class Relaxation:
-    """The result of settling for one batch; {cut: number}, except for the loss.
+    """The result of settling for one batch; each attribute except the loss is {cut: number}.
 
     Attributes:
         energies: ½‖e_l‖², mean over the samples.
         loss: the mean loss of the settled states.
-        before, after: the norm of ∂E/∂e_l over the batch, with all later states moving along: for e = 0, where it is the error of
-            backpropagation, and for the settled errors, where it is zero at equilibrium.
+        before, after: the norm over the batch of ∂E/∂e_l, where all later states change with e_l. `before` is for e = 0, at which
+            the derivative is the error of backpropagation; `after` is for the settled errors, at which the derivative is zero in
+            equilibrium.
     """
 
     energies: dict[str, float]
@@ -61,9 +62,9 @@ class EnergyRule(PassRule):
 
         E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ],
 
-    a sum over the samples. `steps` steps of gradient descent with momentum, from the states of the first pass, where all errors
-    are zero, settle the states; each step is an additional forward pass and a backward pass to the states. Then the parameters of
-    a block get the gradient of E / N with all states fixed, in one more pass.
+    a sum over the samples. The states of the first pass, for which all errors are zero, settle by `steps` steps of gradient
+    descent with momentum; each step takes an additional forward pass and a backward pass to the states. In one more pass, the
+    parameters of each block get the gradient of E / N with all states fixed.
     """
 
     #: Whether the states are the variables; otherwise the errors e_l are, and s_l = f_l(s_{l-1}) + e_l.
@@ -103,8 +104,7 @@ class EnergyRule(PassRule):
 
     @contextmanager
     def observed(self) -> Iterator[list[Relaxation]]:
-        """A context with a list to which the `Relaxation` of every backward pass within it is appended; each costs two more
-        passes."""
+        """A context with a list, to which every backward pass within it appends its `Relaxation`; each costs two more passes."""
         self._observed = found = []
         try:
             yield found
@@ -146,7 +146,8 @@ class EnergyRule(PassRule):
         return variables
 
     def _descent(self, variables: dict[str, Tensor], target: Tensor, moves_states: bool) -> dict[str, Tensor]:
-        """Cut -> ∂E/∂ its variable; missing variables are created at their start."""
+        """Cut -> the derivative of E with respect to the cut's variable; missing variables are created with their initial
+        values."""
         for variable in variables.values():
             variable.requires_grad_()
         with self._energy_pass(variables, target, moves_states) as now:
@@ -160,10 +161,10 @@ class EnergyRule(PassRule):
         """A context with a pass whose activations are given by the variables.
 
         Args:
-            variables: cut -> its state or error; cuts that have none get one at which the error is zero.
+            variables: cut -> its state or error; a cut without a variable gets one for which the error is zero.
             target: the labels.
             moves_states: whether the variables are states.
-            local: whether nothing is differentiated beyond the next cut.
+            local: whether differentiation stops at the next cut.
         """
         from fa_bench.mechanisms.cut.positions import mean_loss
         from fa_bench.mechanisms.second_pass import repeated

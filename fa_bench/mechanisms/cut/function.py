@@ -37,8 +37,9 @@ class DeliverFunction(torch.autograd.Function):
 class CompiledDeliverFunction(torch.autograd.Function):
     """`DeliverFunction` in a compiled graph, which calls `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`.
 
-    Inputs: the key of the `Delivery`; its argument `cuts`; the number of cut tensors; whether their values, the logits, and
-    another error at the logits than δ are needed; z; the cut tensors; the learned feedback tensors.
+    Inputs: the key of the `Delivery`; the argument `cuts` of that method; the number of cut tensors; whether their values are
+    needed, whether the logits are, and whether an error at the logits other than δ is; z; the cut tensors; the learned feedback
+    tensors.
     """
 
     @staticmethod
@@ -56,7 +57,7 @@ class CompiledDeliverFunction(torch.autograd.Function):
         ctx.key, ctx.cuts, ctx.count, ctx.save_logits, ctx.changes_delta = key, cuts, count, save_logits, changes_delta
         # If only the shape of a tensor is needed, only its shape is saved.
         activations = tensors[:count] if save_values else map(stand_in, tensors[:count])
-        # A copy, because a graph shows no change of the output in place to `PassOutput`.
+        # The logits are copied, because in a compiled graph `PassOutput` does not notice in-place changes of the output.
         ctx.save_for_backward(*([logits.clone()] if save_logits else []), *activations, *map(stand_in, tensors[count:]))
         return logits.detach()
 
@@ -85,5 +86,6 @@ def cut_errors(
     changes_delta: bool,
     cuts: str,
 ) -> list[Tensor]:
-    """See `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`; the results have contiguous memory of their own."""
+    """See `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`; the results are contiguous and share no memory with other
+    tensors."""
     return delivery.errors_in_graph(delta, logits, activations, learned, changes_delta, cuts)

@@ -24,7 +24,8 @@ class JacobianRule(NoisyCutRule, LearnedCutRule):
     Positions count as samples: the mean is over all pairs of corresponding positions of the output and the cut.
     """
 
-    # The gradient of B does not come from the loss, but must have its scale in micro-batches and under a gradient scaler.
+    # The gradient of B does not come from the loss, but it must be scaled like the loss in micro-batches and under a gradient
+    # scaler.
     scales = True
 
     def gradient_of(self, feedback: Tensor, estimate: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class LearnedCutRule(CutRule):
         Args:
             features, classes: as for `make_feedback`.
             init: initialiser of B.
-            density: fraction of the entries that one fixed mask keeps, including during training.
+            density: fraction of the entries that a fixed mask keeps, also during training.
         """
         from fa_bench.mechanisms.updates import LearnedTensor
 

@@ -33,10 +33,11 @@ class LocalRule(CutRule):
     """A cut rule whose error at a cut is the gradient of a local loss; subclasses implement `auxiliary` and `local_loss`.
 
     No error crosses a cut, unless `crosses` is set. The auxiliary layers belong to the rule, but their parameters and buffers are
-    also registered in the module at the cut, as ``feedback_auxiliary_...``: so ``model.parameters()`` and ``model.state_dict()``
-    contain them, and they follow the model to its device and dtype. They are not registered as submodules, because a container
-    such as ``nn.Sequential`` would run them. ``rule.feedback_parameters()`` are the auxiliary parameters; ``rule.feedback`` lists
-    them under their cut. Local losses are scaled like the loss, and computed in the model's dtype under autocast.
+    also registered in the module at the cut, as ``feedback_auxiliary_...``. Therefore, ``model.parameters()`` and
+    ``model.state_dict()`` contain them, and they follow the model to its device and dtype. They are not registered as submodules,
+    because a container such as ``nn.Sequential`` would run them. ``rule.feedback_parameters()`` are the auxiliary parameters;
+    ``rule.feedback`` lists them under their cut. Local losses are scaled like the loss, and computed in the model's dtype under
+    autocast.
 
     If the output has positions, each cut must have the same ones, and they count as samples: the auxiliary layers see activations
     (M, F) with M = N times the number of positions.
@@ -51,7 +52,8 @@ class LocalRule(CutRule):
 
     # -------------------------------------------------------------------------------------------- for subclasses
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
-        """The auxiliary layers of one cut, on the CPU; called with torch's global generator seeded, which is restored afterwards.
+        """Create the auxiliary layers of one cut, on the CPU. Torch's global generator is seeded before this call and restored
+        after it.
 
         Args:
             cut: the cut's module path.
@@ -72,7 +74,7 @@ class LocalRule(CutRule):
         raise NotImplementedError
 
     def loss_of(self, scores: Tensor, target: Tensor) -> Tensor:
-        """The objective's mean loss of scores (N, C), or (M, C) for labels (N, P...), in which positions count as samples."""
+        """The objective's mean loss of scores (N, C), or (M, C) for labels (N, P...), with positions as samples."""
         if target.dim() > 1:
             scores = scores.unflatten(0, target.shape)
             scores = scores.movedim(-1, class_axis(scores.shape))
@@ -128,15 +130,15 @@ class LocalRule(CutRule):
         return {cut: {**fixed, **dict(self.auxiliary_at(cut).named_parameters())} for cut, fixed in super().feedback.items()}
 
     def readouts(self) -> dict[str, Tensor]:
-        """None: no error comes from the output."""
+        """Empty: no error comes from the output."""
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """None: no error passes through a layer."""
+        """Empty: no error passes through a layer."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the auxiliary layers from a state that an earlier version saved; now the model's state contains them."""
+        """Load the auxiliary layers from a state saved by an earlier version; states of the model now contain them."""
         states = {cut: dict(auxiliary.net().state_dict()) for cut, auxiliary in self._auxiliary.items()} if state else {}
         self.require_entries(state, {cut: tensors for cut, tensors in states.items() if tensors})
         for cut, auxiliary in self._auxiliary.items():
@@ -161,7 +163,7 @@ class Auxiliary:
     Attributes:
         tensors: name of a tensor in the module -> the dictionaries of module and net that hold it, and its name in the net.
         learned: the parameters.
-        is_missing: whether the model has loaded such a state.
+        is_missing: whether the model has loaded a state without these tensors.
     """
 
     def __init__(
@@ -226,7 +228,7 @@ class ModuleRule(LocalRule):
     """
 
     within = "block"
-    #: For error messages: the name of an auxiliary net, and what to do if a batch is too small for its batch normalisation.
+    #: For error messages: the name of an auxiliary net, and a remedy if a batch is too small for its batch normalisation.
     net_name = "auxiliary net"
     larger_batches = "use larger batches, or drop the last incomplete one"
 
@@ -266,7 +268,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ auxiliary layers
 def map_module(name: str, cut: str, shape: tuple[int, ...]) -> Any:
-    """The class `name` for maps of this shape, (C, ...) with one to three spatial dimensions: ``nn.Conv2d`` for Conv.
+    """The variant of a class for maps of this shape, (C, ...) with one to three spatial dimensions: ``nn.Conv2d`` if `name` is
+    Conv.
 
     Raises:
         CoverageError: for maps with more dimensions.
@@ -297,7 +300,7 @@ def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
 def linear_classifier(
     cut: str, shape: tuple[int, ...], classes: int, limit: int, init: str, bias: bool = True
 ) -> torch_nn.Module:
-    """A linear classifier of the activation of one cut, which averages maps to at most `limit` features.
+    """A linear classifier for the activation of one cut; it averages maps to at most `limit` features.
 
     Args:
         cut: the cut's module path.
@@ -309,9 +312,9 @@ def linear_classifier(
     """
     layers, count = flattening(cut, shape, limit)
     layers["out"] = out = nn.Linear(count, classes, bias=bias)
-    if init == "zeros":  # samples nothing, so the layers created next are the same as in earlier versions
+    if init == "zeros":  # draws no random numbers, so later layers are the same as in earlier versions
         nn.init.zeros_(out.weight)
-    elif init != "pytorch":  # which it has
+    elif init != "pytorch":  # which is already in place
         fill(out.weight, init)
     return nn.Sequential(layers)
 

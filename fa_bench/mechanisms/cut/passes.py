@@ -24,20 +24,20 @@ class PassRule(CutRule):
     """A rule that learns in separate passes, which `fa_bench.mechanisms.second_pass.again` runs; subclasses implement
     `gradients`.
 
-    The first pass, from which the loss is computed, is not differentiated: ``loss.backward()`` reaches only the logits, and the
-    gradients that `gradients` returns are accumulated there, like those of a backward pass. Other outputs of the model are
+    The first pass, from which the loss is computed, is not differentiated. ``loss.backward()`` stops at the logits, where the
+    gradients that `gradients` returns are added to ``.grad``, like those of a backward pass. Other outputs of the model are
     detached.
     """
 
     repeats = True
     scales = True
     learns_in_passes = True
-    #: Whether the derivatives of the nonlinearities at the cuts are not used. A cut at a pooling then stands for the nonlinearity
-    #: before it; at other cuts, such as blocks, errors are delivered at the output as usual.
+    #: Whether the rule skips the derivatives of the nonlinearities at the cuts. A cut at a pooling layer then stands for the
+    #: nonlinearity before it; at other cuts, such as blocks, errors are delivered at the output as usual.
     skips_nonlinearities: ClassVar[bool] = False
-    #: Whether layers after the last cut learn from the gradient of the first pass's loss; `gradients` returns None there.
+    #: Whether layers after the last cut learn from the gradient of the first pass's loss; `gradients` returns None for them.
     output_learns_by_delta = False
-    #: Whether layers learn at cuts on which the output of the loss does not depend.
+    #: Whether layers learn at cuts that do not affect the output from which the loss is computed.
     learns_beside_output = True
     needs_target = True
 
@@ -63,13 +63,13 @@ class PassRule(CutRule):
         logits: Tensor,
         target: Tensor,
     ) -> list[Tensor | None]:
-        """The gradients of the parameters; called with gradients enabled and the `first_pass`.
+        """The gradients of the parameters; called with gradients enabled and `first_pass` set.
 
         Args:
-            parameters: those of `trained_parameters`.
+            parameters: the result of `trained_parameters`.
             activations: cut -> its activation (N, ...) in the first pass.
             delta: the gradient of the loss at the logits, in their shape; it contains `loss_factor` and the mean's 1/N.
-            logits: those of the first pass.
+            logits: the logits of the first pass.
             target: the labels, (N,) or (N, P...).
         """
         raise NotImplementedError
@@ -82,14 +82,14 @@ class PassRule(CutRule):
         return coverage if self.output_learns_by_delta else with_untrained(coverage, self, reached)
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
-        """None: no error is delivered to an activation of the first pass."""
+        """Empty: no error is delivered to an activation of the first pass."""
         return {}
 
     def readouts(self) -> dict[str, Tensor]:
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """None: no error passes through a layer."""
+        """Empty: no error passes through a layer."""
         return {}
 
     # -------------------------------------------------------------------------------------------- nonlinearities
@@ -102,7 +102,8 @@ class PassRule(CutRule):
         order = list(trace.output_shapes)
 
         def nonlinearity(cut: str) -> str:
-            """The last module before a pooling, or another cut that changes the shape, that could be its nonlinearity."""
+            """The cut itself or, if it changes the shape, as pooling does, the last module before it that could be its
+            nonlinearity."""
             if not self._changes_shape(cut, trace) or has_own_parameters(self.model.get_submodule(cut)):
                 return cut
             for path in reversed(order[: order.index(cut)]):
@@ -127,11 +128,11 @@ class PassRule(CutRule):
         return trace.input_shapes[path] != trace.output_shapes[path]
 
     def is_nonlinearity(self, cut: str) -> bool:
-        """Whether an error can be delivered at the input of the module at a cut, because only a nonlinearity is in between."""
+        """Whether the module at a cut counts as a nonlinearity, so that an error can be delivered at its input."""
         return not has_own_parameters(self._cut_modules[cut]) and not self._changes_shape(cut, self._trace)
 
 
 def used_parameters(model: torch_nn.Module, results: list[Tensor]) -> list[torch_nn.Parameter]:
-    """The parameters of a model that can be reached in the graphs of the results."""
+    """The parameters of a model that are part of the autograd graphs of the results."""
     used = set().union(*(leaves(result.grad_fn) for result in results))
     return [parameter for parameter in model.parameters() if id(parameter) in used]

@@ -1,4 +1,5 @@
-"""Outputs with positions, a second batch axis: tokens of a sequence or pixels of a map; and how their errors reach a cut.
+"""Outputs with positions (tokens of a sequence or pixels of a map), which are a second batch axis, and how their errors reach a
+cut.
 
 The error at an output, δ, is handled as rows: its class axis comes last, (N, C) or (N, P..., C). Shapes: N batch, C classes (or
 features of the module of ``error_at``), F features of a cut, P... positions: one axis for sequences, two or three for maps.
@@ -35,17 +36,17 @@ def ignored_label(objective: Objective) -> int:
 
 
 def require_labels(rule: str, target: Tensor, shape: Shape, objective: Objective) -> None:
-    """Called after something that uses the labels has failed: raise an error if they do not fit outputs of this shape.
+    """Raise an error if the labels do not fit outputs of this shape; called after code that uses the labels has failed.
 
     Args:
         rule: the rule's name, for the error message.
-        target: the labels (N,) or (N, P...); numbers in the outputs' shape fit.
-        shape: that of the outputs, (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W).
+        target: the labels (N,) or (N, P...), or numbers in the shape of the outputs.
+        shape: the shape of the outputs, (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W).
         objective: the objective.
 
     Raises:
-        ValueError: for labels of another shape, or outside [0, C). The latter only on the CPU: an accelerator that was given such
-            a label no longer responds.
+        ValueError: for labels of another shape, or outside [0, C). The range is checked only on the CPU, because an accelerator
+            no longer responds after it has used a label out of range.
     """
     axis = class_axis(shape)
     classes, wanted = shape[axis], (*shape[:axis], *shape[axis + 1 :])
@@ -80,7 +81,7 @@ def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
     Args:
         objective: the objective.
         outputs: (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W).
-        target: the labels, (N,) or (N, P...); numbers in the outputs' shape.
+        target: the labels, (N,) or (N, P...), or numbers in the shape of the outputs.
     """
     outputs = _classes_last(outputs, target)
     if _is_position_a_sample(objective, outputs, target):
@@ -104,13 +105,13 @@ def sample_losses(objective: Objective, outputs: Tensor, target: Tensor) -> Tens
 
 
 def _classes_last(outputs: Tensor, target: Tensor) -> Tensor:
-    """Outputs with positions as (N, P..., C), the only layout that objectives know; others as they are."""
+    """Outputs with positions as (N, P..., C), the only layout that objectives know; other outputs are returned unchanged."""
     has_positions = outputs.dim() > 2 and not target.is_floating_point()
     return outputs.movedim(class_axis(outputs.shape), -1) if has_positions else outputs
 
 
 def _is_position_a_sample(objective: Objective, outputs: Tensor, target: Tensor) -> bool:
-    """Whether the outputs have positions, which the objective does not know."""
+    """Whether the outputs have positions and the objective expects one class per sample."""
     return outputs.dim() > 2 and POSITIONS not in objective.targets and not target.is_floating_point()
 
 
@@ -118,9 +119,9 @@ def _is_position_a_sample(objective: Objective, outputs: Tensor, target: Tensor)
 class Layout:
     """The axes of a cut's activation (N, ...) if one matrix B (C, F) serves all of its positions.
 
-    The positions of the cut need not be those of the error, but along each axis, one number must be a multiple of the other.
-    If the cut has fewer, an error is the sum over the positions that it covers; if it has more, errors are copied. A cut
-    without positions gets the sum over all positions, and an error without positions is copied to all of them.
+    The positions of the cut need not be those of the error, but along each axis, one size must be a multiple of the other. If the
+    cut has fewer positions, each gets the sum of the errors that it covers; if it has more, errors are copied. A cut without
+    positions gets the sum over all positions, and an error without positions is copied to all of them.
 
     Attributes:
         cut: the cut's path, for error messages.
@@ -145,10 +146,11 @@ class Layout:
         return rows.movedim(-1, self.axis)
 
     def matched(self, errors: Tensor, shape: Shape) -> Tensor:
-        """Errors (N, P..., C) at the positions of an activation of this shape, which may have more of them: see `restored`.
+        """Errors (N, P..., C) summed to the positions of an activation of this shape. If the activation has more positions, they
+        are copied later, by `restored`.
 
         Raises:
-            CoverageError: if their numbers do not match.
+            CoverageError: if the numbers of positions do not match.
         """
         given, wanted = tuple(errors.shape[1:-1]), positions_of(shape, self.axis)
         if given == wanted:
@@ -160,9 +162,9 @@ class Layout:
         return summed(errors, wanted)
 
     def pairs(self, errors: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors (M, C) and activations (M, F) whose product over M sums over samples and positions: aᵀ δ at every position.
+        """Errors (M, C) and activations (M, F) whose product δᵀ a is the sum over samples and positions.
 
-        Positions that share an error are added up first.
+        Activations at positions that share an error are added up first.
         """
         errors = self.matched(errors, tuple(activation.shape))
         rows = summed(self.rows(activation), tuple(errors.shape[1:-1]))
@@ -170,8 +172,8 @@ class Layout:
 
 
 def summed(x: Tensor, sizes: Shape) -> Tensor:
-    """A tensor (N, P..., X) summed to `sizes` positions: along each axis that has more, over equally many neighbours; without
-    sizes, over all positions."""
+    """A tensor (N, P..., X) summed to `sizes` positions, over groups of neighbours along each axis that has more positions;
+    without sizes, over all positions."""
     if not sizes:
         return x.flatten(1, -2).sum(1) if x.dim() > 2 else x
     for axis, size in enumerate(sizes, 1):
@@ -200,13 +202,14 @@ def mismatch(cut: str, shape: Shape, positions: Shape) -> str:
 def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shape] | None) -> int:
     """The axis of an activation's features, (N, P..., F) or (N, F, P...).
 
-    It is the axis whose size is the width of the preceding layer, and without which the positions of the output remain. If sizes
-    allow both or disagree, it is where that layer has its features: the last axis, or the first one of a convolution.
+    It is the axis whose size is the width of the preceding layer and whose removal leaves the positions of the output. If both
+    axes satisfy this, or neither does, it is the axis on which that layer has its features: 1 for a convolution, otherwise the
+    last one.
 
     Args:
         shape: the shape of the activation.
         positions: the positions of the output.
-        last: the last weighted layer before, and the shape of its output.
+        last: the last weighted layer before the activation, and the shape of its output.
     """
     if len(shape) == 2:
         return 1
@@ -223,7 +226,8 @@ def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shap
 
 
 def layout_of(path: str, shape: Shape, positions: Shape, trace: Trace, layers: dict[str, WeightedLayer]) -> Layout:
-    """The layout of a watched module's output, with the arguments of `layouts_of`; `positions` are those of the errors."""
+    """The layout of a watched module's output, with the arguments of `layouts_of`; `positions` are the positions of the
+    errors."""
     before = trace.feeds.get(path)
     last = (layers[before[-1]], trace.output_shapes[before[-1]]) if before else None
     return Layout(path, feature_axis(shape, positions, last))
@@ -232,19 +236,20 @@ def layout_of(path: str, shape: Shape, positions: Shape, trace: Trace, layers: d
 def layouts_of(
     cuts: dict[str, Shape], errors: Shape, axis: int, shared: bool, same: bool, trace: Trace, layers: dict[str, WeightedLayer]
 ) -> dict[str, Layout]:
-    """{cut: layout} of the cuts whose B (C, F) serves all positions; those of the others have all features of the activation.
+    """{cut: layout} for the cuts at which one B (C, F) serves all positions. At a cut without a layout, B has all features of the
+    activation.
 
     Args:
         cuts: cut -> shape of its activation.
         errors: shape of the tensor from which the error comes.
-        axis: its class axis.
-        shared: whether B is shared by positions that the errors do not have.
-        same: whether positions must be those of the errors.
+        axis: the class axis of that tensor.
+        shared: whether the positions of a cut share B if the errors have no positions.
+        same: whether cuts must have the positions of the errors.
         trace: the model's structure, with the cuts watched.
         layers: the model's weighted layers.
 
     Raises:
-        CoverageError: for a cut to whose positions the errors cannot be brought.
+        CoverageError: if the errors cannot be brought to the positions of a cut.
     """
     positions, layouts = positions_of(errors, axis), {}
     if not positions and not shared:

@@ -1,6 +1,7 @@
 """Cut rules: the second mechanism, which cuts the graph at named modules and delivers an error to each of them directly.
 
-`cut_points` determines which modules can be cut, `capture` has the hooks that cut, and `delivery` has the backward pass.
+`cut_points` determines which modules can be cut, `capture` contains the hooks that cut, and `delivery` contains the backward
+pass.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ class CutRule(Rule):
         super().__post_init__()
         self.output = None if self.output is None else str(self.output)
 
-    #: The options of rules that have them: how far errors are exact (`within_option`), the module from whose output the error
-    #: comes (`error_at_option`), and whether all positions of a cut share a matrix if the error has none (`positions_option`).
+    #: Options that only some rules have: how far errors are exact (`within_option`), the module from whose output the error comes
+    #: (`error_at_option`), and whether all positions of a cut share a matrix if the error has none (`positions_option`).
     within: str = dataclasses.field(default="layer", init=False)
     error_at: str | None = dataclasses.field(default=None, init=False)
     positions: str = dataclasses.field(default="own", init=False)
-    #: Whether the positions of cuts must be those of the output.
+    #: Whether cuts must have the positions of the output.
     same_positions = False
     #: Whether the errors of the layers above cross the cuts; `signal` is then added to them.
     crosses = False
@@ -78,11 +79,12 @@ class CutRule(Rule):
     #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.
     scales = False
     loss_factor = 1.0
-    #: Whether targets may be numbers (N, O), because errors come from the objective's loss, whatever the targets are.
+    #: Whether targets may be numbers (N, O), because errors are computed from the objective's loss, regardless of the kind of
+    #: targets.
     takes_numbers: ClassVar[bool] = False
     #: Whether all errors are those of the objective, so that any other loss would be ignored.
     learns_by_objective: ClassVar[bool] = False
-    #: Whether `gradients` computes the gradients of all parameters, in passes of its own: see `fa_bench.mechanisms.cut.passes`.
+    #: Whether `gradients` computes the gradients of all parameters, in separate passes; see `fa_bench.mechanisms.cut.passes`.
     learns_in_passes = False
     output_learns_by_delta = False
     #: The description of an output layer's error in the coverage table.
@@ -100,7 +102,7 @@ class CutRule(Rule):
 
     @property
     def declared(self) -> str:
-        """The model's attribute that names the cuts unless the option does."""
+        """The attribute of the model that names the cuts if the option `cuts` does not."""
         return "blocks" if self.modular else "cut_points"
 
     @property
@@ -115,7 +117,7 @@ class CutRule(Rule):
 
     @property
     def logits(self) -> Tensor | None:
-        """While errors are computed, if the rule `scales`: the logits z, in the model's shape and detached.
+        """The logits z, in the model's shape and detached, while errors are computed; None unless the rule `scales`.
 
         Raises:
             StateError: if they were changed in place after the forward pass.
@@ -145,7 +147,7 @@ class CutRule(Rule):
 
         Args:
             cut: the cut's module path.
-            name: the tensor's name: the model's state_dict has it as ``feedback_NAME``.
+            name: the tensor's name, which is ``feedback_NAME`` in the model's state_dict.
             value: an initialiser, or the tensor itself; the arguments below are for initialisers.
             shape: the tensor's shape, (C, ...).
             density: fraction of the entries that are not masked.
@@ -166,12 +168,12 @@ class CutRule(Rule):
         return delta
 
     def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
-        """The error at one cut, in the shape of its activation: by default that of `project`.
+        """The error at one cut, in the shape of its activation; by default, the result of `project`.
 
         Args:
             cut: the cut's module path.
             captured: the cut's activation.
-            broadcast: what `broadcast` returned for δ, the gradient of the loss at the logits, (N, C); for outputs with positions
+            broadcast: the result of `broadcast` for δ, the gradient of the loss at the logits, (N, C); for outputs with positions
                 (N, P..., C), with the class axis last.
             target: the labels, (N,) or (N, P...), if they were passed to ``rule.backward``.
         """
@@ -182,7 +184,7 @@ class CutRule(Rule):
         return delta
 
     def project(self, cut: str, errors: Tensor, captured: CapturedActivation) -> Tensor:
-        """The product errors B in the shape of the activation, with errors (N, C) or (N, P..., C), and B (C, features)."""
+        """The product of errors and B in the shape of the activation, with errors (N, C) or (N, P..., C), and B (C, features)."""
         feedback = self.matrix(cut, captured)
         if errors.dtype != feedback.dtype:
             errors = errors.to(feedback.dtype)
@@ -260,7 +262,7 @@ class CutRule(Rule):
         from fa_bench.mechanisms.cut.cut_points import check_cuts, named_origin
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
-        #: While errors are computed, if the rule `scales`: the output that they come from.
+        #: The output from which errors come, while they are computed; None unless the rule `scales`.
         self.pass_output: PassOutput | None = None
         self._cut_modules: dict[str, nn.Module] = {}
         self._layouts: dict[str, Layout] = {}
@@ -274,7 +276,7 @@ class CutRule(Rule):
         check_cuts(self, trace, cuts)
         self._trace = trace
         self._cut_modules = {cut: self.model.get_submodule(cut) for cut in cuts}
-        # A fused kernel would not call the layers at which it cuts.
+        # A fused kernel would not call the layers at which the rule cuts.
         parents = [self.model.get_submodule(cut.rpartition(".")[0]) for cut in cuts]
         self.mode.layerwise = any(isinstance(parent, Compound) for parent in parents)
         layers = weighted_layers(self.model)
@@ -298,7 +300,7 @@ class CutRule(Rule):
         return self.after_first_trainable(trace) if self.crosses else trace.trainable
 
     def after_first_trainable(self, trace: Trace) -> set[str]:
-        """The first cut, in the order of execution, that something trainable feeds, and all later ones."""
+        """The first cut, in the order of execution, that depends on something trainable, and all later ones."""
         executed = [path for path in trace.output_shapes if path in self._cut_modules]
         first = next((number for number, path in enumerate(executed) if path in trace.trainable), len(executed))
         return set(executed[first:])
@@ -404,7 +406,8 @@ class CutRule(Rule):
         return rows, outputs
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Only the output layer has a pair, if errors come from there and the feedback of the last cut has its weight's shape."""
+        """Only the output layer can have a pair: if its output is the source of the errors, and the feedback of the last cut has
+        the shape of its weight."""
         if self.error_at is not None:
             return {}
         weights = {path: self._covered[path].weight.detach() for path in self._trace.outputs}

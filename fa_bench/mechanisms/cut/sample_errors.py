@@ -22,8 +22,8 @@ class SampleErrors:
     Args:
         count: n, the number of training samples.
         classes: C.
-        like: a tensor on the device; the errors have its dtype, or 32 bits if it has fewer. They follow a model that
-            is moved or converted later.
+        like: a tensor whose device and dtype the errors get, but with at least 32 bits. The errors follow a model that is moved
+            or converted later.
 
     Attributes:
         errors: (n, C).
@@ -44,7 +44,7 @@ class SampleErrors:
         return process_count() > 1
 
     def describe(self) -> str:
-        """The size, for people."""
+        """The memory that the errors take, as text."""
         size = sum(one.numel() * one.element_size() for one in (self.errors, self.seen))
         return f"the last errors of {len(self.errors):,} training samples take {format_bytes(size)}"
 
@@ -57,7 +57,8 @@ class SampleErrors:
         return torch.where(self.seen[indices].unsqueeze(1), self.errors[indices], first)
 
     def write(self, indices: Tensor, errors: Tensor, is_shared: bool = True) -> None:
-        """Replace the errors of the samples `indices` (N,) by `errors` (N, C), which `exchange` gives to others if `is_shared`.
+        """Replace the errors of the samples `indices` (N,) by `errors` (N, C), which `exchange` gives to other processes if
+        `is_shared`.
 
         If a sample's error is not finite, its previous one is kept, because a gradient scaler skips this update.
         """

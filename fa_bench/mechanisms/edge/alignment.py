@@ -1,6 +1,6 @@
 """Feedback that learns from local losses that compare it with the weight, on the layer's input or on noise.
 
-The losses of a layer, with z_W = x Wᵀ and z_B = x Bᵀ for the rows x of its input, whose means are over samples and positions:
+With z_W = x Wᵀ and z_B = x Bᵀ for the rows x of a layer's input, and means over samples and positions, the losses are:
 
     decay    ‖W‖² + ‖B‖²
     amp      -mean Σ z_W z_B
@@ -8,8 +8,9 @@ The losses of a layer, with z_W = x Wᵀ and z_B = x Bᵀ for the rows x of its 
     self     -Σ W B
     sparse   mean ‖z_W‖² + mean ‖z_B‖²
 
-For a convolution, z_W and z_B are its outputs with W and B, each divided among samples and output positions, and z_W B is the
-error that B passes to the input from z_W. No loss has a gradient at the layer's input, and W has one only if this is requested.
+For a convolution, z_W and z_B are its outputs with W and B, with one row for each sample and output position, and z_W B is the
+error that B passes to the input from z_W. No loss has a gradient at the layer's input, and none has a gradient for W unless this
+is requested.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class AlignmentLoss(NamedTuple):
 
     @property
     def reads_input(self) -> bool:
-        """Whether it depends on the layer's input."""
+        """Whether the sum depends on the layer's input."""
         return bool(self.amp or self.null or self.sparse)
 
     def feedback_gradient(self, weight: Tensor, feedback: Tensor, x: Tensor, geometry: Geometry | None) -> Tensor:
@@ -79,7 +80,7 @@ class LayerProducts(NamedTuple):
     """The products of a layer.
 
     Attributes:
-        x: its input, (rows, I), or (N, I, ...) with the padding that `Geometry` does not have.
+        x: the layer's input, (rows, I); for a convolution (N, I, ...), already padded if `Geometry` cannot describe the padding.
         geometry: the geometry of a convolution; None for a linear layer.
     """
 
@@ -107,7 +108,7 @@ class LayerProducts(NamedTuple):
         return weight_gradient(z, x, like, self.geometry)
 
     def rows(self, z: Tensor) -> int:
-        """The number of samples and output positions, at least 1."""
+        """The number of samples times the number of output positions, at least 1."""
         return max(z.numel() // max(z.shape[1], 1), 1)
 
 
@@ -116,7 +117,7 @@ class AlignedFeedback(FeedbackPathway):
 
     Args:
         loss: the loss.
-        scale: the factor by which the gradients are multiplied, which is that of the task's loss.
+        scale: the factor by which the task's loss was scaled; the gradients are multiplied by it.
         updates_weight: whether W gets the gradient of the local loss, too.
         on_noise: whether the local loss is computed on the layer's `noise` instead of its input.
     """
@@ -135,7 +136,7 @@ class AlignedFeedback(FeedbackPathway):
         return feedback_tensor(layer, "B")
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
-        # Those of this pass: in the backward pass the layer may have others (torch.func.functional_call).
+        # The tensors of this pass: in the backward pass, the layer may have others (torch.func.functional_call).
         weight, feedback = layer.weight, layer.learned["B"].tensor
         of_input = functools.partial(self.gradient, self.loss.feedback_gradient, layer, weight, feedback)
         of_weight = functools.partial(self.gradient, self.loss.weight_gradient, layer, weight, feedback)
@@ -148,13 +149,13 @@ class AlignedFeedback(FeedbackPathway):
     def gradient(
         self, of: Any, layer: Any, weight: Tensor, feedback: Tensor, x: Tensor, geometry: Geometry | None, rows: slice | None
     ) -> Tensor:
-        """The gradient of the local loss, times the factor of the task's loss.
+        """The gradient of the local loss, times the factor by which the task's loss was scaled.
 
         Args:
-            of: computes it: a method of the loss.
+            of: the method of the loss that computes the gradient.
             layer: the layer.
             weight, feedback: W and B in the forward pass.
-            x: its input as its autograd Function has it.
+            x: the layer's input, as its autograd Function gets it.
             geometry: the geometry of a convolution.
             rows: the outputs that are computed; None: all.
         """
@@ -175,7 +176,8 @@ class AlignedFeedback(FeedbackPathway):
 class LossScale:
     """The factor by which the task's loss was scaled in the current backward pass.
 
-    It is a tensor, which a compiled graph reads when it runs, and NaN outside of backward passes of the rule.
+    The factor is kept as a tensor, so that a compiled graph can read it when it runs. Outside the rule's backward passes, it is
+    NaN.
     """
 
     def __init__(self, rule: str) -> None:
@@ -193,7 +195,7 @@ class LossScale:
         """The factor in the dtype of a tensor.
 
         Raises:
-            StateError: outside of a backward pass of the rule; in a compiled graph it is NaN.
+            StateError: outside a backward pass of the rule; in a compiled graph, the result is NaN instead.
         """
         if not torch.compiler.is_compiling() and not self.is_known:
             raise StateError(
@@ -208,9 +210,9 @@ class AlignmentRule(RandomFeedbackRule):
     """Base class of the rules whose feedback learns from local losses; subclasses implement `alignment_loss`.
 
     e_in = g B. Each layer adds its local loss to the task's, multiplied by the same factor (gradient accumulation, gradient
-    scalers); it has no gradient at the layer's input, and none for W unless ``update_forward`` is set. B is trained by W's
-    optimizer at ``b_lr_scale`` times its learning rate, or by its own optimizer (``optimizer@feedback_optimizer=adam``); that
-    optimizer's weight decay adds to the loss. ``b_init`` and ``linear_b_init`` are the initialisers of B. A layer that runs
+    scalers); the local loss has no gradient at the layer's input, and none for W unless ``update_forward`` is set. B is trained
+    by W's optimizer at ``b_lr_scale`` times its learning rate, or by its own optimizer (``optimizer@feedback_optimizer=adam``);
+    that optimizer's weight decay adds to the loss. ``b_init`` and ``linear_b_init`` are the initialisers of B. A layer that runs
     several times in a forward pass adds its loss each time.
     """
 
@@ -254,10 +256,10 @@ class AlignmentRule(RandomFeedbackRule):
 
 @dataclasses.dataclass(eq=False)
 class InputAlignmentRule(AlignmentRule):
-    """Base class of those whose local losses depend on the layer's input.
+    """Base class of the alignment rules whose local losses depend on the layer's input.
 
-    ``signal=noise`` computes them on standard normal noise in the shape of the layer's input: ``noise_batch`` samples that are
-    drawn again after every update and are the same in all processes. The second moments C are then the identity.
+    ``signal=noise`` computes these losses on standard normal noise in the shape of the layer's input: ``noise_batch`` samples
+    that are drawn again after every update and are the same in all processes. The second moments C are then the identity.
     """
 
     signal: str = option(
@@ -293,7 +295,7 @@ class InputAlignmentRule(AlignmentRule):
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         pathway = super().pathway(layer)
         if self.on_noise:
-            # A linear layer treats its positions alike.
+            # A linear layer treats all positions alike, so its noise has none.
             shape = (layer.module.weight.shape[1],) if layer.is_linear else self._shapes[layer.path]
             size, what = self.noise_batch * math.prod(shape), f"the noise of layer '{layer.path}'"
             require_option_memory("noise_batch", self.noise_batch, size, what)

@@ -53,7 +53,7 @@ class FeedbackLayer(nn.Module):
                 else:
                     self.pathway.observe(self, x)
             return super().forward(x, *args, **kwargs)
-        # From the dictionary: attribute access on a module costs as much as launching a small matrix product.
+        # Read from the dictionary, because attribute access on a module costs as much as launching a small matrix product.
         parameters = self._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
         if weight is None or "bias" not in parameters:  # a pruned or parametrized bias is not a parameter of the layer
@@ -75,7 +75,7 @@ class FeedbackLayer(nn.Module):
         return pathway.forward(self, x, weight, bias, context, *args, **kwargs)
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias of a layer that does not have them as its own parameters.
+        """The weight and the bias of a layer that does not have both as its own parameters.
 
         Raises:
             CoverageError: if the weight is computed.
@@ -125,12 +125,13 @@ class FeedbackLayer(nn.Module):
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`, as torch's autocast casts it: double precision stays."""
+    """The tensor in `dtype`, as torch's autocast casts it: double precision is kept."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def _autocast_context(context: BackwardContext, weight: Tensor, dtype: torch.dtype) -> BackwardContext:
-    """`context` with all tensors cast; feedback is derived from the weight at full precision, where no small weight is zero."""
+    """`context` with all tensors cast; feedback is derived from the weight at full precision, so that no small weight is rounded
+    to zero."""
     derived = _autocast(context.from_weight(weight), dtype) if context.from_weight else None
     return _prepared(context, lambda value: _autocast(value, dtype))._replace(
         feedback=None if context.feedback is None else _autocast(context.feedback, dtype),
@@ -254,7 +255,7 @@ def _convolve(
     context: BackwardContext,
     prepare: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """A convolution of a prepared input; `prepare` prepares an activation that replaces the input in a gradient likewise."""
+    """A convolution of a prepared input; `prepare` does the same to an activation that replaces the input in a gradient."""
     if context.activation is not None or context.gradients:
         context = _prepared(context, prepare)
     learned = (gradient.input for gradient in context.gradients)
@@ -286,7 +287,8 @@ def _batched(x: Tensor, dims: int) -> Tensor:
 
 
 def _with_feedback(plain: type[nn.Module]) -> type[FeedbackLayer]:
-    """``FeedbackLinear`` and the like, as a global of this module, so that its layers can be pickled."""
+    """The class with feedback for a plain class, such as ``FeedbackLinear``; a global of this module, so that layers can be
+    pickled."""
     if plain is Projection:
         mixin = _FeedbackProjection
     elif issubclass(plain, nn.Linear):
@@ -303,7 +305,7 @@ SWAPS: dict[type[nn.Module], type[FeedbackLayer]] = {plain: _with_feedback(plain
 
 
 def swap_in(module: nn.Module, path: str, pathway: FeedbackPathway, mode: Mode) -> FeedbackLayer:
-    """Turn a plain layer into its feedback class, in place, and the tensors that the pathway learns into parameters."""
+    """Change a plain layer to its class with feedback, in place, and turn the tensors that the pathway learns into parameters."""
     module.__class__ = SWAPS[type(module)]
     assert isinstance(module, FeedbackLayer)
     module.pathway, module.mode, module.path = pathway, mode, path
@@ -321,7 +323,7 @@ def swap_out(module: nn.Module) -> None:
     if "plain_class" in vars(cls):
         module.__class__ = cls.plain_class  # type: ignore[attr-defined]
     else:
-        # A parametrization has derived a class from the feedback class: derive the same class from the plain one.
+        # A parametrization has derived a class from the feedback class, so the same class is derived from the plain one.
         plain = cls.__bases__[0].plain_class
         body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
         module.__class__ = type(f"Parametrized{plain.__name__}", (plain,), body)

@@ -1,6 +1,6 @@
 """Activations that a compiled graph computes after a layer has run, and that the layer's weight gradient needs.
 
-Without compilation, a layer's backward pass looks such an activation up. A compiled graph cannot do that, but it can pass
+Without compilation, a layer's backward pass looks up such an activation. A compiled graph cannot do that, but it can pass
 gradients: `receive` gives a layer an additional output, its messenger, and `send` makes the activation the gradient that the
 messenger receives in the backward pass. `send` is applied to the model's outputs, so that its backward pass is the first one.
 """
@@ -53,7 +53,7 @@ def receive(layer: Any, weight: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, T
 
 
 def send(outputs: list[Tensor], messages: list[Tensor], messengers: list[Tensor]) -> tuple[Tensor, ...]:
-    """The outputs; each messenger gets its message in the backward pass."""
+    """The outputs, connected so that each messenger gets its message in the backward pass."""
     return _SendFunction.apply(len(outputs), len(messages), *outputs, *messages, *messengers)
 
 

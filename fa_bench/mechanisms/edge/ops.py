@@ -8,11 +8,12 @@ layer's output:
     gradient of the bias   = g summed over batch and space              (as backpropagation)
     error at the input     = g times `feedback`                         (backpropagation uses the weight here)
 
-`feedback` has the weight's layout, so that feedback = weight is bitwise identical to backpropagation, without a transpose.
-A layer passes its Function its own tensors, a `BackwardContext`, and the learned feedback tensors of ``context.gradients``
-one by one: because they are inputs, autograd accumulates their gradients, and everything that watches gradients works on them.
-The arithmetic of a small layer takes microseconds, so wrappers are costly: Functions have few arguments, forward and setup in one
-method, and a backward that is not marked ``once_differentiable``. Second derivatives are those of the formulas above.
+`feedback` has the weight's layout, so with feedback = weight the result is bitwise identical to backpropagation, without a
+transpose. A layer passes to its Function its own tensors, a `BackwardContext` and, one by one, the learned feedback tensors of
+``context.gradients``. Because these are inputs, autograd accumulates their gradients, and all code that watches gradients works
+on them. The arithmetic of a small layer takes microseconds, so wrappers are costly: Functions have few arguments, forward and
+setup in one method, and a backward that is not marked ``once_differentiable``. Second derivatives are those of the formulas
+above.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ class Geometry(NamedTuple):
 class FeedbackConvFunction(torch.autograd.Function):
     """A convolution of one to three dimensions, plain or transposed, whose backward pass uses `feedback`.
 
-    Shapes: x (N, I, ...); weight and feedback (O, I/groups, K...), or (I, O/groups, K...) where transposed; bias (O) or
-    None; y and g (N, O, ...). e_in is the input gradient of the same convolution with `feedback` as its weight.
+    Shapes: x (N, I, ...); weight and feedback (O, I/groups, K...), or (I, O/groups, K...) if transposed; bias (O) or None; y and
+    g (N, O, ...). e_in is the input gradient of the same convolution with `feedback` as its weight.
     """
 
     @staticmethod
@@ -142,7 +143,7 @@ class FeedbackConvFunction(torch.autograd.Function):
         if context.from_weight and needs[0]:
             feedback = context.from_weight(feedback)
         # The weight gradient depends only on the shape of the weight argument, and the error only on the shape of the input, so
-        # that one call computes all three.
+        # one call computes both together with the bias gradient.
         x = context.activation() if context.activation else saved[0]
         through_product = any(
             needed and one.first_hop is not None for one, needed in zip(context.gradients, needs_learned, strict=True)
@@ -184,13 +185,13 @@ def learned_gradients(
 
     Args:
         how: how each gradient is computed.
-        needed: whether each is needed.
+        needed: whether each gradient is needed.
         grad_weight: the weight's gradient; None if the weight is frozen.
         e_in: the error at the layer's input; None if it is not needed.
         errors: returns the errors at the layer's output, (samples and positions, O).
         of_activation: computes the weight gradient with an activation in place of the input.
         of_hop: computes the gradient of the second factor of a product from the first factor.
-        of_input: computes the gradient that depends on the layer's input, from its entry of `how`.
+        of_input: computes a gradient that depends on the layer's input, given the entry of `how`.
     """
     gradients: list[Tensor | None] = []
     for one, is_needed in zip(how, needed, strict=True):
@@ -211,13 +212,13 @@ def learned_gradients(
         elif is_needed and grad_weight is not None:
             gradient = shared(grad_weight)
         gradients.append(gradient)
-        if not torch.compiler.is_compiling():  # a hook of the tensor does it there
+        if not torch.compiler.is_compiling():  # in a compiled graph, a hook of the tensor does this
             learned.on_gradient(gradient)
     return gradients
 
 
 def shared(gradient: Tensor) -> Tensor:
-    """The same gradient for a second tensor."""
+    """A gradient that is already used for one tensor, for use by a second one."""
     return gradient.clone() if torch.compiler.is_compiling() else copied_when_changed(gradient)
 
 

@@ -1,7 +1,7 @@
 """Feedback pathways: how a layer obtains the tensor that passes the error to the layer below, its effective feedback.
 
 Every effective feedback has the layout of the layer's weight: (O, I) for linear layers, (O, I/groups, K...) for convolutions. The
-forward pass asks the layer's pathway for a `BackwardContext`, which holds all that the backward pass needs.
+forward pass asks the layer's pathway for a `BackwardContext`, which holds everything that the backward pass needs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class FeedbackGradient(NamedTuple):
         of_input: computes the gradient from the layer's input, its `Geometry` (None for a linear layer) and `rows`, if it depends
             only on them and on the layer's tensors.
         rows: the layer's outputs that this call computes, if the tensor has a row for each of them; None for all.
-        error_scale: if given, its result times the error at the layer's input is added to `activation`.
+        error_scale: returns a factor; this factor times the error at the layer's input is added to `activation`. None: nothing is
+            added.
     """
 
     learned: LearnedTensor
@@ -62,7 +63,8 @@ class BackwardContext(NamedTuple):
         second_hop: the second factor of a linear layer's effective feedback.
         activation: returns the activation that replaces the layer's input in the weight gradient.
         gradients: how the gradient of each learned tensor is computed.
-        local_gradient: computes what is added to the weight's gradient, from the arguments of `FeedbackGradient.of_input`.
+        local_gradient: computes a term that is added to the weight's gradient, from the same arguments as
+            `FeedbackGradient.of_input`.
     """
 
     feedback: Tensor | None = None
@@ -121,7 +123,7 @@ class FeedbackPathway:
         return BackwardContext(self.effective(layer))
 
     def effective_context(self, layer: Any, x: Tensor, gradients: tuple[FeedbackGradient, ...]) -> BackwardContext:
-        """A context with `effective`, which is not computed if the backward pass only needs the gradients."""
+        """A context with `effective` as the feedback, which is not computed if the backward pass needs only the gradients."""
         return BackwardContext(self.effective(layer) if x.requires_grad else layer.weight.detach(), gradients=gradients)
 
     def forward(
@@ -202,7 +204,8 @@ def feedback_gradient(
     of_errors: Callable[[Tensor], Tensor] | None = None,
     of_input: Callable[[Tensor, Any, slice | None], Tensor] | None = None,
 ) -> tuple[FeedbackGradient, ...]:
-    """How the gradient of the learned feedback tensor `name` is computed; empty if it is not, as with `Mode.freeze_random`.
+    """How the gradient of the learned feedback tensor `name` is computed; empty if it is not computed, as with
+    `Mode.freeze_random`.
 
     Raises:
         StateError: if the tensor was frozen because its weight was, and the weight is trained now.
@@ -227,10 +230,10 @@ class TransposeFeedback(FeedbackPathway):
 
 
 class WeightDerivedFeedback(FeedbackPathway):
-    """B is computed from the weight in the backward pass, just before it is multiplied, while it is in the cache.
+    """B is computed from the weight in the backward pass, just before the multiplication, so that B is still in the cache.
 
-    It is computed from the weight of the forward pass. As in backpropagation, autograd raises an error if that weight was changed
-    in place before the backward pass.
+    The weight is that of the forward pass. As in backpropagation, autograd raises an error if the weight was changed in place
+    before the backward pass.
     """
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
@@ -244,7 +247,7 @@ class WeightDerivedFeedback(FeedbackPathway):
         return _masked(layer, self.unmasked(layer, torch.sign(weight)))
 
     def unmasked(self, layer: Any, signs: Tensor) -> Tensor:
-        """B before the mask, computed from the signs of the weight, which may be overwritten."""
+        """B before masking, computed from the signs of the weight; `signs` may be overwritten."""
         raise NotImplementedError
 
 
@@ -321,7 +324,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
             self._known_positive = _version(tensor)
 
     def sampled(self, magnitudes: Tensor) -> Tensor:
-        """A copy of |M|, with the sample that is due; `magnitudes` is the layer's M."""
+        """A copy of |M|, newly sampled if a sample is due; `magnitudes` is the layer's M."""
         if not self._is_due:
             return magnitudes.abs()
         assert self.resample is not None
@@ -351,8 +354,8 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
             return BackwardContext(from_weight=lambda weight: _masked(layer, torch.sign(weight).mul_(sample)))
         if recomputing():
             return BackwardContext(from_weight=refuse_reentrant(layer.mode.rule))
-        # Another forward pass may sample a new M before this one's backward pass, so B is computed now. It is not saved by
-        # autograd: under activation checkpointing a saved tensor is recomputed, and then from another M.
+        # Another forward pass may sample a new M before this one's backward pass, so B is computed now. B is not saved by
+        # autograd, because activation checkpointing would recompute a saved tensor, from another M.
         feedback = self.effective(layer)
         return BackwardContext(from_weight=lambda weight: feedback)
 
@@ -376,5 +379,5 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
-    """Changes whenever the tensor is replaced or written to in a way that autograd counts."""
+    """A value that changes whenever the tensor is replaced or written to in a way that autograd counts."""
     return tensor.data_ptr(), tensor._version

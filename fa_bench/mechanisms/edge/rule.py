@@ -35,7 +35,7 @@ class LayerContext:
 
     Attributes:
         path: the layer's name in the model.
-        module: the layer, which is still the plain one.
+        module: the layer, which still has its plain class.
         seed: the seed passed to `attach`.
         is_output: whether the layer feeds the model's output.
     """
@@ -65,12 +65,12 @@ class LayerContext:
         """Give the layer the feedback tensor `name`.
 
         Args:
-            name: the tensor's name: the model's state_dict has it as ``feedback_NAME``.
+            name: the tensor's name, which is ``feedback_NAME`` in the model's state_dict.
             value: an initialiser, ``copy_w`` for a copy of the weight, or the tensor itself, which is moved to the weight's
                 device and dtype; the arguments below are for initialisers.
             density: fraction of the entries that are not masked.
             magnitude: take the absolute values.
-            shape: the tensor's shape; default: that of the weight.
+            shape: the tensor's shape; default: the shape of the weight.
         """
         weight = self.module.weight.detach()
         if not isinstance(value, str):
@@ -90,8 +90,8 @@ class LayerContext:
 
         Args:
             density: the probability of a one.
-            seeded_by: a tensor's name; its mask is the one that `put` multiplies that tensor by.
-            shape: the mask's shape; default: that of the weight.
+            seeded_by: the name of a tensor: the mask is the one by which `put` multiplies that tensor.
+            shape: the mask's shape; default: the shape of the weight.
         """
         weight = self.module.weight
         shape = tuple(weight.shape) if shape is None else shape
@@ -182,7 +182,7 @@ class EdgeRule(Rule):
         return Coverage(self.name, tuple(covered), uncovered, local, notes)
 
     def _replace_derivatives(self, sample_input: Any) -> None:
-        """Replace the derivatives of nonlinearities, if the option says so."""
+        """Replace the derivatives of nonlinearities, if the option requests it."""
         if self.derivative != "exact":
             from fa_bench.mechanisms.derivative import Dual
 
@@ -191,7 +191,8 @@ class EdgeRule(Rule):
                 self._dual.wire(self.model, sample_input)
 
     def _trace_if_possible(self, sample_input: Any) -> Trace | None:
-        """The model's structure; None if there is no sample and zeros cannot replace it (the first training pass is checked)."""
+        """The model's structure; None if there is no sample and zeros cannot replace it (the first training pass is checked
+        instead)."""
         try:
             return self.trace(sample_input)
         except CoverageError:

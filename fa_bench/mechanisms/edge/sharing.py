@@ -1,8 +1,9 @@
 """Shared activations: an earlier activation, resized to the shape of a layer's input, replaces it in gradients.
 
-The activations between weighted layers are numbered in the order of execution. The stem's output is number 1. Layers with the
-same input, such as a block's first convolution and its projection, count once. If k layers share, activation s = 1 + k ⌊(p -
-2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021); layers whose input is activation 1 use it itself.
+The activations between weighted layers are numbered in the order of execution. The stem's output is number 1. An activation that
+is the input of several layers, such as a block's first convolution and its projection, counts once. If k layers share, activation
+s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021); layers whose input is activation 1 use that
+activation itself.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ class SharedActivation:
         self._captured: tuple[Tensor, int] | None = None
 
     def capture(self, x: Tensor) -> None:
-        """Called at every forward pass by the first layer that has the activation as its input."""
+        """Called in every forward pass by the first layer that has the activation as its input."""
         self._captured = x.detach(), 0 if torch.compiler.is_compiling() else x._version  # a graph has no versions
 
     @property
     def is_missing(self) -> bool:
-        """Whether no forward pass that has computed the activation is running."""
+        """Whether the activation is missing, because no forward pass that has computed it is running."""
         return self._captured is None
 
     def clear(self) -> None:
-        """Called at both ends of a forward pass: an activation belongs to its own pass."""
+        """Called before and after every forward pass, because an activation belongs to its own pass."""
         self._captured = None
 
     def in_backward(self, match: Callable[[Tensor], Tensor], rule: str) -> Callable[[], Tensor]:
@@ -143,7 +144,8 @@ def _feature_matcher(have: int, want: int, kind: str, mixing: Tensor | None) -> 
 
 @dataclasses.dataclass(eq=False)
 class SharedActivationFeedback(FeedbackPathway):
-    """Wraps a pathway so that a shared activation replaces the layer's input in gradients, or the layer shares its input.
+    """Wraps a pathway so that a shared activation replaces the layer's input in gradients, or so that the layer provides its
+    input to others.
 
     Attributes:
         inner: the pathway of the error.
@@ -182,7 +184,7 @@ class SharedActivationFeedback(FeedbackPathway):
         return lambda activation: _batch_first(layer, match(activation), undo=True)
 
     def shared(self, layer: Any, context: BackwardContext, activation: Callable[[], Tensor]) -> BackwardContext:
-        """The context with the shared activation: here, it enters the weight gradient."""
+        """The context with the shared activation: in this class, it enters the weight gradient."""
         return context._replace(activation=activation)
 
     def effective(self, layer: Any) -> Tensor:
@@ -279,7 +281,7 @@ class SharingRule(EdgeRule):
         return groups
 
     def shares_linear(self, convolutional: set[str]) -> bool:
-        """Whether fully connected layers share in a model with these convolutions."""
+        """Whether fully connected layers share activations in a model with these convolutions."""
         return self.linear == "share" or (self.linear == "auto" and not convolutional)
 
     def weight_transport_layers(self, model: nn.Module) -> set[str]:

@@ -1,6 +1,6 @@
 """Learning the principal subspace of a layer's errors, in groups of output channels.
 
-Shapes: first B (O, M), whose rows for each of G groups are a matrix (O/G, M) of their own; errors g (rows, O).
+Shapes: `first` is B (O, M), in which the rows of each of G groups form a separate matrix (O/G, M); `errors` are g (rows, O).
 """
 
 from __future__ import annotations

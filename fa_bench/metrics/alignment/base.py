@@ -42,12 +42,13 @@ class Metric(Options):
         ['0', '1']
     """
 
-    #: Its heading in tables and figures, and its unit: ``°`` or empty.
+    #: The metric's heading in tables and figures, and its unit: ``°`` or empty.
     title: ClassVar[str] = ""
     unit: ClassVar[str] = ""
     #: The layers that a report averages over: FEEDBACK, HIDDEN or ALL.
     layers: ClassVar[str] = ALL
-    #: Whether the mean over layers is a column of reports, whether reports plot it by layer, and its rank among the metrics.
+    #: Whether reports have a column for the mean over layers, whether they plot the values by layer, and the metric's rank among
+    #: all.
     column: ClassVar[bool] = True
     plot: ClassVar[bool] = True
     order: ClassVar[int] = 100
@@ -60,8 +61,8 @@ class Metric(Options):
 
 
 def declared(names: Iterable[str]) -> dict[str, type[Metric]]:
-    """The metrics with these names, in their order; if a metric is not registered because its plugin is missing, its name is its
-    title."""
+    """The metrics with these names, in their order; a metric that is not registered, because its plugin is missing, has its name
+    as its title."""
     metrics = {
         name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")}) for name in names
     }

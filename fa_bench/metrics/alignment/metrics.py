@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fa_bench.metrics.meter import Passes, Point
 
-#: The norm of a gradient below which angles to it mean nothing (the faeval protocol, spring 2026).
+#: The norm of a gradient below which angles to the gradient are meaningless (the faeval protocol, spring 2026).
 GRADIENT_FLOOR = 1e-7
 
 
@@ -49,7 +49,7 @@ class DeltaAngle(Metric):
 @METRICS.register("norm_ratio")
 @dataclasses.dataclass(eq=False)
 class NormRatio(Metric):
-    """Frobenius norm of the effective feedback over that of the weight."""
+    """Frobenius norm of the effective feedback, divided by that of the weight."""
 
     title, layers, order = "norm ratio", FEEDBACK, 3
 
@@ -100,7 +100,8 @@ class TrueGradientNorm(Metric):
 @METRICS.register("output_angle")
 @dataclasses.dataclass(eq=False)
 class OutputAngle(Metric):
-    """Angle between the logits and a Bᵀ, with a the activation at a cut and B (C, features) its direct feedback, in degrees.
+    """Angle between the logits and a Bᵀ, with a the activation at a cut and B (C, features) the direct feedback there, in
+    degrees.
 
     Fig. 2 of the paper on direct Kolen-Pollack learning; only for rules with direct feedback.
     """

@@ -29,7 +29,7 @@ Quantities = dict[str, dict[str, float]]
 
 @dataclasses.dataclass
 class Subject:
-    """What probes measure.
+    """The trained model that probes measure, with its data.
 
     Attributes:
         rule: an attached rule; its model is measured.
@@ -102,7 +102,7 @@ class Probe(Options):
         """Called before training; raises ConfigError with a remedy if the probe cannot measure the subject."""
 
     def measure(self, subject: Subject) -> Quantities:
-        """{quantity: {layer or block: value}}; one quantity has the probe's name, names of others begin with it.
+        """{quantity: {layer or block: value}}; one quantity has the probe's name, and the names of all others begin with it.
 
         Changes to the model, gradients, modes and global random numbers are undone afterwards. ``rule.mode.freeze_random`` is
         set, so that forward passes sample nothing new.
@@ -116,7 +116,7 @@ class Probes:
     Args:
         names: names of probes.
         every: epochs between two measurements; 0: only at the end.
-        subject: what they measure, before training.
+        subject: the model to be measured, before training, with its data.
 
     Raises:
         ConfigError: for a probe that cannot measure the subject, with a remedy.
@@ -132,7 +132,7 @@ class Probes:
             except ConfigError as error:
                 raise ConfigError(f"probes=[{probe.name}]: {error}") from None
         if any(probe.needs_initial for probe in self.probes):
-            # On the CPU: an accelerator's memory is for training.
+            # Kept on the CPU, because an accelerator's memory is for training.
             subject.initial = {
                 name: parameter.detach().to("cpu", copy=True)
                 for name, parameter in subject.model.named_parameters(remove_duplicate=False)
@@ -164,7 +164,7 @@ def state_restored(rule: Rule) -> Iterator[None]:
     from fa_bench.utils.process import random_state, restore_random_state
 
     model = rule.model
-    _ = rule.feedback  # sampled when it is read: the values to restore are those after that
+    _ = rule.feedback  # feedback may be sampled when it is first read; the values after that are restored
     tensors = [*model.parameters(), *model.buffers()]
     saved = [(tensor, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors]
     modes = modes_of(model)

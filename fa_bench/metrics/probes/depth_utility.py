@@ -33,8 +33,8 @@ class DepthUtility(Probe):
     images, or test images if there is no validation split. For tasks without classes, the utility is how much the primary score
     worsens, in its unit: by how much R² falls or perplexity rises.
 
-    The layers after the block were trained on its trained output, so this is an upper bound on what training the block
-    contributed: a value near 0 means that it contributed nothing.
+    The layers after the block were trained on its trained output, so this is an upper bound on the contribution of training the
+    block: a value near 0 means that this training contributed nothing.
     """
 
     needs_initial = True
@@ -52,7 +52,7 @@ class DepthUtility(Probe):
         from fa_bench.mechanisms.blocks import blocks_of
 
         model, training, scored = subject.model, subject.training, subject.scored
-        # The rule may name the output that is trained, too.
+        # The name of the trained output may also come from the rule.
         objective = dataclasses.replace(subject.rule.objective, output=subject.rule.loss_output)
         primary = objective.scores[subject.splits.targets][0]
         blocks, parameters = blocks_of(model, subject.meter.x[:2]), dict(model.named_parameters(remove_duplicate=False))

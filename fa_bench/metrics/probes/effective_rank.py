@@ -23,13 +23,13 @@ class EffectiveRank(Probe):
     """Effective rank of the matrix of the errors at a layer's activation, one row for each sample or position.
 
     - ``effective_rank``: exp(-Σ p log p) with p = σ / Σ σ, where σ are the singular values of the rule's errors (Roy and Vetterli
-      2007). It lies between 1 and the smaller number of rows and features.
-    - ``effective_rank_bp``: that of the errors of backpropagation at the same place, with the same weights.
+      2007). It lies between 1 and the number of rows or of features, whichever is smaller.
+    - ``effective_rank_bp``: the effective rank of backpropagation's errors at the same place, with the same weights.
     - ``effective_rank_stable``: the stable rank of the rule's errors, Σ σ² / max σ², which small singular values hardly change.
 
     Errors are taken at the same points as for `delta_angle`, on the fixed batch of N samples: an error (N, F) unchanged, tokens
-    (N, T, F) as N T rows, and maps (N, C, H, W) as N H W rows of C features. At the output layer it is that of the logits. NaN if
-    all errors are zero, or one is not finite.
+    (N, T, F) as N T rows, and maps (N, C, H, W) as N H W rows of C features. At the output layer, it is the error of the logits.
+    Values are NaN if all errors are zero or one is not finite.
     """
 
     def measure(self, subject: Subject) -> Quantities:
@@ -61,7 +61,8 @@ class EffectiveRank(Probe):
 def last_is_features(error: Tensor, model: torch_nn.Module, trace: Trace, layer: str) -> bool:
     """Whether the features of an error at the layer's activation are its last dimension, as for tokens, not the second.
 
-    That depends on the layer that takes the activation, or, if the error's shape is not that of its input, on the layer itself.
+    This depends on the next layer, which takes the activation as its input, or, if the error does not have the shape of that
+    input, on the layer itself.
     """
     consumer = trace.consumer.get(layer, layer)
     takes = error.shape[1:] == trace.input_shapes[consumer][1:]

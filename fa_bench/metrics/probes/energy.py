@@ -28,13 +28,14 @@ class Energy(Probe):
 
     - ``energy``: the parts of the energy after settling, ½‖e_l‖² of every cut and, in the ``(loss)`` row, the loss, all as means
       over the samples.
-    - ``energy_gradient``: ‖∂E/∂e_l‖ after settling, with the states after l moving along, divided by the same before settling,
-      where it is the norm of backpropagation's error at the cut: 1 if nothing has settled, 0 at equilibrium.
+    - ``energy_gradient``: ‖∂E/∂e_l‖ after settling, where the states after l change with e_l, divided by its value before
+      settling, which is the norm of backpropagation's error at the cut: 1 if nothing has settled, 0 at equilibrium.
     - ``energy_cosine``: for each layer, the cosine between the weight's gradient and that of backpropagation.
     - ``energy_ratio``: for each layer, the norm of the weight's gradient divided by that of backpropagation.
 
-    On the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. NaN where a norm is zero or a weight
-    does not learn. Costs a step of the rule, two more steps of settling, and a backward pass.
+    All are measured on the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. Values are NaN where
+    a norm is zero or a weight does not learn. The probe costs a step of the rule, two more steps of settling, and a backward
+    pass.
     """
 
     alarms = {

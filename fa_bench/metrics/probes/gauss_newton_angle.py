@@ -36,8 +36,9 @@ class GaussNewtonAngle(Probe):
 
     The rule's angle to backpropagation is `delta_angle`.
 
-    Errors are taken at the same points as for `delta_angle`, on the fixed batch. NaN where an error is zero. With batch
-    normalisation, J also contains the effect of a sample on the logits of the others. Costs C backward passes per layer.
+    Errors are taken at the same points as for `delta_angle`, on the fixed batch. Values are NaN where an error is zero. With
+    batch normalisation, J also contains the effect of a sample on the logits of the others. The probe costs C backward passes per
+    layer.
     """
 
     def require(self, subject: Subject) -> None:
@@ -67,9 +68,10 @@ class GaussNewtonAngle(Probe):
 
 
 def edges_at(rule: Rule, points: set[Point], x: Tensor) -> tuple[Tensor, dict[Point, GradientEdge]]:
-    """The logits of an exact forward pass, and where in their graph the tensors at these points are, if they occur once.
+    """The logits of an exact forward pass, and the graph edge of the tensor at each of these points that occurs exactly once.
 
-    Later modules may change such a tensor in place; the tensor itself then stands for another place in the graph.
+    Edges are returned rather than tensors, because later modules may change a tensor in place, which moves it to another place in
+    the graph.
     """
     from torch.autograd.graph import get_gradient_edge
 
@@ -114,6 +116,6 @@ def gauss_newton(jacobian: Tensor, delta: Tensor) -> Tensor:
     wide = jacobian.double()
     gram = wide @ wide.mT
     size = gram.diagonal(dim1=1, dim2=2).mean(1)
-    damping = torch.where(size > 0, DAMPING * size, 1.0)  # J⁺ of zeros is zero
+    damping = torch.where(size > 0, DAMPING * size, 1.0)  # J⁺ is zero if J is
     damped = gram + damping[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     return (wide.mT @ torch.linalg.solve(damped, delta.double().unsqueeze(2))).squeeze(2)

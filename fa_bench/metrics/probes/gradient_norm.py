@@ -36,8 +36,8 @@ class GradientNorm(Probe):
 
         s² = Σ wₖ² ‖gₖ - g‖² / (1 - Σ wₖ²),
 
-    which for equal groups is Σ ‖gₖ - g‖² / (K (K - 1)). For independent samples its expectation is E‖g - E g‖², for unequal
-    groups, too. Batch normalisation couples the samples, which s neglects. NaN for a batch of one sample.
+    which for equal groups is Σ ‖gₖ - g‖² / (K (K - 1)). For independent samples its expectation is E‖g - E g‖², even for unequal
+    groups. Batch normalisation couples the samples, which s neglects. For a batch of one sample, s is NaN.
     """
 
     def measure(self, subject: Subject) -> Quantities:
@@ -68,14 +68,14 @@ def norms_and_errors(losses: Tensor, weights: list[Tensor]) -> tuple[list[float]
     """‖g‖ and s of each weight, as defined in `GradientNorm`; `losses` are those of the samples, (N,), with their graph."""
     samples = len(losses)
     count = min(GROUPS, samples)
-    # In stored order, samples whose classes alternate would make the groups differ more than random ones.
+    # In their stored order, samples with alternating classes would give groups that differ more than random ones.
     losses = losses[torch.randperm(samples, generator=torch.Generator().manual_seed(0)).to(losses.device)]
     shares = [len(range(number, samples, count)) / samples for number in range(count)]
     means = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]  # Σ wₖ gₖ = g
     weighted_means = [torch.zeros_like(mean) for mean in means]  # Σ wₖ² gₖ
     squares = [0.0] * len(weights)  # Σ wₖ² ‖gₖ‖²
     for number, share in enumerate(shares):
-        # Accumulated at once, so that only one group's gradients are in memory.
+        # Accumulated immediately, so that only one group's gradients are in memory.
         gradients = torch.autograd.grad(losses[number::count].mean(), weights, retain_graph=number + 1 < count, allow_unused=True)
         for index, gradient in enumerate(gradients):
             if gradient is not None:

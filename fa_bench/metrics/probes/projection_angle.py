@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 class ProjectionAngle(Probe):
     """Angle between x Wᵀ and x Eᵀ, the outputs of a layer with its weight and with its effective feedback, in degrees.
 
-    Kunin et al. 2020. x is the layer's input (N, ...) on the fixed batch, without biases; the angle is between the outputs of
-    each sample, flattened over positions, and the value is the mean over the samples for which it is defined. For a layer that
-    runs several times, the angle is that of its first run. Batch normalisation uses the batch's statistics and dropout is off.
+    Kunin et al. 2020. x is the layer's input (N, ...) on the fixed batch, and the outputs have no biases. The angle is between
+    the outputs of each sample, flattened over positions, and the value is the mean over the samples for which it is defined. For
+    a layer that runs several times, the angle is measured in the first run. Batch normalisation uses the batch's statistics and
+    dropout is off.
 
-    It is 0 where feedback equals the weight up to a positive factor on the span of the inputs, however different they are
-    elsewhere, which `weight_angle` measures. Layers of attention and recurrent modules have no angle, and neither do layers for
-    which the rule has no feedback in the weight's shape.
+    The angle is 0 where feedback equals the weight, up to a positive factor, on the span of the inputs, even if the two differ
+    elsewhere; only `weight_angle` shows such differences. Layers of attention and recurrent modules have no angle, and neither do
+    layers for which the rule has no feedback in the weight's shape.
     """
 
     def measure(self, subject: Subject) -> Quantities:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: The row of the raw images: a layer that is no better has learned nothing useful.
 FLOOR = "input"
-#: Maximum number of features of an activation that the readout takes, and its regularisation, see `fit`.
+#: The maximum number of features that the readout uses of an activation, and its regularisation; see `fit`.
 FEATURES, RIDGE = 1024, 0.01
 #: Where activations are read in addition to the inputs of layers: at the model's input and output. No layer can have these paths.
 MODEL_INPUT, MODEL_OUTPUT = ".", ""
@@ -87,8 +87,8 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
 
     def recorder(point: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            # If a layer runs several times, the first input is taken; in a recurrent module that is the initial state, so the
-            # last one is taken.
+            # If a layer runs several times, its first input is taken, except in a recurrent module, where this is the initial
+            # state and the last input is taken instead.
             in_compound = isinstance(module, Projection)
             if point not in activations or in_compound:
                 x = args[0].movedim(sample_axis(module, args[0].dim()), 0)
@@ -140,7 +140,7 @@ def bounded(x: Tensor, features_last: bool = False) -> Tensor:
 
 
 class Linear(NamedTuple):
-    """A fitted classifier: scores are x W + b, W (F, C) and b (C,); void if the features were not finite."""
+    """A fitted classifier: scores are x W + b, W (F, C) and b (C,); `void` is set if the features were not finite."""
 
     weight: np.ndarray
     bias: np.ndarray

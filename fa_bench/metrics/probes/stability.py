@@ -29,12 +29,12 @@ class Stability(Probe):
 
         c = (‖Σ uₖ‖² - K) / (K (K - 1)),
 
-    where uₖ is the gradient on batch k divided by its norm, and K is the number of batches with a norm of at least 1e-12. NaN for
-    a weight with fewer than two, such as one that does not learn. Batch normalisation uses the batch's statistics, and dropout is
-    off.
+    where uₖ is the gradient on batch k divided by its norm, and K is the number of batches with a norm of at least 1e-12. The
+    value is NaN for a weight with fewer than two such batches, such as one that does not learn. Batch normalisation uses the
+    batch's statistics, and dropout is off.
 
-    Near 0, the batches' gradients are mostly noise, as late in training; near 1, the weight moves in the same direction whatever
-    the data are: it drifts.
+    If the value is near 0, the gradients are mostly noise, as late in training. If it is near 1, the weight drifts: it moves in
+    the same direction regardless of the data.
     """
 
     alarms = {
@@ -53,7 +53,7 @@ class Stability(Probe):
         rule, data = subject.rule, subject.training
         layers = weighted_layers(subject.model)
         directions: dict[str, Directions] = {path: Directions() for path in subject.meter.trace.order}
-        # Shuffled, because data may be sorted by class; without a seed for `batches`, which would augment.
+        # Shuffled here, because data may be sorted by class; `batches` would also augment them if it got a seed.
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
         data, indices = data.subset(order), subject.training_indices[order]
         size = max(2, min(subject.batch_size, len(data) // BATCHES))

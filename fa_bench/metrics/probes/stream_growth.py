@@ -24,10 +24,11 @@ class StreamGrowth(Probe):
     Norms are Euclidean norms of each sample's activation or, for tokens (N, T, D), of each token's; means are over the fixed
     batch. Batch normalisation uses the batch's statistics and dropout is off.
 
-    The model declares its blocks (``model.blocks`` or, without it, ``model.cut_points``). The input of a block is that of the
-    module which ends it if this module has parameters, as a residual block does; otherwise it is the output of the previous
-    block. Feedback that the rule stores in the module does not count. A first block that ends in a module without parameters,
-    such as the stem of a convolutional net, has no row: its input is the image. NaN if the input is zero.
+    The model declares its blocks (``model.blocks`` or, without it, ``model.cut_points``). If the module that ends a block has
+    parameters, as a residual block does, the input of the block is that of this module; otherwise, it is the output of the
+    previous block. Feedback that the rule stores in the module does not count. A first block that ends in a module without
+    parameters, such as the stem of a convolutional net, has no row, because its input is the image. Values are NaN if the input
+    is zero.
     """
 
     alarms = {
@@ -56,7 +57,7 @@ class StreamGrowth(Probe):
         from fa_bench.metrics.meter import measurement_mode
 
         model = subject.model
-        # Of a block that runs several times, those of its first run.
+        # If a block runs several times, the norms are from its first run.
         inputs: dict[str, float] = {}  # of blocks that have parameters
         outputs: dict[str, float] = {}  # in the order of execution
 

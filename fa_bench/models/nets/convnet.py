@@ -55,8 +55,8 @@ def convnet(
 ) -> nn.Sequential:
     """conv1 (- bn1) - act1 (- pool1) - conv2 - ... - flatten - (dropN -) fcN (- bnN) - actN - ... - fcK (- bnK).
 
-    Numbers continue from the convolutions to the fully connected layers. The cut points are the hidden activations, after pooling
-    and dropout if present, where the code of both papers delivers the error. The blocks end at the same modules.
+    Module numbers continue from the convolutions to the fully connected layers. The cut points are the hidden activations, after
+    pooling and dropout if present, where the code of both papers delivers the error. The blocks end at the same modules.
 
     Args:
         input_shape: (C, H, W) of one image.
@@ -64,10 +64,10 @@ def convnet(
         stages: the convolutions.
         hidden: neurons of the hidden fully connected layers.
         activation: one of ACTIVATIONS.
-        conv_norm: batch normalisation after convolutions.
-        linear_norm: batch normalisation after hidden fully connected layers.
-        dropout: rate of the dropout before every hidden fully connected layer; None for no such modules.
-        output_norm: batch normalisation of the logits.
+        conv_norm: whether batch normalisation follows the convolutions.
+        linear_norm: whether batch normalisation follows the hidden fully connected layers.
+        dropout: rate of the dropout before every hidden fully connected layer; None for no dropout.
+        output_norm: whether the logits are batch-normalised.
         name: the name of the net in errors.
 
     Raises:
@@ -92,7 +92,7 @@ def convnet(
     width = channels * math.prod(size)
     for number, units in enumerate(hidden, start=len(stages) + 1):
         if dropout is not None:
-            # Dropout of the activation before; the error is delivered after it.
+            # This is the dropout of the preceding activation; the error is delivered after it.
             ends[-1] = f"drop{number}"
             parts[ends[-1]] = nn.Dropout(dropout)
         parts[f"fc{number}"] = nn.Linear(width, units)

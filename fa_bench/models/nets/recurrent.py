@@ -21,10 +21,11 @@ class Recurrent(nn.Module):
         features: the number of features per step.
         cell: one of CELLS.
         layers: recurrent layers.
-        width: D, the hidden state's.
+        width: D, the width of the hidden state.
         dropout: rate between the layers.
         classes: outputs.
-        last: whether the head sees the last step only, (N, classes), instead of every one, (N, T, classes).
+        last: whether the head sees only the last step, with outputs (N, classes), instead of every step, with outputs (N, T,
+            classes).
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Recurrent(nn.Module):
         self.last = last
         self.read = read
         self.rnn = CELLS[cell](features, width, layers, batch_first=True, dropout=dropout)
-        self.states = nn.Identity()  # a module whose output is the states, so that errors can be delivered there
+        self.states = nn.Identity()  # its output is the states, so that errors can be delivered there
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

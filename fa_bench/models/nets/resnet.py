@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Shortcuts: every second pixel, and zeros for the added channels; a 1x1 convolution with batch normalisation if the shape
-#: changes; no shortcut at all.
+#: Shortcuts. pad: every second pixel, and zeros for the added channels; project: a 1x1 convolution with batch normalisation if
+#: the shape changes; none: no shortcut at all.
 SHORTCUTS = ("pad", "project", "none")
 
 
@@ -26,7 +26,7 @@ class Block(nn.Module):
         kernels: the kernels of the convolutions: (3, 3), or (1, 3, 1) for a bottleneck.
         stride: the stride of the first 3x3 convolution and the shortcut.
         shortcut: one of SHORTCUTS.
-        norm_after: whether batch normalisation comes after the ReLU.
+        norm_after: whether batch normalisation comes after the ReLUs.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A stem, stages of blocks, which halve the image from the second stage on, and one linear layer.
 
-    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: that of the stem, and one after every
-    convolution of a block, the last one after the sum. Its blocks are the stem and the residual blocks.
+    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: the stem's, and one after every convolution of a
+    block, of which the last follows the sum. Its blocks are the stem and the residual blocks.
 
     Args:
         colours: C.
@@ -82,10 +82,10 @@ class ResNet(nn.Module):
         widths: channels of the stages.
         blocks: blocks in each stage.
         shortcut: one of SHORTCUTS.
-        large: for large images: a 7x7 stem of stride 2 with max-pooling by 2, instead of a 3x3 stem of stride 1.
-        bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions, the last one four times as wide, instead of two 3x3 ones.
-        norm_after: batch normalisation after the ReLUs instead of before them.
-        output_norm: batch normalisation of the logits.
+        large: whether the stem is for large images: 7x7 with stride 2 and max-pooling by 2, instead of 3x3 with stride 1.
+        bottleneck: whether blocks have 1x1, 3x3 and 1x1 convolutions, the last one four times as wide, instead of two 3x3 ones.
+        norm_after: whether batch normalisation comes after the ReLUs instead of before them.
+        output_norm: whether the logits are batch-normalised.
     """
 
     def __init__(

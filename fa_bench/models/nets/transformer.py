@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        # The mode of the dropout module decides: whoever turns off dropout turns it off in every such module.
+        # The mode of the dropout module decides, because code that turns off dropout does so in every such module.
         dropout = self.drop.p if self.drop.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
         return self.drop(self.out(y.transpose(1, 2).flatten(2)))
