@@ -195,9 +195,7 @@ def _rise_note(finished: Mapping[int, Run]) -> str:
         return ""
     seed, losses = max(risen.items(), key=lambda item: item[1][-1])
     of = f"{len(risen)} of {len(finished)} runs" if len(finished) > 1 else "the run"
-    return (
-        f"the training loss of {of} rose, from {losses[0]:.3g} in the first epoch to {losses[-1]:.3g} (seed {seed})"
-    )
+    return f"the training loss of {of} rose, from {losses[0]:.3g} in the first epoch to {losses[-1]:.3g} (seed {seed})"
 
 
 def _missing_note(members: Sequence[Run], key: str) -> str:
