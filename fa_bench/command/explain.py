@@ -40,7 +40,7 @@ def list_groups(loader: ConfigLoader) -> dict[str, list[str]]:
 def explain(
     loader: ConfigLoader, config_name: str, overrides: list[str], error: Exception, given: dict[str, list[str]] | None = None
 ) -> ConfigError:
-    """An error that names the wrong override, what is allowed and the nearest name, or what to install.
+    """An error that names the wrong override, the allowed values and the nearest name, or the package to install.
 
     Args:
         loader: Hydra's config loader.
@@ -112,7 +112,7 @@ def other_sweeper(name: str) -> str:
 
 
 def unknown_key(key: str, config: DictConfig, groups: list[str]) -> str:
-    """The message for a key that is missing in `config`, with the nearest name; empty if it is there."""
+    """The message for a key that is missing in `config`, with the nearest name; empty if the key exists."""
     node: Any = config
     parts = key.split(".")
     for depth, part in enumerate(parts):

@@ -20,9 +20,8 @@ _claimed: list[FileLock] = []
 class GpuPool:
     """CUDA devices for the worker processes of a sweep.
 
-    A worker claims the lowest free slot with a lock file, whose lock is released when the worker ends, even if it is killed;
-    slots alternate between the devices, so the numbers of workers on two devices differ by at most one as long as all of them
-    run.
+    A worker claims the lowest free slot by locking a file; the lock is released when the worker ends, even if it is killed. Slots
+    alternate between the devices, so as long as all workers run, the numbers of workers on two devices differ by at most one.
 
     Attributes:
         devices: as in CUDA_VISIBLE_DEVICES.
