@@ -21,7 +21,7 @@ class ImageNet(ImageFiles):
     """ImageNet: 1,281,167 and 50,000 colour photographs in 1,000 classes (Russakovsky et al. 2015), not redistributable.
 
     `data_dir`/imagenet contains train/ and val/, each with one folder of images for each class; val/ is the test set. Subsets
-    with fewer classes work too.
+    with fewer classes also work.
     """
 
     crop: str = crop_option("resized")

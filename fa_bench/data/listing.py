@@ -51,7 +51,7 @@ class Listing:
 
     Attributes:
         classes: names of the classes.
-        parts: for train, test and possibly validation: its folder, and (file, label) of every image.
+        parts: for each of train, test and possibly validation: its folder, and (file, label) of every image.
         notes: sentences on skipped files.
     """
 
@@ -206,12 +206,13 @@ def plain_name(name: str) -> str:
 
 
 def skip_notes(root: Path, skipped: Counter[str]) -> list[str]:
-    """A sentence on what was skipped in a folder, if anything was."""
+    """A sentence on the files skipped in a folder; empty if none were."""
     return [f"{root}: skipped {skipped.total():,} ({_counted(skipped)})"] if skipped else []
 
 
 def _hint(skipped: Counter[str]) -> str:
-    """What is in a folder without images, as the end of a message."""
+    """The end of a message about a folder without images: the files that were skipped or, if there are none, the allowed
+    extensions."""
     return f" (skipped {_counted(skipped)})" if skipped else f" ({', '.join(sorted(EXTENSIONS))})"
 
 

@@ -21,8 +21,8 @@ from fa_bench.registry.registries import DATASETS
 class TinyImageNet(ImageFiles):
     """Tiny ImageNet: 100,000 and 10,000 colour photographs of 64x64 pixels in 200 classes (Le and Yang 2015).
 
-    Its labelled validation images are the test set, because the labels of its test images are not public. The images are decoded
-    once and stay on the device, 1.35e9 bytes, if memory_limit_gb allows it.
+    The labelled validation images are the test set, because the labels of the test images are not public. The images are decoded
+    once and stay on the device, where they take 1.35e9 bytes, if memory_limit_gb allows it.
     """
 
     mean: list[float] = mean_option(0.480, 0.448, 0.398)
