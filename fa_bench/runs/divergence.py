@@ -17,7 +17,7 @@ from fa_bench.mechanisms.rule import Rule
 if TYPE_CHECKING:
     from fa_bench.runs.loop import Trainer
 
-#: Steps between two checks of the loss on an accelerator, which each check synchronises.
+#: Steps between two checks of the loss on an accelerator, because each check waits for the device.
 CHECK_EVERY = 50
 
 
@@ -55,7 +55,7 @@ class Divergence(Callback):
         progress = trainer.progress
         if progress.diverged is not None:
             return
-        # Outputs may be non-finite in the part of only one process.
+        # Outputs may be non-finite in only one process's part of the batch.
         layers = trainer.world.gather(first_nonfinite(trainer.rule, x))
         order = [name for name, _ in trainer.model.named_modules()]
         layer = min(filter(None, layers), key=lambda name: order.index(name) if name in order else -1, default=None)

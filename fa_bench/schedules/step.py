@@ -20,7 +20,7 @@ class _StepDecay(Schedule):
         raise NotImplementedError
 
     def rate(self, lr: float, done: int, total: int) -> float:
-        for _ in range(self.reductions(done)):  # one factor at a time, to round as torch's schedulers do
+        for _ in range(self.reductions(done)):  # one factor at a time, so that rounding is as in torch's schedulers
             lr *= self.gamma
         return lr
 
