@@ -24,7 +24,7 @@ from fa_bench.report.states import reason
 from fa_bench.report.text import with_std
 from fa_bench.utils.files import resolved
 
-#: Characters that have a meaning in LaTeX; [ and * have one after the end of a row.
+#: Characters with a special meaning in LaTeX; [ and * have one only after the end of a row.
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",

@@ -48,8 +48,8 @@ class Table(NamedTuple):
 def to_html(
     tables: Iterable[Table], lists: Mapping[str, Sequence[str]], runs: Sequence[Run], pictures: Iterable[Picture], timings: bool
 ) -> str:
-    """The page: it works offline, without other files, on phones, and in light and dark mode. The same runs give a byte-identical
-    page.
+    """The text of the page, which works offline, without other files, on phones, and in light and dark mode. The same runs give a
+    byte-identical page.
 
     Args:
         tables: the first one is the summary.

@@ -22,14 +22,14 @@ from fa_bench.runs.readers import read_config, read_metrics
 from fa_bench.utils.files import CONFIG, METRICS, resolved
 
 RUNNING, INTERRUPTED, DIVERGED, STOPPED = "running", "interrupted", "diverged", "stopped"
-#: Maximum number of characters of the reason for a failure; the run's log has all of it.
+#: Maximum number of characters of the reason for a failure; the run's log has the full text.
 MAX_REASON = 300
 
 
 def current_status(directory: Path, result: Mapping[str, Any]) -> str:
     """The status in a run's result, or `interrupted` without one; `running` if it has not finished and its directory is locked.
 
-    Asking for the lock neither creates nor keeps it.
+    Testing the lock neither creates nor keeps it.
     """
     status = result.get("status", INTERRUPTED)
     return RUNNING if status != FINISHED and lock_holder(directory) is not None else status
@@ -42,14 +42,14 @@ def epochs_of(config: dict[str, Any]) -> int | None:
 
 
 def with_current_status(run: Run) -> Run:
-    """The run, `running` if it had not finished and was resumed."""
+    """The run, with the status `running` if it had not finished and has been resumed."""
     if current_status(run.directory, run.result) != RUNNING:
         return run
     return dataclasses.replace(run, result=run.result | {"status": RUNNING, "error": None})
 
 
 def with_data_hash(runs: Sequence[Run]) -> list[Run]:
-    """The runs; one that ended before its data's hash was recorded gets that of the other runs in its row, if they agree."""
+    """The runs; a run that ended before its data hash was recorded gets the hash of the other runs in its row, if they agree."""
 
     def without(run: Run) -> str:
         return dataclasses.replace(run, result=run.result | {"data_hash": None}).row

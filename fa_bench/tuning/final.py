@@ -119,7 +119,7 @@ def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
 def run_final(plan: Plan) -> tuple[int, list[Path]]:
     """Run the experiment of the final runs as a sweep; returns its exit code and the directories of the runs.
 
-    With several jobs, it uses Hydra's joblib launcher if that is installed and the command line names no other.
+    With several jobs, the sweep uses Hydra's joblib launcher if it is installed and the command line names no other launcher.
 
     Raises:
         FaBenchError: if a run cannot start.

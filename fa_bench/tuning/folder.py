@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """The first key in which two studies differ, with both values; empty if there is none."""
     old, new = flatten(there), flatten(json.loads(dump_json(here)))
-    # What the user chose comes before what follows from it.
+    # Keys that the user chose come before keys that follow from them.
     order = [*new, *(key for key in old if key not in new)]
     late = ("code", "data", "optuna")
     for key in sorted(order, key=lambda key: (key in late, order.index(key))):
@@ -142,7 +142,7 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def _readable(key: str) -> str:
-    """A key of the description as the user knows it: ``fa optimizer.lr`` for ``rules.fa.space.optimizer.lr``."""
+    """A key of the description as the user knows it: ``fa: optimizer.lr`` for ``rules.fa.space.optimizer.lr``."""
     parts = key.split(".", 3)
     return f"{parts[1]}: {parts[3]}" if parts[0] == "rules" and len(parts) == 4 else key
 
