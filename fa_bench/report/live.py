@@ -42,8 +42,8 @@ STATES = {
 }
 #: The states of runs that will not change unless they are started again.
 ENDED = {DONE, STOPPED, FAILED, DIVERGED}
-#: A run counts as stalled if it has written nothing for the duration of QUIET_EPOCHS epochs and for at least QUIET seconds. In the
-#: first epoch, whose duration is unknown, the limit is FIRST_EPOCH seconds.
+#: A run counts as stalled if it has written nothing for the duration of QUIET_EPOCHS epochs and for at least QUIET seconds. In
+#: the first epoch, whose duration is unknown, the limit is FIRST_EPOCH seconds.
 QUIET_EPOCHS, QUIET, FIRST_EPOCH = 5, 600.0, 3600.0
 TITLES = ("run", "state", "epoch", "train loss", "val", "test", "s/epoch", "left", "")
 NUMBERS = range(2, 8)  # the columns of numbers
