@@ -1,6 +1,6 @@
 """Errors that users can fix, and helpers that format names, values and other errors for messages of one line.
 
-Each error names the key, layer or file, the value, what is allowed and the nearest name.
+Each error names the key, layer or file, the value, the allowed values and the nearest name.
 """
 
 from __future__ import annotations

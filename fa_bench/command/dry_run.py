@@ -41,7 +41,7 @@ from fa_bench.utils.text import align_columns, format_bytes, format_count, forma
 MOST_CONFIGS = 6
 _HEAD = "Dry run: nothing is trained or written."
 _CPU = torch.device("cpu")
-#: What a dataset's list of names contains, by the kind of targets.
+#: The items in a dataset's list of names, by the kind of targets.
 _OUTPUTS = {CLASSES: "classes", VALUES: "outputs", POSITIONS: "tokens"}
 
 

@@ -145,13 +145,13 @@ def _same_name_hint(last: str, config: DictConfig) -> str:
 
 
 def _install_hint(group: str, name: str) -> str:
-    """What to install for a choice of one of Hydra's groups; empty if nothing is missing."""
+    """A hint on the package to install for a choice of one of Hydra's groups; empty if nothing is missing."""
     package = _PACKAGES.get(group, {}).get(name)
     return f"; provided by another package: pip install {package}" if package else ""
 
 
 def _summary(error: Exception) -> str:
-    """The first line of an error, or two if the first is a heading, and what to install."""
+    """The first line of an error, or two lines if the first is a heading, and a hint on the package to install."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = truncate(" ".join(lines[: 2 if len(lines) > 1 and lines[0].endswith(":") else 1]), 400) or type(error).__name__
     choices = [(group, name) for group, packages in _PACKAGES.items() for name in packages if f"{group}/{name}'" in text]

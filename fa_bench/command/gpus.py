@@ -67,7 +67,7 @@ def shares_devices(requested: Collection[str]) -> bool:
 
 
 def jobs_at_a_time(jobs: int | None, devices: int, jobs_per_gpu: int) -> tuple[int | None, str]:
-    """How many jobs run at a time on these devices, and a line that says so, which is empty if nothing changes.
+    """The number of jobs that run at a time on these devices, and a line about it, which is empty if the number does not change.
 
     Args:
         jobs: the number requested from the launcher (`hydra.launcher.n_jobs`); -1 for its default, None for a launcher without

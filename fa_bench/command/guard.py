@@ -81,7 +81,7 @@ class CheckedFiles(FileConfigSource):
 
 
 class CheckedPackages(ImportlibResourcesConfigSource):
-    """Hydra's source of configs in Python packages, which it imports: the search path must not name any."""
+    """Hydra's source of configs in Python packages. Hydra imports these packages, so the search path must not name any."""
 
     def __init__(self, provider: str, path: str) -> None:
         if provider.startswith("hydra.searchpath"):
@@ -130,7 +130,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
         plugins: the modules named on the command line, the only ones that may be imported.
 
     Raises:
-        ConfigError: for such a config; the message names the key, its value and what is allowed.
+        ConfigError: for such a config; the message names the key, its value and the allowed values.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
     _check_lengths(plain)

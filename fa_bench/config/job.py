@@ -296,7 +296,7 @@ class Job:
 
     @property
     def plugin_modules(self) -> list[str]:
-        """The modules outside this package that the run's results depend on: those of `plugins` and of its components."""
+        """The modules outside this package that the run's results depend on: those in `plugins`, and those of its components."""
         optimizers = [optimizer for optimizer in (self.optimizer, self.feedback_optimizer) if optimizer is not None]
         components = [
             self.algorithm,

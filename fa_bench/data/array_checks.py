@@ -35,7 +35,7 @@ def checked(
         values float32 (n, O).
 
     Raises:
-        ValueError: if an array is invalid; the message names it, its value and what is allowed.
+        ValueError: if an array is invalid; the message names it, its value and the allowed values.
     """
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 5:
         raise ValueError(

@@ -94,7 +94,7 @@ class Decoder:
         return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
     def _open(self, path: Path, source: Path | io.BytesIO, notes: Counter[str]) -> Any:
-        """The PIL image in this decoder's channels, as a viewer shows it, at its own size; adds to `notes`."""
+        """The PIL image in this decoder's channels, as a viewer shows it, at its original size; adds to `notes`."""
         from PIL import Image
 
         with Image.open(source) as opened:

@@ -181,7 +181,7 @@ def read_text(path: Path) -> str:
 
 
 def require_tokenizers() -> None:
-    """Refuse byte-pair encoding without its package; raises OptionError with what to install."""
+    """Refuse byte-pair encoding without its package; raises an OptionError that says what to install."""
     from importlib.util import find_spec
 
     if find_spec("tokenizers") is None:

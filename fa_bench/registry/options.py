@@ -78,7 +78,7 @@ class Options:
     """Base class of all components: checks types, choices and ranges of the fields when a component is created.
 
     Raises:
-        OptionError: for an invalid value; the message names the option, the value and what is allowed.
+        OptionError: for an invalid value; the message names the option, the value and the allowed values.
     """
 
     name: ClassVar[str] = ""
@@ -97,7 +97,7 @@ class Options:
         """Override to check combinations of options; raise OptionError."""
 
     def schema(self) -> dict[str, Any]:
-        """The default values of these options as a component nested in another one."""
+        """The default values of these options, for a component that is nested in another one."""
         return as_plain(self)
 
     @classmethod

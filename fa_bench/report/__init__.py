@@ -106,7 +106,7 @@ def write_report(
         reference: how rows of bp and the floor are chosen, `references.BEST` or `references.NEAREST`.
         aggregate: whether to compare the rules over all tasks, see `aggregate`.
         shown: the directories of the runs in the terminal's table; all if None.
-        selection: what the figures show, and their formats; the tables are complete.
+        selection: the content and the formats of the figures; the tables are complete.
 
     Raises:
         DataError: no directory has a run to report on, `best` has a key that is unknown or does not differ, or the selection does
@@ -242,7 +242,7 @@ def write_report(
 
 
 class _Gaps(NamedTuple):
-    """Lines about what a report lacks."""
+    """Lines about the gaps in a report."""
 
     excluded: list[str]
     unfinished: list[str]

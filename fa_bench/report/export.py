@@ -117,7 +117,7 @@ def _difference(row: Mapping[Any, Any]) -> str:
 
 
 def to_json(frame: pd.DataFrame) -> str:
-    """The rows as a list of objects with typed values: numbers, booleans, text, and lists of seeds; null for what is blank."""
+    """The rows as a list of objects with typed values: numbers, booleans, text, and lists of seeds; null for blank cells."""
     counts = {name for name, column in COLUMNS.items() if column.format == ".0f"}
     rows = [{name: _plain(row[name], name in counts) for name in frame} for row in frame.to_dict("records")]
     for row in rows:

@@ -75,7 +75,7 @@ _LONG = (
     "weight_perturbation",
 )
 _DOTTED = ("regularized_mirror", "grape", "information_alignment", "forward_gradient", "pepita", "ldrl", "epc", "pc", "dfc", "f3")
-#: Line styles and the shift of the markers of these tables.
+#: For each of these tables of rules, the line style and the shift of the markers.
 _TABLES = ((_SOLID, STYLES[0], 0), (_DASHED, STYLES[1], 5), (_LONG, (0, (9, 3)), 3), (_DOTTED, (0, (4, 1, 1, 1)), 7))
 #: Maximum number of characters in a line of a legend entry, of characters in an entry, and of entries.
 LEGEND_WIDTH, MAX_LEGEND, MAX_ENTRIES = 40, 200, 60
@@ -237,7 +237,7 @@ def fix_layout(figure: Figure) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # characters that the font lacks show as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # characters that the font lacks are shown as boxes
         yield
 
 

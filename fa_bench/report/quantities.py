@@ -73,7 +73,7 @@ class Selection(NamedTuple):
         """The runs of the selected rules.
 
         Raises:
-            DataError: a part of the selection does not exist in the runs; the message names it and what is allowed.
+            DataError: a part of the selection does not exist in the runs; the message names it and the allowed values.
         """
         for name in self.formats:
             _require("format", name, FORMATS)

@@ -69,7 +69,7 @@ def with_data_hash(runs: Sequence[Run]) -> list[Run]:
 def run_without_result(directory: Path, others: Sequence[Run]) -> Run | None:
     """A run that has written no result, described by its config; None without a config.
 
-    It is `running` or `interrupted`, and belongs to the group of those of `others` that differ from it only in the seed.
+    It is `running` or `interrupted`, and belongs to the same group as the runs in `others` that differ from it only in the seed.
 
     Raises:
         RecordError: a record is damaged or was not written by a run.

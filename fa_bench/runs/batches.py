@@ -20,8 +20,8 @@ def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The batch that alignment metrics are measured on: at most `size` training samples, not augmented, with their targets and
     indices.
 
-    These are the first samples in stored order. If they contain fewer than half as many classes as possible, because the data are
-    stored class by class, they are a random selection with a fixed seed.
+    The batch consists of the first samples in stored order. If these contain fewer than half as many classes as possible, because
+    the data are stored class by class, it is a random selection with a fixed seed instead.
     """
     from fa_bench.data.splits import some_indices
 

@@ -66,8 +66,8 @@ class Alignment(Callback):
         if progress.stopped is not None and progress.probed != progress.step:
             self.measure(trainer)
         elif progress.probed != progress.step or not progress.angles:
-            # The run may have been resumed after its last epoch, or stopped by a callback without which it can be resumed: it
-            # must not record measurements that an uninterrupted run would not make.
+            # A run that was resumed after its last epoch, or stopped by a callback outside of its config, must not record
+            # measurements that an uninterrupted run would not make.
             progress.angles = self.meter.measure()
 
     def measure(self, trainer: Trainer) -> None:

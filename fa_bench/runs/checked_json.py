@@ -1,7 +1,7 @@
 """Reading JSON that may be damaged, edited or forged: every value is checked before it is used.
 
 A check is called with the key and the value, and raises if the value is not allowed. An error names the file, the key, its value
-and what is allowed.
+and the allowed values.
 """
 
 from __future__ import annotations

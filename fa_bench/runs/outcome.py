@@ -70,7 +70,7 @@ def recording_outcome(
         except OutputError as error:
             if raised is None:
                 raise
-            log.warning("%s", error)  # does not hide the error that is being raised
+            log.warning("%s", error)  # only logged, so that it does not hide the error that is being raised
 
 
 def _diverged(progress: Progress) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Data-parallel runs: the processes that torchrun starts for one run, and what they exchange.
+"""Data-parallel runs: the processes that torchrun starts for one run, and the data that they exchange.
 
 Every process builds the same model with the same rule and trains on its part of every batch; DistributedDataParallel averages
 the gradients. The parts, the augmentation and the weights of the losses are chosen so that the update is that of one process
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(minutes=10)
 #: Seconds between two checks for a message from process 0 before training.
 _INTERVAL = 0.05
-#: What torchrun sets for each process.
+#: The environment variables that torchrun sets for each process.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: Keys of the store that the processes share.
 _MESSAGE, _REPORTED, _ERROR = "fa_bench/message", "fa_bench/reported", "fa_bench/error"

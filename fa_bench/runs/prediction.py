@@ -22,7 +22,7 @@ _KNOWN: dict[Any, dict[str, Any]] = {}
 
 
 def rule_for(job: Job, splits: Splits) -> Rule:
-    """A new rule of a job, which has been told the number of training samples.
+    """A new rule for a job, prepared for the number of training samples.
 
     Raises:
         OptionError: if an option of the rule does not fit the data.

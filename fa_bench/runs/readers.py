@@ -1,7 +1,7 @@
 """Readers of a run's files, which may be damaged, edited or forged: every value is checked before it is used.
 
-There is one reader for each file. An error names the file, the key, its value and what is allowed. Unknown keys are ignored, so
-that records of later versions can be read.
+There is one reader for each file. An error names the file, the key, its value and the allowed values. Unknown keys are
+ignored, so that records of later versions can be read.
 """
 
 from __future__ import annotations

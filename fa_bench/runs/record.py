@@ -140,7 +140,7 @@ def make_loggers(job: Job) -> list[Logger]:
     """The loggers of a run.
 
     Raises:
-        ConfigError: if a logger's package is missing, with what to install.
+        ConfigError: if a logger's package is missing; the message says what to install.
     """
     loggers = [component(LOGGERS, spec) for spec in job.run.loggers]
     for logger in loggers:

@@ -113,7 +113,7 @@ def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
 
 
 def _is_readable(run_dir: RunDirectory) -> bool:
-    """Whether a finished run's checkpoint can be read, unless it was deleted."""
+    """False if a finished run has a checkpoint that cannot be read."""
     if run_dir.checkpoint.exists():
         try:
             checkpoint.read(run_dir.checkpoint, run_dir.job.config_hash, "cpu")

@@ -1,4 +1,4 @@
-"""One optuna study for each rule: what it proposes next, and its finished trials on disk.
+"""One optuna study for each rule: the trial that it proposes next, and its finished trials on disk.
 
 Only finished trials are stored. A study that is started again repeats optuna's proposals from the first trial, with the same seed
 and the stored results, and thus returns to its earlier state. If the process was killed, it proposes the same values again, and

@@ -90,7 +90,7 @@ def resilient_output() -> Iterator[Callable[[], str]]:
 
 
 def exit_code(command: str, run: Callable[[], int]) -> int:
-    """The exit code of a command: what `run` returns under `resilient_output`, or 2 if wanted output was lost."""
+    """Call `run` under `resilient_output` and return its exit code, or 2 if wanted output was lost; errors name `command`."""
     with resilient_output() as failure:
         code = run()
         if reason := failure():

@@ -69,8 +69,8 @@ def freeze_before_second_job() -> None:
     """Exempt all loaded objects from garbage collection when this process begins its second job; call this before each job.
 
     Every run ends with a garbage collection, which would otherwise traverse all of torch's modules and take longer than a small
-    run trains. The first job has imported everything that the others need, and its own model is gone. Call this only in processes
-    of the command; in a user's program, the user's objects would be exempt, too.
+    run trains. The first job has imported everything that later jobs need, and its model no longer exists. Call this only in
+    processes of the command; in a user's program, the user's objects would be exempt, too.
     """
     global _jobs
     _jobs += 1
