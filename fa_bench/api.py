@@ -153,8 +153,8 @@ def _value(key: str, value: Any) -> str:
 
 @contextmanager
 def _sweeps_explained(options: Mapping[str, Any]) -> Iterator[None]:
-    """If the value of an option is itself a list, and a plain list, which is a sweep, was passed, add to the error how to pass a
-    single list."""
+    """If a list was passed for an option whose values are lists, explain in the error that a list is a sweep, and how to pass a
+    single value."""
     try:
         yield
     except OptionError as error:

@@ -110,7 +110,7 @@ def printable(text: object) -> str:
 
     Line breaks and unprintable characters, which may occur in file names, are escaped; the length is limited to `MAX_MESSAGE`.
     """
-    # Truncated before escaping too: escaping a message of many megabytes would be slow.
+    # The text is also truncated before escaping, because escaping a message of many megabytes would be slow.
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in truncate(str(text), MAX_MESSAGE))
     return truncate("".join(escaped), MAX_MESSAGE)
 

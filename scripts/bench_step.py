@@ -126,7 +126,7 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int, block: int, devic
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for number in range(rounds):
-        # In reverse order every other round, so that the order favours none.
+        # The order is reversed in every other round, so that it favours no entry.
         for name in order if number % 2 == 0 else reversed(order):
             start = clock(device)
             for _ in range(block):

@@ -175,7 +175,7 @@ def _page(name: str) -> str:
 
 
 def _measured(name: str) -> list[str]:
-    """A table of the rule's results, and those of backpropagation in the same tables of docs/results.md."""
+    """A table of the rule's results in docs/results.md, beside those of backpropagation."""
     found = []
     for files, task, column in MEASURED:
         scores: dict[str, str] = {}

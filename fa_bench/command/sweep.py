@@ -49,7 +49,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     """Expand, check and run a sweep, and write its report.
 
     Args:
-        context: Hydra's, with the config loader.
+        context: Hydra's context, with the config loader.
         task: the function that runs a job, a `Task`.
         config: the config of the sweep, composed from the overrides with a single value.
         arguments: the overrides, without those of Hydra's own options.

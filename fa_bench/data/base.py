@@ -168,7 +168,7 @@ class Dataset(Options):
         if held == 0:
             return splits, total
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_for("split", self.validation_seed)))
-        # Sorted, so that the held-out and the remaining samples keep the order of the files.
+        # The indices are sorted, so that the held-out and the remaining samples keep the order of the files.
         validation, rest = order[:held].sort().values, order[held:].sort().values
         return (
             dataclasses.replace(splits, train=train.subset(rest), validation=train.subset(validation)),

@@ -97,7 +97,7 @@ class ResizedCrop(Crop):
         draws = rng.random((1, DRAWS))
         top, left, height, width = random_boxes(draws, image.height, image.width)[0].tolist()
         out = self.shape(image.height, image.width)
-        # Cropped first, because resize(box=...) would use pixels outside of the box.
+        # The image is cropped first, because resize(box=...) would use pixels outside of the box.
         image = image.crop((left, top, left + width, top + height)).resize(out[::-1], Image.Resampling.BILINEAR)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[0, -1] < 0.5 else image
 

@@ -37,7 +37,7 @@ _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 
 
-#: The notes that there may be on an image file, and the sentence for each.
+#: The possible notes on an image file, and the sentence for each.
 NOTES = {
     "rotated": "images rotated by their EXIF orientation",
     "transparent": "transparent images composited on {shade} (dataset.background)",

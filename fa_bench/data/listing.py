@@ -114,7 +114,7 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
                 skipped["broken links"] += 1
             else:
                 skipped[suffix or "no extension"] += 1
-    # Compared by parts, because the order of Windows paths ignores case.
+    # Paths are compared by their parts, because the order of Windows paths ignores case.
     return sorted(images, key=lambda path: path.parts)
 
 
@@ -173,7 +173,7 @@ def _evaluation(train: Path, root: Path, classes: list[str], notes: list[str]) -
     labels = {plain_name(name): label for label, name in enumerate(classes)}
     files: list[tuple[Path, int]] = []
     missing, unknown, present = list(classes), [], visible_folders(root, skipped)
-    # In the order of the classes of train.
+    # The folders are listed in the order of the classes of train.
     for folder in sorted(present, key=lambda path: labels.get(plain_name(path.name), len(labels))):
         images = images_below(folder, skipped)
         if images and plain_name(folder.name) not in labels:

@@ -41,7 +41,7 @@ class TinyImageNet(ImageFiles):
         for part in ("wnids.txt", "train", "val/images", "val/val_annotations.txt"):
             if not (root / part).exists():
                 raise DataError(f"dataset={self.name}: {root / part} is missing; delete {root} to download it again")
-        # Sorted, as in datasets of class folders.
+        # The classes are sorted, as in datasets of class folders.
         classes = sorted((root / "wnids.txt").read_text(encoding="utf-8", errors="replace").split())
         train = labelled_files([root / "train" / name for name in classes], Counter())
         return Listing(classes, {"train": (root / "train", train), "test": (root / "val", annotated(root / "val", classes))})

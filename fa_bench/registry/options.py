@@ -149,7 +149,7 @@ def as_plain(options: Options) -> dict[str, Any]:
 
 
 def identifying(options: Options) -> dict[str, Any]:
-    """Like `as_plain`, but without the options that have their default value and then are not part of a run's identity."""
+    """Like `as_plain`, but without options that, at their default value, are not part of a run's identity."""
     plain = as_plain(options)
     for field in option_fields(type(options)):
         value = getattr(options, field.name)

@@ -28,7 +28,7 @@ MEASURED = {
     "energy_wh": ("energy (Wh)", ".3g"),
     "energy_counters": ("energy of", None),
 }
-#: Columns that only reports with some energy have.
+#: Columns that a report has only if some run recorded its energy.
 ENERGY = ("energy_wh", "energy_counters")
 LEGEND = """\
 Predicted from shapes for one step in single precision, not compiled: multiplications in matrix products and convolutions; bytes

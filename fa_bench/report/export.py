@@ -149,7 +149,7 @@ def runs_table(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
 
     Columns: the directory relative to `folder`, the label, status and seed, a column for each key in which the configs differ,
     scores (accuracies in %) and losses of the last epoch, the means over layers of the alignment metrics, epochs, seconds of
-    training, and hashes. `reason` is why a run did not finish. Values that a run did not record are blank.
+    training, and hashes. `reason` says why a run did not finish. Values that a run did not record are blank.
     """
     labels = group_labels(group_runs(runs))
     names = ("algorithm", "architecture", "dataset", "optimizer", "experiment")

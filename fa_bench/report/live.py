@@ -47,7 +47,7 @@ ENDED = {DONE, STOPPED, FAILED, DIVERGED}
 QUIET_EPOCHS, QUIET, FIRST_EPOCH = 5, 600.0, 3600.0
 TITLES = ("run", "state", "epoch", "train loss", "val", "test", "s/epoch", "left", "")
 NUMBERS = range(2, 8)  # the columns of numbers
-MIN_NAME = 16  # characters of a run's name on a narrow terminal
+MIN_NAME = 16  # minimum number of characters of a run's name on a narrow terminal
 
 
 @dataclasses.dataclass

@@ -212,7 +212,7 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
             raise RunDirectoryError(f"{directory}: not written by fa_bench, which would overwrite it; move it elsewhere")
     with output_errors(folder):
         folder.mkdir(exist_ok=True)
-        # Before they exist: after a kill, unrecorded directories would not be recognised.
+        # Directories are recorded before they exist: after a kill, unrecorded ones would not be recognised.
         write_text(folder / RECORD, json.dumps(sorted({*earlier, *contents})) + "\n")
         for name, content in contents.items():
             (folder / name).mkdir(exist_ok=True)

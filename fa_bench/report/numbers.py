@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 #: Minimum number of values for a t interval and a t test: with two, the 95 % interval would be 12.7 standard errors wide on
 #: either side.
 FEWEST = 3
-#: Resamples of a bootstrap interval, and their seed.
+#: The number of resamples of a bootstrap interval, and their seed.
 RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
 #: Values whose standard deviation is below this fraction of their size count as equal: the differences are rounding errors.
 ROUNDING = 1e-12

@@ -140,7 +140,8 @@ class Panel(NamedTuple):
 class Part(NamedTuple):
     """One part of a figure: its title, panels in rows of `columns`, and the entries of its legend: labels and styles.
 
-    `same_axes`: small multiples of one quantity, whose panels have the same range and labels at the left and lower edges only.
+    `same_axes`: whether the panels are small multiples of one quantity, with the same range and with labels only at the left and
+    lower edges.
     """
 
     title: str
@@ -160,8 +161,8 @@ class ReportFigure(Figure):
 def curves_figure(parts: Sequence[Part], note: str = "") -> Figure:
     """A figure of parts below each other, each with its legend beside its panels.
 
-    Each line is the mean over seeds, with a band of ± one sample standard deviation. Crosses at the lower edge mark runs that
-    diverged, in their last epoch. Titles are shown if there are several parts, and a note on the choice is shown below the last
+    Each line is the mean over seeds, with a band of ± one sample standard deviation. Crosses at the lower edge mark the last
+    epochs of runs that diverged. Titles are shown if there are several parts, and a note on the choice is shown below the last
     one.
     """
     heights = [_height(part) for part in parts]

@@ -27,7 +27,8 @@ MAX_REASON = 300
 
 
 def current_status(directory: Path, result: Mapping[str, Any]) -> str:
-    """The status in a run's result, or `interrupted` without one; `running` if it has not finished and its directory is locked.
+    """The status in a run's result, or `interrupted` without a result; `running` if the run has not finished and its directory is
+    locked.
 
     Testing the lock neither creates nor keeps it.
     """

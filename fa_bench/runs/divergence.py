@@ -43,7 +43,7 @@ class Divergence(Callback):
         progress = trainer.progress
         assert progress.loss_sum is not None
         if progress.step % self._every == 0 and not math.isfinite(trainer.world.sum(progress.loss_sum).item()):
-            # Before the update, which would spread non-finite values to all layers.
+            # Find the layer before the update, which would spread non-finite values to all layers.
             self._diverged(trainer, x)
 
     def on_batches_end(self, trainer: Trainer) -> None:

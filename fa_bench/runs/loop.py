@@ -38,7 +38,8 @@ class Progress:
         step: updates so far.
         seconds: training time so far, without evaluation, measurements and compilation.
         compile_seconds: the duration of steps in which torch.compile compiled.
-        energy_wh: energy that the machine used so far, with evaluation and measurements; None if it was not counted throughout.
+        energy_wh: energy that the machine has used so far, including evaluation and measurements; None if it was not always
+            counted.
         loss_sum, sums, samples: sums over the current epoch's batches: of the loss, of the objective's sums for scores, and of
             the number of targets that count. They are on the device, except for a number that is known without reading the
             targets.
@@ -101,7 +102,7 @@ class Trainer:
 
     Args:
         rule: an attached rule; its model is trained for the rule's objective.
-        optimizers: for the weights and learned feedback.
+        optimizers: the optimizers of the weights and the learned feedback.
         splits: the data.
         options: the run's options: epochs, batch size, seed, ...
         callbacks: called in this order by each hook of `fa_bench.callbacks.base.Callback`.

@@ -120,7 +120,7 @@ class Recorder(Callback):
         """Write result.json, and pass the run's final status and metrics to the loggers."""
         try:
             self._write_measurements()
-            # Before the result, which marks the run as complete.
+            # The loggers finish before the result is written, which marks the run as complete.
             for logger in self.loggers:
                 logger.finish(result["status"], {key: result[key] for key in final_values(self.scores)}, result["step"])
         finally:

@@ -128,7 +128,7 @@ class RuleStudy:
 
     @property
     def worst(self) -> float:
-        """The value of a trial that diverged or failed: an accuracy of 0, or the worst of the finished trials."""
+        """The value of a trial that diverged or failed: 0 for an accuracy; for other scores, the worst of the finished trials."""
         if self.score.unit == "%" and self.score.higher_is_better:
             return 0.0
         known = [trial.outcome.value for trial in self.finished if trial.outcome.value is not None]

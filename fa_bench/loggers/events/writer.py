@@ -77,7 +77,7 @@ class EventFile:
         start = min((wall for wall, _ in points.values()), default=time.time())
         self.path = directory / _name(old)
         temporary = directory / NEW_EVENTS
-        # Before the file exists: after a kill, an unrecorded file would not be recognised as this run's.
+        # The name is recorded before the file exists: after a kill, an unrecorded file would not be recognised as this run's.
         record_events(directory, [*(path.name for path in old), self.path.name])
         with output_errors(self.path):
             try:
