@@ -103,7 +103,7 @@ class Downloaded(ArrayDataset, CroppedDataset):
 @DATASETS.register("mnist")
 @dataclasses.dataclass(eq=False)
 class MNIST(Downloaded):
-    """MNIST: 60,000 and 10,000 grey images of 28x28 pixels in 10 classes (LeCun et al. 1998); mean 0.1307, std 0.3081."""
+    """MNIST: 60,000 training and 10,000 test images (grey, 28x28) in 10 classes (LeCun et al. 1998); mean 0.1307, std 0.3081."""
 
     augment: bool = augment_option(False)
     mean: list[float] = mean_option(0.1307)
@@ -148,7 +148,7 @@ class FashionMNIST(MNIST):
 @DATASETS.register("cifar10")
 @dataclasses.dataclass(eq=False)
 class CIFAR10(Downloaded):
-    """CIFAR-10: 50,000 and 10,000 colour images of 32x32 pixels in 10 classes (Krizhevsky 2009).
+    """CIFAR-10: 50,000 training and 10,000 test images (colour, 32x32) in 10 classes (Krizhevsky 2009).
 
     Mean and std are those of the training images. Papers use other values: PFA the mean [0.4914, 0.4821, 0.4465]; ASAP the std
     that is the default of `cifar100`; DKP 0.5 for both.
@@ -198,7 +198,7 @@ class CIFAR100(CIFAR10):
 @DATASETS.register("svhn")
 @dataclasses.dataclass(eq=False)
 class SVHN(Downloaded):
-    """Street View House Numbers: 73,257 and 26,032 colour images of 32x32 pixels, in 10 classes (Netzer et al. 2011).
+    """Street View House Numbers: 73,257 training and 26,032 test images (colour, 32x32) in 10 classes (Netzer et al. 2011).
 
     The extra training images are not used. Mean and std are 0.5, as in the ASAP paper.
     """

@@ -19,7 +19,7 @@ from fa_bench.registry.registries import DATASETS
 @DATASETS.register("tiny_imagenet")
 @dataclasses.dataclass(eq=False)
 class TinyImageNet(ImageFiles):
-    """Tiny ImageNet: 100,000 and 10,000 colour photographs of 64x64 pixels in 200 classes (Le and Yang 2015).
+    """Tiny ImageNet: 100,000 training and 10,000 test images (colour photographs, 64x64) in 200 classes (Le and Yang 2015).
 
     The labelled validation images are the test set, because the labels of the test images are not public. The images are decoded
     once and stay on the device, where they take 1.35e9 bytes, if memory_limit_gb allows it.

@@ -42,7 +42,7 @@ def check_indices(rule: Rule, splits: Splits, dataset: str) -> None:
         splits: the splits of the dataset with the name `dataset`.
 
     Raises:
-        OptionError: in this case; the message names the rule and the dataset.
+        OptionError: if the data are refused; the message names the rule and the dataset.
     """
     if rule.needs_indices and not splits.train.is_indexed:
         raise OptionError(
@@ -119,7 +119,7 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: in
         processes: the number of processes that divide each batch, or each of its micro-batches.
 
     Raises:
-        OptionError: in this case; the message names the option that leads to such a batch, and what to set instead.
+        OptionError: if the run is refused; the message names the option that leads to such a batch, and what to set instead.
     """
     one, several = NOUNS[splits.inputs]
     count, size = len(splits.train), min(options.batch_size, len(splits.train))

@@ -54,7 +54,7 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
             config.
 
     Raises:
-        RunDirectoryError: in this case; the message names the files that are not the run's.
+        RunDirectoryError: if the directory is refused; the message names the files that are not the run's.
     """
     known = {LOCK, LOG, *_WRITTEN, *TEMPORARIES, *recorded_events(directory)}
     foreign = []

@@ -84,7 +84,7 @@ class RunDirectory:
         """Refuse a directory that belongs to another config's run, or contains files that are not this run's.
 
         Raises:
-            RunDirectoryError: in this case; the message names the directory and what differs.
+            RunDirectoryError: if the directory is refused; the message names the directory and what differs.
         """
         if not self.path.is_dir():
             return

@@ -80,7 +80,7 @@ def run(
             )
     run_dir.check()
     with lock_directory(directory), isolated():
-        run_dir.check()  # again: another process may have changed it before it was locked
+        run_dir.check()  # again, because another process may have changed it before it was locked
         title = title or str(directory)
         resume = job.run.resume is not False
         if resume and run_dir.state is RunState.STALE:

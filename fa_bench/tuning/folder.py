@@ -80,7 +80,7 @@ def study_folder(plan: Plan, study: Mapping[str, Any]) -> Iterator[None]:
     """
     check_folder(plan.directory, study)
     with lock_directory(plan.directory):
-        check_folder(plan.directory, study)  # again: another process may have changed it before it was locked
+        check_folder(plan.directory, study)  # again, as it may have changed before it was locked
         if not (plan.directory / STUDY).exists():
             write_text(plan.directory / STUDY, dump_json({"study": study}, indent=1) + "\n")
         yield
@@ -90,7 +90,7 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
     """Refuse a folder of another study, or with files that no study wrote.
 
     Raises:
-        RunDirectoryError: in these cases; the message names the key that differs, with both values, or the files.
+        RunDirectoryError: if the folder is refused; the message names the key that differs, with both values, or the files.
     """
     if not directory.is_dir():
         return
@@ -151,7 +151,7 @@ def check_budget(budget: int, done: Mapping[str, int], directory: Path) -> None:
     """Refuse a budget that is smaller than the number of finished trials.
 
     Raises:
-        ConfigError: if so; the message names the rule.
+        ConfigError: if the budget is too small; the message names the rule.
     """
     for rule, count in done.items():
         if count > budget:

@@ -36,7 +36,7 @@ def require_optuna(sampler: str) -> None:
     """Refuse to tune without optuna, or without the package that the sampler needs.
 
     Raises:
-        ConfigError: in these cases; the message says what to install.
+        ConfigError: if a package is missing; the message says what to install.
     """
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tuning needs optuna: pip install optuna")

@@ -109,7 +109,7 @@ def refuse_root(path: Path, key: str) -> None:
     """Refuse the root of the file system as a folder for runs.
 
     Raises:
-        RunDirectoryError: in this case; the message names the key that gives the path.
+        RunDirectoryError: if `path` is the root; the message names the key that gives the path.
     """
     if "\0" in str(path):
         return  # `check_writable` refuses it
@@ -121,7 +121,7 @@ def check_writable(path: Path) -> None:
     """Refuse, before training, a directory that cannot be created or written to.
 
     Raises:
-        RunDirectoryError: in this case; the message names the part of the path that is the obstacle, and the reason.
+        RunDirectoryError: if the directory is refused; the message names the part of the path that is the obstacle, and why.
     """
     try:
         if "\0" in str(path):

@@ -46,7 +46,7 @@ def require_memory(needed: float, what: str) -> None:
         what: text that names what needs the memory and which option to reduce.
 
     Raises:
-        ConfigError: in this case; the message names what needs the memory, its size, and the size available.
+        ConfigError: if the allocation is refused; the message names what needs the memory, its size, and the size available.
     """
     if needed > _MIN_CHECKED and (free := available_memory()) is not None and needed > free:
         raise ConfigError(f"{what}: needs {format_bytes(needed)} of memory, but only {format_bytes(free)} is available")
