@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-#: Name -> the module that it comes from, imported at its first use: the command line starts without torch.
+#: Name -> the module that defines it, which is imported on first use, so that the command line starts without torch.
 _MODULES = {
     "attach": "mechanisms.surgery",
     "attached_rule": "mechanisms.surgery",

@@ -21,7 +21,7 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
 
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=0.1"``. A sweep needs no ``-m``.
-        config_dir: a folder of additional configs, as ``--config-dir``.
+        config_dir: a folder of additional configs, as with ``--config-dir``.
         **options: overrides as keywords, such as ``seed=0``; pass a key with a dot as ``**{"optimizer.lr": 0.1}``. A list, a
             range or an array is a sweep: ``seed=[0, 1, 2]``; a list within it is one value: ``probes=[["readout"]]``.
 
@@ -74,7 +74,7 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
 
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=tag(log,interval(1e-3,1))"``.
-        config_dir: a folder of additional configs, as ``--config-dir``.
+        config_dir: a folder of additional configs, as with ``--config-dir``.
         **options: overrides as keywords, such as ``budget=20`` or ``seeds=[0, 1, 2]``; pass a key with a dot as
             ``**{"optimizer.lr": [0.1, 0.01]}``, where a list holds the values to choose from. With ``jobs`` above 1, a script
             must call this under ``if __name__ == "__main__":``, because it starts processes.
@@ -111,7 +111,7 @@ def _arguments(function: str, overrides: Sequence[Any], options: Mapping[str, An
     """The arguments of a call as overrides of the command line.
 
     Raises:
-        ConfigError: an override is not a string, or a value cannot be written as one.
+        ConfigError: an override is not a string, or a value cannot be written on the command line.
     """
     for each in overrides:
         if not isinstance(each, str):
@@ -153,7 +153,8 @@ def _value(key: str, value: Any) -> str:
 
 @contextmanager
 def _sweeps_explained(options: Mapping[str, Any]) -> Iterator[None]:
-    """Say how to pass one list if a list, which is a sweep, was given to an option whose values are lists."""
+    """If a list was passed for an option whose values are lists, explain in the error that a list is a sweep, and how to pass a
+    single value."""
     try:
         yield
     except OptionError as error:

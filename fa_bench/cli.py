@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_errors_printed(program: str, function: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code of `function`; errors in the input, in files and in plugins, and signals, are reported in one line and an
-    exit code."""
+    """Call `function` and return its exit code; errors in the input, in files or in plugins, as well as signals, are reported
+    with one line and an exit code."""
     try:
         with interrupt_on_signals():
             return function()
@@ -53,7 +53,7 @@ def with_errors_printed(program: str, function: Callable[[], int], interrupted: 
         message, code = interrupted, exit_code_of(error)
     except Exception:
         raise
-    except BaseException as error:  # raised by a plugin's class; argparse's and Hydra's have been handled
+    except BaseException as error:  # raised by a plugin's class; errors of argparse and Hydra have been handled already
         kind = "sys.exit()" if isinstance(error, SystemExit) else "an error that is not an Exception"
         message, code = f"a plugin was terminated by {kind} ({describe_error(error, locate=True)})", 1
     parallel.current().report(printable(f"{program}: {message}"))
@@ -67,7 +67,7 @@ def _main(argv: list[str]) -> int:
         return 0
     arguments = _parse(argv)
     if arguments.hydra_help:
-        return _run_hydra(["--hydra-help"])  # without the config, which does not change the text
+        return _run_hydra(["--hydra-help"])  # the config is not read: it does not change the text
 
     from fa_bench.command.compose import Composer
 
@@ -84,7 +84,7 @@ def _main(argv: list[str]) -> int:
         print(dry_run(name, folder, overrides, arguments.multirun))
         return 0
     composer = Composer(name, folder, overrides)
-    # Overrides are passed before flags: a flag with an optional value would take the override after it.
+    # Overrides are passed before flags, because a flag with an optional value would take a following override as its value.
     flags = list(argv)
     for override in arguments.overrides:
         flags.remove(override)
@@ -93,7 +93,7 @@ def _main(argv: list[str]) -> int:
             raise ConfigError("--shell-completion: pass install=bash (or zsh, fish), uninstall=bash or query=bash")
         os.environ.setdefault("COMP_LINE", "fa-bench ")
     if arguments.shell_completion or arguments.info:
-        composer.compose([o.input_line or "" for o in composer.parsed if not o.is_sweep_override()])  # for its checks
+        composer.compose([o.input_line or "" for o in composer.parsed if not o.is_sweep_override()])  # called for its checks
         return _run_hydra([*arguments.overrides, *flags])
     if arguments.cfg:
         (job,) = composer.expand(multirun=False)  # with the options that an experiment sets for its rule
@@ -154,7 +154,7 @@ def sweep(composer: Composer, task: Task) -> int:
 
 def _context(composer: Composer, config: Any) -> Any:
     """The context of Hydra's launchers and jobs."""
-    # It needs the config's callbacks, and Hydra has no public way to create them.
+    # The context needs the config's callbacks, and Hydra offers no public way to create them.
     from hydra._internal.callbacks import Callbacks
     from hydra.types import HydraContext
 
@@ -243,7 +243,7 @@ def _run_hydra(argv: list[str]) -> int:
 
 @contextmanager
 def _removed_if_empty(directory: Path) -> Iterator[None]:
-    """Remove a run directory and its new parents if they are empty at the end, because the run did not start."""
+    """After the block, remove a run directory and its new parents if they are empty because the run did not start."""
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         yield

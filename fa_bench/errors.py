@@ -1,6 +1,6 @@
 """Errors that users can fix, and helpers that format names, values and other errors for messages of one line.
 
-Each error names the key, layer or file, the value, what is allowed and the nearest name.
+Each error names the key, layer or file, the value, the allowed values and the nearest name.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def printable(text: object) -> str:
 
     Line breaks and unprintable characters, which may occur in file names, are escaped; the length is limited to `MAX_MESSAGE`.
     """
-    # Truncated before escaping too: escaping a message of many megabytes would be slow.
+    # The text is also truncated before escaping, because escaping a message of many megabytes would be slow.
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in truncate(str(text), MAX_MESSAGE))
     return truncate("".join(escaped), MAX_MESSAGE)
 

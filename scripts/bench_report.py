@@ -94,7 +94,7 @@ def _write(directory: Path, config: dict[str, Any], group: str, epochs: int, lay
 
 
 def measure(folder: Path, out_dir: Path) -> None:
-    """Print the seconds of each part of a report on the runs below `folder`, and of the whole, and the peak memory."""
+    """Print the seconds that a report on the runs below `folder` takes, for each part and in total, and the peak memory."""
     from fa_bench.report import references, write_report
     from fa_bench.report.best import choose_best
     from fa_bench.report.export import runs_table, to_json, to_latex

@@ -50,7 +50,7 @@ PLAIN, AGAIN = "bp (plain)", "bp (A/A)"
 def make_step(
     net: str, rule_name: str | None, batch: int, with_optimizer: bool, compiled: bool = False, device: torch.device = CPU
 ) -> Callable[[], None]:
-    """A function that trains one step; with `rule_name` None the plain model, with loss.backward()."""
+    """A function that performs one training step; if `rule_name` is None, it trains the plain model with loss.backward()."""
     torch.manual_seed(0)
     shape = NETS[net]
     model = ARCHITECTURES[net]().build(shape, 10).to(device)
@@ -88,7 +88,7 @@ def make_step(
 
 
 def make_written_out(rule: str, batch: int, device: torch.device = CPU) -> Callable[[], None]:
-    """One step of the default MLP without optimizer and without fa_bench: the least time of bp, fa or dfa."""
+    """One step of the default MLP without optimizer and without fa_bench: the shortest possible time of bp, fa or dfa."""
     torch.manual_seed(0)
     model = ARCHITECTURES["mlp"]().build(NETS["mlp"], 10).to(device)
     first, second, last = weighted_layers(model).values()
@@ -126,7 +126,7 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int, block: int, devic
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for number in range(rounds):
-        # In reverse order every other round, so that the order favours none.
+        # The order is reversed in every other round, so that it favours no entry.
         for name in order if number % 2 == 0 else reversed(order):
             start = clock(device)
             for _ in range(block):
@@ -136,7 +136,7 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int, block: int, devic
 
 
 def clock(device: torch.device) -> float:
-    """The time in seconds, when the device has finished what it was given."""
+    """The time in seconds, read when the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -191,7 +191,7 @@ def bench(net: str, arguments: argparse.Namespace) -> None:
         if net == "mlp" and not with_optimizer and not arguments.compile:
             steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch, device) for rule in ("bp", "fa", "dfa")}
         if not with_optimizer:
-            # A compiled step does not show its products.
+            # The products in a compiled step cannot be counted, so those of the eager step are.
             counts = {
                 label: multiplications(
                     make_step(net, rules[label], arguments.batch, False, device=device) if arguments.compile else step

@@ -2,9 +2,9 @@
 
     python scripts/check_package.py [--out DIR]
 
-Builds sdist and wheel (in this environment, without network), checks them with twine, installs the wheel without its dependencies
-into a temporary folder, and runs a single run, a sweep, a report, a tuning study and an analysis there, with the installed code
-alone. Needs the extras `package` and `tune`. `--out` keeps the built files.
+The script builds sdist and wheel (in this environment, without network), checks them with twine, and installs the wheel without
+its dependencies into a temporary folder. There it runs a single run, a sweep, a report, a tuning study and an analysis, with only
+the installed code. It needs the extras `package` and `tune`. `--out` keeps the built files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: What a user does first, and a file that each command must leave.
+#: The first commands that a user runs, and a file that each of them must write.
 COMMANDS: list[tuple[list[str], str | None]] = [
     (["fa-bench", "--version"], None),
     (["fa-bench", "algorithm=kp", "epochs=1"], "outputs/digits-mlp/kp-*/seed0/result.json"),
@@ -29,9 +29,9 @@ COMMANDS: list[tuple[list[str], str | None]] = [
     (["fa-bench-tune", "algorithm=bp", "budget=2", "epochs=1", "final_epochs=1", "seeds=0"], "outputs/digits-mlp-tune/tune.md"),
     (["fa-bench-analyse", "memory_accesses"], "outputs/**/memory_accesses*"),
 ]
-#: Must be in the wheel, beside the code.
+#: Files that must be in the wheel, in addition to the code.
 IN_WHEEL = ["fa_bench/conf/config.yaml", "fa_bench/py.typed", "fa_bench/report/published.yaml", "hydra_plugins/"]
-#: Must be in the sdist, so that a distribution can build and test from it.
+#: Files that must be in the sdist, so that a distribution can build and test from it.
 IN_SDIST = ["conf/config.yaml", "tests/", "scripts/", "docs/", "CITATION.cff", "CHANGELOG.md", "LICENSE", "pyproject.toml"]
 
 

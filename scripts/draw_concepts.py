@@ -2,7 +2,7 @@
 
     python scripts/draw_concepts.py
 
-writes docs/diagrams/*.svg. They have a background of their own, so that they are readable on light and dark pages.
+The script writes docs/diagrams/*.svg. The diagrams have their own background, so that they are readable on light and dark pages.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def arrow(
     bend: float = 0.0,
     lift: float = 0.0,
 ) -> None:
-    """An arrow, with its label `lift` above the middle between its ends."""
+    """An arrow, with its label at the distance `lift` above the arrow's midpoint."""
     style = {"arrowstyle": "-|>", "color": colour, "lw": 1.5, "shrinkA": 0, "shrinkB": 0, "connectionstyle": f"arc3,rad={bend}"}
     axes.annotate("", xy=end, xytext=start, arrowprops=style)
     if label:
@@ -78,7 +78,7 @@ def to_weights(axes: Axes, start: float, layer: float) -> None:
 
 
 def edge(axes: Axes) -> None:
-    """Each layer passes the error on through feedback of its own."""
+    """Each layer passes the error on through its own feedback."""
     exact_error_at_logits(axes)
     to_weights(axes, LOGITS - 0.05, OUTPUT)
     for above, below, name in ((LOGITS - 0.2, ACTIVATIONS[1], "B₃"), (ACTIVATIONS[1] - 0.1, ACTIVATIONS[0], "B₂")):
@@ -112,7 +112,7 @@ def direct(axes: Axes) -> None:
 
 
 def local(axes: Axes) -> None:
-    """Every activation has a classifier and a loss of its own."""
+    """Every activation has its own classifier and loss."""
     arrow(axes, (LOSS, -0.3), (OUTPUT + 0.05, -0.31), EXACT, bend=-0.35)
     axes.text(LOGITS, BELOW - 0.1, "δ", ha="center", va="center_baseline", color=EXACT)
     for activation, layer, layer_above, name in (

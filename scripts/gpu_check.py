@@ -32,7 +32,7 @@ from gpu.parts import Context, Part, run_all, run_here, run_in_process  # noqa: 
 
 
 def _part(module: str, function: str) -> Any:
-    """A part's function, imported when it is called: the process that runs the others needs no torch."""
+    """A part's function, imported when it is called, because the process that starts the parts does not need torch."""
 
     def run(context: Context, section: Section) -> None:
         import importlib
@@ -151,7 +151,7 @@ def parse(given: list[str]) -> argparse.Namespace:
 
 
 def header(arguments: argparse.Namespace, given: list[str]) -> dict[str, str]:
-    """What the page says about machine and code."""
+    """The information about the machine and the code at the head of the page."""
     from importlib.metadata import version
 
     from fa_bench.runs.hashes import code_hash

@@ -1,6 +1,6 @@
-"""An extension of griffe for the reference in the site: attributes are documented where the code documents them.
+"""An extension of griffe for the site's reference, which documents attributes with text from the code.
 
-That is in comments above them that begin with ``#:``, and, for options, in the help of their declaration.
+The text comes from comments above the attributes that begin with ``#:`` and, for options, from the help in their declaration.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ class Comments(griffe.Extension):
 
 
 def _option_help(node: Any) -> str:
-    """The help of ``option(default, "help", ...)``, else empty."""
+    """The help of ``option(default, "help", ...)``; empty for anything else."""
     value = getattr(node, "value", None)
     if not isinstance(value, ast.Call) or getattr(value.func, "id", "") != "option" or len(value.args) < 2:
         return ""
     try:
         text = ast.literal_eval(value.args[1])
-    except ValueError:  # not a plain text
+    except ValueError:  # not plain text
         return ""
     return inspect.cleandoc(text[0].upper() + text[1:] + ".").replace("*", "\\*")
 
 
 def _comment(attr: griffe.Attribute) -> str:
-    """The comment lines that begin with ``#:`` right above an attribute, else empty."""
-    if attr.lineno is None or isinstance(attr.filepath, list):  # which it is of packages without a file
+    """The text of the comment lines that begin with ``#:`` right above an attribute; empty if there are none."""
+    if attr.lineno is None or isinstance(attr.filepath, list):  # a list, for packages without a file
         return ""
     lines, text = attr.lines_collection[attr.filepath], []
     for line in reversed(lines[: attr.lineno - 1]):

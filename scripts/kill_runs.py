@@ -33,7 +33,7 @@ from fa_bench import cli
 from fa_bench.runs import train  # noqa: F401
 from fa_bench.utils.files import ANGLES, METRICS, RESULT
 
-#: Small nets with batch normalisation; checkpoints also within epochs.
+#: Small nets with batch normalisation, and checkpoints that are also written within epochs.
 COMMON = [
     "architecture.widths=[24,16]",
     "architecture.batch_norm=true",
@@ -51,7 +51,7 @@ RULES = {
 }
 SINGLE = {name: [f"algorithm={name}", *options, *COMMON, "hydra.run.dir=run"] for name, options in RULES.items()}
 COMMANDS = {**SINGLE, "sweep": ["-m", "algorithm=kp,brsf,wm", "seed=0,1", *COMMON, "hydra.sweep.dir=sweep"]}
-#: Differences allowed between bitwise identical runs; the checkout may change while they run.
+#: Keys that may differ between bitwise identical runs; `git` is one of them because the checkout may change while they run.
 MAY_DIFFER = ("seconds", "peak_memory_bytes", "energy_wh", "git")
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
 
@@ -134,7 +134,7 @@ def trial(command: list[str], folder: Path, seconds: float, kills: int, rng: ran
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 raise RuntimeError(f"{signal.Signals(number).name} did not end the process in 20 s")
-            # It may have ended just before, and SIGTERM may arrive before or after the command handles it.
+            # The process may have ended just before, and SIGTERM may arrive before or after the command handles it.
             allowed = {signal.SIGKILL: (-9, 0), signal.SIGTERM: (143, -15, 0), signal.SIGINT: (130, 0)}[number]
             if (code := os.waitstatus_to_exitcode(status)) not in allowed:
                 raise RuntimeError(f"exit code {code} after {signal.Signals(number).name}")

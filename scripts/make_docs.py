@@ -32,9 +32,9 @@ from fa_bench.utils.sampling import INITIALISERS
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "rules"
 GUIDE = ROOT / "docs" / "add_a_rule.md"
-#: Separates what is written by hand in GUIDE from the tables.
+#: Separates the handwritten part of GUIDE from the tables.
 MARK = "<!-- The rest is written by scripts/make_docs.py. -->\n"
-#: Public methods that are called and not overridden.
+#: Public methods that are meant to be called, not overridden.
 FINAL = {
     "attach",
     "detach",
@@ -175,7 +175,7 @@ def _page(name: str) -> str:
 
 
 def _measured(name: str) -> list[str]:
-    """What the rule has reached, and backpropagation in the same table."""
+    """A table of the rule's results in docs/results.md, beside those of backpropagation."""
     found = []
     for files, task, column in MEASURED:
         scores: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Runs the README's first command and refreshes what the README shows of it: docs/quickstart.png and the table.
+"""Runs the README's first command, and updates the results that the README shows: docs/quickstart.png and the table.
 
     python scripts/make_quickstart.py
 
@@ -36,7 +36,7 @@ def replace_table(readme: str, output: str) -> str:
     """The README with the table that ends `output`, the text that the sweep prints.
 
     Raises:
-        SystemExit: if the output has no table, or the README no place for it.
+        SystemExit: if the output has no table, or the README has no place for it.
     """
     table = re.search(r"^rule  .*?(?=\n\n)", output, re.MULTILINE | re.DOTALL)
     if table is None or START not in readme or END not in readme:

@@ -4,10 +4,10 @@
     python scripts/make_results.py collect [--commits] NAME "COMMAND" DIR...
 
 `collect` writes a report on the runs in DIR and keeps its tables as docs/data/NAME/report.csv, runs.csv, layers.csv and
-published.csv, beside about.yaml: the command, the commit, versions and the machine. For DIR/tuned of a tuning study it also keeps
-its tables of rules and trials, tune.csv and trials.csv. It refuses runs of several commits unless
-`--commits` is given, and runs of modified code. The templates, docs/data/*.jinja, have the prose; every number of a table, and
-every number that prose takes from a run, comes from the files. A test compares the committed page with the output.
+published.csv, beside about.yaml: the command, the commit, versions and the machine. For DIR/tuned of a tuning study, it also
+keeps the study's tables of rules and trials, tune.csv and trials.csv. It refuses runs of several commits unless `--commits` is
+given, and runs of modified code. The templates, docs/data/*.jinja, contain the prose; every number in a table, and every number
+that the prose takes from a run, comes from the files. A test compares the committed page with the output.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KEPT = {
     "report_layers.csv": "layers.csv",
     "report_published.csv": "published.csv",
 }
-#: Columns that are not kept: where a run lay on the machine, and errors of trials, which may say it, too.
+#: Columns that are not kept: the location of a run on the machine, and errors of trials, which may also contain it.
 _LOCAL = ("directory", "reason")
 #: Tables of a tuning study.
 TUNED = ("tune.csv", "trials.csv")
@@ -56,8 +56,8 @@ class Study:
     """The committed results of one sweep.
 
     Attributes:
-        name: folder in docs/data.
-        about: what about.yaml records.
+        name: the name of the folder in docs/data.
+        about: the content of about.yaml.
         report: one row per rule and setting, indexed by its label.
         runs: one row per run.
         layers: one row per label, layer and quantity: mean and standard deviation over seeds.
@@ -78,7 +78,7 @@ class Study:
         )
 
     def header(self) -> str:
-        """The command, then commit, versions, machine and seeds in one sentence."""
+        """The command, followed by the commit, versions, machine and seeds in one sentence."""
         about = self.about
         seeds = sorted(self.runs["seed"].unique())
         listed = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
@@ -119,7 +119,7 @@ class Study:
     def by_setting(self, key: str, column: str = "val_accuracy", digits: int = 2) -> str:
         """A Markdown table of single runs: a row for each rule, a column for each value of a swept key; the best in bold.
 
-        A run that has not finished has its status in place of a number; "-": there is no such run.
+        A run that has not finished has its status in place of a number; "-" means that there is no such run.
 
         Raises:
             ValueError: if a rule has several runs with one value.
@@ -276,7 +276,7 @@ def archived(name: str, columns: Sequence[str] = ()) -> str:
 
     Args:
         name: the file.
-        columns: the first columns of these names; empty for all.
+        columns: the names of the columns to show (if several columns have the same name, the first one); empty for all.
     """
     with (DATA / "archived" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file)
@@ -312,13 +312,13 @@ def collect(name: str, command: str, folders: list[Path], commits: bool = False)
     """Keep the tables of a report on the runs in `folders` as docs/data/NAME.
 
     Args:
-        name: of the study.
-        command: what produced the runs, as shown above the table.
-        folders: of runs or sweeps.
+        name: the name of the study.
+        command: the command that produced the runs, as shown above the table.
+        folders: the folders of runs or sweeps.
         commits: accept runs of several commits, whose results were compared; all are then named above the table.
 
     Raises:
-        SystemExit: for runs of several commits (without `commits`), versions or numbers of threads, or of uncommitted changes.
+        SystemExit: for runs of several commits (without `commits`), versions or numbers of threads, or with uncommitted changes.
     """
     results = [json.loads(path.read_text(encoding="utf-8")) for folder in folders for path in folder.rglob("seed*/result.json")]
     if not results:

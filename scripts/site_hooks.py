@@ -1,7 +1,7 @@
-"""Hooks of mkdocs.yml: pages that GitHub shows from other places, links, the navigation of the rules, and equations.
+"""Hooks of mkdocs.yml: pages made from other files of the repository, links, the navigation of the rules, and equations.
 
-Markdown in the repository has links that work on GitHub. In the site README.md, CONTRIBUTING.md, CHANGELOG.md and the notebook
-are pages, too, every other file outside of docs/ that a page links to has a page with its listing, and links lead to these pages.
+Markdown in the repository has links that work on GitHub. In the site, README.md, CONTRIBUTING.md, CHANGELOG.md and the notebook
+are also pages. Every other file outside of docs/ that a page links to has a page with its listing, and links lead to these pages.
 Equations (fences of the language ``math``) become MathML, which browsers show without scripts.
 """
 
@@ -31,7 +31,7 @@ ORIGINS = {
     "changelog.md": "CHANGELOG.md",
     "notebook.md": "docs/notebook.ipynb",
 }
-#: Below the title of the notebook's page; HTML, because a link of Markdown to the file leads to this page.
+#: The line below the title of the notebook's page. It is HTML, because a Markdown link to the file would lead to this page.
 DOWNLOAD = '<a href="notebook.ipynb" download>Download the notebook</a>'
 PAGES = {origin: page for page, origin in ORIGINS.items()}
 #: A link or image of Markdown: text, target without anchor, anchor.
@@ -41,8 +41,8 @@ INDEX_OF_RULES = "rules/README.md"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Complete what YAML cannot say plainly: functions, and the rules in the navigation."""
-    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")  # as GitHub, so that anchors work in both
+    """Add settings that YAML cannot express plainly: functions, and the rules in the navigation."""
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")  # as on GitHub, so that anchors work in both
     config.mdx_configs.setdefault("pymdownx.superfences", {})["custom_fences"] = [
         {"name": "math", "class": "math", "format": _format_math}
     ]

@@ -25,7 +25,7 @@ class Analysis(Options):
         raise NotImplementedError
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The part of the table that the terminal shows: all of it, unless there are many rows."""
+        """The part of the table to show in the terminal: all of it, unless there are many rows."""
         return table
 
     def plot(self, figure: Figure, table: pd.DataFrame) -> None:
@@ -48,6 +48,6 @@ class Analysis(Options):
 
             figure = Figure(figsize=self.size, dpi=120, layout="constrained")
             self.plot(figure, table)
-            # Without matplotlib's version, so that equal pictures have equal bytes.
+            # Leave out matplotlib's version, so that identical figures are byte-identical.
             figure.savefig(temporary, format="png", metadata={"Software": None})
         return table, csv, png

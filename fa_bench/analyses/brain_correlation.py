@@ -31,11 +31,11 @@ class BrainCorrelation(Analysis):
         cos(angle) = R √p        [derived: the covariance is p R, and the variance of the feedback is multiplied by p]
 
     The paper sampled matrices with p = 0.31 and R = 0.36, as measured in cortex, and found a correlation of 0.2 and 78 degrees,
-    in agreement with the formula. Here matrices are sampled, too: W Gaussian, F = R W + √(1 - R²) noise where a Bernoulli mask
-    with probability p is one, otherwise 0. For weights with nonzero mean, such as synapses of one sign, the angle differs.
+    in agreement with the formula. We also sample matrices: W is Gaussian, and F = R W + √(1 - R²) noise where a Bernoulli mask
+    with probability p is one, and 0 elsewhere. For weights with nonzero mean, such as synapses of one sign, the angle differs.
 
     The rule `mixed` reaches the same point with three kinds of synapses: p = k + f and R = k / (k + f) for its fractions k of KP
-    and f of FA. Its row uses the rule's defaults.
+    and f of FA. The row of `mixed` uses the rule's defaults.
     """
 
     size: ClassVar[tuple[float, float]] = (10, 4)

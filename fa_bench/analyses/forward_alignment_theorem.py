@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class Linear(NamedTuple):
-    """A linear net y = W A x that learns y = T x by Forward Alignment with C: T (O, I), W (O, H), A and C (H, I), Σ (I, I)."""
+    """A linear net y = W A x that learns the mapping y = T x by Forward Alignment with the matrix C.
+
+    Shapes: T (O, I), W (O, H), A and C (H, I), Σ (I, I).
+    """
 
     teacher: np.ndarray
     w: np.ndarray
@@ -31,7 +34,7 @@ class Linear(NamedTuple):
 
 
 def trajectory(net: Linear, lr: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """W and A before each of infinitely many updates, which are means over inputs x with mean zero and covariance Σ.
+    """Yield W and A before each of infinitely many updates; an update is the mean over inputs x with mean zero and covariance Σ.
 
     W <- W + η E Σ Cᵀ and A <- A + η Wᵀ E Σ with E = T - W A (eqs 26 and 27 of Woo et al. 2021; with Σ = I eqs 28 and 29).
     """
@@ -48,17 +51,18 @@ class ForwardAlignmentTheorem(Analysis):
     """‖E‖ over time in the linear net of the theorem (appendix A.1 of Woo et al. 2021, eqs 25-38).
 
     y = W A x learns y = T x, with E = T - W A and the continuous dynamics Ẇ = E Cᵀ, Ȧ = Wᵀ E. The theorem states that E → 0 as
-    t → ∞ (t → 0 in print) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column rank, and the input is white. V = ‖E Cᵀ‖² is its
-    Lyapunov function. All cases have the same T, C and initial values, except for the condition that they violate:
+    t → ∞ (t → 0 in print) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column rank, and the input is white. The Lyapunov function of
+    the proof is V = ‖E Cᵀ‖². All cases have the same T, C and initial values, except for the condition that they violate:
 
     - theorem: all conditions hold. W = M Cᵀ with a small random M, and A = ½ C Mᵀ M, so that k = 0 [derived];
     - k_random: Gaussian numbers are added to A; k_negative: A - ``k`` C, which inverts the sign of the hidden activation C x;
     - rank_enough: C has rank O, less than the inputs; rank_small: C has rank O - 1;
     - coloured: a covariance Σ with eigenvalues between 1 and ``condition``, divided by their mean; Ẇ = E Σ Cᵀ, Ȧ = Wᵀ E Σ.
 
-    [derived] The proof uses only the symmetric part of k = 0, and only this part is conserved: the antisymmetric part of k is not
-    constant (eq. 33 requires WᵀẆ to be symmetric), but sym(A Cᵀ) - ½ Wᵀ W is, for every Σ (add the transposes to both sides of
-    eq. 32). A W that starts in the row space of Cᵀ stays there, so a C of lower rank than T leaves an error.
+    [derived] The proof needs only the symmetric part of k to be zero, and only this part is conserved. The symmetric part,
+    sym(A Cᵀ) - ½ Wᵀ W, is constant for every Σ (add the transposes to both sides of eq. 32); the antisymmetric part is not
+    (eq. 33 requires WᵀẆ to be symmetric). If W starts in the row space of Cᵀ, it stays there, so an error remains if the rank of
+    C is lower than that of T.
 
     Rows: case, seed, time t = steps x ``lr``, ‖E‖ / ‖T‖, V / V(0), norms of the symmetric and antisymmetric parts of k.
     """
@@ -133,7 +137,7 @@ class ForwardAlignmentTheorem(Analysis):
         return pd.DataFrame(rows)
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The final errors, the highest V, and the first and last norms of the parts of k, for each case."""
+        """For each case, the final error, the highest V, and the first and last norms of the parts of k."""
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
@@ -172,7 +176,7 @@ class ForwardAlignmentTheorem(Analysis):
 
 
 def of_rank(matrix: np.ndarray, rank: int) -> np.ndarray:
-    """The nearest matrix with this rank."""
+    """The closest matrix with this rank."""
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
     s[rank:] = 0
     return u * s @ v

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 class MemoryAccesses(Analysis):
     """External memory accesses of one training step (eqs 48 and 49, Fig. 11 of Woo et al. 2021).
 
-    One row per architecture, rule and batch size b: parameters P, activations A that are kept per sample, reads 2P + A b, writes
-    P + A b, their total 3P + 2 A b, and its ratio to backpropagation's. The paper does not give its batch size. There is no row
-    for a value of k that keeps the same activations as a smaller one because the net has too few layers, nor for a net in which
-    asap has nothing to share. How a shared activation is resized makes no difference.
+    One row per architecture, rule and batch size b: parameters P, activations A stored per sample, reads 2P + A b, writes
+    P + A b, their total 3P + 2 A b, and the ratio of the total to that of backpropagation. The paper does not state its batch
+    size. In a net with few layers, a value of k may store the same activations as a smaller value; it then has no row. Nets in
+    which asap has nothing to share have no row either. How a shared activation is resized makes no difference.
     """
 
     architectures: list[str] = option(

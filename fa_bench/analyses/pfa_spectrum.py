@@ -31,12 +31,12 @@ class PFASpectrum(Analysis):
 
         μ(v) = √((λ₊ - v)(v - λ₋)) / (2π λ v) on [λ₋, λ₊], λ± = (1 ± √λ)²
 
-    with mean 1 and standard deviation √λ; for λ > 1 a fraction 1 - 1/λ of them is zero [derived]. W and R learn by gᵀ x and Bᵀ gᵀ
-    x, so B R becomes B Bᵀ W. If W (O, I) is independent of B, its angle to W is arctan √λ [derived: tr(B Bᵀ)/O is 1, and tr((B
-    Bᵀ)²)/O is 1 + λ]. A new W is sampled with every B.
+    with mean 1 and standard deviation √λ; for λ > 1 a fraction 1 - 1/λ of them is zero [derived]. W learns by gᵀ x and R by
+    Bᵀ gᵀ x, so B R becomes B Bᵀ W. If W (O, I) is independent of B, the angle of B Bᵀ W to W is arctan √λ [derived: tr(B Bᵀ)/O is
+    1, and tr((B Bᵀ)²)/O is 1 + λ]. A new W is sampled with every B.
 
-    The table is in long format: quantity, ratio, λ, and for the density the middle of the bin; the measured mean over all samples
-    (and eigenvalues), its standard deviation over them, and the prediction.
+    The table is in long format: quantity, ratio, λ, and for the density the middle of the bin; the measured mean and standard
+    deviation over all samples (and eigenvalues), and the prediction.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4)
@@ -139,7 +139,7 @@ class PFASpectrum(Analysis):
             axes.legend(frameon=False, fontsize=8)
 
 
-#: An eigenvalue of B Bᵀ below this in double precision is zero up to rounding.
+#: In double precision, an eigenvalue of B Bᵀ below this is zero up to rounding.
 ZERO = 1e-12
 
 
@@ -156,7 +156,7 @@ class MarchenkoPastur:
 
     @property
     def high(self) -> float:
-        """λ₊, the largest."""
+        """λ₊, the largest eigenvalue."""
         return (1 + math.sqrt(self.ratio)) ** 2
 
     @property

@@ -59,14 +59,14 @@ class QualitativeTable(Analysis):
     - no separate feedback phase: call ``rule.step()``, which does mirror steps, between two updates, without data, loss or
       gradients; the relative change of the feedback is at most ``changed``.
     - no explicit symmetry after training: direct synapses are the feedback tensors with one value per weight, in the layout of
-      the weight, or the effective feedback of a rule without feedback tensors. Mean angle to W: up to ``aligned`` no, below
-      ``apart`` reduced; otherwise, or if a rule has no direct synapses, yes.
-    - accurate approximation of BP: mean angle of effective feedback to W over the paths of hidden errors; for a path that does
-      not pass through a single W (direct feedback), the delta angle of the error. Up to ``aligned`` yes.
-    - BP-level performance: yes if the test accuracy is less than ``gap`` points below that of bp; otherwise between if it is
-      above those of fa and dfa, and no if it is not.
+      the weight, or the effective feedback of a rule without feedback tensors. The mark is "no" if their mean angle to W is at
+      most ``aligned``, "reduced" if it is below ``apart``, and "yes" otherwise or if the rule has no direct synapses.
+    - accurate approximation of BP: the mean angle of effective feedback to W over the paths of hidden errors; for a path that
+      does not pass through a single W (direct feedback), the delta angle of the error. The mark is "yes" up to ``aligned``.
+    - BP-level performance: "yes" if the test accuracy is less than ``gap`` points below that of bp; otherwise "between" if it is
+      above those of fa and dfa, and "no" if it is not.
 
-    PAL, the paper's eighth column, is not implemented. A published "unclear" disagrees with every mark.
+    PAL, the paper's eighth column, is not implemented. A published "unclear" counts as a disagreement with every mark.
     Rows: rule, property, measured mark and value, published mark, and whether they agree.
     """
 

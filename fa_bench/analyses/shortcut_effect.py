@@ -1,4 +1,5 @@
-"""Why shortcuts help activation sharing: angles of its weight changes to backpropagation's, with and without shortcuts."""
+"""Why shortcuts help activation sharing: angles between the weight changes of asap and of backpropagation, with and without
+shortcuts."""
 
 from __future__ import annotations
 
@@ -32,14 +33,14 @@ class ShortcutEffect(Analysis):
     """The shortcut effect, measured (appendix E of Woo et al. 2021, eqs 43-47).
 
     Layer l + 3 has the input h_{l+2} = φ(W_{l+2} h_{l+1} + b_{l+2}), plus h_l if there is a shortcut, so backpropagation changes
-    its weight by δ φ(...), plus δ h_l. ASAP shares h_l and changes it by δ h_l in both nets: with a shortcut, this is part of
-    backpropagation's change. The paper illustrates this with a sketch; here it is measured. Both nets are trained by ASAP.
-    Between epochs the gradients of ASAP and of backpropagation are computed for the same batch and weights, and their angles in
-    each layer:
+    its weight by δ φ(...), plus δ h_l if there is a shortcut. ASAP shares h_l and changes the weight by δ h_l in both nets; with
+    a shortcut, this is part of backpropagation's change. The paper illustrates this with a sketch; here it is measured. Both nets
+    are trained by ASAP. Between epochs, the gradients of ASAP and of backpropagation are computed for the same batch and weights,
+    and the angles between them in each layer:
 
-    - ``whole``: ASAP as in training, with its δ through B;
-    - ``sharing``: with backpropagation's δ (``transport``, including in fully connected layers), as compared in eqs 44, 46 and
-      47.
+    - ``whole``: ASAP as in training, whose δ passes through B;
+    - ``sharing``: ASAP with backpropagation's δ (``transport``, including in fully connected layers), as compared in eqs 44, 46
+      and 47.
 
     The effect occurs in layers whose input is the sum of a block, such as the first convolution of the next block, and not in
     those inside a block. ``shares`` marks layers whose shared activation is not their own input; for other layers, sharing has no
@@ -69,7 +70,7 @@ class ShortcutEffect(Analysis):
             raise OptionError("rule", f"={self.rule} has no option transport (asap has one)")
 
     def job(self, net: str, seed: int) -> Job:
-        """The job of one net: `net` is the option that names it."""
+        """The job of one net; `net` is the name of the option that gives the net."""
         keys = {"algorithm": "rule", "architecture": net, "dataset": "dataset", "optimizer": "optimizer"}
         return make_job(
             {group: (key, getattr(self, key)) for group, key in keys.items()},
@@ -150,10 +151,10 @@ class ShortcutEffect(Analysis):
 
 
 def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
-    """{layer: angles} between the rule's weight gradients and backpropagation's on the fixed batch; the model does not change.
+    """{layer: the angles between the weight gradients of the rule and of backpropagation} on the fixed batch.
 
-    ``whole`` for the rule as it is, ``sharing`` with transport, in degrees; ``shares`` is whether sharing changes the layer's
-    gradient at all.
+    The angles are in degrees: ``whole`` is that of the rule as it is, ``sharing`` that of the rule with transport. ``shares``
+    indicates whether sharing changes the layer's gradient at all. The model does not change.
     """
     from fa_bench import attached_rule
     from fa_bench.mechanisms.edge.pathways import FixedFeedback
@@ -180,7 +181,7 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     return angles
 
 
-#: Degrees: a smaller angle between two gradients in single precision is rounding.
+#: In degrees: a smaller angle between two gradients in single precision is rounding error.
 ROUNDING = 0.1
 
 

@@ -98,7 +98,8 @@ class Composer:
         return [job for line in lines for job in self._jobs(line, self.compose(line, RunMode.MULTIRUN))]
 
     def _jobs(self, overrides: list[str], config: DictConfig) -> list[list[str]]:
-        """The jobs of at most one experiment; `config` is composed from the overrides with a single value."""
+        """The overrides of every job, given at most one experiment; `config` is composed from the overrides with a single
+        value."""
         where = f"experiment={config.hydra.runtime.choices.get('experiment')}"
         grid, rule_options = _read_grid(config, where), _read_rules(config, where)
         if grid and not self._multirun:
@@ -117,8 +118,8 @@ class Composer:
     def _parts(self, grid: list[dict[str, str]], overrides: list[str]) -> list[list[str]]:
         """The parts of an experiment's sweep as overrides; values on the command line replace the experiment's.
 
-        If the parts differ in a component, such as the rule, each part keeps those of the command line's values that it lists; a
-        part without any is dropped, and values that no part lists go to the first one.
+        If the parts differ in a component, such as the rule, each part keeps only the command line's values that it lists itself.
+        A part that lists none of them is dropped; values that no part lists go to the first part.
         """
         given = self.chosen()
         kinds = [group.kind for group in GROUPS if group.kind in given and any(group.kind in part for part in grid)]
@@ -144,7 +145,8 @@ class Composer:
         return {override.key_or_group: values_of(override) for override in self.parsed}
 
     def component(self, kind: str, choice: str) -> dict[str, Any]:
-        """The options of a choice of one group, with the component's name; raises ConfigError if it names no component."""
+        """The options of a choice of one group, with the component's name; raises ConfigError if the choice names no
+        component."""
         values: Any = self.compose([f"{kind}={choice}"])[kind]
         plain = OmegaConf.to_container(values, resolve=False) if OmegaConf.is_config(values) else values
         if not isinstance(plain, dict) or plain.get("name") not in next(group for group in GROUPS if group.kind == kind):
@@ -157,8 +159,8 @@ class Composer:
         """Check every job.
 
         Args:
-            jobs: the overrides of each.
-            directories: whether to check what is in the run directories.
+            jobs: the overrides of each job.
+            directories: whether to check the contents of the run directories.
 
         Returns:
             Every job with its run directory.
@@ -193,9 +195,10 @@ class Composer:
         return [(job, run_dir) for run_dir, job in checked.items()]
 
     def compose(self, overrides: list[str] | None = None, mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The config of one job or, with `RunMode.MULTIRUN`, that of a sweep, from its overrides with a single value.
+        """The config of one job or, with `RunMode.MULTIRUN`, the config of a sweep, composed from the overrides with a single
+        value.
 
-        Without `overrides`, it is the config of the whole command line.
+        Without `overrides`, the config of the whole command line.
         """
         overrides = self.overrides if overrides is None else overrides
         try:
@@ -208,7 +211,7 @@ class Composer:
         record: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
         if sorted(map(str, [*record["hydra"], *record["task"]])) != sorted(overrides):
             raise ConfigError("hydra.overrides: Hydra's own record of the command line must not be changed")
-        if self.config is not None:  # ${now:...} is the same time in all jobs, as in Hydra's own
+        if self.config is not None:  # ${now:...} must be the same in all jobs, as in Hydra
             OmegaConf.copy_cache(from_config=self.config, to_config=config)
         return config
 
@@ -263,9 +266,9 @@ def folder_of(config: DictConfig, key: str) -> str:
 
 
 def _parse_all(overrides: list[str]) -> list[Override]:
-    """Parse overrides; raises ConfigError for those that Hydra would refuse only after the start, or misread.
+    """Parse overrides; raises ConfigError for overrides that Hydra would refuse only after the start, or misread.
 
-    Hydra refuses sweeps over its own options, and merges the configs of a list of components.
+    Hydra refuses sweeps over its own options, and it would merge the configs of a list of components.
     """
     parsed = [parse(text) for text in overrides]
     kinds = [group.kind for group in GROUPS]

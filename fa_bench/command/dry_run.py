@@ -41,7 +41,7 @@ from fa_bench.utils.text import align_columns, format_bytes, format_count, forma
 MOST_CONFIGS = 6
 _HEAD = "Dry run: nothing is trained or written."
 _CPU = torch.device("cpu")
-#: What a dataset's list of names contains, by the kind of targets.
+#: The items in a dataset's list of names, by the kind of targets.
 _OUTPUTS = {CLASSES: "classes", VALUES: "outputs", POSITIONS: "tokens"}
 
 
@@ -101,7 +101,7 @@ def _title(job: Job, jobs: Sequence[Job]) -> str:
 
 @contextlib.contextmanager
 def _nothing_written() -> Iterator[None]:
-    """Within the block, prevent downloads, and bytecode files for a user's plugins."""
+    """Within the block, download nothing, and write no bytecode files for a user's plugins."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         with downloads_refused():
@@ -178,7 +178,7 @@ def _feedback(rule: Rule) -> list[str]:
 
 
 def _stored_feedback(rule: Rule) -> dict[tuple[str, str], torch.Tensor]:
-    """The feedback tensors that the rule stores, by module and name; others are computed at each access."""
+    """The feedback tensors that the rule stores, by module and name; other feedback tensors are computed at each access."""
     first, second = rule.feedback, rule.feedback
     return {
         (path, name): tensor

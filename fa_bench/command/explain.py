@@ -40,7 +40,7 @@ def list_groups(loader: ConfigLoader) -> dict[str, list[str]]:
 def explain(
     loader: ConfigLoader, config_name: str, overrides: list[str], error: Exception, given: dict[str, list[str]] | None = None
 ) -> ConfigError:
-    """An error that names the wrong override, what is allowed and the nearest name, or what to install.
+    """An error that names the wrong override, the allowed values and the nearest name, or the package to install.
 
     Args:
         loader: Hydra's config loader.
@@ -112,7 +112,7 @@ def other_sweeper(name: str) -> str:
 
 
 def unknown_key(key: str, config: DictConfig, groups: list[str]) -> str:
-    """The message for a key that is missing in `config`, with the nearest name; empty if it is there."""
+    """The message for a key that is missing in `config`, with the nearest name; empty if the key exists."""
     node: Any = config
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -145,13 +145,13 @@ def _same_name_hint(last: str, config: DictConfig) -> str:
 
 
 def _install_hint(group: str, name: str) -> str:
-    """What to install for a choice of one of Hydra's groups; empty if nothing is missing."""
+    """A hint on the package to install for a choice of one of Hydra's groups; empty if nothing is missing."""
     package = _PACKAGES.get(group, {}).get(name)
     return f"; provided by another package: pip install {package}" if package else ""
 
 
 def _summary(error: Exception) -> str:
-    """The first line of an error, or two if the first is a heading, and what to install."""
+    """The first line of an error, or two lines if the first is a heading, and a hint on the package to install."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = truncate(" ".join(lines[: 2 if len(lines) > 1 and lines[0].endswith(":") else 1]), 400) or type(error).__name__
     choices = [(group, name) for group, packages in _PACKAGES.items() for name in packages if f"{group}/{name}'" in text]

@@ -11,7 +11,7 @@ from fa_bench.config.job import Job
 from fa_bench.errors import CoverageError
 from fa_bench.registry.kinds import TOKENS
 
-#: Time limit in seconds; configs that are not checked within it fail in their job if the rule does not fit.
+#: Time limit in seconds. Configs that are not checked within it fail only in their own job if the rule does not fit.
 MOST_SECONDS = 15.0
 
 
@@ -48,7 +48,7 @@ def _attach(job: Job) -> None:
         dtype = torch.int64 if job.dataset.inputs == TOKENS else torch.float32
         sample = torch.zeros(2, *shape[0], device="meta", dtype=dtype)
         rule = job.fresh_algorithm()
-        rule.expect_samples(1)  # how many there are is not known before the data are loaded
+        rule.expect_samples(1)  # the number of samples is not known until the data are loaded
         rule.attach(model, seed=job.run.seed, sample_input=sample, initial_phase=False, objective=job.objective)
     except CoverageError as error:
         raise error.with_prefix("algorithm") from None

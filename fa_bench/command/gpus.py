@@ -20,9 +20,8 @@ _claimed: list[FileLock] = []
 class GpuPool:
     """CUDA devices for the worker processes of a sweep.
 
-    A worker claims the lowest free slot with a lock file, whose lock is released when the worker ends, even if it is killed;
-    slots alternate between the devices, so the numbers of workers on two devices differ by at most one as long as all of them
-    run.
+    A worker claims the lowest free slot by locking a file; the lock is released when the worker ends, even if it is killed. Slots
+    alternate between the devices, so as long as all workers run, the numbers of workers on two devices differ by at most one.
 
     Attributes:
         devices: as in CUDA_VISIBLE_DEVICES.
@@ -68,7 +67,7 @@ def shares_devices(requested: Collection[str]) -> bool:
 
 
 def jobs_at_a_time(jobs: int | None, devices: int, jobs_per_gpu: int) -> tuple[int | None, str]:
-    """How many jobs run at a time on these devices, and a line that says so, which is empty if nothing changes.
+    """The number of jobs that run at a time on these devices, and a line about it, which is empty if the number does not change.
 
     Args:
         jobs: the number requested from the launcher (`hydra.launcher.n_jobs`); -1 for its default, None for a launcher without

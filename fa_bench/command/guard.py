@@ -1,8 +1,8 @@
 """Configs are data: a config that would make Hydra run code of the config's choice is refused before Hydra runs.
 
 Hydra instantiates launcher, sweeper and callbacks from the classes that ``_target_`` names, imports the packages in its search
-path, and passes its logging sections to `logging.config`, which calls the functions that they name. A downloaded config could run
-anything.
+path, and passes its logging sections to `logging.config`, which calls the functions that they name. A downloaded config could
+therefore run any code.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SWEEPER = "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"
 #: The sections that Hydra instantiates, and the logging sections.
 _INSTANTIATED = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks")
 _LOGS = ("hydra.job_logging", "hydra.hydra_logging")
-#: The only interpolations allowed in them: names and folders, which are plain text whatever a config contains.
+#: The only interpolations allowed in these sections: names and folders, which are plain text whatever a config contains.
 _TEXT = re.compile(r"\$\{hydra\.(job|sweep|run|runtime)\.(name|id|num|dir|subdir|output_dir|override_dirname)\}")
 #: Allowed values of logging keys, and of any logging value with a scheme, such as ext://.
 _LOG_VALUES = {
@@ -81,7 +81,7 @@ class CheckedFiles(FileConfigSource):
 
 
 class CheckedPackages(ImportlibResourcesConfigSource):
-    """Hydra's source of configs in Python packages, which it imports: the search path must not name any."""
+    """Hydra's source of configs in Python packages. Hydra imports these packages, so the search path must not name any."""
 
     def __init__(self, provider: str, path: str) -> None:
         if provider.startswith("hydra.searchpath"):
@@ -111,7 +111,7 @@ class SharedStore(StructuredConfigSource):
 
 
 _SOURCES = {CheckedFiles: FileConfigSource, CheckedPackages: ImportlibResourcesConfigSource, SharedStore: StructuredConfigSource}
-# Hydra registers its own sources again later, in launchers' processes too, but keeps a source that has the same name.
+# Hydra later registers its own sources again, also in launchers' processes, but keeps an existing source of the same name.
 for _source, _replaced in _SOURCES.items():
     _source.__name__ = _replaced.__name__
 
@@ -130,7 +130,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
         plugins: the modules named on the command line, the only ones that may be imported.
 
     Raises:
-        ConfigError: for such a config; the message names the key, its value and what is allowed.
+        ConfigError: for such a config; the message names the key, its value and the allowed values.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
     _check_lengths(plain)
@@ -181,7 +181,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
     try:
         modules = config.get("plugins") or []
     except OmegaConfBaseException:
-        return  # nothing is imported: the check of the job reports what is wrong
+        return  # nothing is imported here; the check of the job reports the error
     if OmegaConf.is_list(modules) and (unnamed := [name for name in modules if name not in plugins]):
         raise ConfigError(
             f"plugins=[{unnamed[0]}]: set by a config file, but only the command line may name modules to import; "
@@ -221,7 +221,7 @@ def _check_lengths(plain: Any) -> None:
 
 
 def _walk(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(full key, last key, value) of everything in nested dicts and lists."""
+    """(full key, last key, value) of every value in nested dicts and lists."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield f"{prefix}{key}", key, item
         yield from _walk(item, f"{prefix}{key}.")
@@ -233,7 +233,7 @@ def _hydra_classes() -> list[str]:
     import hydra.experimental.callbacks  # noqa: F401  (defines Hydra's own)
 
     classes: list[type] = [*Plugins.instance().discover(Launcher), *Plugins.instance().discover(Sweeper), Callback]
-    for cls in classes:  # the list grows meanwhile
+    for cls in classes:  # the list grows during the loop
         classes += cls.__subclasses__() if issubclass(cls, Callback) else ()
     return sorted(
         f"{cls.__module__}.{cls.__qualname__}"

@@ -42,7 +42,7 @@ def check_sections(config: DictConfig) -> None:
         OmegaConf.is_list(verbose) and all(isinstance(name, str) for name in verbose)
     ):
         raise ConfigError(f"hydra.verbose={verbose}: must be true, false or a list of loggers")
-    # Launchers with several processes, such as joblib's, would refuse the number when the sweep has started.
+    # Launchers with several processes, such as joblib's, would refuse an invalid number only after the sweep has started.
     jobs = OmegaConf.select(config, "hydra.launcher.n_jobs")
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0):
         raise ConfigError(f"hydra.launcher.n_jobs={jobs}: must be a whole number >= 1, or -1 for one job per core")
@@ -50,7 +50,7 @@ def check_sections(config: DictConfig) -> None:
 
 def _configure_logging(section: DictConfig | None) -> None:
     plain: Any = OmegaConf.to_container(section, resolve=False) if section is not None else None
-    if plain is None or plain["root"] is None:  # Hydra's condition
+    if plain is None or plain["root"] is None:  # the condition that Hydra uses
         return
     for handler in (plain.get("handlers") or {}).values():
         if handler.pop("filename", None):  # its directory does not exist yet

@@ -34,9 +34,9 @@ class Task:
         threads: CPU threads of the process that started the sweep; their number changes rounding.
         parent_pid: the pid of that process.
         failure_marker: a file that exists once a job has failed.
-        gpus: CUDA devices that worker processes share; None for those that a process sees.
+        gpus: CUDA devices that worker processes share; None if each process uses the devices that it sees.
         directories: the run directories of the checked jobs.
-        errors: collects the errors of invalid input, which are printed otherwise; for a run within a user's program.
+        errors: a list that collects the errors of invalid input, for a run within a user's program; if None, they are printed.
         owns_process: whether this process is that of the command or of a launcher, not a user's program.
     """
 
@@ -99,7 +99,7 @@ class Task:
         except parallel.ProcessLost as error:
             parallel.current().report(f"fa-bench: {printable(error)}. {resume_hint([(job, directory)])}")
             return 1
-        except BaseException as error:  # a plugin may raise anything, even sys.exit(); only its own job ends
+        except BaseException as error:  # a plugin may raise anything, even SystemExit; only its job ends
             is_known = isinstance(error, FaBenchError)
             if isinstance(error, FaBenchError) and self.errors is not None:
                 self.errors.append(error)
@@ -117,8 +117,8 @@ class Task:
     def _stopped(self, error: KeyboardInterrupt, prefix: str) -> int:
         """End a job whose run a signal has stopped; raises `error` unless a launcher can handle it.
 
-        submitit requeues the job after its signal, which Slurm sends before a job's time ends. After SIGTERM, Slurm may requeue
-        the job itself, so there must be no result yet; nothing requeues the jobs of submitit_local.
+        submitit requeues the job after the signal that Slurm sends before the job's time limit. After SIGTERM, Slurm itself may
+        requeue the job, so there must be no result yet; nothing requeues the jobs of submitit_local.
         """
         requeue = requeue_handler(error.number) if isinstance(error, Interrupted) else None
         if requeue is not None and isinstance(error, Interrupted):
@@ -152,7 +152,7 @@ def job_name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
 def report_interrupt(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt) -> int:
     """Print how to resume interrupted jobs; returns the exit code."""
     world = parallel.current()
-    if not (world.rank and world.stops_together):  # then process 0 saves the checkpoint, and says so
+    if not (world.rank and world.stops_together):  # otherwise process 0 saves the checkpoint and prints the message
         # torchrun also sends SIGTERM to the processes that remain after one has ended.
         world.report(f"fa-bench: {parallel.ProcessLost() if world.has_lost else 'Interrupted'}. {resume_hint(jobs)}")
     return exit_code_of(error)

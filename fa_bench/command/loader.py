@@ -25,11 +25,11 @@ _SEARCH_PATH = "hydra.searchpath"
 
 
 class JobLoader(ConfigLoaderImpl):
-    """Hydra's config loader, which composes jobs that choose the same components only once, and sets the other options in copies.
+    """A config loader that composes one config for all jobs with the same components, and sets the other options in copies of it.
 
-    Hydra composes every job from some twenty files and schemas, which takes most of the time needed to check a sweep. The files
-    of a command are read once: create a loader for each command, so that the next command sees changed files. The configs
-    themselves are the ones that Hydra composes.
+    Hydra itself composes every job from some twenty files and schemas, which takes most of the time needed to check a sweep. The
+    files of a command are read once: create a loader for each command, so that the next command sees changed files. The resulting
+    configs are the same as Hydra's.
     """
 
     def __init__(self, config_search_path: Any) -> None:
@@ -101,7 +101,7 @@ class JobLoader(ConfigLoaderImpl):
 
     def _compose(self, config_name: str | None, overrides: list[str], run_mode: RunMode) -> DictConfig:
         """A new config with these components and options of Hydra."""
-        # The components may have changed since: a job's check imports its plugins.
+        # The registered components may have changed since the last call, because checking a job imports its plugins.
         key = (config_name, tuple(overrides), registered_components())
         if (stored := self._configs.get(key)) is None:
             try:
@@ -109,7 +109,7 @@ class JobLoader(ConfigLoaderImpl):
             except Exception:
                 if run_mode is RunMode.RUN:
                     raise
-                # Without components that have no default: the sweep's jobs choose them.
+                # Compose the config without the components that have no default, which the sweep's jobs choose.
                 return super()._load_configuration_impl(config_name, overrides, run_mode, from_shell=False)
             if len(self._configs) >= _MOST_CONFIGS:
                 del self._configs[next(iter(self._configs))]
@@ -143,5 +143,5 @@ class _Kept:
         return self._unpickler(io.BytesIO(self._content)).load()
 
 
-#: The stores of the loader that was unpickled last: a launcher's process gets the same loader for each of its jobs.
+#: The caches of the loader that was unpickled last: a launcher's process unpickles the same loader for each of its jobs.
 _latest: dict[str, Any] = {}

@@ -33,7 +33,8 @@ def parse(text: str) -> Override:
     """Parse one override.
 
     Raises:
-        ConfigError: if it cannot be parsed, is too long, or has too many values or none; with what to type instead if known.
+        ConfigError: if it cannot be parsed, is too long, or has too many values or none; if known, the message says what to type
+            instead.
     """
     short = truncate(text, 100)
     if len(text) > MOST_TEXT:

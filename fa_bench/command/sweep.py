@@ -49,7 +49,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     """Expand, check and run a sweep, and write its report.
 
     Args:
-        context: Hydra's, with the config loader.
+        context: Hydra's context, with the config loader.
         task: the function that runs a job, a `Task`.
         config: the config of the sweep, composed from the overrides with a single value.
         arguments: the overrides, without those of Hydra's own options.
@@ -153,7 +153,7 @@ def oversubscribed(jobs: int | None, threads: int, available: int) -> str:
 
 
 def _earlier_runs(jobs: Jobs) -> str:
-    """A line about the state of the runs that an earlier start of the sweep left behind, or nothing."""
+    """A line that counts the runs left by an earlier start of the sweep, by state; empty if there are none."""
     counts = Counter(RunDirectory(run_dir, job).state for job, run_dir in jobs if job.run.resume is not False)
     states = [state for state in (RunState.FINISHED, RunState.UNFINISHED, RunState.STALE) if counts[state]]
     return f"\n  of these: {', '.join(f'{counts[state]} {state.value}' for state in states)}" if states else ""
@@ -176,7 +176,7 @@ def _stop_jobs(run_dirs: Iterable[Path]) -> None:
 
 
 def _write_report(run_dirs: list[Path], folder: Path) -> int:
-    """Report on all runs in the folder, and print the table of the sweep's own."""
+    """Report on all runs in the folder, and print the table of the sweep's own runs."""
     from fa_bench.report import write_report
     from fa_bench.report.runs import find_runs
 
@@ -205,9 +205,9 @@ def _status(run_dir: Path) -> str:
 def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
     """The folders for sweep.json and the report, each with its run directories.
 
-    There is one for each `output_dir`, so nothing is written outside the folders that the user has chosen: the folder of the
-    experiment, or of dataset and architecture, however many groups of runs it has; `output_dir` if the sweep spans several of
-    these. For directories with a different layout, it is the lowest common folder.
+    There is one folder for each `output_dir`, so nothing is written outside the folders that the user has chosen. It is the
+    folder of the experiment, or of dataset and architecture, however many groups of runs it has; if the sweep spans several of
+    these folders, it is `output_dir` itself. For directories with a different layout, it is the lowest common folder.
     """
     by_output: dict[str, list[tuple[Job, Path]]] = {}
     for job, run_dir in jobs:
@@ -225,7 +225,7 @@ def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
 
 
 def _is_standard(job: Job, run_dir: Path) -> bool:
-    """Whether the directory is that of the default config: `output_dir`/collection/group/seed."""
+    """Whether the directory has the layout of the default config, `output_dir`/collection/group/seed."""
     return (
         (run_dir.name, run_dir.parent.name) == (f"seed{job.run.seed}", job.group)
         and len(run_dir.parents) > 2

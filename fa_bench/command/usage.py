@@ -121,7 +121,8 @@ def _components(registry: Registry) -> Iterator[str]:
 
 
 def _own_options(registry: Registry, name: str) -> Iterator[str]:
-    """The options of a component that is named by an option: those of schedules have keys, those of others follow the name."""
+    """The options of a component that is selected by an option; those of schedules have their own keys, those of other components
+    are written after the name."""
     prefix = "optimizer.schedule." if registry is SCHEDULES else f"{name}:"
     for field in option_fields(registry[name]):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -149,7 +149,7 @@ class RunOptions(Options):
     plugins: list[str] = option([], "modules to import first, such as one that registers your own rules")
 
     def check(self) -> None:
-        if not self.output_dir.strip():  # such as an unset variable
+        if not self.output_dir.strip():  # for example, an unset variable
             raise OptionError("output_dir", f"={self.output_dir!r} is empty; name a folder, such as outputs")
         if not re.fullmatch(DEVICE, self.device):
             raise OptionError(
@@ -296,7 +296,7 @@ class Job:
 
     @property
     def plugin_modules(self) -> list[str]:
-        """The modules outside this package that the run's results depend on: those of `plugins` and of its components."""
+        """The modules outside this package that the run's results depend on: those in `plugins`, and those of its components."""
         optimizers = [optimizer for optimizer in (self.optimizer, self.feedback_optimizer) if optimizer is not None]
         components = [
             self.algorithm,
@@ -367,7 +367,7 @@ _registered: dict[str, Any] = {}
 def register_schemas() -> None:
     """Add every component to its config group, and as ``/_schema/KIND/NAME`` for configs that extend it.
 
-    Does nothing if the components have not changed since the last call, as every job of a sweep calls this.
+    Does nothing if the components have not changed since the last call, because this is called for every job of a sweep.
 
     Raises:
         ConfigError: for a component without usable defaults, which is dropped.
@@ -381,7 +381,7 @@ def register_schemas() -> None:
     _registered["known"] = known
     store = ConfigStore.instance()
     store.store(group="_schema", name="run", node=defaults(RunOptions))
-    for kind, name in _registered.pop("choices", ()):  # plugins may be gone
+    for kind, name in _registered.pop("choices", ()):  # plugins may have been unloaded
         for folder in (store.repo[kind], store.repo["_schema"][kind]):
             folder.pop(f"{name}.yaml", None)
     choices = _registered["choices"] = []
@@ -406,7 +406,7 @@ def register_schemas() -> None:
 
 
 def registered_components() -> Any:
-    """The state of what `register_schemas` has registered, which is equal as long as the schemas are."""
+    """The components that `register_schemas` registered last; as long as this value is equal, so are the schemas."""
     return _registered.get("known")
 
 
@@ -430,7 +430,7 @@ _known: tuple[DictConfig | None, Job | None] = None, None
 
 @contextmanager
 def known_job(config: DictConfig, job: Job) -> Iterator[None]:
-    """Within the block, `config`, which must not change, has the directory of `job` and is not checked again."""
+    """Within the block, use the directory of `job` for `config`, which must not change, instead of checking it again."""
     global _known
     before = _known
     _known = config, job
@@ -441,7 +441,8 @@ def known_job(config: DictConfig, job: Job) -> Iterator[None]:
 
 
 def run_dir(*, _root_: DictConfig) -> str:
-    """A run's directory below output_dir, ``EXPERIMENT/RULE-HASH/seedSEED``, with ``DATASET-ARCHITECTURE`` if no experiment."""
+    """A run's directory below output_dir: ``EXPERIMENT/RULE-HASH/seedSEED``, or ``DATASET-ARCHITECTURE/RULE-HASH/seedSEED`` if
+    there is no experiment."""
     experiment = OmegaConf.select(_root_, "hydra.runtime.choices.experiment")
     config, job = _known
     if job is None or config is not _root_:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from fa_bench.config.job import Job
 
 NAME = ".name"
-#: The option that determines the data of some datasets, and only locates those of others.
+#: The option that determines the data of some datasets; for others, it only gives the location of the data.
 DATA_DIR = "data_dir"
-#: Groups whose options have short keys in labels, and the names that these would otherwise share with options of the run.
+#: Groups whose options have short keys in labels, and the run's own options, with which short keys must not be confused.
 _SHORTENED = ("algorithm", "optimizer")
 _RUN_OPTIONS = {field.name for field in dataclasses.fields(RunOptions)}
 Flat = Mapping[str, Any]
@@ -88,10 +88,10 @@ def _component_keys(key: str) -> list[str]:
 
 
 def short_key(key: str, config: Flat) -> str:
-    """A key as labels show it: without the prefix of the rule's options and the optimizer's, ``lr`` for ``optimizer.lr``.
+    """A key as shown in labels: options of the rule and the optimizer have no prefix, for example ``lr`` for ``optimizer.lr``.
 
-    The full key is used if the short form would be ambiguous within the config. It does not depend on other configs, so a run has
-    the same label whatever it is compared with.
+    The full key is used if the short form would be ambiguous within the config. The choice does not depend on other configs, so a
+    run has the same label whatever it is compared with.
     """
     group, _, name = key.partition(".")
     if group not in _SHORTENED or not name or name == "name" or name in config or name in _RUN_OPTIONS:
@@ -108,8 +108,8 @@ def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
 def distinct_labels(names: Mapping[Key, str], configs: Mapping[Key, Flat]) -> dict[Key, str]:
     """The names; if several are equal, the values of the keys in which their configs differ are added.
 
-    This is the form of all labels of runs that are compared: in reports, figures, the live view and the log of a sweep. Keys in
-    which only runs with other names differ are not added.
+    All labels of compared runs have this form: in reports, figures, the live view and the log of a sweep. Keys in which only runs
+    with other names differ are not added.
     """
     by_name: dict[str, list[Key]] = {}
     for key, name in names.items():
@@ -123,7 +123,7 @@ def distinct_labels(names: Mapping[Key, str], configs: Mapping[Key, Flat]) -> di
 
 
 def sweep_summary(jobs: list[Job], *directories: Path) -> str:
-    """A few lines about a sweep: its main options, and the others in which runs of the same rule differ."""
+    """A few lines about a sweep: its main options, and any other options in which runs of the same rule differ."""
     configs = [flatten(job.plain()) for job in jobs]
     shared = ("algorithm", "architecture", "dataset", "optimizer", "epochs", "batch_size", "scale", "seed")
     differing = {

@@ -39,7 +39,7 @@ SCALES: dict[str, Scale | None] = {
 
 
 def scaled(job: Job) -> Job:
-    """The job as it is trained at its scale; the job itself if that is ``full``."""
+    """The job as it is trained at its scale; the job itself if the scale is ``full``."""
     scale = SCALES[job.run.scale]
     if scale is None:
         return job

@@ -1,1 +1,1 @@
-"""Datasets: one file for each source of images; the registry imports them all."""
+"""Datasets: one file for each source of data; the registry imports them all."""

@@ -11,7 +11,8 @@ import numpy as np
 
 from fa_bench.registry.kinds import CLASSES, FEATURES, IMAGES, NOUNS, POSITIONS, VALUES
 
-#: Tolerance of fractions beyond 0 and 1 for rounding, and the maximum below which 8 bits would leave at most four greys.
+#: Tolerance for values that rounding has moved outside of 0 to 1, and the maximum value below which 8 bits would leave at most
+#: four grey levels.
 _ROUNDING, _ALMOST_BLACK = 1e-3, 4 / 255
 _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True and False"
 
@@ -22,19 +23,19 @@ def checked(
     """Check and convert training inputs and targets, test inputs and targets, and the names of classes, outputs or tokens.
 
     Args:
-        arrays: the five. Images are whole numbers from 0 to 255, floats from 0 to 1, or bool, (n, C, H, W) or (n, H, W); features
-            finite numbers, (n, F); tokens whole numbers from 0 to the number of names - 1, (n, T). Labels are whole numbers from
-            0, also as floats or (n, 1); values finite numbers, (n,) or (n, O); positions labels for each token, (n, T), of which
-            negative ones do not count.
-        notes: a sentence on each conversion is appended.
+        arrays: these five arrays. Images are whole numbers from 0 to 255, floats from 0 to 1, or bool, (n, C, H, W) or (n, H, W);
+            features are finite numbers, (n, F); tokens are whole numbers from 0 to the number of names - 1, (n, T). Labels are
+            whole numbers from 0, which may be stored as floats or as (n, 1); values are finite numbers, (n,) or (n, O); positions
+            are labels for each token, (n, T), of which negative ones do not count.
+        notes: a sentence on each conversion is appended to this list.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
 
     Returns:
-        The five, contiguous, with images uint8 (n, C, H, W), features float32, tokens, labels and positions int64, values float32
-        (n, O).
+        The five arrays, contiguous: images are uint8 (n, C, H, W), features float32, tokens, labels and positions int64, and
+        values float32 (n, O).
 
     Raises:
-        ValueError: if an array is invalid; the message names it, its value and what is allowed.
+        ValueError: if an array is invalid; the message names it, its value and the allowed values.
     """
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 5:
         raise ValueError(
@@ -74,7 +75,7 @@ def checked(
 
 
 def check_labels(inputs: np.ndarray, labels: np.ndarray, classes: list[str], part: str, noun: str = "image") -> None:
-    """Raise ValueError unless there is one label from 0 to len(classes) - 1 for each sample, which messages call `noun`."""
+    """Raise ValueError unless there is one label from 0 to len(classes) - 1 for each sample; messages call samples `noun`."""
     if len(inputs) != len(labels):
         raise ValueError(f"{len(inputs)} {part} {noun}s have {len(labels)} labels, not one label for each {noun}")
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
@@ -98,7 +99,7 @@ def _images(given: Any, part: str, notes: list[str]) -> np.ndarray:
             f"{part} images have shape {shape} (allowed: (n, channels, height, width), or (n, height, width) for grey)"
         )
     _, first, second, last = images.shape
-    # Channels come last if there are 3 columns but more rows and "channels", or 1 or 4 columns next to a square.
+    # Channels probably come last if the other two axes are longer than 4 and the last one has length 3, or 1 or 4 after a square.
     if first > 4 and second > 4 and (last == 3 or (last in (1, 4) and first == second)):
         raise ValueError(
             f"{part} images have shape {shape}, which looks like (n, height, width, channels); use images.transpose(0, 3, 1, 2)"
@@ -212,7 +213,7 @@ def _array(given: Any, what: str, text: str = "") -> np.ndarray:
     """An array of real numbers or bool."""
     try:
         array = np.asarray(given)
-    except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths, a tensor on another device
+    except (ValueError, TypeError, RuntimeError) as error:  # rows of different lengths, or a tensor on another device
         raise ValueError(f"{what} are not an array ({str(error).splitlines()[0]:.100})") from None
     if array.dtype.kind not in "biuf":
         hint = text if array.dtype.kind in "US" else ""

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def mean_option(*default: float) -> Any:
-    """The option `mean` of a dataset, with the values of its source or a paper."""
+    """The option `mean` of a dataset; the default values come from the data's source or from a paper."""
     return option([*default], "mean of each channel in units of the full range, or one number for all", minimum=0, maximum=1)
 
 
@@ -86,9 +86,9 @@ class Dataset(Options):
         0, "seed that determines which `samples` are chosen, the same for every run seed", minimum=0, identifying=False
     )
 
-    #: The kind of its inputs (`fa_bench.registry.kinds`).
+    #: The kind of the inputs (`fa_bench.registry.kinds`).
     inputs: ClassVar[str] = IMAGES
-    #: The kind of its targets: class indices, or numbers (n, O) of O outputs, whose names replace
+    #: The kind of the targets: class indices, or the numbers (n, O) of O outputs, in which case the names of the outputs replace
     #: those of the classes.
     targets: ClassVar[str] = CLASSES
     #: Whether data_dir is the dataset itself, and therefore part of a run's identity.
@@ -105,7 +105,7 @@ class Dataset(Options):
 
     @property
     def nouns(self) -> tuple[str, str]:
-        """What one sample and several are called."""
+        """The words for one sample and for several."""
         return NOUNS[self.inputs]
 
     @property
@@ -123,8 +123,8 @@ class Dataset(Options):
         Args:
             data_dir: the folder of the datasets.
             device: the device of samples that fit in memory.
-            at_most: numbers of training and test samples of a shortened run, sampled with a fixed seed; None: all. Numbers of
-                held-out samples, and `samples`, are then reduced in proportion.
+            at_most: maximum numbers of training and test samples of a shortened run, sampled with a fixed seed; None: all. The
+                number of held-out samples and the option `samples` are reduced in proportion.
 
         Raises:
             DataError: if a file is missing or unreadable, or a split has no samples; the message names it.
@@ -154,8 +154,11 @@ class Dataset(Options):
         return splits
 
     def _hold_out(self, splits: Splits, total: int) -> tuple[Splits, int]:
-        """Hold out training samples for validation; `total` is the number of training samples in the complete dataset, and the
-        returned number is `total` without the held-out ones."""
+        """Hold out training samples for validation.
+
+        `total` is the number of training samples in the complete dataset; the returned number is `total` without the held-out
+        samples.
+        """
         train = splits.train
         held = round(self.validation * len(train) / (1 if self.validation < 1 else total))
         if self.validation > 0:
@@ -165,7 +168,7 @@ class Dataset(Options):
         if held == 0:
             return splits, total
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_for("split", self.validation_seed)))
-        # Sorted, so that the held-out and the remaining samples keep the order of the files.
+        # The indices are sorted, so that the held-out and the remaining samples keep the order of the files.
         validation, rest = order[:held].sort().values, order[held:].sort().values
         return (
             dataclasses.replace(splits, train=train.subset(rest), validation=train.subset(validation)),
@@ -178,7 +181,7 @@ class Dataset(Options):
         return self.samples
 
     def _reduced(self, splits: Splits, full: int) -> Splits:
-        """Keep the training samples that `samples` asks for; `full` is the number of training samples in a full run."""
+        """Keep the number of training samples that `samples` specifies; `full` is their number in a full run."""
         wanted, train = self.subsample, splits.train
         if wanted is None:
             return splits
@@ -198,7 +201,7 @@ class Dataset(Options):
         Image files that this process has read before are not read again unless they have changed.
 
         Raises:
-            FaBenchError: as `load`.
+            FaBenchError: see `load`.
         """
         return self._with_data_errors(lambda: self.content_hash(data_dir))
 
@@ -228,7 +231,7 @@ class ImageDataset(Dataset):
     mean: list[float] = mean_option(0.5)
     std: list[float] = std_option(0.5)
 
-    #: Channels of its images; 0 if unknown before reading.
+    #: Number of channels of the images; 0 if unknown before reading.
     channels: int = dataclasses.field(init=False, default=0)
     #: Height and width of the stored images and the number of classes; None if unknown before reading.
     stored: ClassVar[tuple[int, int, int] | None] = None

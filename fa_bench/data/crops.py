@@ -16,10 +16,11 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Random numbers of a random resized crop of one image: tries of area and aspect ratio, a position, a flip.
+#: Number of tries of a random resized crop, and the random numbers that one image needs: area and aspect ratio of each try, two
+#: for the position, and one for the flip.
 TRIES = 10
 DRAWS = 2 * TRIES + 3
-#: For evaluation, the shorter side is resized to this many times the crop: 256 for 224.
+#: For evaluation, the shorter side is resized to this many times the size of the crop: 256 pixels for 224.
 MARGIN = 256 / 224
 
 
@@ -52,7 +53,7 @@ class Crop:
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
         """A training batch (N, C, H, W), each image augmented by random numbers from `generator` (CPU).
 
-        `part` says which images of a batch these are; their random numbers are those of the whole batch. None: all.
+        `part` specifies which images of a batch these are (None: all); they get the same random numbers as in the whole batch.
         """
         return self.fixed(images)
 
@@ -62,7 +63,7 @@ class Crop:
 
 
 class PaddedCrop(Crop):
-    """Resizes the shorter side and crops the centre; augments with a crop after 4 pixels of zero padding, and a horizontal
+    """Resizes the shorter side and crops the centre; augments with a random crop after 4 pixels of zero padding, and a horizontal
     flip."""
 
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
@@ -90,18 +91,18 @@ class ResizedCrop(Crop):
         return resize_and_crop(images, margin(min(target)), target)
 
     def decode_random(self, image: Any, rng: np.random.Generator) -> Any:
-        """`random` of one PIL image in a mode with 8 bits, by Pillow."""
+        """Like `random`, for one PIL image in an 8-bit mode; computed by Pillow."""
         from PIL import Image
 
         draws = rng.random((1, DRAWS))
         top, left, height, width = random_boxes(draws, image.height, image.width)[0].tolist()
         out = self.shape(image.height, image.width)
-        # Cropped first, because resize(box=...) would use pixels outside of the box.
+        # The image is cropped first, because resize(box=...) would use pixels outside of the box.
         image = image.crop((left, top, left + width, top + height)).resize(out[::-1], Image.Resampling.BILINEAR)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[0, -1] < 0.5 else image
 
     def decode_fixed(self, image: Any) -> Any:
-        """`fixed` of one PIL image in a mode with 8 bits, by Pillow."""
+        """Like `fixed`, for one PIL image in an 8-bit mode; computed by Pillow."""
         from PIL import Image
 
         target = self.shape(image.height, image.width)
@@ -112,7 +113,7 @@ class ResizedCrop(Crop):
 
 
 def _of_part(draws: Tensor, part: Part | None) -> Tensor:
-    """The random numbers of the samples of a part, from those of the batch."""
+    """The random numbers for the samples of a part, taken from those of the whole batch."""
     return draws if part is None else draws[part.positions]
 
 
@@ -138,7 +139,7 @@ def centre(length: int, part: int) -> int:
 def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4, part: Part | None = None) -> Tensor:
     """Pad each image of a batch (N, C, H, W) with zeros, crop it at a random position, and flip it with probability 1/2.
 
-    `part` is that of `Crop.random`.
+    `part`: see `Crop.random`.
     """
     n, channels, height, width = images.shape
     device, count = images.device, n if part is None else part.batch
@@ -160,7 +161,8 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4, 
 def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
     """Boxes of random resized crops: area uniform in 8 % to 100 %, aspect ratio log-uniform in 3/4 to 4/3.
 
-    Each is the first of ten tries that fits or, if none does, the largest centred box with an aspect ratio in that range.
+    Each box is the first of ten tries that fits into the image or, if none fits, the largest centred box with an aspect ratio in
+    that range.
 
     Args:
         draws: uniform in [0, 1), (N, DRAWS); the last, for the flip, is not used here.
@@ -184,7 +186,7 @@ def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def crop_and_resize(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Crop each image to its box, resize it with bilinear interpolation and antialiasing, and flip it if asked.
+    """Crop each image to its box, resize it with bilinear interpolation and antialiasing, and flip it where `flips` is true.
 
     Args:
         images: uint8 or floating (N, C, H, W).
@@ -220,9 +222,10 @@ def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tens
 
 
 def _interpolation(start: Tensor, length: Tensor, total: int, resized: int, part: int, first: int = 0) -> Tensor:
-    """Weights (N, part, total) that resize pixels start to start + length, both (N,), to `resized` and keep `part` from `first`.
+    """Weights (N, part, total) that resize the pixels from start to start + length, both (N,), to `resized` pixels, and keep
+    `part` of these from `first` on.
 
-    A triangle as wide as two pixels of the coarser grid; pixels outside of start to start + length have no weight.
+    The filter is a triangle as wide as two pixels of the coarser grid; pixels outside of start to start + length have no weight.
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / resized

@@ -30,14 +30,14 @@ _UPRIGHT = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-#: TIFF: the tags of bits per channel and of whether 0 is white.
+#: TIFF: the tag with the bits per channel, and the tag that tells whether 0 is white.
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-#: PNG: the factors by which Pillow scales grey levels of 1, 2 and 4 bits; it does not scale the transparent level, except that
-#: of 1 bit since Pillow 12.1.
+#: PNG: the factors by which Pillow scales grey levels of 1, 2 and 4 bits. Pillow does not scale the level that marks transparent
+#: pixels, except for images of 1 bit since version 12.1.
 _GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 
 
-#: What may be noted about an image file, and the corresponding sentence.
+#: The possible notes on an image file, and the sentence for each.
 NOTES = {
     "rotated": "images rotated by their EXIF orientation",
     "transparent": "transparent images composited on {shade} (dataset.background)",
@@ -54,7 +54,7 @@ class Decoder:
     Attributes:
         channels: 3 for colour, 1 for greyscale.
         height, width: the height and width of the result.
-        resize: resize images of other sizes, which are refused otherwise.
+        resize: whether images of other sizes are resized; otherwise they are refused.
         background: grey level, 0 to 255, behind transparent pixels.
         crop: read a random part of each image, or its centre, resized; None: the whole image.
     """
@@ -75,10 +75,10 @@ class Decoder:
         """Read and decode a file once.
 
         Returns:
-            The image if `keep`, else None; 1 for each of `NOTES` that applies; the SHA-256 of the file.
+            The image if `keep`, else None; a count of 1 for each of `NOTES` that applies; the SHA-256 of the file.
 
         Raises:
-            DataError: if it cannot be decoded; the message names the file.
+            DataError: if the file cannot be decoded; the message names it.
         """
         notes: Counter[str] = Counter()
         with errors_named(path):
@@ -88,16 +88,17 @@ class Decoder:
 
     def _array(self, image: Any) -> np.ndarray:
         array = np.asarray(image)
-        # Contiguous, as resident images are: batches with channels last would use other kernels, which round differently, and
-        # oneDNN's for few channels write out of bounds (torch 2.15, seen with a 7x7 convolution of 4 channels at 224 pixels).
+        # Contiguous, like resident images: batches with channels last would use other kernels, which round differently, and
+        # oneDNN's kernels for few channels write out of bounds (torch 2.15, seen with a 7x7 convolution of 4 channels at 224
+        # pixels).
         return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
     def _open(self, path: Path, source: Path | io.BytesIO, notes: Counter[str]) -> Any:
-        """The PIL image in this decoder's channels, as a viewer shows it, at its own size; adds to `notes`."""
+        """The PIL image in this decoder's channels, as a viewer shows it, at its original size; adds to `notes`."""
         from PIL import Image
 
         with Image.open(source) as opened:
-            # The other frames of a camera's MPO are its preview, or the picture for the other eye.
+            # The other frames of a camera's MPO file are a preview, or the picture for the other eye.
             notes["frames"] += int(opened.format != "MPO" and getattr(opened, "is_animated", False))
             raw, deep = _storage(opened)
             tags = getattr(opened, "tag_v2", {})  # a TIFF's tags; Pillow rotates a TIFF when it loads it
@@ -135,7 +136,8 @@ class Decoder:
             return canvas.convert(mode)
 
     def _eight_bits(self, path: Path, opened: Any, image: Any) -> tuple[Any, Any]:
-        """A grey image of more than 8 bits reduced to 8, over its whole range, and its alpha channel or None."""
+        """Reduce a grey image of more than 8 bits to 8 bits, over its whole range; returns the image, and its alpha channel or
+        None."""
         from PIL import Image
 
         tags = getattr(opened, "tag_v2", {})
@@ -192,7 +194,7 @@ def upright_size(path: Path) -> tuple[int, int]:
 
 
 def regular(path: Path) -> os.stat_result:
-    """The status of a regular file; raises DataError naming it otherwise."""
+    """The status of a regular file; for anything else, raises a DataError that names the path."""
     try:
         status = path.stat()
     except OSError as error:

@@ -20,7 +20,7 @@ from fa_bench.registry.registries import DATASETS
 class Digits(ArrayDataset):
     """1,797 images of 8x8 pixels in 10 classes (Alpaydin and Kaynak 1998), bundled with scikit-learn.
 
-    The set has no test split of its own: one fifth of every class, always the same, is the test set.
+    The data come without a test split; a fixed fifth of every class is the test set.
     """
 
     channels: int = dataclasses.field(init=False, default=1)

@@ -26,7 +26,7 @@ class Downloaded(ArrayDataset, CroppedDataset):
     torchvision_name: ClassVar[str]
     folder: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
-    #: Pattern of their archives in data_dir; None if the files themselves are downloaded.
+    #: Pattern of the names of the archives in data_dir; None if the files themselves are downloaded.
     archives: ClassVar[str | None] = None
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
@@ -103,7 +103,7 @@ class Downloaded(ArrayDataset, CroppedDataset):
 @DATASETS.register("mnist")
 @dataclasses.dataclass(eq=False)
 class MNIST(Downloaded):
-    """MNIST: 60,000 and 10,000 grey images of 28x28 pixels in 10 classes (LeCun et al. 1998); mean 0.1307, std 0.3081."""
+    """MNIST: 60,000 training and 10,000 test images (grey, 28x28) in 10 classes (LeCun et al. 1998); mean 0.1307, std 0.3081."""
 
     augment: bool = augment_option(False)
     mean: list[float] = mean_option(0.1307)
@@ -123,8 +123,8 @@ class MNIST(Downloaded):
         return dict(self._torchvision.resources)  # only the hashes of the archives
 
     def _is_intact(self, path: Path) -> bool:
-        """Whether the file has the format: two zeros, 8 for bytes, the number of axes, the length of each in four bytes, and as
-        many bytes as these give."""
+        """Whether the file has MNIST's format: two zeros, 8 (which stands for bytes), the number of axes, the length of each axis
+        in four bytes, and as many bytes as these lengths require."""
         with path.open("rb") as file:
             head = file.read(16)
         axes = 3 if "idx3" in path.name else 1
@@ -135,7 +135,7 @@ class MNIST(Downloaded):
 @DATASETS.register("fashion_mnist")
 @dataclasses.dataclass(eq=False)
 class FashionMNIST(MNIST):
-    """Fashion-MNIST: MNIST's format with clothes (Xiao et al. 2017); mean and std 0.5, as in the DKP paper."""
+    """Fashion-MNIST: images of clothes in MNIST's format (Xiao et al. 2017); mean and std 0.5, as in the DKP paper."""
 
     mean: list[float] = mean_option(0.5)
     std: list[float] = std_option(0.5)
@@ -148,10 +148,10 @@ class FashionMNIST(MNIST):
 @DATASETS.register("cifar10")
 @dataclasses.dataclass(eq=False)
 class CIFAR10(Downloaded):
-    """CIFAR-10: 50,000 and 10,000 colour images of 32x32 pixels in 10 classes (Krizhevsky 2009).
+    """CIFAR-10: 50,000 training and 10,000 test images (colour, 32x32) in 10 classes (Krizhevsky 2009).
 
-    Mean and std are those of the training images. Papers use other values: PFA mean [0.4914, 0.4821, 0.4465]; ASAP the std that
-    is `cifar100`'s default; DKP 0.5 and 0.5.
+    Mean and std are those of the training images. Papers use other values: PFA the mean [0.4914, 0.4821, 0.4465]; ASAP the std
+    that is the default of `cifar100`; DKP 0.5 for both.
     """
 
     mean: list[float] = mean_option(0.4914, 0.4822, 0.4465)
@@ -183,7 +183,7 @@ class CIFAR10(Downloaded):
 class CIFAR100(CIFAR10):
     """CIFAR-100: CIFAR-10's format with 100 classes (Krizhevsky 2009); mean and std as in the code of the ASAP paper.
 
-    The DKP paper's AlexNet: mean=[0.5] std=[0.5] size=224 crop=resized.
+    For the DKP paper's AlexNet, set mean=[0.5] std=[0.5] size=224 crop=resized.
     """
 
     std: list[float] = std_option(0.2023, 0.1994, 0.2010)
@@ -198,7 +198,7 @@ class CIFAR100(CIFAR10):
 @DATASETS.register("svhn")
 @dataclasses.dataclass(eq=False)
 class SVHN(Downloaded):
-    """Street View House Numbers: 73,257 and 26,032 colour images of 32x32 pixels, in 10 classes (Netzer et al. 2011).
+    """Street View House Numbers: 73,257 training and 26,032 test images (colour, 32x32) in 10 classes (Netzer et al. 2011).
 
     The extra training images are not used. Mean and std are 0.5, as in the ASAP paper.
     """

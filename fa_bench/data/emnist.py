@@ -38,8 +38,9 @@ class KMNIST(MNIST):
 class EMNIST(MNIST):
     """EMNIST: grey images of 28x28 pixels of handwritten letters and digits (Cohen et al. 2017), upright; mean and std 0.5.
 
-    Splits: balanced (112,800 and 18,800 images in 47 classes), byclass (697,932 and 116,323 in 62), bymerge (the same in 47),
-    letters (124,800 and 20,800 in 26), digits (240,000 and 40,000 in 10), mnist (60,000 and 10,000 in 10).
+    The splits and their numbers of training and test images: balanced (112,800 and 18,800 in 47 classes), byclass (697,932 and
+    116,323 in 62), bymerge (the same in 47), letters (124,800 and 20,800 in 26), digits (240,000 and 40,000 in 10), mnist (60,000
+    and 10,000 in 10).
     """
 
     split: str = option("balanced", "which part of EMNIST", choices=list(EMNIST_SPLITS))

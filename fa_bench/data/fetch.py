@@ -23,9 +23,9 @@ from pathlib import Path, PurePosixPath
 from fa_bench.data.workspace import workspace
 from fa_bench.errors import DataError
 
-#: Seconds after which a silent server counts as unreachable.
+#: A server that has not responded for this many seconds counts as unreachable.
 _TIMEOUT = 60.0
-#: An unpacked archive of images may be larger than the archive by at most this factor, plus a number of bytes.
+#: An unpacked archive of images may be at most this many times as large as the archive, plus this many bytes.
 _MOST_GROWTH, _SMALL = 20, 1 << 24
 
 log = logging.getLogger("fa_bench")

@@ -51,9 +51,9 @@ class ImageFiles(CroppedDataset):
 
     channels: int = dataclasses.field(init=False, default=3)
     background: float = dataclasses.field(init=False, default=1.0)
-    #: Height and width of all its images, if they are known to have the same size.
+    #: Height and width of all images, if they are known to have the same size.
     stored_size: ClassVar[int | None] = None
-    #: Total bytes up to which all files are read before training, even if streamed: decoded once, and hashed.
+    #: The total size in bytes up to which all files are decoded once and hashed before training, even if they are streamed.
     reads_all: ClassVar[float] = float("inf")
 
     def check(self) -> None:
@@ -110,7 +110,7 @@ class ImageFiles(CroppedDataset):
             return Decoder(self.channels, self.stored_size, self.stored_size, False, background), crop, True
         height, width = (self.size, self.size) if self.size else upright_size(first)
         if isinstance(crop, ResizedCrop):
-            # A random part is cropped from the image at its own size, that is while decoding.
+            # A random part is cropped from the image at its original size, that is, while decoding.
             return Decoder(self.channels, height, width, True, background, crop), Crop(), False
         return Decoder(self.channels, height, width, self.size is not None, background), PaddedCrop(), True
 
@@ -188,7 +188,7 @@ class StreamedSplit(ImageSplit):
         paths: the files, (n).
         labels: int64 (n,).
         decode: decodes one file.
-        workers: number of processes; 0 decodes in this one.
+        workers: number of processes; with 0, images are decoded in this process.
         mean, std, augment, device, crop: see ResidentSplit.
     """
 
@@ -204,7 +204,8 @@ class StreamedSplit(ImageSplit):
         device: torch.device,
         crop: Crop,
     ) -> None:
-        # One array, whose memory workers share; reference counts of a million objects would make each worker copy them.
+        # A single array, whose memory the workers share. With a million objects, the changing reference counts would make each
+        # worker copy them.
         self.paths = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
         self.labels, self.decode, self.workers = labels, decode, workers
         self.targets = labels

@@ -20,10 +20,10 @@ VALIDATION = ("val", "valid", "validation")
 @DATASETS.register("image_folder")
 @dataclasses.dataclass(eq=False)
 class ImageFolder(ImageFiles):
-    """`data_dir` contains train/ and test/ (or val/), each with one folder of images for each class; docs/own_images.md.
+    """`data_dir` contains train/ and test/ (or val/), each with one folder of images for each class; see docs/own_images.md.
 
-    With all three, val/ is the validation set. Datasets that fit in memory are decoded once and stay on the device; larger ones,
-    and all with crop=resized, are streamed. Every image is decoded before training starts.
+    If all three exist, val/ is the validation set. Datasets that fit in memory are decoded once and stay on the device; larger
+    datasets, and all datasets with crop=resized, are streamed. Every image is decoded before training starts.
     """
 
     channels: int = option(3, "3 for colour, 1 for grey", minimum=1, maximum=3)
@@ -61,7 +61,7 @@ class ImageFolder(ImageFiles):
             raise DataError(
                 f"{first}: contains no folder named after a class in {train} ({names}); sort its images into such folders"
             )
-        # If only one of them has labelled images, it is the test set.
+        # If only one of test/ and val/ has labelled images, it is the test set.
         test, validation = data_dir / labelled[0], data_dir / labelled[1] if len(labelled) > 1 else None
         for name in ("test", *present):
             if name in folders and name not in labelled:

@@ -18,10 +18,10 @@ SOURCE = "register at https://image-net.org/download.php for the images of ILSVR
 @DATASETS.register("imagenet")
 @dataclasses.dataclass(eq=False)
 class ImageNet(ImageFiles):
-    """ImageNet: 1,281,167 and 50,000 colour photographs in 1,000 classes (Russakovsky et al. 2015), not redistributable.
+    """ImageNet: 1,281,167 training and 50,000 validation images (colour photographs) in 1,000 classes (Russakovsky et al. 2015).
 
     `data_dir`/imagenet contains train/ and val/, each with one folder of images for each class; val/ is the test set. Subsets
-    with fewer classes work too.
+    with fewer classes also work. The data are not redistributable.
     """
 
     crop: str = crop_option("resized")

@@ -51,7 +51,7 @@ class Listing:
 
     Attributes:
         classes: names of the classes.
-        parts: for train, test and possibly validation: its folder, and (file, label) of every image.
+        parts: for each of train, test and possibly validation: its folder, and (file, label) of every image.
         notes: sentences on skipped files.
     """
 
@@ -114,7 +114,7 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
                 skipped["broken links"] += 1
             else:
                 skipped[suffix or "no extension"] += 1
-    # Compared by parts, because the order of Windows paths ignores case.
+    # Paths are compared by their parts, because the order of Windows paths ignores case.
     return sorted(images, key=lambda path: path.parts)
 
 
@@ -173,7 +173,7 @@ def _evaluation(train: Path, root: Path, classes: list[str], notes: list[str]) -
     labels = {plain_name(name): label for label, name in enumerate(classes)}
     files: list[tuple[Path, int]] = []
     missing, unknown, present = list(classes), [], visible_folders(root, skipped)
-    # In the order of the classes of train.
+    # The folders are listed in the order of the classes of train.
     for folder in sorted(present, key=lambda path: labels.get(plain_name(path.name), len(labels))):
         images = images_below(folder, skipped)
         if images and plain_name(folder.name) not in labels:
@@ -206,12 +206,13 @@ def plain_name(name: str) -> str:
 
 
 def skip_notes(root: Path, skipped: Counter[str]) -> list[str]:
-    """A sentence on what was skipped in a folder, if anything was."""
+    """A sentence on the files skipped in a folder; empty if none were."""
     return [f"{root}: skipped {skipped.total():,} ({_counted(skipped)})"] if skipped else []
 
 
 def _hint(skipped: Counter[str]) -> str:
-    """What is in a folder without images, as the end of a message."""
+    """The end of a message about a folder without images: the files that were skipped or, if there are none, the allowed
+    extensions."""
     return f" (skipped {_counted(skipped)})" if skipped else f" ({', '.join(sorted(EXTENSIONS))})"
 
 

@@ -35,9 +35,9 @@ class Npz(VectorDataset):
 
     Inputs are images, (n, C, H, W) or (n, H, W), of 8 bits, bool, or floats from 0 to 1; features, floats (n, F); or tokens,
     whole numbers of more than 8 bits (n, T). Targets are classes, whole numbers from 0, (n,) or (n, 1); values, floats (n,) or
-    (n, O); or for tokens a class for each position, whole numbers (n, T), where -100 does not count. The types and shapes of
-    x_train and y_train determine the kind, and the other arrays must agree. The vocabulary size is one more than the largest
-    token in all arrays.
+    (n, O); or for tokens a class for each position, whole numbers (n, T), where positions with -100 do not count. The types and
+    shapes of x_train and y_train determine the kind, and the other arrays must agree with them. The vocabulary size is one more
+    than the largest token in all arrays.
 
     numpy.savez("my.npz", x_train=..., y_train=..., x_test=..., y_test=...) writes such a file. Files with pickled objects are
     refused, since reading them could execute code.
@@ -48,12 +48,12 @@ class Npz(VectorDataset):
 
     @property
     def inputs(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The kind of its inputs, for which the file's headers are read."""
+        """The kind of the inputs, which is determined from the file's headers."""
         return self._kinds[0]
 
     @property
     def targets(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The kind of its targets."""
+        """The kind of the targets."""
         return self._kinds[1]
 
     @property
@@ -145,8 +145,8 @@ class Npz(VectorDataset):
 
 @functools.lru_cache(maxsize=8)
 def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
-    """The kinds of inputs and targets of a file, determined from the headers of its arrays; read again if its `state` has
-    changed.
+    """The kinds of inputs and targets of a file, determined from the headers of its arrays, which are read again only if the
+    file's `state` has changed.
 
     Raises:
         DataError: if an array is missing, or its kind cannot be determined from its type and shape.

@@ -65,7 +65,7 @@ class Split(abc.ABC):
     def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """For each chunk of indices, the inputs as they are stored, and the targets, on the device.
 
-        `key` seeds what varies from epoch to epoch while reading; None: nothing.
+        `key` is the seed of everything that varies from epoch to epoch while reading; with None, nothing varies.
         """
 
     #: The targets of the samples, (n, ...), if they are available; used wherever classes matter.
@@ -80,13 +80,13 @@ class Split(abc.ABC):
 
     @property
     def is_indexed(self) -> bool:
-        """Whether an index is that of the same sample in every epoch, and `batch_indices` those of `batches`."""
+        """Whether an index refers to the same sample in every epoch, and `batch_indices` gives the indices of `batches`."""
         return type(self).batches is Split.batches
 
     def prepared(self, x: Tensor, seed: tuple[int, ...] | None, part: Part | None = None) -> Tensor:
         """A batch of gathered inputs as the model receives it.
 
-        `seed` is that of the batch (None: nothing varies); `part` says which samples of the batch these are (None: all).
+        `seed` is the seed of the batch (None: nothing varies); `part` specifies which samples of the batch these are (None: all).
         """
         return x
 
@@ -106,18 +106,18 @@ class Split(abc.ABC):
         shuffle: bool = True,
         share: Callable[[int], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the samples: inputs x and targets y, on the device.
+        """Yield the batches of one pass over the samples: inputs x and targets y, on the device.
 
         Args:
-            batch_size: samples in a batch; the last may have fewer.
+            batch_size: number of samples in a batch; the last batch may have fewer.
             seed: None for the stored order without augmentation; otherwise, the samples are shuffled and augmented, as a function
                 of (seed, epoch) only.
             epoch: number of the pass.
             drop_last: drop the last incomplete batch, unless it is the only one.
-            start: number of batches to skip at the beginning; the others do not depend on it.
+            start: number of batches to skip at the beginning; the other batches are the same for every `start`.
             shuffle: false for the stored order, even with a seed.
-            share: the positions of the wanted samples in a batch of the given size, (n,) int64; None: all. A batch without wanted
-                samples is skipped.
+            share: returns the positions of the wanted samples in a batch of the given size, (n,) int64; None: all. A batch
+                without wanted samples is skipped.
         """
         chunks = self.batch_indices(
             batch_size, seed=seed, epoch=epoch, drop_last=drop_last, start=start, shuffle=shuffle, share=share
@@ -143,7 +143,7 @@ class Split(abc.ABC):
         shuffle: bool = True,
         share: Callable[[int], Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """The indices of the samples in each of `batches`, whose arguments these are, (N,) int64 on the CPU."""
+        """Yield the indices of the samples in each batch that `batches` yields with the same arguments, (N,) int64 on the CPU."""
         indices = torch.arange(len(self))
         if seed is not None and shuffle:
             indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed_for("order", seed, epoch)))
@@ -155,7 +155,7 @@ class Split(abc.ABC):
         return (chunk[part.positions] for chunk, part in zip(chunks, parts, strict=False))
 
     def _parts(self, share: Callable[[int], Tensor], batch_size: int, steps: range) -> list[Part]:
-        """The wanted part of each batch that has one; the last batch may have fewer samples."""
+        """The wanted part of each batch that has wanted samples; the last batch may have fewer samples."""
         sizes = (min(batch_size, len(self) - i * batch_size) for i in steps)
         return [part for size in sizes if len((part := Part(share(size), size)).positions)]
 
@@ -184,7 +184,7 @@ class ImageSplit(Split):
 
     @functools.cached_property
     def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """x * scale + shift in place: two passes over the batch, whatever the mean."""
+        """(scale, shift) for x * scale + shift, which is computed in place with two passes over the batch, whatever the mean."""
         scale = torch.tensor([1 / (255 * s) for s in self.std], device=self.device).view(-1, 1, 1)
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=self.device).view(-1, 1, 1)
         return scale, shift
@@ -258,7 +258,7 @@ class ArraySplit(Split):
 
 
 def some(split: Split, number: int) -> Split:
-    """At most `number` samples of a split in their order, sampled with a fixed seed: the same in every run."""
+    """At most `number` samples of a split, in their original order; the fixed seed makes them the same in every run."""
     return split if len(split) <= number else split.subset(some_indices(split, number))
 
 

@@ -18,7 +18,7 @@ from fa_bench.registry.registries import DATASETS
 @DATASETS.register("stl10")
 @dataclasses.dataclass(eq=False)
 class STL10(Downloaded):
-    """STL-10: 5,000 and 8,000 colour images of 96x96 pixels in 10 classes (Coates et al. 2011); mean and std 0.5.
+    """STL-10: 5,000 training and 8,000 test images (colour, 96x96) in 10 classes (Coates et al. 2011); mean and std 0.5.
 
     The 100,000 unlabelled images are in the same archive (2.6 GB) but are not kept.
     """

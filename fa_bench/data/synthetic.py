@@ -34,7 +34,7 @@ class Synthetic(ArrayDataset):
 
     @property
     def subsample(self) -> None:
-        """None: its option `samples` is the number of generated images."""
+        """None, because this dataset's option `samples` is the number of generated images."""
         return None
 
     def shape(self) -> tuple[tuple[int, int, int], int]:

@@ -62,7 +62,7 @@ class Tabular(VectorDataset):
 
     @property
     def targets(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The kind of its targets, for which a CSV file may be read."""
+        """The kind of the targets; a CSV file may have to be read to determine it."""
         return BUNDLED[self.table] if self.table in BUNDLED else _TASKS[self.task or self._table.task]
 
     @property
@@ -93,7 +93,7 @@ class Tabular(VectorDataset):
                 random_state=self.test_seed,
                 stratify=y if self.targets == CLASSES else None,
             )
-        except ValueError as error:  # too few rows, or a class with a single one
+        except ValueError as error:  # too few rows, or a class with a single row
             raise OptionError(
                 "dataset.test", f"={self.test:g}: the rows cannot be split ({str(error).splitlines()[0]:.150})"
             ) from None
@@ -117,11 +117,11 @@ class _Table:
 
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Table:
-    """Read a CSV file, again only if its `state` has changed.
+    """Read a CSV file; it is read again only if its `state` has changed.
 
     Raises:
         DataError: if a column or row cannot be used; the message names it.
-        OptionError: if the target does not exist, or may be a class as well as a number.
+        OptionError: if the target does not exist, or may be either a class or a number.
     """
     import pandas as pd
 

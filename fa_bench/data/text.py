@@ -22,10 +22,10 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The text that is used without a path, and the bytes, each of which is always in the vocabulary of byte-pair encoding.
+#: The text that is used if no path is given, and the number of bytes, which are always in the vocabulary of byte-pair encoding.
 BUILT_IN, BYTES = Path(__file__).with_name("alice.txt"), 256
 UNKNOWN = "<unk>"
-#: The text with each token as a number, and the names of the tokens.
+#: A function that turns text into numbers of tokens, and the names of the tokens.
 Encoding = tuple[Callable[[str], Sequence[int]], list[str]]
 
 
@@ -43,8 +43,8 @@ class Text(Dataset):
     its targets are the tokens that follow each of them. Windows do not overlap. During training, their common offset changes from
     epoch to epoch, from 0 to `context` - 1, and they are shuffled; both depend only on the seed and the epoch.
 
-    With unit=characters, the vocabulary has the characters of the training part, and `<unk>` for others, whose number is
-    reported. With unit=bytes, it has the 256 bytes. With unit=bpe, byte-pair encoding is learned from the training part only,
+    With unit=characters, the vocabulary has the characters of the training part, and `<unk>` for all others, which are counted
+    in a note. With unit=bytes, it has the 256 bytes. With unit=bpe, byte-pair encoding is learned from the training part only,
     with the tokenizers package (pip install fa_bench[text]).
     """
 
@@ -124,8 +124,7 @@ class WindowSplit(Split):
     ) -> None:
         self.tokens, self.context, self.moves, self.device = tokens.to(device), context, moves, device
         self.characters = characters
-        # The last target is one token after the end of its window, and the windows of training may start up to T - 1 tokens
-        # later.
+        # The last target is one token after the end of its window, and training windows may be shifted by up to T - 1 tokens.
         count = max((len(tokens) - 1 - (context - 1) * moves) // context, 0)
         self.starts = (torch.arange(count) * context if starts is None else starts).to(device)
 
@@ -182,7 +181,7 @@ def read_text(path: Path) -> str:
 
 
 def require_tokenizers() -> None:
-    """Refuse byte-pair encoding without its package; raises OptionError with what to install."""
+    """Refuse byte-pair encoding without its package; raises an OptionError that says what to install."""
     from importlib.util import find_spec
 
     if find_spec("tokenizers") is None:

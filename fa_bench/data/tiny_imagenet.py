@@ -19,10 +19,10 @@ from fa_bench.registry.registries import DATASETS
 @DATASETS.register("tiny_imagenet")
 @dataclasses.dataclass(eq=False)
 class TinyImageNet(ImageFiles):
-    """Tiny ImageNet: 100,000 and 10,000 colour photographs of 64x64 pixels in 200 classes (Le and Yang 2015).
+    """Tiny ImageNet: 100,000 training and 10,000 test images (colour photographs, 64x64) in 200 classes (Le and Yang 2015).
 
-    Its labelled validation images are the test set, because the labels of its test images are not public. The images are decoded
-    once and stay on the device, 1.35e9 bytes, if memory_limit_gb allows it.
+    The labelled validation images are the test set, because the labels of the test images are not public. The images are decoded
+    once and stay on the device, where they take 1.35e9 bytes, if memory_limit_gb allows it.
     """
 
     mean: list[float] = mean_option(0.480, 0.448, 0.398)
@@ -41,7 +41,7 @@ class TinyImageNet(ImageFiles):
         for part in ("wnids.txt", "train", "val/images", "val/val_annotations.txt"):
             if not (root / part).exists():
                 raise DataError(f"dataset={self.name}: {root / part} is missing; delete {root} to download it again")
-        # Sorted, as in datasets of class folders.
+        # The classes are sorted, as in datasets of class folders.
         classes = sorted((root / "wnids.txt").read_text(encoding="utf-8", errors="replace").split())
         train = labelled_files([root / "train" / name for name in classes], Counter())
         return Listing(classes, {"train": (root / "train", train), "test": (root / "val", annotated(root / "val", classes))})

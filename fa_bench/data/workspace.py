@@ -10,7 +10,7 @@ from pathlib import Path
 from fa_bench.errors import DataError, RunDirectoryError
 from fa_bench.utils.locks import locked
 
-#: A file that marks a folder as one of these, so that it may be removed.
+#: A file that marks a folder as created by `workspace`, so that it may be removed.
 _MARK = ".made-by-fa-bench"
 
 
@@ -18,7 +18,7 @@ _MARK = ".made-by-fa-bench"
 def workspace(path: Path) -> Iterator[Path]:
     """An empty folder at `path`, locked for this process, and removed at the end.
 
-    The name is fixed, so the next process removes the files that a killed one left there.
+    The name is fixed, so the next process removes the files that a killed process left there.
 
     Raises:
         DataError: if `path` or its lock was not created by fa-bench.

@@ -38,10 +38,10 @@ class Logger(Options):
     swept: Mapping[str, bool] = dataclasses.field(init=False, default_factory=dict)
 
     def require(self) -> None:
-        """Called before training; raise ConfigError, with what to install, if the logger cannot work."""
+        """Called before training. If the logger cannot work, raise a ConfigError that says what to install."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
-        """Start logging to the run's directory, which exists; discard values logged after `step`, from which the run resumes."""
+        """Start logging to the run's directory, which exists. A run resumes from `step`; discard values logged after it."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers at a step, with tags such as ``loss/train`` or ``weight_angle/fc1``. After a resume, steps may repeat."""
@@ -50,17 +50,18 @@ class Logger(Options):
         """Log distributions of tensors at a step."""
 
     def flush(self) -> None:
-        """Called before a checkpoint is written; return when everything is on disk."""
+        """Called before a checkpoint is written; must return only when everything is on disk."""
 
     def finish(self, status: str, numbers: Mapping[str, float | None], step: int) -> None:
-        """Called when the run ends: finished, stopped, diverged, interrupted or failed, with its final accuracies and seconds."""
+        """Called when the run ends. `status` is finished, stopped, diverged, interrupted or failed; `numbers` contains the final
+        accuracies and the seconds of training."""
 
     def close(self) -> None:
         """Release all resources; also called after an error."""
 
 
 def require_package(logger: str, package: str) -> None:
-    """Refuse a logger whose package is not installed; raises ConfigError with the line that installs it."""
+    """Refuse a logger whose package is not installed; raises ConfigError with the command that installs it."""
     from importlib.util import find_spec
 
     if find_spec(package) is None:

@@ -9,5 +9,5 @@ from __future__ import annotations
 IMAGES, FEATURES, TOKENS = "images", "features", "tokens"
 #: Kinds of targets: class indices, int64 (N,); real numbers, float32 (N, O); a class for each position, int64 (N, T).
 CLASSES, VALUES, POSITIONS = "classes", "values", "positions"
-#: What a sample is called, by the kind of inputs: one, and several.
+#: The words for one sample and for several, by the kind of inputs.
 NOUNS = {IMAGES: ("image", "images"), FEATURES: ("sample", "samples"), TOKENS: ("sequence", "sequences")}

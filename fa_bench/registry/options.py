@@ -39,9 +39,9 @@ def option(
     Args:
         default: lists and nested options are copied for each instance.
         help: one sentence for ``--help``, with units.
-        choices: the allowed strings, or for a list those of its items; a registry is read when a value is checked.
+        choices: the allowed strings; for a list, the strings allowed as items. A registry is read only when a value is checked.
         with_options: whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``.
-        minimum: the smallest allowed value, or for a list that of its items.
+        minimum: the smallest allowed value; for a list, the smallest allowed item.
         above: exclusive lower bound.
         maximum: the largest allowed value.
         below: exclusive upper bound.
@@ -78,13 +78,13 @@ class Options:
     """Base class of all components: checks types, choices and ranges of the fields when a component is created.
 
     Raises:
-        OptionError: for an invalid value; the message names the option, the value and what is allowed.
+        OptionError: for an invalid value; the message names the option, the value and the allowed values.
     """
 
     name: ClassVar[str] = ""
-    #: The names that a component nested in another one can have.
+    #: The allowed names if this component is nested in another one.
     kinds: ClassVar[Collection[str]] = ()
-    #: The values that fa-bench-tune searches by default: option -> a sweep as on the command line, ``choice(0,1e-4)``.
+    #: The values that fa-bench-tune searches by default: option -> a sweep as on the command line, such as ``choice(0,1e-4)``.
     search_space: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class Options:
         """Override to check combinations of options; raise OptionError."""
 
     def schema(self) -> dict[str, Any]:
-        """The default values of these options as a component nested in another one."""
+        """The default values of these options, for a component that is nested in another one."""
         return as_plain(self)
 
     @classmethod
@@ -149,7 +149,7 @@ def as_plain(options: Options) -> dict[str, Any]:
 
 
 def identifying(options: Options) -> dict[str, Any]:
-    """`as_plain` without options at their default that are not part of a run's identity."""
+    """Like `as_plain`, but without options that, at their default value, are not part of a run's identity."""
     plain = as_plain(options)
     for field in option_fields(type(options)):
         value = getattr(options, field.name)
@@ -161,7 +161,7 @@ def identifying(options: Options) -> dict[str, Any]:
 
 
 def type_name(hint: Any) -> str:
-    """A type for users: ``a number``, ``true or false``, ``a list of names`` ..."""
+    """The name of a type in messages for users: ``a number``, ``true or false``, ``a list of names`` ..."""
     if _is_union(hint):
         return " or ".join(type_name(arg) for arg in get_args(hint))
     if get_origin(hint) is list:
@@ -181,7 +181,7 @@ def _is_union(hint: Any) -> bool:
 
 
 _WRONG = object()
-#: Larger integers do not fit into 64 bits with room for arithmetic.
+#: Integers from here on are refused, because 64 bits would leave no room for arithmetic with them.
 _LARGEST = 10**18
 #: How the bounds of a range are written and compared.
 _BOUNDS = {

@@ -18,10 +18,10 @@ ENTRY_POINTS = "fa_bench.plugins"
 
 
 def import_modules(modules: Iterable[str]) -> None:
-    """Import modules; the working directory is searched, too.
+    """Import modules, including those in the working directory.
 
     Raises:
-        ConfigError: if a module cannot be imported, with the file and the line of the error.
+        ConfigError: if a module cannot be imported; the message gives the file and the line of the error.
     """
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -34,7 +34,7 @@ def import_installed() -> None:
     """Import the plugins of installed distributions.
 
     Raises:
-        ConfigError: if a plugin cannot be imported, with its distribution and the file and line of the error.
+        ConfigError: if a plugin cannot be imported; the message gives its distribution, and the file and line of the error.
     """
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         dist = entry.dist.name if entry.dist else "an unknown distribution"

@@ -20,7 +20,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """The name and the options of ``resnet18:width=8,blocks=[1,1]``; values are read as on the command line.
 
     Raises:
-        ConfigError: for an option without a value, or without the name of a component before it.
+        ConfigError: for an option without a value, or an option that does not follow the name of a component.
     """
     name, _, rest = spec.partition(":")
     if "=" in name:

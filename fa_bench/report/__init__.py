@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from fa_bench.report.runs import Run
     from fa_bench.runs.sweep import PlannedRun
 
-MAX_LINE = 1000  # characters of a line about a run
-MAX_SHOWN = 4  # lines of a kind below the terminal's table
+#: Maximum number of characters in a line about a run.
+MAX_LINE = 1000
+#: Maximum number of lines of each kind below the terminal's table.
+MAX_SHOWN = 4
 LEGEND = """\
 Accuracies are in %, their differences in percentage points, other scores and their differences in their own unit, angles in
 degrees, times in seconds of training. Choose settings by their validation score and compare the chosen ones by their test score.
@@ -85,8 +87,8 @@ def write_report(
     shown: Iterable[Path] | None = None,
     selection: Selection = Selection(),  # noqa: B008
 ) -> Report:
-    """Report on the runs in `run_dirs`: write report.md, tables as report*.csv, report.json, report.tex and runs.csv, figures as
-    report*.png, and report.html, which has tables and figures on one page, into `out_dir`.
+    """Write a report on the runs in `run_dirs` to `out_dir`: report.md, tables as report*.csv, report.json, report.tex and
+    runs.csv, figures as report*.png, and report.html, which has the tables and figures on one page.
 
     Each file is replaced atomically; files of an earlier report that are not part of this one are removed. The same runs give
     byte-identical files, in any order and in any folders, except for the directories in runs.csv. Runs that have not finished are
@@ -104,7 +106,7 @@ def write_report(
         reference: how rows of bp and the floor are chosen, `references.BEST` or `references.NEAREST`.
         aggregate: whether to compare the rules over all tasks, see `aggregate`.
         shown: the directories of the runs in the terminal's table; all if None.
-        selection: what the figures show, and their formats; the tables are complete.
+        selection: the content and the formats of the figures; the tables are complete.
 
     Raises:
         DataError: no directory has a run to report on, `best` has a key that is unknown or does not differ, or the selection does
@@ -240,7 +242,7 @@ def write_report(
 
 
 class _Gaps(NamedTuple):
-    """Lines about what a report lacks."""
+    """Lines about the gaps in a report."""
 
     excluded: list[str]
     unfinished: list[str]

@@ -1,4 +1,4 @@
-"""The rules compared over all tasks and seeds, as Agarwal et al. 2021 recommend."""
+"""Compare the rules over all tasks and seeds, as recommended by Agarwal et al. 2021."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ def alarms(runs: Sequence[Run], reference: str) -> tuple[pd.DataFrame, str]:
         reference: how the rows of floors are chosen, see `references.References`.
 
     Returns:
-        One row per group, quantity and layer with an alarm, with the columns `ALARM_COLUMNS`, and an explanation, which says so
-        if there was no alarm; it is empty if there was nothing to check.
+        A table with the columns `ALARM_COLUMNS` and one row per group, quantity and layer with an alarm; and an explanation,
+        which says so if there was no alarm, and is empty if there was nothing to check.
     """
     groups = group_runs(runs)
     references = References(groups, reference)

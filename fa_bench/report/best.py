@@ -1,4 +1,4 @@
-"""The best setting of each rule: chosen by the primary validation score among the values of some keys that were tried."""
+"""The best setting of each rule, chosen by the primary validation score among the values that were tried for some keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fa_bench.report.groups import (
 from fa_bench.report.runs import VERSIONS, Run
 from fa_bench.report.states import DIVERGED
 
-#: Keys that no setting is chosen by, and why.
+#: Keys whose values cannot be chosen, and the reasons.
 _REFUSED = {
     "algorithm": "the rules are being compared",
     "seed": "runs of different seeds are averaged",
@@ -36,9 +36,10 @@ UNSET = "-"
 
 
 class Chosen(NamedTuple):
-    """What was chosen for a rule and its remaining setting.
+    """The choice for a rule and its remaining setting.
 
-    `values` are those of the keys, as text; `tried` is the number of values that have any run, and `note` the remarks on it.
+    `values` are the chosen values of the keys, as text; `tried` is the number of values that have any run, and `note` contains
+    remarks on the choice.
     """
 
     values: str
@@ -47,8 +48,8 @@ class Chosen(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The runs with the chosen settings; what was chosen, by row; rules and settings for which nothing could be chosen, and
-    unequal budgets, as warnings; and every value that was tried, one per row of a table."""
+    """The runs with the chosen settings; the choices, by row; warnings about rules and settings for which nothing could be chosen
+    and about unequal budgets; and a table with one row for each value that was tried."""
 
     runs: list[Run]
     chosen: dict[str, Chosen]
@@ -65,9 +66,9 @@ def choose_best(runs: Sequence[Run], keys: Sequence[str]) -> Best:
     """Choose the values of `keys` for each rule and remaining setting.
 
     The remaining setting consists of the other keys in which the rule's configs differ, the task, and the versions of code and
-    data. The value with the best primary validation score (last epoch, mean over the finished runs) is chosen, or the smallest of
-    several equally good ones. A value with a run that diverged counts as tried but is never chosen. A value without that score is
-    chosen only if it is the only one.
+    data. The value with the best primary validation score (last epoch, mean over the finished runs) is chosen; if several are
+    equally good, the smallest of them. A value with a run that diverged counts as tried but is never chosen. A value without that
+    score is chosen only if it is the only one.
 
     Args:
         runs: runs in the order of the report.
@@ -134,7 +135,7 @@ def _check(keys: Sequence[str], swept: Mapping[str, Sequence[str]], groups: Grou
 
 
 def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str]]) -> list[dict[str, Sequence[Run]]]:
-    """The groups of a task by rule and remaining setting, each with its smallest values first."""
+    """The groups of a task by rule and remaining setting; within each of these, the smallest values come first."""
     cells: dict[str, dict[str, Sequence[Run]]] = {}
     for group, members in groups.items():
         run = members[0]
@@ -189,7 +190,7 @@ def _nothing_chosen(cell: Groups, keys: Sequence[str], title: str) -> str:
 
 
 def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
-    """Remarks on a choice: a value at an edge of those tried, few seeds, values that could not be chosen."""
+    """Remarks on a choice: a value at an edge of the range tried, values that diverged, unequal numbers of seeds."""
     remarks = []
     for key in keys:
         tried = sorted({value for members in cell.values() if is_number(value := members[0].config.get(key))})
@@ -211,7 +212,7 @@ def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
 
 
 def _budgets(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, dict[str, int]]:
-    """The numbers of values, seeds and epochs of each group: {what: {group: number}}."""
+    """The numbers of values, seeds and epochs of each group: {quantity: {group: number}}."""
     return {
         "values": {group: chosen[group].tried for group in groups},
         "seeds": {group: len(finished_by_seed(members)) for group, members in groups.items()},
@@ -236,7 +237,7 @@ def _others(counts: Mapping[str, int], group: str) -> str:
 
 
 def _unequal(title: str, groups: Groups, chosen: Mapping[str, Chosen], labels: Mapping[str, str], keys: Sequence[str]) -> str:
-    """A line on what was unequal among the compared rows of a task; empty if nothing was."""
+    """A line on the unequal budgets of the compared rows of a task; empty if the budgets are equal."""
     parts = []
     for what, counts in _budgets(groups, chosen).items():
         if len(set(counts.values())) > 1:
@@ -249,6 +250,6 @@ def _unequal(title: str, groups: Groups, chosen: Mapping[str, Chosen], labels: M
 
 
 def abridged(items: Iterable[str], most: int = 6) -> str:
-    """The names; if there are many, only the first ones and the number of the others."""
+    """The items as text; if there are many, only the first ones and the number of the others."""
     items = list(items)
     return names(items if len(items) <= most else [*items[: most - 1], f"{len(items) - most + 1} more"])

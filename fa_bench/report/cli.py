@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 if all runs that were found or announced have finished or were stopped by a callback; 1 if some have not,
         or are excluded; 2 if there is nothing to report or it cannot be written, with one line on standard error; 130 after an
-        interrupt. The live view returns 0, even after an interrupt, which is the normal way to end it, or 2 as above.
+        interrupt. The live view returns 0, even after an interrupt, which is the normal way to end it; it returns 2 as above.
     """
     return exit_code("fa-bench-report", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 

@@ -17,7 +17,7 @@ from fa_bench.report.groups import FLOOR
 class Column(NamedTuple):
     """How a column is shown: its title with the unit, and a number format, None for text.
 
-    `timing`: it is measured, and differs whenever the same runs are repeated: seconds, memory and energy.
+    `timing`: whether its values are measured and differ when the same runs are repeated, like seconds, memory and energy.
     """
 
     title: str
@@ -104,11 +104,11 @@ COLUMNS = {
     "chosen": Column("chosen"),
     "note": Column("note"),
 }
-#: The columns of the values that `best.choose_best` tried, in addition to those of its keys.
+#: The columns of the table of values tried by `best.choose_best`, in addition to those of the keys.
 TRIED_COLUMNS = {"task": Column("task"), **{name: COLUMNS[name] for name in ("label", "n", "status", "val_accuracy", "chosen")}}
 #: The columns of differences, in the unit of the row's score.
 _DIFFERENCES = ("bp_difference", "bp_difference_ci95", "bp_difference_low", "bp_difference_high")
-#: The only part of a report that differs between two sweeps of the same runs.
+#: The columns that differ between two sweeps of the same runs; the rest of a report does not.
 TIMINGS = [name for name, column in COLUMNS.items() if column.timing]
 
 

@@ -28,7 +28,7 @@ MEASURED = {
     "energy_wh": ("energy (Wh)", ".3g"),
     "energy_counters": ("energy of", None),
 }
-#: Columns that only reports with some energy have.
+#: Columns that a report has only if some run recorded its energy.
 ENERGY = ("energy_wh", "energy_counters")
 LEGEND = """\
 Predicted from shapes for one step in single precision, not compiled: multiplications in matrix products and convolutions; bytes
@@ -37,7 +37,7 @@ backpropagation in the same model. Measured: the median of seconds per step over
 compilation, and its ratio to bp's with the same task, batch size, device, threads and way of execution; peak memory on GPUs,
 with resident data and evaluation; energy of the whole machine during training and evaluation, where it counts it.
 """
-#: What the time of a step depends on, in addition to the task, the rule and the device.
+#: The options that the time of a step depends on, in addition to the task, the rule and the device.
 _EXECUTION = (
     "batch_size",
     "accumulate",
@@ -55,7 +55,7 @@ class Costs:
     """The costs of rows.
 
     Args:
-        runs: all runs of a report: those of bp are what times are compared with.
+        runs: all runs of a report; times are compared with those of the bp runs.
     """
 
     def __init__(self, runs: Iterable[Run]) -> None:
@@ -66,7 +66,7 @@ class Costs:
         self._reference = {setting: _median(seconds) for setting, seconds in times.items()}
 
     def of(self, members: Sequence[Run]) -> dict[str, Any]:
-        """The columns of a row; NaN, or empty text, for what its finished runs did not record."""
+        """The columns of a row; NaN, or empty text, for values that its finished runs did not record."""
         finished = list(finished_by_seed(members).values())
         predicted = next((cost for run in finished if (cost := run.result.get("cost"))), {})
         reference = predicted.get("bp") or {}
@@ -79,7 +79,7 @@ class Costs:
             **ratios,
             "seconds_per_step": seconds,
             "time_ratio": _ratio(seconds, self._reference.get(_setting(members[0]), math.nan)),
-            # On a CPU, what is recorded is the peak of the whole process, with all runs before.
+            # Runs on a CPU are left out: they record the peak of the whole process, including all earlier runs.
             "peak_memory": mean(
                 run.result.get("peak_memory_bytes") for run in finished if (run.result.get("device") or "").startswith("cuda")
             ),

@@ -24,7 +24,7 @@ from fa_bench.report.states import reason
 from fa_bench.report.text import with_std
 from fa_bench.utils.files import resolved
 
-#: Characters that have a meaning in LaTeX; [ and * have one after the end of a row.
+#: Characters with a special meaning in LaTeX; [ and * have one only after the end of a row.
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -117,7 +117,7 @@ def _difference(row: Mapping[Any, Any]) -> str:
 
 
 def to_json(frame: pd.DataFrame) -> str:
-    """The rows as a list of objects with typed values: numbers, booleans, text, and lists of seeds; null for what is blank."""
+    """The rows as a list of objects with typed values: numbers, booleans, text, and lists of seeds; null for blank cells."""
     counts = {name for name, column in COLUMNS.items() if column.format == ".0f"}
     rows = [{name: _plain(row[name], name in counts) for name in frame} for row in frame.to_dict("records")]
     for row in rows:
@@ -149,7 +149,7 @@ def runs_table(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
 
     Columns: the directory relative to `folder`, the label, status and seed, a column for each key in which the configs differ,
     scores (accuracies in %) and losses of the last epoch, the means over layers of the alignment metrics, epochs, seconds of
-    training, and hashes. `reason` is why a run did not finish. Values that a run did not record are blank.
+    training, and hashes. `reason` says why a run did not finish. Values that a run did not record are blank.
     """
     labels = group_labels(group_runs(runs))
     names = ("algorithm", "architecture", "dataset", "optimizer", "experiment")

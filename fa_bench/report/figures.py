@@ -48,9 +48,12 @@ from fa_bench.report.quantities import (
 from fa_bench.report.runs import Run, metrics_of
 from fa_bench.report.settings import DENSITY, setting_figure
 
-COLUMNS = 4  # panels per row if there is one for each layer or rule
-MAX_GROUPS, MAX_SETTINGS = 12, 4  # lines of a panel, and settings of a rule among them; more have a panel for each rule
-MAX_SHARED = 10  # settings in a legend of all panels; if the rules have more, each panel has its own legend
+#: Panels per row if there is a panel for each layer or rule.
+COLUMNS = 4
+#: Maximum number of lines in a panel, and of settings of one rule among them; beyond these, each rule has its own panel.
+MAX_GROUPS, MAX_SETTINGS = 12, 4
+#: Maximum number of settings in a legend that all panels share; if the rules have more, each panel has its own legend.
+MAX_SHARED = 10
 BEST = "Each rule at its best setting by the validation score (last epoch); all settings are in the figures of curves."
 
 
@@ -69,7 +72,7 @@ def write_figures(
     selection: Selection = Selection(),  # noqa: B008
     swept: Sequence[Run] | None = None,
 ) -> list[Picture]:
-    """Write every figure that the runs have data for and `selection` asks for, the overview `name`.png first.
+    """Write every figure that `selection` asks for and the runs have data for; the overview, `name`.png, comes first.
 
     The overview has all tasks (`groups.tasks`). Each task has its own figures of curves and layers; if there are several tasks,
     the names of these files include the task. Final values against settings are those of `swept`, by default all `runs`.
@@ -117,7 +120,7 @@ def task_figures(
     title: str, groups: Groups, metrics: Mapping[str, type[Metric]], only: Quantity | None, x: str
 ) -> Iterator[tuple[str, str, Figure]]:
     """The figures of one task: its curves, and each alignment metric by layer."""
-    if only is None or is_large(groups):  # otherwise the overview has the only curves
+    if only is None or is_large(groups):  # otherwise, the overview already shows the only curves
         for part in curve_parts(title, groups, only, x):
             of = part.panels[0].quantity
             is_first = of.name == f"test_{primary(runs_of(groups)).name}" or of == only
@@ -215,7 +218,7 @@ def _chosen(groups: Groups) -> Groups:
 
 
 def _settings(groups: Groups) -> dict[str, str]:
-    """{group: its values of the keys that some rule sweeps}; the rest of its label if these do not distinguish it."""
+    """{group: its values of the keys that some rule sweeps}, or the rest of its label if these do not distinguish the groups."""
     keys, labels, settings = swept_keys(groups), group_labels(groups), {}
     for rule, members in by_rule(groups).items():
         texts = {group: label("", runs[0].config, keys).strip() for group, runs in members.items()}
@@ -240,7 +243,7 @@ def lines_part(
             style = rule_style(members[group][0].result["algorithm"])
             if are_several:
                 number = shared.index(settings[group]) if len(shared) <= len(STYLES) else index
-                number %= len(STYLES)  # a rule of which no setting has a score may have more
+                number %= len(STYLES)  # there may be more if no setting of a rule has a score
                 style |= {"linestyle": STYLES[number], "fillstyle": FILLS[number]}
             lines.append(Line(labels[group], groups[group], style))
     return Part(

@@ -28,7 +28,7 @@ _COMMON_FILES = (
         for end in (".csv", ".json", ".tex", "_layers.csv", "_published.csv", "_tried.csv", "_aggregate.csv", ".png")
     ),
 )
-#: The record: the names of the files that reports wrote in its folder. If there is none, the links in report.md are used.
+#: The file with the record: the names of the files that reports wrote in its folder. Without it, the links in report.md are used.
 RECORD, LOCK = f".{NAME}.json", f".{NAME}.lock"
 _FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|html|csv|png|svg|pdf|json|tex)|{re.escape(RUNS)}")
 _FIRST_LINE = "# Report\n"
@@ -39,7 +39,7 @@ def report_lock(folder: Path) -> Iterator[None]:
     """Within the block, `folder` exists, and this is the only process that writes a report into it.
 
     Raises:
-        RunDirectoryError: another process is writing one.
+        RunDirectoryError: another process is writing a report there.
         OutputError: the folder cannot be written.
     """
     with output_errors(folder):
@@ -63,7 +63,7 @@ def recorded_files(folder: Path) -> set[str]:
     """The names of the files in `folder` that reports wrote there.
 
     Raises:
-        RunDirectoryError: the file with the record's name is not such a record.
+        RunDirectoryError: the file with the record's name is not a record.
     """
     path = folder / RECORD
     if not os.path.lexists(path):
@@ -103,7 +103,7 @@ def register(path: Path) -> Path:
 
 
 def write_record(folder: Path, names: set[str]) -> None:
-    """Record which files in `folder` are a report's."""
+    """Record which files in `folder` belong to a report."""
     check_temporary(folder / RECORD, b'["report')
     write_text(folder / RECORD, json.dumps(sorted(names)) + "\n")
 
@@ -125,7 +125,7 @@ def check_file(path: Path, names: set[str]) -> None:
     """Refuse to replace `path` if it exists and is not among the report's files `names`.
 
     Raises:
-        RunDirectoryError: if so; the message names the file.
+        RunDirectoryError: if it does; the message names the file.
     """
     if path.name not in names:
         check_temporary(path, b"")

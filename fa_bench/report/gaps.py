@@ -42,9 +42,9 @@ def runs_not_started(directories: Iterable[Path], planned: Iterable[PlannedRun])
 
 
 def missing_seeds(runs: Sequence[Run], planned: Iterable[PlannedRun]) -> list[str]:
-    """A line for each row without finished runs of seeds that a sweep announced for it.
+    """A line for each row that lacks a finished run of a seed that a sweep announced for it.
 
-    A row's announced runs are those in its own directories, and those without a record next to them.
+    The runs announced for a row are those in the row's own directories, and those in neighbouring directories without a record.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)

@@ -16,14 +16,16 @@ from fa_bench.report.numbers import mean
 from fa_bench.report.runs import FINISHED, VERSIONS, Run
 from fa_bench.report.states import DIVERGED
 
-CONTROL, FLOOR = "bp", "frozen"  # FLOOR: the one that every row is compared with
+#: The control, and the floor that every row is compared with.
+CONTROL, FLOOR = "bp", "frozen"
 Groups = Mapping[str, Sequence[Run]]
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
     """The runs in an order that depends only on their records, so that a report does not depend on where they are stored.
 
-    Sorted by dataset, architecture, the control, the floors, the label (numbers in it by value), and seed.
+    They are sorted by dataset and architecture, then by rule (the control first, then the floors), label (numbers in it by value)
+    and seed.
     """
     runs = sorted(runs, key=lambda run: (run.row, run.result["seed"], json.dumps(run.result, sort_keys=True)))
     labels = group_labels(group_runs(runs))
@@ -96,7 +98,7 @@ def _duplicates(labels: Mapping[str, str]) -> list[str]:
 
 
 def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
-    """{title: groups} for each task: a dataset (with its folder if that is the data) and an architecture, with their options.
+    """{title: groups} for each task: a dataset and an architecture with their options, and `data_dir` if it determines the data.
 
     A title names dataset and architecture, and the options in which tasks with the same names differ.
     """
@@ -162,7 +164,7 @@ def validation_score(members: Iterable[Run]) -> float:
 
 
 def validation_merit(members: Sequence[Run]) -> float:
-    """The `validation_score` of a group, negative if smaller scores are better: the largest one is the best."""
+    """The `validation_score` of a group, negated if smaller scores are better, so that the largest merit is the best."""
     return members[0].primary.merit(validation_score(members))
 
 

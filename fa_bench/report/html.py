@@ -48,12 +48,12 @@ class Table(NamedTuple):
 def to_html(
     tables: Iterable[Table], lists: Mapping[str, Sequence[str]], runs: Sequence[Run], pictures: Iterable[Picture], timings: bool
 ) -> str:
-    """The page: it works offline, without other files, on phones, and in light and dark mode. The same runs give a byte-identical
-    page.
+    """The text of the page, which works offline, without other files, on phones, and in light and dark mode. The same runs give a
+    byte-identical page.
 
     Args:
         tables: the first one is the summary.
-        lists: {title: lines} of what is excluded or missing; empty ones are omitted.
+        lists: {title: lines about runs and other items that are excluded or missing}; empty lists are omitted.
         runs: the runs whose configs and statuses are listed.
         pictures: the figures.
         timings: whether to include measured seconds.

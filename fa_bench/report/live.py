@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
-#: State -> its colour on a terminal; in the order in which they are counted, and in which runs are shown if not all fit.
+#: State -> its colour on a terminal. The states are in the order in which they are counted, and in which runs are shown if not
+#: all fit.
 STATES = {
     RUNNING: "green",
     STALLED: "yellow",
@@ -41,12 +42,12 @@ STATES = {
 }
 #: The states of runs that will not change unless they are started again.
 ENDED = {DONE, STOPPED, FAILED, DIVERGED}
-#: A run counts as stalled if it has written nothing for as long as this many of its epochs and for QUIET seconds; in its first
-#: epoch, whose duration is unknown, for FIRST_EPOCH seconds.
+#: A run counts as stalled if it has written nothing for the duration of QUIET_EPOCHS epochs and for at least QUIET seconds. In
+#: the first epoch, whose duration is unknown, the limit is FIRST_EPOCH seconds.
 QUIET_EPOCHS, QUIET, FIRST_EPOCH = 5, 600.0, 3600.0
 TITLES = ("run", "state", "epoch", "train loss", "val", "test", "s/epoch", "left", "")
 NUMBERS = range(2, 8)  # the columns of numbers
-MIN_NAME = 16  # characters of a run's name on a narrow terminal
+MIN_NAME = 16  # minimum number of characters of a run's name on a narrow terminal
 
 
 @dataclasses.dataclass
@@ -54,15 +55,15 @@ class Line:
     """The state of one run.
 
     Attributes:
-        name: its label and seed.
-        state: one of `STATES`, or another status from its result.
-        epoch, epochs: epochs completed, and in total; None if unknown.
+        name: the label and seed of the run.
+        state: one of `STATES`, or another status from the run's result.
+        epoch, epochs: the number of epochs completed, and the total number (None if unknown).
         metrics: the record of the last epoch.
         pace: recorded training seconds per epoch, without evaluation.
         overhead: for a running run, the wall-clock time of an epoch as a multiple of `pace`.
         since: for a running run, seconds since its last epoch ended, or since it started.
-        remark: the reason of a failure and the like.
-        remaining: seconds; None if unknown.
+        remark: the reason for a failure, or another remark.
+        remaining: estimated seconds until the run ends; None if unknown.
     """
 
     name: str
@@ -118,7 +119,7 @@ class Watcher:
         return [printable(f"excluded: {error}") for error in self.errors]
 
     def _read(self, directory: Path) -> tuple[Run, str]:
-        """The records (an empty result if there is none) and the problem with a damaged one; cached until a file changes."""
+        """The records (an empty result if there is none), and the problem if one is damaged; cached until a file changes."""
         stamp = [_stamp(directory / name) for name in (RESULT, METRICS, CONFIG)]
         if directory not in self._cache or self._cache[directory][0] != stamp:
             result: dict[str, Any] = {}
@@ -158,7 +159,8 @@ def _line(planned: PlannedRun, run: Run, problem: str, now: float) -> Line:
         ended = _modified(directory / METRICS)
         line.since = now - max(ended, started)
         if line.pace and ended > started:
-            # Only the time since this start, and too little if earlier starts trained some epochs: at least the training time.
+            # This is only the time since this start, which is too short if earlier starts trained some of the epochs, so it is
+            # raised to at least the training time.
             line.overhead = max((ended - started) / epoch / line.pace, 1.0)
         quiet = now - max(map(_modified, directory.iterdir()), default=0.0)
         if quiet > (max(QUIET, QUIET_EPOCHS * line.pace * (line.overhead or 1)) if line.pace else FIRST_EPOCH):
@@ -199,8 +201,8 @@ def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
 
 
 def _estimate(lines: Sequence[Line]) -> None:
-    """Fill in the remaining seconds of running and waiting runs; an unknown pace is the mean over the same row or, failing that,
-    over all runs."""
+    """Fill in the remaining seconds of running and waiting runs; an unknown pace is estimated by the mean over the same row or,
+    failing that, over all runs."""
     overheads = known(line.overhead for line in lines)
     overhead = mean(overheads) if overheads else 1.0
     paces: dict[str | None, list[float]] = {}
@@ -282,7 +284,7 @@ def table(lines: Sequence[Line], width: int, height: int) -> Table:
         caption=Text("\n".join(footer), no_wrap=True, overflow="ellipsis"),
     )
     for column, title in enumerate(titles(lines)):
-        # The column of remarks is the one to shrink.
+        # Only the column of remarks may shrink.
         view.add_column(title, justify="right" if column in NUMBERS else "left", no_wrap=bool(title), overflow="ellipsis")
     size = max((width - 60) // 2, MIN_NAME)
     for line in shown:
@@ -315,7 +317,7 @@ def watch(folders: Iterable[Path], out: TextIO, interval: float, once: bool) -> 
     With `once`, or if `out` is not a terminal, they are shown only once, in plain text and unabridged.
 
     Raises:
-        DataError: as `Watcher.look`.
+        DataError: as in `Watcher.look`.
     """
     watcher = Watcher(list(folders))
     if once or not out.isatty() or os.environ.get("TERM") == "dumb":

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 FOLDER, RECORD, EVENTS = "tensorboard", ".fa_bench.json", "events.out.tfevents.0000000000.fa_bench.mean"
 #: Maximum number of characters in a directory's name; file systems allow 255 bytes.
 _MAX_NAME = 120
-#: The characters of these names, which end with the seeds.
+#: The characters allowed in these names, which end with the seeds in parentheses.
 _CHARACTERS = r"\w.,=+()\[\]@ -"
 _GROUP_NAME = re.compile(rf"[{_CHARACTERS}]+\)")
 
@@ -167,7 +167,7 @@ def _curves(run: Run) -> Curves:
 
 
 def _statistics(curves: Sequence[Curves]) -> Curves:
-    """Means of curves, and sample standard deviations as ``std/TAG``, at the steps where all curves that have the tag do."""
+    """Means of curves, and sample standard deviations as ``std/TAG``, at the steps that all curves with the tag share."""
     tags = list(dict.fromkeys(tag for each in curves for tag in each))
     means: Curves = {}
     for tag in tags:
@@ -212,7 +212,7 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
             raise RunDirectoryError(f"{directory}: not written by fa_bench, which would overwrite it; move it elsewhere")
     with output_errors(folder):
         folder.mkdir(exist_ok=True)
-        # Before they exist: after a kill, unrecorded directories would not be recognised.
+        # Directories are recorded before they exist: after a kill, unrecorded ones would not be recognised.
         write_text(folder / RECORD, json.dumps(sorted({*earlier, *contents})) + "\n")
         for name, content in contents.items():
             (folder / name).mkdir(exist_ok=True)

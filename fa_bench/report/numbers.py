@@ -15,9 +15,9 @@ CONFIDENCE = 0.95
 #: Minimum number of values for a t interval and a t test: with two, the 95 % interval would be 12.7 standard errors wide on
 #: either side.
 FEWEST = 3
-#: Resamples of a bootstrap interval, and their seed.
+#: The number of resamples of a bootstrap interval, and their seed.
 RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
-#: Values whose standard deviation is below this fraction of their size are equal; the rest is rounding.
+#: Values whose standard deviation is below this fraction of their size count as equal: the differences are rounding errors.
 ROUNDING = 1e-12
 
 Key = TypeVar("Key", bound=Hashable)
@@ -78,7 +78,7 @@ class Paired(NamedTuple):
 
 
 def paired(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> Paired:
-    """The differences ours - theirs of the keys that both have (seeds), in the values' unit."""
+    """The differences ours - theirs for the keys (seeds) that both have, in the values' unit."""
     from scipy.special import stdtr
 
     differences = [value - theirs[key] for key, value in ours.items() if key in theirs]

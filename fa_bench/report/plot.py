@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-# Figure objects, not pyplot: the backend and figures of a notebook or script stay as they are.
+# Figure objects are used instead of pyplot, so that the backend and figures of a notebook or script stay as they are.
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,8 +35,8 @@ from fa_bench.report.states import DIVERGED
 from fa_bench.utils.files import atomic
 from fa_bench.utils.text import escape_mathtext
 
-# Six of Okabe and Ito's colours, and six found by search so that each pair of the twelve differs (CIE76 distance of at least 14)
-# also under simulated protanopia, deuteranopia and tritanopia; with the floor's grey it is at least 13.
+# Six of Okabe and Ito's colours, and six found by a search, so that each pair of the twelve differs (CIE76 distance of at least
+# 14), even under simulated protanopia, deuteranopia and tritanopia. Their distance to the floor's grey is at least 13.
 COLOURS = (
     "#000000",
     "#0072B2",
@@ -53,10 +53,11 @@ COLOURS = (
 )
 GREY = "#A8A8A8"
 STYLES = ("-", "--", ":", "-.")
-FILLS = ("full", "none", "left", "right")  # of markers; the line style has the same index
+#: How markers are filled, for the line style with the same index.
+FILLS = ("full", "none", "left", "right")
 _MARKERS = "osD^vPXp<>*"
-#: The rules that have one of `COLOURS[1:]` with a solid line, with dashes, with long ones, and with dashes and dots; relatives
-#: share a colour.
+#: The rules whose lines are solid, dashed, long-dashed and dash-dotted; each has a colour from `COLOURS[1:]`, which related rules
+#: share.
 _SOLID = ("fa", "dfa", "kp", "wm", "usf", "pfa", "dkp", "asap", "drtp", "brsf", "frsf")
 _FLOORS = (FLOOR, "frozen_blocks")  # grey
 _DASHED = ("forward_alignment", "dgl", "local_error", "mixed", "bp_fc", "pfa_o", "predsim", "asfp", "asfp_lc")
@@ -74,12 +75,17 @@ _LONG = (
     "weight_perturbation",
 )
 _DOTTED = ("regularized_mirror", "grape", "information_alignment", "forward_gradient", "pepita", "ldrl", "epc", "pc", "dfc", "f3")
-#: Line styles and the shift of the markers of these tables.
+#: For each of these tables of rules, the line style and the shift of the markers.
 _TABLES = ((_SOLID, STYLES[0], 0), (_DASHED, STYLES[1], 5), (_LONG, (0, (9, 3)), 3), (_DOTTED, (0, (4, 1, 1, 1)), 7))
-LEGEND_WIDTH, MAX_LEGEND, MAX_ENTRIES = 40, 200, 60  # characters of a line of an entry, of an entry; entries
-MAX_MARKED, MARKERS = 12, 8  # points of a line that all have markers, and markers of a longer line
-WIDTH, LINE = 13, 0.2  # inches: width of a figure, height of a line of its legend
-TAIL, FAR, LOG = 4, 3, 50  # lines among which one can be far off, by how many interquartile ranges; ratio of losses on a log axis
+#: Maximum number of characters in a line of a legend entry, of characters in an entry, and of entries.
+LEGEND_WIDTH, MAX_LEGEND, MAX_ENTRIES = 40, 200, 60
+#: Maximum number of points in a line whose points all have markers, and the number of markers on a longer line.
+MAX_MARKED, MARKERS = 12, 8
+#: The width of a figure and the height of a line of its legend, in inches.
+WIDTH, LINE = 13, 0.2
+#: The minimum number of lines among which one can be far off, by how many interquartile ranges it must be off, and the ratio of
+#: losses above which their axis is logarithmic.
+TAIL, FAR, LOG = 4, 3, 50
 
 
 def rule_style(rule: str) -> dict[str, Any]:
@@ -118,7 +124,7 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One panel of curves: its title, what it shows along what position of the runs, and its lines.
+    """One panel of curves: its title, the quantity that it shows, its lines, and the position along the runs on the x axis.
 
     `legend`: whether it has its own legend. `markers`: whether curves have markers; single points always have them.
     """
@@ -134,7 +140,8 @@ class Panel(NamedTuple):
 class Part(NamedTuple):
     """One part of a figure: its title, panels in rows of `columns`, and the entries of its legend: labels and styles.
 
-    `same_axes`: small multiples of one quantity, whose panels have the same range and labels at the left and lower edges only.
+    `same_axes`: whether the panels are small multiples of one quantity, with the same range and with labels only at the left and
+    lower edges.
     """
 
     title: str
@@ -154,8 +161,8 @@ class ReportFigure(Figure):
 def curves_figure(parts: Sequence[Part], note: str = "") -> Figure:
     """A figure of parts below each other, each with its legend beside its panels.
 
-    Each line is the mean over seeds, with a band of ± one sample standard deviation. Crosses at the lower edge mark runs that
-    diverged, in their last epoch. Titles are shown if there are several parts, and a note on the choice is shown below the last
+    Each line is the mean over seeds, with a band of ± one sample standard deviation. Crosses at the lower edge mark the last
+    epochs of runs that diverged. Titles are shown if there are several parts, and a note on the choice is shown below the last
     one.
     """
     heights = [_height(part) for part in parts]
@@ -188,7 +195,7 @@ def new_figure(height: float) -> Figure:
 
 
 def legend_entry(label: str, members: Sequence[Run] = ()) -> str:
-    """A label wrapped to the legend's width, which reduces that of the panels, with statuses if some run is unfinished."""
+    """A label, wrapped because a wide legend would make the panels narrow; with statuses if some run is unfinished."""
     lines = textwrap.wrap(truncate(escape_mathtext(label), MAX_LEGEND), LEGEND_WIDTH, break_on_hyphens=False)
     return "\n".join(lines + [f"({status_counts(members)})"] * any(not run.finished for run in members))
 
@@ -231,7 +238,7 @@ def fix_layout(figure: Figure) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # characters that the font lacks show as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # characters that the font lacks are shown as boxes
         yield
 
 
@@ -275,7 +282,7 @@ def label_edges(grid: Sequence[Axes], count: int, columns: int) -> None:
 
 
 class Range(NamedTuple):
-    """A readable range of an axis, whether it is logarithmic, and whether it leaves out a line with this typical value."""
+    """A readable range of an axis, whether it is logarithmic, and the typical value beyond which it leaves out a line."""
 
     low: float
     high: float
@@ -294,8 +301,8 @@ def typical(values: Sequence[float]) -> float:
 def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], kind: str) -> Range:
     """The axis range that covers these lines, except those far below the others (accuracies) or far above them (losses).
 
-    A line, with the value in `centres`, is far off if it is three interquartile ranges from the quartile of all lines, and at
-    least 6 points of accuracy or a factor of 30 of loss. Losses of very different sizes have a logarithmic axis.
+    A line, whose typical value is in `centres`, is far off if that value is three interquartile ranges beyond the quartile of all
+    lines, and at least 6 points of accuracy or a factor of 30 of loss. Losses of very different sizes have a logarithmic axis.
     """
     positive = [value for values in lines for value in values if value > 0]
     log = kind == LOSS and bool(positive) and max(positive) > LOG * min(positive)
@@ -323,7 +330,7 @@ def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], k
 
 
 def apply_range(axes: Axes, limits: Range, labels: Sequence[str], centres: Sequence[float], kind: str) -> None:
-    """Set the axis to the range, with a note on the lines with these labels and centres that it leaves out."""
+    """Set the axis to the range, with a note on the lines that it leaves out; the lines have these labels and centres."""
     if limits.log:
         axes.set_yscale("log")
         axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")

@@ -16,9 +16,9 @@ from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run
 
 FILE = Path(__file__).with_name("published.yaml")
-#: The quantity by which a row of the table is compared: the first of these that the paper has.
+#: The quantity by which a row of the table is compared is the first of these that the paper reports.
 ACCURACIES = ("test_accuracy", "val_accuracy")
-#: The test accuracy less that of backpropagation on the same task, paired by seed, in percentage points.
+#: The test accuracy minus that of backpropagation on the same task, paired by seed, in percentage points.
 DIFFERENCE = "bp_difference"
 
 
@@ -27,19 +27,19 @@ class Entry:
     """One published number.
 
     Attributes:
-        paper, table: where it was published; `row` is the name of the row there, the paper's or ours.
+        paper, table: where the number was published; `row` is the name of its row in the table, the paper's name or ours.
         dataset, architecture: descriptions.
         rule: name of the algorithm here.
         quantity: a key of result.json (test_accuracy, val_accuracy, train_accuracy) or of its angles, or `DIFFERENCE`.
         value: the value in `unit`; NaN if only a range is known. Accuracies are in %.
         low, high: the range; infinite if open, NaN without a range.
         layer: pattern of the layers that the value belongs to; empty for the whole network.
-        spread: over `n` runs, NaN if not given; `spread_kind` is std or standard error.
+        spread: the spread over `n` runs, NaN if not given; `spread_kind` is std or standard error.
         epochs: number of training epochs, if known.
-        at: the epoch that the value belongs to, however long the run; None for the last one.
+        at: the epoch that the value belongs to, however long the run was; None for the last epoch.
         conditions: remarks to consider in a comparison.
         experiments: the experiments whose runs it is compared with.
-        where: config key -> value, or list of allowed values, of such a run.
+        where: config key -> the value that such a run must have, or a list of allowed values.
     """
 
     paper: str
@@ -85,7 +85,7 @@ class Entry:
     def ours(self, runs: Iterable[Run], layer: str = "") -> list[float]:
         """The finished runs' values of this quantity (in `layer`, for a quantity of layers) in `unit`, one per seed.
 
-        They are those of epoch `at`, or the last ones.
+        The values are those of epoch `at`, or the last ones.
         """
         finished = finished_by_seed(runs).values()
         if self.at is not None:
@@ -98,7 +98,8 @@ class Entry:
     def differences(self, runs: Iterable[Run], all_runs: Iterable[Run]) -> list[float]:
         """The finished runs' differences to backpropagation, for `DIFFERENCE`; one per seed that both have.
 
-        Its runs are those among `all_runs` that meet the conditions of this entry, except conditions on options of the rule.
+        The runs of backpropagation are those among `all_runs` that meet the conditions of this entry, except conditions on
+        options of the rule.
         """
         where = {key: value for key, value in self.where.items() if not key.startswith("algorithm.")}
         control = dataclasses.replace(self, rule=CONTROL, where=where)
@@ -129,7 +130,7 @@ def matching_entries(entries: Iterable[Entry], runs: Sequence[Run]) -> list[Entr
 
 
 def headline(entries: Iterable[Entry], runs: Sequence[Run]) -> tuple[Entry | None, float]:
-    """The published accuracy that a group is compared with, and the group's mean of it in %; None without one."""
+    """The published accuracy that a group is compared with, and the group's mean of it in %; None if there is none."""
     for quantity in ACCURACIES:
         candidates = [entry for entry in entries if entry.quantity == quantity and not math.isnan(entry.value)]
         for entry in [entry for entry in candidates if entry.ours(runs)] or candidates:
@@ -145,7 +146,7 @@ def compare(
     Args:
         entry: a published number.
         runs: the runs of one group.
-        layers: paths.
+        layers: the paths of the layers.
         all_runs: all runs, including those of backpropagation, which differences need.
     """
     if entry.quantity == DIFFERENCE:

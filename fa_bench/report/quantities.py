@@ -28,8 +28,8 @@ Value = Callable[[Run, Mapping[str, Any]], float]
 class Quantity(NamedTuple):
     """A number in the records of a run: its name, title, axis label with unit, kind, and how to read it from a record.
 
-    `measured`: it comes from the alignment metrics, which are not only measured at the ends of epochs. `lower`:
-    lower values are better.
+    `measured`: whether it is an alignment metric, and thus measured not only at the ends of epochs. `lower`: whether lower values
+    are better.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Selection(NamedTuple):
 
     @property
     def position(self) -> str:
-        """What curves are plotted against."""
+        """The position that curves are plotted against."""
         return self.x if self.x in POSITIONS else "epoch"
 
     def of(self, runs: Sequence[Run]) -> list[Run]:
@@ -73,7 +73,7 @@ class Selection(NamedTuple):
         """The runs of the selected rules.
 
         Raises:
-            DataError: a part of the selection does not exist in the runs; the message names it and what is allowed.
+            DataError: a part of the selection does not exist in the runs; the message names it and the allowed values.
         """
         for name in self.formats:
             _require("format", name, FORMATS)
@@ -114,7 +114,7 @@ def scores_in(runs: Iterable[Run]) -> list[Score]:
 
 
 def primary(runs: Iterable[Run]) -> Score:
-    """The primary score of most of the runs; in a tie, that of the first one."""
+    """The primary score of most of the runs; in a tie, the one that comes first among the runs."""
     counts = Counter(run.primary for run in runs)
     return max(counts, key=lambda score: counts[score], default=ACCURACY_SCORE)
 
@@ -216,7 +216,7 @@ def point(x: Any, members: Sequence[Run], of: Quantity) -> Point:
 
 
 def best(groups: Mapping[str, Sequence[Run]]) -> str | None:
-    """The group with the best validation score; the only one if there is one; None if no validation score is known.
+    """The group with the best validation score, or the only group; None if there are several and no validation score is known.
 
     Groups whose primary score is not that of most runs are not compared.
     """

@@ -10,7 +10,7 @@ from fa_bench.config.labels import differing_keys
 from fa_bench.report.groups import Groups, finished_by_seed, group_labels, task_key, validation_merit
 from fa_bench.report.runs import VERSIONS, Run
 
-#: How a reference is chosen if a task has several rows of its rule: by validation score, or by its settings.
+#: How a reference is chosen if a task has several rows of its rule: by validation score, or by how close its settings are.
 BEST, NEAREST = "best", "nearest"
 CHOICES = (BEST, NEAREST)
 
@@ -28,9 +28,9 @@ class References:
 
     A reference is a row of the same task. Rows with the same code and data as the compared row are preferred; others are used
     with a note. If there are several, `BEST` takes the one with the best primary validation score (last epoch, mean over its
-    finished runs), because a reference should be trained as well as possible. It prefers rows with the same number of epochs and
-    the same scale, and never takes one with runs that diverged. `NEAREST` takes the one whose settings differ from the row's in
-    the fewest keys; if there are several, the one with the best validation score.
+    finished runs), because a reference should be trained as well as possible. `BEST` prefers rows with the same number of epochs
+    and the same scale, and never takes a row with runs that diverged. `NEAREST` takes the row whose settings differ from those of
+    the compared row in the fewest keys; if there are several, the one with the best validation score.
 
     Args:
         groups: all groups that may be references.
@@ -96,7 +96,7 @@ class References:
         )
 
     def _best_scored(self, rows: Groups) -> str:
-        """The first of those with the best validation score."""
+        """The first of the rows with the best validation score."""
         return max(rows, key=lambda group: self._validation[group])
 
 
@@ -117,7 +117,7 @@ def _other_length(run: Run, other: Run) -> tuple[int]:
 
 
 def _other(algorithm: str, run: Run, reference: Run) -> str:
-    """A note if the reference's runs are known to have other code, data or epochs than `run`, which may not have ended."""
+    """A note if the reference's runs are known to differ from `run`, which may be unfinished, in code, data or epochs."""
     words = [
         word
         for key, word in VERSIONS.items()
@@ -131,7 +131,7 @@ def _other(algorithm: str, run: Run, reference: Run) -> str:
 
 
 def _distance(run: Run, other: Run) -> tuple[int, int]:
-    """The numbers of differences: in optimizer and epochs, and in all keys but the rule and its options."""
+    """The number of differences in optimizer and epochs, and the number in all keys except the rule and its options."""
     keys = differing_keys(
         [{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"} for each in (run, other)]
     )

@@ -78,8 +78,8 @@ class Run:
 
     @property
     def experiment(self) -> str | None:
-        """The experiment that the run belongs to; older results do not record it, in which case the folder with its name is
-        used."""
+        """The experiment that the run belongs to; for older results, which do not record it, the name of the folder that is named
+        after it."""
         return self.result["experiment"] if "experiment" in self.result else resolved(self.directory).parent.parent.name
 
     @property

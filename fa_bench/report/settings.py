@@ -33,9 +33,12 @@ from fa_bench.utils.text import escape_mathtext
 
 DENSITY = "algorithm.density"
 _NAMES = {DENSITY: "density of the feedback", "optimizer.lr": "learning rate (optimizer.lr)"}
-MAX_RULES, MAX_PANELS = 12, 6  # more rules have a panel each; more combinations of other settings are chosen from
-MAX_RANKED, MAX_TICKS = 8, 14  # values in a row of panels with ranks above them, and labelled values
-LOGARITHMIC, CLOSEST = 8, 0.05  # ratio of values from which an axis is logarithmic; fraction of a linear axis between two values
+#: With more rules, each rule has its own panel; with more combinations of other settings, only the best ones are shown.
+MAX_RULES, MAX_PANELS = 12, 6
+#: Maximum number of values in a row of panels that has ranks above the values, and of values with a label.
+MAX_RANKED, MAX_TICKS = 8, 14
+#: The ratio of values from which an axis is logarithmic, and the smallest gap between two values as a fraction of a linear axis.
+LOGARITHMIC, CLOSEST = 8, 0.05
 RANKS = ("1st", "2nd", "3rd")
 LEGEND = "mean ± std over seeds\nring: best by validation\n✕: some run diverged"
 CHOSEN = "the other settings chosen by validation"
@@ -44,7 +47,7 @@ CHOSEN = "the other settings chosen by validation"
 class Series(NamedTuple):
     """The points of one rule in order of the setting; a rule without the setting has one point, whose x is None.
 
-    A null value of the setting is the text ``null``.
+    A null value of the setting is represented by the text ``null``.
     """
 
     rule: str
@@ -60,8 +63,9 @@ class Series(NamedTuple):
 def series_by_panel(groups: Groups, key: str, of: Quantity) -> dict[str, list[Series]]:
     """{title: the series of all rules} for each combination of the other swept settings; empty if no rule has several values.
 
-    A rule that does not sweep some of the other settings is in all panels that agree with those that it does sweep. If there are
-    more than `MAX_PANELS` combinations, each rule and value is shown at the one with the best validation score, in one panel.
+    A rule that does not sweep some of the other settings appears in every panel that agrees with the settings that it does sweep.
+    If there are more than `MAX_PANELS` combinations, there is one panel, which shows each rule and value at the combination with
+    the best validation score.
     """
     rows: list[tuple[str, str, Any, dict[str, str]]] = []
     values: dict[str, set[str]] = {}
@@ -110,8 +114,8 @@ def _series(rows: Sequence[tuple[str, str, Any, dict[str, str]]], groups: Groups
 def setting_figure(by_task: Mapping[str, Groups], key: str, of: Quantity) -> Figure | None:
     """The final values of a quantity against the swept option `key`; None if no rule ran with several values of it.
 
-    One panel for each task and combination of other settings, with one line per rule; with many rules one panel per rule, in
-    which the others are grey.
+    There is a panel for each task and combination of other settings, with one line per rule; if there are many rules, each has
+    its own panel, in which the other rules are grey.
     """
     panels = [
         (" | ".join(filter(None, (task * (len(by_task) > 1), title))), series)
@@ -194,8 +198,8 @@ def _plot(axes: Axes, key: str, of: Quantity, series: Sequence[Series], backgrou
 
 
 def _are_crowded(ordered: Sequence[float]) -> bool:
-    """Whether values would cover each other on a linear axis, and a logarithmic one cannot show them because some are not
-    positive: weight decays of 0, 1e-5 and 1e-3."""
+    """Whether values would cover each other on a linear axis, and a logarithmic axis cannot show them because some are not
+    positive, such as weight decays of 0, 1e-5 and 1e-3."""
     gaps = [high - low for low, high in itertools.pairwise(ordered)]
     positive = [value for value in ordered if value > 0]
     return (
@@ -207,7 +211,7 @@ def _are_crowded(ordered: Sequence[float]) -> bool:
 
 
 def _scale(axes: Axes, ordered: Sequence[Any], numeric: bool) -> None:
-    """Ticks at the values, on a logarithmic axis if they span a factor of eight."""
+    """Set ticks at the values; the axis is logarithmic if they are positive and span a factor of at least `LOGARITHMIC`."""
     if numeric and ordered[0] > 0 and ordered[-1] >= LOGARITHMIC * ordered[0]:
         factor = (ordered[-1] / ordered[0]) ** 0.08
         axes.set_xscale("log")
@@ -232,7 +236,7 @@ def _draw(
     limits: Range,
     is_background: bool,
 ) -> None:
-    """One rule: points moved sideways by `shift` points so that bars do not overlap; a rule without the setting is a horizontal
+    """Draw one rule, moved sideways by `shift` points so that bars do not overlap; a rule without the setting is a horizontal
     line."""
     figure: Any = axes.figure
     moved = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
@@ -271,8 +275,8 @@ def _draw(
 
 
 def _rank(axes: Axes, series: Sequence[Series], places: Mapping[str, float], of: Quantity) -> int:
-    """Above each value, list the rules with the best means there; those that do not have the setting do not count. Returns the
-    rows."""
+    """Above each value, list the rules with the best means at that value, without those that do not have the setting. Returns the
+    number of rows."""
     sign = 1 if of.lower else -1
     rows = min(len(RANKS), sum(any(each.x is not None for each in line.points) for line in series))
     for name, place in places.items():

@@ -22,14 +22,15 @@ from fa_bench.runs.readers import read_config, read_metrics
 from fa_bench.utils.files import CONFIG, METRICS, resolved
 
 RUNNING, INTERRUPTED, DIVERGED, STOPPED = "running", "interrupted", "diverged", "stopped"
-#: Maximum number of characters of the reason for a failure; the run's log has all of it.
+#: Maximum number of characters of the reason for a failure; the run's log has the full text.
 MAX_REASON = 300
 
 
 def current_status(directory: Path, result: Mapping[str, Any]) -> str:
-    """The status in a run's result, or `interrupted` without one; `running` if it has not finished and its directory is locked.
+    """The status in a run's result, or `interrupted` without a result; `running` if the run has not finished and its directory is
+    locked.
 
-    Asking for the lock neither creates nor keeps it.
+    Testing the lock neither creates nor keeps it.
     """
     status = result.get("status", INTERRUPTED)
     return RUNNING if status != FINISHED and lock_holder(directory) is not None else status
@@ -42,14 +43,14 @@ def epochs_of(config: dict[str, Any]) -> int | None:
 
 
 def with_current_status(run: Run) -> Run:
-    """The run, `running` if it had not finished and was resumed."""
+    """The run, with the status `running` if it had not finished and has been resumed."""
     if current_status(run.directory, run.result) != RUNNING:
         return run
     return dataclasses.replace(run, result=run.result | {"status": RUNNING, "error": None})
 
 
 def with_data_hash(runs: Sequence[Run]) -> list[Run]:
-    """The runs; one that ended before its data's hash was recorded gets that of the other runs in its row, if they agree."""
+    """The runs; a run that ended before its data hash was recorded gets the hash of the other runs in its row, if they agree."""
 
     def without(run: Run) -> str:
         return dataclasses.replace(run, result=run.result | {"data_hash": None}).row
@@ -69,7 +70,7 @@ def with_data_hash(runs: Sequence[Run]) -> list[Run]:
 def run_without_result(directory: Path, others: Sequence[Run]) -> Run | None:
     """A run that has written no result, described by its config; None without a config.
 
-    It is `running` or `interrupted`, and belongs to the group of those of `others` that differ from it only in the seed.
+    It is `running` or `interrupted`, and belongs to the same group as the runs in `others` that differ from it only in the seed.
 
     Raises:
         RecordError: a record is damaged or was not written by a run.

@@ -44,8 +44,9 @@ def summarise(
         runs: the runs.
         published: entries to compare with.
         reference: `references.BEST` or `references.NEAREST`.
-        context: all runs of the report, if `runs` are a part of them: references are chosen, and p values corrected, among these.
-        chosen: what was chosen, by row, see `best.choose_best`.
+        context: all runs of the report, if `runs` are only some of them; references are chosen among all of them, and p values
+            are corrected for all of them.
+        chosen: the choices by row, see `best.choose_best`.
     """
     everything = group_runs(runs if context is None else context)
     references = References(everything, reference)
@@ -199,7 +200,7 @@ def _rise_note(finished: Mapping[int, Run]) -> str:
 
 
 def _missing_note(members: Sequence[Run], key: str) -> str:
-    """A note if only some of the finished runs have a value: the statistics cover fewer than n."""
+    """A note if only some of the finished runs have a value, so that the statistics cover fewer than n runs."""
     present, n = len(_scores(members, key)), len(finished_by_seed(members))
     part = "test" if key.startswith("test") else "validation"
     return f"{present} of {n} finished runs have a {part} {members[0].primary.title}" if 0 < present < n else ""

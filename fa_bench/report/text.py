@@ -16,9 +16,9 @@ from fa_bench.report.runs import FINISHED
 from fa_bench.utils.text import align_columns, escape_markdown
 
 BLANK = "-"
-#: Maximum number of characters of a cell in text and Markdown; the CSV has all of it.
+#: Maximum number of characters of a cell in text and Markdown; the CSV has the full text.
 MAX_CELL = 500
-#: Width in characters of the terminal's table, if possible, and the maximum number of lines of notes below it.
+#: The maximum width of the terminal's table in characters, if possible, and the maximum number of lines of notes below it.
 WIDTH, MAX_NOTES = 120, 12
 #: The ends of ranges, which tables show in place of the intervals of two values.
 _ENDS = ("_low", "_high")
@@ -109,8 +109,8 @@ def _notes(frame: pd.DataFrame) -> list[str]:
 
 
 def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) -> str:
-    """The table in Markdown: those of `columns` that are not blank in every row; the range of two values is shown in the place
-    of their interval."""
+    """The table in Markdown, with those of `columns` that are not blank in every row; for two values, their range is shown in
+    place of the interval."""
     shown = {
         name: _with_ranges(frame, name, columns)
         if f"{name.removesuffix('_ci95')}_low" in frame and name.endswith("_ci95")
@@ -150,7 +150,7 @@ def _typed(value: Any) -> Any:
 
 
 def with_std(frame: pd.DataFrame, name: str) -> list[str]:
-    """The cells ``97.13 ± 0.16`` of a score; without the standard deviation for one seed."""
+    """The cells of a score, such as ``97.13 ± 0.16``; without the standard deviation for one seed."""
     columns = columns_of(frame)
     means, stds = _cells(frame, name, columns), _cells(frame, f"{name}_std", columns)
     width = max(map(len, means), default=0)

@@ -1,4 +1,4 @@
-"""The parts of a run: data, model, rule, optimizers and what measures them."""
+"""The parts of a run: data, model, rule, optimizers, and the objects that measure them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load(job: Job, device: torch.device) -> Splits:
     """The data of a job, limited to its scale.
 
     Raises:
-        FaBenchError: if they are missing, broken, or incompatible with the dataset's options.
+        FaBenchError: if the data are missing, broken, or incompatible with the dataset's options.
     """
     scale = SCALES[job.run.scale]
     return job.dataset.load(Path(job.run.data_dir), device, scale and (scale.train, scale.test))
@@ -104,7 +104,7 @@ def _with_output(job: Job, rule: Rule, model: torch.nn.Module, x: torch.Tensor) 
     """The job's objective with the name of the output that is trained, which may be an option of the rule.
 
     Raises:
-        OptionError: if the model has several outputs and none is named, or no such output.
+        OptionError: if the model has several outputs and none is named, or if the named output does not exist.
     """
     output = job.objective.output if job.objective.output is not None else getattr(rule, "output", None)
     with evaluating(model), torch.enable_grad():
@@ -131,15 +131,15 @@ def prepare(job: Job) -> torch.device:
     Raises:
         ConfigError: if the device is not available.
     """
-    # Large logits give probabilities below 1e-38, and arithmetic on denormal numbers is many times slower on a CPU. Set before
-    # torch starts its worker threads, which inherit the setting.
+    # Large logits give probabilities below 1e-38, and arithmetic on such denormal numbers is many times slower on a CPU. The
+    # setting must be made before torch starts its worker threads, which inherit it.
     torch.set_flush_denormal(True)
     torch.set_default_dtype(torch.float32)
     if job.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     set_deterministic(job.run.deterministic)
     torch.backends.cudnn.benchmark = not job.run.deterministic
-    # By default, convolutions on CUDA devices are computed with the ten bits of TF32; precision=tf32 asks for it.
+    # By default, torch computes convolutions on CUDA devices with the ten bits of TF32; here, this requires precision=tf32.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(job.run.threads or torch.get_num_threads())
@@ -159,7 +159,7 @@ def prepare(job: Job) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices (allowed: auto, cpu)")
-        # torch reads it once in a process, at the first product: a deterministic run may come later.
+        # torch reads this variable only once in a process, at the first product, and a deterministic run may come later.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Batch normalisation over the batches of all processes on the CPU, which torch.nn.SyncBatchNorm refuses.
+"""Batch normalisation over the batches of all processes, on the CPU, where torch.nn.SyncBatchNorm does not work.
 
 Shapes: N batch of one process, C channels.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+    """The sum of a tensor over all processes; the gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -39,7 +39,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         axes, shape = [0, *range(2, input.dim())], [1, -1, *[1] * (input.dim() - 2)]
-        # In double precision, because the difference of two sums of squares loses digits.
+        # Computed in double precision, because the difference of two sums of squares loses digits.
         wide = input.double()
         count = wide.new_tensor([wide.numel() // wide.shape[1]])
         sums, squares, (total,) = _AllReduce.apply(torch.cat([wide.sum(axes), wide.square().sum(axes), count])).split(  # type: ignore[union-attr]
@@ -63,7 +63,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise(model: nn.Module) -> nn.Module:
-    """The model, in which every batch normalisation is over the batches of all processes."""
+    """Make every batch normalisation in the model use the batches of all processes; returns the model."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             # Only the class changes, so attributes and references to the module stay as they are.

@@ -20,8 +20,8 @@ def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The batch that alignment metrics are measured on: at most `size` training samples, not augmented, with their targets and
     indices.
 
-    These are the first samples in stored order or, if the first ones contain less than half as many classes as possible because
-    the data are stored class by class, a random selection with a fixed seed.
+    The batch consists of the first samples in stored order. If these contain fewer than half as many classes as possible, because
+    the data are stored class by class, it is a random selection with a fixed seed instead.
     """
     from fa_bench.data.splits import some_indices
 
@@ -42,7 +42,7 @@ def check_indices(rule: Rule, splits: Splits, dataset: str) -> None:
         splits: the splits of the dataset with the name `dataset`.
 
     Raises:
-        OptionError: in this case; the message names the rule and the dataset.
+        OptionError: if the data are refused; the message names the rule and the dataset.
     """
     if rule.needs_indices and not splits.train.is_indexed:
         raise OptionError(
@@ -60,9 +60,9 @@ def check_targets(rule: Rule, splits: Splits, dataset: str) -> None:
         splits: the splits of the dataset with the name `dataset`.
 
     Raises:
-        OptionError: if the rule computes errors from labels, and the targets are numbers. DataError: if all numbers of an output
-            are equal or outside the range that the objective accepts; if no position counts, or if there is a negative label that
-            is not `ignore_index`.
+        OptionError: if the rule computes errors from labels, and the targets are numbers.
+        DataError: if all numbers of an output are equal or outside the range that the objective accepts; if no position counts;
+            or if there is a negative label other than `ignore_index`.
     """
     if splits.targets == VALUES and getattr(rule, "needs_target", False) and not getattr(rule, "takes_numbers", False):
         sign = "; use algorithm.error_sign=true, or a rule such as dfa" if rule.name == "drtp" else "; use a rule such as dfa"
@@ -107,10 +107,11 @@ def _check_positions(rule: Rule, labels: Tensor, where: str) -> None:
 
 
 def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: int = 1) -> None:
-    """Refuse a run in which a process would have no sample of a batch, or batch normalisation a single one.
+    """Refuse a run in which a process would have no sample of a batch, or batch normalisation would have only one sample.
 
-    A single sample has no statistics, in the model or in the rule's auxiliary nets, so torch raises an error. If such a
-    batch would occur, one is tried: nets that accept it pass, such as those whose normalised maps have several pixels.
+    A single sample has no statistics, so batch normalisation in the model or in the rule's auxiliary nets raises an error. If
+    such a batch would occur, the nets are tried with one; those that accept it, because their normalised maps have several
+    pixels, pass the check.
 
     Args:
         rule: after `attach`.
@@ -118,7 +119,7 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: in
         processes: the number of processes that divide each batch, or each of its micro-batches.
 
     Raises:
-        OptionError: in this case; the message names the option that leads to such a batch, and what to set instead.
+        OptionError: if the run is refused; the message names the option that leads to such a batch, and what to set instead.
     """
     one, several = NOUNS[splits.inputs]
     count, size = len(splits.train), min(options.batch_size, len(splits.train))
@@ -155,7 +156,7 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: in
 
 
 def _check_parts(size: int, last: int, options: RunOptions, processes: int) -> None:
-    """Refuse batches with fewer samples than there are processes; `last` is the size of the last incomplete one, or 0."""
+    """Refuse batches with fewer samples than there are processes; `last` is the size of an incomplete last batch, or 0."""
     several = f"{processes} processes, each of which needs a sample"
     if size < processes:
         raise OptionError(

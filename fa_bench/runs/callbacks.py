@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fa_bench.utils.energy import EnergyMeter
     from fa_bench.utils.stopping import StopRequest
 
-#: Seconds between two lines of a run whose log is not a terminal.
+#: Seconds between two lines of a run whose output is not a terminal.
 LINE_EVERY = 10.0
 #: Seconds between two readings of the machine's energy counters.
 ENERGY_EVERY = 60.0
@@ -33,7 +33,7 @@ MEASUREMENTS, MAX_INTERVAL = 20, 500
 
 
 def probe_interval(probe_every: int | None, steps: int) -> int:
-    """The steps between two measurements in a run of `steps` steps, by the run's option `probe_every` (None: automatic).
+    """The steps between two measurements in a run of `steps` steps, given the run's option `probe_every` (None: automatic).
 
     The automatic interval gives 20 to 40 measurements, or more if they would be further apart than `MAX_INTERVAL` steps.
     """
@@ -66,8 +66,8 @@ class Alignment(Callback):
         if progress.stopped is not None and progress.probed != progress.step:
             self.measure(trainer)
         elif progress.probed != progress.step or not progress.angles:
-            # If the run was resumed after its last epoch, or stopped by a callback without which it may be resumed, it must not
-            # record measurements that an uninterrupted run would not make.
+            # A run that was resumed after its last epoch, or stopped by a callback outside of its config, must not record
+            # measurements that an uninterrupted run would not make.
             progress.angles = self.meter.measure()
 
     def measure(self, trainer: Trainer) -> None:
@@ -91,7 +91,7 @@ class Energy(Callback):
         self._read = time.monotonic()
 
     def on_step_end(self, trainer: Trainer) -> None:
-        # Read before a counter can wrap around twice: RAPL's do within minutes.
+        # Read often enough that no counter can wrap around twice; RAPL's counters wrap around within minutes.
         if time.monotonic() - self._read >= ENERGY_EVERY:
             self._add(trainer)
 
@@ -156,7 +156,7 @@ class Display(Callback):
     Attributes:
         title: the title of the run.
         later_epochs: epochs of the runs that follow, for the estimate of the remaining time.
-        brief: print the last epoch only, unless the run takes longer than `LINE_EVERY` seconds: a sweep may have hundreds.
+        brief: print only the last epoch, unless the run takes more than `LINE_EVERY` seconds; a sweep may have hundreds of runs.
     """
 
     title: str
@@ -198,7 +198,7 @@ class Display(Callback):
         if due:
             self._last_line = now
         log.log(logging.INFO if due else logging.DEBUG, "%s epoch %d/%d  %s", self.title, epoch, epochs, summary)
-        # Later epochs do not compile, and later runs find most of it in torch's cache.
+        # Later epochs do not compile, and later runs find most of the compiled code in torch's cache.
         seconds = now - self._start - (trainer.progress.compile_seconds - self._compiled)
         if epoch == self._first and self.later_epochs and (seconds >= LINE_EVERY or not self.brief):
             remaining = seconds * (epochs - self._first + self.later_epochs)

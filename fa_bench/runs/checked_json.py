@@ -1,7 +1,7 @@
 """Reading JSON that may be damaged, edited or forged: every value is checked before it is used.
 
 A check is called with the key and the value, and raises if the value is not allowed. An error names the file, the key, its value
-and what is allowed.
+and the allowed values.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from fa_bench.errors import DataError, FaBenchError, names, nearest, printable, 
 
 #: Limits on the nesting depth, the bytes of a file, and the characters of a value in a message.
 MAX_DEPTH, MAX_BYTES, MAX_VALUE = 20, 2**30, 60
-#: The largest finite number of a record: no run measures larger ones, and the statistics and axes of a report would overflow.
+#: The largest finite number allowed in a record. No run measures larger numbers, which would make the statistics and axes of a
+#: report overflow.
 MAX_NUMBER = 1e100
 
 Check = Callable[[str, Any], None]
 
 
 class RecordError(DataError):
-    """A file of a run is damaged, or is not the expected kind of file; `path` is the file, `problem` what is wrong with it."""
+    """A file of a run is damaged, or is not the expected kind of file; `path` is the file, `problem` describes the problem."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
@@ -38,7 +39,7 @@ class _InvalidValue(Exception):
 
 
 def value_of(allowed: str, is_valid: Callable[[Any], bool]) -> Check:
-    """A check of one value; `allowed` says in words which values are valid."""
+    """A check of one value; `allowed` describes the valid values in words."""
 
     def check(key: str, value: Any) -> None:
         if not is_valid(value):
@@ -58,7 +59,7 @@ def one_of(choices: Collection[str]) -> Check:
 
 
 def nullable(check: Check) -> Check:
-    """The check, for values that may also be null."""
+    """A check that accepts null, and any value that passes `check`."""
 
     def check_nullable(key: str, value: Any) -> None:
         if value is not None:
@@ -101,7 +102,7 @@ def mapping_of(checks: Mapping[str, Check]) -> Check:
 
 
 def complete(check: Check, required: tuple[str, ...]) -> Check:
-    """The check of a mapping that must have the required keys."""
+    """The check of a mapping, which also requires some keys."""
 
     def check_complete(key: str, value: Any) -> None:
         check(key, value)
@@ -141,7 +142,7 @@ def read_bytes(path: Path) -> bytes | None:
     """The content of a file; None if it does not exist.
 
     Raises:
-        RecordError: if it is not a file, too large, or cannot be read.
+        RecordError: if it is not a file, is too large, or cannot be read.
     """
     try:
         if not path.exists():
@@ -163,7 +164,7 @@ def parse_json(text: bytes, path: Path) -> Any:
     """The value of a text in JSON.
 
     Raises:
-        RecordError: if it is not JSON, or nested too deeply.
+        RecordError: if it is not JSON, or is nested too deeply.
     """
     too_deep = RecordError(path, f"nested deeper than {MAX_DEPTH} levels")
     try:
@@ -185,7 +186,7 @@ def check_value(check: Check, value: Any, path: Path, prefix: str = "") -> None:
     """Check a value that was read from a file.
 
     Raises:
-        RecordError: with `prefix` before the key.
+        RecordError: if the value is not allowed; the message has `prefix` before the key.
     """
     try:
         check("", value)

@@ -27,13 +27,13 @@ VERSION = 5
 
 
 class Expected(NamedTuple):
-    """What a checkpoint must match.
+    """The values that a checkpoint must match.
 
     Attributes:
         config_hash: the config hash of the run.
-        data_hash: the hash of its current data.
-        epochs: the number of epochs that it trains.
-        steps: batches in an epoch.
+        data_hash: the hash of the run's current data.
+        epochs: the number of epochs that the run trains.
+        steps: the number of batches in an epoch.
     """
 
     config_hash: str
@@ -52,12 +52,12 @@ def save(
     optimizers: Optimizers,
     callbacks: Iterable[Callback] = (),
 ) -> None:
-    """Write a checkpoint atomically to `path`; the one that was there is kept as `previous`.
+    """Write a checkpoint atomically to `path`; an earlier checkpoint at `path` is kept as `previous`.
 
     Raises:
-        OutputError: if it cannot be written; the checkpoints that were there are unchanged.
+        OutputError: if it cannot be written; the earlier checkpoints are unchanged.
     """
-    # Into memory first: torch.save does not report a full disk clearly, a plain write does.
+    # Into memory first, because torch.save does not report a full disk clearly, whereas a plain write does.
     buffer = io.BytesIO()
     torch.save(
         {
@@ -123,14 +123,14 @@ def load(
 
     Args:
         paths: the checkpoint files, newest first; missing ones are skipped.
-        expected: what they must match.
+        expected: the values that they must match.
         rule: a rule attached to a model of this run.
         optimizers: the optimizers of this run.
         warn: called with a line about each unusable checkpoint, if another one is usable.
         callbacks: the callbacks of this run.
 
     Raises:
-        RunDirectoryError: if none is usable, naming each checkpoint and why.
+        RunDirectoryError: if none is usable; the message names each checkpoint and the reason.
     """
     faults: list[str] = []
     for path in filter(Path.exists, paths):

@@ -17,7 +17,7 @@ from fa_bench.mechanisms.rule import Rule
 if TYPE_CHECKING:
     from fa_bench.runs.loop import Trainer
 
-#: Steps between two checks of the loss on an accelerator, which each check synchronises.
+#: Steps between two checks of the loss on an accelerator, because each check waits for the device.
 CHECK_EVERY = 50
 
 
@@ -43,7 +43,7 @@ class Divergence(Callback):
         progress = trainer.progress
         assert progress.loss_sum is not None
         if progress.step % self._every == 0 and not math.isfinite(trainer.world.sum(progress.loss_sum).item()):
-            # Before the update, which would spread non-finite values to all layers.
+            # Find the layer before the update, which would spread non-finite values to all layers.
             self._diverged(trainer, x)
 
     def on_batches_end(self, trainer: Trainer) -> None:
@@ -55,7 +55,7 @@ class Divergence(Callback):
         progress = trainer.progress
         if progress.diverged is not None:
             return
-        # Outputs may be non-finite in the part of only one process.
+        # Outputs may be non-finite in only one process's part of the batch.
         layers = trainer.world.gather(first_nonfinite(trainer.rule, x))
         order = [name for name, _ in trainer.model.named_modules()]
         layer = min(filter(None, layers), key=lambda name: order.index(name) if name in order else -1, default=None)

@@ -76,7 +76,7 @@ class Execution:
             model: the model that it calls.
             steps: updates of the whole run.
             processes: number of processes that train the run together; with several, there is no compilation.
-            repeats: whether the rule runs the model again in the backward pass, which no compiled graph can do.
+            repeats: whether the rule runs the model again in the backward pass, which compiled graphs do not support.
         """
 
         def eager(x: torch.Tensor, y: torch.Tensor) -> Any:
@@ -89,8 +89,8 @@ class Execution:
             log.info("compile=auto: %s (%s)", "on" if self._compiles else "off", why)
         if not self._compiles:
             return eager
-        gc.collect()  # rules of earlier runs release the keys that graphs contain, and equal graphs are found in torch's cache
-        # A code object of its own, because torch limits the number of graphs of each, over all runs of a process.
+        gc.collect()  # frees the keys that earlier rules' graphs contain, so that equal graphs are found in torch's cache
+        # Each run needs its own code object, because torch limits the number of graphs per code object in a process.
         own: Any = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
         mode = {"triton.cudagraphs": True} if self.options.graphs is True else {}
         # Dropout draws the same numbers as without compilation.

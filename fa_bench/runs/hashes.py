@@ -50,7 +50,8 @@ def _package_hash() -> str:
 
 
 def state_hash(state: Any) -> str:
-    """A hash of nested containers of tensors and plain values, such as a state dict; equal if they are bitwise identical."""
+    """A hash of nested containers of tensors and plain values, such as a state dict; bitwise identical states have equal
+    hashes."""
     digest = hashlib.sha256()
     _update(digest, state)
     return digest.hexdigest()[:DIGITS]
@@ -78,7 +79,8 @@ def _update(digest: Any, value: Any) -> None:
 
 
 def chained(previous: str, *tensors: Tensor) -> str:
-    """The hash of a sequence of tensors, extended by these; `previous` is the hash of the sequence so far, empty at first."""
+    """The hash of a sequence of tensors to which `tensors` are appended; `previous` is the hash of the sequence so far, empty at
+    first."""
     digest = hashlib.sha256(previous.encode())
     for tensor in tensors:
         digest.update(_bytes(tensor))

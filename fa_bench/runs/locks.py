@@ -68,14 +68,14 @@ def lock_holder(directory: Path) -> dict[str, Any] | None:
             return None
     except Timeout:
         return _read_holder(directory)
-    except PermissionError:  # another user's lock cannot be tried
+    except PermissionError:  # a lock that belongs to another user cannot be tested
         return _read_holder(directory) or None
     except OSError:
         return None
 
 
 def _read_holder(directory: Path) -> dict[str, Any]:
-    """The holder's description of itself; empty if it has not written it yet."""
+    """The description that the lock's holder has written of itself; empty if it has not been written yet."""
     try:
         about = json.loads((directory / HOLDER).read_bytes())
     except (OSError, ValueError):

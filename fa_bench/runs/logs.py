@@ -25,7 +25,8 @@ class _Console(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore a full disk, which would print a traceback for every line; writing the other files reports it."""
+        """Ignore a full disk, which would otherwise print a traceback for every line; it is reported when other files are
+        written."""
 
 
 @contextmanager

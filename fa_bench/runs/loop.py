@@ -38,17 +38,19 @@ class Progress:
         step: updates so far.
         seconds: training time so far, without evaluation, measurements and compilation.
         compile_seconds: the duration of steps in which torch.compile compiled.
-        energy_wh: energy that the machine used so far, with evaluation and measurements; None if it was not counted throughout.
-        loss_sum, sums, samples: over the current epoch's batches: the loss, the objective's sums for scores, and the targets that
-            count. They are on the device, except for a number of samples that is known without reading the targets.
+        energy_wh: energy that the machine has used so far, including evaluation and measurements; None if it was not always
+            counted.
+        loss_sum, sums, samples: sums over the current epoch's batches: of the loss, of the objective's sums for scores, and of
+            the number of targets that count. They are on the device, except for a number that is known without reading the
+            targets.
         probed: the step of the last recorded measurement of alignment metrics.
         measurements: the number of recorded measurements.
-        angles: its result, if it was in the current epoch.
+        angles: the result of the last measurement, if it was made in the current epoch.
         batches_hash: a hash of the first batch of every epoch so far, as the model received it.
-        diverged: epoch, step and layer at which the loss or a trained tensor first was not finite.
-        stopped: reason and callback of the first request to stop by a callback of the run's config.
+        diverged: the epoch, step and layer at which the loss or a trained tensor first was not finite.
+        stopped: the reason for the first request to stop by a callback of the run's config, and that callback.
         best_epoch, best_val, test_at_best: the epoch (from 1) with the best primary score of the validation samples, and its
-            scores.
+            validation and test scores.
     """
 
     epoch: int = 0
@@ -100,15 +102,15 @@ class Trainer:
 
     Args:
         rule: an attached rule; its model is trained for the rule's objective.
-        optimizers: for the weights and learned feedback.
+        optimizers: the optimizers of the weights and the learned feedback.
         splits: the data.
         options: the run's options: epochs, batch size, seed, ...
         callbacks: called in this order by each hook of `fa_bench.callbacks.base.Callback`.
         progress: the progress of the run, which may be within an epoch.
         external: those of `callbacks` that are not part of the run's config. A stop that they request is not saved in
             checkpoints, so that the run can be resumed without them.
-        execution: precision and compilation; default: those of the options, on the model's device.
-        world: the processes of the run, each of which has a trainer and its part of every batch; None: this is the only one.
+        execution: precision and compilation; by default, those of the options, on the model's device.
+        world: the processes of the run, each of which has a trainer and its part of every batch; None: this is the only process.
     """
 
     def __init__(
@@ -164,14 +166,14 @@ class Trainer:
         """End the training early. Called by a callback's hook; calls after the first have no effect.
 
         An epoch that has begun is finished: its remaining steps, its evaluation, the hooks `on_epoch_end` of all callbacks and a
-        checkpoint; then `on_fit_end` is called. If it is called before the first epoch, that epoch does not run. In the last
-        epoch, it has no effect: the run finishes.
+        checkpoint; then `on_fit_end` is called. A call before the first epoch prevents that epoch. A call in the last epoch has
+        no effect: the run finishes.
 
         Args:
             reason: recorded in the result, whose status is `stopped`.
 
         Raises:
-            ValueError: if the reason is not text, or empty.
+            ValueError: if the reason is not text, or is empty.
         """
         if not isinstance(reason, str) or not reason.strip():
             raise ValueError(f"trainer.stop({reason!r}): pass the reason as text")
@@ -195,7 +197,7 @@ class Trainer:
     def train_step(self, x: Tensor, y: Tensor, indices: Tensor | None = None) -> None:
         """One update of weights and learned feedback with this process's part of a batch, inputs `x` and targets `y`.
 
-        `indices` are those of its samples, see `Rule.backward`.
+        `indices` are the indices of these samples, see `Rule.backward`.
         """
         self.optimizers.begin_step(self.progress.step)
         end = 0
@@ -221,7 +223,7 @@ class Trainer:
         return outputs, self.objective.loss(outputs, y)
 
     def evaluate(self, split: Split | None) -> dict[str, float]:
-        """Loss and scores, see `evaluate`."""
+        """Loss and scores of a split, see `fa_bench.metrics.evaluation.evaluate`."""
         with self.execution.autocast():
             return evaluate(
                 self.model,

@@ -41,7 +41,7 @@ def recording_outcome(
             result |= _stopped(progress, request)
         else:
             result |= {"status": "finished"}
-        # A run that can be resumed must not record what an uninterrupted one does not measure.
+        # A run that can be resumed must not record measurements that an uninterrupted run would not make.
         if result["status"] == "finished" or (result["status"] == "stopped" and progress.stopped is not None):
             result |= {"probes": recorder.measure_probes(progress)}
     except Diverged:
@@ -50,14 +50,14 @@ def recording_outcome(
         error = raised = _explain(error, job)
         if isinstance(error, Interrupted) and trainer.world.stops_together:
             save()
-        # A process that is lost without a reason was killed, or stopped.
+        # A process that was lost without giving a reason was killed or stopped.
         is_stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, ProcessLost) and not error.reason)
         status = "interrupted" if is_stopped else "failed"
         result |= {"status": status, "error": _error(error)}
         raise error
     finally:
         result |= progress_result(recorder, progress, parts.meter, complete)
-        if raised is None and not trainer.world.rank:  # a signal or a failure is not to wait for it; after the peak memory
+        if raised is None and not trainer.world.rank:  # not after a signal or failure, which must not wait
             result |= {"cost": predicted_cost(job, parts.splits, parts.meter.x[:2], parts.rule.objective)}
         result |= {
             "batches_hash": progress.batches_hash,
@@ -70,7 +70,7 @@ def recording_outcome(
         except OutputError as error:
             if raised is None:
                 raise
-            log.warning("%s", error)  # does not hide the error that is being raised
+            log.warning("%s", error)  # only logged, so that it does not hide the error that is being raised
 
 
 def _diverged(progress: Progress) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _explain(error: BaseException, job: Job) -> BaseException:
 
 
 def record_failure(job: Job, directory: Path, error: BaseException, experiment: str | None = None) -> None:
-    """Log why a run failed, with the traceback, and write its result unless it has written one itself.
+    """Log why a run failed, with the traceback, and write its result unless the run has already written one.
 
     Files of another run are not touched, and those of earlier attempts, such as checkpoints, are kept.
     """

@@ -29,11 +29,11 @@ IGNORED = re.compile(
 
 
 def removable_files(directory: Path, resume: bool) -> Iterator[Path]:
-    """The files that a run removes when it starts; checkpoints come first, because those of other code must not outlive the
+    """The files that a run removes when it starts. Checkpoints come first, because checkpoints of other code must not outlive the
     config.
 
     Args:
-        directory: the run's.
+        directory: the run's directory.
         resume: whether the run resumes from its checkpoint; then only its result and half-written files are removed.
     """
     if not resume:
@@ -49,11 +49,12 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
     """Refuse a directory that contains anything but a run's files, or a link in place of one.
 
     Args:
-        directory: exists.
-        is_own_run: whether its config is the run's; otherwise only files that a run writes before its config may be there.
+        directory: an existing directory.
+        is_own_run: whether the config in it is that of the run; if not, it may contain only files that a run writes before its
+            config.
 
     Raises:
-        RunDirectoryError: in this case; the message names the files that are not the run's.
+        RunDirectoryError: if the directory is refused; the message names the files that are not the run's.
     """
     known = {LOCK, LOG, *_WRITTEN, *TEMPORARIES, *recorded_events(directory)}
     foreign = []

@@ -1,4 +1,4 @@
-"""Data-parallel runs: the processes that torchrun starts for one run, and what they exchange.
+"""Data-parallel runs: the processes that torchrun starts for one run, and the data that they exchange.
 
 Every process builds the same model with the same rule and trains on its part of every batch; DistributedDataParallel averages
 the gradients. The parts, the augmentation and the weights of the losses are chosen so that the update is that of one process
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(minutes=10)
 #: Seconds between two checks for a message from process 0 before training.
 _INTERVAL = 0.05
-#: What torchrun sets for each process.
+#: The environment variables that torchrun sets for each process.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: Keys of the store that the processes share.
 _MESSAGE, _REPORTED, _ERROR = "fa_bench/message", "fa_bench/reported", "fa_bench/error"
@@ -73,7 +73,7 @@ class World:
 
     # -------------------------------------------------------------------------------------------- messages
     def announce(self, message: Any) -> None:
-        """Send a message, values of JSON, from process 0 to those that `listen`."""
+        """Send a message, which must be JSON, from process 0 to the processes that `listen`."""
 
     def listen(self) -> Any:
         """Wait for the next message of process 0, for as long as it takes."""
@@ -90,7 +90,7 @@ class World:
     # -------------------------------------------------------------------------------------------- exchanges
     # Every process must call these at the same point.
     def from_main(self, value: Any) -> Any:
-        """The value that process 0 passes."""
+        """The value that process 0 passed to this method."""
         return value
 
     def gather(self, value: Any) -> list[Any]:
@@ -123,7 +123,7 @@ class World:
 
     # -------------------------------------------------------------------------------------------- training
     def device(self, name: str) -> str:
-        """The device of this process, for the run's option `device`, which may not be auto."""
+        """The device of this process, given the run's option `device`, which must not be auto."""
         return name
 
     def share(self, accumulate: int = 1) -> Callable[[int], Tensor] | None:
@@ -196,7 +196,7 @@ class Processes(World):
 
     def report(self, line: str) -> None:
         is_first = True
-        with suppress(RuntimeError):  # the store has ended with its process
+        with suppress(RuntimeError):  # the store may have ended together with its process
             is_first = self._store.add(_REPORTED, 1) == 1
             if is_first:
                 self._store.set(_ERROR, line)
@@ -209,7 +209,7 @@ class Processes(World):
         return self._lost() if is_lost else error
 
     def _lost(self) -> ProcessLost:
-        """The error that another process has ended, with the error that it reported, if any."""
+        """ProcessLost, with the error that another process has reported, if any."""
         self.has_lost, reason = True, ""
         with suppress(RuntimeError):
             if self._store.check([_ERROR]):
@@ -218,7 +218,7 @@ class Processes(World):
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """Within the block, an error of torch means that another process has ended."""
+        """Within the block, turn errors of torch into ProcessLost: they mean that another process has ended."""
         try:
             yield
         except RuntimeError:
@@ -323,7 +323,7 @@ class Processes(World):
     def micro_batches(
         self, x: Tensor, y: Tensor, size: int, accumulate: int, objective: Objective
     ) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """As in `World`. Gradients are exchanged in the backward pass of the last one."""
+        """As in `World`. Gradients are exchanged in the backward pass of the last micro-batch."""
         parts_y = y.split(lengths := [len(part) for part in self.parts(size, accumulate)])
         counts = [objective.counted(part) for part in parts_y]
         total: Any = size
@@ -357,8 +357,8 @@ class Processes(World):
 
 
 class SameStop(Callback):
-    """Turns a callback's request to stop in one process into a request in all processes; it must come after the callbacks that
-    may request it."""
+    """Turns a callback's request to stop in one process into a request in all processes; must come after all callbacks that may
+    request a stop."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
         trainer.agree_on_stop()
@@ -394,9 +394,9 @@ def refuse(what: str) -> None:
 
 
 def run_together(command: Callable[[], int]) -> int:
-    """The exit code of `command`, which is called as one of the processes that torchrun has started, if it has.
+    """Call `command`, as one of several processes if torchrun has started this process, and return its exit code.
 
-    Only process 0 has standard output and error; the others print errors with `World.report`.
+    Only process 0 has standard output and error; the other processes print errors with `World.report`.
     """
     global _world
     if not is_started_by_torchrun():
@@ -422,7 +422,7 @@ def _joined() -> Processes:
 
     rank, size, local_rank = (int(os.environ[name]) for name in _VARIABLES[:3])
     store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
-    # NCCL carries gradients on GPUs; what Python exchanges is on the CPU.
+    # NCCL transfers gradients between GPUs; the values that Python exchanges are on the CPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and torch.distributed.is_nccl_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     return Processes(rank, size, local_rank, store)

@@ -17,7 +17,7 @@ def exit_with_parent(starter: int) -> None:
     """Exit this process as soon as its parent has ended.
 
     Does nothing in the process that started the sweep, and in a process that multiprocessing did not start, such as a Slurm
-    job. The exit is like a kill: the next start resumes from the last checkpoint.
+    job. The process ends as if it had been killed: the next start resumes from the last checkpoint.
 
     Args:
         starter: the pid of the process that started the sweep.
@@ -26,7 +26,7 @@ def exit_with_parent(starter: int) -> None:
         return
     _watching.add(os.getpid())
     parent = multiprocessing.parent_process()
-    if parent is None and os.getppid() != starter:  # it has ended already; joblib's processes do not record their parent
+    if parent is None and os.getppid() != starter:  # the starter has ended; joblib's processes do not record it
         os._exit(1)
     threading.Thread(target=_watch, args=(None if parent is None else parent.sentinel, starter), daemon=True).start()
 

@@ -22,7 +22,7 @@ _KNOWN: dict[Any, dict[str, Any]] = {}
 
 
 def rule_for(job: Job, splits: Splits) -> Rule:
-    """A new rule of a job, which knows how many training samples there are.
+    """A new rule for a job, prepared for the number of training samples.
 
     Raises:
         OptionError: if an option of the rule does not fit the data.
@@ -59,14 +59,14 @@ def step_costs_of(job: Job, rule: Rule, splits: Splits) -> tuple[Cost, Cost]:
 def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objective) -> dict[str, Any] | None:
     """The cost of a training step for a run's result: {quantity: number}, with that of backpropagation as ``bp``.
 
-    It is counted with a separate model and rule, in single precision on the CPU, and changes nothing that the run depends on.
-    None if the step fails, in which case the run itself says why.
+    The cost is counted with a separate model and rule, in single precision on the CPU; nothing that the run depends on changes.
+    Returns None if the step fails; the run itself then reports the error.
 
     Args:
-        job: as it is trained, see `fa_bench.config.scale.scaled`.
-        splits: its data.
-        sample: two of its inputs.
-        objective: what the run trains for.
+        job: the job as it is trained, see `fa_bench.config.scale.scaled`.
+        splits: the job's data.
+        sample: two inputs from the data.
+        objective: the objective of the run.
     """
     plain = job.plain() | {"output": objective.output}
     key = (
@@ -88,7 +88,7 @@ def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objectiv
             rule.attach(model, seed=job.run.seed, sample_input=sample.cpu(), initial_phase=False, objective=objective)
             own, reference = step_costs_of(job, rule, splits)
             _KNOWN[key] = {"batch": min(job.run.batch_size, len(splits.train)), **own.record(), "bp": reference.record()}
-        except Exception as error:  # a plugin's code may raise anything; what is wrong with the run is raised when it trains
+        except Exception as error:  # a plugin may raise anything; errors of the run itself are raised in training
             log.debug("cost of a step not predicted: %s", error)
             return None
         finally:

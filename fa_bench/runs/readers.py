@@ -1,7 +1,7 @@
 """Readers of a run's files, which may be damaged, edited or forged: every value is checked before it is used.
 
-There is one reader for each file. An error names the file, the key, its value and what is allowed. Unknown keys are ignored, so
-that records of later versions can be read.
+There is one reader for each file. An error names the file, the key, its value and the allowed values. Unknown keys are
+ignored, so that records of later versions can be read.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from fa_bench.runs.schemas import (
 )
 from fa_bench.utils.files import RESULT
 
-#: The beginning of the first line of a run's config.yaml, and of the second.
+#: The beginnings of the first and the second line of a run's config.yaml.
 HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
-#: A config's line with its seed, and the seed with which configs that differ only in the seed are parsed.
+#: The line of a config with the seed, and the seed that replaces it when configs that differ only in the seed are parsed.
 _SEED_LINE, _TEMPLATE_SEED = re.compile(r"^seed: (0|[1-9]\d{0,17})$", re.MULTILINE), 10**17 + 3
 _COMMENTS = re.compile(r"\A(#.*\n)+")
 
@@ -73,7 +73,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
     """A run's `result.json`; None if there is no such file.
 
     Raises:
-        RecordError: it cannot be read, lacks a required key, or has an invalid value.
+        RecordError: the file cannot be read, lacks a required key, or has an invalid value.
     """
     content = read_bytes(path)
     if content is None:
@@ -116,8 +116,8 @@ def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]
     """The first `epochs` lines of a run's `metrics.jsonl`, which a resumed run continues.
 
     Raises:
-        RecordError: if a line is missing or is not the record of its epoch, or, with `complete`, if there are more; the message
-            names the line.
+        RecordError: if a line is missing or is not the record of its epoch, or, with `complete`, if there are further lines; the
+            message names the line.
     """
     content = read_bytes(path) if epochs else b""
     if content is None:
@@ -139,7 +139,7 @@ def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]
 def read_measurements(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's `angles.jsonl`, one per measurement in the order of steps; empty if there is no such file.
 
-    Each has the keys step, epoch (step / steps per epoch) and angles, {metric: {layer: value}}; undefined values are None.
+    Each line has the keys step, epoch (step / steps per epoch) and angles, {metric: {layer: value}}; undefined values are None.
 
     Raises:
         RecordError: a line is not a measurement, a value is invalid, the steps do not increase, or the file cannot be read.
@@ -160,10 +160,10 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
 
 
 def recorded_measurements(path: Path, count: int, step: int | None) -> list[str]:
-    """The first `count` lines of a run's `angles.jsonl`, the last of `step`, which a resumed run continues.
+    """The first `count` lines of a run's `angles.jsonl`, which a resumed run continues; the last of them must be that of `step`.
 
     Raises:
-        RecordError: as `read_measurements`, or if lines are missing or others than those that the run wrote.
+        RecordError: as in `read_measurements`, and if lines are missing or are not those that the run wrote.
     """
     if count == 0:
         return []
@@ -181,7 +181,7 @@ def read_config(path: Path) -> Config:
     """A run's `config.yaml`; empty if there is no such file.
 
     Raises:
-        RecordError: it cannot be read, is not a mapping, or has an invalid value.
+        RecordError: the file cannot be read, is not a mapping, or has an invalid value.
     """
     from fa_bench.utils.yaml_files import read_text
 
@@ -217,14 +217,15 @@ def _flat_config(text: str, source: str) -> dict[str, Any] | None:
 def _config_but_seed(text: str) -> dict[str, Any] | None:
     """The config in a text, parsed once for all seeds, because parsing takes most of the time of a report on many runs.
 
-    None if the text has no line with a seed, or cannot be read; without it, the error would name another line.
+    None if the text has no line with a seed, or cannot be parsed. The text itself must then be parsed, so that errors name the
+    right line.
     """
     found = _SEED_LINE.search(text)
     if found is None:
         return None
     body = _COMMENTS.sub("", text)  # the hashes at the top differ between seeds
     values = _parsed_template(_SEED_LINE.sub(f"seed: {_TEMPLATE_SEED}", body, count=1))
-    # If that line is not a key of the config but part of a text in it, the seed is a different one.
+    # If that line is not a key of the config but part of a longer text in it, the config's seed is a different one.
     return values | {"seed": int(found[1])} if values and values.get("seed") == _TEMPLATE_SEED else None
 
 
@@ -232,7 +233,7 @@ def _config_but_seed(text: str) -> dict[str, Any] | None:
 def _parsed_template(text: str) -> dict[str, Any] | None:
     try:
         return _flat_config(text, "")
-    except Exception:  # the text itself is read next, with the error that belongs to it
+    except Exception:  # the text itself is parsed next, which raises the error that belongs to it
         return None
 
 
@@ -240,7 +241,7 @@ def read_sweep(path: Path) -> list[PlannedRun]:
     """The runs that a `sweep.json` lists, in its order; empty if there is no such file.
 
     Raises:
-        RecordError: it cannot be read, is a link, or was not written by fa_bench.
+        RecordError: the file cannot be read, is a link, or was not written by fa_bench.
     """
     if path.is_symlink():
         raise RecordError(path, "a link, which fa-bench does not follow")

@@ -38,11 +38,11 @@ class Recorder(Callback):
         job: the run.
         progress: the progress of the run; records of later epochs are dropped.
         probes: additional measurements of the layers.
-        steps: the steps of an epoch.
+        steps: the number of steps in an epoch.
         swept: the keys in which the runs of the sweep differ, for the loggers.
 
     Raises:
-        RecordError: as `recorded_lines` and `recorded_measurements`.
+        RecordError: as in `recorded_lines` and `recorded_measurements`.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Recorder(Callback):
         self._write(METRICS, "".join(line + "\n" for line in self.lines))
 
     def _write_measurements(self) -> None:
-        """Write angles.jsonl, once an epoch and before a checkpoint: measurements may be a few steps apart."""
+        """Write angles.jsonl; called once an epoch and before a checkpoint, as measurements may be only a few steps apart."""
         if self._written != len(self.measurements):
             self._write(ANGLES, "".join(line + "\n" for line in self.measurements))
             self._written = len(self.measurements)
@@ -120,7 +120,7 @@ class Recorder(Callback):
         """Write result.json, and pass the run's final status and metrics to the loggers."""
         try:
             self._write_measurements()
-            # Before the result, which marks the run as complete.
+            # The loggers finish before the result is written, which marks the run as complete.
             for logger in self.loggers:
                 logger.finish(result["status"], {key: result[key] for key in final_values(self.scores)}, result["step"])
         finally:
@@ -140,7 +140,7 @@ def make_loggers(job: Job) -> list[Logger]:
     """The loggers of a run.
 
     Raises:
-        ConfigError: if a logger's package is missing, with what to install.
+        ConfigError: if a logger's package is missing; the message says what to install.
     """
     loggers = [component(LOGGERS, spec) for spec in job.run.loggers]
     for logger in loggers:
@@ -157,7 +157,8 @@ def tag_of(key: str) -> str:
 def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
     """The result of a run that has not trained yet, with every key that a result has.
 
-    The experiment's name is recorded here and not in the config, so equal configs are the same run whatever they are called.
+    The experiment's name is recorded here and not in the config, so equal configs are the same run even if they belong to
+    different experiments.
     """
     return {
         "status": "failed",
@@ -205,7 +206,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
 
 
 def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMeter, complete: bool) -> dict[str, Any]:
-    """The entries of a result that depend on training; `complete`: whether training ended, with a last measurement."""
+    """The entries of a result that depend on training; `complete` tells whether training ended, with a last measurement."""
     last = recorder.last_metrics()
     return {
         "epoch": progress.epoch,

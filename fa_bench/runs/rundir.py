@@ -33,7 +33,7 @@ class RunDirectory:
     """One run's directory.
 
     Args:
-        path: the directory; need not exist.
+        path: the directory, which need not exist.
         job: the run.
     """
 
@@ -84,7 +84,7 @@ class RunDirectory:
         """Refuse a directory that belongs to another config's run, or contains files that are not this run's.
 
         Raises:
-            RunDirectoryError: in this case; the message names the directory and what differs.
+            RunDirectoryError: if the directory is refused; the message names the directory and what differs.
         """
         if not self.path.is_dir():
             return
@@ -117,12 +117,12 @@ class RunDirectory:
         return "; ".join(differences) + ("; ..." if len(keys) > 2 else "") if differences else "an older format"
 
     def start(self, resume: bool) -> None:
-        """Begin the run: write its config, and remove the files of its earlier attempts, or only some if it is resumed.
+        """Begin the run: write its config, and remove the files of its earlier attempts, or only some of them if it is resumed.
 
         The result and half-written files are removed in either case.
 
         Raises:
-            RunDirectoryError: as `check`.
+            RunDirectoryError: as in `check`.
             OutputError: if the directory cannot be written.
         """
         self.check()  # again, because files are removed from here on

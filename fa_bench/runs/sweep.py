@@ -15,7 +15,7 @@ from fa_bench.utils.files import check_temporary, dump_json, output_errors, reso
 from fa_bench.utils.locks import PATIENCE, locked
 
 SWEEP, SWEEP_LOCK = "sweep.json", ".sweep.json.lock"
-#: Maximum depth of a run directory below the one that its sweep shares: experiment, rule, seed.
+#: Maximum depth of a run directory below the common directory of its sweep: experiment, rule, seed.
 DEPTH = 3
 
 
@@ -34,7 +34,7 @@ def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[PlannedRun]
         try:
             with locked(path.with_name(SWEEP_LOCK)):
                 check_temporary(path, b'{\n "command"')
-                # Compared by normalised directories, so that a run is recognised whatever the working directory was.
+                # Runs are compared by normalised directories, so that they are recognised whatever the working directory was.
                 merged = {os.path.relpath(run.directory, folder): run for run in (*read_sweep(path), *runs)}
                 listed = [{**run._asdict(), "directory": directory} for directory, run in merged.items()]
                 write_text(path, dump_json({"command": list(command), "runs": listed}, indent=1) + "\n")
@@ -45,7 +45,8 @@ def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[PlannedRun]
 
 
 def find_planned_runs(folders: Iterable[Path], faults: list[RecordError]) -> list[PlannedRun]:
-    """The runs at and below `folders` that sweep.json files list, each once: files at, below and up to three folders above.
+    """The runs at and below `folders` that are listed in sweep.json files, each once; the files may be in these folders, below
+    them, or up to three levels above them.
 
     Files that cannot be read, or were not written by fa_bench, are skipped and added to `faults`.
     """

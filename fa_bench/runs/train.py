@@ -58,8 +58,8 @@ def run(
         later_epochs: epochs of the runs that follow, to estimate the remaining time.
         callbacks: additional callbacks, called after those of the config. They are not part of the run's identity: they must not
             change the training, and their state is not saved. A run that they stop can be resumed without them, with the result
-            of an uninterrupted run; a run that a callback of its config stopped is not trained again. If both request a stop,
-            that of the config takes precedence.
+            of an uninterrupted run; a run that was stopped by a callback of its config is not trained again. If callbacks of both
+            kinds request a stop, the request of the config's callback takes precedence.
         swept: the keys in which the runs of the sweep differ, for the loggers; see `fa_bench.config.labels.swept_keys`.
         brief: print fewer lines; see `fa_bench.runs.callbacks.Display`.
 
@@ -68,7 +68,7 @@ def run(
 
     Raises:
         FaBenchError: if the input cannot be run, or another process has locked the directory.
-        Interrupted: after SIGINT or SIGTERM, when a checkpoint and the result were written, with status interrupted.
+        Interrupted: after SIGINT or SIGTERM, once a checkpoint and a result with the status interrupted have been written.
         ProcessLost: if another process that trains the run has ended; it can be resumed from its last checkpoint.
     """
     run_dir, world = RunDirectory(directory, job), parallel.current()
@@ -80,7 +80,7 @@ def run(
             )
     run_dir.check()
     with lock_directory(directory), isolated():
-        run_dir.check()  # again: another process may have changed it before it was locked
+        run_dir.check()  # again, because another process may have changed it before it was locked
         title = title or str(directory)
         resume = job.run.resume is not False
         if resume and run_dir.state is RunState.STALE:
@@ -99,7 +99,7 @@ def run(
 
 
 def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
-    """False, for a run that must restart because resuming it would not give bitwise identical results.
+    """Log why a run must restart: resuming it would not give bitwise identical results. Returns False, the new value of `resume`.
 
     Raises:
         RunDirectoryError: if resume=true forbids restarting.
@@ -113,7 +113,7 @@ def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
 
 
 def _is_readable(run_dir: RunDirectory) -> bool:
-    """Whether a finished run's checkpoint can be read, unless it was deleted."""
+    """False if a finished run has a checkpoint that cannot be read."""
     if run_dir.checkpoint.exists():
         try:
             checkpoint.read(run_dir.checkpoint, run_dir.job.config_hash, "cpu")
@@ -145,7 +145,7 @@ def _run(
         except (RecordError, RunDirectoryError) as error:
             if run_dir.job.run.resume:
                 raise RunDirectoryError(f"{error}; pass resume=false to restart") from None
-            # Built again: the checkpoint may have changed the model before it failed.
+            # The parts are built again, because the checkpoint may have changed the model before loading it failed.
             warnings, resuming, parts = [f"{error}; restarting"], False, assemble(job, prepare(run_dir.job))
     progress = _shared(progress, parts, resuming)
     if not world.rank:
@@ -231,7 +231,7 @@ def _load(run_dir: RunDirectory, job: Job, parts: Parts, warnings: list[str]) ->
 
 
 def _shared(progress: Progress, parts: Parts, resuming: bool) -> Progress:
-    """The progress of this process; if the run is resumed, its parts have the state that process 0 has loaded."""
+    """The progress of this process; if the run is resumed, `parts` also take over the state that process 0 has loaded."""
     world, buffer = parallel.current(), io.BytesIO()
     if world.size > 1:
         if resuming:

@@ -17,7 +17,7 @@ S = TypeVar("S", bound="Schedule")
 class Schedule(Options):
     """Base class of schedules, registered in `fa_bench.registry.registries.SCHEDULES`.
 
-    A schedule has no state, so a resumed run does not have to restore it.
+    A schedule has no state, so there is nothing to restore in a resumed run.
 
     Examples:
         >>> import dataclasses, fa_bench
@@ -65,7 +65,7 @@ class Schedule(Options):
 
     @classmethod
     def from_mapping(cls: type[S], values: Mapping[str, Any]) -> S:
-        """Create the schedule that ``values['name']`` selects; options that are null have their defaults.
+        """Create the schedule that ``values['name']`` selects; options that are null take their defaults.
 
         Raises:
             OptionError: for an unknown schedule, an unknown option, an option of another schedule, or an invalid value.

@@ -20,7 +20,7 @@ class _StepDecay(Schedule):
         raise NotImplementedError
 
     def rate(self, lr: float, done: int, total: int) -> float:
-        for _ in range(self.reductions(done)):  # one factor at a time, to round as torch's schedulers do
+        for _ in range(self.reductions(done)):  # one factor at a time, so that rounding is as in torch's schedulers
             lr *= self.gamma
         return lr
 
@@ -28,7 +28,7 @@ class _StepDecay(Schedule):
 @SCHEDULES.register("step")
 @dataclasses.dataclass(eq=False)
 class Step(_StepDecay):
-    """The learning rate times `gamma` every `step_size` epochs (or steps)."""
+    """Multiplies the learning rate by `gamma` every `step_size` epochs (or steps)."""
 
     step_size: int | None = option(None, "epochs (or steps) between reductions; required", minimum=1)
 
@@ -47,7 +47,7 @@ class Step(_StepDecay):
 @SCHEDULES.register("multistep")
 @dataclasses.dataclass(eq=False)
 class MultiStep(_StepDecay):
-    """The learning rate times `gamma` at each of the `milestones`."""
+    """Multiplies the learning rate by `gamma` at each of the `milestones`."""
 
     milestones: list[int] | None = option(None, "epochs (or steps) after which the rate is reduced; required", minimum=1)
 

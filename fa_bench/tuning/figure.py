@@ -30,8 +30,8 @@ from fa_bench.tuning.trials import DONE
 from fa_bench.utils.text import escape_mathtext
 
 LR = "optimizer.lr"
-#: Panels in a row, and the points of accuracy below the best trials that the panels of learning rates show;
-#: of other scores, they show worse trials within this many ranges of the best ones.
+#: The number of panels in a row, and how far the panels of learning rates extend below the best trials: this many points of
+#: accuracy or, for other scores, this many times the range of the best trials.
 COLUMNS, SHOWN, RANGES = 4, 10.0, 3.0
 
 
@@ -66,7 +66,8 @@ def write_figure(studies: Sequence[RuleStudy], path: Path) -> None:
 
 
 def _plot_rates(axes: Axes, study: RuleStudy, limits: Range, reference: float | None) -> None:
-    """All trials of a rule against the learning rate: the chosen one in a ring, those below the axis as triangles on its edge."""
+    """Plot all trials of a rule against the learning rate; the chosen trial has a ring, and trials outside of the axis are
+    triangles at its edge."""
     style_axes(axes)
     axes.set_title(escape_mathtext(truncate(study.plan.rule, 40)), fontsize=11)
     axes.set(xlabel="learning rate", ylabel=_quantity(study.score).axis, xscale="log")
@@ -78,7 +79,7 @@ def _plot_rates(axes: Axes, study: RuleStudy, limits: Range, reference: float | 
         if LR in trial.values
     ]
     best = _shown(study, study.best) if study.best is not None else 0.0
-    # In merits, so the larger of two values is always better.
+    # Compare merits, so that the larger of two values is always better.
     low, high = sorted(map(score.merit, (limits.low, limits.high)))
     margin = SHOWN if is_accuracy else RANGES * (high - low)
     edge = low - margin if not limits.is_outside(best, _quantity(score).kind) else score.merit(best) - 2 * margin

@@ -94,7 +94,7 @@ def check_final(plan: Plan) -> None:
         path.parent.mkdir()
         path.write_text(experiment_text(plan, jobs, plan.directory), encoding="utf-8")
         composer = _composer(plan, Path(scratch))
-        # One seed of each config is enough.
+        # It is enough to check one seed of each config.
         texts = {tuple(text for text in job if not text.startswith(f"{SEED}=")): job for job in composer.expand(multirun=True)}
         checked = [job for job, _ in composer.check(list(texts.values()), directories=False)]
     for each in plan.rules:
@@ -119,7 +119,7 @@ def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
 def run_final(plan: Plan) -> tuple[int, list[Path]]:
     """Run the experiment of the final runs as a sweep; returns its exit code and the directories of the runs.
 
-    With several jobs, it uses Hydra's joblib launcher if that is installed and the command line names no other.
+    With several jobs, the sweep uses Hydra's joblib launcher if it is installed and the command line names no other launcher.
 
     Raises:
         FaBenchError: if a run cannot start.

@@ -80,7 +80,7 @@ def study_folder(plan: Plan, study: Mapping[str, Any]) -> Iterator[None]:
     """
     check_folder(plan.directory, study)
     with lock_directory(plan.directory):
-        check_folder(plan.directory, study)  # again: another process may have changed it before it was locked
+        check_folder(plan.directory, study)  # again, as it may have changed before it was locked
         if not (plan.directory / STUDY).exists():
             write_text(plan.directory / STUDY, dump_json({"study": study}, indent=1) + "\n")
         yield
@@ -90,7 +90,7 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
     """Refuse a folder of another study, or with files that no study wrote.
 
     Raises:
-        RunDirectoryError: in these cases; the message names the key that differs, with both values, or the files.
+        RunDirectoryError: if the folder is refused; the message names the key that differs, with both values, or the files.
     """
     if not directory.is_dir():
         return
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """The first key in which two studies differ, with both values; empty if there is none."""
     old, new = flatten(there), flatten(json.loads(dump_json(here)))
-    # What the user chose comes before what follows from it.
+    # Keys that the user chose come before keys that follow from them.
     order = [*new, *(key for key in old if key not in new)]
     late = ("code", "data", "optuna")
     for key in sorted(order, key=lambda key: (key in late, order.index(key))):
@@ -142,7 +142,7 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def _readable(key: str) -> str:
-    """A key of the description as the user knows it: ``fa optimizer.lr`` for ``rules.fa.space.optimizer.lr``."""
+    """A key of the description as the user knows it: ``fa: optimizer.lr`` for ``rules.fa.space.optimizer.lr``."""
     parts = key.split(".", 3)
     return f"{parts[1]}: {parts[3]}" if parts[0] == "rules" and len(parts) == 4 else key
 
@@ -151,7 +151,7 @@ def check_budget(budget: int, done: Mapping[str, int], directory: Path) -> None:
     """Refuse a budget that is smaller than the number of finished trials.
 
     Raises:
-        ConfigError: if so; the message names the rule.
+        ConfigError: if the budget is too small; the message names the rule.
     """
     for rule, count in done.items():
         if count > budget:

@@ -18,7 +18,7 @@ from fa_bench.registry.options import Options, option, option_fields
 from fa_bench.tuning.optuna_parts import PRUNERS, SAMPLERS
 
 SPACE = "space"
-#: How values to search may begin if they are not a list.
+#: The ways in which values to search can begin if they are not a list.
 _FUNCTION = re.compile(r"\s*(tag|interval|range|int|float|choice|sort|shuffle)\(")
 
 
@@ -78,10 +78,10 @@ OWN_KEYS = tuple(field.name for field in option_fields(TuneOptions))
 
 
 def parse_override(text: str) -> Override:
-    """Parse an override, which may be a range of values, as no other command accepts.
+    """Parse an override, which may be a range of values; other commands do not accept ranges.
 
     Raises:
-        ConfigError: as `fa_bench.command.overrides.parse`.
+        ConfigError: as in `fa_bench.command.overrides.parse`.
     """
     try:
         override = OverridesParser.create().parse_override(text)
@@ -91,7 +91,7 @@ def parse_override(text: str) -> Override:
                 f"cannot read '{truncate(text, 200)}': write a list such as 0.1,0.2, interval(LOW,HIGH), "
                 "tag(log,interval(LOW,HIGH)), int(interval(LOW,HIGH)) or range(START,STOP,STEP)"
             ) from None
-        return parse(text)  # raises its error
+        return parse(text)  # raises the usual error
     if not (override.is_sweep_override() and override.key_or_group):
         return parse(text)
     if not isinstance(override.value(), IntervalSweep) and count_values(override) > MOST_JOBS:
@@ -100,7 +100,7 @@ def parse_override(text: str) -> Override:
 
 
 def plain_value(override: Override) -> Any:
-    """The value of an override as plain Python; a list of those of a sweep."""
+    """The value of an override as plain Python; for a sweep, the list of its values."""
     value = list(override.sweep_iterator()) if override.is_sweep_override() else override.value()
 
     def plain(value: Any) -> Any:
@@ -112,7 +112,7 @@ def plain_value(override: Override) -> Any:
 
 
 def own_options(section: Mapping[str, Any], overrides: list[Override]) -> TuneOptions:
-    """The options of a study from an experiment's section and the command line, whose values win.
+    """The options of a study from an experiment's section and the command line, which takes precedence.
 
     Raises:
         ConfigError: for an unknown key of the section.

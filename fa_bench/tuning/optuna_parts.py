@@ -1,4 +1,4 @@
-"""Optuna: its samplers and pruners by name. It is an extra of fa_bench, imported when a study is made."""
+"""Optuna's samplers and pruners by name. Optuna is an optional dependency, which is imported only when a study is created."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
 
-#: name -> (class in optuna.samplers, its further arguments, the package that it needs)
+#: name -> (class in optuna.samplers, further arguments, the package that it needs)
 SAMPLERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "tpe": ("TPESampler", {}, ""),
     "random": ("RandomSampler", {}, ""),
@@ -36,7 +36,7 @@ def require_optuna(sampler: str) -> None:
     """Refuse to tune without optuna, or without the package that the sampler needs.
 
     Raises:
-        ConfigError: with what to install.
+        ConfigError: if a package is missing; the message says what to install.
     """
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tuning needs optuna: pip install optuna")

@@ -27,7 +27,7 @@ from fa_bench.tuning.space import Dimension, as_typed, declared, dimension, valu
 from fa_bench.utils.files import check_writable, refuse_root
 
 ALGORITHM, SEED, OUTPUT = "algorithm", "seed", "output_dir"
-#: Keys that cannot be searched, and those of the dataset that can, because they affect only the training images.
+#: Keys that cannot be searched, and the dataset's keys that can be searched, because they affect only the training images.
 _SAME = ("epochs", "scale", "device", *VOLATILE)
 _AUGMENTATION = ("dataset.augment",)
 #: Folder of the trials' runs within that of the study.
@@ -39,8 +39,8 @@ class RulePlan:
     """One rule of a study.
 
     Attributes:
-        rule: its name.
-        overrides: its default config, without the seed.
+        rule: the rule's name.
+        overrides: the rule's default config as overrides, without the seed.
         space: the dimensions by key.
         default: the values of these keys in the default config.
         job: the default config with the first seed of the trials.
@@ -58,7 +58,7 @@ class Plan:
     """A checked study.
 
     Attributes:
-        options: the study's own.
+        options: the study's own options.
         composer: composes the trials' configs.
         rules: the rules, in the order of the command line.
         directory: the study's folder.
@@ -342,7 +342,8 @@ def _check(plan: Plan) -> None:
 
 
 def _whole(one: Dimension, plan: RulePlan) -> str:
-    """What to write for a range of whole numbers, if the option has whole numbers and the range does not."""
+    """A hint on how to write a range of whole numbers, if the option takes whole numbers and the range does not consist of them;
+    otherwise empty."""
     is_range = not one.choices and one.step is None and not isinstance(one.low, int)
     if not is_range or type(plan.default[one.key]) is not int:
         return ""

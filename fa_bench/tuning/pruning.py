@@ -1,4 +1,4 @@
-"""Pruning: a trial that optuna's pruner finds worse than the others ends early."""
+"""Pruning: a trial ends early if optuna's pruner finds it worse than the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Rivals:
     """The trials with which a trial is compared.
 
     Attributes:
-        pruner: its name.
+        pruner: the name of the pruner.
         rule: the name of the rule's study.
         trials: the finished trials of the rule.
         direction: the direction of the search, `fa_bench.objectives.scores.Score.direction`.
@@ -41,7 +41,7 @@ class Rivals:
 
 
 class Judge:
-    """Decides in one trial, on a copy of its study, so that it can do so in another process.
+    """Decides whether one trial should end. It works on a copy of the trial's study, so that it can run in another process.
 
     Args:
         rivals: the trials before this one.
@@ -69,7 +69,7 @@ class Judge:
 
     @property
     def system(self) -> dict[str, Any]:
-        """What the pruner recorded in the trial."""
+        """The attributes that the pruner recorded in the trial."""
         return dict(self._study.get_trials(deepcopy=False)[-1].system_attrs)
 
 
@@ -78,8 +78,8 @@ class Pruning(Callback):
 
     Args:
         judge: the judge of the trial.
-        directory: the run's.
-        before: epochs of the trial's earlier runs.
+        directory: the run's directory.
+        before: the number of epochs of the trial's earlier runs.
     """
 
     def __init__(self, judge: Judge, directory: Path, before: int) -> None:
@@ -87,7 +87,7 @@ class Pruning(Callback):
         self._judge, self._directory, self._before = judge, directory, before
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        # Epochs that an interrupted process trained; the last of them may have been the one to stop after.
+        # Judge the epochs that an interrupted process trained: perhaps the run should have stopped after the last of them.
         for epoch, value in enumerate(recorded_scores(self._directory, trainer.progress.epoch), start=1):
             self._decide(trainer, epoch, value)
 

@@ -36,7 +36,7 @@ class Dimension:
         low, high: the ends of a range, both included; whole numbers for a range of whole numbers.
         step: the step between the numbers of a range; None: all numbers.
         log: whether the range is searched logarithmically.
-        source: who declared it, for messages.
+        source: where the dimension was declared, for messages.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Dimension:
     def text(self) -> str:
         """The values as typed on the command line, by which spaces are compared."""
         if self.choices:
-            listed = ",".join(map(as_typed, self.choices))  # a function such as choice(...) takes no null
+            listed = ",".join(map(as_typed, self.choices))  # functions such as choice(...) do not accept null
             return listed if len(self.choices) > 1 else f"choice({listed})"
         if self.step is not None:
             return self._tagged(f"range({self.low!r},{self.high + self.step!r},{self.step!r})")
@@ -73,7 +73,7 @@ class Dimension:
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
     def position(self, value: Any) -> float | None:
-        """Where a value lies in a range, from 0 to 1; None if it is not in it, or among choices that are not numbers."""
+        """The position of a value in the range or among numeric choices, from 0 to 1; None if the value has no such position."""
         if not is_number(value):
             return None
         if self.choices:
@@ -138,7 +138,7 @@ class Dimension:
             return None
         if ordered:
             return dataclasses.replace(self, choices=(*self.choices, end) if upper else (end, *self.choices))
-        if self.step is not None:  # keeps the grid
+        if self.step is not None:  # the end must be on the grid of steps
             steps = math.floor(abs(end - (high if upper else low)) / self.step + 1e-9)
             end = high + steps * self.step if upper else low - steps * self.step
             if not steps:

@@ -1,4 +1,4 @@
-"""One optuna study for each rule: what it proposes next, and its finished trials on disk.
+"""One optuna study for each rule: the trial that it proposes next, and its finished trials on disk.
 
 Only finished trials are stored. A study that is started again repeats optuna's proposals from the first trial, with the same seed
 and the stored results, and thus returns to its earlier state. If the process was killed, it proposes the same values again, and
@@ -84,7 +84,7 @@ class RuleStudy:
         default, number = self.plan.default, len(self.finished)
         distributions = self._distributions
         if number == 0:
-            # The sampler could not have proposed a default outside of the space, so it does not learn from it.
+            # Default values outside of the space are not passed to the sampler, which could not have proposed them.
             distributions = {key: each for key, each in distributions.items() if self.plan.space[key].contains(default[key])}
             self._study.enqueue_trial({key: default[key] for key in distributions})
         with warnings.catch_warnings():
@@ -128,7 +128,7 @@ class RuleStudy:
 
     @property
     def worst(self) -> float:
-        """The value of a trial that diverged or failed: an accuracy of 0, or the worst of the finished trials."""
+        """The value of a trial that diverged or failed: 0 for an accuracy; for other scores, the worst of the finished trials."""
         if self.score.unit == "%" and self.score.higher_is_better:
             return 0.0
         known = [trial.outcome.value for trial in self.finished if trial.outcome.value is not None]
@@ -138,7 +138,7 @@ class RuleStudy:
         """Propose and count a stored trial again.
 
         Raises:
-            RunDirectoryError: if it is not the one that is proposed.
+            RunDirectoryError: if the stored trial is not the one that the study proposes.
         """
         trial, values = self.ask()
         attributes = stored.user_attrs
@@ -154,7 +154,8 @@ class RuleStudy:
 
     @property
     def best(self) -> Finished | None:
-        """The trial with the best validation score, in a tie, the earlier one; None if every trial diverged or failed."""
+        """The trial with the best validation score (in a tie, the earlier one); None if all trials diverged, failed or were
+        pruned."""
         usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
         return max(usable, key=lambda trial: (self.score.merit(trial.outcome.value or 0.0), -trial.number), default=None)
 
@@ -163,7 +164,7 @@ def stored_studies(plan: Plan) -> list[RuleStudy]:
     """The studies of all rules, with their stored trials.
 
     Raises:
-        RunDirectoryError: if the file with the trials is damaged or has other trials.
+        RunDirectoryError: if the file with the trials is damaged, or contains trials that the studies do not propose.
     """
     try:
         storage = open_journal(plan.directory)
@@ -193,7 +194,7 @@ def _frozen(told: FrozenTrial, state: Any, attributes: dict[str, Any]) -> Frozen
 def open_journal(directory: Path) -> JournalStorage:
     """The storage of a study, which only this process writes, because it holds the lock of the study's folder.
 
-    A last line that a full disk cut short is removed: its trial is run again.
+    A last line that was cut short by a full disk is removed, and its trial runs again.
     """
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -206,7 +207,7 @@ def open_journal(directory: Path) -> JournalStorage:
             file.truncate(content.rfind(b"\n") + 1)
             os.fsync(file.fileno())
         if lines := content[: content.rfind(b"\n") + 1].splitlines():
-            json.loads(lines[-1])  # optuna ignores a last line that is not JSON, but cannot read what it writes after that
+            json.loads(lines[-1])  # optuna ignores a last line that is not JSON, but cannot read lines that it adds after it
     return JournalStorage(JournalFileBackend(str(path), lock_obj=_NoLock()))  # type: ignore[arg-type]
 
 

@@ -26,13 +26,13 @@ class Outcome:
 
     Attributes:
         state: done, pruned, diverged or failed.
-        value: its validation score after the last epoch, as recorded (an accuracy is a fraction), the mean over the seeds that
-            were trained; None if it diverged or failed.
-        epochs: trained, over all seeds.
+        value: the validation score after the last epoch, as recorded (an accuracy is a fraction), averaged over the seeds that
+            were trained; None if the trial diverged or failed.
+        epochs: number of epochs trained, over all seeds.
         seconds: training time in seconds, over all seeds.
         reason: why it diverged or failed, or was pruned.
         reported: the validation scores after each epoch, if they were given to a pruner.
-        system: what the pruner recorded in the trial.
+        system: the attributes that the pruner recorded in the trial.
     """
 
     state: str
@@ -51,9 +51,9 @@ class TrialRun:
     Attributes:
         title: the title of the trial.
         configs: the plain config of each seed's run, and its directory.
-        experiment: for the records.
+        experiment: the name of the experiment, for the records.
         is_default: whether it is the rule's default config, whose errors are errors of the study.
-        rivals: what a pruner compares the trial with; None without a pruner.
+        rivals: the trials with which a pruner compares this trial; None without a pruner.
     """
 
     title: str
@@ -64,12 +64,12 @@ class TrialRun:
 
 
 def run_trial(trial: TrialRun) -> Outcome:
-    """Run a trial's seeds one after another until one diverges or fails; runs that have finished are not repeated.
+    """Run a trial's seeds one after another until one diverges, fails or is pruned; runs that have finished are not repeated.
 
     Raises:
         Interrupted: after a signal; the unfinished run resumes from its checkpoint.
         FaBenchError: if the rule's default config cannot be run.
-        OSError: for data that cannot be read and folders that cannot be written, which are not due to the trial's values.
+        OSError: for data that cannot be read and folders that cannot be written, since the trial's values are not the cause.
     """
     from fa_bench.runs.outcome import record_failure
     from fa_bench.runs.train import run

@@ -34,8 +34,8 @@ class TuneResult:
     """A finished study.
 
     Attributes:
-        table: one row per rule, as tune.csv.
-        trials: one row per trial, as trials.csv, with the training time in seconds.
+        table: one row per rule, as in tune.csv.
+        trials: one row per trial, as in trials.csv, with the training time in seconds.
         directory: the study's folder.
         text: the table for a terminal.
         code: the exit code: 0 if all final runs finished, else 1.

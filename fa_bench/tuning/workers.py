@@ -18,7 +18,7 @@ from fa_bench.utils.stopping import interrupt_on_signals
 
 #: Seconds to wait for the workers' checkpoints after a signal.
 SHUTDOWN_SECONDS = 10.0
-#: tqdm reads it when it is imported: the bars of several processes would overwrite each other.
+#: tqdm reads this variable when it is imported; the bars of several processes would overwrite each other.
 _NO_BARS = "TQDM_DISABLE"
 
 

@@ -22,7 +22,7 @@ def default_style() -> Iterator[None]:
 
 
 def _load() -> None:
-    """Import matplotlib even if MPLBACKEND names a backend that is not installed, which makes the import fail."""
+    """Import matplotlib even if MPLBACKEND names a backend that is not installed, in which case a plain import would fail."""
     if "matplotlib" in sys.modules:
         return
     backend = os.environ.pop("MPLBACKEND", None)

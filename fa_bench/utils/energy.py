@@ -18,16 +18,16 @@ class Counter(Protocol):
     """A counter of energy."""
 
     def joules(self) -> float:
-        """The energy since any fixed time. Raises OSError if it can no longer be read."""
+        """The energy since an arbitrary fixed time. Raises OSError if the counter can no longer be read."""
         ...
 
 
 class Rapl:
-    """The counter of one RAPL domain: that of the whole machine's package or memory, whichever process uses it.
+    """The counter of one RAPL domain: a processor package or its memory. It counts the energy used by all processes.
 
     Raises:
         OSError: the counter cannot be read; on most systems, only root can do so.
-        ValueError: it has no number.
+        ValueError: the counter's file does not contain a number.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,7 +83,7 @@ class EnergyMeter:
 
             try:
                 counters["gpu"] = Nvml(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-            except Exception:  # NVML's errors, whose package may be missing
+            except Exception:  # NVML raises its own errors, and its package may be missing
                 return None
         return cls(counters) if counters and device.type in ("cpu", "cuda") else None
 
@@ -109,7 +109,8 @@ class EnergyMeter:
 def rapl() -> dict[str, Counter]:
     """The counters of all packages and of their memory, by name, such as ``package-0``; empty if one of them cannot be read.
 
-    The domain of the whole system (psys) contains the packages, and packages contain cores and graphics: none counts twice.
+    Other domains are left out so that nothing is counted twice: that of the whole system (psys) contains the packages, and the
+    packages contain the cores and the graphics.
     """
     try:
         domains = {domain: (domain / "name").read_text().strip() for domain in sorted(POWERCAP.glob("intel-rapl:*"))}

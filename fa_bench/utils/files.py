@@ -1,5 +1,5 @@
-"""Atomic writes, with which a reader sees either the old file or the new one, never a part of it; checks of where runs may
-write."""
+"""Atomic writes, so that a reader sees either the old file or the new one, never an incomplete one; checks of the places where
+runs may write."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def atomic(path: Path) -> Iterator[Path]:
     `path`.
 
     Raises:
-        OutputError: if the file cannot be written; the old one is unchanged.
+        OutputError: if the file cannot be written; the old file is unchanged.
     """
     temporary = path.with_name(temporary_name(path.name))
     with output_errors(path):
@@ -87,11 +87,12 @@ def check_lock(path: Path) -> None:
 
 
 def check_temporary(path: Path, prefix: bytes) -> None:
-    """Refuse to create `path` if a file that fa-bench did not write has its temporary name, as it would be replaced.
+    """Refuse to create `path` if a file that fa-bench did not write has its temporary name, because that file would be replaced.
 
     Args:
         path: the file to be written.
-        prefix: its first bytes, even if a killed process has written only part of it; empty if nothing was written.
+        prefix: the first bytes of the file; a killed process may have written only some of them. If `prefix` is empty, the
+            temporary file must be empty.
     """
     temporary = path.with_name(temporary_name(path.name))
     if os.path.lexists(path) or not os.path.lexists(temporary):
@@ -108,7 +109,7 @@ def refuse_root(path: Path, key: str) -> None:
     """Refuse the root of the file system as a folder for runs.
 
     Raises:
-        RunDirectoryError: in this case; the message names the key that gives the path.
+        RunDirectoryError: if `path` is the root; the message names the key that gives the path.
     """
     if "\0" in str(path):
         return  # `check_writable` refuses it
@@ -120,7 +121,7 @@ def check_writable(path: Path) -> None:
     """Refuse, before training, a directory that cannot be created or written to.
 
     Raises:
-        RunDirectoryError: in this case; the message names the part of the path that is the obstacle, and the reason.
+        RunDirectoryError: if the directory is refused; the message names the part of the path that is the obstacle, and why.
     """
     try:
         if "\0" in str(path):

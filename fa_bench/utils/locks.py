@@ -16,7 +16,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from fa_bench.utils.files import check_lock
 
-#: Seconds to try for a lock: a process that checks a lock holds it for a moment, and a killed one takes a moment to end.
+#: Seconds to wait for a lock: a process that checks a lock holds it for a moment, and a killed process takes a moment to end.
 PATIENCE = 3.0
 log = logging.getLogger("fa_bench")
 
@@ -37,9 +37,9 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     check_lock(path)
     lock, end, warned = FileLock(path, poll_interval=0.02), time.monotonic() + PATIENCE, False
     while True:
-        # Between opening and locking, another process may remove the file and a third one create it again. That did not happen
-        # if the inode is the same before and after: it cannot be reused while the file is open here. A soft lock, for systems
-        # without locks on files, is held by whoever creates the file.
+        # Between opening and locking, another process may remove the file, and a third one may create it again. If the inode is
+        # the same before and after, this did not happen, because an inode cannot be reused while the file is open here. A soft
+        # lock, for systems without locks on files, is held by the process that created the file.
         with nullcontext() if isinstance(lock, SoftFileLock) else _opened(path) as before:
             try:
                 lock.acquire(timeout=(-1 if warned else 0) if wait else max(end - time.monotonic(), 0))

@@ -14,7 +14,7 @@ from fa_bench.utils.text import format_bytes, format_shape
 
 #: Requests up to this size (bytes) are not checked.
 _MIN_CHECKED = 1 << 24
-#: Numbers of entries from this one on fit into no memory; torch fails at some of them with errors of its own.
+#: A tensor with at least this many entries fits into no memory; for some such sizes, torch would raise errors of other kinds.
 _NEVER = 1 << 60
 #: The torch functions with which modules and rules allocate a tensor of a given size.
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "eye")
@@ -43,10 +43,10 @@ def require_memory(needed: float, what: str) -> None:
 
     Args:
         needed: bytes.
-        what: what needs the memory, and the option to reduce.
+        what: text that names what needs the memory and which option to reduce.
 
     Raises:
-        ConfigError: in this case; the message names what needs the memory, its size, and the size available.
+        ConfigError: if the allocation is refused; the message names what needs the memory, its size, and the size available.
     """
     if needed > _MIN_CHECKED and (free := available_memory()) is not None and needed > free:
         raise ConfigError(f"{what}: needs {format_bytes(needed)} of memory, but only {format_bytes(free)} is available")
@@ -60,7 +60,7 @@ def require_option_memory(option: str, value: float, entries: float, what: str, 
         value: its value.
         entries: the number of entries of the tensor, in single precision.
         what: the tensor, for the error message.
-        device: the type of its device; the memory of others than the CPU is unknown.
+        device: the type of the tensor's device; only the memory of the CPU is known.
 
     Raises:
         OptionError: names the option, the size needed, and the size available.
@@ -100,7 +100,7 @@ def describe_failure(error: BaseException) -> str:
 def within_memory() -> Iterator[None]:
     """Within the block, or a decorated function, raise a ConfigError if the parts of a run do not fit into memory.
 
-    A model or feedback that is too large is refused before it is allocated, anything else when its allocation fails.
+    A model or feedback that is too large is refused before it is allocated; anything else is refused when its allocation fails.
     """
     from torch.overrides import TorchFunctionMode
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 #: Coefficients (a, b, c) of the Newton-Schulz iteration.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-#: adjust_lr -> the factor of the learning rate for a matrix of these numbers of rows and columns.
+#: adjust_lr -> the factor of the learning rate, computed from the numbers of rows and columns of a matrix.
 ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),

@@ -33,7 +33,7 @@ ASCII = {
     "Ø": "O",
 }
 _ERRORS = "fa_bench.plain"
-#: Errors that lose output that is still wanted; after any other error, such as a broken pipe, nobody reads it.
+#: Errors in which output is lost that is still wanted; after other errors, such as a broken pipe, nobody reads the output.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -57,7 +57,7 @@ class _ResilientFile(io.FileIO):
                 return len(data)
             if written is not None:
                 return written
-            select.select([], [self.fileno()], [])  # it is non-blocking, and the reader is slow
+            select.select([], [self.fileno()], [])  # the descriptor is non-blocking, and the reader is slow
 
 
 class _UnclosableStream(io.TextIOWrapper):
@@ -72,7 +72,7 @@ class _UnclosableStream(io.TextIOWrapper):
 def resilient_output() -> Iterator[Callable[[], str]]:
     """Within the block, standard output and error accept any text, and writing to them never fails.
 
-    Output to a closed stream is discarded, and characters that the encoding lacks are replaced as `ASCII` says. Streams that
+    Output to a closed stream is discarded, and characters that the encoding lacks are replaced according to `ASCII`. Streams that
     another program has installed, such as a notebook's, are left alone.
 
     Yields:
@@ -90,7 +90,7 @@ def resilient_output() -> Iterator[Callable[[], str]]:
 
 
 def exit_code(command: str, run: Callable[[], int]) -> int:
-    """The exit code of a command: what `run` returns under `resilient_output`, or 2 if wanted output was lost."""
+    """Call `run` under `resilient_output` and return its exit code, or 2 if wanted output was lost; errors name `command`."""
     with resilient_output() as failure:
         code = run()
         if reason := failure():
@@ -112,7 +112,7 @@ def _raw(stream: TextIO) -> Any:
 
 
 def _resilient(stream: TextIO | None, number: int) -> TextIO:
-    # The console of Windows has a stream class of its own, which has neither broken pipes nor missing characters.
+    # The console of Windows has its own stream class, in which pipes cannot break and no character is missing.
     if stream is not None and (type(_raw(stream)) is not io.FileIO or not _is_descriptor(stream, number)):
         return stream
     if stream is None:  # it was closed when Python started

@@ -48,7 +48,7 @@ def seed_everything(seed: int) -> None:
 def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
     """Make torch refuse nondeterministic operations, or only warn about them.
 
-    Does nothing if that is the current setting: torch imports its compiler to change it, which takes a second.
+    Does nothing if that is the current setting, because torch imports its compiler to change it, which takes a second.
     """
     if (enabled, warn_only) != (
         torch.are_deterministic_algorithms_enabled(),
@@ -69,13 +69,13 @@ def freeze_before_second_job() -> None:
     """Exempt all loaded objects from garbage collection when this process begins its second job; call this before each job.
 
     Every run ends with a garbage collection, which would otherwise traverse all of torch's modules and take longer than a small
-    run trains. The first job has imported everything that the others need, and its own model is gone. Call this only in processes
-    of the command: in a user's program, the user's objects would also be exempt.
+    run trains. The first job has imported everything that later jobs need, and its model no longer exists. Call this only in
+    processes of the command; in a user's program, the user's objects would be exempt, too.
     """
     global _jobs
     _jobs += 1
     if _jobs == 2:
-        gc.collect()  # what is garbage now would never be collected
+        gc.collect()  # present garbage would otherwise never be collected
         gc.freeze()
 
 

@@ -79,7 +79,7 @@ INITIALISERS: dict[str, Initialiser] = {
     ),
 }
 
-#: The initialisers of weights, and of feedback of which only the magnitudes are sampled.
+#: The initialisers of weights, and of feedback whose signs are given, so that only its magnitudes are sampled.
 CONTINUOUS = [name for name, initialiser in INITIALISERS.items() if initialiser.fill is None]
 
 
@@ -124,7 +124,7 @@ def sample_mask(shape: Sequence[int], density: float, seed: int) -> Tensor:
 def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
     """Overwrite `out` with the absolute values of a new sample of the initialiser `init`, on the device of `out`.
 
-    It is the sample of `magnitudes`, except for rounding.
+    The sample is the same as that of `magnitudes`, except for rounding.
     """
     words = seed_words(seed)
     if out.device.type != "cpu":
@@ -163,7 +163,7 @@ def seed_words(seed: int) -> tuple[int, int]:
 
 
 def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tuple[int, int], out: Tensor | None = None) -> Tensor:
-    """The magnitudes that uniform numbers from -2^22 to 2^22 - 1 select: none is zero, and the mean of U is exact."""
+    """Map uniform numbers from -2^22 to 2^22 - 1 to magnitudes, so that none is zero, and the mean of U is exact."""
     initialiser = INITIALISERS[init]
     scale = initialiser.scale(*fan_in_out)
     step = (scale if initialiser.is_uniform else 1.0) / 2**23
@@ -171,8 +171,8 @@ def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tupl
     return values if initialiser.is_uniform else torch.erfinv(values, out=out).mul_(math.sqrt(2) * scale)
 
 
-# The numbers are the upper 23 bits of a hash of index and seed: a Weyl sequence in the index that starts at one half of the seed,
-# mixed by the finaliser of MurmurHash3, with the other half in between.
+# The numbers are the upper 23 bits of a hash of index and seed. The hash is a Weyl sequence in the index, starting at one half of
+# the seed; the finaliser of MurmurHash3 mixes it, and the other half of the seed enters between the finaliser's two steps.
 _WEYL, _MIX1, _MIX2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 #: Numbers that are hashed at a time on a CPU, so that they stay in its cache.
 _PART = 65536
@@ -190,8 +190,8 @@ def _hashed(words: Tensor, count: int) -> Tensor:
 
 
 def _hashed_part(start: int, count: int, first: int, second: int) -> np.ndarray:
-    """`_hashed` from index `start` on, overwritten by the thread's next call: it runs at every step, and torch has no unsigned
-    shifts."""
+    """The numbers of `_hashed` from index `start` on, in a buffer that the thread's next call overwrites. NumPy computes them,
+    because this runs at every step, and torch has no unsigned shifts."""
     if not hasattr(_buffers, "of_thread"):
         _buffers.of_thread = np.arange(_PART, dtype=np.uint32) * np.uint32(_WEYL), *np.empty((2, _PART), np.uint32)
     weyl, x, shifted = (buffer[:count] for buffer in _buffers.of_thread)

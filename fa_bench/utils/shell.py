@@ -33,7 +33,7 @@ def hydra_quote(value: str) -> str:
 
 
 def expansion_problem(key: str, path: str) -> str:
-    """Why a path that begins with ``~`` or contains ``$NAME`` is refused, and what to write; empty for any other path.
+    """A message that says why a path that begins with ``~`` or contains ``$NAME`` is refused; empty for any other path.
 
     A quoted ``~`` reaches fa-bench unexpanded and would become a folder of that name.
     """

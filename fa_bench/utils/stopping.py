@@ -12,7 +12,7 @@ from typing import Any
 #: SIGHUP is sent when the terminal is closed; Windows lacks it.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-#: submitit uses one of them, USR2 unless SUBMITIT_PREEMPT_SIGNAL says otherwise.
+#: submitit uses one of these signals: USR2, unless SUBMITIT_PREEMPT_SIGNAL names the other.
 _REQUEUE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 
 
@@ -61,7 +61,7 @@ def _is_own(handler: Any) -> bool:
 def deferred_signals() -> Iterator[StopRequest]:
     """Within the block, the first signal only sets the StopRequest; a second SIGINT raises Interrupted immediately.
 
-    If the block ends without having checked the request, Interrupted is raised then.
+    If the block does not check the request, Interrupted is raised at its end.
     """
     request = StopRequest()
 
@@ -77,7 +77,7 @@ def deferred_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def interrupt_on_signals(on_signal: Callable[[int], Any] = lambda number: None) -> Iterator[None]:
-    """Within the block, each of `SIGNALS` raises Interrupted, after `on_signal` was called with its number.
+    """Within the block, each of `SIGNALS` raises Interrupted, after `on_signal` has been called with its number.
 
     Any error after a signal also becomes Interrupted: interrupted code, such as an import, may fail in unexpected ways.
     """
@@ -102,7 +102,7 @@ def _signal_handler(handle: Callable[[int, FrameType | None], None]) -> Iterator
         # Python sets handlers in the main thread only; a program that runs jobs in other threads stops them by other means.
         yield
         return
-    # nohup ignores SIGHUP, because the run should outlive its terminal.
+    # Under nohup, SIGHUP is ignored and stays so, because the run should outlive its terminal.
     handled = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
     # Before submitit requeues a job, its run must write a checkpoint.
     handled += [number for number in _REQUEUE_SIGNALS if requeue_handler(number) or _is_own(signal.getsignal(number))]

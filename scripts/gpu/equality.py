@@ -21,13 +21,14 @@ from .parts import Context
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 STEPS, BATCH, CLASSES = 3, 16, 10
-#: Tensors smaller than this, relative to the largest of their model, are compared with it: they are sums that cancel.
+#: Differences are relative to the largest entry of their tensor, but at least to this fraction of the largest entry in the model:
+#: smaller tensors are sums whose terms cancel.
 _FLOOR = 1e-6
 _SAMPLE = wm.Noise.sample
 
 
 def mlp() -> tuple[nn.Module, tuple[int, ...]]:
-    """784-64-64-10."""
+    """A multilayer perceptron with 784-64-64-10 units."""
     return MLP(widths=[64, 64]).build((1, 28, 28), CLASSES), (1, 28, 28)
 
 
@@ -94,12 +95,12 @@ def largest_difference(given: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 
 def sample_on_cpu(noise: wm.Noise, number: int, like: Tensor) -> Tensor:
-    """The noise of a mirror step, sampled on the CPU: generators of other devices have other numbers."""
+    """The noise of a mirror step, sampled on the CPU, because generators on other devices give other numbers."""
     return _SAMPLE(noise, number, torch.empty(0, dtype=like.dtype)).to(like.device)
 
 
 def run(context: Context, section: Section) -> None:
-    """A row per rule and net."""
+    """Add a row for each rule and net."""
     torch.backends.cudnn.allow_tf32 = False
     wm.Noise.sample = sample_on_cpu  # type: ignore[method-assign]
     section.notes = [
@@ -133,7 +134,7 @@ def run(context: Context, section: Section) -> None:
 
 
 def compared(name: str, net: str, device: str) -> tuple[list[str], bool]:
-    """The differences of a rule, for each dtype those of gradients and of weights, and whether all are small."""
+    """The differences of a rule in gradients and in weights, for each dtype, and whether all of them are small."""
     cells, passed = [], True
     for dtype, tolerance in TOLERANCES.items():
         results = zip(trained(name, net, dtype, device), trained(name, net, dtype, "cpu"), strict=True)

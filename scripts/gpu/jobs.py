@@ -1,4 +1,4 @@
-"""Runs of fa_bench within a part."""
+"""Runs of fa_bench within a part of the GPU check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RunFailed(Exception):
 
 
 def train(context: Context, *overrides: str) -> dict[str, Any]:
-    """The result of a run in a folder of its own, with the metrics of its last epoch.
+    """The result of a run in its own folder, with the metrics of its last epoch.
 
     Raises:
         RunFailed: if it does not finish.

@@ -1,4 +1,4 @@
-"""The runner's options against a plain run on the same device, and determinism."""
+"""Compare runs with the runner's options to a plain run on the same device, and check determinism."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .jobs import RunFailed, train
 from .page import Section
 from .parts import Context
 
-#: asap needs three layers that share; conv2 has too few.
+#: The net of each rule: asap needs three layers that share activations, and conv2 has too few.
 RULES = {
     "fa": "conv2",
     "kp": "conv2",
@@ -38,7 +38,7 @@ VARIANTS: dict[str, tuple[list[str], float, float]] = {
     "graphs, accumulate=2": (["compile=true", "graphs=true", "accumulate=2"], 2e-3, 45),
 }
 ONLY_ON_CUDA = ("tf32", "graphs", "graphs, accumulate=2")
-#: Slow variants of which only some rules are run.
+#: Slow variants, and the rules that are run with them.
 SOME = {"compile, bf16": ["fa", "brsf", "dfa"], "graphs, accumulate=2": ["fa"]}
 HASHES = ("weights_hash", "feedback_hash", "optimizer_hash")
 DETERMINISTIC = ["fa", "kp", "brsf", "dfa", "predsim", "wm", "dkp"]
@@ -52,7 +52,7 @@ def setting(rule: str) -> list[str]:
 
 
 def some(rules: dict[str, Any], context: Context) -> dict[str, Any]:
-    """All rules, but only two on a CPU, where the logic of the check is tried."""
+    """All rules, but only two on a CPU, where only the logic of the check is tested."""
     return rules if context.device != "cpu" else dict(itertools.islice(rules.items(), 2))
 
 
@@ -62,14 +62,14 @@ def losses(result: dict[str, Any]) -> tuple[float, float]:
 
 
 def skipped_graphs() -> int:
-    """How often torch has not captured a CUDA graph so far, in this process."""
+    """How often torch has skipped capturing a CUDA graph in this process so far."""
     from torch._dynamo.utils import counters
 
     return counters["inductor"]["cudagraph_skips"]
 
 
 def run(context: Context, section: Section) -> None:
-    """A row per rule and option; fast options first, so that compilation uses what time is left."""
+    """Add a row for each rule and option; fast options come first, so that compilation uses the remaining time."""
     section.notes = [
         f"Runs of {' '.join(COMMON)}, against the same run without the option on the same device (row plain: the reference). The "
         f"relative difference of the training loss of the last epoch must be within the tolerance: rounding is amplified by 22 "
@@ -152,7 +152,7 @@ def compare(
 
 
 def determinism(context: Context, section: Section) -> None:
-    """A row per rule, eager and compiled."""
+    """Add a row for each rule, first for eager and then for compiled runs."""
     section.notes = [
         "Two runs with deterministic=true and the same seed in one process; the hashes of weights, feedback and the "
         "optimizer's state must be equal."

@@ -15,17 +15,17 @@ PASSED, FAILED, ERROR, MEASURED, SKIPPED = "passed", "FAILED", "ERROR", "measure
 
 @dataclasses.dataclass
 class Section:
-    """One part's place on the page.
+    """The section of one part on the page.
 
     Attributes:
-        name, title: of the part.
-        status: of the constants above.
-        notes: sentences above the table: what is compared, with which tolerances.
+        name, title: the name and title of the part.
+        status: one of the constants above.
+        notes: sentences above the table, which describe the comparison and its tolerances.
         columns, rows: the table.
-        checks, misses: how many rows were checks, and how many of these failed.
-        missing: what was not run for lack of time.
-        error: what ended the part, if anything did.
-        budget, seconds: what the part was given and what it used, in seconds.
+        checks, misses: the number of rows that are checks, and the number of these that failed.
+        missing: descriptions of the runs that were left out for lack of time.
+        error: the error that ended the part, if any.
+        budget, seconds: the time that the part was given and the time that it took, in seconds.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Section:
         self.save()
 
     def end(self) -> None:
-        """Set the status that the rows and the error give."""
+        """Set the status according to the rows and the error."""
         self.status = (
             ERROR if self.error else FAILED if self.misses else PASSED if self.checks else MEASURED if self.rows else SKIPPED
         )
@@ -66,7 +66,7 @@ class Section:
         return {**dataclasses.asdict(self), "path": None}
 
     def update(self, path: Path) -> None:
-        """Take over what another process has saved to `path`."""
+        """Take over the section that another process has saved to `path`."""
         if path.exists():
             for key, value in json.loads(path.read_text(encoding="utf-8")).items():
                 if key not in ("path", "budget", "seconds"):

@@ -1,4 +1,4 @@
-"""Parts of a GPU check, each in a process of its own, so that an error, a crash or a hang ends that part alone."""
+"""Parts of a GPU check, each in its own process, so that an error, a crash or a hang ends only that part."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from typing import Any
 
 from .page import ERROR, OUT_OF_TIME, RUNNING, SKIPPED, Section
 
-#: Seconds that the last part leaves for the page, and that a part keeps from its budget to end by itself.
+#: Seconds reserved for writing the page after the last part, and seconds of its budget that a part reserves for ending by itself.
 _END, _RESERVE = 3.0, 3.0
 
 
 @dataclasses.dataclass
 class Context:
-    """What a part gets.
+    """The settings that a part receives.
 
     Attributes:
-        device: that is checked.
-        data_dir: with the datasets.
-        scratch: a temporary folder of the part.
-        deadline: when the part must have ended, as `time.time()`.
+        device: the device that is checked.
+        data_dir: the folder with the datasets.
+        scratch: a temporary folder for the part.
+        deadline: the time by which the part must have ended, as given by `time.time()`.
     """
 
     device: str
@@ -41,19 +41,19 @@ class Context:
         return self.deadline - time.time() - _RESERVE
 
     def fits(self, seconds: float) -> bool:
-        """Whether something that takes so long can be started."""
+        """Whether there is time left for something that takes this many seconds."""
         return seconds < self.left()
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part.
+    """One part of the check.
 
     Attributes:
-        name, title: of its section.
-        run: fills its section.
-        weight: its share of the time, relative to those of the other parts.
-        minimum: with fewer seconds it is skipped.
+        name, title: the name and title of the part's section.
+        run: the function that fills the section.
+        weight: the part's share of the time, relative to those of the other parts.
+        minimum: the part is skipped if it has fewer seconds than this.
     """
 
     name: str
@@ -64,7 +64,8 @@ class Part:
 
 
 def budget(remaining: Sequence[Part], seconds: float) -> float:
-    """Seconds for the first of the remaining parts, which divide what is left: later ones get what earlier ones did not use."""
+    """Seconds for the first of the remaining parts. They share the time that is left, including time that earlier parts did not
+    use."""
     return seconds * remaining[0].weight / sum(part.weight for part in remaining)
 
 
@@ -79,12 +80,12 @@ def run_all(
     """Run the parts in order until `deadline`, which is a time of `clock`.
 
     Args:
-        parts: in order.
-        sections: their sections.
-        deadline: when all must have ended.
-        run_one: runs a part until a time.
+        parts: the parts, in order.
+        sections: the sections of the parts.
+        deadline: the time by which all parts must have ended.
+        run_one: a function that runs a part until a given time.
         changed: called whenever a section has changed.
-        clock: the time in seconds.
+        clock: a function that returns the time in seconds.
     """
     for number, (part, section) in enumerate(zip(parts, sections, strict=True)):
         start = clock()
@@ -110,11 +111,11 @@ def run_in_process(
     """Run a part's process, which saves its section to `file`; it is killed at `until`, with all processes that it started.
 
     Args:
-        command: that runs the part.
-        section: updated while the process runs.
-        file: of the section.
-        log: gets the process's output.
-        until: as `time.time()`.
+        command: the command that runs the part.
+        section: the part's section, which is updated while the process runs.
+        file: the file to which the process saves the section.
+        log: the file to which the process's output is appended.
+        until: a time as given by `time.time()`.
         changed: called when the section has changed.
     """
     with log.open("ab") as output:
@@ -148,14 +149,14 @@ def run_in_process(
 
 
 def _kill_group(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads its group, and what is left of the group."""
+    """Kill a process that leads its process group, and the rest of the group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def run_here(part: Part, context: Context, section: Section) -> int:
-    """Run a part in this process; an error is recorded in its section. Returns the exit code."""
+    """Run a part in this process; an error is recorded in its section. Returns 0, the exit code."""
     section.status = RUNNING
     section.save()
     try:

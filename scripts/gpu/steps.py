@@ -1,4 +1,4 @@
-"""The time of a training step, as `bench_step.py` measures it, and that of several processes on one device."""
+"""The time of a training step, as `bench_step.py` measures it, and the speed of several processes on one device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .parts import Context
 
 RULES = ["fa", "kp", "frsf", "usf", "brsf", "dfa"]
 NETS, BATCHES = ("mlp", "conv2", "resnet20"), (64, 512)
-#: The rules of compiled steps, some of whose nets take half a minute a rule to compile.
+#: The rules whose steps are compiled, by net; some nets take half a minute per rule to compile.
 COMPILED = {"mlp": RULES, "conv2": RULES, "resnet20": ["fa", "kp", "dfa"]}
 #: Numbers of processes, and the seconds for which they train together.
 PROCESSES, SECONDS = (1, 2, 4, 8), 4.0
 
 
 def run(context: Context, section: Section) -> None:
-    """A row per net, batch size and rule; eager first."""
+    """Add a row for each net, batch size and rule; eager steps come first."""
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True  # as in runs
     torch.set_num_threads(2)
     device = torch.device(context.device)
@@ -66,7 +66,7 @@ def measure(
     for label, rule in {bench_step.PLAIN: None, bench_step.AGAIN: None, **{rule: rule for rule in rules}}.items():
         try:
             step = bench_step.make_step(net, rule, batch, True, mode == "compiled", device)
-            step()  # compiles, here rather than in the rounds; an error concerns this rule alone
+            step()  # compiles here rather than in the rounds; an error affects only this rule
         except CoverageError as error:
             section.add(mode, net, batch, label, f"not covered: {first_line(error)}")
         except Exception as error:
@@ -86,7 +86,7 @@ def measure(
 
 
 def processes(context: Context, section: Section) -> None:
-    """A row per number of processes that train at the same time."""
+    """Add a row for each number of processes that train at the same time."""
     section.notes = [
         f"Processes that train the MLP (feedback alignment, batch 64, single precision, one CPU thread each) on one device at "
         f"the same time for {SECONDS:g} s, after a warm-up: steps per second of all together, and their ratio to one process. "
@@ -107,7 +107,7 @@ def rates_together(count: int, context: Context, seconds: float = SECONDS) -> li
     """Steps per second of each of `count` processes that train at the same time.
 
     Raises:
-        RuntimeError: if one ends early, with its last line.
+        RuntimeError: if a process ends early; the message contains its last line.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible}
@@ -134,7 +134,7 @@ def rates_together(count: int, context: Context, seconds: float = SECONDS) -> li
 
 
 def _line_of(worker: subprocess.Popen[str], first: str) -> str:
-    """The worker's next line that begins with a word; warnings of torch may come before."""
+    """The worker's next line that begins with the word `first`; warnings of torch may come before it."""
     assert worker.stdout is not None
     last = ""
     for line in worker.stdout:
@@ -145,7 +145,7 @@ def _line_of(worker: subprocess.Popen[str], first: str) -> str:
 
 
 def work(device_name: str, seconds: str) -> None:
-    """The process of `rates_together`: says that it is ready, waits for a line, trains, and says its rate."""
+    """A process of `rates_together`: it reports that it is ready, waits for a line, trains, and reports its rate."""
     device = torch.device(device_name)
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False

@@ -15,13 +15,13 @@ from .jobs import RunFailed, train
 from .page import Section
 from .parts import Context
 
-#: Those of the figure first.
+#: The rules in the figure, which are trained first.
 FIGURE = ["bp", "frozen", "fa", "dfa", "usf", "pfa", "pfa_o"]
 CIFAR_NETS, CIFAR_RULES = ("resnet20", "resnet18"), ("bp", "fa", "kp", "dfa")
 
 
 def figure2(context: Context, section: Section) -> None:
-    """A row per rule on MNIST, with as many epochs as fit."""
+    """Add a row for each rule on MNIST, with as many epochs as the time allows."""
     if not (context.data_dir / "MNIST").is_dir():
         section.notes.append(f"Skipped: {context.data_dir} contains no folder MNIST.")
         return
@@ -81,7 +81,7 @@ def _figure2(context: Context, rule: str, epochs: int) -> list[str]:
 
 
 def cifar(context: Context, section: Section) -> None:
-    """A row per net and rule: one epoch each, then twice as many as before while all fit."""
+    """Add a row for each net and rule: first with one epoch each, then with twice as many each time, while the time allows it."""
     section.columns = ["net", "rule", "epochs", "test accuracy (%)", "training loss", "seconds of training", "peak memory (MB)"]
     try:
         label, data = cifar_data(context)
@@ -126,7 +126,7 @@ def cifar(context: Context, section: Section) -> None:
 
 
 def cifar_data(context: Context) -> tuple[str, list[str]]:
-    """What the data are, and the overrides that select them.
+    """A description of the data, and the overrides that select them.
 
     Raises:
         FileNotFoundError: if there are none.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fa_bench.utils.files import write_text
 
-#: The record: TensorBoard requires a unique name for every event file.
+#: The file with the record, which is needed because TensorBoard requires a unique name for every event file.
 EVENTS = ".events.json"
 #: An event file that is being written; its name lacks "tfevents", which TensorBoard looks for.
 NEW_EVENTS = ".events.tmp"

@@ -25,10 +25,10 @@ HYPERPARAMETERS = {
     "epochs": True,
     "seed": True,
 }
-#: Those whose columns the table shows by default, in addition to the keys in which the runs of a sweep differ.
+#: The hyperparameters that the table shows by default, in addition to the keys in which the runs of a sweep differ.
 _DEFAULT_COLUMNS = ("algorithm", "architecture", "dataset", "optimizer.lr", "seed")
-#: TensorBoard's status of a run. An interrupted run has none, because it may be resumed and a running TensorBoard keeps the
-#: first status.
+#: The status of a run in TensorBoard. An interrupted run has none, because it may be resumed, and a running TensorBoard keeps the
+#: first status that it reads.
 STATUS = {
     "finished": api_pb2.STATUS_SUCCESS,
     "stopped": api_pb2.STATUS_SUCCESS,
@@ -44,7 +44,7 @@ def start_of_session(
 
     Args:
         name: the name of the run in the table; runs with the same name share a row.
-        values: the run's config by command-line key; keys that it lacks are blank.
+        values: the run's config by command-line key; hyperparameters that are missing in it are left blank.
         keys: hyperparameters in addition to `HYPERPARAMETERS`, and whether all runs have numbers there. They must be the same for
             all runs that are shown together, since TensorBoard takes the columns from one of them.
         metrics: the tags of the table's other columns.

@@ -1,9 +1,9 @@
 """A run's curves for TensorBoard: one event file in its directory, in which every reader finds each point once.
 
-torch's SummaryWriter cannot fulfil the guarantees of docs/reliability.md: it writes from a thread, so a full disk is not
-reported, and a checkpoint may count points that a kill then loses; and a resumed run appends a second file and leaves it to each
-reader to purge the steps after the checkpoint. Here, a resumed run copies the valid events of its old files to a new file, which
-replaces them, and appends to that.
+torch's SummaryWriter cannot fulfil the guarantees of docs/reliability.md. It writes from a thread, so a full disk is not
+reported, and points that a checkpoint counts as written may be lost in a kill. With it, a resumed run would also add a second
+file, and each reader would have to purge the steps after the checkpoint. Here, a resumed run copies the valid events of its old
+files to a new file, which replaces them, and appends to the new file.
 """
 
 # The classes of protobuf modules are created at import.
@@ -40,18 +40,19 @@ from fa_bench.utils.files import output_errors
 
 #: The content of a file's first event.
 FILE_VERSION = "brain.Event:2"
-#: Seconds after which a running TensorBoard, which reloads every five by default, has finished with an emptied file.
+#: Seconds after which a running TensorBoard, which reloads every five seconds by default, has finished with an emptied file.
 _PATIENCE = 60
 _BINS = 64
 
 
 def final_values(scores: Sequence[Score]) -> tuple[str, ...]:
-    """The keys of a result with the final values of a run, which have no separate curve, by the primary score."""
+    """The keys under which a result has the final values of a run, which are not points of a curve; they depend on the primary
+    score."""
     return f"test_{scores[0].name}", f"test_{scores[0].name}_at_best_val", "seconds"
 
 
 def table_metrics(scores: Sequence[Score]) -> tuple[str, ...]:
-    """The tags of the HParams table's other columns: the latest values of curves, and the final values."""
+    """The tags of the columns that the HParams table has for metrics: the latest values of curves, and the final values."""
     first = scores[0].name
     return f"{first}/val", f"{first}/test", "loss/train", *(f"final/{key}" for key in final_values(scores))
 
@@ -76,7 +77,7 @@ class EventFile:
         start = min((wall for wall, _ in points.values()), default=time.time())
         self.path = directory / _name(old)
         temporary = directory / NEW_EVENTS
-        # Before the file exists: after a kill, an unrecorded file would not be recognised as this run's.
+        # The name is recorded before the file exists: after a kill, an unrecorded file would not be recognised as this run's.
         record_events(directory, [*(path.name for path in old), self.path.name])
         with output_errors(self.path):
             try:
@@ -109,7 +110,7 @@ class EventFile:
         self._write(Summary(value=[Summary.Value(tag=tag, simple_value=values[tag]) for tag in new]), step)
 
     def histograms(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Record the distributions of the finite elements of tensors at a step; tags are skipped as by `scalars`."""
+        """Record the distributions of the finite elements of tensors at a step; tags are skipped as in `scalars`."""
         for tag in self._new(tensors, step):
             numbers = tensors[tag].detach().flatten().double().cpu().numpy()
             numbers = numbers[np.isfinite(numbers)]
@@ -124,7 +125,7 @@ class EventFile:
 
     def _write(self, summary: Summary, step: int) -> None:
         if summary.value:
-            with output_errors(self.path):  # not buffered: a kill loses nothing, and a running TensorBoard sees it
+            with output_errors(self.path):  # unbuffered: a kill loses nothing, and TensorBoard sees it at once
                 self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
     def flush(self) -> None:
@@ -139,7 +140,8 @@ class EventFile:
 
         Args:
             status: finished, stopped, diverged, interrupted or failed.
-            numbers: the `final_values`, written only if training has ended: another run would write them again when resumed.
+            numbers: the `final_values`. They are written only if training has ended, because a run that is resumed would write
+                them again.
             step: the last step.
         """
         if status in ("finished", "stopped"):
@@ -200,7 +202,7 @@ def _is_point(value: Any) -> bool:
 def _head(job: Job, swept: Mapping[str, bool], start: float, groups: list[str]) -> Iterator[Event]:
     """The first events of a file; the session start at step 0 makes a running TensorBoard discard earlier files."""
     config = flatten(job.plain())
-    # With the group's name, as runs of other sweeps may have the same label.
+    # The name includes the group, because runs of other sweeps may have the same label.
     name = f"{label(job.algorithm.name, config, [key for key in swept if key != 'algorithm'])} seed {job.run.seed} ({job.group})"
     yield Event(wall_time=start, file_version=FILE_VERSION)
     yield Event(wall_time=start, session_log=SessionLog(status=SessionLog.START))
@@ -224,7 +226,7 @@ def chart_groups(tags: Iterable[str]) -> list[str]:
 def chart_layout(groups: Iterable[str], scores: Sequence[Score]) -> dict[str, dict[str, list[Any]]]:
     """The custom layout: for each metric a chart with all layers, and for the loss and each score a chart with all splits.
 
-    Charts select tags by a pattern: TensorBoard merges the layouts of all runs, and with lists of layers there would be a
+    Charts select tags by a pattern, because TensorBoard merges the layouts of all runs: with lists of layers, there would be a
     chart of the same name for every rule and architecture.
     """
     layout: dict[str, dict[str, list[Any]]] = {"training": {}, "layers": {}}
