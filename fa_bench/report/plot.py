@@ -428,5 +428,7 @@ def _plot(axes: Axes, panel: Panel, series: Sequence[tuple[Line, Curve]], in_ran
     }
     for colour, x in sorted(end for end in ended if end[1] is not None):
         cross(axes, x, colour)
+        axes.update_datalim([(x, 0)], updatey=False)  # the run may have ended before the first point of any line
+    axes.autoscale_view(scaley=False)
     if panel.legend:
         axes.legend(fontsize=6.5, loc="best", framealpha=0.7, ncols=1 + (len(panel.lines) > 8))

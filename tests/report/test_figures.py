@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 
 import pytest
 from matplotlib.colors import to_rgb
@@ -267,6 +268,23 @@ def test_diverged_settings_are_crosses_and_categories_are_in_their_order(tmp_pat
     _, (axes,) = setting_axes(tmp_path, "algorithm.b_init")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["9", "10", "zeros"]
     assert [text.xy for text in axes.texts if text.get_text() == "✕"] == [(2.0, 0)]
+
+
+def test_a_run_that_diverged_before_the_first_point_of_all_lines_is_marked_within_the_axes(tmp_path):
+    """A cross outside of the axes made the layout collapse: panels overlapped the legend."""
+    metrics = [epoch_record(epoch, 0.9, ANGLES if epoch == 5 else None) for epoch in range(1, 6)]
+    write_run(tmp_path, "fa", 0, 0.9, metrics=metrics, epochs=5)
+    write_run(tmp_path, "kp", 0, None, status="diverged", metrics=metrics[:1], epochs=5)
+    part = figures.lines_part("", groups_in(tmp_path), figures.overview_quantities(metrics_of(runs_in(tmp_path))), "epoch", 3)
+    figure = plot.curves_figure([part])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.fix_layout(figure)
+    crosses = [(axes, text.xy[0]) for axes in figure.axes for text in axes.texts if text.get_text() == "✕"]
+    assert len(crosses) == 3
+    for axes, x in crosses:
+        low, high = axes.get_xlim()
+        assert x == 1 and low < 1 and high > 5
 
 
 def test_many_settings_of_which_none_has_finished_are_drawn(tmp_path):
