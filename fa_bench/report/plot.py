@@ -421,14 +421,14 @@ def _plot(axes: Axes, panel: Panel, series: Sequence[tuple[Line, Curve]], in_ran
             kind,
         )
     ended = {
-        (line.style["color"], run.metrics[-1].get(panel.x))
+        (line.style["color"], x)
         for line in panel.lines
         for run in line.members
-        if run.result["status"] == DIVERGED and run.metrics
+        if run.result["status"] == DIVERGED and run.metrics and (x := run.metrics[-1].get(panel.x)) is not None
     }
-    for colour, x in sorted(end for end in ended if end[1] is not None):
+    for colour, x in sorted(ended):
         cross(axes, x, colour)
-        axes.update_datalim([(x, 0)], updatey=False)  # the run may have ended before the first point of any line
+        axes.update_datalim([(float(x), 0.0)], updatey=False)  # the run may have ended before the first point of any line
     axes.autoscale_view(scaley=False)
     if panel.legend:
         axes.legend(fontsize=6.5, loc="best", framealpha=0.7, ncols=1 + (len(panel.lines) > 8))

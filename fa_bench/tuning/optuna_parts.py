@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fa_bench.errors import ConfigError
 
@@ -13,13 +13,32 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
 
-#: name -> (class in optuna.samplers, further arguments, the package that it needs)
-SAMPLERS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "tpe": ("TPESampler", {}, ""),
-    "random": ("RandomSampler", {}, ""),
-    "qmc": ("QMCSampler", {"scramble": True, "warn_independent_sampling": False, "warn_asynchronous_seeding": False}, ""),
-    "cmaes": ("CmaEsSampler", {"warn_independent_sampling": False}, "cmaes"),
-    "gp": ("GPSampler", {"deterministic_objective": True}, ""),
+
+class Sampler(NamedTuple):
+    """A sampler of optuna.
+
+    Attributes:
+        cls: the class in optuna.samplers.
+        arguments: further arguments of the class.
+        startup: the number of trials after which the sampler first uses the results of earlier ones; None if it uses none, and 0
+            if it chooses the first trials by a method of its own.
+        package: the package that it needs.
+    """
+
+    cls: str
+    arguments: dict[str, Any]
+    startup: int | None
+    package: str = ""
+
+
+#: Number of random trials before `tpe` and `gp` use the results; optuna's default.
+_STARTUP = 10
+SAMPLERS = {
+    "tpe": Sampler("TPESampler", {"n_startup_trials": _STARTUP}, _STARTUP),
+    "random": Sampler("RandomSampler", {}, None),
+    "qmc": Sampler("QMCSampler", {"scramble": True, "warn_independent_sampling": False, "warn_asynchronous_seeding": False}, 0),
+    "cmaes": Sampler("CmaEsSampler", {"warn_independent_sampling": False}, 0, "cmaes"),
+    "gp": Sampler("GPSampler", {"deterministic_objective": True, "n_startup_trials": _STARTUP}, _STARTUP),
 }
 #: name -> (class in optuna.pruners, its arguments)
 PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,17 +59,17 @@ def require_optuna(sampler: str) -> None:
     """
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tuning needs optuna: pip install optuna")
-    package = SAMPLERS[sampler][2]
+    package = SAMPLERS[sampler].package
     if package and importlib.util.find_spec(package) is None:
         raise ConfigError(f"sampler={sampler} needs another package: pip install {package}")
 
 
 def make_sampler(name: str, seed: int) -> BaseSampler:
-    """The sampler `name` with its own seed."""
+    """The sampler `name` with this seed."""
     import optuna
 
-    cls, arguments, _ = SAMPLERS[name]
-    return _quietly(lambda: getattr(optuna.samplers, cls)(seed=seed, **arguments))
+    sampler = SAMPLERS[name]
+    return _quietly(lambda: getattr(optuna.samplers, sampler.cls)(seed=seed, **sampler.arguments))
 
 
 def make_pruner(name: str) -> BasePruner:

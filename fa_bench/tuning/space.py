@@ -86,6 +86,24 @@ class Dimension:
         scale = math.log if self.log else float
         return (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low)) if self.high > self.low else None
 
+    def at(self, u: float) -> Any:
+        """The value at the position `u` (0 <= u < 1) of the range or of the choices.
+
+        If `u` is uniform, so is the value or, for a logarithmic range, its logarithm.
+        """
+        if self.choices:
+            return self.choices[int(u * len(self.choices))]
+        is_whole = isinstance(self.low, int) and isinstance(self.high, int)
+        if self.log:
+            margin = 0.5 if is_whole else 0.0  # a whole number stands for the interval of width 1 around it, as in optuna
+            low, high = math.log(self.low - margin), math.log(self.high + margin)
+            value = math.exp(low + u * (high - low))
+            return min(max(round(value) if is_whole else value, self.low), self.high)
+        step = self.step or (1 if is_whole else None)
+        if step is None:
+            return self.low + u * (self.high - self.low)
+        return self.low + step * int(u * (math.floor((self.high - self.low) / step + 1e-9) + 1))
+
     def contains(self, value: Any) -> bool:
         """Whether a value can be proposed."""
         if self.choices:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import FaBenchError, RunDirectoryError, describe_error
 from fa_bench.tuning.options import TuneOptions
-from fa_bench.tuning.optuna_parts import make_pruner, make_sampler
+from fa_bench.tuning.optuna_parts import SAMPLERS, make_pruner, make_sampler
 from fa_bench.tuning.plan import Plan, RulePlan
 from fa_bench.tuning.pruning import Rivals
 from fa_bench.tuning.trials import DIVERGED, FAILED, PRUNED, Outcome
@@ -66,12 +67,13 @@ class RuleStudy:
 
         self.score = plan.job.scores[0]
         self.plan, self.finished, self._pruner = plan, list[Finished](), options.pruner
+        self._seed, self._startup = options.study_seed, SAMPLERS[options.sampler].startup
         self._distributions = {key: one.distribution for key, one in plan.space.items()}
         self._study: Study = optuna.create_study(
             study_name=plan.rule,
             direction=plan.job.scores[0].direction,
             pruner=make_pruner(options.pruner),
-            sampler=make_sampler(options.sampler, seed_for("tune", options.study_seed, plan.rule) % 2**32),
+            sampler=make_sampler(options.sampler, seed_for("tune", options.study_seed) % 2**32),
         )
         self._stored: Study = optuna.create_study(
             study_name=plan.rule, storage=storage, direction=self.score.direction, load_if_exists=True
@@ -87,6 +89,10 @@ class RuleStudy:
             # Default values outside of the space are not passed to the sampler, which could not have proposed them.
             distributions = {key: each for key, each in distributions.items() if self.plan.space[key].contains(default[key])}
             self._study.enqueue_trial({key: default[key] for key in distributions})
+        elif self._startup is None or number < self._startup:
+            # Random values that depend on nothing but the key: dimensions that rules share get the same values in all of them.
+            numbers = {key: random.Random(seed_for("tune", self._seed, key, number)).random() for key in distributions}
+            self._study.enqueue_trial({key: self.plan.space[key].at(u) for key, u in numbers.items()})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about experimental features
             trial = self._study.ask(fixed_distributions=distributions)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from types import SimpleNamespace
+from typing import Any
 
+import optuna
 import pytest
 
 from fa_bench.errors import ConfigError
 from fa_bench.objectives.scores import ACCURACY, Score
 from fa_bench.registry.registries import ALGORITHMS, OPTIMIZERS
-from fa_bench.tuning.options import parse_override
+from fa_bench.tuning.options import TuneOptions, parse_override
+from fa_bench.tuning.optuna_parts import SAMPLERS
 from fa_bench.tuning.space import Dimension, declared, dimension
 from fa_bench.tuning.store import Finished, RuleStudy
 from fa_bench.tuning.trials import Outcome
@@ -40,6 +44,35 @@ def test_values_are_those_that_optuna_proposes(text: str, inside: list, outside:
             assert one.distribution._contains(one.distribution.to_internal_repr(value))
     again = parsed(f"a={one.text}")
     assert (again.text, again.distribution) == (one.text, one.distribution)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a=tag(log,interval(1e-3,1))", [1e-3, 10**-1.5, 1]),
+        ("a=interval(-1,1)", [-1, 0, 1]),
+        ("a=int(interval(1,5))", [1, 3, 5]),
+        ("a=tag(log,int(interval(1,7)))", [1, 2, 7]),  # 0.5 to 7.5: the middle is 1.94
+        ("a=range(1,10,2)", [1, 5, 9]),
+        ("a=range(0.0,1.0,0.25)", [0, 0.5, 0.75]),
+        ("a=0,1e-4,x", [0, 1e-4, "x"]),
+    ],
+)
+def test_random_values_cover_the_space_evenly(text: str, wanted: list) -> None:
+    one = parsed(text)
+    last = 1 - 2**-53  # the largest number that random() returns
+    found = [one.at(0.0), one.at(0.5), one.at(last)]
+    assert all(
+        value == (other if isinstance(other, str) else pytest.approx(other)) for value, other in zip(found, wanted, strict=True)
+    )
+    values = [one.at((index + 0.5) / 1000) for index in range(1000)]
+    assert all(map(one.contains, values))
+    if one.choices or one.step or (isinstance(one.low, int) and not one.log):
+        counts = {value: values.count(value) for value in values}
+        assert max(counts.values()) - min(counts.values()) <= 1
+    elif not isinstance(one.low, int):
+        positions = [one.position(value) for value in values]
+        assert positions == pytest.approx([(index + 0.5) / 1000 for index in range(1000)])
 
 
 @pytest.mark.parametrize(
@@ -110,6 +143,44 @@ def test_declared_spaces_are_of_options_and_contain_the_defaults() -> None:
                 for value in one.extremes():
                     cls.from_mapping({key.removeprefix("x."): value})
     assert found > 6
+
+
+def _proposed(rule: str, sampler: str, count: int, *texts: str, seed: int = 0) -> list[dict]:
+    """The values of trials whose results differ between rules."""
+    space = {one.key: one for one in map(parsed, texts)}
+    plan: Any = SimpleNamespace(
+        rule=rule,
+        space=space,
+        job=SimpleNamespace(scores=[ACCURACY]),
+        default={key: one.at(0.5) for key, one in space.items()},
+    )
+    study = RuleStudy(plan, TuneOptions(sampler=sampler, study_seed=seed), optuna.storages.InMemoryStorage())
+    for _ in range(count):
+        trial, values = study.ask()
+        study.tell(trial, values, Outcome("done", value=abs(values["lr"] - (0.1 if rule == "bp" else 0.9))))
+    return [trial.values for trial in study.finished]
+
+
+RATE, DECAY, SCALE = "lr=interval(0,1)", "decay=0,1e-4,1e-3", "scale=tag(log,interval(0.1,10))"
+
+
+@pytest.mark.parametrize(("sampler", "shared"), [("random", 14), ("tpe", 10), ("gp", 10)])
+def test_rules_share_the_random_values_of_the_dimensions_that_they_share(sampler: str, shared: int) -> None:
+    """Otherwise, a rule could win by better random learning rates. Later trials depend on the rule's results."""
+    bp, fa = (_proposed(rule, sampler, 14, *space) for rule, space in (("bp", [RATE, DECAY]), ("fa", [SCALE, DECAY, RATE])))
+    common = [{key: values[key] for key in ("lr", "decay")} for values in fa]
+    assert bp[:shared] == common[:shared]
+    assert shared == 14 or not any(one == other for one, other in zip(bp[shared:], common[shared:], strict=True))
+    assert len({values["lr"] for values in bp[:shared]}) == shared
+    assert _proposed("bp", sampler, 5, RATE, DECAY, seed=1)[1:] != bp[1:5]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_rules_with_equal_spaces_and_results_have_equal_trials(sampler: str) -> None:
+    if SAMPLERS[sampler].package:
+        pytest.importorskip(SAMPLERS[sampler].package)
+    one, other = (_proposed(rule, sampler, 13, RATE, SCALE) for rule in ("fa", "usf"))
+    assert one == other
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
