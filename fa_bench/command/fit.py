@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from fa_bench.config.job import Job
-from fa_bench.errors import CoverageError
+from fa_bench.errors import ConfigError, CoverageError, OptionError
 from fa_bench.registry.kinds import TOKENS
 
 #: Time limit in seconds. Configs that are not checked within it fail only in their own job if the rule does not fit.
@@ -19,10 +19,11 @@ def check_fit(jobs: Iterable[Job]) -> None:
     """Attach each rule to its network on the meta device, once per config, starting with one config for each pair of rule and
     architecture.
 
-    Only coverage errors are raised; others are left to the job. Datasets whose shape is known only from their files are skipped.
+    Other errors are left to the job. Datasets whose shape is known only from their files are skipped.
 
     Raises:
         CoverageError: if a rule does not cover its network; the message names the rule, the architecture and what is missing.
+        OptionError, ConfigError: if an architecture refuses the shape of the data.
     """
     deadline = time.monotonic() + MOST_SECONDS
     first: dict[tuple[str, ...], Job] = {}
@@ -41,17 +42,20 @@ def check_fit(jobs: Iterable[Job]) -> None:
 def _attach(job: Job) -> None:
     shape = job.dataset.shape()
     assert shape is not None
-    state = torch.get_rng_state()
+    state, part = torch.get_rng_state(), "architecture"
     try:
         with torch.device("meta"):
             model = job.architecture.build(*shape)
+        part = "algorithm"
         dtype = torch.int64 if job.dataset.inputs == TOKENS else torch.float32
         sample = torch.zeros(2, *shape[0], device="meta", dtype=dtype)
         rule = job.fresh_algorithm()
         rule.expect_samples(1)  # the number of samples is not known until the data are loaded
         rule.attach(model, seed=job.run.seed, sample_input=sample, initial_phase=False, objective=job.objective)
-    except CoverageError as error:
-        raise error.with_prefix("algorithm") from None
+    except (CoverageError, OptionError, ConfigError) as error:
+        # An option that attach refuses may be right for the job, whose data are not placeholders.
+        if part == "architecture" or isinstance(error, CoverageError):
+            raise (error if isinstance(error, ConfigError) else error.with_prefix(part)) from None
     except KeyboardInterrupt:
         raise
     except BaseException:  # raised by a user's class; the job itself will report it

@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fa_bench.config.fit import require_fit
 from fa_bench.config.scale import SCALES
 from fa_bench.errors import ConfigError, FaBenchError, OptionError, describe_error, first_line, names, nearest, truncate
 from fa_bench.registry.options import Options, as_plain, defaults, identifying, option, option_fields
 from fa_bench.registry.plugins import import_modules
 from fa_bench.registry.registries import (
-    ARCHITECTURES,
     CALLBACKS,
     GROUPS,
     LOGGERS,
     METRICS,
-    OBJECTIVES,
     OPTIMIZERS,
     PROBES,
     SCHEDULES,
@@ -225,26 +224,10 @@ class Job:
             if key not in known:
                 allowed = [*known, *components, FEEDBACK_OPTIMIZER]
                 raise ConfigError(f"{key or chr(39) * 2}: unknown key{nearest(key, allowed)} (allowed: {names(allowed)})")
-        dataset, objective = components["dataset"], components["objective"]
-        if dataset.targets not in objective.targets:
-            allowed = [name for name, cls in OBJECTIVES.items() if dataset.targets in cls.targets]
-            raise ConfigError(
-                f"objective={objective.name} requires {names(objective.targets)} as targets, but those of dataset="
-                f"{dataset.name} are {dataset.targets} (allowed objectives: {names(allowed)})"
-            )
-        architecture, task = components["architecture"], (dataset.inputs, dataset.targets)
-        if task not in architecture.tasks:
-            allowed = [name for name, cls in ARCHITECTURES.items() if task in cls.tasks]
-            raise ConfigError(
-                f"architecture={architecture.name} does not support dataset={dataset.name}, whose inputs are "
-                f"{dataset.inputs} and whose targets are {dataset.targets} (allowed architectures: "
-                f"{names(allowed) or 'none'})"
-            )
-        output, of_rule = objective.output, getattr(components["algorithm"], "output", None)
-        if output is not None and of_rule is not None and str(output) != str(of_rule):
-            raise OptionError("algorithm.output", f"={of_rule} is not objective.output={output}, which is trained; set only one")
+        run = RunOptions.from_mapping(plain)
+        require_fit(run, components)
         return cls(
-            run=RunOptions.from_mapping(plain),
+            run=run,
             feedback_optimizer=None if feedback is None else _component(FEEDBACK_OPTIMIZER, OPTIMIZERS, feedback),
             **components,
         )

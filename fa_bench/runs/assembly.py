@@ -150,11 +150,6 @@ def prepare(job: Job) -> torch.device:
     name = parallel.current().device(name)
     if job.run.compile is True and parallel.current().size > 1:
         raise ConfigError("compile=true is not possible in several processes; use compile=false")
-    if job.run.compile is True and job.algorithm.repeats:
-        raise ConfigError(
-            f"compile=true is not possible with algorithm={job.algorithm.name}, which runs the model again in the "
-            f"backward pass; use compile=false"
-        )
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():

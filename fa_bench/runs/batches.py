@@ -53,23 +53,16 @@ def check_indices(rule: Rule, splits: Splits, dataset: str) -> None:
 
 
 def check_targets(rule: Rule, splits: Splits, dataset: str) -> None:
-    """Refuse targets from which the rule cannot compute errors, or from which the objective has nothing to learn.
+    """Refuse targets from which the objective has nothing to learn.
 
     Args:
         rule: after `attach`, with the objective of the run.
         splits: the splits of the dataset with the name `dataset`.
 
     Raises:
-        OptionError: if the rule computes errors from labels, and the targets are numbers.
         DataError: if all numbers of an output are equal or outside the range that the objective accepts; if no position counts;
             or if there is a negative label other than `ignore_index`.
     """
-    if splits.targets == VALUES and getattr(rule, "needs_target", False) and not getattr(rule, "takes_numbers", False):
-        sign = "; use algorithm.error_sign=true, or a rule such as dfa" if rule.name == "drtp" else "; use a rule such as dfa"
-        raise OptionError(
-            "algorithm",
-            f"={rule.name} computes its errors from class labels, but the targets of dataset={dataset} are numbers{sign}",
-        )
     for part, split in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if split is None or split.targets is None:
             continue

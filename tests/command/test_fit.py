@@ -62,19 +62,45 @@ def test_what_is_refused_is_what_a_run_refuses(rule: str, net: str) -> None:
     assert early == refused(lambda: assemble(job, prepare(job)))
 
 
-def test_what_fails_for_another_reason_is_left_to_the_job() -> None:
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["algorithm=bp,drtp", "dataset=tabular", "objective=mse"], "algorithm=drtp computes its errors from class labels"),
+        (["algorithm=bp,local_error", "dataset=tabular", "objective=mse"], "algorithm=local_error computes its errors"),
+        (["algorithm=bp,dfc", "compile=true"], "compile=true is not possible with algorithm=dfc"),
+        (["architecture=mlp,dkp_alexnet"], "architecture: 8x8 images are too small for pool1 of this AlexNet"),
+    ],
+)
+def test_a_sweep_with_parts_that_do_not_fit_never_starts(
+    overrides: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first jobs, which would run, do not start either."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.csv").write_text("a,b,y\n" + "".join(f"{n},{n % 7},{n / 3}\n" for n in range(60)))
+    table = ["dataset.table=table.csv", "dataset.target=y", "dataset.task=regression"] if "objective=mse" in overrides else []
+    assert main(["-m", "epochs=1", *overrides, *table]) == 2
+    assert problem in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_what_fails_for_another_reason_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job.from_config(
         OmegaConf.create(
             {
                 "algorithm": {"name": "fa"},
-                "architecture": {"name": "dkp_alexnet"},
+                "architecture": {"name": "mlp"},
                 "dataset": {"name": "digits"},
                 "optimizer": {"name": "sgd"},
                 "objective": {"name": "cross_entropy"},
             }
         )
     )
-    fit.check_fit([job])  # images of 8x8 pixels are too small for it, which its run says by naming the option
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a user's class")
+
+    monkeypatch.setattr(type(job.architecture), "build", fail)
+    fit.check_fit([job])
 
 
 @pytest.mark.parametrize("name", ["digits", "synthetic"])

@@ -1,0 +1,56 @@
+"""Which components and options of a run fit together, as far as the config shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import ConfigError, OptionError, names
+from fa_bench.registry.kinds import VALUES
+from fa_bench.registry.registries import ARCHITECTURES, OBJECTIVES
+
+if TYPE_CHECKING:
+    from fa_bench.config.job import RunOptions
+
+
+def require_fit(run: RunOptions, components: Mapping[str, Any]) -> None:
+    """Refuse components that cannot be trained together.
+
+    Args:
+        run: the options of the run.
+        components: the component of each group.
+
+    Raises:
+        ConfigError: if the objective or the architecture does not support the dataset, or if the rule cannot be compiled.
+        OptionError: if rule and objective name different outputs, or if the rule computes errors from labels, and the targets are
+            numbers.
+    """
+    dataset, objective, rule = components["dataset"], components["objective"], components["algorithm"]
+    if dataset.targets not in objective.targets:
+        allowed = [name for name, cls in OBJECTIVES.items() if dataset.targets in cls.targets]
+        raise ConfigError(
+            f"objective={objective.name} requires {names(objective.targets)} as targets, but those of dataset="
+            f"{dataset.name} are {dataset.targets} (allowed objectives: {names(allowed)})"
+        )
+    architecture, task = components["architecture"], (dataset.inputs, dataset.targets)
+    if task not in architecture.tasks:
+        allowed = [name for name, cls in ARCHITECTURES.items() if task in cls.tasks]
+        raise ConfigError(
+            f"architecture={architecture.name} does not support dataset={dataset.name}, whose inputs are "
+            f"{dataset.inputs} and whose targets are {dataset.targets} (allowed architectures: "
+            f"{names(allowed) or 'none'})"
+        )
+    output, of_rule = objective.output, getattr(rule, "output", None)
+    if output is not None and of_rule is not None and str(output) != str(of_rule):
+        raise OptionError("algorithm.output", f"={of_rule} is not objective.output={output}, which is trained; set only one")
+    if dataset.targets == VALUES and getattr(rule, "needs_target", False) and not getattr(rule, "takes_numbers", False):
+        sign = "; use algorithm.error_sign=true, or a rule such as dfa" if rule.name == "drtp" else "; use a rule such as dfa"
+        raise OptionError(
+            "algorithm",
+            f"={rule.name} computes its errors from class labels, but the targets of dataset={dataset.name} are numbers{sign}",
+        )
+    if run.compile is True and rule.repeats:
+        raise ConfigError(
+            f"compile=true is not possible with algorithm={rule.name}, which runs the model again in the backward pass; use "
+            "compile=false"
+        )
