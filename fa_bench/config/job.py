@@ -278,8 +278,8 @@ class Job:
         return f"{self.algorithm.name}-{_hash(identity)[:8]}"
 
     @property
-    def plugin_modules(self) -> list[str]:
-        """The modules outside this package that the run's results depend on: those in `plugins`, and those of its components."""
+    def own_classes(self) -> list[type]:
+        """The classes of the run's components that are not part of this package."""
         optimizers = [optimizer for optimizer in (self.optimizer, self.feedback_optimizer) if optimizer is not None]
         components = [
             self.algorithm,
@@ -290,8 +290,8 @@ class Job:
             *(optimizer.schedule for optimizer in optimizers),
         ]
         callbacks = [CALLBACKS[parse_spec(spec)[0]] for spec in self.run.callbacks]
-        modules = [cls.__module__ for cls in (*map(type, components), *callbacks)]
-        return list(dict.fromkeys([*self.run.plugins, *(name for name in modules if name.partition(".")[0] != "fa_bench")]))
+        classes = dict.fromkeys((*map(type, components), *callbacks))
+        return [cls for cls in classes if cls.__module__.partition(".")[0] != "fa_bench"]
 
     def fresh_algorithm(self) -> Rule:
         """A new rule with this job's options, not attached to a model."""

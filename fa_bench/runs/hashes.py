@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from fa_bench.config.job import Job
 from fa_bench.errors import DataError
 from fa_bench.mechanisms.feedback_tensors import AUXILIARY_PREFIX
 from fa_bench.registry.options import as_plain
+from fa_bench.runs.user_code import class_parts, source_files
 from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -28,12 +28,20 @@ _data_hashes: dict[str, str] = {}
 clear_cache = _data_hashes.clear
 
 
-def code_hash(plugins: Iterable[str] = ()) -> str:
-    """A hash of the sources that determine a run's results: those of this package and of the plugins, which are imported."""
-    files = [Path(path) for path in (getattr(sys.modules.get(name), "__file__", None) for name in plugins) if path]
+def code_hash(plugins: Iterable[str] = (), classes: Iterable[type] = ()) -> str:
+    """A hash of the code that determines a run's results: of this package, of plugins and of the user's own classes.
+
+    Args:
+        plugins: names of modules, which are imported.
+        classes: components that are not part of this package.
+    """
+    classes = list(classes)
+    modules = dict.fromkeys([*plugins, *(cls.__module__ for cls in classes)])
     digest = hashlib.sha256(_package_hash().encode())
-    for file in files:
+    for file in source_files(modules):
         digest.update(file.read_bytes())
+    for part in class_parts(classes):
+        digest.update(f"{part}\n".encode(errors="backslashreplace"))
     return digest.hexdigest()[:DIGITS]
 
 

@@ -190,7 +190,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
         "energy_counters": [],
         "cost": None,
         "config_hash": job.config_hash,
-        "code_hash": code_hash(job.plugin_modules),
+        "code_hash": code_hash(job.run.plugins, job.own_classes),
         "data_hash": None,
         "initial_weights_hash": None,
         "batches_hash": None,

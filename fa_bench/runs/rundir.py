@@ -51,7 +51,7 @@ class RunDirectory:
             return RunState.NEW
         if not lines or lines[0] != f"{HEADER}{self.job.config_hash}":
             return RunState.NEW
-        if lines[1:2] != [f"{CODE_HEADER}{code_hash(self.job.plugin_modules)}"]:
+        if lines[1:2] != [f"{CODE_HEADER}{code_hash(self.job.run.plugins, self.job.own_classes)}"]:
             return RunState.STALE
         if self._is_complete():
             return RunState.FINISHED
@@ -131,5 +131,5 @@ class RunDirectory:
             for path in list(removable_files(self.path, resume)):
                 path.unlink(missing_ok=True)
         text = OmegaConf.to_yaml(OmegaConf.create(self.job.plain()))
-        code = code_hash(self.job.plugin_modules)
+        code = code_hash(self.job.run.plugins, self.job.own_classes)
         write_text(self.path / CONFIG, f"{HEADER}{self.job.config_hash}\n{CODE_HEADER}{code}\n{text}")

@@ -45,14 +45,15 @@ def identity(plan: Plan, data_hash: str) -> dict[str, Any]:
     import optuna
 
     options = plan.options
-    modules = [module for each in plan.rules for module in each.job.plugin_modules]
+    plugins = [module for each in plan.rules for module in each.job.run.plugins]
+    classes = [cls for each in plan.rules for cls in each.job.own_classes]
     return {
         "tune_seeds": options.trial_seeds,
         "sampler": options.sampler,
         "pruner": options.pruner,
         "study_seed": options.study_seed,
         "experiment": plan.experiment,
-        "code": code_hash(dict.fromkeys(modules)),
+        "code": code_hash(plugins, dict.fromkeys(classes)),
         "data": data_hash,
         "optuna": optuna.__version__,
         "rules": {

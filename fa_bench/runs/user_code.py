@@ -1,0 +1,145 @@
+"""The user's code that a run's results depend on: the files of plugins, the files that they import, and classes of notebooks."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import site
+import sys
+import sysconfig
+import types
+from collections.abc import Iterable, Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+#: Values whose `repr` is the same in every process.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+def source_files(modules: Iterable[str]) -> list[Path]:
+    """The files of these modules, which are imported, and of all modules that they import, directly or indirectly.
+
+    Imports are read from the sources, including those within functions. Modules of fa_bench, of the standard library and of
+    installed distributions are left out, except modules of the packages in `modules`.
+    """
+    modules = list(modules)
+    own = {name.partition(".")[0] for name in modules}
+    files: dict[Path, None] = {}
+    pending = [(name, Path(file)) for name in modules if (file := getattr(sys.modules.get(name), "__file__", None))]
+    while pending:
+        name, file = pending.pop(0)
+        if file in files:
+            continue
+        files[file] = None
+        is_package = file.name == "__init__.py"
+        for imported in _imports(file.read_bytes(), name if is_package else name.rpartition(".")[0]):
+            found = _file_of(imported)
+            if found is not None and (_is_own(found) or (imported.partition(".")[0] in own and _PACKAGE not in found.parents)):
+                pending.append((imported, found))
+    return list(files)
+
+
+@functools.lru_cache(maxsize=256)
+def _imports(source: bytes, package: str) -> tuple[str, ...]:
+    """The names of the modules that a source may import, and of the packages that contain them."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # edited since it was imported
+        return ()
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            try:
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+            except ImportError:  # beyond the top-level package
+                continue
+            names += [base or "", *(f"{base}.{alias.name}" for alias in node.names)]
+    parents = (name.rsplit(".", depth)[0] for name in names for depth in range(name.count("."), -1, -1))
+    return tuple(dict.fromkeys(filter(None, parents)))
+
+
+def _file_of(name: str) -> Path | None:
+    """The source of a module, which is not imported; None if it has none."""
+    spec, path = None, None
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        try:
+            spec = PathFinder.find_spec(".".join(parts[:depth]), path)
+        except (ImportError, ValueError, OSError):
+            return None
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a file belongs to the user, and not to Python, to an installed distribution or to this package."""
+    parents = set(file.resolve().parents)
+    return not parents & _installed() and _PACKAGE not in parents and not {"site-packages", "dist-packages"} & set(file.parts)
+
+
+@functools.lru_cache(maxsize=1)
+def _installed() -> set[Path]:
+    paths = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return {Path(path).resolve() for path in (*paths, *site.getsitepackages(), site.getusersitepackages()) if path}
+
+
+def class_parts(classes: Iterable[type]) -> Iterator[str]:
+    """Text that changes with the code of classes without a source file, such as those of a notebook, and of the functions,
+    classes and plain values of the same module that this code uses."""
+    seen: set[int] = set()
+    for cls in classes:
+        if not hasattr(sys.modules.get(cls.__module__), "__file__"):
+            yield from _parts(cls, cls.__module__, seen)
+
+
+def _parts(value: Any, module: str, seen: set[int]) -> Iterator[str]:
+    if id(value) in seen:
+        return
+    if isinstance(value, (list, dict)):
+        seen.add(id(value))  # it may contain itself
+    if isinstance(value, _PLAIN):
+        yield repr(value)
+    elif isinstance(value, (tuple, list, frozenset, set)):
+        ordered = sorted(value, key=repr) if isinstance(value, (frozenset, set)) else value
+        for item in ordered:
+            yield from _parts(item, module, seen)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield repr(key) if isinstance(key, _PLAIN) else ""
+            yield from _parts(item, module, seen)
+    elif isinstance(value, types.CodeType):
+        yield from (value.co_code.hex(), *value.co_names, *value.co_varnames)
+        yield from _parts(value.co_consts, module, seen)
+    elif isinstance(value, (staticmethod, classmethod)):
+        yield from _parts(value.__func__, module, seen)
+    elif isinstance(value, property):
+        yield from _parts((value.fget, value.fset, value.fdel), module, seen)
+    elif isinstance(value, types.FunctionType) and value.__module__ == module:
+        seen.add(id(value))
+        yield from _parts((value.__code__, value.__defaults__, value.__kwdefaults__), module, seen)
+        for name in _global_names(value.__code__):
+            if name in value.__globals__:
+                yield name
+                yield from _parts(value.__globals__[name], module, seen)
+    elif isinstance(value, type) and value.__module__ == module:
+        seen.add(id(value))
+        for base in value.__mro__[1:]:
+            yield from _parts(base, module, seen)
+        for name, item in vars(value).items():
+            if name not in ("__doc__", "__dict__", "__weakref__", "__module__", "__firstlineno__", "__static_attributes__"):
+                yield name
+                yield from _parts(item, module, seen)
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)
