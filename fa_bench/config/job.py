@@ -64,8 +64,8 @@ class RunOptions(Options):
     accumulate: int = option(1, "micro-batches that a batch is split into to save memory; their gradients are summed", minimum=1)
     clip_norm: float | None = option(
         None,
-        "maximum norm of the gradients of weights and learned feedback together, which "
-        "are scaled down if necessary; null: no clipping",
+        "maximum norm of the gradients of weights and learned feedback together, which are scaled down if necessary, so rules "
+        "with learned feedback take smaller weight steps; null: no clipping",
         above=0,
     )
     device: str = option("auto", "auto (an accelerator if available), cpu, cuda, cuda:1, mps")

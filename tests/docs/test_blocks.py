@@ -43,6 +43,7 @@ NOT_RUN = {
     ("docs/cluster.md", "pip install hydra-ray-launcher"): "not an extra of this package",
     ("docs/cluster.md", "#!/bin/bash"): "test_doc_pages.py runs it",
     ("docs/extend.md", "from fa_bench.runs.train"): "needs a job; tests/runs/test_stopping.py passes callbacks in this way",
+    ("docs/sweeps.md", "fa-bench -m plugins=[my_rules]"): "the rule of add_a_rule.md, whose lines are checked there",
     ("docs/tune.md", "fa-bench-tune"): "tests/tuning/test_plan.py checks all lines of this page",
 }
 #: Page -> code that is executed before its blocks, which refer to its runs.
