@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fa_bench.errors import CoverageError
+from fa_bench.errors import CoverageError, missing_method
 from fa_bench.mechanisms.checkpointing import recomputing
 from fa_bench.mechanisms.coverage import Coverage
 from fa_bench.mechanisms.cut.capture import Capture, CapturedActivation
@@ -225,7 +225,7 @@ class CutRule(Rule):
 
     def trained_parameters(self, results: list[Tensor]) -> list[nn.Parameter]:
         """See `fa_bench.mechanisms.cut.passes.PassRule`."""
-        raise NotImplementedError
+        raise missing_method(self, "trained_parameters")
 
     def gradients(
         self,
@@ -236,7 +236,7 @@ class CutRule(Rule):
         target: Tensor,
     ) -> list[Tensor | None]:
         """See `fa_bench.mechanisms.cut.passes.PassRule`."""
-        raise NotImplementedError
+        raise missing_method(self, "gradients")
 
     def learned_at(self, cut: str) -> list[LearnedTensor]:
         """The learned tensors of one cut, in the order of `feedback_gradients`."""

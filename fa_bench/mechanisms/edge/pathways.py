@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fa_bench.errors import missing_method
 from fa_bench.mechanisms.checkpointing import recomputing, refuse_reentrant
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor, fixed_tensor_reader
 from fa_bench.utils.lazy import torch
@@ -116,7 +117,7 @@ class FeedbackPathway:
 
     def effective(self, layer: Any) -> Tensor:
         """The effective feedback as it is now, in the weight's layout, detached."""
-        raise NotImplementedError
+        raise missing_method(self, "effective")
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
         """The context that the layer's backward pass needs; `x` is the layer's input."""
@@ -248,7 +249,7 @@ class WeightDerivedFeedback(FeedbackPathway):
 
     def unmasked(self, layer: Any, signs: Tensor) -> Tensor:
         """B before masking, computed from the signs of the weight; `signs` may be overwritten."""
-        raise NotImplementedError
+        raise missing_method(self, "unmasked")
 
 
 def _masked(layer: Any, feedback: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import CoverageError, names, nearest
+from fa_bench.errors import CoverageError, missing_method, names, nearest
 from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, outside_text
 from fa_bench.mechanisms.edge.pathways import FeedbackPathway, TransposeFeedback
 from fa_bench.mechanisms.feedback_options import COPY_WEIGHT, beta_option, derivative_option, init_option
@@ -139,7 +139,7 @@ class EdgeRule(Rule):
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         """Create the layer's feedback tensors with `layer.put` and return the pathway that uses them."""
-        raise NotImplementedError
+        raise missing_method(self, "pathway")
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.edge.layers import swap_in
