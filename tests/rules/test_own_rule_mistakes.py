@@ -64,7 +64,7 @@ class Incomplete(fa_bench.EdgeRule):
     [
         (
             Typo(),
-            r"class Typo \(.*test_own_rule_mistakes\) does not.*'pathway', which EdgeRule needs; rename its 'pathwy' to 'pathway'\?",
+            r"class Typo \(.*test_own_rule_mistakes\) does not.*'pathway', .*EdgeRule needs; rename its 'pathwy' to 'pathway'\?",
         ),
         (Incomplete(), r"class WithoutFeedback .* does not implement the method 'effective', which FeedbackPathway needs$"),
         (WithoutGradients(cuts=["1"]), r"class WithoutGradients .* does not implement the method '\w+', which PassRule needs$"),
@@ -83,5 +83,68 @@ class Unscheduled(fa_bench.Schedule):
 
 
 def test_a_missing_method_of_another_component_is_named() -> None:
-    with pytest.raises(ComponentError, match="class Unscheduled .*'rate', which Schedule needs; rename its 'rates'"):
+    with pytest.raises(ComponentError, match=r"class Unscheduled .*'rate', which Schedule needs; rename its 'rates'"):
         Unscheduled().rate(0.1, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------ edge rules
+class Transposed(fa_bench.FeedbackPathway):
+    def effective(self, layer: Any) -> Any:
+        return layer.weight.detach().t()
+
+
+class Nothing(fa_bench.FeedbackPathway):
+    def effective(self, layer: Any) -> Any:
+        return None
+
+
+@dataclasses.dataclass(eq=False)
+class Given(fa_bench.EdgeRule):
+    """A rule whose `pathway` creates these tensors and returns this value."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tensors: dict[str, Any] = {}
+        self.returned: Any = None
+
+    def pathway(self, layer: Any) -> Any:
+        for name, value in self.tensors.items():
+            layer.put(name, value)
+        return self.returned
+
+
+WRONG = torch.zeros(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("returned", "tensors", "message"),
+    [
+        (None, {}, r"^Given\.pathway returned None for layer '0'; it must return an instance of fa_bench\.FeedbackPathway"),
+        (
+            fa_bench.FixedFeedback,
+            {"B": "zeros"},
+            r"returned <class .*FixedFeedback'> for layer '0'.*as fa_bench\.FixedFeedback\(\)$",
+        ),
+        (torch.zeros(3, 4), {}, r"returned a tensor of shape \(3, 4\) for layer '0'"),
+        (fa_bench.FixedFeedback(), {}, r"^layer '0' has no feedback tensor 'B', which FixedFeedback uses; .*layer\.put\('B', "),
+        (fa_bench.LearnedFeedback(), {"b": "zeros"}, r"^layer '0' has no feedback tensor 'B', which LearnedFeedback uses"),
+        (
+            fa_bench.FixedFeedback(),
+            {"B": WRONG},
+            r"layer '0': its feedback tensor 'B' is a tensor of shape \(3, 3\);.*weight, \(3, 4\)$",
+        ),
+        (
+            fa_bench.LearnedFeedback(),
+            {"B": WRONG},
+            r"layer '0': its feedback tensor 'B' is a tensor of shape \(3, 3\);.*, \(3, 4\)$",
+        ),
+        (Transposed(), {}, r"layer '0': Transposed\.effective returned a tensor of shape \(4, 3\); .* the weight, \(3, 4\)$"),
+        (Nothing(), {}, r"layer '0': Nothing\.effective returned None; .* the weight, \(3, 4\)$"),
+    ],
+    ids=str,
+)
+def test_pathways_that_cannot_be_used_are_refused(returned: Any, tensors: dict[str, Any], message: str) -> None:
+    rule = Given()
+    rule.returned, rule.tensors = returned, tensors
+    with pytest.raises(ComponentError, match=message):
+        train(rule)

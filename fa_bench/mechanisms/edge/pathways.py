@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fa_bench.errors import missing_method
 from fa_bench.mechanisms.checkpointing import recomputing, refuse_reentrant
+from fa_bench.mechanisms.edge.checks import require_b, require_shape
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor, fixed_tensor_reader
 from fa_bench.utils.lazy import torch
 from fa_bench.utils.sampling import magnitudes, resample_magnitudes, seed_for, seed_words
@@ -115,6 +116,15 @@ class FeedbackPathway:
             return f"learned {self.description}"
         return self.description + (f" ({', '.join(self.learned)} learned)" if self.learned else "")
 
+    def check(self, layer: Any) -> None:
+        """Called by `attach` after `pathway`.
+
+        Raises:
+            ComponentError: if a tensor is missing, or if the effective feedback does not have the shape of the weight.
+        """
+        if type(self).context is FeedbackPathway.context:  # otherwise, `effective` may be slow, and is not used in training
+            require_shape(layer, f"{type(self).__qualname__}.effective returned", self.effective(layer))
+
     def effective(self, layer: Any) -> Tensor:
         """The effective feedback as it is now, in the weight's layout, detached."""
         raise missing_method(self, "effective")
@@ -174,6 +184,9 @@ class FixedFeedback(FeedbackPathway):
     description = "fixed B"
     effective = fixed_tensor_reader("B")
 
+    def check(self, layer: Any) -> None:
+        require_b(self, layer)
+
 
 class LearnedFeedback(FeedbackPathway):
     """e_in = g B; the gradient of B is exactly the gradient of W.
@@ -189,6 +202,9 @@ class LearnedFeedback(FeedbackPathway):
     learned = ("B",)
     follows = "B"
     always_needed = True
+
+    def check(self, layer: Any) -> None:
+        require_b(self, layer)
 
     def effective(self, layer: Any) -> Tensor:
         return feedback_tensor(layer, "B")
