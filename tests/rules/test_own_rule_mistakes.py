@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fa_bench
-from fa_bench.errors import ComponentError
+from fa_bench.errors import ComponentError, ConfigError
 from fa_bench.mechanisms.cut.local import LocalRule
 from fa_bench.mechanisms.cut.passes import PassRule
+from fa_bench.utils.sampling import fill, sample
 
 
 def net() -> nn.Sequential:
@@ -146,5 +148,67 @@ WRONG = torch.zeros(3, 3)
 def test_pathways_that_cannot_be_used_are_refused(returned: Any, tensors: dict[str, Any], message: str) -> None:
     rule = Given()
     rule.returned, rule.tensors = returned, tensors
+    with pytest.raises(ComponentError, match=message):
+        train(rule)
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (
+            "xavier",
+            ConfigError,
+            r"'B': there is no initialiser 'xavier'; did you mean 'xavier_\w+'\? \(available: xavier_uniform, ",
+        ),
+        ("copyw", ConfigError, r"'B': there is no initialiser 'copyw'; did you mean 'copy_w'\?.*, copy_w\)$"),
+        (np.zeros((3, 4)), ComponentError, r"'B': array\(.* is neither the name of an initialiser nor a torch tensor$"),
+        (None, ComponentError, r"'B': None is neither the name of an initialiser nor a torch tensor$"),
+    ],
+    ids=["xavier", "copyw", "numpy", "None"],
+)
+def test_what_put_cannot_use_is_named(value: Any, error: type[Exception], message: str) -> None:
+    edge, cut = Given(), Direct(cuts=["1"])
+    edge.returned, edge.tensors, cut.arguments = fa_bench.FixedFeedback(), {"B": value}, (value, (2, 3))
+    with pytest.raises(error, match=r"^layer '0', feedback tensor " + message):
+        train(edge)
+    with pytest.raises(error, match=r"^cut '1', feedback tensor " + message.partition(";")[0].removesuffix("$")):
+        train(cut)
+
+
+@pytest.mark.parametrize("function", [sample, lambda shape, init, seed: fill(torch.zeros(shape), init)])
+def test_unknown_initialisers_are_named(function: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^there is no initialiser 'zero'; did you mean 'zeros'\? \(available: .*, zeros, "):
+        function((2, 3), "zero", 0)
+    with pytest.raises(ConfigError, match=r"^there is no initialiser \['zeros'\]"):
+        function((2, 3), ["zeros"], 0)
+
+
+@dataclasses.dataclass(eq=False)
+class Direct(fa_bench.CutRule):
+    """A rule that creates B of every cut with these arguments; none if there are no arguments."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.arguments: Any = ()
+
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        for cut in features if self.arguments else ():
+            self.put(cut, "B", *self.arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), r"^cut '1' has no feedback tensor 'B', by which Direct projects errors; .*make_feedback with self\.put\(cut, 'B', "),
+        ((torch.zeros(5, 3),), r"^cut '1': its feedback tensor 'B' has the shape \(5, 3\); it needs 2 rows"),
+        (("zeros",), r"^cut '1', feedback tensor 'B': \(\) is not a shape"),
+        (("zeros", (2, {"1": (3,)})), r"^cut '1', feedback tensor 'B': \(2, \{.* is not a shape .*math\.prod\(features\[cut\]\)"),
+    ],
+    ids=["none", "shape", "no shape", "no number"],
+)
+def test_feedback_of_a_cut_that_cannot_be_used_is_named(arguments: Any, message: str) -> None:
+    rule = Direct(cuts=["1"])
+    rule.arguments = arguments
     with pytest.raises(ComponentError, match=message):
         train(rule)

@@ -14,11 +14,11 @@ from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, mat
 from fa_bench.mechanisms.edge.checks import described, missing_tensor
 from fa_bench.mechanisms.edge.pathways import FeedbackPathway, TransposeFeedback
 from fa_bench.mechanisms.feedback_options import COPY_WEIGHT, beta_option, derivative_option, init_option
-from fa_bench.mechanisms.feedback_tensors import drop_tensors, feedback_tensor, put_tensor, tensors_of
+from fa_bench.mechanisms.feedback_tensors import drop_tensors, feedback_tensor, put_tensor, require_tensor, tensors_of
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.registry.options import option
 from fa_bench.utils.lazy import torch
-from fa_bench.utils.sampling import fans, sample, sample_mask, seed_for
+from fa_bench.utils.sampling import fans, initialiser_of, sample, sample_mask, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,10 +72,15 @@ class LayerContext:
             density: fraction of the entries that are not masked.
             magnitude: take the absolute values.
             shape: the tensor's shape; default: the shape of the weight.
+
+        Raises:
+            ConfigError: for an unknown initialiser.
+            ComponentError: if `value` is neither a name nor a tensor.
         """
         weight = self.module.weight.detach()
+        what = f"layer '{self.path}', feedback tensor '{name}'"
         if not isinstance(value, str):
-            self._store(name, value.to(weight))
+            self._store(name, require_tensor(what, value).to(weight))
             return
         shape = tuple(weight.shape) if shape is None else shape
         if value == COPY_WEIGHT:
@@ -83,6 +88,7 @@ class LayerContext:
             if density < 1:
                 tensor.mul_(sample_mask(shape, density, self.tensor_seed(name)).to(weight))
         else:
+            initialiser_of(value, what, (COPY_WEIGHT,))
             tensor = sample(shape, value, self.tensor_seed(name), density).to(weight)
         self._store(name, tensor.abs_() if magnitude else tensor)
 
