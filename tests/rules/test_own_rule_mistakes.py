@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import fa_bench
-from fa_bench.errors import ComponentError, ConfigError
+from fa_bench.config.job import register_schemas
+from fa_bench.errors import ComponentError, ConfigError, FaBenchError
 from fa_bench.mechanisms.cut.local import LocalRule
 from fa_bench.mechanisms.cut.passes import PassRule
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.sampling import fill, sample
 
 
@@ -212,3 +214,45 @@ def test_feedback_of_a_cut_that_cannot_be_used_is_named(arguments: Any, message:
     rule.arguments = arguments
     with pytest.raises(ComponentError, match=message):
         train(rule)
+
+
+# ------------------------------------------------------------------------------------------------ options
+def undecorated(base: type[Any]) -> type[Any]:
+    class Plain(base):
+        drop: float = fa_bench.option(0.5, "fraction", minimum=0)
+        kinds_of_drop: list[str] = fa_bench.option(["a"], "kinds")
+
+    return Plain
+
+
+@pytest.mark.parametrize("base", [fa_bench.EdgeRule, fa_bench.Architecture])
+def test_options_of_a_class_that_is_no_dataclass_are_refused(base: type[Any]) -> None:
+    message = (
+        r"^class undecorated\.<locals>\.Plain \(.*\) declares options \(drop, kinds_of_drop\) but is no dataclass; "
+        r"write @dataclasses\.dataclass\(eq=False\) on the line above it$"
+    )
+    plain = undecorated(base)
+    with pytest.raises(ComponentError, match=message):
+        plain()
+    with pytest.raises(ComponentError, match=message):
+        plain.from_mapping({"drop": 0.1})
+    derived = dataclasses.dataclass(eq=False)(type("Derived", (plain,), {}))
+    with pytest.raises(ComponentError, match=message):
+        derived()
+    assert dataclasses.dataclass(eq=False)(plain)(drop=0.1).drop == 0.1
+
+
+def test_a_registered_rule_that_is_no_dataclass_is_refused_with_the_mend() -> None:
+    fa_bench.register_rule("undecorated")(undecorated(fa_bench.EdgeRule))
+    with pytest.raises(FaBenchError, match=r"undecorated.*\(drop, kinds_of_drop\) but is no dataclass; write @dataclasses"):
+        register_schemas()
+    assert "undecorated" not in ALGORITHMS
+    register_schemas()
+
+
+def test_the_decorators_may_be_in_either_order() -> None:
+    cls = dataclasses.dataclass(eq=False)(fa_bench.register_rule("reversed")(undecorated(fa_bench.EdgeRule)))
+    try:
+        assert ALGORITHMS["reversed"] is cls and cls.from_mapping({"drop": 0.1}).drop == 0.1
+    finally:
+        ALGORITHMS.drop("reversed")
