@@ -46,6 +46,10 @@ class OptionError(FaBenchError, ValueError):
         return OptionError(f"{prefix}.{self.path}" if prefix else self.path, self.problem, self.suggestion)
 
 
+class ComponentError(FaBenchError, TypeError):
+    """The class of a component, such as a user's own rule, does not do what its base class needs."""
+
+
 class ConfigError(FaBenchError, ValueError):
     """The command line or config is invalid."""
 
@@ -159,6 +163,18 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
     best = max(allowed, key=similarity, default="")
     return f"; did you mean '{best}'?" if best and similarity(best)[0] >= NEAR else ""
+
+
+def missing_method(component: object, method: str) -> ComponentError:
+    """The error of a base class's `method` that the class of `component` had to implement."""
+    cls = type(component)
+    base = next(each for each in cls.__mro__ if method in vars(each))
+    added = [name for each in cls.__mro__[: cls.__mro__.index(base)] for name in vars(each) if not hasattr(base, name)]
+    similar = difflib.get_close_matches(method, added, 1, NEAR)
+    hint = f"; rename its '{similar[0]}' to '{method}'?" if similar else ""
+    return ComponentError(
+        f"class {cls.__qualname__} ({cls.__module__}) does not implement the method '{method}', which {base.__name__} needs{hint}"
+    )
 
 
 def names(allowed: Iterable[object]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from fa_bench.errors import missing_method
 from fa_bench.registry.options import Options
 from fa_bench.utils.drawing import default_style
 from fa_bench.utils.files import atomic
@@ -22,7 +23,7 @@ class Analysis(Options):
 
     def table(self) -> pd.DataFrame:
         """The results, which become the CSV."""
-        raise NotImplementedError
+        raise missing_method(self, "table")
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
         """The part of the table to show in the terminal: all of it, unless there are many rows."""
@@ -30,7 +31,7 @@ class Analysis(Options):
 
     def plot(self, figure: Figure, table: pd.DataFrame) -> None:
         """Plot the table in an empty figure."""
-        raise NotImplementedError
+        raise missing_method(self, "plot")
 
     def write(self, directory: Path) -> tuple[pd.DataFrame, Path, Path]:
         """Compute the table, and write NAME.csv and NAME.png to `directory`; the same options give byte-identical files.

@@ -16,7 +16,7 @@ import numpy as np
 from fa_bench.data.array_checks import checked
 from fa_bench.data.crops import CROPS, Crop
 from fa_bench.data.splits import ResidentSplit, Splits, some, stratified
-from fa_bench.errors import DataError, FaBenchError, OptionError
+from fa_bench.errors import DataError, FaBenchError, OptionError, missing_method
 from fa_bench.registry.kinds import CLASSES, IMAGES, NOUNS
 from fa_bench.registry.options import Options, option
 from fa_bench.utils.lazy import torch
@@ -221,7 +221,7 @@ class Dataset(Options):
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:
         """The dataset, without a validation split unless the source has one; implemented by each dataset."""
-        raise NotImplementedError
+        raise missing_method(self, "read")
 
 
 @dataclasses.dataclass(eq=False)
@@ -298,7 +298,7 @@ class ArrayDataset(ImageDataset):
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         """Training images and labels, test images and labels, class names; see `fa_bench.data.array_checks` for valid values."""
-        raise NotImplementedError
+        raise missing_method(self, "arrays")
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:
         notes: list[str] = []

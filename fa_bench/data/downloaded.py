@@ -13,7 +13,7 @@ import numpy as np
 from fa_bench.data.array_checks import check_labels
 from fa_bench.data.base import ArrayDataset, CroppedDataset, augment_option, mean_option, std_option
 from fa_bench.data.fetch import download, fetching, has_md5, reason, unpack_tar
-from fa_bench.errors import DataError
+from fa_bench.errors import DataError, missing_method
 from fa_bench.registry.registries import DATASETS
 from fa_bench.utils.lazy import torchvision
 
@@ -86,14 +86,14 @@ class Downloaded(ArrayDataset, CroppedDataset):
 
     def _unpack(self, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
         """Images, uint8 (n, C, H, W), and labels of one part."""
-        raise NotImplementedError
+        raise missing_method(self, "_unpack")
 
     def _classes(self, dataset: Any) -> list[str]:
         return list(dataset.classes)
 
     def _hashes(self) -> dict[str, str]:
         """The MD5 of archives and files, by name."""
-        raise NotImplementedError
+        raise missing_method(self, "_hashes")
 
     def _is_intact(self, path: Path) -> bool:
         """Whether a file is complete and unchanged, as far as can be checked."""

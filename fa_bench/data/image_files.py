@@ -21,7 +21,7 @@ from fa_bench.data.crops import Crop, PaddedCrop, ResizedCrop
 from fa_bench.data.decoding import Decoder, configure_warnings, describe, errors_named, regular, upright_size
 from fa_bench.data.listing import Listing
 from fa_bench.data.splits import ImageSplit, Split
-from fa_bench.errors import DataError, OptionError
+from fa_bench.errors import DataError, OptionError, missing_method
 from fa_bench.registry.options import option
 from fa_bench.utils.lazy import torch
 
@@ -63,7 +63,7 @@ class ImageFiles(CroppedDataset):
 
     def listing(self, data_dir: Path) -> Listing:
         """List the files, after downloading them if needed and possible; implemented by each dataset."""
-        raise NotImplementedError
+        raise missing_method(self, "listing")
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:
         configure_warnings()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ BUNDLED = {"diabetes": VALUES, "wine": CLASSES, "breast_cancer": CLASSES}
 _TASKS = {"regression": VALUES, "classification": CLASSES}
 #: Maximum number of column names in a message.
 _MANY = 12
+#: The names that pandas gives to columns without a name. They may be in the file, if pandas read and wrote it before.
+_UNNAMED = re.compile(r"Unnamed: \d+(\.\d+)*")
 
 
 @DATASETS.register("tabular")
@@ -126,11 +130,22 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
     import pandas as pd
 
     try:
-        frame = pd.read_csv(path, skipinitialspace=True)
+        with warnings.catch_warnings():
+            # Without `index_col`, pandas would take the first values of rows that are longer than the header as an index.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(path, skipinitialspace=True, index_col=False)
+    except pd.errors.ParserWarning:
+        raise DataError(f"{path}: rows have more values than the header has names; name all columns") from None
     except (OSError, ValueError) as error:
         raise DataError(f"dataset.table={path}: cannot be read as CSV ({str(error).splitlines()[0]:.150})") from None
     columns = [str(name) for name in frame.columns]
     frame.columns = columns
+    if unnamed := [number for number, name in enumerate(columns, 1) if _UNNAMED.fullmatch(name)]:
+        listed = f"{names(unnamed[:_MANY])}{', ...' * (len(unnamed) > _MANY)}"
+        raise DataError(
+            f"{path}: column{'s' * (len(unnamed) > 1)} {listed} of {len(columns)} without a name in the header, such as an index "
+            "that pandas wrote; write the file with to_csv(..., index=False), or name the column if it is a feature"
+        )
     target = columns[-1] if target is None else target
     if all(_is_number(name) for name in columns):
         raise DataError(

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from fa_bench.data.array_checks import checked
 from fa_bench.data.base import Dataset
 from fa_bench.data.splits import ArraySplit, Splits
-from fa_bench.errors import DataError, FaBenchError
+from fa_bench.errors import DataError, FaBenchError, missing_method
 from fa_bench.registry.kinds import FEATURES
 from fa_bench.registry.options import option
 from fa_bench.utils.lazy import torch
@@ -33,7 +33,7 @@ class VectorDataset(Dataset):
 
     def arrays(self, data_dir: Path) -> tuple[Any, Any, Any, Any, list[str]]:
         """Training inputs and targets, test inputs and targets, and names; see `fa_bench.data.array_checks.checked`."""
-        raise NotImplementedError
+        raise missing_method(self, "arrays")
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:
         train_x, train_y, test_x, test_y, names = self.arrays(data_dir)

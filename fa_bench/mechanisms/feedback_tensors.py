@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.utils.lazy import nn
+from fa_bench.errors import ComponentError, truncate
+from fa_bench.utils.lazy import nn, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,15 @@ def put_tensor(module: torch_nn.Module, name: str, tensor: Tensor | None) -> Non
     if name not in names:
         names.append(name)
     module.register_buffer(PREFIX + name, None if tensor is None else tensor.detach())
+
+
+def require_tensor(what: str, value: Any) -> Tensor:
+    """The value, which must be a tensor; `what` is the feedback tensor, as the error calls it."""
+    if not isinstance(value, torch.Tensor):
+        raise ComponentError(
+            f"{what}: {truncate(' '.join(repr(value).split()), 100)} is neither the name of an initialiser nor a torch tensor"
+        )
+    return value
 
 
 def make_learned(module: torch_nn.Module, name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from fa_bench.errors import CoverageError, OptionError, StateError, names
+from fa_bench.errors import CoverageError, OptionError, StateError, missing_method, names
 from fa_bench.mechanisms.checkpointing import recomputing
 from fa_bench.mechanisms.coverage import Coverage, computed_weights, outside_text
 from fa_bench.mechanisms.graph import tensors_in
@@ -216,11 +216,11 @@ class Rule(Options):
 
     def wire(self, sample_input: Any) -> Coverage:
         """Wire the rule into `self.model` and return its coverage; implemented by the mechanism."""
-        raise NotImplementedError
+        raise missing_method(self, "wire")
 
     def unwire(self) -> None:
         """Undo `wire`, even if it failed."""
-        raise NotImplementedError
+        raise missing_method(self, "unwire")
 
     def watched_modules(self) -> dict[str, nn.Module]:
         """{path: module} of the layers and cuts that must stay in the model while the rule is attached."""

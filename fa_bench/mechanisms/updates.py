@@ -183,7 +183,8 @@ class LearnedTensor:
             warnings.warn(
                 f"the learned feedback '{self.name}' should have {self.lr_scale:g} times the learning rate of the weights, but "
                 f"the optimizer uses {lr:g} for it and {weight_lr:g} for the weights: create it from "
-                f"rule.parameter_groups(lr={weight_lr:g})",
+                f"rule.parameter_groups(lr={weight_lr:g}). If a scheduler sets the rate of all groups, give it a list with one "
+                f"rate for each group, such as max_lr=[group['lr'] for group in optimizer.param_groups]",
                 stacklevel=4,
             )
         elif self.follows and group.get("weight_decay") != weight_group.get("weight_decay"):

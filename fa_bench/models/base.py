@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
+from fa_bench.errors import missing_method
 from fa_bench.registry.kinds import CLASSES, IMAGES, VALUES
 from fa_bench.registry.options import Options, option
 from fa_bench.utils.lazy import nn
@@ -87,4 +88,4 @@ class Architecture(Options):
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         """The model with torch's initial values; implemented by each architecture."""
-        raise NotImplementedError
+        raise missing_method(self, "make")

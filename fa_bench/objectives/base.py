@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fa_bench.errors import OptionError, names, nearest, truncate
+from fa_bench.errors import OptionError, missing_method, names, nearest, truncate
 from fa_bench.objectives.scores import ACCURACY, R2, RMSE, Score
 from fa_bench.registry.kinds import CLASSES, POSITIONS, VALUES
 from fa_bench.registry.options import Options, option
@@ -61,7 +61,7 @@ class Objective(Options):
             reduction: ``mean`` or ``sum`` over the targets that count, for a scalar; ``none`` for the loss of each sample, (N,),
                 whose mean is the result of ``mean``.
         """
-        raise NotImplementedError
+        raise missing_method(self, "loss")
 
     def check_data(self, characters: float | None) -> None:
         """Override this to refuse data before training by raising OptionError.

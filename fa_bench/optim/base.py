@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import OptionError
+from fa_bench.errors import OptionError, missing_method
 from fa_bench.registry.options import Options, option
 from fa_bench.schedules.base import Schedule
 from fa_bench.schedules.constant import Constant
@@ -44,7 +44,7 @@ class OptimizerOptions(Options):
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The torch optimizer for parameter groups; each group may have its own ``lr``."""
-        raise NotImplementedError
+        raise missing_method(self, "build")
 
     def optimizers(self, groups: list[dict[str, Any]], rule: Rule) -> list[torch.optim.Optimizer]:
         """The torch optimizers for parameter groups: `build`'s, unless different layers of the rule's model need different ones.

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
-from fa_bench.errors import OptionError, format_value, names, nearest, truncate
+from fa_bench.errors import ComponentError, OptionError, format_value, names, nearest, truncate
 
 T = TypeVar("T", bound="Options")
 
@@ -106,6 +106,7 @@ class Options:
 
         Raises:
             OptionError: for an unknown name (with the nearest one) or an invalid value.
+            ComponentError: if the class declares options but is no dataclass.
         """
         allowed = [field.name for field in option_fields(cls)]
         for key in values:
@@ -123,8 +124,31 @@ def summary(cls: type) -> str:
     return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
 
+@functools.cache
+def require_dataclass(cls: type[Options]) -> None:
+    """Require that the options that a class declares are fields of a dataclass.
+
+    This cannot be checked when the class is registered, because the decorator of dataclasses may follow.
+
+    Raises:
+        ComponentError: if the class, or a base class, was not decorated.
+    """
+    for each in cls.__mro__:
+        # The decorator replaces fields with their default values.
+        if declared := [name for name, value in vars(each).items() if isinstance(value, dataclasses.Field)]:
+            raise ComponentError(
+                f"class {each.__qualname__} ({each.__module__}) declares options ({names(declared)}) but is no dataclass; write "
+                "@dataclasses.dataclass(eq=False) on the line above it"
+            )
+
+
 def option_fields(cls: type[Options]) -> list[dataclasses.Field[Any]]:
-    """The declared options of a component, base class first."""
+    """The declared options of a component, base class first.
+
+    Raises:
+        ComponentError: if the class declares options but is no dataclass.
+    """
+    require_dataclass(cls)
     return [field for field in dataclasses.fields(cls) if field.init and "help" in field.metadata]
 
 

@@ -29,7 +29,7 @@ class Quantity(NamedTuple):
     """A number in the records of a run: its name, title, axis label with unit, kind, and how to read it from a record.
 
     `measured`: whether it is an alignment metric, and thus measured not only at the ends of epochs. `lower`: whether lower values
-    are better.
+    are better. `format`: the number format of its values and their standard deviations.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Quantity(NamedTuple):
     kind: str = ""
     measured: bool = False
     lower: bool = False
+    format: str = ".3g"
 
     def final(self, run: Run) -> float:
         """The value at the end of a run; NaN if it is unknown."""
@@ -145,6 +146,7 @@ def scalar(name: str, scores: Sequence[Score] = (ACCURACY_SCORE,)) -> Quantity:
         lambda run, record: score.scale * number(record.get(name)),
         kind,
         lower=not score.higher_is_better,
+        format=score.format,
     )
 
 

@@ -27,7 +27,7 @@ from fa_bench.report.plot import (
     rule_style,
     style_axes,
 )
-from fa_bench.report.quantities import ACCURACY, ANGLE, Point, Quantity, best, point
+from fa_bench.report.quantities import ANGLE, Point, Quantity, best, point
 from fa_bench.report.runs import VERSIONS
 from fa_bench.utils.text import escape_mathtext
 
@@ -160,9 +160,9 @@ def _summary(series: Series, of: Quantity) -> str:
     chosen = series.best
     if chosen is None or math.isnan(chosen.mean):
         return truncate(series.rule, 40)
-    spread = "" if math.isnan(chosen.std) else f" ± {chosen.std:.2f}"
+    spread = "" if math.isnan(chosen.std) else f" ± {chosen.std:{of.format}}"
     at = "" if chosen.x is None else f" at {_text(chosen.x)}"
-    return f"{truncate(series.rule, 40)}: {chosen.mean:{'.2f' if of.kind == ACCURACY else '.3g'}}{spread}{at}"
+    return f"{truncate(series.rule, 40)}: {chosen.mean:{of.format}}{spread}{at}"
 
 
 def _text(x: Any) -> str:

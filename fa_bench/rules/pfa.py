@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.errors import missing_method
 from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, feedback_gradient
 from fa_bench.mechanisms.edge.product import effective_product
 from fa_bench.mechanisms.edge.rule import EdgeRule, LayerContext
@@ -57,14 +58,14 @@ class ProductRule(EdgeRule):
 
     def between(self, outputs: int) -> int:
         """M, the number of units of the intermediate population, for this number of outputs."""
-        raise NotImplementedError
+        raise missing_method(self, "between")
 
     def check_size(self, layer: LayerContext, entries: int) -> None:
         """Called before a layer gets B and R, with the number of their entries; may raise an OptionError."""
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
         """B of one group, (outputs, between), float32 on the CPU."""
-        raise NotImplementedError
+        raise missing_method(self, "first")
 
     def r_density(self) -> float:
         """Fraction of R that is not zero."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from fa_bench.errors import OptionError, names, nearest
+from fa_bench.errors import OptionError, missing_method, names, nearest
 from fa_bench.registry.options import Options, as_plain, option, option_fields
 from fa_bench.registry.registries import SCHEDULES
 
@@ -43,7 +43,7 @@ class Schedule(Options):
             done: finished epochs (or steps), from 0.
             total: epochs (or steps) of the whole run.
         """
-        raise NotImplementedError
+        raise missing_method(self, "rate")
 
     def at(self, lr: float, done: int, total: int) -> float:
         """The learning rate with warm-up: during the w units of warm-up, (done + 1)/(w + 1) times `rate`."""

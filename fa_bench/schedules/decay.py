@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from fa_bench.errors import OptionError
+from fa_bench.errors import OptionError, missing_method
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import SCHEDULES
 from fa_bench.schedules.base import Schedule
@@ -21,7 +21,7 @@ class _Decay(Schedule):
 
     def fraction(self, part: float) -> float:
         """The remaining fraction of lr - min_lr after a fraction `part` of the training, from 1 at 0 to 0 at 1."""
-        raise NotImplementedError
+        raise missing_method(self, "fraction")
 
     def rate(self, lr: float, done: int, total: int) -> float:
         return self.min_lr + (lr - self.min_lr) * self.fraction(done / total)

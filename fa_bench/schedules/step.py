@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from fa_bench.errors import OptionError
+from fa_bench.errors import OptionError, missing_method
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import SCHEDULES
 from fa_bench.schedules.base import Schedule
@@ -17,7 +17,7 @@ class _StepDecay(Schedule):
 
     def reductions(self, done: int) -> int:
         """How often the rate has been reduced."""
-        raise NotImplementedError
+        raise missing_method(self, "reductions")
 
     def rate(self, lr: float, done: int, total: int) -> float:
         for _ in range(self.reductions(done)):  # one factor at a time, so that rounding is as in torch's schedulers

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fa_bench.errors import ConfigError, names, nearest, truncate
 from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -83,6 +84,26 @@ INITIALISERS: dict[str, Initialiser] = {
 CONTINUOUS = [name for name, initialiser in INITIALISERS.items() if initialiser.fill is None]
 
 
+def initialiser_of(name: str, what: str = "", others: Sequence[str] = ()) -> Initialiser:
+    """The initialiser called `name`.
+
+    Args:
+        name: the name.
+        what: the tensor, as the error calls it.
+        others: further names that the caller accepts.
+
+    Raises:
+        ConfigError: if there is none; the message has the nearest name.
+    """
+    if not isinstance(name, str) or name not in INITIALISERS:
+        allowed = [*INITIALISERS, *others]
+        raise ConfigError(
+            f"{f'{what}: ' if what else ''}there is no initialiser {truncate(repr(name), 100)}{nearest(str(name), allowed)} "
+            f"(available: {names(allowed)})"
+        )
+    return INITIALISERS[name]
+
+
 def fans(shape: Sequence[int]) -> tuple[int, int]:
     """(fan_in, fan_out) of a weight of this shape; kernel positions are counted, as in torch."""
     kernel = math.prod(shape[2:])
@@ -105,7 +126,7 @@ def sample(shape: Sequence[int], init: str, seed: int, density: float = 1.0) -> 
 
 def fill(tensor: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
     """Overwrite `tensor` with a sample of the initialiser `init` and return it; `generator` defaults to torch's global one."""
-    initialiser = INITIALISERS[init]
+    initialiser = initialiser_of(init)
     scale = initialiser.scale(*fans(tensor.shape))
     with torch.no_grad():
         if initialiser.fill is not None:
@@ -164,7 +185,7 @@ def seed_words(seed: int) -> tuple[int, int]:
 
 def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tuple[int, int], out: Tensor | None = None) -> Tensor:
     """Map uniform numbers from -2^22 to 2^22 - 1 to magnitudes, so that none is zero, and the mean of U is exact."""
-    initialiser = INITIALISERS[init]
+    initialiser = initialiser_of(init)
     scale = initialiser.scale(*fan_in_out)
     step = (scale if initialiser.is_uniform else 1.0) / 2**23
     values = torch.add(numbers.new_full((), (2**22 + 0.5) * step, dtype=dtype), numbers, alpha=step, out=out)

@@ -100,19 +100,31 @@ def test_architecture_and_preset_of_contributing_work(
     assert out.startswith("Running 5 jobs (5 epochs); output: outputs/myfigure\n  algorithm: bp, frozen, kp, fa\n")
 
 
-def test_rule_of_the_guide_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_of_the_guide_work(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "add_a_rule.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.S)
-    assert code is not None
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 2
     known = dict(ALGORITHMS._entries)
     module = ModuleType("guide")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     try:
-        exec(compile(re.sub(r"^    ", "", code.group(1), flags=re.M), "add_a_rule.md", "exec"), module.__dict__)
+        for code in blocks:
+            exec(compile(re.sub(r"^    ", "", code, flags=re.M), "add_a_rule.md", "exec"), module.__dict__)
         model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3))
         rule = fa_bench.attach(model, "myrule", density=0.3)
         zeros = (rule.effective_feedback("0") == 0).float().mean()
         assert 0.6 < zeros < 0.8 and torch.equal(rule.feedback["0"]["B"], rule.effective_feedback("0"))
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+        rule = fa_bench.attach(model, "mydirect", cuts=["1"], sample_input=torch.zeros(2, 1, 4, 4))
+        x = torch.linspace(-1, 1, 32).view(2, 1, 4, 4)
+        logits = model(x)
+        loss = nn.functional.cross_entropy(logits, torch.tensor([0, 1]))
+        delta = (logits.softmax(1) - torch.eye(3)[:2]).detach() / 2
+        rule.backward(loss, logits, torch.tensor([0, 1]))
+        assert rule.feedback["1"]["B"].shape == (3, 8)
+        error = (delta @ rule.feedback["1"]["B"]).view(2, 2, 2, 2)
+        slope = 1 - model[0](x).detach().tanh() ** 2
+        torch.testing.assert_close(model[0].bias.grad, (error * slope).sum((0, 2, 3)))
     finally:
         ALGORITHMS._entries.clear()
         ALGORITHMS._entries.update(known)

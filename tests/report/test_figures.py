@@ -12,10 +12,11 @@ from matplotlib.image import imread
 
 from fa_bench.errors import DataError
 from fa_bench.metrics.alignment.base import declared
+from fa_bench.objectives.scores import R2, RMSE
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.report import figures, plot, settings
 from fa_bench.report.groups import group_runs, in_order, tasks
-from fa_bench.report.quantities import Selection, best, curve, scalar
+from fa_bench.report.quantities import Point, Selection, best, curve, scalar
 from fa_bench.report.runs import metrics_of
 
 from .by_hand import ANGLES, blank, epoch_record, runs_in, write_group, write_run
@@ -245,6 +246,21 @@ def test_accuracy_against_density_for_rules_that_ran_at_several(tmp_path):
     assert list(axes.lines[0].get_ydata()) == pytest.approx([98, 98])  # bp, across
     assert list(axes.lines[1].get_xdata()) == [0.05, 0.5, 1.0] and axes.get_xscale() == "log"
     assert legend(figure) == ["bp", "fa: 91.00 ± 1.41 at 1"]
+
+
+@pytest.mark.parametrize(
+    ("of", "text"),
+    [
+        (scalar("test_r2", [R2]), "fa: 0.9871 ± 0.0021 at 0.1"),
+        (scalar("test_rmse", [RMSE]), "fa: 0.9871 ± 0.0021 at 0.1"),
+        (scalar("val_loss"), "fa: 0.987 ± 0.00211 at 0.1"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_legend_has_the_format_of_the_score_for_mean_and_spread(of, text):
+    """A spread below 0.005 was shown as 0.00, as if the seeds agreed."""
+    series = settings.Series("fa", [Point(0.1, 0.98712, 0.00211, 0.9, 3, 0)])
+    assert settings._summary(series, of) == text
 
 
 def test_the_best_by_validation_is_ringed_and_the_ranks_are_above_each_value(tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from fa_bench.errors import missing_method
 from fa_bench.mechanisms.cut.learned import LearnedCutRule
 from fa_bench.mechanisms.cut.noise import NoisyCutRule
 from fa_bench.mechanisms.cut.positions import positions_of
@@ -30,7 +31,7 @@ class JacobianRule(NoisyCutRule, LearnedCutRule):
 
     def gradient_of(self, feedback: Tensor, estimate: Tensor) -> Tensor:
         """The gradient of B (C, F) for an estimate of the Jacobian (C, F)."""
-        raise NotImplementedError
+        raise missing_method(self, "gradient_of")
 
     def feedback_gradients(
         self, cut: str, captured: CapturedActivation, delta: Tensor, target: Tensor | None

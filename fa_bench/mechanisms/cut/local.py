@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fa_bench.errors import CoverageError, StateError, names
+from fa_bench.errors import CoverageError, StateError, missing_method, names
 from fa_bench.mechanisms.cut.positions import class_axis, mean_loss
 from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
 from fa_bench.mechanisms.feedback_tensors import AUXILIARY_PREFIX
@@ -60,7 +60,7 @@ class LocalRule(CutRule):
             shape: the activation's shape without the batch.
             classes: number of classes.
         """
-        raise NotImplementedError
+        raise missing_method(self, "auxiliary")
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
         """The loss at one cut, a scalar, with `loss_of`.
@@ -71,7 +71,7 @@ class LocalRule(CutRule):
             activation: (N, ...); (M, F) if the output has positions.
             target: the labels, (N,) or (N, P...).
         """
-        raise NotImplementedError
+        raise missing_method(self, "local_loss")
 
     def loss_of(self, scores: Tensor, target: Tensor) -> Tensor:
         """The objective's mean loss of scores (N, C), or (M, C) for labels (N, P...), with positions as samples."""

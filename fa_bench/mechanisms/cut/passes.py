@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fa_bench.errors import CoverageError
+from fa_bench.errors import CoverageError, missing_method
 from fa_bench.mechanisms.cut.rule import CutRule
 from fa_bench.mechanisms.feedback_tensors import has_own_parameters
 from fa_bench.mechanisms.graph import leaves
@@ -72,7 +72,7 @@ class PassRule(CutRule):
             logits: the logits of the first pass.
             target: the labels, (N,) or (N, P...).
         """
-        raise NotImplementedError
+        raise missing_method(self, "gradients")
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.cut.coverage import with_untrained

@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fa_bench.errors import CoverageError
+from fa_bench.errors import CoverageError, missing_method
 from fa_bench.mechanisms.checkpointing import recomputing
 from fa_bench.mechanisms.coverage import Coverage
 from fa_bench.mechanisms.cut.capture import Capture, CapturedActivation
+from fa_bench.mechanisms.cut.checks import missing_b, require_shape, wrong_rows
 from fa_bench.mechanisms.cut.delivery import Delivery
 from fa_bench.mechanisms.cut.positions import Layout, class_axis, layout_of, layouts_of
 from fa_bench.mechanisms.feedback_options import output_option
-from fa_bench.mechanisms.feedback_tensors import drop_tensors, feedback_tensor, put_tensor, tensors_of
+from fa_bench.mechanisms.feedback_tensors import drop_tensors, feedback_tensor, put_tensor, require_tensor, tensors_of
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.registry.options import option
-from fa_bench.utils.sampling import sample, seed_for
+from fa_bench.utils.sampling import initialiser_of, sample, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -153,10 +154,17 @@ class CutRule(Rule):
             density: fraction of the entries that are not masked.
             seeded_by: the path that seeds the tensor; default: the cut.
             columns: keep only this many columns, the first ones.
+
+        Raises:
+            ConfigError: for an unknown initialiser.
+            ComponentError: if `value` is neither a name nor a tensor, or if `shape` does not fit an initialiser.
         """
+        what = f"cut '{cut}', feedback tensor '{name}'"
         if isinstance(value, str):
+            initialiser_of(value, what)
+            require_shape(what, shape)
             value = sample(shape, value, seed_for(self.seed, seeded_by or cut, name), density)[:, :columns]
-        put_tensor(self._cut_modules[cut], name, value.to(next(self.model.parameters())).contiguous())
+        put_tensor(self._cut_modules[cut], name, require_tensor(what, value).to(next(self.model.parameters())).contiguous())
 
     def tensor(self, cut: str, name: str) -> Tensor:
         """The feedback tensor `name` of a cut, detached."""
@@ -188,14 +196,22 @@ class CutRule(Rule):
         feedback = self.matrix(cut, captured)
         if errors.dtype != feedback.dtype:
             errors = errors.to(feedback.dtype)
+        if errors.shape[-1] != len(feedback):
+            raise wrong_rows(cut, feedback.shape, errors.shape[-1])
         if not self._layouts:
             return self.in_shape(cut, errors.mm(feedback), captured)
         errors = self._layouts[cut].matched(errors, captured.shape)
         return self.in_shape(cut, errors.flatten(0, -2).mm(feedback).unflatten(0, errors.shape[:-1]), captured)
 
     def matrix(self, cut: str, captured: CapturedActivation) -> Tensor:
-        """B of a cut, (C, features), with the features in the order in which `in_shape` expects them."""
+        """B of a cut, (C, features), with the features in the order in which `in_shape` expects them.
+
+        Raises:
+            ComponentError: if the cut has none.
+        """
         feedback = feedback_tensor(self._cut_modules[cut], "B")
+        if feedback is None:
+            raise missing_b(self, cut)
         if not captured.channels_last:
             return feedback
         # Compiled convolutions store maps with their channels last. A fixed B is reordered once.
@@ -225,7 +241,7 @@ class CutRule(Rule):
 
     def trained_parameters(self, results: list[Tensor]) -> list[nn.Parameter]:
         """See `fa_bench.mechanisms.cut.passes.PassRule`."""
-        raise NotImplementedError
+        raise missing_method(self, "trained_parameters")
 
     def gradients(
         self,
@@ -236,7 +252,7 @@ class CutRule(Rule):
         target: Tensor,
     ) -> list[Tensor | None]:
         """See `fa_bench.mechanisms.cut.passes.PassRule`."""
-        raise NotImplementedError
+        raise missing_method(self, "gradients")
 
     def learned_at(self, cut: str) -> list[LearnedTensor]:
         """The learned tensors of one cut, in the order of `feedback_gradients`."""

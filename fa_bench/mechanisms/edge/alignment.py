@@ -20,7 +20,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fa_bench.errors import CoverageError, StateError
+from fa_bench.errors import CoverageError, StateError, missing_method
 from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, feedback_gradient
 from fa_bench.mechanisms.edge.rule import LayerContext, RandomFeedbackRule
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
@@ -224,7 +224,7 @@ class AlignmentRule(RandomFeedbackRule):
 
     def alignment_loss(self) -> AlignmentLoss:
         """The weights of the local losses."""
-        raise NotImplementedError
+        raise missing_method(self, "alignment_loss")
 
     def wire(self, sample_input: Any) -> Coverage:
         self._scale = LossScale(self.name)

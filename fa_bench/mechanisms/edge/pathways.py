@@ -10,7 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fa_bench.errors import missing_method
 from fa_bench.mechanisms.checkpointing import recomputing, refuse_reentrant
+from fa_bench.mechanisms.edge.checks import require_b, require_shape
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor, fixed_tensor_reader
 from fa_bench.utils.lazy import torch
 from fa_bench.utils.sampling import magnitudes, resample_magnitudes, seed_for, seed_words
@@ -114,9 +116,18 @@ class FeedbackPathway:
             return f"learned {self.description}"
         return self.description + (f" ({', '.join(self.learned)} learned)" if self.learned else "")
 
+    def check(self, layer: Any) -> None:
+        """Called by `attach` after `pathway`.
+
+        Raises:
+            ComponentError: if a tensor is missing, or if the effective feedback does not have the shape of the weight.
+        """
+        if type(self).context is FeedbackPathway.context:  # otherwise, `effective` may be slow, and is not used in training
+            require_shape(layer, f"{type(self).__qualname__}.effective returned", self.effective(layer))
+
     def effective(self, layer: Any) -> Tensor:
         """The effective feedback as it is now, in the weight's layout, detached."""
-        raise NotImplementedError
+        raise missing_method(self, "effective")
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
         """The context that the layer's backward pass needs; `x` is the layer's input."""
@@ -173,6 +184,9 @@ class FixedFeedback(FeedbackPathway):
     description = "fixed B"
     effective = fixed_tensor_reader("B")
 
+    def check(self, layer: Any) -> None:
+        require_b(self, layer)
+
 
 class LearnedFeedback(FeedbackPathway):
     """e_in = g B; the gradient of B is exactly the gradient of W.
@@ -188,6 +202,9 @@ class LearnedFeedback(FeedbackPathway):
     learned = ("B",)
     follows = "B"
     always_needed = True
+
+    def check(self, layer: Any) -> None:
+        require_b(self, layer)
 
     def effective(self, layer: Any) -> Tensor:
         return feedback_tensor(layer, "B")
@@ -248,7 +265,7 @@ class WeightDerivedFeedback(FeedbackPathway):
 
     def unmasked(self, layer: Any, signs: Tensor) -> Tensor:
         """B before masking, computed from the signs of the weight; `signs` may be overwritten."""
-        raise NotImplementedError
+        raise missing_method(self, "unmasked")
 
 
 def _masked(layer: Any, feedback: Tensor) -> Tensor:

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import CoverageError, names, nearest
+from fa_bench.errors import ComponentError, CoverageError, missing_method, names, nearest
 from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, outside_text
+from fa_bench.mechanisms.edge.checks import described, missing_tensor
 from fa_bench.mechanisms.edge.pathways import FeedbackPathway, TransposeFeedback
 from fa_bench.mechanisms.feedback_options import COPY_WEIGHT, beta_option, derivative_option, init_option
-from fa_bench.mechanisms.feedback_tensors import drop_tensors, put_tensor, tensors_of
+from fa_bench.mechanisms.feedback_tensors import drop_tensors, feedback_tensor, put_tensor, require_tensor, tensors_of
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.registry.options import option
 from fa_bench.utils.lazy import torch
-from fa_bench.utils.sampling import fans, sample, sample_mask, seed_for
+from fa_bench.utils.sampling import fans, initialiser_of, sample, sample_mask, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,10 +72,15 @@ class LayerContext:
             density: fraction of the entries that are not masked.
             magnitude: take the absolute values.
             shape: the tensor's shape; default: the shape of the weight.
+
+        Raises:
+            ConfigError: for an unknown initialiser.
+            ComponentError: if `value` is neither a name nor a tensor.
         """
         weight = self.module.weight.detach()
+        what = f"layer '{self.path}', feedback tensor '{name}'"
         if not isinstance(value, str):
-            self._store(name, value.to(weight))
+            self._store(name, require_tensor(what, value).to(weight))
             return
         shape = tuple(weight.shape) if shape is None else shape
         if value == COPY_WEIGHT:
@@ -82,6 +88,7 @@ class LayerContext:
             if density < 1:
                 tensor.mul_(sample_mask(shape, density, self.tensor_seed(name)).to(weight))
         else:
+            initialiser_of(value, what, (COPY_WEIGHT,))
             tensor = sample(shape, value, self.tensor_seed(name), density).to(weight)
         self._store(name, tensor.abs_() if magnitude else tensor)
 
@@ -139,7 +146,7 @@ class EdgeRule(Rule):
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         """Create the layer's feedback tensors with `layer.put` and return the pathway that uses them."""
-        raise NotImplementedError
+        raise missing_method(self, "pathway")
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.edge.layers import swap_in
@@ -167,8 +174,9 @@ class EdgeRule(Rule):
         for path, layer in layers.items():
             kind = kind_of(layer)
             context = LayerContext(path, layer, self.seed, path in outputs)
-            pathway = TransposeFeedback() if path in plain else self.pathway(context)
+            pathway = TransposeFeedback() if path in plain else self._checked_pathway(context)
             self._layers[path] = layer = swap_in(layer, path, pathway, self.mode)
+            pathway.check(layer)
             if pathway.learned:
                 self._learning.append(layer)
                 self._learned.extend(layer.learned.values())
@@ -180,6 +188,23 @@ class EdgeRule(Rule):
             uncovered |= {weight_name(path, layers[path]): outside_text(use) for path, use in trace.uses.outside.items()}
         notes = self.notes() + self._notes_on_tied_weights() + (() if self._dual is None else (self._dual.note(),))
         return Coverage(self.name, tuple(covered), uncovered, local, notes)
+
+    def _checked_pathway(self, layer: LayerContext) -> FeedbackPathway:
+        """The result of `pathway`.
+
+        Raises:
+            ComponentError: if it is not a pathway, or if the layer lacks a tensor that it learns.
+        """
+        pathway: Any = self.pathway(layer)
+        if not isinstance(pathway, FeedbackPathway):
+            raise ComponentError(
+                f"{type(self).__qualname__}.pathway returned {described(pathway)} for layer '{layer.path}'; it must "
+                "return an instance of fa_bench.FeedbackPathway, such as fa_bench.FixedFeedback()"
+            )
+        for name in pathway.learned:
+            if feedback_tensor(layer.module, name) is None:
+                raise missing_tensor(pathway, layer.path, name)
+        return pathway
 
     def _replace_derivatives(self, sample_input: Any) -> None:
         """Replace the derivatives of nonlinearities, if the option requests it."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from fa_bench.errors import missing_method
 from fa_bench.metrics.alarm import Alarm
 from fa_bench.registry.options import Options
 from fa_bench.registry.registries import METRICS
@@ -57,7 +58,7 @@ class Metric(Options):
 
     def measure(self, passes: Passes) -> dict[str, float]:
         """{layer: value}, NaN if undefined; `passes` has the errors and gradients of the rule and of backpropagation."""
-        raise NotImplementedError
+        raise missing_method(self, "measure")
 
 
 def declared(names: Iterable[str]) -> dict[str, type[Metric]]:

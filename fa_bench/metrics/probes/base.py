@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from fa_bench.errors import ConfigError
+from fa_bench.errors import ConfigError, missing_method
 from fa_bench.metrics.alarm import Alarm
 from fa_bench.registry.options import Options
 from fa_bench.registry.registries import PROBES
@@ -107,7 +107,7 @@ class Probe(Options):
         Changes to the model, gradients, modes and global random numbers are undone afterwards. ``rule.mode.freeze_random`` is
         set, so that forward passes sample nothing new.
         """
-        raise NotImplementedError
+        raise missing_method(self, "measure")
 
 
 class Probes:

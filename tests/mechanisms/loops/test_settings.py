@@ -1,5 +1,6 @@
 """Optimizers that train learned feedback by other settings than the rule asks for, or that come later, are noticed."""
 
+import re
 import warnings
 
 import pytest
@@ -26,6 +27,19 @@ def test_one_rate_for_all_is_warned_of_where_the_rule_asks_for_another(name, sca
     steps(model, rule, sgd(rule.parameter_groups(lr=0.1)), 3)
     moved = [not torch.equal(old, new) for old, new in zip(before, rule.feedback_parameters(), strict=True)]
     assert all(moved) if scale else not any(moved)
+
+
+def test_a_scheduler_with_one_rate_for_all_groups_is_warned_of_with_the_mend():
+    def one_step(max_lr):
+        model, rule = attached("kp", b_lr_scale=0.5)
+        optimizer = sgd(rule.parameter_groups(lr=0.1))
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr(optimizer), total_steps=4)
+        steps(model, rule, optimizer, 1)
+
+    mend = "one rate for each group, such as max_lr=[group['lr'] for group in optimizer.param_groups]"
+    with pytest.warns(UserWarning, match=re.escape(mend)):
+        one_step(lambda optimizer: 0.1)
+    one_step(lambda optimizer: eval(mend.partition("max_lr=")[2], {"optimizer": optimizer}))
 
 
 @pytest.mark.parametrize("name", ["dkp", "kp"])
