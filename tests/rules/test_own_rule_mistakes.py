@@ -145,7 +145,17 @@ WRONG = torch.zeros(3, 3)
         (Transposed(), {}, r"layer '0': Transposed\.effective returned a tensor of shape \(4, 3\); .* the weight, \(3, 4\)$"),
         (Nothing(), {}, r"layer '0': Nothing\.effective returned None; .* the weight, \(3, 4\)$"),
     ],
-    ids=str,
+    ids=[
+        "None",
+        "class",
+        "tensor",
+        "fixed without B",
+        "learned without B",
+        "fixed, shape",
+        "learned, shape",
+        "transposed",
+        "nothing",
+    ],
 )
 def test_pathways_that_cannot_be_used_are_refused(returned: Any, tensors: dict[str, Any], message: str) -> None:
     rule = Given()
