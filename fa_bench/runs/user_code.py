@@ -68,9 +68,17 @@ def _file_of(name: str) -> Path | None:
     spec, path = None, None
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
+        if depth > 1 and path is None:  # not a package: the last part is a name in a module
+            return None
         try:
             spec = PathFinder.find_spec(".".join(parts[:depth]), path)
-        except (ImportError, ValueError, OSError):
+        except (
+            ImportError,
+            ValueError,
+            OSError,
+            KeyError,
+            AttributeError,
+        ):  # namespace packages ask sys.modules for their parent
             return None
         if spec is None:
             return None
