@@ -44,10 +44,12 @@ def require_fit(run: RunOptions, components: Mapping[str, Any]) -> None:
     if output is not None and of_rule is not None and str(output) != str(of_rule):
         raise OptionError("algorithm.output", f"={of_rule} is not objective.output={output}, which is trained; set only one")
     if dataset.targets == VALUES and getattr(rule, "needs_target", False) and not getattr(rule, "takes_numbers", False):
-        sign = "; use algorithm.error_sign=true, or a rule such as dfa" if rule.name == "drtp" else "; use a rule such as dfa"
+        option = getattr(rule, "without_target", "")
+        mend = f"algorithm.{option}, or " if option else ""
         raise OptionError(
             "algorithm",
-            f"={rule.name} computes its errors from class labels, but the targets of dataset={dataset.name} are numbers{sign}",
+            f"={rule.name} computes its errors from class labels, but the targets of dataset={dataset.name} are numbers; use "
+            f"{mend}a rule such as dfa",
         )
     if run.compile is True and rule.repeats:
         raise ConfigError(

@@ -61,6 +61,7 @@ class DRTP(CutRule):
     within: str = within_option()
 
     scales = True
+    without_target = "error_sign=true"
 
     @property
     def needs_target(self) -> bool:

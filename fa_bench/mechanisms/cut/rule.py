@@ -83,6 +83,8 @@ class CutRule(Rule):
     #: Whether targets may be numbers (N, O), because errors are computed from the objective's loss, regardless of the kind of
     #: targets.
     takes_numbers: ClassVar[bool] = False
+    #: The option, with its value, with which the rule computes its errors without targets; empty if there is none.
+    without_target: ClassVar[str] = ""
     #: Whether all errors are those of the objective, so that any other loss would be ignored.
     learns_by_objective: ClassVar[bool] = False
     #: Whether `gradients` computes the gradients of all parameters, in separate passes; see `fa_bench.mechanisms.cut.passes`.
