@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from fa_bench.optim.sgd import SGD
 from fa_bench.runs import outcome, train
 from fa_bench.utils import memory_limits
 from tests.data.files import IDX_FILES, write_idx, write_mnist
+from tests.privileges import privileges_dropped
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
 
@@ -183,10 +185,12 @@ def test_a_place_where_nothing_can_be_written_is_named(
     assert sorted(folder.iterdir()) == before and (folder / "file").read_text() == "mine"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_folder_without_permission_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "locked").mkdir(mode=0o500)
-    assert "locked: no permission" in refused([*SMALL, "output_dir=locked"], capsys)
+def test_a_folder_without_permission_is_named(folder: Path) -> None:
+    (folder / "locked").mkdir()
+    command = [sys.executable, "-m", "fa_bench.cli", *SMALL, "output_dir=locked"]
+    done = privileges_dropped(command, folder, folder / "locked", 0o500)
+    assert done.returncode == 2 and "locked: no permission" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not list((folder / "locked").iterdir())
 
 
 def test_a_full_disk_under_one_job_leaves_the_others_to_run(

@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
-import stat
-import subprocess
 import sys
 import unicodedata
 from collections import Counter
@@ -23,6 +20,7 @@ from fa_bench.cli import main
 from fa_bench.data import listing
 from fa_bench.errors import DataError
 from fa_bench.registry.registries import DATASETS
+from tests.privileges import privileges_dropped
 
 CPU = torch.device("cpu")
 
@@ -316,7 +314,7 @@ def test_an_unreadable_folder_is_named_with_exit_code_2(folder: Path, tmp_path: 
         "epochs=1",
         "output_dir=out",
     ]
-    done = _privileges_dropped(command, tmp_path, tmp_path / place, 0o000)
+    done = privileges_dropped(command, tmp_path, tmp_path / place, 0o000)
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(rf"fa-bench: .*{re.escape(str(tmp_path / place))}.*cannot be read \(Permission denied\)\n", done.stderr)
     assert not (tmp_path / "out").exists()
@@ -327,27 +325,6 @@ def test_an_unreadable_folder_is_named_with_exit_code_2(folder: Path, tmp_path: 
 def test_an_unreadable_data_dir_is_named_whatever_the_dataset(tmp_path: Path, dataset: str, mode: int) -> None:
     (tmp_path / "data/MNIST/raw").mkdir(parents=True)
     command = [sys.executable, "-m", "fa_bench.cli", f"dataset={dataset}", f"data_dir={tmp_path / 'data'}", "output_dir=out"]
-    done = _privileges_dropped(command, tmp_path, tmp_path / "data", mode)
+    done = privileges_dropped(command, tmp_path, tmp_path / "data", mode)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert str(tmp_path / "data") in done.stderr and "Permission denied" in done.stderr and not (tmp_path / "out").exists()
-
-
-def _privileges_dropped(command: list[str], room: Path, place: Path, mode: int) -> subprocess.CompletedProcess[str]:
-    """Run a command in `room` while `place` has a mode, as one whom modes concern: root without its right to pass over them."""
-    if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("root may read everything")
-        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
-    before = stat.S_IMODE(place.stat().st_mode)
-    place.chmod(mode)
-    try:
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=room,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-    finally:
-        place.chmod(before)
