@@ -62,6 +62,15 @@ def test_the_hash_changes_with_these_files_alone(folder: Path, name: str) -> Non
     assert code_hash(["my_plugin"]) == before
 
 
+def test_the_file_of_a_component_counts_without_its_being_a_plugin(folder: Path) -> None:
+    """A rule that a script registers; what the script imports counts, too."""
+    rule = type("Rule", (), {"__module__": "my_plugin"})
+    assert code_hash([], [rule]) == code_hash(["my_plugin"]) != code_hash()
+    before = code_hash([], [rule])
+    (folder / "my_helper.py").write_text("SCALE = 2\n")
+    assert code_hash([], [rule]) != before
+
+
 def test_a_plugin_with_a_syntax_error_by_now_is_hashed_without_its_imports(folder: Path) -> None:
     (folder / "my_plugin.py").write_text("import my_helper\ndef")
     assert source_files(["my_plugin"]) == [folder / "my_plugin.py"]
