@@ -1,4 +1,5 @@
-"""One thread for the small tensors here, where two only wait for each other; no pixels in reports that are not the subject."""
+"""Tests use one thread, because two are slower for small tensors, and do not render the figures of reports unless they test
+them."""
 
 import gc
 
@@ -8,7 +9,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen_modules():
-    """Leave what has been imported and collected out of later garbage collections: every run makes a full one."""
+    """Exclude imported and collected objects from later garbage collections, because every run makes a full one."""
     gc.collect()
     gc.freeze()
 
@@ -25,7 +26,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def without_pixels(request, monkeypatch):
-    """Figures of sweeps' reports are made, but not rendered, which takes most of the time of a small sweep."""
+    """Figures of sweep reports are created but not rendered, which would take most of the time of a small sweep."""
     if {"report", "tuning"} & {*request.path.parts}:
         return
     from fa_bench.report import figures, plot

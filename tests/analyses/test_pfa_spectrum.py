@@ -1,4 +1,4 @@
-"""pfa_spectrum: the law against its moments, and the rule's own draw against the law."""
+"""pfa_spectrum: the theoretical law compared with its moments, and samples of the rule compared with the law."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_density_has_the_mass_mean_and_variance_of_the_law(ratio: float) -> None
 
 
 def test_spectrum_and_angle_of_the_rules_draw() -> None:
-    """80 x 800 and 80 x 40, 8 draws: 640 eigenvalues, whose deviation has about 1 % of noise, and angles 0.1 degrees."""
+    """80 x 800 and 80 x 40, 8 samples: 640 eigenvalues, whose deviation has about 1 % of noise, and angles 0.1 degrees."""
     table = PFASpectrum(outputs=80, inputs=100, ratios=[0.5, 10.0], histograms=[10.0], bins=6, draws=8).table()
     found = {(row.quantity, row.ratio): row for row in table.itertuples() if row.quantity != "density"}
     assert found["eigenvalue_mean", 10].measured == pytest.approx(1, abs=0.01)

@@ -1,4 +1,4 @@
-"""qualitative_table: each measurement on rules whose answer is known, and the marks at their thresholds."""
+"""qualitative_table: each measurement on rules for which the result is known, and the marks at their thresholds."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_marks_at_the_thresholds(changes: dict, marks: tuple[str, ...]) -> None:
 
 
 def test_table_sets_measured_beside_published() -> None:
-    """Transport, phase and symmetry do not need training to agree; angles of the direct synapses do."""
+    """Transport, phase and symmetry agree even without training; the angles of direct synapses agree only after training."""
     analysis = QualitativeTable(
         rules=["bp", "usf", "frsf"],
         architecture="mlp:widths=[8]",

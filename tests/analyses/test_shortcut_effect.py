@@ -1,4 +1,4 @@
-"""shortcut_effect: the angles against gradients from captured activations and errors; nothing is left behind."""
+"""shortcut_effect: the angles compared with gradients from captured activations and errors; no state is left behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def angle(u: torch.Tensor, v: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("net", ["with_shortcuts", "without_shortcuts"])
 def test_sharing_swaps_the_activation_under_the_true_error(net: str) -> None:
-    """stages.layer1.1.conv1 gets the first block's input, the stem's output, in place of that block's sum."""
+    """stages.layer1.1.conv1 gets the input of the first block, which is the stem's output, instead of the sum of that block."""
     parts = parts_of(net)
     plain, seen = copy.deepcopy(parts.rule.model), {}
     plain._modules["relu"].register_forward_hook(lambda m, args, out: seen.__setitem__("shared", out.detach()))
@@ -62,7 +62,7 @@ def test_layers_with_their_own_activation_are_exact_under_the_true_error() -> No
 
 
 def test_shortcuts_bring_the_weight_changes_nearer() -> None:
-    """In an untrained net already; 57 against 88 degrees at the default sizes."""
+    """This holds even in an untrained net; with the default sizes, the angles are 57 and 88 degrees."""
     with_them, without = (
         gradient_angles(parts_of(net))["stages.layer1.1.conv1"]["sharing"] for net in ("with_shortcuts", "without_shortcuts")
     )

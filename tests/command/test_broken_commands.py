@@ -1,4 +1,4 @@
-"""Broken command lines end in one or two lines that name the key, what is allowed and the nearest name; nothing is written."""
+"""Broken command lines give an error of one or two lines that names the key, the allowed values and the nearest name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Broken files and places: each ends in one line that names it, before training; what was there stays whole."""
+"""Broken files and folders: each is named in a one-line error before training, and existing files are left unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs composed once per choice of components equal Hydra's own, and no job sees another's, or those of an earlier command."""
+"""Configs composed once per choice of components equal Hydra's own, and jobs see no config of other jobs or earlier commands."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_configs_and_errors_are_those_of_hydra(composer: Composer, mode: RunMode
     for job in [*JOBS, ["seed=1,2", "algorithm=fa,kp"]]:
         expected = described(hydra, job, mode)
         assert described(composer.loader, job, mode) == expected, job
-        assert described(composer.loader, job, mode) == expected, job  # composed from what was kept
+        assert described(composer.loader, job, mode) == expected, job  # composed from the cached config
 
 
 def test_jobs_that_choose_the_same_components_are_composed_once(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:

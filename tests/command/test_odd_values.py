@@ -1,4 +1,4 @@
-"""Odd values of every kind of option, Hydra's own too, and odd presets: short lines that name the key, and nothing written."""
+"""Unusual values of every kind of option, including Hydra's own, and unusual experiments: short errors name the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths as people type them: taken, or refused with a command line that works; never a folder of an odd name."""
+"""Paths as people type them are accepted, or refused with a command line that works; no folder with an odd name is created."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_quoted_text_is_read_back_by_the_shell_and_hydra(text: str) -> None:
     override = f"output_dir={hydra_quote(text)}"
     assert shlex.split(shell_quote(override)) == [override]
     value = parse(override).value()
-    assert str(value) == text or hydra_quote(text) == text  # what is taken without quotes may be a number or null
+    assert str(value) == text or hydra_quote(text) == text  # a path without quotes may be parsed as a number or null
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
@@ -123,4 +123,4 @@ def test_a_number_of_hydras_jobs_is_counted_as_hydra_does(folder: Path, capsys: 
     )
     assert main(["-m", "--config-dir", "c", *SMALL, "output_dir=o", "experiment=two", "hydra.sweep.subdir=${hydra.job.num}"]) == 0
     rules = {path.parent.name: json.loads(path.read_text())["algorithm"] for path in (folder / "o").rglob(RESULT)}
-    assert rules == {"0": "bp", "1": "fa"}  # one count for all parts
+    assert rules == {"0": "bp", "1": "fa"}  # one count for all parts of the sweep

@@ -1,4 +1,4 @@
-"""One module of a user's, with a component of every kind and nothing but ``import fa_bench``: command line, help, records."""
+"""A user's module with a component of every kind that imports only ``fa_bench``: command line, help and records."""
 
 from __future__ import annotations
 

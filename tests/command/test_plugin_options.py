@@ -1,4 +1,4 @@
-"""Options of components that plugins add, and the answers to mistakes with them."""
+"""Options of components from plugins, and the error messages for mistakes in them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, because nothing but `mine` may have registered components."""
+    """In a separate process, because only `mine` may have registered components."""
     return subprocess.run([sys.executable, "-m", "fa_bench", *words], capture_output=True, text=True)
 
 
@@ -82,7 +82,7 @@ def test_options_of_a_plugin_with_nothing_but_schedules_and_callbacks(folder: Pa
     (path,) = folder.rglob("metrics.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["lr"] for line in lines] == pytest.approx([0.3, 0.2])
-    assert [line["counted"] for line in lines] == [1, 3]  # 57 training images: three batches of 16 an epoch
+    assert [line["counted"] for line in lines] == [1, 3]  # 57 training images: three batches of 16 per epoch
 
 
 @pytest.mark.parametrize(

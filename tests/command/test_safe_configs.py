@@ -1,4 +1,4 @@
-"""Configs are data: whatever a YAML file says, none of its content runs, and its size costs neither time nor memory."""
+"""Configs are data: no content of a YAML file is executed, and its size costs neither much time nor much memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAKE = "touch PWNED"
 LOG = "{version: 1, root: {handlers: [x]}, handlers: {x: {%s}}}"
 CREATE = "x: \"${oc.create:'{_tar${oc.decode:get_}: os.system, command: touch PWNED}'}\""
 
-#: name -> (what the preset says, what the message must name). Without the guard most of these run `touch PWNED`.
+#: name -> (content of the experiment, what the message must name). Without the guard most of these run `touch PWNED`.
 EVIL = {
     "apply": (f"seed: !!python/object/apply:os.system ['{MAKE}']", ["apply.yaml:2", "!!python/object/apply:os.system"]),
     "new": (f"seed: !!python/object/new:os.system ['{MAKE}']", ["new.yaml:2", "tag"]),
@@ -36,7 +36,7 @@ EVIL = {
     "launcher": ("hydra: {launcher: {_target_: os.system}}", ["hydra.launcher._target_=os.system"]),
     "sweeper": (f"hydra: {{sweeper: {{_target_: os.system, command: {MAKE}}}}}", ["hydra.sweeper._target_=os.system"]),
     "callback": (f"hydra: {{callbacks: {{x: {{_target_: os.system, command: {MAKE}}}}}}}", ["hydra.callbacks.x._target_=os"]),
-    # A name below Hydra's package may still lead to any module that one of Hydra's imports.
+    # A name below Hydra's package can still refer to any module that one of Hydra's modules imports.
     "through_hydra": (
         f"hydra: {{callbacks: {{x: {{_target_: hydra._internal.core_plugins.bash_completion.os.system, command: {MAKE}}}}}}}",
         ["hydra.callbacks.x._target_=hydra._internal", "launchers"],
@@ -81,7 +81,7 @@ EVIL["no_header"] = ("", ["experiment", "_global_"])
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a module that leaves a mark when it is imported, and every evil preset."""
+    """A working directory with a module that creates a file when it is imported, and every malicious experiment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -167,7 +167,7 @@ def test_shell_completion_and_hydra_help_still_work(capsys: pytest.CaptureFixtur
 
 
 class Evil:
-    """Unpickled as anything but data it makes a file."""
+    """If it is unpickled as anything but data, it creates a file."""
 
     def __reduce__(self) -> object:
         return os.system, (MAKE,)

@@ -1,4 +1,5 @@
-"""Hydra's sweeper for fa-bench: one pool for all jobs, each composed once before the sweep, nothing handed on by environment."""
+"""Hydra's sweeper for fa-bench: one pool for all jobs, each composed once before the sweep, and no environment variables passed
+on."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def watched(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of jobs that Hydra's launcher of this class is given, start by start."""
+    """The number of jobs in each call of Hydra's launcher of this class."""
     cls: Any = Plugins.instance().class_name_to_class[name]
     launch, launched = cls.launch, []
 

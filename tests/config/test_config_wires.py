@@ -1,4 +1,5 @@
-"""Every option of a config reaches what it configures: a change of it alone changes a run's numbers, from its own stage on."""
+"""Every option of a config takes effect: changing only this option changes a run's results, beginning with the option's own
+stage."""
 
 from __future__ import annotations
 
@@ -33,14 +34,15 @@ BASE = (
     "probe_size=4",
     "architecture.widths=[5]",
 )
-#: What a run is made of, in the order in which it comes about; an option changes its own stage, and none in front of it.
+#: The stages of a run, in order; an option changes its own stage, but none of the stages before it.
 DATA, MODEL, BATCHES, TRAINED, RECORD = "data_hash", "initial_weights_hash", "batches_hash", "trained", "record"
 STAGES = (DATA, MODEL, BATCHES, TRAINED, RECORD)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_old_to_collect() -> Iterator[None]:
-    """A run ends with a garbage collection, which need not look at all that other tests left: most of a small run's time."""
+    """A run ends with a garbage collection, which would take most of a small run's time if it included the objects of other
+    tests."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -106,7 +108,7 @@ TOP = {
     "scale": (BATCHES, (), "smoke"),
     "precision": (TRAINED, (), "bf16"),
 }
-#: They change what happens around the numbers, or how often they are recorded, which other tests look at.
+#: These options affect only the surroundings of training, or how often results are recorded; other tests cover them.
 NOT_NUMBERS = {
     "callbacks",
     "device",
@@ -144,7 +146,7 @@ ARCHITECTURE = {
 
 
 def test_tables_name_every_option() -> None:
-    """So that an option that is added is added here too."""
+    """This fails until a new option is added here, too."""
     assert set(TOP) | NOT_NUMBERS | set(VOLATILE) == keys(RunOptions)
     assert set(DATASET) == keys(DATASETS["synthetic"]) and set(ARCHITECTURE) == keys(ARCHITECTURES["mlp"])
     for name in OPTIMIZERS:
@@ -159,14 +161,14 @@ def test_top_level_options(key: str) -> None:
 
 
 def test_seed_is_that_of_weights_order_and_feedback() -> None:
-    """fa's B is fixed, and so its hash at the end is that of the draw."""
+    """The B of fa is fixed, so its hash at the end is the hash of the sampled B."""
     before, after = numbers("algorithm=fa"), numbers("algorithm=fa", "seed=1")
     assert before[DATA] == after[DATA]
     assert [part for part in (MODEL, BATCHES, "feedback") if before[part] == after[part]] == []
 
 
 def test_epochs_and_batches_are_counted() -> None:
-    """Two full batches an epoch, and with drop_last=false another one of 8."""
+    """Two full batches per epoch, and a third one of 8 samples with drop_last=false."""
     for changes, steps in (((), 6), (("drop_last=false",), 9), (("epochs=2",), 4), (("batch_size=8",), 15)):
         assert numbers(*changes)[RECORD].startswith(f"[{steps},")
 
@@ -184,7 +186,7 @@ def test_options_of_the_architecture(key: str) -> None:
 
 
 def test_images_are_normalised_by_mean_and_std(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channel by channel; augmentation and crops, of the datasets that have them, in training alone."""
+    """Channel by channel; augmentation and crops, for the datasets that have them, only in training."""
     write_cifar(tmp_path / "data", monkeypatch)
 
     def batch(*overrides: str, part: str = "train", seed: int | None = None) -> torch.Tensor:
@@ -240,7 +242,7 @@ MUON = {
     "exclude": "[fc2]",
     "adam_lr": "0.1",
 }
-#: adamw has the options of adam, by which it is built in the same line but for the decay.
+#: adamw has the options of adam, because both are created in the same line, except for the decay.
 CASES = [
     (name, key)
     for name in ("sgd", "adam", "adamw")
@@ -275,7 +277,8 @@ def test_options_of_the_optimizer_of_the_feedback(name: str, key: str) -> None:
 
 
 def test_optimizer_and_its_name() -> None:
-    """Equal settings of different optimizers, and a feedback optimizer that equals the weights' one, by which B learns alike."""
+    """Equal settings of different optimizers, and a feedback optimizer that equals the optimizer of the weights, so B learns
+    alike."""
     same = ("algorithm=kp", "optimizer.lr=0.01", "optimizer.weight_decay=0.2")
     assert len({numbers(*same, f"optimizer={name}")[TRAINED] for name in ("sgd", "adam", "adamw", "muon")}) == 4
     own = (*same, "optimizer@feedback_optimizer=sgd", "feedback_optimizer.lr=0.01", "feedback_optimizer.weight_decay=0.2")
@@ -284,7 +287,7 @@ def test_optimizer_and_its_name() -> None:
 
 # --- rules --------------------------------------------------------------------------------------------------------------------
 
-#: rule -> option -> what is set beside it and its value. Rules are trained on two hidden layers.
+#: rule -> option -> (other settings, value). The rules are trained on two hidden layers.
 HIDDEN = ("architecture.widths=[6,5]",)
 EDGE = {"include": "['fc1','fc2']", "exclude": "['fc3']", "plain_last": "true"}
 CUT = {"cuts": "['act2']", "freeze_stem": "true"}
@@ -336,7 +339,7 @@ def test_options_of_rules(name: str, key: str) -> None:
 
 
 def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
-    """At their default they are no part of it, so that the hash is that of a config without them; otherwise they are."""
+    """With their default value, they are not part of the config, so the hash equals that of a config without them."""
     job, other = composed("algorithm=dfa"), composed("algorithm=dfa", "algorithm.within=block")
     assert not {"within", "error_at", "positions"} & job.identity()["algorithm"].keys()
     assert job.plain()["algorithm"]["within"] == "layer" and other.identity()["algorithm"]["within"] == "block"
@@ -350,7 +353,7 @@ def test_results_record_where_a_rule_transports_weights(tmp_path: Path) -> None:
 
 
 def test_every_rule_is_the_one_that_was_chosen() -> None:
-    """No two rules give the same numbers; where all layers are fully connected, bp_fc is bp."""
+    """No two rules give the same results; if all layers are fully connected, bp_fc equals bp."""
     chosen = {name: (*HIDDEN, f"algorithm={name}") for name in sorted(ALGORITHMS) if name != "bp_fc"}
     chosen |= {name: (*chosen[name], "algorithm.linear=share", "algorithm.match=random") for name in ("asap", "asfp", "asfp_lc")}
     chosen["ldfa"] = (*chosen["ldfa"], "algorithm.rank=2")

@@ -1,4 +1,5 @@
-"""Defaults and ranges of what has no page of its own in the docs: changing one changes runs, so it is written down twice."""
+"""Defaults and ranges of components without a page in the docs; changing a default changes runs, so each is written down
+twice."""
 
 from __future__ import annotations
 
@@ -94,7 +95,7 @@ RECORDED = {
 
 
 def described() -> dict[str, str]:
-    """{option, default, range or choices: the components that have it so}; the table of initialisers is not repeated."""
+    """{option, default, range or choices: the components that share them}; the table of initialisers is not repeated."""
     found: dict[str, list[str]] = {}
     for registry in (OPTIMIZERS, SCHEDULES, OBJECTIVES, ARCHITECTURES):
         for name, cls in registry.items():

@@ -1,4 +1,4 @@
-"""Datasets in miniature, written in their own formats: what their files really look like, with random images."""
+"""Small datasets in their own formats: the structure of the real files, with random images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """The format of MNIST: 0, 0, type, number of axes, each axis' length, the bytes."""
+    """The format of MNIST: 0, 0, the type, the number of axes, the length of each axis, and the bytes."""
     path.write_bytes(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes())
 
 
@@ -45,9 +45,9 @@ CIFAR_FILES = {
 def write_cifar(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "cifar10", label: int | None = None
 ) -> list[dict[str, object]]:
-    """Training batches of 4 images and one test batch of 6; torchvision's checksums are made to match.
+    """Training batches of 4 images and one test batch of 6; the checksums in torchvision are adapted.
 
-    With `label`, the test batch's last image has it.
+    With `label`, the last image of the test batch has this label.
     """
     of, folder_name, files, meta_name = CIFAR_FILES[name]
     classes = 10 if name == "cifar10" else 100
@@ -76,7 +76,7 @@ def write_cifar(
 
 
 def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """9 training and 5 test images, labelled 1 to 10 as in the published files; torchvision's checksums are made to match."""
+    """9 training and 5 test images, labelled 1 to 10 as in the published files; the checksums in torchvision are adapted."""
     folder = root / "SVHN"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)

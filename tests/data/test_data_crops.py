@@ -28,7 +28,7 @@ from fa_bench.errors import OptionError
 from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
-#: float32 weights are good to 1e-6 of 255, and positions beside a border to a few times that.
+#: float32 weights are accurate to 1e-6 of 255, and positions near a border to a few times that.
 CLOSE = {"rtol": 0, "atol": 2e-3}
 
 
@@ -38,7 +38,7 @@ def images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [(32, 32), (75, 61), (9, 20), (1, 1)])
 def test_resized_crops_are_torchvisions(size: tuple[int, int]) -> None:
-    """Upscaled, downscaled with antialiasing, both at once; at borders of the image and within it, where more is to be seen."""
+    """Upscaled, downscaled with antialiasing, or both at once; at the borders of the image and in its interior."""
     batch = images(6, 30, 40)
     boxes = np.array([[0, 0, 30, 40], [5, 7, 11, 13], [29, 39, 1, 1], [0, 30, 17, 10], [3, 0, 27, 40], [12, 9, 2, 30]])
     flips = np.array([False, True] * 3)
@@ -85,13 +85,13 @@ def test_boxes_from_given_draws() -> None:
     draws = np.zeros((3, DRAWS))
     draws[0, :TRIES], draws[0, TRIES : 2 * TRIES] = 0.5, 0.5  # area 0.54 of 100x100, square: 73
     draws[0, -3:-1] = 0.999, 0.5
-    draws[1, 0], draws[1, TRIES] = 0.99, 0.999  # wider than the image: the second try counts
+    draws[1, 0], draws[1, TRIES] = 0.99, 0.999  # wider than the image, so the second attempt is used
     draws[1, 1], draws[1, TRIES + 1] = 0.25, 0.0  # area 3100, ratio 3/4: 48 wide, 64 high
     draws[2, :TRIES], draws[2, TRIES : 2 * TRIES] = 1.0, 1.0  # never fits
     boxes = random_boxes(draws, 100, 100)
     assert boxes[0].tolist() == [27, 14, 73, 73] and boxes[1].tolist() == [0, 0, 64, 48]
     assert boxes[2].tolist() == [0, 0, 100, 100]
-    # The fallback keeps the ratio within 3/4 and 4/3, centred.
+    # The fallback is a centred crop whose ratio lies between 3/4 and 4/3.
     assert random_boxes(draws, 100, 400)[2].tolist() == [0, 133, 100, 133]
     assert random_boxes(draws, 400, 90)[2].tolist() == [140, 0, 120, 90]
 
@@ -114,7 +114,7 @@ def test_boxes_have_the_law_of_torchvisions(height: int, width: int) -> None:
 
 @pytest.mark.parametrize("shape", [(64, 64), (75, 100), (100, 61)])
 def test_one_image_is_cropped_like_a_batch(shape: tuple[int, int]) -> None:
-    """Pillow rounds to whole numbers after each of its two passes."""
+    """Pillow rounds to integers after each of its two passes."""
     batch = images(1, *shape, seed=2)
     image = Image.fromarray(batch[0].numpy().transpose(1, 2, 0))
     crop = ResizedCrop(20)

@@ -1,4 +1,4 @@
-"""What torchvision reads, from small files in their own formats, and what is said when they are missing or damaged."""
+"""Datasets that torchvision reads, from small files in their own formats, and errors about missing or damaged files."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_emnist_is_unpacked_from_its_archive(tmp_path: Path, monkeypatch: pytest
 
 
 def stl_files(folder: Path) -> np.ndarray:
-    """The files of STL-10, pixels by columns and labels from 1; returns the test images."""
+    """The files of STL-10, with pixels by columns and labels from 1; returns the test images."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     test = np.empty(0)
@@ -90,7 +90,7 @@ def stl_files(folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_stl10_arrives_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
-    """From its files, or from the archive, of which the images without labels are not kept."""
+    """The data are read from the files, or from the archive, whose images without labels are not kept."""
     images = stl_files(tmp_path / "stl10_binary")
     if packed:
         (tmp_path / "stl10_binary" / "unlabeled_X.bin").write_bytes(b"\0" * 99)

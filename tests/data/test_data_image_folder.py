@@ -20,7 +20,7 @@ from fa_bench.errors import DataError, OptionError
 from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
-#: Python 3.12 warns of every fork of a process with threads; torch's workers are forked on Linux up to 3.13.
+#: Python 3.12 warns whenever a process with threads forks; torch's workers are forked on Linux up to Python 3.13.
 FORK = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
@@ -83,7 +83,8 @@ def test_worker_processes_change_nothing(folder: Path) -> None:
 
 @FORK
 def test_workers_start_in_processes_of_joblib_too(folder: Path) -> None:
-    """Which have a way of their own to start processes, that multiprocessing's, and so the workers, do not fit."""
+    """joblib's processes are started in joblib's own way, which is incompatible with that of multiprocessing, and so of the
+    workers."""
     want = [y.tolist() for _, y in load(folder, memory_limit_gb=0).train.batches(4, seed=0)]
     assert Parallel(n_jobs=2, backend="loky")([delayed(_labels_by_workers)(folder)] * 2) == [want, want]
 
@@ -109,7 +110,7 @@ def test_streamed_order_follows_from_seed_and_epoch(folder: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(10, 20), (20, 10), (9, 9), (31, 16)])
 def test_size_brings_the_shorter_side_to_size_and_crops_the_centre(folder: Path, shape: tuple[int, int]) -> None:
-    """A smooth ramp, so that implementations that round a border differently stay close and a wrong crop does not."""
+    """A smooth ramp: implementations that treat borders differently give similar results, and a wrong crop does not."""
     ramp = np.add.outer(np.linspace(0, 120, shape[0]), np.linspace(0, 120, shape[1])).astype(np.uint8)
     for path in folder.rglob("*.png"):
         save(path, np.stack([ramp] * 3, 2))
@@ -210,7 +211,7 @@ def test_a_test_class_that_training_lacks_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 @pytest.mark.parametrize("options", [{}, {"memory_limit_gb": 0}, {"crop": "resized", "size": 4}])
 def test_the_hash_changes_with_an_image_that_is_replaced_in_place(folder: Path, part: str, options: dict[str, object]) -> None:
-    """By one of the same name, size in bytes and times."""
+    """The file is replaced by one with the same name, size in bytes and times."""
     shutil.copytree(folder / "test", folder / "val")
     path = folder / part / "dog" / "2.png"
     Image.new("RGB", (8, 6), (1, 2, 3)).save(path)
@@ -244,7 +245,7 @@ def test_files_that_are_unchanged_are_hashed_once_in_a_process(folder: Path, mon
     monkeypatch.setattr(image_files, "_sha256", lambda path: (read.append(path), original(path))[1])
     assert dataset.hash_of(folder) == before and not read
     (folder / "test" / "cat" / "0.png").touch()
-    assert dataset.hash_of(folder) == before and len(read) == 6  # the part that was touched
+    assert dataset.hash_of(folder) == before and len(read) == 6  # the part that was modified
 
 
 def test_an_image_that_cannot_be_hashed_is_named(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What cameras, systems and notebooks leave in a folder of images: left out and counted, read, or refused in a line."""
+"""Files that cameras, systems and notebooks leave in image folders: skipped and counted, read, or refused in one line."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_folder_that_many_links_lead_to_is_read_once(folder: Path) -> None:
     for path in inner:
         path.mkdir()
     for path in inner:
-        for other in inner:  # 8! ways through them
+        for other in inner:  # 8! paths through the links
             (path / f"to-{other.name}").symlink_to(other)
     image(inner[0] / "2.png", 30)
     splits = load(folder)
@@ -280,7 +280,7 @@ def test_what_was_left_out_is_said_by_a_run_its_log_and_a_dry_run(
     assert not logging.getLogger("fa_bench").handlers
 
 
-#: A folder that its owner may not read, as others than root see it.
+#: A folder that its owner may not read, which root may read all the same.
 UNREADABLE = ["images", "images/test/dog", "images/train/cat/deep"]
 
 

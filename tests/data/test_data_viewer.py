@@ -1,4 +1,4 @@
-"""What is trained on is what a person sees in a viewer: orientation, transparency, depth, frames; what is changed is counted."""
+"""Models see what a person sees in an image viewer: orientation, transparency, depth, frames; converted images are counted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fa_bench.registry.registries import DATASETS
 from tests.versions import YCBCR_IS_CUT_OFF
 
 CPU = torch.device("cpu")
-#: How the upright picture is stored by a camera that notes each orientation (EXIF 2.32, 4.6.4 A): rows, columns.
+#: For each EXIF orientation, how a camera stores the upright picture (EXIF 2.32, 4.6.4 A): rows, columns.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -49,7 +49,7 @@ def only(
     save: dict[str, object] | None = None,
     **options: object,
 ):
-    """The dataset whose one training image this is, beside a plain one in the test set."""
+    """A dataset with this image as its only training image, and a plain image in the test set."""
     for part in ("train", "test"):
         (folder / part / "a").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", image.size).save(folder / part / "a" / "0.png")
@@ -64,7 +64,7 @@ def load(folder: Path, limit: float = 1, **options: object):
 
 
 def png(levels: np.ndarray, bits: int, kind: int, *transparent: int) -> bytes:
-    """A PNG of levels (H, W, C), as Pillow cannot write it; `kind` is its colour type, `transparent` a level a channel."""
+    """A PNG of levels (H, W, C), which Pillow cannot write; `kind` is its colour type, `transparent` one level per channel."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -83,7 +83,7 @@ def png(levels: np.ndarray, bits: int, kind: int, *transparent: int) -> bytes:
 
 
 def seen(splits) -> np.ndarray:
-    """The training image as (H, W, C) of 0 to 255."""
+    """The training image as (H, W, C), with values from 0 to 255."""
     x, _ = next(splits.train.batches(1))
     return x[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
 
@@ -92,7 +92,7 @@ def seen(splits) -> np.ndarray:
 @pytest.mark.parametrize("way", STORED)
 @pytest.mark.parametrize("kind", ["png", "tif", "webp", "jpg"])
 def test_a_picture_is_turned_upright(tmp_path: Path, way: int, kind: str, limit: float) -> None:
-    upright = np.kron(picture(2, 3), np.ones((8, 8, 1), np.uint8))  # blocks, which JPEG keeps nearly as they are
+    upright = np.kron(picture(2, 3), np.ones((8, 8, 1), np.uint8))  # uniform blocks, which JPEG hardly changes
     exif = Image.Exif()
     exif[0x0112] = way
     image = Image.fromarray(np.ascontiguousarray(STORED[way](upright)))
@@ -113,7 +113,7 @@ def test_pictures_held_upright_and_across_have_one_size_once_turned(tmp_path: Pa
     for part in ("train", "test"):
         Image.fromarray(picture(8, 6)).save(tmp_path / part / "a" / "1.png", exif=exif)
         assert load(tmp_path).input_shape == (3, 6, 8)
-    (tmp_path / "train/a/0.png").unlink()  # the first image is what the others' size is compared with
+    (tmp_path / "train/a/0.png").unlink()  # the size of the others is compared with that of the first image
     assert load(tmp_path).input_shape == (3, 6, 8)
 
 
@@ -123,7 +123,7 @@ def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path: Path) -> None:
 
 
 def drawing(mode: str) -> Image.Image:
-    """A black square in alpha alone: its colours are black everywhere."""
+    """A black square that exists only in the alpha channel: the colours are black everywhere."""
     alpha = np.zeros((6, 8), np.uint8)
     alpha[2:4, 2:4] = 255
     black = Image.new("RGB", (8, 6))
@@ -224,7 +224,7 @@ def test_a_grey_level_of_few_bits_may_be_transparent(tmp_path: Path, bits: int, 
 @pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
 def test_16_bits_of_colour_or_with_alpha_are_counted(tmp_path: Path, kind: int, channels: int, limit: float) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (6, 8, channels))
-    deep[..., 3 if channels == 4 else 1 :] = 65535  # opaque; of three channels none is alpha
+    deep[..., 3 if channels == 4 else 1 :] = 65535  # opaque; none of three channels is alpha
     only(tmp_path, Image.fromarray(picture()))
     (tmp_path / "train/a/0.png").write_bytes(png(deep, 16, kind))
     splits = load(tmp_path, limit)
@@ -302,7 +302,7 @@ def test_a_cut_off_image_is_named_before_training(tmp_path: Path, kind: str, opt
 
 def test_more_pixels_than_pillow_opens_are_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(tmp_path, Image.fromarray(picture()))
-    for most in (40, 10):  # Pillow warns of more, and refuses twice as many
+    for most in (40, 10):  # Pillow warns about larger images, and refuses those with twice as many pixels
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
         with pytest.raises(DataError, match=r"more pixels than Pillow allows.*make it smaller"):
             load(tmp_path)

@@ -1,4 +1,4 @@
-"""Downloading and unpacking: nothing lands elsewhere, nothing is left for ever, and processes wait for each other."""
+"""Downloading and unpacking: no file is written elsewhere, no leftovers remain, and processes wait for each other."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_tar(path: Path, folder: Path, name: str, kind: bytes) -> None:
 
 
 def as_published(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make an archive's checksum the one that is expected."""
+    """Replace the expected checksum with that of the archive."""
     monkeypatch.setattr(cifar.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest())
 
 
@@ -259,7 +259,7 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(tmp_path: Path, monk
     original = locks._is_same
 
     def replaced(place: Path, before: os.stat_result) -> bool:
-        if not looked:  # another process removes the file and makes it again
+        if not looked:  # another process removes the file and creates it again
             path.unlink()
             path.touch()
         looked.append(original(place, before))
@@ -271,7 +271,7 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(tmp_path: Path, monk
 
 
 def test_a_removal_that_was_killed_leaves_a_folder_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is removed first, it is not the mark."""
+    """Whichever file is removed first, it is not the marker."""
     import shutil
 
     from fa_bench.data.workspace import workspace

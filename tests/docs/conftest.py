@@ -1,4 +1,4 @@
-"""What examples in documents register is forgotten after each test."""
+"""Components that the examples in documents register are removed after each test."""
 
 from __future__ import annotations
 

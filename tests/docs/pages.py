@@ -1,4 +1,4 @@
-"""The pages that people write: their blocks of code, the lines of shell, and their links."""
+"""The handwritten pages: their code blocks, shell lines and links."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-#: Programs whose lines on a page, indented by four spaces or in a fence of bash, are commands; other indented lines are output.
+#: Lines with these programs, indented by four spaces or in a bash fence, are commands; other indented lines are output.
 PROGRAMS = ("fa-bench", "fa-bench-report", "fa-bench-tune", "fa-bench-analyse", "torchrun", "python", "python3", "pip")
 OTHER_PROGRAMS = ("tensorboard", "export", "mkdocs", "bash")
 FENCE = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2$", re.S | re.M)

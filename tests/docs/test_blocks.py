@@ -1,4 +1,4 @@
-"""Every block of Python and every line of shell on the pages works, or has a reason why it is not run."""
+"""Every Python block and every shell line on the pages works, or is listed with a reason why it is not run."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ FILES = {
 }
 #: Pages whose blocks of Python write files that their commands read.
 PREPARES = ("docs/datasets.md",)
-#: Runs and studies of the pages at the smallest scale.
+#: The runs and studies of the pages, at the smallest scale.
 SMALL_RUN = {"scale": "smoke", "threads": 1, "loggers": [[]], "seed": [0]}
 SMALL_STUDY = {"scale": "smoke", "threads": 1, "algorithm": ["bp", "fa"], "budget": 1, "seeds": [0]}
 LANGUAGES = {"python", "bash", "yaml", "toml", "math"}
 
 
 def reason(page: Path, text: str) -> str | None:
-    """Why a block or line is not run; None if it is."""
+    """The reason why a block or line is not run; None if it is."""
     return next((why for (name, start), why in NOT_RUN.items() if name == name_of(page) and text.startswith(start)), None)
 
 
 def test_scripts_of_shell_have_a_reason() -> None:
-    """They are run one by one, elsewhere."""
+    """They are run one by one in another test."""
     scripts = [(page, block.code) for page in PAGES for block in fences(page) if block.language == "bash"]
     assert [code for page, code in scripts if reason(page, code) is None] == []
 
@@ -82,7 +82,7 @@ def python_of(page: Path) -> list[str]:
 
 
 def shrunk(function: Callable[..., Any], small: dict[str, Any]) -> Callable[..., Any]:
-    """`fa_bench.run` or `tune` with these options in place of the given ones."""
+    """`fa_bench.run` or `tune`, with these options replacing the given ones."""
 
     def call(*overrides: str, **options: Any) -> Any:
         given = (each for each in overrides if each.partition("=")[0] not in small)
@@ -123,7 +123,7 @@ def test_commands_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def check_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first job, and one for every other value of the line; options of launchers, which have own tests, are left out."""
+    """The first job, and one for every other value in the line; launcher options, which have their own tests, are left out."""
     if "--help" in words:
         assert main(words) == 0
         return
@@ -148,7 +148,7 @@ def check_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_report(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stubs of runs in the folders; the report itself is not written."""
+    """Stubs of runs in the folders; no report is written."""
     folders = [word for word in words if word.startswith("outputs")]
     for folder in folders:
         for name in ("bp", "kp"):

@@ -1,4 +1,4 @@
-"""The pages of docs/: made ones are what the script makes, tables are complete and true, commands and examples work."""
+"""The pages of docs/: generated ones are up to date, tables are complete and true, commands and examples work."""
 
 from __future__ import annotations
 

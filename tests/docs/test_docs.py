@@ -1,4 +1,4 @@
-"""What the documents show is what works."""
+"""The examples in the documents work."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_experiments_of_the_page_are_those_there_are() -> None:
 def test_architecture_and_preset_of_contributing_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One file each: nothing else knows of them."""
+    """Each has one file, to which no other file refers."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     architecture = re.search(r"^```python\n(.*?)^```", text, re.S | re.M)
     preset = re.search(r"^```yaml\n(# @package.*?)^```", text, re.S | re.M)

@@ -37,7 +37,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken(links: list[str], page: Path) -> list[str]:
-    """The links of a page, in the repository, that lead nowhere."""
+    """The links of a page to the repository whose targets do not exist."""
     bad = []
     for link in links:
         if "://" in link:

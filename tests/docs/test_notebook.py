@@ -1,4 +1,4 @@
-"""The notebook runs from its first to its last cell."""
+"""The notebook runs from the first to the last cell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "notebook.ipynb"
-#: In place of the cell with the tag "parameters": the same names, in seconds.
+#: Replaces the cell with the tag "parameters": the same names, with values that take seconds.
 SMALL = """
 common = ["dataset=synthetic", "dataset.samples=192", "dataset.test_samples=32", "dataset.validation=0.3",
           "architecture.widths=[8]", "epochs=1", "loggers=[]", "threads=1"]
@@ -31,7 +31,7 @@ def names(code: str) -> set[str]:
 
 
 def execute(code: str, name: str, variables: dict[str, Any]) -> Any:
-    """Execute a cell; the value of its last expression, which a notebook displays."""
+    """Execute a cell and return the value of its last expression, which a notebook displays."""
     tree = ast.parse(code, f"cell {name}")
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, f"cell {name}", "exec"), variables)

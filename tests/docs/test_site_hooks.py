@@ -1,4 +1,4 @@
-"""Links, listings, the navigation of the rules and equations in the site, by themselves."""
+"""Links, listings, the navigation of the rules, and equations in the site, each tested separately."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fa_bench.registry.registries import ALGORITHMS
 
-#: Settings by the key that one types on the command line, such as ``optimizer.lr``.
+#: Settings by their key on the command line, such as ``optimizer.lr``.
 Settings = dict[str, Any]
 #: (conditions, settings): the settings hold for the runs that meet the conditions. A tuple lists alternatives.
 Case = tuple[Mapping[str, Any], Settings]
@@ -71,7 +71,7 @@ STAGES_18, STAGES_34 = [2, 2, 2, 2], [3, 4, 6, 3]
 ASAP_RULES = ("asap", "asfp", "asfp_lc")
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # Kingma and Ba 2014
 
-#: What holds for a component in every paper, unless the paper's own settings below say otherwise.
+#: Settings of a component in every paper, unless the paper's own settings below differ.
 COMPONENTS: list[Case] = [
     # Nets. PFA paper section 3: 784-512-512-10, ReLU, no normalisation.
     ({"architecture": "mlp"}, _keys("architecture", widths=[512, 512]) | PLAIN_MLP),
@@ -106,14 +106,14 @@ COMPONENTS: list[Case] = [
         ),
     ),
     ({"algorithm": "asfp_lc"}, _keys("algorithm", pool=2, cuts=None)),  # appendix B: average pooling to 2x2
-    # The papers that the ASAP paper compares with: Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice]; Nøkland
+    # The papers to which the ASAP paper compares: Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice]; Nøkland
     # and Eidnes 2019; Belilovsky et al. 2020 with their "mlp-sr" auxiliary nets.
     ({"algorithm": "local_error"}, _keys("algorithm", m_init="kaiming_uniform", features=4096, separate=False, cuts=None)),
     (
         {"algorithm": "predsim"},
         _keys("algorithm", loss="predsim", beta=0.99, decoder_size=4096, decoder_init="zeros", decoder_bias=True, cuts=None),
     ),
-    # Our own reference: classifiers as those of predsim, losses of equal weight [choice].
+    # Our own reference: the classifiers of predsim, and losses of equal weight [choice].
     ({"algorithm": "bp_deepsup"}, _keys("algorithm", weight=1.0, decoder_size=4096, decoder_init="zeros", cuts=None)),
     ({"algorithm": "dgl"}, _keys("algorithm", auxiliary_net="mlp_sr", cuts=None)),
     # One row of feedback for every neuron, at all hidden activations; PFA's runs on CIFAR-10 differ.
@@ -173,7 +173,8 @@ ASAP_CASES: list[Case] = [
     ({"dataset": "svhn"}, _keys("dataset", mean=[0.5], std=[0.5], augment=False)),
     ({"dataset": "mnist"}, {"dataset.augment": False}),
     # Feedback [code]: DFA's N(0, 1/classes); FA's as torch draws weights in convolutions, U(-1, 1) in fully connected layers. The
-    # code for KP is not public: as the weights are drawn, in all layers [choice]. B and W are independent at first [choice].
+    # code for KP is not public: its feedback is sampled like the weights, in all layers [choice]. B and W are independent at
+    # first [choice].
     ({"algorithm": "dfa"}, {"algorithm.b_init": "normal_fan_out"}),
     ({"algorithm": "fa"}, _keys("algorithm", b_init="pytorch", linear_b_init="uniform_one")),
     ({"algorithm": "kp"}, _keys("algorithm", b_init="pytorch", linear_b_init="kaiming_uniform")),
@@ -369,8 +370,8 @@ DKP: Settings = {
     **CONSTANT,
 }
 DKP_CASES: list[Case] = [
-    # Section 3.1: Kaiming for DFA and DKP. Nothing is said of KP and FA: as the weights are, and Glorot's [choice]; the preset
-    # does not mention FA's.
+    # Section 3.1: Kaiming for DFA and DKP. The paper does not mention KP and FA: KP's is sampled like the weights, FA's by
+    # Glorot's method [choice]; the experiment does not mention FA's.
     ({"algorithm": "dfa"}, {"algorithm.b_init": "kaiming_uniform"}),
     ({"algorithm": "kp"}, {"algorithm.b_init": "pytorch"}),
     ({"algorithm": "fa"}, {"algorithm.b_init": "xavier_uniform"}),
@@ -427,8 +428,8 @@ DKP_PAPER: dict[str, Preset] = {
         DKP_SMALL_CASES,
     ),
     # 90 epochs, ten trials, decay 1e-4 [paper]; batch size, crops and normalisation [code]. Section 3.2: 0.1 for backpropagation
-    # (of the fully connected layers too), 0.01 for the others on CIFAR-100 and 5e-3 on Tiny ImageNet. The floor trains the
-    # output layer alone, and has the others' rate [choice, not mentioned by the preset].
+    # (of the fully connected layers too), 0.01 for the others on CIFAR-100 and 5e-3 on Tiny ImageNet. The floor trains only the
+    # output layer, with the learning rate of the other rules [choice, not mentioned by the experiment].
     "dkp_table2": Preset(
         [{"dataset": ["cifar100", "tiny_imagenet"], "algorithm": DKP_TABLE, "seed": TEN}],
         DKP
@@ -482,7 +483,7 @@ WM: Settings = {
     **_multistep([32], 0.1),
 }
 WM_CASES: list[Case] = [
-    # Feedback is drawn as the weights are [choice].
+    # Feedback is sampled like the weights [choice].
     ({"algorithm": ("fa", "kp", "wm")}, {"algorithm.b_init": "kaiming_normal_fan_out"}),
     # Section 6: noise passes the ReLU, biases are not blocked. One mirror step a training step and 1,281,167 // 256 of them
     # before training, a whole epoch, as their numpy code has it; rate and unit noise [choice].
@@ -517,7 +518,7 @@ WM_PAPER: dict[str, Preset] = {
     "wm_fig4": Preset([{"algorithm": ["wm", "kp", "usf"], "seed": [0]}], WM | {"architecture": "resnet50_imagenet"}, WM_CASES),
 }
 
-#: No paper's: the project's own first sweep, on digits that need no download.
+#: Not from a paper: the project's own first sweep, on digits that need no download.
 QUICKSTART = Preset(
     [{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "seed": [0, 1, 2]}],
     {

@@ -1,4 +1,4 @@
-"""Presets: what a grid runs, tables of settings by component, and trials at a smaller scale."""
+"""Experiments: the jobs of a sweep, tables of settings by component, and trials at a smaller scale."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_scaled_step_schedule_keeps_its_steps(folder: Path) -> None:
 
 
 def test_a_trial_is_smaller_in_every_part_and_never_larger(folder: Path) -> None:
-    """An epoch is left, and the optimizer of the feedback is scaled as that of the weights."""
+    """One epoch remains, and the optimizer of the feedback is scaled in the same way as that of the weights."""
     preset(folder, "epochs: 200\nbatch_size: 6\nprobe_size: 3\n")
     words = [
         "algorithm=kp",
@@ -220,12 +220,12 @@ def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-#: What makes an architecture small, where it has such an option.
+#: The options that make an architecture small, if it has them.
 SHRUNK = {"width": 4, "hidden": 8, "channels": 4, "widths": [8]}
 
 
 def small(job: Job) -> Job:
-    """The job with a small net and small images of a few samples; what it does is the same."""
+    """The job with a small net and a few small images; apart from this, it is the same."""
     fields = {field.name for field in option_fields(type(job.architecture))}
     values = {
         key: [8] * len(getattr(job.architecture, key)) if key == "widths" else value
@@ -237,7 +237,7 @@ def small(job: Job) -> Job:
         values["blocks"] = [1] * len(before) if isinstance(before, list) else 1
     data = {"validation": min(job.dataset.validation, 2)} | ({"workers": 0} if hasattr(job.dataset, "workers") else {})
     rule = {"initial_steps": 1} if hasattr(job.algorithm, "initial_steps") else {}
-    # Batches of six: eight would leave a last batch of one, of the nine images of svhn.
+    # Batches of six: with eight, the last batch of the nine svhn images would have one image.
     return dataclasses.replace(
         job,
         run=dataclasses.replace(job.run, batch_size=6),
@@ -248,7 +248,8 @@ def small(job: Job) -> Job:
 
 
 def cover(jobs: list[Job]) -> list[Job]:
-    """The first jobs that have, together, every rule, every pair of architecture and dataset, and every optimizer of them all."""
+    """The first jobs that together contain every rule, every pair of architecture and dataset, and every optimizer of all
+    jobs."""
     chosen, seen = [], set()
     for job in jobs:
         marks = {job.algorithm.name, (job.architecture.name, job.dataset.name), job.optimizer.name}
@@ -260,7 +261,7 @@ def cover(jobs: list[Job]) -> list[Job]:
 
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every dataset that a preset names, in miniature, in its own format."""
+    """Small copies, in the right format, of every dataset that an experiment names."""
     root = tmp_path / "datasets"
     for folder in ("MNIST", "FashionMNIST"):
         write_mnist(root, folder)
@@ -273,9 +274,10 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_published_are_answered(name: str, composed: list[Job]) -> None:
-    """Every published number of the preset has a job in its grid and, where it is of layers, such layers in that job's net."""
+    """Every published number of the experiment has a job in its sweep and, if it belongs to layers, these layers in the job's
+    net."""
     for entry in published():
-        # Curves of k = 4 are in another figure than Table 1: algorithm=asap algorithm.k=2,4.
+        # Curves with k = 4 are in another figure than Table 1: algorithm=asap algorithm.k=2,4.
         if name not in entry.experiments or entry.where.get("algorithm.k") == 4:
             continue
         found = []
@@ -296,7 +298,8 @@ PRESETS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("asap_")])
 def test_initial_weights_of_the_asap_presets_are_those_of_its_code(name: str) -> None:
-    """Fully connected layers Kaiming's, the same for all rules; Forward Alignment, of which there is no code, says its own."""
+    """Fully connected layers have Kaiming's initialisation for all rules; Forward Alignment, which has no public code, sets its
+    own."""
     register_schemas()
     composer = Composer("config", None, [f"experiment={name}"])
     for job in [job for job, _ in composer.check(composer.expand(multirun=True))]:

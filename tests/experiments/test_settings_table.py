@@ -1,4 +1,4 @@
-"""Every preset runs what the papers' table says, with the settings that the table says."""
+"""Every experiment runs the rules and settings that the table of the papers lists."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def differences(actual: Settings, default: Settings, wanted: Settings) -> list[s
 
 
 def check(name: str) -> None:
-    """Raise AssertionError, naming every difference, where a preset differs from the table."""
+    """Raise an AssertionError that names every difference if an experiment differs from the table."""
     wanted_runs, actual_runs = list(PRESETS[name].runs()), composed_runs(name)
     swept = sorted({"algorithm", "architecture", "dataset", *(key for part in PRESETS[name].sweep for key in part)} - {"seed"})
     wanted = by_identity([(identity(settings, swept), (settings, seeds)) for settings, seeds in wanted_runs])

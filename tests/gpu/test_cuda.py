@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped without one. `scripts/gpu_check.py` checks more, and writes a page about it."""
+"""Behaviour that only a GPU can show; skipped without one. `scripts/gpu_check.py` checks more, and writes a page about it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("rule", "net"), FITTING)
 def test_gradients_are_those_of_the_cpu(rule: str, net: str) -> None:
-    """To rounding: sums in another order, of numbers of order one."""
+    """Equal up to rounding: the sums, of numbers of order one, are computed in another order."""
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         expected = step(rule, net, dtype, "cpu")
         given = step(rule, net, dtype, "cuda")
@@ -146,7 +146,7 @@ def test_every_rule_trains(rule: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("rule", FEW)
 def test_options_change_the_loss_by_rounding(rule: str, overrides: list[str], tmp_path: Path) -> None:
-    """bf16 has 8 bits of mantissa, TF32 has 11: some percent and some per mille after ten updates."""
+    """bf16 has 8 bits of mantissa and TF32 has 11: relative errors of some 1e-2 and 1e-3 after ten updates."""
     reference = trained(tmp_path / "plain", rule, *[each for each in overrides if each.startswith("accumulate")])
     result = trained(tmp_path / "option", rule, *overrides)
     tolerance = 0.15 if "precision=bf16" in overrides else 3e-2 if "precision=tf32" in overrides else 5e-3
@@ -156,7 +156,7 @@ def test_options_change_the_loss_by_rounding(rule: str, overrides: list[str], tm
 @pytest.mark.parametrize("overrides", [[], ["compile=true"]], ids=["eager", "compiled"])
 @pytest.mark.parametrize("rule", FEW)
 def test_deterministic_runs_are_bitwise_identical(rule: str, overrides: list[str], tmp_path: Path) -> None:
-    """Also after a run that was not deterministic, in the same process."""
+    """This also holds after a run in the same process that was not deterministic."""
     trained(tmp_path / "before", rule, *overrides)
     first, second = (trained(tmp_path / name, rule, "deterministic=true", *overrides) for name in ("a", "b"))
     for key in ("weights_hash", "feedback_hash", "optimizer_hash"):
@@ -165,7 +165,7 @@ def test_deterministic_runs_are_bitwise_identical(rule: str, overrides: list[str
 
 @pytest.mark.parametrize("rule", ["kp", "dkp", "brsf"])
 def test_a_run_begun_on_a_gpu_is_resumed_on_the_cpu(rule: str, tmp_path: Path) -> None:
-    """device=auto on a machine with and on one without a GPU: the same run, whose checkpoint is read on both."""
+    """device=auto with and without a GPU: the same run, whose checkpoint can be read on both machines."""
     settings = [each for each in SMALL if not each.startswith("device")] + [f"algorithm={rule}", f"output_dir={tmp_path}"]
     subprocess.run([sys.executable, "-c", INTERRUPTED, *settings], check=False, timeout=300)
     begun = json.loads(next(tmp_path.rglob("result.json")).read_text())

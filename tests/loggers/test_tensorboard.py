@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard: one file whose curves are those of a run never stopped, whatever happened to it."""
+"""The curves of a run in TensorBoard: one file, equal to that of an uninterrupted run, whatever happened to the run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def event_files(folder: Path | str) -> list[Path]:
 
 
 def read(folder: Path | str) -> Iterator[Event]:
-    """A plain reader: the records of all files, one after another; it knows nothing of purging."""
+    """A plain reader, which returns the records of all files in order and does not support purging."""
     for path in event_files(folder):
         data = path.read_bytes()
         while data:
@@ -73,7 +73,7 @@ def read(folder: Path | str) -> Iterator[Event]:
 
 
 def curves(folder: Path | str) -> dict[str, list[tuple[int, Any]]]:
-    """{tag: [(step, value)]}, with a histogram's counts for its value."""
+    """{tag: [(step, value)]}; the value of a histogram is its counts."""
     found: dict[str, list[tuple[int, Any]]] = defaultdict(list)
     for event in read(folder):
         for value in event.summary.value:
@@ -114,7 +114,7 @@ def put(recorded: EventFile, *at: int) -> None:
 
 # ------------------------------------------------------------------------------------------------ going on
 class Stopped(KeyboardInterrupt):
-    """Stands for a user's interrupt."""
+    """Represents an interruption by the user."""
 
 
 def torn(file: Path) -> None:
@@ -123,7 +123,7 @@ def torn(file: Path) -> None:
 
 
 def beyond(file: Path) -> None:
-    """Another file with records of later steps than the checkpoint's, a final number among them, and garbage behind them."""
+    """Another file, with records of steps after the checkpoint, including a final number, and invalid data after them."""
     with another_file(file.parent) as writer:
         for step in (9, 10, 40):
             writer.add_scalar("loss/train", 99.0, step)
@@ -152,7 +152,7 @@ def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatc
     assert steps("whole", "weight/fc2") == [0, 5, 10, 15]
 
     evaluate = loop.evaluate
-    for last, call in ((8, 6), (12, 4)):  # of two an epoch: in the third epoch, and resumed in the fourth
+    for last, call in ((8, 6), (12, 4)):  # of two per epoch: in the third epoch, and resumed in the fourth
         calls: list[int] = []
 
         def interrupted(*arguments: Any, calls: list[int] = calls, call: int = call) -> Any:
@@ -177,7 +177,7 @@ def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatc
 
 
 def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call that touches a file, one after the other, is the last one before the kill."""
+    """Each call that touches a file is, in turn, the last one before the process is killed."""
     first = EventFile(tmp_path, job, 0)
     put(first, *range(9))
     (tmp_path / NEW_EVENTS).write_bytes(b"left by another process")
@@ -209,7 +209,7 @@ def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Pat
 
 
 def test_starts_in_old_files_are_taken_as_readers_take_them(job: Job, tmp_path: Path) -> None:
-    """SummaryWriter resumes with a start that makes them forget the steps behind it."""
+    """SummaryWriter resumes with a start event, after which readers discard the steps that follow it."""
     first = EventFile(tmp_path, job, 0)
     put(first, *range(9))
     first.close()
@@ -234,7 +234,7 @@ def test_steps_that_are_run_again_are_recorded_once(job: Job, tmp_path: Path) ->
 
 @pytest.mark.parametrize("accumulator", [EventAccumulator, PluginAccumulator])
 def test_watching_tensorboard_shows_no_point_twice(accumulator: Any, job: Job, tmp_path: Path) -> None:
-    """Its readers go on while files come and go under them."""
+    """Its readers continue while files are created and removed."""
     watching = accumulator(str(tmp_path))
 
     def shown() -> list[int]:
@@ -243,7 +243,7 @@ def test_watching_tensorboard_shows_no_point_twice(accumulator: Any, job: Job, t
 
     first = EventFile(tmp_path, job, 0)
     put(first, *range(8))
-    assert shown() == list(range(8))  # without flush: what is recorded can be seen
+    assert shown() == list(range(8))  # without a flush: recorded data are visible
     second = EventFile(tmp_path, job, 4)
     assert shown() == [0, 1, 2, 3, 4]
     put(second, 5, 6, 9)
@@ -338,7 +338,7 @@ def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
 
 
 def test_every_key_that_differs_in_a_sweep_is_in_the_table_of_its_runs(tmp_path: Path) -> None:
-    """Read by the plugin's own backend, which takes the columns from any one of the runs."""
+    """Read by the plugin's own backend, which takes the columns from one of the runs."""
     assert (
         main(
             [
