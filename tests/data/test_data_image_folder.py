@@ -83,7 +83,7 @@ def test_worker_processes_change_nothing(folder: Path) -> None:
 
 @FORK
 def test_workers_start_in_processes_of_joblib_too(folder: Path) -> None:
-    """joblib's processes are started in joblib's own way, which is incompatible with that of multiprocessing, and so of the
+    """joblib's processes have their own start method, which is incompatible with that of multiprocessing and so with the
     workers."""
     want = [y.tolist() for _, y in load(folder, memory_limit_gb=0).train.batches(4, seed=0)]
     assert Parallel(n_jobs=2, backend="loky")([delayed(_labels_by_workers)(folder)] * 2) == [want, want]

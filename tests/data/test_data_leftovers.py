@@ -280,7 +280,7 @@ def test_what_was_left_out_is_said_by_a_run_its_log_and_a_dry_run(
     assert not logging.getLogger("fa_bench").handlers
 
 
-#: A folder that its owner may not read, which root may read all the same.
+#: A folder that its owner may not read, as users other than root see it.
 UNREADABLE = ["images", "images/test/dog", "images/train/cat/deep"]
 
 

@@ -1,4 +1,4 @@
-"""Every rule under torch.compile: one graph without breaks, no recompilation, and the same numbers as without."""
+"""Every rule under torch.compile: one graph without breaks, no recompilation, and the same numbers as without it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
     needs_compiler,
 ]
-#: Options that lead through other code than the defaults, with less work where the defaults take much.
+#: Options that lead through code other than that of the defaults, with less work if the defaults take long.
 VARIANTS = {
     "wm": ["wm:initial_steps=0,mirror_batch=4"],
     "usf": ["usf", "usf:density=0.5"],
@@ -148,7 +148,7 @@ def test_a_part_compiled_in_one_graph_is_refused_with_a_reason() -> None:
     [*((spec, Net) for spec in SPECS), ("dfa:form=kernel", Small), ("fa", Recurrent), ("kp", Recurrent), ("brsf", Recurrent)],
 )
 def test_compiled_steps_equal_those_without(spec: str, net: type[nn.Module]) -> None:
-    """The backend runs PyTorch's own operations in the order of the graph, so that equal means bit for bit."""
+    """The backend runs PyTorch's own operations in the order of the graph, so the results must be bitwise identical."""
     wanted = trained(*(parts := attached(spec, net)), call=parts[0])
     model, rule, x, y = attached(spec, net)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -224,7 +224,7 @@ def test_compiled_models_may_have_arguments_with_names(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["kp", "brsf"])
 def test_the_default_compiler_agrees(spec: str) -> None:
-    """Fused kernels round in another order: a step changes weights of size 0.1 by 1e-7 of itself, amplified by BatchNorm."""
+    """Fused kernels round in a different order: a step changes weights of size 0.1 by 1e-7 of itself, amplified by BatchNorm."""
     if _no_compiler():
         pytest.skip("no C++ compiler")
     wanted = trained(*(parts := attached(spec)), call=parts[0])
@@ -253,7 +253,7 @@ def test_a_layer_without_gradients_in_a_compiled_pass_is_refused() -> None:
 
 
 def test_feedback_that_a_later_update_by_hand_leaves_out_is_an_error() -> None:
-    """The first update, which is left out, tells nothing."""
+    """The first update is excluded, so it does not count."""
     model, rule, x, y = attached("kp", Small)
     compiled = torch.compile(model, backend="aot_eager")
     for images, labels, rate in zip(x, y, (None, 0.1), strict=False):
@@ -320,7 +320,7 @@ def test_two_models_with_one_code_have_their_own_feedback() -> None:
 
 @pytest.mark.parametrize("spec", ["dfa", "drtp", "bp", "frozen"])
 def test_a_plain_model_compiled_before_leaves_the_rule_alone(spec: str) -> None:
-    """By default torch reuses the graph of a model of the same classes, even if the new one has hooks."""
+    """By default, torch reuses the graph of a model with the same classes, even if the new one has hooks."""
     plain = Net()
     torch.compile(plain, backend="aot_eager")(torch.randn(5, 2, 4, 4)).sum().backward()
     wanted = trained(*(parts := attached(spec)), call=parts[0])
@@ -407,7 +407,7 @@ def test_operators_return_what_compilers_expect(
     operator: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As many tensors, with the shapes, dtypes and memory formats that the graph was made for."""
+    """The number of tensors, shapes, dtypes and memory formats must be those for which the graph was compiled."""
     model, rule, x, y = attached(spec)
     owner = getattr(rule, of) if of else rule
     calls: list[tuple[Any, ...]] = []

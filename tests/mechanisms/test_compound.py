@@ -91,7 +91,7 @@ ATTENTION: dict[str, Call] = {
     ids=str,
 )
 def test_attention(options: dict[str, Any], call: str) -> None:
-    # PyTorch projects keys that are also the values by one product.
+    # PyTorch projects keys that are also the values with one product.
     require_equal(
         nn.MultiheadAttention(12, 3, **options),
         ATTENTION[call],

@@ -1,4 +1,4 @@
-"""The finite difference in place of the derivative: its limits, its scale, which modules it covers, and what it refuses."""
+"""The finite difference that replaces the derivative: its limits, its scale, the modules that it covers, and refusals."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_relu_in_single_precision_subtracts_no_equal_numbers() -> None:
 
 @pytest.mark.parametrize("name", ["dual_propagation", "kp", "asfp_lc"])
 def test_beta_does_not_depend_on_the_scale_or_the_size_of_the_batch(name: str) -> None:
-    """Gradients of c times the loss are c times those of the loss, and the mean over the batch that of its halves."""
+    """The gradients of c times the loss are c times those of the loss, and the mean over the batch is the mean of its halves."""
     options = {"derivative": "dual", "beta": 5.0}
     if name == "asfp_lc":
         options |= {"cuts": ["1", "3"], "freeze_stem": False, "linear": "share", "k": 2}
@@ -164,7 +164,7 @@ def test_modules_are_the_plain_ones_without_gradients_in_exact_and_after_detach(
     assert [type(module).__name__ for module in model][1] == "DualGELU" and isinstance(model[1], nn.GELU)
     assert "The derivative of 1, 3 is a finite difference over each sample's error (beta=5)." in str(rule.coverage)
     with torch.no_grad():
-        model[1](X)  # outside of the model, and allowed
+        model[1](X)  # outside the model, which is allowed
     with rule.exact():
         assert apart(exact(model), want) == 0
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
@@ -208,7 +208,7 @@ class Calls(nn.Module):
 )
 @pytest.mark.parametrize("sample", [True, False])
 def test_functions_are_refused_by_name(function, name: str, sample: bool) -> None:
-    """At once with a sample, else in the first training pass; a rule without the option takes the model."""
+    """Immediately with a sample, otherwise in the first training pass; a rule without the option accepts the model."""
     says = rf"rule 'fa': derivative='dual' replaces .* nn.ReLU, but this model computes {name} by functions"
     model = Calls(copy.deepcopy(function))  # modules among the parameters belong to one model only
     given = {"sample_input": X.float()} if sample else {}
@@ -258,9 +258,10 @@ def test_a_module_whose_forward_contains_functions_is_none() -> None:
 
 @pytest.mark.parametrize("last", [0.25, None])
 def test_without_an_error_at_the_logits_the_scale_is_the_last_one(last: float | None) -> None:
-    """A certain net has none, but the loss may contain a penalty of activations, which has the same scale as before.
+    """A net that predicts with certainty has none, but the loss may contain a penalty on activations, with the same scale as
+    before.
 
-    Without a pass before, the scale is 1.
+    Without an earlier pass, the scale is 1.
     """
     found, scale = [], last or 1.0
     for call in ({}, {"loss_scale": scale}):
@@ -381,7 +382,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 @needs_compiler
 def test_compiled_graphs_take_the_scale_of_each_backward_pass() -> None:
-    """The same graph serves losses of every scale and, recompiled once for a size that varies, batches of every size."""
+    """The same graph supports losses of every scale and, recompiled once for a size that varies, batches of every size."""
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):

@@ -1,4 +1,4 @@
-"""Feedback tensors by name: ready tensors and initialisers, fixed and learned ones, and one place that knows where they are."""
+"""Feedback tensors by name: given tensors and initialisers, fixed and learned ones, and a single place that stores them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGE = Path(fa_bench.__file__).parent
 
 @dataclasses.dataclass(eq=False)
 class ReadyEdge(EdgeRule):
-    """B is a ready tensor."""
+    """B is a given tensor."""
 
     name = "ready_edge"
     learned = False
@@ -35,7 +35,7 @@ class ReadyEdge(EdgeRule):
 
 @dataclasses.dataclass(eq=False)
 class ReadyCut(CutRule):
-    """B is a ready tensor."""
+    """B is a given tensor."""
 
     name = "ready_cut"
 

@@ -1,4 +1,4 @@
-"""Property tests over layer geometry: feedback = weight is BP to the bit, random feedback is the explicit formula."""
+"""Property tests over layer geometry: feedback = weight is bitwise BP, random feedback is the explicit formula."""
 
 import copy
 from collections import OrderedDict
@@ -14,8 +14,8 @@ import fa_bench
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-# Of the largest entry. The formula sums the same products; a convolution may sum them in another order: 1e-13 for the few
-# hundred float64 products here, 1e-5 in float32; bfloat16 rounds the result to 8 bits (0.4 %) and may do so in between.
+# Relative to the largest entry. The formula sums the same products; a convolution may sum them in another order: 1e-13 for the
+# few hundred float64 products here, 1e-5 in float32; bfloat16 rounds the result to 8 bits (0.4 %) and may do so in between.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -43,7 +43,7 @@ def convolutions(draw):
             options["padding"] = per_dimension(draw, dims, 0, 2)
         if options["padding"] == "same":
             options["stride"] = 1
-        # Large enough for the kernel without padding and for reflection by the largest padding drawn.
+        # Large enough for the kernel without padding, and for reflection by the largest sampled padding.
         smallest = [max(d * (k - 1) + 1, 5) for k, d in zip(kernel, dilation, strict=True)]
     size = [draw(st.integers(low, low + 3)) for low in smallest]
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -167,7 +167,7 @@ def test_calls_of_convolutions(dims, kind, lead, needs_error):
 
 
 def test_the_weight_gradient_of_a_transposed_convolution_is_for_the_size_of_the_error():
-    """Of the two sizes of output that an input may have, the caller of the layer can name one."""
+    """The caller of the layer can choose one of the two output sizes that are possible for an input."""
     plain = nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, bias=False).double()
     layer = copy.deepcopy(plain)
     fa_bench.attach(nn.Sequential(layer), "fa")

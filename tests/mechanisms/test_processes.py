@@ -10,7 +10,7 @@ from tests.rules.helpers import assert_bitwise
 
 @pytest.fixture
 def two_equal_processes(monkeypatch):
-    """As if another process had the same tensors: their sum is twice the one here."""
+    """As if another process had the same tensors: their sum is twice the local one."""
     monkeypatch.setattr(processes, "_is_distributed", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
@@ -24,7 +24,7 @@ def test_the_mean_of_equal_tensors_is_the_tensor(two_equal_processes):
 
 
 def test_mean_activities_of_equal_processes_are_those_of_one(request):
-    """A sum in their place would change the penalty of `forward_forward` in the next step."""
+    """A sum instead of the mean would change the penalty of `forward_forward` in the next step."""
     alone, alone_rule = attached("forward_forward")
     steps(alone, alone_rule, sgd(alone.parameters()), 3)
     request.getfixturevalue("two_equal_processes")

@@ -1,4 +1,4 @@
-"""Further passes of an attached model see what the first pass saw, and leave nothing behind."""
+"""Additional passes of an attached model see the same state as the first pass, and leave no traces."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from fa_bench.rules.dfa import DFA
 
 @dataclasses.dataclass(eq=False)
 class Repeating(DFA):
-    """Keeps what it saw in the backward pass; not registered."""
+    """Keeps the values that it saw in the backward pass; not registered."""
 
     name = "repeating"
     repeats = True
@@ -34,7 +34,7 @@ def net() -> nn.Sequential:
 
 
 def repeated(*wanted, model=None, x=None, before=lambda: None, context=None):
-    """(outputs of the first pass, those of further passes, model, buffers after the first pass)."""
+    """(outputs of the first pass, outputs of additional passes, model, buffers after the first pass)."""
     model = model or net()
     rule = Repeating(cuts=["3"]).attach(model)
     Repeating.wanted = list(wanted)
@@ -194,7 +194,7 @@ def test_modules_have_the_modes_of_the_first_pass() -> None:
 
 
 def test_a_precise_pass_has_no_autocast_and_sees_changed_weights() -> None:
-    """Autocast keeps casts of weights, which would be those from before a rule changed them."""
+    """Autocast caches casts of weights, which would be those from before a rule changed them."""
     model = net()
     weight = model.get_submodule("4").weight
 

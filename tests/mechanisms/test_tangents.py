@@ -1,4 +1,4 @@
-"""Tangents at the output: exact on any model, in the surroundings of the training pass, and refused where PyTorch has none."""
+"""Tangents at the output: exact on any model, computed in the state of the training pass, and refused if PyTorch has none."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def noise_at(model: nn.Module, cuts: list[str], x: Tensor) -> dict[str, Tensor]:
 
 
 def moved(model: nn.Module, x: Tensor, noise: dict[str, Tensor], step: Tensor) -> Tensor:
-    """The output of a plain model with step times the noise added at cuts: a function that autograd differentiates."""
+    """The output of a plain model with step times the noise added at cuts, as a function that autograd differentiates."""
     handles = [model.get_submodule(cut).register_forward_hook(lambda _, __, out, p=p: out + step * p) for cut, p in noise.items()]
     try:
         return model(x)
@@ -64,7 +64,7 @@ def moved(model: nn.Module, x: Tensor, noise: dict[str, Tensor], step: Tensor) -
 
 
 def by_autograd(model: nn.Module, x: Tensor, noise: dict[str, Tensor]) -> Tensor:
-    """The derivative with respect to the step at 0, an output at a time."""
+    """The derivative with respect to the step at 0, one output at a time."""
     step = torch.zeros((), dtype=x.dtype, requires_grad=True)
     out = moved(model, x, noise, step)
     parts = [torch.autograd.grad(one, step, retain_graph=True)[0] for one in out.flatten()]
@@ -74,7 +74,8 @@ def by_autograd(model: nn.Module, x: Tensor, noise: dict[str, Tensor]) -> Tensor
 @pytest.mark.parametrize("method", [FORWARD, DIFFERENCE])
 @pytest.mark.parametrize("net", NETS)
 def test_the_tangent_is_the_derivative_along_the_noise(net: str, method: str) -> None:
-    """In-place ReLUs, shortcuts, batch statistics. Central differences are exact to the square of 0.001, away from kinks."""
+    """In-place ReLUs, shortcuts and batch statistics. The error of central differences is proportional to the square of 0.001,
+    away from kinks."""
     build: Any = nets.NETS.get(net, nets.residual)
     x, _ = nets.batch(net)
     noise = noise_at(build(), NETS[net], x)
@@ -115,7 +116,7 @@ def dropped_out() -> nn.Sequential:
 
 @pytest.mark.parametrize("method", [FORWARD, DIFFERENCE])
 def test_dropout_masks_are_those_of_the_training_pass(method: str) -> None:
-    """The noise goes through the mask and the output layer alone: the derivative tells the mask."""
+    """The noise passes only through the mask and the output layer, so the derivative reveals the mask."""
     model, x = dropped_out(), torch.randn(5, 6, dtype=torch.float64)
     rule, masks = attached(model, ["1"], x), []
     handle = model[2].register_forward_hook(lambda _, args, out: masks.append((out != 0).double() * 2))
@@ -129,7 +130,7 @@ def test_dropout_masks_are_those_of_the_training_pass(method: str) -> None:
 
 
 def test_tangents_of_parameters() -> None:
-    """Shared ones count in all places, frozen ones not at all; afterwards the model has its own parameters again."""
+    """Shared parameters count in all places, frozen ones do not; afterwards, the model has its own parameters again."""
     torch.manual_seed(0)
     shared = nn.Linear(5, 5)
     model: Any = nn.Sequential(shared, nn.Tanh(), shared, nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
@@ -173,7 +174,7 @@ def test_the_pass_has_single_precision_under_autocast() -> None:
 
 
 class Own(torch.autograd.Function):
-    """A product of one's own, which has a backward pass only."""
+    """A user-defined product, which has only a backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ class Doubled(nn.Module):
 
 
 class LastState(nn.LSTM):
-    """A class of its own, which rules leave as it is."""
+    """A user-defined class, which rules leave unchanged."""
 
     def forward(self, x: Tensor) -> Any:
         return super().forward(x[:, None])[0][:, 0]
@@ -233,7 +234,7 @@ def test_an_output_that_depends_on_no_cut_is_refused() -> None:
 def test_attention_needs_no_fused_kernel(fast: bool) -> None:
     """In evaluation mode without gradients torch runs a whole encoder layer as one kernel, which has no derivative.
 
-    Whether it may do so is afterwards as the user has set it.
+    Afterwards, the user's setting for this is restored.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast)
@@ -274,7 +275,7 @@ def test_the_named_output_is_taken_without_gradients_too() -> None:
 
 
 class Plain(nn.Module):
-    """One step of a plain LSTM, which runs as a fused kernel without gradients."""
+    """One step of a plain LSTM, which runs as a fused kernel if there are no gradients."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the tests of other people's training loops share: a small net, data that can be learned, and a loop."""
+"""Shared by the tests of other people's training loops: a small net, data that can be learned, and a loop."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def data(samples: int = 32, seed: int = 0, dtype: torch.dtype = torch.float64) -
 
 def attached(name: str, dtype: torch.dtype = torch.float64, **options):
     model = net(dtype)
-    # The stem learns, so that every learned tensor has something to learn from.
+    # The stem learns, so the feedback of every layer has something to learn from.
     chosen = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {}
     chosen |= {"dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0}, "ldfa": {"rank": 2}, "f3": {"samples": 32}}.get(name, {})
     return model, fa_bench.attach(model, name, seed=0, **(chosen | options))
@@ -63,7 +63,7 @@ def steps(
     plain_backward: bool = False,
     rule_step: bool = True,
 ) -> list[float]:
-    """Train as people do; the losses. `call` is what is called in place of the model, such as a wrapper of it."""
+    """Train with an ordinary loop, and return the losses. `call` is called instead of the model, for example a wrapper of it."""
     losses = []
     dtype = next(model.parameters()).dtype
     for number_of_step in range(number):

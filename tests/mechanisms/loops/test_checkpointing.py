@@ -1,4 +1,4 @@
-"""Activation checkpointing changes memory and nothing else: gradients of weights and of learned feedback are bitwise the same."""
+"""Activation checkpointing changes only memory: the gradients of weights and of learned feedback are bitwise identical."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.mechanisms.loops.chain import LOCAL_LOSSES, RULES, Chain, assert_same
 from tests.versions import CHECKPOINTS_LACK_TANGENTS
 
 X, Y = batch()
-#: Rules whose further passes are in forward mode.
+#: Rules whose additional passes use forward-mode differentiation.
 BY_TANGENTS = [name for name, rule in ALGORITHMS.items() if "tangents" in {field.name for field in dataclasses.fields(rule)}]
 
 
 def attach(model: nn.Module, name: str, **options: Any) -> Any:
-    """With central differences where checkpoints have no tangents."""
+    """With central differences, because checkpoints do not support tangents."""
     if CHECKPOINTS_LACK_TANGENTS and name in BY_TANGENTS:
         options["tangents"] = "difference"
     return chain.attach(model, name, **options)
@@ -37,7 +37,7 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
 def reentrant(module: nn.Module, x: Tensor) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, where no input requires a gradient
+        warnings.simplefilter("ignore")  # torch's own warning if no input requires a gradient
         return checkpoint(module, x, use_reentrant=True)
 
 
@@ -56,7 +56,7 @@ def test_parts_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("late", [False, True], ids=["before attach", "after attach"])
 @pytest.mark.parametrize("name", BY_TANGENTS)
 def test_central_differences_where_checkpoints_have_no_tangents(name: str, late: bool) -> None:
-    """The error of older versions of torch recommends them, and they are right with every version."""
+    """The errors of older versions of torch recommend these, and they give correct results with every version."""
 
     def of_parts(**options: Any) -> dict[str, Tensor]:
         model = Chain(None if late else checkpointed)
@@ -80,7 +80,7 @@ def test_the_whole_model(name: str) -> None:
 @pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
 @pytest.mark.parametrize("name", RULES)
 def test_exact_passes(name: str, whole: bool) -> None:
-    """Backpropagation, whatever is recomputed."""
+    """This is backpropagation, whatever is recomputed."""
     plain, model = Chain(), Chain() if whole else Chain(checkpointed)
     rule = attach(model, name)
     F.cross_entropy(plain(X), Y).backward()
@@ -105,7 +105,7 @@ def test_wrappers_applied_after_attach(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_wrappers_applied_before_attach(name: str) -> None:
-    """Feedback is drawn by the layer's path, which a wrapper changes: so the reference has wrappers that do nothing."""
+    """Feedback is sampled by the layer's path, which a wrapper changes, so the reference has wrappers that do nothing."""
 
     def run_it(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
@@ -147,7 +147,7 @@ def test_brsf_draws_its_magnitudes_once_a_step(whole: bool) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_dropout(name: str) -> None:
-    """The recomputation drops what the forward pass dropped, and leaves the random state alone."""
+    """The recomputation drops the same units as the forward pass, and does not change the random state."""
     found = []
     for runs in (checkpointed, None):
         model = Chain(runs, dropout=0.3)
@@ -176,7 +176,7 @@ class ConvChain(Chain):
 
 @pytest.mark.parametrize("name", RULES)
 def test_convolutions_with_batch_normalisation(name: str) -> None:
-    """Running statistics are updated by the recomputation as well, which is torch's; gradients do not depend on them."""
+    """As usual in torch, the recomputation updates the running statistics a second time; gradients do not depend on them."""
     plain, model = ConvChain(), ConvChain(checkpointed)
     options = {"linear": "share"} if name in ("asap", "asfp", "asfp_lc") else {}
     options |= {"sample_input": X[:2]}
@@ -218,7 +218,7 @@ def test_a_reentrant_whole_model_is_right_or_refused(name: str) -> None:
     try:
         got = train(model, rule, X.clone().requires_grad_(True), Y, runs=reentrant)
     except CoverageError as error:
-        # What they sample or compute belongs to one pass.
+        # Values that they sample or compute belong to one pass.
         assert name in ("brsf", "forward_alignment") or ALGORITHMS[name].repeats
         assert "use_reentrant=False" in str(error)
         assert_same(state(model), before)
@@ -240,14 +240,14 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
         model = Chain(runs)
         model.a.requires_grad_(False)
         last = train(model, attach(model, name), X, Y)
-        # Some feedback learns from what enters and leaves its layer, though the weight does not; there it carries no error.
+        # Some feedback learns from the inputs and outputs of its layer even if the weight does not; it propagates no error there.
         own = ("a.fc.feedback_R", "a.fc.feedback_B" if name in ("ldfa", "np_feedback", *LOCAL_LOSSES) else None)
         found.append({key: gradient for key, gradient in last.items() if key not in own})
     assert_same(*found)
 
 
 def test_after_a_whole_model_that_is_checkpointed_its_parts_are_still_refused() -> None:
-    """forward_alignment knows by the pass that is under way, and a repeated one leaves none open."""
+    """forward_alignment identifies passes by the one that is running, and a repeated pass leaves none open."""
     model = Chain()
     rule = attach(model, "forward_alignment")
     train(model, rule, X, Y, runs=checkpointed)

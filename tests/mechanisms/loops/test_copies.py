@@ -30,7 +30,7 @@ def test_groups_of_copies_and_of_models_whose_tensors_were_replaced(name):
     assert len(expected[0]) + len(expected[1]) == len(list(model.parameters()))
     copied = copy.deepcopy(copy.deepcopy(model))
     assert groups(copied) == expected
-    for _ in range(3):  # freed tensors give their ids to others
+    for _ in range(3):  # freed tensors may share their ids with later ones
         model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
         gc.collect()
         assert groups(model) == expected

@@ -1,6 +1,6 @@
-"""Two ranks under DistributedDataParallel train as one process does with the whole batch, for every rule.
+"""Two ranks under DistributedDataParallel train in the same way as one process with the whole batch, for every rule.
 
-Both ranks are processes of their own and talk by gloo; every rule trains in the same two, since starting them costs most.
+Both ranks are separate processes that communicate through gloo; every rule trains in the same two, because starting them is slow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from .chain import draw_the_same_for_every_sample
 from .scripts import data, net, sgd
 
-# Without what depends on the batch itself: similarities of its samples, batch normalisation.
+# Excludes whatever depends on the batch as a whole: similarities of its samples, batch normalisation.
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"},
     "dgl": {"auxiliary_net": "linear"},
@@ -63,7 +63,7 @@ CASES |= {
     "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
     "grape anchors": ("grape", {"anchor_period": 2}),
 }
-#: What depends on the batch itself differs from one process; the ranks still agree with each other.
+#: Values that depend on the batch as a whole differ from those of one process; the ranks still agree with each other.
 DIFFER = (
     "asfp_lc learning stem",
     "predsim whole",
@@ -120,7 +120,7 @@ def _train(case: str, parts: slice, wrap) -> dict[str, torch.Tensor]:
         x, y = (tensor[parts] for tensor in data(16, seed=step))
         optimizer.zero_grad()
         logits = called(x)
-        # Every sample is on the other rank in some later step.
+        # Every sample is on the other rank in a later step.
         indices = torch.randperm(16, generator=torch.Generator().manual_seed(step))[parts]
         rule.backward(F.cross_entropy(logits, y), logits, y, indices=indices)
         optimizer.step()
@@ -134,7 +134,7 @@ def _train(case: str, parts: slice, wrap) -> dict[str, torch.Tensor]:
 
 def rank(number: int, store: str, results) -> None:
     torch.set_num_threads(1)
-    # Ranks draw other global numbers, as they do where nobody seeds them: a rule must not depend on these.
+    # Ranks sample different global random numbers, as they do if nobody seeds them: a rule must not depend on these.
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
     for case in CASES:
         torch.manual_seed(100 + number)
@@ -172,7 +172,7 @@ def on_two_ranks(store: Path) -> dict[str, dict[int, dict | str]]:
 
 
 def test_two_ranks_are_one_process(tmp_path, monkeypatch):
-    """Sums over halves instead of the whole: rounding of 1e-16 a step, in weights, feedback and buffers alike."""
+    """Sums are computed over halves: rounding of 1e-16 per step, in weights, feedback and buffers."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     faults = []
     for case, of_rank in on_two_ranks(tmp_path / "store").items():

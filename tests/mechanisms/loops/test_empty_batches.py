@@ -1,4 +1,4 @@
-"""Batches without samples: torch's layers take them, and so do rules."""
+"""Batches without samples: torch's layers accept them, and so do rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WITHOUT_POSITIONS = ("dfc", "f3", "forward_forward", "ldrl", "pepita", "predsim"
 
 
 class Tokens(nn.Module):
-    """Classes for each of four tokens; with or without attention, which may return its weights."""
+    """Classes for each of four tokens; optionally with attention, which may return its weights."""
 
     def __init__(self, attention: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""``torch.func.functional_call``: a forward pass with other parameters than those that the model has in the backward pass."""
+"""``torch.func.functional_call``: a forward pass with parameters other than those that the model has in the backward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from .chain import CUT_RULES, RULES, Chain, assert_same, attach, batch, gradients
 
 X, Y = batch(12)
-#: Variants beside the default options of each rule.
+#: Variants in addition to the default options of each rule.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
     "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
     "information_alignment forward": ("information_alignment", {"update_forward": True}),
@@ -49,7 +49,7 @@ def by_functional_call(variant: str, weights_only: bool) -> dict[str, Tensor]:
         rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     finally:
         found = gradients(model) | {name: value.grad for name, value in values.items() if value.grad is not None}
-        # Refused before any gradient.
+        # Refused before any gradient is computed.
         assert "head.weight" in found or not found
     return found
 

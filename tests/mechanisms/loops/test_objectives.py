@@ -1,4 +1,4 @@
-"""Rules that use the labels follow the objective that they are attached with."""
+"""Rules that use the labels use the objective with which they are attached."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("objective", [MSE(), SigmoidCE(), CrossEntropy(label_smoothing=0.2)], ids=lambda one: one.name)
 @pytest.mark.parametrize("name", ["drtp", "local_error"])
 def test_accumulated_losses_of_an_objective_equal_the_whole_batch(name, objective):
-    """The factor by which a loss was scaled is found for every objective, not for the cross-entropy alone."""
+    """The factor by which a loss was scaled is inferred for every objective, not only for the cross-entropy."""
     x, y = batch()
     gradients = []
     for parts in (1, 2):
@@ -41,7 +41,7 @@ def test_accumulated_losses_of_an_objective_equal_the_whole_batch(name, objectiv
 
 @pytest.mark.parametrize("objective", ["mse", "sigmoid_ce"])
 def test_local_losses_are_the_objective(objective):
-    """local_error's hidden layers learn by the loss of a linear classifier, written out here."""
+    """The hidden layers of local_error learn from the loss of a linear classifier, which is written out here."""
     x, y = batch()
     net = model()
     rule = fa_bench.attach(net, "local_error", cuts=["1", "3"], objective=objective)
@@ -66,7 +66,7 @@ CLASSIFIERS = {
 def test_trained_classifiers_learn_by_the_objective_with_its_options(name, objective):
     """The gradient of a bias b of the scores s is the mean of dL/ds over the batch: z - t, σ(z) - t or softmax(z) - q.
 
-    In double precision; sums of eight numbers round at 1e-15.
+    In double precision, sums of eight numbers are exact to about 1e-15.
     """
     x, y = batch()
     x, net, (options, last) = x.double(), model().double(), CLASSIFIERS[name]

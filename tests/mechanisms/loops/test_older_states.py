@@ -1,4 +1,4 @@
-"""States that were saved when learned feedback was a buffer, and auxiliary layers were in the rule's state, still load."""
+"""States that were saved when learned feedback was a buffer and auxiliary layers were in the rule's state can still be loaded."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ AUXILIARY = ("predsim", "bp_deepsup", "dgl", "asfp_lc")
 
 
 def older(model, rule, name):
-    """(model's state, rule's state) as they were saved: no auxiliary layers in the first, all of them in the second."""
+    """(model's state, rule's state) as they were saved: all auxiliary layers are in the second, none in the first."""
     own = {key: value for key, value in state(model).items() if "feedback_auxiliary_" not in key}
     if name not in AUXILIARY:
         return own, rule.state_dict()
@@ -41,7 +41,7 @@ def test_older_states_load_and_go_on_alike(name):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_keys_of_states_are_those_of_before(name):
-    """{layer or cut}.feedback_{name}: only the auxiliary layers are new, under names of their own."""
+    """{layer or cut}.feedback_{name}: only the auxiliary layers are new, under separate names."""
     model, rule = attached(name)
     local = rule._local if name == "asfp_lc" else rule
     expected = {
@@ -55,7 +55,7 @@ def test_keys_of_states_are_those_of_before(name):
 
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in AUXILIARY])
 def test_keys_of_states_have_the_order_in_which_the_tensors_were_made(name):
-    """Learned or not, so that a state and its hash do not depend on what learns."""
+    """Feedback has the same name whether it learns or not, so that a state and its hash do not depend on this."""
     model, rule = attached(name)
     for place, tensors in rule.feedback.items():
         assert [key for key in model.state_dict() if key.startswith(f"{place}.feedback_")] == [
@@ -73,17 +73,17 @@ def test_a_state_without_auxiliary_layers_anywhere_is_refused(name):
     fresh.load_state_dict(own)
     with pytest.raises(StateError, match="has the auxiliary layers of cut '1'"):
         other.load_state_dict({})
-    with pytest.raises(RuntimeError, match="feedback_auxiliary"):  # a part of them is a torn state, not an older one
+    with pytest.raises(RuntimeError, match="feedback_auxiliary"):  # with only some of them, the state is corrupt, not old
         some = next(key for key in model.state_dict() if "feedback_auxiliary_" in key)
         fresh.load_state_dict(own | {some: model.state_dict()[some]})
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_states_of_a_rule_without_feedback_are_refused_by_one_that_has_some(name):
-    """Its tensors would stay random. The rule's own state is complete, such as the number of its update."""
+    """Its tensors would keep random values. The rule's own state is complete, including the number of its update."""
     model, rule = attached(name)
     plain = {key: value for key, value in state(model).items() if "feedback" not in key}
-    if len(plain) == len(model.state_dict()):  # a rule without feedback takes it
+    if len(plain) == len(model.state_dict()):  # a rule without feedback accepts it
         model.load_state_dict(plain)
         return
     with pytest.raises((StateError, RuntimeError), match=r"feedback_|auxiliary layers of cut '1'"):

@@ -1,4 +1,4 @@
-"""Learned feedback in the training loops that people write: everything that handles parameters handles it."""
+"""Learned feedback in the training loops that people write: it is handled like all other parameters."""
 
 import copy
 import math
@@ -46,7 +46,7 @@ def test_the_models_own_zero_grad_is_enough(name):
 
 
 def test_clipping_the_models_parameters_scales_both_alike():
-    """kp: W - B only decays, so that the angles go to 0, although clipping acts at every step."""
+    """kp: W - B only decays, so the angles go to 0, although clipping acts in every step."""
     model, rule = attached("kp")
     steps(
         model,
@@ -63,7 +63,7 @@ def test_clipping_the_models_parameters_scales_both_alike():
 CALLED = ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa", "activation_alignment")
 
 
-@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without it
+@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without this
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in CALLED])
 def test_plain_backward_and_no_call_of_the_rule_train_feedback(name):
     one, two = attached(name), attached(name)
@@ -96,7 +96,7 @@ def test_without_rule_step_the_next_backward_pass_says_so(name):
 
 
 def by_hand(model, collected, data_attribute=False):
-    """What people write in place of an optimizer, for the parameters that a list has at the time of the step."""
+    """A replacement for an optimizer, as people write it, for the parameters that a list contains at the time of the step."""
 
     @torch.no_grad()
     def step():
@@ -119,7 +119,7 @@ def test_weights_updated_by_hand_without_feedback_are_an_error(name, data_attrib
     optimizer = by_hand(model, collected, data_attribute)
     with pytest.raises(StateError, match=LEFT_OUT):
         steps(model, rule, optimizer, 1)
-    collected[:] = model.parameters()  # collected after attach it works
+    collected[:] = model.parameters()  # if they are collected after attach, it works
     steps(model, rule, optimizer, 2)
 
 
@@ -170,7 +170,7 @@ def test_tensors_replaced_after_the_optimizer_was_made_are_an_error(name, traine
 
 @pytest.mark.parametrize("name", ["kp", "pfa", "dkp", "predsim", "dfc"])
 def test_tensors_replaced_in_training_are_noticed_without_the_rules_step(name):
-    """By the backward pass, whichever way the rule computes gradients."""
+    """In the backward pass, however the rule computes gradients."""
     model, rule = attached(name)
     optimizer = sgd(model.parameters())
     steps(model, rule, optimizer, 3, rule_step=False)
@@ -193,7 +193,7 @@ def test_assigned_state_and_a_new_optimizer_go_on_as_before(name):
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("convert", ["double", "to"])
 def test_another_dtype_after_the_optimizer_was_made(name, convert):
-    """The same as converting first; SGD without state, for torch does not convert an optimizer's state."""
+    """The result equals that of converting first; SGD without state, because torch does not convert an optimizer's state."""
     one, two = attached(name, torch.float32), attached(name, torch.float32)
     optimizer = sgd(one[0].parameters())
     two[0].double()
@@ -204,7 +204,7 @@ def test_another_dtype_after_the_optimizer_was_made(name, convert):
 
 
 def together(model, optimizers):
-    """The optimizers as one."""
+    """Several optimizers, used like one."""
 
     def step():
         for optimizer in optimizers:
@@ -213,10 +213,10 @@ def together(model, optimizers):
     return SimpleNamespace(zero_grad=model.zero_grad, step=step)
 
 
-@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without it
+@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without this
 @pytest.mark.parametrize("name", LEARNED)
 def test_what_is_no_fault_is_not_taken_for_one(name):
-    """A learning rate of 0 (warm-up), optimizers of their own, accumulation, weights changed by hand, skipped updates."""
+    """A learning rate of 0 (warm-up), separate optimizers, accumulation, weights changed by hand, skipped updates."""
     model, rule = attached(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -235,7 +235,7 @@ def test_what_is_no_fault_is_not_taken_for_one(name):
 
     class Skips(torch.optim.SGD):
         def step(self, closure=None):
-            """As a gradient scaler does with an update that is not finite."""
+            """Like a gradient scaler with an update that is not finite."""
 
     model, rule = attached(name)
     steps(model, rule, Skips(model.parameters(), lr=0.1), 4)
@@ -245,7 +245,7 @@ def test_what_is_no_fault_is_not_taken_for_one(name):
 @pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize("name", LEARNED)
 def test_feedback_that_has_been_trained_may_get_an_optimizer_of_its_own(name, is_first):
-    """After the step of the weights' new optimizer it is not known yet whether another one trains the feedback."""
+    """After the first step of the new optimizer of the weights, it is not known yet whether another one trains the feedback."""
     model, rule = attached(name)
     steps(model, rule, sgd(model.parameters()), 3)
     optimizers = [sgd(rule.weight_parameters()), sgd(rule.feedback_parameters())]
@@ -256,7 +256,7 @@ def test_feedback_that_has_been_trained_may_get_an_optimizer_of_its_own(name, is
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_updates_by_hand_at_a_rate_of_zero_are_no_fault(name):
-    """Every tensor was written, and none has other numbers."""
+    """Every tensor has been written to, but no value has changed."""
     model, rule = attached(name)
 
     class ByHand:
@@ -273,7 +273,8 @@ def test_updates_by_hand_at_a_rate_of_zero_are_no_fault(name):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_an_update_that_is_left_out_because_it_is_not_finite_is_no_fault(name):
-    """A loss of infinity, weights changed by hand, no step of the optimizer: nothing says that it lacks the feedback."""
+    """A loss of infinity, weights changed by hand, no optimizer step: none of these shows that the optimizer lacks the
+    feedback."""
     model, rule = attached(name)
     x, y = data()
     logits = model(x)
@@ -305,7 +306,7 @@ def test_averaged_copies_and_schedules_have_feedback_too(name):
 
 
 def test_a_frozen_weight_and_its_feedback_rest_together():
-    """Nothing waits for a gradient that does not come; once the weight learns again the rule says what is missing."""
+    """No gradient is expected; once the weight learns again, the rule reports what is missing."""
     model = net()
     model[0].requires_grad_(False)
     rule = fa_bench.attach(model, "kp", seed=0)
@@ -322,7 +323,7 @@ def test_a_frozen_weight_and_its_feedback_rest_together():
 
 @pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
 def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
-    """Until the layer is trained; an input that requires its gradient does not count."""
+    """Until the layer is trained; an input that requires a gradient does not count."""
     model, x = net(), data()[0]
     model[0].requires_grad_(False)
     rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
@@ -342,7 +343,7 @@ def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
 
 @pytest.mark.parametrize(("name", "key"), [("kp", "0"), ("dkp", "1"), ("predsim", "1")])
 def test_feedback_that_was_unfrozen_may_be_frozen_again(name, key):
-    """It was frozen by `attach`, then trained together with its layer, and now the user keeps it as it is."""
+    """It was frozen by `attach`, then trained together with its layer, and is now frozen by the user."""
     model = net()
     model[0].requires_grad_(False)
     rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
@@ -383,7 +384,7 @@ def test_convolutions_notice_an_optimizer_without_their_feedback(name):
 
 
 def test_replaced_feedback_that_is_left_out_of_updates_by_hand_is_noticed():
-    """What was trained before the replacement is no longer in the model."""
+    """The parameters that were trained before the replacement are no longer in the model."""
     model, rule = attached("kp")
     tensors = list(model.parameters())
 
@@ -405,7 +406,7 @@ def test_replaced_feedback_that_is_left_out_of_updates_by_hand_is_noticed():
 
 @pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
 def test_an_optimizer_without_the_feedback_is_noticed_where_the_output_layer_is_frozen(name):
-    """A hidden layer's update shows it then."""
+    """The update of a hidden layer reveals it."""
     model = net()
     model[4].requires_grad_(False)
     optimizer = sgd(p for p in model.parameters() if p.requires_grad)

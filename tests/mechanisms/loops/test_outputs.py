@@ -55,7 +55,7 @@ class FrozenRecord:
 
 
 class ModelOutput(OrderedDict):
-    """As transformers has it: entries are attributes too, numbers index the values, an entry that is None is left out."""
+    """As in transformers: entries are attributes, too, integers index the values, and entries that are None are left out."""
 
     def __init__(self, **entries: Any) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ModelOutput(OrderedDict):
         raise TypeError("you cannot use ``update`` on a ModelOutput instance")
 
 
-#: name -> (what packs the outputs, what takes them out, the name of the first, that of the second)
+#: name -> (function that packs the outputs, function that unpacks them, name of the first output, name of the second)
 PACKS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]], str, str]] = {
     "dictionary": (lambda one, two: {"one": one, "two": two}, lambda out: (out["one"], out["two"]), "one", "two"),
     "tuple": (lambda one, two: (one, two), lambda out: out, "0", "1"),
@@ -93,7 +93,7 @@ PACKS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Te
 
 
 class Net(nn.Module):
-    """8-16-16, then one head with 3 classes and one with 2; `pack` makes what is returned of both."""
+    """8-16-16, then one head with 3 classes and one with 2; `pack` combines both outputs into the return value."""
 
     def __init__(self, pack: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Net(nn.Module):
 
 
 def single(number: int) -> Net:
-    """The net that returns one of the outputs alone."""
+    """The net that returns only one of the outputs."""
     model = Net(lambda one, two: (one, two)[number])
     delattr(model, ("two", "one")[number])
     setattr(model, ("two", "one")[number], nn.Identity())
@@ -118,14 +118,14 @@ def single(number: int) -> Net:
 
 
 def only(model: Net, rule: Any, number: int = 0) -> dict[str, Tensor]:
-    """Gradients of the loss on one output, of a model that returns it alone."""
+    """Gradients of the loss on one output, for a model that returns only this output."""
     logits, target = model(X), Y % (3 - number)
     rule.backward(F.cross_entropy(logits, target), logits, target, indices=torch.arange(len(target)))
     return gradients(model)
 
 
 def both(model: Net, rule: Any, kind: str, parts: tuple[int, ...] = (0, 1), main: int = 0) -> dict[str, Tensor]:
-    """Gradients of the sum of the losses on the outputs in `parts`; `main` is what the labels belong to."""
+    """Gradients of the sum of the losses on the outputs in `parts`; the labels belong to `main`."""
     outputs = PACKS[kind][1](model(X))
     loss = sum(F.cross_entropy(outputs[number], Y % (3 - number)) for number in parts)
     rule.backward(loss, outputs[main], Y % (3 - main), indices=torch.arange(len(Y)))
@@ -158,7 +158,7 @@ def test_cut_rules_ask_which_output_and_suggest_one(name: str, kind: str) -> Non
 @pytest.mark.parametrize("kind", PACKS)
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, number: int) -> None:
-    """That of the model which returns this output alone; a loss on the other one trains its own head and nothing else."""
+    """As in a model that returns only this output; a loss on the other output trains only its own head."""
     reference = single(number)
     want = only(reference, attach(reference, name), number)
     model = Net(PACKS[kind][0])
@@ -168,13 +168,14 @@ def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, n
     model.zero_grad()
     if name in ("pepita", "weight_perturbation", "dfc", *SETTLING):
         return  # they refuse a second loss: its output is detached
-    rule.load_state_dict(state)  # the same noise again
+    rule.load_state_dict(state)  # with the same noise again
     found = both(model, rule, kind, (0, 1), number)
     other = ("two", "one")[number]
     assert {f"{other}.weight", f"{other}.bias"} <= set(found)
-    # Of dgl and asfp_lc, the second layer and both heads are one module, and learn by both losses; so does all of bp_deepsup.
+    # In dgl and asfp_lc, the second layer and both heads form one module, and learn from both losses; so do all layers of
+    # bp_deepsup.
     if name not in ("dgl", "asfp_lc", "bp_deepsup"):
-        drawn = "feedback" if name in ("ddtp_linear", "ldrl") else "none"  # by new noise in each pass
+        drawn = "feedback" if name in ("ddtp_linear", "ldrl") else "none"  # from new noise in each pass
         assert_same({key: found[key] for key in want if drawn not in key}, {key: want[key] for key in want if drawn not in key})
 
 
@@ -188,13 +189,13 @@ def test_a_wrong_output_names_the_nearest(name: str, kind: str) -> None:
         assert f"(outputs: {first}, {second})" in str(refused.value)
         if wrong == f"{second}x":
             assert f"did you mean '{second}'?" in str(refused.value)
-    attach(single(0), name, output=first)  # it may return several in training alone
+    attach(single(0), name, output=first)  # it may return several outputs only in training
 
 
 @pytest.mark.parametrize("kind", PACKS)
 @pytest.mark.parametrize("name", [name for name in EDGE_RULES if name != "dual_propagation"])
 def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> None:
-    """Every other rule is linear in the errors, so that both losses at once give the sum of what they give one by one.
+    """Every other rule is linear in the errors, so both losses at once give the sum of the gradients of each loss.
 
     But for the subspace of the errors that ldfa's B learns, since that of the sum is not the sum of the subspaces, and for local
     losses, which come in once.
@@ -214,7 +215,7 @@ def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> No
 
     first, second, sum_ = found((0,)), found((1,)), found((0, 1))
     want = {key: first.get(key, torch.zeros(())) + second.get(key, torch.zeros(())) for key in sum_}
-    if name == "frozen":  # nothing below the heads learns
+    if name == "frozen":  # no layer before the heads learns
         assert set(sum_) == {"one.weight", "one.bias", "two.weight", "two.bias"}
     assert_same(sum_, want, rel=1e-12)
 
@@ -228,7 +229,7 @@ def test_a_head_without_a_loss_changes_nothing_for_edge_rules(name: str) -> None
 
 # ------------------------------------------------------------------------------------------------ as transformers has it
 class Classifier(Net):
-    """Returns logits, on demand hidden states, and a loss of its own where it is given labels."""
+    """Returns logits, hidden states on demand, and its own loss if it is given labels."""
 
     def __init__(self, hidden_states: bool = False) -> None:
         super().__init__(Pair)
@@ -272,7 +273,7 @@ def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
         with pytest.raises(CoverageError, match=r"returns a loss \('loss'\).*call it without labels.*from its logits"):
             model(X, labels=Y)
         assert not gradients(model)
-        out = model(X)  # what the message says to do
+        out = model(X)  # the remedy in the message
         loss = F.cross_entropy(out.logits, Y)
     else:
         out = model(X, labels=Y)
@@ -283,7 +284,8 @@ def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
-    """As auxiliary heads that are there in training: the sample forward, in evaluation mode, does not show them."""
+    """For example auxiliary heads that exist only in training: a forward pass of the sample in evaluation mode does not show
+    them."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -304,7 +306,7 @@ def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
-    """A scale or a mask beside the logits: no loss comes from there, whichever comes first."""
+    """A scale or a mask in addition to the logits: no loss depends on it, whichever comes first."""
 
     class Beside(Chain):
         def forward(self, x: Tensor) -> Any:
@@ -319,7 +321,7 @@ def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
 
 
 def test_of_several_outputs_those_that_layers_go_on_from_make_no_output_layer() -> None:
-    """A hidden state beside the logits, whichever comes first."""
+    """A hidden state in addition to the logits, whichever comes first."""
 
     class States(nn.Module):
         def __init__(self, first: bool) -> None:
@@ -344,7 +346,7 @@ def test_a_number_names_the_output_that_its_text_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_from_it(name: str) -> None:
-    """A penalty of a weight may be; without the named output nobody knows, and it is refused."""
+    """The output may be a penalty on a weight; if no output is named, this is unknown, and the model is refused."""
 
     class Penalised(Chain):
         scalar, named = "weight", True
@@ -389,7 +391,7 @@ def test_np_feedback_refuses_a_scalar_only_if_it_was_computed_from_another_outpu
 
 
 class InAnObject(Chain):
-    """Returns an object of a class that is no container, in which no tensor is found."""
+    """Returns an object of a class that is not a container, in which no tensor is found."""
 
     def forward(self, x: Tensor) -> Any:
         return SimpleNamespace(logits=super().forward(x))
@@ -414,7 +416,7 @@ def test_cut_rules_say_that_no_output_can_be_read() -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_the_output_that_the_objective_names(name: str) -> None:
-    """Errors come from there, as if the rule named it; two different names are refused."""
+    """Errors are computed there, as if the rule named the output; two different names are refused."""
     objective = CrossEntropy(output="two")
     with pytest.raises(OptionError, match=r"^output=one is not output=two of the objective"):
         attach(Net(PACKS["dictionary"][0]), name, objective=objective, output="one")

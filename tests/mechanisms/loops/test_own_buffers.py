@@ -1,4 +1,4 @@
-"""Modules of a user's own that update buffers in their forward pass: further passes see them as the first one did."""
+"""User-defined modules that update buffers in their forward pass: additional passes see the same buffers as the first one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOW = ["in place", "replaced"]
 
 
 class Centred(nn.Module):
-    """Subtracts a running mean, which it updates in place or replaces; it counts calls, together with others."""
+    """Subtracts a running mean, which it updates in place or replaces; it counts calls, possibly together with other modules."""
 
     mean: Tensor
     calls: Tensor
@@ -54,7 +54,7 @@ class Centred(nn.Module):
 
 
 def net(how: str) -> Chain:
-    """The chain with such a module in its first two parts, after the linear layer."""
+    """The chain with such a module after the linear layer of each of its first two parts."""
     model, calls = Chain(), torch.zeros(())
     for name in ("a", "b"):
         plain: Any = model.get_submodule(name)
@@ -80,7 +80,7 @@ def test_buffers_are_updated_once_in_every_step(name: str, how: str) -> None:
     fa_bench.attached_rule(plain).detach()  # type: ignore[union-attr]
     for step in range(1, 4):
         learn(model, rule)
-        if name != "forward_forward":  # whose first pass has another input
+        if name != "forward_forward":  # whose first pass has a different input
             plain(X)
             assert_same(own_buffers(model), own_buffers(plain))
         assert own_buffers(model)["a.own.calls"] == 2 * step
@@ -88,7 +88,7 @@ def test_buffers_are_updated_once_in_every_step(name: str, how: str) -> None:
 
 @dataclasses.dataclass(eq=False)
 class Repeating(DFA):
-    """Keeps the output of two further passes; not registered."""
+    """Keeps the output of two additional passes; not registered."""
 
     name = "repeating"
     repeats = True
@@ -101,7 +101,7 @@ class Repeating(DFA):
 
 @pytest.mark.parametrize("how", HOW)
 def test_further_passes_see_what_the_first_one_saw(how: str) -> None:
-    """Bitwise, from the first step on, in evaluation mode before, in a copy, and whatever happened to the buffers since."""
+    """Bitwise, from the first step on, after evaluation mode, in a copy, and whatever has happened to the buffers since."""
     model = net(how)
     rule = Repeating().attach(model, sample_input=X[:2])
     model.eval()
@@ -122,7 +122,7 @@ def test_further_passes_see_what_the_first_one_saw(how: str) -> None:
 
 
 def test_steps_of_a_copy_are_those_of_the_model() -> None:
-    """A copy has seen no pass that updates buffers; what it learns is the same."""
+    """A copy has seen no pass that updates buffers; it learns in the same way."""
     model = net("in place")
     rule = attach(model, "epc", sample_input=X[:2])
     learn(model, rule)

@@ -1,4 +1,4 @@
-"""Pruning, parametrizations and quantisation of an attached model: refused by name or right, and undone by what is suggested."""
+"""Pruning, parametrizations and quantisation of an attached model: refused by name or correct, and undone by the suggestions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from tests.mechanisms.loops.chain import CUT_RULES, EDGE_RULES, RULES, Chain, assert_same, attach, batch, gradients, state, train
 
 X, Y = batch()
-# They leave the layers as they are.
+# They leave the layers unchanged.
 PLAIN = ("bp", "bp_fc", "frozen", "frozen_blocks", "weight_perturbation")
 # They put feedback into the layers.
 FEEDBACK = [name for name in [*EDGE_RULES, "asfp_lc", "np_feedback"] if name not in PLAIN]
@@ -32,19 +32,19 @@ class Doubled(nn.Module):
 
 def old_weight_norm(layer: nn.Module) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and still met in scripts
+        warnings.simplefilter("ignore")  # deprecated, but still found in scripts
         nn.utils.weight_norm(layer)
 
 
 def void(value: Any) -> None:
-    """Nothing: a hook's result would replace the output."""
+    """Returns nothing, because a hook's result would replace the output."""
 
 
 def unparametrize(layer: nn.Module) -> None:
     parametrize.remove_parametrizations(layer, "weight")
 
 
-#: name -> (what makes the weight a computed one, what makes it a parameter again)
+#: name -> (function that makes the weight a computed one, function that makes it a parameter again)
 HOW: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), lambda layer: prune.remove(layer, "weight")),
     "weight_norm": (parametrizations.weight_norm, unparametrize),
@@ -69,7 +69,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", FEEDBACK)
 def test_training_is_refused_by_name(name: str, how: str) -> None:
-    """Feedback belongs to a weight, and this weight is made of other tensors now."""
+    """Feedback belongs to a weight, and this weight is now computed from other tensors."""
     model, rule = reparametrized(name, how)
     before = parameters(model)
     with pytest.raises(CoverageError, match=r"layer 'b\.fc' was pruned or parametrized after attach.*rule\.detach\(\)"):
@@ -81,20 +81,20 @@ def test_training_is_refused_by_name(name: str, how: str) -> None:
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", [name for name in CUT_RULES if name not in FEEDBACK and not ALGORITHMS[name].repeats])
 def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str) -> None:
-    """They leave every layer as it is, so that the error at a cut reaches the tensors that the weight is made of."""
+    """They leave every layer unchanged, so the error at a cut reaches the tensors from which the weight is computed."""
     model, rule = reparametrized(name, how)
     model.eval()
     state = rule.state_dict()
     logits = model(X)
     rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     found = {key: gradient for key, gradient in gradients(model).items() if key.startswith("b.fc") and "feedback" not in key}
-    # The bias's gradient is the error at the layer's output, summed; that of the weight is compared by hand.
+    # The bias's gradient is the sum of the error at the layer's output; that of the weight is compared by hand.
     errors: list[Tensor] = []
     handle = model.b.fc.register_forward_hook(
         lambda module, args, output: void(output.requires_grad and output.register_hook(errors.append))
-    )  # further passes have no gradients
+    )  # additional passes compute no gradients
     model.zero_grad()
-    rule.load_state_dict(state)  # the same noise again
+    rule.load_state_dict(state)  # with the same noise again
     logits = model(X)
     rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     handle.remove()
@@ -122,7 +122,7 @@ def test_detach_leaves_plain_layers_and_the_parametrization(name: str, how: str)
     if parametrize.is_parametrized(model.b.fc):
         assert type(model.b.fc).__name__ == "ParametrizedLinear" and "weight" in model.b.fc.parametrizations
     assert all(parameter.requires_grad for parameter in model.parameters())
-    # The reparametrization works: it is differentiated, and its removal gives the same numbers.
+    # The reparametrization works: it is differentiated, and after its removal the numbers are the same.
     F.cross_entropy(model(X), Y).backward()
     assert "weight" not in dict(model.b.fc.named_parameters())
     assert any(key.startswith("b.fc") and "weight" in key for key in gradients(model))
@@ -178,7 +178,7 @@ def test_detach_unfreezes_the_weight_and_nothing_of_the_parametrization() -> Non
 
 
 def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
-    """Its size and direction, which the user has frozen again: they are new parameters."""
+    """Its size and direction, which the user has frozen again, are new parameters."""
     model = Chain()
     rule = attach(model, "frozen")
     old_weight_norm(model.b.fc)
@@ -192,7 +192,7 @@ def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
 
 @pytest.mark.parametrize("name", ["frozen", "bp"])
 def test_a_frozen_weight_that_learns_by_what_weight_norm_made_of_it_is_refused(name: str) -> None:
-    """Its size and direction are parameters that nobody froze."""
+    """Its size and direction are parameters that have not been frozen."""
     model = Chain()
     rule = attach(model, name, freeze_stem=True)
     stem = next(module for module in model.modules() if isinstance(module, nn.Linear))
@@ -209,7 +209,7 @@ def test_a_frozen_weight_that_learns_by_what_weight_norm_made_of_it_is_refused(n
 # ------------------------------------------------------------------------------------------------ quantisation
 def quantised(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces its successor
+        warnings.simplefilter("ignore")  # torch warns that it is deprecated
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
 
 
@@ -226,10 +226,10 @@ def test_dynamic_quantisation_is_refused_or_right_and_works_after_detach(name: s
         attached = quantised(model)
     weights = state(rule.detach())
     plain = quantised(model)
-    assert_same(state(model), weights)  # the model itself is left alone
+    assert_same(state(model), weights)  # the model itself does not change
     assert type(plain.b.fc).__module__.startswith("torch.ao") and not any("feedback" in key for key in plain.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(plain(X), model(X), atol=0.05, rtol=0.05)  # 8 bits of weights of at most 0.35
+        torch.testing.assert_close(plain(X), model(X), atol=0.05, rtol=0.05)  # weights of at most 0.35, rounded to 8 bits
         if attached is not None and name != "forward_forward":  # which normalises its activations while it is attached
             assert torch.equal(attached(X), plain(X))
 
@@ -248,7 +248,7 @@ def test_dynamic_quantisation_is_refused_or_right_and_works_after_detach(name: s
     ids=["linear", "conv", "bilinear", "lstm", "cell", "attention"],
 )
 def test_a_computed_bias_stays_in_the_forward_pass(make: Callable[[], Any], is_attached_first: bool) -> None:
-    """Pruning the bias leaves the weight a parameter, which has its feedback as before."""
+    """If the bias is pruned, the weight is still a parameter and has the same feedback."""
     (module, name), x = make(), torch.randn(3, 4, requires_grad=True)
     nn.init.normal_(getattr(module, name))
     inputs = {nn.MultiheadAttention: (x, x, x), nn.Bilinear: (x, x)}.get(type(module), (x,))
@@ -276,7 +276,7 @@ def test_detach_leaves_a_plain_module_with_the_parametrization_of_its_bias(
     name: str,
     count: int,
 ) -> None:
-    """The parametrization has derived a class from the one that the module has while a rule is attached."""
+    """The parametrization has derived a class from the class that the module has while a rule is attached."""
     module, inputs = make(), (torch.randn(3, 4),) * count
     nn.init.normal_(module.get_parameter(name))
     plain_class = type(module)

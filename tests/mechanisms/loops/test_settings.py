@@ -1,4 +1,4 @@
-"""Optimizers that train learned feedback by other settings than the rule asks for, or that come later, are noticed."""
+"""Optimizers that train learned feedback with other settings than the rule requires, or are created later, are noticed."""
 
 import re
 import warnings
@@ -44,7 +44,7 @@ def test_a_scheduler_with_one_rate_for_all_groups_is_warned_of_with_the_mend():
 
 @pytest.mark.parametrize("name", ["dkp", "kp"])
 def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
-    """Its update would change nothing: dkp is direct feedback alignment then."""
+    """Its update would change nothing: without it, dkp is direct feedback alignment."""
     model, rule = attached(name, b_lr_scale=0.0)
     x, y = data()
     for _ in range(3):
@@ -66,7 +66,7 @@ def test_groups_of_a_rule_without_a_rate_of_its_own(name):
 
 
 def test_a_decay_of_the_weights_alone_is_warned_of_where_feedback_follows():
-    """Usual groups by name, ``weight`` with decay and the rest without, leave feedback_B without."""
+    """Common groups by name, ``weight`` with decay and the rest without, give feedback_B no decay."""
     for name, warned in (("kp", True), ("pfa", False)):
         model, rule = attached(name)
         decays = [p for key, p in model.named_parameters() if key.endswith("weight")]
@@ -152,7 +152,7 @@ def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
 @pytest.mark.parametrize("first", ["fa", "kp", "dfa", "dkp", "bp"])
 @pytest.mark.parametrize("second", ["fa", "kp", "dfa", "bp"])
 def test_models_that_share_modules_have_one_rule(first, second):
-    """Refused before anything changes: the first model trains on as if nothing had been tried."""
+    """Refused before anything changes: the first model can be trained as before."""
     shared = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
     models = [nn.Sequential(shared, nn.Linear(16, 3)).double() for _ in range(2)]
     options = {"cuts": ["0"]} if first in ("dfa", "dkp") else {}
@@ -181,7 +181,7 @@ def test_an_empty_batch_of_more_dimensions():
 
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1 + 1e-9, False), (0.95, True), (1.01, True), (0.0, True)])
 def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
-    """Rounding alone is not."""
+    """Rounding alone does not count."""
     model, rule = attached("kp")
     optimizer = sgd([{"params": rule.weight_parameters()}, {"params": rule.feedback_parameters(), "lr": 0.1 * factor}])
     with warnings.catch_warnings(record=True) as caught:
@@ -192,7 +192,7 @@ def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
 
 @pytest.mark.parametrize("name", ["kp", "dkp"])
 def test_an_update_by_rounding_noise_is_no_sign_that_feedback_was_left_out(name):
-    """As of a net that has learned its data: the gradients are there, and adding them would change no number."""
+    """Like a net that has learned its data: there are gradients, but adding them would not change any number."""
     for scale, fault in ((1e-13, False), (1.0, True)):
         model, rule = attached(name)
         x, y = data()

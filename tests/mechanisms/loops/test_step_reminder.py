@@ -1,4 +1,4 @@
-"""Loops that never call `rule.step()` are noticed where the rule needs it, and only there."""
+"""A loop that never calls `rule.step()` gives a warning if the rule needs the call, and only then."""
 
 import copy
 import warnings
@@ -32,7 +32,7 @@ def test_a_rule_that_works_between_updates_warns_once(name, plain_backward):
     model, rule = attached(name, **NEEDED[name])
     assert rule.needs_step
     optimizer = sgd(model)
-    with warnings.catch_warnings():  # an error of any warning
+    with warnings.catch_warnings():  # every warning is an error
         steps(model, rule, optimizer, 3, rule_step=False, plain_backward=plain_backward)
     with pytest.warns(UserWarning, match=f"rule '{name}': the weights were {WARNING}") as found:
         steps(model, rule, optimizer, 5, rule_step=False, plain_backward=plain_backward)
@@ -44,7 +44,7 @@ def test_loops_that_call_it_are_not_warned(name):
     model, rule = attached(name, **NEEDED[name])
     optimizer, first = sgd(model), copy.deepcopy(model.state_dict())
     steps(model, rule, optimizer, 6)
-    for _ in range(3):  # a state that is loaded is not an update
+    for _ in range(3):  # loading a state is not an update
         model.load_state_dict(first)
         steps(model, rule, optimizer, 1)
     for _ in range(2):  # accumulation: one update for several passes

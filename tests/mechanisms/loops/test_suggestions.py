@@ -1,4 +1,4 @@
-"""Whatever option a refusal suggests works when it is written as suggested: as a keyword of attach, and on the command line."""
+"""Every option that an error suggests works as written: as a keyword of attach, and on the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.mechanisms.loops.chain import COVERS_BLOCKS, CUT_RULES, gradients
 FLAT, IMAGES = torch.linspace(-1, 1, 96).reshape(12, 8), torch.linspace(-1, 1, 12 * 3 * 32 * 32).reshape(12, 3, 32, 32)
 Y = torch.arange(12) % 3
 SHARING = ("asap", "asfp", "asfp_lc")
-#: Options without which attaching fails for another reason.
+#: Options without which attaching would fail for another reason.
 NEEDED: dict[str, dict[str, Any]] = {"asfp_lc": {"linear": "share", "match": "random"}, "f3": {"samples": 16}}
 
 
@@ -56,7 +56,7 @@ def convnet() -> nn.Module:
 
 
 class TwoHeads(nn.Module):
-    """Auxiliary logits first, as a number of models return them."""
+    """Auxiliary logits first, as some models return them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class OwnLSTM(nn.LSTM):
 
 
 class Recurrent(nn.Module):
-    """An own LSTM in front of four linear layers; no cut points."""
+    """A user-defined LSTM before four linear layers; no cut points."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Recurrent(nn.Module):
         return self.body(self.lstm(x.unsqueeze(1))[0].mean(1))
 
 
-#: name -> (what makes the model, its input)
+#: name -> (function that creates the model, its input)
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mlp": (lambda: mlp(16, 16, 16), FLAT),
     "convnet": (convnet, IMAGES),
@@ -100,19 +100,19 @@ def refusal(model: nn.Module, name: str, **options: Any) -> CoverageError:
 
 
 def as_keywords(error: CoverageError) -> dict[str, Any]:
-    """What a reader of the message types: name=value wherever it says so."""
+    """What a reader of the message would type: every name=value in it."""
     written = re.findall(r"\b(cuts|allow_uncovered|output|linear|match|within|loss)=(\[[^\]]*\]|'[^']*'|True)", str(error))
     assert dict(written).keys() == error.settings.keys(), str(error)
     return {option: eval(value) for option, value in written}
 
 
 def as_overrides(text: str) -> list[str]:
-    """What a reader of the command line's message types, as the shell passes it on."""
+    """What a reader of the command line's message would type, as the shell passes it on."""
     return shlex.split(" ".join(option + value for option, value in re.findall(r"(algorithm\.\w+=)('[^']*'|\w+)", text)))
 
 
 def attached_as_suggested(make: Callable[[], nn.Module], x: Tensor, name: str, **options: Any) -> Any:
-    """Follows suggestions until the rule is in the model; then one backward pass must fill the weights' gradients."""
+    """Follow suggestions until the rule is attached; then one backward pass must compute the gradients of all weights."""
     for _ in range(3):
         error = refusal(seeded(make), name, sample_input=x[:2], **options)
         suggested = as_keywords(error)
@@ -150,7 +150,7 @@ def test_the_suggested_cuts_and_what_else_they_need(name: str, kind: str) -> Non
 @pytest.mark.parametrize("kind", ["mlp", "two heads", "recurrent"])
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str, kind: str) -> None:
-    """It was tried, on a copy: followed once, in the same model, it does."""
+    """The suggestion was tested on a copy; if it is followed once, in the same model, it works."""
     make, x = MODELS[kind]
     options = NEEDED.get(name, {})
     model, plain = seeded(make), seeded(make)
@@ -158,13 +158,13 @@ def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str,
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     assert model.state_dict().keys() == plain.state_dict().keys() and fa_bench.attached_rule(model) is None
     fa_bench.attach(model, name, sample_input=x[:2], **options, **error.settings)
-    if kind == "mlp":  # the activations: the last modules that depend on one layer alone
+    if kind == "mlp":  # the activations: the last modules that depend on only one layer
         assert error.settings["cuts"] == (["1", "3"] if name in (*COVERS_BLOCKS, "asfp_lc") else ["1", "3", "5"])
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_cuts_that_would_not_do_are_not_suggested(name: str) -> None:
-    """Outputs with four axes of positions, one more than errors can have."""
+    """Outputs with four axes of positions, one more than supported."""
     options = NEEDED.get(name, {})
     error = refusal(seeded(lambda: mlp(16, 16, 16)), name, sample_input=torch.zeros(2, 5, 1, 1, 1, 8), **options)
     assert error.settings == {} and "cuts=" not in str(error)
@@ -189,7 +189,7 @@ def test_the_suggested_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHARING)
 def test_the_suggested_linear_and_match(name: str) -> None:
-    """A model whose one shared convolution is too few; one whose widths do not go into each other."""
+    """A model with a single shared convolution, which is too few; one whose widths are not multiples of each other."""
     cuts = {"cuts": ["1"]} if name == "asfp_lc" else {}
     rule = attached_as_suggested(convnet, IMAGES, name, **cuts)
     assert rule.linear == "share"
@@ -200,7 +200,7 @@ def test_the_suggested_linear_and_match(name: str) -> None:
 @pytest.mark.parametrize("layers", [2, 6], ids=["names", "true"])
 @pytest.mark.parametrize("name", ["fa", "kp", "dfa", "predsim", "forward_alignment"])
 def test_the_suggested_allowance(name: str, layers: int) -> None:
-    """Up to four weights are named, more are allowed as a whole; what was allowed before stays allowed."""
+    """Up to four weights are named, and more are allowed as a whole; weights that were allowed before stay allowed."""
 
     class Stacked(Recurrent):
         def __init__(self) -> None:
@@ -257,7 +257,7 @@ def test_the_command_line_trains_with_what_it_suggests(
 
 
 def test_patterns_mean_the_modules_that_were_chosen_and_no_others() -> None:
-    """Up to six are written out; of more, a pattern that would match another module is not taken."""
+    """Up to six names are written out; for more, a pattern that would match another module is not used."""
     chosen = ["stem.relu", *(f"layer{stage}.{block}.relu" for stage in (1, 2, 3) for block in (0, 1))]
     paths = [*chosen, "head.relu", "layer1.0.conv", "layer1", "layer1.0"]
     written = patterns(chosen, paths)
@@ -268,7 +268,7 @@ def test_patterns_mean_the_modules_that_were_chosen_and_no_others() -> None:
 
 @pytest.mark.parametrize("name", ["dfa", "local_error", "dgl"])
 def test_without_a_hidden_layer_nothing_is_suggested(name):
-    """Nor is it tried."""
+    """The suggestion is not tested, either."""
     with pytest.raises(CoverageError, match=r"Sequential declares none; .*with cuts, or set model\.") as refused:
         fa_bench.attach(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), name, sample_input=torch.zeros(2, 8))
     assert refused.value.settings == {}

@@ -1,4 +1,5 @@
-"""Weights that are used outside their layers carry the error by themselves: attach finds them, names them and says what to do."""
+"""Weights that are used outside their layers propagate the error themselves: attach finds them, names them and suggests a
+remedy."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ from tests.mechanisms.loops.chain import (
 )
 
 X, Y = batch()
-# They leave the model as it is, or cover whole modules.
+# They leave the model unchanged, or cover whole modules.
 FREE = ("bp", "bp_deepsup", "bp_fc", "frozen", "frozen_blocks")
 COVERING = [name for name in RULES if name not in (*FREE, *COVERS_ALL, *COVERS_BLOCKS)]
 
 
 class Multiply(torch.autograd.Function):
-    """A matrix product of one's own."""
+    """A user-defined matrix product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -67,14 +68,14 @@ class Net(nn.Module):
             self.enc, self.mid, self.out = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(8, 3)
         self.act, self.act2 = nn.ReLU(), nn.ReLU()
         self.decoder = Decoder(self.enc)
-        self.same = self.enc.weight  # the same parameter as one of the model's own
+        self.same = self.enc.weight  # the same parameter as one in the model itself
         self.cut_points = self.blocks = ["act", "act2"]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.decode(self, self.act2(self.mid(self.act(self.enc(x))))))
 
 
-#: name -> (how the encoder's weight decodes, the words for it)
+#: name -> (how the encoder's weight decodes, the words that describe it)
 OUTSIDE: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
     "F.linear": (lambda net, h: F.linear(h, net.enc.weight.t()), r"t\(\) in the model"),
     "matmul": (lambda net, h: h @ net.enc.weight, r"matmul\(\) in the model"),
@@ -200,7 +201,7 @@ class Penalised(Net):
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ("frozen", "frozen_blocks", *COVERS_ALL)])
 def test_a_penalty_on_the_weights_adds_its_gradient(name: str) -> None:
-    """Computed beside the forward pass or returned by it; cut rules refuse a second output that is a number."""
+    """Computed outside the forward pass, or returned by it; cut rules refuse a second output that is a number."""
     model = Net()
     want = train(model, attach(model, name), X, Y, steps=1)
     want["mid.weight"] = want["mid.weight"] + 2 * Net().mid.weight.detach()
@@ -247,7 +248,7 @@ def test_a_layer_whose_weight_a_function_uses_in_its_place_is_refused(name: str)
 
 # ------------------------------------------------------------------------------------------------ no sample
 class Autoencoding(nn.Module):
-    """A convolution whose weight also decodes: attach cannot make a sample up, for its first layer is not linear."""
+    """A convolution whose weight also decodes: attach cannot construct a sample, because the first layer is not linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,12 +267,12 @@ def test_without_a_sample_the_first_training_forward_refuses_every_time(name: st
     rule = attach(model, name)
     before = state(model)
     with torch.no_grad():
-        model(X)  # an evaluation is none of its business
-    for _ in range(2):  # as a cell of a notebook is run again
+        model(X)  # an evaluation does not affect it
+    for _ in range(2):  # as if a notebook cell were run again
         with pytest.raises(CoverageError, match=r"conv\.weight \(used outside its layer, by conv_transpose1d\(\)"):
             train(model, rule, X, Y)
     assert not gradients(model)
-    # brsf drew its magnitudes in the pass that was refused.
+    # brsf sampled its magnitudes in the pass that was refused.
     drawn = [key for key in before if key.endswith("feedback_M")] if name == "brsf" else []
     assert_same(
         {key: tensor for key, tensor in state(model).items() if key not in drawn},
@@ -298,7 +299,7 @@ class TrainingOnly(nn.Module):
 
 @pytest.mark.parametrize("name", COVERING)
 def test_a_use_that_only_training_has_is_refused_by_the_first_training_pass(name: str) -> None:
-    """Also in a part of the model that is cut off from its output."""
+    """This also applies in a part of the model from which its output does not depend."""
     model = TrainingOnly()
     rule = attach(model, name, freeze_stem=False)
     with pytest.raises(CoverageError, match=r"enc\.weight \(used outside its layer, by linear\(\) in the model"):
@@ -307,7 +308,7 @@ def test_a_use_that_only_training_has_is_refused_by_the_first_training_pass(name
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
 def test_a_frozen_weight_carries_the_error_outside_its_layer_too(name: str) -> None:
-    """To the bias of its own layer, which learns."""
+    """Added to the bias of its own layer, which learns."""
     model = Autoencoding()
     model.conv.weight.requires_grad_(False)
     rule = attach(model, name)
@@ -326,7 +327,7 @@ def test_with_allowance_the_first_training_forward_notes_it_and_trains(name: str
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
 def test_without_a_sample_the_model_runs_as_often_as_it_is_called(name: str) -> None:
-    """The first training forward is watched while it runs, not repeated."""
+    """The first training forward pass is observed while it runs, not repeated."""
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
     rule, calls = attach(model, name), []
     model[1].register_forward_hook(lambda *_: calls.append(1) and None)
@@ -355,7 +356,7 @@ class Attentive(nn.Module):
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_attention_uses_its_own_weights_in_a_fused_function(name: str) -> None:
-    """With cuts around attention, training passes do not call its layers one by one, as the pass of the sample does."""
+    """With cuts around attention, training passes do not call its layers one by one, unlike the pass of the sample."""
     model, x, y = Attentive(), torch.randn(2, 5, 4), torch.tensor([0, 1])
     rule = attach(model, name, sample_input=x, cuts=["act", "act2"], allow_uncovered=["attention.in_proj_weight"])
     rule.backward(F.cross_entropy(model(x), y))
