@@ -1,4 +1,4 @@
-"""Commands that run without the rights of the superuser."""
+"""Commands that run without root's privileges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 
 def privileges_dropped(command: list[str], room: Path, place: Path, mode: int) -> subprocess.CompletedProcess[str]:
-    """Run a command in `room` while `place` has a mode, as one whom modes concern: root without its right to pass over them."""
+    """Run a command in `room` while `place` has a mode, as a user to whom modes apply: root without its right to override
+    them."""
     if os.geteuid() == 0:
         if not shutil.which("setpriv"):
             pytest.skip("root may read everything")

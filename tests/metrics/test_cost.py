@@ -1,4 +1,4 @@
-"""The cost of a step: multiplications by hand, bytes, peak memory, micro-batches; and its record in a run's result."""
+"""The cost of a step: multiplications by hand, bytes, peak memory, micro-batches; and the record of it in a result."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_a_layer_multiplies_for_its_output_its_weight_and_but_for_the_first_laye
 
 def test_a_strided_convolution_multiplies_once_for_each_pixel_of_its_output() -> None:
     layers = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.Conv2d(3, 4, 3, padding=1))
-    first, second = 4 * 4 * 3 * 2 * 9, 4 * 4 * 4 * 3 * 9  # 9x9 to 4x4, kept by the second
+    first, second = 4 * 4 * 3 * 2 * 9, 4 * 4 * 4 * 3 * 9  # 9x9 to 4x4, stored by the second layer
     assert counted(layers, (2, 9, 9)) == (N * (first + second), N * (first + 2 * second))
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
 def test_groups_divide_the_multiplications_of_both_passes(layer: type[nn.Conv2d | nn.ConvTranspose2d]) -> None:
-    """torch counts the gradient of a grouped weight as many times as there are groups."""
+    """torch counts the gradient of a grouped weight once for each group."""
     layers = nn.Sequential(nn.Conv2d(2, 8, 1), layer(8, 8, 3, padding=1, groups=4))
     first, second = 6 * 6 * 8 * 2, 6 * 6 * 8 * 2 * 9
     assert counted(layers, (2, 6, 6)) == (N * (first + second), N * (first + 2 * second))
@@ -59,7 +59,7 @@ def test_lstm_counts_as_the_products_of_its_cells() -> None:
     into, across = 4 * width * inputs, 4 * width * width
     forward, backward = counted(nn.LSTM(inputs, width, batch_first=True), (steps, inputs), lambda model, x: model(x)[0])
     assert forward == N * steps * (into + across)
-    assert backward == N * (steps * into + steps * across + (steps - 1) * across)  # no error at the input and the first state
+    assert backward == N * (steps * into + steps * across + (steps - 1) * across)  # no error at the input and at the first state
 
 
 def test_attention_counts_scores_and_values_which_the_backward_pass_computes_again() -> None:
@@ -124,7 +124,7 @@ def test_phases_of_rules(rule: str, backward: int, feedback: int) -> None:
     forward = FIRST + HIDDEN + LAST
     assert (own.forward, own.backward, own.feedback) == (8 * forward, 8 * backward, 8 * feedback)
     assert (reference.forward, reference.backward, reference.feedback) == (8 * forward, 8 * (FIRST + 2 * (HIDDEN + LAST)), 0)
-    assert reference == cost("bp")[0]  # also of rules that add tensors or keep layers fixed
+    assert reference == cost("bp")[0]  # this includes rules that add tensors or keep layers fixed
 
 
 def test_learning_the_feedback_is_counted_separately() -> None:
@@ -139,13 +139,13 @@ def test_learning_the_feedback_is_counted_separately() -> None:
 
 
 def test_the_cost_of_a_rule_whose_steps_alternate_is_that_of_its_first_step() -> None:
-    """Every second update of grape is one by backpropagation, which crosses the cuts."""
+    """Every second update of grape uses backpropagation, which crosses the cuts."""
     second, never, always = (cost("grape", anchor_period=period)[0] for period in (2, 0, 1))
     assert second == never and second.backward < always.backward
 
 
 def test_counting_exchanges_nothing_with_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Process 0 alone counts; the others would be waited for."""
+    """Only process 0 counts; the others would have to be waited for."""
     exchanged = []
     monkeypatch.setattr(SampleErrors, "exchange", exchanged.append)
     assert cost("f3", samples=20)[0].multiplications > 0 and not exchanged
@@ -156,7 +156,7 @@ def test_counting_does_not_depend_on_the_number_of_training_samples() -> None:
 
 
 def test_a_step_is_counted_in_training_mode_whatever_the_model_was_in() -> None:
-    """Where normalisation computes statistics."""
+    """Normalisation that computes statistics."""
     found = []
     for training in (True, False):
         torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_micro_batches_multiply_as_much_move_more_and_keep_less() -> None:
 
 
 def test_memory_of_a_large_batch_is_that_of_the_operation_that_needs_most() -> None:
-    """What a step of 64 samples has at a time, though other operations are the peak for four: exact, not an estimate."""
+    """The peak for 64 samples, although other operations set the peak for four: it is exact, not an estimate."""
     model = Conv2(channels=3, hidden=200).build((1, 8, 8), 3)
     rule = fa_bench.attach(model, "bp", seed=0, sample_input=torch.randn(2, 1, 8, 8))
     predicted = step_costs(rule, (1, 8, 8), 3, 64)[0]
@@ -208,7 +208,7 @@ def test_optimizers_move_and_keep_their_state() -> None:
 
 
 def test_products_of_the_optimizer_are_counted_separately() -> None:
-    """Muon: in five iterations each, a product of the smaller side, its square, and one with the matrix; for B as for W."""
+    """Muon: in each of five iterations, a product of the smaller side, its square, and one with the matrix; for B as for W."""
     model = MLP(widths=[16, 12]).build((1, 3, 3), 4)
     rule = fa_bench.attach(model, "kp", seed=0, sample_input=torch.randn(2, 1, 3, 3))
     own, reference = step_costs(rule, (1, 3, 3), 4, 8, optimizers=lambda: Optimizers(Muon(), rule, 1))

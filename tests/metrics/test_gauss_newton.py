@@ -1,4 +1,4 @@
-"""The probe of the angle to the Gauss-Newton step."""
+"""The probe that measures the angle to the Gauss-Newton step."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def test_jacobians_and_pseudo_inverses_are_those_of_torch() -> None:
         assert torch.allclose(found[number], want)
     delta = torch.randn(5, 3, dtype=torch.float64)
     wanted = torch.stack([torch.linalg.pinv(j) @ d for j, d in zip(found, delta, strict=True)])
-    assert torch.allclose(gauss_newton(found, delta), wanted, rtol=1e-3)  # damped by a millionth
+    assert torch.allclose(gauss_newton(found, delta), wanted, rtol=1e-3)  # damped by one millionth
     assert (gauss_newton(torch.zeros(5, 3, 7), delta) == 0).all()
 
 
 def test_the_damping_is_in_proportion_to_the_jacobian() -> None:
-    """J⁺ δ of 1e-5 J is 1e5 times as long: layers with small derivatives are not damped more than others."""
+    """J⁺ δ for 1e-5 J is 1e5 times as long: layers with small derivatives are not damped more than others."""
     generator = torch.Generator().manual_seed(2)
     wide, delta = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 3, 7), (4, 3)))
     torch.testing.assert_close(1e-5 * gauss_newton(1e-5 * wide, delta), gauss_newton(wide, delta), rtol=1e-9, atol=0)
@@ -73,7 +73,7 @@ def test_angles_of_the_rule_and_of_backpropagation() -> None:
 
 
 def test_learned_inverses_come_nearer_to_gauss_newton_than_backpropagation() -> None:
-    """Feedback trained alone, on a net that stays as it is; at 2, where J hardly depends on the sample."""
+    """Feedback trained alone, with fixed weights; at 2, J hardly depends on the sample."""
     model = mlp()
     with torch.no_grad():
         model[4].weight.copy_(nn.init.orthogonal_(torch.empty(3, 8)) * torch.tensor([[0.5], [1.0], [2.0]]))
@@ -105,7 +105,8 @@ class Parts(nn.Module):
 
 
 def test_only_activations_that_occur_once_and_carry_an_error_have_an_angle() -> None:
-    """fc2 runs twice, on its own activation; what enters side2 has no error, and a frozen layer's activation has none."""
+    """fc2 runs twice, the second time on its own activation; the input of side2 has no error, nor has a frozen layer's
+    activation."""
     rule = fa_bench.attach(Parts().double(), "bp", objective=CrossEntropy(output=0))
     assert set(measured(rule.model, rule)["gauss_newton_angle"]) == {"fc1"}
     model = mlp()
@@ -115,7 +116,7 @@ def test_only_activations_that_occur_once_and_carry_an_error_have_an_angle() -> 
 
 
 def test_an_activation_without_an_error_of_the_rule_has_no_angle() -> None:
-    """The classifier alone gets an error by the rule; by backpropagation all layers do."""
+    """With the rule, only the classifier gets an error; with backpropagation, all layers do."""
     model = mlp()
     rule = fa_bench.attach(model, "frozen")
     assert measured(model, rule) == {"gauss_newton_angle": {}, "gauss_newton_angle_bp": {}}

@@ -1,4 +1,4 @@
-"""Probes of layers against closed forms, plain autograd and nets made by hand; what they do is undone."""
+"""Probes of layers compared with closed forms, plain autograd and hand-made nets; they restore what they change."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_readout_is_ridge_regression_in_closed_form() -> None:
 
 
 def test_readout_finds_what_a_layer_separates_and_the_input_does_not() -> None:
-    """Bright and dark images against grey ones: no line through the brightness tells them apart, |brightness| does."""
+    """Bright and dark images versus grey ones: they are not linearly separable by brightness, but by |brightness|."""
     grey = torch.arange(0, 256, 4)
     images, labels = grey.view(-1, 1, 1, 1), ((grey - 128).abs() > 64).long()
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 3))
@@ -102,7 +102,8 @@ def test_readout_of_the_input_is_that_before_a_model_changes_it() -> None:
 
 
 def test_readout_reads_what_the_next_layer_takes() -> None:
-    """Behind ReLU and pooling for a layer, the logits for the last; layers of one sum have the same."""
+    """After ReLU and pooling for a layer, and the logits for the last; layers that are added together have the same
+    activation."""
     torch.manual_seed(0)
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
     subject = subject_of(model)
@@ -118,7 +119,7 @@ def test_readout_reads_what_the_next_layer_takes() -> None:
 
 
 def test_readout_takes_the_mean_over_the_positions_of_what_enters_attention() -> None:
-    """As of what enters a linear layer: its features are the last axis, too."""
+    """As for the input of a linear layer: its features are the last axis, too."""
 
     class Attends(nn.Module):
         def __init__(self) -> None:
@@ -140,7 +141,7 @@ def test_readout_takes_the_mean_over_the_positions_of_what_enters_attention() ->
 
 
 def test_every_layer_has_the_accuracy_of_its_classifier() -> None:
-    """The images and the logits, too; seven test images make one batch, and thirty-one training images as well."""
+    """This includes the images and the logits; seven test images form one batch, and so do thirty-one training images."""
     torch.manual_seed(1)
     subject = subject_of(mlp(), train=random_split(31), test=random_split(7, seed=1))
     points = readout.activation_points(subject.meter.trace)
@@ -304,18 +305,18 @@ def test_blocks_hold_what_runs_between_their_ends() -> None:
 
 @pytest.mark.parametrize("name", ["kp", "dkp", "predsim"])
 def test_blocks_of_an_attached_net_are_those_of_the_plain_one(name: str) -> None:
-    """Learned feedback is no part of them; at a cut that no layer precedes in its block it would make one of its own."""
+    """They do not include learned feedback; at a cut without a preceding layer in its block, it would form a block of its own."""
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
     model.cut_points = model.blocks = ["act1", "act2", "pool", "act3"]
     x = torch.rand(4, 1, 6, 6)
     plain = blocks_of(model, x)
-    assert list(plain) == ["act1", "act2", "act3"]  # nothing lies between act2 and the pooling
+    assert list(plain) == ["act1", "act2", "act3"]  # there is nothing between act2 and the pooling
     fa_bench.attach(model, name, seed=0, sample_input=x, **({} if name == "kp" else {"cuts": ["act1", "pool", "act3"]}))
     assert blocks_of(model, x) == plain
 
 
 def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
-    """Class = sign of the brightness; the block begins as a map that throws it away and is trained to pass it on."""
+    """Class = sign of the brightness; the block begins as a map that removes it, and is trained to pass it on."""
     grey = torch.arange(0, 256, 8)
     data = split(grey.view(-1, 1, 1, 1), (grey > 127).long())
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 3))
@@ -373,7 +374,7 @@ def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net
     subject = subject_of(model, "frozen")
     probes = Probes(["depth_utility"], 0, subject)
     model.train()
-    model(5 * subject.meter.x + 1)  # running statistics of other inputs
+    model(5 * subject.meter.x + 1)  # running statistics of different inputs
     with torch.no_grad():
         (model.fc3 if net == "mlp" else model.fc).weight.normal_()
     assert set(probes.measure(0)["depth_utility"].values()) == {0.0}
@@ -424,7 +425,7 @@ def test_a_net_without_blocks_is_refused_and_told_what_works() -> None:
 
 # ------------------------------------------------------------------------------------------------ no trace
 class Vandal(Probe):
-    """Changes whatever it can."""
+    """Changes everything that it can."""
 
     name = "vandal"
 
@@ -464,7 +465,7 @@ def test_whatever_a_probe_does_is_undone(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_draw_that_waited_is_not_taken_back() -> None:
-    """brsf draws when somebody reads; what is put back is that draw, and not the one before."""
+    """brsf samples when its values are read; the restored values are those of this sample, not of an earlier one."""
     drawn = []
     for probed in (True, False):
         subject = subject_of(mlp(), "brsf")
@@ -486,7 +487,7 @@ def test_what_a_failing_probe_did_is_undone() -> None:
 
 
 def test_running_statistics_are_those_of_full_batches_without_dropout() -> None:
-    """25 images in batches of 8: normalisation takes no batch of one. What stands in front of it passes everything on."""
+    """25 images in batches of 8: normalisation does not support a batch of one. The layer before it passes everything on."""
     model, data = mlp(batch_norm=True), random_split(25)
     plain = copy.deepcopy(model)
     model.fc1 = nn.Sequential(model.fc1, nn.Dropout(0.5))
@@ -518,7 +519,7 @@ def test_maps_of_every_number_of_dimensions_are_averaged(dims: int) -> None:
 
 
 def test_draws_are_held_until_the_outermost_measurement_ends() -> None:
-    """A probe may measure angles on its way."""
+    """A probe may measure angles itself."""
     subject = subject_of(mlp(batch_norm=True), "brsf")
     rule, mode = subject.rule, subject.rule.mode
     for outer in (state_restored, measurement_mode):
@@ -577,7 +578,7 @@ def test_a_hidden_layer_called_input_is_not_mixed_up_with_the_images() -> None:
 
 
 def test_probes_learn_from_2000_images_and_are_scored_on_10000() -> None:
-    """At most, as their pages say."""
+    """These are upper limits, as the pages of the probes say."""
     subject = subject_of(mlp(), train=random_split(2001), test=random_split(10_001))
     assert (len(subject.training), len(subject.scored)) == (2000, 10_000)
 

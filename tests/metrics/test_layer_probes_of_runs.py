@@ -1,4 +1,4 @@
-"""Runs with probes of layers: measured, recorded, reported, and without an effect on the run."""
+"""Runs with probes of layers: these are measured, recorded and reported, and do not affect the run."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def test_probes_of_a_finished_run_are_measured_by_resuming_it(in_empty_folder: N
     assert (result_in("run")["test_accuracy"], Path("run/metrics.jsonl").read_text()) == before
     assert result_in("run")["probes"] == result_in("whole")["probes"] and result_in("run")["status"] == "finished"
     monkeypatch.setattr(Recorder, "measure_probes", None)
-    assert main([*TINY, "probes=[readout]", "hydra.run.dir=run", "resume=true"]) == 0  # it has been measured
+    assert main([*TINY, "probes=[readout]", "hydra.run.dir=run", "resume=true"]) == 0  # it has already been measured
 
 
 def test_a_run_that_starts_anew_is_measured_and_not_what_its_checkpoint_held(in_empty_folder: None) -> None:
-    """The checkpoint is read before the records are found missing, and holds the model at the end."""
+    """The checkpoint, which contains the model at the end, is read before the records are found to be missing."""
     command = [*TINY, ALL, "probes_epochs=1", "hydra.run.dir=run"]
 
     def probes() -> list[dict]:

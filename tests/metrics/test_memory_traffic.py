@@ -1,4 +1,4 @@
-"""Memory accesses: the counts of the activation-sharing paper's nets, what is kept and why, specs, and the analysis."""
+"""Memory accesses: the counts for the nets of the activation-sharing paper, stored tensors, specs, and the analysis."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_what_of_resnet18_is_kept() -> None:
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize("options", [{}, {"shortcuts": False}])
 def test_kept_inputs_are_what_the_rule_in_the_model_keeps(k: int, options: dict[str, Any]) -> None:
-    """Seen from outside: a layer's gradient changes with an activation only where that activation is kept."""
+    """Measured from outside: a layer's gradient changes with an activation only if that activation is stored."""
     torch.manual_seed(0)
     net = ARCHITECTURES["resnet18"](width=1, blocks=[2, 2], **options).build((3, 8, 8), 3)
     x = torch.randn(2, 3, 8, 8)
@@ -77,7 +77,7 @@ def test_kept_inputs_are_what_the_rule_in_the_model_keeps(k: int, options: dict[
 
 
 class Branches(nn.Module):
-    """One map enters a convolution and is averaged; a pooling that leaves a map as it is."""
+    """One map is the input of a convolution and is averaged; a pooling that does not change a map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_averaged_maps_are_counted_once() -> None:
 
 
 def test_max_pooling_goes_with_the_layer_before() -> None:
-    """conv2: the map that the second convolution takes, the pooled one, the hidden layer's outputs, logits."""
+    """conv2: the input of the second convolution, the pooled map, the hidden layer's outputs, and the logits."""
     assert counted("conv2", channels=2, hidden=7).activations == 2 * 30 * 30 + 2 * 14 * 14 + 7 + 10
 
 
@@ -106,7 +106,7 @@ def test_strict_counts_feedback_and_masks() -> None:
     plain, shared = counted("asap_alexnet", 0), counted("asap_alexnet", 2)
     convolutions, linear = 25 * (64 * 128 + 128 * 256), 4096 * 1024 + 1024 * 1024 + 1024 * 10
     assert (plain.feedback, plain.learned) == (0, 0)
-    # The stem brings no error to the image; B of fully connected layers is fixed.
+    # The stem propagates no error to the image; B of fully connected layers is fixed.
     assert (shared.feedback, shared.learned) == (convolutions + linear, convolutions)
     relus = 64 * 32 * 32 + 128 * 16 * 16 + 256 * 8 * 8 + 2 * 1024
     assert plain.relus == shared.relus == relus
@@ -115,7 +115,7 @@ def test_strict_counts_feedback_and_masks() -> None:
         assert memory.accesses(128, strict=True) == (reads + memory.feedback + 4 * relus, writes + memory.learned + 4 * relus)
     with torch.device("meta"):
         net = ARCHITECTURES["asap_alexnet"]().build((3, 32, 32), 10)
-    # With transport the fully connected layers keep their fixed B, unless they share.
+    # With transport, fully connected layers keep their fixed B unless they share activations.
     transport = memory_of(net, (3, 32, 32), ASAP(transport=True))
     assert (transport.feedback, transport.learned) == (linear, 0)
     assert memory_of(net, (3, 32, 32), ASAP(transport=True, linear="share")).feedback == 0
@@ -189,7 +189,7 @@ def test_strict_option_and_ranges() -> None:
 
 
 def test_every_kind_of_relu_has_its_bit() -> None:
-    """What cuts off at zero, in place or not; a hyperbolic tangent keeps no sign."""
+    """Functions that cut off at zero, in place or not; a hyperbolic tangent does not preserve the sign."""
     activations = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.ReLU(inplace=True), nn.Tanh()]
     net = nn.Sequential(*[part for activation in activations for part in (nn.Linear(6, 6), activation)], nn.Linear(6, 2))
     assert memory_of(net, (6,)).relus == 4 * 6

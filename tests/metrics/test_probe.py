@@ -1,4 +1,4 @@
-"""Angles against plain formulas, and a probe that leaves no trace."""
+"""Angles compared with plain formulas; the measurement leaves no traces."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def mean_angle(u: Tensor, v: Tensor) -> float:
 
 
 def errors_by_hand(model: nn.Sequential, carry: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Errors at the two hidden activations of `mlp`, with the matrices in `carry` (O, I) bringing them down."""
+    """Errors at the two hidden activations of `mlp`, propagated with the matrices in `carry` (O, I)."""
     a1 = x @ model[0].weight.T + model[0].bias
     h1 = a1.tanh()
     h2 = (h1 @ model[2].weight.T + model[2].bias).sigmoid()
@@ -108,7 +108,7 @@ def test_delta_angles_of_direct_feedback_are_the_formula(form: str) -> None:
 
 
 def test_one_step_equals_accumulated_where_only_one_step_differs() -> None:
-    """With true weights in all layers but the output's, every error is one wrong step away from the true one."""
+    """With true weights in all layers except the output layer, every error is one wrong step away from the true one."""
     torch.manual_seed(0)
     model = ResNet20(width=2, blocks=1).build((1, 8, 8), 3).double()
     x, y = batch(64)
@@ -128,7 +128,7 @@ def test_one_step_equals_accumulated_where_only_one_step_differs() -> None:
 def test_probe_leaves_no_trace(name: str, options: dict) -> None:
     torch.manual_seed(0)
     model = ResNet20(width=2, blocks=1).build((1, 8, 8), 3).double()
-    model.relu = nn.Sequential(model.relu, nn.Dropout(0.5))  # behind the stem and in every forward pass
+    model.relu = nn.Sequential(model.relu, nn.Dropout(0.5))  # after the stem and in every forward pass
     x, y = batch(64)
     x = x.view(-1, 1, 8, 8)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)
@@ -227,12 +227,12 @@ def test_rules_without_direct_feedback_have_no_output_angle():
 
 
 def test_layers_that_carry_an_error_and_those_of_the_output():
-    """In the order of execution: layers whose input depends on a weight, and layers that nothing with weights follows."""
+    """In the order of execution: layers whose input depends on a weight, and layers that no weight follows."""
     probe = AlignmentMeter(fa_bench.attach(mlp(), "fa", seed=0), *batch())
     assert (probe.feedback_layers, probe.output_layers) == (["2", "4"], ["4"])
 
     class Two(nn.Module):
-        """Two layers take the image, and two make the logits."""
+        """Two layers use the image, and two compute the logits."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -270,7 +270,7 @@ def test_of_several_outputs_the_trained_one_has_all_angles(name: str, options: d
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_a_projection_shortcut_carries_an_error(pooled: bool) -> None:
-    """Whether it has the same input as the block's first layer or, as in ResNet-D, an average of it."""
+    """Both if it has the same input as the block's first layer and if it has an average of it, as in ResNet-D."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -319,7 +319,7 @@ class Attends(nn.Module):
 
 @pytest.mark.parametrize("name", ["bp", "kp"])
 def test_layers_of_attention_are_measured_whatever_the_rule_does_with_them(name: str) -> None:
-    """In training, `bp` leaves attention to a fused kernel, which calls no layers."""
+    """In training, `bp` runs attention as a fused kernel, which calls no layers."""
     rule = fa_bench.attach(Attends(), name, sample_input=torch.randn(2, 5, 4))
     meter = AlignmentMeter(rule, torch.randn(8, 5, 4), torch.arange(8) % 3, metrics=["delta_angle"])
     assert meter.measure()["delta_angle"].keys() == {"embed", "attention.in_proj", "attention.out_proj", "head"}
@@ -357,7 +357,7 @@ SHARED = [
 
 @pytest.mark.parametrize(("name", "options"), [*RULES, *SHARED, ("forward_alignment", {}), ("pfa", {}), ("mixed", {})], ids=str)
 def test_measured_gradients_are_those_of_training(name: str, options: dict) -> None:
-    """Shared activations included; brsf is measured with the magnitudes that it has, and trains with new ones."""
+    """This includes shared activations; brsf is measured with its current magnitudes and trained with new ones."""
     x, y = batch()
     rule = fa_bench.attach(mlp(), name, seed=0, sample_input=x, **options)
     with measurement_mode(rule):
@@ -386,7 +386,7 @@ def test_a_layer_that_feeds_the_output_and_others_is_an_output_layer() -> None:
 
 
 class TwoHeads(nn.Module):
-    """Two outputs in training, and in evaluation as well, unless told otherwise."""
+    """Two outputs in training and, by default, also in evaluation."""
 
     def __init__(self, in_evaluation: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The published nets written out with plain tensor operations on a model's own tensors.
+"""The published nets, written with plain tensor operations on a model's own tensors.
 
 They follow the papers' descriptions (and the authors' code where a paper is silent), not the code in ``fa_bench/models``: no
 module is called, and batch normalisation is written out.
@@ -28,7 +28,7 @@ relu = ACTIVATIONS["relu"]
 
 
 class ByHand:
-    """The tensors of a model, by name, and the layers made of them.
+    """The tensors of a model, by name, and functions for the layers that use them.
 
     Attributes:
         tensors: copies of the model's parameters and buffers. In training mode `norm` updates the running statistics.
@@ -105,7 +105,7 @@ def asap_alexnet(net: ByHand, x: Tensor, output_norm: bool = True) -> Tensor:
 
 
 def dkp_alexnet(net: ByHand, x: Tensor, dropout: float = 0.5, linear_norm: bool = True) -> Tensor:
-    """DKP paper, section 3.2: torchvision's AlexNet, normalised in front of every ReLU; dropout as in the code."""
+    """DKP paper, section 3.2: torchvision's AlexNet, normalised before every ReLU; dropout as in the code."""
     x = relu(net.norm("bn1", net.conv("conv1", x, stride=4, padding=2)))
     x = F.max_pool2d(x, 3, 2)
     x = relu(net.norm("bn2", net.conv("conv2", x, padding=2)))
@@ -193,7 +193,7 @@ def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: b
 
 
 def vgg(net: ByHand, x: Tensor, convolutions: str, activation: str, batch_norm: bool = False) -> Tensor:
-    """One character for a convolution: p with max-pooling after it, v without padding, . for any other."""
+    """One character per convolution: p with max-pooling after it, v without padding, . for any other."""
     for number, kind in enumerate(convolutions, start=1):
         x = net.conv(f"conv{number}", x, padding=0 if kind == "v" else 1)
         x = ACTIVATIONS[activation](net.norm(f"bn{number}", x) if batch_norm else x)

@@ -23,7 +23,7 @@ ALEXNET, GAINS = 61_100_840, 2 * 1152
     ("name", "options", "shape", "classes", "parameters"),
     [
         ("asap_alexnet", {}, CIFAR, 10, 6_289_438),
-        ("asap_alexnet", {}, MNIST, 10, 6_289_438 - 2 * 25 * 64),  # one colour in place of three
+        ("asap_alexnet", {}, MNIST, 10, 6_289_438 - 2 * 25 * 64),  # one colour instead of three
         ("asap_alexnet", {"output_norm": False}, CIFAR, 10, 6_289_438 - 20),
         ("resnet18", {}, CIFAR, 10, 11_173_982),
         ("resnet34", {}, CIFAR, 10, 21_282_142),
@@ -79,7 +79,7 @@ def test_outputs_are_those_of_torchvision(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "alexnet"])
 def test_a_first_convolution_for_grey_images_differs_in_its_channels_alone(name: str) -> None:
-    """The one has no bias, the other has."""
+    """One has no bias, and the other has."""
     theirs = getattr(torchvision.models, name)(num_classes=7)
     ours = ARCHITECTURES["torchvision"](model=name).build((1, 64, 64), 7)
     first, *others = [(key, tensor.shape) for key, tensor in theirs.state_dict().items()]
@@ -134,7 +134,7 @@ def test_a_residual_net_needs_a_stage() -> None:
 
 
 def test_alexnet_takes_sizes_that_pooling_rounds() -> None:
-    """What the stages say of sizes is what PyTorch makes of them, down to one pixel."""
+    """The sizes that the stages predict are those that PyTorch computes, down to one pixel."""
     for size in range(1, 20):
         ARCHITECTURES["asap_alexnet"](width=1, hidden=2).build((1, size, size + 3), 3)(torch.zeros(2, 1, size, size + 3))
     for size in range(63, 100, 3):
@@ -161,7 +161,7 @@ TINY: dict[str, tuple[str, dict[str, Any], int]] = {
     "residual_mlp": ("residual_mlp", {"width": 6, "blocks": 2}, 4),
     "vgg": ("vgg", {"width": 2}, 16),
 }
-# The mirror's steps before training take seconds, and test nothing here.
+# The mirror's steps before training take seconds and are not tested here.
 FAST = {"wm": {"initial_steps": 1, "mirror_batch": 2}, "f3": {"samples": 9}}
 
 
@@ -179,7 +179,7 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
     options = FAST.get(name, {})
     try:
         rule = fa_bench.attach(net, name, sample_input=x, **options)
-    except CoverageError as error:  # what the refusal names as working does work
+    except CoverageError as error:  # the suggestion in the error message works
         assert "match='random'" in str(error)
         rule = fa_bench.attach(net, name, sample_input=x, match="random", **options)
     assert not rule.coverage.uncovered
@@ -195,7 +195,7 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
         rule.step()
     now = dict(net.named_parameters())
     assert learning and all(torch.isfinite(p).all() for p in now.values())
-    # A bias in front of a normalisation has no gradient but rounding.
+    # The gradient of a bias before a normalisation is only rounding.
     still = [key for key, before in learning.items() if before.dim() > 1 and torch.equal(now[key], before)]
     assert not still, f"{still} did not learn"
     assert all(torch.equal(now[key], before) for key, before in frozen.items())
@@ -238,14 +238,15 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
     ],
 )
 def test_where_direct_errors_and_local_losses_go(architecture: str, cuts: list[str], blocks: list[str]) -> None:
-    """Behind pooling and dropout, as in both papers' codes; in residual nets behind every convolution, the last with the sum."""
+    """After pooling and dropout, as in the code of both papers; in residual nets after every convolution, the last one with the
+    sum."""
     for rule, wanted in (("dfa", cuts), ("dgl", blocks)):
         net, x, _ = tiny(architecture)
         assert list(fa_bench.attach(net, rule, sample_input=x).feedback) == wanted
 
 
 def test_no_error_passes_a_cut_of_a_net_with_normalisation_after_the_relu() -> None:
-    """Every layer's gradient comes from its own cut: with the others' feedback set to zero it is the same, to the bit."""
+    """Every layer's gradient depends only on its own cut: with the others' feedback set to zero, it is bitwise identical."""
 
     def gradients(zero: str | None) -> dict[str, Tensor]:
         net, x, y = tiny("resnet18_imagenet, bn=after")
@@ -292,7 +293,7 @@ def test_images_with_one_side_that_is_too_small_are_said_to_be(shape: tuple[int,
 
 @pytest.mark.parametrize("colours", [1, 3, 5])
 def test_torchvisions_net_is_its_own_but_for_the_first_convolution(colours: int) -> None:
-    """Which is replaced only for images without three colours, and otherwise begins as torchvision has it."""
+    """The first layer is replaced only for images without three colours; otherwise, it begins with torchvision's values."""
     torch.manual_seed(0)
     theirs = torchvision.models.squeezenet1_1(num_classes=7)
     torch.manual_seed(0)

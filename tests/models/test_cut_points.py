@@ -23,7 +23,7 @@ NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
     ("mlp", {"widths": [5, 4, 3], "batch_norm": True}, SMALL, ["act1", "act2", "act3"], ["act1", "act2", "act3"]),
     ("conv2", {}, SMALL, ["act1", "act2", "act3"], ["act1", "pool", "act3"]),
     ("asap_alexnet", {"width": 2, "hidden": 5}, SMALL, *[["pool1", "pool2", "pool3", "act4", "act5"]] * 2),
-    # Behind the dropout that follows an activation.
+    # After the dropout that follows an activation.
     ("dkp_alexnet", {"width": 2, "hidden": 5}, LARGE, *[["pool1", "pool2", "act3", "act4", "drop6", "drop7", "act7"]] * 2),
     (
         "resnet20",
@@ -46,7 +46,7 @@ NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
         ["pool", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2))],
         ["pool", *STAGES[:2]],
     ),
-    # The sum is no module's output but the block's, and there is no ReLU behind it.
+    # The sum is the output of no module except the block, and no ReLU follows it.
     (
         "resnet18_imagenet",
         TWO | {"bn": "after"},
@@ -105,7 +105,7 @@ NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
 
 
 def matched(model: nn.Module, names: list[str]) -> list[str]:
-    """The modules that names and patterns mean, in the order of the model."""
+    """The modules to which names and patterns refer, in the order of the model."""
     return [path for path, _ in model.named_modules() if path and any(fnmatch.fnmatch(path, name) for name in names)]
 
 
@@ -120,7 +120,7 @@ def test_cut_points_and_blocks(
 
 
 def test_cuts_of_launay_are_patterns_of_a_decoder() -> None:
-    """Three in a block, "micro", or its output, "macro"; with dropout, the cut at the activation is behind it."""
+    """Three in each block ("micro"), or its output ("macro"); with dropout, the cut at the activation is after it."""
     model = ARCHITECTURES["decoder"](width=4, depth=2, norm="post", dropout=0.1).build((5,), 3)
     assert matched(model, ["*.norm1", "*.act", "*.norm2"]) == [
         f"{block}.{name}" for block in LAYERS for name in ("norm1", "act", "norm2")

@@ -19,10 +19,10 @@ from .by_hand import ByHand
 Shape = tuple[int, int, int]
 Reference = Callable[..., Tensor]
 
-#: The published images; 36x28 has sides that differ, and odd maps in the third stage.
+#: The published image sizes; 36x28 has different sides, and odd sizes in the third stage.
 MNIST, CIFAR, ODD, CLASSES = (1, 28, 28), (3, 32, 32), (3, 36, 28), 10
 
-#: name of the case -> (architecture, its options, shape of an image, the net by hand, the arguments of that).
+#: name of the case -> (architecture, its options, shape of an image, the net by hand, and its arguments).
 #: Large nets are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
 CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] = {
     "pfa_fig2": ("mlp", {"init": "xavier_uniform"}, MNIST, by_hand.mlp, {"hidden": 2}),
@@ -203,11 +203,11 @@ def test_a_forward_pass_is_the_one_written_out(case: str, training: bool) -> Non
     written_out = ByHand(net)
     torch.manual_seed(1)
     expected = reference(written_out, x, **arguments)
-    torch.manual_seed(1)  # the same masks of dropout
+    torch.manual_seed(1)  # with the same dropout masks
     logits = net(x)
     assert logits.shape == (5, CLASSES) and logits.std() > 0.01
     torch.testing.assert_close(logits.detach(), expected, rtol=1e-9, atol=1e-9)
-    # Running statistics move in training mode, and only there.
+    # Running statistics change only in training mode.
     torch.testing.assert_close(dict(net.state_dict()), written_out.tensors, rtol=1e-9, atol=1e-9)
 
 
@@ -297,7 +297,7 @@ def test_layers_have_the_published_shapes(
 
 @pytest.mark.parametrize(("name", "options", "shape"), [case[:3] for case in PUBLISHED])
 def test_only_the_convolutions_of_residual_nets_have_no_bias(name: str, options: dict[str, Any], shape: Shape) -> None:
-    """As in torchvision, in the code behind the PFA paper and, for backpropagation, in the ASAP paper's."""
+    """As in torchvision, the code of the PFA paper and, for backpropagation, that of the ASAP paper."""
     with torch.device("meta"):
         net = ARCHITECTURES[name](**options).build(shape, CLASSES)
     for layer in (module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)):

@@ -1,4 +1,4 @@
-"""Initial weights of every architecture: exact bounds of uniform draws, deviations of normal ones, zero biases."""
+"""Initial weights of every architecture: exact bounds of uniform samples, deviations of normal ones, zero biases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fa_bench.models.base import Architecture
 from fa_bench.registry.options import option_fields
 from fa_bench.registry.registries import ARCHITECTURES
 
-#: Small nets whose layers have fans that differ, with the shape of an image, or the length of a sequence.
+#: Small nets whose layers have different fans, with the shape of an image or the length of a sequence.
 NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mlp": ({"widths": [90, 30], "batch_norm": True, "output_norm": True}, (1, 10, 16)),
     "conv2": ({"channels": 24, "hidden": 40}, (3, 28, 28)),
@@ -33,7 +33,7 @@ NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "decoder": ({"width": 24, "depth": 1}, (30,)),
     "lstm": ({"width": 24}, (30,)),
 }
-#: Weights that are not those of linear layers and convolutions, with their standard deviation, which `init` leaves.
+#: Weights that do not belong to linear layers or convolutions, with their standard deviation, which `init` does not change.
 OTHERS: dict[str, dict[str, float]] = {
     "vit_mini": {"embed.token": 0.0, "embed.positions": 0.02},
     "decoder": {"embed.tokens.weight": 0.02, "embed.positions": 0.02},
@@ -79,7 +79,7 @@ def check_draw(weight: Tensor, deviation: float, uniform: bool) -> None:
     assert weight.std().item() == pytest.approx(deviation, rel=5 * math.sqrt((kurtosis - 1) / (4 * n)))
     assert abs(weight.mean().item()) < 5 * deviation / math.sqrt(n)
     largest = weight.abs().max().item() / (math.sqrt(3) * deviation)
-    # The bound itself is a float32: it is exact to 1e-6.
+    # The bound itself is a float32, which is exact to 1e-6.
     assert 1 - 20 / n < largest <= 1 + 1e-6 if uniform else largest > 1.2
 
 
@@ -127,7 +127,8 @@ def test_normalisation_begins_as_identity(name: str, init: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_embeddings_positions_and_recurrent_weights_have_their_own_distribution(name: str) -> None:
-    """The same one for every initialiser. Tolerance: five standard errors of the deviation of a normal draw."""
+    """The standard deviation is the same for every initialiser. Tolerance: five standard errors of the deviation of a normal
+    draw."""
     weights, other = dict(build(name, "pytorch").named_parameters()), dict(build(name, "uniform_one").named_parameters())
     for key, deviation in OTHERS[name].items():
         value = weights[key].detach()
@@ -142,13 +143,13 @@ def test_tokens_begin_as_large_as_sinusoids() -> None:
 
 
 def test_layers_are_drawn_independently() -> None:
-    """Two layers of one shape have nothing in common: |cos| of n = 5184 values has a deviation of 1/√n = 0.014."""
+    """Two layers of the same shape are independent: |cos| of n = 5184 values has a deviation of 1/√n = 0.014."""
     for init in DRAWS:
         net = build("conv2", init)
         other = ARCHITECTURES["conv2"](init=init, **NETS["conv2"][0]).build(NETS["conv2"][1], CLASSES)  # later draws
         a, b = net.conv2.weight.flatten(), other.conv2.weight.flatten()
         assert abs(torch.cosine_similarity(a, b, dim=0).item()) < 0.07
-        assert torch.equal(a, build("conv2", init).conv2.weight.flatten())  # the global seed decides
+        assert torch.equal(a, build("conv2", init).conv2.weight.flatten())  # the global seed determines them
 
 
 def test_torchvisions_googlenet_has_torchs_own_initial_weights() -> None:

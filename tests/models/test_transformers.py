@@ -20,7 +20,7 @@ from .by_hand import ByHand
 
 VOCABULARY, LENGTH = 11, 6
 POST = {"norm": "post", "positions": "sinusoidal", "activation": "relu"}
-#: case -> (architecture, options, the net by hand, the arguments of that).
+#: case -> (architecture, options, the net by hand, and its arguments).
 TEXT: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor], dict[str, Any]]] = {
     "decoder": ("decoder", {"width": 12, "dropout": 0.0}, by_hand.decoder, {"depth": 4, "heads": 4}),
     "decoder, norm=post": (
@@ -37,7 +37,7 @@ TEXT: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor], dict[str, Any]
 
 
 def build(name: str, shape: tuple[int, ...] = (LENGTH,), classes: int = VOCABULARY, **options: Any) -> nn.Module:
-    """In float64, with LayerNorms and a class token that do something."""
+    """In float64, with LayerNorms and a class token that have an effect."""
     torch.manual_seed(0)
     net = ARCHITECTURES[name](**options).build(shape, classes).double()
     for module in net.modules():
@@ -63,7 +63,7 @@ def test_logits_of_tokens_are_those_written_out(case: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, POST], ids=["pre", "post"])
 def test_dropout_is_of_embeddings_attention_hidden_activations_and_outputs(options: dict[str, Any]) -> None:
-    """The same masks in the same order as the net written out."""
+    """The same masks, in the same order, as in the net by hand."""
     net, x = build("decoder", width=8, depth=2, dropout=0.4, **options), tokens()
     torch.manual_seed(5)
     logits = net(x).detach()
@@ -110,7 +110,7 @@ def test_a_logit_depends_on_earlier_tokens_alone_and_on_each_of_them(case: str) 
 
 @pytest.mark.parametrize("case", TEXT)
 def test_sequences_may_be_shorter_than_those_of_the_data(case: str) -> None:
-    """They give the first logits. Tolerance: rounding of float64."""
+    """They equal the first logits. Tolerance: rounding of float64."""
     name, options, *_ = TEXT[case]
     net, x = build(name, **options), tokens()
     torch.testing.assert_close(net(x[:, :4]), net(x)[:, :4], rtol=0, atol=1e-12)
@@ -185,7 +185,7 @@ def test_rules_train_every_weight(architecture: str, name: str) -> None:
     assert not still, f"{still} did not learn"
 
 
-#: Architecture -> cut -> the modules whose weights learn from its error alone.
+#: Architecture -> cut -> the modules whose weights learn only from its error.
 CUTS: dict[str, dict[str, list[str]]] = {
     "residual_mlp": {
         "embed": ["embed"],
@@ -209,7 +209,7 @@ CUTS: dict[str, dict[str, list[str]]] = {
 
 @pytest.mark.parametrize(("architecture", "cut"), [(name, cut) for name, cuts in CUTS.items() for cut in cuts])
 def test_no_error_passes_a_cut_of_the_stream(architecture: str, cut: str) -> None:
-    """With the feedback of all other cuts set to zero, the layers of a cut have the same gradients, to the bit; others none.
+    """With the feedback of all other cuts set to zero, the gradients of a cut's layers are bitwise identical; others get none.
 
     The identity path is cut too. LayerNorms within blocks learn through the weight of the layer after them.
     """

@@ -1,4 +1,4 @@
-"""Scores: computed from sums over batches, whatever the batches; masked tokens; the two directions."""
+"""Scores are computed from sums over batches, however the data are batched; masked tokens; the two directions."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def test_perplexity_that_no_float_can_hold_is_infinite() -> None:
 
 @pytest.mark.parametrize("batches", [[30], [16, 14], [1, 29]])
 def test_r2_is_that_of_the_whole_split(batches: list[int]) -> None:
-    """Of all outputs together: scikit-learn's, weighted by the variance of each output. The offset would cancel float32."""
+    """Of all outputs together: scikit-learn's, weighted by the variance of each output. In float32, the offset would cause
+    cancellation."""
     generator = torch.Generator().manual_seed(1)
     target = 1000 + torch.randn(30, 2, generator=generator) * torch.tensor([1.0, 4.0])
     outputs = target + 0.5 * torch.randn(30, 2, generator=generator)
@@ -113,7 +114,7 @@ def test_r2_is_that_of_the_whole_split(batches: list[int]) -> None:
 def test_r2_of_the_mean_is_zero_and_of_constant_targets_absent() -> None:
     target = torch.arange(4.0)[:, None]
     assert scored(MSE(), torch.full((4, 1), 1.5), target, [4])["r2"] == pytest.approx(0)
-    for count in range(2, 40):  # the sum of squares around their mean is rounded to either side of zero
+    for count in range(2, 40):  # the sum of squares around their mean may be rounded up or down
         assert scored(MSE(), torch.zeros(count, 1), torch.full((count, 1), 1000.1), [count - 1, 1]).keys() == {"rmse"}
 
 

@@ -1,4 +1,4 @@
-"""Muon against its formulas: the iteration, whole steps, which tensors it takes, and learned feedback."""
+"""Muon compared with its formulas: the iteration, whole steps, the tensors it updates, and learned feedback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def iterated_by_hand(matrix: list[list[float]], steps: int) -> list[list[float]]:
-    """X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X, by loops."""
+    """X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X, with loops."""
 
     def product(one: list[list[float]], other: list[list[float]]) -> list[list[float]]:
         return [[sum(one[i][k] * other[k][j] for k in range(len(other))) for j in range(len(other[0]))] for i in range(len(one))]
@@ -53,7 +53,7 @@ def test_iteration_by_loops(shape: tuple[int, int], steps: int) -> None:
 
 
 def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
-    """The range of the quintic for values above 1/100 of the norm, with a hundredth to spare."""
+    """The range of the quintic for values above 1/100 of the norm, with a margin of one hundredth."""
     matrix = random(20, 30)
     for scale in (1.0, 1e-30, 1e30):
         values = torch.linalg.svdvals(orthogonalized(scale * matrix, 5))
@@ -125,7 +125,7 @@ def test_every_option_is_in_the_steps(options: dict[str, Any]) -> None:
         elif made.weight_decay:
             continue  # see below
         else:
-            # Steps without decay are linear in the rate, which is 0.1 in `adam_by_hand`.
+            # Steps without decay are linear in the learning rate, which is 0.1 in `adam_by_hand`.
             moved = adam_by_hand(start, gradients, made.beta1, made.beta2, made.eps, 0.0, True) - start
             want = start + made.adam_lr / 0.1 * moved
         torch.testing.assert_close(tensor.detach(), want, rtol=1e-9, atol=1e-11)
@@ -142,7 +142,7 @@ def test_weight_decay_of_vectors_is_decoupled() -> None:
 
 
 def test_half_precision_is_iterated_in_single() -> None:
-    """The update's error is that of rounding it once to bfloat16: 2^-8 of each entry, at most of the largest."""
+    """The error of the update is that of rounding it once to bfloat16: 2^-8 of each entry, or of the largest entry."""
     weight = nn.Parameter(torch.zeros(6, 9, dtype=torch.bfloat16))
     weight.grad = random(6, 9).bfloat16()
     muon.Muon([weight], 1.0, 0.0, False, 5, "original", 0.0).step()
@@ -286,7 +286,7 @@ def trained(rule: Rule, optimizers: Optimizers, steps: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mlp_tanh", "conv_bn"])
 def test_weights_and_feedback_of_kolen_pollack_differ_by_decay_alone(name: str) -> None:
-    """Equal gradients get equal updates, so that W - B shrinks by 1 - lr λ a step, to rounding."""
+    """Equal gradients give equal updates, so W - B shrinks by 1 - lr λ per step, up to rounding."""
     rule = attached("kp", name)
     before = {path: weight - feedback for path, (feedback, weight) in rule.weight_pairs().items()}
     trained(rule, Optimizers(Muon(lr=0.1, weight_decay=0.5), rule, 1), 6, name)

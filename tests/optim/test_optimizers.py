@@ -1,4 +1,5 @@
-"""Optimizers against their formulas, for weights and for learned feedback: steps, first-epoch decay, schedules, saved state."""
+"""Optimizers compared with their formulas, for weights and for learned feedback: steps, first-epoch decay, schedules, saved
+state."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def attached(name: str = "kp", net: str = "mlp_tanh", **options: Any) -> Rule:
 
 
 def weights(rule: Rule) -> list[Tensor]:
-    """What is trained and is no feedback."""
+    """The trained parameters that are not feedback."""
     learned = {id(tensor) for tensor in rule.feedback_parameters()}
     return [parameter for parameter in rule.model.parameters() if parameter.requires_grad and id(parameter) not in learned]
 
@@ -108,7 +109,7 @@ ADAMS = [
     ids=str,
 )
 def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict[str, Any], of: str) -> None:
-    """Three steps, of the weights' optimizer and of the one of the feedback."""
+    """Three steps of the weights' optimizer and of the feedback optimizer."""
     rule, made = attached("pfa"), cls(lr=LR, **options)
     other = SGD(lr=0.7, momentum=0.3)
     optimizers = Optimizers(made, rule, 1, other) if of == "weights" else Optimizers(other, rule, 1, made)
@@ -152,7 +153,7 @@ def plain(lr: float, later: float, first: float | None, **schedule: Any) -> SGD:
 def test_decay_of_the_first_epoch_is_that_of_the_group(
     scale: float, own: SGD | None, of_weights: list[float], of_feedback: list[float]
 ) -> None:
-    """Without gradients a step multiplies a tensor by 1 - lr λ."""
+    """Without gradients, a step multiplies a tensor by 1 - lr λ."""
     rule = attached(b_lr_scale=scale)
     optimizers = Optimizers(plain(0.1, 0.2, 0.5), rule, 3, own)
     for epoch in range(3):
@@ -179,7 +180,7 @@ SCHEDULES = [
 @pytest.mark.parametrize("second", SCHEDULES, ids=lambda case: case[0]["name"])
 @pytest.mark.parametrize("first", SCHEDULES, ids=lambda case: case[0]["name"])
 def test_both_optimizers_follow_their_own_schedules(first: Any, second: Any) -> None:
-    """Without decay and momentum a gradient of ones moves a tensor by the learning rate."""
+    """Without decay and momentum, a gradient of ones moves a tensor by the learning rate."""
     rule = attached()
     optimizers = Optimizers(plain(0.1, 0.0, None, **first[0]), rule, 4, plain(0.3, 0.0, None, **second[0]))
     seen = rates(optimizers, rule, 4)
@@ -220,7 +221,7 @@ def rates(optimizers: Optimizers, rule: Rule, epochs: int) -> tuple[list[float],
         optimizers.step()
         for tensors, starts, found in zip((weights(rule), rule.feedback_parameters()), before, seen, strict=True):
             moved = torch.cat([(start - t.detach()).flatten() for start, t in zip(starts, tensors, strict=True)])
-            assert moved.max() - moved.min() < 1e-12  # every tensor of a kind has the same rate, but for rounding
+            assert moved.max() - moved.min() < 1e-12  # all tensors of one kind have the same learning rate, up to rounding
             found.append(moved.mean().item())
     return seen
 
@@ -250,7 +251,7 @@ LEARNING = {
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", LEARNING)
 def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str, net: str, own: SGD | None) -> None:
-    """Also where the fused update reads the gradient of W for that of B."""
+    """This includes the fused update, which reads the gradient of W as that of B."""
     rule = attached(name, net, **LEARNING[name])
     optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
     assert rule.feedback_parameters() and all(o.defaults["fused"] for o in optimizers.optimizers)
@@ -284,7 +285,7 @@ def test_clipping_scales_weights_and_feedback_by_their_common_norm(own: SGD | No
 
 @pytest.mark.parametrize("largest", [None, 0.05])
 def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_own(largest: float | None) -> None:
-    """Also in a step after one whose gradients were asked for, and clipped: then it counts in the common norm, too."""
+    """This includes a step after one in which gradients were requested and clipped: then it counts in the common norm, too."""
     found = []
     for shares in (False, True):
         rule, (x, y) = attached("kp"), nets.batch("mlp_tanh")
@@ -321,7 +322,7 @@ def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_w
         path: ((layer.weight - before[path][0]).detach(), (rule.feedback[path]["B"] - before[path][1]).detach())
         for path, layer in layers.items()
     }
-    # fc2 has the shared activation for its own input; fc3 takes it in place of its own.
+    # fc2 uses its own input, which is the shared activation; fc3 uses it instead of its own input.
     torch.testing.assert_close(moved["fc2"][0], moved["fc2"][1], rtol=1e-9, atol=1e-14)
     assert (moved["fc3"][0] - moved["fc3"][1]).norm() > 0.1 * moved["fc3"][0].norm()
 
@@ -398,7 +399,7 @@ def test_defaults_that_torch_has_too_are_torchs() -> None:
 
 
 def test_feedback_without_a_gradient_of_its_own_is_not_trained_by_that_of_the_weight() -> None:
-    """As after exact backpropagation, which gives feedback none."""
+    """For example after exact backpropagation, which computes no gradient for feedback."""
     rule = attached()
     optimizers = Optimizers(SGD(lr=0.1, momentum=0.0), rule, 1)
     x, y = torch.randn(6, rule.model[0].in_features, dtype=torch.float64), torch.arange(6) % 2
@@ -411,7 +412,7 @@ def test_feedback_without_a_gradient_of_its_own_is_not_trained_by_that_of_the_we
 
 
 def test_a_schedule_that_counts_steps_begins_at_its_first_rate() -> None:
-    """As soon as the optimizers exist, in an epoch that begins at no other step, and in each step."""
+    """As soon as the optimizers exist, in an epoch that starts at another step, and in each step."""
     schedule = OneCycle()
     optimizers = Optimizers(SGD(lr=0.1, schedule=schedule), attached(), 2, steps_per_epoch=5)
     assert optimizers.lr == schedule.at(0.1, 0, 10)

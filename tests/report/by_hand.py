@@ -21,7 +21,7 @@ ANGLES = {
     "norm_ratio": {"fc1": 9.0, "fc2": 1.0, "fc3": 2.0},
     "delta_angle": {"fc1": 30.0, "fc2": 50.0, "fc3": 0.0},
 }
-#: A published number for bp's runs, of the experiment a_table, whose runs these are.
+#: A published number for the bp runs of the experiment a_table, to which these runs belong.
 ENTRY = Entry(
     "A Paper",
     "Table 1",
@@ -96,14 +96,14 @@ def write_set(
 
 @contextmanager
 def at_work(directory: Path, **holder) -> Iterator[None]:
-    """While it is open, a process runs in the directory."""
+    """While the context is open, the directory is locked as by a running process."""
     with FileLock(directory / LOCK):
         (directory / HOLDER).write_text(json.dumps({"pid": 1, "host": "here", **holder}))
         yield
 
 
 def write_begun(root: Path, rule: str, seed: int, epochs: int, folder: str = "", **config) -> Path:
-    """A run without a result, after so many epochs."""
+    """A run without a result, after this number of epochs."""
     directory = root / (folder or f"{rule}-seed{seed}")
     directory.mkdir(parents=True)
     parts = {

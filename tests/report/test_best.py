@@ -1,4 +1,4 @@
-"""The best setting of each rule by validation accuracy, and references that are as good as they can be."""
+"""The best setting of each rule by validation accuracy, and references with their best settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drawn_quickly(monkeypatch):
 
 
 def chosen(root: Path, *keys: str) -> dict[str, str]:
-    """{rule: what was chosen for it}, for rules with one remaining setting."""
+    """{rule: the chosen setting}, for rules with one remaining setting."""
     best = choose_best(in_order(runs_in(root)), keys or ["optimizer.lr"])
     return {run.result["algorithm"]: best.chosen[run.row].values for run in best.runs}
 

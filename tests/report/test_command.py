@@ -1,4 +1,4 @@
-"""The whole report, by the function that a grid ends with and by the command."""
+"""The whole report, by the function that ends a sweep and by the command."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_t
     write_group(runs / "a", "bp", [0.97, 0.98, 0.99], metrics=[line])
     write_group(runs / "b", "fa", [0.95, None], metrics=[line])
     write_group(runs / "c", "kp", [None], status="diverged", metrics=[])
-    for number, rule in enumerate(["bp", "fa"]):  # groups that only their configs tell apart
+    for number, rule in enumerate(["bp", "fa"]):  # groups that differ only in their configs
         run = write_run(runs / "c", rule, 1, 0.9, group=f"{rule}-lr", metrics=[])
-        again = shutil.copytree(run, runs / "f" / run.name)  # a seed twice: which one counts must not depend on its folder
+        again = shutil.copytree(run, runs / "f" / run.name)  # a duplicate seed: which one counts must not depend on its folder
         (again / "result.json").write_text((again / "result.json").read_text().replace("0.9", "0.8"))
         (run / "config.yaml").write_text(json.dumps({"seed": 1, "optimizer": {"name": "sgd", "lr": number}}))
     (runs / "d" / "e").mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_partial_sweeps_give_a_report_that_says_what_is_missing(tmp_path, capsys
     write_sweep(
         tmp_path / "runs",
         [],
-        [  # seed 2 is no gap of fa's: no sweep announced it
+        [  # seed 2 is not missing for fa, because no sweep announced it
             PlannedRun(tmp_path / "runs" / f"fa-{seed}", f"fa seed {seed}", 2) for seed in (0, 1)
         ],
     )

@@ -150,7 +150,7 @@ def test_configs_are_written_as_they_are_typed(tmp_path):
         ("algorithm.density", {"algorithm": {"density": 1}}, "density"),
         ("feedback_optimizer.lr", {"optimizer": {"lr": 1}, "feedback_optimizer": {"lr": 1}}, "feedback_optimizer.lr"),
         ("algorithm.lr", {"optimizer": {"lr": 1}, "algorithm": {"lr": 1}}, "algorithm.lr"),
-        ("algorithm.scale", {"algorithm": {"scale": 1}}, "algorithm.scale"),  # that of the run has the same name
+        ("algorithm.scale", {"algorithm": {"scale": 1}}, "algorithm.scale"),  # the one of the run has the same name
         ("algorithm", {"algorithm": {"name": "fa"}}, "algorithm"),
         ("dataset.size", {"dataset": {"size": 3}}, "dataset.size"),
     ],
@@ -206,7 +206,7 @@ def test_a_sweep_s_report_covers_its_folder_and_its_table_its_own_runs(tmp_path,
     assert [line.split()[:2] for line in said[2:4]] == [["fa", "lr=0.1"], ["fa", "lr=0.2"]] and not said[4].startswith("bp")
     assert "The report covers 1 more run of earlier sweeps in the same folder." in said
     assert len(read_csv(folder / "runs.csv")) == 5 and len(read_csv(folder / "report.csv")) == 3
-    assert "Missing seeds" not in (folder / "report.md").read_text()  # bp's sweep named one
+    assert "Missing seeds" not in (folder / "report.md").read_text()  # the sweep of bp named one
 
 
 def test_a_sweep_over_several_collections_reports_in_output_dir(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the figures of a report show."""
+"""The contents of a report's figures."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def write_setting(root, rule, accuracies, status="finished", validation=None, **
 def test_each_shipped_rule_has_a_look_of_its_own_and_keeps_it():
     looks = {rule: tuple(plot.rule_style(rule).values()) for rule in ALGORITHMS}
     assert len(set(looks.values())) == len(looks)
-    assert not any(style in (":", "-.") for _, style, _ in looks.values())  # those are the looks of plugins' rules
+    assert not any(style in (":", "-.") for _, style, _ in looks.values())  # these styles are reserved for plugins' rules
     assert len({look[:2] for look in looks.values()}) == len(looks) and len({look[0] for look in looks.values()}) == 13
     assert plot.rule_style("kp") == {"color": "#009E73", "linestyle": "-", "marker": "D"}
 
@@ -201,8 +201,8 @@ def test_accuracies_far_below_the_others_are_left_out_and_named(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "kind", "low", "high", "log"),
     [
-        ([[10.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # of so few lines none is an exception
-        ([[10.0], [40.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # nor of so different ones
+        ([[10.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # with so few lines, none is highlighted
+        ([[10.0], [40.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # nor with lines that differ this much
         ([[0.1], [0.2], [0.3], [0.4]], "loss", 0.085, 0.415, False),
         ([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.1], [1e22, 1e22]], "loss", 0.1 / 1.3, 1.3, True),
         ([[1.0, 0.01], [1.0, 0.2]], "loss", 0.01 / 1.3, 1.3, True),
@@ -273,7 +273,7 @@ def test_the_best_by_validation_is_ringed_and_the_ranks_are_above_each_value(tmp
     assert legend(figure) == ["fa: 70.00 at 0.2", "kp: 85.00 at 0.2"]
     ranks = [(text.xy[0], text.get_text()) for text in axes.texts if text.xy[0] in (0.1, 0.2)]
     assert ranks == [(0.1, "fa"), (0.1, "kp"), (0.2, "kp"), (0.2, "fa")]
-    # n = 1 has no bar.
+    # n = 1 has no error bar.
     assert not any(segment.size and not blank(segment[0, 1]) for bars in axes.collections for segment in bars.get_segments())
 
 
@@ -287,7 +287,7 @@ def test_diverged_settings_are_crosses_and_categories_are_in_their_order(tmp_pat
 
 
 def test_a_run_that_diverged_before_the_first_point_of_all_lines_is_marked_within_the_axes(tmp_path):
-    """A cross outside of the axes made the layout collapse: panels overlapped the legend."""
+    """A marker outside the axes broke the layout: panels overlapped the legend."""
     metrics = [epoch_record(epoch, 0.9, ANGLES if epoch == 5 else None) for epoch in range(1, 6)]
     write_run(tmp_path, "fa", 0, 0.9, metrics=metrics, epochs=5)
     write_run(tmp_path, "kp", 0, None, status="diverged", metrics=metrics[:1], epochs=5)

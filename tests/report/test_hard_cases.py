@@ -1,4 +1,4 @@
-"""Reports on sweeps that are out of the ordinary: settings that are null, zero or negative, runs without an accuracy."""
+"""Reports on unusual sweeps: settings that are null, zero or negative, and runs without an accuracy."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_rule_without_the_setting_is_still_a_level_line(tmp_path):
 @pytest.mark.parametrize(
     ("values", "places"),
     [
-        ((0.0, 1e-6, 1e-5, 1e-3), [0, 1, 2, 3]),  # on a linear axis the first three are one point
+        ((0.0, 1e-6, 1e-5, 1e-3), [0, 1, 2, 3]),  # on a linear axis, the first three would coincide
         ((0.0, 0.5, 1.0), [0.0, 0.5, 1.0]),
         ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # a tenth of the axis apart
     ],

@@ -98,7 +98,7 @@ def test_texts_that_all_rows_have_in_common_stand_above_the_table(tmp_path):
     head = page.of("button")
     assert "architecture" not in head and "dataset" not in head
     assert "seeds" in head and "runs" in head and "status" in head  # these differ
-    assert page.of("td").count("90.00") >= 4  # numbers stay in their rows, even if all are equal
+    assert page.of("td").count("90.00") >= 4  # numbers stay in their rows even if all are equal
 
 
 def test_options_that_all_runs_share_are_listed_once(tmp_path):
@@ -156,7 +156,7 @@ def test_a_filter_is_followed_by_what_it_filters_and_every_column_can_be_sorted(
     assert len(re.findall(r'<output></output></p>\n<div class="(?:scroll|groups)">', text)) == text.count('class="filter"') == 2
     names = [name for name, _ in page.elements]
     assert names.count("th") == names.count("button") > 5
-    # What the script looks for is there.
+    # The elements that the script looks for exist.
     script = html._SCRIPT.read_text()
     assert all(f'"{name}"' in script for name in ("table", ".filter", "input", "output", ".groups", "tbody", "button"))
 

@@ -1,4 +1,4 @@
-"""A sweep that was interrupted and taken up again gives the report of one that never was."""
+"""A sweep that was interrupted and resumed gives the same report as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def no_figures(runs: Any, out_dir: Path, name: str, selection: Any, swept: Any) 
 
 
 class Stopped(KeyboardInterrupt):
-    """Stands for a user's interrupt."""
+    """Represents an interruption by the user."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def jobs() -> dict[str, Job]:
-    """The grid's jobs by where they lie below a sweep's folder."""
+    """The jobs of the sweep, by their path below the sweep's folder."""
     register_schemas()
     composer = Composer("config", None, GRID)
     return {str(place.relative_to("outputs")): job for job, place in composer.check(composer.expand(multirun=True))}
@@ -94,7 +94,7 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
     assert capsys.readouterr().out.splitlines()[-1] == "4 runs: 1 done, 1 interrupted, 2 waiting; none is running"
 
     train_all("parts", jobs, resume=True)
-    for folder in ("whole", "parts"):  # with seconds and pictures, and without
+    for folder in ("whole", "parts"):  # with times and pictures, and without
         monkeypatch.setattr(figures, "write_figures", draw)
         assert report([folder, "--out", f"{folder}-report"]) == 0
         monkeypatch.setattr(figures, "write_figures", no_figures)

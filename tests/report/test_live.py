@@ -105,7 +105,7 @@ def test_every_state_and_the_time_left(sweep):
     # No epoch yet: as long as the others train on average, 2.2, 2.2, 2, 2.4 and 3 s, times what they take beside: 3 s for 2.4 s
     # of kp, nothing of wm, in all 1.125.
     epoch = (2.2 + 2.2 + 2 + 2.4 + 3) / 5 * 1.125
-    assert lines["pfa"].remaining == pytest.approx(40 * epoch - epoch)  # four seconds in: its first epoch is as good as over
+    assert lines["pfa"].remaining == pytest.approx(40 * epoch - epoch)  # after four seconds, its first epoch is almost finished
     assert lines["usf"].remaining == pytest.approx(40 * epoch)
     assert live.summary(list(lines.values())) == (
         "8 runs: 1 done, 2 running, 1 stalled, 1 failed, 1 diverged, 1 interrupted, 1 waiting; "

@@ -1,4 +1,4 @@
-"""The measurements of runs, as reports and data frames have them."""
+"""The measurements of runs, in reports and data frames."""
 
 from __future__ import annotations
 

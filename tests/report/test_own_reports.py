@@ -1,4 +1,4 @@
-"""A report replaces what reports wrote, and nothing else; so does a sweep that ends with one."""
+"""A report replaces only files that reports have written, and so does a sweep that ends with one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published numbers: the file itself, which runs they match, and the comparison with ours."""
+"""The published numbers: the file itself, the runs to which they are compared, and the comparison."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_numbers_beside_ours(tmp_path) -> None:
     ]
     assert rows[0]["difference"] == pytest.approx(-0.5) and (rows[0]["published_spread"], rows[0]["published_n"]) == (0.25, 4)
     assert rows[1]["note"] == "published after 9 epochs"
-    # fc1 has 89 degrees, fc2 has 80; fc3's own number stands before the range
+    # fc1 has 89 degrees, fc2 has 80; the number for fc3 alone precedes the range
     assert [(row["layer"], row["inside"]) for row in rows if row["inside"] is not None] == [("fc1", True), ("fc2", False)]
     assert all(row["published_low"] == 85 and blank(row["published_high"]) for row in rows[3:])
 
@@ -203,7 +203,7 @@ def test_a_published_difference_to_bp_is_compared_with_pairs_of_runs(tmp_path) -
         ("{low: 70}", 70, None, {"fc1": True, "fc2": True, "fc3": False}),
         ("{high: 85}", None, 85, {"fc1": False, "fc2": True, "fc3": True}),
         ("{low: 70, high: 85}", 70, 85, {"fc1": False, "fc2": True, "fc3": False}),
-        ("{low: 80, high: 89}", 80, 89, {"fc1": True, "fc2": True, "fc3": False}),  # the bounds themselves are inside
+        ("{low: 80, high: 89}", 80, 89, {"fc1": True, "fc2": True, "fc3": False}),  # the bounds themselves count as inside
     ],
 )
 def test_ranges_have_two_ends(tmp_path, bounds, low, high, inside) -> None:

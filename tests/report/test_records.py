@@ -1,4 +1,4 @@
-"""Records that were edited, damaged or made by others: each is named and left out, and nothing of them acts where it is shown."""
+"""Records that were edited, damaged or written by other programs: each is named and left out, and its text is escaped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NESTED = "[" * 100_000 + "]" * 100_000
 
 
 def keys(file: str = "result.json", **values: Any) -> Callable[[Path], None]:
-    """Writes other values into a record."""
+    """Replaces values in a record."""
 
     def edit(directory: Path) -> None:
         path = directory / file
@@ -301,7 +301,7 @@ def test_a_difference_to_runs_of_other_code_is_noted(tmp_path):
 
 
 def test_nothing_is_noted_of_data_that_are_not_known_yet(tmp_path):
-    """A run that has not ended has no result, and its data no hash."""
+    """A run that has not ended has no result, so the hash of its data is unknown."""
     write_run(tmp_path, "bp", 0, 0.9, data_hash="a" * 64)
     write_run(tmp_path, "fa", 0, 0.8, data_hash=None, status="interrupted")
     main([str(tmp_path)])

@@ -210,7 +210,7 @@ def test_floor(tmp_path):
 
 
 def test_a_tie_does_not_beat_the_floor(tmp_path):
-    """716 of 720 images both: the means of the two fractions differ in the last digit."""
+    """716 of 720 images in both: the means of the two fractions differ in the last digit."""
     write_group(tmp_path, "frozen", [358 / 360, 358 / 360])
     write_group(tmp_path, "fa", [359 / 360, 357 / 360])
     assert rows(tmp_path)["fa"]["floor"] is False
@@ -226,7 +226,8 @@ def test_references_are_of_the_same_task(tmp_path, elsewhere):
 
 
 def test_among_several_references_the_nearest_are_taken_on_request_or_by_validation(tmp_path):
-    # Both bp rows are as near to kp's: the one with 0.80 on validation counts, though the other one's test accuracy is higher.
+    # Both bp rows are equally similar to that of kp: the one with a validation accuracy of 0.80 is used, although the other one's
+    # test accuracy is higher.
     write_group(tmp_path, "bp", [0.97, 0.97], val_accuracy=0.7)
     write_group(tmp_path, "bp", [0.90, 0.90], val_accuracy=0.8, optimizer="adam", group="bp-adam")
     write_group(tmp_path, "fa", [0.95, 0.94], optimizer="sgd")
@@ -397,7 +398,7 @@ def _write_rates(root: Path, **rates: float) -> None:
 
 
 def test_settings_that_differ_between_rules_have_columns(tmp_path):
-    """They are in no label, because each rule has one value."""
+    """They do not appear in labels, because each rule has one value."""
     _write_rates(tmp_path, bp=0.1, fa=0.02)
     frame = summarise(runs_in(tmp_path))
     lines = to_text(frame).splitlines()
@@ -457,7 +458,7 @@ def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apar
 
 
 def test_rows_whose_rule_transports_weights_by_design_say_so(tmp_path):
-    """As their results record it: the report knows no rule."""
+    """As recorded in their results; the report does not know any rule."""
     write_group(tmp_path, "kp", [0.9, 0.9, 0.9], weight_transport=[])
     write_group(tmp_path, "dgl", [0.9, 0.9, 0.9], weight_transport=["within blocks", "after 'norm'"])
     table = rows(tmp_path)

@@ -1,4 +1,4 @@
-"""Reports on tasks whose score is not an accuracy: its columns, its direction, its figures."""
+"""Reports on tasks whose score is not an accuracy: columns, direction, figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics against numbers worked out by hand, and SciPy's."""
+"""Statistics compared with numbers worked out by hand and with SciPy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_equal_differences_have_no_test_though_rounding_makes_them_differ():
     ours = {seed: 100 * value for seed, value in enumerate([0.55, 0.57, 0.97])}
     theirs = {seed: 100 * value for seed, value in enumerate([0.57, 0.59, 0.99])}
     differences = [ours[seed] - theirs[seed] for seed in ours]
-    assert 0 < std(differences) < 1e-10  # -2 but for rounding
+    assert 0 < std(differences) < 1e-10  # -2 except for rounding
     assert blank(paired(ours, theirs).p) and blank(paired(ours, theirs).effect) and paired(ours, ours).mean == 0
 
 

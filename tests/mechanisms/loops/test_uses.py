@@ -299,7 +299,7 @@ class TrainingOnly(nn.Module):
 
 @pytest.mark.parametrize("name", COVERING)
 def test_a_use_that_only_training_has_is_refused_by_the_first_training_pass(name: str) -> None:
-    """This also applies in a part of the model from which its output does not depend."""
+    """This also applies in a part of the model on which its output does not depend."""
     model = TrainingOnly()
     rule = attach(model, name, freeze_stem=False)
     with pytest.raises(CoverageError, match=r"enc\.weight \(used outside its layer, by linear\(\) in the model"):
