@@ -1,4 +1,4 @@
-"""The command line as functions: what a notebook passes, gets back and is told."""
+"""The command line as functions: their arguments, results and messages in a notebook."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ ORDER = (
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Modules of fa_bench that a module imports when it runs; imports for type checkers do not count, those in functions do."""
+    """Modules of fa_bench that a module imports at run time, including imports in functions but not those for type checkers."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue

@@ -1,4 +1,4 @@
-"""The files that the project is published with agree with the code and with each other."""
+"""The files with which the project is published agree with the code and with each other."""
 
 from __future__ import annotations
 

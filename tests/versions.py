@@ -1,6 +1,6 @@
-"""What the older of the allowed versions of dependencies cannot do: tests expect an error there, or are skipped.
+"""Limitations of the older supported versions of dependencies: tests expect an error there, or are skipped.
 
-Each version is named once, here, with what it changed.
+Each version appears here once, with what it changed.
 """
 
 import PIL
@@ -11,7 +11,7 @@ from fa_bench.mechanisms.compiled import too_old_to_compile
 
 
 def is_older(version: str, *first: int) -> bool:
-    """Whether a version comes before the first one that can do something."""
+    """Whether a version precedes the first one with a feature."""
     return tuple(int(part) for part in version.split(".")[: len(first)]) < first
 
 

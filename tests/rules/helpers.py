@@ -1,4 +1,4 @@
-"""What the rule tests share: attaching, one pass, comparisons, and autograd surrogates of a rule's gradients."""
+"""Shared by the rule tests: attaching, one pass, comparisons, and autograd surrogates of a rule's gradients."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ STORED = {
     "wm": "B",
     "mixed": "F",
 }
-# Options for tests that are not about what they set: less work, the same code.
+# Options for tests whose subject they are not: less work, the same code.
 QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}, "f3": {"samples": 16}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# What a mistake in a call may raise: attach's own errors are ValueErrors; a missing name may also be a lookup or a type error.
+# The errors that a mistake in a call may raise: attach's own errors are ValueErrors; a missing name may also be a lookup or a
+# type error.
 LOUD = (ValueError, LookupError, TypeError)
 
 # Loops and torch add the same few hundred float64 products in another order: 1e-16 times their number, amplified by BatchNorm's
@@ -45,7 +46,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def cut_options(name: str, model: nn.Module, options: dict) -> dict:
-    """The options with the activations for cuts, where the rule takes cuts; with the first layer for blocks."""
+    """The options with activations as cuts if the rule takes cuts, and with the first layer for blocks."""
     if "blocks" in {field.name for field in option_fields(ALGORITHMS[name])}:
         return {"blocks": layer_names(model)[:1]} | options
     if "cuts" not in {field.name for field in option_fields(ALGORITHMS[name])} or options.get("form") == "kernel":
@@ -58,12 +59,12 @@ def backward(rule, loss: Tensor, logits: Tensor, target: Tensor | None = None) -
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the plain model by name: those of an attached one without learned feedback."""
+    """The parameters of the plain model by name: those of an attached model, without learned feedback."""
     return {name: parameter for name, parameter in model.named_parameters() if "feedback_" not in name}
 
 
 def collect(model: nn.Module) -> dict[str, Tensor | None]:
-    """Gradients of the weights; those of learned feedback are asked for by ``rule.feedback_parameters()``."""
+    """Gradients of the weights; for those of learned feedback, use ``rule.feedback_parameters()``."""
     return {name: None if p.grad is None else p.grad.detach().clone() for name, p in weights(model).items()}
 
 
@@ -76,7 +77,7 @@ def rule_grads(model: nn.Module, rule, x: Tensor, y: Tensor) -> dict[str, Tensor
 
 
 def bp_grads(plain: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
-    """Gradients of one pass of the plain model; the model itself is left alone."""
+    """Gradients of one pass of the plain model; the model itself is not changed."""
     twin = copy.deepcopy(plain)
     twin.zero_grad(set_to_none=True)
     F.cross_entropy(twin(x), y).backward()
@@ -111,14 +112,14 @@ def arrays(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def distance(got, want, floor: float = 1e-30) -> float:
-    """Largest difference relative to the largest entry wanted, or to ``floor`` where that is larger."""
+    """Largest difference relative to the largest wanted entry, or to ``floor`` if that is larger."""
     got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
     assert got.shape == want.shape, f"shape {got.shape}, wanted {want.shape}"
     return float(np.abs(got - want).max() / max(np.abs(want).max(), floor))
 
 
 def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
-    """Same tensors with a gradient, same values to ``rel``.
+    """The same tensors have a gradient, with the same values up to ``rel``.
 
     Relative to each tensor's own largest entry, at least to 1e-3 of the largest of all: a bias before BatchNorm has gradient 0.
     """
@@ -131,7 +132,7 @@ def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
 
 
 def assert_bitwise(got: dict, want: dict) -> None:
-    """The same tensors (or None) under the same names, to the last bit."""
+    """The same tensors (or None) under the same names, bitwise."""
     assert set(got) == set(want)
     for name in want:
         assert (got[name] is None) == (want[name] is None), f"{name}: got {got[name]}, wanted {want[name]}"
@@ -140,12 +141,12 @@ def assert_bitwise(got: dict, want: dict) -> None:
 
 
 def state_of(rule) -> tuple[dict, dict]:
-    """What decides the next update: weights, feedback, and the number of the next noise."""
+    """Everything that determines the next update: weights, feedback, and the number of the next noise."""
     return copy.deepcopy(rule.state_dict()), copy.deepcopy(rule.model.state_dict())
 
 
 def restore(rule, state: tuple[dict, dict]) -> None:
-    """The rule as it was when `state_of` was called, so that the same noise is drawn again."""
+    """The rule in the state of the call of `state_of`, so that the same noise is sampled again."""
     rule.model.load_state_dict(state[1])
     rule.load_state_dict(state[0])
 

@@ -11,7 +11,7 @@ CLASSES = 3
 
 
 def _seeded(build, seed: int, dtype: torch.dtype) -> nn.Module:
-    """Build under a seed, biases and BatchNorm parameters away from their trivial values, the global generator untouched."""
+    """Build with a seed, with nontrivial biases and BatchNorm parameters, and without changing the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
@@ -81,7 +81,7 @@ def inplace_relu() -> nn.ReLU:
 
 
 def activation_cuts(model: nn.Sequential) -> list[str]:
-    """The names of the activations: dfa's injection points."""
+    """The names of the activations, at which dfa delivers its errors."""
     return [name for name, _ in model.named_children() if name.startswith("act")]
 
 

@@ -1,7 +1,7 @@
 """Naive references of the learning rules: plain loops over scalars, float64, written from the papers' equations.
 
-A network is a chain of stages read off a plain ``nn.Sequential``. Gradients are in gradient sense (parameters move by -lr grad),
-the loss is the mean cross-entropy, feedback has the weight's layout. Nothing here uses torch's autograd or fa_bench.
+A network is a chain of stages read from a plain ``nn.Sequential``. Gradients have the sign of gradients (parameters move by -lr
+grad), the loss is the mean cross-entropy, and feedback has the weight's layout. Nothing here uses torch's autograd or fa_bench.
 
 Index legend: n sample, o output channel, i input channel, (p, q) output pixel, (a, b) kernel tap, c class.
 """

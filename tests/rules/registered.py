@@ -1,4 +1,4 @@
-"""Tiny models of the registry with a rule in them, for the rules whose cuts the models themselves declare."""
+"""Tiny registered models with an attached rule, for the rules whose cuts the models declare."""
 
 from __future__ import annotations
 

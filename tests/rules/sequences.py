@@ -13,7 +13,7 @@ Vector = list[float]
 
 
 class Layer:
-    """y = W x + b, whose backward pass uses E in place of W; gradients add up over calls.
+    """y = W x + b, whose backward pass uses E instead of W; gradients accumulate over calls.
 
     Args:
         weight: W (O, I).
@@ -139,7 +139,7 @@ def lstm(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> li
 
 
 def gru(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
-    """As `lstm`, for h' = (1 - z) n + z h with n = tanh(n_x + r n_h)."""
+    """As in `lstm`, for h' = (1 - z) n + z h with n = tanh(n_x + r n_h)."""
     size = len(hh.weight) // 3
     h = [0.0] * size
     steps = []
@@ -168,7 +168,7 @@ def gru(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> lis
 
 
 def rnn(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
-    """As `lstm`, for h' = tanh(a + b)."""
+    """As in `lstm`, for h' = tanh(a + b)."""
     h = [0.0] * len(hh.weight)
     steps = []
     for x in inputs:

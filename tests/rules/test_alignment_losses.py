@@ -1,4 +1,4 @@
-"""Rules whose feedback learns by local losses: what they converge to, what the losses are of, and which tensors they move."""
+"""Rules whose feedback learns by local losses: their fixed points, the inputs of the losses, and which tensors they change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def converged(name: str, x: Tensor, layer: nn.Module | None = None, steps: int = 3000, lr: float = 1.0, **options: Any):
-    """(B, W, B at first) of a layer without a task, after gradient descent on the local loss alone."""
+    """(B, W, initial B) of a layer without a task, after gradient descent on only the local loss."""
     torch.manual_seed(0)
     model = nn.Sequential((layer or nn.Linear(6, 4, bias=False)).double())
     rule = fa_bench.attach(model, name, sample_input=x[:2], **options)
@@ -87,7 +87,7 @@ def test_information_alignment_of_white_inputs_without_decay_ends_at_the_pseudo_
 
 
 def test_a_convolution_ends_at_its_kernel() -> None:
-    """With padding and stride, all of whose patches together span every entry of the kernel."""
+    """With padding and stride, such that all patches together span every entry of the kernel."""
     feedback, weight, _ = converged(
         "activation_alignment", random(20, 2, 6, 5), nn.Conv2d(2, 3, 3, stride=2, padding=1), steps=1500, alpha=0.1, beta=0.2
     )
@@ -95,7 +95,7 @@ def test_a_convolution_ends_at_its_kernel() -> None:
 
 
 def test_noise_is_white_so_that_the_mirror_ends_near_half_of_the_weight() -> None:
-    """From inputs that say nothing. A mean over the last 100 or so updates of 100 samples: C is I within 1/√10000 an entry."""
+    """From inputs without information. A mean over the last 100 or so updates of 100 samples: C is I within 1/√10000 an entry."""
     feedback, weight, _ = converged(
         "regularized_mirror", 0 * random(3, 6), steps=800, lr=0.1, alpha=0.05, beta=0.05, signal="noise", noise_batch=100
     )
@@ -114,7 +114,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 def literal_loss(loss: AlignmentLoss, layer: Any, weight: Tensor, feedback: Tensor, x: Tensor) -> Tensor:
-    """The sum of the losses as they are written, by the layer itself and autograd."""
+    """The sum of the losses as written, computed with the layer itself and autograd."""
 
     def run(kernel: Tensor, x: Tensor) -> Tensor:
         return torch.func.functional_call(layer, {"weight": kernel, **({"bias": torch.zeros_like(layer.bias)})}, (x,))
@@ -133,7 +133,7 @@ def literal_loss(loss: AlignmentLoss, layer: Any, weight: Tensor, feedback: Tens
     )
 
 
-# Circular padding is part of the input that null reconstructs.
+# Circular padding is part of the input that null feedback reconstructs.
 @pytest.mark.parametrize(
     ("loss", "name"),
     [
@@ -175,7 +175,7 @@ def test_gradients_are_those_of_the_losses_as_they_are_written(loss: AlignmentLo
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_local_losses_have_no_gradient_at_the_input_and_none_for_the_weight(name: str) -> None:
-    """All weights have the gradients of fa with the same feedback."""
+    """All weights have the same gradients as in fa with the same feedback."""
     x, y = nets.batch("conv")
     models = [nets.convnet() for _ in range(2)]
     rule, fa = fa_bench.attach(models[0], name, seed=0, alpha=5.0), fa_bench.attach(models[1], "fa", seed=0)
@@ -232,7 +232,7 @@ def test_the_factor_of_the_loss_is_found_or_asked_for() -> None:
 
 
 def test_without_an_error_the_factor_is_the_last_one() -> None:
-    """Where every label has probability 1 the gradient at the logits is zero, and shows no factor."""
+    """If every label has probability 1, the gradient at the logits is zero and does not determine the scale."""
     model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
     rule = fa_bench.attach(model, "activation_alignment")
     found = []
@@ -254,7 +254,7 @@ def test_after_a_failed_backward_pass_the_factor_is_unknown_again() -> None:
     loss = F.cross_entropy(logits, y)
     rule.backward(loss, logits, y)
     with pytest.raises(RuntimeError):
-        rule.backward(loss, logits, y)  # its graph is gone
+        rule.backward(loss, logits, y)  # its graph has been freed
     with pytest.raises(StateError):
         F.cross_entropy(model(x), y).backward()
 
@@ -336,7 +336,7 @@ def test_gradients_do_not_depend_on_the_batch_without_its_input(name: str, optio
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 @pytest.mark.parametrize("name", RULES)
 def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: str) -> None:
-    """No number that is none: the decay of the feedback, and its similarity to the weight."""
+    """Numbers that are not finite: the decay of the feedback, and its similarity to the weight."""
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, update_forward=True)
     logits = model(x[:0])
@@ -347,7 +347,7 @@ def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: st
 
 
 def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
-    """Keys and values of attention see other inputs than queries: 4 of the 12 rows of the joint weight see the first tokens."""
+    """Keys and values of attention have other inputs than queries: 4 of the 12 rows of the joint weight see the first tokens."""
     torch.manual_seed(0)
 
     class Net(nn.Module):
@@ -371,7 +371,7 @@ def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
 
 
 def test_metrics_measure_what_trains_the_weights() -> None:
-    """The gradient that the rule gives a weight has the local loss in it; the error at a layer's input has nothing of it."""
+    """The gradient of a weight contains the local loss; the error at the layer's input does not."""
     x, y = nets.batch("conv")
     model = nets.convnet()
     rule = fa_bench.attach(model, "regularized_mirror", update_forward=True, alpha=0.5, sample_input=x)

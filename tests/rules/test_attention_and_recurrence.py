@@ -1,4 +1,4 @@
-"""Edge rules on attention, recurrent and bilinear modules, against plain loops, and with the weights as feedback."""
+"""Edge rules on attention, recurrent and bilinear modules, compared with plain loops, and with the weights as feedback."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def effective(name: str, tensors: dict[str, Tensor], weight: np.ndarray) -> np.ndarray:
-    """The effective feedback of a layer by the equations of the rules."""
+    """The effective feedback of a layer, from the equations of the rules."""
     t = {key: array(value) for key, value in tensors.items()}
     if name in ("fa", "kp"):
         return t["B"]
@@ -173,7 +173,7 @@ def attended(projections: list[Rows], output: Layer, q: list, k: list, v: list) 
     return results
 
 
-#: name -> (what makes the module, the names of its layers, its reference)
+#: name -> (function that creates the module, the names of its layers, its reference)
 RECURRENT: dict[str, tuple[Callable[[], nn.Module], tuple[str, str], Callable[..., Any]]] = {
     "LSTM": (lambda: nn.LSTM(5, 3), ("core.ih_l0", "core.hh_l0"), lstm),
     "GRU": (lambda: nn.GRU(5, 3), ("core.ih_l0", "core.hh_l0"), gru),
@@ -226,7 +226,7 @@ def test_a_bilinear_module(name: str) -> None:
 
 
 class Steps(nn.Module):
-    """A cell in a loop of its own."""
+    """A cell in a user-defined loop."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ def test_the_weights_as_feedback_are_backpropagation(name: str, kind: str) -> No
     plain = gradients(rule.detach())
     assert found.keys() == exact.keys() == plain.keys() == {name for name, _ in model.named_parameters()}
     for key, gradient in found.items():
-        # The same arithmetic; fused kernels add up in another order.
+        # The same arithmetic; fused kernels sum in a different order.
         assert torch.equal(gradient, exact[key])
         assert (gradient - plain[key]).abs().max() <= 1e-5 * plain[key].abs().max() + 1e-7
 
@@ -311,7 +311,7 @@ def test_the_weights_as_feedback_are_backpropagation_under_autocast(name: str, k
     with rule.exact():
         exact = gradients(model, autocast=True)
     for key, gradient in found.items():
-        # PyTorch adds up the gradients of a layer that runs several times in bfloat16, whose precision is 1/256.
+        # PyTorch accumulates the gradients of a layer that runs several times in bfloat16, whose precision is 1/256.
         assert (gradient - exact[key]).abs().max() <= 0.02 * exact[key].abs().max()
 
 

@@ -1,4 +1,4 @@
-"""dgl and asfp_lc: what normalisation in their auxiliary nets says to a batch of one sample."""
+"""dgl and asfp_lc: the error that normalisation in their auxiliary nets raises for a batch of one sample."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def convnet() -> nn.Sequential:
     return model
 
 
-#: None of them has normalisation that a batch of one image of 16 x 16 would stop.
+#: None of them has normalisation that fails for a batch of one image of 16 x 16.
 MODELS = {
     "mlp": lambda: MLP(widths=[6, 6, 6]).build((1, 16, 16), 3),
     "conv": convnet,

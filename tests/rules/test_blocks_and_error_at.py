@@ -84,7 +84,7 @@ def train(model: Any, rule: Any) -> dict[str, Tensor | None]:
 
 
 def projected(errors: Tensor, b: Tensor) -> Tensor:
-    """δ B at every position, in loops."""
+    """δ B at every position, with loops."""
     signal = torch.zeros(*errors.shape[:2], b.shape[1], dtype=b.dtype)
     for n in range(errors.shape[0]):
         for t in range(errors.shape[1]):
@@ -220,7 +220,7 @@ def test_suggested_cuts_work_on_a_transformer(name: str):
 
 
 class Functional(Transformer):
-    """Mixes by a parameter of its own, which no rule covers."""
+    """Mixes with a parameter of its own, which no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ def test_layers_after_the_module_learn_by_backpropagation():
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
-    """The error comes from the output of both, whichever of them is named."""
+    """The error is taken at the output of both, whichever of them is named."""
     found = []
     for origin in ("2", "2.1"):
         plain = chain(4, 4, 4, 4)
@@ -288,7 +288,7 @@ def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
 
 
 class Tied(nn.Module):
-    """Its vocabulary layer is the embedding's weight, or a layer that is used by a function, too."""
+    """Its vocabulary layer is the embedding's weight, or a layer that is also used by a function."""
 
     def __init__(self, layer: bool) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ class Tied(nn.Module):
 def test_functional_uses_after_the_module_are_no_fault(layer: bool):
     model, (x, y) = Tied(layer), words()
     cuts = ["drop", "act"]
-    with pytest.raises(CoverageError, match=r"'act' is after the output layer"):  # the function is no layer
+    with pytest.raises(CoverageError, match=r"'act' is after the output layer"):  # the function is not a layer
         fa_bench.attach(model, "dfa", sample_input=x, cuts=cuts)
     rule = fa_bench.attach(model, "dfa", sample_input=x, cuts=cuts, error_at="norm")
     assert not rule.coverage.uncovered
@@ -314,7 +314,7 @@ def test_functional_uses_after_the_module_are_no_fault(layer: bool):
 
 
 def test_a_weight_that_functions_use_before_a_cut_and_after_the_module_is_not_covered():
-    """After the module alone, it would learn by backpropagation like the layers there."""
+    """If it were used only after the module, it would learn by backpropagation like the layers there."""
 
     class Net(nn.Module):
         def __init__(self, below: bool) -> None:
@@ -446,7 +446,7 @@ def test_detaching_leaves_backpropagation():
 
 
 class Checkpointed(Transformer):
-    """Each layer is computed again in the backward pass, or all of the model."""
+    """Each layer, or the whole model, is recomputed in the backward pass."""
 
     by_layer = True
 

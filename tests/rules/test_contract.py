@@ -1,4 +1,4 @@
-"""What every rule keeps: feedback = weight is backpropagation to the last bit, for every layer, dtype and memory format."""
+"""Properties of every rule: feedback = weight is bitwise backpropagation, for every layer, dtype and memory format."""
 
 import copy
 from collections import OrderedDict
@@ -102,7 +102,7 @@ def test_whole_networks(name, net):
     x, y = nets.batch(net, dtype=torch.float32)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x)
     other = rule_grads(model, rule, x, y)
-    model.load_state_dict(plain.state_dict(), strict=False)  # running statistics as before the pass
+    model.load_state_dict(plain.state_dict(), strict=False)  # running statistics from before the pass
     for module in (plain, model):
         module.train(name != "brsf")
     copy_weights_into_feedback(model, rule)
@@ -138,7 +138,7 @@ def test_bfloat16_autocast(name, net):
 
 @pytest.mark.parametrize("net", ["mlp_bn", "conv"])
 def test_autocast_leaves_float64_alone(net):
-    """torch's autocast does not touch float64; neither may the attached layers."""
+    """torch's autocast does not affect float64, and neither may the attached layers."""
     plain, model, (x, _) = BUILD[net](), BUILD[net](), nets.batch(net)
     fa_bench.attach(model, "fa", seed=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -159,7 +159,7 @@ def test_channels_last(net):
 
 
 def test_seed_gives_the_same_numbers_in_both_memory_formats():
-    """The draw is by seed and shape; moving the model to channels_last before or after attach changes nothing."""
+    """Sampling depends on seed and shape; moving the model to channels_last before or after attach changes nothing."""
     before, after = nets.residual().to(memory_format=torch.channels_last), nets.residual()
     one, two = (fa_bench.attach(model, "fa", seed=0) for model in (before, after))
     after.to(memory_format=torch.channels_last)
@@ -169,7 +169,7 @@ def test_seed_gives_the_same_numbers_in_both_memory_formats():
 
 @pytest.mark.parametrize("name", ["kp", "pfa", "mixed"])
 def test_gradients_of_learned_feedback_are_laid_out_as_it_is(name):
-    """A fused update walks through both as they lie in memory: a step in channels_last is one in the other format."""
+    """A fused update traverses both in the order of their memory: a step in channels_last equals one in the other format."""
     models = [nets.residual(dtype=torch.float32) for _ in range(2)]
     models[0].to(memory_format=torch.channels_last)
     rules = [fa_bench.attach(model, name, seed=0) for model in models]
@@ -178,7 +178,7 @@ def test_gradients_of_learned_feedback_are_laid_out_as_it_is(name):
         rule_grads(model, rule, x.contiguous(memory_format=torch.channels_last) if model is models[0] else x, y)
         learned = rule.feedback_parameters()
         for tensor in learned:
-            # The stride of a dimension of length 1 leads nowhere.
+            # The stride of a dimension of length 1 is never used.
             strides = zip(tensor.shape, tensor.grad.stride(), tensor.stride(), strict=True)
             assert all(size == 1 or of_grad == own for size, of_grad, own in strides)
         torch.optim.SGD(learned, lr=1.0, fused=True).step()
@@ -195,7 +195,7 @@ COPIES = [("fa", {"b_init": "copy_w"}), ("kp", {"b_init": "copy_w"})]
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in (*STORED, "predsim", "dgl")), *COPIES], ids=str)
 def test_feedback_shares_no_storage(name, options):
-    """Not with a weight, not with another feedback tensor, and not after the model has moved to another dtype."""
+    """Neither with a weight nor with another feedback tensor, nor after the model has been converted to another dtype."""
     x, _ = nets.batch("conv")
     model = nets.convnet(batch_norm=True)
     rule = fa_bench.attach(model, name, seed=0, **options, **options_for(name, x, model))
@@ -224,7 +224,7 @@ def test_same_seed_same_feedback_other_seed_other_feedback(name):
 
 @pytest.mark.parametrize("name", ["bp", "frozen", "bp_fc", "usf", *STORED, "predsim", "dgl"])
 def test_global_generator_and_model_are_not_disturbed_by_attach(name):
-    """Even with a dropout layer, which the sample forward would draw for, and BatchNorm, whose statistics it would move."""
+    """Even with a dropout layer, for which the sample forward would sample, and BatchNorm, whose statistics it would change."""
     x, y = nets.batch("conv")
     model = nets.convnet(batch_norm=True)
     model.act1 = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
@@ -246,7 +246,7 @@ def test_global_generator_and_model_are_not_disturbed_by_attach(name):
 @pytest.mark.parametrize("name", ["fa", "kp", "usf"])
 @pytest.mark.parametrize("net", ["mlp_bn", "conv_bn"])
 def test_autocast_to_float16_is_to_float16(name, net):
-    """The dtype is what the caller's autocast has, in forward and backward."""
+    """The dtype is that of the caller's autocast, in the forward and backward pass."""
     model, (x, y) = BUILD[net](dtype=torch.float32), nets.batch(net, dtype=torch.float32)
     rule = fa_bench.attach(model, name, seed=0)
     seen = []
@@ -266,7 +266,7 @@ def test_autocast_to_float16_is_to_float16(name, net):
 
 
 def test_second_derivatives_are_those_of_the_formulas():
-    """Of y = W x and e = gᵀ B, with the loss Σ y²/2 and then Σ e: B 1 goes back through W, and to x by B again."""
+    """For y = W x and e = gᵀ B, with the loss Σ y²/2 and then Σ e: B 1 propagates back through W, and again to x through B."""
     torch.manual_seed(0)
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     model = nn.Sequential(nn.Linear(5, 4, bias=False)).double()
@@ -295,7 +295,7 @@ def test_second_derivatives_are_those_of_the_formulas():
     ids=["2d", "3d", "transposed"],
 )
 def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
-    """Another one costs a copy at every step."""
+    """A different one costs a copy in every step."""
     for wanted in (last, torch.contiguous_format):
         model = nn.Sequential(build()).to(memory_format=wanted)
         rule = fa_bench.attach(model, name, seed=0)

@@ -1,4 +1,4 @@
-"""dkp, drtp and the local losses on the models of the registry; what is unlocked does not depend on later layers."""
+"""dkp, drtp and the local losses on the registered models; gradients that are unlocked do not depend on later layers."""
 
 import copy
 
@@ -27,14 +27,14 @@ def test_two_steps_train_every_layer(name, model):
     for key, parameter in weights(net).items():
         assert torch.isfinite(parameter).all() and not torch.equal(parameter, before[key]), f"{key} did not learn"
     for old, tensor in zip(learned, rule.feedback_parameters(), strict=True):
-        # A bias in front of a normalisation has no gradient.
+        # A bias before a normalisation has no gradient.
         assert torch.isfinite(tensor).all() and (tensor.dim() == 1 or not torch.equal(tensor, old))
     assert not rule.coverage.uncovered and len(rule.coverage.covered) == {"mlp": 4, "conv2": 4, "resnet20": 14}[model]
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_where_the_cuts_are(model):
-    """Every activation; for dgl the ends of the blocks, but the one that feeds the output layer."""
+    """Every activation; for dgl the ends of the blocks, except the one before the output layer."""
     assert list(registered(model, "dgl")[1].feedback) == BLOCKS[model]
     for name in ("local_error", "predsim"):
         cuts = list(registered(model, name)[1].feedback)
@@ -44,7 +44,8 @@ def test_where_the_cuts_are(model):
 @pytest.mark.parametrize("name", ["drtp", *LOCAL])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_gradient_does_not_depend_on_later_layers(name, model):
-    """Update unlocking: whatever is behind a cut may change, and with it the output error; gradients below stay, to the bit.
+    """Update unlocking: the layers after a cut, and with them the output error, may change; gradients before it are bitwise
+    identical.
 
     The last cut splits the network; every weight above it is changed, those of normalisation too.
     """
@@ -72,7 +73,7 @@ def test_a_gradient_does_not_depend_on_later_layers(name, model):
 
 
 def test_the_same_test_fails_for_direct_feedback():
-    """dfa's error is made of the output: with another output layer every gradient changes."""
+    """dfa's error is computed from the output: with another output layer, every gradient changes."""
     net, rule, x, y = registered("mlp", "dfa")
     before = rule_grads(net, rule, x, y)
     with torch.no_grad():

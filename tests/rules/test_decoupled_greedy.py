@@ -1,4 +1,4 @@
-"""dgl: modules that learn by backpropagation of their own losses, and which modules there are."""
+"""dgl: modules that learn by backpropagation of their own losses, and how the net is divided into them."""
 
 import copy
 
@@ -17,7 +17,7 @@ from .registered import BLOCKS, MODELS, registered, trained_grads
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", ["mlp_sr", "mlp", "linear"])
 def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
-    """Against torch alone: detach at the end of each module, add its auxiliary net's loss, differentiate the sum."""
+    """Compared with torch alone: detach at the end of each module, add its auxiliary net's loss, differentiate the sum."""
     net, rule, x, y = registered(model, "dgl", auxiliary_net=kind)
     nets_of_cuts = {cut: copy.deepcopy(rule.auxiliary_at(cut)) for cut in rule.feedback}
     got = rule_grads(net, rule, x, y)
@@ -38,7 +38,7 @@ def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
     for handle in handles:
         handle.remove()
     assert len(losses) == len(BLOCKS[model])
-    # Convolutions are summed in the same order: what differs is at most the way errors of a shortcut are added.
+    # Convolutions are summed in the same order, so only the order in which errors of a shortcut are added may differ.
     assert_matches(got, {key: array(grad) for key, grad in collect(plain).items() if grad is not None}, rel=1e-12)
     theirs = {f"{cut}.{key}": array(p.grad) for cut, held in nets_of_cuts.items() for key, p in held.named_parameters()}
     assert_matches(mine, theirs, rel=1e-12)
@@ -56,7 +56,7 @@ def test_modules_of_the_users_own_by_their_ends():
 
 
 def test_what_is_inside_a_module_is_covered_whatever_it_is():
-    """An attention layer has weights of no layer that rules know; within a module they learn as any others."""
+    """An attention layer has weights that belong to no layer known to rules; within a module, they learn like any others."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -118,7 +118,7 @@ def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, 
 
 @pytest.mark.parametrize("net", ["mlp", "conv2"])
 def test_auxiliary_nets_keep_no_statistics(net):
-    """They serve in training only, by the batch's own."""
+    """They are used only in training, with the batch's own statistics."""
     model, rule, *_ = registered(net, "dgl")
     kept = [key for key in model.state_dict() if "auxiliary" in key and ("running" in key or "num_batches" in key)]
     assert not kept and rule.feedback["act1"]

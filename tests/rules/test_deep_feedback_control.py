@@ -1,4 +1,5 @@
-"""Deep feedback control: its limits, its dynamics, where its feedback converges, and what its further passes leave alone."""
+"""Deep feedback control: its limits, its dynamics, the fixed point of its feedback, and what its additional passes leave
+unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def learn(model: nn.Module, rule: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The gradients of one pass, those of learned feedback included."""
+    """The gradients of one pass, including those of learned feedback."""
     model.zero_grad()
     rule_grads(model, rule, x, y)
     return gradients(model)
@@ -61,7 +62,7 @@ def jacobian_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def bias_gradients(found: dict[str, Tensor]) -> Tensor:
-    """Of one sample, by the voltage difference: -Q u of all layers."""
+    """For one sample, from the voltage difference: -Q u of all layers."""
     return torch.cat([found[f"fc{number}.bias"] for number in (1, 2, 3)])
 
 
@@ -79,7 +80,7 @@ def test_a_transposed_jacobian_and_much_leak_are_backpropagation(net: str, diffe
 
 
 def test_the_difference_of_activities_has_another_derivative() -> None:
-    """Of tanh in the hidden layers, whose weights then learn by its square."""
+    """For tanh in the hidden layers, whose weights then learn with its square."""
     x, y = nets.batch("mlp_tanh", size=1)
     found = {}
     for difference in ("voltage", "nonlinear"):
@@ -128,7 +129,7 @@ def test_the_closed_form_is_where_the_dynamics_come_to_rest(kind: str) -> None:
 
 
 def test_activities_are_controlled_below_a_layer() -> None:
-    """Of one sample: the second layer's gradient is its error times the first one's controlled activity."""
+    """For one sample: the second layer's gradient is its error times the first one's controlled activity."""
     model, rule = attached(feedback_weights="fixed", learning_rule="voltage_difference", target_stepsize=2.0)
     x, y = nets.batch("mlp_tanh", size=1)
     found = learn(model, rule, x, y)
@@ -139,7 +140,7 @@ def test_activities_are_controlled_below_a_layer() -> None:
 
 # ------------------------------------------------------------------------------------------------ learned feedback
 def solved(leak: float, decay: float, s: float) -> float:
-    """m of leak / (leak + m s)² = decay m, whose left side falls while the right one rises."""
+    """The solution m of leak / (leak + m s)² = decay m, whose left side decreases while the right one increases."""
     low, high = 0.0, 100.0
     for _ in range(60):
         m = (low + high) / 2
@@ -176,7 +177,7 @@ def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
 
 
 def test_the_noise_is_that_of_its_places_and_numbers() -> None:
-    """Of a linear net without control, whose leak is huge: u = -J sigma eps / leak."""
+    """For a linear net without control, whose leak is huge: u = -J sigma eps / leak."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 3)).double()
     x, y = nets.batch("mlp_tanh")
@@ -253,7 +254,7 @@ def test_every_update_draws_new_noise_that_a_state_repeats() -> None:
 
 # ------------------------------------------------------------------------------------------------ further passes
 def test_running_statistics_and_random_numbers_are_those_of_one_pass() -> None:
-    """The masks are those of the first pass: were they new ones, the change of the output would be that between masks."""
+    """The masks are those of the first pass: with new ones, the change of the output would be the difference between masks."""
 
     def build() -> nn.Sequential:
         torch.manual_seed(1)
@@ -286,7 +287,7 @@ def test_running_statistics_and_random_numbers_are_those_of_one_pass() -> None:
 def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
     def trained(inplace: bool) -> dict[str, Tensor]:
         torch.manual_seed(1)
-        # LeakyReLU changes its own results, so that applying it twice in place is seen.
+        # LeakyReLU changes its own results, so applying it twice in place is detected.
         layers = [nn.Linear(7, 6), nn.LeakyReLU(0.3, inplace), nn.Linear(6, 5), nn.LeakyReLU(0.3, inplace)]
         if where == "block":
             model = nn.Sequential(nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:]), nn.Linear(5, 3)).double()
@@ -300,7 +301,7 @@ def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
 
 
 def test_at_a_block_the_change_is_added_to_the_output() -> None:
-    """Its derivatives are exact; with an identity in the place of the nonlinearity that follows, it is the same net."""
+    """Its derivatives are exact; with an identity instead of the following nonlinearity, it is the same net."""
     torch.manual_seed(1)
     block = nn.Sequential(nn.Linear(7, 6), nn.Tanh()).double()
     head = nn.Linear(6, 3).double()
@@ -314,7 +315,7 @@ def test_at_a_block_the_change_is_added_to_the_output() -> None:
 
 
 def test_a_nonlinearity_with_dropout_is_evaluated_once() -> None:
-    """Its two evaluations would differ in their masks, and the difference of activations would be theirs."""
+    """Its two evaluations would have different masks, which would determine the difference of activations."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(7, 6), nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), nn.Linear(6, 3)).double()
     x, y = nets.batch("mlp_tanh")
@@ -337,7 +338,7 @@ def test_a_pooling_stands_for_the_nonlinearity_before_it() -> None:
     "between", [[nn.Dropout(0.5)], [nn.Identity()], [nn.Softsign()] * 2], ids=["dropout", "identity", "twice"]
 )
 def test_what_is_no_nonlinearity_of_its_own_does_not_stand_for_a_pooling(between: list[nn.Module]) -> None:
-    """Dropout and identities are none, and one that runs twice has no one place."""
+    """Dropout and identities do not count, and a nonlinearity that runs twice has no unique place."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), *between, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3))
     rule = fa_bench.attach(model, "dfc", sample_input=torch.zeros(4, 2, 6, 6), cuts=[str(2 + len(between))])
@@ -424,7 +425,7 @@ def test_a_copied_and_a_pickled_model_train_alike() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*computes no error for the model's input")
 def test_what_nothing_trainable_precedes_is_not_controlled() -> None:
-    """Its block of J Q would be control that no layer learns from; an input that requires its gradient changes nothing."""
+    """Its block of J Q would be control from which no layer learns; an input that requires a gradient changes nothing."""
     x, y = nets.batch("mlp_tanh")
     found = []
     for asks in (False, True):
@@ -548,7 +549,7 @@ def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None
 
 
 def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In layers of one width, too: feedback that learned from common noise would learn their sum."""
+    """This includes layers of equal width: feedback that learned from common noise would learn their sum."""
     drawn: list[Tensor] = []
     real = Draws.normal
 
@@ -565,7 +566,7 @@ def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_nonlinearity_that_draws_teaches_by_voltages() -> None:
-    """Evaluated again, RReLU would draw other slopes."""
+    """If it were evaluated again, RReLU would sample different slopes."""
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = []
     for difference in ("voltage", "nonlinear"):

@@ -1,4 +1,4 @@
-"""bp_deepsup: autograd's gradient of the summed loss, on any model; its relation to bp and predsim; what it says of itself."""
+"""bp_deepsup: autograd's gradient of the summed loss, on any model; its relation to bp and predsim; its notes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_summed_loss(net: str) -> None:
 
 
 def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_frozen() -> None:
-    """Their errors cross the frozen layers; before the first trainable one, nothing learns from them."""
+    """Their errors cross the frozen layers; nothing before the first trainable layer learns from them."""
     for frozen, rests in (("fc2", []), ("fc1", ["act1"])):
         model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
         model.get_submodule(frozen).requires_grad_(False)
@@ -69,7 +69,7 @@ def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_fr
 
 
 def test_weight_zero_is_backpropagation() -> None:
-    """Bit for bit: what the cuts add is zero. With another weight the first layer learns otherwise, the output layer does not."""
+    """Bitwise: the cuts add zero. With another weight, the first layer learns differently, and the output layer does not."""
     model, rule, x, y = attached("conv", weight=0.0)
     exact = bp_grads(BUILD["conv"](), x, y)
     assert_bitwise(rule_grads(model, rule, x, y), exact)
@@ -131,7 +131,7 @@ def test_angles_to_backpropagation() -> None:
 
 
 def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
-    """Against autograd; all derivatives are exact, so that no error differs from that of one step."""
+    """Compared with autograd; all derivatives are exact, so no error differs from that of one step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3

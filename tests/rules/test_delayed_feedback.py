@@ -1,4 +1,4 @@
-"""f3: which error of which pass is projected, its relations to dfa and drtp, what it keeps of samples, and what it refuses."""
+"""f3: which error of which pass is projected, its relations to dfa and drtp, the data it stores, and refusals."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def orders(epochs: int) -> list[Tensor]:
 @pytest.mark.parametrize("first_epoch", ["target", "current", "zero"])
 @pytest.mark.parametrize("information", [*DELAYED, "current_error", "one_hot_target"])
 def test_shuffled_epochs_equal_plain_loops(information: str, first_epoch: str) -> None:
-    """Three epochs of updates; the rounding of one pass, 1e-12, grows by less than a thousand."""
+    """Three epochs of updates; the rounding of one pass, 1e-12, grows by a factor below a thousand."""
     model, rule = attached(information=information, first_epoch=first_epoch)
     chain, feedback = describe(nets.NETS[NET]()), feedback_arrays(rule)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
@@ -173,7 +173,7 @@ def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
 
 @pytest.mark.parametrize("information", DELAYED)
 def test_targets_that_are_numbers(information: str) -> None:
-    """In their first epoch the error is minus the target; of the one-hot kinds, times the target once more."""
+    """In their first epoch, the error is minus the target; the one-hot kinds multiply it by the target again."""
     targets, model = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(3)).double(), nets.NETS[NET]()
     rule = fa_bench.attach(
         model, "f3", sample_input=X, objective=MSE(), information=information, samples=SAMPLES, cuts=CUTS, b_init="identity"
@@ -190,7 +190,7 @@ def test_targets_that_are_numbers(information: str) -> None:
 # ------------------------------------------------------------------------------------------------ what is kept
 @pytest.mark.parametrize("information", ["delayed_loss", "delayed_error"])
 def test_kept_errors_do_not_depend_on_batch_size_or_loss_scale(information: str) -> None:
-    """Nor do the errors that they become: of the same batch, a loss times 8 gives 8 times the gradients."""
+    """Nor do they change the stored errors: for the same batch, a loss times 8 gives 8 times the gradients."""
     (whole, rule), (parts, other) = attached(information=information), attached(information=information)
     step(whole, rule, ALL)
     for indices, scale in zip(ALL.split(2), (1.0, 0.25, 4.0, 3.0), strict=True):
@@ -217,7 +217,7 @@ def test_a_part_of_the_samples_leaves_the_others_as_they_are() -> None:
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_errors_that_are_not_finite_are_not_kept(bad: float) -> None:
-    """As with a gradient scaler, which skips the update: the samples' earlier errors stay, of those that have any."""
+    """As with a gradient scaler, which skips the update: samples keep their earlier errors, if they have any."""
     model, rule = attached(information="delayed_error")
     step(model, rule, torch.tensor([0, 1]))
     before = rule.state_dict()
@@ -278,7 +278,7 @@ def test_errors_have_the_precision_of_the_model_and_no_less_than_single() -> Non
 
 
 def test_errors_follow_a_model_that_is_converted() -> None:
-    """The next errors have its precision, and those from before are kept."""
+    """New errors have its precision, and earlier ones are kept."""
     model, rule = attached()  # in double precision
     step(model, rule, ALL)
     kept = rule.state_dict()["errors"]
@@ -335,7 +335,7 @@ def test_a_plain_backward_is_refused() -> None:
 
 
 def test_the_number_of_samples_is_required() -> None:
-    """Before the cuts are looked for; not for errors that are not delayed."""
+    """Refused before cuts are searched for; not if errors are not delayed."""
     with pytest.raises(OptionError, match=r"samples: is required.*fa_bench\.attach\(model, 'f3', samples=len\(dataset\)\)"):
         fa_bench.attach(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), "f3")
     for information in ("current_error", "one_hot_target"):
@@ -359,7 +359,7 @@ def test_int32_indices() -> None:
 
 
 def test_labels_are_needed_by_what_depends_on_them() -> None:
-    """Not by the derivative of the loss, with a first error that does not."""
+    """The derivative of the loss needs no labels if the first error needs none."""
     for options, needed in (
         ({}, True),
         ({"first_epoch": "current"}, False),
@@ -397,7 +397,7 @@ def test_the_number_of_samples_of_a_run() -> None:
 
 
 def test_a_process_without_new_errors_takes_part_in_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the others would wait for it."""
+    """Otherwise, the other processes would wait for it."""
     kept, calls = SampleErrors(3, 2, torch.zeros(())), []
 
     def gathered(everywhere: list[Any], own: Any) -> None:

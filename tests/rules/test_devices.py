@@ -1,6 +1,6 @@
 """Training steps neither mix devices nor read tensors back, which would make the processor wait for an accelerator.
 
-Tensors without values show both: an operation on tensors of two devices raises an error, and so does reading a number.
+Tensors without values reveal both: an operation on tensors of two devices raises an error, and so does reading a number.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ READS_ONCE = {"frsf", *(name for name, rule in ALGORITHMS.items() if getattr(rul
 def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Autograd needs no driver for the device meta, but it has no autocast and no generators."""
     autocast = torch.is_autocast_enabled
-    for module in (torch, lazy.torch):  # the latter keeps what it has looked up
+    for module in (torch, lazy.torch):  # the latter caches its results
         monkeypatch.setattr(module, "is_autocast_enabled", lambda device: device != "meta" and autocast(device))
     monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: like.new_empty(noise.batch, *noise.shape))
     monkeypatch.setattr(Draws, "normal", lambda draws, name, like, is_shared=False: torch.empty_like(like))
-    # It reads the indices of samples, which a training loop has on the CPU; here everything is without values.
+    # It reads the indices of samples, which are on the CPU in a training loop; here all tensors are without values.
     monkeypatch.setattr(Delivery, "_check_indices", lambda *_: None)
     with functorch_config.patch(fake_tensor_allow_meta=True):
         yield

@@ -1,4 +1,4 @@
-"""dfa: signals by way of the output error only, at the declared cuts."""
+"""dfa: signals computed only from the output error, at the declared cuts."""
 
 import math
 from collections import OrderedDict
@@ -32,7 +32,7 @@ def test_one_hidden_layer_equals_fa_with_the_same_feedback():
     with torch.no_grad():
         fa.feedback["fc2"]["B"].copy_(dfa.feedback["act1"]["B"])
     want = {name: grad for name, grad in rule_grads(chained, fa, x, y).items()}
-    assert_matches(rule_grads(direct, dfa, x, y), want, rel=1e-13)  # the same two products, in one order or another
+    assert_matches(rule_grads(direct, dfa, x, y), want, rel=1e-13)  # the same two products, possibly in a different order
     assert distance(want["fc1.weight"], bp_grads(nets.one_hidden(), x, y)["fc1.weight"]) > 1e-2
 
 
@@ -48,7 +48,8 @@ def test_last_hidden_feedback_equal_to_the_output_weights_is_backpropagation_the
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_do_not_depend_on_later_weights(form):
-    """Backward unlocking: with delta_out held fixed (a loss linear in the logits) a later W leaves lower gradients alone."""
+    """Backward unlocking: with delta_out fixed (a loss linear in the logits), changing a later W does not change earlier
+    gradients."""
     x, _ = nets.batch("mlp")
     fixed = torch.randn(4, nets.CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -99,7 +100,7 @@ def test_feedback_is_classes_by_features_and_keyed_by_cut():
 
 @pytest.mark.parametrize("widths", [(5, 5), (6, 5), (5, 6)], ids=str)
 def test_the_output_layer_is_compared_with_the_feedback_of_the_last_cut(widths):
-    """B of the last cut has the shape of the output layer's weight, that of an earlier one may have it too."""
+    """B of the last cut has the shape of the output layer's weight; that of an earlier one may have it, too."""
     first, last = widths
     model = nn.Sequential(nn.Linear(4, first), nn.ReLU(), nn.Linear(first, last), nn.ReLU(), nn.Linear(last, 3))
     rule = fa_bench.attach(model, "dfa", seed=0, cuts=["1", "3"])
@@ -116,7 +117,8 @@ def test_patterns_and_names_give_the_same_cuts():
 
 
 def test_layer_without_a_cut_of_its_own_is_named_or_gets_its_local_gradient():
-    """Only act2 cut: fc1's error comes through fc2's true weight. Refused by name, or by permission the exact local gradient."""
+    """Only act2 is cut, so fc1's error passes through fc2's true weight. This is refused by name or, if permitted, gives the
+    exact local gradient."""
     reason = r"fc1\.weight \(no cut point between this layer and the next\)"
     with pytest.raises(fa_bench.errors.CoverageError, match=reason):
         attached(cuts=("act2",))
@@ -128,7 +130,7 @@ def test_layer_without_a_cut_of_its_own_is_named_or_gets_its_local_gradient():
 
 
 def test_cut_before_the_activation():
-    """A cut at a layer's output: the signal is that layer's error itself, no derivative of the activation in it."""
+    """If the cut is at a layer's output, the signal is that layer's error itself, without a derivative of the activation."""
     model, rule = attached(cuts=("fc1", "fc2"))
     x, y = nets.batch("mlp")
     got, plain = rule_grads(model, rule, x, y), nets.mlp()
@@ -137,7 +139,7 @@ def test_cut_before_the_activation():
 
 
 def test_shared_matrix_is_uniform_from_minus_one_to_one():
-    """3 x 4000 draws: ends nearly reached, mean and variance (1/3) within 5 standard errors."""
+    """3 x 4000 samples: they nearly reach the ends, and mean and variance (1/3) are within 5 standard errors."""
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 50), nn.Tanh(), nn.Linear(50, 3))
     x = torch.zeros(2, 7)
     rule = fa_bench.attach(model, "dfa", seed=0, form="shared", cuts=["1", "3"], sample_input=x)
@@ -149,7 +151,7 @@ def test_shared_matrix_is_uniform_from_minus_one_to_one():
 
 
 def test_normalise_divides_by_the_root_of_the_widest_cut():
-    """Both runs draw the same matrix, so only the factor differs: sqrt(6), also for the cut of 5 features."""
+    """Both runs sample the same matrix, so only the factor differs: sqrt(6), even for the cut with 5 features."""
     x, y = nets.batch("mlp")
     (one, raw), (two, scaled) = attached("shared", normalise=False), attached("shared")
     raw_grads, scaled_grads = rule_grads(one, raw, x, y), rule_grads(two, scaled, x, y)
@@ -176,7 +178,7 @@ def test_every_cut_takes_the_leading_columns_of_one_matrix():
     ids=str,
 )
 def test_density_is_the_fraction_kept(name, options, bound):
-    """12 000 draws: within 5 standard errors of 0.0042. A mask does not rescale what it keeps."""
+    """12 000 samples: within 5 standard errors of 0.0042. A mask does not rescale the remaining entries."""
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 3))
     where = {} if options.get("form") == "kernel" else {"cuts": ["1"]}
     rule = fa_bench.attach(model, name, seed=0, density=0.3, sample_input=torch.zeros(2, 7), **where, **options)
@@ -188,7 +190,7 @@ def test_density_is_the_fraction_kept(name, options, bound):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_inplace_activation_after_the_cut(form):
-    """Cuts at BatchNorm, then an in-place ReLU that overwrites the tensor passed on: as with a plain ReLU."""
+    """Cuts at BatchNorm, then an in-place ReLU that overwrites its output: the same as with a plain ReLU."""
     x, y = nets.batch("conv")
     cuts = {} if form == "kernel" else {"cuts": ["bn1", "bn2", "bn3"]}
     grads = []
@@ -214,7 +216,7 @@ KERNELS = {
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", KERNELS)
 def test_kernel_form_follows_the_geometry_of_the_layer(layer):
-    """The error at a layer's input is the input gradient of that layer with classes for outputs, weight B and no groups."""
+    """The error at a layer's input is the input gradient of that layer with classes as outputs, weight B and no groups."""
     build, shape = KERNELS[layer]
     torch.manual_seed(0)
     x, y = torch.randn(2, *shape, dtype=torch.float64), torch.tensor([2, 0])
@@ -242,7 +244,7 @@ def test_kernel_form_follows_the_geometry_of_the_layer(layer):
 
 
 def test_kernel_form_refuses_a_transposed_convolution_or_trains_it():
-    """What attach calls covered must survive a training pass; what it cannot do it must name."""
+    """Models that attach calls covered must train without an error; everything else must be named."""
     torch.manual_seed(0)
     stages = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(495, 3)]
     model, (x, y) = nn.Sequential(*stages).double(), nets.batch("conv")
@@ -255,7 +257,7 @@ def test_kernel_form_refuses_a_transposed_convolution_or_trains_it():
 
 
 def test_inplace_activation_after_a_cut_whose_own_backward_needs_its_output():
-    """tanh's derivative is read off its output, which the ReLU after the cut overwrites: the cut must keep what it had."""
+    """tanh's derivative is computed from its output, which the ReLU after the cut overwrites: the cut must store the value."""
     x, y = nets.batch("mlp")
     grads = []
     for activation in (nets.inplace_relu, nn.ReLU):
@@ -278,7 +280,7 @@ def test_inplace_activation_at_the_cut():
 
 
 def test_kernel_form_on_a_residual_network():
-    """The error at each convolution's input is the direct one; the identity shortcut adds what arrives from above."""
+    """The error at each convolution's input is the direct one; the identity shortcut adds the error from later layers."""
     plain, model, (x, y) = nets.residual(), nets.residual(), nets.batch("residual")
     rule = fa_bench.attach(model, "dfa", seed=0, form="kernel", sample_input=x)
     delta = torch.autograd.grad(F.cross_entropy(z := plain(x), y), z)[0].detach()

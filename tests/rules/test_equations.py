@@ -1,4 +1,4 @@
-"""Every rule against its loop-written reference: one pass on every network, then several whole training steps."""
+"""Every rule compared with its reference by loops: one pass on every network, then several whole training steps."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,8 @@ def start(case: str, net: str):
 
 
 def learned_names(rule) -> dict[str, torch.Tensor]:
-    """{"layer.B": tensor} of what an optimizer is given beside the model's parameters, and a reference computes."""
+    """{"layer.B": tensor} for the tensors that an optimizer gets in addition to the model's parameters, and a reference
+    computes."""
     if rule.name in TRAITS["learned_from_noise"]:
         return {}
     ids = {id(tensor) for tensor in rule.feedback_parameters()}
@@ -54,7 +55,7 @@ def reference_options(options: dict) -> dict:
 
 
 def noise_options(case: str, rule) -> dict:
-    """What the reference of a noisy rule is given: the random numbers that the rule will draw for its next update."""
+    """The data for the reference of a noisy rule: the random numbers that the rule will sample for its next update."""
     if CASES[case][0] not in TRAITS["noisy"]:
         return {}
     draws = Draws(0)
@@ -72,7 +73,7 @@ def test_gradients_equal_reference_and_not_bp(case, net):
     got = rule_grads(model, rule, x, y)
     params = arrays(plain)
     assert_matches(arrays(model), params, rel=0)
-    feedback = before if noise else feedback_arrays(rule)  # brsf draws in the forward pass
+    feedback = before if noise else feedback_arrays(rule)  # brsf samples in the forward pass
     want = reference(chain, params, feedback, array(x), y.numpy(), **reference_options(options), **noise)
     assert_matches(got | {name: tensor.grad for name, tensor in learned_names(rule).items()}, want)
 
@@ -100,7 +101,7 @@ def test_plain_last_transports_the_true_weights_of_the_output_layer_only():
 SCHEDULES = [(case, False) for case in CASES] + [("fa", True), ("kp", True)]
 
 
-@pytest.mark.filterwarnings("ignore:.*should have 0.01 times")  # dkp's rate is no part of its equations
+@pytest.mark.filterwarnings("ignore:.*should have 0.01 times")  # dkp's learning rate is not part of its equations
 @pytest.mark.parametrize("net", ["mlp_bn", "conv"])
 @pytest.mark.parametrize(("case", "nesterov"), SCHEDULES)
 def test_training_steps_equal_reference(case, net, nesterov):
@@ -126,7 +127,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
         optimizer.step()
         rule.step()
         sgd_step(params, velocity, grads, decay=0.01, **settings)
-        for name in learned:  # masks are put on again after every update
+        for name in learned:  # masks are applied again after every update
             layer, tensor = name.rsplit(".", 1)
             if options.get("density", 1) < 1:
                 params[name] = params[name] * (initial[layer][tensor] != 0)
@@ -142,10 +143,10 @@ def test_training_steps_equal_reference(case, net, nesterov):
 
 @pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if name not in TRAITS["unscaled"]])
 def test_loss_scaling_scales_every_gradient(case):
-    """A loss times 1024 gives gradients times exactly 1024: no rule may take its error from anywhere but the loss."""
+    """A loss times 1024 gives exactly 1024 times the gradients: a rule may take its error only from the loss."""
     rule, model, _, _, _, _ = start(case, "conv")
     x, y = nets.batch("conv")
-    model.eval()  # no new draw of brsf between the two passes
+    model.eval()  # brsf does not sample between the two passes
     state = state_of(rule)
     once = rule_grads(model, rule, x, y)
     restore(rule, state)
@@ -157,7 +158,7 @@ def test_loss_scaling_scales_every_gradient(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_accumulate_over_passes(case):
-    """Two backward passes without zero_grad add up, learned feedback included."""
+    """Two backward passes without zero_grad accumulate, including learned feedback."""
     rule, model, _, _, _, _ = start(case, "mlp_tanh")
     batches = [nets.batch("mlp_tanh", seed=seed) for seed in (0, 1)]
     model.eval()

@@ -1,4 +1,4 @@
-"""Surgery refuses what it cannot do, names the layers, and leaves the model as it was."""
+"""Attaching refuses what a rule cannot support, names the layers, and leaves the model unchanged."""
 
 import re
 
@@ -21,7 +21,7 @@ class OwnAttention(nn.MultiheadAttention):
 
 
 class Attentive(nn.Module):
-    """Weights no rule covers: an embedding and both projections of an attention layer of one's own."""
+    """Weights that no rule covers: an embedding, and both projections of a user-defined attention layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def unchanged(model: nn.Module, plain: nn.Module) -> bool:
 
 
 class Unused(nn.Module):
-    """Its layer does not run."""
+    """Its layer is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def test_missing_sample_is_named_with_a_frozen_stem_too(name):
 
 
 def test_subclassed_layers_are_not_swapped_silently():
-    """Only exact types are swapped: a layer with a forward of its own must be named, not changed."""
+    """Only exact types are replaced: a layer with its own forward method must be named, not changed."""
 
     class Doubled(nn.Linear):
         def forward(self, x):
@@ -262,7 +262,7 @@ def test_wrong_values_say_what_is_allowed(rule, options, says):
 
 
 def test_second_rule_on_an_attached_model_is_refused():
-    """Two rules on one model would both claim its layers; after detach the second is welcome."""
+    """Two rules on one model would both use its layers; after detach, the second can be attached."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
     with pytest.raises(LOUD, match=r"the model already has the rule 'fa'; call its detach\(\) first"):

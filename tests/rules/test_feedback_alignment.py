@@ -1,4 +1,4 @@
-"""FA: what B touches, how it starts, and residual networks."""
+"""FA: which gradients B affects, its initial values, and residual networks."""
 
 import math
 
@@ -29,7 +29,7 @@ def attached(**options):
 
 
 def test_each_feedback_touches_only_the_layers_below():
-    """B_1 carries nothing; B_2 changes fc1's gradient only; B_3 those of fc1 and fc2."""
+    """B_1 has no effect; B_2 changes only fc1's gradient; B_3 changes those of fc1 and fc2."""
     x, y = nets.batch("mlp")
     for layer, touched in {"fc1": set(), "fc2": {"fc1"}, "fc3": {"fc1", "fc2"}}.items():
         model, rule = attached()
@@ -67,8 +67,8 @@ def test_nothing_of_feedback_is_learned():
 
 
 def test_default_draw_is_xavier_uniform_and_independent():
-    """200x100: the bound is never passed and nearly reached; deviation within 3 % (20 000 draws: standard error 0.3 %)."""
-    torch.manual_seed(0)  # the same seed as the rule's: W's draws must not come back as B
+    """200x100: the bound is never exceeded and nearly reached; deviation within 3 % (20 000 samples: standard error 0.3 %)."""
+    torch.manual_seed(0)  # the same seed as the rule's: B must not equal W
     model = nn.Sequential(nn.Linear(100, 200), nn.Linear(200, 100), nn.Linear(100, 200), nn.Conv2d(20, 30, (3, 5)))
     for layer in model:
         nn.init.xavier_uniform_(layer.weight)
@@ -113,7 +113,8 @@ def test_density_is_the_fraction_kept():
 
 
 def test_residual_network_with_projection_equals_surrogate():
-    """Errors cross identity shortcuts exactly, the projection through its own feedback; BatchNorm is differentiated exactly."""
+    """Errors cross identity shortcuts exactly, and the projection through its own feedback; BatchNorm is differentiated
+    exactly."""
     plain, model, (x, y) = nets.residual(), nets.residual(), nets.batch("residual")
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x)
     feedback = {name: rule.feedback[name]["B"] for name in layer_names(plain)}
@@ -125,7 +126,8 @@ def test_residual_network_with_projection_equals_surrogate():
 
 
 def test_layer_used_twice_and_frozen_layer():
-    """A layer called twice sums both uses; a layer the user froze gets no gradient but still carries the error through B."""
+    """A layer called twice sums both uses; a layer that the user froze gets no gradient but still propagates the error through
+    B."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -166,7 +168,7 @@ def test_state_follows_the_dtype_of_the_model():
 
 
 def test_fully_connected_layers_may_have_an_initialiser_of_their_own():
-    """Of ~1,000 uniform entries or more the largest is within 3 % of the bound with near certainty."""
+    """The largest of about 1,000 or more uniform entries is almost certainly within 3 % of the bound."""
     model = nn.Sequential(nn.Conv2d(4, 40, 3), nn.Flatten(), nn.Linear(40, 50))
     rule = fa_bench.attach(model, "fa", seed=0, b_init="pytorch", linear_b_init="uniform_one")
     largest = {path: tensors["B"].abs().max().item() for path, tensors in rule.feedback.items()}

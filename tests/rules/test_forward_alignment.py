@@ -1,4 +1,5 @@
-"""forward_alignment: what enters the weight gradient, what it leaves alone, and the theorem of the paper's appendix."""
+"""forward_alignment: the activation in the weight gradient, what the rule leaves unchanged, and the theorem of the paper's
+appendix."""
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
 
 
 def test_residual_net_adds_what_arrives():
-    """The stand-in behind an addition: the projection's and the branch's random outputs, each from its true input."""
+    """The replaced activation after an addition: the random outputs of projection and branch, each from its true input."""
     x, y = nets.batch("residual")
     model, plain = nets.residual(), nets.residual()
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x)
@@ -94,7 +95,7 @@ def test_layer_that_runs_twice_is_refused():
 
 
 def tied(what: str) -> nn.Sequential:
-    """5-4-4-4-3 whose second and third layer share the parameters in `what`."""
+    """5-4-4-4-3 whose second and third layers share the parameters in `what`."""
     torch.manual_seed(0)
     layers = [nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)]
     model = nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())][:-1]).double()
@@ -177,7 +178,7 @@ def test_error_of_a_linear_net_goes_to_zero(hidden):
 
 
 class Beside(nn.Module):
-    """Two layers take the image behind dropout."""
+    """Two layers use the image after dropout."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +190,7 @@ class Beside(nn.Module):
 
 
 def test_every_layer_that_takes_the_image_has_its_true_input():
-    """Also where noise is on it, which is off in the second pass."""
+    """This includes dropout noise on it, which is off in the second pass."""
     torch.manual_seed(0)
     model, (x, y) = Beside().double(), nets.batch("mlp")
     plain = Beside().double()

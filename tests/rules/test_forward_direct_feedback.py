@@ -1,4 +1,4 @@
-"""fdfa: what B learns and how, its relations to dfa and bp, and what leaves it alone."""
+"""fdfa: what B learns and how, its relations to dfa and bp, and what does not affect it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def jacobians(net: str, x: Tensor) -> dict[str, Tensor]:
 
 
 def mean_estimates(rule: Any, x: Tensor, y: Tensor, draws: int) -> dict[str, Tensor]:
-    """The mean of d p over draws: B less its gradient."""
+    """The mean of d p over noise samples: B minus its gradient."""
     total = {cut: torch.zeros_like(tensors["B"]) for cut, tensors in rule.feedback.items()}
     for _ in range(draws):
         clear(rule)
@@ -103,7 +103,7 @@ def train(model: Any, rule: Any, steps: int = 5, **settings: Any) -> None:
 
 
 def test_a_rate_of_zero_is_direct_feedback_alignment() -> None:
-    """Bit for bit, and B keeps its values in spite of decay and momentum."""
+    """Bitwise, and B keeps its values in spite of decay and momentum."""
     one, rule, _, _ = attached(b_init="kaiming_uniform", b_lr_scale=0.0)
     two, dfa, _, _ = attached(name="dfa", b_init="kaiming_uniform")
     train(one, rule)
@@ -173,7 +173,7 @@ def test_noise_at_every_cut_and_sample_is_its_own() -> None:
 
 
 def test_measuring_moves_nothing() -> None:
-    """Neither B's gradient nor the noise of the next step; B's angle to the weight of the output layer is measured."""
+    """Neither B's gradient nor the noise of the next step changes; B's angle to the weight of the output layer is measured."""
     model, rule, x, y = attached(b_init="kaiming_uniform")
     state = rule.state_dict()
     values = AlignmentMeter(rule, x, y).measure()
@@ -280,7 +280,7 @@ def test_options_out_of_range_are_refused(options: dict) -> None:
 
 
 def test_sums_over_the_batch_are_in_single_precision() -> None:
-    """512 products of 40 000 are more than half precision has room for; their mean is not."""
+    """512 products of 40 000 would overflow in half precision; their mean does not."""
     _, rule, _, _ = attached("one")
     wide = torch.full((512, 5), 200.0, dtype=torch.float16)
     rule.noise_and_tangent = lambda: ({"act1": wide}, wide[:, :3])

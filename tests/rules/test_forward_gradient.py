@@ -1,4 +1,4 @@
-"""forward_gradient: both forms are unbiased, and as noisy as theory says."""
+"""forward_gradient: both forms are unbiased, and their variance has the theoretical value."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_one_draw_is_as_good_as_theory_says() -> None:
 
 
 def test_samples_have_derivatives_of_their_own() -> None:
-    """The error of a sample is a multiple of its noise, by another factor for every sample."""
+    """The error of a sample is a multiple of its noise, with a different factor for every sample."""
     model, rule, x, y = attached()
     seen: dict[str, Tensor] = {}
     errors: list[Tensor] = []
@@ -90,7 +90,7 @@ def test_samples_have_derivatives_of_their_own() -> None:
 
 
 def test_in_front_of_the_output_layer_basis_vectors_reproduce_its_error() -> None:
-    """With p one basis vector after the other the sum of d p is the exact error at the cut."""
+    """With p set to each basis vector in turn, the sum of d p is the exact error at the cut."""
     model, (x, y) = nets.one_hidden(), nets.batch("one")
     rule = fa_bench.attach(model, "forward_gradient", seed=0, cuts=["act1"])
     total = 0
@@ -141,7 +141,7 @@ def test_the_weights_form_needs_no_cuts_and_covers_every_layer() -> None:
 
 
 def test_positions_of_a_sample_share_its_derivative() -> None:
-    """Unbiased for tokens, too: the mean over 1500 draws."""
+    """Also unbiased for tokens: the mean over 1500 noise samples."""
     model = Tokens().double()  # seeds the global generator
     x, y = torch.randn(4, 3, 3, dtype=torch.float64), torch.arange(12).view(4, 3) % 3
     rule = fa_bench.attach(model, "forward_gradient", seed=0, sample_input=x)

@@ -1,7 +1,7 @@
 """Modules that change an activation in place after it has left a cut, or a layer: every rule, metric and probe gives the same as
 for a net in which nothing works in place.
 
-What a hook keeps of a pass would otherwise be what the next module has made of it.
+Otherwise, a tensor stored by a hook would contain the result of the next module.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fa_bench.registry.registries import ALGORITHMS, METRICS, PROBES
 from .helpers import QUICK
 
 INPUTS, CLASSES, SAMPLES = 7, 4, 16
-#: What comes after a cut works in place: nonlinearities, an addition, and dropout, which works in training alone.
+#: Modules after a cut that work in place: nonlinearities, an addition, and dropout, which is active only in training.
 CUTS = ["norm1", "norm2", "fc3", "norm4"]
 OPTIONS: dict[str, dict[str, Any]] = QUICK | {"f3": {"samples": SAMPLES}, "frozen_blocks": {"blocks": ["norm1"]}}
-#: Further forms of a rule that keep other tensors.
+#: Further forms of a rule that store other tensors.
 FORMS = [
     ("ddtp_linear", {"error_at": "norm4", "cuts": CUTS[:-1]}),
     ("dkp", {"error_at": "norm4", "cuts": CUTS[:-1]}),
@@ -41,7 +41,7 @@ FORMS = [
 
 
 class Net(nn.Module):
-    """Cuts after which everything works in place, or nothing does; its values are the same."""
+    """Cuts after which either all modules or no modules work in place; the values are the same."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_a_rule_learns_the_same_where_the_input_of_a_frozen_layer_is_changed(nam
 
 
 class ChangesInput(nn.Module):
-    """Changes its input in place, or does not."""
+    """Changes its input in place, or does not, depending on an option."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class ChangesInput(nn.Module):
 
 
 def measured(in_place: bool, name: str, options: dict[str, Any], net: type[nn.Module] = Net) -> dict[str, dict[str, float]]:
-    """All metrics and probes, of a model that has learned for a step."""
+    """All metrics and probes, for a model that has been trained for one step."""
     model, rule, x, y = attached(in_place, name, options, net)
     step(model, rule, x.clone(), y)
     with torch.no_grad():
@@ -203,7 +203,7 @@ class Blocks(nn.Module):
 
 
 CUTTING = [name for name, rule in sorted(ALGORITHMS.items()) if issubclass(rule, CutRule) and not rule.crosses]
-#: They have no cuts, or too few modules here.
+#: They have no cuts, or too few modules for this net.
 WITHOUT = {"weight_perturbation", "dgl", "asfp_lc"}
 
 
@@ -214,7 +214,7 @@ def test_a_cut_whose_derivative_needs_its_output_may_be_followed_by_what_works_i
 
 
 class InTraining(nn.Module):
-    """Works in place in training alone, in a way that the pass in which `attach` reads the model does not show."""
+    """Works in place only in training, which the pass in which `attach` reads the model does not show."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2) if self.training else x * 2

@@ -1,4 +1,4 @@
-"""The named draws of feedback: bound, deviation and shape of the distribution, on fans that differ."""
+"""The feedback initialisers: bound, deviation and shape of the distribution, with different fans."""
 
 import copy
 import math
@@ -110,7 +110,7 @@ def test_values_with_equal_probability(init, values):
 @pytest.mark.parametrize(("init", "signs"), [("identity", (1, 1, 1, 1)), ("identity_pm", (1, -1, 1, -1))])
 @pytest.mark.parametrize("width", [2, 3, 11, 12])
 def test_identities_side_by_side(init, signs, width):
-    """The last one has as many columns as are left."""
+    """The last one has the remaining columns."""
     model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
     got = fa_bench.attach(model, "dfa", b_init=init, cuts=["1"]).feedback["1"]["B"]
     want = torch.cat([sign * torch.eye(3) for sign in signs], 1)[:, :width]
@@ -137,7 +137,7 @@ def test_these_are_for_feedback_alone(name):
 
 # --- weights -------------------------------------------------------------------------------------------------------------------
 
-# What weights were drawn by before they and feedback had one table, name by name: torch's own initialisers.
+# The initialisers of weights before weights and feedback had a common table, by name: torch's own functions.
 TORCHS = {
     "xavier_uniform": nn.init.xavier_uniform_,
     "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
@@ -165,7 +165,7 @@ def layers_of(model):
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("init", TORCHS)
 def test_weights_are_those_of_torchs_initialisers(net, init):
-    """To the last bit, in the modules' order, after torch's own draw; biases zero."""
+    """Bitwise, in the order of the modules, after torch's own initialisation; biases are zero."""
     torch.manual_seed(3)
     want = ARCHITECTURES[net](**NETS[net][0]).make(NETS[net][1], 4)
     for layer in layers_of(want).values():
@@ -210,7 +210,7 @@ def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, line
                 "zeros": 0.0,
             }[name]
             largest = layer.weight.abs().max().item()
-            # Of at least 12 uniform numbers the largest is below half the bound once in 4000 times.
+            # The largest of at least 12 uniform numbers is below half the bound once in 4000 times.
             assert bound / 2 <= largest <= bound * (1 + 1e-6), path
     assert any(isinstance(layer, nn.Linear) for layer in model.values())
 
@@ -261,7 +261,7 @@ CASES = [*((name, {"samples": 8} if name == "f3" else {}) for name in WITH_B_INI
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_the_option_reaches_the_feedback_of_every_rule(name: str, options: dict) -> None:
-    """Two initialisers give every B other values."""
+    """Two initialisers give every B different values."""
 
     def drawn(**chosen: str) -> list[torch.Tensor]:
         torch.manual_seed(0)

@@ -36,7 +36,7 @@ def differences(model, rule):
 
 
 def test_gradient_of_b_is_a_copy_of_the_gradient_of_w():
-    """The same values, in storage of their own: an optimizer that works on gradients in place must not do it twice."""
+    """The same values in separate memory: an optimizer that changes gradients in place must not do it twice."""
     model, rule = attached()
     rule_grads(model, rule, *nets.batch("conv_bn"))
     for name in layer_names(model):
@@ -58,7 +58,7 @@ def test_learned_feedback_is_what_the_optimizer_gets():
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_difference_follows_the_linear_recursion(nesterov, foreach):
-    """D = W - B: v <- m v + lambda D; D <- D - lr (v, or lambda D + m v). The task's gradients cancel exactly."""
+    """D = W - B: v <- m v + lambda D; D <- D - lr (v, or lambda D + m v). The gradients of the task cancel exactly."""
     lr, momentum, decay = 0.1, 0.9, 0.05
     model, rule = attached()
     parameters = model.parameters()
@@ -77,7 +77,7 @@ def test_difference_follows_the_linear_recursion(nesterov, foreach):
 
 @pytest.mark.parametrize("options", [{"nesterov": True}, {"nesterov": True, "foreach": True}, {"nesterov": False}])
 def test_equal_start_stays_equal_and_stays_backpropagation(options):
-    """B(0) = W(0): twenty steps leave W = B, and both on BP's own path."""
+    """B(0) = W(0): after twenty steps, W = B, and both equal the weights of BP."""
     model, rule = attached()
     copy_weights_into_feedback(model, rule)
     plain = nets.convnet(batch_norm=True)
@@ -107,7 +107,8 @@ def test_adamw_keeps_the_cancellation():
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
 def test_b_lr_scale_scales_the_step_of_b_only(scale):
-    """A learning rate, not a gradient (under Adam that would do nothing): the caller gives it to the feedback's group."""
+    """It is a learning rate, not a factor of the gradient, which would have no effect with Adam: the caller passes it to the
+    group."""
     model, rule = attached(b_lr_scale=scale)
     weights = {name: model.get_submodule(name).weight.detach().clone() for name in layer_names(model)}
     feedback = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
@@ -117,18 +118,18 @@ def test_b_lr_scale_scales_the_step_of_b_only(scale):
     for name in layer_names(model):
         step = model.get_submodule(name).weight.detach() - weights[name]
         step_b = rule.feedback[name]["B"].detach() - feedback[name]
-        # Differences of order 1e-3 of numbers of order 1: 1e-16 / 1e-3, with room.
+        # Differences of order 1e-3 of numbers of order 1: 1e-16 / 1e-3, with a margin.
         assert (step_b - scale * step).abs().max() <= 1e-11 * max(1.0, scale) * step.abs().max()
         assert step.abs().max() > 0
         assert torch.equal(model.get_submodule(name).weight.grad, rule.feedback[name]["B"].grad)
 
 
 def test_without_the_optimizer_feedback_does_not_move():
-    """Feedback learns through the optimizer and through nothing else."""
+    """Feedback is changed only by the optimizer."""
     model, rule = attached()
     before = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
     for tensor in rule.feedback_parameters():
-        tensor.requires_grad_(False)  # or it would be an error
+        tensor.requires_grad_(False)  # otherwise, it would be an error
     list(train(model, rule, torch.optim.SGD(model.parameters(), lr=0.1), 2))
     assert all(torch.equal(before[name], rule.feedback[name]["B"]) for name in before)
 
@@ -182,7 +183,7 @@ def test_a_gradient_of_b_that_was_removed_is_not_replaced_by_that_of_w():
 
 
 def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
-    """Muon is not fused: B's gradient is then its own, also if W's optimizer is."""
+    """Muon is not fused: B then has its own gradient, even if W's optimizer is fused."""
     for of_feedback, is_shared in ((SGD(lr=0.1), True), (Muon(lr=0.1), False)):
         model, (x, y) = nets.mlp().float(), nets.batch("mlp")
         rule = fa_bench.attach(model, "kp", seed=0)
@@ -192,7 +193,7 @@ def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
 
 
 def test_clipping_scales_shared_gradients_once():
-    """W and B have a gradient each then, and the norm of all gradients together is the one asked for."""
+    """W and B then have separate gradients, and the norm of all gradients together is the requested one."""
     model, (x, y) = nets.mlp().float(), nets.batch("mlp")
     rule = fa_bench.attach(model, "kp", seed=0)
     optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)

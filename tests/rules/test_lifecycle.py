@@ -1,4 +1,4 @@
-"""Forward passes that must change nothing, copies, checkpoints, exact backpropagation and the way back to the plain model."""
+"""Forward passes that must not change anything, copies, checkpoints, exact backpropagation, and restoring the plain model."""
 
 import copy
 from collections import OrderedDict
@@ -74,7 +74,8 @@ def test_forward_between_changes_nothing(variant, between):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_forwards_then_both_backwards(variant, order):
-    """Each backward belongs to its own forward, in either order; without BatchNorm evaluation mode keeps brsf's draw fixed."""
+    """Each backward pass belongs to its own forward pass, in either order; without BatchNorm, evaluation mode keeps brsf's
+    magnitudes."""
     model, rule, _, _ = start(variant, net="conv")
     model.eval()
     batches = [nets.batch("conv", seed=seed, size=4 + seed) for seed in (0, 1)]
@@ -107,14 +108,14 @@ def test_training_forward_and_backward_change_no_feedback(variant):
     model, rule, x, y = start(variant)
     before = {key: value.detach().clone() for key, value in feedback_tensors(rule).items()}
     rule_grads(model, rule, x, y)
-    if variant != "ldfa":  # whose B it makes orthonormal, to the last bit
+    if variant != "ldfa":  # whose B it makes orthonormal, bitwise
         rule.step()
     assert_bitwise({key: value.detach() for key, value in feedback_tensors(rule).items()}, before)
 
 
 @pytest.mark.parametrize("variant", ["bp", *EDGE_RULES])
 def test_copied_model_of_an_edge_rule_is_independent(variant):
-    """A deepcopy carries its own feedback: equal gradients at first, unmoved by what happens to the original."""
+    """A deepcopy has its own feedback: equal gradients at first, independent of later changes to the original."""
     model, rule, x, y = start(variant)
     model.eval()
     twin = copy.deepcopy(model)
@@ -131,7 +132,7 @@ def test_copied_model_of_an_edge_rule_is_independent(variant):
     with torch.no_grad():
         for tensor in feedback_tensors(rule).values():
             tensor.mul_(-2.0)
-    if STORED.get(variant, "M") != "M":  # of M only the sizes matter
+    if STORED.get(variant, "M") != "M":  # only the magnitudes of M matter
         assert not torch.equal(rule_grads(model, rule, x, y)["conv1.weight"], want["conv1.weight"])
     assert_bitwise(twin_grads(), want)
 
@@ -187,13 +188,13 @@ def test_exact_is_backpropagation_and_ends_with_its_block(variant, how):
             backward(rule, loss, logits, y)
     got, want = collect(model), bp_grads(plain, x, y)
     learns = {key for key, grad in rule_grads(model, rule, x, y).items() if grad is not None}
-    if variant in ("frozen", "bp_fc"):  # what is frozen may or may not get its exact gradient; what it gets must be exact
+    if variant in ("frozen", "bp_fc"):  # a frozen parameter may get its exact gradient or none
         assert {key for key, grad in got.items() if grad is not None} >= learns
         want = {key: grad if got[key] is not None else None for key, grad in want.items()}
     assert_bitwise(got, want)
     after = rule_grads(model, rule, x, y)
     twin, twin_rule, _, _ = start(variant, dtype=torch.float32)
-    if variant == "brsf":  # another draw: only that it is no longer exact
+    if variant == "brsf":  # a new sample: only that it is no longer exact
         assert not torch.equal(after["conv1.weight"], want["conv1.weight"])
     else:
         assert_bitwise(after, rule_grads(twin, twin_rule, x, y))
@@ -220,7 +221,7 @@ def test_exact_ends_after_an_error_too():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exact_leaves_a_pending_rule_pass_alone(variant):
-    """Measuring on the side (a delta angle) between a training forward and its backward."""
+    """A measurement (of a delta angle) between a training forward pass and its backward pass."""
     model, rule, x, y = start(variant, net="conv")
     twin, twin_rule, _, _ = start(variant, net="conv")
     want = rule_grads(twin, twin_rule, x, y)
@@ -274,7 +275,7 @@ def test_rules_without_feedback_of_layers_say_so():
 
 
 def test_rules_one_after_the_other_on_one_model():
-    """Detach leaves nothing that the next rule could trip over; the same seed gives the first rule's gradients again."""
+    """Detach leaves nothing that affects the next rule; the same seed gives the first rule's gradients again."""
     x, y = nets.batch("conv")
     model, results = nets.convnet(), []
     for name in ("fa", "kp", "dfa", "predsim", "fa"):
@@ -350,7 +351,7 @@ def test_kp_writing_into_one_gradient_leaves_the_other(written):
 
 @pytest.mark.parametrize("variant", ["kp", "usf"])
 def test_two_backward_passes_add_up(variant):
-    """Learned feedback adds up as weights do; feedback made of the weight is made again each time."""
+    """Learned feedback accumulates gradients like weights; feedback computed from the weight is computed again each time."""
     model, rule, x, y = start(variant)
     rule_grads(model, rule, x, y)
     once = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -400,7 +401,7 @@ def test_refused_before_anything_was_put_in_says_why(variant):
 
 
 def assert_same_state(got, want):
-    """Nested mappings of plain values and tensors, to the last bit."""
+    """Nested mappings of plain values and tensors, bitwise."""
     assert type(got) is type(want)
     if isinstance(want, dict):
         assert got.keys() == want.keys()
@@ -412,7 +413,7 @@ def assert_same_state(got, want):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(variant):
-    """What the README says: model.state_dict holds the feedback, rule.state_dict the rest."""
+    """As the README says: model.state_dict contains the feedback, rule.state_dict the rest."""
     model, rule, x, y = start(variant, seed=0)
     rule_grads(model, rule, x, y)
     saved = copy.deepcopy((model.state_dict(), rule.state_dict()))
@@ -447,7 +448,7 @@ def test_foreign_state_is_refused_by_name(variant):
 
 @pytest.mark.parametrize("variant", ["local_error", "predsim", "dgl", "asfp_lc"])
 def test_a_plain_state_loads_after_detach(variant):
-    """Nothing of the auxiliary layers stays behind in the modules at the cuts, hooks of theirs included."""
+    """Nothing of the auxiliary layers remains in the modules at the cuts, including their hooks."""
     model, rule, *_ = start(variant)
     rule.detach()
     model.load_state_dict(nets.NETS[NET]().state_dict())
@@ -465,7 +466,7 @@ def test_a_tensor_that_is_put_again_is_replaced_and_dropped_once():
 
 @pytest.mark.parametrize(("name", "keys"), [("pfa", ["B", "R"]), ("kp", ["B"]), ("fa", ["B"])])
 def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
-    """Parameters and buffers alike, so that a state's hash does not depend on which of them learn."""
+    """Parameters and buffers alike, so a state's hash does not depend on which of them learn."""
     layer = fa_bench.attach(nets.mlp(), name, seed=0).model.fc2
     found = [key.removeprefix("feedback_") for key in layer.state_dict() if key.startswith("feedback_")]
     assert found == keys
@@ -473,7 +474,7 @@ def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
 
 @pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
 def test_a_detached_rule_does_not_train(name):
-    """By backpropagation, silently, it would."""
+    """Otherwise, it would silently perform backpropagation."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     rule = fa_bench.attach(model, name, **({"cuts": ["1"]} if name == "dfa" else {}))
     rule.detach()
@@ -484,7 +485,7 @@ def test_a_detached_rule_does_not_train(name):
 
 
 def test_what_the_rule_froze_takes_part_until_the_outermost_exact_block_ends():
-    """And what the user froze neither there nor after detach."""
+    """Parameters that the user froze learn neither there nor after detach."""
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
     model.conv1.bias.requires_grad_(False)
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, freeze_stem=True)
@@ -512,7 +513,7 @@ def test_a_layer_that_was_replaced_is_plain_after_detach_too(name):
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "frozen"])
 def test_attach_leaves_its_sample_as_it_was(variant):
-    """Of a model that changes what it is given."""
+    """For a model that changes its inputs."""
     name, options = VARIANTS[variant]
     model = nn.Sequential(OrderedDict(first=nn.ReLU(inplace=True), **dict(nets.NETS[NET]().named_children())))
     x = nets.batch(NET)[0]

@@ -1,4 +1,4 @@
-"""asfp_lc: the classifiers at the ends of its blocks, layer by layer, and what of them is seen from outside."""
+"""asfp_lc: the classifiers at the ends of its blocks, layer by layer, and their parameters in the model."""
 
 import math
 
@@ -11,7 +11,7 @@ from fa_bench.metrics.meter import AlignmentMeter
 
 from .registered import registered
 
-#: One row of pixels, and a column of four: neither is enlarged to the side that maps are averaged to.
+#: One row of pixels, and a column of four: neither is enlarged to the side length to which maps are averaged.
 SIZES = [(1, 8), (4, 1), (8, 8)]
 
 
@@ -39,7 +39,7 @@ def test_maps_are_averaged_to_the_side_and_never_enlarged(size, pool):
 
 @pytest.mark.parametrize(("options", "bound"), [({}, 1.0), ({"linear_b_init": "pytorch"}, 1 / math.sqrt(5 * 9))], ids=str)
 def test_the_feedback_of_a_classifier_is_drawn_by_the_option(options, bound):
-    """Of 135 uniform numbers the largest is below nine tenths of the bound once in a million times."""
+    """The largest of 135 uniform numbers is below nine tenths of the bound once in a million times."""
     _, rule, _ = chain((8, 8), pool=3, **options)
     b = rule.feedback["1"]["B"]
     assert 0.9 * bound < b.abs().max() <= bound and (b < 0).any() and (b > 0).any()
@@ -47,7 +47,7 @@ def test_the_feedback_of_a_classifier_is_drawn_by_the_option(options, bound):
 
 
 def test_a_classifier_keeps_no_statistics():
-    """It serves in training only, by the batch's own."""
+    """It is used only in training, with the batch's own statistics."""
     model, rule, _ = chain((8, 8))
     assert not [key for key in model.state_dict() if "running" in key or "num_batches" in key]
     assert "depends on the batch" in str(rule.coverage)

@@ -1,4 +1,4 @@
-"""What local_error, predsim and dgl share, and local_error's own losses."""
+"""Common properties of local_error, predsim and dgl, and local_error's own losses."""
 
 import copy
 from collections import OrderedDict
@@ -54,7 +54,7 @@ def test_state_goes_through_a_file_read_as_data(name, tmp_path):
     fresh.load_state_dict(state["rule"])
     for mine, theirs in zip(fresh.feedback_parameters(), rule.feedback_parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    # Optimizers hold on to these.
+    # Optimizers keep references to these.
     assert [id(tensor) for tensor in kept] == [id(tensor) for tensor in fresh.feedback_parameters()]
     for tensor in rule.feedback_parameters():
         tensor.grad = None
@@ -64,7 +64,7 @@ def test_state_goes_through_a_file_read_as_data(name, tmp_path):
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_auxiliary_layers_follow_the_model(name):
-    """The same tensors, that an optimizer may hold, in another dtype; and to a device (meta: no numbers, but a place)."""
+    """The same tensors, to which an optimizer may refer, in another dtype or on another device (meta: without values)."""
     net, rule, x, y = registered("conv2", name)
     held = rule.feedback_parameters()
     net.to(torch.float32)
@@ -110,14 +110,15 @@ LABELLED = {"drtp": "mlp", "local_error": "mlp", "predsim": "mlp", "dgl": "mlp",
 @pytest.mark.parametrize("name", LABELLED)
 @pytest.mark.parametrize("label", [-100, -1, 3, 10**9])
 def test_labels_that_are_no_class_are_named(name, label):
-    """-100 too, which torch's cross-entropy leaves out and a one-hot row cannot have; nothing has learned by then."""
+    """This includes -100, which torch's cross-entropy ignores and a one-hot row cannot contain; nothing has learned before the
+    error."""
     net, rule, x, y = registered(LABELLED[name], name)
     y[2] = label
     logits = net(x)
     with pytest.raises(ValueError, match=rf"rule '{name}': label {label} is out of range: .* 3 classes, numbered from 0 to 2"):
         rule.backward(logits.square().sum(), logits, y)
     logits = net(x)
-    with pytest.raises(ValueError, match=rf"label {label} is out of range"):  # where no scale has to be found, too
+    with pytest.raises(ValueError, match=rf"label {label} is out of range"):  # even if no scale has to be inferred
         rule.backward(logits.square().sum(), logits, y, loss_scale=1.0)
     assert all(p.grad is None for p in [*net.parameters(), *rule.feedback_parameters()])
     y[2] = 2
@@ -142,7 +143,7 @@ def test_a_plain_backward_pass_after_one_with_labels_asks_for_them(name):
 
 
 def test_labels_elsewhere_are_not_read():
-    """No accelerator is made to wait; meta tensors stand for one, for they have no values to read."""
+    """No step waits for an accelerator; meta tensors represent one, because their values cannot be read."""
     require_labels("fa", torch.empty(6, dtype=torch.long, device="meta"), (6, 3), CrossEntropy())
     with pytest.raises(ValueError, match="label 7 is out of range"):
         require_labels("fa", torch.tensor([7]), (1, 3), CrossEntropy())
@@ -176,7 +177,7 @@ def test_cut_that_returns_several_tensors_is_named():
 
 @pytest.mark.parametrize("name", ["dfa", "predsim", "dgl"])
 def test_all_cut_parts_frozen_leaves_the_rest_to_learn(name):
-    """The only cut's activation needs no gradient: the layers behind it learn, the rule has nothing to deliver."""
+    """The only cut's activation needs no gradient: the layers after it learn, and the rule delivers nothing."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1"], freeze_stem=True, allow_uncovered=True)
     grads = rule_grads(model, rule, x, y)
@@ -242,7 +243,7 @@ def test_larger_maps_equal_the_reference(name, options, net):
     with torch.no_grad():
         for tensors in rule.feedback.values():
             if "decoder.out.weight" in tensors:
-                tensors["decoder.out.weight"].normal_(generator=generator)  # zero at first, and with it the error
+                tensors["decoder.out.weight"].normal_(generator=generator)  # zero at first, and so is the error
     want = REFERENCES[name](chain, params, feedback_arrays(rule), array(x), y.numpy(), **options)
     got = rule_grads(model, rule, x, y)
     learned = {key: grad for key, grad in trained_grads(rule).items() if grad is not None}
@@ -251,7 +252,7 @@ def test_larger_maps_equal_the_reference(name, options, net):
 
 
 def test_other_than_two_spatial_dimensions():
-    """Convolutions of one and of three; more are refused by the cut's name."""
+    """Convolutions of one and of three dimensions; more are refused, and the error names the cut."""
     x1, x3, y = torch.randn(4, 2, 9), torch.randn(4, 1, 5, 4, 6), torch.tensor([0, 1, 2, 1])
     for x, conv, width in ((x1, nn.Conv1d(2, 5, 3), 35), (x3, nn.Conv3d(1, 5, 3), 120)):
         for name in LOCAL:
@@ -287,7 +288,7 @@ def test_local_error_in_one_line():
 
 
 def test_classifiers_read_no_more_than_so_many_features():
-    """4 x 8 x 8 averaged to 4 x 4 x 4; M Kaiming-uniform with what it reads for its fan."""
+    """4 x 8 x 8 averaged to 4 x 4 x 4; M is Kaiming-uniform with its input size as fan-in."""
     _, rule, _, _ = registered("conv2", "local_error", features=64)
     assert rule.feedback["act1"]["M"].shape == (3, 64) and rule.feedback["act3"]["M"].shape == (3, 6)
     bound = (6 / 64) ** 0.5
@@ -318,7 +319,8 @@ def test_separate_feedback_has_the_signs_of_the_classifier_and_magnitudes_of_its
 
 
 def test_magnitudes_of_a_separate_carrier_are_drawn_as_m_is_and_have_its_signs():
-    """4 000 numbers each: the largest within 1 % of the bound √(6/features), and the magnitudes tell nothing of M's."""
+    """4 000 numbers each: the largest is within 1 % of the bound √(6/features), and the magnitudes are independent of those of
+    M."""
     model = nn.Sequential(nn.Linear(7, 1000), nn.Tanh(), nn.Linear(1000, 4))
     rule = fa_bench.attach(model, "local_error", seed=0, cuts=["1"], separate=True)
     m, k, bound = rule.feedback["1"]["M"], rule.feedback["1"]["K"], (6 / 1000) ** 0.5
@@ -349,7 +351,7 @@ def test_magnitudes_of_a_separate_carrier_belong_to_their_cut():
 
 
 def test_auxiliary_layers_are_drawn_on_the_cpu_whatever_torchs_default_device():
-    """An accelerator would draw other numbers; meta, which stands for it here, draws none."""
+    """An accelerator would sample other numbers; meta, which represents it here, samples none."""
     before = torch.get_rng_state()
     with torch.device("meta"), _seeded(3):
         drawn = nn.Linear(4, 3).weight
@@ -361,7 +363,7 @@ def test_auxiliary_layers_are_drawn_on_the_cpu_whatever_torchs_default_device():
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim", "dgl"])
 def test_labels_that_are_no_whole_numbers_are_refused(name):
-    """Made of them, an error would be that of the class that they round to."""
+    """If errors were computed from them, they would be those of the class to which they round."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, cuts=["act1"], sample_input=x, allow_uncovered=True)
     logits = model(x)
@@ -372,7 +374,7 @@ def test_labels_that_are_no_whole_numbers_are_refused(name):
 
 @pytest.mark.parametrize("name", ["dgl", "asfp_lc"])
 def test_modules_called_blocks_declare_no_blocks(name):
-    """As in many transformers: a ModuleList of that name is no list of names."""
+    """As in many transformers: a ModuleList with that name is not a list of names."""
 
     class Net(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""ldfa beyond its gradients: rank of the errors, relations to kp and pfa_o, and what Oja's rule converges to."""
+"""ldfa apart from its gradients: rank of the errors, relations to kp and pfa_o, and the fixed point of Oja's rule."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_channels_of_a_group_have_a_rank_of_their_own() -> None:
 
 
 def test_a_subspace_that_contains_the_errors_loses_nothing() -> None:
-    """Of errors with three dimensions: with their right singular vectors as B, and R = Bᵀ W, e_in = g B Bᵀ W = g W."""
+    """For errors with three dimensions: with their right singular vectors as B, and R = Bᵀ W, e_in = g B Bᵀ W = g W."""
     model, rule = attached(nn.Linear(15, 10), rank=3)
     g = random(20, 3) @ random(3, 10, seed=1)
     weight = model[0].weight.detach()
@@ -70,7 +70,7 @@ def test_a_subspace_that_contains_the_errors_loses_nothing() -> None:
 # ------------------------------------------------------------------------------------------------ other rules
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_full_rank_without_learning_is_kolen_pollack_step_by_step(net: str) -> None:
-    """B (O, O) orthogonal: the gradient of B R is B Bᵀ gᵀ x = gᵀ x, so B R moves as KP's B does, from the same start."""
+    """With B (O, O) orthogonal, the gradient of B R is B Bᵀ gᵀ x = gᵀ x, so B R changes as KP's B does, from the same start."""
     models = [nets.NETS[net]() for _ in range(2)]
     ldfa, kp = fa_bench.attach(models[0], "ldfa", rank=100, b_rate=0.0), fa_bench.attach(models[1], "kp")
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_every_sample_and_position_is_a_row(name: str) -> None:
 
 
 def test_parts_of_a_weight_that_run_alone_leave_the_other_errors_at_zero() -> None:
-    """Keys and values of attention have other inputs than queries: their rows of the joint weight run in calls of their own."""
+    """Keys and values of attention have other inputs than queries: their rows of the joint weight run in separate calls."""
     torch.manual_seed(0)
     model = nn.MultiheadAttention(4, 2, batch_first=True).double()
 

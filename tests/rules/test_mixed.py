@@ -1,4 +1,4 @@
-"""mixed: one kind alone is that rule, every layer carries by its own mixture, and the angles that the fractions predict."""
+"""mixed: one kind alone equals that rule, every layer uses its own mixture, and the fractions predict the angles."""
 
 import math
 from collections import OrderedDict
@@ -27,7 +27,7 @@ THIRDS = {"pfa": 0.3, "fa": 0.3, "kp": 0.4, "ratio": 2.0}
 @pytest.mark.parametrize("net", ["mlp_bn", "conv", "conv_bn"])
 @pytest.mark.parametrize("kind", ONE)
 def test_one_kind_alone_is_its_rule(kind, net):
-    """Given the same tensors: gradients, then four steps of SGD with momentum and decay; pfa's two hops round otherwise."""
+    """With the same tensors: gradients, then four steps of SGD with momentum and decay; pfa's two hops round differently."""
     ratio = {"ratio": 3.0} if kind == "pfa" else {}
     models = [nets.NETS[net]() for _ in range(2)]
     mixed = fa_bench.attach(models[0], "mixed", seed=0, **ONE[kind], **ratio)
@@ -283,7 +283,7 @@ def test_weight_angle_lies_where_the_fractions_predict(fractions):
     ids=["direct synapses of a layer that carries errors", "direct synapses by the default", "all synapses"],
 )
 def test_fractions_for_the_78_degrees_of_the_brain(fractions, path, which):
-    """Whether one counts the synapses that answer a weight directly, as in the brain, or all that carry the error."""
+    """Counting either the synapses that correspond directly to a weight, as in the brain, or all that propagate the error."""
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     assert measured(rule, path)[which] == pytest.approx(78, abs=2)
     if which:
@@ -291,7 +291,7 @@ def test_fractions_for_the_78_degrees_of_the_brain(fractions, path, which):
 
 
 def test_fractions_may_be_rounded():
-    """Thirds, as one writes them; a thousandth that is missing is no rounding."""
+    """Thirds as people write them; a missing thousandth is more than rounding."""
     fa_bench.attach(nets.mlp(), "mixed", pfa=0.3333333, fa=0.3333333, kp=0.3333333)
     with pytest.raises(OptionError, match=r"sum to 0\.999"):
         fa_bench.attach(nets.mlp(), "mixed", pfa=0.333, fa=0.333, kp=0.333)

@@ -1,4 +1,4 @@
-"""Mistakes in a user's own rule: errors name the class, the layer or cut, and what is wanted."""
+"""Mistakes in a user's own rule: errors name the class, the layer or cut, and what is required."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def net() -> nn.Sequential:
 
 
 def train(rule: fa_bench.Rule) -> None:
-    """Attach a rule and run one step; if this fails, the model is as it was."""
+    """Attach a rule and run one step; if this fails, the model must be unchanged."""
     model = net()
     keys = list(model.state_dict())
     try:
@@ -47,7 +47,7 @@ class Typo(fa_bench.EdgeRule):
 
 
 class WithoutGradients(PassRule):
-    """A rule of passes that does not compute gradients."""
+    """A rule that derives from `PassRule` but does not compute gradients."""
 
 
 class WithoutLayers(LocalRule):

@@ -1,4 +1,4 @@
-"""Rules that run the model again: what their papers say of them, what they leave as it was, and how they are called."""
+"""Rules that run the model again: properties stated in their papers, state that they restore, and how they are called."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def exact(model: nn.Module, x: Tensor = X, y: Tensor = Y, objective: Any = None)
 
 
 def noise_at(place: str, unit: int, length: float = 1.0) -> Any:
-    """In place of `Draws.normal`: one unit's value at one place, the same for all samples."""
+    """Replaces `Draws.normal`: the value of one unit at one place, the same for all samples."""
 
     def normal(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
         noise = torch.zeros_like(like)
@@ -77,7 +77,8 @@ def cosine(one: Tensor, two: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------ all of them
 @pytest.mark.parametrize("name", RULES)
 def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name: str) -> None:
-    """Were the masks of the passes different, the noise's effect would drown in theirs; the random state shows one pass."""
+    """With different masks in each pass, the effect of the noise would be lost in theirs; the random state shows a single
+    pass."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     rule = (
         fa_bench.attach(model, name, cuts=["2"])
@@ -90,7 +91,7 @@ def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name:
     learn(rule)
     state = torch.get_rng_state()
     torch.manual_seed(4)
-    if name == "forward_forward":  # its first pass has the neutral image
+    if name == "forward_forward":  # the image in its first pass is neutral
         twin[0].register_forward_pre_hook(lambda module, args: (rule._marked(X, X.new_full((1, 3), 1 / 3)),))
     twin(X)
     assert torch.equal(torch.get_rng_state(), state)
@@ -153,7 +154,7 @@ def test_labels_are_needed(name: str) -> None:
 
 
 def test_the_classifier_of_forward_forward_changes_no_gradient_of_hidden_layers() -> None:
-    """Its M is a parameter of the nonlinearity at a middle cut, and no parameter of the model there."""
+    """Its M is a parameter of the nonlinearity at a middle cut, and not a parameter of the model."""
     hidden = []
     for all_layers in (True, False):
         rule = fa_bench.attach(mlp(8, 7, 9), "forward_forward", all_layers=all_layers)
@@ -196,7 +197,7 @@ def test_the_scale_of_torchs_squared_errors_is_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation"])
 def test_a_loss_in_half_precision_is_perturbed_in_single(name: str) -> None:
-    """Differences of 1e-3 of logits with eight bits would be rounding."""
+    """Differences of 1e-3 between logits with eight bits would be rounding."""
     found = []
     for enabled in (False, True):
         model = mlp(8, 7).float()
@@ -210,7 +211,7 @@ def test_a_loss_in_half_precision_is_perturbed_in_single(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback", "epc", "pc"])
 def test_the_losses_of_a_model_in_half_precision_are_in_single(name: str) -> None:
-    """With eight bits, two losses that differ by the effect of noise would be one number."""
+    """With eight bits, two losses that differ by the effect of noise would be equal."""
     seen: set[torch.dtype] = set()
 
     class Watched(CrossEntropy):
@@ -288,14 +289,14 @@ def test_a_frozen_block_between_others_is_refused_by_ldrl() -> None:
         learn(rule)
     rule.model.requires_grad_(True)
     learn(rule)
-    # Blocks below all others need no maps that learn, even if the input requires its gradient.
+    # Blocks without preceding blocks need no maps that learn, even if the input requires a gradient.
     frozen(rule.model, "0", "2")
     learn(rule, X.clone().requires_grad_(True))
 
 
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
 def test_targets_may_be_numbers(name: str) -> None:
-    """The gradients are those for class labels written as one-hot rows, which squared errors take as well."""
+    """The gradients equal those for class labels written as one-hot rows, which squared errors support as well."""
     found = [learn(fa_bench.attach(mlp(8, 7), name, objective=MSE()), X, target) for target in (Y, F.one_hot(Y, 3).double())]
     assert found[0].keys() == found[1].keys()
     for key, value in found[0].items():
@@ -386,7 +387,7 @@ def test_perturbations_are_unbiased(name: str) -> None:
 
 
 def test_weight_perturbation_is_the_derivative_along_its_noise() -> None:
-    """Of a loss that is quadratic in the weights, exactly."""
+    """Exactly, for a loss that is quadratic in the weights."""
     model = nn.Sequential(nn.Linear(6, 3)).double()
     rule = fa_bench.attach(copy.deepcopy(model), "weight_perturbation", epsilon=5.0, objective=MSE())
     want = exact(model, objective=MSE())
@@ -456,7 +457,7 @@ def test_np_feedback_needs_its_own_logits() -> None:
     other = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(ValueError, match="the loss was not computed by a training forward pass of the attached model"):
         rule.backward(F.cross_entropy(other, Y), other, Y)
-    copied = logits.clone()  # of an output that is not kept
+    copied = logits.clone()  # of an output that is not stored
     del logits
     rule.backward(F.cross_entropy(copied, Y), copied, Y)
     assert rule.model[0].feedback_B.grad.abs().sum() > 0
@@ -487,7 +488,7 @@ def test_np_feedback_perturbs_every_layer_of_a_compound_module(make: Any) -> Non
 
 # ------------------------------------------------------------------------------------------------ PEPITA
 def test_pepita_in_a_linear_layer_is_direct_feedback() -> None:
-    """h - h' = -W₁ F e, with the second pass's input in place of the first one's."""
+    """h - h' = -W₁ F e, with the second pass's input instead of the first one's."""
     model = mlp(8, 7, activation=nn.Identity)
     rule = fa_bench.attach(model, "pepita", f_scale=0.5)
     feedback = rule.feedback["1"]["F"]
@@ -530,7 +531,8 @@ def test_a_cut_at_a_pooling_stands_for_its_nonlinearity() -> None:
 
 
 def test_other_cuts_stay_where_they_are() -> None:
-    """A second nonlinearity, and a block that changes the shape; of containers and several poolings the nonlinearity is found."""
+    """A second nonlinearity, and a block that changes the shape; among containers and several poolings, the nonlinearity is
+    found."""
 
     def part(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU())
@@ -572,7 +574,7 @@ def test_weight_perturbation_asks_which_output_is_meant() -> None:
 
 
 def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
-    """Not in front of it, where it would train nothing in the block."""
+    """Not before it, where it would train nothing in the block."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -592,7 +594,7 @@ def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
 
 @pytest.mark.parametrize("name", [*RULES, "dfc", "epc", "pc", "forward_gradient"])
 def test_all_passes_have_the_further_arguments_of_the_first(name: str) -> None:
-    """Those with a name, too: the same gradients as in a model that has them as defaults."""
+    """This includes keyword arguments: the same gradients as in a model that has them as defaults."""
 
     class Net(nn.Module):
         def __init__(self, factor: float, shift: float) -> None:
@@ -634,7 +636,7 @@ def test_all_passes_have_the_further_arguments_of_the_first(name: str) -> None:
 def test_noise_of_weights_is_that_of_all_processes(
     name: str, options: dict[str, Any], is_shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Noise of samples is not, because each process has others."""
+    """The noise of samples differs, because each process has its own."""
     found = []
     for rank in (0, 1):
         monkeypatch.setattr(second_pass, "rank", lambda rank=rank: rank)
@@ -672,7 +674,7 @@ def test_one_unit_learns_by_the_derivative_of_its_goodness() -> None:
 
 
 def test_layers_see_directions_only() -> None:
-    """What follows a cut does not change with the length of its activation, and the first layer not with that of the image."""
+    """Values after a cut do not change with the length of its activation, nor does the first layer with that of the image."""
     rule = fa_bench.attach(mlp(8, 7, bias=False), "forward_forward")
     with torch.no_grad():
         logits = rule.model(X)
@@ -683,7 +685,7 @@ def test_layers_see_directions_only() -> None:
 
 
 def test_equal_samples_at_the_threshold_give_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The positive and the negative gradient cancel where θ = G."""
+    """The positive and the negative gradient cancel if θ = G."""
     monkeypatch.setattr(Draws, "shifts", lambda draws, name, count, high: torch.full((count,), high))  # the true labels again
     rule = fa_bench.attach(mlp(8), "forward_forward", peer_norm=0.0)
     x, y = X[:1], Y[:1]
@@ -716,7 +718,7 @@ def test_the_classifier_reads_all_layers_but_the_first() -> None:
 
 @pytest.mark.parametrize("widths", [(8, 7), (8,)])
 def test_goodness_predicts_the_label_that_later_layers_like(widths: tuple[int, ...]) -> None:
-    """Or the only one."""
+    """Or that the only layer likes."""
     rule = fa_bench.attach(mlp(*widths), "forward_forward", prediction="goodness")
     with torch.no_grad():
         scores = rule.predict(X)

@@ -65,7 +65,7 @@ def step(model: Any, rule: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> dic
 
 # ------------------------------------------------------------------------------------------------ tokens
 def test_dfa_over_tokens_equals_the_loops_over_all_tokens():
-    """The layers act on each token alone, so that the loops over samples take the tokens for samples."""
+    """The layers act on each token separately, so the loops over samples treat the tokens as samples."""
     model, rule = attached("dfa")
     (x, y), plain = tokens(), nets.mlp()
     inject = {cut: array(rule.feedback[cut]["B"]) for cut in ("act1", "act2")}
@@ -94,7 +94,7 @@ def test_dkp_adds_the_gradient_of_b_over_samples_and_tokens():
 
 @pytest.mark.parametrize("sign", [False, True])
 def test_drtp_projects_the_label_of_every_token(sign: bool):
-    """At act2 (N, T, 6) the error is B[label] over the number of labels; the bias of fc2 collects it through tanh."""
+    """At act2 (N, T, 6) the error is B[label] divided by the number of labels; the bias of fc2 sums it through tanh."""
     model, rule = attached("drtp", error_sign=sign, scale=2.0)
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
@@ -112,7 +112,7 @@ def test_drtp_projects_the_label_of_every_token(sign: bool):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error", "predsim", "dgl"])
 def test_tokens_are_samples_and_one_token_is_the_plain_rule(name: str):
-    """Each token its own sequence, or without the axis of tokens: the same numbers, up to the order of sums over the batch."""
+    """Each token as its own sequence, or without the axis of tokens: the same numbers, up to the order of sums over the batch."""
     options = {"loss": "pred"} if name == "predsim" else {"auxiliary_net": "linear"} if name == "dgl" else {}
     x, y = tokens()
     one, rule = attached(name, x=x.flatten(0, 1).unsqueeze(1), **options)
@@ -155,7 +155,7 @@ def test_sequences_of_another_length_use_the_same_feedback(name: str):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
 def test_accumulated_and_scaled_losses(name: str):
-    """Half the loss of each half of the batch is the loss of the batch, also with the scale to be found in the errors."""
+    """Half the loss of each half of the batch adds up to the loss of the batch, even if the scale is inferred."""
     x, y = tokens()
     x, y = torch.cat([x, x.flip(1)]), torch.cat([y, y.flip(1)])
     (one, rule), (two, other) = attached(name), attached(name)
@@ -169,7 +169,7 @@ def test_accumulated_and_scaled_losses(name: str):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
 def test_autocast_to_bfloat16(name: str):
-    """Half precision has 8 bits: gradients agree to some percent."""
+    """Half precision has 8 bits: gradients agree to a few percent."""
     model = nets.mlp().float()
     x, y = tokens()
     _, rule = attached(name, model, x.float())
@@ -195,7 +195,7 @@ def test_the_default_objective_takes_tokens_for_samples():
 
 @pytest.mark.parametrize("name", ["drtp", "local_error"])
 def test_the_default_objective_leaves_out_unlabelled_tokens(name: str):
-    """They have no error, and a scaled loss is that of the others."""
+    """They have no error, and a scaled loss is computed from the others."""
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
     gradients_of = []
@@ -447,7 +447,7 @@ class Swapped(nn.Module):
 
 @pytest.mark.parametrize("length", [5, 6])
 def test_sequences_with_the_classes_first_are_refused(length: int):
-    """(N, C, T): steps would be taken for classes, silently if C and T match."""
+    """(N, C, T): time steps would be treated as classes, silently if C and T match."""
     model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.Conv1d(4, C, 1))
     with pytest.raises(CoverageError, match=rf"\(N, T, C\).*returns \(2, {C}, {length}\) from the convolution '2'.*transpose"):
         fa_bench.attach(model, "dfa", cuts=["1"], sample_input=torch.randn(2, 2, length))
@@ -479,7 +479,7 @@ class Transposed(nn.Module):
         ((2, 4, 3), (3,), nn.Linear(3, 3), (2, 4, 3), 2),
         ((2, 8, 16), (8,), nn.Linear(3, 8), (2, 8, 8), 2),
         ((2, 9), (5,), nn.Linear(3, 9), (2, 9), 1),
-        # One of both says it, against the layer's usual axis; both disagree.
+        # One of the two determines it, against the layer's usual axis; both disagree.
         ((2, 7, 5), (5,), nn.Linear(3, 3), (2, 5, 3), 1),
         ((2, 5, 7), (3,), nn.Linear(3, 5), (2, 3, 5), 1),
         ((2, 5, 7), (5,), nn.Conv1d(3, 3, 1), (2, 3, 5), 2),
@@ -603,7 +603,7 @@ def test_losses_of_samples_are_those_of_their_positions(shape: tuple[int, ...], 
 @pytest.mark.parametrize("kind", ["tokens", "maps"])
 @pytest.mark.parametrize("name", ["node_perturbation", "np_feedback", "weight_perturbation"])
 def test_rules_that_compare_losses_take_outputs_with_positions(name: str, kind: str):
-    """With either objective: the same losses, and so the same gradients; an ignored position's label changes none."""
+    """With either objective: the same losses, and so the same gradients; the label of an ignored position has no effect."""
 
     def learned(objective: str | None) -> dict[str, Tensor]:
         torch.manual_seed(0)

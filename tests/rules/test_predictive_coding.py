@@ -1,4 +1,4 @@
-"""epc and pc: when they are backpropagation, where they come to rest, and what a pass is made of."""
+"""epc and pc: when they equal backpropagation, where they settle, and what a pass does."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ratios(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
 
 
 def cosines(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
-    return [cosine(got[name] / got[name].norm(), want[name]) for name in LAYERS]  # torch's is wrong for tiny vectors
+    return [cosine(got[name] / got[name].norm(), want[name]) for name in LAYERS]  # torch's function is wrong for tiny vectors
 
 
 # ------------------------------------------------------------------------------------------------ backpropagation
@@ -80,7 +80,7 @@ def test_settled_errors_are_another_update() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_momentum_is_that_of_the_optimizer(name: str) -> None:
-    """Three steps by torch's SGD, whose first velocity is the gradient, from states that an own loop computes."""
+    """Three steps by torch's SGD, whose first velocity is the gradient, from states that a separate loop computes."""
     model, want = deep(), {}
     blocks = [model[0:2], model[2:4], model[4:6], model[6:]]
     with torch.no_grad():
@@ -178,7 +178,7 @@ def energy_of(rule: Any, variables: dict[str, Tensor]) -> float:
 # ------------------------------------------------------------------------------------------------ what a pass is made of
 @pytest.mark.parametrize("name", RULES)
 def test_settling_does_not_depend_on_the_batch(name: str) -> None:
-    """The gradient of a batch is the mean of those of its samples, whatever their number."""
+    """The gradient of a batch is the mean over its samples, whatever their number."""
     whole = learn(attach(name))
     single = [learn(attach(name), X[n : n + 1], Y[n : n + 1]) for n in range(5)]
     for key, value in whole.items():
@@ -211,7 +211,7 @@ def normalised() -> nn.Sequential:
 
 
 def test_the_masks_of_dropout_are_those_of_the_first_pass() -> None:
-    """With them a step of length one is backpropagation in the first block."""
+    """With these, a step of length one is backpropagation in the first block."""
     got, want = [], []
     rule, plain = attach("epc", normalised(), steps=1, rate=1.0), normalised()
     for seed in (1, 2):
@@ -298,7 +298,7 @@ def test_a_module_that_works_in_place_does_not_change_the_states(name: str) -> N
 
 @pytest.mark.parametrize("name", RULES)
 def test_half_precision_settles_in_single_precision(name: str) -> None:
-    """Steps far below bfloat16's spacing of 2⁻⁸ add up; gradients in it are exact to about that."""
+    """Steps far below bfloat16's spacing of 2⁻⁸ accumulate; gradients in bfloat16 are exact to about that."""
 
     def trained(dtype: torch.dtype) -> dict[str, Tensor]:
         rule = attach(name, deep().to(dtype), steps=40, rate=2e-3)
@@ -314,7 +314,7 @@ def test_half_precision_settles_in_single_precision(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_loss_has_at_least_single_precision(name: str) -> None:
-    """That of logits in bfloat16 is not rounded to it, by up to 0.2 %."""
+    """The error of logits in bfloat16 is not rounded to bfloat16, which would change it by up to 0.2 %."""
     rule = attach(name, deep().to(torch.bfloat16), steps=1, rate=1e-9)
     with rule.observed() as found:
         learn(rule, X.to(torch.bfloat16), Y)
@@ -326,7 +326,7 @@ def test_the_loss_has_at_least_single_precision(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_ignored_positions_do_not_count(name: str) -> None:
-    """Tokens as a longer batch: gradients are those without the ignored ones."""
+    """Tokens as a longer batch: the gradients equal those without the ignored ones."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     tokens, labels = torch.stack([X, X.flip(0)]), torch.stack([Y, Y.flip(0)])
     labels[0, 0] = labels[1, 3] = -100
@@ -340,7 +340,7 @@ def test_ignored_positions_do_not_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_ignored_samples_do_not_count(name: str) -> None:
-    """Nor do they if there are no others: nothing then learns."""
+    """They do not, even if there are no others: nothing then learns."""
     labels = Y.clone()
     labels[1] = labels[4] = -100
     kept = labels != -100
@@ -403,7 +403,7 @@ def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any],
 
 
 def test_the_length_of_the_path_is_the_last_error_for_a_constant_gradient() -> None:
-    """Of a loss that is linear in the state, with tiny errors: a block of one layer and the output."""
+    """For a loss that is linear in the state, with tiny errors: a block of one layer and the output."""
     rule = attach("epc", steps=6, rate=1e-5, momentum=0.7)
     got, want = learn(rule), exact(deep())
     assert ratios(got, want)[0] == pytest.approx(rule.path_length, rel=1e-3)

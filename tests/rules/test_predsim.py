@@ -1,4 +1,4 @@
-"""predsim: the similarity, what each loss holds, and the output layer's share."""
+"""predsim: the similarity, the parts of each loss, and the output layer's share."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_similarity_reference_against_finite_differences(shape):
 
 
 def test_similarity_of_labels():
-    """1 for the same class, -1/(C-1) for another."""
+    """1 for the same class, -1/(C-1) for a different one."""
     got = similarity(F.one_hot(torch.tensor([0, 2, 0]), 5).double())
     assert torch.allclose(got, torch.tensor([[1, -0.25, 1], [-0.25, 1, -0.25], [1, -0.25, 1]], dtype=torch.float64))
 
@@ -88,7 +88,7 @@ def test_error_of_the_output_layer(loss, share):
     ids=str,
 )
 def test_similarity_reads_deviations_of_maps_with_more_than_three_channels_and_one_row(shape, deviations):
-    """Of other maps all numbers, as the code behind the paper does."""
+    """For other maps, all numbers are used, as in the paper's code."""
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     want = np.corrcoef(array(x.flatten(2).std(2) if deviations else x.flatten(1)))
     assert distance(similarity(x), want) < 1e-12
@@ -112,7 +112,7 @@ def test_decoder_without_a_bias_as_torch_draws_it():
 
 
 def test_options_of_the_decoder_leave_the_similarity_alone():
-    """Its K is drawn after D: with another weight, or in a run of an earlier version, it is the same."""
+    """Its K is sampled after D, so it is the same with another weight and in a run of an earlier version."""
     kernels = [
         registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
         for options in ({}, {"decoder_init": "pytorch"})
@@ -121,7 +121,7 @@ def test_options_of_the_decoder_leave_the_similarity_alone():
 
 
 def test_with_frozen_goodness_it_is_local_error():
-    """M (C, F) does not learn: five steps with momentum, the same weights."""
+    """M (C, F) does not learn: five steps with momentum give the same weights."""
     (one, x, y), two = (nets.mlp(), *nets.batch("mlp")), nets.mlp()
     rules = [
         fa_bench.attach(one, "predsim", seed=0, cuts=["act1", "act2"], **MONO_FORWARD),
@@ -143,7 +143,7 @@ def test_with_frozen_goodness_it_is_local_error():
 
 
 def test_with_one_hidden_layer_and_the_output_layer_as_goodness_it_is_backpropagation():
-    """M starts as the output weight, gets its gradient, and so stays equal to it: the error a M is that of backpropagation."""
+    """M starts with the output weight and gets its gradient, so both stay equal: the error a M is that of backpropagation."""
     one, two, (x, y) = nets.one_hidden(), nets.one_hidden(), nets.batch("one")
     for model in (one, two):
         torch.nn.init.zeros_(model.fc2.bias)
@@ -182,7 +182,7 @@ def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, sha
     x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype).requires_grad_(True)
     labels = F.one_hot(torch.tensor([0, 1, 1, 2]), 3)
     got, want = similarity(x), similarity(x.detach().double())
-    if rows == "almost dead sample":  # whether it varies at all is a matter of precision
+    if rows == "almost dead sample":  # whether it varies at all depends on the precision
         got, want = got[1:, 1:], want[1:, 1:]
     assert torch.allclose(got.double(), want, atol=1e-5)
     (gradient,) = torch.autograd.grad(F.mse_loss(similarity(x), similarity(labels.to(dtype))), x)
@@ -192,7 +192,7 @@ def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, sha
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", ROWS)
 def test_similarity_in_single_and_double_precision_is_the_plain_formula(rows, dtype):
-    """To the last bit."""
+    """Bitwise."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((5,), (5, 3, 4)):
         x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype)
@@ -213,7 +213,7 @@ def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
     x[2] = 0.0
     with torch.no_grad():
         for bias in (model.conv1.bias, model.conv2.bias, model.fc1.bias):
-            bias.fill_(-1e-3)  # what is 0 stays 0 behind every ReLU
+            bias.fill_(-1e-3)  # values that are 0 stay 0 after every ReLU
     if how == "model":
         model.to(dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
@@ -229,7 +229,7 @@ def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
 
 
 def test_the_loss_of_a_model_in_double_precision_is_in_double_precision():
-    """Similarities of the labels too: for four classes they are -1/3, which single precision rounds."""
+    """This includes the similarities of the labels: for four classes they are -1/3, which single precision rounds."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
     rule = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], loss="sim")

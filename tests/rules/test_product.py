@@ -1,4 +1,5 @@
-"""pfa and pfa_o beyond their gradients: B's law, relations to other rules, sparse masks, and the predicted angles and ratios."""
+"""pfa and pfa_o apart from their gradients: B's distribution, relations to other rules, sparse masks, and the predicted angles
+and ratios."""
 
 import math
 
@@ -39,7 +40,7 @@ def test_path_equal_to_the_weight_is_backpropagation():
 
 
 def test_identity_first_hop_is_kolen_pollack_step_by_step():
-    """With B = I, R plays KP's B: same weights and same feedback for five steps of SGD with momentum and decay."""
+    """With B = I, R takes the role of KP's B: same weights and same feedback for five steps of SGD with momentum and decay."""
     models = [nets.convnet() for _ in range(2)]
     pfa = fa_bench.attach(models[0], "pfa_o", seed=0)
     kp = fa_bench.attach(models[1], "kp", seed=0)
@@ -90,7 +91,7 @@ LAYERS = {
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", ["pfa", "pfa_o"])
 def test_two_hops_are_those_of_a_wide_layer_and_one_that_mixes_its_units(name, layer):
-    """Error and gradient of R are autograd's for a layer with R for its weight, of M units a group, and B (O, M) behind it."""
+    """Error and gradient of R equal autograd's for a layer with weight R, M units per group, followed by B (O, M)."""
     build, shape = LAYERS[layer]
     torch.manual_seed(0)
     plain = build().double()
@@ -171,7 +172,7 @@ def test_semi_orthogonal_b_has_no_preferred_direction():
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
 def test_below_one_the_weight_is_projected_to_a_random_subspace(ratio):
-    """B R ends at B Bᵀ W, at arccos(‖Bᵀ W‖ / ‖W‖): arccos √ratio for weights that know nothing of B."""
+    """B R converges to B Bᵀ W, at arccos(‖Bᵀ W‖ / ‖W‖): arccos √ratio for weights that are independent of B."""
     _, rule = train("pfa_o", ratio=ratio)
     for path, (effective, weight) in rule.weight_pairs().items():
         b = rule.feedback[path]["B"]
@@ -201,7 +202,7 @@ def test_spectrum_and_angle_of_random_b_at_ratio_ten():
 
 
 def train(rule_name: str, steps: int = 400, **options):
-    """Two layers fitted to random targets, with decay that makes the initial values vanish: exp(-40)."""
+    """Two layers fitted to random targets, with enough decay to remove the initial values: exp(-40)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(80, 200), nn.Tanh(), nn.Linear(200, 150, bias=False))
     rule = fa_bench.attach(model, rule_name, seed=0, **options)
@@ -276,6 +277,6 @@ def test_bfloat16_autocast(name, net):
 
 @pytest.mark.parametrize(("ratio", "between"), [(1.0, 5), (1.55, 8), (2.3, 12), (0.1, 1), (0.01, 1)])
 def test_the_population_in_between_has_the_nearest_number_of_units(ratio, between):
-    """And one at least."""
+    """And at least one."""
     _, rule = linear(5, 4, "pfa", ratio=ratio)
     assert rule.feedback["0"]["B"].shape == (5, between) and rule.feedback["0"]["R"].shape == (between, 4)

@@ -1,4 +1,4 @@
-"""Which random numbers feedback is made of: a function of seed, layer and name; signs, masks and groups of what is drawn."""
+"""The random numbers in feedback: a function of seed, layer and name; signs, masks and groups of the samples."""
 
 import math
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from . import nets
 from .helpers import QUICK, cut_options
 
 SHARING = {"match": "random", "linear": "share"}
-# Options under which a rule has all its random tensors, and small.
+# Options with which a rule has all of its random tensors, in small sizes.
 OPTIONS = {
     "asap": SHARING,
     "asfp": SHARING,
@@ -28,7 +28,7 @@ OPTIONS = {
     "local_error": {"separate": True},
     "fdfa": {"b_init": "pytorch"},
     "f3": {"samples": 4},
-    "dfc": {"feedback_weights": "fixed"},  # that of the output is the identity at first
+    "dfc": {"feedback_weights": "fixed"},  # the one of the output is initially the identity
     **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }
 #: Rules without random feedback.
@@ -49,7 +49,7 @@ RANDOM = sorted(set(ALGORITHMS) - WITHOUT)
 
 
 def equal_layers() -> nn.Sequential:
-    """Layers of one shape, so that equal seeds would show as equal tensors; all weights are 1, so that signs do not tell."""
+    """Layers of the same shape, so that equal seeds would give equal tensors; all weights are 1, so the signs do not differ."""
     parts = [(f"{kind}{n}", make()) for n in (1, 2, 3) for kind, make in (("fc", lambda: nn.Linear(6, 6)), ("act", nn.Tanh))]
     model = nn.Sequential(OrderedDict([*parts, ("fc4", nn.Linear(6, 3))])).double()
     with torch.no_grad():
@@ -59,7 +59,7 @@ def equal_layers() -> nn.Sequential:
 
 
 def random_tensors(name: str, seed: int, forwards: int = 1, **options) -> dict[tuple[str, str], torch.Tensor]:
-    """{(layer or cut, name): tensor} of all feedback that is not one number throughout, after training forward passes."""
+    """{(layer or cut, name): tensor} of all feedback that is not constant, after training forward passes."""
     model, x = equal_layers(), torch.ones(4, 6, dtype=torch.float64)
     rule = fa_bench.attach(model, name, seed=seed, sample_input=x, **cut_options(name, model, OPTIONS.get(name, {}) | options))
     for _ in range(forwards):
@@ -92,10 +92,10 @@ def test_layers_and_tensors_of_one_shape_differ(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fa", "usf", "brsf", "frsf", "dkp"])
 def test_tensors_are_those_of_seed_path_and_name(name: str) -> None:
-    """So that results can be reproduced: a renamed seed would change them all."""
+    """For reproducibility: a renamed seed would change all results."""
     found = random_tensors(name, seed=7, forwards=0)
     for (path, key), tensor in found.items():
-        # dkp's B is drawn with its mask.
+        # dkp's B is sampled together with its mask.
         seed = seed_for(7, path, "B" if name == "dkp" else key)
         if key == "mask":
             want = sample_mask(tensor.shape, 0.5, seed)
@@ -155,7 +155,7 @@ def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: s
 @pytest.mark.parametrize("init", CONTINUOUS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, dtype: torch.dtype) -> None:
-    """Mean and mean square of |M|, of 40 000 numbers; those of the drawing with signs, whose absolute values are taken."""
+    """Mean and mean square of |M|, of 40 000 numbers, equal those of signed samples, whose absolute values are taken."""
     drawn, want = torch.empty(200, 200, dtype=dtype), sample((200, 200), init, seed=1).abs()
     resample_magnitudes(drawn, init, seed=2)
     assert drawn.min() >= 0
@@ -165,7 +165,7 @@ def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, 
 
 
 def test_no_redrawn_magnitude_is_zero() -> None:
-    """A million uniform numbers of 16 bits: each of the 65 536 values comes up, but with a chance of exp(-15)."""
+    """A million uniform numbers of 16 bits: each of the 65 536 values occurs, except with a probability of exp(-15)."""
     drawn = torch.empty(1000, 1000)
     resample_magnitudes(drawn, "uniform_one", seed=3)
     assert 0 < drawn.min() < 1e-5 and 1 - 1e-5 < drawn.max() < 1
@@ -174,7 +174,7 @@ def test_no_redrawn_magnitude_is_zero() -> None:
 @pytest.mark.parametrize("init", ["uniform_one", "normal_fan_out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sample_that_is_drawn_part_by_part_is_that_of_one_formula(init: str, dtype: torch.dtype) -> None:
-    """Of 70 000 numbers, the last ones in a part of their own: each depends on its number and the seed alone."""
+    """Of 70 000 numbers, the last ones form a separate part: each depends only on its index and the seed."""
     drawn = torch.empty(280, 250, dtype=dtype)
     resample_magnitudes(drawn, init, seed=4)
     at_once = magnitudes(torch.tensor(seed_words(4), dtype=torch.int32), drawn.shape, init, dtype)
@@ -210,7 +210,7 @@ def test_copied_weights_are_masked(name: str) -> None:
     ],
 )
 def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, tensor: str, options: dict) -> None:
-    """The entries that are kept are those of the dense draw: neither rescaled nor chosen by their size."""
+    """The remaining entries are those of the dense sample: neither rescaled nor chosen by their size."""
     found = []
     for density in (1.0, 0.5):
         model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 60))
@@ -228,7 +228,7 @@ def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, ten
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_attach_leaves_the_global_generator_alone(name: str) -> None:
-    """Rules that build nets of their own by torch's initialisers, too."""
+    """This includes rules that build nets of their own with torch's initialisers."""
     model, x = nets.mlp(), nets.batch("mlp")[0]
     options = {"match": "random", "linear": "share"} if name.startswith("as") else {}
     options |= {"cuts": ["act1"]} if name in ("dgl", "asfp_lc") else {}

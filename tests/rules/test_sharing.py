@@ -1,4 +1,4 @@
-"""asap and asfp: which activation stands in for which, how it is matched, what is frozen, and what is refused."""
+"""asap and asfp: which activation replaces which, how it is resized, what is frozen, and what is refused."""
 
 from collections import OrderedDict
 from itertools import pairwise
@@ -114,7 +114,7 @@ def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
 
 
 def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
-    """With the stand-in equal to the true input and B = W the gradients are those of backpropagation, the stem's left out."""
+    """If the replacement equals the true input and B = W, the gradients are those of backpropagation, except in the stem."""
     x, y = data(True)
     model, plain = chain_net(True), chain_net(True)
     rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, match="random", freeze_stem=False)
@@ -133,7 +133,7 @@ def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
 
 
 def convolution_and_linear(stem: str = "conv") -> nn.Sequential:
-    """Three convolutions and two fully connected layers, behind one more that makes the map if the stem is linear."""
+    """Three convolutions and two fully connected layers, after another one that makes the map if the stem is linear."""
     torch.manual_seed(0)
     stages = (
         [("conv1", nn.Conv2d(2, 2, 3, padding=1))]
@@ -168,7 +168,7 @@ TRANSPORT_NETS = {
     ],
 )
 def test_transport_is_that_of_convolutions_and_of_layers_that_share(net, linear, fixed):
-    """Fully connected layers that take their own input keep their fixed B; and all gradients are the reference's."""
+    """Fully connected layers that use their own input keep their fixed B, and all gradients equal the reference's."""
     x, y = data(net == "mlp")
     model, plain = TRANSPORT_NETS[net](), TRANSPORT_NETS[net]()
     rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, transport=True, linear=linear)
@@ -265,7 +265,7 @@ def test_activation_changed_in_place_is_noticed():
 
 
 def test_channels_that_do_not_go_into_each_other_are_refused():
-    """4 into 6; a fixed random convolution takes any number."""
+    """From 4 to 6 channels; a fixed random convolution supports any number."""
     x, y = torch.randn(2, 1, 6, 6), torch.tensor([0, 1])
 
     def build():
@@ -281,7 +281,7 @@ def test_channels_that_do_not_go_into_each_other_are_refused():
 
 @pytest.mark.parametrize("name", ["asap", "asfp"])
 def test_activations_that_were_made_in_place_are_shared(name):
-    """What counts is a change after the first use, and a ReLU in place comes before it."""
+    """Only a change after the first use counts, and a ReLU in place comes before it."""
     x, y = nets.batch("conv")
     found = []
     for activation in (nets.inplace_relu, nn.ReLU):
@@ -329,7 +329,7 @@ def test_what_stands_in_for_another_number_of_dimensions_is_flattened():
 
 @pytest.mark.parametrize(("shape", "wanted"), [((2, 2, 2), (2, 4, 4)), ((2, 7, 8), (2, 5, 4)), ((2, 8, 7), (2, 4, 5))])
 def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
-    """Larger ones, and those that are no whole ratio of one side."""
+    """Larger maps, and maps whose sides are not integer multiples."""
     for mixing in (None, torch.zeros(2, 2, 1, 1)):
         with pytest.raises(ValueError, match="pooling does not reduce"):
             matcher(shape, wanted, "max_pool", mixing)
@@ -341,7 +341,7 @@ def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
 @pytest.mark.parametrize(("name", "options"), [("asap", {}), ("asap", {"transport": True}), ("asfp", {})])
 def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, options, mode):
     torch.manual_seed(0)
-    kernel, padding = ((2, 4), "same") if mode == "zeros" else (3, 1)  # the one pads more behind than in front
+    kernel, padding = ((2, 4), "same") if mode == "zeros" else (3, 1)  # one of them pads more at the end than at the start
     layers = [
         part
         for channels in (1, 2, 2, 2)
@@ -401,7 +401,7 @@ def test_sharing_among_fully_connected_layers_is_suggested_where_it_would_be_eno
 
 
 def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
-    """The layer that takes it first was called by itself, and does not run in the model's next pass."""
+    """The layer that uses it first was called by itself, and does not run in the model's next pass."""
 
     class Skips(nn.Module):
         def __init__(self):
@@ -424,7 +424,7 @@ def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
 
 @pytest.mark.parametrize("samples", [4, 5])
 def test_attention_shares_with_layers_that_have_the_batch_first(samples: int) -> None:
-    """Its layers take (L, N, E): samples and positions are not mixed up, also if there are as many."""
+    """Its layers use (L, N, E): samples and positions are not mixed up, even if their numbers are equal."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -479,7 +479,7 @@ def test_layers_with_other_positions_use_their_own_input_and_are_named(name):
 
 
 def test_a_refused_model_keeps_no_feedback_of_the_layer_that_was_refused():
-    """The layer's feedback is there before its shapes are compared."""
+    """The layer's feedback is created before its shapes are compared."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
     before = list(model.state_dict())
     with pytest.raises(fa_bench.errors.CoverageError, match="input of '4': 3 channels are not a multiple of 2"):

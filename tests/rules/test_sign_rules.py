@@ -1,4 +1,4 @@
-"""usf, brsf, frsf: signs follow the weights at every forward; magnitudes are fixed (frsf) or redrawn (brsf)."""
+"""usf, brsf, frsf: signs follow the weights in every forward pass; magnitudes are fixed (frsf) or sampled again (brsf)."""
 
 import math
 
@@ -26,7 +26,7 @@ def attached(rule: str, net: str = "conv", **options):
 def test_one_sign_flips_exactly_one_feedback_entry(name):
     model, rule = attached(name)
     model(nets.batch("conv")[0])
-    model.eval()  # brsf keeps its draw
+    model.eval()  # brsf keeps its sample
     for layer in layer_names(model):
         before = rule.effective_feedback(layer).detach().clone()
         with torch.no_grad():
@@ -51,7 +51,7 @@ def test_sign_of_zero_is_zero(name):
 
 @pytest.mark.parametrize("name", SIGN_RULES)
 def test_every_effective_sign_is_the_sign_of_the_weight_now(name):
-    """After an update that crosses zero the next forward carries the new signs, and its gradients use them."""
+    """After an update that crosses zero, the next forward pass uses the new signs, and so do its gradients."""
     model, rule = attached(name)
     x, y = nets.batch("conv")
     rule_grads(model, rule, x, y)
@@ -99,7 +99,7 @@ def test_plain_last_is_the_layer_that_runs_last_not_the_one_registered_last():
 
 
 def test_angle_of_signs_to_uniform_weights_is_30_degrees():
-    """cos = sqrt(3)/2; 40 000 draws put the angle within 0.2 degrees. Against the magnitudes it would read 90."""
+    """cos = sqrt(3)/2; with 40 000 samples, the angle is within 0.2 degrees. Compared with the magnitudes, it would be 90."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 200))
     rule = fa_bench.attach(model, "usf", seed=0)
@@ -110,7 +110,7 @@ def test_angle_of_signs_to_uniform_weights_is_30_degrees():
 
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 def test_magnitudes_are_xavier_uniform(name):
-    """40 000 draws: |M| stays under the bound, reaches it nearly, and its mean square is the Xavier variance to 3 %."""
+    """40 000 samples: |M| stays below the bound, nearly reaches it, and its mean square is the Xavier variance to 3 %."""
     model = nn.Sequential(nn.Linear(200, 200))
     rule = fa_bench.attach(model, name, seed=0)
     for _ in range(2):
@@ -168,7 +168,7 @@ def test_brsf_redraws_every_training_forward_and_frsf_never():
 
 
 def test_brsf_draws_once_for_all_steps_of_a_pass():
-    """A recurrent layer runs in every time step; on its own it draws at every call."""
+    """A recurrent layer runs in every time step; on its own, it samples in every call."""
     model = nn.LSTM(3, 4, 2)
     rule = fa_bench.attach(model, "brsf", seed=0)
     layer, x = model.hh_l1, torch.randn(5, 2, 3)
@@ -180,7 +180,7 @@ def test_brsf_draws_once_for_all_steps_of_a_pass():
 
 
 def test_brsf_backward_uses_the_draw_of_its_own_forward():
-    """A later training forward draws anew, but a backward still pending keeps the M it was carried forward with."""
+    """A later training forward pass samples again, but a pending backward pass keeps the M of its own forward pass."""
     model, rule = attached("brsf")
     plain, (x, y), (other, _) = nets.convnet(), nets.batch("conv"), nets.batch("conv", seed=1)
     first = model(x)
@@ -197,7 +197,7 @@ def test_brsf_backward_uses_the_draw_of_its_own_forward():
 
 @pytest.mark.parametrize("draw", ["xavier_uniform", "xavier_normal"])
 def test_brsf_draws_are_reproducible_and_independent_of_other_random_numbers(draw):
-    """Same seed, same sequence of draws, whatever the global generator does in between; and none of its numbers are used up."""
+    """The same seed gives the same samples, whatever the global generator does in between, and uses none of its numbers."""
     sequences = []
     for noise in (1, 7):
         model, rule = attached("brsf", m_init=draw)
@@ -216,7 +216,7 @@ def test_brsf_draws_are_reproducible_and_independent_of_other_random_numbers(dra
 def test_density_masks_the_same_entries_at_every_forward(name):
     model = nn.Sequential(nn.Linear(100, 200))
     rule = fa_bench.attach(model, name, seed=0, density=0.3)
-    masks = [rule.effective_feedback("0").detach() != 0]  # before any forward, too
+    masks = [rule.effective_feedback("0").detach() != 0]  # even before any forward pass
     for _ in range(2):
         model(torch.zeros(1, 100))
         masks.append(rule.effective_feedback("0").detach() != 0)
@@ -260,7 +260,8 @@ def test_small_weights_keep_their_signs_under_half_precision_autocast(name):
 
 
 def test_a_loaded_state_is_not_drawn_over():
-    """The first layer's draw waits until somebody reads it: one that waits when a state is loaded comes before the state."""
+    """The first layer's sample is not computed until it is read: one that is pending when a state is loaded precedes the
+    state."""
     (model, rule), (x, y) = attached("brsf"), nets.batch("conv")
     rule_grads(model, rule, x, y)
     saved = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -275,7 +276,7 @@ def test_a_loaded_state_is_not_drawn_over():
 
 @pytest.mark.parametrize(("name", "shown"), [("usf", "B"), ("brsf", "M"), ("frsf", "M")])
 def test_what_is_shown_of_each_layer(name, shown):
-    """usf stores no tensor: what it shows is what carries the error now."""
+    """usf stores no tensor; it shows the one that currently propagates the error."""
     model, rule = attached(name)
     assert {path: set(tensors) for path, tensors in rule.feedback.items()} == {path: {shown} for path in layer_names(model)}
     if name == "usf":
@@ -302,7 +303,7 @@ def test_xiaos_scale_tells_convolutions_of_every_dimension_from_linear_layers(la
 
 
 def test_a_sample_depends_on_the_seed_of_the_layer_and_on_its_number_only():
-    """So that a run that is resumed, or repeated by another version, has the same magnitudes."""
+    """So that a run that is resumed, or repeated with another version, has the same magnitudes."""
     model, rule = attached("brsf")
     x, _ = nets.batch("conv")
     for _ in range(3):

@@ -1,4 +1,5 @@
-"""drtp: an error made of the labels alone, its scale and law, and its sibling that projects the sign of the output error."""
+"""drtp: an error computed only from the labels, its scale and distribution, and the variant that projects the sign of the output
+error."""
 
 import math
 
@@ -33,7 +34,7 @@ def error_at(model, rule, cut: str, x, y, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_error_is_the_row_of_the_label_over_the_batch_size(net):
-    """To the last bit, whatever the logits: confident and right, confident and wrong; times what the loss is multiplied by."""
+    """Bitwise, for any logits: confident and right, confident and wrong; times the factor of the loss."""
     model, rule, x, y = attached(net=net)
     last = model.fc3 if net == "mlp_tanh" else model.fc1
     for cut in ("act1", "act2"):
@@ -60,7 +61,7 @@ def test_it_does_not_vanish_when_the_sample_is_learned_as_that_of_dfa_does():
 
 
 def test_scale_of_the_batch_size_is_that_of_the_published_code():
-    """There hidden layers take the sum over the batch, not its mean."""
+    """With this option, hidden layers use the sum over the batch, not its mean."""
     (one, plain, x, y), (two, scaled, _, _) = attached(), attached(scale=4.0)
     by_mean, by_sum = rule_grads(one, plain, x, y), rule_grads(two, scaled, x, y)
     for name in by_mean:
@@ -113,7 +114,7 @@ def test_a_batch_without_samples_moves_nothing(error_sign):
 
 
 def test_the_error_is_made_in_full_precision_under_autocast():
-    """1/3 has three digits in bfloat16, where δ is made; an activation in single precision has the error in it."""
+    """1/3 has three digits in bfloat16, in which δ is computed; an activation in single precision gets the error in it."""
 
     class Single(nn.Module):
         def forward(self, x):

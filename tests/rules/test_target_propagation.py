@@ -1,4 +1,4 @@
-"""Target propagation: feedback that learns from noise, against loops, and where it converges."""
+"""Target propagation: feedback that learns from noise, compared with loops, and its fixed point."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def feedback_gradient(chain, params, x, cut: str, feedback: np.ndarray, sigma: f
 @pytest.mark.parametrize("net", ["mlp_tanh", "mlp_bn", "conv"])
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_feedback_learns_as_the_loops_say(net: str, density: float) -> None:
-    """Two passes, so that the second has new noise; in the batch's own statistics where it is normalised."""
+    """Two passes, so that the second has new noise; with the batch's own statistics if it is normalised."""
     plain, model = nets.NETS[net](), nets.NETS[net]()
     x, y = nets.batch(net)
     chain, sigma = describe(plain), 0.3
@@ -121,7 +121,7 @@ def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping
 
 @pytest.mark.parametrize("name", ["ddtp_linear", "ldrl", "dfc"])
 def test_gradients_of_feedback_have_the_scale_of_the_loss(name: str) -> None:
-    """As everything that an optimizer or a gradient scaler divides by it afterwards."""
+    """They have it like everything that an optimizer or a gradient scaler later divides by it."""
     found = []
     for factor in (1.0, 1024.0, 0.3):
         model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")

@@ -1,4 +1,4 @@
-"""What rules give away is detached, and they leave nothing behind, whatever the order of the model's modules."""
+"""Tensors that rules return are detached, and rules leave nothing behind, whatever the order of the model's modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ORDER = ["fc1", "act1", "fc2", "act2", "fc3"]
 
 
 class Rotated(nn.Module):
-    """7-5-6-3; the modules run in `ORDER` and are registered from another one on."""
+    """7-5-6-3; the modules run in `ORDER` and are registered in a different order."""
 
     def __init__(self, first: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Rotated(nn.Module):
 
 
 def traces(model: nn.Module) -> dict[str, tuple]:
-    """Of every module: its class, what it holds, its hooks, and which parameters are trained."""
+    """For every module: its class, its attributes, its hooks, and which parameters are trained."""
     return {
         path: (
             type(module),
@@ -93,7 +93,7 @@ def test_an_optimizers_groups_are_the_weights_and_what_is_learned(variant: str) 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_sample_that_requires_gradients_is_any_sample(variant: str) -> None:
-    """It is only looked at: neither do its errors count, nor does it get gradients."""
+    """It is only observed: its errors do not count, and it gets no gradients."""
     name, options = VARIANTS[variant]
     found = []
     for requires in (False, True):

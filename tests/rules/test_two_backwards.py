@@ -14,7 +14,7 @@ from .registered import registered
 
 SHARING = {"match": "random", "linear": "share", "freeze_stem": False}
 OPTIONS = QUICK | {"asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1"]}, "dgl": {"cuts": ["act1"]}}
-# These draw feedback or noise for every pass, and so a pass alone is another one than the same pass after others.
+# These sample feedback or noise for every pass, so a single pass differs from the same pass after others.
 FIXED = sorted(set(ALGORITHMS) - {"brsf", "ddtp_linear", "ldrl"})
 
 
@@ -24,11 +24,11 @@ def trained(rule) -> list[Tensor]:
 
 
 def gradients(rule, batches, between=lambda: None) -> list[Tensor | None]:
-    """Gradients of forward and backward passes on `batches`, one after the other, from none at all."""
+    """Gradients of forward and backward passes on `batches`, one after the other, without earlier gradients."""
     for tensor in trained(rule):
         tensor.grad = None
     for x, y in batches:
-        logits, indices = rule.model(x), torch.arange(len(y)) + 8 * (len(y) % 2)  # batches of 4 and 5 have other samples
+        logits, indices = rule.model(x), torch.arange(len(y)) + 8 * (len(y) % 2)  # batches of 4 and 5 contain different samples
         rule.backward(F.cross_entropy(logits, y), logits, y, indices=indices)
         between()
     return [None if tensor.grad is None else tensor.grad.clone() for tensor in trained(rule)]
@@ -44,14 +44,14 @@ def assert_sums(rule, first, second) -> None:
     with_gradient = {id(tensor) for tensor, grad in zip(trained(rule), both, strict=True) if grad is not None and grad.any()}
     assert bool(learned & with_gradient) == bool(learned)
     for got, one, two in zip(both, *parts, strict=True):
-        # Float64, and the same numbers: the sum alone rounds.
+        # Float64, and the same numbers: only the sum rounds.
         assert got is None or distance(got, array(one + two), floor=1e-6) < 1e-12
 
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", FIXED)
 def test_two_backward_passes_add_up(name: str, net: str) -> None:
-    """Of the weights, of learned feedback, and of the layers that local losses train."""
+    """Gradients of the weights, of learned feedback, and of the layers that local losses train."""
     model, (first, second) = nets.NETS[net](), (nets.batch(net, seed=seed, size=4 + seed) for seed in (0, 1))
     rule = fa_bench.attach(model, name, seed=0, sample_input=first[0], **cut_options(name, model, OPTIONS.get(name, {})))
     assert_sums(rule, first, second)
@@ -81,7 +81,7 @@ def test_two_backward_passes_add_up_in_a_residual_net(name: str) -> None:
     ids=str,
 )
 def test_one_graph_can_be_differentiated_twice(name: str, options: dict[str, object]) -> None:
-    """What a forward pass keeps for the backward pass is still there if autograd retains the graph."""
+    """Data that a forward pass stores for the backward pass still exist if autograd retains the graph."""
     model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh", seed=0)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, model, options))
     loss = F.cross_entropy(model(x), y)
@@ -95,7 +95,7 @@ def test_one_graph_can_be_differentiated_twice(name: str, options: dict[str, obj
 
 @pytest.mark.parametrize("name", ["kp", "predsim", "dgl", "asfp_lc", "dkp", "pfa"])
 def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
-    """A tensor that a caller kept from ``.grad`` is not written into by the next backward pass of another batch."""
+    """The backward pass of the next batch does not write to a tensor that a caller took from ``.grad``."""
     net = "conv_bn"
     model, batches = nets.NETS[net](), [nets.batch(net, seed=seed) for seed in (0, 1)]
     options = cut_options(name, model, OPTIONS.get(name, {}))
@@ -111,7 +111,7 @@ def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_gradients_that_autograd_returns_are_the_caller_s_to_change(net: str) -> None:
-    """Those of W and B are equal, and a change of one does not reach the other."""
+    """The gradients of W and B are equal, and changing one does not change the other."""
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     fa_bench.attach(model, "kp", seed=0, sample_input=x)
     layer = next(module for module in model.modules() if hasattr(module, "feedback_B"))

@@ -1,4 +1,4 @@
-"""A model with two outputs: what a rule that learns in passes of its own trains, and what its coverage says of the rest."""
+"""A model with two outputs: what a rule that learns in separate passes trains, and what its coverage says about the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fa_bench
 
-#: Rules that replace the whole backward pass, with options; and what they give to layers of the other output.
+#: Rules that replace the whole backward pass, with options, and what they do to layers of the other output.
 PASSES: dict[str, tuple[dict[str, Any], str]] = {
     "epc": ({}, "not trained"),
     "pc": ({}, "not trained"),
@@ -25,7 +25,7 @@ OTHERS = ("dfa", "drtp", "forward_forward", "node_perturbation", "dgl", "ldrl")
 
 
 class TwoHeads(nn.Module):
-    """6-5-5 with two outputs of 3, as a dictionary or a tuple; the second output has a gain of its own."""
+    """6-5-5 with two outputs of 3, as a dictionary or a tuple; the second output has its own gain."""
 
     def __init__(self, is_dict: bool = True) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def test_the_coverage_of_other_rules_is_that_both_heads_learn(name: str) -> None
 
 
 def test_a_loss_of_the_other_output_passes_through_no_weight() -> None:
-    """With weights perturbed, all gradients are noise times one number, whatever the loss of the other output is."""
+    """If weights are perturbed, all gradients are noise times one number, whatever the loss of the other output is."""
     found = []
     for factor in (0.0, 5.0):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""wm: what one mirror step does, the law of its noise, and the angles that it leads to."""
+"""wm: the effect of one mirror step, the distribution of its noise, and the resulting angles."""
 
 import math
 import re
@@ -23,7 +23,7 @@ from .test_contract import LAYERS
 
 
 class Gain(nn.Module):
-    """Something that learns in front of a layer, so that an error goes through the layer."""
+    """A layer that learns, placed before another layer, so that an error passes through the latter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Gain(nn.Module):
 
 
 def behind_gain(layer: nn.Module, shape, dtype=torch.float64, **options):
-    """(the layer, its pathway, rule) with no mirror step made yet."""
+    """(the layer, its pathway, rule) before the first mirror step."""
     model = nn.Sequential(OrderedDict(gain=Gain(), layer=layer)).to(dtype)
     sample = torch.zeros(shape, dtype=dtype)
     rule = fa_bench.attach(model, "wm", seed=0, sample_input=sample, **{"initial_steps": 0} | options)
@@ -60,7 +60,8 @@ STEPS = [
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv", "conv_bn"])
 @pytest.mark.parametrize("options", STEPS, ids=str)
 def test_two_mirror_steps_equal_the_loops(net, options):
-    """Given the same noise; strides, padding and groups, and one step is one draw. The first layer stays as drawn."""
+    """With the same noise; strides, padding and groups, and one noise sample per step. The first layer's B keeps its initial
+    value."""
     model, (x, _) = nets.NETS[net](), nets.batch(net)
     chain = describe(model)
     rule = fa_bench.attach(model, "wm", seed=0, sample_input=x, initial_steps=0, mirror_steps=2, mirror_batch=3, **options)
@@ -92,13 +93,13 @@ def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
         assert noise.shape == (128, 6) and 0.045 < np.abs(noise).max() <= 0.05
         want = undecayed_step(array(module.weight), array(module.bias), want, noise)
         rule.step()
-    # The docstring's numbers have six and five digits.
+    # The numbers in the docstring have six and five digits.
     assert distance(module.feedback_B, want) < 1e-5
 
 
 @pytest.mark.parametrize(("decay", "factor"), [(0.0, 8 * 0.2), (0.5, 0.4 * (1 - 0.5**8)), (None, 1 - 0.8**8)])
 def test_where_other_decays_lead(decay, factor, monkeypatch):
-    """Noise that shows W itself, η = 0.2, eight steps from B = 0: ηW Σ (1 - λ)^k, which without decay grows for ever."""
+    """Noise that reveals W exactly, η = 0.2, eight steps from B = 0: ηW Σ (1 - λ)^k, which without decay grows for ever."""
     module, pathway, rule = behind_gain(nn.Linear(6, 5), (2, 6), mirror_rate=0.2, mirror_decay=decay, b_init="zeros")
     axes = torch.eye(6, dtype=torch.float64).mul(math.sqrt(6))
     pathway.noise = pathway.noise._replace(batch=6)
@@ -109,7 +110,7 @@ def test_where_other_decays_lead(decay, factor, monkeypatch):
 
 
 def test_decay_of_the_rate_is_the_usual_one():
-    """To the last bit."""
+    """Bitwise."""
     pair = []
     for options in ({}, {"mirror_decay": 0.03}):
         torch.manual_seed(0)
@@ -124,7 +125,7 @@ def test_decay_of_the_rate_is_the_usual_one():
 @pytest.mark.parametrize("activation", ["linear", "relu"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
-    """The step is made of x's second moments: ±√F along every axis in turn is white noise with no Monte-Carlo error.
+    """The step depends on x's second moments: ±√F along every axis in turn is white noise without Monte Carlo error.
 
     So with rate 1 one step gives E[Ŵ] = W itself, for every geometry; ReLU's factor 1/2 is exact because the noise is symmetric.
     """
@@ -142,7 +143,7 @@ def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
 
 
 def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
-    """A transposed convolution whose caller names the size: the taps meet the positions of that size."""
+    """A transposed convolution whose caller sets the output size: the kernel taps are matched with the positions of that size."""
 
     class Sized(nn.Module):
         def __init__(self) -> None:
@@ -175,7 +176,7 @@ def test_one_count_for_all_taps_leaves_the_border_too_small(monkeypatch):
 
 
 def test_tap_that_meets_only_padding_goes_to_zero():
-    """A 3x3 kernel on one pixel: only the middle says anything about the input, and only the middle carries an error to it."""
+    """A 3x3 kernel on one pixel: only its middle entry depends on the input and propagates an error to it."""
     module, _, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 1, 1), mirror_rate=1.0)
     rule.step()
     middle = torch.zeros(3, 3, dtype=torch.bool)
@@ -283,7 +284,7 @@ def test_steady_state_angle_of_a_convolution_is_smaller_by_its_positions():
 
 
 def test_first_value_of_b_vanishes_at_the_rate():
-    """From two first values the same noise gives feedback whose difference is (1 - η)^steps of the first one."""
+    """With two initial values and the same noise, the difference of the feedback is (1 - η)^steps times the initial one."""
     pair = []
     for init in ("xavier_uniform", "copy_w"):
         torch.manual_seed(0)
@@ -333,7 +334,7 @@ def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
 
 
 def test_mirror_follows_the_weights_in_training():
-    """Starting as fa does; the mirrored layers come near, where fa's stay apart, and follow while the weights move."""
+    """It starts like fa; the mirrored layers come close to the weights, unlike fa's, and follow them while they change."""
     results = {}
     for name, options in (("fa", {}), ("wm", {"mirror_rate": 0.05, "initial_steps": 100})):
         torch.manual_seed(0)

@@ -87,7 +87,7 @@ def test_the_output_layer_is_the_one_that_runs_last_not_the_one_defined_last(nam
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
 def test_without_a_sample_the_output_layer_is_the_one_defined_last(name):
-    """A convolution in front tells no size of an image, and a layer defined last may run first."""
+    """If the first layer is a convolution, the image size is unknown, and a layer defined last may run first."""
     rule = fa_bench.attach(nets.convnet(batch_norm=True), name, seed=0, plain_last=True)
     assert [path for path, (effective, weight) in rule.weight_pairs().items() if torch.equal(effective, weight)] == ["fc2"]
 

@@ -1,4 +1,4 @@
-"""The callbacks of every run, each alone: when they act, and with what."""
+"""The callbacks of every run, each tested alone: when they act, and with which arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OLD, NEW = {"weight_angle": {"fc": 1.0}}, {"weight_angle": {"fc": 2.0}}
 
 
 def trainer(epochs: int = 3, stop: Any = None, **progress: Any) -> Any:
-    """A trainer at this point of its run; its batches are of no interest."""
+    """A trainer at this point of its run; its batches do not matter."""
     return SimpleNamespace(
         progress=Progress(**progress),
         options=RunOptions(epochs=epochs),
@@ -115,7 +115,7 @@ def test_minutes_count_from_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch)
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, times: list[float], epoch: int = 0, **options: Any) -> tuple[Display, list[Any]]:
-    """A display without a terminal, whose epochs after `epoch` end at these times; and its lines, with their levels."""
+    """A display without a terminal, whose epochs after `epoch` end at these times; returns its lines, with their levels."""
     now, lines = [0.0], []
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(callbacks.log, "log", lambda level, text, *values: lines.append((level, text % values)))
@@ -151,7 +151,7 @@ def test_a_later_run_of_a_sweep_has_one_line_unless_it_takes_some_seconds(monkey
 
 
 def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those before it was resumed included."""
+    """This includes the seconds before it was resumed."""
     made: list[dict[str, Any]] = []
 
     class Bar:
@@ -181,7 +181,7 @@ def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPat
 
 
 class Values(nn.Module):
-    """A model whose parameters claim to be on this device."""
+    """A model whose parameters pretend to be on this device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Values(nn.Module):
 def test_losses_are_checked_at_every_step_or_seldom(
     device: str, step: int, looks: bool, proceed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an accelerator a check waits for the device. The first divergence alone is recorded."""
+    """On an accelerator a check waits for the device. Only the first divergence is recorded."""
     monkeypatch.setattr("fa_bench.runs.divergence.first_nonfinite", lambda rule, x: "fc1" if x is None else "fc2")
     of_run, divergence = trainer(epoch=1, step=step, loss_sum=torch.tensor(math.nan)), Divergence(proceed)
     of_run.model, of_run.rule = Values(device), None

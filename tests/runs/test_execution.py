@@ -44,14 +44,14 @@ SMALL = [
 
 
 def trained(directory: Path, *overrides: str) -> dict[str, Any]:
-    """The result of a small run, with 6 batches an epoch, the last one of 10 images."""
+    """The result of a small run with 6 batches per epoch, the last one of 10 images."""
     assert main([*SMALL, *overrides, f"output_dir={directory}"]) == 0
     return json.loads(next(directory.rglob("result.json")).read_text())
 
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the batches that are compiled; PyTorch's own operations take the place of compiled kernels."""
+    """The shapes of the batches that are compiled; PyTorch's own operations replace compiled kernels."""
     shapes: list[tuple[int, ...]] = []
     compile_model = torch.compile
 
@@ -73,7 +73,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @needs_compiler
 @pytest.mark.parametrize("algorithm", ["kp", "dkp", "drtp", "brsf", "predsim"])
 def test_a_compiled_run_has_the_same_results(algorithm: str, tmp_path: Path, traced: list[tuple[int, ...]]) -> None:
-    """The measurements of angles between the steps and the last, smaller batch neither use the graph nor compile another."""
+    """The measurements of angles between the steps, and the last, smaller batch, neither use the graph nor compile another."""
     plain = trained(tmp_path / "plain", f"algorithm={algorithm}")
     assert not traced
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -95,7 +95,7 @@ def test_micro_batches_of_both_sizes_are_compiled(tmp_path: Path, traced: list[t
 
 @needs_compiler
 def test_compiled_models_draw_the_same_dropout_and_repeat_bit_for_bit() -> None:
-    """With PyTorch's own compiler; fused kernels round in another order, by 1e-7 of each number."""
+    """With PyTorch's own compiler; fused kernels round in a different order, by 1e-7 of each number."""
     if execution._no_compiler():
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)
@@ -215,7 +215,7 @@ def test_tf32_holds_for_products_of_training_only() -> None:
 
 
 def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Of the run that is going on: what was compiled before it was resumed took none of its time."""
+    """The time of the current run: compilation before it was resumed does not count."""
     progress, clock = Progress(compile_seconds=20.0), iter([0.0, 100.0])
     trainer: Any = SimpleNamespace(
         options=RunOptions(epochs=2), progress=progress, splits=SimpleNamespace(train=SimpleNamespace(steps=lambda size, drop: 1))
@@ -233,7 +233,7 @@ def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, c
 def test_a_rule_that_runs_the_model_again_is_not_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`true` is refused before training; `auto`, where it would pay, says why it does not."""
+    """`true` is refused before training; `auto`, if compilation would be worthwhile, explains why it is not used."""
     monkeypatch.setattr(execution, "_pays", lambda *_: (True, ""))
     pepita = ["algorithm=pepita", "optimizer.lr=0.01"]
     assert main([*SMALL, *pepita, "compile=true", f"output_dir={tmp_path / 'one'}"]) == 2
@@ -245,7 +245,7 @@ def test_a_rule_that_runs_the_model_again_is_not_compiled(
 
 
 def test_scores_are_those_of_what_the_rule_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In evaluation alone: the loss of training is that of the model's output."""
+    """Only in evaluation: the training loss is computed from the model's output."""
     rule = ALGORITHMS["forward_forward"]
     monkeypatch.setattr(rule, "predict", lambda self, x: torch.zeros(len(x), 10))
     trained(tmp_path, "algorithm=forward_forward", "architecture.widths=[8,8]", "optimizer.lr=1e-3", "epochs=1")

@@ -28,7 +28,7 @@ def test_every_module_gets_its_own_mode_back(root: bool, others: dict[str, bool]
         model.get_submodule(path).training = mode
     before = {path: module.training for path, module in model.named_modules()}
     x = torch.full((5, 4), float("nan"))
-    if fails:  # a batch that the model cannot take
+    if fails:  # a batch with a shape that the model does not accept
         with pytest.raises(RuntimeError):
             first_nonfinite_output(model, x[:, :3])
     else:

@@ -114,7 +114,7 @@ def fit(
 
 
 def indices_of(splits: Splits, x: Tensor) -> Tensor:
-    """Which training samples those of a batch are, by their pixels."""
+    """The indices of a batch's training samples, found by their pixels."""
     (samples, _) = next(splits.train.batches(len(splits.train)))
     return torch.stack([(samples == one).flatten(1).all(1).nonzero().squeeze() for one in x])
 
@@ -169,7 +169,7 @@ def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], dro
     """Decay of the first epoch, schedule, order of the calls, a last batch that is smaller or dropped, evaluation mode."""
     splits, epochs = load(), 3
     rules = [fa_bench.attach(make_model(), name, seed=1, **options) for _ in range(2)]
-    rules[0].model.eval()  # the loop itself chooses the mode
+    rules[0].model.eval()  # the loop itself sets the mode
     got, want = fit(rules[0], splits, epochs, drop_last), fit_by_hand(rules[1], splits, epochs, drop_last)
     assert [line["step"] for line in got] == [2, 4, 6] if drop_last else [3, 6, 9]
     for line, expected in zip(got, want, strict=True):
@@ -183,9 +183,9 @@ def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], dro
 
 @pytest.mark.parametrize(("name", "options"), [("bp", {}), ("kp", {}), ("drtp", {"cuts": ["act"]}), F3])
 def test_parts_of_a_batch_count_by_their_numbers_of_images(name: str, options: dict[str, Any]) -> None:
-    """Three parts of 16 images are 6, 5 and 5, of 8 images 3, 3 and 2; without normalisation they train as the whole batch does.
+    """Three parts of 16 images are 6, 5 and 5, of 8 images 3, 3 and 2; without normalisation, they train like the whole batch.
 
-    Float32: sums in another order, 1e-7 a step.
+    Float32: sums in a different order, 1e-7 per step.
     """
     found = []
     for accumulate in (1, 3):
@@ -235,7 +235,7 @@ def test_rule_steps_after_the_optimizer() -> None:
 
 @pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
 def test_measuring_angles_changes_no_number(name: str) -> None:
-    """Dropout included: the measurements draw nothing from torch's generator."""
+    """This includes dropout: the measurements do not use torch's generator."""
     found = []
     for every in (0, 1):
         rule = fa_bench.attach(make_model(0.5), name, seed=1, **({"cuts": ["act"]} if name == "dfa" else {}))
@@ -262,7 +262,7 @@ def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: py
 
 
 def test_a_score_that_is_not_finite_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the perplexity of an epoch that overflowed: every later one is better, and none is better than it."""
+    """Like the perplexity of an epoch that overflowed: every later one is better, and none is better than it."""
     of_epochs = iter([float("nan"), float("-inf"), 0.5, float("inf"), 0.4])
     splits, progress, now = load(), [], [0.0]
 
@@ -287,7 +287,7 @@ def test_evaluation_has_the_precision_of_training(precision: str, dtype: torch.d
 
 
 def test_epoch_records_angles_only_if_it_measured_some() -> None:
-    """Three steps an epoch, measured at steps 5, 10 and 15, in epochs 2, 4 and 5; the last epoch is measured in any case."""
+    """Three steps per epoch, measured at steps 5, 10 and 15, in epochs 2, 4 and 5; the last epoch is always measured."""
     lines = fit(fa_bench.attach(make_model(), "bp"), load(), 6, probe_every=5)
     assert [line["angles"] is not None for line in lines] == [False, True, False, True, True, True]
 
@@ -302,7 +302,7 @@ def test_hash_of_the_batches_is_that_of_the_first_one_of_every_epoch() -> None:
 
 
 def test_processes_are_told_the_number_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the whole run, so that dropout does not repeat itself in another epoch."""
+    """The step counts from the start of the run, so dropout does not repeat itself in another epoch."""
     seen = []
     monkeypatch.setattr(World, "begin_step", lambda world, seed, step: seen.append((seed, step)))
     fit(fa_bench.attach(make_model(), "bp"), load(), 2)
@@ -395,18 +395,18 @@ def test_looking_for_the_first_infinite_output_changes_nothing() -> None:
 
 
 def test_evaluation_averages_over_images_and_not_over_batches() -> None:
-    """600 images make a batch of 512 and one of 88, which are unlike each other."""
+    """600 images form a batch of 512 and one of 88, which differ."""
     model = make_model().eval()
     split = Synthetic(samples=10, test_samples=600, classes=3, size=2).load(Path(), torch.device("cpu")).test
     split.labels[512:] = 0
     x, y = next(split.batches(600))
-    # Sums of 600 float32 numbers in another order.
+    # Sums of 600 float32 numbers in a different order.
     assert loop.evaluate(model, CrossEntropy(), split, BATCH) == pytest.approx(evaluate_by_hand(model, x, y), rel=1e-5)
     assert not model.training and loop.evaluate(model.train(), CrossEntropy(), split, BATCH) and model.training
 
 
 def test_angles_are_measured_once_for_a_step() -> None:
-    """Three batches in an epoch, and the last one's angles are those of the end; none at the end twice."""
+    """Three batches per epoch, and the last one's angles are those at the end; none is measured twice at the end."""
     for every, steps in ((3, [0, 3, 6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6]), (0, [6])):
         measured: list[int] = []
         fit(
@@ -445,7 +445,7 @@ def test_a_weight_that_is_not_finite_is_named_before_feedback_in_the_models_orde
 
 
 def test_test_accuracy_at_the_best_epoch_is_that_of_this_epoch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it was in others."""
+    """Whatever it was in other epochs."""
     of_epochs = iter([(0.5, 0.9), (0.7, 0.2), (0.6, 0.8)])
     splits, progress, now = load(), [], [(0.0, 0.0)]
 

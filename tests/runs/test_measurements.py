@@ -150,7 +150,7 @@ def test_a_finished_run_without_its_whole_record_is_trained_again(damage: Any, c
 
 @pytest.mark.parametrize("step", [5, 8, 12])  # within an epoch, at its end, and in the last one
 def test_record_of_a_resumed_run_is_that_of_an_uninterrupted_one(step: int, monkeypatch: Patch) -> None:
-    """As after a kill, lines that the checkpoint does not count are dropped."""
+    """As after a kill, lines that the checkpoint does not include are dropped."""
     command = [*RUN, "probe_every=5"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
     at_step(step, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
@@ -161,7 +161,7 @@ def test_record_of_a_resumed_run_is_that_of_an_uninterrupted_one(step: int, monk
 
 
 def test_a_checkpoint_within_an_epoch_comes_after_the_measurements_that_it_counts(monkeypatch: Patch) -> None:
-    """So that a kill at any later moment leaves a record that the run can continue."""
+    """So that a kill at any later time leaves a record that the run can continue."""
     save, found = checkpoint.save, []
 
     def saving(*arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""A run removes and overwrites its own files alone: everything else in the folders it is given stays as it was, byte by byte."""
+"""A run removes and overwrites only its own files: everything else in its folders is unchanged, byte by byte."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMON = [
     "architecture.widths=[8]",
 ]
 RUN = [*COMMON, "hydra.run.dir=run"]
-#: What may lie in somebody's folder; the last ones look like what a run writes.
+#: Files that somebody's folder may contain; the last ones look like files of a run.
 FOREIGN = [
     "notes.txt",
     ".draft.tmp",
@@ -135,11 +135,11 @@ def test_starting_anew_removes_the_runs_own_files_alone(monkeypatch: Patch) -> N
         for folder, names in (("", ownership.TEMPORARIES), ("checkpoints/", ownership.CHECKPOINT_TEMPORARIES))
         for name in names
     ]
-    with open("run/checkpoints/last.pt", "rb") as before:  # open, so that its number is not given to another file
+    with open("run/checkpoints/last.pt", "rb") as before:  # open, so that its inode number is not given to another file
         assert main([*RUN, "resume=false"]) == 0
         assert not any(path.exists() for path in left)
         assert Path("run/checkpoints/last.pt").stat().st_ino != os.fstat(before.fileno()).st_ino
-    # Within a second, the new event file may have the old one's name.
+    # Within the same second, the new event file may have the same name as the old one.
     assert event_files.recorded_events(Path("run")) == [path.name for path in Path("run").glob("events.out.*")]
 
 
@@ -215,7 +215,7 @@ def test_a_record_of_events_that_names_other_files_removes_none_of_them(capsys: 
     ("multirun", "key"), [(False, "output_dir"), (False, "hydra.run.dir"), (True, "output_dir"), (True, "hydra.sweep.dir")]
 )
 def test_the_root_is_refused(place: str, multirun: bool, key: str) -> None:
-    """By the check of the jobs alone, which writes nothing; no command is tried."""
+    """Only the check of the jobs is run, which writes nothing; no command is executed."""
     Path("up").symlink_to("/")
     composer = Composer("config", None, [*COMMON, f"{key}={place}"])
     jobs = composer.expand(multirun)

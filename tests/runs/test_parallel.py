@@ -1,6 +1,6 @@
-"""Runs that several processes train together are those of one process; what cannot be is refused, and ends together.
+"""Runs of several processes equal those of one process; unsupported cases are refused, and all processes end together.
 
-Two processes talk by gloo and run one command after the other, since starting them costs most.
+Two processes communicate through gloo and run one command after the other, because starting them is slow.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ RESNET = [
     "architecture.blocks=1",
     "algorithm=kp",
 ]
-#: Without what depends on the batch itself.
+#: Excludes whatever depends on the batch as a whole.
 OPTIONS = {
     "predsim": ["algorithm.loss=pred"],
     "dgl": ["algorithm.auxiliary_net=linear"],
@@ -105,7 +105,7 @@ CASES: dict[str, list[str]] = {
     "resnet20": [*RESNET, "sync_batch_norm=true"],
     "feedback optimizer": [*MLP, "algorithm=dkp", "optimizer@feedback_optimizer=adam", "probes=[gradient_norm]"],
 }
-#: With magnitudes of its own in every pass, and with errors of an earlier epoch.
+#: With separate magnitudes in every pass, and with errors of an earlier epoch.
 RESUMED = ("brsf", "f3")
 REFUSED = {
     ("batch_size=1",): "batch_size=1 makes batches of 1 for 2 processes, each of which needs a sample; use 2 or more",
@@ -188,7 +188,7 @@ def write_inputs(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The folder with the runs of two processes, in 'two', and what the commands gave."""
+    """The folder with the runs of two processes, in 'two', and the outputs of the commands."""
     folder = tmp_path_factory.mktemp("parallel")
     write_inputs(folder)
     resumed = {rule: [*MLP, "epochs=3", f"algorithm={rule}", f"hydra.run.dir=resumed-{rule}"] for rule in RESUMED}
@@ -204,7 +204,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("PYTHONPATH", str(ROOT))
         os.chdir(folder)
         try:
-            # One process begins what two resume.
+            # One process begins runs that two processes resume.
             assert [stopped_after(8, words) for words in resumed.values()] == [143] * len(resumed)
             found = in_two_processes(folder, list(commands.values()))
         finally:
@@ -253,7 +253,8 @@ def difference(one: str, two: str) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(name: str, inside: Any) -> None:
-    """Gradients are sums of float32 numbers in another order: 1e-7 a step, which layers above multiply by a small factor."""
+    """Gradients are sums of float32 numbers in a different order: 1e-7 per step, which later layers multiply by a small
+    factor."""
     of_case = inside[name]
     assert [of_case[number][0] for number in range(2)] == [0, 0], of_case
     assert main(command(name, "one")) == 0
@@ -297,7 +298,7 @@ def test_normalisation_over_all_samples_is_torchs_if_one_process_has_them_all(
 
 
 def test_what_makes_several_processes_differ_from_one_is_noted() -> None:
-    """Dropout, unless its rate is zero, in layers and in attention; and of a rule's notes those on data parallelism."""
+    """Dropout in layers and attention, unless its rate is zero; and the notes of rules on data parallelism."""
     notes = parallel.Processes(1, 2, 1, None).notes
     share = "2 processes share each batch"
     assert notes(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0), nn.LSTM(2, 2)), False, ("batches",)) == [share]
@@ -332,7 +333,7 @@ def test_batch_normalisation_of_each_process_differs_and_is_noted(inside: Any) -
 
 
 def test_all_processes_evaluate_by_the_statistics_that_are_saved(inside: Any) -> None:
-    """Those of process 0, though each trained with its own."""
+    """The ones of process 0, although each process trained with its own."""
     job = job_of(RESNET)
     parts = assemble(job, prepare(job))
     state = torch.load("two/statistics/checkpoints/last.pt", weights_only=True)
@@ -381,7 +382,7 @@ def test_refused_before_training_in_one_line(words: tuple[str, ...], inside: Any
     lines = (found[0][2] + found[1][2]).splitlines()
     assert len(lines) == 1 and REFUSED[words] in lines[0], lines
     folder = Path("two/refused")
-    assert not folder.exists() or not list(folder.iterdir())  # Hydra makes it in each process; one may leave it empty
+    assert not folder.exists() or not list(folder.iterdir())  # Hydra creates it in each process; one of them may leave it empty
 
 
 @pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["-m", "experiment=quickstart"]])
@@ -431,13 +432,13 @@ def test_torchrun(kind: str, says: str, tmp_path: Path, monkeypatch: pytest.Monk
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    # torchrun's own lines aside.
+    # Except for torchrun's own lines.
     assert [line for line in errors.splitlines() if line.startswith("fa-bench")] == [says], errors
     assert "Traceback" not in errors.split("torch/distributed/elastic")[0], errors
     result = result_in("run")
     assert (result["status"], result["world_size"]) == ("interrupted", 2)
     assert not Path("run/.lock").exists() and not any(map(alive, workers.values()))
-    # What one process resumes is stopped again by its next signal.
+    # A run that one process resumes is stopped again by its next signal.
     assert stopped_after(result["step"] + 20, [*words, "resume=true"]) == 143
     assert re.search(r"resuming after epoch \d+", Path("run/run.log").read_text())
 

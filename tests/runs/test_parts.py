@@ -1,4 +1,4 @@
-"""Optimizers, models and the files of a run, each by itself."""
+"""Optimizers, models and the files of a run, each tested separately."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_learning_rate_scale_and_optimizer_of_learned_feedback() -> None:
 
 
 def settings_by_epoch(optimizers: Optimizers, epochs: int) -> list[list[tuple[float, float]]]:
-    """(rate, decay) of every group in every epoch."""
+    """(learning rate, decay) of every group in every epoch."""
     seen = []
     for epoch in range(epochs):
         optimizers.begin_epoch(epoch)
@@ -78,7 +78,8 @@ def settings_by_epoch(optimizers: Optimizers, epochs: int) -> list[list[tuple[fl
 
 
 def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
-    """With a rate of its own feedback has the weights' schedule and decay; with an optimizer of its own both are that one's."""
+    """With its own learning rate, feedback has the weights' schedule and decay; with its own optimizer, both are those of that
+    optimizer."""
     slow, fast = (Step(step_size=size, gamma=0.5) for size in (2, 1))
     of_weights = SGD(lr=0.2, weight_decay=0.01, first_epoch_weight_decay=0.5, schedule=slow)
     scaled = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp", b_lr_scale=0.5)
@@ -152,7 +153,7 @@ def test_models_have_the_published_sizes_and_name_their_cuts(model, shape, param
     assert net(torch.randn(2, *shape)).shape == (2, 10)
     rule = fa_bench.attach(net, "dfa", sample_input=torch.randn(2, *shape))
     assert not rule.coverage.uncovered
-    # Every hidden activation is cut: one in front of each layer but the first.
+    # Every hidden activation is cut: one before each layer except the first.
     assert len(rule.feedback) == len(rule.coverage.covered) - 1
 
 
@@ -186,7 +187,7 @@ def test_options_name_what_is_allowed() -> None:
 
 
 def test_residual_net_without_shortcuts() -> None:
-    """The same weights; a block whose last normalisation gives zero passes its input on only where it has a shortcut."""
+    """The same weights; a block whose last normalisation gives zero passes its input on only if it has a shortcut."""
     torch.manual_seed(0)
     nets = [ResNet20(width=4, blocks=1, shortcuts=shortcuts).build((1, 8, 8), 3) for shortcuts in (True, False)]
     nets[1].load_state_dict(nets[0].state_dict())
@@ -199,7 +200,7 @@ def test_residual_net_without_shortcuts() -> None:
 
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush")
 def test_a_run_computes_without_denormal_numbers() -> None:
-    """Probabilities below 1e-38 would cost many times the arithmetic of zeros."""
+    """Arithmetic with probabilities below 1e-38 would be many times slower than with zeros."""
     torch.set_flush_denormal(False)
     tiny = torch.full((8,), 1e-39)
     assert (tiny * 0.5 != 0).all()
@@ -218,7 +219,7 @@ def test_a_run_computes_without_denormal_numbers() -> None:
 
 
 def process_state() -> dict[str, Any]:
-    """What a run may change of its process."""
+    """The settings of its process that a run may change."""
     cudnn, hooks = torch.backends.cudnn, vars(nn.modules.module)
     return {
         "dtype": torch.get_default_dtype(),
@@ -243,7 +244,7 @@ def process_state() -> dict[str, Any]:
 
 
 def test_the_process_is_as_before_behind_a_run_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the run, its model or a plugin has set; the next run of a grid begins in the same process."""
+    """Whatever the run, its model or a plugin has set; the next run of a sweep starts in the same process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     (tmp_path / "elsewhere").mkdir()
@@ -283,7 +284,7 @@ def test_warnings_of_what_is_not_deterministic_are_warnings_again_behind_a_run()
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_what_a_run_sets_before_it_begins(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever an earlier run in the process left, and by the seed the same numbers."""
+    """Whatever an earlier run in the process left; the same seed gives the same numbers."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     drawn = []
     with isolated():
@@ -319,7 +320,7 @@ def test_what_a_run_on_a_gpu_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_random_states_of_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint written beside two GPUs is resumed beside one."""
+    """A checkpoint written on a machine with two GPUs is resumed on one with a single GPU."""
     restored: list[tuple[int, list[int]]] = []
     state = {**random_state(), "cuda": [torch.tensor([1]), torch.tensor([2])]}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -417,13 +418,13 @@ def test_what_a_grid_will_take_is_estimated_from_its_first_epoch(monkeypatch: py
 
 
 def test_peak_memory_is_in_bytes() -> None:
-    """A process that has loaded torch has some hundred megabytes."""
+    """A process that has imported torch uses a few hundred megabytes."""
     found = peak_memory(torch.device("cpu"))
     assert found is None or 5e7 < found < 1e12
 
 
 def test_the_hash_of_the_code_is_of_what_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs stay what they are where only their reports change; contents and places of all other sources count."""
+    """Runs keep their hash if only their reports change; the contents and paths of all other sources count."""
 
     def hashed(**files: str) -> str:
         for name, text in files.items():

@@ -1,4 +1,4 @@
-"""Locks, and the processes that runs start: none outlives its use, none keeps what is another's."""
+"""Locks, and the processes that runs start: none outlives its use, and none keeps a lock of another."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 @contextmanager
 def started(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """A command of Python's in a process of its own, which is killed in the end."""
+    """A Python command in a separate process, which is killed at the end."""
     with subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -52,7 +52,7 @@ def started(*command: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def until(found: Callable[[], Any], seconds: float = 60) -> Any:
-    """What `found` gives once that is true."""
+    """The result of `found` as soon as it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := found():
@@ -62,7 +62,7 @@ def until(found: Callable[[], Any], seconds: float = 60) -> Any:
 
 
 def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:
-    """As the workers of a data loader do, which outlive a killed run by seconds."""
+    """Like the workers of a data loader, which outlive a killed run by seconds."""
     holding = (
         "import os, time; from pathlib import Path; from fa_bench.runs import locks\n"
         "with locks.lock_directory(Path('run')):\n"

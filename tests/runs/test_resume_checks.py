@@ -1,4 +1,4 @@
-"""What a run is taken up from is checked first: records, checkpoints, data. What does not fit is named."""
+"""Everything from which a run is resumed is checked first: records, checkpoints, data. Errors name what does not match."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ DROPOUT = [
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_old_to_collect() -> Iterator[None]:
-    """A run ends with a garbage collection, which need not look at all that other tests left: most of a small run's time."""
+    """A run ends with a garbage collection, which would take most of a small run's time if it included the objects of other
+    tests."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -129,7 +130,7 @@ def seed_all(seed: int) -> None:
 
 @pytest.fixture
 def generators() -> Iterator[None]:
-    """Leaves the process' generators as they were."""
+    """Leaves the generators of the process unchanged."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     yield
     random.setstate(states[0])
@@ -179,7 +180,7 @@ def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> 
 
 
 def test_every_global_generator_is_restored(generators: None) -> None:
-    """The second number of a pair of normal ones, too."""
+    """This includes the second number of a pair of normal ones."""
 
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.standard_normal(), np.random.rand(), torch.rand(1).item()]
@@ -227,7 +228,7 @@ def test_every_field_of_the_progress_is_restored() -> None:
 
 
 def test_checkpoint_of_another_config_or_format_is_refused(monkeypatch: Patch) -> None:
-    """The next one is used where there is one, and the first one's fault is told."""
+    """The next one is used if there is one, and the error of the first one is reported."""
     rule, optimizers = make()
     paths = [Path("a/last.pt"), Path("a/previous.pt")]
     checkpoint.save(paths[1], Path("a/older.pt"), "mine", "data", Progress(epoch=1), rule, optimizers)
@@ -256,7 +257,7 @@ def test_training_time_adds_up_over_the_parts_of_a_run(monkeypatch: Patch) -> No
 
 @pytest.mark.parametrize("links", [True, False])
 def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch) -> None:
-    """On file systems without links, too."""
+    """This includes file systems without links."""
 
     def refuse(*paths: Path) -> None:
         raise OSError("no links here")
@@ -345,7 +346,7 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
-    """At the limits of what a run saves, too."""
+    """This includes the limits of what a run saves."""
     rule, optimizers = make()
     last, expected = Path("a/last.pt"), Expected("hash", "data", 9, 4)
     base = Progress(epoch=2, batch=3, step=11, loss_sum=torch.tensor(1.0), samples=8)

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: every choice trains, records are complete, and a resumed run has the same bits."""
+"""Whole runs from the command line: every choice trains, records are complete, and a resumed run is bitwise identical."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_rule_trains_every_architecture_or_says_how(
     algorithm: str, architecture: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*TINY, f"algorithm={algorithm}", *architecture, "hydra.run.dir=run"]
-    if main(command) != 0:  # what the refusal names as working does work
+    if main(command) != 0:  # the suggestion in the error message works
         assert "Pass algorithm.linear=share" in capsys.readouterr().err and not Path("run").exists()
         assert main([*command, "algorithm.linear=share"]) == 0
     result = result_in("run")
@@ -136,7 +136,7 @@ def test_without_validation_nothing_is_selected() -> None:
 
 
 class Stopped(KeyboardInterrupt):
-    """Stands for a user's interrupt."""
+    """Represents an interruption by the user."""
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def train_alone(command: list[str]) -> None:
     raise SystemExit(main(command))
 
 
-@pytest.mark.parametrize(("rate", "layer"), [("1e20", "fc2"), ("1e40", "fc1.weight")])  # an overflow behind, and of, a weight
+@pytest.mark.parametrize(("rate", "layer"), [("1e20", "fc2"), ("1e40", "fc1.weight")])  # an overflow after, and one in, a weight
 def test_divergence_ends_the_run_and_says_where(rate: str, layer: str) -> None:
     command = [*MLP, "epochs=5", f"optimizer.lr={rate}", "hydra.run.dir=run"]
     assert main(command) == 1
@@ -311,7 +311,7 @@ def test_runs_in_one_process_do_not_affect_each_other() -> None:
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module with a rule, and a folder with its config and those of a variant and a preset; nothing stays."""
+    """A module with a rule, and a folder with its config and those of a variant and an experiment; removed afterwards."""
     (tmp_path / "my_rules.py").write_text(
         "import dataclasses\n"
         "from fa_bench.mechanisms.edge.rule import EdgeRule\n"

@@ -1,4 +1,4 @@
-"""What a rule that keeps an error of every training sample needs of a run: indices, their number, the errors in checkpoints."""
+"""A run with a rule that stores an error for every training sample: indices, their number, and the errors in checkpoints."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_two_seeds_shuffle_differently_and_one_seed_alike() -> None:
 
 
 def test_without_shuffling_every_sample_has_an_index() -> None:
-    """After an epoch, there is an error of each; without shuffling, too."""
+    """After an epoch, there is an error for each sample, even without shuffling."""
     assert main([*RUN, "shuffle=false", "epochs=1", "hydra.run.dir=run"]) == 0
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["rule"]["seen"].all()
 
@@ -203,7 +203,7 @@ def test_a_fixed_batch_that_was_sampled_has_the_indices_of_its_samples() -> None
 
 
 def test_a_batch_of_one_sample_is_tried_with_an_index() -> None:
-    """Batches of one need a trial pass where they could fail."""
+    """Batches of one need a trial pass if they could fail."""
     measured, rule = subject(1)
     check_batches(rule, measured.splits, RunOptions(batch_size=1, probe_size=1))
     assert not rule.state_dict()["seen"].any()

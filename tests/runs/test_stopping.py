@@ -1,4 +1,4 @@
-"""A callback ends a run early: when that takes effect, what is recorded, and when the run is trained further."""
+"""A callback ends a run early: when this takes effect, what is recorded, and when the run is trained further."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Halt(Callback):
             if trainer.progress.step == step:
                 trainer.stop(reason)
 
-        # On a class of its own, since a trainer calls only the hooks that a class overrides.
+        # On a separate class, because a trainer calls only the hooks that a class overrides.
         self.__class__ = type("Halt", (Halt,), {hook: lambda self, *arguments: ask(*arguments)})
 
 

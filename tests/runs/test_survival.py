@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, torn or started twice come to the same end as runs left alone."""
+"""Runs that are stopped, killed, damaged or started twice give the same result as uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMMON = [
     "probe_every=2",
 ]
 RUN = [*COMMON, "hydra.run.dir=run"]
-#: A feedback optimizer, masks, a phase before training, fresh draws at every step.
+#: A feedback optimizer, masks, a phase before training, new samples in every step.
 RULES = [
     ["algorithm=kp", "optimizer@feedback_optimizer=adam"],
     ["algorithm=pfa", "algorithm.density=0.5", "algorithm.ratio=2"],
@@ -104,7 +104,7 @@ def test_error_behind_a_signal_is_an_interrupt() -> None:
     with pytest.raises(Interrupted) as caught, interrupt_on_signals():
         try:
             signal.raise_signal(signal.SIGTERM)
-        except BaseException:  # as of an import that is left half way
+        except BaseException:  # as if an import had been interrupted
             raise AttributeError("half a module") from None
     assert caught.value.code == 143
     with pytest.raises(AttributeError), interrupt_on_signals():
@@ -181,7 +181,7 @@ def test_torn_checkpoint_is_named_and_the_previous_one_used(capsys: Capture) -> 
     assert main(RUN) == 0
     whole = recorded("run")
     damage(LAST)
-    assert torch.load(LAST, weights_only=True)  # torch does not notice
+    assert torch.load(LAST, weights_only=True)  # torch does not notice this
     assert main([*RUN, "resume=true"]) == 0
     said = capsys.readouterr().out
     assert re.search(rf"{LAST}: corrupt checkpoint: checksum mismatch in .*; resuming from \S+{PREVIOUS}", said)
@@ -251,7 +251,7 @@ def test_only_one_process_writes_a_directory(capsys: Capture) -> None:
         assert len(said.splitlines()) == 1
         assert sorted(path.name for path in Path("run").iterdir()) == [HOLDER, LOCK]
         other.kill()
-    assert main(RUN) == 0 and locks.lock_holder(Path("run")) is None  # a killed process holds nothing
+    assert main(RUN) == 0 and locks.lock_holder(Path("run")) is None  # a killed process holds no lock
     assert not (Path("run") / LOCK).exists()
 
 
@@ -294,7 +294,7 @@ def test_sweep_runs_anew_what_other_code_made(monkeypatch: Patch, capsys: Captur
         assert main(sweep) == 0
     said = capsys.readouterr().out
     assert "of these: 2 from a different version" in said
-    assert (said.count("epoch 1/3"), said.count("epoch 3/3")) == (1, 2)  # later runs of a sweep have one line
+    assert (said.count("epoch 1/3"), said.count("epoch 3/3")) == (1, 2)  # later runs of a sweep print one line
     assert said.count("was produced by a different version of the code; restarting") == 2
     for name, (result, lines) in results("outputs").items():
         assert lines == first[name][1] and result["code_hash"] != first[name][0]["code_hash"]

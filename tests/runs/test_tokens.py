@@ -108,7 +108,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_equals_an_uninterrupted_one(mon
 
 
 def test_micro_batches_weigh_by_the_targets_that_count() -> None:
-    """Most targets of the first half of every batch are masked: gradients are those of the whole batch all the same."""
+    """Most targets in the first half of every batch are masked; the gradients are those of the whole batch nevertheless."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 7, (64, 4))
     y = (x + 1) % 7

@@ -1,4 +1,4 @@
-"""The hash of the code includes everything of the user's that a run depends on."""
+"""The hash of the code includes all user code on which a run depends."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_hash_changes_with_these_files_alone(folder: Path, name: str) -> Non
 
 
 def test_the_file_of_a_component_counts_without_its_being_a_plugin(folder: Path) -> None:
-    """A rule that a script registers; what the script imports counts, too."""
+    """A rule that a script registers; the modules that the script imports count, too."""
     rule = type("Rule", (), {"__module__": "my_plugin"})
     assert code_hash([], [rule]) == code_hash(["my_plugin"]) != code_hash()
     before = code_hash([], [rule])

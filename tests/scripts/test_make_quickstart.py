@@ -1,4 +1,4 @@
-"""The README shows what its first command prints."""
+"""The README shows the output of its first command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/results.md is what its template makes of the committed results."""
+"""docs/results.md equals the template rendered with the committed results."""
 
 from __future__ import annotations
 

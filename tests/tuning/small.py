@@ -1,4 +1,4 @@
-"""A study of seconds: two rules, three trials of two epochs, on synthetic data."""
+"""A study that takes seconds: two rules, three trials of two epochs, on synthetic data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = [
     "threads=1",
 ]
 STUDY = [*SMALL, "budget=3", "seeds=0,1", "name=study"]
-#: The files that are equal byte by byte, however often a study was killed.
+#: The files that are bitwise identical however often a study was killed.
 EQUAL = ("tune.csv", "trials.csv", "tune.md", "tune.png", "tune.svg")
 
 

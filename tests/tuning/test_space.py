@@ -1,4 +1,4 @@
-"""What is searched: parsing, edges, and ranges that are wider."""
+"""The search space: parsing, edges, and wider ranges."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_rules_with_equal_spaces_and_results_have_equal_trials(sampler: str) -> 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
 def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pruned_never(higher_is_better: bool) -> None:
-    """Also if lower scores are better."""
+    """This also applies if lower scores are better."""
     sign = 1 if higher_is_better else -1
     outcomes = [
         Outcome("done", sign * 0.5),

@@ -1,4 +1,4 @@
-"""Studies from the command line: results, resuming after a kill at any moment, extension, and what is refused."""
+"""Studies from the command line: results, resuming after a kill at any time, extension, and refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .small import STUDY, files, stored_trials
 
 
 class Killed(KeyboardInterrupt):
-    """Ends a study without a checkpoint, nearly as a kill does."""
+    """Ends a study without a checkpoint, much as a kill does."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,7 +48,7 @@ def what_other_tests_cover_is_left_out() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which a study was run that nothing interrupted."""
+    """The folder of an uninterrupted study."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

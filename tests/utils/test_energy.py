@@ -1,4 +1,4 @@
-"""Energy counters: a folder like that of Linux, and a module like NVML's."""
+"""Energy counters: a folder like that of Linux, and a module like that of NVML."""
 
 from __future__ import annotations
 

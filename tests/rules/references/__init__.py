@@ -1,18 +1,18 @@
 """One naive reference per rule: from the feedback tensors to the gradients of every weight, bias and learned feedback tensor.
 
 Each takes (chain, params, feedback, x, y, **options); ``feedback`` is {layer or cut: {tensor name: array}}, ``options`` are the
-rule's own. Its answer is {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}; a tensor with no entry must not learn.
+rule's own. It returns {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}; a tensor without an entry must not learn.
 
 Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options)}, AFTER_UPDATE {rule: what changes learned
 feedback after every update, in place, from (chain, params)}, and TRAITS {trait: rules}:
 
-- exact: backpropagation for what they train
-- redrawn: feedback that changes without being learned by the optimizer; the reference is given the present one
-- learned_from_noise: feedback that learns from noise of the rule's own, which no reference has
-- unscaled: signals that do not come from the loss, and so do not scale with it
+- exact: the gradient of backpropagation for all parameters that they train
+- redrawn: feedback that changes without being learned by the optimizer; the reference gets the current one
+- learned_from_noise: feedback that learns from the rule's own noise, which no reference has
+- unscaled: signals that are not computed from the loss, and so do not scale with it
 - partly_exact: hidden layers may have the gradient of backpropagation
 - untrue_output: the output layer's own gradient is not that of the loss
-- noisy: rules that draw noise for every update; their references are given the same random numbers as ``draws``
+- noisy: rules that sample noise for every update; their references get the same random numbers as ``draws``
 - delayed: rules that use errors of a sample's last pass; their references keep them in the dictionary ``kept``
 - last_module: the last hidden layers learn by backpropagation, with the output layer
 """

@@ -54,7 +54,7 @@ def local_gradients(stage, weight, feedback, x, decay=0.0, amp=0.0, null=0.0, ti
 
 
 def with_losses(chain, params, feedback, x, y, losses: dict[str, float], update_forward: bool) -> Arrays:
-    """As FA, and the local losses; on the layer's noise if it has some."""
+    """As in FA, plus the local losses, on the layer's noise if it has some."""
     grads, true_inputs = fa(chain, params, feedback, x, y), inputs(chain, params, x)
     for stage in chain:
         if stage.name in weighted(chain):

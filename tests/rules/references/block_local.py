@@ -20,13 +20,13 @@ def classifier(shape: tuple[int, ...], pool: int) -> list[Stage]:
 
 
 def asfp_lc(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", pool=2, **_) -> Arrays:
-    """At the end of a block the error of its classifier, through the classifier's B; within it the rule of asfp."""
+    """At the end of a block, the error of its classifier, through the classifier's B; within the block, the rule of asfp."""
     values, given, learned = outputs(chain, params, x), {}, {}
     layers = {stage.name: stage for stage in chain if stage.kind in ("linear", "conv")}
     names = [stage.name for stage in chain]
     for cut in feedback.keys() - layers.keys():
         if not any(stage.name in layers or stage.kind.startswith("bn") for stage in chain[1 : names.index(cut)]):
-            continue  # nothing but the frozen stem in front of it: no error is asked for
+            continue  # only the frozen stem precedes it, so no error is needed
         a, held, errors = values[cut], feedback[cut], {}
         grads = gradients(classifier(a.shape[1:], pool), held, a, y, carry={"fc": held["B"]}, errors=errors)
         given[cut] = errors[""]

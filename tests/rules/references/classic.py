@@ -1,4 +1,4 @@
-"""References of the rules that carry errors by one tensor a layer, and of direct feedback."""
+"""References of the rules that propagate errors with one tensor per layer, and of direct feedback."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def frozen(chain, params, feedback, x, y):
 
 
 def bp_fc(chain, params, feedback, x, y):
-    """Fully connected layers and their BatchNorm learn by exact BP; convolutions and theirs keep their values."""
+    """Fully connected layers and their BatchNorm learn by exact BP; convolutions and their BatchNorm keep their values."""
     fixed = {stage.name for stage in chain if stage.kind in ("conv", "bn2d")}
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}
 
 
 def frozen_blocks(chain, params, feedback, x, y, blocks=()):
-    """The only block reaches to this layer and keeps its values."""
+    """The only block extends to this layer and keeps its values."""
     names = [stage.name for stage in chain]
     fixed = names[: names.index(blocks[-1]) + 1]
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}
@@ -48,20 +48,20 @@ def usf_scale(shape: tuple[int, ...], scale: str) -> float:
 
 
 def usf(chain, params, feedback, x, y, scale="xavier", plain_last=False):
-    """e_in = g (s sign(W)), W as it is now."""
+    """e_in = g (s sign(W)), with the current W."""
     layers = weighted(chain)[:-1] if plain_last else weighted(chain)
     weights = {layer: params[f"{layer}.weight"] for layer in layers}
     return gradients(chain, params, x, y, carry={layer: usf_scale(w.shape, scale) * np.sign(w) for layer, w in weights.items()})
 
 
 def magnitude_sf(chain, params, feedback, x, y, **_):
-    """e_in = g (|M| sign(W)); brsf and frsf differ only in when M is drawn."""
+    """e_in = g (|M| sign(W)); brsf and frsf differ only in when M is sampled."""
     carry = {layer: np.abs(tensors["M"]) * np.sign(params[f"{layer}.weight"]) for layer, tensors in feedback.items()}
     return gradients(chain, params, x, y, carry=carry)
 
 
 def kp(chain, params, feedback, x, y, **options):
-    """As FA; the gradient of B is the gradient of W."""
+    """As in FA; the gradient of B is the gradient of W."""
     grads = fa(chain, params, feedback, x, y, **options)
     return grads | {f"{layer}.B": grads[f"{layer}.weight"].copy() for layer in feedback}
 

@@ -10,7 +10,7 @@ import torch
 
 from ..reference import Arrays, Stage, forward, gradients, output_error
 
-#: The output, beside the cuts.
+#: The output, in addition to the cuts.
 OUTPUT = ""
 
 

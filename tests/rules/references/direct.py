@@ -1,4 +1,4 @@
-"""References of the rules that make their signals of output errors or the labels, by one matrix a cut: dkp, drtp and f3."""
+"""References of the rules that compute their signals from output errors or labels, with one matrix per cut: dkp, drtp and f3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def outputs(chain, params, x) -> Arrays:
 
 
 def dkp(chain, params, feedback, x, y, **_) -> Arrays:
-    """As dfa; gradB[c,f] = sum over n of delta_out[n,c] a[n,f], a the flattened activation at the cut."""
+    """As in dfa; gradB[c,f] = sum over n of delta_out[n,c] a[n,f], with a the flattened activation at the cut."""
     grads = gradients(chain, params, x, y, inject={cut: tensors["B"] for cut, tensors in feedback.items()})
     values = outputs(chain, params, x)
     delta = output_error(values[chain[-1].name], y)
@@ -69,7 +69,7 @@ def f3_errors(information, logits, y) -> np.ndarray:
 
 
 def f3(chain, params, feedback, x, y, information="delayed_loss", first_epoch="target", **options) -> Arrays:
-    """The error at a cut is e B / N; e is that of the sample's last pass, in `kept`: {sample: error}, which this changes.
+    """The error at a cut is e B / N; e is that of the sample's last pass, in `kept`: {sample: error}, which is updated.
 
     Without `kept` and `indices`, every sample is in its first epoch.
     """

@@ -6,12 +6,12 @@ from ..reference import gradients
 
 
 def dual_propagation(chain, params, feedback, x, y, beta=0.01):
-    """Backpropagation but for the nonlinearities."""
+    """Backpropagation except for the nonlinearities."""
     return gradients(chain, params, x, y, dual=beta)
 
 
 REFERENCES = {"dual_propagation": dual_propagation}
-# So large that slopes of ReLU saturate at a half, and those of tanh differ from its derivative.
+# So large that slopes of ReLU saturate at one half, and those of tanh differ from its derivative.
 CASES = {
     "dual_propagation": ("dual_propagation", {"beta": 3.0}),
     "fa-dual": ("fa", {"derivative": "dual", "beta": 3.0}),

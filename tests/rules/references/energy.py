@@ -1,4 +1,4 @@
-"""References of predictive coding, in its two forms: the errors or the states between the blocks of the chain move."""
+"""References of predictive coding in its two forms, which change the errors or the states between the blocks of the chain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) ->
         states = states_of(parts, params, x, errors)
         entering, above = [x, *states], output_delta(parts, params, states, y)
         for at in reversed(range(len(errors))):
-            # The loss depends on e_l through everything above.
+            # The loss depends on e_l through all later layers.
             above = vjp(parts[at + 1], params, entering[at + 1], above)
             velocity[at] = momentum * velocity[at] + errors[at] + above
         errors = [error - rate * v for error, v in zip(errors, velocity, strict=True)]
@@ -34,7 +34,7 @@ def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> 
         entering = [x, *states]
         errors = [state - forward(part, params, start)[-1] for part, start, state in zip(parts, entering, states, strict=False)]
         for at in range(len(states)):
-            # A state has its own error, and is the input of the next block alone.
+            # A state has its own error, and is the input of only the next block.
             above = output_delta(parts, params, states, y) if at + 1 == len(states) else -errors[at + 1]
             velocity[at] = momentum * velocity[at] + errors[at] + vjp(parts[at + 1], params, states[at], above)
         states = [state - rate * v for state, v in zip(states, velocity, strict=True)]
@@ -42,7 +42,7 @@ def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> 
 
 
 def blocks(chain, cuts) -> list[Part]:
-    """The parts of the chain, each of which ends in a cut, and the last one in the logits."""
+    """The parts of the chain, each of which ends at a cut, and the last one at the logits."""
     parts: list[Part] = [[]]
     for stage in chain:
         parts[-1].append(stage)

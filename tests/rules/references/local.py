@@ -1,4 +1,4 @@
-"""References of the rules with a loss at every cut; auxiliary nets are chains of stages as the network itself is."""
+"""References of the rules with a loss at every cut; auxiliary nets are chains of stages, like the network itself."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def local_error(chain, params, feedback, x, y, features=4096, separate=False, **
 
 
 def cosines(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """S[n,m] of centred rows, the centred rows at unit length, and their lengths; a row that does not vary is zero."""
+    """S[n,m] of centred rows, the centred rows normalised to unit length, and their lengths; a row that does not vary is zero."""
     units, lengths = np.zeros_like(rows), []
     for n in range(len(rows)):
         centred = rows[n] - sum(rows[n]) / rows.shape[1]
@@ -155,7 +155,8 @@ def predsim(chain, params, feedback, x, y, loss="predsim", beta=0.99, decoder_si
 
 
 def bp_deepsup(chain, params, feedback, x, y, weight=1.0, decoder_size=4096, **_) -> Arrays:
-    """Backpropagation of CE(z) + weight times the sum of CE(D(a)): every decoder's error is added to the one from above."""
+    """Backpropagation of CE(z) + weight times the sum of CE(D(a)): every decoder's error is added to that of the layers after
+    it."""
     values, added, learned = outputs(chain, params, x), {}, {}
     for cut, held in feedback.items():
         decoder = {f"decoder.{name}": tensor for name, tensor in held.items()}

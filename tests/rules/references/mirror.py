@@ -1,4 +1,4 @@
-"""Reference of the weight mirror: feedback alignment with the present B, and one mirror step scalar by scalar."""
+"""Reference of the weight mirror: feedback alignment with the current B, and one mirror step scalar by scalar."""
 
 from __future__ import annotations
 

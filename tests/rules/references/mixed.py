@@ -1,4 +1,4 @@
-"""Reference of mixed synapses: every entry by its own kind."""
+"""Reference of mixed synapses: every entry according to its own kind."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """References of the rules that run the network again: with noise, or with another input.
 
-``draws`` has the random numbers of this update, the only thing that they share with the rule.
+``draws`` has the random numbers of this update, which are all that they share with the rule.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def pfa(chain, params, feedback, x, y, **_) -> Arrays:
 
 
 def ldfa(chain, params, feedback, x, y, b_rate=1.0, rank=0, **_) -> Arrays:
-    """As PFA; gradient of B = -rate (C B - B Bᵀ C B), C = the sum of outer products g g / ‖g‖, in every group of its own."""
+    """As in PFA; gradient of B = -rate (C B - B Bᵀ C B), with C the sum of outer products g g / ‖g‖, separately in every
+    group."""
     stages, errors = {stage.name: stage for stage in chain}, {}
     grads = pfa(chain, params, feedback, x, y)
     gradients(
@@ -81,7 +82,7 @@ def oja(error: np.ndarray, first: np.ndarray, rate: float) -> np.ndarray:
 
 
 def orthonormal(first: np.ndarray, groups: int) -> np.ndarray:
-    """The columns of every group less their parts along earlier ones, with length one."""
+    """The columns of every group minus their projections on earlier ones, normalised to length one."""
     parts = []
     for part in np.split(first, groups):
         columns: list[np.ndarray] = []

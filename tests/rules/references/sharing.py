@@ -10,7 +10,7 @@ from ..reference import Arrays, conv_weight_gradient, gradients, inputs, linear_
 
 
 def matched(h: np.ndarray, shape: tuple[int, ...], match: str, mixing: np.ndarray | None) -> np.ndarray:
-    """h brought to `shape`: copies side by side and pooling, or one fixed random 1x1 convolution."""
+    """h resized to `shape`: copies side by side and pooling, or one fixed random 1x1 convolution."""
     if h.ndim != len(shape):
         h = h.reshape(len(h), -1)
     if mixing is not None:
@@ -31,7 +31,7 @@ def matched(h: np.ndarray, shape: tuple[int, ...], match: str, mixing: np.ndarra
 
 
 def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arrays]:
-    """The layers behind the stem that share, and {layer: the activation in place of its input} from the second on."""
+    """The layers after the stem that share, and {layer: the activation that replaces its input} from the second one on."""
     kinds = {stage.name: stage.kind for stage in chain}
     layers, own = weighted(chain), inputs(chain, params, x)
     everywhere = linear == "share" or (linear == "auto" and "conv" not in kinds.values())
@@ -68,7 +68,8 @@ def asfp(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", fr
 
 
 def of_feedback(chain, grads: Arrays, errors: Arrays, learning: list[str], stand_ins: Arrays) -> Arrays:
-    """gradB of each layer: from what stands in for its input and the error at its output, else the gradient of its weight."""
+    """gradB of each layer: from the activation that replaces its input and the error at its output, otherwise the gradient of its
+    weight."""
     stages, found = {stage.name: stage for stage in chain}, {}
     for layer in learning:
         if layer not in stand_ins:
@@ -82,7 +83,7 @@ def of_feedback(chain, grads: Arrays, errors: Arrays, learning: list[str], stand
 
 
 def without_stem(chain, grads: Arrays) -> Arrays:
-    """The first layer is random and stays so."""
+    """The first layer is random and fixed."""
     stem = weighted(chain)[0]
     return {name: grad for name, grad in grads.items() if name.rsplit(".", 1)[0] != stem}
 

@@ -1,6 +1,6 @@
-"""References of the rules that learn from the derivative of the logits along noise: tangents carried forward stage by stage.
+"""References of the rules that learn from the derivative of the logits along noise: tangents are propagated stage by stage.
 
-``draws`` has the random numbers of this update, the only thing that they share with the rule.
+``draws`` has the random numbers of this update, which are all that they share with the rule.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def fdfa(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
 
 
 def grape(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
-    """As fdfa; gradB = -d cos(B, J) / dB = -(J / |B||J| - cos B / |B|²) with J the mean of d p."""
+    """As in fdfa; gradB = -d cos(B, J) / dB = -(J / |B||J| - cos B / |B|²) with J the mean of d p."""
     grads = fdfa(chain, params, feedback, x, y, draws)
     for cut, tensors in feedback.items():
         b = tensors["B"]

@@ -13,7 +13,7 @@ def ddtp_linear(chain, params, feedback, x, y, **_):
 
 
 def through_map(weight: np.ndarray, above: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """G of what is above a block, in the shape of its input: a linear layer, or a 3x3 convolution of an enlarged map."""
+    """G of the layers after a block, in the shape of its input: a linear layer, or a 3x3 convolution of an enlarged map."""
     if weight.ndim == 2:
         return linear_forward(above.reshape(len(above), -1), weight, None).reshape(len(above), *shape)
     rows, columns = (np.arange(size) * given // size for size, given in zip(shape[1:], above.shape[2:], strict=True))
@@ -21,7 +21,7 @@ def through_map(weight: np.ndarray, above: np.ndarray, shape: tuple[int, ...]) -
 
 
 def ldrl(chain, params, feedback, x, y, **_) -> Arrays:
-    """e = G e', from the error at the logits down; exact within a block."""
+    """e = G e', from the error at the logits backwards; exact within a block."""
     values = forward(chain, params, x)
     outputs = dict(zip((stage.name for stage in chain), values[1:], strict=True))
     given, error = {}, output_error(values[-1], y)
