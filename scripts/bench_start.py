@@ -1,4 +1,4 @@
-"""Time from a command to its first training step, each in a process of its own: one run, a sweep of many jobs, and the help.
+"""Time from a command to its first training step, each in a separate process: one run, a sweep of many jobs, and the help.
 
 python scripts/bench_start.py --jobs 1000
 """

@@ -2,12 +2,13 @@
 
     python scripts/gpu_check.py --data-dir FOLDER --output-dir FOLDER [--minutes 9] [--device cuda] [--only PART,...]
 
-Every part runs in a process of its own and has a share of the time; later parts get what earlier ones have left, and a part for
-which too little is left is skipped, which the page says. Errors, crashes and hangs of a part end that part alone. The page is
-written after every row. gpu_check.log has the output of the parts. The exit code is 1 if a check failed or a part had an error.
+Every part runs in a separate process and has a share of the time; later parts get the time that earlier ones have left, and a
+part is skipped, with a note on the page, if too little is left for it. Errors, crashes and hangs end only their own part. The
+page is written after every row. gpu_check.log has the output of the parts. The exit code is 1 if a check failed or a part had
+an error.
 
 --data-dir contains MNIST (as torchvision stores it) and CIFAR-10: cifar-10-batches-py, cifar10_jpeg.tar.xz, or train/ and test/
-with a folder of images for each class. Without them, these parts are skipped. With --device cpu, the logic of the check is tried.
+with a folder of images for each class. Without them, these parts are skipped. --device cpu tests the logic of the script.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ class Coverage:
         if refused:
             listed = "; ".join(f"{name} ({why})" for name, why in refused.items())
             raise CoverageError(
-                f"rule '{self.rule}' leaves weights uncovered: {listed}. To train them by their true local gradient, while they "
-                f"carry the error themselves (weight transport), pass {{allow_uncovered}}",
+                f"rule '{self.rule}' leaves weights uncovered: {listed}. To let them learn from their true local gradient "
+                f"and propagate the error themselves (weight transport), pass {{allow_uncovered}}",
                 {"allow_uncovered": [*patterns, *refused] if len(refused) <= 4 else True},
             )
 
@@ -116,7 +116,7 @@ def not_coverable(model: Any) -> str:
     nn, reasons = torch.nn, [f"it has no {COVERABLE}"]
     compounds = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
     why = {
-        compounds: "is a class of its own, or has weights that are computed from other parameters",
+        compounds: "is a user-defined subclass, or has weights that are computed from other parameters",
         (nn.Embedding, nn.EmbeddingBag): "passes no error on and needs no feedback",
     }
     for path, module in model.named_modules():

@@ -25,6 +25,6 @@ def rank() -> int:
 
 
 def average(tensor: Tensor) -> None:
-    """Replace a tensor by its mean over all processes, which must all call this."""
+    """Replace a tensor with its mean over all processes, which must all call this."""
     torch.distributed.all_reduce(tensor)
     tensor.div_(process_count())

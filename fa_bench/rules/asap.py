@@ -39,7 +39,7 @@ class ASAP(SharingRule):
 
     equations = (
         r"e_{\text{in}} &= g B",
-        r"\nabla_W = \nabla_B &= g^\top \tilde{h},\quad \tilde{h} \text{ made of activation } s = 1 + k \lfloor (p - "
+        r"\nabla_W = \nabla_B &= g^\top \tilde{h},\quad \tilde{h} \text{ computed from activation } s = 1 + k \lfloor (p - "
         r"2) / k \rfloor",
     )
 

@@ -51,4 +51,4 @@ class ASFP(SharingRule):
 
     def check(self) -> None:
         if self.transport:
-            raise OptionError("transport", "=True leaves no learned feedback to share in; use asap or bp")
+            raise OptionError("transport", "=True leaves no learned feedback that could use shared activations; use asap or bp")

@@ -166,7 +166,7 @@ class ForwardAlignment(EdgeRule):
         from fa_bench.mechanisms.trace import named_results, replaced
 
         if not all(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
-            raise CoverageError(f"rule '{self.name}' compiles models whose arguments are tensors only")
+            raise CoverageError(f"rule '{self.name}' can be compiled only if all arguments of the model are tensors")
         # Layers that get a message come first.
         paths = [*current.messengers, *(path for path in current.true if path not in current.messengers)]
         random = second_pass(

@@ -28,7 +28,7 @@ class InformationAlignment(InputAlignmentRule):
 
     α = ``alpha``, β = ``beta`` and γ = ``gamma`` default to the values in the released code; here α multiplies amp, whereas in
     the related rules it multiplies decay or sparse. With ``update_forward``, W has the gradient -α B C + 2 β B Bᵀ W C + 2 γ W.
-    ``signal`` and ``noise_batch`` replace x by noise. With the code's α and β, B changes slowly; ``b_lr_scale`` raises its
+    ``signal`` and ``noise_batch`` replace x with noise. With the code's α and β, B changes slowly; ``b_lr_scale`` raises its
     learning rate relative to W's. The code's centred and normalised activations, delays and alternating steps are not
     implemented. The tuned settings are not public, so no result is a reproduction.
     """

@@ -152,8 +152,8 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
                 if not any(other.dim() and depends_on(result, other) for other in results.values()):
                     continue  # depends on no other output, like a penalty on the weights
                 raise CoverageError(
-                    f"the model returns a loss ('{name}') that it has computed itself, and rule '{self.name}' "
-                    f"cannot learn from there; call it without labels, and compute the loss from its logits"
+                    f"the model returns a loss ('{name}') that it has computed itself, from which rule '{self.name}' "
+                    f"cannot learn; call the model without labels, and compute the loss from its logits"
                 )
             learn = functools.partial(self._learn, first, name, self.regression, PassOutput(self.name, result))
             output = replaced(output, result, DeliverFunction.apply(learn, 0, False, result))

@@ -25,7 +25,7 @@ class RegularizedMirror(InputAlignmentRule):
     with a decay for which the fixed point is W.
 
     α = ``alpha`` and β = ``beta`` default to the values in the code. With ``update_forward``, W has the gradient 2 α W - β B C.
-    ``signal`` and ``noise_batch`` replace x by noise. With the code's α and β, B changes slowly; ``b_lr_scale`` raises its
+    ``signal`` and ``noise_batch`` replace x with noise. With the code's α and β, B changes slowly; ``b_lr_scale`` raises its
     learning rate relative to W's. The code's centred and normalised activations, delays and alternating steps are not
     implemented. The tuned settings are not public, so no result is a reproduction.
     """

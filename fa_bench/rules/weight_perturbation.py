@@ -92,7 +92,7 @@ class WeightPerturbation(DrawingRule, PassRule):
                 plus, minus = (self._loss(parameters, kept, size, target) for size in (self.epsilon, -self.epsilon))
             finally:
                 for parameter, value in zip(parameters, kept, strict=True):
-                    parameter.data.copy_(value)  # autograd need not count this as a change: others have seen this value
+                    parameter.data.copy_(value)  # not counted as a change by autograd: other tensors depend on this value
             if not len(target):
                 return [torch.zeros_like(parameter) for parameter in parameters]
             slope = (plus - minus) / (2 * self.epsilon) * self.loss_factor

@@ -104,10 +104,11 @@ def run(context: Context, section: Section) -> None:
     torch.backends.cudnn.allow_tf32 = False
     wm.Noise.sample = sample_on_cpu  # type: ignore[method-assign]
     section.notes = [
-        f"The device against the CPU: {STEPS} steps of SGD with momentum on one batch of {BATCH}, same seeds, TF32 off. The "
-        f"largest relative difference of a tensor, max |a - b| / max |b|, of the gradients of the first step and of weights, "
-        f"feedback and buffers after the last; in brackets the tensor. Tolerance: 1e-9 in float64, 1e-4 in float32. Tensors "
-        f"below {_FLOOR:g} of the model's largest are compared with that. The noise of wm is sampled on the CPU."
+        f"The device compared with the CPU: {STEPS} steps of SGD with momentum on one batch of {BATCH}, with the same seeds and "
+        f"without TF32. Each cell is the largest relative difference of a tensor, max |a - b| / max |b|, with the tensor in "
+        f"brackets: of the gradients in the first step, or of weights, feedback and buffers after the last step. Tolerance: 1e-9 "
+        f"in float64, 1e-4 in float32. If the entries of a tensor are below {_FLOOR:g} of the model's largest entry, differences "
+        f"are relative to that value. The noise of wm is sampled on the CPU."
     ]
     section.columns = [
         "net",

@@ -71,11 +71,11 @@ def skipped_graphs() -> int:
 def run(context: Context, section: Section) -> None:
     """Add a row for each rule and option; fast options come first, so that compilation uses the remaining time."""
     section.notes = [
-        f"Runs of {' '.join(COMMON)}, against the same run without the option on the same device (row plain: the reference). The "
-        f"relative difference of the training loss of the last epoch must be within the tolerance: rounding is amplified by 22 "
-        f"updates, and the rows 'again', without any option, show that of two equal runs. Seconds of training without "
-        f"compilation; seconds of compilation; how often torch did not capture a CUDA graph. With accumulate=2 the reference has "
-        f"it, too."
+        f"Runs of {' '.join(COMMON)}, compared with the same run without the option on the same device (row plain: the "
+        f"reference). The relative difference of the training loss in the last epoch must be within the tolerance, because 22 "
+        f"updates amplify rounding; the rows 'again', without any option, show the difference between two equal runs. The other "
+        f"columns are the seconds of training without compilation, the seconds of compilation, and how often torch did not "
+        f"capture a CUDA graph. If an option includes accumulate=2, so does its reference."
     ]
     section.columns = [
         "option",

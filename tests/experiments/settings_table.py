@@ -1,12 +1,12 @@
-"""The table of published settings that the presets must reproduce, written from the papers and their official code.
+"""The table of published settings that the experiments must reproduce, written from the papers and their official code.
 
 Where each number comes from:
 
 - [paper]: stated in the paper, with the place.
 - [code]: seen only in the authors' code.
-- [choice]: neither says; the project's choice. The comment in the preset's YAML file documents it unless noted here.
+- [choice]: neither specifies it; the project's choice. The comment in the experiment's YAML file documents it unless noted here.
 
-A setting that the table does not name must have its component's default, so that no preset can change it unnoticed.
+A setting that the table does not name must have its component's default, so no experiment can change it unnoticed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Case = tuple[Mapping[str, Any], Settings]
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What one preset must run, and with which settings.
+    """The runs of one experiment, and their settings.
 
     Attributes:
         sweep: parts of the sweep. Every value is a list, and a part stands for all combinations of its values.
@@ -77,7 +77,7 @@ COMPONENTS: list[Case] = [
     ({"architecture": "mlp"}, _keys("architecture", widths=[512, 512]) | PLAIN_MLP),
     # DKP paper, Table 3: 32 channels twice, 128 hidden neurons; the padding follows from its 6272 features.
     ({"architecture": "conv2"}, _keys("architecture", channels=32, hidden=128, padding=None)),
-    # DKP paper, section 3.2: AlexNet (torchvision's sizes), normalisation in front of every activation; dropout [code].
+    # DKP paper, section 3.2: AlexNet (torchvision's sizes) with normalisation before every activation; dropout [code].
     ({"architecture": "dkp_alexnet"}, _keys("architecture", width=64, hidden=4096, linear_norm=True, dropout=0.5)),
     # ASAP paper, appendix C; the normalised logits [code].
     ({"architecture": "asap_alexnet"}, _keys("architecture", width=64, hidden=1024, output_norm=True)),
@@ -91,7 +91,7 @@ COMPONENTS: list[Case] = [
     ({"algorithm": "pfa"}, _keys("algorithm", ratio=10.0, r_init="xavier_uniform", density=1.0)),
     ({"algorithm": "pfa_o"}, _keys("algorithm", ratio=1.0, r_init="xavier_uniform")),
     # ASAP paper, section 3: two layers share an activation, max-pooling matches shapes, the first layer is fixed. Feedback of
-    # convolutions as torch draws weights, of fully connected layers uniform in [-1, 1) [code].
+    # convolutions is sampled like torch's weights, that of fully connected layers uniformly in [-1, 1) [code].
     (
         {"algorithm": ASAP_RULES},
         _keys(
@@ -120,9 +120,9 @@ COMPONENTS: list[Case] = [
     ({"algorithm": "dfa"}, _keys("algorithm", form="neuron", cuts=None, density=1.0)),
     ({"algorithm": "fa"}, _keys("algorithm", linear_b_init=None, density=1.0, plain_last=False)),
     ({"algorithm": "kp"}, _keys("algorithm", b_lr_scale=1.0, plain_last=False)),  # one learning rate for W and B
-    # PFA paper: the sign times the deviation of Glorot's weights [code].
+    # PFA paper: the sign times the standard deviation of Glorot's weights [code].
     ({"algorithm": "usf"}, _keys("algorithm", scale="xavier", plain_last=False, density=1.0)),
-    # DKP paper, section 3.1: Kaiming's backward matrices. Those of DRTP [code of Frenkel et al.].
+    # DKP paper, section 3.1: backward matrices with Kaiming's initialisation. Those of DRTP [code of Frenkel et al.].
     ({"algorithm": "dkp"}, _keys("algorithm", b_init="kaiming_uniform", density=1.0, cuts=None)),
     ({"algorithm": "drtp"}, _keys("algorithm", b_init="kaiming_uniform", scale=1.0, error_sign=False, density=1.0, cuts=None)),
     # Datasets: images at their stored size, 28x28, 32x32 or 64x64; ImageNet as 224x224 crops with the usual normalisation.
@@ -151,7 +151,7 @@ COMPONENTS: list[Case] = [
 
 # --- Woo et al. 2021 (ASAP) -----------------------------------------------------------------------------------------------------
 
-#: Appendix C. All batches count, as in the code's loader [code]; no validation split [code].
+#: Appendix C. All batches are used, as in the code's data loader [code]; there is no validation split [code].
 ASAP: Settings = {
     "epochs": 200,
     "batch_size": 128,
@@ -163,7 +163,7 @@ ASAP: Settings = {
 ASAP_CASES: list[Case] = [
     # Weights. "Kaiming" of the paper is torch's default for convolutions, U(±1/√fan_in) [code].
     # Its nets for FA, DFA and ASAP draw fully connected weights from U(±√(6/fan_in)) and set their biases to zero; those for BP
-    # have torch's default there [code]. Here all rules begin alike, so that they can be compared [choice].
+    # have torch's default there [code]. Here, all rules start with the same weights, so that they can be compared [choice].
     ({}, {"architecture.init": "pytorch", "architecture.linear_init": "kaiming_uniform"}),
     # Appendix C: crops and flips on CIFAR and Tiny ImageNet. Means and deviations [code]; CIFAR-100 has those of CIFAR-10 there,
     # and Tiny ImageNet those of a derivative of the code.
@@ -172,9 +172,9 @@ ASAP_CASES: list[Case] = [
     ({"dataset": "tiny_imagenet"}, _keys("dataset", mean=[0.480, 0.448, 0.398], std=[0.277, 0.269, 0.282])),
     ({"dataset": "svhn"}, _keys("dataset", mean=[0.5], std=[0.5], augment=False)),
     ({"dataset": "mnist"}, {"dataset.augment": False}),
-    # Feedback [code]: DFA's N(0, 1/classes); FA's as torch draws weights in convolutions, U(-1, 1) in fully connected layers. The
-    # code for KP is not public: its feedback is sampled like the weights, in all layers [choice]. B and W are independent at
-    # first [choice].
+    # Feedback [code]: DFA's is N(0, 1/classes); FA's is sampled like torch's weights in convolutions and from U(-1, 1) in fully
+    # connected layers. The code for KP is not public: its feedback is sampled like the weights, in all layers [choice]. B and W
+    # are initially independent [choice].
     ({"algorithm": "dfa"}, {"algorithm.b_init": "normal_fan_out"}),
     ({"algorithm": "fa"}, _keys("algorithm", b_init="pytorch", linear_b_init="uniform_one")),
     ({"algorithm": "kp"}, _keys("algorithm", b_init="pytorch", linear_b_init="kaiming_uniform")),
@@ -234,7 +234,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10", "architecture": "resnet34"},
         ASAP_CASES,
     ),
-    # Local learning: Adam at 5e-3 [paper], without decay [code].
+    # Local learning: Adam with a learning rate of 5e-3 [paper], without decay [code].
     "asap_table5": Preset(
         [
             {"architecture": ["resnet18", "resnet34"], "algorithm": ["bp", "frozen", "asap"], "seed": [0]},
@@ -257,8 +257,8 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10", "architecture": "asap_alexnet"},
         ASAP_CASES,
     ),
-    # Appendix A.2: batch size 50, learning rate 1e-4, a linear net and one with normalisation and ReLU, 10-10-10. Normalised
-    # logits in the second [code], the initialisers, 784 inputs in front and three seeds [choice].
+    # Appendix A.2: batch size 50, learning rate 1e-4, a linear net and one with normalisation and ReLU, 10-10-10. The second one
+    # has normalised logits [code]; the initialisers, the 784 inputs and the three seeds are our choice [choice].
     "asap_fig6": Preset(
         [
             {
@@ -277,7 +277,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "mnist", "architecture": "mlp"},
         [
             *ASAP_CASES,
-            # Initial weights were chosen by backpropagation's accuracy [choice].
+            # Initial weights were chosen by the accuracy of backpropagation [choice].
             ({}, {"batch_size": 50, "optimizer.lr": 1e-4, "architecture.widths": [10, 10, 10], "architecture.linear_init": None}),
             ({"algorithm": "forward_alignment"}, {"algorithm.c_init": "kaiming_uniform"}),
         ],
@@ -361,7 +361,8 @@ PFA_PAPER: dict[str, Preset] = {
 
 # --- "Learning the connections in direct feedback alignment" (DKP) --------------------------------------------------------------
 
-#: Section 3.1: SGD with Nesterov's momentum 0.9, at a constant rate. No validation split, all batches, torch's weights [code].
+#: Section 3.1: SGD with Nesterov's momentum 0.9, at a constant rate. No validation split, all batches, and torch's initial
+#: weights [code].
 DKP: Settings = {
     "architecture.init": "pytorch",
     "drop_last": False,
@@ -448,7 +449,7 @@ DKP_PAPER: dict[str, Preset] = {
         ],
     ),
     # Five layers with normalisation on MNIST; 15 epochs of batches of 50 are the figure's 18,000 iterations. Widths, batch size,
-    # rates and three seeds [choice].
+    # learning rates and three seeds [choice].
     "dkp_fig2": Preset(
         [{"algorithm": ["bp", "frozen", "dfa", "dkp"], "seed": [0, 1, 2]}],
         DKP_SMALL
@@ -540,7 +541,7 @@ QUICKSTART = Preset(
     [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})],
 )
 
-#: The default configs of a study of five rules, in which fa-bench-tune searches learning rate and weight decay.
+#: The default configs of a study of five rules, for which fa-bench-tune searches the learning rate and the weight decay.
 TUNE_DIGITS = Preset(
     [{"algorithm": ["bp", "frozen", "fa", "kp", "dfa"], "seed": [0, 1, 2]}],
     QUICKSTART.common | {"epochs": 10, "probe_every": 0, "optimizer.weight_decay": 0.0},
@@ -554,8 +555,8 @@ COMPARE = Preset(
     [*QUICKSTART.cases, ({"algorithm": ("asap", "asfp", "asfp_lc")}, {"algorithm.linear": "share"})],
 )
 
-#: The faeval protocol, spring 2026: optimizer, rate, decay, schedule, batch size, epochs, seeds, widths and depths from its
-#: repository's history, second hand. Validation, augmentation, normalisation and the variants of dfa [choice].
+#: The faeval protocol, spring 2026: optimizer, learning rate, decay, schedule, batch size, epochs, seeds, widths and depths are
+#: second-hand, from its repository's history. Validation, augmentation, normalisation and the variants of dfa [choice].
 FAEVAL_NETS, FAEVAL_SEEDS = ["residual_mlp", "vit_mini"], [42, 123, 456]
 FAEVAL = Preset(
     [
@@ -595,8 +596,8 @@ FAEVAL = Preset(
     ],
 )
 
-#: No paper's: a small decoder on the built-in text; dfa with the cuts of Launay et al. 2020, their shared matrix, and the error
-#: in front of the vocabulary layer.
+#: Not from a paper: a small decoder on the built-in text; dfa has the cuts of Launay et al. 2020, their shared matrix, and the
+#: error before the vocabulary layer.
 LM_SEEDS, LM_CUTS = [0, 1, 2], [None, ["layers.*.norm1", "layers.*.act", "layers.*.norm2"]]
 LM_QUICKSTART = Preset(
     [
@@ -778,7 +779,7 @@ DFC = Preset(
 )
 
 #: Rules from outside the four papers, with the protocol of the PFA paper's MNIST runs at half its length, validation images, and
-#: the same rates for all [choice].
+#: the same learning rates for all rules [choice].
 BEYOND = [
     "bp",
     "frozen",

@@ -19,7 +19,7 @@ SEED = "seed="
 
 
 def composed_runs(name: str) -> list[tuple[Settings, Settings, list[int]]]:
-    """For every run of the preset: its settings, its components' defaults, and the seeds that it is repeated with.
+    """For every run of the experiment: its settings, its components' defaults, and its seeds.
 
     Composing is slow, so runs that differ only in the seed are composed once; their seeds are read from the overrides.
     """
@@ -38,7 +38,7 @@ def composed_runs(name: str) -> list[tuple[Settings, Settings, list[int]]]:
 
 
 def default_settings(job: Job) -> Settings:
-    """The settings that the job would have if a preset chose its components and nothing else."""
+    """The settings that the job would have if an experiment only chose its components."""
     kinds = [group.kind for group in GROUPS]
     chosen = {key: getattr(job, key) for key in (*kinds, "feedback_optimizer")}
     parts = {key: part and {"name": part.name} | as_plain(type(part)()) for key, part in chosen.items()}
@@ -46,7 +46,7 @@ def default_settings(job: Job) -> Settings:
 
 
 def identity(settings: Settings, keys: list[str]) -> str:
-    """A name for the run within its preset: its values of the swept keys."""
+    """A name for the run within its experiment: its values of the swept keys."""
     return json.dumps({key: settings[key] for key in keys if key in settings})
 
 
@@ -89,7 +89,7 @@ def test_a_preset_runs_what_the_table_says(name: str) -> None:
 
 
 def test_the_usual_components() -> None:
-    """Presets that choose no dataset, architecture or optimizer of their own rely on these."""
+    """Experiments that choose no dataset, architecture or optimizer use these."""
     register_schemas()
     composer = Composer("config", None, [])
     [(job, _)] = composer.check(composer.expand(multirun=False), directories=False)
@@ -99,7 +99,7 @@ def test_the_usual_components() -> None:
 
 
 def test_a_choice_is_the_component_of_its_name_with_its_defaults() -> None:
-    """``algorithm=kp`` is kp with its declared defaults, so that the names in a preset mean what they say."""
+    """``algorithm=kp`` is kp with its declared defaults, so names in an experiment mean what they say."""
     register_schemas()
     composer = Composer("config", None, [])
     for group in GROUPS:

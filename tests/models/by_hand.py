@@ -123,7 +123,7 @@ def dkp_alexnet(net: ByHand, x: Tensor, dropout: float = 0.5, linear_norm: bool 
 def padded_shortcut(x: Tensor, channels: int) -> Tensor:
     """Option A of He et al. 2016: every second pixel, and zeros for the added channels, half of them on either side.
 
-    The halves are those of the code behind the PFA paper.
+    The halves are those in the code of the PFA paper.
     """
     missing = torch.zeros_like(x[:, :, ::2, ::2]).repeat(1, (channels - x.shape[1]) // x.shape[1], 1, 1)
     first, second = missing.tensor_split(2, dim=1)

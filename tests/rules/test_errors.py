@@ -85,8 +85,8 @@ def test_layers_that_do_not_run_are_not_covered(name, freeze_stem):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (OwnAttention(4, 2), "the model (OwnAttention) is a class of its own"),
-        (nn.Sequential(OwnAttention(4, 2)), "'0' (OwnAttention) is a class of its own"),
+        (OwnAttention(4, 2), "the model (OwnAttention) is a user-defined subclass"),
+        (nn.Sequential(OwnAttention(4, 2)), "'0' (OwnAttention) is a user-defined subclass"),
         (nn.Embedding(9, 4), "the model (Embedding) passes no error on"),
         (nn.Sequential(nn.Embedding(9, 4)), "'0' (Embedding) passes no error on"),
     ],

@@ -428,7 +428,7 @@ def test_errors_of_further_passes_are_raised_as_they_are() -> None:
 
 # ------------------------------------------------------------------------------------------------ feedback from noise
 def test_np_feedback_learns_the_weights_of_a_linear_net(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a basis of the noise, d ξ is the true error at the input, so that the gradient of B vanishes where B is W."""
+    """Over a basis of the noise, d ξ is the true error at the input, so the gradient of B vanishes if B equals W."""
     model = mlp(8, 7, activation=nn.Identity)
     rule = fa_bench.attach(model, "np_feedback", sigma=2.0, objective=MSE())
     with torch.no_grad():

@@ -29,7 +29,7 @@ MLP = [*TINY, "architecture.widths=[8,6]"]
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "metrics_of", lambda runs: {})  # a report's figures have tests of their own, and take seconds
+    monkeypatch.setattr(figures, "metrics_of", lambda runs: {})  # a report's figures have their own tests, and take seconds
 
 
 def result_in(folder: Path | str) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_signal_before_training_leaves_the_phase_half_done(monkeypatch: Patch) -
     before = len(calls)
     assert before < 20 and main([*command, "resume=true"]) == 0
     assert recorded("run") == recorded("whole")
-    # 20 steps before training and one behind each of 12 updates, in two layers; none of them twice.
+    # 20 steps before training and one after each of 12 updates, in two layers; none of them twice.
     assert len(calls) == (20 + 12) * 2
 
 

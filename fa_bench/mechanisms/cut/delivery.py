@@ -90,9 +90,8 @@ class Delivery:
         for name, result in results.items():
             if result.dim() == 0 and (rule.output is None or depends_on(result, results.get(str(rule.output)))):
                 raise CoverageError(
-                    f"the model returns a loss ('{name}') that it has computed itself, and the error of rule "
-                    f"'{rule.name}' cannot come from there; call it without labels, and compute the loss from "
-                    f"its logits"
+                    f"the model returns a loss ('{name}') that it has computed itself, from which rule '{rule.name}' "
+                    f"cannot take its error; call the model without labels, and compute the loss from its logits"
                 )
         if rule.output is None and len(results) > 1:
             raise CoverageError(
@@ -139,8 +138,8 @@ class Delivery:
         if first is not None and first.input_requires_grad and not self._has_warned_of_input:
             self._has_warned_of_input = True
             warnings.warn(
-                f"rule '{self.rule.name}' computes no error for the model's input, which requires its gradient: it gets none, "
-                "and nothing in front of the model learns. Attach the rule to a model that contains both parts, or detach the "
+                f"rule '{self.rule.name}' computes no error for the model's input, which requires a gradient: the input gets "
+                "none, and nothing before the model learns. Attach the rule to a model that contains both parts, or detach the "
                 "input; in rule.exact(), the input gets its true gradient",
                 stacklevel=2,
             )
@@ -329,8 +328,8 @@ class Delivery:
             if one.tensor is not parameter:
                 raise StateError(
                     f"rule '{rule.name}' computes errors by its learned feedback in the backward pass, but '{one.name}' was "
-                    "another tensor in the forward pass (torch.func.functional_call, or replaced since): pass it the weights "
-                    "alone, and replace tensors before the forward pass"
+                    "another tensor in the forward pass (torch.func.functional_call, or replaced since): pass only the "
+                    "weights to it, and replace tensors before the forward pass"
                 )
         if tensors:
             for captured, tensor in zip(tape.values(), tensors, strict=True):

@@ -57,7 +57,7 @@ class SampleErrors:
         return torch.where(self.seen[indices].unsqueeze(1), self.errors[indices], first)
 
     def write(self, indices: Tensor, errors: Tensor, is_shared: bool = True) -> None:
-        """Replace the errors of the samples `indices` (N,) by `errors` (N, C), which `exchange` gives to other processes if
+        """Replace the errors of the samples `indices` (N,) with `errors` (N, C), which `exchange` gives to other processes if
         `is_shared`.
 
         If a sample's error is not finite, its previous one is kept, because a gradient scaler skips this update.

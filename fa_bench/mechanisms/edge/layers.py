@@ -323,7 +323,7 @@ def swap_out(module: nn.Module) -> None:
     if "plain_class" in vars(cls):
         module.__class__ = cls.plain_class  # type: ignore[attr-defined]
     else:
-        # A parametrization has derived a class from the feedback class, so the same class is derived from the plain one.
+        # torch's parametrization has derived a class from the feedback class; derive the same class from the plain one instead.
         plain = cls.__bases__[0].plain_class
         body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
         module.__class__ = type(f"Parametrized{plain.__name__}", (plain,), body)

@@ -95,7 +95,7 @@ def matcher(
     """A function that brings an activation of one shape (without the batch) to another.
 
     Copies are concatenated along channels (features) until there are enough; then the map is pooled, with kernel and stride equal
-    to the ratio of the sizes. ``random`` replaces both by one fixed random 1x1 convolution `mixing` with that stride. If the
+    to the ratio of the sizes. ``random`` replaces both with one fixed random 1x1 convolution `mixing` with that stride. If the
     number of dimensions differs, the activation is flattened first. With `features_last`, as in fully connected layers, the
     features at every position of a sequence are matched.
 

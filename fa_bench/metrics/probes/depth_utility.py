@@ -77,7 +77,7 @@ class DepthUtility(Probe):
 
 
 def estimate_running_statistics(model: torch_nn.Module, split: Split, batch_size: int) -> None:
-    """Replace the running statistics of batch normalisation by their mean over the batches of one pass over `split`.
+    """Replace the running statistics of batch normalisation with their mean over the batches of one pass over `split`.
 
     Dropout is off. The model is left in evaluation mode, unchanged if it has no running statistics.
     """

@@ -125,7 +125,7 @@ def test_uncovered_modules_are_named_and_allowed_by_what_is_suggested(name: str,
 @pytest.mark.parametrize("kind", MODULES)
 def test_a_model_of_such_modules_alone_is_told_why(kind: str) -> None:
     make, _ = MODULES[kind]
-    with pytest.raises(CoverageError, match=r"covers no layer of this model.*is a class of its own"):
+    with pytest.raises(CoverageError, match=r"covers no layer of this model.*is a user-defined subclass"):
         attach(nn.Sequential(make()), "fa")
 
 

@@ -80,7 +80,7 @@ def test_the_others_have_the_gradients_of_the_same_values_in_the_model(variant: 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in REPEATING])
 def test_with_learned_feedback_too_they_have_them_or_refuse_it(variant: str) -> None:
     if VARIANTS[variant][0] in LEARNED_AT_CUTS:
-        with pytest.raises(StateError, match=r"feedback_\w+' was another tensor in the forward pass.*pass it the weights alone"):
+        with pytest.raises(StateError, match=r"feedback_\w+' was another tensor in the forward pass.*pass only the weights"):
             by_functional_call(variant, False)
     else:
         assert_same(by_functional_call(variant, False), by_copying(variant, False))

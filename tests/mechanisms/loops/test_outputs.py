@@ -197,8 +197,8 @@ def test_a_wrong_output_names_the_nearest(name: str, kind: str) -> None:
 def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> None:
     """Every other rule is linear in the errors, so both losses at once give the sum of the gradients of each loss.
 
-    But for the subspace of the errors that ldfa's B learns, since that of the sum is not the sum of the subspaces, and for local
-    losses, which come in once.
+    Exceptions are the subspace of the errors that ldfa's B learns, because that of the sum is not the sum of the subspaces, and
+    local losses, which are added only once.
     """
     nonlinear = name in ("ldfa", *LOCAL_LOSSES)
 
@@ -270,7 +270,7 @@ def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
     want = only(reference, attach(reference, name, sample_input=X[:2]))
     rule = attach(model, name, sample_input=X[:2])
     if name in (*CUT_RULES, *COVERS_ALL, "np_feedback"):
-        with pytest.raises(CoverageError, match=r"returns a loss \('loss'\).*call it without labels.*from its logits"):
+        with pytest.raises(CoverageError, match=r"returns a loss \('loss'\).*call the model without labels.*from its logits"):
             model(X, labels=Y)
         assert not gradients(model)
         out = model(X)  # the remedy in the message
@@ -386,7 +386,7 @@ def test_np_feedback_refuses_a_scalar_only_if_it_was_computed_from_another_outpu
     alone.backward(F.cross_entropy(its, Y), its, Y)
     assert_same(gradients(model), gradients(plain))
     model.computed_from = "the logits"
-    with pytest.raises(CoverageError, match=r"returns a loss \('scalar'\).*and rule 'np_feedback' cannot learn from there"):
+    with pytest.raises(CoverageError, match=r"returns a loss \('scalar'\).*from which rule 'np_feedback' cannot learn"):
         model(X)
 
 

@@ -64,7 +64,7 @@ def weight_perturbation(chain, params, feedback, x, y, epsilon=1e-3, draws=None,
 
 
 def pepita(chain, params, feedback, x, y, **_) -> Arrays:
-    """x' = x + (p - y) F; hidden error in front of the nonlinearity = (h - h') / N, output error = (p' - y) / N, inputs h'."""
+    """x' = x + (p - y) F; hidden error before the nonlinearity = (h - h') / N, output error = (p' - y) / N, inputs h'."""
     plain, total = altered(chain, params, x), {}
     (matrix,) = [tensors["F"] for tensors in feedback.values() if "F" in tensors]
     error = _softmax_error(plain[""], y)
