@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CITATION: dict[str, Any] = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
 #: Rules without a paper of their own: references and floors.
-WITHOUT_PAPER = {"bp", "bp_fc", "frozen", "frozen_blocks"}
+WITHOUT_PAPER = {"bp", "frozen", "frozen_blocks"}
 
 
 def _workflow(name: str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_the_readme_and_the_citation_name_the_same_papers():
         for rule in reference["notes"].removeprefix("Rules: ").split(", "):
             cited.setdefault(rule, set()).add((first.get("family-names", first.get("name")), reference["year"]))
     rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    named = {rule: set(re.findall(r"([A-Z]\w+(?: and \w+| et al\.)?) (\d{4})", source)) for rule, source in rows}
+    named = {rule: set(re.findall(r"([A-Z]\w+(?: and \w+| authors| et al\.)?) (\d{4})", source)) for rule, source in rows}
     papers = {rule: {(re.split(r" and | et al", names)[0], int(year)) for names, year in found} for rule, found in named.items()}
     assert {rule: found - cited.get(rule, set()) for rule, found in papers.items() if found - cited.get(rule, set())} == {}
 
