@@ -253,6 +253,10 @@ def _log_start(job: Job, parts: Parts, progress: Progress, warnings: list[str], 
     world_notes = parallel.current().notes(parts.rule.model, job.run.sync_batch_norm, parts.rule.coverage.notes)
     for line in (*parts.splits.notes, *world_notes):
         log.info("%s", line)
+    if job.run.batch_size > (samples := len(parts.splits.train)):
+        log.info(
+            "batch_size=%d is more than the %d training samples: an epoch is one step on all of them", job.run.batch_size, samples
+        )
     if resuming or requested:
         batch = f", batch {progress.batch}" if progress.batch else ""
         log.info(f"resuming after epoch {progress.epoch}{batch}" if resuming else "no checkpoint: starting from the beginning")

@@ -217,6 +217,14 @@ def test_unused_optimizer_of_learned_feedback_is_mentioned(capsys: pytest.Captur
         assert ("is not used" in Path(rule, "run.log").read_text()) == unused
 
 
+def test_batch_of_more_than_all_samples_is_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
+    for size, exceeds in ((22, False), (23, True)):  # 24 samples, two of them for validation
+        assert main([*MLP, f"batch_size={size}", "dataset.samples=24", f"hydra.run.dir=of{size}"]) == 0
+        sentence = "batch_size=23 is more than the 22 training samples: an epoch is one step on all of them"
+        assert (sentence in capsys.readouterr().out) == exceeds
+        assert ("more than the" in Path(f"of{size}", "run.log").read_text()) == exceeds
+
+
 def test_starting_again_without_resume_gives_the_same_run() -> None:
     assert main([*MLP, "epochs=2", "hydra.run.dir=run"]) == 0
     first = lines_in("run")
