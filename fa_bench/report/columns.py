@@ -18,11 +18,13 @@ class Column(NamedTuple):
     """How a column is shown: its title with the unit, and a number format, None for text.
 
     `timing`: whether its values are measured and differ when the same runs are repeated, like seconds, memory and energy.
+    `of`: the title of the column whose spread this one shows, if any: the titles of such columns are not unique.
     """
 
     title: str
     format: str | None = None
     timing: bool = False
+    of: str = ""
 
 
 def metric_columns(metrics: Mapping[str, type[Metric]]) -> dict[str, Column]:
@@ -37,10 +39,10 @@ def metric_columns(metrics: Mapping[str, type[Metric]]) -> dict[str, Column]:
 def _statistics_columns(name: str, title: str, form: str) -> dict[str, Column]:
     return {
         name: Column(title, form),
-        f"{name}_std": Column("std", form),
-        f"{name}_ci95": Column("± 95 %", form),
-        f"{name}_low": Column("lowest", form),
-        f"{name}_high": Column("highest", form),
+        f"{name}_std": Column("std", form, of=title),
+        f"{name}_ci95": Column("± 95 %", form, of=title),
+        f"{name}_low": Column("lowest", form, of=title),
+        f"{name}_high": Column("highest", form, of=title),
     }
 
 
@@ -64,6 +66,7 @@ def floor_column(score: Score) -> dict[str, Column]:
     return {f"floor_{score.name}": Column(f"floor: {FLOOR}{f' ({score.unit})' if score.unit else ''}", score.format)}
 
 
+_DIFFERENCE, _PUBLISHED = "paired difference to bp (points)", "published (%)"
 COLUMNS = {
     "label": Column("rule"),
     "group": Column("group"),
@@ -79,10 +82,10 @@ COLUMNS = {
     "status": Column("status"),
     "unfinished": Column("not finished"),
     **score_columns(ACCURACY),
-    "bp_difference": Column("paired difference to bp (points)", "+.2f"),
-    "bp_difference_ci95": Column("± 95 %", ".2f"),
-    "bp_difference_low": Column("lowest", "+.2f"),
-    "bp_difference_high": Column("highest", "+.2f"),
+    "bp_difference": Column(_DIFFERENCE, "+.2f"),
+    "bp_difference_ci95": Column("± 95 %", ".2f", of=_DIFFERENCE),
+    "bp_difference_low": Column("lowest", "+.2f", of=_DIFFERENCE),
+    "bp_difference_high": Column("highest", "+.2f", of=_DIFFERENCE),
     "bp_difference_n": Column("pairs", ".0f"),
     "bp_difference_dz": Column("effect size (Cohen's d_z)", "+.2f"),
     "bp_difference_p": Column("p (paired t test)", ".2g"),
@@ -96,8 +99,8 @@ COLUMNS = {
     "seconds_per_epoch": Column("seconds per epoch", ".2f", timing=True),
     **{name: Column(*column) for name, column in PREDICTED.items()},
     **{name: Column(*column, timing=True) for name, column in MEASURED.items()},
-    "published": Column("published (%)", ".2f"),
-    "published_std": Column("std", ".2f"),
+    "published": Column(_PUBLISHED, ".2f"),
+    "published_std": Column("std", ".2f", of=_PUBLISHED),
     "published_difference": Column("difference to published (points)", "+.2f"),
     "published_source": Column("published in"),
     "tried": Column("values tried", ".0f"),

@@ -132,7 +132,7 @@ def _filter() -> str:
 def _grid(columns: Sequence[tuple[Column, Sequence[str]]]) -> str:
     numeric = [' class="number"' if column.format else "" for column, _ in columns]
     head = "".join(
-        f'<th scope="col"{kind}><button type="button">{_text(column.title)}</button></th>'
+        f'<th scope="col"{kind}><button type="button"{_spread(column)}>{_text(column.title)}</button></th>'
         for kind, (column, _) in zip(numeric, columns, strict=True)
     )
     rows = (
@@ -141,6 +141,12 @@ def _grid(columns: Sequence[tuple[Column, Sequence[str]]]) -> str:
     )
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _spread(column: Column) -> str:
+    """For a column with the spread of another one: attributes that name both, for the pointer and for screen readers."""
+    text = _text(f"{column.title} of {column.of}") if column.of else ""
+    return f' title="{text}" aria-label="{text}"' if text else ""
 
 
 def _runs(groups: Groups, timings: bool) -> str:

@@ -161,6 +161,17 @@ def test_a_filter_is_followed_by_what_it_filters_and_every_column_can_be_sorted(
     assert all(f'"{name}"' in script for name in ("table", ".filter", "input", "output", ".groups", "tbody", "button"))
 
 
+def test_columns_with_a_spread_name_the_quantity(tmp_path):
+    """Several columns are called "std"; each can be told apart without its neighbours."""
+    write_group(tmp_path / "runs", "bp", [0.9, 0.8, 0.85])
+    page, _ = page_of(tmp_path)
+    buttons = [attributes for name, attributes in page.elements if name == "button"]
+    labels = [attributes["aria-label"] for attributes in buttons if "aria-label" in attributes]
+    assert {"std of test accuracy (%)", "± 95 % of test accuracy (%)", "lowest of test accuracy (%)"} <= set(labels)
+    assert len(labels) == len(set(labels))
+    assert all(attributes.get("title") == attributes.get("aria-label") for attributes in buttons)
+
+
 def test_flags_select_figures_and_formats_and_are_checked_before_anything_is_written(tmp_path, capsys):
     for rule in ("bp", "kp"):
         write_group(tmp_path / "runs", rule, [0.9])
