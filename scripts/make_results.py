@@ -93,6 +93,10 @@ class Study:
         """One number of the report."""
         return f"{self.report.at[label, column]:.{digits}f}"
 
+    def run(self, label: str, seed: int, column: str, form: str = ".2f") -> str:
+        """One number of a single run."""
+        return format(self.runs.set_index(["label", "seed"]).at[(label, seed), column], form)
+
     def angles(self, label: str, quantity: str, digits: int = 1, std: bool = True) -> str:
         """A quantity of all layers, in the order of the report: means, with the standard deviation if there are several seeds."""
         rows = self.layers[(self.layers["label"] == label) & (self.layers["quantity"] == quantity)]
@@ -100,6 +104,11 @@ class Study:
             f"{row.mean:.{digits}f}" + (f" ± {row.std:.{digits}f}" if std and row.n > 1 else "")
             for row in rows.itertuples(index=False)
         )
+
+    def layer(self, label: str, layer: str, quantity: str, digits: int = 1) -> str:
+        """A quantity of one layer: the mean over the seeds."""
+        rows = self.layers.set_index(["label", "layer", "quantity"])
+        return f"{rows.at[(label, layer, quantity), 'mean']:.{digits}f}"
 
     def comparison(self, digits: int = 2) -> str:
         """A Markdown table of the published numbers, beside those of the runs."""
