@@ -123,7 +123,7 @@ def results_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The hashes of the weights of `SIGNALLED_SWEEP` without signals; the working directory is then empty."""
+    """The hashes of the weights of `SIGNALLED_SWEEP` without signals; the working directory then contains no runs."""
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "signalling.py").write_text(SIGNALLED)

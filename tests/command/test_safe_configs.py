@@ -167,7 +167,7 @@ def test_shell_completion_and_hydra_help_still_work(capsys: pytest.CaptureFixtur
 
 
 class Evil:
-    """If it is unpickled as anything but data, it creates a file."""
+    """If an instance is unpickled as anything but data, it creates a file."""
 
     def __reduce__(self) -> object:
         return os.system, (MAKE,)

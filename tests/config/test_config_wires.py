@@ -146,7 +146,7 @@ ARCHITECTURE = {
 
 
 def test_tables_name_every_option() -> None:
-    """This fails until a new option is added here, too."""
+    """If a component gets a new option, this test fails until the option is added here, too."""
     assert set(TOP) | NOT_NUMBERS | set(VOLATILE) == keys(RunOptions)
     assert set(DATASET) == keys(DATASETS["synthetic"]) and set(ARCHITECTURE) == keys(ARCHITECTURES["mlp"])
     for name in OPTIMIZERS:

@@ -63,7 +63,7 @@ def test_tables_and_texts() -> None:
 
 
 def test_synthetic_keeps_its_own_option() -> None:
-    """Its option `samples` is the number of generated images, as before; it has no samples_seed."""
+    """The option `samples` of `synthetic` is the number of generated images, as before; there is no `samples_seed`."""
     splits = Synthetic(samples=64, validation=0).load(Path(), CPU)
     assert len(splits.train) == 64 and DATASETS["synthetic"]().samples == 2048
     with pytest.raises(OptionError, match="samples_seed"):

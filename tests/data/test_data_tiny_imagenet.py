@@ -141,7 +141,7 @@ def test_a_cut_off_archive_is_named_and_kept(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("damage", ["tail", "member"])
 def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
-    """Its checksum is adapted, so the damage is found while unpacking."""
+    """The archive's checksum is adapted, so the damage is found while unpacking."""
     archive = place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
     content = bytearray(archive.read_bytes())
     if damage == "tail":

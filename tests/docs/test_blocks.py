@@ -72,7 +72,7 @@ def reason(page: Path, text: str) -> str | None:
 
 
 def test_scripts_of_shell_have_a_reason() -> None:
-    """They are run one by one in another test."""
+    """These scripts are run one by one in another test."""
     scripts = [(page, block.code) for page in PAGES for block in fences(page) if block.language == "bash"]
     assert [code for page, code in scripts if reason(page, code) is None] == []
 

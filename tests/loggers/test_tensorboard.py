@@ -234,7 +234,7 @@ def test_steps_that_are_run_again_are_recorded_once(job: Job, tmp_path: Path) ->
 
 @pytest.mark.parametrize("accumulator", [EventAccumulator, PluginAccumulator])
 def test_watching_tensorboard_shows_no_point_twice(accumulator: Any, job: Job, tmp_path: Path) -> None:
-    """Its readers continue while files are created and removed."""
+    """TensorBoard's readers continue while files are created and removed."""
     watching = accumulator(str(tmp_path))
 
     def shown() -> list[int]:

@@ -1,4 +1,4 @@
-"""The cost of a step: multiplications by hand, bytes, peak memory, micro-batches; and the record of it in a result."""
+"""The cost of a step: multiplications counted by hand, bytes, peak memory and micro-batches, and its record in a result."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def test_a_split_without_images_is_named(train: int, test: int, said: str) -> No
 
 
 class CrossAttention(nn.Module):
-    """Its layers project queries and keys with different rows of one weight."""
+    """Attention whose layers project queries and keys with different rows of one weight."""
 
     def __init__(self) -> None:
         super().__init__()

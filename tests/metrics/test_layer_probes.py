@@ -141,7 +141,7 @@ def test_readout_takes_the_mean_over_the_positions_of_what_enters_attention() ->
 
 
 def test_every_layer_has_the_accuracy_of_its_classifier() -> None:
-    """This includes the images and the logits; seven test images form one batch, and so do thirty-one training images."""
+    """The images and the logits have one, too; seven test images form one batch, and so do thirty-one training images."""
     torch.manual_seed(1)
     subject = subject_of(mlp(), train=random_split(31), test=random_split(7, seed=1))
     points = readout.activation_points(subject.meter.trace)
@@ -305,7 +305,7 @@ def test_blocks_hold_what_runs_between_their_ends() -> None:
 
 @pytest.mark.parametrize("name", ["kp", "dkp", "predsim"])
 def test_blocks_of_an_attached_net_are_those_of_the_plain_one(name: str) -> None:
-    """They do not include learned feedback; at a cut without a preceding layer in its block, it would form a block of its own."""
+    """Learned feedback is not part of them; at a cut without a preceding layer in its block, it would form a block of its own."""
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
     model.cut_points = model.blocks = ["act1", "act2", "pool", "act3"]
     x = torch.rand(4, 1, 6, 6)
@@ -519,7 +519,7 @@ def test_maps_of_every_number_of_dimensions_are_averaged(dims: int) -> None:
 
 
 def test_draws_are_held_until_the_outermost_measurement_ends() -> None:
-    """A probe may measure angles itself."""
+    """Measurements can be nested, because a probe may itself measure angles."""
     subject = subject_of(mlp(batch_norm=True), "brsf")
     rule, mode = subject.rule, subject.rule.mode
     for outer in (state_restored, measurement_mode):
@@ -578,7 +578,7 @@ def test_a_hidden_layer_called_input_is_not_mixed_up_with_the_images() -> None:
 
 
 def test_probes_learn_from_2000_images_and_are_scored_on_10000() -> None:
-    """These are upper limits, as the pages of the probes say."""
+    """Both numbers are upper limits, as the pages of the probes say."""
     subject = subject_of(mlp(), train=random_split(2001), test=random_split(10_001))
     assert (len(subject.training), len(subject.scored)) == (2000, 10_000)
 

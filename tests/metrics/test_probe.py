@@ -357,7 +357,7 @@ SHARED = [
 
 @pytest.mark.parametrize(("name", "options"), [*RULES, *SHARED, ("forward_alignment", {}), ("pfa", {}), ("mixed", {})], ids=str)
 def test_measured_gradients_are_those_of_training(name: str, options: dict) -> None:
-    """This includes shared activations; brsf is measured with its current magnitudes and trained with new ones."""
+    """This holds with shared activations, too; brsf is measured with its current magnitudes and trained with new ones."""
     x, y = batch()
     rule = fa_bench.attach(mlp(), name, seed=0, sample_input=x, **options)
     with measurement_mode(rule):

@@ -101,7 +101,7 @@ def test_dropout_is_off_while_angles_are_measured(name: str, noise: str) -> None
 
 @pytest.mark.parametrize("name", ["bp", "dfa"])
 def test_unknown_noise_is_the_same_in_all_passes(name: str) -> None:
-    """It stays active, but repeats its noise; training samples as it would without the measurement."""
+    """The module stays active but repeats its noise; training samples noise as it would without the measurement."""
     torch.manual_seed(0)
     model = net()
     model.noise1 = FunctionalDropout("rate_of_another_name")

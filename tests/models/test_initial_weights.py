@@ -153,6 +153,6 @@ def test_layers_are_drawn_independently() -> None:
 
 
 def test_torchvisions_googlenet_has_torchs_own_initial_weights() -> None:
-    """Its own initialiser takes minutes. Of the 4 096 numbers within 1/√fan_in, the largest is near that."""
+    """torchvision's initialiser takes minutes. Of the 4 096 numbers within 1/√fan_in, the largest is near that."""
     weight = ARCHITECTURES["torchvision"](model="googlenet").build((3, 32, 32), 5).conv2.conv.weight
     assert 0.99 / math.sqrt(64) < weight.abs().max().item() <= 1 / math.sqrt(64)

@@ -110,7 +110,7 @@ def test_a_logit_depends_on_earlier_tokens_alone_and_on_each_of_them(case: str) 
 
 @pytest.mark.parametrize("case", TEXT)
 def test_sequences_may_be_shorter_than_those_of_the_data(case: str) -> None:
-    """They equal the first logits. Tolerance: rounding of float64."""
+    """Their logits equal the first ones of the whole sequence. Tolerance: rounding of float64."""
     name, options, *_ = TEXT[case]
     net, x = build(name, **options), tokens()
     torch.testing.assert_close(net(x[:, :4]), net(x)[:, :4], rtol=0, atol=1e-12)

@@ -251,7 +251,7 @@ LEARNING = {
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", LEARNING)
 def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str, net: str, own: SGD | None) -> None:
-    """This includes the fused update, which reads the gradient of W as that of B."""
+    """This holds for the fused update, too, which reads the gradient of W as that of B."""
     rule = attached(name, net, **LEARNING[name])
     optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
     assert rule.feedback_parameters() and all(o.defaults["fused"] for o in optimizers.optimizers)
@@ -285,7 +285,7 @@ def test_clipping_scales_weights_and_feedback_by_their_common_norm(own: SGD | No
 
 @pytest.mark.parametrize("largest", [None, 0.05])
 def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_own(largest: float | None) -> None:
-    """This includes a step after one in which gradients were requested and clipped: then it counts in the common norm, too."""
+    """This holds even after a step in which gradients were requested and clipped; feedback then counts in the common norm."""
     found = []
     for shares in (False, True):
         rule, (x, y) = attached("kp"), nets.batch("mlp_tanh")
@@ -309,7 +309,7 @@ def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_o
 
 @pytest.mark.parametrize("name", ["asfp", "asfp_lc"])
 def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_weight(name: str) -> None:
-    """Its gradient is gᵀ h̃ with the shared activation h̃, not gᵀ x, and so is its step."""
+    """The gradient of the feedback is gᵀ h̃ with the shared activation h̃, not gᵀ x, and its step uses this gradient."""
     rule = attached(name, **LEARNING[name])
     x, y = nets.batch("mlp_tanh")
     layers = {path: rule.model.get_submodule(path) for path in ("fc2", "fc3")}

@@ -398,7 +398,7 @@ def _write_rates(root: Path, **rates: float) -> None:
 
 
 def test_settings_that_differ_between_rules_have_columns(tmp_path):
-    """They do not appear in labels, because each rule has one value."""
+    """These settings do not appear in labels, because each rule has one value."""
     _write_rates(tmp_path, bp=0.1, fa=0.02)
     frame = summarise(runs_in(tmp_path))
     lines = to_text(frame).splitlines()

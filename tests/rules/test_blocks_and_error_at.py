@@ -288,7 +288,7 @@ def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
 
 
 class Tied(nn.Module):
-    """Its vocabulary layer is the embedding's weight, or a layer that is also used by a function."""
+    """A model whose vocabulary layer is the embedding's weight, or a layer that is also used by a function."""
 
     def __init__(self, layer: bool) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ def test_functional_uses_after_the_module_are_no_fault(layer: bool):
 
 
 def test_a_weight_that_functions_use_before_a_cut_and_after_the_module_is_not_covered():
-    """If it were used only after the module, it would learn by backpropagation like the layers there."""
+    """If the weight were used only after the module, it would learn by backpropagation like the layers there."""
 
     class Net(nn.Module):
         def __init__(self, below: bool) -> None:

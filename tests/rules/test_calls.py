@@ -117,7 +117,7 @@ def test_a_rule_is_named_once_and_a_rule_object_has_its_options_already():
 
 
 def test_a_copy_of_a_layer_with_feedback_is_refused():
-    """It has the class and the tensors of the rule that is attached to the original."""
+    """The copy has the class and the tensors of the rule that is attached to the original."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
     other = nn.Sequential(copy.deepcopy(model.fc1), nn.Linear(5, 3))

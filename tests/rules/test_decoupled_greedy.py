@@ -118,7 +118,7 @@ def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, 
 
 @pytest.mark.parametrize("net", ["mlp", "conv2"])
 def test_auxiliary_nets_keep_no_statistics(net):
-    """They are used only in training, with the batch's own statistics."""
+    """Auxiliary nets are used only in training, with the batch's own statistics."""
     model, rule, *_ = registered(net, "dgl")
     kept = [key for key in model.state_dict() if "auxiliary" in key and ("running" in key or "num_batches" in key)]
     assert not kept and rule.feedback["act1"]

@@ -301,7 +301,7 @@ def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
 
 
 def test_at_a_block_the_change_is_added_to_the_output() -> None:
-    """Its derivatives are exact; with an identity instead of the following nonlinearity, it is the same net."""
+    """The derivatives of the block are exact; an identity in place of the following nonlinearity gives the same net."""
     torch.manual_seed(1)
     block = nn.Sequential(nn.Linear(7, 6), nn.Tanh()).double()
     head = nn.Linear(6, 3).double()
@@ -315,7 +315,7 @@ def test_at_a_block_the_change_is_added_to_the_output() -> None:
 
 
 def test_a_nonlinearity_with_dropout_is_evaluated_once() -> None:
-    """Its two evaluations would have different masks, which would determine the difference of activations."""
+    """Two evaluations would have different masks, which would determine the difference of activations."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(7, 6), nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), nn.Linear(6, 3)).double()
     x, y = nets.batch("mlp_tanh")
@@ -425,7 +425,7 @@ def test_a_copied_and_a_pickled_model_train_alike() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*computes no error for the model's input")
 def test_what_nothing_trainable_precedes_is_not_controlled() -> None:
-    """Its block of J Q would be control from which no layer learns; an input that requires a gradient changes nothing."""
+    """The cut's block of J Q would be control from which no layer learns; an input that requires a gradient changes nothing."""
     x, y = nets.batch("mlp_tanh")
     found = []
     for asks in (False, True):
@@ -549,7 +549,7 @@ def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None
 
 
 def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This includes layers of equal width: feedback that learned from common noise would learn their sum."""
+    """This holds for layers of equal width, too: feedback that learned from common noise would learn their sum."""
     drawn: list[Tensor] = []
     real = Draws.normal
 
@@ -566,7 +566,7 @@ def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_nonlinearity_that_draws_teaches_by_voltages() -> None:
-    """If it were evaluated again, RReLU would sample different slopes."""
+    """If RReLU were evaluated again, it would sample different slopes."""
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = []
     for difference in ("voltage", "nonlinear"):

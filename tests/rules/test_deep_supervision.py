@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_summed_loss(net: str) -> None:
 
 
 def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_frozen() -> None:
-    """Their errors cross the frozen layers; nothing before the first trainable layer learns from them."""
+    """The errors of these classifiers cross the frozen layers; nothing before the first trainable layer learns from them."""
     for frozen, rests in (("fc2", []), ("fc1", ["act1"])):
         model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
         model.get_submodule(frozen).requires_grad_(False)

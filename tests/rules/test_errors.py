@@ -42,7 +42,7 @@ def unchanged(model: nn.Module, plain: nn.Module) -> bool:
 
 
 class Unused(nn.Module):
-    """Its layer is never called."""
+    """A model with a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -126,7 +126,7 @@ def test_bp_fc_trains_a_normalisation_that_a_fully_connected_layer_feeds_too():
 
 
 def test_frozen_layers_have_no_weight_angle():
-    """They propagate an error, but are not updated by it."""
+    """Frozen layers propagate an error, but are not updated by it."""
     model, (x, _) = nets.convnet(batch_norm=True), nets.batch("conv")
     rule = fa_bench.attach(model, "bp_fc", seed=0, sample_input=x)
     assert set(rule.weight_pairs()) == {"fc1", "fc2"}

@@ -95,7 +95,7 @@ def test_layer_that_runs_twice_is_refused():
 
 
 def tied(what: str) -> nn.Sequential:
-    """5-4-4-4-3 whose second and third layers share the parameters in `what`."""
+    """A 5-4-4-4-4-3 net whose second and third layers share the parameters in `what`."""
     torch.manual_seed(0)
     layers = [nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)]
     model = nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())][:-1]).double()
@@ -190,7 +190,7 @@ class Beside(nn.Module):
 
 
 def test_every_layer_that_takes_the_image_has_its_true_input():
-    """This includes dropout noise on it, which is off in the second pass."""
+    """The true input includes dropout noise on the image, which is off in the second pass."""
     torch.manual_seed(0)
     model, (x, y) = Beside().double(), nets.batch("mlp")
     plain = Beside().double()

@@ -96,7 +96,7 @@ def test_without_anchors_and_learning_it_is_direct_feedback_alignment() -> None:
 
 
 def test_all_micro_batches_of_an_anchor_are_exact() -> None:
-    """This includes evaluations, and passes that are not used, in between."""
+    """Evaluations and unused forward passes in between do not change this."""
     model, rule, x, y = attached(anchor_period=1)
     other = nets.batch("mlp", seed=1)
     want = [bp_grads(nets.mlp(), *batch) for batch in ((x, y), other)]

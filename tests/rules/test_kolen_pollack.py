@@ -107,8 +107,7 @@ def test_adamw_keeps_the_cancellation():
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
 def test_b_lr_scale_scales_the_step_of_b_only(scale):
-    """It is a learning rate, not a factor of the gradient, which would have no effect with Adam: the caller passes it to the
-    group."""
+    """It scales a learning rate that the caller passes to the group; scaling the gradient would have no effect with Adam."""
     model, rule = attached(b_lr_scale=scale)
     weights = {name: model.get_submodule(name).weight.detach().clone() for name in layer_names(model)}
     feedback = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}

@@ -47,7 +47,7 @@ def test_the_feedback_of_a_classifier_is_drawn_by_the_option(options, bound):
 
 
 def test_a_classifier_keeps_no_statistics():
-    """It is used only in training, with the batch's own statistics."""
+    """A classifier is used only in training, with the batch's own statistics."""
     model, rule, _ = chain((8, 8))
     assert not [key for key in model.state_dict() if "running" in key or "num_batches" in key]
     assert "depends on the batch" in str(rule.coverage)

@@ -110,7 +110,7 @@ LABELLED = {"drtp": "mlp", "local_error": "mlp", "predsim": "mlp", "dgl": "mlp",
 @pytest.mark.parametrize("name", LABELLED)
 @pytest.mark.parametrize("label", [-100, -1, 3, 10**9])
 def test_labels_that_are_no_class_are_named(name, label):
-    """This includes -100, which torch's cross-entropy ignores and a one-hot row cannot contain; nothing has learned before the
+    """One of them is -100, which torch's cross-entropy ignores and a one-hot row cannot contain; nothing has learned before the
     error."""
     net, rule, x, y = registered(LABELLED[name], name)
     y[2] = label

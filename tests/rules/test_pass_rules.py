@@ -154,7 +154,7 @@ def test_labels_are_needed(name: str) -> None:
 
 
 def test_the_classifier_of_forward_forward_changes_no_gradient_of_hidden_layers() -> None:
-    """Its M is a parameter of the nonlinearity at a middle cut, and not a parameter of the model."""
+    """The classifier's M is a parameter of the nonlinearity at a middle cut, and not a parameter of the model."""
     hidden = []
     for all_layers in (True, False):
         rule = fa_bench.attach(mlp(8, 7, 9), "forward_forward", all_layers=all_layers)
@@ -169,7 +169,7 @@ OF_OBJECTIVE = ["node_perturbation", "weight_perturbation", "np_feedback", "pepi
 
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
 def test_a_loss_of_other_logits_or_of_another_kind_is_refused(name: str) -> None:
-    """They compute everything from the objective of the model's output."""
+    """These rules compute everything from the objective of the model's output."""
     for loss in (
         lambda z: F.cross_entropy(z / 5, Y),
         lambda z: F.cross_entropy(z.flip(1), Y),
@@ -594,7 +594,7 @@ def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
 
 @pytest.mark.parametrize("name", [*RULES, "dfc", "epc", "pc", "forward_gradient"])
 def test_all_passes_have_the_further_arguments_of_the_first(name: str) -> None:
-    """This includes keyword arguments: the same gradients as in a model that has them as defaults."""
+    """Keyword arguments are passed on, too: the gradients are those of a model that has them as defaults."""
 
     class Net(nn.Module):
         def __init__(self, factor: float, shift: float) -> None:
@@ -743,7 +743,7 @@ def test_the_neutral_image_hides_the_label() -> None:
 
 
 def test_peer_normalisation_evens_out_the_activity() -> None:
-    """Its gradient raises the units whose running mean is below that of all, the more so the larger its weight."""
+    """The gradient of its loss raises units whose running mean is below that of all units; a larger weight does so more."""
 
     def with_weight(peer_norm: float) -> Any:
         return fa_bench.attach(mlp(8), "forward_forward", peer_norm=peer_norm)

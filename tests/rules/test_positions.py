@@ -195,7 +195,7 @@ def test_the_default_objective_takes_tokens_for_samples():
 
 @pytest.mark.parametrize("name", ["drtp", "local_error"])
 def test_the_default_objective_leaves_out_unlabelled_tokens(name: str):
-    """They have no error, and a scaled loss is computed from the others."""
+    """Unlabelled tokens have no error, and a scaled loss is computed from the others."""
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
     gradients_of = []
@@ -581,7 +581,7 @@ OUTPUTS = {"sequences": (4, 3, 3), "as many tokens as classes": (3, 3, 3), "maps
 @pytest.mark.parametrize("objective", ["cross_entropy", "token_cross_entropy"])
 @pytest.mark.parametrize("shape", OUTPUTS.values(), ids=OUTPUTS)
 def test_losses_of_samples_are_those_of_their_positions(shape: tuple[int, ...], objective: str):
-    """Their mean is the mean over all labelled positions, so that a sample counts as often as it has labels."""
+    """The mean of the samples' losses is the mean over all labelled positions, so a sample counts as often as it has labels."""
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(shape, generator=generator, dtype=torch.float64)
     axis = 2 if len(shape) == 3 else 1

@@ -340,7 +340,7 @@ def test_ignored_positions_do_not_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_ignored_samples_do_not_count(name: str) -> None:
-    """They do not, even if there are no others: nothing then learns."""
+    """If there are no other samples, nothing learns."""
     labels = Y.clone()
     labels[1] = labels[4] = -100
     kept = labels != -100

@@ -112,7 +112,7 @@ def test_decoder_without_a_bias_as_torch_draws_it():
 
 
 def test_options_of_the_decoder_leave_the_similarity_alone():
-    """Its K is sampled after D, so it is the same with another weight and in a run of an earlier version."""
+    """The similarity's K is sampled after D, so it is the same with another weight and in a run of an earlier version."""
     kernels = [
         registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
         for options in ({}, {"decoder_init": "pytorch"})
@@ -229,7 +229,7 @@ def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
 
 
 def test_the_loss_of_a_model_in_double_precision_is_in_double_precision():
-    """This includes the similarities of the labels: for four classes they are -1/3, which single precision rounds."""
+    """The similarities of the labels are, too: for four classes, they are -1/3, which single precision rounds."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
     rule = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], loss="sim")

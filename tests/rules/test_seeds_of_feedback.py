@@ -1,4 +1,4 @@
-"""The random numbers in feedback: a function of seed, layer and name; signs, masks and groups of the samples."""
+"""Random feedback: it depends only on seed, layer and tensor name; its signs, masks and distributions are correct."""
 
 import math
 from collections import OrderedDict
@@ -228,7 +228,7 @@ def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, ten
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_attach_leaves_the_global_generator_alone(name: str) -> None:
-    """This includes rules that build nets of their own with torch's initialisers."""
+    """This also holds for rules that build nets of their own with torch's initialisers."""
     model, x = nets.mlp(), nets.batch("mlp")[0]
     options = {"match": "random", "linear": "share"} if name.startswith("as") else {}
     options |= {"cuts": ["act1"]} if name in ("dgl", "asfp_lc") else {}

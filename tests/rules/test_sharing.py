@@ -424,7 +424,7 @@ def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
 
 @pytest.mark.parametrize("samples", [4, 5])
 def test_attention_shares_with_layers_that_have_the_batch_first(samples: int) -> None:
-    """Its layers use (L, N, E): samples and positions are not mixed up, even if their numbers are equal."""
+    """The layers of the attention use (L, N, E): samples and positions are not mixed up, even if their numbers are equal."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -121,7 +121,7 @@ def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping
 
 @pytest.mark.parametrize("name", ["ddtp_linear", "ldrl", "dfc"])
 def test_gradients_of_feedback_have_the_scale_of_the_loss(name: str) -> None:
-    """They have it like everything that an optimizer or a gradient scaler later divides by it."""
+    """An optimizer or a gradient scaler later divides them by the scale, like all other gradients."""
     found = []
     for factor in (1.0, 1024.0, 0.3):
         model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")

@@ -93,7 +93,7 @@ def test_an_optimizers_groups_are_the_weights_and_what_is_learned(variant: str) 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_sample_that_requires_gradients_is_any_sample(variant: str) -> None:
-    """It is only observed: its errors do not count, and it gets no gradients."""
+    """The sample is only observed: its errors do not count, and it gets no gradients."""
     name, options = VARIANTS[variant]
     found = []
     for requires in (False, True):

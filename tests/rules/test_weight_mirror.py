@@ -334,7 +334,7 @@ def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
 
 
 def test_mirror_follows_the_weights_in_training():
-    """It starts like fa; the mirrored layers come close to the weights, unlike fa's, and follow them while they change."""
+    """wm starts like fa; the mirrored layers come close to the weights, unlike fa's, and follow them while they change."""
     results = {}
     for name, options in (("fa", {}), ("wm", {"mirror_rate": 0.05, "initial_steps": 100})):
         torch.manual_seed(0)

@@ -151,7 +151,7 @@ def test_a_later_run_of_a_sweep_has_one_line_unless_it_takes_some_seconds(monkey
 
 
 def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This includes the seconds before it was resumed."""
+    """After a resume, the bar starts at the number of steps already done."""
     made: list[dict[str, Any]] = []
 
     class Bar:

@@ -166,7 +166,7 @@ def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> lis
     ids=["bp", "kp", "pfa", "wm", "drtp", "f3"],
 )
 def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], drop_last: bool) -> None:
-    """Decay of the first epoch, schedule, order of the calls, a last batch that is smaller or dropped, evaluation mode."""
+    """Both have the same first-epoch decay, schedule, order of calls, handling of a smaller last batch, and evaluation mode."""
     splits, epochs = load(), 3
     rules = [fa_bench.attach(make_model(), name, seed=1, **options) for _ in range(2)]
     rules[0].model.eval()  # the loop itself sets the mode
@@ -235,7 +235,7 @@ def test_rule_steps_after_the_optimizer() -> None:
 
 @pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
 def test_measuring_angles_changes_no_number(name: str) -> None:
-    """This includes dropout: the measurements do not use torch's generator."""
+    """This also holds with dropout: the measurements do not use torch's generator."""
     found = []
     for every in (0, 1):
         rule = fa_bench.attach(make_model(0.5), name, seed=1, **({"cuts": ["act"]} if name == "dfa" else {}))

@@ -180,7 +180,7 @@ def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> 
 
 
 def test_every_global_generator_is_restored(generators: None) -> None:
-    """This includes the second number of a pair of normal ones."""
+    """The restored state includes the second number of a pair of normal random numbers."""
 
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.standard_normal(), np.random.rand(), torch.rand(1).item()]
@@ -257,7 +257,7 @@ def test_training_time_adds_up_over_the_parts_of_a_run(monkeypatch: Patch) -> No
 
 @pytest.mark.parametrize("links", [True, False])
 def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch) -> None:
-    """This includes file systems without links."""
+    """This also holds on file systems without links."""
 
     def refuse(*paths: Path) -> None:
         raise OSError("no links here")
@@ -346,7 +346,7 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
-    """This includes the limits of what a run saves."""
+    """The limits of what a run saves are checked, too."""
     rule, optimizers = make()
     last, expected = Path("a/last.pt"), Expected("hash", "data", 9, 4)
     base = Progress(epoch=2, batch=3, step=11, loss_sum=torch.tensor(1.0), samples=8)

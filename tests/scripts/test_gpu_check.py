@@ -1,4 +1,4 @@
-"""The check of a GPU: its budget, its page, parts that fail; its comparisons on the CPU."""
+"""The GPU check: its budget, its page, parts that fail, and its comparisons, which run on the CPU here."""
 
 from __future__ import annotations
 

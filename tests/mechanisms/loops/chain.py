@@ -95,7 +95,7 @@ def draw_the_same_for_every_sample(patch: Any) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients of all parameters that have one, including learned feedback; the names do not contain wrappers."""
+    """The gradients of all parameters that have one, including learned feedback; names omit the prefix of checkpoint wrappers."""
     return {
         name.replace("_checkpoint_wrapped_module.", ""): parameter.grad.clone()
         for name, parameter in model.named_parameters()

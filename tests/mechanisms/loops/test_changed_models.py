@@ -156,7 +156,7 @@ def test_attach_in_inference_mode_is_refused_at_once(name):
 
 @pytest.mark.parametrize("name", ["dfa", "dkp", "dgl", "asfp_lc"])
 def test_a_replaced_cut_is_refused(name):
-    """It has no weights, but the error is delivered to it."""
+    """The cut has no weights, but the error is delivered to it."""
     model, rule = attached(name)
     model[1] = nn.ReLU()
     with pytest.raises(CoverageError, match=r"changed after attach \(1 replaced\)"):

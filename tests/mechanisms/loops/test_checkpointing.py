@@ -80,7 +80,7 @@ def test_the_whole_model(name: str) -> None:
 @pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
 @pytest.mark.parametrize("name", RULES)
 def test_exact_passes(name: str, whole: bool) -> None:
-    """This is backpropagation, whatever is recomputed."""
+    """Exact passes are backpropagation, whatever is recomputed."""
     plain, model = Chain(), Chain() if whole else Chain(checkpointed)
     rule = attach(model, name)
     F.cross_entropy(plain(X), Y).backward()

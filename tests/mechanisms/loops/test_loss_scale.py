@@ -313,7 +313,7 @@ def test_a_scale_is_found_where_most_samples_are_certain(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", OF_LABELS)
 def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None:
-    """Its gradient at the logits is rounded differently, but the inferred scale is still 1."""
+    """The gradient of such a mean at the logits is rounded differently, but the inferred scale is still 1."""
 
     def by_hand(logits: Tensor, y: Tensor) -> Tensor:
         return (logits.exp().sum(1).log() - logits.gather(1, y.view(-1, 1)).squeeze(1)).mean()

@@ -80,7 +80,7 @@ def test_a_state_without_auxiliary_layers_anywhere_is_refused(name):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_states_of_a_rule_without_feedback_are_refused_by_one_that_has_some(name):
-    """Its tensors would keep random values. The rule's own state is complete, including the number of its update."""
+    """Otherwise, the feedback would keep random values. The rule's own state is complete, including its update count."""
     model, rule = attached(name)
     plain = {key: value for key, value in state(model).items() if "feedback" not in key}
     if len(plain) == len(model.state_dict()):  # a rule without feedback accepts it

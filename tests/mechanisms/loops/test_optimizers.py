@@ -343,7 +343,7 @@ def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
 
 @pytest.mark.parametrize(("name", "key"), [("kp", "0"), ("dkp", "1"), ("predsim", "1")])
 def test_feedback_that_was_unfrozen_may_be_frozen_again(name, key):
-    """It was frozen by `attach`, then trained together with its layer, and is now frozen by the user."""
+    """The feedback was frozen by `attach`, then trained together with its layer, and is now frozen by the user."""
     model = net()
     model[0].requires_grad_(False)
     rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
@@ -368,7 +368,7 @@ def convolutional():
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_convolutions_notice_an_optimizer_without_their_feedback(name):
-    """It has that of fully connected layers."""
+    """The optimizer has only the feedback of the fully connected layers."""
     model, (x, y) = convolutional(), data()
     own = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {}
     rule = fa_bench.attach(model, name, seed=0, sample_input=x.unsqueeze(1), **own)

@@ -81,7 +81,7 @@ def test_training_is_refused_by_name(name: str, how: str) -> None:
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", [name for name in CUT_RULES if name not in FEEDBACK and not ALGORITHMS[name].repeats])
 def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str) -> None:
-    """They leave every layer unchanged, so the error at a cut reaches the tensors from which the weight is computed."""
+    """Cut rules leave every layer unchanged, so the error at a cut reaches the tensors from which the weight is computed."""
     model, rule = reparametrized(name, how)
     model.eval()
     state = rule.state_dict()
@@ -178,7 +178,7 @@ def test_detach_unfreezes_the_weight_and_nothing_of_the_parametrization() -> Non
 
 
 def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
-    """Its size and direction, which the user has frozen again, are new parameters."""
+    """weight_norm replaces the weight with its norm and direction, new parameters that the user has frozen again."""
     model = Chain()
     rule = attach(model, "frozen")
     old_weight_norm(model.b.fc)
@@ -192,7 +192,7 @@ def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
 
 @pytest.mark.parametrize("name", ["frozen", "bp"])
 def test_a_frozen_weight_that_learns_by_what_weight_norm_made_of_it_is_refused(name: str) -> None:
-    """Its size and direction are parameters that have not been frozen."""
+    """weight_norm replaces the weight with its norm and direction, new parameters that have not been frozen."""
     model = Chain()
     rule = attach(model, name, freeze_stem=True)
     stem = next(module for module in model.modules() if isinstance(module, nn.Linear))

@@ -44,7 +44,7 @@ def test_a_scheduler_with_one_rate_for_all_groups_is_warned_of_with_the_mend():
 
 @pytest.mark.parametrize("name", ["dkp", "kp"])
 def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
-    """Its update would change nothing: without it, dkp is direct feedback alignment."""
+    """The update would change nothing: without it, dkp is direct feedback alignment."""
     model, rule = attached(name, b_lr_scale=0.0)
     x, y = data()
     for _ in range(3):
