@@ -172,7 +172,7 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
 def batch_note(what: str) -> str:
     """A note for a rule whose error depends on which samples form a batch."""
     return (
-        f"{what[0].upper()}{what[1:]} depends on the batch: results on data-parallel ranks, and on micro-batches, differ "
+        f"{what[0].upper()}{what[1:]} depends on the batch, so results on data-parallel ranks and on micro-batches differ "
         f"from those of one pass over the whole batch."
     )
 
@@ -180,7 +180,7 @@ def batch_note(what: str) -> str:
 def noise_note() -> str:
     """A note for a rule that draws noise for every sample."""
     return (
-        "Each sample has its own noise: results on data-parallel ranks, and on micro-batches, differ from those of one pass "
+        "Each sample has its own noise, so results on data-parallel ranks and on micro-batches differ from those of one pass "
         "over the whole batch."
     )
 

@@ -303,7 +303,7 @@ class Rule(Options):
             self.check_uses(watch.result(self.roots(output)).outside)
 
     def transporting_layers(self) -> dict[str, Any]:
-        """The layers, by path, through whose weights no error may pass outside the layer itself."""
+        """The layers, by path, whose weights must not be used outside the layer, where an error would pass through them."""
         return {}
 
     def roots(self, output: Any) -> list[Any]:

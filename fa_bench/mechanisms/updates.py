@@ -208,11 +208,11 @@ class LearnedTensor:
 
 
 class StepReminder:
-    """Notices if weights are updated but ``rule.step()`` is not called.
+    """Detects weight updates that are not followed by ``rule.step()``.
 
     Args:
         weights: weights of the model; one that learns is watched. Updates that autograd does not count (fused optimizers) are not
-            noticed.
+            detected.
     """
 
     def __init__(self, weights: list[nn.Parameter]) -> None:

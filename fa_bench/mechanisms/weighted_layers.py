@@ -74,7 +74,7 @@ def weight_name(path: str, layer: nn.Module) -> str:
 
 
 def bias_name(path: str, layer: nn.Module) -> str | None:
-    """The name of the layer's bias in the model, which other layers of a compound module may share; None if it has none."""
+    """The name in the model of the layer's bias, which other layers of a compound module may share; None without a bias."""
     name = layer.bias_name if isinstance(layer, Projection) else "bias"
     return _parameter_name(path, layer, name) if name is not None and getattr(layer, "bias", None) is not None else None
 

@@ -63,7 +63,7 @@ def memories(
 
     Backpropagation keeps the output of every layer, counted once: for a weighted layer the activation after normalisation,
     nonlinearity, addition and max-pooling, which is the input of the next layers; for average pooling, which counts as a layer,
-    its input; and the logits. The image is not counted. A rule keeps the result of its `step_memory`, and the logits.
+    its input; and the logits. The image is not counted. A rule keeps the inputs that its `step_memory` lists, and the logits.
 
     Args:
         model: a plain model.

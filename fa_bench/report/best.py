@@ -207,7 +207,7 @@ def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
         if not any(run.result["status"] == DIVERGED for run in members)
     ]
     if min(seeds) < max(seeds):
-        remarks.append(f"the values have {min(seeds)} to {max(seeds)} finished seeds")
+        remarks.append(f"{min(seeds)} to {max(seeds)} finished seeds per value")
     return "; ".join(remarks)
 
 

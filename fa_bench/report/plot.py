@@ -267,7 +267,7 @@ def inline_svg(figure: Figure, name: str) -> str:
 
 
 def style_axes(axes: Axes) -> None:
-    """The common style of axes: no frame, a faint grid behind the lines."""
+    """The common style of axes: only the left and bottom spines, and faint horizontal grid lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

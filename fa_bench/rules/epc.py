@@ -35,8 +35,8 @@ class EPC(EnergyRule):
     far the errors have settled and the cosine between each layer's gradient and backpropagation's. Accuracies close to those of
     `bp` mean nothing without these measurements.
 
-    Blocks are those that the model declares, or they end at `cuts`. Weights are transported within every block and, because each
-    step differentiates the whole net, also from one block to the next.
+    The blocks are those that the model declares, or those that end at `cuts`. Weights are transported within every block and,
+    because each step differentiates the whole net, also from one block to the next.
 
     Not checked against the paper: the equations come from its code and a derivation. Choices: the default is 20 steps of 0.1,
     whereas that code uses 5 steps of 0.001 for CIFAR-10 and 64 to 256 steps of 0.1 to 0.3 for MNIST. Settling is stable as long

@@ -39,8 +39,9 @@ class PC(EnergyRule):
     of backpropagation, and its cosine to the same gradient in double precision was only 0.25. `epc` stores the errors themselves,
     so it does not have this problem.
 
-    Blocks are those that the model declares, or they end at `cuts`. No error passes from one block to the next within a step, but
-    the derivatives of a block are exact, so weights are transported within blocks, even if a block has a single layer.
+    The blocks are those that the model declares, or those that end at `cuts`. No error passes from one block to the next within
+    a step, but the derivatives of a block are exact, so weights are transported within blocks, even if a block has a single
+    layer.
 
     Not checked against a paper: the equations come from the code and a derivation. Nudged outputs, weight updates in every step
     (iPC) and the scaling of μPC are not included. Choices: the default is 20 steps of 0.1 without momentum; the MNIST net of PCX

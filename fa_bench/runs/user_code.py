@@ -64,7 +64,7 @@ def _imports(source: bytes, package: str) -> tuple[str, ...]:
 
 
 def _file_of(name: str) -> Path | None:
-    """The source of a module, which is not imported; None if it has none."""
+    """The source file of a module, which is not imported; None if there is none."""
     spec, path = None, None
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):

@@ -48,7 +48,7 @@ class StopRequest:
 
 
 def requeue_handler(number: int) -> Callable[[int, FrameType | None], Any] | None:
-    """submitit's handler of a signal, which requeues this process's job and exits; None if it has none."""
+    """submitit's handler of a signal, which requeues this process's job and exits; None if no such handler is installed."""
     handler = signal.getsignal(number) if number in _REQUEUE_SIGNALS else None
     return handler if callable(handler) and str(getattr(handler, "__module__", "")).startswith("submitit.") else None
 
