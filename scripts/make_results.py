@@ -97,18 +97,14 @@ class Study:
         """One number of a single run."""
         return format(self.runs.set_index(["label", "seed"]).at[(label, seed), column], form)
 
-    def angles(self, label: str, quantity: str, digits: int = 1, std: bool = True) -> str:
-        """A quantity of all layers, in the order of the report: means, with the standard deviation if there are several seeds."""
+    def angles(self, label: str, quantity: str, digits: int = 1, std: bool = True, layer: str | None = None) -> str:
+        """A quantity of one layer, or of all in the order of the report: means, with the standard deviation of several seeds."""
         rows = self.layers[(self.layers["label"] == label) & (self.layers["quantity"] == quantity)]
+        rows = rows if layer is None else rows[rows["layer"] == layer]
         return ", ".join(
             f"{row.mean:.{digits}f}" + (f" ± {row.std:.{digits}f}" if std and row.n > 1 else "")
             for row in rows.itertuples(index=False)
         )
-
-    def layer(self, label: str, layer: str, quantity: str, digits: int = 1) -> str:
-        """A quantity of one layer: the mean over the seeds."""
-        rows = self.layers.set_index(["label", "layer", "quantity"])
-        return f"{rows.at[(label, layer, quantity), 'mean']:.{digits}f}"
 
     def comparison(self, digits: int = 2) -> str:
         """A Markdown table of the published numbers, beside those of the runs."""
