@@ -99,8 +99,8 @@ class Study:
 
     def angles(self, label: str, quantity: str, digits: int = 1, std: bool = True, layer: str | None = None) -> str:
         """A quantity of one layer, or of all in the order of the report: means, with the standard deviation of several seeds."""
-        rows = self.layers[(self.layers["label"] == label) & (self.layers["quantity"] == quantity)]
-        rows = rows if layer is None else rows[rows["layer"] == layer]
+        chosen = self.layers["layer"].notna() if layer is None else self.layers["layer"] == layer
+        rows = self.layers[(self.layers["label"] == label) & (self.layers["quantity"] == quantity) & chosen]
         return ", ".join(
             f"{row.mean:.{digits}f}" + (f" ± {row.std:.{digits}f}" if std and row.n > 1 else "")
             for row in rows.itertuples(index=False)
