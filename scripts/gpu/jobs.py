@@ -7,7 +7,9 @@ from typing import Any
 
 import fa_bench
 from fa_bench.errors import first_line
+from fa_bench.mechanisms.compiled import too_old_to_compile
 
+from .page import Section
 from .parts import Context
 
 _numbers = itertools.count()
@@ -32,3 +34,10 @@ def train(context: Context, *overrides: str) -> dict[str, Any]:
         why = (runs[0].result["error"] or {}).get("message", "") if runs else "no result"
         raise RunFailed(first_line(Exception(why)))
     return {**runs[0].metrics[-1], **runs[0].result}
+
+
+def can_compile(section: Section) -> bool:
+    """Whether this version of torch compiles every rule; if it does not, the section gets a note about it."""
+    if problem := too_old_to_compile():
+        section.notes.append(f"Nothing was compiled: {problem}.")
+    return not problem

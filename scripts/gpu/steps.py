@@ -15,6 +15,7 @@ import torch
 
 from fa_bench.errors import CoverageError, first_line
 
+from .jobs import can_compile
 from .page import Section
 from .parts import Context
 
@@ -38,7 +39,7 @@ def run(context: Context, section: Section) -> None:
         f"same round: median [quartiles]. Compiled steps are compared with compiled backpropagation."
     ]
     section.columns = ["mode", "net", "batch", "rule", "ms per step", "of plain bp"]
-    for is_compiled in (False, True):
+    for is_compiled in (False, True) if can_compile(section) else (False,):
         for net in NETS:
             for batch in BATCHES:
                 mode = "compiled" if is_compiled else "eager"

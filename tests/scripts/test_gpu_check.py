@@ -147,18 +147,65 @@ def test_equality_on_the_cpu_is_exact_and_a_difference_is_found(
 ) -> None:
     equality, page = gpu("gpu.equality"), gpu("gpu.page")
     monkeypatch.setattr(equality, "ALGORITHMS", ["kp", "wm", "asap"])
-    monkeypatch.setattr(equality.wm.Noise, "sample", equality.wm.Noise.sample)  # restores it
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     section = page.Section("equality", "Equality")
     equality.run(context, section)
     assert [row[:2] for row in section.rows] == [[net, rule] for net in ("mlp", "convnet") for rule in ("kp", "wm", "asap")]
     assert (section.checks, section.misses) == (6, 0) and all(cell == "0.0e+00 (-)" for row in section.rows for cell in row[2:6])
-    assert equality.wm.Noise.sample is equality.sample_on_cpu
     one = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1e-9])}
     assert equality.largest_difference({**one, "a": torch.tensor([1.0, 2.002])}, one) == (pytest.approx(1e-3, rel=1e-3), "a")
     assert equality.largest_difference({**one, "b": torch.tensor([3e-9])}, one) == (pytest.approx(1e-3, rel=1e-3), "b")
     assert equality.largest_difference({**one, "a": torch.tensor([1.0, torch.nan])}, one) == (float("inf"), "a")
     assert equality.largest_difference({"a": one["a"]}, one) == (float("inf"), "b")
+
+
+def test_noise_is_sampled_on_the_cpu(gpu: Callable[[str], Any]) -> None:
+    """For devices without a generator, such as meta, too; and the numbers are those of float64 in every dtype."""
+    sampled_on_cpu, before = gpu("gpu.noise").sampled_on_cpu, (torch.Generator, torch.Tensor.normal_, torch.Tensor.uniform_)
+    with sampled_on_cpu():
+        wide, narrow = (
+            torch.empty(5, dtype=dtype).normal_(1.0, 2.0, generator=torch.Generator("cuda").manual_seed(3))
+            for dtype in (torch.float64, torch.float32)
+        )
+        torch.empty(2, device="meta").uniform_(generator=torch.Generator("meta"))
+        assert torch.empty(4).normal_().dtype == torch.float32  # the global generator, as usual
+    assert (torch.Generator, torch.Tensor.normal_, torch.Tensor.uniform_) == before
+    expected = torch.empty(5, dtype=torch.float64).normal_(1.0, 2.0, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(wide, expected) and torch.equal(narrow, expected.float())
+
+
+@pytest.mark.parametrize("rule", ["node_perturbation", "wm", "f3", "forward_gradient"])
+def test_equality_allows_the_rounding_of_the_cpu_and_no_more(
+    rule: str, gpu: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    equality = gpu("gpu.equality")
+    trained, scale = equality.trained, 0.0
+
+    def on_device(name: str, net: str, dtype: torch.dtype, device: str) -> Any:
+        gradients, state = trained(name, net, dtype, "cpu")
+        return {key: value * (1 + scale * (device == "gpu")) for key, value in gradients.items()}, state
+
+    monkeypatch.setattr(equality, "trained", on_device)
+    assert equality.compared(rule, "mlp", "gpu")[1]
+    scale = 1e-8  # too much for float64, and too little to be seen in float32
+    assert not equality.compared(rule, "mlp", "gpu")[1]
+    monkeypatch.setitem(equality.TOLERANCES, torch.float64, 1.0)
+    assert equality.compared(rule, "mlp", "gpu")[1]
+    scale = 0.01
+    assert not equality.compared(rule, "mlp", "gpu")[1]
+
+
+def test_nothing_is_compiled_by_a_torch_that_is_too_old(
+    gpu: Callable[[str], Any], context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, options, page = gpu("gpu.jobs"), gpu("gpu.options"), gpu("gpu.page")
+    monkeypatch.setattr(jobs, "too_old_to_compile", lambda: "torch 1 is old")
+    result = dict.fromkeys(("train_loss", "test_loss", "seconds"), 1.0) | dict.fromkeys(("compile_seconds", *options.HASHES))
+    monkeypatch.setattr(options, "train", lambda context, *overrides: result)
+    for part in (options.run, options.determinism):
+        part(context, section := page.Section("part", "Part"))
+        assert section.notes[-1] == "Nothing was compiled: torch 1 is old." and not section.misses
+        assert section.rows and not any("compile" in row[0] or "graphs" in row[0] for row in section.rows)
 
 
 def test_options_are_compared_with_the_plain_run(
