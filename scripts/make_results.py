@@ -82,11 +82,11 @@ class Study:
         about = self.about
         seeds = sorted(self.runs["seed"].unique())
         listed = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
-        threads = "one thread per run" if about["threads"] == 1 else f"{about['threads']} threads per run"
+        threads = "" if (n := about.get("threads")) is None else "one thread per run, " if n == 1 else f"{n} threads per run, "
         command = "\n".join(f"    {line}" for line in about["command"].splitlines())
         return (
             f"{command}\n\nThe runs are from {_commits(about['commit'])} (torch {about['torch']}, Python {about['python']}, "
-            f"{about['processor']}, {threads}, {listed})."
+            f"{about['processor']}, {threads}{listed})."
         )
 
     def value(self, label: str, column: str, digits: int = 2) -> str:
@@ -334,8 +334,7 @@ def collect(name: str, command: str, folders: list[Path], commits: bool = False)
         "commit": " ".join(sorted(hashes)) if commits else _one("commit", hashes),
         "torch": _one("version of torch", {result["versions"]["torch"] for result in results}),
         "python": _one("version of Python", {result["versions"]["python"] for result in results}),
-        "processor": _processor(),
-        "threads": int(_one("device", {result["device"] for result in results}).split(", ")[1].split()[0]),
+        **_machine(_one("device", {result["device"] for result in results})),
     }
     if any(result["git"]["dirty"] for result in results):
         raise SystemExit("some runs are of code with uncommitted changes")
@@ -363,6 +362,12 @@ def _one(what: str, values: set[Any]) -> Any:
     if len(values) != 1:
         raise SystemExit(f"the runs have more than one {what}: {', '.join(sorted(map(str, values)))}")
     return values.pop()
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """What the header says about a run's `device`: for a GPU, its model; for a CPU, its model and the number of threads."""
+    kind, name = device.removesuffix(")").split(" (", maxsplit=1)
+    return {"processor": name} if kind == "cuda" else {"processor": _processor(), "threads": int(name.split(", ")[1].split()[0])}
 
 
 def _processor() -> str:

@@ -74,6 +74,15 @@ def test_collecting_keeps_tables_and_provenance(sweep: Path, tmp_path: Path, mon
     assert rows[0].endswith("| floor |")
 
 
+def test_runs_on_a_gpu_name_it(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(make_results, "DATA", tmp_path / "data")
+    for path in sweep.rglob("result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "cuda (NVIDIA H200)"}))
+    study = make_results.Study("mine", make_results.collect("mine", "fa-bench", [sweep]))
+    assert study.about["processor"] == "NVIDIA H200"
+    assert study.header().endswith(", NVIDIA H200, seeds 0 to 1).")
+
+
 TUNE = """\
 rule,n,test_accuracy,test_accuracy_ci95,bp_difference,bp_difference_ci95,floor_accuracy,floor,chosen,val_accuracy,trials,diverged,note
 bp,5,97.125,0.25,,,92.0,True,optimizer.lr=0.0123456 optimizer.weight_decay=0,98,20,1,
