@@ -15,33 +15,40 @@ from fa_bench.registry.kinds import TOKENS
 MOST_SECONDS = 15.0
 
 
-def check_fit(jobs: Iterable[Job]) -> None:
+#: The shape of a sample and the number of outputs.
+Shape = tuple[tuple[int, ...], int]
+
+
+def check_fit(jobs: Iterable[Job], loaded: Shape | None = None) -> None:
     """Attach each rule to its network on the meta device, once per config, starting with one config for each pair of rule and
     architecture.
 
-    Other errors are left to the job. Datasets whose shape is known only from their files are skipped.
+    Other errors are left to the job.
+
+    Args:
+        jobs: the jobs.
+        loaded: the shape of the data of all jobs, if they have been loaded. Without it, datasets whose shape is known only from
+            their files are skipped.
 
     Raises:
         CoverageError: if a rule does not cover its network; the message names the rule, the architecture and what is missing.
         OptionError, ConfigError: if an architecture refuses the shape of the data.
     """
     deadline = time.monotonic() + MOST_SECONDS
-    first: dict[tuple[str, ...], Job] = {}
-    others: dict[tuple[str, ...], Job] = {}
+    first: dict[tuple[str, ...], tuple[Job, Shape]] = {}
+    others: dict[tuple[str, ...], tuple[Job, Shape]] = {}
     for job in jobs:
-        plain, shape = job.plain(), job.dataset.shape()
+        plain, shape = job.plain(), loaded or job.dataset.shape()
         if shape is not None:
-            first.setdefault((job.algorithm.name, job.architecture.name), job)
-            others.setdefault((str(plain["algorithm"]), str(plain["architecture"]), str(shape)), job)
-    for job in {id(job): job for job in (*first.values(), *others.values())}.values():
+            first.setdefault((job.algorithm.name, job.architecture.name), (job, shape))
+            others.setdefault((str(plain["algorithm"]), str(plain["architecture"]), str(shape)), (job, shape))
+    for job, shape in {id(job): (job, shape) for job, shape in (*first.values(), *others.values())}.values():
         if time.monotonic() > deadline:
             return
-        _attach(job)
+        _attach(job, shape)
 
 
-def _attach(job: Job) -> None:
-    shape = job.dataset.shape()
-    assert shape is not None
+def _attach(job: Job, shape: Shape) -> None:
     state, part = torch.get_rng_state(), "architecture"
     try:
         with torch.device("meta"):

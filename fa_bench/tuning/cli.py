@@ -71,10 +71,14 @@ def _main(argv: list[str]) -> int:
         return 0
     clear_cache()
     if arguments.dry_run:
+        from fa_bench.data.fetch import downloads_refused
         from fa_bench.tuning.plan import describe
-        from fa_bench.tuning.tune import prepared
+        from fa_bench.tuning.tune import check_data, prepared
 
-        print(describe(prepared(arguments.overrides, arguments.config_dir)))
+        plan = prepared(arguments.overrides, arguments.config_dir)
+        with downloads_refused():
+            check_data(plan)
+        print(describe(plan))
         return 0
     from fa_bench.tuning.tune import FIGURE, MARKDOWN, tune
 

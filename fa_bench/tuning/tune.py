@@ -67,7 +67,7 @@ def tune(overrides: Sequence[str], config_dir: str | None = None) -> TuneResult:
 
     parallel.refuse("a study")
     plan = prepared(overrides, config_dir)
-    with study_folder(plan, identity(plan, _data_hash(plan))):
+    with study_folder(plan, identity(plan, check_data(plan))):
         studies = stored_studies(plan)
         check_budget(plan.options.budget, {study.plan.rule: len(study.finished) for study in studies}, plan.directory)
         done = sum(len(study.finished) for study in studies)
@@ -92,12 +92,14 @@ def prepared(overrides: Sequence[str], config_dir: str | None) -> Plan:
     return plan
 
 
-def _data_hash(plan: Plan) -> str:
-    """The hash of the study's data, which must have a validation split.
+def check_data(plan: Plan) -> str:
+    """Load the study's data, check that all rules and architectures fit them, and return their hash.
 
     Raises:
         DataError: if the data cannot be read, or have no validation split.
+        FaBenchError: if a rule does not cover its network, or an architecture refuses the shape of the data.
     """
+    from fa_bench.command.fit import check_fit
     from fa_bench.config.scale import scaled
     from fa_bench.runs.assembly import load, prepare
     from fa_bench.utils.process import isolated
@@ -107,6 +109,8 @@ def _data_hash(plan: Plan) -> str:
         splits = load(scaled(job), prepare(job))
     if splits.validation is None or not len(splits.validation):
         raise DataError(f"dataset={job.dataset.name} has no validation split, which is needed to compare trials")
+    if job.dataset.shape() is None:  # otherwise, the plan has been checked with this shape
+        check_fit((each.job for each in plan.rules), (splits.input_shape, len(splits.classes)))
     return splits.data_hash
 
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fa_bench.config.job import register_schemas
 from fa_bench.errors import FaBenchError, RunDirectoryError
+from fa_bench.tuning.cli import main
 from fa_bench.tuning.folder import STUDY, check_folder
 from fa_bench.tuning.plan import make_plan
 from fa_bench.tuning.store import JOURNAL, stored_studies
@@ -55,6 +57,35 @@ def test_refused_with_a_hint(tmp_path: Path, override: str, expected: str) -> No
     assert expected in message
     assert len(message.splitlines()) <= 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["study", "dry run"])
+@pytest.mark.parametrize(
+    ("size", "overrides", "expected"),
+    [
+        (12, ["algorithm=bp,dgl", "architecture=mlp", "architecture.widths=[4]"], "'dgl' needs at least two modules"),
+        (2, ["algorithm=bp", "architecture=conv2", "architecture.padding=0"], "architecture"),
+    ],
+    ids=["rule", "architecture"],
+)
+def test_what_does_not_fit_data_of_a_shape_known_from_files_is_refused_before_the_first_trial(
+    size: int, overrides: list[str], expected: str, dry: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, count in (("train", 4), ("test", 1)):
+        for label in ("cat", "dog"):
+            (folder := tmp_path / "data" / part / label).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (size, size), (40 * number, 0, 0)).save(folder / f"{number}.png")
+    data = ["dataset=image_folder", f"data_dir={tmp_path / 'data'}", "dataset.validation=2"]
+    assert main([*dry, *overrides, *data, "epochs=1", f"output_dir={tmp_path / 'out'}"]) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err and captured.err.count("\n") <= 2 and "Tuning" not in captured.out
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_a_dry_run_needs_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "algorithm=bp", "dataset=mnist", f"data_dir={tmp_path}", f"output_dir={tmp_path / 'out'}"]) == 2
+    assert "mnist" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_suggested_range_of_whole_numbers_works(tmp_path: Path) -> None:
