@@ -27,12 +27,18 @@ from .files import TINY, TINY_CLASSES, write_tiny_imagenet
 CPU = torch.device("cpu")
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """A server that waits for its threads when it is closed, so that none of their sockets is open during a later test."""
+
+    daemon_threads = False
+
+
 @pytest.fixture(autouse=True)
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A server for the temporary folder, from which the archive is downloaded."""
     handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     monkeypatch.setenv("no_proxy", "*")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(tmp_path))) as httpd:
+    with Server(("127.0.0.1", 0), functools.partial(handler, directory=str(tmp_path))) as httpd:
         threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setattr(DATASETS["tiny_imagenet"], "url", f"http://127.0.0.1:{httpd.server_port}/server/{TINY}.zip")
         yield
