@@ -251,11 +251,12 @@ TUNED_COLUMNS: dict[str, Any] = {
 }
 
 
-def compared(studies: Mapping[str, str | None]) -> str:
+def compared(studies: Mapping[str, str | None], common: bool = False) -> str:
     """A Markdown table of several tuning studies: a row for each rule, the most accurate in the first study first.
 
     Args:
         studies: {heading: name of the study}, None for one that has not run, whose column is empty.
+        common: whether to show only the rules that all studies have.
     """
     tables = {heading: Study(name, DATA / name).tuned if name else None for heading, name in studies.items()}
     ran = [table for table in tables.values() if table is not None]
@@ -266,7 +267,8 @@ def compared(studies: Mapping[str, str | None]) -> str:
         heading: {} if table is None else {row["rule"]: _interval(row) for _, row in table.iterrows()}
         for heading, table in tables.items()
     }
-    return _markdown(["rule", *tables], [[rule, *(column.get(rule, "") for column in cells.values())] for rule in rules])
+    shown = [rule for rule in rules if not common or all(rule in column for column in cells.values())]
+    return _markdown(["rule", *tables], [[rule, *(column.get(rule, "") for column in cells.values())] for rule in shown])
 
 
 def _cell(row: pd.Series, column: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -114,6 +115,11 @@ def test_tuned_studies_are_kept_and_compared(sweep: Path, tmp_path: Path, monkey
         "| frozen | 92.00 ± 0.50 |  |",
         "| drtp | **91.50 ± 0.50** |  |",
         "| weight_perturbation | did not train |  |",
+    ]
+    (shutil.copytree(folder, folder.with_name("other")) / "tune.csv").write_text("".join(TUNE.splitlines(keepends=True)[:3]))
+    assert make_results.compared({"here": "mine", "there": "other"}, common=True).splitlines()[2:] == [
+        "| bp | 97.12 ± 0.25 | 97.12 ± 0.25 |",
+        "| frozen | 92.00 ± 0.50 | 92.00 ± 0.50 |",
     ]
 
 
