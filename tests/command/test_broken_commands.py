@@ -1,4 +1,4 @@
-"""Broken command lines give an error of one or two lines that names the key, the allowed values and the nearest name."""
+"""A broken command line gives an error of one or two lines that names the key, the allowed values and the nearest name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Hydra's sweeper for fa-bench: one pool for all jobs, each composed once before the sweep, and no environment variables passed
-on."""
+"""Hydra's sweeper for fa-bench starts one pool for all jobs, composes each job once before the sweep, and sets no environment
+variables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def watched(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of jobs in each call of Hydra's launcher of this class."""
+    """Count the jobs in each call of Hydra's launcher of this class; the list that is returned grows with every call."""
     cls: Any = Plugins.instance().class_name_to_class[name]
     launch, launched = cls.launch, []
 

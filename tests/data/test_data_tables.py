@@ -1,4 +1,4 @@
-"""Tables, and your own arrays: which values the model gets, which data are refused, and scaling by the training samples."""
+"""Tables and users' own arrays: which values the model gets, which data are refused, and scaling by the training samples."""
 
 from __future__ import annotations
 
