@@ -1,4 +1,4 @@
-"""A sweep on several CUDA devices; the devices do not exist, so torch.cuda.device_count is replaced."""
+"""Tests of a sweep on several CUDA devices; the devices do not exist, so torch.cuda.device_count is replaced."""
 
 from __future__ import annotations
 

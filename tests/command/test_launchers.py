@@ -33,7 +33,7 @@ SWEEP = [
     "epochs=2",
     "threads=1",
 ]
-#: Training times differ between sweeps; they are values of these keys and the last columns of a table row.
+#: Training times differ between sweeps. They are the values of these keys, and the last columns of a table row.
 TIMES = ("seconds", "seconds_per_epoch", "seconds_per_step")
 SECONDS = re.compile(r"\| [\d.]+ \| [\d.]+ (?=\| 2 seeds)")
 COST_ROW = re.compile(r"^(\| \w+ \| mlp \| synthetic \| .*)\| [\d.e-]+ \|$", re.MULTILINE)
@@ -149,7 +149,7 @@ def test_jobs_of_submitit_survive_preemption(uninterrupted: list[str]) -> None:
 def test_a_checkpoint_is_written_before_submitit_requeues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The handler is like submitit's and refuses, because the job has been requeued too often."""
+    """The handler refuses, as submitit's does if a job has been requeued too often."""
     monkeypatch.chdir(tmp_path)
     called: list[bool] = []
 

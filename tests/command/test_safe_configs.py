@@ -180,7 +180,7 @@ def test_checkpoint_is_read_as_data(folder: Path) -> None:
         checkpoint.read(path, "x", "cpu")
     assert not (folder / "PWNED").exists()
     torch.load(path, weights_only=False)
-    assert (folder / "PWNED").exists()  # the test can fail, because the file is created without the guard
+    assert (folder / "PWNED").exists()  # without the guard, loading creates the file
 
 
 @pytest.mark.parametrize("name", ["apply", "bomb", "deep", "torn", "no_text", "huge"])

@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def watched(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the jobs in each call of Hydra's launcher of this class; the list that is returned grows with every call."""
+    """Record the number of jobs in each call of this launcher class; the returned list grows with every call."""
     cls: Any = Plugins.instance().class_name_to_class[name]
     launch, launched = cls.launch, []
 

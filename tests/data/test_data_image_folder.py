@@ -1,4 +1,4 @@
-"""Folders of images: their layout, how images are decoded and kept or streamed, and every error before training."""
+"""Tests of folders of images: the layout, how images are decoded, kept in memory or streamed, and every error before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ImageNet from small folders with its layout: any process can crop while it decodes, and errors name missing parts."""
+"""Tests of ImageNet from small folders with its layout: crops are computed while decoding, and errors name missing parts."""
 
 from __future__ import annotations
 

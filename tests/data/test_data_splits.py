@@ -1,4 +1,4 @@
-"""Splits on the device: their order, augmentation, normalisation, validation samples, hash, and imports."""
+"""Tests of splits on the device: order, augmentation, normalisation, validation samples, hash, and imports."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_validation_and_train_are_complements(validation: float, held: int) -> N
 
 @pytest.mark.parametrize(("validation", "held"), [(0, 0), (0.2, 4), (25, 10), (1, 1)])
 def test_what_a_trial_holds_out_shrinks_as_its_training_images(validation: float, held: int) -> None:
-    """The trial uses 20 of 50 images. A number of images that is held out shrinks in the same proportion."""
+    """The trial uses 20 of 50 images. If `validation` is a number of images, it shrinks in the same proportion."""
     splits = DATASETS["synthetic"].from_mapping({"samples": 50, "validation": validation}).load(NOWHERE, CPU, (20, 8))
     assert (len(splits.train), len(splits.validation or ())) == (20 - held, held)
 

@@ -1,4 +1,5 @@
-"""Tiny ImageNet from a small archive in its original format: unpacking, its validation folder, and errors about damage."""
+"""Tests of Tiny ImageNet from a small archive in its original format: unpacking, the validation folder, and errors about
+damage."""
 
 from __future__ import annotations
 

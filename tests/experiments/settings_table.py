@@ -165,9 +165,9 @@ ASAP: Settings = {
     **COSINE,
 }
 ASAP_CASES: list[Case] = [
-    # The paper's "Kaiming" is torch's default for convolutions, U(±1/√fan_in) [code]. Its nets for FA, DFA and ASAP draw fully
-    # connected weights from U(±√(6/fan_in)) and set their biases to zero; those for BP have torch's default there [code]. Here,
-    # all rules start with the same weights, so that they can be compared [choice].
+    # The paper's "Kaiming" is torch's default for convolutions, U(±1/√fan_in) [code]. In the code, the nets for FA, DFA and ASAP
+    # draw fully connected weights from U(±√(6/fan_in)) and set their biases to zero; those for BP have torch's default there
+    # [code]. Here, all rules start with the same weights, so that they can be compared [choice].
     ({}, {"architecture.init": "pytorch", "architecture.linear_init": "kaiming_uniform"}),
     # Appendix C uses crops and flips on CIFAR and Tiny ImageNet. Means and deviations are from the code [code]; CIFAR-100 has
     # those of CIFAR-10 there, and Tiny ImageNet has those of a derivative of the code.
@@ -261,8 +261,9 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10", "architecture": "asap_alexnet"},
         ASAP_CASES,
     ),
-    # Appendix A.2 has a batch size of 50, a learning rate of 1e-4, a linear net, and a net with normalisation and ReLU, 10-10-10.
-    # The second net has normalised logits [code]. The initialisers, the 784 inputs and the three seeds are our choice [choice].
+    # Appendix A.2 uses a batch size of 50, a learning rate of 1e-4, a linear net, and a net with normalisation and ReLU,
+    # 10-10-10. The second net has normalised logits [code]. The initialisers, the 784 inputs and the three seeds are our choice
+    # [choice].
     "asap_fig6": Preset(
         [
             {
@@ -322,9 +323,9 @@ PFA_PAPER: dict[str, Preset] = {
         PFA_MNIST,
         PFA_MNIST_CASES,
     ),
-    # The settings are from appendix A.2. The code has 250 epochs, and 5,000 images held out with seed 0 [code]; the paper has 200
-    # epochs, so the last milestone, 200, would change nothing. DFA's kernels, the means and the deviations are from the code
-    # [code].
+    # The settings are from appendix A.2. The code trains for 250 epochs, and holds out 5,000 images with seed 0 [code]; the paper
+    # has 200 epochs, so the last milestone, 200, would change nothing. DFA's kernels, the means and the deviations are from the
+    # code [code].
     "pfa_fig4": Preset(
         [{"algorithm": PFA_TABLE, "seed": FIVE}],
         PFA
@@ -383,7 +384,7 @@ DKP_CASES: list[Case] = [
     ({"algorithm": "kp"}, {"algorithm.b_init": "pytorch"}),
     ({"algorithm": "fa"}, {"algorithm.b_init": "xavier_uniform"}),
 ]
-#: For the net of two convolutions, section 3.1 has 1e-2 for W, 1e-4 times 0.85 per epoch for B, and decay 1e-6 for both.
+#: For the net of two convolutions, section 3.1 uses 1e-2 for W, 1e-4 times 0.85 per epoch for B, and decay 1e-6 for both.
 DKP_SMALL: Settings = DKP | {"optimizer.lr": 1e-2, "optimizer.weight_decay": 1e-6}
 DKP_SMALL_CASES: list[Case] = [
     *DKP_CASES,
@@ -436,9 +437,9 @@ DKP_PAPER: dict[str, Preset] = {
         DKP_SMALL_CASES,
     ),
     # The 90 epochs, ten trials and decay 1e-4 are from the paper [paper]; the batch size, crops and normalisation are from the
-    # code [code]. Section 3.2 has a rate of 0.1 for backpropagation (also of the fully connected layers only); for the others, it
-    # has 0.01 on CIFAR-100 and 5e-3 on Tiny ImageNet. The floor trains only the output layer, with the learning rate of the other
-    # rules [choice, not mentioned by the experiment].
+    # code [code]. Section 3.2 uses a rate of 0.1 for backpropagation (also of the fully connected layers only); for the others,
+    # it uses 0.01 on CIFAR-100 and 5e-3 on Tiny ImageNet. The floor trains only the output layer, with the learning rate of the
+    # other rules [choice, not mentioned by the experiment].
     "dkp_table2": Preset(
         [{"dataset": ["cifar100", "tiny_imagenet"], "algorithm": DKP_TABLE, "seed": TEN}],
         DKP
@@ -512,7 +513,7 @@ WM_CASES: list[Case] = [
             per_tap=True,
         ),
     ),
-    # Xiao et al. 2018 have their own scale, and use the output layer's true weight [code].
+    # The rule of Xiao et al. 2018 has their scale, and uses the output layer's true weight [code].
     ({"algorithm": "usf"}, _keys("algorithm", scale="xiao", plain_last=True)),
 ]
 WM_NETS = ["resnet18_imagenet", "resnet50_imagenet"]
@@ -564,9 +565,9 @@ COMPARE = Preset(
     [*QUICKSTART.cases, ({"algorithm": ("asap", "asfp", "asfp_lc")}, {"algorithm.linear": "share"})],
 )
 
-#: The settings of the faeval protocol, spring 2026: optimizer, learning rate, decay, schedule, batch size, epochs, seeds, widths
-#: and depths are second-hand, from its repository's history. Validation, augmentation, normalisation and the variants of dfa are
-#: our choice [choice].
+#: The settings are those of the faeval protocol, spring 2026. The optimizer, learning rate, decay, schedule, batch size, epochs,
+#: seeds, widths and depths are second-hand, from its repository's history. Validation, augmentation, normalisation and the
+#: variants of dfa are our choice [choice].
 FAEVAL_NETS, FAEVAL_SEEDS = ["residual_mlp", "vit_mini"], [42, 123, 456]
 FAEVAL = Preset(
     [
@@ -637,9 +638,9 @@ LM_QUICKSTART = Preset(
     [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})],
 )
 
-#: Mono-Forward by the independent code BeyondBackpropagation. The code has the widths, the rates on MNIST and CIFAR-10, the
-#: epochs of a layer, the batch size, the validation split, and torch's initial weights [code]. Training all layers at once, the
-#: rates on the other two datasets, and their use for all rules are our choice [choice].
+#: The settings are those of Mono-Forward in the independent code BeyondBackpropagation. The code has the widths, the rates on
+#: MNIST and CIFAR-10, the epochs of a layer, the batch size, the validation split, and torch's initial weights [code]. Training
+#: all layers at once, the rates on the other two datasets, and their use for all rules are our choice [choice].
 MONO_FORWARD = Preset(
     [
         {
@@ -665,8 +666,8 @@ MONO_FORWARD = Preset(
     ],
 )
 
-#: The settings of Høier et al. 2023: epochs, batch size, rate, length of the warm-up, momentum, decay and the number of seeds are
-#: from the code [code]. Everything else, such as the decay of the rate, B and augmentation, is our choice [choice].
+#: The settings are those of Høier et al. 2023. Epochs, batch size, rate, length of the warm-up, momentum, decay and the number of
+#: seeds are from the code [code]. Everything else, such as the decay of the rate, B and augmentation, is our choice [choice].
 DUAL_SEEDS = [0, 1, 2, 3, 4]
 DUAL_PROPAGATION = Preset(
     [
@@ -691,8 +692,8 @@ DUAL_PROPAGATION = Preset(
     ],
 )
 
-#: Forward-forward by the independent code loeweX/Forward-Forward [code]. The range of the images, and the rate and decay of the
-#: other rules, are our choice [choice].
+#: The settings are those of forward-forward in the independent code loeweX/Forward-Forward [code]. The range of the images, and
+#: the rate and decay of the other rules, are our choice [choice].
 FORWARD_FORWARD = Preset(
     [{"algorithm": ["forward_forward", "bp", "frozen"], "seed": [0, 1, 2]}],
     {
@@ -739,10 +740,10 @@ FORWARD_FORWARD = Preset(
     ],
 )
 
-#: Deep feedback control by the code mariacer/strong_dfc. Its commands for MNIST, the defaults of its options (beta2 and the beta
-#: of the feedback are 0.99, backpropagation has batches of 128) and its data are used [code]; eps is halved, because its gradient
-#: is doubled. The closed form, no training of the feedback before, the common norm of all gradients, and training frozen like bp
-#: are our choice [choice].
+#: The settings are those of deep feedback control in the code mariacer/strong_dfc: its commands for MNIST, the defaults of its
+#: options (beta2 and the beta of the feedback are 0.99, backpropagation has batches of 128) and its data [code]. eps is halved,
+#: because its gradient is doubled. The closed form, no pretraining of the feedback, the common norm of all gradients, and
+#: training frozen like bp are our choice [choice].
 DFC = Preset(
     [{"algorithm": ["dfc", "bp", "frozen"], "seed": [0, 1, 2]}],
     {
@@ -789,8 +790,8 @@ DFC = Preset(
     ],
 )
 
-#: Rules from outside the four papers, with the protocol of the PFA paper's MNIST runs at half its length, validation images, and
-#: the same learning rates for all rules [choice].
+#: The rules are from outside the four papers. They follow the protocol of the PFA paper's MNIST runs at half its length, with
+#: validation images and the same learning rates for all rules [choice].
 BEYOND = [
     "bp",
     "frozen",

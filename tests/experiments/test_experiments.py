@@ -1,4 +1,4 @@
-"""Experiments: the jobs of a sweep, tables of settings by component, and trials at a smaller scale."""
+"""Tests of experiments: the jobs of a sweep, tables of settings by component, and trials at a smaller scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means over data-parallel processes."""
+"""Tests of means over data-parallel processes."""
 
 import pytest
 import torch

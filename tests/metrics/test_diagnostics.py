@@ -362,7 +362,7 @@ def test_alarms_fire_on_the_wrong_side_only() -> None:
 
 
 def test_an_exploded_stream_is_seen_in_growth_and_in_the_gradient_below_it() -> None:
-    """The final normalisation divides the error by the norm of the stream."""
+    """The final normalisation divides the error by the norm of the stream, so the gradients below it vanish."""
     from fa_bench.metrics.alignment.metrics import TrueGradientNorm
     from fa_bench.metrics.probes.stream_growth import StreamGrowth
 

@@ -1,4 +1,4 @@
-"""Memory accesses: counts for the nets of the activation-sharing paper, stored tensors, specs, and the analysis."""
+"""Tests of memory accesses: counts for the nets of the activation-sharing paper, stored tensors, specs, and the analysis."""
 
 from __future__ import annotations
 

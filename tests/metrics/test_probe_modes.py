@@ -1,5 +1,4 @@
-"""Dropout, normalisation and the model's mode affect a measurement of angles in defined ways, and the measurement changes none of
-them."""
+"""A measurement of angles handles dropout, normalisation and the model's mode as specified, and changes none of them."""
 
 from __future__ import annotations
 
@@ -262,7 +261,7 @@ def test_modules_that_override_train_are_told_of_an_evaluation_and_of_its_end(tr
     model = nn.Sequential(nn.Flatten(), Merges()).train(training)
     x, y = next(split.batches(9))
     loss = evaluate(model, CrossEntropy(), split, 4)["loss"]
-    # In float32, the sums have a different order.
+    # The sums are in float32 and in a different order.
     assert loss == pytest.approx(F.cross_entropy(2 * x.flatten(1), y).item(), rel=1e-5)
     assert model[1].factor == (1.0 if training else 2.0)
 
@@ -309,7 +308,7 @@ def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
     plain, (x, y) = net(), batch()
     F.cross_entropy(plain(x), y).backward()
     want = {path: plain.get_submodule(path).weight.grad.norm().item() for path in ("fc1", "fc2", "fc3")}
-    # In float64, the same operations have a different order.
+    # The same operations are done in float64 and in a different order.
     assert got == pytest.approx(want, rel=1e-9)
 
 

@@ -51,7 +51,7 @@ class ByHand:
         return x @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"]
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """Batch normalisation over all axes except the channels; the running statistics move by a tenth."""
+        """Batch normalisation over all axes except the channels; the running statistics are updated with a momentum of 0.1."""
         axes = [axis for axis in range(x.dim()) if axis != 1]
         shape = (1, -1, *[1] * (x.dim() - 2))
         mean, var = self.tensors[f"{name}.running_mean"], self.tensors[f"{name}.running_var"]

@@ -1,4 +1,5 @@
-"""The papers' architectures: published sizes, torchvision's outputs, cut points and blocks, and every rule on each of them."""
+"""Tests of the papers' architectures: published sizes, torchvision's outputs, cut points and blocks, and every rule on each of
+them."""
 
 from __future__ import annotations
 

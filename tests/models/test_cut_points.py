@@ -1,4 +1,4 @@
-"""Tests of which modules the models name as their hidden activations and as the ends of their blocks."""
+"""Tests of the modules that the models name as their hidden activations and as the ends of their blocks."""
 
 from __future__ import annotations
 

@@ -298,7 +298,8 @@ def test_layers_have_the_published_shapes(
 
 @pytest.mark.parametrize(("name", "options", "shape"), [case[:3] for case in PUBLISHED])
 def test_only_the_convolutions_of_residual_nets_have_no_bias(name: str, options: dict[str, Any], shape: Shape) -> None:
-    """The same holds for torchvision, the code of the PFA paper and, for backpropagation, the code of the ASAP paper."""
+    """The convolutions of residual nets have no biases in torchvision, in the code of the PFA paper and, for backpropagation, in
+    that of the ASAP paper."""
     with torch.device("meta"):
         net = ARCHITECTURES[name](**options).build(shape, CLASSES)
     for layer in (module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)):

@@ -1,4 +1,5 @@
-"""Transformers, residual MLPs and recurrent nets: tokens, causality, dropout, errors in a residual stream, and wrong options."""
+"""Tests of transformers, residual MLPs and recurrent nets: tokens, causality, dropout, errors in a residual stream, and wrong
+options."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_weight_decay_of_vectors_is_decoupled() -> None:
 
 
 def test_half_precision_is_iterated_in_single() -> None:
-    """The only error is that of rounding the update once to bfloat16, which is 2^-8 of each entry."""
+    """The only error is that of rounding the update once to bfloat16, which is at most 2^-8 of each entry."""
     weight = nn.Parameter(torch.zeros(6, 9, dtype=torch.bfloat16))
     weight.grad = random(6, 9).bfloat16()
     muon.Muon([weight], 1.0, 0.0, False, 5, "original", 0.0).step()

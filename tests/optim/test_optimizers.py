@@ -127,7 +127,7 @@ def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict
             want = sgd_by_hand(start, series, options["momentum"], options["nesterov"], decay)
         else:
             want = adam_by_hand(start, series, options["beta1"], options["beta2"], options["eps"], decay, cls is AdamW)
-        # In float64, a few operations on numbers of order 1 are rounded.
+        # The tolerance covers the rounding of a few float64 operations on numbers of order 1.
         torch.testing.assert_close(tensor.detach(), want, rtol=1e-10, atol=1e-12)
 
 
@@ -303,7 +303,7 @@ def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_o
                 optimizers.clip(largest)
             optimizers.step()
         found.append([*copies(weights(rule)), *copies(rule.feedback_parameters())])
-    # The operations are the same, in float64.
+    # Both computations perform the same operations in float64.
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
 
 

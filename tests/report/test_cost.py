@@ -1,4 +1,4 @@
-"""Predicted and measured costs in a report."""
+"""Tests of predicted and measured costs in a report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports on unusual sweeps, with settings that are null, zero or negative, and runs without an accuracy."""
+"""Tests of reports on unusual sweeps, with settings that are null, zero or negative, and runs without an accuracy."""
 
 from __future__ import annotations
 

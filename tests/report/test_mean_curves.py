@@ -1,4 +1,4 @@
-"""Mean curves over the seeds for TensorBoard, read back with its own readers."""
+"""Tests of mean curves over the seeds for TensorBoard, read back with its own readers."""
 
 from __future__ import annotations
 

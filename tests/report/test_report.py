@@ -1,4 +1,4 @@
-"""Reports over hand-made run directories; every expected number is worked out by hand."""
+"""Tests of reports over hand-made run directories; every expected number is worked out by hand."""
 
 from __future__ import annotations
 
@@ -398,7 +398,7 @@ def _write_rates(root: Path, **rates: float) -> None:
 
 
 def test_settings_that_differ_between_rules_have_columns(tmp_path):
-    """These settings do not appear in labels, because each rule has only one value of them."""
+    """A setting that differs between rules does not appear in labels if each rule has only one value of it."""
     _write_rates(tmp_path, bp=0.1, fa=0.02)
     frame = summarise(runs_in(tmp_path))
     lines = to_text(frame).splitlines()
@@ -458,7 +458,7 @@ def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apar
 
 
 def test_rows_whose_rule_transports_weights_by_design_say_so(tmp_path):
-    """The report reads this from the results; it does not know any rule."""
+    """The note comes from the recorded results; the report itself does not know any rule."""
     write_group(tmp_path, "kp", [0.9, 0.9, 0.9], weight_transport=[])
     write_group(tmp_path, "dgl", [0.9, 0.9, 0.9], weight_transport=["within blocks", "after 'norm'"])
     table = rows(tmp_path)

@@ -1,4 +1,4 @@
-"""Reports on tasks whose score is not an accuracy: columns, direction and figures."""
+"""Tests of reports on tasks whose score is not an accuracy: columns, direction and figures."""
 
 from __future__ import annotations
 

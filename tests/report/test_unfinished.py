@@ -1,4 +1,4 @@
-"""Reports on incomplete sweeps, with runs that are running, were interrupted, failed, diverged, or have not begun."""
+"""Tests of reports on incomplete sweeps, with runs that are running, were interrupted, failed, diverged, or have not begun."""
 
 from __future__ import annotations
 

@@ -403,7 +403,7 @@ def test_evaluation_averages_over_images_and_not_over_batches() -> None:
     split = Synthetic(samples=10, test_samples=600, classes=3, size=2).load(Path(), torch.device("cpu")).test
     split.labels[512:] = 0
     x, y = next(split.batches(600))
-    # The sums of 600 float32 numbers have a different order.
+    # The tolerance covers float32 sums of 600 numbers in a different order.
     assert loop.evaluate(model, CrossEntropy(), split, BATCH) == pytest.approx(evaluate_by_hand(model, x, y), rel=1e-5)
     assert not model.training and loop.evaluate(model.train(), CrossEntropy(), split, BATCH) and model.training
 

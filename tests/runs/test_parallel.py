@@ -383,9 +383,7 @@ def test_refused_before_training_in_one_line(words: tuple[str, ...], inside: Any
     lines = (found[0][2] + found[1][2]).splitlines()
     assert len(lines) == 1 and REFUSED[words] in lines[0], lines
     folder = Path("two/refused")
-    assert not folder.exists() or not list(
-        folder.iterdir()
-    )  # each process creates it through Hydra, and one of them may leave it empty
+    assert not folder.exists() or not list(folder.iterdir())  # Hydra creates it in each process, and may leave it empty
 
 
 @pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["-m", "experiment=quickstart"]])

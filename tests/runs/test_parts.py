@@ -153,7 +153,7 @@ def test_models_have_the_published_sizes_and_name_their_cuts(model, shape, param
     assert net(torch.randn(2, *shape)).shape == (2, 10)
     rule = fa_bench.attach(net, "dfa", sample_input=torch.randn(2, *shape))
     assert not rule.coverage.uncovered
-    # Every hidden activation is cut, which is one before each layer except the first.
+    # There is a cut at every hidden activation, which is one before each layer except the first.
     assert len(rule.feedback) == len(rule.coverage.covered) - 1
 
 
@@ -220,7 +220,7 @@ def test_a_run_computes_without_denormal_numbers() -> None:
 
 
 def process_state() -> dict[str, Any]:
-    """The settings of its process that a run may change."""
+    """The settings of the process that a run may change."""
     cudnn, hooks = torch.backends.cudnn, vars(nn.modules.module)
     return {
         "dtype": torch.get_default_dtype(),

@@ -1,4 +1,5 @@
-"""A run with a rule that stores an error for every training sample: its indices, their number, and the errors in checkpoints."""
+"""Tests of runs with a rule that stores an error for every training sample: indices, their number, and the errors in
+checkpoints."""
 
 from __future__ import annotations
 

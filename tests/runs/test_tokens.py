@@ -1,4 +1,5 @@
-"""Runs on tokens and on numbers: scores in every record, resuming within an epoch, micro-batches, and several outputs."""
+"""Tests of runs on tokens and on numbers: scores in every record, resuming within an epoch, micro-batches, and several
+outputs."""
 
 from __future__ import annotations
 

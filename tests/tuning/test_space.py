@@ -1,4 +1,4 @@
-"""The search space: parsing, edges, and suggestions of wider ranges."""
+"""Tests of the search space: parsing, edges, and suggestions of wider ranges."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_rules_with_equal_spaces_and_results_have_equal_trials(sampler: str) -> 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
 def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pruned_never(higher_is_better: bool) -> None:
-    """Higher or lower scores may be better."""
+    """Equal trials are compared in the same way whether higher or lower scores are better."""
     sign = 1 if higher_is_better else -1
     outcomes = [
         Outcome("done", sign * 0.5),

@@ -1,4 +1,4 @@
-"""Studies from the command line: results, resuming after a kill at any time, extension, and refusals."""
+"""Tests of studies from the command line: results, resuming after a kill at any time, extension, and refusals."""
 
 from __future__ import annotations
 

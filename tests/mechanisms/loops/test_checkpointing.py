@@ -249,7 +249,8 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
 
 
 def test_after_a_whole_model_that_is_checkpointed_its_parts_are_still_refused() -> None:
-    """forward_alignment knows a pass by the forward pass that is running, and a recomputed pass does not stay open."""
+    """forward_alignment identifies a pass by the forward call that is running, and a recomputed pass does not stay open
+    afterwards."""
     model = Chain()
     rule = attach(model, "forward_alignment")
     train(model, rule, X, Y, runs=checkpointed)

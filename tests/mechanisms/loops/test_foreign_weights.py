@@ -1,4 +1,4 @@
-"""Modules whose weights no rule covers: which of them are refused, what the error advises, and which propagate no error."""
+"""Tests of modules whose weights no rule covers: which are refused, what the error advises, and which propagate no error."""
 
 from __future__ import annotations
 
@@ -315,8 +315,8 @@ def test_a_table_that_did_not_run_is_known_by_its_kind() -> None:
 
 
 def test_a_type_called_like_one_of_torch_has_its_package() -> None:
-    """A subclass with the name of torch's class, such as timm's Linear, is named with its package; "in a Linear" would be
-    confusing."""
+    """A subclass with the name of torch's class, such as timm's Linear, is named with its package, because "in a Linear" would
+    not explain why it is not covered."""
     other = type("Linear", (nn.Linear,), {"__module__": "vendor.layers"})
     with pytest.raises(CoverageError, match=r"1\.weight \(in a vendor\.layers\.Linear\)"):
         fa_bench.attach(nn.Sequential(nn.Linear(3, 3), other(3, 2)), "fa")

@@ -1,4 +1,4 @@
-"""Parts that do not learn: a frozen first part, an input that requires a gradient, and feedback that the user wants to keep
+"""Tests with parts that do not learn: a frozen first part, an input that requires a gradient, and feedback that is to stay
 fixed."""
 
 from __future__ import annotations

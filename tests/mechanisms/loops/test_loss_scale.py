@@ -61,9 +61,9 @@ OF_LABELS = (
 )
 #: In these rules, the errors of the output layer are computed from the labels, too.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
-#: The parts that learn from the output's own error: the head, with blocks the last block, or the whole net if errors cross the
-#: cuts. In the first step of bp_deepsup, whose classifiers are zero, these parts get no other error. fdfa and grape scale only
-#: the feedback.
+#: The parts that learn from the output's own error are the head, also the last block for rules with blocks, or the whole net if
+#: errors cross the cuts. In the first step of bp_deepsup, whose classifiers are zero, these parts get no other error. fdfa and
+#: grape scale only the feedback.
 OWN: dict[str, tuple[str, ...]] = {
     **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
     **{name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")},

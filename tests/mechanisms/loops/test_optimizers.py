@@ -59,8 +59,7 @@ def test_clipping_the_models_parameters_scales_both_alike():
         assert weight_angle(feedback, weight) < 1e-3
 
 
-# The rules in LEARNED that are not listed here need labels, the scale of the loss or, for orthonormal columns of B, a call of
-# `step`.
+# These rules need labels, the scale of the loss or, for orthonormal columns of B, a call of `step`.
 CALLED = ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa", "activation_alignment")
 
 
@@ -389,7 +388,8 @@ def test_convolutions_notice_an_optimizer_without_their_feedback(name):
 
 
 def test_replaced_feedback_that_is_left_out_of_updates_by_hand_is_noticed():
-    """The parameters that were trained before the replacement are no longer in the model, so the feedback is left out."""
+    """The parameters that were trained before the replacement are no longer in the model, and only the weights are updated
+    now."""
     model, rule = attached("kp")
     tensors = list(model.parameters())
 

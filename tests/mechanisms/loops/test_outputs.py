@@ -135,8 +135,8 @@ def both(model: Net, rule: Any, kind: str, parts: tuple[int, ...] = (0, 1), main
 
 @pytest.mark.parametrize("name", ["weight_perturbation", "pepita", "epc"])
 def test_a_loss_on_another_output_moves_nothing_where_a_rule_computes_all_gradients(name: str) -> None:
-    """If a rule computes all gradients, a loss on another output is ignored; it would be backpropagated through the whole
-    model."""
+    """If a rule computes all gradients, a loss on another output is ignored, because it would otherwise be backpropagated through
+    the whole model."""
     found = []
     for weight in (0.0, 1.0):
         model = Net(lambda one, two: (one, two))

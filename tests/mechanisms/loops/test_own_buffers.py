@@ -55,7 +55,7 @@ class Centred(nn.Module):
 
 
 def net(how: str) -> Chain:
-    """The chain with such a module after the linear layer of each of its first two parts."""
+    """The chain with a `Centred` module after the linear layer of each of its first two parts."""
     model, calls = Chain(), torch.zeros(())
     for name in ("a", "b"):
         plain: Any = model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""It is noticed if an optimizer trains learned feedback with other settings than the rule requires, or is created later."""
+"""The rule notices optimizers that train learned feedback with other settings than it requires, or that are created later."""
 
 import re
 import warnings

@@ -259,7 +259,7 @@ def test_a_refused_pass_leaves_the_next_one_alone(name):
 
 @pytest.mark.parametrize("name", ["fa", "asap", "dfa"])
 def test_lists_and_mappings_of_a_sample_stay_as_they_are(name):
-    """The sample's arguments are not changed by a model that removes entries from them."""
+    """The model removes entries from its arguments, but the sample that was passed to attach is not changed."""
 
     class Takes(Net):
         def forward(self, parts, more):

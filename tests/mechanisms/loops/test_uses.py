@@ -165,7 +165,7 @@ def test_modules_that_learn_by_backpropagation_within_do_not_mind(name: str) -> 
 
 
 # ------------------------------------------------------------------------------------------------ no uses at all
-#: What a forward pass may do with a weight without an error going through it.
+#: A name -> a use of a weight in a forward pass through which no error is propagated.
 HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "dtype": lambda net, h: h[:, :8].to(net.enc.weight.dtype),
     "device": lambda net, h: h[:, :8].to(net.enc.weight.device),
