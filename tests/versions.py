@@ -1,6 +1,6 @@
-"""Limitations of the older supported versions of dependencies, with which tests expect an error or are skipped.
+"""Limitations of the older supported versions of dependencies; the affected tests expect an error or are skipped.
 
-Each version appears here once, with what it changed.
+The file names each version once, with what it changed.
 """
 
 import PIL

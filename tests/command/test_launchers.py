@@ -33,7 +33,7 @@ SWEEP = [
     "epochs=2",
     "threads=1",
 ]
-#: Training times differ between sweeps. They are the values of these keys, and the last columns of a table row.
+#: The keys of training times, which differ between sweeps, and the last columns of a table row, which contain such times.
 TIMES = ("seconds", "seconds_per_epoch", "seconds_per_step")
 SECONDS = re.compile(r"\| [\d.]+ \| [\d.]+ (?=\| 2 seeds)")
 COST_ROW = re.compile(r"^(\| \w+ \| mlp \| synthetic \| .*)\| [\d.e-]+ \|$", re.MULTILINE)

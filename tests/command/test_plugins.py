@@ -26,7 +26,7 @@ from fa_bench.mechanisms.edge.rule import EdgeRule
 """
 RULE = "@ALGORITHMS.register('odd_rule')\n@dataclasses.dataclass(eq=False)\nclass Odd(EdgeRule):\n    'A rule.'\n"
 
-#: A name for each case -> the module's source, and what the message must contain.
+#: Maps the name of a case to the module's source and to what the message must contain.
 BROKEN = {
     "exit 0": ("import sys\nsys.exit(0)\n", ["odd_plugin", "SystemExit", "odd_plugin.py:2"]),
     "exit with a text": ("raise SystemExit('bye')\n", ["odd_plugin", "SystemExit: bye", "odd_plugin.py:1"]),

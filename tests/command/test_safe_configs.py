@@ -23,7 +23,8 @@ MAKE = "touch PWNED"
 LOG = "{version: 1, root: {handlers: [x]}, handlers: {x: {%s}}}"
 CREATE = "x: \"${oc.create:'{_tar${oc.decode:get_}: os.system, command: touch PWNED}'}\""
 
-#: A name -> the content of the experiment, and what the message must name. Without the guard most of these run `touch PWNED`.
+#: Maps a name to the content of the experiment and to what the message must name. Without the guard, most of these experiments
+#: run `touch PWNED`.
 EVIL = {
     "apply": (f"seed: !!python/object/apply:os.system ['{MAKE}']", ["apply.yaml:2", "!!python/object/apply:os.system"]),
     "new": (f"seed: !!python/object/new:os.system ['{MAKE}']", ["new.yaml:2", "tag"]),

@@ -84,7 +84,7 @@ def test_each_job_is_composed_once_before_the_sweep(monkeypatch: pytest.MonkeyPa
     launched = watched("hydra._internal.core_plugins.basic_launcher.BasicLauncher", monkeypatch)
     assert main(["-m", *SMALL, "algorithm=fa,bp", "seed=0,1"]) == 0
     assert launched == [4]
-    assert len(composed) == 1 + 4 + 4  # the sweep's own config, each job's check, and the launcher's
+    assert len(composed) == 1 + 4 + 4  # the sweep's own config, each job's check, and each job's launch
 
 
 def test_several_experiments_are_all_expanded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

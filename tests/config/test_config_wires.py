@@ -107,7 +107,7 @@ TOP = {
     "scale": (BATCHES, (), "smoke"),
     "precision": (TRAINED, (), "bf16"),
 }
-#: These options affect only the surroundings of training, or how often results are recorded; other tests cover them.
+#: Options that affect only the surroundings of training, or how often results are recorded; other tests cover them.
 NOT_NUMBERS = {
     "callbacks",
     "device",
@@ -206,7 +206,7 @@ def test_images_are_normalised_by_mean_and_std(tmp_path: Path, monkeypatch: pyte
 
 # --- optimizers ---------------------------------------------------------------------------------------------------------------
 
-#: A key -> the optimizer that has it, the other settings, and the value.
+#: Maps a key to the optimizer that has it, the other settings, and the value.
 OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "lr": ("any", (), "0.02"),
     "weight_decay": ("any", (), "0.1"),
@@ -286,7 +286,7 @@ def test_optimizer_and_its_name() -> None:
 
 # --- rules --------------------------------------------------------------------------------------------------------------------
 
-#: A rule -> an option -> the other settings, and the value. The rules are trained on two hidden layers.
+#: Maps a rule and an option to the other settings and the value. The rules are trained on two hidden layers.
 HIDDEN = ("architecture.widths=[6,5]",)
 EDGE = {"include": "['fc1','fc2']", "exclude": "['fc3']", "plain_last": "true"}
 CUT = {"cuts": "['act2']", "freeze_stem": "true"}

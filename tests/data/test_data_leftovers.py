@@ -280,7 +280,7 @@ def test_what_was_left_out_is_said_by_a_run_its_log_and_a_dry_run(
     assert not logging.getLogger("fa_bench").handlers
 
 
-#: Each of these folders in turn is made unreadable for every user except root.
+#: Folders that are made unreadable, one at a time, for every user except root.
 UNREADABLE = ["images", "images/test/dog", "images/train/cat/deep"]
 
 

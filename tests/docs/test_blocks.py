@@ -29,7 +29,7 @@ from fa_bench.tuning import cli as tuning
 
 from .pages import DOCS, PAGES, ROOT, commands, fences, indented, name_of
 
-#: The page and the beginning of the block or line -> the reason why it is not run here.
+#: Maps a page and the beginning of a block or line to the reason why it is not run here.
 NOT_RUN = {
     ("README.md", "python3 -m venv"): "installs; .ci/run runs it as it is written",
     ("README.md", "import fa_bench\n\nruns"): "test_docs.py runs it, and looks at the runs",
@@ -46,21 +46,21 @@ NOT_RUN = {
     ("docs/sweeps.md", "fa-bench -m plugins=[my_rules]"): "the rule of add_a_rule.md, whose lines are checked there",
     ("docs/tune.md", "fa-bench-tune"): "tests/tuning/test_plan.py checks all lines of this page",
 }
-#: A page -> code that is executed before its blocks, which use the runs of this code.
+#: Maps a page to code that is executed before its blocks, which use the runs of this code.
 BEFORE = {
     "docs/extend.md": 'import fa_bench; fa_bench.run("optimizer.lr=0.1,0.01")',
     "docs/read_the_metrics.md": 'import fa_bench; fa_bench.run("algorithm=bp,fa")',
     "docs/reports.md": 'import fa_bench; fa_bench.run("algorithm=bp,fa", "optimizer.lr=0.1,0.01")',
     "docs/tune.md": 'import fa_bench; fa_bench.tune("experiment=tune_digits")',
 }
-#: A page -> the files that its commands read, each with its text or the language of the block that contains it.
+#: Maps a page to the files that its commands read, each with its text or the language of the block that contains it.
 FILES = {
     "docs/add_a_rule.md": {"myconf/algorithm/sparse.yaml": "yaml"},
     "docs/datasets.md": {"houses.csv": "area,price\n" + "".join(f"{row},{row}.5\n" for row in range(20))},
 }
-#: On these pages, blocks of Python write files that the commands read.
+#: Pages with blocks of Python that write files for the page's commands.
 PREPARES = ("docs/datasets.md",)
-#: These options reduce the runs and studies of the pages to the smallest scale.
+#: Options that reduce the runs and studies of the pages to the smallest scale.
 SMALL_RUN = {"scale": "smoke", "threads": 1, "loggers": [[]], "seed": [0]}
 SMALL_STUDY = {"scale": "smoke", "threads": 1, "algorithm": ["bp", "fa"], "budget": 1, "seeds": [0]}
 LANGUAGES = {"python", "bash", "yaml", "toml", "math"}

@@ -20,7 +20,7 @@ import fa_bench
 from .pages import DOCS, PAGES, ROOT, fences, name_of, prose
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-#: An element -> the attribute that contains the address of something that a browser loads or opens.
+#: Maps an element to the attribute that contains the address of something that a browser loads or opens.
 ADDRESSES = {"a": "href", "link": "href", "img": "src", "script": "src", "source": "src", "iframe": "src"}
 
 
@@ -130,7 +130,7 @@ def test_links_and_anchors_of_the_site(site: Path, parsed: dict[Path, Elements])
     for path, page in parsed.items():
         for address in {*page.opened, *page.loaded}:
             parts = urlsplit(address)
-            if parts.scheme or path.name == "404.html":  # its addresses are relative to the server
+            if parts.scheme or path.name == "404.html":  # the addresses on 404.html are relative to the server
                 continue
             target = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
             if not target.is_file() or (

@@ -71,7 +71,7 @@ STAGES_18, STAGES_34 = [2, 2, 2, 2], [3, 4, 6, 3]
 ASAP_RULES = ("asap", "asfp", "asfp_lc")
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # Kingma and Ba 2014
 
-#: These settings of components hold in every paper, unless the paper's own settings below differ.
+#: The settings of components that hold in every paper, unless the paper's own settings below differ.
 COMPONENTS: list[Case] = [
     # The net of the PFA paper, section 3, is 784-512-512-10 with ReLU and without normalisation.
     ({"architecture": "mlp"}, _keys("architecture", widths=[512, 512]) | PLAIN_MLP),
@@ -80,11 +80,11 @@ COMPONENTS: list[Case] = [
     # The net of the DKP paper, section 3.2, is AlexNet in torchvision's sizes with normalisation before every activation; dropout
     # is from the code [code].
     ({"architecture": "dkp_alexnet"}, _keys("architecture", width=64, hidden=4096, linear_norm=True, dropout=0.5)),
-    # These nets are from the ASAP paper, appendix C; the normalised logits are from the code [code].
+    # The nets of the ASAP paper are from appendix C; the normalised logits are from the code [code].
     ({"architecture": "asap_alexnet"}, _keys("architecture", width=64, hidden=1024, output_norm=True)),
     ({"architecture": "resnet18"}, _keys("architecture", width=64, blocks=STAGES_18, shortcuts=True, output_norm=True)),
     ({"architecture": "resnet34"}, _keys("architecture", width=64, blocks=STAGES_34, shortcuts=True, output_norm=True)),
-    # These nets are from He et al. 2016.
+    # The small ResNet and those for ImageNet are from He et al. 2016.
     ({"architecture": "resnet20"}, _keys("architecture", width=16, blocks=3, shortcuts=True)),
     ({"architecture": "resnet18_imagenet"}, _keys("architecture", width=64, blocks=STAGES_18, bn="before")),
     ({"architecture": "resnet50_imagenet"}, _keys("architecture", width=64, blocks=STAGES_34, bn="before")),
@@ -115,7 +115,7 @@ COMPONENTS: list[Case] = [
         {"algorithm": "predsim"},
         _keys("algorithm", loss="predsim", beta=0.99, decoder_size=4096, decoder_init="zeros", decoder_bias=True, cuts=None),
     ),
-    # This reference is the project's own, with the classifiers of predsim and losses of equal weight [choice].
+    # Deep supervision is the project's own reference, with the classifiers of predsim and losses of equal weight [choice].
     ({"algorithm": "bp_deepsup"}, _keys("algorithm", weight=1.0, decoder_size=4096, decoder_init="zeros", cuts=None)),
     ({"algorithm": "dgl"}, _keys("algorithm", auxiliary_net="mlp_sr", cuts=None)),
     # Every neuron has one row of feedback, at all hidden activations; PFA's runs on CIFAR-10 differ.
@@ -124,7 +124,7 @@ COMPONENTS: list[Case] = [
     ({"algorithm": "kp"}, _keys("algorithm", b_lr_scale=1.0, plain_last=False)),  # W and B have the same learning rate
     # The PFA paper uses the sign times the standard deviation of Glorot's weights [code].
     ({"algorithm": "usf"}, _keys("algorithm", scale="xavier", plain_last=False, density=1.0)),
-    # The DKP paper, section 3.1, samples backward matrices with Kaiming's initialisation. Those of DRTP follow the code of
+    # The DKP paper, section 3.1, samples backward matrices with Kaiming's initialisation. The matrices of DRTP follow the code of
     # Frenkel et al. [code].
     ({"algorithm": "dkp"}, _keys("algorithm", b_init="kaiming_uniform", density=1.0, cuts=None)),
     ({"algorithm": "drtp"}, _keys("algorithm", b_init="kaiming_uniform", scale=1.0, error_sign=False, density=1.0, cuts=None)),
@@ -176,9 +176,9 @@ ASAP_CASES: list[Case] = [
     ({"dataset": "tiny_imagenet"}, _keys("dataset", mean=[0.480, 0.448, 0.398], std=[0.277, 0.269, 0.282])),
     ({"dataset": "svhn"}, _keys("dataset", mean=[0.5], std=[0.5], augment=False)),
     ({"dataset": "mnist"}, {"dataset.augment": False}),
-    # The feedback of DFA is N(0, 1/classes) [code]. That of FA is sampled like torch's weights in convolutions, and from U(-1, 1)
-    # in fully connected layers [code]. The code for KP is not public, so its feedback is sampled like the weights, in all layers
-    # [choice]. B and W are initially independent [choice].
+    # The feedback of DFA is N(0, 1/classes) [code]. The feedback of FA is sampled like torch's weights in convolutions, and from
+    # U(-1, 1) in fully connected layers [code]. The code for KP is not public, so its feedback is sampled like the weights, in
+    # all layers [choice]. B and W are initially independent [choice].
     ({"algorithm": "dfa"}, {"algorithm.b_init": "normal_fan_out"}),
     ({"algorithm": "fa"}, _keys("algorithm", b_init="pytorch", linear_b_init="uniform_one")),
     ({"algorithm": "kp"}, _keys("algorithm", b_init="pytorch", linear_b_init="kaiming_uniform")),
@@ -262,8 +262,8 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP_CASES,
     ),
     # Appendix A.2 uses a batch size of 50, a learning rate of 1e-4, a linear net, and a net with normalisation and ReLU,
-    # 10-10-10. The second net has normalised logits [code]. The initialisers, the 784 inputs and the three seeds are our choice
-    # [choice].
+    # 10-10-10. The net with normalisation also normalises its logits [code]. The initialisers, the 784 inputs and the three seeds
+    # are our choice [choice].
     "asap_fig6": Preset(
         [
             {
@@ -378,8 +378,9 @@ DKP: Settings = {
     **CONSTANT,
 }
 DKP_CASES: list[Case] = [
-    # Section 3.1 uses Kaiming's initialisation for the feedback of DFA and DKP. It does not mention KP and FA, whose feedback is
-    # sampled like the weights and by Glorot's method [choice]; the experiment does not mention that of FA.
+    # Section 3.1 uses Kaiming's initialisation for the feedback of DFA and DKP. The section does not mention KP and FA. The
+    # feedback of KP is sampled like the weights, and that of FA by Glorot's method [choice]; the experiment does not mention the
+    # feedback of FA.
     ({"algorithm": "dfa"}, {"algorithm.b_init": "kaiming_uniform"}),
     ({"algorithm": "kp"}, {"algorithm.b_init": "pytorch"}),
     ({"algorithm": "fa"}, {"algorithm.b_init": "xavier_uniform"}),
@@ -476,9 +477,10 @@ DKP_PAPER: dict[str, Preset] = {
 
 # --- Akrout et al. 2019 (weight mirrors) ----------------------------------------------------------------------------------------
 
-#: Section 6 trains on ImageNet with normalisation after the ReLU, and cuts the rate by 90 % at epoch 32. Everything else is in an
-#: appendix that is not available. Rate, momentum, decay, batch size and initial weights are those of torchvision's reference, and
-#: there are 50 epochs [choice]. torchvision draws only convolutions in this way; its output layer has torch's default.
+#: Section 6 trains on ImageNet with normalisation after the ReLU, and cuts the rate by 90 % at epoch 32. All other settings are
+#: in an appendix that is not available. Rate, momentum, decay, batch size and initial weights are those of torchvision's
+#: reference, and there are 50 epochs [choice]. torchvision draws only convolutions in this way; its output layer has torch's
+#: default.
 WM: Settings = {
     "dataset": "imagenet",
     "dataset.validation": 0.0,
@@ -529,7 +531,7 @@ WM_PAPER: dict[str, Preset] = {
     "wm_fig4": Preset([{"algorithm": ["wm", "kp", "usf"], "seed": [0]}], WM | {"architecture": "resnet50_imagenet"}, WM_CASES),
 }
 
-#: This sweep is not from a paper. It is the project's own first sweep, on digits that need no download.
+#: The project's own first sweep, which is not from a paper, on digits that need no download.
 QUICKSTART = Preset(
     [{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "seed": [0, 1, 2]}],
     {
@@ -607,8 +609,8 @@ FAEVAL = Preset(
     ],
 )
 
-#: This experiment is not from a paper. It trains a small decoder on the built-in text; dfa has the cuts of Launay et al. 2020,
-#: their shared matrix, and the error before the vocabulary layer.
+#: A small decoder on the built-in text, which is not from a paper. dfa has the cuts of Launay et al. 2020, their shared matrix,
+#: and the error before the vocabulary layer.
 LM_SEEDS, LM_CUTS = [0, 1, 2], [None, ["layers.*.norm1", "layers.*.act", "layers.*.norm2"]]
 LM_QUICKSTART = Preset(
     [
@@ -667,7 +669,7 @@ MONO_FORWARD = Preset(
 )
 
 #: The settings are those of Høier et al. 2023. Epochs, batch size, rate, length of the warm-up, momentum, decay and the number of
-#: seeds are from the code [code]. Everything else, such as the decay of the rate, B and augmentation, is our choice [choice].
+#: seeds are from the code [code]. All other settings, such as the decay of the rate, B and augmentation, are our choice [choice].
 DUAL_SEEDS = [0, 1, 2, 3, 4]
 DUAL_PROPAGATION = Preset(
     [
@@ -790,8 +792,8 @@ DFC = Preset(
     ],
 )
 
-#: The rules are from outside the four papers. They follow the protocol of the PFA paper's MNIST runs at half its length, with
-#: validation images and the same learning rates for all rules [choice].
+#: Rules from outside the four papers follow the protocol of the PFA paper's MNIST runs at half its length, with validation images
+#: and the same learning rates for all rules [choice].
 BEYOND = [
     "bp",
     "frozen",

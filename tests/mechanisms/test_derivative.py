@@ -385,8 +385,8 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 @needs_compiler
 def test_compiled_graphs_take_the_scale_of_each_backward_pass() -> None:
-    """One graph supports losses of every scale. It is recompiled once for a variable size, and then supports batches of every
-    size."""
+    """One graph supports losses of every scale. The graph is recompiled once for a variable size, and then supports batches of
+    every size."""
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):

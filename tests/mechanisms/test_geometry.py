@@ -82,8 +82,8 @@ def passes(model: nn.Module, x: torch.Tensor, run) -> dict[str, torch.Tensor]:
 
 
 def column_major(x: torch.Tensor) -> bool:
-    """Whether torch reads the rows of a linear layer's input as column-major. It then sums the input error in a different
-    order."""
+    """Whether torch reads the rows of a linear layer's input as column-major, in which case it sums the input error in a
+    different order."""
     rows = x.reshape(-1, x.shape[-1])
     return rows.stride() == (1, rows.shape[0])
 

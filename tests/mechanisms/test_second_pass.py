@@ -194,7 +194,7 @@ def test_modules_have_the_modes_of_the_first_pass() -> None:
 
 
 def test_a_precise_pass_has_no_autocast_and_sees_changed_weights() -> None:
-    """Autocast caches casts of weights, so it would use the values from before a rule changed them."""
+    """Autocast caches casts of weights, so it would use the values from before a rule changed the weights."""
     model = net()
     weight = model.get_submodule("4").weight
 

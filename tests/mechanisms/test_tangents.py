@@ -130,8 +130,8 @@ def test_dropout_masks_are_those_of_the_training_pass(method: str) -> None:
 
 
 def test_tangents_of_parameters() -> None:
-    """Shared parameters count wherever they are used, and frozen ones do not count. Afterwards, the model has its own parameters
-    again."""
+    """Shared parameters count wherever they are used, and frozen ones do not count. After the call, the model has its own
+    parameters again."""
     torch.manual_seed(0)
     shared = nn.Linear(5, 5)
     model: Any = nn.Sequential(shared, nn.Tanh(), shared, nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
@@ -235,7 +235,7 @@ def test_an_output_that_depends_on_no_cut_is_refused() -> None:
 def test_attention_needs_no_fused_kernel(fast: bool) -> None:
     """In evaluation mode without gradients, torch runs a whole encoder layer as one kernel, which has no derivative.
 
-    The user's setting for this is restored afterwards.
+    The user's setting for the fast path is restored afterwards.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast)

@@ -49,7 +49,7 @@ def test_a_strided_convolution_multiplies_once_for_each_pixel_of_its_output() ->
 
 @pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
 def test_groups_divide_the_multiplications_of_both_passes(layer: type[nn.Conv2d | nn.ConvTranspose2d]) -> None:
-    """torch counts the gradient of a grouped weight once for each group, which must be corrected."""
+    """torch counts the gradient of a grouped weight once for each group, so the counter must correct this number."""
     layers = nn.Sequential(nn.Conv2d(2, 8, 1), layer(8, 8, 3, padding=1, groups=4))
     first, second = 6 * 6 * 8 * 2, 6 * 6 * 8 * 2 * 9
     assert counted(layers, (2, 6, 6)) == (N * (first + second), N * (first + 2 * second))

@@ -105,8 +105,8 @@ class Parts(nn.Module):
 
 
 def test_only_activations_that_occur_once_and_carry_an_error_have_an_angle() -> None:
-    """fc2 runs twice, the second time on its own activation. The input of side2 has no error, and a frozen layer's activation has
-    none either."""
+    """fc2 runs twice, the second time on its own activation. The input of side2 has no error, and neither has a frozen layer's
+    activation."""
     rule = fa_bench.attach(Parts().double(), "bp", objective=CrossEntropy(output=0))
     assert set(measured(rule.model, rule)["gauss_newton_angle"]) == {"fc1"}
     model = mlp()
@@ -116,7 +116,7 @@ def test_only_activations_that_occur_once_and_carry_an_error_have_an_angle() -> 
 
 
 def test_an_activation_without_an_error_of_the_rule_has_no_angle() -> None:
-    """With this rule, only the classifier gets an error; with backpropagation, all layers do."""
+    """With `frozen`, only the classifier gets an error, whereas all layers get one with backpropagation."""
     model = mlp()
     rule = fa_bench.attach(model, "frozen")
     assert measured(model, rule) == {"gauss_newton_angle": {}, "gauss_newton_angle_bp": {}}

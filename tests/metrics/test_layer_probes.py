@@ -81,8 +81,8 @@ def test_readout_is_ridge_regression_in_closed_form() -> None:
 
 
 def test_readout_finds_what_a_layer_separates_and_the_input_does_not() -> None:
-    """Bright and dark images are one class, grey ones the other: brightness does not separate them linearly, but |brightness|
-    does."""
+    """Bright and dark images form one class, and grey images the other. The classes are linearly separable by |brightness|, but
+    not by brightness."""
     grey = torch.arange(0, 256, 4)
     images, labels = grey.view(-1, 1, 1, 1), ((grey - 128).abs() > 64).long()
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 3))
@@ -319,7 +319,8 @@ def test_blocks_of_an_attached_net_are_those_of_the_plain_one(name: str) -> None
 
 
 def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
-    """The class is the sign of the brightness. The first block initially removes the brightness, and is trained to pass it on."""
+    """The class is the sign of the brightness. The first block initially removes the brightness, and is trained to preserve
+    it."""
     grey = torch.arange(0, 256, 8)
     data = split(grey.view(-1, 1, 1, 1), (grey > 127).long())
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 3))
@@ -491,7 +492,7 @@ def test_what_a_failing_probe_did_is_undone() -> None:
 
 
 def test_running_statistics_are_those_of_full_batches_without_dropout() -> None:
-    """Of 25 images in batches of 8, the last one is left out, because normalisation does not support a batch of one. Dropout in
+    """Of 25 images in batches of 8, the last image is left out, because normalisation does not support a batch of one. Dropout in
     the preceding layer is off."""
     model, data = mlp(batch_norm=True), random_split(25)
     plain = copy.deepcopy(model)

@@ -55,8 +55,8 @@ def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int
 
 
 def test_what_of_resnet18_is_kept() -> None:
-    """Without sharing, all 17 maps, the pooled features and the logits are stored. Of the maps, k = 2 stores only the blocks'
-    inputs, and k = 4 only those of every other block."""
+    """Without sharing, all 17 maps, the pooled features and the logits are stored. With k = 2, the only stored maps are the
+    blocks' inputs, and with k = 4, those of every other block."""
     inputs = [MAPS[0], MAPS[0], MAPS[0], MAPS[1], MAPS[1], MAPS[2], MAPS[2], MAPS[3]]
     assert counted("resnet18").activations == MAPS[0] + 4 * sum(MAPS) + 512 + 10
     assert counted("resnet18", 2).activations == sum(inputs) + 522

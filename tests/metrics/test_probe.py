@@ -271,8 +271,8 @@ def test_of_several_outputs_the_trained_one_has_all_angles(name: str, options: d
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_a_projection_shortcut_carries_an_error(pooled: bool) -> None:
-    """A projection has the same input as the block's first layer or, as in ResNet-D, the average of this input. Both carry an
-    error."""
+    """A projection carries an error, whether it has the same input as the block's first layer or, as in ResNet-D, the average of
+    this input."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

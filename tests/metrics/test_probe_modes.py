@@ -330,7 +330,7 @@ def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -
 
 
 def test_void_samples_do_not_enter_the_mean() -> None:
-    """A row of zeros on either side, as from dead units, has no angle. The other rows have 90 and 0 degrees."""
+    """A row of zeros on either side, as from dead units, has no angle. All other rows have 90 or 0 degrees."""
     u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
     v = torch.tensor([[0.0, 3.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     assert mean_sample_angle(u, v) == pytest.approx(45.0)

@@ -32,8 +32,7 @@ ALEXNET, GAINS = 61_100_840, 2 * 1152
         ("resnet18", {"shortcuts": False}, CIFAR, 10, 11_173_982 - sum(2 * c * c + 4 * c for c in (64, 128, 256))),
         ("dkp_alexnet", {"linear_norm": False}, IMAGENET, 1000, ALEXNET + GAINS),
         ("dkp_alexnet", {}, IMAGENET, 1000, ALEXNET + GAINS + 4 * 4096),
-        # The first is the direct Kolen-Pollack paper's net of five layers with batch normalisation, the second that of Forward
-        # Alignment.
+        # The nets are the direct Kolen-Pollack paper's, with five layers and batch normalisation, and that of Forward Alignment.
         ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, 10, 785 * 512 + 3 * 513 * 512 + 5130 + 8 * 512),
         ("mlp", {"widths": [10] * 3, "activation": "identity"}, MNIST, 10, 7850 + 330),
         # He et al. 2016, Table 6, gives 0.27, 0.46, 0.66, 0.85 and 1.7 million. Consecutive depths differ by six convolutions of
@@ -297,7 +296,7 @@ def test_images_with_one_side_that_is_too_small_are_said_to_be(shape: tuple[int,
 
 @pytest.mark.parametrize("colours", [1, 3, 5])
 def test_torchvisions_net_is_its_own_but_for_the_first_convolution(colours: int) -> None:
-    """Images with three colours use torchvision's net with its own initial values. For others, only the first layer is
+    """Images with three colours use torchvision's net with its own initial values. For other images, only the first layer is
     replaced."""
     torch.manual_seed(0)
     theirs = torchvision.models.squeezenet1_1(num_classes=7)

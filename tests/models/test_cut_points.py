@@ -18,7 +18,7 @@ TWO = {"width": 2, "blocks": [1, 1]}
 LAYERS = ["layers.0", "layers.1"]
 INNER = [[f"{block}.attn", *(f"{block}.attn.{layer}" for layer in "qkv")] for block in LAYERS]
 
-#: The architecture, its options, and the image shape -> the cut points and the blocks.
+#: Pairs an architecture, its options and the image shape with the cut points and the blocks.
 NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
     ("mlp", {"widths": [5, 4, 3], "batch_norm": True}, SMALL, ["act1", "act2", "act3"], ["act1", "act2", "act3"]),
     ("conv2", {}, SMALL, ["act1", "act2", "act3"], ["act1", "pool", "act3"]),
@@ -121,7 +121,7 @@ def test_cut_points_and_blocks(
 
 def test_cuts_of_launay_are_patterns_of_a_decoder() -> None:
     """Launay's cuts are three in each block ("micro"), or the block's output ("macro"). With dropout, the cut at the activation
-    comes after it."""
+    comes after the dropout."""
     model = ARCHITECTURES["decoder"](width=4, depth=2, norm="post", dropout=0.1).build((5,), 3)
     assert matched(model, ["*.norm1", "*.act", "*.norm2"]) == [
         f"{block}.{name}" for block in LAYERS for name in ("norm1", "act", "norm2")

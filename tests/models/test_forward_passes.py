@@ -19,11 +19,11 @@ from .by_hand import ByHand
 Shape = tuple[int, int, int]
 Reference = Callable[..., Tensor]
 
-#: These are the published image sizes, and 36x28, which has different sides and gives odd sizes in the third stage.
+#: The published image sizes, and 36x28, which has different sides and gives odd sizes in the third stage.
 MNIST, CIFAR, ODD, CLASSES = (1, 28, 28), (3, 32, 32), (3, 36, 28), 10
 
-#: The name of a case -> the architecture, its options, the shape of an image, the net by hand, and its arguments. Large nets are
-#: narrower than published; `test_layers_have_the_published_shapes` checks their widths.
+#: Maps the name of a case to the architecture, its options, the shape of an image, the net by hand, and its arguments. Large nets
+#: are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
 CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] = {
     "pfa_fig2": ("mlp", {"init": "xavier_uniform"}, MNIST, by_hand.mlp, {"hidden": 2}),
     "dkp_fig2": ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, by_hand.mlp, {"hidden": 4, "batch_norm": True}),
@@ -244,7 +244,7 @@ def chain(*channels: int) -> list[tuple[int, ...]]:
 DOUBLING = [64, 128, 256, 512]
 BASIC, BOTTLENECK = (3, 3), (1, 3, 1)
 STEM, LARGE_STEM = [(64, 3, 3, 3)], [(64, 3, 7, 7)]
-#: The architecture, its options, and the image shape -> the shapes of all weights in order, from the papers.
+#: Pairs an architecture, its options and the image shape with the shapes of all weights in order, from the papers.
 PUBLISHED: list[tuple[str, dict[str, Any], Shape, list[tuple[int, ...]]]] = [
     ("mlp", {}, MNIST, [(512, 784), (512, 512), (10, 512)]),
     ("conv2", {}, MNIST, [(32, 1, 3, 3), (32, 32, 3, 3), (128, 6272), (10, 128)]),

@@ -21,7 +21,7 @@ from .by_hand import ByHand
 
 VOCABULARY, LENGTH = 11, 6
 POST = {"norm": "post", "positions": "sinusoidal", "activation": "relu"}
-#: A case -> the architecture, its options, the net by hand, and its arguments.
+#: Maps a case to the architecture, its options, the net by hand, and its arguments.
 TEXT: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor], dict[str, Any]]] = {
     "decoder": ("decoder", {"width": 12, "dropout": 0.0}, by_hand.decoder, {"depth": 4, "heads": 4}),
     "decoder, norm=post": (
@@ -187,7 +187,7 @@ def test_rules_train_every_weight(architecture: str, name: str) -> None:
     assert not still, f"{still} did not learn"
 
 
-#: An architecture -> a cut -> the modules whose weights learn only from the cut's error.
+#: Maps an architecture and a cut to the modules whose weights learn only from the cut's error.
 CUTS: dict[str, dict[str, list[str]]] = {
     "residual_mlp": {
         "embed": ["embed"],

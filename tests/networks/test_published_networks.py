@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fa_bench import attach
 
-#: A rule -> options with which it supports all of these networks.
+#: Maps a rule to options with which it supports all of these networks.
 RULES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("fa", "kp", "pfa", "pfa_o", "ldfa", "usf", "frsf", "brsf", "mixed", "forward_alignment")},
     "wm": {"initial_steps": 1},
@@ -49,7 +49,7 @@ def bert() -> nn.Module:
     )
 
 
-#: A name -> a function that creates the network, its inputs, and the number of its layers.
+#: Maps a name to a function that creates the network, to its inputs, and to the number of its layers.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
     "torchvision ViT": (vision_transformer, IMAGES, 10),
     "torchvision Swin": (swin_transformer, IMAGES, 19),
@@ -78,7 +78,7 @@ def logits_of(model: nn.Module, x: Any) -> Tensor:
     return model(**x).logits if isinstance(x, dict) else model(x)
 
 
-#: The maps of these networks cannot be matched by copies and pooling, which the rules with shared activations require.
+#: Networks whose maps cannot be matched by copies and pooling, as the rules with shared activations require.
 UNSHARABLE = ("timm SE-ResNet", "timm MobileNet")
 
 

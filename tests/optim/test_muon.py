@@ -66,8 +66,8 @@ def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_torchs_own_muon_agrees_but_for_its_rounding(adjust_lr: str, nesterov: bool) -> None:
-    """torch's Muon rounds to bfloat16 (8 bits), which gives a few hundredths after five iterations. Its momentum is a mean, but
-    the iteration removes the scale."""
+    """torch's Muon rounds to bfloat16 (8 bits), which gives a few hundredths after five iterations. The momentum of torch's Muon
+    is a mean, but the iteration removes this scale."""
     for shape in ((8, 5), (5, 8)):
         ours, theirs = (nn.Parameter(random(*shape).float()) for _ in range(2))
         mine = muon.Muon([ours], 0.1, 0.9, nesterov, 5, adjust_lr, 0.2)

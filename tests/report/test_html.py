@@ -18,7 +18,7 @@ VOID = {"meta", "input", "br", "hr", "img", "link"}
 
 
 class Page(HTMLParser):
-    """Collects the elements of a page as (name, attributes), and texts by the name of their element."""
+    """Collects the elements of a page as (name, attributes), and their texts by element name."""
 
     def __init__(self, text):
         super().__init__()
@@ -97,7 +97,7 @@ def test_texts_that_all_rows_have_in_common_stand_above_the_table(tmp_path):
     assert "architecture mlp, dataset digits" in common and "seeds" not in common and "status" not in common
     head = page.of("button")
     assert "architecture" not in head and "dataset" not in head
-    assert "seeds" in head and "runs" in head and "status" in head  # these values differ
+    assert "seeds" in head and "runs" in head and "status" in head  # these texts differ between rows
     assert page.of("td").count("90.00") >= 4  # rows keep their numbers even if all are equal
 
 

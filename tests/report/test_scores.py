@@ -68,7 +68,7 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def test_lower_perplexity_is_better_in_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By perplexity, bp's reference is the setting with the lower value, kp beats the floor, and fa does not."""
+    """The reference is bp's setting with the lower perplexity; by perplexity, kp beats the floor, and fa does not."""
     without_pixels(monkeypatch)
     for seed in range(3):
         write_tokens(tmp_path, "bp", seed, 4.0 + 0.1 * seed, 4.0, lr=0.1)

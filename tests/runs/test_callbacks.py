@@ -36,7 +36,7 @@ def trainer(epochs: int = 3, stop: Any = None, **progress: Any) -> Any:
 @pytest.mark.parametrize("stopped", [None, {"reason": "enough", "callback": "c"}], ids=["to the end", "stopped"])
 @pytest.mark.parametrize(("probed", "angles"), [(5, OLD), (4, OLD), (5, None), (4, None), (None, None), (5, {})])
 def test_a_run_ends_with_the_angles_of_its_last_step(stopped: Any, probed: int | None, angles: Any) -> None:
-    """A run that is stopped records the angles as a measurement. A run that was resumed after its end has them only in its
+    """A run that is stopped records the angles as a measurement. A run that was resumed after its end has the angles only in its
     result."""
     recorded: list[Any] = []
     of_run = trainer(step=5, probed=probed, angles=angles, stopped=stopped)

@@ -73,7 +73,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @needs_compiler
 @pytest.mark.parametrize("algorithm", ["kp", "dkp", "drtp", "brsf", "predsim"])
 def test_a_compiled_run_has_the_same_results(algorithm: str, tmp_path: Path, traced: list[tuple[int, ...]]) -> None:
-    """Neither the measurements of angles between steps nor the smaller last batch use the graph or compile another one."""
+    """Measuring angles between steps and training on the smaller last batch neither use the graph nor compile another one."""
     plain = trained(tmp_path / "plain", f"algorithm={algorithm}")
     assert not traced
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -264,8 +264,8 @@ def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: py
 
 
 def test_a_score_that_is_not_finite_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An overflow, for example, makes a perplexity infinite or NaN. Such an epoch must neither be the best nor prevent later ones
-    from being it."""
+    """An overflow, for example, makes a perplexity infinite or NaN. An epoch with such a score must neither be the best one nor
+    prevent later epochs from becoming the best."""
     of_epochs = iter([float("nan"), float("-inf"), 0.5, float("inf"), 0.4])
     splits, progress, now = load(), [], [0.0]
 
@@ -371,7 +371,7 @@ def test_histograms_see_the_gradients_of_the_step_before_its_update() -> None:
 
 @pytest.mark.parametrize("kind", ["weight", "feedback"])
 def test_number_that_the_last_step_made_infinite_is_a_divergence(kind: str) -> None:
-    """The last step makes a number infinite, and no later loss shows it."""
+    """The last step makes a number infinite, which no later loss can reveal."""
     rule = fa_bench.attach(make_model(), "kp", seed=1)
     tensor = rule.model.fc2.weight if kind == "weight" else rule.feedback["fc2"]["B"]
 

@@ -50,7 +50,7 @@ RESNET = [
     "architecture.blocks=1",
     "algorithm=kp",
 ]
-#: These options avoid values that depend on the whole batch.
+#: Options that avoid values that depend on the whole batch.
 OPTIONS = {
     "predsim": ["algorithm.loss=pred"],
     "dgl": ["algorithm.auxiliary_net=linear"],
@@ -70,7 +70,8 @@ class MyStop(Callback):
         if trainer.world.size == 1 or trainer.world.rank == 1:
             trainer.stop("enough")
 """
-#: In these rules, each process has its own noise, or divides a difference of losses by 2e-3, which multiplies rounding by 500.
+#: Rules in which each process has its own noise, or in which a difference of losses is divided by 2e-3, which multiplies rounding
+#: by 500.
 NOISY = ("node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "ddtp_linear", "ldrl", "dfc")
 CASES: dict[str, list[str]] = {
     **{rule: [*MLP, f"algorithm={rule}", *OPTIONS.get(rule, [])] for rule in ALGORITHMS if rule not in NOISY},
@@ -105,7 +106,7 @@ CASES: dict[str, list[str]] = {
     "resnet20": [*RESNET, "sync_batch_norm=true"],
     "feedback optimizer": [*MLP, "algorithm=dkp", "optimizer@feedback_optimizer=adam", "probes=[gradient_norm]"],
 }
-#: These rules have separate magnitudes in every pass, or errors from an earlier epoch.
+#: Rules with separate magnitudes in every pass, or with errors from an earlier epoch.
 RESUMED = ("brsf", "f3")
 REFUSED = {
     ("batch_size=1",): "batch_size=1 makes batches of 1 for 2 processes, each of which needs a sample; use 2 or more",
@@ -205,7 +206,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("PYTHONPATH", str(ROOT))
         os.chdir(folder)
         try:
-            # One process begins these runs, and two processes resume them.
+            # One process begins the runs that two processes resume.
             assert [stopped_after(8, words) for words in resumed.values()] == [143] * len(resumed)
             found = in_two_processes(folder, list(commands.values()))
         finally:

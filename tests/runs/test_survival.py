@@ -40,7 +40,7 @@ COMMON = [
     "probe_every=2",
 ]
 RUN = [*COMMON, "hydra.run.dir=run"]
-#: The cases have a feedback optimizer, masks, a phase before training, or new samples in every step.
+#: Cases with a feedback optimizer, masks, a phase before training, or new samples in every step.
 RULES = [
     ["algorithm=kp", "optimizer@feedback_optimizer=adam"],
     ["algorithm=pfa", "algorithm.density=0.5", "algorithm.ratio=2"],

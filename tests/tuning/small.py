@@ -23,7 +23,7 @@ SMALL = [
     "threads=1",
 ]
 STUDY = [*SMALL, "budget=3", "seeds=0,1", "name=study"]
-#: These files are bitwise identical, no matter how often a study was killed.
+#: Files that are bitwise identical, no matter how often a study was killed.
 EQUAL = ("tune.csv", "trials.csv", "tune.md", "tune.png", "tune.svg")
 
 

@@ -120,7 +120,7 @@ def test_a_value_at_an_edge_comes_with_a_wider_range(text: str, value: float, li
     [
         ("a=tag(log,interval(1e-3,1))", 0.5, {}),
         ("a=tag(log,interval(1e-3,1))", 2e-3, {}),
-        ("a=tag(log,interval(1e-3,1))", 5, {}),  # a default may be outside
+        ("a=tag(log,interval(1e-3,1))", 5, {}),  # a default may lie outside the interval
         ("a=choice(0,1e-4,1e-3)", 0, {"minimum": 0}),  # nothing is below 0
         ("a=interval(0,1)", 1, {"maximum": 1}),
         ("a=choice(x,y)", "x", {}),

@@ -21,9 +21,10 @@ from .chain import RULES, Chain, assert_same, attach, batch, draw_the_same_for_e
 X, Y = batch(12)
 LABELS = Y.clamp(max=1)  # the masked class does not occur
 INDICES = torch.arange(len(Y))
-#: These rules compute the losses of additional passes with the objective, so a change between output and loss would be ignored.
+#: Rules that compute the losses of additional passes with the objective, so that a change between output and loss would be
+#: ignored.
 OF_OBJECTIVE = [name for name, rule in ALGORITHMS.items() if getattr(rule, "learns_by_objective", False)] + ["np_feedback"]
-#: This rule computes its errors from outputs and labels, and always measures its scale.
+#: Rules that compute their errors from outputs and labels, and always measure their scale.
 ALWAYS_MEASURED = ["f3"]
 
 

@@ -204,7 +204,7 @@ def test_reentrant_parts_are_right_or_refused(name: str, late: bool, asks: bool)
         assert_same({key: after[key] for key in before}, before)
         assert not gradients(model)
     else:
-        assert name in ("bp", "bp_fc", "frozen", "frozen_blocks", "weight_perturbation")  # they do not change the layers
+        assert name in ("bp", "bp_fc", "frozen", "frozen_blocks", "weight_perturbation")  # these rules do not change the layers
         if asks or name in ("frozen", "weight_perturbation"):
             assert_same(got, want)
         else:
@@ -219,7 +219,7 @@ def test_a_reentrant_whole_model_is_right_or_refused(name: str) -> None:
     try:
         got = train(model, rule, X.clone().requires_grad_(True), Y, runs=reentrant)
     except CoverageError as error:
-        # The values that these rules sample or compute belong to one pass.
+        # Rules that repeat passes, or sample or compute values for one pass, refuse reentrant checkpoints.
         assert name in ("brsf", "forward_alignment") or ALGORITHMS[name].repeats
         assert "use_reentrant=False" in str(error)
         assert_same(state(model), before)

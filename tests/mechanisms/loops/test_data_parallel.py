@@ -21,7 +21,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from .chain import draw_the_same_for_every_sample
 from .scripts import data, net, sgd
 
-# These options avoid values that depend on the whole batch: similarities between samples, and batch normalisation.
+# Options that avoid values that depend on the whole batch, such as similarities between samples and batch normalisation.
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"},
     "dgl": {"auxiliary_net": "linear"},
@@ -64,7 +64,7 @@ CASES |= {
     "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
     "grape anchors": ("grape", {"anchor_period": 2}),
 }
-#: In these cases, values depend on the whole batch, so results differ from those of one process, but the ranks agree with each
+#: Cases in which values depend on the whole batch. The results differ from those of one process, but the ranks agree with each
 #: other.
 DIFFER = (
     "asfp_lc learning stem",

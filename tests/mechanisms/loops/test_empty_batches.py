@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .chain import RULES, attach
 
-#: These rules refuse outputs with positions.
+#: Rules that refuse outputs with positions.
 WITHOUT_POSITIONS = ("dfc", "f3", "forward_forward", "ldrl", "pepita", "predsim")
 
 

@@ -62,7 +62,7 @@ class Multiplies(nn.Module):
 
 
 LAYERED, STEPPED = ["core.weight_ih_l0", "core.weight_hh_l0"], ["core.cell.weight_ih", "core.cell.weight_hh"]
-#: A name -> a function that creates the module, and its weights.
+#: Maps a name to a function that creates the module, and to the module's weights.
 MODULES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     **{cls.__name__: (lambda cls=cls: own(cls)(8, 8, batch_first=True), LAYERED) for cls in (nn.LSTM, nn.GRU, nn.RNN)},
     **{cls.__name__: (lambda cls=cls: Cells(own(cls)(8, 8)), STEPPED) for cls in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)},

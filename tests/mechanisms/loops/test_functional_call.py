@@ -23,7 +23,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "kp dual": ("kp", {"derivative": "dual"}),
 }
 REPEATING = [variant for variant, (name, _) in VARIANTS.items() if ALGORITHMS[name].repeats]
-#: These rules use their learned feedback in the backward pass.
+#: Rules that use their learned feedback in the backward pass.
 LEARNED_AT_CUTS = ["dkp", "predsim", "bp_deepsup", "dgl", "asfp_lc"]
 
 

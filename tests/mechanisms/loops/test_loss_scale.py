@@ -27,19 +27,19 @@ from tests.mechanisms.loops.chain import (
 )
 
 X, Y = batch(12)
-#: A name -> the rule and its options.
+#: Maps the name of a variant to its rule and options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
     "drtp sign": ("drtp", {"error_sign": True}),
     "predsim pred": ("predsim", {"loss": "pred"}),
     "dgl linear": ("dgl", {"auxiliary_net": "linear"}),
     "dfc voltage": ("dfc", {"learning_rule": "voltage_difference"}),
 }
-#: The errors of these rules depend on the whole batch: on similarities of pairs, batch normalisation in auxiliary nets, or a
+#: Rules whose errors depend on the whole batch, because of similarities of pairs, batch normalisation in auxiliary nets, or a
 #: cosine.
 TOGETHER = ("predsim", "dgl", "asfp_lc", "grape")
-#: This rule samples its feedback again in every forward pass.
+#: Rules that sample their feedback again in every forward pass.
 REDRAWN = ("brsf",)
-#: The hidden errors of these rules are computed from the labels, so they do not have the loss's scale automatically.
+#: Rules whose hidden errors are computed from the labels, so that they do not have the loss's scale automatically.
 OF_LABELS = (
     "drtp",
     "drtp sign",
@@ -59,11 +59,11 @@ OF_LABELS = (
     "grape",
     *SETTLING,
 )
-#: In these rules, the errors of the output layer are computed from the labels, too.
+#: Rules that compute the errors of the output layer from the labels, too.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
 #: The parts that learn from the output's own error are the head, also the last block for rules with blocks, or the whole net if
-#: errors cross the cuts. In the first step of bp_deepsup, whose classifiers are zero, these parts get no other error. fdfa and
-#: grape scale only the feedback.
+#: errors cross the cuts. In the first step of bp_deepsup, whose classifiers are zero, the hidden parts get no other error. fdfa
+#: and grape scale only the feedback.
 OWN: dict[str, tuple[str, ...]] = {
     **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
     **{name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")},
@@ -165,7 +165,7 @@ def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ other losses
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5])
-#: A name -> the loss and its ratio to the mean cross-entropy, or None if it is not a multiple.
+#: Maps a name to the loss and its ratio to the mean cross-entropy, or None if it is not a multiple.
 LOSSES: dict[str, tuple[Loss, float | None]] = {
     "sum": (lambda logits, y: F.cross_entropy(logits, y, reduction="sum"), 12.0),
     "mean by hand": (lambda logits, y: F.cross_entropy(logits, y, reduction="none").mean(), 1.0),
@@ -358,8 +358,8 @@ def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside
 
 
 def test_a_loss_that_is_no_mean_is_measured() -> None:
-    """The batch mean of any kind of loss counts as unscaled, not only that of the cross-entropy. A sum does not, and neither does
-    a mean that leaves out samples."""
+    """The batch mean of any kind of loss counts as unscaled, not only that of the cross-entropy. A sum of losses counts as
+    scaled, and so does a mean that leaves out samples."""
     logits, squares = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True), torch.zeros(6, 3)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     for function, target in ((F.mse_loss, squares), (F.cross_entropy, labels), (F.binary_cross_entropy_with_logits, squares)):
@@ -447,7 +447,7 @@ def test_a_loss_times_zero_has_the_scale_zero() -> None:
     assert measured_scale("drtp", delta, logits.detach(), labels) == 0
 
 
-#: Losses that differ from the objective. Rules accept them without further arguments, only with the scale, or never.
+#: Losses that differ from the objective. A rule accepts them without further arguments, only with the scale, or never.
 OTHERS: dict[str, Loss] = {
     "mse": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).to(z)),
     "huber": lambda z, y: F.huber_loss(z, F.one_hot(y, 3).to(z)),

@@ -74,7 +74,7 @@ def test_a_state_without_auxiliary_layers_anywhere_is_refused(name):
     fresh.load_state_dict(own)
     with pytest.raises(StateError, match="has the auxiliary layers of cut '1'"):
         other.load_state_dict({})
-    with pytest.raises(RuntimeError, match="feedback_auxiliary"):  # with only some, the state is corrupt, not old
+    with pytest.raises(RuntimeError, match="feedback_auxiliary"):  # with only some of its keys, the state is corrupt
         some = next(key for key in model.state_dict() if "feedback_auxiliary_" in key)
         fresh.load_state_dict(own | {some: model.state_dict()[some]})
 

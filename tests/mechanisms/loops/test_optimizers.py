@@ -59,7 +59,7 @@ def test_clipping_the_models_parameters_scales_both_alike():
         assert weight_angle(feedback, weight) < 1e-3
 
 
-# These rules need labels, the scale of the loss or, for orthonormal columns of B, a call of `step`.
+# Rules that need labels, the scale of the loss or, for orthonormal columns of B, a call of `step`.
 CALLED = ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa", "activation_alignment")
 
 
@@ -193,8 +193,8 @@ def test_assigned_state_and_a_new_optimizer_go_on_as_before(name):
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("convert", ["double", "to"])
 def test_another_dtype_after_the_optimizer_was_made(name, convert):
-    """Converting after creating the optimizer equals converting first. SGD has no state here, because torch does not
-    convert it."""
+    """Converting after creating the optimizer equals converting first. SGD has no state here, because torch does not convert an
+    optimizer's state."""
     one, two = attached(name, torch.float32), attached(name, torch.float32)
     optimizer = sgd(one[0].parameters())
     two[0].double()
@@ -299,7 +299,7 @@ def test_averaged_copies_and_schedules_have_feedback_too(name):
         steps(model, rule, optimizer, 1)
         averaged.update_parameters(model)
         schedule.step()
-        # The first update copies, as torch's average does.
+        # The first update of the average copies, as torch's does.
         now = state(model)
         want = now if averaged.n_averaged == 1 else {key: 0.5 * want[key] + 0.5 * now[key] for key in want}
     got = {key: value for key, value in averaged.module.state_dict().items()}

@@ -75,7 +75,7 @@ class ModelOutput(OrderedDict):
         raise TypeError("you cannot use ``update`` on a ModelOutput instance")
 
 
-#: A name -> functions that pack and unpack the outputs, the name of the first output, and that of the second.
+#: Maps a name to functions that pack and unpack the outputs, and to the names of both outputs.
 PACKS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]], str, str]] = {
     "dictionary": (lambda one, two: {"one": one, "two": two}, lambda out: (out["one"], out["two"]), "one", "two"),
     "tuple": (lambda one, two: (one, two), lambda out: out, "0", "1"),
@@ -176,7 +176,7 @@ def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, n
     other = ("two", "one")[number]
     assert {f"{other}.weight", f"{other}.bias"} <= set(found)
     # In dgl and asfp_lc, the second layer and both heads form one module and learn from both losses. In bp_deepsup, all layers
-    # do.
+    # learn from both losses.
     if name not in ("dgl", "asfp_lc", "bp_deepsup"):
         drawn = "feedback" if name in ("ddtp_linear", "ldrl") else "none"  # their feedback learns from new noise in each pass
         assert_same({key: found[key] for key in want if drawn not in key}, {key: want[key] for key in want if drawn not in key})
@@ -287,8 +287,8 @@ def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
-    """A model may have auxiliary heads only in training, for example. A pass of the sample in evaluation mode does not show
-    them."""
+    """A model may have auxiliary heads only in training, for example. A pass of the sample in evaluation mode does not reveal
+    such heads."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -420,7 +420,8 @@ def test_cut_rules_say_that_no_output_can_be_read() -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_the_output_that_the_objective_names(name: str) -> None:
-    """Errors are computed at the objective's output as if the rule named this output. Two different names are refused."""
+    """Errors are computed at the objective's output as if the rule named this output. If the rule names a different output, it is
+    refused."""
     objective = CrossEntropy(output="two")
     with pytest.raises(OptionError, match=r"^output=one is not output=two of the objective"):
         attach(Net(PACKS["dictionary"][0]), name, objective=objective, output="one")

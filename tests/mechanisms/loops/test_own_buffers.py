@@ -21,7 +21,7 @@ from fa_bench.rules.dfa import DFA
 from .chain import Chain, assert_same, attach, batch, gradients
 
 X, Y = batch(12)
-#: These rules run the model again in the backward pass or, in the case of forward_alignment, after the forward pass.
+#: Rules that run the model again in the backward pass or, in the case of forward_alignment, after the forward pass.
 RUN_AGAIN = [name for name, rule in ALGORITHMS.items() if rule.repeats] + ["forward_alignment"]
 HOW = ["in place", "replaced"]
 
@@ -81,7 +81,7 @@ def test_buffers_are_updated_once_in_every_step(name: str, how: str) -> None:
     fa_bench.attached_rule(plain).detach()  # type: ignore[union-attr]
     for step in range(1, 4):
         learn(model, rule)
-        if name != "forward_forward":  # its first pass has a different input
+        if name != "forward_forward":  # the first pass of forward_forward has another input
             plain(X)
             assert_same(own_buffers(model), own_buffers(plain))
         assert own_buffers(model)["a.own.calls"] == 2 * step

@@ -20,9 +20,9 @@ from fa_bench.registry.registries import ALGORITHMS
 from tests.mechanisms.loops.chain import CUT_RULES, EDGE_RULES, RULES, Chain, assert_same, attach, batch, gradients, state, train
 
 X, Y = batch()
-# These rules leave the layers unchanged.
+# Rules that leave the layers unchanged.
 PLAIN = ("bp", "bp_fc", "frozen", "frozen_blocks", "weight_perturbation")
-# These rules put feedback into the layers.
+# Rules that put feedback into the layers.
 FEEDBACK = [name for name in [*EDGE_RULES, "asfp_lc", "np_feedback"] if name not in PLAIN]
 
 
@@ -45,7 +45,7 @@ def unparametrize(layer: nn.Module) -> None:
     parametrize.remove_parametrizations(layer, "weight")
 
 
-#: A name -> a function that makes the weight a computed one, and a function that makes it a parameter again.
+#: Maps a name to a function that makes the weight a computed one, and to a function that makes it a parameter again.
 HOW: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), lambda layer: prune.remove(layer, "weight")),
     "weight_norm": (parametrizations.weight_norm, unparametrize),
@@ -278,7 +278,7 @@ def test_detach_leaves_a_plain_module_with_the_parametrization_of_its_bias(
     count: int,
 ) -> None:
     """The parametrization derives its class from the class that the module has while a rule is attached; detach must undo only
-    the latter."""
+    the rule's class."""
     module, inputs = make(), (torch.randn(3, 4),) * count
     nn.init.normal_(module.get_parameter(name))
     plain_class = type(module)

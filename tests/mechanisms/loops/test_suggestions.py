@@ -82,7 +82,7 @@ class Recurrent(nn.Module):
         return self.body(self.lstm(x.unsqueeze(1))[0].mean(1))
 
 
-#: A name -> a function that creates the model, and its input.
+#: Maps a name to a function that creates the model, and to the model's input.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mlp": (lambda: mlp(16, 16, 16), FLAT),
     "convnet": (convnet, IMAGES),
@@ -189,8 +189,8 @@ def test_the_suggested_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHARING)
 def test_the_suggested_linear_and_match(name: str) -> None:
-    """The first model has a single convolution to share, which is too few. The second has widths that are not multiples of each
-    other."""
+    """The first model has a single convolution to share, which is too few. The second model has widths that are not multiples of
+    each other."""
     cuts = {"cuts": ["1"]} if name == "asfp_lc" else {}
     rule = attached_as_suggested(convnet, IMAGES, name, **cuts)
     assert rule.linear == "share"

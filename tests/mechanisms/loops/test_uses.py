@@ -27,7 +27,7 @@ from tests.mechanisms.loops.chain import (
 )
 
 X, Y = batch()
-# These rules leave the model unchanged, or cover whole modules.
+# Rules that leave the model unchanged, or cover whole modules.
 FREE = ("bp", "bp_deepsup", "bp_fc", "frozen", "frozen_blocks")
 COVERING = [name for name in RULES if name not in (*FREE, *COVERS_ALL, *COVERS_BLOCKS)]
 
@@ -75,7 +75,7 @@ class Net(nn.Module):
         return self.out(self.decode(self, self.act2(self.mid(self.act(self.enc(x))))))
 
 
-#: A name -> a function that decodes with the encoder's weight, and the words that describe this use.
+#: Maps a name to a function that decodes with the encoder's weight, and to the words that describe this use.
 OUTSIDE: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
     "F.linear": (lambda net, h: F.linear(h, net.enc.weight.t()), r"t\(\) in the model"),
     "matmul": (lambda net, h: h @ net.enc.weight, r"matmul\(\) in the model"),
@@ -165,7 +165,7 @@ def test_modules_that_learn_by_backpropagation_within_do_not_mind(name: str) -> 
 
 
 # ------------------------------------------------------------------------------------------------ no uses at all
-#: A name -> a use of a weight in a forward pass through which no error is propagated.
+#: Maps a name to a use of a weight, in a forward pass, through which no error is propagated.
 HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "dtype": lambda net, h: h[:, :8].to(net.enc.weight.dtype),
     "device": lambda net, h: h[:, :8].to(net.enc.weight.device),
