@@ -286,7 +286,7 @@ def test_optimizer_and_its_name() -> None:
 
 # --- rules --------------------------------------------------------------------------------------------------------------------
 
-#: Maps a rule and an option to the other settings and the value. The rules are trained on two hidden layers.
+#: Maps a rule and an option to the other settings and the value. The rules are trained in a net with two hidden layers.
 HIDDEN = ("architecture.widths=[6,5]",)
 EDGE = {"include": "['fc1','fc2']", "exclude": "['fc3']", "plain_last": "true"}
 CUT = {"cuts": "['act2']", "freeze_stem": "true"}

@@ -1,5 +1,5 @@
-"""Defaults and ranges of components that have no page in the docs. Changing a default changes runs, so each is written
-here, too."""
+"""Defaults and ranges of components that have no page in the docs. Changing a default changes runs, so this file repeats every
+default and range."""
 
 from __future__ import annotations
 

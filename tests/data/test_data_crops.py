@@ -81,8 +81,8 @@ def test_a_batch_is_cropped_where_its_draws_say() -> None:
 
 
 def test_boxes_from_given_draws() -> None:
-    """The expected boxes follow from the draws by hand: the area is 0.08 + 0.92 u of the image, the ratio is (4/3)^(2v - 1), and
-    the position is floor(u (n + 1))."""
+    """The expected boxes are computed by hand from the draws: the area is 0.08 + 0.92 u of the image, the ratio is (4/3)^(2v -
+    1), and the position is floor(u (n + 1))."""
     draws = np.zeros((3, DRAWS))
     draws[0, :TRIES], draws[0, TRIES : 2 * TRIES] = 0.5, 0.5  # area 0.54 of 100x100: a square with sides of 73
     draws[0, -3:-1] = 0.999, 0.5

@@ -299,7 +299,7 @@ PRESETS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("asap_")])
 def test_initial_weights_of_the_asap_presets_are_those_of_its_code(name: str) -> None:
     """Fully connected layers have Kaiming's initialisation for all rules. Forward Alignment, which has no public code, uses its
-    own."""
+    own initialisation."""
     register_schemas()
     composer = Composer("config", None, [f"experiment={name}"])
     for job in [job for job, _ in composer.check(composer.expand(multirun=True))]:

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
     needs_compiler,
 ]
-#: Options that select other code than the defaults, or reduce the work where the defaults take long.
+#: Options that run code other than that of the default options, or that reduce the work where the defaults take long.
 VARIANTS = {
     "wm": ["wm:initial_steps=0,mirror_batch=4"],
     "usf": ["usf", "usf:density=0.5"],

@@ -53,7 +53,8 @@ def make(kind: type[nn.Module]) -> nn.Module:
 
 @pytest.mark.parametrize("kind", NONLINEAR)
 def test_a_small_beta_is_backpropagation_and_a_large_one_is_not(kind: type[nn.Module]) -> None:
-    """With a β of 1e-6 and errors of size 1, third-order differences vanish, and rounding is 1e-16 / 1e-6. No kink is hit."""
+    """With a β of 1e-6 and errors of size 1, third-order differences vanish, and rounding is 1e-16 / 1e-6. The inputs do not hit
+    a kink."""
     model = mlp(make(kind))
     want = exact(model)
     rule = fa_bench.attach(model, "dual_propagation", beta=1e-6)
@@ -208,7 +209,7 @@ class Calls(nn.Module):
 )
 @pytest.mark.parametrize("sample", [True, False])
 def test_functions_are_refused_by_name(function, name: str, sample: bool) -> None:
-    """With a sample, the function is refused by attach, otherwise in the first training pass. Without the option, it is
+    """With a sample, the function is refused by attach, otherwise in the first training pass. Without the option, the function is
     accepted."""
     says = rf"rule 'fa': derivative='dual' replaces .* nn.ReLU, but this model computes {name} by functions"
     model = Calls(copy.deepcopy(function))  # a module with parameters must belong to only one model

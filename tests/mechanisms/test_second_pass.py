@@ -16,7 +16,7 @@ from fa_bench.rules.dfa import DFA
 
 @dataclasses.dataclass(eq=False)
 class Repeating(DFA):
-    """A rule, not registered, that stores the outputs of additional passes in the backward pass."""
+    """An unregistered rule that stores the outputs of additional passes in the backward pass."""
 
     name = "repeating"
     repeats = True

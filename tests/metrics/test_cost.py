@@ -129,8 +129,8 @@ def test_phases_of_rules(rule: str, backward: int, feedback: int) -> None:
 
 
 def test_learning_the_feedback_is_counted_separately() -> None:
-    """The backward pass of pfa, with ten units for each output, includes two hops. The gradient of R counts as feedback, and for
-    it the first layer takes one hop, too."""
+    """The backward pass of pfa, with ten units for each output, includes two hops. For the gradient of R, which counts as
+    feedback, the first layer takes one hop, too."""
     own, reference = cost("pfa", ratio=10)
     hops = 10 * 12 * (12 + 16) + 10 * 4 * (4 + 12)
     assert own.forward == reference.forward

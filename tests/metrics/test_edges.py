@@ -298,7 +298,7 @@ def test_the_error_one_layer_above_passes_through_the_rows_that_a_call_used() ->
     model, x, y = CrossAttention().double(), torch.randn(5, 6, 4, dtype=torch.float64), torch.arange(5) % 3
     passes = Passes(AlignmentMeter(fa_bench.attach(model, "fa", sample_input=x), x, y))
     weight, point = model.attention.in_proj_weight.detach(), ("attention.in_proj", INPUT)
-    # The queries come first. Keys and values have the same input, whose error is the sum of both parts.
+    # The rows of the queries come first. Keys and values have the same input, whose error is the sum of both parts.
     (before, *_), (after, *_) = passes.delivered.calls[point], passes.delivered.calls["attention.in_proj", OUTPUT]
     assert before.rows == slice(0, 8) and after.error is not None
     exact = (after.error @ weight[:8]).movedim(1, 0)

@@ -240,7 +240,7 @@ def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
         (norm,), (floor,) = norms_and_errors(noise @ weight, [weight])
         norms.append(norm**2)
         floors.append(floor**2)
-    # ‖g‖² has a relative standard deviation of √(2/30), and its mean over 100 draws has one of 0.026. The gradients below repeat
+    # The relative standard deviation of ‖g‖² is √(2/30), and that of its mean over 100 draws is 0.026. The gradients below repeat
     # with a period that divides the number of groups, as classes may.
     turns = torch.randn(4, 30, generator=generator, dtype=torch.float64).repeat(40, 1)
     _, (floor,) = norms_and_errors(turns @ weight, [weight])
@@ -307,8 +307,8 @@ def test_blocks_hold_what_runs_between_their_ends() -> None:
 
 @pytest.mark.parametrize("name", ["kp", "dkp", "predsim"])
 def test_blocks_of_an_attached_net_are_those_of_the_plain_one(name: str) -> None:
-    """Learned feedback is not part of the blocks. At a cut without a preceding layer in its block, it would form a separate
-    block."""
+    """Learned feedback is not part of the blocks. At a cut without a preceding layer in its block, learned feedback would form a
+    separate block."""
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
     model.cut_points = model.blocks = ["act1", "act2", "pool", "act3"]
     x = torch.rand(4, 1, 6, 6)

@@ -191,8 +191,8 @@ def test_strict_option_and_ranges() -> None:
 
 
 def test_every_kind_of_relu_has_its_bit() -> None:
-    """Functions that cut off at zero, in place or not, are counted. A hyperbolic tangent is not, because a sign bit does not
-    determine its derivative."""
+    """Functions that cut off at zero, in place or not, are counted. A hyperbolic tangent is not counted, because a sign bit does
+    not determine its derivative."""
     activations = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.ReLU(inplace=True), nn.Tanh()]
     net = nn.Sequential(*[part for activation in activations for part in (nn.Linear(6, 6), activation)], nn.Linear(6, 2))
     assert memory_of(net, (6,)).relus == 4 * 6

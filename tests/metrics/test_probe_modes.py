@@ -55,7 +55,7 @@ RULES = sorted(ALGORITHMS)
 
 
 def net(noise: str = "none") -> nn.Sequential:
-    """A net with normalisation, and with noise of this kind before each of the last two layers."""
+    """A net with normalisation, and with the given kind of noise before each of the last two layers."""
     torch.manual_seed(0)
     model = nn.Sequential(
         OrderedDict(

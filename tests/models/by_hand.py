@@ -284,8 +284,8 @@ def decoder(
 
 
 def recurrent(net: ByHand, x: Tensor, cell: str, layers: int = 1, scan: str = "") -> Tensor:
-    """LSTM of Hochreiter and Schmidhuber 1997 with forget gates, GRU of Cho et al. 2014 as in cuDNN, and Elman's net of 1990,
-    with the gates in PyTorch's order."""
+    """The LSTM of Hochreiter and Schmidhuber 1997 with forget gates, the GRU of Cho et al. 2014 as in cuDNN, or the net of Elman
+    1990, with the gates in PyTorch's order."""
     if scan == "rows":
         steps = [x[:, :, row].flatten(1) for row in range(x.shape[2])]
     elif scan == "pixels":

@@ -32,7 +32,8 @@ ALEXNET, GAINS = 61_100_840, 2 * 1152
         ("resnet18", {"shortcuts": False}, CIFAR, 10, 11_173_982 - sum(2 * c * c + 4 * c for c in (64, 128, 256))),
         ("dkp_alexnet", {"linear_norm": False}, IMAGENET, 1000, ALEXNET + GAINS),
         ("dkp_alexnet", {}, IMAGENET, 1000, ALEXNET + GAINS + 4 * 4096),
-        # The nets are the direct Kolen-Pollack paper's, with five layers and batch normalisation, and that of Forward Alignment.
+        # The two nets are that of the direct Kolen-Pollack paper, with five layers and batch normalisation, and that of Forward
+        # Alignment.
         ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, 10, 785 * 512 + 3 * 513 * 512 + 5130 + 8 * 512),
         ("mlp", {"widths": [10] * 3, "activation": "identity"}, MNIST, 10, 7850 + 330),
         # He et al. 2016, Table 6, gives 0.27, 0.46, 0.66, 0.85 and 1.7 million. Consecutive depths differ by six convolutions of
@@ -240,8 +241,8 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
     ],
 )
 def test_where_direct_errors_and_local_losses_go(architecture: str, cuts: list[str], blocks: list[str]) -> None:
-    """Errors are delivered after pooling and dropout, as in the code of both papers. In residual nets, they are delivered after
-    every convolution; for a block's last one, this is at the sum."""
+    """Errors are delivered after pooling and dropout, as in the code of both papers. In residual nets, errors are delivered after
+    every convolution, and for a block's last convolution at the sum."""
     for rule, wanted in (("dfa", cuts), ("dgl", blocks)):
         net, x, _ = tiny(architecture)
         assert list(fa_bench.attach(net, rule, sample_input=x).feedback) == wanted

@@ -131,8 +131,8 @@ class Plane(fa_bench.ArrayDataset):
 
 
 def test_numbers_as_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A plugin's dataset has numbers as targets. A run on it can be trained with mse and records R² instead of accuracies; an
-    objective for classes refuses the dataset before training."""
+    """A plugin's dataset has numbers as targets. A run on this dataset can be trained with mse and records R² instead of
+    accuracies; an objective for classes refuses the dataset before training."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("plane_data.py").write_text(PLUGIN)

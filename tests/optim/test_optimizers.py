@@ -412,7 +412,8 @@ def test_feedback_without_a_gradient_of_its_own_is_not_trained_by_that_of_the_we
 
 
 def test_a_schedule_that_counts_steps_begins_at_its_first_rate() -> None:
-    """The rate is right as soon as the optimizers exist, in an epoch that starts at another step, and in each step."""
+    """The rate is that of the right step as soon as the optimizers exist, in an epoch that starts at another step, and in each
+    step."""
     schedule = OneCycle()
     optimizers = Optimizers(SGD(lr=0.1, schedule=schedule), attached(), 2, steps_per_epoch=5)
     assert optimizers.lr == schedule.at(0.1, 0, 10)

@@ -78,7 +78,7 @@ def write_set(
     config: dict | None = None,
     **changes,
 ) -> Path:
-    """Write a run with a config of the learning rate and further options, which determine the name of its group."""
+    """Write a run whose config has the learning rate and further options, which determine the name of its group."""
     options = {
         "algorithm": {"name": rule},
         "architecture": {"name": changes.get("architecture", "mlp")},

@@ -278,8 +278,8 @@ def test_p_values_are_corrected_over_the_rows_of_a_task_without_the_references(t
                     write_set(tmp_path, rule, seed, accuracy, dataset=dataset)
     table = {(row["dataset"], row["label"].split()[0]): row for row in by_label(tmp_path).values()}
     fa, kp = table["digits", "fa"], table["digits", "kp"]
-    # For fa, the differences are -1, -2, -6, so p = 1 - sqrt(27 / 41), see test_statistics. For kp, they are -1, -1.5, -2, with
-    # mean -1.5, std 0.5 and t^2 = 27, so p = 1 - sqrt(27 / 29) = 0.0351. Holm's method doubles kp's p but not fa's.
+    # For fa, the differences are -1, -2, -6, so p = 1 - sqrt(27 / 41), see test_statistics. For kp, the differences are -1, -1.5,
+    # -2, with mean -1.5, std 0.5 and t^2 = 27, so p = 1 - sqrt(27 / 29) = 0.0351. Holm's method doubles kp's p but not fa's.
     assert fa["bp_difference_p"] == fa["bp_difference_p_holm"] == pytest.approx(1 - (27 / 41) ** 0.5)
     assert kp["bp_difference_p"] == pytest.approx(1 - (27 / 29) ** 0.5)
     assert kp["bp_difference_p_holm"] == pytest.approx(2 * (1 - (27 / 29) ** 0.5)) and kp["bp_difference_dz"] == pytest.approx(-3)

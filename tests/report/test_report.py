@@ -226,7 +226,7 @@ def test_references_are_of_the_same_task(tmp_path, elsewhere):
 
 
 def test_among_several_references_the_nearest_are_taken_on_request_or_by_validation(tmp_path):
-    # Both bp rows are equally similar to that of kp. The one with a validation accuracy of 0.80 is used, although the other one's
+    # Both bp rows are equally similar to that of kp. The row with a validation accuracy of 0.80 is used, although the other row's
     # test accuracy is higher.
     write_group(tmp_path, "bp", [0.97, 0.97], val_accuracy=0.7)
     write_group(tmp_path, "bp", [0.90, 0.90], val_accuracy=0.8, optimizer="adam", group="bp-adam")

@@ -51,7 +51,8 @@ def test_equal_differences_have_no_test_though_rounding_makes_them_differ():
 
 
 def test_holm():
-    # The sorted values give 0.01 * 4, 0.02 * 3 = 0.06, 0.03 * 2 = 0.06 and 0.04 * 1, which is raised to the one before, 0.06.
+    # The sorted values give 0.01 * 4, 0.02 * 3 = 0.06, 0.03 * 2 = 0.06 and 0.04 * 1, which is raised to the value before it,
+    # 0.06.
     assert holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.02}) == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.06, "d": 0.06})
     # Missing values do not count, so the results are 0.3 * 2 and 0.9, and 2 * 0.7 is limited to 1.
     corrected = holm({"a": 0.3, "b": math.nan, "c": 0.9})

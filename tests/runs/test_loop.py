@@ -184,8 +184,8 @@ def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], dro
 
 @pytest.mark.parametrize(("name", "options"), [("bp", {}), ("kp", {}), ("drtp", {"cuts": ["act"]}), F3])
 def test_parts_of_a_batch_count_by_their_numbers_of_images(name: str, options: dict[str, Any]) -> None:
-    """The three parts of 16 images are 6, 5 and 5, and those of 8 images 3, 3 and 2. Without normalisation, they train like the
-    whole batch.
+    """The three parts of 16 images are 6, 5 and 5, and those of 8 images 3, 3 and 2. Without normalisation, the parts train like
+    the whole batch.
 
     In float32, the order of sums changes results by 1e-7 per step.
     """

@@ -78,8 +78,8 @@ def settings_by_epoch(optimizers: Optimizers, epochs: int) -> list[list[tuple[fl
 
 
 def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
-    """Feedback with its own learning rate has the weights' schedule and decay. Feedback with its own optimizer has that
-    optimizer's."""
+    """Feedback with its own learning rate has the weights' schedule and decay. Feedback with its own optimizer has the schedule
+    and decay of that optimizer."""
     slow, fast = (Step(step_size=size, gamma=0.5) for size in (2, 1))
     of_weights = SGD(lr=0.2, weight_decay=0.01, first_epoch_weight_decay=0.5, schedule=slow)
     scaled = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp", b_lr_scale=0.5)

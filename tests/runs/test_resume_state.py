@@ -228,7 +228,7 @@ def test_every_field_of_the_progress_is_restored() -> None:
 
 
 def test_checkpoint_of_another_config_or_format_is_refused(monkeypatch: Patch) -> None:
-    """The next checkpoint is used if there is one, and the error of the first one is reported."""
+    """A checkpoint that cannot be used is reported, and the next one is used if it exists."""
     rule, optimizers = make()
     paths = [Path("a/last.pt"), Path("a/previous.pt")]
     checkpoint.save(paths[1], Path("a/older.pt"), "mine", "data", Progress(epoch=1), rule, optimizers)

@@ -1,4 +1,4 @@
-"""Energy counters are read from a folder like that of Linux, and from a module like that of NVML."""
+"""Energy counters are read from a folder like that of Linux's powercap, and from a module like NVML's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The model's output is changed in place before the loss: the logits of a class are masked, or the logits are divided by a
-temperature."""
+"""Tests with a model's output that is changed in place before the loss: the logits of a class are masked, or the logits are
+divided by a temperature."""
 
 from __future__ import annotations
 

@@ -254,7 +254,8 @@ def test_a_sample_may_be_given_as_the_model_takes_it(name: str, sample: Any) -> 
 
 @pytest.mark.parametrize("name", COVERING)
 def test_without_a_sample_the_rule_asks_for_one_or_names_the_table(name: str) -> None:
-    """Without a sample, attach uses zeros, which are not tokens. The use of the table is then not observed, so it is refused."""
+    """Without a sample, attach uses zeros, which are not tokens. attach then does not observe the use of the table, and refuses
+    it."""
     model = Reader()
     with pytest.raises(CoverageError, match=r"needs sample_input, one input batch|uncovered: pos \(in a Reader\)"):
         attach(model, name)

@@ -61,7 +61,7 @@ OF_LABELS = (
 )
 #: Rules that compute the errors of the output layer from the labels, too.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
-#: The parts that learn from the output's own error are the head, also the last block for rules with blocks, or the whole net if
+#: The parts that learn from the output's own error are the head (and the last block, for rules with blocks), or the whole net if
 #: errors cross the cuts. In the first step of bp_deepsup, whose classifiers are zero, the hidden parts get no other error. fdfa
 #: and grape scale only the feedback.
 OWN: dict[str, tuple[str, ...]] = {
@@ -447,7 +447,7 @@ def test_a_loss_times_zero_has_the_scale_zero() -> None:
     assert measured_scale("drtp", delta, logits.detach(), labels) == 0
 
 
-#: Losses that differ from the objective. A rule accepts them without further arguments, only with the scale, or never.
+#: Losses that differ from the objective. A rule accepts such a loss without further arguments, only with the scale, or never.
 OTHERS: dict[str, Loss] = {
     "mse": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).to(z)),
     "huber": lambda z, y: F.huber_loss(z, F.one_hot(y, 3).to(z)),

@@ -299,7 +299,7 @@ def test_averaged_copies_and_schedules_have_feedback_too(name):
         steps(model, rule, optimizer, 1)
         averaged.update_parameters(model)
         schedule.step()
-        # The first update of the average copies, as torch's does.
+        # The first update copies the model, as in torch's average.
         now = state(model)
         want = now if averaged.n_averaged == 1 else {key: 0.5 * want[key] + 0.5 * now[key] for key in want}
     got = {key: value for key, value in averaged.module.state_dict().items()}
@@ -308,8 +308,8 @@ def test_averaged_copies_and_schedules_have_feedback_too(name):
 
 
 def test_a_frozen_weight_and_its_feedback_rest_together():
-    """A frozen layer and its feedback expect no gradient. If the weight is unfrozen, the error says that the feedback must be,
-    too."""
+    """A frozen layer and its feedback expect no gradient. If the weight is unfrozen, the error says that the feedback must be
+    unfrozen, too."""
     model = net()
     model[0].requires_grad_(False)
     rule = fa_bench.attach(model, "kp", seed=0)

@@ -89,7 +89,7 @@ def test_buffers_are_updated_once_in_every_step(name: str, how: str) -> None:
 
 @dataclasses.dataclass(eq=False)
 class Repeating(DFA):
-    """A rule, not registered, that stores the outputs of two additional passes."""
+    """An unregistered rule that stores the outputs of two additional passes."""
 
     name = "repeating"
     repeats = True

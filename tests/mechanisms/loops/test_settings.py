@@ -1,4 +1,5 @@
-"""The rule notices optimizers that train learned feedback with other settings than it requires, or that are created later."""
+"""The rule notices optimizers that train learned feedback with settings other than those it requires, or that are created
+later."""
 
 import re
 import warnings

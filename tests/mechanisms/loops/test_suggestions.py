@@ -24,7 +24,7 @@ from tests.mechanisms.loops.chain import COVERS_BLOCKS, CUT_RULES, gradients
 FLAT, IMAGES = torch.linspace(-1, 1, 96).reshape(12, 8), torch.linspace(-1, 1, 12 * 3 * 32 * 32).reshape(12, 3, 32, 32)
 Y = torch.arange(12) % 3
 SHARING = ("asap", "asfp", "asfp_lc")
-#: Without these options, attaching would fail for another reason.
+#: Options without which attaching would fail for another reason.
 NEEDED: dict[str, dict[str, Any]] = {"asfp_lc": {"linear": "share", "match": "random"}, "f3": {"samples": 16}}
 
 
