@@ -152,7 +152,7 @@ def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatc
     assert steps("whole", "weight/fc2") == [0, 5, 10, 15]
 
     evaluate = loop.evaluate
-    for last, call in ((8, 6), (12, 4)):  # with two calls per epoch: in the third epoch, then, once resumed, in the fourth
+    for last, call in ((8, 6), (12, 4)):  # two calls per epoch, so in the third epoch and, once resumed, in the fourth
         calls: list[int] = []
 
         def interrupted(*arguments: Any, calls: list[int] = calls, call: int = call) -> Any:

@@ -153,7 +153,7 @@ def test_models_have_the_published_sizes_and_name_their_cuts(model, shape, param
     assert net(torch.randn(2, *shape)).shape == (2, 10)
     rule = fa_bench.attach(net, "dfa", sample_input=torch.randn(2, *shape))
     assert not rule.coverage.uncovered
-    # There is a cut at every hidden activation, which is one before each layer except the first.
+    # Every hidden activation is a cut point, so there is one cut before each layer except the first.
     assert len(rule.feedback) == len(rule.coverage.covered) - 1
 
 
