@@ -1,5 +1,5 @@
-"""Tests use one thread, because two are slower for small tensors, and do not render the figures of reports unless they test
-them."""
+"""Tests run on one thread, because two are slower for small tensors, and do not render figures of reports that they do not
+test."""
 
 import gc
 
@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen_modules():
-    """Exclude imported and collected objects from later garbage collections, because every run makes a full one."""
+    """Exclude imported and collected objects from later garbage collections, because every run performs a full one."""
     gc.collect()
     gc.freeze()
 
@@ -19,14 +19,14 @@ def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
+        patch.setenv("OMP_NUM_THREADS", "1")  # for processes that tests start
         yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
 def without_pixels(request, monkeypatch):
-    """Figures of sweep reports are created but not rendered, which would take most of the time of a small sweep."""
+    """Create the figures of sweep reports without rendering them, which would take most of the time of a small sweep."""
     if {"report", "tuning"} & {*request.path.parts}:
         return
     from fa_bench.report import figures, plot

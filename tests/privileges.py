@@ -1,4 +1,4 @@
-"""Commands that run without root's privileges."""
+"""Runs commands without root's privileges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 def privileges_dropped(command: list[str], room: Path, place: Path, mode: int) -> subprocess.CompletedProcess[str]:
-    """Run a command in `room` while `place` has a mode, as a user to whom modes apply: root without its right to override
+    """Run a command in `room` while `place` has a mode, as a user to whom modes apply; root runs it without its right to override
     them."""
     if os.geteuid() == 0:
         if not shutil.which("setpriv"):

@@ -1,4 +1,4 @@
-"""The command line as functions: their arguments, results and messages in a notebook."""
+"""Tests of the command line as functions: their arguments, results and messages in a notebook."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import fa_bench
 
 ROOT = Path(fa_bench.__file__).parent
-#: From top to bottom: each imports from those that follow.
+#: The packages from top to bottom; each imports only from those that follow.
 ORDER = (
     "__main__",
     "api",
@@ -37,7 +37,8 @@ ORDER = (
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Modules of fa_bench that a module imports at run time, including imports in functions but not those for type checkers."""
+    """The modules of fa_bench that a module imports at run time, including imports in functions but not those for type
+    checkers."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue

@@ -21,7 +21,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CITATION: dict[str, Any] = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-#: Rules without a paper of their own: references and floors.
+#: Rules without a paper of their own, which are references and floors.
 WITHOUT_PAPER = {"bp", "frozen", "frozen_blocks"}
 
 

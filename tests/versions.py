@@ -1,6 +1,6 @@
-"""Limitations of the older supported versions of dependencies: tests expect an error there, or are skipped.
+"""Limitations of the older supported versions of dependencies; the affected tests expect an error or are skipped.
 
-Each version appears here once, with what it changed.
+The file names each version once, with what it changed.
 """
 
 import PIL
@@ -17,7 +17,7 @@ def is_older(version: str, *first: int) -> bool:
 
 #: Compilation is refused, see `fa_bench.mechanisms.compiled.COMPILING_TORCH`.
 needs_compiler = pytest.mark.skipif(too_old_to_compile() != "", reason=too_old_to_compile())
-#: The function that torch's checkpoints save their inputs with has no forward-mode derivative.
+#: The function with which torch's checkpoints save their inputs has no forward-mode derivative.
 CHECKPOINTS_LACK_TANGENTS = is_older(torch.__version__, 2, 12)
-#: Uncompressed TIFFs in YCbCr are read with four channels, and end too early.
+#: Uncompressed TIFFs in YCbCr are read with four channels and end too early.
 YCBCR_IS_CUT_OFF = is_older(PIL.__version__, 13)

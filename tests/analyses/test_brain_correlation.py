@@ -1,4 +1,4 @@
-"""brain_correlation: the value for the brain, and the formula compared with sampled matrices."""
+"""Tests of the brain_correlation analysis: the value for the brain, and the formula against sampled matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ def test_the_brains_point_and_mixed_are_78_degrees() -> None:
     table = BrainCorrelation(neurons=100, draws=5, fractions=[1.0], correlations=[1.0]).table().set_index("point")
     brain, mixed, grid = (table.loc[kind] for kind in ("brain", "mixed", "grid"))
     assert brain["overall"] == pytest.approx(0.36 * 0.31**0.5) and brain["angle"] == pytest.approx(78.44, abs=0.01)
-    # 10,000 pairs: a correlation has a standard deviation of 0.01, and the mean of five 0.0045, which is a quarter of a degree.
+    # With 10,000 pairs, a correlation has a standard deviation of 0.01. The mean of five correlations has a standard deviation of
+    # 0.0045, which is a quarter of a degree.
     assert brain["overall_drawn"] == pytest.approx(0.2004, abs=0.015)
     assert brain["angle_drawn"] == pytest.approx(78.4, abs=0.9)
     assert mixed["reciprocal"] == pytest.approx(0.31) and mixed["angle"] == pytest.approx(78.6, abs=0.05)

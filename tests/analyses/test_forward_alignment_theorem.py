@@ -1,4 +1,4 @@
-"""forward_alignment_theorem: the effect of each condition."""
+"""Tests of the forward_alignment_theorem analysis: each condition of the theorem has the expected effect."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_rank_decides_and_k_does_not() -> None:
     assert shown.loc[["theorem", "k_negative"], "error_largest"].max() < 1e-6
     assert shown.loc["rank_small", "error_smallest"] > 0.05
     assert 1e-6 < shown.loc["coloured", "error_smallest"] < 0.5
-    # V decreases if k = 0, and first increases if k is negative.
+    # V decreases if k = 0, but increases at first if k is negative.
     assert shown.loc["theorem", "lyapunov_max"] == 1 and shown.loc["k_negative", "lyapunov_max"] > 1.5
 
 
 def test_symmetric_part_of_k_is_kept_and_the_other_is_not() -> None:
-    """The drift caused by a finite step is proportional to the step: a tenth of the step gives a tenth of the drift."""
+    """The drift comes from the finite step and is proportional to it, so a tenth of the step gives a tenth of the drift."""
     analysis = ForwardAlignmentTheorem(start=0.5)
     net, drift = analysis.net("theorem", seed=0), []
     for lr in (1e-2, 1e-3):

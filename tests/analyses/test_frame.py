@@ -1,4 +1,4 @@
-"""Every analysis as a command: it writes a table and a figure, reproduces them bitwise, and reports errors in one line."""
+"""Every analysis runs as a command: it writes a table and a figure, reproduces them bitwise, and reports errors in one line."""
 
 from __future__ import annotations
 

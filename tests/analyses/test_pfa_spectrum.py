@@ -1,4 +1,4 @@
-"""pfa_spectrum: the theoretical law compared with its moments, and samples of the rule compared with the law."""
+"""Tests of the pfa_spectrum analysis: the theoretical law against its moments, and samples of the rule against the law."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fa_bench.errors import OptionError
 
 
 def density(law: MarchenkoPastur, v: np.ndarray) -> np.ndarray:
-    """μ(v), without the point mass at zero."""
+    """The density μ(v), without the point mass at zero."""
     root = np.sqrt(np.clip((law.high - v) * (v - law.low), 0, None))
     return root / (2 * np.pi * law.ratio * v)
 
@@ -18,7 +18,7 @@ def density(law: MarchenkoPastur, v: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 1.0, 4.0])
 def test_density_has_the_mass_mean_and_variance_of_the_law(ratio: float) -> None:
     law = MarchenkoPastur(ratio)
-    # Midpoints in u = √v: for λ = 1 the density has a root singularity at 0.
+    # The midpoints are equally spaced in u = √v, because the density has a root singularity at 0 for λ = 1.
     edges = np.linspace(np.sqrt(law.low), np.sqrt(law.high), 200_001)
     v, weight = ((edges[1:] + edges[:-1]) / 2) ** 2, np.diff(edges**2)
     mass, mean, square = ((density(law, v) * v**power * weight).sum() for power in range(3))
@@ -32,7 +32,8 @@ def test_density_has_the_mass_mean_and_variance_of_the_law(ratio: float) -> None
 
 
 def test_spectrum_and_angle_of_the_rules_draw() -> None:
-    """80 x 800 and 80 x 40, 8 samples: 640 eigenvalues, whose deviation has about 1 % of noise, and angles 0.1 degrees."""
+    """Matrices of 80 x 800 and 80 x 40 are sampled 8 times. The standard deviation of the 640 eigenvalues is then known to about
+    1 %, and the angle to 0.1 degrees."""
     table = PFASpectrum(outputs=80, inputs=100, ratios=[0.5, 10.0], histograms=[10.0], bins=6, draws=8).table()
     found = {(row.quantity, row.ratio): row for row in table.itertuples() if row.quantity != "density"}
     assert found["eigenvalue_mean", 10].measured == pytest.approx(1, abs=0.01)

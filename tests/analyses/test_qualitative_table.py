@@ -1,4 +1,4 @@
-"""qualitative_table: each measurement on rules for which the result is known, and the marks at their thresholds."""
+"""Tests of the qualitative_table analysis: each measurement on rules with a known result, and the marks at their thresholds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Broken command lines give an error of one or two lines that names the key, the allowed values and the nearest name."""
+"""A broken command line gives an error of one or two lines that names the key, the allowed values and the nearest name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from fa_bench.cli import main
 
-#: (command line, what the message must name)
+#: Each case is a command line and what the message must name.
 BROKEN = [
     ("algorithm=faa", ["algorithm=faa", "'fa'", "available", "kp"]),
     ("architecture=mpl", ["architecture=mpl", "'mlp'"]),

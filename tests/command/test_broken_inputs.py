@@ -1,4 +1,4 @@
-"""Broken files and folders: each is named in a one-line error before training, and existing files are left unchanged."""
+"""Broken files and folders are named in a one-line error before training, and existing files are left unchanged."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int 
 
 # ------------------------------------------------------------------------------------------------ images
 def png(path: Path, side: int) -> None:
-    """A black image of side x side pixels, of a few kilobytes."""
+    """Write a black image of side x side pixels, which takes only a few kilobytes."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

@@ -62,7 +62,7 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def row(text: str, *cells: str) -> str:
-    """The rest of the line that begins with these cells, with single spaces."""
+    """Return the rest of the line that begins with these cells, with single spaces."""
     found = re.search(r"^ +" + r" +".join(map(re.escape, cells)) + r" +(.*)$", text, re.M)
     assert found is not None, (cells, text)
     return " ".join(found.group(1).split())
@@ -82,7 +82,7 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(text, "weights") == format_bytes(4 * parameters)
     assert row(text, "feedback").startswith("2.48 kB, 0 B of it learned") and 4 * (8 * 64 + 6 * 8 + 10 * 6) == 2480
     assert row(text, "optimizer state") == f"{format_bytes(4 * (parameters - 8 * 65))} (sgd)"
-    # The forward pass of all three layers, the error through two, and the gradients of two: the first layer is frozen.
+    # All three layers have a forward pass, two propagate the error, and two have gradients, because the first layer is frozen.
     forward, errors, gradients = 8 * 64 + 6 * 8 + 10 * 6, 6 * 8 + 10 * 6, 6 * 8 + 10 * 6
     own, whole = 16 * (forward + 10 * 6 + gradients), 16 * (forward + errors + forward)
     counted = f"{format_count(own)} a step, {own / whole:.2f} of backpropagation's {format_count(whole)} (batch of 16)"
@@ -108,7 +108,7 @@ def test_learned_rule_with_an_optimizer_of_its_own(capsys: pytest.CaptureFixture
     assert row(text, "fc2", "Linear", "6x8") == "passes through learned B" and row(text, "fc2", "B").endswith("learned")
     weights, feedback = 8 * 64 + 6 * 8 + 10 * 6, 4 * (8 * 64 + 6 * 8 + 10 * 6)
     assert row(text, "feedback").startswith(f"{format_bytes(feedback)}, {format_bytes(feedback)} of it learned")
-    # One momentum for each parameter; two moments for each entry of B, and the number of steps for each tensor.
+    # The state is one momentum for each parameter, two moments for each entry of B, and the number of steps for each tensor.
     state = 4 * (weights + 24) + 2 * feedback + 3 * 4
     assert row(text, "optimizer state") == f"{format_bytes(state)} (sgd; feedback: adam)"
     assert "unused" in said([*TINY, "algorithm=fa", "optimizer@feedback_optimizer=adam"], capsys)
@@ -137,12 +137,12 @@ def test_scale_is_respected(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_prepares_for_training_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Running hundreds of mirror steps in every layer would take too long."""
+    """A dry run skips the mirror steps before training, because hundreds of them in every layer would take too long."""
     calls = []
     mirror = ALGORITHMS["wm"]._mirror  # type: ignore[attr-defined]
     monkeypatch.setattr(ALGORITHMS["wm"], "_mirror", lambda rule, steps: (calls.append(steps), mirror(rule, steps)))
     said([*TINY, "algorithm=wm"], capsys)
-    assert calls == [1] * 4  # of the first step and of the steps that are counted
+    assert calls == [1] * 4  # one for the first step, and one for each of the counted steps
 
 
 def test_grid(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,8 +235,8 @@ def test_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
 # ------------------------------------------------------------------------------------------------ the counter
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if not name.startswith("as")])
 def test_counts_of_small_batches_tell_that_of_any(name: str) -> None:
-    """The multiplications for a batch of 9, which the rule actually runs; those of backpropagation are counted in the plain
-    model."""
+    """The predicted multiplications for a batch of 9 equal those that the rule performs, and the reference equals those of
+    backpropagation in the plain model."""
     options = {"wm": {"initial_steps": 0}, "f3": {"samples": 9}}.get(name, {})
     x, y = torch.randn(9, 1, 8, 8), torch.arange(9) % 3
 

@@ -1,4 +1,4 @@
-"""A sweep on several CUDA devices, which do not exist: torch only counts them."""
+"""Tests of a sweep on several CUDA devices; the devices do not exist, so torch.cuda.device_count is replaced."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = [
     "loggers=[]",
     "probe_every=0",
 ]
-#: Each run waits until the other one has written down which device its process sees.
+#: Each run waits until the other one has recorded which device its process sees.
 PLUGIN = """
 import os, time
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_processes_alternate_between_the_devices_and_leave_theirs_to_others(tmp_
 
 
 def test_each_job_sees_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two jobs run at a time; the runs train on the CPU, and their configs do not contain the device that was assigned to
+    """Two jobs run at a time. The runs train on the CPU, and their configs do not contain the device that was assigned to
     them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -1,4 +1,4 @@
-"""Plugins that installed distributions offer as entry points: their components are available without naming them."""
+"""Installed distributions can offer plugins as entry points; their components are available without naming the plugin."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = [
 
 
 def distribution(folder: Path, text: str) -> Path:
-    """A folder in which a distribution is installed that offers a module with this source."""
+    """Install a distribution that offers a module with this source, and return its folder."""
     info = folder / "offering-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offering\nVersion: 1.0\n")
@@ -57,7 +57,7 @@ def test_the_components_of_an_installed_plugin_need_no_name(tmp_path: Path) -> N
     attached = run(tmp_path, site, "-c", f"{code}; print(fa_bench.attach(model, 'offered').name)")
     assert attached.stdout == "offered\n", attached.stderr
 
-    # The plugin's source is part of the code on which a run's results depend.
+    # The plugin's source is part of the code that determines a run's results.
     (site / "offering_rules.py").write_text(RULE + "\n# another version\n")
     second = run(tmp_path, site, "-m", "fa_bench", *SMALL, "output_dir=out", "resume=true")
     assert second.returncode == 2

@@ -1,5 +1,4 @@
-"""The report of a sweep does not depend on the launcher: its files are identical whether the jobs run in one process or in
-several."""
+"""The report of a sweep does not depend on the launcher: the files are identical whether the jobs share a process or not."""
 
 from __future__ import annotations
 
@@ -34,13 +33,13 @@ SWEEP = [
     "epochs=2",
     "threads=1",
 ]
-#: Training times, which differ between sweeps: keys, and the last columns of a table row.
+#: The keys of training times, which differ between sweeps, and the last columns of a table row, which contain such times.
 TIMES = ("seconds", "seconds_per_epoch", "seconds_per_step")
 SECONDS = re.compile(r"\| [\d.]+ \| [\d.]+ (?=\| 2 seeds)")
 COST_ROW = re.compile(r"^(\| \w+ \| mlp \| synthetic \| .*)\| [\d.e-]+ \|$", re.MULTILINE)
 needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs hydra-submitit-launcher")
 LAUNCHERS = [["joblib", "hydra.launcher.n_jobs=2"], pytest.param(["submitit_local"], marks=needs_submitit)]
-#: Each run gets one signal, in its sixth step: seed 0 that of submitit, seed 1 that of Slurm.
+#: Each run gets one signal in its sixth step: submitit's for seed 0, Slurm's for seed 1.
 SIGNALLED = """
 import os, signal
 from pathlib import Path
@@ -69,7 +68,7 @@ SIGNALLED_SWEEP = [
 
 
 def report(folder: Path, monkeypatch: pytest.MonkeyPatch, *launcher: str) -> dict[str, Any]:
-    """The files of the report of `SWEEP` and of the runs that it summarises, without the times."""
+    """Run `SWEEP` and return the files of its report and of the runs that it summarises, without the times."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     assert main([*SWEEP, *launcher]) == 0
@@ -78,7 +77,7 @@ def report(folder: Path, monkeypatch: pytest.MonkeyPatch, *launcher: str) -> dic
         if path.suffix == ".csv":
             with path.open(newline="") as file:
                 files[path.name] = [without_times(row) for row in csv.DictReader(file)]
-        elif path.suffix == ".json" and path.name != "sweep.json":  # which contains the command
+        elif path.suffix == ".json" and path.name != "sweep.json":  # sweep.json contains the command
             files[path.name] = without_times(json.loads(path.read_bytes()))
         elif path.suffix in (".md", ".tex"):
             files[path.name] = COST_ROW.sub(r"\1", SECONDS.sub("", path.read_text()))
@@ -116,14 +115,14 @@ def test_more_threads_than_cores_are_noted(jobs: int | None, threads: int, cores
 
 
 def results_of(folder: Path) -> list[dict[str, Any]]:
-    """The results by seed."""
+    """The results in the order of the seeds."""
     paths = sorted((folder / "outputs").rglob("result.json"), key=lambda path: path.parent)
     return [json.loads(path.read_bytes()) for path in paths]
 
 
 @pytest.fixture
 def uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The hashes of the weights of `SIGNALLED_SWEEP` without signals; the working directory then contains no runs."""
+    """The weight hashes of `SIGNALLED_SWEEP` without signals; the working directory then contains no runs."""
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "signalling.py").write_text(SIGNALLED)
@@ -137,7 +136,7 @@ def uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @needs_submitit
 def test_jobs_of_submitit_survive_preemption(uninterrupted: list[str]) -> None:
-    """submitit's signal requeues the job, which resumes; SIGTERM ends the run, and the same command resumes it."""
+    """submitit's signal requeues the job, which then resumes; SIGTERM ends the run, and the same command resumes it."""
     command = [*SIGNALLED_SWEEP, "hydra/launcher=submitit_local"]
     assert main(command) == 1
     assert [(result["status"], result["step"]) for result in results_of(Path())] == [("finished", 8), ("interrupted", 6)]
@@ -150,7 +149,7 @@ def test_jobs_of_submitit_survive_preemption(uninterrupted: list[str]) -> None:
 def test_a_checkpoint_is_written_before_submitit_requeues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a handler like submitit's, which refuses because the job has been requeued too often."""
+    """The handler refuses, as submitit's does if a job has been requeued too often."""
     monkeypatch.chdir(tmp_path)
     called: list[bool] = []
 

@@ -1,4 +1,5 @@
-"""Configs composed once per choice of components equal Hydra's own, and jobs see no config of other jobs or earlier commands."""
+"""Configs that are composed once per choice of components equal Hydra's own, and no job sees the config of another job or
+command."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def described(loader: Any, job: list[str], mode: RunMode) -> Any:
 
 
 def flags(node: Any) -> Any:
-    """Flags and types of a config's containers."""
+    """Flags and types of a config's containers, nested like the config."""
     data = node._metadata
     children = node.items_ex(resolve=False) if OmegaConf.is_dict(node) else enumerate(node._iter_ex(resolve=False))
     return (

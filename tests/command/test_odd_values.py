@@ -1,4 +1,4 @@
-"""Unusual values of every kind of option, including Hydra's own, and unusual experiments: short errors name the key."""
+"""Unusual values of every kind of option, including Hydra's own, and unusual experiments give short errors that name the key."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_component_is_looked_up_by_nothing_but_a_name(name: object) -> None:
     assert name not in ALGORITHMS
     with pytest.raises(ConfigError, match="no such algorithm") as caught:
         ALGORITHMS[name]  # type: ignore[index]
-    assert len(str(caught.value)) < 800  # all rules are listed
+    assert len(str(caught.value)) < 800  # the message lists all rules
 
 
 def test_messages_are_cut_wherever_they_come_from() -> None:

@@ -1,4 +1,4 @@
-"""Paths as people type them are accepted, or refused with a command line that works; no folder with an odd name is created."""
+"""Paths as people type them are accepted, or refused with a command line that works. No folder with an odd name is created."""
 
 from __future__ import annotations
 
@@ -123,4 +123,4 @@ def test_a_number_of_hydras_jobs_is_counted_as_hydra_does(folder: Path, capsys: 
     )
     assert main(["-m", "--config-dir", "c", *SMALL, "output_dir=o", "experiment=two", "hydra.sweep.subdir=${hydra.job.num}"]) == 0
     rules = {path.parent.name: json.loads(path.read_text())["algorithm"] for path in (folder / "o").rglob(RESULT)}
-    assert rules == {"0": "bp", "1": "fa"}  # one count for all parts of the sweep
+    assert rules == {"0": "bp", "1": "fa"}  # all parts of the sweep are counted together

@@ -1,4 +1,5 @@
-"""A user's module with a component of every kind that imports only ``fa_bench``: command line, help and records."""
+"""A user's module that imports only ``fa_bench`` can add a component of every kind to the command line, the help and the
+records."""
 
 from __future__ import annotations
 

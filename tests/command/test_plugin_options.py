@@ -1,4 +1,4 @@
-"""Options of components from plugins, and the error messages for mistakes in them."""
+"""Options of components from plugins work like others, and mistakes in them give clear error messages."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """In a separate process, because only `mine` may have registered components."""
+    """Run a command in a separate process, because only `mine` may have registered components."""
     return subprocess.run([sys.executable, "-m", "fa_bench", *words], capture_output=True, text=True)
 
 

@@ -26,7 +26,7 @@ from fa_bench.mechanisms.edge.rule import EdgeRule
 """
 RULE = "@ALGORITHMS.register('odd_rule')\n@dataclasses.dataclass(eq=False)\nclass Odd(EdgeRule):\n    'A rule.'\n"
 
-#: The module's source, and the expected message.
+#: Maps the name of a case to the module's source and to what the message must contain.
 BROKEN = {
     "exit 0": ("import sys\nsys.exit(0)\n", ["odd_plugin", "SystemExit", "odd_plugin.py:2"]),
     "exit with a text": ("raise SystemExit('bye')\n", ["odd_plugin", "SystemExit: bye", "odd_plugin.py:1"]),
@@ -93,7 +93,7 @@ def test_the_next_command_finds_the_same_fault(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="algorithm=odd_rule"):
             import_plugins(["odd_plugin"])
         assert "odd_rule" not in ALGORITHMS
-        import_plugins([])  # and a command without the plugin works
+        import_plugins([])  # a command without the plugin still works
 
 
 def test_a_signal_while_a_plugin_is_imported_is_no_fault_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_a_signal_while_a_plugin_is_imported_is_no_fault_of_it(tmp_path: Path, c
 def test_a_rule_that_exits_ends_its_own_job_alone(
     where: str, error: str, grid: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Its defaults are valid; the option on the command line makes it exit.
+    # The defaults are valid; the option on the command line makes the rule exit.
     body = f"    y: int = option(0, 'y')\n    def {where}:\n        if self.y: raise {error}(0)\n        return None\n"
     (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + body)
     (tmp_path / "conf" / "algorithm").mkdir(parents=True)
@@ -159,7 +159,7 @@ def test_what_a_plugin_registers_is_a_choice_without_any_file(launcher: str, tmp
 
 
 def test_a_file_of_a_components_name_stands_in_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Hydra 1.3 would add the component's own defaults."""
+    """The user's file replaces the component's config; Hydra 1.3 would add the component's own defaults."""
     (tmp_path / "conf" / "algorithm").mkdir(parents=True)
     (tmp_path / "conf" / "algorithm" / "thin.yaml").write_text("defaults:\n  - fa\ndensity: 0.25\n")
     (tmp_path / "conf" / "algorithm" / "kp.yaml").write_text("defaults:\n  - thin\n")

@@ -21,7 +21,7 @@ from fa_bench.registry.options import Options, option_fields
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
 from fa_bench.utils.files import RESULT
 
-#: The number of random examples; 0 runs a few with a fixed seed, FA_BENCH_EXAMPLES=5000 searches longer with new seeds.
+#: The number of random examples. 0 runs a few with a fixed seed; FA_BENCH_EXAMPLES=5000 searches longer with new seeds.
 EXAMPLES = int(os.environ.get("FA_BENCH_EXAMPLES", "0"))
 
 NUMBERS = [
@@ -166,7 +166,7 @@ def keys(options: Options, prefix: str) -> Iterator[str]:
             yield from keys(value, f"{prefix}{field.name}.")
 
 
-#: Options whose large values take long by definition, or cancel the settings that keep a run short.
+#: Large values of these options take long by definition, or cancel the settings that keep a run short.
 LONG = (
     "scale",
     "device",
@@ -249,7 +249,7 @@ def test_ends_in_training_or_in_a_short_message(home: Path, words: list[str]) ->
             assert code in (0, 1), (words, code, said)
             results = [json.loads(path.read_text()) for path in Path(made).rglob(RESULT)]
             statuses = {result["status"] for result in results}
-            # A sweep continues if one of its jobs cannot be run, and its report says so.
+            # A sweep continues if one of its jobs cannot run, and its report says so.
             unfit = {result["error"]["type"] for result in results if result["status"] == "failed"} if "-m" in words else set()
             assert statuses <= {"finished", "diverged", *({"failed"} if unfit else ())}, (words, said)
             assert all(any(kind == cls.__name__ for cls in _below(FaBenchError)) for kind in unfit), (words, unfit, said)

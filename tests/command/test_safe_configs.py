@@ -1,4 +1,4 @@
-"""Configs are data: no content of a YAML file is executed, and its size costs neither much time nor much memory."""
+"""Configs are data: nothing in a YAML file is executed, and even a malicious file takes little time and memory to read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ MAKE = "touch PWNED"
 LOG = "{version: 1, root: {handlers: [x]}, handlers: {x: {%s}}}"
 CREATE = "x: \"${oc.create:'{_tar${oc.decode:get_}: os.system, command: touch PWNED}'}\""
 
-#: name -> (content of the experiment, what the message must name). Without the guard most of these run `touch PWNED`.
+#: Maps a name to the content of the experiment and to what the message must name. Without the guard, most of these experiments
+#: run `touch PWNED`.
 EVIL = {
     "apply": (f"seed: !!python/object/apply:os.system ['{MAKE}']", ["apply.yaml:2", "!!python/object/apply:os.system"]),
     "new": (f"seed: !!python/object/new:os.system ['{MAKE}']", ["new.yaml:2", "tag"]),
@@ -81,7 +82,7 @@ EVIL["no_header"] = ("", ["experiment", "_global_"])
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a module that creates a file when it is imported, and every malicious experiment."""
+    """A working directory with every malicious experiment, and a module that creates a file when it is imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -167,7 +168,7 @@ def test_shell_completion_and_hydra_help_still_work(capsys: pytest.CaptureFixtur
 
 
 class Evil:
-    """If an instance is unpickled as anything but data, it creates a file."""
+    """Creates a file when an instance is unpickled as anything but data."""
 
     def __reduce__(self) -> object:
         return os.system, (MAKE,)
@@ -180,7 +181,7 @@ def test_checkpoint_is_read_as_data(folder: Path) -> None:
         checkpoint.read(path, "x", "cpu")
     assert not (folder / "PWNED").exists()
     torch.load(path, weights_only=False)
-    assert (folder / "PWNED").exists()  # so that the test can fail
+    assert (folder / "PWNED").exists()  # without the guard, loading creates the file
 
 
 @pytest.mark.parametrize("name", ["apply", "bomb", "deep", "torn", "no_text", "huge"])

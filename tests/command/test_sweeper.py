@@ -1,5 +1,5 @@
-"""Hydra's sweeper for fa-bench: one pool for all jobs, each composed once before the sweep, and no environment variables passed
-on."""
+"""Hydra's sweeper for fa-bench starts one pool for all jobs, composes each job once before the sweep, and sets no environment
+variables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def watched(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of jobs in each call of Hydra's launcher of this class."""
+    """Record the number of jobs in each call of this launcher class; the returned list grows with every call."""
     cls: Any = Plugins.instance().class_name_to_class[name]
     launch, launched = cls.launch, []
 
@@ -84,7 +84,7 @@ def test_each_job_is_composed_once_before_the_sweep(monkeypatch: pytest.MonkeyPa
     launched = watched("hydra._internal.core_plugins.basic_launcher.BasicLauncher", monkeypatch)
     assert main(["-m", *SMALL, "algorithm=fa,bp", "seed=0,1"]) == 0
     assert launched == [4]
-    assert len(composed) == 1 + 4 + 4  # the sweep's own config, each job's check, and the launcher's
+    assert len(composed) == 1 + 4 + 4  # the sweep's own config, each job's check, and each job's launch
 
 
 def test_several_experiments_are_all_expanded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

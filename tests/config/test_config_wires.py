@@ -1,5 +1,4 @@
-"""Every option of a config takes effect: changing only this option changes a run's results, beginning with the option's own
-stage."""
+"""Every option of a config takes effect: changing it alone changes a run's results, beginning with the option's own stage."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OP
 from fa_bench.runs.train import run
 from tests.data.files import write_cifar
 
-#: 40 training images and 4 for validation, so that the last batch of 16 has 8; three epochs, for schedules.
+#: There are 40 training images and 4 for validation, so the last batch of 16 has 8 images. Schedules need the three epochs.
 BASE = (
     "dataset=synthetic",
     "dataset.samples=44",
@@ -34,15 +33,15 @@ BASE = (
     "probe_size=4",
     "architecture.widths=[5]",
 )
-#: The stages of a run, in order; an option changes its own stage, but none of the stages before it.
+#: The stages of a run in order. An option changes its own stage, but none of the stages before it.
 DATA, MODEL, BATCHES, TRAINED, RECORD = "data_hash", "initial_weights_hash", "batches_hash", "trained", "record"
 STAGES = (DATA, MODEL, BATCHES, TRAINED, RECORD)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_old_to_collect() -> Iterator[None]:
-    """A run ends with a garbage collection, which would take most of a small run's time if it included the objects of other
-    tests."""
+    """Exclude older objects from the garbage collection at the end of each run, which would otherwise take most of a small run's
+    time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -62,7 +61,7 @@ def composed(*overrides: str) -> Job:
 
 @cache
 def numbers(*overrides: str) -> dict[str, Any]:
-    """{stage: hash} of a run on one thread."""
+    """The hash of each stage of a run on one thread."""
     with tempfile.TemporaryDirectory() as folder:
         result = run(composed(*BASE, "threads=1", *overrides), Path(folder, "run"))
     assert result["status"] == "finished", result["error"]
@@ -83,7 +82,7 @@ def assert_changes(stage: str, base: tuple[str, ...], change: tuple[str, ...]) -
 
 
 def keys(options: type[Options], prefix: str = "") -> set[str]:
-    """The options of a component and of those within it, such as schedule.gamma."""
+    """The options of a component, including nested ones such as schedule.gamma."""
     found = set()
     for field in option_fields(options):
         value = getattr(options(), field.name)
@@ -103,12 +102,12 @@ TOP = {
     "drop_last": (TRAINED, (), "false"),
     "shuffle": (BATCHES, (), "false"),
     "clip_norm": (TRAINED, (), "0.01"),
-    "accumulate": (TRAINED, (), "2"),  # equal but for rounding
+    "accumulate": (TRAINED, (), "2"),  # equal except for rounding
     "probe_size": (RECORD, (), "3"),
     "scale": (BATCHES, (), "smoke"),
     "precision": (TRAINED, (), "bf16"),
 }
-#: These options affect only the surroundings of training, or how often results are recorded; other tests cover them.
+#: Options that affect only the surroundings of training, or how often results are recorded; other tests cover them.
 NOT_NUMBERS = {
     "callbacks",
     "device",
@@ -146,7 +145,7 @@ ARCHITECTURE = {
 
 
 def test_tables_name_every_option() -> None:
-    """If a component gets a new option, this test fails until the option is added here, too."""
+    """This test fails when a component gets a new option, until the option is added to the tables of this file."""
     assert set(TOP) | NOT_NUMBERS | set(VOLATILE) == keys(RunOptions)
     assert set(DATASET) == keys(DATASETS["synthetic"]) and set(ARCHITECTURE) == keys(ARCHITECTURES["mlp"])
     for name in OPTIMIZERS:
@@ -161,14 +160,14 @@ def test_top_level_options(key: str) -> None:
 
 
 def test_seed_is_that_of_weights_order_and_feedback() -> None:
-    """The B of fa is fixed, so its hash at the end is the hash of the sampled B."""
+    """The B of fa is fixed, so its hash at the end of the run is the hash of the sampled B."""
     before, after = numbers("algorithm=fa"), numbers("algorithm=fa", "seed=1")
     assert before[DATA] == after[DATA]
     assert [part for part in (MODEL, BATCHES, "feedback") if before[part] == after[part]] == []
 
 
 def test_epochs_and_batches_are_counted() -> None:
-    """Two full batches per epoch, and a third one of 8 samples with drop_last=false."""
+    """An epoch has two full batches and, with drop_last=false, a third one of 8 samples."""
     for changes, steps in (((), 6), (("drop_last=false",), 9), (("epochs=2",), 4), (("batch_size=8",), 15)):
         assert numbers(*changes)[RECORD].startswith(f"[{steps},")
 
@@ -186,7 +185,7 @@ def test_options_of_the_architecture(key: str) -> None:
 
 
 def test_images_are_normalised_by_mean_and_std(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channel by channel; augmentation and crops, for the datasets that have them, only in training."""
+    """Images are normalised channel by channel. Augmentation and crops, for datasets that have them, apply only in training."""
     write_cifar(tmp_path / "data", monkeypatch)
 
     def batch(*overrides: str, part: str = "train", seed: int | None = None) -> torch.Tensor:
@@ -198,7 +197,7 @@ def test_images_are_normalised_by_mean_and_std(tmp_path: Path, monkeypatch: pyte
     assert plain.min() >= 0 and 0.9 < plain.max() <= 1
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.1, 0.2, 0.3], [0.5, 0.25, 2.0]))
     got = batch("dataset.mean=[0.1,0.2,0.3]", "dataset.std=[0.5,0.25,2.0]")
-    torch.testing.assert_close(got, (plain - mean) / std, rtol=1e-5, atol=1e-6)  # float32, in another order
+    torch.testing.assert_close(got, (plain - mean) / std, rtol=1e-5, atol=1e-6)  # float32 with operations in a different order
     changed = [batch(f"dataset.{option}", seed=1) for option in ("augment=false", "augment=true", "crop=resized")]
     assert not any(torch.equal(one, other) for one, other in combinations(changed, 2))
     assert torch.equal(batch("dataset.augment=false", part="test"), batch("dataset.augment=true", part="test"))
@@ -207,7 +206,7 @@ def test_images_are_normalised_by_mean_and_std(tmp_path: Path, monkeypatch: pyte
 
 # --- optimizers ---------------------------------------------------------------------------------------------------------------
 
-#: key -> the optimizer that has it, what else is set, and the value.
+#: Maps a key to the optimizer that has it, the other settings, and the value.
 OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "lr": ("any", (), "0.02"),
     "weight_decay": ("any", (), "0.1"),
@@ -229,7 +228,7 @@ OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "beta2": ("adam", (), "0.9"),
     "eps": ("adam", (), "0.01"),
 }
-#: Options of muon in addition to those of any optimizer.
+#: The options that only muon has.
 MUON = {
     "momentum": "0.5",
     "nesterov": "false",
@@ -242,7 +241,7 @@ MUON = {
     "exclude": "[fc2]",
     "adam_lr": "0.1",
 }
-#: adamw has the options of adam, because both are created in the same line, except for the decay.
+#: adamw has the options of adam, because one line creates both; only the decay differs.
 CASES = [
     (name, key)
     for name in ("sgd", "adam", "adamw")
@@ -277,8 +276,8 @@ def test_options_of_the_optimizer_of_the_feedback(name: str, key: str) -> None:
 
 
 def test_optimizer_and_its_name() -> None:
-    """Equal settings of different optimizers, and a feedback optimizer that equals the optimizer of the weights, so B learns
-    alike."""
+    """Different optimizers with equal settings give different results. A feedback optimizer with the settings of the weights'
+    optimizer trains B in the same way as the shared one."""
     same = ("algorithm=kp", "optimizer.lr=0.01", "optimizer.weight_decay=0.2")
     assert len({numbers(*same, f"optimizer={name}")[TRAINED] for name in ("sgd", "adam", "adamw", "muon")}) == 4
     own = (*same, "optimizer@feedback_optimizer=sgd", "feedback_optimizer.lr=0.01", "feedback_optimizer.weight_decay=0.2")
@@ -287,7 +286,7 @@ def test_optimizer_and_its_name() -> None:
 
 # --- rules --------------------------------------------------------------------------------------------------------------------
 
-#: rule -> option -> (other settings, value). The rules are trained on two hidden layers.
+#: Maps a rule and an option to the other settings and the value. The rules are trained in a net with two hidden layers.
 HIDDEN = ("architecture.widths=[6,5]",)
 EDGE = {"include": "['fc1','fc2']", "exclude": "['fc3']", "plain_last": "true"}
 CUT = {"cuts": "['act2']", "freeze_stem": "true"}
@@ -339,7 +338,7 @@ def test_options_of_rules(name: str, key: str) -> None:
 
 
 def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
-    """With their default value, they are not part of the config, so the hash equals that of a config without them."""
+    """New options are not part of the config at their default value, so the hash equals that of a config without them."""
     job, other = composed("algorithm=dfa"), composed("algorithm=dfa", "algorithm.within=block")
     assert not {"within", "error_at", "positions"} & job.identity()["algorithm"].keys()
     assert job.plain()["algorithm"]["within"] == "layer" and other.identity()["algorithm"]["within"] == "block"
@@ -353,7 +352,7 @@ def test_results_record_where_a_rule_transports_weights(tmp_path: Path) -> None:
 
 
 def test_every_rule_is_the_one_that_was_chosen() -> None:
-    """No two rules give the same results; if all layers are fully connected, bp_fc equals bp."""
+    """No two rules give the same results, except that bp_fc equals bp if all layers are fully connected."""
     chosen = {name: (*HIDDEN, f"algorithm={name}") for name in sorted(ALGORITHMS) if name != "bp_fc"}
     chosen |= {name: (*chosen[name], "algorithm.linear=share", "algorithm.match=random") for name in ("asap", "asfp", "asfp_lc")}
     chosen["ldfa"] = (*chosen["ldfa"], "algorithm.rank=2")

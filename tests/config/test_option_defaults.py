@@ -1,5 +1,5 @@
-"""Defaults and ranges of components without a page in the docs; changing a default changes runs, so each is written down
-twice."""
+"""Defaults and ranges of components that have no page in the docs. Changing a default changes runs, so this file repeats every
+default and range."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ RECORDED = {
 
 
 def described() -> dict[str, str]:
-    """{option, default, range or choices: the components that share them}; the table of initialisers is not repeated."""
+    """A mapping {option, default, range or choices: the components that share them}, without the choices of initialisers."""
     found: dict[str, list[str]] = {}
     for registry in (OPTIMIZERS, SCHEDULES, OBJECTIVES, ARCHITECTURES):
         for name, cls in registry.items():

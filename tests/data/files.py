@@ -1,4 +1,4 @@
-"""Small datasets in their own formats: the structure of the real files, with random images."""
+"""Small datasets in their original formats, with the structure of the real files and random images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """The format of MNIST: 0, 0, the type, the number of axes, the length of each axis, and the bytes."""
+    """Write an array in the format of MNIST: 0, 0, the type, the number of axes, the length of each axis, and the bytes."""
     path.write_bytes(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes())
 
 
@@ -45,9 +45,9 @@ CIFAR_FILES = {
 def write_cifar(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "cifar10", label: int | None = None
 ) -> list[dict[str, object]]:
-    """Training batches of 4 images and one test batch of 6; the checksums in torchvision are adapted.
+    """Write training batches of 4 images and one test batch of 6, and adapt the checksums in torchvision.
 
-    With `label`, the last image of the test batch has this label.
+    If `label` is given, the last image of the test batch has this label.
     """
     of, folder_name, files, meta_name = CIFAR_FILES[name]
     classes = 10 if name == "cifar10" else 100
@@ -76,7 +76,7 @@ def write_cifar(
 
 
 def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """9 training and 5 test images, labelled 1 to 10 as in the published files; the checksums in torchvision are adapted."""
+    """Write 9 training and 5 test images, labelled 1 to 10 as in the published files, and adapt the checksums in torchvision."""
     folder = root / "SVHN"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -98,14 +98,14 @@ def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = 
 
 
 TINY = "tiny-imagenet-200"
-#: As in the published wnids.txt, not in the order of names.
+#: The order is that of the published wnids.txt, which is not sorted.
 TINY_CLASSES = ["n03", "n01", "n02"]
-#: Class of each validation image.
+#: The class of each validation image.
 TINY_ANNOTATED = ["n02", "n01", "n03", "n01"]
 
 
 def write_tiny_imagenet(root: Path) -> Path:
-    """Three classes with 4 training images each, one of them grey, 4 annotated images, and unlabelled ones of test/."""
+    """Write three classes with 4 training images each, one of them grey, 4 annotated images, and an unlabelled one in test/."""
     rng = np.random.default_rng(0)
     folder = root / TINY
 
@@ -130,7 +130,7 @@ IMAGENET_CLASSES = ["n01440764", "n01443537"]
 
 
 def write_imagenet(root: Path) -> None:
-    """Two classes, 4 training and 2 validation images each, of several sizes, one grey and one in CMYK."""
+    """Write two classes with 4 training and 2 validation images each, in several sizes, one of them grey and one in CMYK."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("val", 2)):
         for name in IMAGENET_CLASSES:

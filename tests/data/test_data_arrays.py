@@ -1,4 +1,4 @@
-"""Arrays of your own datasets: unambiguous shapes are accepted, and others are refused with a line that says what to do."""
+"""Users' own arrays: unambiguous shapes are accepted, and others are refused with a line that says what to do."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_arrays_that_returns_something_else_is_named(returned: object, said: str
 
 
 def test_narrow_images_with_many_channels_are_taken() -> None:
-    """For example, signals of 12 leads: one column, which is not a square image."""
+    """Signals of 12 leads, for example, are accepted as images with 12 channels and one column."""
     x = np.random.default_rng(0).integers(0, 256, (6, 12, 50, 1), dtype=np.uint8)
     assert load(x, test_x=x).input_shape == (12, 50, 1)
 
@@ -166,7 +166,7 @@ def test_the_systems_errors_are_named() -> None:
 
 
 def test_a_class_without_a_training_image_is_named() -> None:
-    """For example, labels that count from 1 and names that count from 0."""
+    """A class has no training image, for example, if the labels count from 1 and the names from 0."""
     x, notes = np.full((4, 2, 2), 200, np.uint8), []
     checked((x, np.array([1, 2, 1, 2]), x, np.array([1, 2, 1, 2]), ["a", "b", "c"]), notes)
     assert notes == ["no training image has label 0 (a)"]

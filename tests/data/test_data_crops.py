@@ -1,4 +1,4 @@
-"""Cropping and resizing whole batches, and single images as they are decoded, against torchvision's functions."""
+"""Cropping and resizing of whole batches, and of single images as they are decoded, agree with torchvision's functions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fa_bench.errors import OptionError
 from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
-#: float32 weights are accurate to 1e-6 of 255, and positions near a border to a few times that.
+#: The float32 weights are accurate to 1e-6 of 255, and positions near a border to a few times that.
 CLOSE = {"rtol": 0, "atol": 2e-3}
 
 
@@ -38,7 +38,7 @@ def images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [(32, 32), (75, 61), (9, 20), (1, 1)])
 def test_resized_crops_are_torchvisions(size: tuple[int, int]) -> None:
-    """Upscaled, downscaled with antialiasing, or both at once; at the borders of the image and in its interior."""
+    """Crops are upscaled, downscaled with antialiasing, or both at once, at the borders of the image and in its interior."""
     batch = images(6, 30, 40)
     boxes = np.array([[0, 0, 30, 40], [5, 7, 11, 13], [29, 39, 1, 1], [0, 30, 17, 10], [3, 0, 27, 40], [12, 9, 2, 30]])
     flips = np.array([False, True] * 3)
@@ -81,9 +81,10 @@ def test_a_batch_is_cropped_where_its_draws_say() -> None:
 
 
 def test_boxes_from_given_draws() -> None:
-    """Area 0.08 + 0.92 u of the image, ratio (4/3)^(2v - 1), place floor(u (n + 1)), by hand."""
+    """The expected boxes are computed by hand from the draws: the area is 0.08 + 0.92 u of the image, the ratio is (4/3)^(2v -
+    1), and the position is floor(u (n + 1))."""
     draws = np.zeros((3, DRAWS))
-    draws[0, :TRIES], draws[0, TRIES : 2 * TRIES] = 0.5, 0.5  # area 0.54 of 100x100, square: 73
+    draws[0, :TRIES], draws[0, TRIES : 2 * TRIES] = 0.5, 0.5  # area 0.54 of 100x100: a square with sides of 73
     draws[0, -3:-1] = 0.999, 0.5
     draws[1, 0], draws[1, TRIES] = 0.99, 0.999  # wider than the image, so the second attempt is used
     draws[1, 1], draws[1, TRIES + 1] = 0.25, 0.0  # area 3100, ratio 3/4: 48 wide, 64 high
@@ -98,7 +99,7 @@ def test_boxes_from_given_draws() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 40)])
 def test_boxes_have_the_law_of_torchvisions(height: int, width: int) -> None:
-    """Means and spreads of 4,000 boxes each; the limits are 4 standard errors of the difference."""
+    """The means and spreads of 4,000 boxes each agree within 4 standard errors of the difference."""
     from torchvision.transforms import RandomResizedCrop
 
     torch.manual_seed(0)
@@ -114,7 +115,7 @@ def test_boxes_have_the_law_of_torchvisions(height: int, width: int) -> None:
 
 @pytest.mark.parametrize("shape", [(64, 64), (75, 100), (100, 61)])
 def test_one_image_is_cropped_like_a_batch(shape: tuple[int, int]) -> None:
-    """Pillow rounds to integers after each of its two passes."""
+    """The tolerance is one level, because Pillow rounds to integers after each of its two passes."""
     batch = images(1, *shape, seed=2)
     image = Image.fromarray(batch[0].numpy().transpose(1, 2, 0))
     crop = ResizedCrop(20)
@@ -175,7 +176,7 @@ def test_options_that_cannot_be_are_named_before_data_is_read(dataset: str, opti
 
 
 def test_normalisation_of_a_dataset_can_be_set() -> None:
-    """Pixels in 0 to 1, as in the weight-mirror paper's demonstration."""
+    """A mean of 0 and a standard deviation of 1 leave pixels in 0 to 1, as in the weight-mirror paper's demonstration."""
     splits = DATASETS["digits"].from_mapping({"mean": [0.0], "std": [1.0], "validation": 0}).load(Path("nowhere"), CPU)
     x, _ = next(splits.train.batches(2000))
     assert x.min() == 0 and math.isclose(float(x.max()), 1, rel_tol=1e-6)

@@ -1,4 +1,5 @@
-"""Datasets that torchvision reads, from small files in their own formats, and errors about missing or damaged files."""
+"""Datasets that torchvision reads are loaded from small files in their original formats; missing or damaged files give clear
+errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kmnist, emnist and stl10 from small files in their own formats, and unpacked from their archives."""
+"""kmnist, emnist and stl10 are read from small files in their original formats, and unpacked from their archives."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_emnist_is_unpacked_from_its_archive(tmp_path: Path, monkeypatch: pytest
 
 
 def stl_files(folder: Path) -> np.ndarray:
-    """The files of STL-10, with pixels by columns and labels from 1; returns the test images."""
+    """Write the files of STL-10, with pixels in column order and labels from 1, and return the test images."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     test = np.empty(0)
@@ -90,7 +90,7 @@ def stl_files(folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_stl10_arrives_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
-    """The data are read from the files, or from the archive, whose images without labels are not kept."""
+    """The data are read from the files or from the archive; the archive's unlabelled images are not kept."""
     images = stl_files(tmp_path / "stl10_binary")
     if packed:
         (tmp_path / "stl10_binary" / "unlabeled_X.bin").write_bytes(b"\0" * 99)

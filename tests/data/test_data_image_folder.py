@@ -1,4 +1,4 @@
-"""Folders of images: layout, decoding, resident and streamed, and every error before training."""
+"""Tests of folders of images: the layout, how images are decoded, kept in memory or streamed, and every error before training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save(path: Path, array: np.ndarray) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, 6 training and 3 test images each, RGB PNG of 6x8 pixels (height x width)."""
+    """A folder with two classes of 6 training and 3 test images each, as RGB PNGs of 6x8 pixels (height x width)."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("test", 3)):
         for name in ("cat", "dog"):
@@ -83,7 +83,7 @@ def test_worker_processes_change_nothing(folder: Path) -> None:
 
 @FORK
 def test_workers_start_in_processes_of_joblib_too(folder: Path) -> None:
-    """joblib's processes have their own start method, which is incompatible with that of multiprocessing and so with the
+    """joblib's processes have their own start method, which is incompatible with that of multiprocessing and therefore with the
     workers."""
     want = [y.tolist() for _, y in load(folder, memory_limit_gb=0).train.batches(4, seed=0)]
     assert Parallel(n_jobs=2, backend="loky")([delayed(_labels_by_workers)(folder)] * 2) == [want, want]
@@ -110,7 +110,7 @@ def test_streamed_order_follows_from_seed_and_epoch(folder: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(10, 20), (20, 10), (9, 9), (31, 16)])
 def test_size_brings_the_shorter_side_to_size_and_crops_the_centre(folder: Path, shape: tuple[int, int]) -> None:
-    """A smooth ramp: implementations that treat borders differently give similar results, and a wrong crop does not."""
+    """The image is a smooth ramp, so implementations that treat borders differently still agree, but a wrong crop differs."""
     ramp = np.add.outer(np.linspace(0, 120, shape[0]), np.linspace(0, 120, shape[1])).astype(np.uint8)
     for path in folder.rglob("*.png"):
         save(path, np.stack([ramp] * 3, 2))
@@ -234,7 +234,7 @@ def test_the_hash_changes_with_a_name(folder: Path) -> None:
 def test_the_hash_is_of_the_files_and_not_of_how_they_are_read(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     hashes = {load(folder, **options).data_hash for options in ({}, {"memory_limit_gb": 0}, {"size": 4}, {"channels": 1})}
     copy = tmp_path_factory.mktemp("elsewhere") / "copy"
-    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # with other times
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # the copies have other modification times
     assert hashes == {load(copy).data_hash}
 
 
@@ -245,7 +245,7 @@ def test_files_that_are_unchanged_are_hashed_once_in_a_process(folder: Path, mon
     monkeypatch.setattr(image_files, "_sha256", lambda path: (read.append(path), original(path))[1])
     assert dataset.hash_of(folder) == before and not read
     (folder / "test" / "cat" / "0.png").touch()
-    assert dataset.hash_of(folder) == before and len(read) == 6  # the part that was modified
+    assert dataset.hash_of(folder) == before and len(read) == 6  # only the part that was modified is read
 
 
 def test_an_image_that_cannot_be_hashed_is_named(folder: Path) -> None:

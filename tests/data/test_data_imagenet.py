@@ -1,4 +1,4 @@
-"""ImageNet from small folders with its layout: crops computed while decoding, by any process, and errors about missing parts."""
+"""Tests of ImageNet from small folders with its layout: crops are computed while decoding, and errors name missing parts."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_an_image_that_cannot_be_decoded_is_named(
     with pytest.raises(DataError, match=r"not a readable image .*; replace or remove it") as caught:
         load(data_dir, workers=workers)
     assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
-    monkeypatch.setattr(DATASETS["imagenet"], "reads_all", 0)  # in the same way as the whole ImageNet is read
+    monkeypatch.setattr(DATASETS["imagenet"], "reads_all", 0)  # small files are now read in the same way as the whole ImageNet
     split = load(data_dir, workers=workers).train
     with pytest.raises(DataError, match=r"not a readable image .*; replace or remove it") as caught:
         list(split.batches(4, seed=0))
@@ -158,7 +158,7 @@ def test_a_class_of_val_that_train_lacks_is_named(data_dir: Path) -> None:
 
 @pytest.mark.parametrize("limit", [0, 4e9])
 def test_the_hash_changes_with_a_name_or_a_size(data_dir: Path, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the limit, only names and sizes are hashed, because reading the whole ImageNet takes long."""
+    """Above the limit, only names and sizes are hashed, because reading the whole ImageNet takes too long."""
     monkeypatch.setattr(DATASETS["imagenet"], "reads_all", limit)
     path = data_dir / "imagenet" / "val" / IMAGENET_CLASSES[0] / "1.JPEG"
     hashes = [load(data_dir).data_hash, load(data_dir, size=16).data_hash]
@@ -173,7 +173,7 @@ def test_the_hash_changes_with_a_name_or_a_size(data_dir: Path, limit: float, mo
 
 
 def test_streamed_batches_have_the_memory_layout_of_others(data_dir: Path) -> None:
-    """Memory format channels_last would select other kernels, which round differently."""
+    """Streamed batches are contiguous, because the memory format channels_last would select kernels that round differently."""
     for seed in (None, 0):
         x, _ = next(load(data_dir).train.batches(4, seed=seed))
         assert x.is_contiguous()

@@ -1,4 +1,4 @@
-"""Files that cameras, systems and notebooks leave in image folders: skipped and counted, read, or refused in one line."""
+"""Files that cameras, systems and notebooks leave in image folders are skipped and counted, read, or refused in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def image(path: Path, shade: int = 0) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes of two training and one test image."""
+    """A folder with two classes of two training images and one test image each."""
     root = tmp_path / "images"
     for name in ("cat", "dog"):
         image(root / "train" / name / "0.png")
@@ -136,7 +136,7 @@ def test_a_folder_that_many_links_lead_to_is_read_once(folder: Path) -> None:
     for path in inner:
         path.mkdir()
     for path in inner:
-        for other in inner:  # 8! paths through the links
+        for other in inner:  # there are 8! paths through the links
             (path / f"to-{other.name}").symlink_to(other)
     image(inner[0] / "2.png", 30)
     splits = load(folder)
@@ -280,7 +280,7 @@ def test_what_was_left_out_is_said_by_a_run_its_log_and_a_dry_run(
     assert not logging.getLogger("fa_bench").handlers
 
 
-#: A folder that its owner may not read, as users other than root see it.
+#: Folders that are made unreadable, one at a time, for every user except root.
 UNREADABLE = ["images", "images/test/dog", "images/train/cat/deep"]
 
 

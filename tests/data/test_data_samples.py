@@ -1,4 +1,4 @@
-"""`dataset.samples`: how many training samples remain, of which classes, and what does not change."""
+"""The option `dataset.samples` sets how many training samples of each class remain, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_tables_and_texts() -> None:
 
 
 def test_synthetic_keeps_its_own_option() -> None:
-    """The option `samples` of `synthetic` is the number of generated images, as before; there is no `samples_seed`."""
+    """The option `samples` of `synthetic` is still the number of generated images, and there is no `samples_seed`."""
     splits = Synthetic(samples=64, validation=0).load(Path(), CPU)
     assert len(splits.train) == 64 and DATASETS["synthetic"]().samples == 2048
     with pytest.raises(OptionError, match="samples_seed"):

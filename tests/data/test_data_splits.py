@@ -1,4 +1,4 @@
-"""Splits on the device: order, augmentation, normalisation, validation, hash, and imports."""
+"""Tests of splits on the device: order, augmentation, normalisation, validation samples, hash, and imports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOWHERE = Path("no-such-folder")
 
 
 def numbered(count: int, augment: bool = False) -> ResidentSplit:
-    """`count` samples whose labels are their positions, with random RGB images of 6x5 pixels."""
+    """A split of `count` random RGB images of 6x5 pixels, labelled with their positions."""
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, 6, 5), dtype=np.uint8))
     return ResidentSplit(images, torch.arange(count), [0.1, 0.5, 0.9], [0.2, 0.5, 1.0], augment, CPU)
 
@@ -38,7 +38,7 @@ def synthetic(**options: object) -> Splits:
 
 
 def same_images(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(N, M) bool: whether image n of `x` is image m of `y`."""
+    """A boolean tensor (N, M) that says whether image n of `x` equals image m of `y`."""
     return (x[:, None] == y[None]).flatten(2).all(2)
 
 
@@ -81,7 +81,7 @@ def test_augmentation_differs_between_epochs_for_the_same_image() -> None:
 
 @pytest.mark.parametrize("start", [1, 3, 5])
 def test_batches_from_the_middle_of_a_pass_are_those_of_the_whole_pass(start: int) -> None:
-    """Order and augmentation of a run that is resumed within an epoch."""
+    """A run that is resumed within an epoch gets the remaining batches in the same order and with the same augmentation."""
     split = numbered(18, augment=True)
     whole, rest = (list(split.batches(4, seed=3, epoch=2, start=first)) for first in (0, start))
     assert len(whole) == 5 and len(rest) == 5 - start
@@ -103,7 +103,7 @@ def test_the_augmented_parts_of_processes_are_those_of_the_whole_batch(crop: Any
 @pytest.mark.parametrize("how", [{}, {"seed": 1, "epoch": 2}, {"seed": 1, "epoch": 3, "start": 1}, {"seed": 1, "shuffle": False}])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_indices_are_those_of_the_batches(drop_last: bool, how: dict, share: Any) -> None:
-    """Labels are positions; if the last batch has one sample, a part of it is empty."""
+    """The labels are the positions. If the last batch has only one sample, the given share of it is empty."""
     split = numbered(13, augment=True)
     got = list(split.batch_indices(4, drop_last=drop_last, share=share, **how))
     want = [y for _, y in split.batches(4, drop_last=drop_last, share=share, **how)]
@@ -178,7 +178,7 @@ def test_crop_and_flip_against_a_loop_over_samples(shape: tuple[int, ...], paddi
 
 
 def test_every_shift_and_both_directions_occur() -> None:
-    """One bright pixel in the middle shows the position of each crop; an asymmetric pair shows the flip."""
+    """One bright pixel in the middle shows the position of each crop, and an asymmetric pair of pixels shows the flip."""
     images = torch.zeros(2000, 1, 9, 9, dtype=torch.uint8)
     images[:, 0, 4, 4], images[:, 0, 4, 5] = 200, 100
     cropped = crop_and_flip(images, torch.Generator().manual_seed(0))
@@ -209,13 +209,13 @@ def test_validation_and_train_are_complements(validation: float, held: int) -> N
 
 @pytest.mark.parametrize(("validation", "held"), [(0, 0), (0.2, 4), (25, 10), (1, 1)])
 def test_what_a_trial_holds_out_shrinks_as_its_training_images(validation: float, held: int) -> None:
-    """20 of 50 images: if a number of images is held out, its fraction of the data does not change."""
+    """The trial uses 20 of 50 images. If `validation` is a number of images, it shrinks in the same proportion."""
     splits = DATASETS["synthetic"].from_mapping({"samples": 50, "validation": validation}).load(NOWHERE, CPU, (20, 8))
     assert (len(splits.train), len(splits.validation or ())) == (20 - held, held)
 
 
 def test_a_trial_takes_a_part_of_a_validation_split_that_the_dataset_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most as many images as the test set has, because both are evaluated after every epoch."""
+    """A trial uses at most as many validation images as test images, because both splits are evaluated after every epoch."""
     dataset, whole = DATASETS["synthetic"].from_mapping({"samples": 50}), synthetic(validation=0)
     own = dataclasses.replace(whole, validation=whole.train)
     monkeypatch.setattr(dataset, "read", lambda *_: own)
@@ -234,7 +234,7 @@ def test_labels_stay_with_their_images() -> None:
     for part in (splits.train, splits.validation):
         source = same_images(part.images, whole.train.images).int().argmax(1)
         assert torch.equal(part.labels, whole.train.labels[source])
-        assert source.tolist() == sorted(source.tolist())  # in the order in which they are stored
+        assert source.tolist() == sorted(source.tolist())  # they are in the order in which they are stored
 
 
 def test_the_validation_split_follows_from_its_own_seed() -> None:
@@ -322,7 +322,7 @@ def test_digits_are_those_of_scikit_learn_split_by_its_function(monkeypatch: pyt
     read = dataset.arrays(NOWHERE)
     assert all(np.array_equal(mine, theirs) and mine.dtype == theirs.dtype for mine, theirs in zip(read, expected, strict=False))
     assert read[4] == list(map(str, bunch.target_names))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # another release may keep its file elsewhere
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # another release may store its file elsewhere
     assert all(map(np.array_equal, dataset.arrays(NOWHERE), read))
 
 
@@ -343,7 +343,7 @@ def test_listing_the_datasets_imports_no_torch() -> None:
 
 
 def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> None:
-    """Prototypes are uniform in 0.2 to 0.8 of the full range, and samples take the classes in turn."""
+    """Prototypes are uniform in 0.2 to 0.8 of the full range, and consecutive samples take the classes in turn."""
     plain, noisy = (
         DATASETS["synthetic"](samples=60, test_samples=60, classes=4, size=20, noise=noise, validation=0).load(NOWHERE, CPU)
         for noise in (0.0, 0.02)
@@ -352,13 +352,13 @@ def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> 
         assert part.labels.tolist() == other.labels.tolist() == [number % 4 for number in range(60)]
         assert torch.equal(part.images, part.images[:4].repeat(15, 1, 1, 1))
         difference = (other.images.double() - part.images) / 255
-        # 24,000 numbers: within 1 % at two standard errors; rounding to 8 bits, twice, adds a variance of 2 / (12 255^2).
+        # Two standard errors of 24,000 numbers are 1 %. Rounding twice to 8 bits adds a variance of 2 / (12 255^2).
         assert difference.std().item() == pytest.approx(math.sqrt(0.02**2 + 2 / 12 / 255**2), rel=0.03)
         assert abs(difference.mean().item()) < 5e-4
     assert torch.equal(plain.train.images[:4], plain.test.images[:4]) and not torch.equal(noisy.train.images, noisy.test.images)
     assert 51 <= plain.train.images.min() < 60 and 195 < plain.train.images.max() <= 204
     large = DATASETS["synthetic"](samples=10, size=200, noise=0.0, validation=0).load(NOWHERE, CPU).train.images
-    # 400,000 numbers with a standard deviation of 44 around the middle of the range: rounding down would lower the mean by 0.5.
+    # The mean of 400,000 numbers with a standard deviation of 44 is the middle of the range; rounding down would lower it by 0.5.
     assert large.double().mean().item() == pytest.approx(127.5, abs=0.25)
     strong = DATASETS["synthetic"](samples=60, noise=2.0).load(NOWHERE, CPU).train.images
     assert ((strong == 0) | (strong == 255)).double().mean() > 0.5, "cut off at black and white, never wrapped around"
@@ -387,7 +387,7 @@ def test_one_number_normalises_every_channel(values: list[float]) -> None:
 
 
 def test_what_is_left_of_the_training_images_is_augmented_as_all_of_them_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some images are held out, or left out in a trial run."""
+    """Training images are augmented in the same way if some images are held out, or left out in a trial run."""
     dataset = DATASETS["synthetic"].from_mapping({"samples": 40, "test_samples": 20, "validation": 10, "size": 6})
     monkeypatch.setattr(type(dataset), "augments", property(lambda self: True))
     monkeypatch.setattr(dataset, "cropping", PaddedCrop)
@@ -395,12 +395,12 @@ def test_what_is_left_of_the_training_images_is_augmented_as_all_of_them_are(mon
         plain = next(splits.train.batches(len(splits.train)))[0]
         for seed in (0, 1):
             x, _ = next(splits.train.batches(len(splits.train), seed=seed))
-            # 81 positions and a flip: a few of thirty images may be unchanged.
+            # There are 81 positions and a flip, so a few of thirty images may be unchanged.
             assert same_images(x, plain).any(1).sum() < 4
 
 
 def test_a_validation_split_of_its_own_is_the_datasets_even_without_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No further training images are held out."""
+    """No training images are held out if the dataset has a validation split of its own, even an empty one."""
     dataset, whole = DATASETS["synthetic"].from_mapping({"samples": 50, "validation": 5}), synthetic(validation=0)
     own = dataclasses.replace(whole, validation=whole.test.subset(torch.arange(0)))
     monkeypatch.setattr(dataset, "read", lambda *_: own)

@@ -1,4 +1,5 @@
-"""Tables, and your own arrays: which values the model gets, which data are refused, and scaling by the training samples."""
+"""Tests of tables and users' own arrays: which values the model gets, which data are refused, and scaling by the training
+samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text: parts, windows, units, unknown characters; the built-in book."""
+"""Tests of text datasets: parts, windows, units, unknown characters, and the built-in book."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tiny ImageNet from a small archive in its own format: unpacking, its validation folder, and errors about damage."""
+"""Tests of Tiny ImageNet from a small archive in its original format: unpacking, the validation folder, and errors about
+damage."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 @pytest.fixture(autouse=True)
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A server for the temporary folder, from which the archive is downloaded."""
+    """Serve the temporary folder, from which the archive is downloaded."""
     handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     monkeypatch.setenv("no_proxy", "*")
     with Server(("127.0.0.1", 0), functools.partial(handler, directory=str(tmp_path))) as httpd:
@@ -46,7 +47,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def write_zip(root: Path, monkeypatch: pytest.MonkeyPatch, extra: str | None = None) -> Path:
-    """The folder as an archive with the expected checksum; `extra` is the name of an additional member."""
+    """Write the folder to an archive with the expected checksum; `extra` is the name of an additional member."""
     folder, archive = write_tiny_imagenet(root / "source"), root / "server" / f"{TINY}.zip"
     archive.parent.mkdir(parents=True)
     with zipfile.ZipFile(archive, "w") as opened:
@@ -147,7 +148,7 @@ def test_a_cut_off_archive_is_named_and_kept(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("damage", ["tail", "member"])
 def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
-    """The archive's checksum is adapted, so the damage is found while unpacking."""
+    """The expected checksum is that of the damaged archive, so the damage is found only while unpacking."""
     archive = place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
     content = bytearray(archive.read_bytes())
     if damage == "tail":
@@ -261,7 +262,7 @@ def test_a_class_without_images_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [1, 0])
 @pytest.mark.parametrize("content", [b"not an image", None])
 def test_a_broken_image_is_named(tmp_path: Path, content: bytes | None, limit: float) -> None:
-    """A file that is not an image, or is truncated: found when it is decoded, which happens later for streamed images."""
+    """A file that is not an image, or is truncated, is found when it is decoded, which happens later for streamed images."""
     bad = write_tiny_imagenet(tmp_path) / "val" / "images" / "val_2.JPEG"
     bad.write_bytes(bad.read_bytes()[:1500] if content is None else content)
     with pytest.raises(DataError, match="not a readable image") as caught:

@@ -1,4 +1,4 @@
-"""Models see what a person sees in an image viewer: orientation, transparency, depth, frames; converted images are counted."""
+"""Models see what a person sees in an image viewer, whatever the orientation, transparency, depth or number of frames."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fa_bench.registry.registries import DATASETS
 from tests.versions import YCBCR_IS_CUT_OFF
 
 CPU = torch.device("cpu")
-#: For each EXIF orientation, how a camera stores the upright picture (EXIF 2.32, 4.6.4 A): rows, columns.
+#: For each EXIF orientation (EXIF 2.32, 4.6.4 A), the rows and columns in which a camera stores the upright picture.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -49,7 +49,7 @@ def only(
     save: dict[str, object] | None = None,
     **options: object,
 ):
-    """A dataset with this image as its only training image, and a plain image in the test set."""
+    """Load a dataset with this image as its only training image, and a plain image in the test set."""
     for part in ("train", "test"):
         (folder / part / "a").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", image.size).save(folder / part / "a" / "0.png")
@@ -64,7 +64,8 @@ def load(folder: Path, limit: float = 1, **options: object):
 
 
 def png(levels: np.ndarray, bits: int, kind: int, *transparent: int) -> bytes:
-    """A PNG of levels (H, W, C), which Pillow cannot write; `kind` is its colour type, `transparent` one level per channel."""
+    """Encode levels (H, W, C) as a PNG that Pillow cannot write; `kind` is its colour type, `transparent` one level per
+    channel."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -83,7 +84,7 @@ def png(levels: np.ndarray, bits: int, kind: int, *transparent: int) -> bytes:
 
 
 def seen(splits) -> np.ndarray:
-    """The training image as (H, W, C), with values from 0 to 255."""
+    """The training image as an array (H, W, C) of values from 0 to 255."""
     x, _ = next(splits.train.batches(1))
     return x[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
 
@@ -99,7 +100,7 @@ def test_a_picture_is_turned_upright(tmp_path: Path, way: int, kind: str, limit:
     (tmp_path / "test/a").mkdir(parents=True)
     options = {"png": {}, "tif": {}, "webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}[kind]
     splits = only(tmp_path, image, f"0.{kind}", limit, {"exif": exif, **options}, size=16)
-    expected = upright[:, 4:20]  # the centre of 16 rows and 24 columns
+    expected = upright[:, 4:20]  # the centre of an image of 16 rows and 24 columns
     assert np.abs(seen(splits).astype(int) - expected).max() <= (8 if kind == "jpg" else 0)
     assert [note for note in splits.notes if "EXIF" in note] == (
         [] if way == 1 else [f"{tmp_path / 'train'}: images rotated by their EXIF orientation: 1"]
@@ -113,7 +114,7 @@ def test_pictures_held_upright_and_across_have_one_size_once_turned(tmp_path: Pa
     for part in ("train", "test"):
         Image.fromarray(picture(8, 6)).save(tmp_path / part / "a" / "1.png", exif=exif)
         assert load(tmp_path).input_shape == (3, 6, 8)
-    (tmp_path / "train/a/0.png").unlink()  # the size of the others is compared with that of the first image
+    (tmp_path / "train/a/0.png").unlink()  # the other images are compared with the size of the first one
     assert load(tmp_path).input_shape == (3, 6, 8)
 
 
@@ -123,7 +124,7 @@ def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path: Path) -> None:
 
 
 def drawing(mode: str) -> Image.Image:
-    """A black square that exists only in the alpha channel: the colours are black everywhere."""
+    """A black square that is visible only in the alpha channel, because the colours are black everywhere."""
     alpha = np.zeros((6, 8), np.uint8)
     alpha[2:4, 2:4] = 255
     black = Image.new("RGB", (8, 6))
@@ -224,7 +225,7 @@ def test_a_grey_level_of_few_bits_may_be_transparent(tmp_path: Path, bits: int, 
 @pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
 def test_16_bits_of_colour_or_with_alpha_are_counted(tmp_path: Path, kind: int, channels: int, limit: float) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (6, 8, channels))
-    deep[..., 3 if channels == 4 else 1 :] = 65535  # opaque; none of three channels is alpha
+    deep[..., 3 if channels == 4 else 1 :] = 65535  # opaque; an image with three channels has no alpha
     only(tmp_path, Image.fromarray(picture()))
     (tmp_path / "train/a/0.png").write_bytes(png(deep, 16, kind))
     splits = load(tmp_path, limit)

@@ -1,4 +1,4 @@
-"""Downloading and unpacking: no file is written elsewhere, no leftovers remain, and processes wait for each other."""
+"""Downloading and unpacking write no files elsewhere and leave nothing behind, and processes wait for each other."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_tar(path: Path, folder: Path, name: str, kind: bytes) -> None:
 
 
 def as_published(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the expected checksum with that of the archive."""
+    """Make the archive's checksum the expected one."""
     monkeypatch.setattr(cifar.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest())
 
 
@@ -271,7 +271,8 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(tmp_path: Path, monk
 
 
 def test_a_removal_that_was_killed_leaves_a_folder_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever file is removed first, it is not the marker."""
+    """The marker is not the first file to be removed, so a removal that is interrupted leaves a folder that is still
+    recognised."""
     import shutil
 
     from fa_bench.data.workspace import workspace

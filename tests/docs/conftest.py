@@ -12,7 +12,7 @@ from fa_bench.registry.registry import Registry
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    """Restore the tables of components afterwards."""
+    """Remove newly registered components after the test."""
     tables = {name: table for name, table in vars(registries).items() if isinstance(table, Registry)}
     known = {name: set(table) for name, table in tables.items()}
     yield

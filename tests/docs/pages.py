@@ -1,4 +1,4 @@
-"""The handwritten pages: their code blocks, shell lines and links."""
+"""Helpers that read the code blocks, shell commands and links of the handwritten pages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-#: Lines with these programs, indented by four spaces or in a bash fence, are commands; other indented lines are output.
+#: Lines that start with one of these programs are commands if they are indented by four spaces or in a bash fence; other indented
+#: lines are output.
 PROGRAMS = ("fa-bench", "fa-bench-report", "fa-bench-tune", "fa-bench-analyse", "torchrun", "python", "python3", "pip")
 OTHER_PROGRAMS = ("tensorboard", "export", "mkdocs", "bash")
 FENCE = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2$", re.S | re.M)
 
 
 class Block(NamedTuple):
-    """A fence: its language and its code."""
+    """The language and the code of a fence."""
 
     language: str
     code: str
@@ -34,16 +35,16 @@ def fences(page: Path) -> list[Block]:
 
 
 def prose(page: Path) -> str:
-    """The page without fences."""
+    """The page without its fences."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 def indented(page: Path) -> list[str]:
-    """The indented lines outside of fences, without their indentation; lines that end in a backslash are joined to the next."""
+    """The indented lines outside fences, without their indentation; a line that ends in a backslash is joined to the next one."""
     return re.findall(r"^    (?=\S)(.*)$", prose(page).replace("\\\n", ""), re.M)
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of shell on a page, without their comments."""
+    """The shell commands on a page, without their comments."""
     lines = [line for line in indented(page) if line.split()[0].rpartition("/")[2] in (*PROGRAMS, *OTHER_PROGRAMS)]
     return [re.sub(r"\s{2,}#.*|\s+# .*", "", line).strip() for line in lines]

@@ -1,4 +1,4 @@
-"""Every Python block and every shell line on the pages works, or is listed with a reason why it is not run."""
+"""Every Python block and every shell command on the pages works, or is listed with the reason why it is not run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fa_bench.tuning.tune import prepared
 
 from .pages import DOCS, PAGES, ROOT, commands, fences, indented, name_of
 
-#: (page, beginning of the block or line) -> why it is not run here.
+#: Maps a page and the beginning of a block or line to the reason why it is not run here.
 NOT_RUN = {
     ("README.md", "python3 -m venv"): "installs; .ci/run runs it as it is written",
     ("README.md", "import fa_bench\n\nruns"): "test_docs.py runs it, and looks at the runs",
@@ -47,33 +47,33 @@ NOT_RUN = {
     ("docs/sweeps.md", "fa-bench -m plugins=[my_rules]"): "the rule of add_a_rule.md, whose lines are checked there",
     ("docs/tune.md", "fa-bench-tune"): "tests/tuning/test_plan.py checks all lines of this page",
 }
-#: Page -> code that is executed before its blocks, which refer to its runs.
+#: Maps a page to code that is executed before its blocks, which use the runs of this code.
 BEFORE = {
     "docs/extend.md": 'import fa_bench; fa_bench.run("optimizer.lr=0.1,0.01")',
     "docs/read_the_metrics.md": 'import fa_bench; fa_bench.run("algorithm=bp,fa")',
     "docs/reports.md": 'import fa_bench; fa_bench.run("algorithm=bp,fa", "optimizer.lr=0.1,0.01")',
     "docs/tune.md": 'import fa_bench; fa_bench.tune("experiment=tune_digits")',
 }
-#: Page -> {file that its commands read: its text, or the language of the block that has it}.
+#: Maps a page to the files that its commands read, each with its text or the language of the block that contains it.
 FILES = {
     "docs/add_a_rule.md": {"myconf/algorithm/sparse.yaml": "yaml"},
     "docs/datasets.md": {"houses.csv": "area,price\n" + "".join(f"{row},{row}.5\n" for row in range(20))},
 }
-#: Pages whose blocks of Python write files that their commands read.
+#: Pages with blocks of Python that write files for the page's commands.
 PREPARES = ("docs/datasets.md",)
-#: The runs and studies of the pages, at the smallest scale.
+#: Options that reduce the runs and studies of the pages to the smallest scale.
 SMALL_RUN = {"scale": "smoke", "threads": 1, "loggers": [[]], "seed": [0]}
 SMALL_STUDY = {"scale": "smoke", "threads": 1, "algorithm": ["bp", "fa"], "budget": 1, "seeds": [0]}
 LANGUAGES = {"python", "bash", "yaml", "toml", "math"}
 
 
 def reason(page: Path, text: str) -> str | None:
-    """The reason why a block or line is not run; None if it is."""
+    """Return the reason why a block or line is not run, or None if it is run."""
     return next((why for (name, start), why in NOT_RUN.items() if name == name_of(page) and text.startswith(start)), None)
 
 
 def test_scripts_of_shell_have_a_reason() -> None:
-    """These scripts are run one by one in another test."""
+    """Shell scripts are not run here, because another test runs them one by one."""
     scripts = [(page, block.code) for page in PAGES for block in fences(page) if block.language == "bash"]
     assert [code for page, code in scripts if reason(page, code) is None] == []
 
@@ -83,7 +83,7 @@ def python_of(page: Path) -> list[str]:
 
 
 def shrunk(function: Callable[..., Any], small: dict[str, Any]) -> Callable[..., Any]:
-    """`fa_bench.run` or `tune`, with these options replacing the given ones."""
+    """Wrap `fa_bench.run` or `tune` so that these options replace the given ones."""
 
     def call(*overrides: str, **options: Any) -> Any:
         given = (each for each in overrides if each.partition("=")[0] not in small)
@@ -94,7 +94,7 @@ def shrunk(function: Callable[..., Any], small: dict[str, Any]) -> Callable[...,
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=name_of)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None) -> None:
-    """The blocks of a page in order, in one module."""
+    """The Python blocks of a page run in order, in one module."""
     monkeypatch.chdir(tmp_path)
     for name, small in (("run", SMALL_RUN), ("tune", SMALL_STUDY)):
         monkeypatch.setattr(fa_bench, name, shrunk(getattr(fa_bench, name), small))
@@ -106,7 +106,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_commands_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None) -> None:
-    """Configs are composed and checked, and arguments parsed, as the command does before it starts."""
+    """Configs are composed and checked, and arguments are parsed, as the command does before it starts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for path, text in FILES.get(name_of(page), {}).items():
@@ -124,7 +124,8 @@ def test_commands_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def check_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first job, and one for every other value in the line; launcher options, which have their own tests, are left out."""
+    """Compose the first job, and one for every other value in the line; launcher options are left out, because they have their
+    own tests."""
     if "--help" in words:
         assert main(words) == 0
         return
@@ -149,7 +150,7 @@ def check_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_report(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stubs of runs in the folders; no report is written."""
+    """Check the arguments on stubs of runs in the folders; no report is written."""
     folders = [word for word in words if word.startswith("outputs")]
     for folder in folders:
         for name in ("bp", "kp"):
@@ -178,11 +179,11 @@ def check_analysis(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Parsed(Exception):
-    """The arguments were accepted."""
+    """Raised when the arguments were accepted."""
 
 
 def check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script exists, and its parser, if it has one, accepts the arguments."""
+    """Check that the script exists, and that its parser, if it has one, accepts the arguments."""
     path, parse = ROOT / words[0], argparse.ArgumentParser.parse_args
 
     def parse_only(parser: argparse.ArgumentParser, *arguments: Any) -> None:
@@ -205,7 +206,7 @@ def check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_installation(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extras exist."""
+    """Check that the extras exist."""
     section = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]\n")[1].split("\n[")[0]
     wanted = re.fullmatch(r"install -e \.\[([\w,]+)\]", " ".join(words))
     assert wanted is not None and set(wanted[1].split(",")) <= set(re.findall(r"^(\w+) = ", section, re.M))
@@ -223,7 +224,7 @@ CHECKS = {
 
 
 def test_pages_of_rules_attach_their_rule() -> None:
-    """The line is the same on every page; the tests of the table in choose_a_rule attach every rule."""
+    """The attach line is the same on every page; the tests of the table in choose_a_rule attach every rule."""
     for name in ALGORITHMS:
         assert f'rule = fa_bench.attach(model, "{name}")' in indented(DOCS / "rules" / f"{name}.md")
 

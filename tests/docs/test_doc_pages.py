@@ -1,4 +1,4 @@
-"""The pages of docs/: generated ones are up to date, tables are complete and true, commands and examples work."""
+"""The pages of docs/ are correct: generated ones are up to date, tables are complete, and commands and examples work."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_script_for_slurm_hands_over_to_fa_bench(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ choose a rule
 def rows(name: str) -> dict[str, list[str]]:
-    """First cell, without its quotes -> the other cells, of the tables of a page."""
+    """The tables of a page as {first cell, without its quotes: the other cells}."""
     lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in page(name).splitlines() if line[:1] == "|"]
     return {key.strip("` "): cells for first, *cells in lines for key in first.split(",")}
 
@@ -145,7 +145,7 @@ def test_every_key_of_a_run_is_on_the_page() -> None:
     metrics, result = json.loads(Path("run/metrics.jsonl").read_text()), json.loads(Path("run/result.json").read_text())
     keys = {*metrics, *result, *metrics["angles"], *result["angles"]}
     assert sorted(keys - shown) == []
-    others = {"null", *ALGORITHMS}  # words on the page that are no keys
+    others = {"null", *ALGORITHMS}  # these words on the page are not keys
     assert sorted(shown - keys - others) == []
     tags = {tag.split("/")[0] if "/fc" in tag else tag for tag in EventAccumulator("run").Reload().Tags()["scalars"]}
     text = page("read_the_metrics")

@@ -57,7 +57,7 @@ def test_table_of_rules_is_complete() -> None:
 
 
 def test_calls_of_the_readme_run_and_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runs of one seed at the smallest scale; the study is checked, as with --dry-run."""
+    """The runs have one seed and the smallest scale; the study is only checked, as with --dry-run."""
     [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "fa_bench.run(" in block]
     run = fa_bench.run
     monkeypatch.chdir(tmp_path)
@@ -79,7 +79,7 @@ def test_experiments_of_the_page_are_those_there_are() -> None:
 def test_architecture_and_preset_of_contributing_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each has one file, to which no other file refers."""
+    """The architecture and the experiment each have one file, and no other file has to mention them."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     architecture = re.search(r"^```python\n(.*?)^```", text, re.S | re.M)
     preset = re.search(r"^```yaml\n(# @package.*?)^```", text, re.S | re.M)

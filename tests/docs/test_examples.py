@@ -11,7 +11,7 @@ import pytest
 import fa_bench
 from fa_bench.metrics.meter import AlignmentMeter
 
-#: Examples by the name that they document; the decorators are one method, and share its example.
+#: The public objects by name; the two names of the decorator share its example.
 PUBLIC = {name: getattr(fa_bench, name) for name in fa_bench.__all__ if name != "__version__"} | {
     "AlignmentMeter": AlignmentMeter
 }

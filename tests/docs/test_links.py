@@ -1,4 +1,4 @@
-"""Every link on a page, in the notebook and in the built site leads somewhere, anchors included."""
+"""Every link on a page, in the notebook and in the built site leads to an existing target, including its anchor."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import fa_bench
 from .pages import DOCS, PAGES, ROOT, fences, name_of, prose
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-#: Elements whose attribute is the address of something that a browser loads or opens.
+#: Maps an element to the attribute that contains the address of something that a browser loads or opens.
 ADDRESSES = {"a": "href", "link": "href", "img": "src", "script": "src", "source": "src", "iframe": "src"}
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives to the headings of a page: punctuation is dropped, spaces become hyphens."""
+    """The anchors that GitHub gives to the headings of a page: punctuation is dropped, and spaces become hyphens."""
     seen: Counter[str] = Counter()
     result = set()
     for heading in re.findall(r"^#+ (.+?)\s*$", prose(page), re.M):
@@ -37,7 +37,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken(links: list[str], page: Path) -> list[str]:
-    """The links of a page to the repository whose targets do not exist."""
+    """The links of a page into the repository whose targets do not exist."""
     bad = []
     for link in links:
         if "://" in link:
@@ -94,7 +94,7 @@ class Elements(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly, once for all processes of a run of the tests."""
+    """Build the site in strict mode, once for all processes of a test run."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_TESTRUNUID" in os.environ:
         shared = shared.parent
@@ -111,7 +111,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def parsed(site: Path) -> dict[Path, Elements]:
-    """The pages of the site."""
+    """The parsed pages of the site."""
     pages = {}
     for path in site.rglob("*.html"):
         pages[path] = Elements()
@@ -130,7 +130,7 @@ def test_links_and_anchors_of_the_site(site: Path, parsed: dict[Path, Elements])
     for path, page in parsed.items():
         for address in {*page.opened, *page.loaded}:
             parts = urlsplit(address)
-            if parts.scheme or path.name == "404.html":  # whose addresses are relative to the server
+            if parts.scheme or path.name == "404.html":  # the addresses on 404.html are relative to the server
                 continue
             target = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
             if not target.is_file() or (
@@ -161,5 +161,5 @@ def test_every_public_name_is_in_the_reference(parsed: dict[Path, Elements]) -> 
 
 def test_attributes_are_documented_by_their_comments_and_options_by_their_help(site: Path) -> None:
     text = (site / "reference" / "components.html").read_text(encoding="utf-8")
-    assert "that its models are made for.</p>" in text  # the comment of Architecture.tasks
+    assert "that its models are made for.</p>" in text  # the comment on Architecture.tasks
     assert "<p>Weight decay per unit of learning rate.</p>" in text

@@ -1,4 +1,4 @@
-"""The notebook runs from the first to the last cell."""
+"""Every cell of the notebook runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "notebook.ipynb"
-#: Replaces the cell with the tag "parameters": the same names, with values that take seconds.
+#: A replacement for the cell with the tag "parameters"; it sets the same names to values that take seconds.
 SMALL = """
 common = ["dataset=synthetic", "dataset.samples=192", "dataset.test_samples=32", "dataset.validation=0.3",
           "architecture.widths=[8]", "epochs=1", "loggers=[]", "threads=1"]

@@ -1,4 +1,4 @@
-"""Links, listings, the navigation of the rules, and equations in the site, each tested separately."""
+"""The site's hooks for links, listings, the navigation of the rules and equations are tested separately."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """The table of published settings that the experiments must reproduce, written from the papers and their official code.
 
-Where each number comes from:
+Marks in the comments say where each number comes from:
 
-- [paper]: stated in the paper, with the place.
-- [code]: seen only in the authors' code.
-- [choice]: neither specifies it; the project's choice. The comment in the experiment's YAML file documents it unless noted here.
+- [paper]: the paper states it, in the place that is named.
+- [code]: only the authors' code has it.
+- [choice]: neither specifies it, so the project chose it. The experiment's YAML file documents the choice unless noted here.
 
 A setting that the table does not name must have its component's default, so no experiment can change it unnoticed.
 """
@@ -20,7 +20,7 @@ from fa_bench.registry.registries import ALGORITHMS
 
 #: Settings by their key on the command line, such as ``optimizer.lr``.
 Settings = dict[str, Any]
-#: (conditions, settings): the settings hold for the runs that meet the conditions. A tuple lists alternatives.
+#: A case is (conditions, settings): the settings hold for the runs that meet the conditions. A tuple lists alternatives.
 Case = tuple[Mapping[str, Any], Settings]
 
 
@@ -39,7 +39,7 @@ class Preset:
     cases: list[Case] = dataclasses.field(default_factory=list)
 
     def runs(self) -> Iterator[tuple[Settings, list[int]]]:
-        """The settings of every run, without its seed, and the seeds that it is repeated with."""
+        """Yield the settings of every run, without its seed, and the seeds that it is repeated with."""
         for part in self.sweep:
             swept = {key: values for key, values in part.items() if key != "seed"}
             for values in itertools.product(*swept.values()):
@@ -71,27 +71,29 @@ STAGES_18, STAGES_34 = [2, 2, 2, 2], [3, 4, 6, 3]
 ASAP_RULES = ("asap", "asfp", "asfp_lc")
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # Kingma and Ba 2014
 
-#: Settings of a component in every paper, unless the paper's own settings below differ.
+#: The settings of components that hold in every paper, unless the paper's own settings below differ.
 COMPONENTS: list[Case] = [
-    # Nets. PFA paper section 3: 784-512-512-10, ReLU, no normalisation.
+    # The net of the PFA paper, section 3, is 784-512-512-10 with ReLU and without normalisation.
     ({"architecture": "mlp"}, _keys("architecture", widths=[512, 512]) | PLAIN_MLP),
-    # DKP paper, Table 3: 32 channels twice, 128 hidden neurons; the padding follows from its 6272 features.
+    # The net of the DKP paper, Table 3, has 32 channels twice and 128 hidden neurons; the padding follows from its 6272 features.
     ({"architecture": "conv2"}, _keys("architecture", channels=32, hidden=128, padding=None)),
-    # DKP paper, section 3.2: AlexNet (torchvision's sizes) with normalisation before every activation; dropout [code].
+    # The net of the DKP paper, section 3.2, is AlexNet in torchvision's sizes with normalisation before every activation; dropout
+    # is from the code [code].
     ({"architecture": "dkp_alexnet"}, _keys("architecture", width=64, hidden=4096, linear_norm=True, dropout=0.5)),
-    # ASAP paper, appendix C; the normalised logits [code].
+    # The nets of the ASAP paper are from appendix C; the normalised logits are from the code [code].
     ({"architecture": "asap_alexnet"}, _keys("architecture", width=64, hidden=1024, output_norm=True)),
     ({"architecture": "resnet18"}, _keys("architecture", width=64, blocks=STAGES_18, shortcuts=True, output_norm=True)),
     ({"architecture": "resnet34"}, _keys("architecture", width=64, blocks=STAGES_34, shortcuts=True, output_norm=True)),
-    # He et al. 2016.
+    # The small ResNet and those for ImageNet are from He et al. 2016.
     ({"architecture": "resnet20"}, _keys("architecture", width=16, blocks=3, shortcuts=True)),
     ({"architecture": "resnet18_imagenet"}, _keys("architecture", width=64, blocks=STAGES_18, bn="before")),
     ({"architecture": "resnet50_imagenet"}, _keys("architecture", width=64, blocks=STAGES_34, bn="before")),
-    # Rules. PFA paper, appendix A: expansion ratio 10, Glorot; the ratio of PFA-o [code].
+    # The PFA paper, appendix A, has an expansion ratio of 10 and Glorot's initialisation; the ratio of PFA-o is from the code
+    # [code].
     ({"algorithm": "pfa"}, _keys("algorithm", ratio=10.0, r_init="xavier_uniform", density=1.0)),
     ({"algorithm": "pfa_o"}, _keys("algorithm", ratio=1.0, r_init="xavier_uniform")),
-    # ASAP paper, section 3: two layers share an activation, max-pooling matches shapes, the first layer is fixed. Feedback of
-    # convolutions is sampled like torch's weights, that of fully connected layers uniformly in [-1, 1) [code].
+    # In the ASAP paper, section 3, two layers share an activation, max-pooling matches shapes, and the first layer is fixed. The
+    # feedback of convolutions is sampled like torch's weights, and that of fully connected layers uniformly in [-1, 1) [code].
     (
         {"algorithm": ASAP_RULES},
         _keys(
@@ -106,26 +108,27 @@ COMPONENTS: list[Case] = [
         ),
     ),
     ({"algorithm": "asfp_lc"}, _keys("algorithm", pool=2, cuts=None)),  # appendix B: average pooling to 2x2
-    # The papers to which the ASAP paper compares: Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice]; Nøkland
-    # and Eidnes 2019; Belilovsky et al. 2020 with their "mlp-sr" auxiliary nets.
+    # The ASAP paper compares itself to these papers: Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice];
+    # Nøkland and Eidnes 2019; Belilovsky et al. 2020 with their "mlp-sr" auxiliary nets.
     ({"algorithm": "local_error"}, _keys("algorithm", m_init="kaiming_uniform", features=4096, separate=False, cuts=None)),
     (
         {"algorithm": "predsim"},
         _keys("algorithm", loss="predsim", beta=0.99, decoder_size=4096, decoder_init="zeros", decoder_bias=True, cuts=None),
     ),
-    # Our own reference: the classifiers of predsim, and losses of equal weight [choice].
+    # Deep supervision is the project's own reference, with the classifiers of predsim and losses of equal weight [choice].
     ({"algorithm": "bp_deepsup"}, _keys("algorithm", weight=1.0, decoder_size=4096, decoder_init="zeros", cuts=None)),
     ({"algorithm": "dgl"}, _keys("algorithm", auxiliary_net="mlp_sr", cuts=None)),
-    # One row of feedback for every neuron, at all hidden activations; PFA's runs on CIFAR-10 differ.
+    # Every neuron has one row of feedback, at all hidden activations; PFA's runs on CIFAR-10 differ.
     ({"algorithm": "dfa"}, _keys("algorithm", form="neuron", cuts=None, density=1.0)),
     ({"algorithm": "fa"}, _keys("algorithm", linear_b_init=None, density=1.0, plain_last=False)),
-    ({"algorithm": "kp"}, _keys("algorithm", b_lr_scale=1.0, plain_last=False)),  # one learning rate for W and B
-    # PFA paper: the sign times the standard deviation of Glorot's weights [code].
+    ({"algorithm": "kp"}, _keys("algorithm", b_lr_scale=1.0, plain_last=False)),  # W and B have the same learning rate
+    # The PFA paper uses the sign times the standard deviation of Glorot's weights [code].
     ({"algorithm": "usf"}, _keys("algorithm", scale="xavier", plain_last=False, density=1.0)),
-    # DKP paper, section 3.1: backward matrices with Kaiming's initialisation. Those of DRTP [code of Frenkel et al.].
+    # The DKP paper, section 3.1, samples backward matrices with Kaiming's initialisation. The matrices of DRTP follow the code of
+    # Frenkel et al. [code].
     ({"algorithm": "dkp"}, _keys("algorithm", b_init="kaiming_uniform", density=1.0, cuts=None)),
     ({"algorithm": "drtp"}, _keys("algorithm", b_init="kaiming_uniform", scale=1.0, error_sign=False, density=1.0, cuts=None)),
-    # Datasets: images at their stored size, 28x28, 32x32 or 64x64; ImageNet as 224x224 crops with the usual normalisation.
+    # Images have their stored size, 28x28, 32x32 or 64x64; ImageNet has 224x224 crops with the usual normalisation.
     (
         {"dataset": ("mnist", "fashion_mnist", "svhn", "cifar10", "cifar100", "tiny_imagenet")},
         _keys("dataset", crop="padded", size=None, validation_seed=0),
@@ -143,7 +146,7 @@ COMPONENTS: list[Case] = [
             validation_seed=0,
         ),
     ),
-    # All papers: SGD with momentum 0.9, and one optimizer for W and learned feedback, unless their own cases differ.
+    # All papers use SGD with momentum 0.9, and one optimizer for W and learned feedback, unless their own cases differ.
     ({}, {"feedback_optimizer": None, "optimizer": "sgd", "optimizer.first_epoch_weight_decay": None}),
     ({"optimizer": "sgd"}, _keys("optimizer", momentum=0.9, nesterov=False)),
     ({"optimizer": "adam"}, _keys("optimizer", **ADAM)),
@@ -151,7 +154,8 @@ COMPONENTS: list[Case] = [
 
 # --- Woo et al. 2021 (ASAP) -----------------------------------------------------------------------------------------------------
 
-#: Appendix C. All batches are used, as in the code's data loader [code]; there is no validation split [code].
+#: The settings are from appendix C. All batches are used, as in the code's data loader [code]; there is no validation split
+#: [code].
 ASAP: Settings = {
     "epochs": 200,
     "batch_size": 128,
@@ -161,24 +165,24 @@ ASAP: Settings = {
     **COSINE,
 }
 ASAP_CASES: list[Case] = [
-    # Weights. "Kaiming" of the paper is torch's default for convolutions, U(±1/√fan_in) [code].
-    # Its nets for FA, DFA and ASAP draw fully connected weights from U(±√(6/fan_in)) and set their biases to zero; those for BP
-    # have torch's default there [code]. Here, all rules start with the same weights, so that they can be compared [choice].
+    # The paper's "Kaiming" is torch's default for convolutions, U(±1/√fan_in) [code]. In the code, the nets for FA, DFA and ASAP
+    # draw fully connected weights from U(±√(6/fan_in)) and set their biases to zero; those for BP have torch's default there
+    # [code]. Here, all rules start with the same weights, so that they can be compared [choice].
     ({}, {"architecture.init": "pytorch", "architecture.linear_init": "kaiming_uniform"}),
-    # Appendix C: crops and flips on CIFAR and Tiny ImageNet. Means and deviations [code]; CIFAR-100 has those of CIFAR-10 there,
-    # and Tiny ImageNet those of a derivative of the code.
+    # Appendix C uses crops and flips on CIFAR and Tiny ImageNet. Means and deviations are from the code [code]; CIFAR-100 has
+    # those of CIFAR-10 there, and Tiny ImageNet has those of a derivative of the code.
     ({}, {"dataset.augment": True}),
     ({"dataset": ("cifar10", "cifar100")}, _keys("dataset", mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010])),
     ({"dataset": "tiny_imagenet"}, _keys("dataset", mean=[0.480, 0.448, 0.398], std=[0.277, 0.269, 0.282])),
     ({"dataset": "svhn"}, _keys("dataset", mean=[0.5], std=[0.5], augment=False)),
     ({"dataset": "mnist"}, {"dataset.augment": False}),
-    # Feedback [code]: DFA's is N(0, 1/classes); FA's is sampled like torch's weights in convolutions and from U(-1, 1) in fully
-    # connected layers. The code for KP is not public: its feedback is sampled like the weights, in all layers [choice]. B and W
-    # are initially independent [choice].
+    # The feedback of DFA is N(0, 1/classes) [code]. The feedback of FA is sampled like torch's weights in convolutions, and from
+    # U(-1, 1) in fully connected layers [code]. The code for KP is not public, so its feedback is sampled like the weights, in
+    # all layers [choice]. B and W are initially independent [choice].
     ({"algorithm": "dfa"}, {"algorithm.b_init": "normal_fan_out"}),
     ({"algorithm": "fa"}, _keys("algorithm", b_init="pytorch", linear_b_init="uniform_one")),
     ({"algorithm": "kp"}, _keys("algorithm", b_init="pytorch", linear_b_init="kaiming_uniform")),
-    # Learning rates: Table 3. The floor has BP's, the variants of ASAP have ASAP's [choice].
+    # Learning rates are from Table 3. The floor has the rate of BP, and the variants of ASAP have that of ASAP [choice].
     ({"algorithm": ("bp", "frozen", "kp")}, {"optimizer.lr": 3e-2}),
     ({"algorithm": ("fa", "dfa")}, {"optimizer.lr": 3e-3}),
     ({"algorithm": ASAP_RULES}, {"optimizer.lr": 3e-2}),
@@ -188,7 +192,7 @@ ASAP_CASES: list[Case] = [
 ]
 ASAP_TABLE1 = ["bp", "frozen", "kp", "fa", "dfa", "asap"]
 ASAP_PAPER: dict[str, Preset] = {
-    # Single runs throughout.
+    # All settings are run once.
     "asap_table1": Preset(
         [
             {
@@ -225,7 +229,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10"},
         ASAP_CASES,
     ),
-    # ResNet-34: Table 5 has the same accuracies.
+    # Table 5 has the same accuracies for ResNet-34.
     "asap_table4": Preset(
         [
             {"algorithm": ["bp", "asap"], "optimizer.weight_decay": [0.0, 5e-6, 5e-5, 5e-4, 5e-3], "seed": [0]},
@@ -234,7 +238,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10", "architecture": "resnet34"},
         ASAP_CASES,
     ),
-    # Local learning: Adam with a learning rate of 5e-3 [paper], without decay [code].
+    # Local learning uses Adam with a learning rate of 5e-3 [paper], without decay [code].
     "asap_table5": Preset(
         [
             {"architecture": ["resnet18", "resnet34"], "algorithm": ["bp", "frozen", "asap"], "seed": [0]},
@@ -248,7 +252,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10"},
         [*ASAP_CASES, ({"optimizer": "adam"}, {"optimizer.lr": 5e-3, "optimizer.weight_decay": 0.0})],
     ),
-    # Appendix D.2. CIFAR-10 [choice].
+    # The experiment is from appendix D.2. CIFAR-10 is our choice [choice].
     "asap_fig9": Preset(
         [
             {"algorithm": ["bp", "frozen"], "seed": [0]},
@@ -257,8 +261,9 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10", "architecture": "asap_alexnet"},
         ASAP_CASES,
     ),
-    # Appendix A.2: batch size 50, learning rate 1e-4, a linear net and one with normalisation and ReLU, 10-10-10. The second one
-    # has normalised logits [code]; the initialisers, the 784 inputs and the three seeds are our choice [choice].
+    # Appendix A.2 uses a batch size of 50, a learning rate of 1e-4, a linear net, and a net with normalisation and ReLU,
+    # 10-10-10. The net with normalisation also normalises its logits [code]. The initialisers, the 784 inputs and the three seeds
+    # are our choice [choice].
     "asap_fig6": Preset(
         [
             {
@@ -286,13 +291,14 @@ ASAP_PAPER: dict[str, Preset] = {
 
 # --- Li and Benna 2024 (PFA) ----------------------------------------------------------------------------------------------------
 
-#: Appendix A: Glorot's weights, and Glorot's feedback; incomplete batches are dropped [code].
+#: Appendix A initialises weights and feedback with Glorot's method; incomplete batches are dropped [code].
 PFA: Settings = {"architecture.init": "xavier_uniform", "drop_last": True}
 PFA_CASES: list[Case] = [({"algorithm": ("fa", "dfa")}, {"algorithm.b_init": "xavier_uniform"})]
 BOTH_PFA = ("pfa", "pfa_o")
 PFA_TABLE = ["bp", "frozen", "fa", "dfa", "usf", "pfa", "pfa_o"]
 FIVE = range(5)
-#: Appendix A.1. The later decay of PFA is 0.003 x 0.03 = 9e-5 [code]; the paper has 1e-4. Curves on the test set [code].
+#: The settings are from appendix A.1. PFA's decay after the first epoch is 0.003 x 0.03 = 9e-5 [code], where the paper has 1e-4.
+#: Curves are measured on the test set [code].
 PFA_MNIST: Settings = PFA | {
     "dataset": "mnist",
     "architecture": "mlp",
@@ -317,8 +323,9 @@ PFA_PAPER: dict[str, Preset] = {
         PFA_MNIST,
         PFA_MNIST_CASES,
     ),
-    # Appendix A.2. 250 epochs and 5,000 images held out with seed 0 [code]; the paper has 200, the last at which nothing changes.
-    # DFA's kernels [code]. Means and deviations [code].
+    # The settings are from appendix A.2. The code trains for 250 epochs, and holds out 5,000 images with seed 0 [code]; the paper
+    # has 200 epochs, so the last milestone, 200, would change nothing. DFA's kernels, the means and the deviations are from the
+    # code [code].
     "pfa_fig4": Preset(
         [{"algorithm": PFA_TABLE, "seed": FIVE}],
         PFA
@@ -341,7 +348,7 @@ PFA_PAPER: dict[str, Preset] = {
             ({"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 0.005}),
         ],
     ),
-    # Appendix A.3; one seed.
+    # The settings are from appendix A.3, with one seed.
     "pfa_fig5": Preset(
         [{"algorithm": ["bp", "frozen", "usf", "pfa", "pfa_o"], "seed": [0]}],
         PFA
@@ -361,8 +368,8 @@ PFA_PAPER: dict[str, Preset] = {
 
 # --- "Learning the connections in direct feedback alignment" (DKP) --------------------------------------------------------------
 
-#: Section 3.1: SGD with Nesterov's momentum 0.9, at a constant rate. No validation split, all batches, and torch's initial
-#: weights [code].
+#: Section 3.1 uses SGD with Nesterov's momentum 0.9 at a constant rate. There is no validation split, all batches are used, and
+#: initial weights are torch's [code].
 DKP: Settings = {
     "architecture.init": "pytorch",
     "drop_last": False,
@@ -371,13 +378,14 @@ DKP: Settings = {
     **CONSTANT,
 }
 DKP_CASES: list[Case] = [
-    # Section 3.1: Kaiming for DFA and DKP. The paper does not mention KP and FA: KP's is sampled like the weights, FA's by
-    # Glorot's method [choice]; the experiment does not mention FA's.
+    # Section 3.1 uses Kaiming's initialisation for the feedback of DFA and DKP. The section does not mention KP and FA. The
+    # feedback of KP is sampled like the weights, and that of FA by Glorot's method [choice]; the experiment does not mention the
+    # feedback of FA.
     ({"algorithm": "dfa"}, {"algorithm.b_init": "kaiming_uniform"}),
     ({"algorithm": "kp"}, {"algorithm.b_init": "pytorch"}),
     ({"algorithm": "fa"}, {"algorithm.b_init": "xavier_uniform"}),
 ]
-#: Section 3.1, for the net of two convolutions: 1e-2 for W, 1e-4 times 0.85 an epoch for B, decay 1e-6 for both.
+#: For the net of two convolutions, section 3.1 uses 1e-2 for W, 1e-4 times 0.85 per epoch for B, and decay 1e-6 for both.
 DKP_SMALL: Settings = DKP | {"optimizer.lr": 1e-2, "optimizer.weight_decay": 1e-6}
 DKP_SMALL_CASES: list[Case] = [
     *DKP_CASES,
@@ -395,7 +403,7 @@ DKP_SMALL_CASES: list[Case] = [
         ),
     ),
 ]
-#: Adam at 5e-4 for B of AlexNet, with the decay of W, at a constant rate.
+#: B of AlexNet is trained by Adam at a constant rate of 5e-4, with the decay of W.
 DKP_LARGE_CASES: list[Case] = [
     *DKP_CASES,
     (
@@ -414,7 +422,8 @@ DKP_LARGE_CASES: list[Case] = [
 DKP_TABLE = ["bp_fc", "bp", "frozen", "kp", "fa", "drtp", "dfa", "dkp"]
 TEN = range(10)
 DKP_PAPER: dict[str, Preset] = {
-    # 50 epochs and ten trials [paper]; batch size, normalisation and no augmentation [code].
+    # The 50 epochs and ten trials are from the paper [paper]; the batch size, normalisation and lack of augmentation are from the
+    # code [code].
     "dkp_table1": Preset(
         [{"dataset": ["fashion_mnist", "cifar10"], "algorithm": DKP_TABLE, "seed": TEN}],
         DKP_SMALL
@@ -428,9 +437,10 @@ DKP_PAPER: dict[str, Preset] = {
         },
         DKP_SMALL_CASES,
     ),
-    # 90 epochs, ten trials, decay 1e-4 [paper]; batch size, crops and normalisation [code]. Section 3.2: 0.1 for backpropagation
-    # (of the fully connected layers too), 0.01 for the others on CIFAR-100 and 5e-3 on Tiny ImageNet. The floor trains only the
-    # output layer, with the learning rate of the other rules [choice, not mentioned by the experiment].
+    # The 90 epochs, ten trials and decay 1e-4 are from the paper [paper]; the batch size, crops and normalisation are from the
+    # code [code]. Section 3.2 uses a rate of 0.1 for backpropagation (also of the fully connected layers only); for the others,
+    # it uses 0.01 on CIFAR-100 and 5e-3 on Tiny ImageNet. The floor trains only the output layer, with the learning rate of the
+    # other rules [choice, not mentioned by the experiment].
     "dkp_table2": Preset(
         [{"dataset": ["cifar100", "tiny_imagenet"], "algorithm": DKP_TABLE, "seed": TEN}],
         DKP
@@ -448,8 +458,8 @@ DKP_PAPER: dict[str, Preset] = {
             ({"algorithm": ("bp", "bp_fc")}, {"optimizer.lr": 0.1}),
         ],
     ),
-    # Five layers with normalisation on MNIST; 15 epochs of batches of 50 are the figure's 18,000 iterations. Widths, batch size,
-    # learning rates and three seeds [choice].
+    # The net has five layers with normalisation on MNIST; 15 epochs of batches of 50 are the figure's 18,000 iterations. Widths,
+    # batch size, learning rates and three seeds are our choice [choice].
     "dkp_fig2": Preset(
         [{"algorithm": ["bp", "frozen", "dfa", "dkp"], "seed": [0, 1, 2]}],
         DKP_SMALL
@@ -467,9 +477,10 @@ DKP_PAPER: dict[str, Preset] = {
 
 # --- Akrout et al. 2019 (weight mirrors) ----------------------------------------------------------------------------------------
 
-#: Section 6: ImageNet, normalisation after the ReLU, the rate cut by 90 % at epoch 32. The rest is in an appendix that is not
-#: available: rate, momentum, decay, batch size and initial weights of torchvision's reference, and 50 epochs [choice].
-#: torchvision draws only convolutions so; its output layer has torch's default.
+#: Section 6 trains on ImageNet with normalisation after the ReLU, and cuts the rate by 90 % at epoch 32. All other settings are
+#: in an appendix that is not available. Rate, momentum, decay, batch size and initial weights are those of torchvision's
+#: reference, and there are 50 epochs [choice]. torchvision draws only convolutions in this way; its output layer has torch's
+#: default.
 WM: Settings = {
     "dataset": "imagenet",
     "dataset.validation": 0.0,
@@ -484,10 +495,11 @@ WM: Settings = {
     **_multistep([32], 0.1),
 }
 WM_CASES: list[Case] = [
-    # Feedback is sampled like the weights [choice].
+    # The feedback is sampled like the weights [choice].
     ({"algorithm": ("fa", "kp", "wm")}, {"algorithm.b_init": "kaiming_normal_fan_out"}),
-    # Section 6: noise passes the ReLU, biases are not blocked. One mirror step a training step and 1,281,167 // 256 of them
-    # before training, a whole epoch, as their numpy code has it; rate and unit noise [choice].
+    # In section 6, noise passes the ReLU, and biases are not blocked. As in the authors' numpy code, there is one mirror step per
+    # training step, and a whole epoch of 1,281,167 // 256 mirror steps before training; the rate and unit noise are our choice
+    # [choice].
     (
         {"algorithm": "wm"},
         _keys(
@@ -503,7 +515,7 @@ WM_CASES: list[Case] = [
             per_tap=True,
         ),
     ),
-    # Xiao et al. 2018: their scale, and the output layer's true weight [code].
+    # The rule of Xiao et al. 2018 has their scale, and uses the output layer's true weight [code].
     ({"algorithm": "usf"}, _keys("algorithm", scale="xiao", plain_last=True)),
 ]
 WM_NETS = ["resnet18_imagenet", "resnet50_imagenet"]
@@ -519,7 +531,7 @@ WM_PAPER: dict[str, Preset] = {
     "wm_fig4": Preset([{"algorithm": ["wm", "kp", "usf"], "seed": [0]}], WM | {"architecture": "resnet50_imagenet"}, WM_CASES),
 }
 
-#: Not from a paper: the project's own first sweep, on digits that need no download.
+#: The project's own first sweep, which is not from a paper, on digits that need no download.
 QUICKSTART = Preset(
     [{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "seed": [0, 1, 2]}],
     {
@@ -548,15 +560,16 @@ TUNE_DIGITS = Preset(
     QUICKSTART.cases,
 )
 
-#: The default configs of a study of every rule; those that share activations do so in fully connected layers, too.
+#: The default configs of a study of every rule; rules that share activations share them in fully connected layers, too.
 COMPARE = Preset(
     [{"algorithm": ["bp", "frozen", *sorted(set(ALGORITHMS) - {"bp", "frozen"})], "seed": [0, 1, 2]}],
     QUICKSTART.common | {"epochs": 20, "probe_every": 0, "optimizer.weight_decay": 0.0},
     [*QUICKSTART.cases, ({"algorithm": ("asap", "asfp", "asfp_lc")}, {"algorithm.linear": "share"})],
 )
 
-#: The faeval protocol, spring 2026: optimizer, learning rate, decay, schedule, batch size, epochs, seeds, widths and depths are
-#: second-hand, from its repository's history. Validation, augmentation, normalisation and the variants of dfa [choice].
+#: The settings are those of the faeval protocol, spring 2026. The optimizer, learning rate, decay, schedule, batch size, epochs,
+#: seeds, widths and depths are second-hand, from its repository's history. Validation, augmentation, normalisation and the
+#: variants of dfa are our choice [choice].
 FAEVAL_NETS, FAEVAL_SEEDS = ["residual_mlp", "vit_mini"], [42, 123, 456]
 FAEVAL = Preset(
     [
@@ -596,8 +609,8 @@ FAEVAL = Preset(
     ],
 )
 
-#: Not from a paper: a small decoder on the built-in text; dfa has the cuts of Launay et al. 2020, their shared matrix, and the
-#: error before the vocabulary layer.
+#: A small decoder on the built-in text, which is not from a paper. dfa has the cuts of Launay et al. 2020, their shared matrix,
+#: and the error before the vocabulary layer.
 LM_SEEDS, LM_CUTS = [0, 1, 2], [None, ["layers.*.norm1", "layers.*.act", "layers.*.norm2"]]
 LM_QUICKSTART = Preset(
     [
@@ -627,9 +640,9 @@ LM_QUICKSTART = Preset(
     [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})],
 )
 
-#: Mono-Forward by the independent code BeyondBackpropagation [code]: widths, rates on MNIST and CIFAR-10, epochs of a layer,
-#: batch size, validation, torch's initial weights. All layers at once, the rates on the other two datasets, and for all rules
-#: [choice].
+#: The settings are those of Mono-Forward in the independent code BeyondBackpropagation. The code has the widths, the rates on
+#: MNIST and CIFAR-10, the epochs of a layer, the batch size, the validation split, and torch's initial weights [code]. Training
+#: all layers at once, the rates on the other two datasets, and their use for all rules are our choice [choice].
 MONO_FORWARD = Preset(
     [
         {
@@ -655,8 +668,8 @@ MONO_FORWARD = Preset(
     ],
 )
 
-#: Høier et al. 2023: epochs, batch size, rate, length of the warm-up, momentum, decay and the number of seeds [code]; the rest,
-#: such as the decay of the rate, B and augmentation [choice].
+#: The settings are those of Høier et al. 2023. Epochs, batch size, rate, length of the warm-up, momentum, decay and the number of
+#: seeds are from the code [code]. All other settings, such as the decay of the rate, B and augmentation, are our choice [choice].
 DUAL_SEEDS = [0, 1, 2, 3, 4]
 DUAL_PROPAGATION = Preset(
     [
@@ -681,8 +694,8 @@ DUAL_PROPAGATION = Preset(
     ],
 )
 
-#: Forward-forward by the independent code loeweX/Forward-Forward [code]; the range of the images, and the rate and decay of the
-#: other rules [choice].
+#: The settings are those of forward-forward in the independent code loeweX/Forward-Forward [code]. The range of the images, and
+#: the rate and decay of the other rules, are our choice [choice].
 FORWARD_FORWARD = Preset(
     [{"algorithm": ["forward_forward", "bp", "frozen"], "seed": [0, 1, 2]}],
     {
@@ -729,9 +742,10 @@ FORWARD_FORWARD = Preset(
     ],
 )
 
-#: Deep feedback control by the code mariacer/strong_dfc: its commands for MNIST, the defaults of its options (beta2 and the beta
-#: of the feedback 0.99, backpropagation's batches of 128) and its data [code]; eps halved, because its gradient is doubled. The
-#: closed form, no training of the feedback before, the norm of all gradients together, and frozen as bp [choice].
+#: The settings are those of deep feedback control in the code mariacer/strong_dfc: its commands for MNIST, the defaults of its
+#: options (beta2 and the beta of the feedback are 0.99, backpropagation has batches of 128) and its data [code]. eps is halved,
+#: because its gradient is doubled. The closed form, no pretraining of the feedback, the common norm of all gradients, and
+#: training frozen like bp are our choice [choice].
 DFC = Preset(
     [{"algorithm": ["dfc", "bp", "frozen"], "seed": [0, 1, 2]}],
     {
@@ -778,8 +792,8 @@ DFC = Preset(
     ],
 )
 
-#: Rules from outside the four papers, with the protocol of the PFA paper's MNIST runs at half its length, validation images, and
-#: the same learning rates for all rules [choice].
+#: Rules from outside the four papers follow the protocol of the PFA paper's MNIST runs at half its length, with validation images
+#: and the same learning rates for all rules [choice].
 BEYOND = [
     "bp",
     "frozen",

@@ -1,4 +1,4 @@
-"""Experiments: the jobs of a sweep, tables of settings by component, and trials at a smaller scale."""
+"""Tests of experiments: the jobs of a sweep, tables of settings by component, and trials at a smaller scale."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_rules_of_a_preset_without_a_grid(folder: Path, capsys: pytest.CaptureFi
     place = preset(folder, RULES)
     assert main(["experiment=mine", place, "--cfg", "job"]) == 0
     assert "  density: 0.5\n" in capsys.readouterr().out
-    assert options_of_rules(jobs(folder)) == [("fa", 0.5, 0)]  # the usual rule
+    assert options_of_rules(jobs(folder)) == [("fa", 0.5, 0)]  # the rule of the default config
     assert main(["experiment=mine", place, "scale=smoke"]) == 0
     [config] = Path("outputs").rglob("config.yaml")
     assert OmegaConf.load(config)["algorithm"]["density"] == 0.5
@@ -193,7 +193,7 @@ def test_a_scaled_step_schedule_keeps_its_steps(folder: Path) -> None:
 
 
 def test_a_trial_is_smaller_in_every_part_and_never_larger(folder: Path) -> None:
-    """One epoch remains, and the optimizer of the feedback is scaled in the same way as that of the weights."""
+    """A trial keeps at least one epoch, and scales the feedback optimizer in the same way as the weights' optimizer."""
     preset(folder, "epochs: 200\nbatch_size: 6\nprobe_size: 3\n")
     words = [
         "algorithm=kp",
@@ -220,12 +220,12 @@ def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-#: The options that make an architecture small, if it has them.
+#: Options that make an architecture small, where the architecture has them.
 SHRUNK = {"width": 4, "hidden": 8, "channels": 4, "widths": [8]}
 
 
 def small(job: Job) -> Job:
-    """The job with a small net and a few small images; apart from this, it is the same."""
+    """Return the same job with a small net and a few small images."""
     fields = {field.name for field in option_fields(type(job.architecture))}
     values = {
         key: [8] * len(getattr(job.architecture, key)) if key == "widths" else value
@@ -237,7 +237,7 @@ def small(job: Job) -> Job:
         values["blocks"] = [1] * len(before) if isinstance(before, list) else 1
     data = {"validation": min(job.dataset.validation, 2)} | ({"workers": 0} if hasattr(job.dataset, "workers") else {})
     rule = {"initial_steps": 1} if hasattr(job.algorithm, "initial_steps") else {}
-    # Batches of six: with eight, the last batch of the nine svhn images would have one image.
+    # With batches of eight instead of six, the last batch of the nine svhn images would have one image.
     return dataclasses.replace(
         job,
         run=dataclasses.replace(job.run, batch_size=6),
@@ -248,8 +248,8 @@ def small(job: Job) -> Job:
 
 
 def cover(jobs: list[Job]) -> list[Job]:
-    """The first jobs that together contain every rule, every pair of architecture and dataset, and every optimizer of all
-    jobs."""
+    """The first jobs that together contain every rule, every pair of architecture and dataset, and every optimizer that occurs in
+    the jobs."""
     chosen, seen = [], set()
     for job in jobs:
         marks = {job.algorithm.name, (job.architecture.name, job.dataset.name), job.optimizer.name}
@@ -261,7 +261,7 @@ def cover(jobs: list[Job]) -> list[Job]:
 
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small copies, in the right format, of every dataset that an experiment names."""
+    """A folder with a small copy, in the right format, of every dataset that an experiment names."""
     root = tmp_path / "datasets"
     for folder in ("MNIST", "FashionMNIST"):
         write_mnist(root, folder)
@@ -274,10 +274,10 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_published_are_answered(name: str, composed: list[Job]) -> None:
-    """Every published number of the experiment has a job in its sweep and, if it belongs to layers, these layers in the job's
-    net."""
+    """Check that every published number of the experiment has a job in its sweep and that the net of this job has the layers that
+    the number belongs to, if any."""
     for entry in published():
-        # Curves with k = 4 are in another figure than Table 1: algorithm=asap algorithm.k=2,4.
+        # Curves with k = 4 are not in Table 1 but in another figure, from algorithm=asap algorithm.k=2,4.
         if name not in entry.experiments or entry.where.get("algorithm.k") == 4:
             continue
         found = []
@@ -298,8 +298,8 @@ PRESETS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("asap_")])
 def test_initial_weights_of_the_asap_presets_are_those_of_its_code(name: str) -> None:
-    """Fully connected layers have Kaiming's initialisation for all rules; Forward Alignment, which has no public code, sets its
-    own."""
+    """Fully connected layers have Kaiming's initialisation for all rules. Forward Alignment, which has no public code, uses its
+    own initialisation."""
     register_schemas()
     composer = Composer("config", None, [f"experiment={name}"])
     for job in [job for job, _ in composer.check(composer.expand(multirun=True))]:

@@ -19,7 +19,7 @@ SEED = "seed="
 
 
 def composed_runs(name: str) -> list[tuple[Settings, Settings, list[int]]]:
-    """For every run of the experiment: its settings, its components' defaults, and its seeds.
+    """For every run of the experiment, return its settings, its components' defaults, and its seeds.
 
     Composing is slow, so runs that differ only in the seed are composed once; their seeds are read from the overrides.
     """
@@ -57,7 +57,7 @@ def by_identity(runs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def differences(actual: Settings, default: Settings, wanted: Settings) -> list[str]:
-    """Settings that differ from the table, and settings that the table does not name and that differ from the default."""
+    """The settings that differ from the table, and those that differ from the default although the table does not name them."""
     found = [f"{key}: no such option; the table has {wanted[key]!r}" for key in wanted.keys() - actual.keys()]
     for key, value in actual.items():
         if key in wanted and value != wanted[key]:
@@ -89,7 +89,7 @@ def test_a_preset_runs_what_the_table_says(name: str) -> None:
 
 
 def test_the_usual_components() -> None:
-    """Experiments that choose no dataset, architecture or optimizer use these."""
+    """Experiments that choose no dataset, architecture or optimizer use the components of the default config."""
     register_schemas()
     composer = Composer("config", None, [])
     [(job, _)] = composer.check(composer.expand(multirun=False), directories=False)

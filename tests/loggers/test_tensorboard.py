@@ -1,4 +1,4 @@
-"""The curves of a run in TensorBoard: one file, equal to that of an uninterrupted run, whatever happened to the run."""
+"""A run's curves in TensorBoard are in one file, which equals that of an uninterrupted run even after interruptions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def event_files(folder: Path | str) -> list[Path]:
 
 
 def read(folder: Path | str) -> Iterator[Event]:
-    """A plain reader, which returns the records of all files in order and does not support purging."""
+    """Read the records of all files in order, without support for purging."""
     for path in event_files(folder):
         data = path.read_bytes()
         while data:
@@ -73,7 +73,7 @@ def read(folder: Path | str) -> Iterator[Event]:
 
 
 def curves(folder: Path | str) -> dict[str, list[tuple[int, Any]]]:
-    """{tag: [(step, value)]}; the value of a histogram is its counts."""
+    """The curves as {tag: [(step, value)]}; the value of a histogram is its limits and counts."""
     found: dict[str, list[tuple[int, Any]]] = defaultdict(list)
     for event in read(folder):
         for value in event.summary.value:
@@ -96,7 +96,7 @@ def contents(folder: Path | str, tag: str) -> list[bytes]:
 
 
 def charts(folder: Path | str) -> dict[str, list[str]]:
-    """{chart: patterns} of the last layout."""
+    """The charts of the last layout as {chart: patterns}."""
     found = [
         value.tensor.string_val[0]
         for event in read(folder)
@@ -114,16 +114,16 @@ def put(recorded: EventFile, *at: int) -> None:
 
 # ------------------------------------------------------------------------------------------------ going on
 class Stopped(KeyboardInterrupt):
-    """Represents an interruption by the user."""
+    """An interruption by the user."""
 
 
 def torn(file: Path) -> None:
-    """A kill in the middle of a record."""
+    """Truncate the file as a kill in the middle of a record would."""
     os.truncate(file, file.stat().st_size - 7)
 
 
 def beyond(file: Path) -> None:
-    """Another file, with records of steps after the checkpoint, including a final number, and invalid data after them."""
+    """Add another file, with records of steps after the checkpoint, including a final number, and invalid data after them."""
     with another_file(file.parent) as writer:
         for step in (9, 10, 40):
             writer.add_scalar("loss/train", 99.0, step)
@@ -134,7 +134,7 @@ def beyond(file: Path) -> None:
 
 @contextmanager
 def another_file(folder: Path, **options: Any) -> Iterator[SummaryWriter]:
-    """A later event file in a run's directory, which the run has recorded as its own."""
+    """Write a later event file to a run's directory, and record it as the run's own."""
     with SummaryWriter(str(folder), filename_suffix=".later", **options) as writer:
         yield writer
     (written,) = folder.glob("*.later")
@@ -152,7 +152,7 @@ def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatc
     assert steps("whole", "weight/fc2") == [0, 5, 10, 15]
 
     evaluate = loop.evaluate
-    for last, call in ((8, 6), (12, 4)):  # of two per epoch: in the third epoch, and resumed in the fourth
+    for last, call in ((8, 6), (12, 4)):  # two calls per epoch, so in the third epoch and, once resumed, in the fourth
         calls: list[int] = []
 
         def interrupted(*arguments: Any, calls: list[int] = calls, call: int = call) -> Any:
@@ -177,7 +177,7 @@ def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatc
 
 
 def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call that touches a file is, in turn, the last one before the process is killed."""
+    """The process is killed at each call that touches a file, in turn."""
     first = EventFile(tmp_path, job, 0)
     put(first, *range(9))
     (tmp_path / NEW_EVENTS).write_bytes(b"left by another process")
@@ -209,7 +209,7 @@ def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Pat
 
 
 def test_starts_in_old_files_are_taken_as_readers_take_them(job: Job, tmp_path: Path) -> None:
-    """SummaryWriter resumes with a start event, after which readers discard the steps that follow it."""
+    """SummaryWriter resumes with a start event, after which readers discard the later steps of the earlier file."""
     first = EventFile(tmp_path, job, 0)
     put(first, *range(9))
     first.close()
@@ -234,7 +234,7 @@ def test_steps_that_are_run_again_are_recorded_once(job: Job, tmp_path: Path) ->
 
 @pytest.mark.parametrize("accumulator", [EventAccumulator, PluginAccumulator])
 def test_watching_tensorboard_shows_no_point_twice(accumulator: Any, job: Job, tmp_path: Path) -> None:
-    """TensorBoard's readers continue while files are created and removed."""
+    """TensorBoard's readers keep working while files are created and removed."""
     watching = accumulator(str(tmp_path))
 
     def shown() -> list[int]:
@@ -243,7 +243,7 @@ def test_watching_tensorboard_shows_no_point_twice(accumulator: Any, job: Job, t
 
     first = EventFile(tmp_path, job, 0)
     put(first, *range(8))
-    assert shown() == list(range(8))  # without a flush: recorded data are visible
+    assert shown() == list(range(8))  # recorded data are visible without a flush
     second = EventFile(tmp_path, job, 4)
     assert shown() == [0, 1, 2, 3, 4]
     put(second, 5, 6, 9)
@@ -324,7 +324,7 @@ def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
     for each in (dataclasses.replace(job, algorithm=rule()) for _, rule in ALGORITHMS.items()):
         (tmp_path / each.algorithm.name).mkdir()
         recorded = EventFile(tmp_path / each.algorithm.name, each, 0)
-        (start,) = contents(recorded.path.parent, metadata.SESSION_START_INFO_TAG)  # while it runs
+        (start,) = contents(recorded.path.parent, metadata.SESSION_START_INFO_TAG)  # read while the run is in progress
         (experiment,) = contents(recorded.path.parent, metadata.EXPERIMENT_TAG)
         recorded.close()
         values = metadata.parse_session_start_info_plugin_data(start).hparams
@@ -338,7 +338,7 @@ def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
 
 
 def test_every_key_that_differs_in_a_sweep_is_in_the_table_of_its_runs(tmp_path: Path) -> None:
-    """Read by the plugin's own backend, which takes the columns from one of the runs."""
+    """The table is read by the plugin's own backend, which takes the columns from one of the runs."""
     assert (
         main(
             [

@@ -1,4 +1,4 @@
-"""Every rule under torch.compile: one graph without breaks, no recompilation, and the same numbers as without it."""
+"""With torch.compile, every rule has one graph without breaks, no recompilation, and the same results as without it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
     needs_compiler,
 ]
-#: Options that lead through code other than that of the defaults, with less work if the defaults take long.
+#: Options that run code other than that of the default options, or that reduce the work where the defaults take long.
 VARIANTS = {
     "wm": ["wm:initial_steps=0,mirror_batch=4"],
     "usf": ["usf", "usf:density=0.5"],
@@ -53,7 +53,7 @@ SPECS = [spec for name in ALGORITHMS for spec in VARIANTS.get(name, [name]) if n
 
 
 class Net(nn.Module):
-    """Two blocks of convolution, normalisation and activation with a shortcut, one of them transposed, and two linear layers."""
+    """Two blocks of convolution, normalisation and activation, one with a shortcut and one transposed, and two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Net(nn.Module):
 
 
 class Small(nn.Module):
-    """A convolution and two linear layers."""
+    """A convolution followed by two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def attached(spec: str, net: type[nn.Module] = Net) -> tuple[nn.Module, Any, Ten
 
 
 def trained(model: nn.Module, rule: Any, x: Tensor, y: Tensor, call: Any) -> dict[str, Tensor]:
-    """All tensors of model and rule after three steps."""
+    """Train for three steps and return all tensors of the model and the rule."""
     optimizer = torch.optim.SGD(rule.parameter_groups(lr=0.1), momentum=0.9, weight_decay=0.01)
     for images, labels in zip(x, y, strict=True):
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def test_compiled_steps_equal_those_without(spec: str, net: type[nn.Module]) -> 
     model, rule, x, y = attached(spec, net)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(x[0])
-    rule.load_state_dict(attached(spec, net)[1].state_dict())  # as many random samples as before
+    rule.load_state_dict(attached(spec, net)[1].state_dict())  # the random state from before the first call
     model.load_state_dict(attached(spec, net)[0].state_dict())
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = trained(model, rule, x, y, compiled)
@@ -224,7 +224,8 @@ def test_compiled_models_may_have_arguments_with_names(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["kp", "brsf"])
 def test_the_default_compiler_agrees(spec: str) -> None:
-    """Fused kernels round in a different order: a step changes weights of size 0.1 by 1e-7 of itself, amplified by BatchNorm."""
+    """Fused kernels round in a different order. Each step changes weights of size 0.1 by a relative 1e-7, which BatchNorm
+    amplifies."""
     if _no_compiler():
         pytest.skip("no C++ compiler")
     wanted = trained(*(parts := attached(spec)), call=parts[0])
@@ -253,7 +254,7 @@ def test_a_layer_without_gradients_in_a_compiled_pass_is_refused() -> None:
 
 
 def test_feedback_that_a_later_update_by_hand_leaves_out_is_an_error() -> None:
-    """The first update is excluded, so it does not count."""
+    """The first update includes the feedback and causes no error; the second one, by hand, leaves it out."""
     model, rule, x, y = attached("kp", Small)
     compiled = torch.compile(model, backend="aot_eager")
     for images, labels, rate in zip(x, y, (None, 0.1), strict=False):
@@ -304,7 +305,7 @@ def test_feedback_that_was_replaced_after_compilation_is_an_error() -> None:
 
 
 def test_two_models_with_one_code_have_their_own_feedback() -> None:
-    """A graph contains the key of its rule; without it, the second model would get the first one's errors."""
+    """A graph contains the key of its rule. Without the key, the second model would get the errors of the first one."""
     gradients = []
     for seed in (0, 1):
         model, _, x, y = attached("dfa")
@@ -320,7 +321,7 @@ def test_two_models_with_one_code_have_their_own_feedback() -> None:
 
 @pytest.mark.parametrize("spec", ["dfa", "drtp", "bp", "frozen"])
 def test_a_plain_model_compiled_before_leaves_the_rule_alone(spec: str) -> None:
-    """By default, torch reuses the graph of a model with the same classes, even if the new one has hooks."""
+    """By default, torch reuses the graph of a model with the same classes, even if the new model has hooks."""
     plain = Net()
     torch.compile(plain, backend="aot_eager")(torch.randn(5, 2, 4, 4)).sum().backward()
     wanted = trained(*(parts := attached(spec)), call=parts[0])
@@ -367,7 +368,7 @@ def test_handles_are_unique_and_are_copied_with_their_owners() -> None:
     assert restored.owner == "owner"
     key = restored.key
     del restored
-    assert Handle("next").key == key  # so that equal runs, one after the other, have equal graphs
+    assert Handle("next").key == key  # so that equal runs in sequence have equal graphs
 
 
 def test_a_copy_of_a_compiled_model_uses_its_own_rule() -> None:
@@ -407,7 +408,7 @@ def test_operators_return_what_compilers_expect(
     operator: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The number of tensors, shapes, dtypes and memory formats must be those for which the graph was compiled."""
+    """The results must have the number, shapes, dtypes and memory formats that the graph was compiled for."""
     model, rule, x, y = attached(spec)
     owner = getattr(rule, of) if of else rule
     calls: list[tuple[Any, ...]] = []

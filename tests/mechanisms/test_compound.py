@@ -1,4 +1,4 @@
-"""Compound modules as compositions of layers compute what PyTorch computes, and leave no trace."""
+"""Compound modules that are decomposed into layers compute what PyTorch computes, and can be restored completely."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def layerwise(module: nn.Module) -> nn.Module:
 
 
 def outcome(module: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The outputs of a call with the seed 3 and the gradients of the sum of their products with fixed random numbers."""
+    """The outputs of a call with the seed 3, and the gradients of the sum of the outputs' products with fixed random numbers."""
     module.zero_grad()
     torch.manual_seed(3)
     outputs = [y for y in tensors_in(call(module)) if y.is_floating_point()]
@@ -38,7 +38,7 @@ def outcome(module: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, Tens
 
 
 def require_equal(module: nn.Module, call: Call, rounding: float) -> None:
-    """Outputs and gradients are those of PyTorch's module: bitwise if `rounding` is 0, else relative to the largest entry."""
+    """Require the outputs and gradients of PyTorch's module, bitwise if `rounding` is 0, else relative to the largest entry."""
     composed = layerwise(module)
     called: list[str] = []
     for path, child in composed.named_modules():
@@ -91,7 +91,7 @@ ATTENTION: dict[str, Call] = {
     ids=str,
 )
 def test_attention(options: dict[str, Any], call: str) -> None:
-    # PyTorch projects keys that are also the values with one product.
+    # If the keys are also the values, PyTorch projects them with one product.
     require_equal(
         nn.MultiheadAttention(12, 3, **options),
         ATTENTION[call],
@@ -173,7 +173,7 @@ def test_recurrent_modules(cls: Any, options: dict[str, Any]) -> None:
         h = randn(*size, options.get("proj_size", 6), seed=1)
         return (h, randn(*size, 6, seed=2)) if cls is nn.LSTM else h
 
-    # The fused kernels of an LSTM add up in another order.
+    # The fused kernels of an LSTM add up in a different order.
     batch, rounding = 3 if options.get("batch_first") else 5, 1e-5
     require_equal(module, lambda m: m(x), rounding)
     require_equal(module, lambda m: m(x, initial(batch)), rounding)
@@ -228,7 +228,7 @@ def test_layers_are_in_the_order_of_use() -> None:
 
 
 def test_a_module_with_a_forward_of_its_own_is_left_as_it_is() -> None:
-    """Such a function may use the weights in any way."""
+    """A user's forward function may use the weights in any way, so the module is left unchanged."""
     module = nn.Bilinear(3, 4, 5)
     module.forward = lambda one, two: one.sum() + two.sum()  # type: ignore[method-assign]
     expand(module, Mode("test", layerwise=True))

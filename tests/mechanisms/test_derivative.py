@@ -1,4 +1,4 @@
-"""The finite difference that replaces the derivative: its limits, its scale, the modules that it covers, and refusals."""
+"""Tests of the finite difference that replaces the derivative: its limits, its scale, the modules it covers, and refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def exact(model: nn.Module) -> list[Tensor]:
 
 
 def apart(one: list[Tensor], two: list[Tensor]) -> float:
-    """The largest difference relative to the largest entry of each tensor."""
+    """The largest difference between two lists of tensors, relative to each tensor's largest entry."""
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(one, two, strict=True))
 
 
@@ -53,7 +53,8 @@ def make(kind: type[nn.Module]) -> nn.Module:
 
 @pytest.mark.parametrize("kind", NONLINEAR)
 def test_a_small_beta_is_backpropagation_and_a_large_one_is_not(kind: type[nn.Module]) -> None:
-    """1e-6 times errors of size 1: differences of third order vanish, rounding of 1e-16 / 1e-6 remains; kinks are not hit."""
+    """With a β of 1e-6 and errors of size 1, third-order differences vanish, and rounding is 1e-16 / 1e-6. The inputs do not hit
+    a kink."""
     model = mlp(make(kind))
     want = exact(model)
     rule = fa_bench.attach(model, "dual_propagation", beta=1e-6)
@@ -64,7 +65,7 @@ def test_a_small_beta_is_backpropagation_and_a_large_one_is_not(kind: type[nn.Mo
 
 
 def test_linear_nonlinearities_are_backpropagation_for_every_beta() -> None:
-    """A leaky ReLU of slope 1 is linear, and its values are subtracted: rounding of 1e-16 only."""
+    """A leaky ReLU of slope 1 is linear, so the difference of its values is exact except for rounding of 1e-16."""
     for activation in (nn.LeakyReLU(1.0), nn.Identity()):
         model = mlp(activation)
         want = exact(model)
@@ -79,7 +80,7 @@ def test_linear_nonlinearities_are_backpropagation_for_every_beta() -> None:
 )
 @pytest.mark.parametrize("sign", [1, -1])
 def test_slopes_of_relu_saturate_at_a_half(a: float, slope: float, sign: int) -> None:
-    """β s |g| = 2: 1 above 2, 0 below -2, and (a + 2) / 4 between."""
+    """With β s |g| = 2, the slope is 1 above 2, 0 below -2, and (a + 2) / 4 between."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False)).double()
     rule = fa_bench.attach(model, "dual_propagation", beta=2.0)
     with torch.no_grad():
@@ -91,7 +92,7 @@ def test_slopes_of_relu_saturate_at_a_half(a: float, slope: float, sign: int) ->
 
 
 def test_relu_in_single_precision_subtracts_no_equal_numbers() -> None:
-    """φ(a + d) - φ(a - d) with d = 1e-8 a would be 0 or 2^-24."""
+    """A plain difference φ(a + d) - φ(a - d) with d = 1e-8 a would be 0 or 2^-24 in single precision."""
     model = mlp(nn.ReLU()).float()
     x = X.float()
     model.zero_grad()
@@ -121,7 +122,7 @@ def test_beta_does_not_depend_on_the_scale_or_the_size_of_the_batch(name: str) -
         assert not any(one.any() for one in gradients(model, rule, factor=0.0, **call)), "nor numbers that are none"
     wrong = gradients(model, rule, loss_scale=0.1)
     assert apart(wrong[:1], want[:1]) > 1e-3, "a wrong scale changes the errors"
-    if name != "asfp_lc":  # its classifiers normalise
+    if name != "asfp_lc":  # the classifiers of asfp_lc normalise over the batch
         halves = [gradients(model, rule, X[part], Y[part], 0.5) for part in (slice(3), slice(3, 6))]
         assert apart([a + b for a, b in zip(*halves, strict=True)], want) < 1e-9
 
@@ -134,7 +135,7 @@ def test_a_loss_of_zero_has_no_gradient() -> None:
 
 def test_in_place_modules_give_the_same_outputs_and_gradients() -> None:
     class Shortcut(nn.Module):
-        """The block's first module changes the input of the shortcut, too."""
+        """A block whose first module, if it works in place, also changes the input of the shortcut."""
 
         def __init__(self, inplace: bool) -> None:
             super().__init__()
@@ -164,7 +165,7 @@ def test_modules_are_the_plain_ones_without_gradients_in_exact_and_after_detach(
     assert [type(module).__name__ for module in model][1] == "DualGELU" and isinstance(model[1], nn.GELU)
     assert "The derivative of 1, 3 is a finite difference over each sample's error (beta=5)." in str(rule.coverage)
     with torch.no_grad():
-        model[1](X)  # outside the model, which is allowed
+        model[1](X)  # a module may be called outside the model
     with rule.exact():
         assert apart(exact(model), want) == 0
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
@@ -183,7 +184,7 @@ def test_a_module_that_was_replaced_after_attach_is_refused() -> None:
 
 
 class Calls(nn.Module):
-    """One module, and one function."""
+    """A net that computes one nonlinearity by a module and the other by a function."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -208,9 +209,10 @@ class Calls(nn.Module):
 )
 @pytest.mark.parametrize("sample", [True, False])
 def test_functions_are_refused_by_name(function, name: str, sample: bool) -> None:
-    """Immediately with a sample, otherwise in the first training pass; a rule without the option accepts the model."""
+    """With a sample, the function is refused by attach, otherwise in the first training pass. Without the option, the function is
+    accepted."""
     says = rf"rule 'fa': derivative='dual' replaces .* nn.ReLU, but this model computes {name} by functions"
-    model = Calls(copy.deepcopy(function))  # modules among the parameters belong to one model only
+    model = Calls(copy.deepcopy(function))  # a module with parameters must belong to only one model
     given = {"sample_input": X.float()} if sample else {}
     with pytest.raises(CoverageError, match=says):
         rule = fa_bench.attach(model, "fa", derivative="dual", **given)
@@ -245,7 +247,8 @@ def test_functions_of_frozen_layers_are_refused_as_well() -> None:
 
 
 def test_a_module_whose_forward_contains_functions_is_none() -> None:
-    """Tanhshrink is x - tanh(x); a subclass of a module is not that module."""
+    """Tanhshrink, which is x - tanh(x), is accepted as a module; a subclass with its own forward is not, because it calls a
+    function."""
 
     class Steep(nn.Tanh):
         def forward(self, input: Tensor) -> Tensor:
@@ -258,8 +261,8 @@ def test_a_module_whose_forward_contains_functions_is_none() -> None:
 
 @pytest.mark.parametrize("last", [0.25, None])
 def test_without_an_error_at_the_logits_the_scale_is_the_last_one(last: float | None) -> None:
-    """A net that predicts with certainty has none, but the loss may contain a penalty on activations, with the same scale as
-    before.
+    """A net that predicts with certainty has no error at the logits, but the loss may contain a penalty on activations. The scale
+    of the last pass is then used.
 
     Without an earlier pass, the scale is 1.
     """
@@ -308,7 +311,7 @@ def test_the_scale_of_the_loss_must_be_known() -> None:
     logits = model(X)
     with pytest.raises(ValueError, match=r"needs the scale of the loss: rule.backward\(loss, logits, target\), or "):
         rule.backward(2 * F.cross_entropy(logits, Y))
-    rule.backward(F.cross_entropy(model(X), Y))  # an unscaled one is recognised
+    rule.backward(F.cross_entropy(model(X), Y))  # an unscaled loss is recognised
     with pytest.raises(ValueError, match=r"call rule.backward\(loss, logits, target\)"):
         F.cross_entropy(model(X), Y).backward()
     with pytest.raises(ValueError, match="cannot infer it"):
@@ -320,7 +323,7 @@ def test_the_scale_of_the_loss_must_be_known() -> None:
 
 @pytest.mark.parametrize("kind", ["mse", "tokens"])
 def test_other_objectives(kind: str) -> None:
-    """The scale is inferred from the gradient at the logits: that of the rule's own objective."""
+    """The scale is inferred from the gradient of the rule's own objective at the logits."""
     found = []
     for factor in (1.0, 0.37):
         model = mlp(nn.Tanh())
@@ -352,7 +355,8 @@ def test_modules_run_alone_on_what_has_no_gradient() -> None:
 
 
 def test_bfloat16_takes_the_difference_in_single_precision() -> None:
-    """bfloat16 rounds to 2^-8; a difference of 1e-3 of the values, taken in it, would be rounded to 0 or doubled."""
+    """bfloat16 rounds to 2^-8, so a difference of 1e-3 of the values would be rounded to 0 or doubled if it were computed in
+    bfloat16."""
     model = mlp(nn.Tanh()).float()
     model.zero_grad()
     F.cross_entropy(model(X.float()), Y).backward()
@@ -382,7 +386,8 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 @needs_compiler
 def test_compiled_graphs_take_the_scale_of_each_backward_pass() -> None:
-    """The same graph supports losses of every scale and, recompiled once for a size that varies, batches of every size."""
+    """One graph supports losses of every scale. The graph is recompiled once for a variable size, and then supports batches of
+    every size."""
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):

@@ -1,4 +1,5 @@
-"""Feedback tensors by name: given tensors and initialisers, fixed and learned ones, and a single place that stores them."""
+"""Feedback tensors by name: the rule gives or initialises them, they are fixed or learned, and they are stored in a single
+place."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ PACKAGE = Path(fa_bench.__file__).parent
 
 @dataclasses.dataclass(eq=False)
 class ReadyEdge(EdgeRule):
-    """B is a given tensor."""
+    """An edge rule whose B is a given tensor."""
 
     name = "ready_edge"
     learned = False
@@ -35,7 +36,7 @@ class ReadyEdge(EdgeRule):
 
 @dataclasses.dataclass(eq=False)
 class ReadyCut(CutRule):
-    """B is a given tensor."""
+    """A cut rule whose B is a given tensor."""
 
     name = "ready_cut"
 

@@ -1,4 +1,4 @@
-"""Property tests over layer geometry: feedback = weight is bitwise BP, random feedback is the explicit formula."""
+"""Property tests over layer geometry: with B = W, feedback is bitwise BP; with a random B, it is the explicit formula."""
 
 import copy
 from collections import OrderedDict
@@ -14,8 +14,9 @@ import fa_bench
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-# Relative to the largest entry. The formula sums the same products; a convolution may sum them in another order: 1e-13 for the
-# few hundred float64 products here, 1e-5 in float32; bfloat16 rounds the result to 8 bits (0.4 %) and may do so in between.
+# Tolerances are relative to the largest entry. The formula sums the same products, but a convolution may sum them in a different
+# order: the error is 1e-13 for the few hundred float64 products here, and 1e-5 in float32. bfloat16 rounds the result to 8 bits
+# (0.4 %), and may also round intermediate sums.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -27,7 +28,8 @@ def per_dimension(draw, dims: int, low: int, high: int) -> tuple[int, ...]:
 
 @st.composite
 def convolutions(draw):
-    """(layer, input): dimensions, stride, padding, dilation, groups, padding mode, dtype, memory format, transposed or not."""
+    """A convolution and its input, with random dimensions, stride, padding, dilation, groups, padding mode, dtype, memory format
+    and direction."""
     dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     kernel, stride, dilation = (per_dimension(draw, dims, 1, high) for high in (3, 3, 2))
     transposed = draw(st.booleans())
@@ -35,7 +37,7 @@ def convolutions(draw):
     if transposed:
         options["padding"] = tuple(draw(st.integers(0, d * (k - 1))) for k, d in zip(kernel, dilation, strict=True))
         options["output_padding"] = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
-        smallest = [5] * dims  # the output keeps a pixel: (5 - 1) stride + dilation (kernel - 1) >= 2 padding
+        smallest = [5] * dims  # the output keeps at least a pixel: (5 - 1) stride + dilation (kernel - 1) >= 2 padding
     else:
         options["padding_mode"] = draw(st.sampled_from(["zeros", "zeros", "circular", "reflect", "replicate"]))
         options["padding"] = draw(st.sampled_from(["same", "valid", "numbers", "numbers", "numbers"]))
@@ -43,7 +45,7 @@ def convolutions(draw):
             options["padding"] = per_dimension(draw, dims, 0, 2)
         if options["padding"] == "same":
             options["stride"] = 1
-        # Large enough for the kernel without padding, and for reflection by the largest sampled padding.
+        # The input is large enough for the kernel without padding, and for reflection by the largest padding.
         smallest = [max(d * (k - 1) + 1, 5) for k, d in zip(kernel, dilation, strict=True)]
     size = [draw(st.integers(low, low + 3)) for low in smallest]
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -58,7 +60,7 @@ def convolutions(draw):
 
 @st.composite
 def linears(draw):
-    """(layer, input): widths, bias, leading dimensions, dtype, transposed storage of the input."""
+    """A linear layer and its input, with random widths, bias, leading dimensions, dtype, and storage order of the input."""
     widths, dtype = per_dimension(draw, 2, 1, 6), draw(st.sampled_from(list(TOLERANCE)))
     torch.manual_seed(draw(st.integers(0, 1000)))
     layer = nn.Linear(*widths, bias=draw(st.booleans())).to(dtype)
@@ -70,7 +72,7 @@ def linears(draw):
 
 
 def passes(model: nn.Module, x: torch.Tensor, run) -> dict[str, torch.Tensor]:
-    """Output, input error and parameter gradients for a fixed error at the output."""
+    """The output, the input error and the parameter gradients for a fixed error at the output."""
     model.zero_grad(set_to_none=True)
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = model(x)
@@ -80,13 +82,14 @@ def passes(model: nn.Module, x: torch.Tensor, run) -> dict[str, torch.Tensor]:
 
 
 def column_major(x: torch.Tensor) -> bool:
-    """Whether torch reads the rows of a linear layer's input as column-major: it then sums the input error in another order."""
+    """Whether torch reads the rows of a linear layer's input as column-major, in which case it sums the input error in a
+    different order."""
     rows = x.reshape(-1, x.shape[-1])
     return rows.stride() == (1, rows.shape[0])
 
 
 def check(layer: nn.Module, x: torch.Tensor) -> None:
-    """Both properties for one layer and one input."""
+    """Check both properties for one layer and one input."""
     plain = nn.Sequential(OrderedDict(layer=layer))
     model = copy.deepcopy(plain)
     want = passes(plain, x, lambda loss, y: loss.backward())
@@ -100,7 +103,7 @@ def check(layer: nn.Module, x: torch.Tensor) -> None:
     for name in want.keys() - {"input"}:
         assert torch.equal(got[name], want[name]), f"{name} depends on the feedback"
 
-    # The formula: the input error of the same layer with weight B, by torch's own autograd.
+    # By the formula, the input error is that of the same layer with weight B, as torch's own autograd computes it.
     mirror = copy.deepcopy(plain)
     with torch.no_grad():
         mirror.layer.weight.copy_(rule.feedback["layer"]["B"])
@@ -119,7 +122,7 @@ def check(layer: nn.Module, x: torch.Tensor) -> None:
             assert torch.equal(got[name], want[name]), f"feedback = weight: {name} is not backpropagation's"
 
 
-# torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
+# torch warns once that an even kernel with padding='same' needs a padded copy of the input.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @SETTINGS
 @given(convolutions())
@@ -134,7 +137,7 @@ def test_linears(case):
 
 
 class Sized(nn.Module):
-    """One layer, called with the size of its output if there is one."""
+    """A layer that is called with the size of its output, if one is given."""
 
     def __init__(self, layer: nn.Module, size: list[int] | None) -> None:
         super().__init__()
@@ -149,7 +152,7 @@ class Sized(nn.Module):
 @pytest.mark.parametrize("kind", ["plain", "transposed", "sized"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_calls_of_convolutions(dims, kind, lead, needs_error):
-    """Samples without a batch dimension, and sizes asked for, with and without an error at the input."""
+    """Inputs may lack a batch dimension, output sizes may be given, and the input may need an error or not."""
     torch.manual_seed(0)
     layer = (CONV if kind == "plain" else TRANSPOSED)[dims](2, 3, 3, stride=2).double()
     plain = Sized(layer, [10] * dims if kind == "sized" else None)
@@ -167,7 +170,7 @@ def test_calls_of_convolutions(dims, kind, lead, needs_error):
 
 
 def test_the_weight_gradient_of_a_transposed_convolution_is_for_the_size_of_the_error():
-    """The caller of the layer can choose one of the two output sizes that are possible for an input."""
+    """Two output sizes are possible for each input, and the caller chooses one of them."""
     plain = nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, bias=False).double()
     layer = copy.deepcopy(plain)
     fa_bench.attach(nn.Sequential(layer), "fa")

@@ -1,4 +1,4 @@
-"""Tensors in nested values, and walks through an autograd graph."""
+"""Tensors are found in nested values, and the autograd graph is walked correctly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Output:
 
 
 def test_tensors_are_found_in_every_container_in_order() -> None:
-    """Classes, text and numbers hold none."""
+    """Classes, text and numbers contain no tensors."""
     one, two, three, four, five = (torch.tensor(float(number)) for number in range(5))
     pair = namedtuple("Pair", "x y")
     value = {"a": [one, "text", Output], "b": (Output({"c": two}), 3), "d": pair(three, None), "e": Output(four)}

@@ -1,4 +1,4 @@
-"""Means over data-parallel processes."""
+"""Tests of means over data-parallel processes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.rules.helpers import assert_bitwise
 
 @pytest.fixture
 def two_equal_processes(monkeypatch):
-    """As if another process had the same tensors: their sum is twice the local one."""
+    """Simulate another process with the same tensors, so that a sum is twice the local tensor."""
     monkeypatch.setattr(processes, "_is_distributed", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)

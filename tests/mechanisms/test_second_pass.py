@@ -1,4 +1,4 @@
-"""Additional passes of an attached model see the same state as the first pass, and leave no traces."""
+"""Additional passes of an attached model see the same state as the first pass and leave no traces."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from fa_bench.rules.dfa import DFA
 
 @dataclasses.dataclass(eq=False)
 class Repeating(DFA):
-    """Keeps the values that it saw in the backward pass; not registered."""
+    """An unregistered rule that stores the outputs of additional passes in the backward pass."""
 
     name = "repeating"
     repeats = True
@@ -34,7 +34,7 @@ def net() -> nn.Sequential:
 
 
 def repeated(*wanted, model=None, x=None, before=lambda: None, context=None):
-    """(outputs of the first pass, outputs of additional passes, model, buffers after the first pass)."""
+    """Return the outputs of the first pass, the outputs of the additional passes, the model, and its input."""
     model = model or net()
     rule = Repeating(cuts=["3"]).attach(model)
     Repeating.wanted = list(wanted)
@@ -107,11 +107,11 @@ def test_changes_at_inputs_and_outputs_reach_what_follows_only():
     readout = model.get_submodule("4")
     assert isinstance(readout, nn.Linear) and readout.bias is not None
     assert torch.equal(at_input, readout.bias.expand_as(at_input))
-    assert torch.allclose(at_output, readout.bias.expand_as(at_output))  # constant values are normalised to zero
+    assert torch.allclose(at_output, readout.bias.expand_as(at_output))  # the normalisation maps constant values to zero
     assert torch.equal(none, logits)
     with torch.no_grad():
         model(x)
-    assert not readout._forward_pre_hooks and len(model.get_submodule("0")._forward_hooks) == 0  # nothing is left
+    assert not readout._forward_pre_hooks and len(model.get_submodule("0")._forward_hooks) == 0  # no hook is left behind
 
 
 def test_a_repeated_pass_is_as_precise_as_the_first():
@@ -194,7 +194,7 @@ def test_modules_have_the_modes_of_the_first_pass() -> None:
 
 
 def test_a_precise_pass_has_no_autocast_and_sees_changed_weights() -> None:
-    """Autocast caches casts of weights, which would be those from before a rule changed them."""
+    """Autocast caches casts of weights, so it would use the values from before a rule changed the weights."""
     model = net()
     weight = model.get_submodule("4").weight
 

@@ -1,4 +1,4 @@
-"""Tangents at the output: exact on any model, computed in the state of the training pass, and refused if PyTorch has none."""
+"""Tangents at the output are exact on any model, computed in the state of the training pass, and refused if PyTorch has none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attached(model: nn.Module, cuts: list[str], x: Tensor, **options: Any) -> An
 
 
 def first_pass(rule: Any, x: Tensor) -> tuple[Any, Any]:
-    """The record of a training pass and its output, whose graph is kept."""
+    """Run a training pass, and return its record and its output, whose graph is kept."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(rule), "broadcast", lambda rule, delta, target: seen.append(rule.first_pass) or delta)
@@ -54,7 +54,7 @@ def noise_at(model: nn.Module, cuts: list[str], x: Tensor) -> dict[str, Tensor]:
 
 
 def moved(model: nn.Module, x: Tensor, noise: dict[str, Tensor], step: Tensor) -> Tensor:
-    """The output of a plain model with step times the noise added at cuts, as a function that autograd differentiates."""
+    """The output of a plain model with step times the noise added at the cuts; autograd can differentiate it."""
     handles = [model.get_submodule(cut).register_forward_hook(lambda _, __, out, p=p: out + step * p) for cut, p in noise.items()]
     try:
         return model(x)
@@ -64,7 +64,7 @@ def moved(model: nn.Module, x: Tensor, noise: dict[str, Tensor], step: Tensor) -
 
 
 def by_autograd(model: nn.Module, x: Tensor, noise: dict[str, Tensor]) -> Tensor:
-    """The derivative with respect to the step at 0, one output at a time."""
+    """The derivative with respect to the step at 0, computed for one output at a time."""
     step = torch.zeros((), dtype=x.dtype, requires_grad=True)
     out = moved(model, x, noise, step)
     parts = [torch.autograd.grad(one, step, retain_graph=True)[0] for one in out.flatten()]
@@ -74,8 +74,8 @@ def by_autograd(model: nn.Module, x: Tensor, noise: dict[str, Tensor]) -> Tensor
 @pytest.mark.parametrize("method", [FORWARD, DIFFERENCE])
 @pytest.mark.parametrize("net", NETS)
 def test_the_tangent_is_the_derivative_along_the_noise(net: str, method: str) -> None:
-    """In-place ReLUs, shortcuts and batch statistics. The error of central differences is proportional to the square of 0.001,
-    away from kinks."""
+    """The nets have in-place ReLUs, shortcuts and batch statistics. Away from kinks, the error of central differences is
+    proportional to the square of 0.001."""
     build: Any = nets.NETS.get(net, nets.residual)
     x, _ = nets.batch(net)
     noise = noise_at(build(), NETS[net], x)
@@ -130,7 +130,8 @@ def test_dropout_masks_are_those_of_the_training_pass(method: str) -> None:
 
 
 def test_tangents_of_parameters() -> None:
-    """Shared parameters count in all places, frozen ones do not; afterwards, the model has its own parameters again."""
+    """Shared parameters count wherever they are used, and frozen ones do not count. After the call, the model has its own
+    parameters again."""
     torch.manual_seed(0)
     shared = nn.Linear(5, 5)
     model: Any = nn.Sequential(shared, nn.Tanh(), shared, nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
@@ -174,7 +175,7 @@ def test_the_pass_has_single_precision_under_autocast() -> None:
 
 
 class Own(torch.autograd.Function):
-    """A user-defined product, which has only a backward pass."""
+    """A user-defined function that has only a backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ class Doubled(nn.Module):
 
 
 class LastState(nn.LSTM):
-    """A user-defined class, which rules leave unchanged."""
+    """A user-defined class that rules leave unchanged."""
 
     def forward(self, x: Tensor) -> Any:
         return super().forward(x[:, None])[0][:, 0]
@@ -232,9 +233,9 @@ def test_an_output_that_depends_on_no_cut_is_refused() -> None:
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_attention_needs_no_fused_kernel(fast: bool) -> None:
-    """In evaluation mode without gradients torch runs a whole encoder layer as one kernel, which has no derivative.
+    """In evaluation mode without gradients, torch runs a whole encoder layer as one kernel, which has no derivative.
 
-    Afterwards, the user's setting for this is restored.
+    The user's setting for the fast path is restored afterwards.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast)
@@ -275,7 +276,7 @@ def test_the_named_output_is_taken_without_gradients_too() -> None:
 
 
 class Plain(nn.Module):
-    """One step of a plain LSTM, which runs as a fused kernel if there are no gradients."""
+    """A net with one step of a plain LSTM, which runs as a fused kernel if there are no gradients."""
 
     def __init__(self) -> None:
         super().__init__()

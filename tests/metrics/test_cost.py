@@ -1,4 +1,5 @@
-"""The cost of a step: multiplications counted by hand, bytes, peak memory and micro-batches, and its record in a result."""
+"""The cost of a step, in multiplications, bytes, peak memory and micro-batches, equals counts by hand, and is recorded in a
+result."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ N = 5
 def counted(
     model: nn.Module, shape: tuple[int, ...], output: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
 ) -> tuple[int, int]:
-    """Multiplications of the forward and the backward pass; the input needs no gradient."""
+    """Count the multiplications of the forward and the backward pass; the input needs no gradient."""
     x = torch.randn(N, *shape)
     with counting() as counter:
         loss = output(model, x).sum()
@@ -42,13 +43,13 @@ def test_a_layer_multiplies_for_its_output_its_weight_and_but_for_the_first_laye
 
 def test_a_strided_convolution_multiplies_once_for_each_pixel_of_its_output() -> None:
     layers = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.Conv2d(3, 4, 3, padding=1))
-    first, second = 4 * 4 * 3 * 2 * 9, 4 * 4 * 4 * 3 * 9  # 9x9 to 4x4, stored by the second layer
+    first, second = 4 * 4 * 3 * 2 * 9, 4 * 4 * 4 * 3 * 9  # 9x9 becomes 4x4, and the second layer keeps this size
     assert counted(layers, (2, 9, 9)) == (N * (first + second), N * (first + 2 * second))
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
 def test_groups_divide_the_multiplications_of_both_passes(layer: type[nn.Conv2d | nn.ConvTranspose2d]) -> None:
-    """torch counts the gradient of a grouped weight once for each group."""
+    """torch counts the gradient of a grouped weight once for each group, so the counter must correct this number."""
     layers = nn.Sequential(nn.Conv2d(2, 8, 1), layer(8, 8, 3, padding=1, groups=4))
     first, second = 6 * 6 * 8 * 2, 6 * 6 * 8 * 2 * 9
     assert counted(layers, (2, 6, 6)) == (N * (first + second), N * (first + 2 * second))
@@ -59,7 +60,7 @@ def test_lstm_counts_as_the_products_of_its_cells() -> None:
     into, across = 4 * width * inputs, 4 * width * width
     forward, backward = counted(nn.LSTM(inputs, width, batch_first=True), (steps, inputs), lambda model, x: model(x)[0])
     assert forward == N * steps * (into + across)
-    assert backward == N * (steps * into + steps * across + (steps - 1) * across)  # no error at the input and at the first state
+    assert backward == N * (steps * into + steps * across + (steps - 1) * across)  # the input and the first state have no error
 
 
 def test_attention_counts_scores_and_values_which_the_backward_pass_computes_again() -> None:
@@ -114,7 +115,7 @@ FIRST, HIDDEN, LAST = 9 * 16, 16 * 12, 12 * 4
     [
         ("bp", FIRST + 2 * (HIDDEN + LAST), 0),
         ("fa", FIRST + 2 * (HIDDEN + LAST), 0),
-        ("kp", FIRST + 2 * (HIDDEN + LAST), 0),  # the gradient of B is that of W
+        ("kp", FIRST + 2 * (HIDDEN + LAST), 0),  # B has the gradient of W
         ("dfa", FIRST + HIDDEN + LAST + 4 * (16 + 12), 0),
         ("frozen", LAST, 0),
     ],
@@ -124,28 +125,28 @@ def test_phases_of_rules(rule: str, backward: int, feedback: int) -> None:
     forward = FIRST + HIDDEN + LAST
     assert (own.forward, own.backward, own.feedback) == (8 * forward, 8 * backward, 8 * feedback)
     assert (reference.forward, reference.backward, reference.feedback) == (8 * forward, 8 * (FIRST + 2 * (HIDDEN + LAST)), 0)
-    assert reference == cost("bp")[0]  # this includes rules that add tensors or keep layers fixed
+    assert reference == cost("bp")[0]  # rules that add tensors or keep layers fixed have the same reference
 
 
 def test_learning_the_feedback_is_counted_separately() -> None:
-    """The two hops of pfa with ten units for each output: their backward pass, and the gradient of R, for which the first layer
-    takes one hop, too."""
+    """The backward pass of pfa, with ten units for each output, includes two hops. For the gradient of R, which counts as
+    feedback, the first layer takes one hop, too."""
     own, reference = cost("pfa", ratio=10)
     hops = 10 * 12 * (12 + 16) + 10 * 4 * (4 + 12)
     assert own.forward == reference.forward
     assert own.backward == 8 * (FIRST + HIDDEN + LAST + hops)
     assert own.feedback == 8 * (10 * (FIRST + HIDDEN + LAST) + 10 * 16 * 16)
-    assert cost("wm", initial_steps=0)[0].feedback > 0  # after the backward pass
+    assert cost("wm", initial_steps=0)[0].feedback > 0  # the mirror's step follows the backward pass
 
 
 def test_the_cost_of_a_rule_whose_steps_alternate_is_that_of_its_first_step() -> None:
-    """Every second update of grape uses backpropagation, which crosses the cuts."""
+    """Every second update of grape uses backpropagation across the cuts, but the predicted cost is that of its first step."""
     second, never, always = (cost("grape", anchor_period=period)[0] for period in (2, 0, 1))
     assert second == never and second.backward < always.backward
 
 
 def test_counting_exchanges_nothing_with_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only process 0 counts; the others would have to be waited for."""
+    """Only process 0 counts, so an exchange would wait for the other processes forever."""
     exchanged = []
     monkeypatch.setattr(SampleErrors, "exchange", exchanged.append)
     assert cost("f3", samples=20)[0].multiplications > 0 and not exchanged
@@ -156,7 +157,8 @@ def test_counting_does_not_depend_on_the_number_of_training_samples() -> None:
 
 
 def test_a_step_is_counted_in_training_mode_whatever_the_model_was_in() -> None:
-    """Normalisation that computes statistics."""
+    """In training mode, normalisation computes the batch's statistics, which must be counted even if the model was in evaluation
+    mode."""
     found = []
     for training in (True, False):
         torch.manual_seed(0)
@@ -172,7 +174,7 @@ def test_micro_batches_multiply_as_much_move_more_and_keep_less() -> None:
 
 
 def test_memory_of_a_large_batch_is_that_of_the_operation_that_needs_most() -> None:
-    """The peak for 64 samples, although other operations set the peak for four: it is exact, not an estimate."""
+    """The predicted peak for 64 samples is exact, not an estimate, although other operations set the peak for four samples."""
     model = Conv2(channels=3, hidden=200).build((1, 8, 8), 3)
     rule = fa_bench.attach(model, "bp", seed=0, sample_input=torch.randn(2, 1, 8, 8))
     predicted = step_costs(rule, (1, 8, 8), 3, 64)[0]
@@ -202,13 +204,14 @@ def test_targets_that_are_numbers_are_counted_as_numbers() -> None:
 def test_optimizers_move_and_keep_their_state() -> None:
     with_state, without = cost("bp")[0], cost("bp", with_optimizer=False)[0]
     parameters = FIRST + HIDDEN + LAST + 16 + 12 + 4
-    assert with_state.peak_memory - without.peak_memory >= 4 * parameters  # the momentum
-    assert with_state.bytes_moved - without.bytes_moved >= 4 * 5 * parameters  # reads W, g and m, writes W and m
+    assert with_state.peak_memory - without.peak_memory >= 4 * parameters  # the momentum is included
+    assert with_state.bytes_moved - without.bytes_moved >= 4 * 5 * parameters  # the update reads W, g and m, and writes W and m
     assert with_state.multiplications == without.multiplications
 
 
 def test_products_of_the_optimizer_are_counted_separately() -> None:
-    """Muon: in each of five iterations, a product of the smaller side, its square, and one with the matrix; for B as for W."""
+    """Each of Muon's five iterations has a product of the smaller side, its square, and a product with the matrix, for B as for
+    W."""
     model = MLP(widths=[16, 12]).build((1, 3, 3), 4)
     rule = fa_bench.attach(model, "kp", seed=0, sample_input=torch.randn(2, 1, 3, 3))
     own, reference = step_costs(rule, (1, 3, 3), 4, 8, optimizers=lambda: Optimizers(Muon(), rule, 1))

@@ -1,4 +1,4 @@
-"""Growth of the residual stream, stability of gradients, effective rank of errors: compared with plain loops and closed forms."""
+"""Growth of the residual stream, stability of gradients and effective rank of errors agree with plain loops and closed forms."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_growth_is_the_ratio_of_mean_norms_of_output_and_input() -> None:
 
 
 def test_growth_of_tokens_is_by_token() -> None:
-    """The class token is made a hundred times longer; a mean over samples would weight it by the square."""
+    """The class token is a hundred times longer than the others; a mean over samples would weight it by the square."""
     subject = subject_of(vit(), "bp")
     model = subject.model
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_mean_cosine_is_the_mean_over_all_pairs() -> None:
 
 @pytest.mark.parametrize(("rule", "options"), [("bp", {}), ("fa", {}), ("dfa", {}), ("f3", {"samples": 50})])
 def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str, options: dict[str, Any]) -> None:
-    """With f3, with the errors of these samples."""
+    """The gradients of f3 use the stored errors of the batch's own samples."""
     subject = subject_of(mlp(), rule, train=random_split(50), **options)
     if rule == "f3":
         errors = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
@@ -165,7 +165,7 @@ def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str, option
     data = subject.training.subset(order)
     x, y = (torch.cat(parts) for parts in zip(*data.batches(50), strict=True))
     gradients: dict[str, list[Tensor]] = {"fc1": [], "fc2": [], "fc3": []}
-    for start in range(0, 48, 6):  # 50 // 8 images per batch, which is at most 8
+    for start in range(0, 48, 6):  # 50 // 8 = 6 images per batch, which is at most 8
         batch, labels = x[start : start + 6], y[start : start + 6]
         model.zero_grad()
         logits = model(batch)
@@ -234,7 +234,7 @@ def test_effective_rank_of_errors_of_the_rule_and_of_backpropagation() -> None:
             values = np.linalg.svd(expected.double().numpy(), compute_uv=False)
             shares = values[values > 0] / values.sum()
             assert found[key][layer] == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
-    # Each row of the error at the logits sums to zero, and no later layer adds a direction.
+    # Each row of the error at the logits sums to zero, so there are two directions, and earlier layers add none.
     assert max(found["effective_rank"].values()) <= 2.001
 
 
@@ -242,7 +242,7 @@ def test_features_are_the_channels_of_maps_and_the_last_dimension_of_tokens() ->
     conv, tokens = subject_of(conv2(), "dfa", *images(8)), subject_of(vit(), "fa")
     for subject, layer, shape, expected in (
         (conv, "conv1", (10, 3, 8, 8), (640, 3)),
-        (conv, "conv2", (10, 3, 4, 4), (160, 3)),  # the error of a map is delivered before it is flattened for the next layer
+        (conv, "conv2", (10, 3, 4, 4), (160, 3)),  # the error of a map is delivered before it is flattened
         (conv, "conv2", (10, 48), (10, 48)),
         (tokens, "embed.patches", (10, 5, 8), (50, 8)),
         (tokens, "layers.0.fc1", (10, 5, 32), (50, 32)),
@@ -263,7 +263,7 @@ class Transposed(nn.Module):
 
 @pytest.mark.parametrize("kind", ["pixels", "tokens"])
 def test_features_of_the_logits_are_their_classes(kind: str) -> None:
-    """For maps (N, C, H, W) and tokens (N, T, C), both from a convolution: at most as many directions as classes."""
+    """Maps (N, C, H, W) and tokens (N, T, C), both from a convolution, have at most as many directions as classes."""
     torch.manual_seed(0)
     x = torch.randn(2, 2, 4, 5) if kind == "pixels" else torch.randn(2, 2, 7)
     conv: Any = nn.Conv2d if kind == "pixels" else nn.Conv1d
@@ -282,7 +282,8 @@ def test_effective_rank_is_measured_where_the_rule_delivers_errors(rule: str) ->
     found = measured("effective_rank", subject_of(conv2(), rule, *images(8)))
     assert list(found["effective_rank"]) == ["conv1", "conv2", "fc1", "fc2"]
     assert 1 < found["effective_rank"]["conv1"] <= 3
-    # fa delivers the error of conv2 flat, one row per sample; dfa at the pooling, one row per position.
+    # fa delivers the error of conv2 after flattening, with one row per sample; dfa delivers it at the pooling, with one row per
+    # position.
     assert 1 < found["effective_rank"]["conv2"] <= (10 if rule == "fa" else 3)
     assert found["effective_rank"]["fc2"] == pytest.approx(found["effective_rank_bp"]["fc2"], rel=1e-6)
     assert found["effective_rank"]["fc1"] != pytest.approx(found["effective_rank_bp"]["fc1"], rel=1e-3)
@@ -309,7 +310,7 @@ def test_projection_angle_is_blind_to_what_the_inputs_do_not_see() -> None:
     feedback, weight = subject.rule.feedback["fc1"]["B"], subject.model.fc1.weight
     with torch.no_grad():
         x = subject.meter.x.flatten(1)
-        unseen = torch.linalg.svd(x.double())[2][len(x) :].float()  # rows that do not occur in any input
+        unseen = torch.linalg.svd(x.double())[2][len(x) :].float()  # these rows do not occur in any input
         feedback.copy_(2 * weight + 5 * torch.ones(len(weight), 1) @ unseen.sum(0, keepdim=True))
     assert measured("projection_angle", subject)["projection_angle"]["fc1"] < 0.1
 
@@ -361,7 +362,7 @@ def test_alarms_fire_on_the_wrong_side_only() -> None:
 
 
 def test_an_exploded_stream_is_seen_in_growth_and_in_the_gradient_below_it() -> None:
-    """The final normalisation divides the error by the norm of the stream."""
+    """The final normalisation divides the error by the norm of the stream, so the gradients below it vanish."""
     from fa_bench.metrics.alignment.metrics import TrueGradientNorm
     from fa_bench.metrics.probes.stream_growth import StreamGrowth
 

@@ -1,4 +1,4 @@
-"""Cases in which a metric has nothing to measure: no norm, one class, one sample, an incomplete last batch, no samples."""
+"""A metric may have nothing to measure: zero norms, one class, one sample, an incomplete last batch, or no samples."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_angles_are_void_where_a_norm_is_at_the_floor_and_only_there() -> None:
     for u, v in ((0 * e, e), (e, 0 * e), (0 * e, 0 * e), (0.9 * NORM_FLOOR * e, e)):
         assert math.isnan(angles(u, v).item()) and math.isnan(weight_angle(u, v)) and math.isnan(mean_sample_angle(u, v))
     assert angles(2 * NORM_FLOOR * e, -e).item() == 180
-    assert weight_angle(1e30 * e, 1e-10 * e) == 0  # squares neither overflow nor underflow in the range of float32
+    assert weight_angle(1e30 * e, 1e-10 * e) == 0  # squares do not overflow or underflow, although they would in float32
     assert angles(torch.full((1, 2), 1e30), torch.full((1, 2), -1e30)).item() == 180
 
 
@@ -75,7 +75,7 @@ def test_angle_with_what_is_not_finite_is_void() -> None:
 
 # ------------------------------------------------------------------------------------------------ the probe
 def test_true_gradient_norm_is_that_of_the_true_gradient_alone() -> None:
-    """The rule's own gradients, which the probe computes first, are not added to it."""
+    """The rule's own gradients, which the probe computes first, are not added to the true gradient."""
     for name in ("bp", "fa", "dfa", "frozen"):
         (x, y), model = batch(10), net()
         F.cross_entropy(model(x), y).backward()
@@ -99,7 +99,7 @@ def test_batches_of_one_class_and_of_one_sample_can_be_measured_and_trained_on(n
     for count, classes in ((6, 1), (1, 1)):
         x, y = batch(count, classes)
         model = net()
-        # dgl's others are normalised, see below.
+        # The other auxiliary nets of dgl are normalised; see below.
         options = {"dgl": {"auxiliary_net": "linear"}, "f3": {"samples": 6}}.get(name, {})
         rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
         found = AlignmentMeter(rule, x, y, indices=torch.arange(count)).measure()
@@ -129,14 +129,15 @@ def test_fixed_batch_is_the_first_one_unless_the_data_are_stored_by_class() -> N
     [
         (10, 50, True),  # five of nine classes
         (10, 40, False),  # four of nine
-        (10, 3, False),  # one, of the three that three images could contain
+        (10, 3, False),  # one of the three classes that three images could contain
         (10, 2, True),  # one of two
-        (100, 900, True),  # all images: nothing is sampled
+        (100, 900, True),  # all images are used, so nothing is sampled
     ],
     ids=str,
 )
 def test_fixed_batch_is_what_the_page_says(per_class: int, size: int, first: bool) -> None:
-    """The first images or, if they contain fewer than half of the possible classes, a sample of all images with a fixed seed."""
+    """The batch is the first images or, if they contain fewer than half of the possible classes, a sample of all images with a
+    fixed seed."""
     labels = torch.arange(9).repeat_interleave(per_class)
     images = (torch.arange(len(labels)) % 256).to(torch.uint8).view(-1, 1, 1, 1)
     train = ResidentSplit(images, labels, [0.5], [0.5], False, CPU)
@@ -150,7 +151,7 @@ def test_fixed_batch_is_what_the_page_says(per_class: int, size: int, first: boo
 # ------------------------------------------------------------------------------------------------ batches of one
 @dataclasses.dataclass
 class Case:
-    """A run with this number of training images, and whether normalisation is a problem."""
+    """A run with this number of training images, and the message if normalisation is a problem."""
 
     images: int
     options: dict
@@ -235,7 +236,7 @@ def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_wher
 
 # ------------------------------------------------------------------------------------------------ evaluation
 def test_evaluation_counts_every_sample_once_whatever_the_last_batch() -> None:
-    model, data = net(batch_norm=True), split(513)  # batches of 512: the last one has one sample
+    model, data = net(batch_norm=True), split(513)  # with batches of 512, the last one has one sample
     loss, accuracy = evaluate(model, CrossEntropy(), data, 8).values()
     x, y = next(data.batches(513))
     model.eval()
@@ -280,7 +281,7 @@ def test_a_split_without_images_is_named(train: int, test: int, said: str) -> No
 
 
 class CrossAttention(nn.Module):
-    """Attention whose layers project queries and keys with different rows of one weight."""
+    """A net whose attention projects queries and keys with different rows of one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,7 +298,7 @@ def test_the_error_one_layer_above_passes_through_the_rows_that_a_call_used() ->
     model, x, y = CrossAttention().double(), torch.randn(5, 6, 4, dtype=torch.float64), torch.arange(5) % 3
     passes = Passes(AlignmentMeter(fa_bench.attach(model, "fa", sample_input=x), x, y))
     weight, point = model.attention.in_proj_weight.detach(), ("attention.in_proj", INPUT)
-    # Queries first; keys and values have the same input, whose error is the sum of both parts.
+    # The rows of the queries come first. Keys and values have the same input, whose error is the sum of both parts.
     (before, *_), (after, *_) = passes.delivered.calls[point], passes.delivered.calls["attention.in_proj", OUTPUT]
     assert before.rows == slice(0, 8) and after.error is not None
     exact = (after.error @ weight[:8]).movedim(1, 0)

@@ -1,4 +1,5 @@
-"""The probe of rules that settle an energy: how far they have settled, and how far their gradients are from backpropagation's."""
+"""The probe of rules that settle an energy measures how far they have settled, and how much their gradients differ from
+backpropagation's."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_the_probe_of_a_rule_that_has_hardly_settled(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_probe_of_a_rule_at_rest(name: str) -> None:
-    """The parts of the energy equal those of the closed form; in a linear net, their sum is half of rᵀ S r."""
+    """When the states have settled, the parts of the energy equal their closed form. In a linear net, the sum of the parts is
+    half of rᵀ S r."""
     model = deep(nn.Identity, bias=False)
     rule = fa_bench.attach(copy.deepcopy(model), name, objective=MSE(), steps=400, rate=0.3)
     state = copy.deepcopy(rule.model.state_dict())
@@ -85,7 +87,7 @@ def test_other_rules_have_no_energy() -> None:
 
 
 def test_without_a_gradient_there_is_no_direction() -> None:
-    """One step with states changes only the last state."""
+    """One step of the states changes only the last state, so earlier layers have no gradient and no direction."""
     found = measured(attach("pc", steps=1))
     assert math.isnan(found["energy_cosine"]["0"]) and found["energy_ratio"]["0"] == 0
     assert found["energy_cosine"]["4"] == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""The probe that measures the angle to the Gauss-Newton step."""
+"""Tests of the probe that measures the angle to the Gauss-Newton step."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def test_jacobians_and_pseudo_inverses_are_those_of_torch() -> None:
         assert torch.allclose(found[number], want)
     delta = torch.randn(5, 3, dtype=torch.float64)
     wanted = torch.stack([torch.linalg.pinv(j) @ d for j, d in zip(found, delta, strict=True)])
-    assert torch.allclose(gauss_newton(found, delta), wanted, rtol=1e-3)  # damped by one millionth
+    assert torch.allclose(gauss_newton(found, delta), wanted, rtol=1e-3)  # the damping is one millionth
     assert (gauss_newton(torch.zeros(5, 3, 7), delta) == 0).all()
 
 
 def test_the_damping_is_in_proportion_to_the_jacobian() -> None:
-    """J⁺ δ for 1e-5 J is 1e5 times as long: layers with small derivatives are not damped more than others."""
+    """For 1e-5 J, J⁺ δ is 1e5 times as long, so layers with small derivatives are not damped more than others."""
     generator = torch.Generator().manual_seed(2)
     wide, delta = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 3, 7), (4, 3)))
     torch.testing.assert_close(1e-5 * gauss_newton(1e-5 * wide, delta), gauss_newton(wide, delta), rtol=1e-9, atol=0)
 
 
 def test_angles_of_the_rule_and_of_backpropagation() -> None:
-    """At fc2's activation J is the output layer's weight W: backpropagation delivers δ W, direct feedback δ B."""
+    """At fc2's activation, J is the output layer's weight W. Backpropagation delivers δ W there, and direct feedback δ B."""
     model = mlp()
     rule = fa_bench.attach(model, "dfa", seed=0, sample_input=X, cuts=["1", "3"])
     found = measured(model, rule)
@@ -73,7 +73,7 @@ def test_angles_of_the_rule_and_of_backpropagation() -> None:
 
 
 def test_learned_inverses_come_nearer_to_gauss_newton_than_backpropagation() -> None:
-    """Feedback trained alone, with fixed weights; at 2, J hardly depends on the sample."""
+    """Only the feedback is trained, and the weights are fixed. At layer 2, J hardly depends on the sample."""
     model = mlp()
     with torch.no_grad():
         model[4].weight.copy_(nn.init.orthogonal_(torch.empty(3, 8)) * torch.tensor([[0.5], [1.0], [2.0]]))
@@ -91,7 +91,7 @@ def test_learned_inverses_come_nearer_to_gauss_newton_than_backpropagation() -> 
 
 
 class Parts(nn.Module):
-    """fc1 - fc2 - fc2 - fc3, and a second output that the loss does not depend on."""
+    """A net fc1 - fc2 - fc2 - fc3 with a second output that the loss does not depend on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Parts(nn.Module):
 
 
 def test_only_activations_that_occur_once_and_carry_an_error_have_an_angle() -> None:
-    """fc2 runs twice, the second time on its own activation; the input of side2 has no error, nor has a frozen layer's
+    """fc2 runs twice, the second time on its own activation. The input of side2 has no error, and neither has a frozen layer's
     activation."""
     rule = fa_bench.attach(Parts().double(), "bp", objective=CrossEntropy(output=0))
     assert set(measured(rule.model, rule)["gauss_newton_angle"]) == {"fc1"}
@@ -116,7 +116,7 @@ def test_only_activations_that_occur_once_and_carry_an_error_have_an_angle() -> 
 
 
 def test_an_activation_without_an_error_of_the_rule_has_no_angle() -> None:
-    """With the rule, only the classifier gets an error; with backpropagation, all layers do."""
+    """With `frozen`, only the classifier gets an error, whereas all layers get one with backpropagation."""
     model = mlp()
     rule = fa_bench.attach(model, "frozen")
     assert measured(model, rule) == {"gauss_newton_angle": {}, "gauss_newton_angle_bp": {}}

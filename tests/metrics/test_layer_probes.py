@@ -1,4 +1,4 @@
-"""Probes of layers compared with closed forms, plain autograd and hand-made nets; they restore what they change."""
+"""Probes of layers agree with closed forms, plain autograd and hand-made nets, and restore what they change."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_readout_is_ridge_regression_in_closed_form() -> None:
     generator = np.random.default_rng(0)
     for samples, features in ((50, 6), (6, 50)):  # the second has fewer samples than features
         x, labels = 3 * generator.standard_normal((samples, features)) + 1, generator.integers(0, 4, samples)
-        got = readout.fit(x, labels, classes=5)  # one class is missing
+        got = readout.fit(x, labels, classes=5)  # one of the classes is missing
         centred, targets = x - x.mean(0), np.eye(5)[labels]
         strength = 0.01 * samples * x.var(0).mean()
         weight = np.linalg.solve(centred.T @ centred + strength * np.eye(features), centred.T @ (targets - targets.mean(0)))
@@ -81,7 +81,8 @@ def test_readout_is_ridge_regression_in_closed_form() -> None:
 
 
 def test_readout_finds_what_a_layer_separates_and_the_input_does_not() -> None:
-    """Bright and dark images versus grey ones: they are not linearly separable by brightness, but by |brightness|."""
+    """Bright and dark images form one class, and grey images the other. The classes are linearly separable by |brightness|, but
+    not by brightness."""
     grey = torch.arange(0, 256, 4)
     images, labels = grey.view(-1, 1, 1, 1), ((grey - 128).abs() > 64).long()
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 3))
@@ -102,7 +103,7 @@ def test_readout_of_the_input_is_that_before_a_model_changes_it() -> None:
 
 
 def test_readout_reads_what_the_next_layer_takes() -> None:
-    """After ReLU and pooling for a layer, and the logits for the last; layers that are added together have the same
+    """A layer is read after ReLU and pooling, and the last layer at the logits. Layers whose outputs are added have the same
     activation."""
     torch.manual_seed(0)
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
@@ -119,7 +120,7 @@ def test_readout_reads_what_the_next_layer_takes() -> None:
 
 
 def test_readout_takes_the_mean_over_the_positions_of_what_enters_attention() -> None:
-    """As for the input of a linear layer: its features are the last axis, too."""
+    """The features of attention's input are on the last axis, as for a linear layer, and positions are averaged."""
 
     class Attends(nn.Module):
         def __init__(self) -> None:
@@ -141,7 +142,8 @@ def test_readout_takes_the_mean_over_the_positions_of_what_enters_attention() ->
 
 
 def test_every_layer_has_the_accuracy_of_its_classifier() -> None:
-    """The images and the logits have one, too; seven test images form one batch, and so do thirty-one training images."""
+    """The input images and the logits have a classifier, too. The seven test images form one batch, and so do the thirty-one
+    training images."""
     torch.manual_seed(1)
     subject = subject_of(mlp(), train=random_split(31), test=random_split(7, seed=1))
     points = readout.activation_points(subject.meter.trace)
@@ -155,7 +157,7 @@ def test_every_layer_has_the_accuracy_of_its_classifier() -> None:
 
 
 def test_activations_are_brought_to_a_bounded_number_of_features() -> None:
-    x = torch.arange(2 * 8 * 16 * 16.0).view(2, 8, 16, 16)  # 2048 numbers: one side is halved
+    x = torch.arange(2 * 8 * 16 * 16.0).view(2, 8, 16, 16)  # 2048 numbers are too many, so one side is halved
     torch.testing.assert_close(readout.bounded(x), F.avg_pool2d(x, (2, 1)).flatten(1))
     assert readout.bounded(torch.ones(2, 3, 5, 5)).shape == (2, 75)
     flat = torch.arange(4096.0).view(1, -1)
@@ -229,7 +231,7 @@ def test_floor_of_the_gradient_norm_is_the_formula(samples: int) -> None:
 
 
 def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
-    """Gradients of independent samples with mean zero: over many draws ‖g‖² and s² agree, in unequal groups too."""
+    """For gradients of independent samples with mean zero, ‖g‖² and s² agree over many draws, even in unequal groups."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.zeros(30, dtype=torch.float64, requires_grad=True)
     norms, floors = [], []
@@ -238,18 +240,18 @@ def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
         (norm,), (floor,) = norms_and_errors(noise @ weight, [weight])
         norms.append(norm**2)
         floors.append(floor**2)
-    # ‖g‖² has a relative standard deviation of √(2/30), its mean over 100 draws of 0.026.
-    # Gradients that take turns with a period that divides the number of groups, as classes may.
+    # The relative standard deviation of ‖g‖² is √(2/30), and that of its mean over 100 draws is 0.026. The gradients below repeat
+    # with a period that divides the number of groups, as classes may.
     turns = torch.randn(4, 30, generator=generator, dtype=torch.float64).repeat(40, 1)
     _, (floor,) = norms_and_errors(turns @ weight, [weight])
     spread = (turns - turns.mean(0)).square().sum() / 159 / 160
-    # 16 groups: a relative standard deviation of about √(2/15) / 2 in so few directions.
+    # In so few directions, 16 groups give a relative standard deviation of about √(2/15) / 2.
     assert floor == pytest.approx(spread.sqrt().item(), rel=0.4)
     assert np.mean(floors) == pytest.approx(np.mean(norms), rel=0.1) == pytest.approx(30 / 23, rel=0.1)
 
 
 def test_equal_samples_have_no_noise() -> None:
-    """Rounding may leave a variance below zero."""
+    """For equal samples, rounding may leave a variance below zero, which must not matter."""
     for samples in range(2, 60):
         generator = torch.Generator().manual_seed(samples)
         weight = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -305,7 +307,8 @@ def test_blocks_hold_what_runs_between_their_ends() -> None:
 
 @pytest.mark.parametrize("name", ["kp", "dkp", "predsim"])
 def test_blocks_of_an_attached_net_are_those_of_the_plain_one(name: str) -> None:
-    """Learned feedback is not part of them; at a cut without a preceding layer in its block, it would form a block of its own."""
+    """Learned feedback is not part of the blocks. At a cut without a preceding layer in its block, learned feedback would form a
+    separate block."""
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
     model.cut_points = model.blocks = ["act1", "act2", "pool", "act3"]
     x = torch.rand(4, 1, 6, 6)
@@ -316,7 +319,8 @@ def test_blocks_of_an_attached_net_are_those_of_the_plain_one(name: str) -> None
 
 
 def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
-    """Class = sign of the brightness; the block begins as a map that removes it, and is trained to pass it on."""
+    """The class is the sign of the brightness. The first block initially removes the brightness, and is trained to preserve
+    it."""
     grey = torch.arange(0, 256, 8)
     data = split(grey.view(-1, 1, 1, 1), (grey > 127).long())
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 3))
@@ -329,7 +333,8 @@ def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
     probes = Probes(["depth_utility"], 0, subject_of(model, train=data, test=data))
     with torch.no_grad():
         model[1].weight.fill_(1.0)
-    # Without the first block all images are of class 0, which half of them are; the second is the identity that it began as.
+    # Without the first block, all images are assigned to class 0, which is right for half of them. The second block is still the
+    # identity, as it was initially.
     assert probes.measure(0) == {"depth_utility": {"2": 0.5, "4": 0.0}}
     assert model[1].weight.item() == 1.0
 
@@ -337,7 +342,7 @@ def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
 def test_utility_is_measured_by_the_prediction_of_the_rule() -> None:
     subject = subject_of(mlp())
     probes, asked = Probes(["depth_utility"], 0, subject), []
-    subject.rule.predict = lambda x: asked.append(len(x)) or torch.eye(3)[torch.arange(len(x)) % 3]  # always right
+    subject.rule.predict = lambda x: asked.append(len(x)) or torch.eye(3)[torch.arange(len(x)) % 3]  # every prediction is right
     with torch.no_grad():
         subject.model.fc1.weight.add_(1.0)
     assert set(probes.measure(0)["depth_utility"].values()) == {0.0}
@@ -374,7 +379,7 @@ def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net
     subject = subject_of(model, "frozen")
     probes = Probes(["depth_utility"], 0, subject)
     model.train()
-    model(5 * subject.meter.x + 1)  # running statistics of different inputs
+    model(5 * subject.meter.x + 1)  # changes the running statistics
     with torch.no_grad():
         (model.fc3 if net == "mlp" else model.fc).weight.normal_()
     assert set(probes.measure(0)["depth_utility"].values()) == {0.0}
@@ -390,7 +395,7 @@ def test_utility_is_that_of_nets_whose_running_statistics_are_their_own() -> Non
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
-        model.bn1.running_mean.fill_(50.0)  # far from what they are
+        model.bn1.running_mean.fill_(50.0)  # far from the true means
     found = probes.measure(0)["depth_utility"]
 
     def accuracy(reset: list[str]) -> float:
@@ -419,13 +424,13 @@ def test_a_net_without_blocks_is_refused_and_told_what_works() -> None:
     with pytest.raises(ConfigError, match=r"^probes=\[depth_utility\]: Sequential declares no blocks .* architecture=mlp"):
         Probes(["depth_utility"], 0, subject_of(model, "bp"))
     model = mlp()
-    del model.blocks  # cut points end blocks as well
+    del model.blocks  # blocks may also be given by cut points
     assert list(measured("depth_utility", subject_of(model))["depth_utility"]) == ["act1", "act2"]
 
 
 # ------------------------------------------------------------------------------------------------ no trace
 class Vandal(Probe):
-    """Changes everything that it can."""
+    """A probe that changes everything it can."""
 
     name = "vandal"
 
@@ -465,7 +470,7 @@ def test_whatever_a_probe_does_is_undone(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_draw_that_waited_is_not_taken_back() -> None:
-    """brsf samples when its values are read; the restored values are those of this sample, not of an earlier one."""
+    """brsf samples when its values are read, so the restored values are those of this sample, not of an earlier one."""
     drawn = []
     for probed in (True, False):
         subject = subject_of(mlp(), "brsf")
@@ -487,7 +492,8 @@ def test_what_a_failing_probe_did_is_undone() -> None:
 
 
 def test_running_statistics_are_those_of_full_batches_without_dropout() -> None:
-    """25 images in batches of 8: normalisation does not support a batch of one. The layer before it passes everything on."""
+    """Of 25 images in batches of 8, the last image is left out, because normalisation does not support a batch of one. Dropout in
+    the preceding layer is off."""
     model, data = mlp(batch_norm=True), random_split(25)
     plain = copy.deepcopy(model)
     model.fc1 = nn.Sequential(model.fc1, nn.Dropout(0.5))
@@ -511,7 +517,7 @@ def test_modules_that_a_net_calls_its_blocks_name_no_blocks() -> None:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_maps_of_every_number_of_dimensions_are_averaged(dims: int) -> None:
-    """1536 numbers, of which two neighbours along the first side make one."""
+    """A sample has 1536 numbers, and two neighbours along the first side are averaged."""
     sides = {1: [192], 2: [12, 16], 3: [12, 4, 4]}[dims]
     x = torch.rand(2, 8, *sides, generator=torch.Generator().manual_seed(0))
     assert x[0].numel() == 1536
@@ -578,7 +584,7 @@ def test_a_hidden_layer_called_input_is_not_mixed_up_with_the_images() -> None:
 
 
 def test_probes_learn_from_2000_images_and_are_scored_on_10000() -> None:
-    """Both numbers are upper limits, as the pages of the probes say."""
+    """The numbers of images are upper limits, as the pages of the probes say."""
     subject = subject_of(mlp(), train=random_split(2001), test=random_split(10_001))
     assert (len(subject.training), len(subject.scored)) == (2000, 10_000)
 
@@ -603,7 +609,7 @@ def test_readout_of_sequences_is_of_their_mean_and_of_the_first_run_of_a_layer()
 
 
 def test_readout_of_a_recurrent_layer_is_of_its_last_state() -> None:
-    """The first input of its recurrent weight is the initial state, which is zero."""
+    """The first input of the recurrent weight is the initial state, which is zero, so the readout uses the last one."""
     torch.manual_seed(0)
     subject = subject_of(LSTM(width=8).build((1, 6, 6), 3))
     model: nn.Module = subject.model

@@ -1,4 +1,4 @@
-"""Memory accesses: the counts for the nets of the activation-sharing paper, stored tensors, specs, and the analysis."""
+"""Tests of memory accesses: counts for the nets of the activation-sharing paper, stored tensors, specs, and the analysis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fa_bench.registry.registries import ALGORITHMS, ANALYSES, ARCHITECTURES
 from fa_bench.registry.specs import component, parse_spec
 from fa_bench.rules.asap import ASAP
 
-# Channels x height x width of the stem's output and of the outputs of both convolutions of every block, by stage.
+# The sizes (channels x height x width) of the stem's output and of both convolutions' outputs in every block, by stage.
 MAPS = (64 * 32 * 32, 128 * 16 * 16, 256 * 8 * 8, 512 * 4 * 4)
 
 
@@ -44,7 +44,7 @@ def counted(name: str, k: int = 0, **options: Any) -> Memory:
     ],
 )
 def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int, four: int, totals: tuple[float, ...]) -> None:
-    """P, A and A_k counted by hand from the layers; totals in millions for batches of 128, to two digits."""
+    """P, A and A_k were counted by hand from the layers; the totals are in millions for batches of 128, rounded to two digits."""
     counts = [counted(name, k) for k in (0, 2, 4)]
     assert [memory.parameters for memory in counts] == [parameters] * 3
     assert [memory.activations for memory in counts] == [bp, two, four]
@@ -55,7 +55,8 @@ def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int
 
 
 def test_what_of_resnet18_is_kept() -> None:
-    """All 17 maps, pooled features and logits; with k = 2 the blocks' inputs; with k = 4 those of every other block."""
+    """Without sharing, all 17 maps, the pooled features and the logits are stored. With k = 2, the only stored maps are the
+    blocks' inputs, and with k = 4, those of every other block."""
     inputs = [MAPS[0], MAPS[0], MAPS[0], MAPS[1], MAPS[1], MAPS[2], MAPS[2], MAPS[3]]
     assert counted("resnet18").activations == MAPS[0] + 4 * sum(MAPS) + 512 + 10
     assert counted("resnet18", 2).activations == sum(inputs) + 522
@@ -65,7 +66,8 @@ def test_what_of_resnet18_is_kept() -> None:
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize("options", [{}, {"shortcuts": False}])
 def test_kept_inputs_are_what_the_rule_in_the_model_keeps(k: int, options: dict[str, Any]) -> None:
-    """Measured from outside: a layer's gradient changes with an activation only if that activation is stored."""
+    """The test measures what is stored from outside: a layer's gradient changes with an activation only if that activation is
+    stored."""
     torch.manual_seed(0)
     net = ARCHITECTURES["resnet18"](width=1, blocks=[2, 2], **options).build((3, 8, 8), 3)
     x = torch.randn(2, 3, 8, 8)
@@ -77,7 +79,7 @@ def test_kept_inputs_are_what_the_rule_in_the_model_keeps(k: int, options: dict[
 
 
 class Branches(nn.Module):
-    """One map is the input of a convolution and is averaged; a pooling that does not change a map."""
+    """A net in which one map is both averaged and the input of a convolution, and one pooling does not change its map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ def test_averaged_maps_are_counted_once() -> None:
 
 
 def test_max_pooling_goes_with_the_layer_before() -> None:
-    """conv2: the input of the second convolution, the pooled map, the hidden layer's outputs, and the logits."""
+    """conv2 stores the input of the second convolution, the pooled map, the hidden layer's outputs, and the logits."""
     assert counted("conv2", channels=2, hidden=7).activations == 2 * 30 * 30 + 2 * 14 * 14 + 7 + 10
 
 
@@ -106,7 +108,7 @@ def test_strict_counts_feedback_and_masks() -> None:
     plain, shared = counted("asap_alexnet", 0), counted("asap_alexnet", 2)
     convolutions, linear = 25 * (64 * 128 + 128 * 256), 4096 * 1024 + 1024 * 1024 + 1024 * 10
     assert (plain.feedback, plain.learned) == (0, 0)
-    # The stem propagates no error to the image; B of fully connected layers is fixed.
+    # The stem propagates no error to the image, and B of fully connected layers is fixed.
     assert (shared.feedback, shared.learned) == (convolutions + linear, convolutions)
     relus = 64 * 32 * 32 + 128 * 16 * 16 + 256 * 8 * 8 + 2 * 1024
     assert plain.relus == shared.relus == relus
@@ -189,7 +191,8 @@ def test_strict_option_and_ranges() -> None:
 
 
 def test_every_kind_of_relu_has_its_bit() -> None:
-    """Functions that cut off at zero, in place or not; a hyperbolic tangent does not preserve the sign."""
+    """Functions that cut off at zero, in place or not, are counted. A hyperbolic tangent is not counted, because a sign bit does
+    not determine its derivative."""
     activations = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.ReLU(inplace=True), nn.Tanh()]
     net = nn.Sequential(*[part for activation in activations for part in (nn.Linear(6, 6), activation)], nn.Linear(6, 2))
     assert memory_of(net, (6,)).relus == 4 * 6

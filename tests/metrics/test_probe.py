@@ -1,4 +1,4 @@
-"""Angles compared with plain formulas; the measurement leaves no traces."""
+"""The measured angles agree with plain formulas, and the measurement leaves no traces."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def batch(features: int = 7) -> tuple[Tensor, Tensor]:
 
 
 def mean_angle(u: Tensor, v: Tensor) -> float:
-    """The definition, sample by sample."""
+    """The mean angle by its definition, sample by sample."""
     degrees = []
     for a, b in zip(u, v, strict=True):
         cosine = (a * b).sum() / (a.norm() * b.norm())
@@ -120,7 +120,7 @@ def test_one_step_equals_accumulated_where_only_one_step_differs() -> None:
         rule.feedback["fc"]["B"].normal_(generator=torch.Generator().manual_seed(0))
     changed = AlignmentMeter(rule, x, y).measure()
     last = [layer for layer, value in changed["delta_angle_one_step"].items() if value > 1e-4]
-    assert last == ["stages.layer3.0.conv2"]  # the layer whose activation enters fc; all others are exact in their last step
+    assert last == ["stages.layer3.0.conv2"]  # only its activation enters fc; the last steps of all others are exact
     assert all(changed["delta_angle"][layer] > 1 for layer in changed["delta_angle"] if layer != "fc")
 
 
@@ -128,7 +128,7 @@ def test_one_step_equals_accumulated_where_only_one_step_differs() -> None:
 def test_probe_leaves_no_trace(name: str, options: dict) -> None:
     torch.manual_seed(0)
     model = ResNet20(width=2, blocks=1).build((1, 8, 8), 3).double()
-    model.relu = nn.Sequential(model.relu, nn.Dropout(0.5))  # after the stem and in every forward pass
+    model.relu = nn.Sequential(model.relu, nn.Dropout(0.5))  # runs after the stem, in every forward pass
     x, y = batch(64)
     x = x.view(-1, 1, 8, 8)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)
@@ -197,7 +197,7 @@ def test_weight_angle_of_signs_is_thirty_degrees_for_uniform_and_thirty_seven_fo
     generator = torch.Generator().manual_seed(0)
     uniform = torch.empty(300, 300).uniform_(-1, 1, generator=generator)
     gaussian = torch.empty(300, 300).normal_(generator=generator)
-    # 90,000 entries: the sample cosine is within 1e-3 of its expectation.
+    # With 90,000 entries, the sample cosine is within 1e-3 of its expectation.
     assert weight_angle(uniform.sign(), uniform) == pytest.approx(30.0, abs=0.2)
     assert weight_angle(gaussian.sign(), gaussian) == pytest.approx(math.degrees(math.acos(math.sqrt(2 / math.pi))), abs=0.2)
     assert norm_ratio(3 * uniform, uniform) == pytest.approx(3.0) and math.isnan(norm_ratio(uniform, 0 * uniform))
@@ -205,7 +205,7 @@ def test_weight_angle_of_signs_is_thirty_degrees_for_uniform_and_thirty_seven_fo
 
 @pytest.mark.parametrize("name", ["dfa", "dkp", "drtp"])
 def test_output_angle_is_that_of_the_readout_to_the_logits(name):
-    """a Bᵀ against z, sample by sample (Fig. 2 of the DKP paper)."""
+    """The angle is that between a Bᵀ and z, sample by sample (Fig. 2 of the DKP paper)."""
     model = mlp()
     rule = fa_bench.attach(model, name, seed=0)
     x, y = batch()
@@ -227,7 +227,8 @@ def test_rules_without_direct_feedback_have_no_output_angle():
 
 
 def test_layers_that_carry_an_error_and_those_of_the_output():
-    """In the order of execution: layers whose input depends on a weight, and layers that no weight follows."""
+    """feedback_layers are those whose input depends on a weight, and output_layers those that no weight follows, in the order of
+    execution."""
     probe = AlignmentMeter(fa_bench.attach(mlp(), "fa", seed=0), *batch())
     assert (probe.feedback_layers, probe.output_layers) == (["2", "4"], ["4"])
 
@@ -248,7 +249,7 @@ def test_layers_that_carry_an_error_and_those_of_the_output():
 
 @pytest.mark.parametrize(("name", "options"), [("fa", {}), ("dfa", {"output": "logits"}), ("dkp", {"output": "logits"})])
 def test_of_several_outputs_the_trained_one_has_all_angles(name: str, options: dict[str, str]) -> None:
-    """A hidden state comes first."""
+    """The model returns a hidden state before the logits, and only the logits are trained."""
 
     class Several(nn.Module):
         def __init__(self, several: bool) -> None:
@@ -270,7 +271,8 @@ def test_of_several_outputs_the_trained_one_has_all_angles(name: str, options: d
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_a_projection_shortcut_carries_an_error(pooled: bool) -> None:
-    """Both if it has the same input as the block's first layer and if it has an average of it, as in ResNet-D."""
+    """A projection carries an error, whether it has the same input as the block's first layer or, as in ResNet-D, the average of
+    this input."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -357,7 +359,8 @@ SHARED = [
 
 @pytest.mark.parametrize(("name", "options"), [*RULES, *SHARED, ("forward_alignment", {}), ("pfa", {}), ("mixed", {})], ids=str)
 def test_measured_gradients_are_those_of_training(name: str, options: dict) -> None:
-    """This holds with shared activations, too; brsf is measured with its current magnitudes and trained with new ones."""
+    """Measured gradients equal those of training for shared activations, too. brsf is measured with its current magnitudes, but
+    trained with new ones."""
     x, y = batch()
     rule = fa_bench.attach(mlp(), name, seed=0, sample_input=x, **options)
     with measurement_mode(rule):
@@ -386,7 +389,7 @@ def test_a_layer_that_feeds_the_output_and_others_is_an_output_layer() -> None:
 
 
 class TwoHeads(nn.Module):
-    """Two outputs in training and, by default, also in evaluation."""
+    """Returns two outputs in training and, by default, also in evaluation."""
 
     def __init__(self, in_evaluation: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How dropout, normalisation and the model's mode affect a measurement of angles, which leaves all of them unchanged."""
+"""A measurement of angles handles dropout, normalisation and the model's mode as specified, and changes none of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.rules.helpers import QUICK
 
 
 class FunctionalDropout(nn.Module):
-    """Calls functions with rates that it stores in a layer and in attributes, like the attention of other packages."""
+    """Calls functions with rates that are stored in a layer and in attributes, like the attention of other packages."""
 
     def __init__(self, *attributes: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ RULES = sorted(ALGORITHMS)
 
 
 def net(noise: str = "none") -> nn.Sequential:
-    """Normalisation, and one kind of noise before each of the last two layers."""
+    """A net with normalisation, and with the given kind of noise before each of the last two layers."""
     torch.manual_seed(0)
     model = nn.Sequential(
         OrderedDict(
@@ -91,7 +91,7 @@ def measured(rule: Any) -> str:
 @pytest.mark.parametrize("noise", [noise for noise in NOISE if noise != "none"])
 @pytest.mark.parametrize("name", RULES)
 def test_dropout_is_off_while_angles_are_measured(name: str, noise: str) -> None:
-    """The same numbers as for the model without dropout; the global generator is not used."""
+    """The angles equal those of the model without dropout, and the global generator is not used."""
     model, rule = attached(name, noise)
     state = torch.get_rng_state()
     assert measured(rule) == measured(attached(name)[1])
@@ -101,7 +101,8 @@ def test_dropout_is_off_while_angles_are_measured(name: str, noise: str) -> None
 
 @pytest.mark.parametrize("name", ["bp", "dfa"])
 def test_unknown_noise_is_the_same_in_all_passes(name: str) -> None:
-    """The module stays active but repeats its noise; training samples noise as it would without the measurement."""
+    """A module with unknown noise stays active but repeats its noise. Training samples noise as it would without the
+    measurement."""
     torch.manual_seed(0)
     model = net()
     model.noise1 = FunctionalDropout("rate_of_another_name")
@@ -113,7 +114,7 @@ def test_unknown_noise_is_the_same_in_all_passes(name: str) -> None:
 
 
 class Drops(nn.Module):
-    """Stores its own rate, like attention modules of other packages."""
+    """Stores a dropout rate in an attribute, like attention modules of other packages."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ def test_rates_of_dropout_in_attention_and_recurrence_are_zero_and_come_back(mak
 
     with without_side_effects(module):
         during = called()
-    assert not torch.equal(called(), during)  # they are back
+    assert not torch.equal(called(), during)  # the masks are random again
     for name in ("dropout", "dropout_p", "attention_dropout"):
         if hasattr(module, name):
             assert getattr(module, name) == 0.5
@@ -170,7 +171,7 @@ def all_that_may_change(model: nn.Module, rule: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
 @pytest.mark.parametrize("name", RULES)
 def test_everything_is_as_before_after_a_measurement(name: str, mode: str) -> None:
-    """Modes of each module, running statistics, gradients of weights and feedback (only of some), and the random state."""
+    """A measurement restores each module's mode, running statistics, gradients (only some exist here), and the random state."""
     model, rule = attached(name, "Dropout")
     logits = model(batch(1)[0])
     rule.backward(F.cross_entropy(logits, batch(1)[1]), logits, batch(1)[1], indices=torch.arange(len(logits)))
@@ -213,7 +214,7 @@ def test_dropout_of_a_model_in_evaluation_mode_stays_off_after_a_measurement(nam
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_mode_of_the_model_changes_no_angle(name: str) -> None:
-    """Normalisation with the batch's own statistics in both modes; the running ones are not used."""
+    """In both modes, normalisation uses the statistics of the batch, not the running ones."""
     found = []
     for training in (True, False):
         model, rule = attached(name)
@@ -239,7 +240,7 @@ def test_evaluation_restores_the_mode_of_every_module(name: str) -> None:
 
 
 class Merges(nn.Module):
-    """Has a different factor in evaluation mode, and switches only when called, like modules that merge weights into others."""
+    """Has a different factor in evaluation mode, and changes it only in `train`, like modules that merge weights into others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +261,7 @@ def test_modules_that_override_train_are_told_of_an_evaluation_and_of_its_end(tr
     model = nn.Sequential(nn.Flatten(), Merges()).train(training)
     x, y = next(split.batches(9))
     loss = evaluate(model, CrossEntropy(), split, 4)["loss"]
-    # Float32, with sums in a different order.
+    # The sums are in float32 and in a different order.
     assert loss == pytest.approx(F.cross_entropy(2 * x.flatten(1), y).item(), rel=1e-5)
     assert model[1].factor == (1.0 if training else 2.0)
 
@@ -284,7 +285,7 @@ def test_modules_that_override_train_are_as_before_after_attach_and_a_measuremen
 
 
 def test_weights_that_the_user_froze_stay_frozen() -> None:
-    """Tracing the model requires gradients of all of them."""
+    """Tracing the model requires gradients of all weights, but frozen weights must be frozen again afterwards."""
     model = net()
     model.fc1.requires_grad_(False)
     rule = fa_bench.attach(model, "kp", seed=0, sample_input=batch()[0])
@@ -299,7 +300,7 @@ def test_weights_that_the_user_froze_stay_frozen() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
-    """Whatever the rule did to its own gradients before, and whatever ``.grad`` contains."""
+    """The norms do not depend on what the rule did to its own gradients before, or on what ``.grad`` contains."""
     model, rule = attached(name)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 5.0)
@@ -307,12 +308,13 @@ def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
     plain, (x, y) = net(), batch()
     F.cross_entropy(plain(x), y).backward()
     want = {path: plain.get_submodule(path).weight.grad.norm().item() for path in ("fc1", "fc2", "fc3")}
-    # Float64, with the same operations in a different order.
+    # The same operations are done in float64 and in a different order.
     assert got == pytest.approx(want, rel=1e-9)
 
 
 def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -> None:
-    """A projection shortcut with a wrong error next to a convolution with the true one: one step from the truth."""
+    """A projection shortcut has a wrong error, and the convolution next to it the true one, so the error is one step from the
+    truth."""
     model, (x, y) = nets.residual(), nets.batch("residual")
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, b_init="copy_w")
     with torch.no_grad():
@@ -328,7 +330,7 @@ def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -
 
 
 def test_void_samples_do_not_enter_the_mean() -> None:
-    """A row of zeros on either side, as for dead units, has no angle; the others have 90 and 0 degrees."""
+    """A row of zeros on either side, as from dead units, has no angle. All other rows have 90 or 0 degrees."""
     u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
     v = torch.tensor([[0.0, 3.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     assert mean_sample_angle(u, v) == pytest.approx(45.0)
@@ -336,10 +338,10 @@ def test_void_samples_do_not_enter_the_mean() -> None:
 
 
 def test_samples_are_flattened_one_by_one() -> None:
-    """Maps of shape (N, C, H, W): one angle per sample, over all of its entries."""
+    """Maps of shape (N, C, H, W) have one angle per sample, over all of its entries."""
     u, v = torch.zeros(2, 2, 1, 2), torch.zeros(2, 2, 1, 2)
-    u[0, 0, 0, 0] = v[0, 1, 0, 1] = 1.0  # at right angles
-    u[1, 0, 0, 0] = v[1, 0, 0, 0] = 100.0  # the same: large numbers count no more than small ones
+    u[0, 0, 0, 0] = v[0, 1, 0, 1] = 1.0  # orthogonal
+    u[1, 0, 0, 0] = v[1, 0, 0, 0] = 100.0  # identical; large numbers count no more than small ones
     assert mean_sample_angle(u, v) == pytest.approx(45.0)
 
 
@@ -352,7 +354,7 @@ def test_floor_of_norms_is_that_of_either_side() -> None:
 
 
 def test_norm_ratio_is_of_frobenius_norms_in_double_precision() -> None:
-    """Entries whose squares do not fit in float32."""
+    """The ratio is correct for entries whose squares do not fit in float32."""
     ones = torch.ones(3, 4, 2)
     assert norm_ratio(2 * ones, ones) == pytest.approx(2.0)
     assert norm_ratio(1e-30 * ones, ones) == pytest.approx(1e-30)
@@ -368,7 +370,7 @@ def test_weights_that_the_user_froze_have_no_true_gradient() -> None:
 
 
 def test_metrics_name_layers_in_the_order_of_execution() -> None:
-    """The output layer is defined first."""
+    """The order is that of execution, although the model defines its output layer first."""
     (x, y), model = nets.batch("residual"), nets.residual()
     found = AlignmentMeter(fa_bench.attach(model, "fa", seed=0, sample_input=x), x, y).measure()
     order = ["stem", "a1", "a2", "b1", "down", "head"]

@@ -1,4 +1,4 @@
-"""The tensors of a rule by name, as histograms show them."""
+"""Tests of the tensors of a rule by name, as histograms show them."""
 
 import torch
 from torch.nn import functional as F

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
 
-#: Written out with elementary functions.
+#: The activations, written with elementary functions.
 ACTIVATIONS: dict[str, Activation] = {
     "relu": lambda x: torch.where(x > 0, x, 0.0),
     "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
@@ -51,7 +51,7 @@ class ByHand:
         return x @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"]
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """Batch normalisation over all axes but the channels; the running statistics move by a tenth."""
+        """Batch normalisation over all axes except the channels; the running statistics are updated with a momentum of 0.1."""
         axes = [axis for axis in range(x.dim()) if axis != 1]
         shape = (1, -1, *[1] * (x.dim() - 2))
         mean, var = self.tensors[f"{name}.running_mean"], self.tensors[f"{name}.running_var"]
@@ -66,14 +66,14 @@ class ByHand:
         return normalised * self.tensors[f"{name}.weight"].view(shape) + self.tensors[f"{name}.bias"].view(shape)
 
     def dropout(self, x: Tensor, rate: float) -> Tensor:
-        """Inverted dropout; draws the same mask as torch's modules in the same order."""
+        """Inverted dropout, which draws the same masks as torch's modules if it is called in the same order."""
         return F.dropout(x, rate) if self.training else x
 
 
 def mlp(
     net: ByHand, x: Tensor, hidden: int, activation: str = "relu", batch_norm: bool = False, output_norm: bool = False
 ) -> Tensor:
-    """`hidden` layers with an activation, then the output layer (PFA paper, section 3)."""
+    """A net of `hidden` layers with an activation, and the output layer (PFA paper, section 3)."""
     x = x.flatten(1)
     for number in range(1, hidden + 1):
         x = net.linear(f"fc{number}", x)
@@ -85,7 +85,7 @@ def mlp(
 
 
 def conv2(net: ByHand, x: Tensor, padding: int) -> Tensor:
-    """DKP paper, Table 3."""
+    """The net of Table 3 in the DKP paper."""
     x = relu(net.norm("bn1", net.conv("conv1", x, padding=padding)))
     x = relu(net.norm("bn2", net.conv("conv2", x, padding=padding)))
     x = relu(net.norm("bn3", net.linear("fc1", F.max_pool2d(x, 2).flatten(1))))
@@ -93,7 +93,7 @@ def conv2(net: ByHand, x: Tensor, padding: int) -> Tensor:
 
 
 def asap_alexnet(net: ByHand, x: Tensor, output_norm: bool = True) -> Tensor:
-    """ASAP paper, appendix C, with the code's 5x5 kernels, pooling that rounds up, and normalised logits."""
+    """The net of the ASAP paper, appendix C, with 5x5 kernels, pooling that rounds up, and normalised logits as in its code."""
     for number in (1, 2, 3):
         x = relu(net.norm(f"bn{number}", net.conv(f"conv{number}", x, padding=2)))
         x = F.max_pool2d(x, 2, 2, ceil_mode=True)
@@ -105,7 +105,8 @@ def asap_alexnet(net: ByHand, x: Tensor, output_norm: bool = True) -> Tensor:
 
 
 def dkp_alexnet(net: ByHand, x: Tensor, dropout: float = 0.5, linear_norm: bool = True) -> Tensor:
-    """DKP paper, section 3.2: torchvision's AlexNet, normalised before every ReLU; dropout as in the code."""
+    """The net of the DKP paper, section 3.2: torchvision's AlexNet with normalisation before every ReLU, and dropout as in the
+    code."""
     x = relu(net.norm("bn1", net.conv("conv1", x, stride=4, padding=2)))
     x = F.max_pool2d(x, 3, 2)
     x = relu(net.norm("bn2", net.conv("conv2", x, padding=2)))
@@ -114,16 +115,16 @@ def dkp_alexnet(net: ByHand, x: Tensor, dropout: float = 0.5, linear_norm: bool 
     x = relu(net.norm("bn4", net.conv("conv4", x, padding=1)))
     x = relu(net.norm("bn5", net.conv("conv5", x, padding=1)))
     x = F.max_pool2d(x, 3, 2).flatten(1)
-    for number in (6, 7):  # on the features, and on the first hidden layer; not on the second
+    for number in (6, 7):  # dropout is on the features and the first hidden layer, not on the second
         x = net.linear(f"fc{number}", net.dropout(x, dropout))
         x = relu(net.norm(f"bn{number}", x) if linear_norm else x)
     return net.linear("fc8", x)
 
 
 def padded_shortcut(x: Tensor, channels: int) -> Tensor:
-    """Option A of He et al. 2016: every second pixel, and zeros for the added channels, half of them on either side.
+    """Option A of He et al. 2016: every second pixel, with zeros for the added channels, half of them on either side.
 
-    The halves are those in the code of the PFA paper.
+    The split into halves is that of the PFA paper's code.
     """
     missing = torch.zeros_like(x[:, :, ::2, ::2]).repeat(1, (channels - x.shape[1]) // x.shape[1], 1, 1)
     first, second = missing.tensor_split(2, dim=1)
@@ -131,7 +132,7 @@ def padded_shortcut(x: Tensor, channels: int) -> Tensor:
 
 
 def resnet20(net: ByHand, x: Tensor, blocks: int = 3, shortcuts: bool = True) -> Tensor:
-    """He et al. 2016, section 4.2."""
+    """The net of He et al. 2016, section 4.2."""
     x = relu(net.norm("bn1", net.conv("conv1", x, padding=1)))
     for stage in (1, 2, 3):
         for block in range(blocks):
@@ -145,7 +146,7 @@ def resnet20(net: ByHand, x: Tensor, blocks: int = 3, shortcuts: bool = True) ->
 
 
 def resnet_cifar(net: ByHand, x: Tensor, blocks: Sequence[int], shortcuts: bool = True, output_norm: bool = True) -> Tensor:
-    """ASAP paper, appendix C, with the code's padding of 1 and normalised logits."""
+    """The net of the ASAP paper, appendix C, with a padding of 1 and normalised logits as in its code."""
     x = relu(net.norm("bn1", net.conv("conv1", x, padding=1)))
     for stage, count in enumerate(blocks, start=1):
         for block in range(count):
@@ -164,10 +165,10 @@ def project(net: ByHand, name: str, x: Tensor, stride: int) -> Tensor:
 
 
 def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: bool, bn: str) -> Tensor:
-    """He et al. 2016, with the stride of a bottleneck in its 3x3 convolution, as in torchvision.
+    """The net of He et al. 2016, with the stride of a bottleneck in its 3x3 convolution, as in torchvision.
 
-    With bn=after the signals are normalised after the ReLU, as in the WM paper. Its appendix on blocks is not available; the
-    project reads it as convolution - ReLU - normalisation, plus the shortcut, and nothing after the sum.
+    With bn=after, the signals are normalised after the ReLU, as in the WM paper. The paper's appendix on blocks is not available.
+    The project reads it as convolution - ReLU - normalisation, plus the shortcut, with nothing after the sum.
     """
 
     def activate(name: str, x: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: b
             else:
                 y = activate(f"{name}.bn1", net.conv(f"{name}.conv1", x, stride, 1))
                 y, last = net.conv(f"{name}.conv2", y, 1, 1), "bn2"
-            # The first block of a bottleneck net widens its input; all others keep shape unless they are strided.
+            # The first block of a bottleneck net widens its input; all other blocks keep the shape unless they are strided.
             projected = block == 0 and (stage > 1 or bottleneck)
             skipped = project(net, name, x, stride) if projected else x
             y = net.norm(f"{name}.{last}", relu(y) if bn == "after" else y) + skipped
@@ -193,7 +194,7 @@ def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: b
 
 
 def vgg(net: ByHand, x: Tensor, convolutions: str, activation: str, batch_norm: bool = False) -> Tensor:
-    """One character per convolution: p with max-pooling after it, v without padding, . for any other."""
+    """Each character stands for a convolution: p with max-pooling after it, v without padding, . for any other."""
     for number, kind in enumerate(convolutions, start=1):
         x = net.conv(f"conv{number}", x, padding=0 if kind == "v" else 1)
         x = ACTIVATIONS[activation](net.norm(f"bn{number}", x) if batch_norm else x)
@@ -202,7 +203,7 @@ def vgg(net: ByHand, x: Tensor, convolutions: str, activation: str, batch_norm: 
 
 
 def residual_mlp(net: ByHand, x: Tensor, blocks: int, activation: str = "gelu", final_norm: bool = True) -> Tensor:
-    """Blocks x + MLP(LN(x))."""
+    """A net of residual blocks x + MLP(LN(x))."""
     x = net.linear("embed", x.flatten(1))
     for block in range(blocks):
         name = f"layers.{block}"
@@ -212,7 +213,7 @@ def residual_mlp(net: ByHand, x: Tensor, blocks: int, activation: str = "gelu", 
 
 
 def attention(net: ByHand, name: str, x: Tensor, heads: int, causal: bool, dropout: float) -> Tensor:
-    """Softmax of q k / √d in every head; later positions have no weight if causal (Vaswani et al. 2017, section 3.2)."""
+    """The softmax of q k / √d in every head (Vaswani et al. 2017, section 3.2); if causal, later positions have no weight."""
     size = x.shape[2] // heads
     q, k, v = (net.linear(f"{name}.{part}", x) for part in "qkv")
     parts = [slice(head * size, (head + 1) * size) for head in range(heads)]
@@ -240,7 +241,7 @@ def transformer_block(
 
 
 def vit_mini(net: ByHand, x: Tensor, patch: int, blocks: int, heads: int, activation: str = "gelu") -> Tensor:
-    """Dosovitskiy et al. 2021: patches from left to right and top to bottom, a class token before them."""
+    """The net of Dosovitskiy et al. 2021: a class token, then patches from left to right and top to bottom."""
     weight, bias = net.tensors["embed.patches.weight"].flatten(1), net.tensors["embed.patches.bias"]
     cut = [
         x[:, :, top : top + patch, left : left + patch].flatten(1) @ weight.T + bias
@@ -263,7 +264,8 @@ def decoder(
     sinusoidal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Launay et al. 2020 with post and sinusoidal; positions as in section 3.5 of Vaswani et al. 2017, rounded to float32."""
+    """The net of Launay et al. 2020 with post and sinusoidal; positions are those of Vaswani et al. 2017, section 3.5, in
+    float32."""
     tokens = net.tensors["embed.tokens.weight"]
     length, width = x.shape[1], tokens.shape[1]
     if sinusoidal:
@@ -282,7 +284,8 @@ def decoder(
 
 
 def recurrent(net: ByHand, x: Tensor, cell: str, layers: int = 1, scan: str = "") -> Tensor:
-    """Hochreiter and Schmidhuber 1997 with forget gates, Cho et al. 2014 as in cuDNN, Elman 1990; gates in PyTorch's order."""
+    """The LSTM of Hochreiter and Schmidhuber 1997 with forget gates, the GRU of Cho et al. 2014 as in cuDNN, or the net of Elman
+    1990, with the gates in PyTorch's order."""
     if scan == "rows":
         steps = [x[:, :, row].flatten(1) for row in range(x.shape[2])]
     elif scan == "pixels":

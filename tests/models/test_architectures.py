@@ -1,4 +1,5 @@
-"""The papers' architectures: published sizes, torchvision's outputs, cut points and blocks, and every rule on each of them."""
+"""Tests of the papers' architectures: published sizes, torchvision's outputs, cut points and blocks, and every rule on each of
+them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from fa_bench.errors import ConfigError, CoverageError, OptionError
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 
 CIFAR, MNIST, IMAGENET = (3, 32, 32), (1, 28, 28), (3, 224, 224)
-# On torchvision's AlexNet: batch normalisation of 64 + 192 + 384 + 256 + 256 channels.
+# dkp_alexnet adds batch normalisation of 64 + 192 + 384 + 256 + 256 channels to torchvision's AlexNet.
 ALEXNET, GAINS = 61_100_840, 2 * 1152
 
 
@@ -27,14 +28,16 @@ ALEXNET, GAINS = 61_100_840, 2 * 1152
         ("asap_alexnet", {"output_norm": False}, CIFAR, 10, 6_289_438 - 20),
         ("resnet18", {}, CIFAR, 10, 11_173_982),
         ("resnet34", {}, CIFAR, 10, 21_282_142),
-        # Three projections: C_in C_out weights, and a gain and a bias for each channel.
+        # The difference is three projections, with C_in C_out weights, and a gain and a bias for each channel.
         ("resnet18", {"shortcuts": False}, CIFAR, 10, 11_173_982 - sum(2 * c * c + 4 * c for c in (64, 128, 256))),
         ("dkp_alexnet", {"linear_norm": False}, IMAGENET, 1000, ALEXNET + GAINS),
         ("dkp_alexnet", {}, IMAGENET, 1000, ALEXNET + GAINS + 4 * 4096),
-        # The direct Kolen-Pollack paper's five layers with batch normalisation, and the hidden layers of Forward Alignment.
+        # The two nets are that of the direct Kolen-Pollack paper, with five layers and batch normalisation, and that of Forward
+        # Alignment.
         ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, 10, 785 * 512 + 3 * 513 * 512 + 5130 + 8 * 512),
         ("mlp", {"widths": [10] * 3, "activation": "identity"}, MNIST, 10, 7850 + 330),
-        # He et al. 2016, Table 6, in millions: 0.27, 0.46, 0.66, 0.85, 1.7. Six convolutions more or less of every width.
+        # He et al. 2016, Table 6, gives 0.27, 0.46, 0.66, 0.85 and 1.7 million. Consecutive depths differ by six convolutions of
+        # every width.
         *[
             (
                 "resnet_cifar_small",
@@ -73,13 +76,13 @@ def test_outputs_are_those_of_torchvision(name: str) -> None:
     ours = ARCHITECTURES[f"{name}_imagenet"]().build((3, 64, 64), 7)
     ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
     x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(ours(x), theirs(x))  # and so are the running statistics after it
+    assert torch.equal(ours(x), theirs(x))  # the running statistics afterwards are equal, too
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "alexnet"])
 def test_a_first_convolution_for_grey_images_differs_in_its_channels_alone(name: str) -> None:
-    """One has no bias, and the other has."""
+    """resnet18's first convolution has no bias, and alexnet's has one."""
     theirs = getattr(torchvision.models, name)(num_classes=7)
     ours = ARCHITECTURES["torchvision"](model=name).build((1, 64, 64), 7)
     first, *others = [(key, tensor.shape) for key, tensor in theirs.state_dict().items()]
@@ -90,7 +93,7 @@ def test_a_first_convolution_for_grey_images_differs_in_its_channels_alone(name:
 
 
 def test_normalisation_after_the_relu() -> None:
-    """conv - ReLU - BN twice, plus the shortcut, nothing after the sum, written out for one block with a projection."""
+    """A block with a projection is written out as conv - ReLU - BN twice, plus the shortcut, with nothing after the sum."""
     torch.manual_seed(0)
     net = ARCHITECTURES["resnet18_imagenet"](width=3, blocks=[1, 1], bn="after").build((3, 32, 32), 4)
     block, x = net.get_submodule("stages.layer2.0"), torch.randn(5, 3, 6, 6)
@@ -134,7 +137,7 @@ def test_a_residual_net_needs_a_stage() -> None:
 
 
 def test_alexnet_takes_sizes_that_pooling_rounds() -> None:
-    """The sizes that the stages predict are those that PyTorch computes, down to one pixel."""
+    """The stages must predict the sizes that PyTorch computes, down to one pixel."""
     for size in range(1, 20):
         ARCHITECTURES["asap_alexnet"](width=1, hidden=2).build((1, size, size + 3), 3)(torch.zeros(2, 1, size, size + 3))
     for size in range(63, 100, 3):
@@ -179,7 +182,7 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
     options = FAST.get(name, {})
     try:
         rule = fa_bench.attach(net, name, sample_input=x, **options)
-    except CoverageError as error:  # the suggestion in the error message works
+    except CoverageError as error:  # follow the error's suggestion
         assert "match='random'" in str(error)
         rule = fa_bench.attach(net, name, sample_input=x, match="random", **options)
     assert not rule.coverage.uncovered
@@ -195,7 +198,7 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
         rule.step()
     now = dict(net.named_parameters())
     assert learning and all(torch.isfinite(p).all() for p in now.values())
-    # The gradient of a bias before a normalisation is only rounding.
+    # A bias before a normalisation has a gradient of rounding errors only, so it need not change.
     still = [key for key, before in learning.items() if before.dim() > 1 and torch.equal(now[key], before)]
     assert not still, f"{still} did not learn"
     assert all(torch.equal(now[key], before) for key, before in frozen.items())
@@ -238,15 +241,16 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
     ],
 )
 def test_where_direct_errors_and_local_losses_go(architecture: str, cuts: list[str], blocks: list[str]) -> None:
-    """After pooling and dropout, as in the code of both papers; in residual nets after every convolution, the last one with the
-    sum."""
+    """Errors are delivered after pooling and dropout, as in the code of both papers. In residual nets, errors are delivered after
+    every convolution, and for a block's last convolution at the sum."""
     for rule, wanted in (("dfa", cuts), ("dgl", blocks)):
         net, x, _ = tiny(architecture)
         assert list(fa_bench.attach(net, rule, sample_input=x).feedback) == wanted
 
 
 def test_no_error_passes_a_cut_of_a_net_with_normalisation_after_the_relu() -> None:
-    """Every layer's gradient depends only on its own cut: with the others' feedback set to zero, it is bitwise identical."""
+    """Every layer's gradient depends only on its own cut, so it is bitwise identical if the feedback of the other cuts is
+    zero."""
 
     def gradients(zero: str | None) -> dict[str, Tensor]:
         net, x, y = tiny("resnet18_imagenet, bn=after")
@@ -293,7 +297,8 @@ def test_images_with_one_side_that_is_too_small_are_said_to_be(shape: tuple[int,
 
 @pytest.mark.parametrize("colours", [1, 3, 5])
 def test_torchvisions_net_is_its_own_but_for_the_first_convolution(colours: int) -> None:
-    """The first layer is replaced only for images without three colours; otherwise, it begins with torchvision's values."""
+    """Images with three colours use torchvision's net with its own initial values. For other images, only the first layer is
+    replaced."""
     torch.manual_seed(0)
     theirs = torchvision.models.squeezenet1_1(num_classes=7)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Which modules the models name as their hidden activations and as the ends of their blocks."""
+"""Tests of the modules that the models name as their hidden activations and as the ends of their blocks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TWO = {"width": 2, "blocks": [1, 1]}
 LAYERS = ["layers.0", "layers.1"]
 INNER = [[f"{block}.attn", *(f"{block}.attn.{layer}" for layer in "qkv")] for block in LAYERS]
 
-#: (architecture, options, image) -> cut points, blocks.
+#: Pairs an architecture, its options and the image shape with the cut points and the blocks.
 NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
     ("mlp", {"widths": [5, 4, 3], "batch_norm": True}, SMALL, ["act1", "act2", "act3"], ["act1", "act2", "act3"]),
     ("conv2", {}, SMALL, ["act1", "act2", "act3"], ["act1", "pool", "act3"]),
     ("asap_alexnet", {"width": 2, "hidden": 5}, SMALL, *[["pool1", "pool2", "pool3", "act4", "act5"]] * 2),
-    # After the dropout that follows an activation.
+    # The cuts are after the dropout that follows an activation.
     ("dkp_alexnet", {"width": 2, "hidden": 5}, LARGE, *[["pool1", "pool2", "act3", "act4", "drop6", "drop7", "act7"]] * 2),
     (
         "resnet20",
@@ -46,7 +46,7 @@ NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
         ["pool", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2))],
         ["pool", *STAGES[:2]],
     ),
-    # The sum is the output of no module except the block, and no ReLU follows it.
+    # Only the block itself outputs the sum, and no ReLU follows it.
     (
         "resnet18_imagenet",
         TWO | {"bn": "after"},
@@ -105,7 +105,7 @@ NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
 
 
 def matched(model: nn.Module, names: list[str]) -> list[str]:
-    """The modules to which names and patterns refer, in the order of the model."""
+    """The modules that match names and patterns, in the order of the model."""
     return [path for path, _ in model.named_modules() if path and any(fnmatch.fnmatch(path, name) for name in names)]
 
 
@@ -120,7 +120,8 @@ def test_cut_points_and_blocks(
 
 
 def test_cuts_of_launay_are_patterns_of_a_decoder() -> None:
-    """Three in each block ("micro"), or its output ("macro"); with dropout, the cut at the activation is after it."""
+    """Launay's cuts are three in each block ("micro"), or the block's output ("macro"). With dropout, the cut at the activation
+    comes after the dropout."""
     model = ARCHITECTURES["decoder"](width=4, depth=2, norm="post", dropout=0.1).build((5,), 3)
     assert matched(model, ["*.norm1", "*.act", "*.norm2"]) == [
         f"{block}.{name}" for block in LAYERS for name in ("norm1", "act", "norm2")

@@ -1,4 +1,4 @@
-"""One forward pass of every published net, compared with the net written out by hand, in training and in evaluation mode."""
+"""One forward pass of every published net equals that of the net written out by hand, in training and in evaluation mode."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .by_hand import ByHand
 Shape = tuple[int, int, int]
 Reference = Callable[..., Tensor]
 
-#: The published image sizes; 36x28 has different sides, and odd sizes in the third stage.
+#: The published image sizes, and 36x28, which has different sides and gives odd sizes in the third stage.
 MNIST, CIFAR, ODD, CLASSES = (1, 28, 28), (3, 32, 32), (3, 36, 28), 10
 
-#: name of the case -> (architecture, its options, shape of an image, the net by hand, and its arguments).
-#: Large nets are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
+#: Maps the name of a case to the architecture, its options, the shape of an image, the net by hand, and its arguments. Large nets
+#: are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
 CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] = {
     "pfa_fig2": ("mlp", {"init": "xavier_uniform"}, MNIST, by_hand.mlp, {"hidden": 2}),
     "dkp_fig2": ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, by_hand.mlp, {"hidden": 4, "batch_norm": True}),
@@ -174,7 +174,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] =
 
 
 def build(architecture: str, options: dict[str, Any], shape: Shape) -> nn.Module:
-    """The model in float64; tensors that are initialised to zeros or ones are random, so that the comparison sees them."""
+    """Build the model in float64, with random values for tensors that are initialised to zeros or ones, so that errors are
+    visible."""
     torch.manual_seed(0)
     net = ARCHITECTURES[architecture](**options).build(shape, CLASSES).double()
     for module in net.modules():
@@ -196,14 +197,14 @@ def build(architecture: str, options: dict[str, Any], shape: Shape) -> nn.Module
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_forward_pass_is_the_one_written_out(case: str, training: bool) -> None:
-    """Tolerance: rounding of float64 grows to some 1e-12 over fifty layers; a wrong layer changes the first digits."""
+    """The rounding of float64 grows to about 1e-12 over fifty layers, whereas a wrong layer changes the first digits."""
     architecture, options, shape, reference, arguments = CASES[case]
     net = build(architecture, options, shape).train(training)
     x = torch.randn(5, *shape, dtype=torch.float64)
     written_out = ByHand(net)
     torch.manual_seed(1)
     expected = reference(written_out, x, **arguments)
-    torch.manual_seed(1)  # with the same dropout masks
+    torch.manual_seed(1)  # so that the dropout masks are the same
     logits = net(x)
     assert logits.shape == (5, CLASSES) and logits.std() > 0.01
     torch.testing.assert_close(logits.detach(), expected, rtol=1e-9, atol=1e-9)
@@ -221,7 +222,7 @@ def test_dropout_is_random_in_training_and_absent_in_evaluation(case: str) -> No
 
 
 def stages(widths: list[int], blocks: list[int], kernels: tuple[int, ...], factor: int, projects: bool) -> list[tuple[int, ...]]:
-    """Shapes of the weights of residual stages, from the width of the stem on."""
+    """The weight shapes of residual stages; `widths` starts with the stem's."""
     shapes, channels = [], widths[0]
     for width, count in zip(widths, blocks, strict=True):
         for _ in range(count):
@@ -236,14 +237,14 @@ def stages(widths: list[int], blocks: list[int], kernels: tuple[int, ...], facto
 
 
 def chain(*channels: int) -> list[tuple[int, ...]]:
-    """Shapes of the weights of 3x3 convolutions."""
+    """The weight shapes of 3x3 convolutions."""
     return [(out, before, 3, 3) for before, out in itertools.pairwise(channels)]
 
 
 DOUBLING = [64, 128, 256, 512]
 BASIC, BOTTLENECK = (3, 3), (1, 3, 1)
 STEM, LARGE_STEM = [(64, 3, 3, 3)], [(64, 3, 7, 7)]
-#: (architecture, options, image) -> shapes of all weights, in order, from the papers.
+#: Pairs an architecture, its options and the image shape with the shapes of all weights in order, from the papers.
 PUBLISHED: list[tuple[str, dict[str, Any], Shape, list[tuple[int, ...]]]] = [
     ("mlp", {}, MNIST, [(512, 784), (512, 512), (10, 512)]),
     ("conv2", {}, MNIST, [(32, 1, 3, 3), (32, 32, 3, 3), (128, 6272), (10, 128)]),
@@ -297,7 +298,8 @@ def test_layers_have_the_published_shapes(
 
 @pytest.mark.parametrize(("name", "options", "shape"), [case[:3] for case in PUBLISHED])
 def test_only_the_convolutions_of_residual_nets_have_no_bias(name: str, options: dict[str, Any], shape: Shape) -> None:
-    """As in torchvision, the code of the PFA paper and, for backpropagation, that of the ASAP paper."""
+    """The convolutions of residual nets have no biases in torchvision, in the code of the PFA paper and, for backpropagation, in
+    that of the ASAP paper."""
     with torch.device("meta"):
         net = ARCHITECTURES[name](**options).build(shape, CLASSES)
     for layer in (module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)):

@@ -1,4 +1,5 @@
-"""Initial weights of every architecture: exact bounds of uniform samples, deviations of normal ones, zero biases."""
+"""Initial weights of every architecture have the exact bounds or standard deviations of their distribution, and biases are
+zero."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "decoder": ({"width": 24, "depth": 1}, (30,)),
     "lstm": ({"width": 24}, (30,)),
 }
-#: Weights that do not belong to linear layers or convolutions, with their standard deviation, which `init` does not change.
+#: The standard deviations of weights that do not belong to linear layers or convolutions, which `init` does not change.
 OTHERS: dict[str, dict[str, float]] = {
     "vit_mini": {"embed.token": 0.0, "embed.positions": 0.02},
     "decoder": {"embed.tokens.weight": 0.02, "embed.positions": 0.02},
@@ -42,10 +43,10 @@ OTHERS: dict[str, dict[str, float]] = {
 CLASSES = 20
 
 Deviation = Callable[[int, int], float]
-#: initialiser -> (standard deviation for the fans in and out, kernel positions included; whether it is uniform).
-#: xavier_uniform: Glorot and Bengio 2010, which the PFA paper uses. kaiming_uniform, kaiming_normal: He et al. 2015, with the
-#: fan in for the first and the fan out for the second, as in torchvision's ResNets, which the WM presets take. pytorch: torch's
-#: own, uniform within 1/√fan_in.
+#: Maps an initialiser to its standard deviation, as a function of the fans in and out (which include kernel positions), and to
+#: whether it is uniform. The method xavier_uniform is that of Glorot and Bengio 2010, which the PFA paper uses. The methods
+#: kaiming_uniform and kaiming_normal are those of He et al. 2015, with the fan in and the fan out, respectively, as in
+#: torchvision's ResNets, which the WM experiments use. The method pytorch is torch's own, uniform within 1/√fan_in.
 DRAWS: dict[str, tuple[Deviation, bool]] = {
     "pytorch": (lambda fan_in, fan_out: 1 / math.sqrt(3 * fan_in), True),
     "xavier_uniform": (lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)), True),
@@ -67,11 +68,11 @@ def build(name: str, init: str) -> nn.Module:
 
 
 def check_draw(weight: Tensor, deviation: float, uniform: bool) -> None:
-    """Five standard errors of the deviation and of the mean.
+    """Check the standard deviation and the mean up to five standard errors, and the largest value.
 
-    The standard error of a deviation is √((κ - 1)/4n) of it, where the kurtosis κ is 9/5 for uniform and 3 for normal draws. The
-    largest of n uniform draws lies below 1 - 20/n of the bound with a probability of e^-20. A normal draw has no bound: of
-    400 values and more, some pass √3 deviations, as 8 % of them do.
+    The standard error of the standard deviation is √((κ - 1)/4n) of it, where the kurtosis κ is 9/5 for uniform and 3 for normal
+    draws. The largest of n uniform draws lies below 1 - 20/n of the bound with a probability of e^-20. A normal draw has no
+    bound: of 400 values and more, some exceed √3 standard deviations, as 8 % of all draws do.
     """
     n = weight.numel()
     assert n >= 400
@@ -127,8 +128,7 @@ def test_normalisation_begins_as_identity(name: str, init: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_embeddings_positions_and_recurrent_weights_have_their_own_distribution(name: str) -> None:
-    """The standard deviation is the same for every initialiser. Tolerance: five standard errors of the deviation of a normal
-    draw."""
+    """The standard deviation is the same for every initialiser, up to five standard errors of that of a normal draw."""
     weights, other = dict(build(name, "pytorch").named_parameters()), dict(build(name, "uniform_one").named_parameters())
     for key, deviation in OTHERS[name].items():
         value = weights[key].detach()
@@ -143,16 +143,16 @@ def test_tokens_begin_as_large_as_sinusoids() -> None:
 
 
 def test_layers_are_drawn_independently() -> None:
-    """Two layers of the same shape are independent: |cos| of n = 5184 values has a deviation of 1/√n = 0.014."""
+    """Two layers of the same shape are independent: |cos| of n = 5184 values has a standard deviation of 1/√n = 0.014."""
     for init in DRAWS:
         net = build("conv2", init)
-        other = ARCHITECTURES["conv2"](init=init, **NETS["conv2"][0]).build(NETS["conv2"][1], CLASSES)  # later draws
+        other = ARCHITECTURES["conv2"](init=init, **NETS["conv2"][0]).build(NETS["conv2"][1], CLASSES)  # sampled later
         a, b = net.conv2.weight.flatten(), other.conv2.weight.flatten()
         assert abs(torch.cosine_similarity(a, b, dim=0).item()) < 0.07
         assert torch.equal(a, build("conv2", init).conv2.weight.flatten())  # the global seed determines them
 
 
 def test_torchvisions_googlenet_has_torchs_own_initial_weights() -> None:
-    """torchvision's initialiser takes minutes. Of the 4 096 numbers within 1/√fan_in, the largest is near that."""
+    """torchvision's own initialiser would take minutes. The largest of 4,096 numbers within 1/√fan_in is close to this bound."""
     weight = ARCHITECTURES["torchvision"](model="googlenet").build((3, 32, 32), 5).conv2.conv.weight
     assert 0.99 / math.sqrt(64) < weight.abs().max().item() <= 1 / math.sqrt(64)

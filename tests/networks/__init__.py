@@ -1,1 +1,1 @@
-"""Rules on published networks of other packages."""
+"""Tests of rules on published networks from other packages."""

@@ -1,4 +1,4 @@
-"""Every edge rule attaches to published networks and trains them; those of timm and transformers if they are installed."""
+"""Every edge rule attaches to published networks and trains them, including those of timm and transformers if installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fa_bench import attach
 
-#: Rule -> options with which it supports all of these networks.
+#: Maps a rule to options with which it supports all of these networks.
 RULES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("fa", "kp", "pfa", "pfa_o", "ldfa", "usf", "frsf", "brsf", "mixed", "forward_alignment")},
     "wm": {"initial_steps": 1},
@@ -49,7 +49,7 @@ def bert() -> nn.Module:
     )
 
 
-#: name -> (function that creates it, its inputs, the number of layers)
+#: Maps a name to a function that creates the network, to its inputs, and to the number of its layers.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
     "torchvision ViT": (vision_transformer, IMAGES, 10),
     "torchvision Swin": (swin_transformer, IMAGES, 19),
@@ -65,7 +65,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
 
 
 def perturbed(make: Callable[[], nn.Module]) -> nn.Module:
-    """A network without the zeros in output layers and gains that would stop all errors in the first step."""
+    """Perturb all parameters, because zeros in output layers and gains would stop all errors in the first step."""
     torch.manual_seed(0)
     model = make()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_every_edge_rule_covers_and_trains(network: str, name: str) -> None:
     optimizer.step()
     rule.step()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    # In deep networks with batch normalisation of two samples, the first layers hardly change.
+    # In deep networks with batch normalisation over two samples, the first layers hardly change.
     assert sum(not torch.equal(parameter, before[key]) for key, parameter in model.named_parameters()) > layers / 2
     rule.detach()
 
@@ -113,7 +113,7 @@ def test_the_weights_as_feedback_are_backpropagation(network: str) -> None:
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
-        torch.manual_seed(1)  # of dropout
+        torch.manual_seed(1)  # so that dropout is the same
         F.cross_entropy(logits_of(model, x), LABELS).backward()
         return {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
 

@@ -1,4 +1,4 @@
-"""Every objective compared with its formula, written with loops, and in runs from the command line."""
+"""Every objective agrees with its formula, which is written with loops, and works in runs from the command line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CASES = [
 @pytest.mark.parametrize(("objective", "target", "formula", "targets"), CASES)
 def test_loss_is_its_formula(objective: Objective, target: torch.Tensor, formula, targets) -> None:
     wanted = [formula(z, t) for z, t in zip(OUTPUTS.tolist(), targets, strict=True)]
-    # Float64 except for the targets, which have the precision of float32.
+    # The targets have the precision of float32; everything else is float64.
     assert objective.loss(OUTPUTS, target, "none").tolist() == pytest.approx(wanted, rel=1e-6)
     assert objective.loss(OUTPUTS, target, "sum").item() == pytest.approx(sum(wanted), rel=1e-6)
     assert objective.loss(OUTPUTS, target).item() == pytest.approx(sum(wanted) / 4, rel=1e-6)
@@ -73,7 +73,7 @@ def test_correct_samples_are_those_whose_largest_output_is_the_label() -> None:
 
 
 def test_no_label_is_skipped() -> None:
-    """-100 is what torch's cross-entropy skips silently."""
+    """The label -100, which torch's cross-entropy skips silently, raises an error."""
     with pytest.raises(IndexError):
         CrossEntropy().loss(OUTPUTS, torch.tensor([0, -100, 1, 2]))
 
@@ -91,12 +91,12 @@ RUN = [
 
 @pytest.mark.parametrize("objective", ["mse", "sigmoid_ce", "cross_entropy"])
 def test_a_run_trains_for_its_objective(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a learning rate so small that nothing changes, the recorded losses are those of the untrained model."""
+    """The learning rate is so small that nothing changes, so the recorded losses are those of the untrained model."""
     monkeypatch.chdir(tmp_path)
     assert main([*RUN, f"objective={objective}", "optimizer.lr=1e-12"]) == 0
     first, last = (json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines())
     assert first["test_loss"] == pytest.approx(last["test_loss"], rel=1e-6)
-    # An untrained model of ten classes outputs about 0 for each: half a squared one, ten times log 2, and log 10.
+    # The ten outputs of an untrained model are about 0, so the losses are half a squared one, ten times log 2, and log 10.
     expected = {"mse": 0.5, "sigmoid_ce": 10 * math.log(2), "cross_entropy": math.log(10)}[objective]
     assert expected * 0.8 < first["test_loss"] < expected + 1
     assert json.loads(Path("run/result.json").read_text())["objective"] == objective
@@ -131,8 +131,8 @@ class Plane(fa_bench.ArrayDataset):
 
 
 def test_numbers_as_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A plugin's dataset: trained with mse, with R² instead of accuracies; refused before training by an objective for
-    classes."""
+    """A plugin's dataset has numbers as targets. A run on this dataset can be trained with mse and records R² instead of
+    accuracies; an objective for classes refuses the dataset before training."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("plane_data.py").write_text(PLUGIN)

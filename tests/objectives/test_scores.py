@@ -1,4 +1,5 @@
-"""Scores are computed from sums over batches, however the data are batched; masked tokens; the two directions."""
+"""Scores are computed from sums over batches, whatever the batch sizes; masked tokens do not count, and scores have a
+direction."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from fa_bench.objectives.token_cross_entropy import PERPLEXITY, TokenCrossEntrop
 
 
 def scored(objective: Objective, outputs: Tensor, target: Tensor, batches: list[int], **more: float) -> dict[str, float]:
-    """The scores from sums over batches of these sizes."""
+    """Compute the scores from sums over batches of these sizes."""
     sums: dict[str, Tensor] = {}
     loss, count = 0.0, 0
     for part, of_part in zip(outputs.split(batches), target.split(batches), strict=True):
@@ -34,7 +35,7 @@ def scored(objective: Objective, outputs: Tensor, target: Tensor, batches: list[
 
 
 def tokens() -> tuple[Tensor, Tensor]:
-    """Logits (6, 5, 7) and targets (6, 5), the last two rows nearly all masked."""
+    """Logits (6, 5, 7) and targets (6, 5); the last two rows are nearly all masked."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(7, (6, 5), generator=generator)
     target[4:, 1:] = -100
@@ -86,7 +87,7 @@ def test_token_loss_is_the_mean_over_the_counted_tokens() -> None:
 
 def test_another_number_can_mark_the_tokens_that_do_not_count() -> None:
     logits, target = tokens()
-    logits[..., 0] = 9.0  # the model predicts the padding
+    logits[..., 0] = 9.0  # the model predicts the padding class
     padded = TokenCrossEntropy(ignore_index=0)
     padding = target.clamp(min=0).masked_fill(target == -100, 0)
     counted = padding != 0
@@ -101,7 +102,7 @@ def test_perplexity_that_no_float_can_hold_is_infinite() -> None:
 
 @pytest.mark.parametrize("batches", [[30], [16, 14], [1, 29]])
 def test_r2_is_that_of_the_whole_split(batches: list[int]) -> None:
-    """Of all outputs together: scikit-learn's, weighted by the variance of each output. In float32, the offset would cause
+    """R² is over all outputs together, as in scikit-learn with weights by variance. In float32, the offset would cause
     cancellation."""
     generator = torch.Generator().manual_seed(1)
     target = 1000 + torch.randn(30, 2, generator=generator) * torch.tensor([1.0, 4.0])

@@ -1,4 +1,4 @@
-"""Muon compared with its formulas: the iteration, whole steps, the tensors it updates, and learned feedback."""
+"""Muon agrees with its formulas: the iteration, whole steps, the tensors it updates, and learned feedback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def iterated_by_hand(matrix: list[list[float]], steps: int) -> list[list[float]]:
-    """X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X, with loops."""
+    """Iterate X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X with loops."""
 
     def product(one: list[list[float]], other: list[list[float]]) -> list[list[float]]:
         return [[sum(one[i][k] * other[k][j] for k in range(len(other))) for j in range(len(other[0]))] for i in range(len(one))]
@@ -53,7 +53,7 @@ def test_iteration_by_loops(shape: tuple[int, int], steps: int) -> None:
 
 
 def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
-    """The range of the quintic for values above 1/100 of the norm, with a margin of one hundredth."""
+    """The limits are the range of the quintic for values above 1/100 of the norm, with a margin of one hundredth."""
     matrix = random(20, 30)
     for scale in (1.0, 1e-30, 1e30):
         values = torch.linalg.svdvals(orthogonalized(scale * matrix, 5))
@@ -66,7 +66,8 @@ def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_torchs_own_muon_agrees_but_for_its_rounding(adjust_lr: str, nesterov: bool) -> None:
-    """torch's rounds to 8 bits (bfloat16): a few hundredths after five iterations. Its momentum is a mean; the scale is lost."""
+    """torch's Muon rounds to bfloat16 (8 bits), which gives a few hundredths after five iterations. The momentum of torch's Muon
+    is a mean, but the iteration removes this scale."""
     for shape in ((8, 5), (5, 8)):
         ours, theirs = (nn.Parameter(random(*shape).float()) for _ in range(2))
         mine = muon.Muon([ours], 0.1, 0.9, nesterov, 5, adjust_lr, 0.2)
@@ -108,7 +109,7 @@ def by_hand(w: Tensor, gradients: list[Tensor], made: Muon) -> Tensor:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_is_in_the_steps(options: dict[str, Any]) -> None:
-    """Three steps; weights and kernels by Muon, vectors by AdamW."""
+    """In three steps, Muon updates weights and kernels, and AdamW updates vectors."""
     rule, made = attached("kp", "conv_bn"), Muon(**options)
     optimizers = Optimizers(made, rule, 1)
     tensors = [*optimizers.trained()]
@@ -125,7 +126,7 @@ def test_every_option_is_in_the_steps(options: dict[str, Any]) -> None:
         elif made.weight_decay:
             continue  # see below
         else:
-            # Steps without decay are linear in the learning rate, which is 0.1 in `adam_by_hand`.
+            # Without decay, steps are linear in the learning rate, which is 0.1 in `adam_by_hand`.
             moved = adam_by_hand(start, gradients, made.beta1, made.beta2, made.eps, 0.0, True) - start
             want = start + made.adam_lr / 0.1 * moved
         torch.testing.assert_close(tensor.detach(), want, rtol=1e-9, atol=1e-11)
@@ -142,7 +143,7 @@ def test_weight_decay_of_vectors_is_decoupled() -> None:
 
 
 def test_half_precision_is_iterated_in_single() -> None:
-    """The error of the update is that of rounding it once to bfloat16: 2^-8 of each entry, or of the largest entry."""
+    """The only error is that of rounding the update once to bfloat16, which is at most 2^-8 of each entry."""
     weight = nn.Parameter(torch.zeros(6, 9, dtype=torch.bfloat16))
     weight.grad = random(6, 9).bfloat16()
     muon.Muon([weight], 1.0, 0.0, False, 5, "original", 0.0).step()
@@ -174,7 +175,7 @@ def test_tensors_without_a_gradient_stay_and_a_closure_is_called_with_gradients(
 
 # ------------------------------------------------------------------------------------------------ which tensors
 def names_of(rule: Rule, made: Muon, feedback: Any = None) -> list[set[str]]:
-    """The names of the tensors of each optimizer."""
+    """The names of each optimizer's tensors."""
     known = {id(tensor): name for name, tensor in rule.model.named_parameters()}
     return [
         {known[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]}
@@ -300,7 +301,7 @@ def test_weights_and_feedback_of_kolen_pollack_differ_by_decay_alone(name: str) 
 
 
 def test_semi_orthogonal_product_feedback_follows_and_other_product_feedback_does_not() -> None:
-    """Bᵀ commutes with the iteration only if B Bᵀ = I: the update of R is then Bᵀ times that of W, if R has as many rows."""
+    """Bᵀ commutes with the iteration only if B Bᵀ = I. The update of R is then Bᵀ times that of W, if R has as many rows."""
     gaps = {}
     for name in ("pfa_o", "pfa"):
         rule = attached(name, ratio=1.0)

@@ -1,5 +1,4 @@
-"""Optimizers compared with their formulas, for weights and for learned feedback: steps, first-epoch decay, schedules, saved
-state."""
+"""Optimizers agree with their formulas for weights and learned feedback: steps, first-epoch decay, schedules and saved state."""
 
 from __future__ import annotations
 
@@ -109,7 +108,7 @@ ADAMS = [
     ids=str,
 )
 def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict[str, Any], of: str) -> None:
-    """Three steps of the weights' optimizer and of the feedback optimizer."""
+    """Three steps of the weights' optimizer and of the feedback optimizer depend on every option."""
     rule, made = attached("pfa"), cls(lr=LR, **options)
     other = SGD(lr=0.7, momentum=0.3)
     optimizers = Optimizers(made, rule, 1, other) if of == "weights" else Optimizers(other, rule, 1, made)
@@ -128,7 +127,7 @@ def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict
             want = sgd_by_hand(start, series, options["momentum"], options["nesterov"], decay)
         else:
             want = adam_by_hand(start, series, options["beta1"], options["beta2"], options["eps"], decay, cls is AdamW)
-        # Float64: rounding of a few operations on numbers of order 1.
+        # The tolerance covers the rounding of a few float64 operations on numbers of order 1.
         torch.testing.assert_close(tensor.detach(), want, rtol=1e-10, atol=1e-12)
 
 
@@ -211,7 +210,7 @@ def test_scaled_rate_of_the_feedback_follows_the_schedule(schedule: dict[str, An
 
 
 def rates(optimizers: Optimizers, rule: Rule, epochs: int) -> tuple[list[float], list[float]]:
-    """The learning rates of weights and feedback in every epoch, as their steps show them."""
+    """The learning rates of weights and feedback in every epoch, measured by their steps."""
     seen: tuple[list[float], list[float]] = ([], [])
     for epoch in range(epochs):
         optimizers.begin_epoch(epoch)
@@ -221,7 +220,7 @@ def rates(optimizers: Optimizers, rule: Rule, epochs: int) -> tuple[list[float],
         optimizers.step()
         for tensors, starts, found in zip((weights(rule), rule.feedback_parameters()), before, seen, strict=True):
             moved = torch.cat([(start - t.detach()).flatten() for start, t in zip(starts, tensors, strict=True)])
-            assert moved.max() - moved.min() < 1e-12  # all tensors of one kind have the same learning rate, up to rounding
+            assert moved.max() - moved.min() < 1e-12  # the learning rate is the same up to rounding
             found.append(moved.mean().item())
     return seen
 
@@ -251,7 +250,7 @@ LEARNING = {
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", LEARNING)
 def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str, net: str, own: SGD | None) -> None:
-    """This holds for the fused update, too, which reads the gradient of W as that of B."""
+    """The fused update, which reads the gradient of W as that of B, also uses the gradient that the rule computed."""
     rule = attached(name, net, **LEARNING[name])
     optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
     assert rule.feedback_parameters() and all(o.defaults["fused"] for o in optimizers.optimizers)
@@ -271,7 +270,7 @@ def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str
 
 @pytest.mark.parametrize("own", [None, plain(LR, 0.0, None)], ids=["one optimizer", "two optimizers"])
 def test_clipping_scales_weights_and_feedback_by_their_common_norm(own: SGD | None) -> None:
-    """n gradients of one have the norm √n; torch adds 1e-6 to it before it divides."""
+    """A gradient of n ones has the norm √n, to which torch adds 1e-6 before it divides."""
     rule = attached("kp")
     optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
     tensors = [*weights(rule), *rule.feedback_parameters()]
@@ -285,7 +284,8 @@ def test_clipping_scales_weights_and_feedback_by_their_common_norm(own: SGD | No
 
 @pytest.mark.parametrize("largest", [None, 0.05])
 def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_own(largest: float | None) -> None:
-    """This holds even after a step in which gradients were requested and clipped; feedback then counts in the common norm."""
+    """Sharing has the same result even after a step in which gradients were requested and clipped; feedback then counts in the
+    norm."""
     found = []
     for shares in (False, True):
         rule, (x, y) = attached("kp"), nets.batch("mlp_tanh")
@@ -303,7 +303,7 @@ def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_o
                 optimizers.clip(largest)
             optimizers.step()
         found.append([*copies(weights(rule)), *copies(rule.feedback_parameters())])
-    # Float64, and the same operations.
+    # Both computations perform the same operations in float64.
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
 
 
@@ -322,7 +322,7 @@ def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_w
         path: ((layer.weight - before[path][0]).detach(), (rule.feedback[path]["B"] - before[path][1]).detach())
         for path, layer in layers.items()
     }
-    # fc2 uses its own input, which is the shared activation; fc3 uses it instead of its own input.
+    # fc2's own input is the shared activation. fc3 uses this activation instead of its own input.
     torch.testing.assert_close(moved["fc2"][0], moved["fc2"][1], rtol=1e-9, atol=1e-14)
     assert (moved["fc3"][0] - moved["fc3"][1]).norm() > 0.1 * moved["fc3"][0].norm()
 
@@ -342,7 +342,7 @@ def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_w
     ids=["sgd", "adam", "adam on feedback", "sgd on feedback", "two schedules"],
 )
 def test_loaded_state_continues_bit_by_bit(options: OptimizerOptions, own: OptimizerOptions | None) -> None:
-    """Moments, velocities and the schedules' epoch."""
+    """The saved state includes moments, velocities and the schedules' epoch."""
 
     def train(rule: Rule, optimizers: Optimizers, epochs: range) -> None:
         for epoch in epochs:
@@ -365,7 +365,7 @@ def test_loaded_state_continues_bit_by_bit(options: OptimizerOptions, own: Optim
 
 
 def test_frozen_weights_are_not_trained() -> None:
-    """Neither by gradients nor by decay."""
+    """Neither gradients nor decay change a frozen weight."""
     rule = attached("kp", freeze_stem=True)
     stem = rule.model.fc1
     assert isinstance(stem, nn.Linear)
@@ -399,7 +399,7 @@ def test_defaults_that_torch_has_too_are_torchs() -> None:
 
 
 def test_feedback_without_a_gradient_of_its_own_is_not_trained_by_that_of_the_weight() -> None:
-    """For example after exact backpropagation, which computes no gradient for feedback."""
+    """Exact backpropagation, for example, computes no gradient for feedback, so feedback must not change."""
     rule = attached()
     optimizers = Optimizers(SGD(lr=0.1, momentum=0.0), rule, 1)
     x, y = torch.randn(6, rule.model[0].in_features, dtype=torch.float64), torch.arange(6) % 2
@@ -412,7 +412,8 @@ def test_feedback_without_a_gradient_of_its_own_is_not_trained_by_that_of_the_we
 
 
 def test_a_schedule_that_counts_steps_begins_at_its_first_rate() -> None:
-    """As soon as the optimizers exist, in an epoch that starts at another step, and in each step."""
+    """The rate is that of the right step as soon as the optimizers exist, in an epoch that starts at another step, and in each
+    step."""
     schedule = OneCycle()
     optimizers = Optimizers(SGD(lr=0.1, schedule=schedule), attached(), 2, steps_per_epoch=5)
     assert optimizers.lr == schedule.at(0.1, 0, 10)

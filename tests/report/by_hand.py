@@ -1,4 +1,4 @@
-"""Run directories made by hand."""
+"""Hand-made run directories."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fa_bench.report.runs import find_runs, read_run
 from fa_bench.runs.ownership import HOLDER, LOCK
 
 T_2 = 4.302652729911275  # the 97.5 % quantile of Student's t with two degrees of freedom
-TWO_SEEDS = "2 seeds: the range in place of a 95 % interval"  # the note of a row with two
+TWO_SEEDS = "2 seeds: the range in place of a 95 % interval"  # the note of a row with two seeds
 ANGLES = {
     "weight_angle": {"fc1": 89.0, "fc2": 80.0, "fc3": 60.0},
     "norm_ratio": {"fc1": 9.0, "fc2": 1.0, "fc3": 2.0},
@@ -39,7 +39,7 @@ ENTRY = Entry(
 
 
 def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics: list | None = None, **changes) -> Path:
-    """One run directory; `changes` replace keys of its result."""
+    """Write a run directory; `changes` replace keys of its result."""
     directory = root / f"{changes.get('group', rule)}-{seed}"
     directory.mkdir(parents=True)
     result = {
@@ -78,7 +78,7 @@ def write_set(
     config: dict | None = None,
     **changes,
 ) -> Path:
-    """One run with a config: the learning rate and further options, by which its group is named."""
+    """Write a run whose config has the learning rate and further options, which determine the name of its group."""
     options = {
         "algorithm": {"name": rule},
         "architecture": {"name": changes.get("architecture", "mlp")},
@@ -96,14 +96,14 @@ def write_set(
 
 @contextmanager
 def at_work(directory: Path, **holder) -> Iterator[None]:
-    """While the context is open, the directory is locked as by a running process."""
+    """Lock the directory, as a running process would, while the context is open."""
     with FileLock(directory / LOCK):
         (directory / HOLDER).write_text(json.dumps({"pid": 1, "host": "here", **holder}))
         yield
 
 
 def write_begun(root: Path, rule: str, seed: int, epochs: int, folder: str = "", **config) -> Path:
-    """A run without a result, after this number of epochs."""
+    """Write a run without a result, after this number of epochs."""
     directory = root / (folder or f"{rule}-seed{seed}")
     directory.mkdir(parents=True)
     parts = {
@@ -138,7 +138,7 @@ def blank(value: object) -> bool:
 
 
 def without_pixels(monkeypatch) -> None:
-    """Figures of reports are made, but their files are empty."""
+    """Create the figures of reports without rendering them; their files are empty."""
     from fa_bench.report import figures, plot
 
     monkeypatch.setattr(figures, "fix_layout", lambda figure: None)

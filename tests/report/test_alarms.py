@@ -1,4 +1,4 @@
-"""Alarms in reports: values beyond declared thresholds, and rules that do not beat a floor."""
+"""Alarms in reports fire for values beyond declared thresholds, and for rules that do not beat a floor."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def with_growth(folder: Path, rule: str, values: list, **changes: object) -> Non
 
 def test_an_alarm_names_rule_layer_value_and_threshold(tmp_path: Path) -> None:
     with_growth(tmp_path, "dfa", [51.0, 400.0, 50.0])
-    with_growth(tmp_path, "bp", [3.0, None])  # not measured, or not finite
+    with_growth(tmp_path, "bp", [3.0, None])  # the value was not measured, or is not finite
     text = report(tmp_path).text
     (row,) = rows(tmp_path)
     assert (row["label"], row["quantity"], row["layer"], row["value"]) == ("dfa", "stream_growth", "layers.1", "400")
@@ -71,7 +71,7 @@ def test_a_rule_that_does_not_beat_a_floor_is_an_alarm(floor: str, tmp_path: Pat
     write_group(tmp_path, "dfa", [0.7, 0.5])
     write_group(tmp_path, "fa", [0.7, 0.51])
     write_group(tmp_path, "bp", [0.9, 0.8])
-    write_run(tmp_path, "kp", 0, 0.1, dataset="mnist")  # another task
+    write_run(tmp_path, "kp", 0, 0.1, dataset="mnist")  # on a different task
     report(tmp_path)
     (row,) = rows(tmp_path)
     assert (row["label"], row["quantity"], row["value"]) == ("dfa", "test_accuracy", "60")
@@ -112,7 +112,7 @@ def test_runs_that_have_not_finished_raise_no_alarm(tmp_path: Path) -> None:
 def test_a_plugin_declares_an_alarm_for_its_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclasses.dataclass(eq=False)
     class Smallest(Probe):
-        """Smallest weight."""
+        """The smallest weight."""
 
         alarms = {"smallest": Alarm(-1, False, "A weight is very negative.")}
 

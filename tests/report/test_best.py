@@ -1,4 +1,4 @@
-"""The best setting of each rule by validation accuracy, and references with their best settings."""
+"""The best setting of each rule is chosen by validation accuracy, and references are compared at their best settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drawn_quickly(monkeypatch):
 
 
 def chosen(root: Path, *keys: str) -> dict[str, str]:
-    """{rule: the chosen setting}, for rules with one remaining setting."""
+    """The chosen setting of each rule that has one remaining setting."""
     best = choose_best(in_order(runs_in(root)), keys or ["optimizer.lr"])
     return {run.result["algorithm"]: best.chosen[run.row].values for run in best.runs}
 
@@ -37,14 +37,14 @@ def rows(folder: Path, name: str = "report.csv") -> dict[str, dict[str, str]]:
 
 
 def write_values(root: Path, rule: str, by_lr: dict[float, list[tuple[float | None, float]]], **changes) -> None:
-    """Runs of a rule: {learning rate: [(validation, test accuracy) of each seed]}."""
+    """Write the runs of a rule, given {learning rate: [(validation, test accuracy) of each seed]}."""
     for lr, seeds in by_lr.items():
         for seed, (val, test) in enumerate(seeds):
             write_set(root, rule, seed, test, val, lr, **changes)
 
 
 def study(root: Path) -> None:
-    """bp is best at 0.1 and fa at 0.02 by validation; by test accuracy, both would be at 0.02."""
+    """Write a study in which the best rates by validation are 0.1 for bp and 0.02 for fa, but 0.02 for both by test accuracy."""
     write_values(root, "bp", {0.02: [(0.80, 0.99)] * 3, 0.1: [(0.90, 0.91), (0.92, 0.92), (0.94, 0.93)], 0.5: [(0.85, 0.5)] * 3})
     write_values(root, "fa", {0.02: [(0.90, 0.90), (0.90, 0.92), (0.90, 0.91)], 0.1: [(0.7, 0.7)] * 3, 0.5: [(0.1, 0.1)] * 3})
 
@@ -56,7 +56,7 @@ def test_each_rule_has_the_value_with_the_best_validation_accuracy(tmp_path, cap
     bp, fa = table["bp lr=0.1"], table["fa lr=0.02"]
     assert len(table) == 2 and (bp["tried"], bp["chosen"]) == ("3", "optimizer.lr=0.1") == ("3", bp["chosen"])
     assert (bp["val_accuracy"], bp["test_accuracy"], bp["note"]) == ("92", "92", "")
-    # -1, 0, -2: mean -1
+    # The differences are -1, 0, -2, and their mean is -1.
     assert (fa["test_accuracy"], fa["bp_difference"], fa["bp_row"]) == ("91", "-1", "bp lr=0.1")
     assert fa["note"] == "optimizer.lr=0.02 is the smallest of 3 values tried"
     tried = list(csv.DictReader((tmp_path / "report_tried.csv").read_text().splitlines()))
@@ -71,7 +71,7 @@ def test_each_rule_has_the_value_with_the_best_validation_accuracy(tmp_path, cap
     said = capsys.readouterr().out
     assert "note: fa lr=0.02: optimizer.lr=0.02 is the smallest" in said and "warning" not in said
     assert "## Values tried: optimizer.lr\n" in (tmp_path / "report.md").read_text()
-    assert len(rows(tmp_path, "runs.csv")) == 6  # all runs, chosen or not
+    assert len(rows(tmp_path, "runs.csv")) == 6  # all runs are listed, chosen or not
     assert main([str(tmp_path)]) == 0 and not (tmp_path / "report_tried.csv").exists()
 
 
@@ -263,7 +263,7 @@ def test_seeds_without_a_partner_are_noted(tmp_path):
     for seed, accuracy in ((1, 0.7), (2, 0.65), (3, 0.1)):
         write_set(tmp_path, "fa", seed, accuracy)
     row = by_label(tmp_path)["fa"]
-    # -10 and -5
+    # The two differences are -10 and -5.
     assert (row["bp_difference"], row["bp_difference_low"], row["bp_difference_high"]) == pytest.approx((-7.5, -10, -5))
     assert row["bp_difference_n"] == 2 and blank(row["bp_difference_ci95"]) and blank(row["bp_difference_p"])
     assert row["note"] == "2 of 3 seeds are paired with bp"
@@ -278,8 +278,8 @@ def test_p_values_are_corrected_over_the_rows_of_a_task_without_the_references(t
                     write_set(tmp_path, rule, seed, accuracy, dataset=dataset)
     table = {(row["dataset"], row["label"].split()[0]): row for row in by_label(tmp_path).values()}
     fa, kp = table["digits", "fa"], table["digits", "kp"]
-    # fa: -1, -2, -6: p = 1 - sqrt(27 / 41), see test_statistics. kp: -1, -1.5, -2: mean -1.5, std 0.5, t^2 = 27,
-    # p = 1 - sqrt(27 / 29) = 0.0351. Holm: kp's p is doubled, fa's is not.
+    # For fa, the differences are -1, -2, -6, so p = 1 - sqrt(27 / 41), see test_statistics. For kp, the differences are -1, -1.5,
+    # -2, with mean -1.5, std 0.5 and t^2 = 27, so p = 1 - sqrt(27 / 29) = 0.0351. Holm's method doubles kp's p but not fa's.
     assert fa["bp_difference_p"] == fa["bp_difference_p_holm"] == pytest.approx(1 - (27 / 41) ** 0.5)
     assert kp["bp_difference_p"] == pytest.approx(1 - (27 / 29) ** 0.5)
     assert kp["bp_difference_p_holm"] == pytest.approx(2 * (1 - (27 / 29) ** 0.5)) and kp["bp_difference_dz"] == pytest.approx(-3)

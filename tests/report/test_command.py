@@ -1,4 +1,4 @@
-"""The whole report, by the function that ends a sweep and by the command."""
+"""Tests of the whole report, from the function that ends a sweep and from the command."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_report_of_two_folders_by_hand(tmp_path, capsys):
-    # bp 97, 98, 99: mean 98, std sqrt((1 + 0 + 1) / 2) = 1; t(2) = 4.302652730; half width 4.302652730 / sqrt 3 = 2.484137712.
-    # fa 96, 97, 99: mean 292 / 3 = 97.33333333; deviations -4/3, -1/3, 5/3, their squares 16/9 + 1/9 + 25/9 = 42/9, halved 7/3,
-    # std sqrt(7/3) = 1.527525232; half width 4.302652730 x sqrt(7/3) / sqrt 3 = 4.302652730 x sqrt 7 / 3 = 3.794583034.
-    # Paired: 96-97, 97-98, 99-99 = -1, -1, 0: mean -2/3; deviations -1/3, -1/3, 2/3, squares 6/9, halved 1/3,
-    # half width 4.302652730 x sqrt(1/3) / sqrt 3 = 4.302652730 / 3 = 1.434217577.
-    # frozen 90, 91, 92: mean 91, below fa's. 2 s in 2 epochs. Angles: (80 + 60) / 2, (30 + 50) / 2; ratio (1 + 2) / 2.
+    # bp has 97, 98, 99, with mean 98, std sqrt((1 + 0 + 1) / 2) = 1 and t(2) = 4.302652730, so the half width is 4.302652730 /
+    # sqrt 3 = 2.484137712.
+    # fa has 96, 97, 99, with mean 292 / 3 = 97.33333333. The deviations are -4/3, -1/3, 5/3, and half the sum of their squares,
+    # 16/9 + 1/9 + 25/9 = 42/9, is 7/3. So std is sqrt(7/3) = 1.527525232, and the half width is 4.302652730 x sqrt(7/3) / sqrt 3
+    # = 4.302652730 x sqrt 7 / 3 = 3.794583034.
+    # The paired differences are 96-97, 97-98, 99-99 = -1, -1, 0, with mean -2/3. The deviations are -1/3, -1/3, 2/3, and half the
+    # sum of their squares, 6/9, is 1/3. So the half width is 4.302652730 x sqrt(1/3) / sqrt 3 = 4.302652730 / 3 = 1.434217577.
+    # frozen has 90, 91, 92, with mean 91, which is below fa's. The runs take 2 s for 2 epochs. The mean angles are (80 + 60) / 2
+    # and (30 + 50) / 2, and the mean ratio is (1 + 2) / 2.
     write_group(tmp_path / "first", "bp", [0.97, 0.98, 0.99], metrics=[])
     write_group(tmp_path / "second", "fa", [0.96, 0.97, 0.99], metrics=[])
     write_group(tmp_path / "second", "frozen", [0.90, 0.91, 0.92], metrics=[])
@@ -91,9 +94,9 @@ def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_t
     write_group(runs / "a", "bp", [0.97, 0.98, 0.99], metrics=[line])
     write_group(runs / "b", "fa", [0.95, None], metrics=[line])
     write_group(runs / "c", "kp", [None], status="diverged", metrics=[])
-    for number, rule in enumerate(["bp", "fa"]):  # groups that differ only in their configs
+    for number, rule in enumerate(["bp", "fa"]):  # the groups differ only in their configs
         run = write_run(runs / "c", rule, 1, 0.9, group=f"{rule}-lr", metrics=[])
-        again = shutil.copytree(run, runs / "f" / run.name)  # a duplicate seed: which one counts must not depend on its folder
+        again = shutil.copytree(run, runs / "f" / run.name)  # a duplicate seed: which copy counts must not depend on its folder
         (again / "result.json").write_text((again / "result.json").read_text().replace("0.9", "0.8"))
         (run / "config.yaml").write_text(json.dumps({"seed": 1, "optimizer": {"name": "sgd", "lr": number}}))
     (runs / "d" / "e").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""report.json, report.tex and runs.csv, and what a sweep's report covers."""
+"""Tests of report.json, report.tex and runs.csv, and of what a sweep's report covers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_json_has_the_rows_of_the_csv_typed(tmp_path):
     assert (fa["optimizer.lr"], fa["seeds"], fa["floor"], fa["algorithm"]) == (1e-05, [0, 1, 2], True, "fa")
     assert type(fa["n"]) is type(fa["bp_difference_n"]) is int and fa["n"] == 3 and fa["published"] is None
     assert fa["test_accuracy"] == pytest.approx(287 / 3) and fa["note"] is None
-    # -2, -1, -4: mean -7/3, variance (1/9 + 16/9 + 25/9) / 2 = 7/3
+    # The differences are -2, -1, -4, with mean -7/3 and variance (1/9 + 16/9 + 25/9) / 2 = 7/3.
     assert (fa["bp_difference"], fa["bp_difference_ci95"]) == pytest.approx((-7 / 3, T_2 * math.sqrt(7 / 9)))
     assert fa["bp_difference_dz"] == pytest.approx(-math.sqrt(7 / 3))
     diverged = next(row for row in found if row["label"] == "fa lr=2.0")
@@ -150,7 +150,7 @@ def test_configs_are_written_as_they_are_typed(tmp_path):
         ("algorithm.density", {"algorithm": {"density": 1}}, "density"),
         ("feedback_optimizer.lr", {"optimizer": {"lr": 1}, "feedback_optimizer": {"lr": 1}}, "feedback_optimizer.lr"),
         ("algorithm.lr", {"optimizer": {"lr": 1}, "algorithm": {"lr": 1}}, "algorithm.lr"),
-        ("algorithm.scale", {"algorithm": {"scale": 1}}, "algorithm.scale"),  # the one of the run has the same name
+        ("algorithm.scale", {"algorithm": {"scale": 1}}, "algorithm.scale"),  # the run's own option has the same name
         ("algorithm", {"algorithm": {"name": "fa"}}, "algorithm"),
         ("dataset.size", {"dataset": {"size": 3}}, "dataset.size"),
     ],
@@ -163,8 +163,8 @@ def test_keys_are_short_in_labels_where_nothing_else_has_their_name(key, config,
 
 
 def test_aggregate_over_tasks_and_seeds(tmp_path):
-    # fa: 50, 60 on digits (at the learning rate with the best validation accuracy) and 70, 95 on mnist: without the lowest and
-    # the highest, (60 + 70) / 2.
+    # fa has 50, 60 on digits (at the learning rate with the best validation accuracy) and 70, 95 on mnist. Without the lowest and
+    # the highest, the mean is (60 + 70) / 2.
     for dataset, accuracies in (("digits", (0.5, 0.6)), ("mnist", (0.7, 0.95))):
         for seed, accuracy in enumerate(accuracies):
             write_set(tmp_path, "fa", seed, accuracy, 0.8, dataset=dataset)
@@ -172,7 +172,8 @@ def test_aggregate_over_tasks_and_seeds(tmp_path):
     write_set(tmp_path, "kp", 0, 0.9)
     table, left_out = over_tasks(in_order(runs_in(tmp_path)))
     (fa,) = table.to_dict("records")
-    # A resample has two of (50, 60) and two of (70, 95): its second and third value are 50 (1/4) or 60, and 70 (3/4) or 95.
+    # A resample has two of (50, 60) and two of (70, 95). The second value of the resample is 50 (1/4) or 60, and the third is 70
+    # (3/4) or 95.
     assert (fa["tasks"], fa["n"], fa["iqm"], fa["mean"]) == (2, 4, 65, 68.75)
     assert (fa["iqm_low"], fa["iqm_high"]) == (60, 77.5)
     assert left_out == ["kp is not in the aggregate: no finished run in mnist, mlp"]
@@ -206,7 +207,7 @@ def test_a_sweep_s_report_covers_its_folder_and_its_table_its_own_runs(tmp_path,
     assert [line.split()[:2] for line in said[2:4]] == [["fa", "lr=0.1"], ["fa", "lr=0.2"]] and not said[4].startswith("bp")
     assert "The report covers 1 more run of earlier sweeps in the same folder." in said
     assert len(read_csv(folder / "runs.csv")) == 5 and len(read_csv(folder / "report.csv")) == 3
-    assert "Missing seeds" not in (folder / "report.md").read_text()  # the sweep of bp named one
+    assert "Missing seeds" not in (folder / "report.md").read_text()  # the sweep of bp announced only one seed
 
 
 def test_a_sweep_over_several_collections_reports_in_output_dir(tmp_path, monkeypatch):

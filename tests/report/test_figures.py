@@ -1,4 +1,4 @@
-"""The contents of a report's figures."""
+"""Tests of the contents of a report's figures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def legend(figure):
 
 
 def write_setting(root, rule, accuracies, status="finished", validation=None, **options):
-    """Runs of one setting, one per seed, with a config that has `options`, such as ``optimizer={"lr": 0.1}``."""
+    """Write the runs of one setting, one per seed, with a config that has `options`, such as ``optimizer={"lr": 0.1}``."""
     name = "-".join([rule, *(f"{key}{value}" for part in options.values() for key, value in part.items())])
     for seed, accuracy in enumerate(accuracies):
         shown = accuracy if validation is None else validation
@@ -170,7 +170,7 @@ def test_few_settings_share_a_panel_many_have_one_for_each_rule(tmp_path):
     (shade,) = [line.style["color"] for line in many.panels[2].lines if line.label == "lr=0.2"]
     assert shade == plot.setting_style("dfa", 1, 3)["color"]
     limits = {axes.get_ylim() for axes in plot.curves_figure([many]).axes if axes.get_title()}
-    assert len(limits) == 1  # panels can be compared by eye
+    assert len(limits) == 1  # the same limits, so panels can be compared by eye
 
 
 def test_overview_of_many_settings_shows_the_best_by_validation(tmp_path):
@@ -202,7 +202,7 @@ def test_accuracies_far_below_the_others_are_left_out_and_named(tmp_path):
     ("lines", "kind", "low", "high", "log"),
     [
         ([[10.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # with so few lines, none is highlighted
-        ([[10.0], [40.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # nor with lines that differ this much
+        ([[10.0], [40.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # nor are lines that differ this much
         ([[0.1], [0.2], [0.3], [0.4]], "loss", 0.085, 0.415, False),
         ([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.1], [1e22, 1e22]], "loss", 0.1 / 1.3, 1.3, True),
         ([[1.0, 0.01], [1.0, 0.2]], "loss", 0.01 / 1.3, 1.3, True),
@@ -243,7 +243,7 @@ def test_accuracy_against_density_for_rules_that_ran_at_several(tmp_path):
     written = figures.write_figures(in_order(runs_in(tmp_path)), tmp_path, "report")
     assert (tmp_path / "report_density.png").is_file() and "report_density.png" in [picture.paths[0].name for picture in written]
     figure, (axes,) = setting_axes(tmp_path, "algorithm.density")
-    assert list(axes.lines[0].get_ydata()) == pytest.approx([98, 98])  # bp, across
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([98, 98])  # a horizontal line for bp
     assert list(axes.lines[1].get_xdata()) == [0.05, 0.5, 1.0] and axes.get_xscale() == "log"
     assert legend(figure) == ["bp", "fa: 91.00 ± 1.41 at 1"]
 
@@ -258,7 +258,7 @@ def test_accuracy_against_density_for_rules_that_ran_at_several(tmp_path):
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_the_legend_has_the_format_of_the_score_for_mean_and_spread(of, text):
-    """A spread below 0.005 was shown as 0.00, as if the seeds agreed."""
+    """A spread below 0.005 used to be shown as 0.00, as if the seeds agreed."""
     series = settings.Series("fa", [Point(0.1, 0.98712, 0.00211, 0.9, 3, 0)])
     assert settings._summary(series, of) == text
 
@@ -273,7 +273,7 @@ def test_the_best_by_validation_is_ringed_and_the_ranks_are_above_each_value(tmp
     assert legend(figure) == ["fa: 70.00 at 0.2", "kp: 85.00 at 0.2"]
     ranks = [(text.xy[0], text.get_text()) for text in axes.texts if text.xy[0] in (0.1, 0.2)]
     assert ranks == [(0.1, "fa"), (0.1, "kp"), (0.2, "kp"), (0.2, "fa")]
-    # n = 1 has no error bar.
+    # A point with n = 1 has no error bar.
     assert not any(segment.size and not blank(segment[0, 1]) for bars in axes.collections for segment in bars.get_segments())
 
 
@@ -287,7 +287,7 @@ def test_diverged_settings_are_crosses_and_categories_are_in_their_order(tmp_pat
 
 
 def test_a_run_that_diverged_before_the_first_point_of_all_lines_is_marked_within_the_axes(tmp_path):
-    """A marker outside the axes broke the layout: panels overlapped the legend."""
+    """A marker outside the axes once broke the layout, so that panels overlapped the legend."""
     metrics = [epoch_record(epoch, 0.9, ANGLES if epoch == 5 else None) for epoch in range(1, 6)]
     write_run(tmp_path, "fa", 0, 0.9, metrics=metrics, epochs=5)
     write_run(tmp_path, "kp", 0, None, status="diverged", metrics=metrics[:1], epochs=5)

@@ -1,4 +1,4 @@
-"""Reports on unusual sweeps: settings that are null, zero or negative, and runs without an accuracy."""
+"""Tests of reports on unusual sweeps, with settings that are null, zero or negative, and runs without an accuracy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RATES = (0.1, 0.01)
 
 
 def swept(root, values, key="clip_norm", rules=("bp", "fa")):
-    """One run per rule and value of a key outside the optimizer; the first value is the best."""
+    """Write one run per rule and value of a key outside the optimizer; the first value is the best."""
     for rule in rules:
         for index, value in enumerate(values):
             write_set(root, rule, 0, 0.9 - 0.1 * index, 0.9 - 0.1 * index, config={key: value})
@@ -43,7 +43,7 @@ def test_a_null_setting_is_a_category_with_a_ring_and_a_rank(tmp_path):
     axes = axes_of(figure)
     assert ticks(axes) == ["1", "5", "null"]
     rings = [line for line in axes.lines if line.get_markersize() == 11]
-    assert [np.asarray(line.get_xdata()).tolist() for line in rings] == [[2.0], [2.0]]  # at null, the last of three places
+    assert [np.asarray(line.get_xdata()).tolist() for line in rings] == [[2.0], [2.0]]  # null is at the last of three positions
     legend = [text.get_text() for text in figure.legends[-1].texts]
     assert legend[-2:] == ["bp: 90.00 at null", "fa: 90.00 at null"]
 
@@ -60,7 +60,7 @@ def test_a_rule_without_the_setting_is_still_a_level_line(tmp_path):
     [
         ((0.0, 1e-6, 1e-5, 1e-3), [0, 1, 2, 3]),  # on a linear axis, the first three would coincide
         ((0.0, 0.5, 1.0), [0.0, 0.5, 1.0]),
-        ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # a tenth of the axis apart
+        ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # they are a tenth of the axis apart
     ],
 )
 def test_values_with_zero_do_not_cover_each_other(tmp_path, values, places):

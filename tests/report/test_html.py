@@ -1,4 +1,4 @@
-"""report.html: complete, self-contained, and harmless whatever the records say."""
+"""report.html is complete, self-contained, and harmless, no matter what the records contain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOID = {"meta", "input", "br", "hr", "img", "link"}
 
 
 class Page(HTMLParser):
-    """The elements of a page: (name, attributes), and texts by the name of the element that they are in."""
+    """Collects the elements of a page as (name, attributes), and their texts by element name."""
 
     def __init__(self, text):
         super().__init__()
@@ -97,8 +97,8 @@ def test_texts_that_all_rows_have_in_common_stand_above_the_table(tmp_path):
     assert "architecture mlp, dataset digits" in common and "seeds" not in common and "status" not in common
     head = page.of("button")
     assert "architecture" not in head and "dataset" not in head
-    assert "seeds" in head and "runs" in head and "status" in head  # these differ
-    assert page.of("td").count("90.00") >= 4  # numbers stay in their rows even if all are equal
+    assert "seeds" in head and "runs" in head and "status" in head  # these texts differ between rows
+    assert page.of("td").count("90.00") >= 4  # rows keep their numbers even if all are equal
 
 
 def test_options_that_all_runs_share_are_listed_once(tmp_path):
@@ -156,13 +156,13 @@ def test_a_filter_is_followed_by_what_it_filters_and_every_column_can_be_sorted(
     assert len(re.findall(r'<output></output></p>\n<div class="(?:scroll|groups)">', text)) == text.count('class="filter"') == 2
     names = [name for name, _ in page.elements]
     assert names.count("th") == names.count("button") > 5
-    # The elements that the script looks for exist.
+    # The page has the elements that the script looks for.
     script = html._SCRIPT.read_text()
     assert all(f'"{name}"' in script for name in ("table", ".filter", "input", "output", ".groups", "tbody", "button"))
 
 
 def test_columns_with_a_spread_name_the_quantity(tmp_path):
-    """Several columns are called "std"; each can be told apart without its neighbours."""
+    """Several columns are called "std", so their labels name the quantity."""
     write_group(tmp_path / "runs", "bp", [0.9, 0.8, 0.85])
     page, _ = page_of(tmp_path)
     buttons = [attributes for name, attributes in page.elements if name == "button"]
@@ -189,4 +189,4 @@ def test_flags_select_figures_and_formats_and_are_checked_before_anything_is_wri
     assert main([runs, "--out", str(out), "--rules", "kp", "--metric", "test_accuracy", "--format", "pdf,svg"]) == 0
     assert {path.name for path in out.glob("report.*")} >= {"report.pdf", "report.svg"} and not list(out.glob("*.png"))
     assert "![report](report.svg) [report.pdf](report.pdf)" in (out / "report.md").read_text()
-    assert len((out / "report.csv").read_text().splitlines()) == 3  # tables stay complete
+    assert len((out / "report.csv").read_text().splitlines()) == 3  # tables contain all rows

@@ -29,14 +29,14 @@ def no_figures(runs: Any, out_dir: Path, name: str, selection: Any, swept: Any) 
 
 
 class Stopped(KeyboardInterrupt):
-    """Represents an interruption by the user."""
+    """An interruption by the user."""
 
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     weight_angle = declared(["weight_angle"])
-    monkeypatch.setattr(figures, "metrics_of", lambda runs: weight_angle)  # one will do
+    monkeypatch.setattr(figures, "metrics_of", lambda runs: weight_angle)  # one metric is enough
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 2 * 2 + 2 + 2:  # in the second run's second epoch: two evaluations each
+        if len(calls) == 2 * 2 + 2 + 2:  # in the second run's second epoch, with two evaluations per epoch
             raise Stopped
         return evaluate(*arguments)
 
@@ -94,7 +94,7 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
     assert capsys.readouterr().out.splitlines()[-1] == "4 runs: 1 done, 1 interrupted, 2 waiting; none is running"
 
     train_all("parts", jobs, resume=True)
-    for folder in ("whole", "parts"):  # with times and pictures, and without
+    for folder in ("whole", "parts"):  # with times and pictures, and then without
         monkeypatch.setattr(figures, "write_figures", draw)
         assert report([folder, "--out", f"{folder}-report"]) == 0
         monkeypatch.setattr(figures, "write_figures", no_figures)

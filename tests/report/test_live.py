@@ -1,4 +1,4 @@
-"""The view of a running sweep."""
+"""Tests of the view of a running sweep."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def record(epoch: int, seconds: float, loss: float, val: float, test: float) -> 
 
 
 def written(directory: Path, ago: float, started: float | None = None) -> None:
-    """Make it look as if the directory's files were last written `ago` seconds before NOW, the config `started` before."""
+    """Set the times of the directory's files to `ago` seconds before NOW, and that of the config to `started` seconds
+    before NOW."""
     for file in directory.iterdir():
         since = started if started is not None and file.name == "config.yaml" else ago
         os.utime(file, (NOW - since, NOW - since))
@@ -43,7 +44,7 @@ def at(ago: float) -> str:
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A sweep with a run of every kind, as it was at NOW."""
+    """A sweep with a run in every state, as it was at NOW."""
 
     def begun(rule, seed, *lines):
         run = write_begun(tmp_path, rule, seed, 0)
@@ -73,7 +74,7 @@ def sweep(tmp_path):
     ).rename(tmp_path / "dfa-seed0")
     begun("drtp", 0, record(12, 24.0, 0.2411, 0.934, 0.9312))
     with ExitStack() as stack:
-        # 10 epochs of 2.4 s of training took 30 s in all: 3 s each, the last one 1 s ago.
+        # Ten epochs with 2.4 s of training each took 30 s in all, which is 3 s per epoch; the last one ended 1 s ago.
         kp = begun("kp", 0, record(10, 24.0, 0.1021, 0.9652, 0.9631))
         stack.enter_context(at_work(kp, started=at(33.0)))
         written(kp, 1.0, started=31.0)
@@ -102,8 +103,8 @@ def test_every_state_and_the_time_left(sweep):
     assert lines["dfa"].remark == "OutOfMemoryError: tried to allocate 2 GiB"
     assert (lines["kp"].epoch, lines["kp"].epochs, lines["kp"].pace) == (10, 40, pytest.approx(2.4))
     assert lines["kp"].remaining == pytest.approx(30 * 3 - 1)
-    # No epoch yet: as long as the others train on average, 2.2, 2.2, 2, 2.4 and 3 s, times what they take beside: 3 s for 2.4 s
-    # of kp, nothing of wm, in all 1.125.
+    # The run has no epoch yet, so its estimate is the mean of the others' training times, 2.2, 2.2, 2, 2.4 and 3 s, times 1.125
+    # for the time outside training. kp takes 3 s for 2.4 s of training, and wm takes no extra time.
     epoch = (2.2 + 2.2 + 2 + 2.4 + 3) / 5 * 1.125
     assert lines["pfa"].remaining == pytest.approx(40 * epoch - epoch)  # after four seconds, its first epoch is almost finished
     assert lines["usf"].remaining == pytest.approx(40 * epoch)
@@ -114,7 +115,7 @@ def test_every_state_and_the_time_left(sweep):
 
 
 def test_a_run_taken_up_again_is_not_thought_faster_than_its_training(tmp_path):
-    run = write_begun(tmp_path, "kp", 0, epochs=10)  # 2 s each; the present process started when all but one were done
+    run = write_begun(tmp_path, "kp", 0, epochs=10)  # 2 s each; the present process started when only one was left
     with at_work(run, started=at(3.0)):
         written(run, 1.0, started=500.0)
         (line,) = live.Watcher([tmp_path]).look(NOW)
@@ -214,7 +215,7 @@ def test_on_a_terminal_it_is_shown_again_in_place_until_all_have_ended(tmp_path,
     out = Terminal()
     live.watch([run], out, interval=7, once=False)
     assert slept == [7]
-    # Four lines, then the cursor goes to the first of them, clearing each.
+    # The output has four lines; then the cursor returns to the first of them and clears each.
     before, after, *_ = re.split(r"\r\x1b\[2K(?:\x1b\[1A\x1b\[2K){3}", out.getvalue())
     text = [[re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line).rstrip() for line in part.splitlines()] for part in (before, after)]
     assert [lines[2] for lines in text] == ["1 run: 1 interrupted", "1 run: 1 done"]

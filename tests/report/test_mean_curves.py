@@ -1,4 +1,4 @@
-"""Mean curves over the seeds for TensorBoard, read back with its own readers."""
+"""Tests of mean curves over the seeds for TensorBoard, read back with its own readers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ optimizer: {{name: sgd, lr: {lr}, weight_decay: 0.0}}
 def put(
     root: Path, rule: str, seed: int, accuracy: float, lr: float = 0.1, loggers: str = "[tensorboard]", **changes: Any
 ) -> Path:
-    """A run of two epochs of three steps, measured at steps 0, 4 and 6."""
+    """Write a run of two epochs of three steps, measured at steps 0, 4 and 6."""
     lines = [
         {
             "epoch": epoch,
@@ -134,7 +134,7 @@ def test_groups_that_are_gone_are_removed(tmp_path: Path) -> None:
     put(tmp_path, "kp", 1, 0.5)
     write(tmp_path)
     assert not (tmp_path / FOLDER / "kp (seed 0)" / EVENTS).exists()
-    assert (tmp_path / FOLDER / "kp (seed 0)" / "notes.txt").exists()  # not fa_bench's
+    assert (tmp_path / FOLDER / "kp (seed 0)" / "notes.txt").exists()  # this file is not fa_bench's
     assert json.loads((tmp_path / FOLDER / RECORD).read_text()) == ["kp (mean of 2 seeds)"]
 
 

@@ -1,4 +1,4 @@
-"""The measurements of runs, in reports and data frames."""
+"""The measurements of runs appear in reports and data frames."""
 
 from __future__ import annotations
 

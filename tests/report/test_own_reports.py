@@ -1,4 +1,4 @@
-"""A report replaces only files that reports have written, and so does a sweep that ends with one."""
+"""A report replaces only files that reports have written; the same holds for a sweep that ends with a report."""
 
 from __future__ import annotations
 

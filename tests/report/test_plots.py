@@ -1,4 +1,4 @@
-"""Figures for notebooks."""
+"""Tests of figures for notebooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published numbers: the file itself, the runs to which they are compared, and the comparison."""
+"""Tests of the published numbers: the file itself, the runs to which they are compared, and the comparison."""
 
 from __future__ import annotations
 
@@ -171,13 +171,14 @@ def test_numbers_beside_ours(tmp_path) -> None:
     ]
     assert rows[0]["difference"] == pytest.approx(-0.5) and (rows[0]["published_spread"], rows[0]["published_n"]) == (0.25, 4)
     assert rows[1]["note"] == "published after 9 epochs"
-    # fc1 has 89 degrees, fc2 has 80; the number for fc3 alone precedes the range
+    # fc1 has 89 degrees and fc2 has 80; the number for fc3 alone takes precedence over the range.
     assert [(row["layer"], row["inside"]) for row in rows if row["inside"] is not None] == [("fc1", True), ("fc2", False)]
     assert all(row["published_low"] == 85 and blank(row["published_high"]) for row in rows[3:])
 
 
 def test_a_published_difference_to_bp_is_compared_with_pairs_of_runs(tmp_path) -> None:
-    """By seed: seeds 0 and 1 have a run of bp, whose options are no condition; seed 2 and another dataset have none."""
+    """Differences are computed by seed. Seeds 0 and 1 have a run of bp, whose options need not match; seed 2 and the other
+    dataset have none."""
     write_group(tmp_path, "bp", [0.97, 0.95])
     write_group(tmp_path, "predsim", [0.98, 0.97, 0.1])
     write_group(tmp_path / "other", "bp", [0.5, 0.5, 0.5], dataset="mnist")
@@ -207,7 +208,7 @@ def test_a_published_difference_to_bp_is_compared_with_pairs_of_runs(tmp_path) -
     ],
 )
 def test_ranges_have_two_ends(tmp_path, bounds, low, high, inside) -> None:
-    """The runs' layers have 89, 80 and 60 degrees."""
+    """The angles of the runs' layers are 89, 80 and 60 degrees."""
     write_group(tmp_path, "bp", [0.97, 0.98])
     text = (
         "- {paper: P, table: T, dataset: d, architecture: a, quantity: weight_angle, unit: degrees, experiments: [a_table],\n"
@@ -223,7 +224,7 @@ def test_ranges_have_two_ends(tmp_path, bounds, low, high, inside) -> None:
 
 @pytest.mark.parametrize(("bounds", "inside"), [("{low: 98}", False), ("{high: 98}", True), ("{high: 97}", False)])
 def test_range_of_the_whole_network(tmp_path, bounds, inside) -> None:
-    """The runs have 97.5 % on average."""
+    """The runs have an accuracy of 97.5 % on average."""
     write_group(tmp_path, "bp", [0.97, 0.98])
     (tmp_path / "p.yaml").write_text(
         "- {paper: P, table: T, dataset: d, architecture: a, quantity: test_accuracy, unit: '%', experiments: [a_table],\n"

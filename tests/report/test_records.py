@@ -1,4 +1,4 @@
-"""Records that were edited, damaged or written by other programs: each is named and left out, and its text is escaped."""
+"""Records that were edited, damaged or written by other programs are named and left out, and their text is escaped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NESTED = "[" * 100_000 + "]" * 100_000
 
 
 def keys(file: str = "result.json", **values: Any) -> Callable[[Path], None]:
-    """Replaces values in a record."""
+    """Return a function that replaces values in a record."""
 
     def edit(directory: Path) -> None:
         path = directory / file
@@ -33,7 +33,7 @@ def keys(file: str = "result.json", **values: Any) -> Callable[[Path], None]:
 
 
 def text(file: str, content: str) -> Callable[[Path], None]:
-    """Writes another content."""
+    """Return a function that replaces the content of a file."""
 
     def edit(directory: Path) -> None:
         (directory / file).write_text(content)
@@ -343,7 +343,7 @@ def test_the_csv_has_validation_accuracies_and_a_column_for_each_swept_key(tmp_p
         ("0.1", "[8]", "0", "3 finished"),
     ]
     assert "algorithm.b_init" not in rows[0] and "seed" not in rows[0] and "best_val_accuracy" not in rows[0]
-    # 60, 70, 80: std 10; half width 4.302652730 x 10 / sqrt 3 = 24.84137712.
+    # The values are 60, 70, 80, so std is 10 and the half width is 4.302652730 x 10 / sqrt 3 = 24.84137712.
     assert (rows[0]["val_accuracy"], rows[0]["val_accuracy_std"], rows[0]["val_accuracy_ci95"]) == ("70", "10", "24.84137712")
     assert (rows[0]["test_accuracy"], rows[0]["test_accuracy_at_best_val"]) == ("90", "85")
 
@@ -363,13 +363,13 @@ def test_a_run_that_ended_before_its_data_were_known_is_in_the_row_of_the_others
         ("# config hash: 0a\n# code hash: c0de\nseed: 3\nepochs: 2\n", {"seed": 3, "epochs": 2}),
         ("# config hash: 0b\n# code hash: c0de\nseed: 14\nepochs: 2\n", {"seed": 14, "epochs": 2}),
         ("epochs: 2\nseed: 0\n", {"epochs": 2, "seed": 0}),
-        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # part of a text
+        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # the second "seed" is part of a text
         ('label: "a\nseed: 5\nb"\n', {"label": "a seed: 5 b"}),
         ("seed: 012\n", {"seed": 10}),  # octal in YAML
     ],
 )
 def test_configs_that_differ_in_the_seed_are_read_like_any_other(tmp_path, text, want):
-    for _ in range(2):  # the second time, it was parsed before
+    for _ in range(2):  # the second time, the parsed config is cached
         (tmp_path / "config.yaml").write_text(text)
         config = read_config(tmp_path / "config.yaml")
         assert config.values == want and config.code_hash == ("c0de" if "c0de" in text else None)

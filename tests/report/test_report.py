@@ -1,4 +1,4 @@
-"""Reports over hand-made run directories; every expected number is worked out by hand."""
+"""Tests of reports over hand-made run directories; every expected number is worked out by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_runs_are_found_once_in_order_whatever_the_paths(tmp_path):
     (tmp_path / "empty").mkdir()
     assert find_runs([tmp_path / "b", tmp_path, second]) == [first, second]
     (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "config.yaml").write_text("seed: 0\n")  # what commands are composed from
+    (tmp_path / "conf" / "config.yaml").write_text("seed: 0\n")  # commands are composed from this file
     started = tmp_path / "c"
     started.mkdir()
     (started / "config.yaml").write_text("# config hash: 0a\nseed: 0\n")
@@ -175,7 +175,7 @@ def test_accuracy_mean_std_and_interval(tmp_path):
 
 
 def test_interval_of_few_values():
-    assert blank(half_width([1.0, 3.0])) and value_range([1.0, 3.0]) == (1, 3)  # not 12.7 standard errors
+    assert blank(half_width([1.0, 3.0])) and value_range([1.0, 3.0]) == (1, 3)  # no interval of 12.7 standard errors
     assert blank(value_range([1.0])[0])
     assert blank(half_width([1.0])) and blank(half_width([])) and blank(half_width([1.0, 2.0, None, float("inf")]))
 
@@ -184,7 +184,7 @@ def test_difference_to_bp_is_paired_by_seed(tmp_path):
     write_group(tmp_path, "bp", [0.97, 0.98, 0.99])
     write_group(tmp_path, "fa", [0.95, 0.96, 0.94, 0.10])  # seed 3 has no partner
     table = rows(tmp_path)
-    # -2, -2, -5: mean -3, std sqrt 3
+    # The differences are -2, -2, -5, with mean -3 and std sqrt 3.
     assert table["fa"]["bp_difference"] == pytest.approx(-3)
     assert table["fa"]["bp_difference_ci95"] == pytest.approx(T_2)
     assert table["fa"]["bp_difference_n"] == 3
@@ -210,7 +210,7 @@ def test_floor(tmp_path):
 
 
 def test_a_tie_does_not_beat_the_floor(tmp_path):
-    """716 of 720 images in both: the means of the two fractions differ in the last digit."""
+    """Both rules have 716 of 720 images right, but the means of the two fractions differ in the last digit."""
     write_group(tmp_path, "frozen", [358 / 360, 358 / 360])
     write_group(tmp_path, "fa", [359 / 360, 357 / 360])
     assert rows(tmp_path)["fa"]["floor"] is False
@@ -226,7 +226,7 @@ def test_references_are_of_the_same_task(tmp_path, elsewhere):
 
 
 def test_among_several_references_the_nearest_are_taken_on_request_or_by_validation(tmp_path):
-    # Both bp rows are equally similar to that of kp: the one with a validation accuracy of 0.80 is used, although the other one's
+    # Both bp rows are equally similar to that of kp. The row with a validation accuracy of 0.80 is used, although the other row's
     # test accuracy is higher.
     write_group(tmp_path, "bp", [0.97, 0.97], val_accuracy=0.7)
     write_group(tmp_path, "bp", [0.90, 0.90], val_accuracy=0.8, optimizer="adam", group="bp-adam")
@@ -398,7 +398,7 @@ def _write_rates(root: Path, **rates: float) -> None:
 
 
 def test_settings_that_differ_between_rules_have_columns(tmp_path):
-    """These settings do not appear in labels, because each rule has one value."""
+    """A setting that differs between rules does not appear in labels if each rule has only one value of it."""
     _write_rates(tmp_path, bp=0.1, fa=0.02)
     frame = summarise(runs_in(tmp_path))
     lines = to_text(frame).splitlines()
@@ -458,7 +458,7 @@ def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apar
 
 
 def test_rows_whose_rule_transports_weights_by_design_say_so(tmp_path):
-    """As recorded in their results; the report does not know any rule."""
+    """The note comes from the recorded results; the report itself does not know any rule."""
     write_group(tmp_path, "kp", [0.9, 0.9, 0.9], weight_transport=[])
     write_group(tmp_path, "dgl", [0.9, 0.9, 0.9], weight_transport=["within blocks", "after 'norm'"])
     table = rows(tmp_path)

@@ -1,4 +1,4 @@
-"""Reports on tasks whose score is not an accuracy: columns, direction, figures."""
+"""Tests of reports on tasks whose score is not an accuracy: columns, direction and figures."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def test_lower_perplexity_is_better_in_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bp's reference is its setting with the lower perplexity, kp beats the floor, and fa does not."""
+    """The reference is bp's setting with the lower perplexity; by perplexity, kp beats the floor, and fa does not."""
     without_pixels(monkeypatch)
     for seed in range(3):
         write_tokens(tmp_path, "bp", seed, 4.0 + 0.1 * seed, 4.0, lr=0.1)

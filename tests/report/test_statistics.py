@@ -1,4 +1,4 @@
-"""Statistics compared with numbers worked out by hand and with SciPy."""
+"""Statistics agree with numbers worked out by hand and with SciPy."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fa_bench.report.numbers import (
 
 from .by_hand import T_2, blank
 
-#: Ours minus theirs: 1, 2, 6. Mean 3, deviations -2, -1, 3, variance (4 + 1 + 9) / 2 = 7.
+#: The differences, ours minus theirs, are 1, 2, 6, with mean 3 and deviations -2, -1, 3, so the variance is (4 + 1 + 9) / 2 = 7.
 OURS, THEIRS = {0: 91.0, 1: 94.0, 2: 96.0, 7: 1.0}, {2: 90.0, 1: 92.0, 0: 90.0, 5: 2.0}
 
 
 def test_paired_differences_effect_size_and_p_value():
     found = paired(OURS, THEIRS)
     assert found[:5] == pytest.approx((3, T_2 * math.sqrt(7 / 3), 1, 6, 3))
-    # d_z = 3 / sqrt 7; t = d_z sqrt 3 = 1.9640 with 2 degrees of freedom, for which p = 1 - t / sqrt(2 + t^2):
-    # t^2 = 27 / 7, so p = 1 - sqrt((27 / 7) / (41 / 7)) = 1 - sqrt(27 / 41).
+    # d_z is 3 / sqrt 7, and t = d_z sqrt 3 = 1.9640 with 2 degrees of freedom, for which p = 1 - t / sqrt(2 + t^2). Since t^2 =
+    # 27 / 7, p = 1 - sqrt((27 / 7) / (41 / 7)) = 1 - sqrt(27 / 41).
     assert found.effect == pytest.approx(3 / math.sqrt(7))
     assert found.p == pytest.approx(1 - math.sqrt(27 / 41)) == pytest.approx(0.188497, abs=1e-6)
     assert found.p == pytest.approx(stats.ttest_rel([91, 94, 96], [90, 92, 90]).pvalue)
@@ -51,9 +51,10 @@ def test_equal_differences_have_no_test_though_rounding_makes_them_differ():
 
 
 def test_holm():
-    # Sorted: 0.01 * 4, 0.02 * 3 = 0.06, 0.03 * 2 = 0.06, 0.04 * 1 -> at least the one before: 0.06.
+    # The sorted values give 0.01 * 4, 0.02 * 3 = 0.06, 0.03 * 2 = 0.06 and 0.04 * 1, which is raised to the value before it,
+    # 0.06.
     assert holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.02}) == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.06, "d": 0.06})
-    # Those without a value do not count: 0.3 * 2 and 0.9; 2 * 0.7 is at most 1.
+    # Missing values do not count, so the results are 0.3 * 2 and 0.9, and 2 * 0.7 is limited to 1.
     corrected = holm({"a": 0.3, "b": math.nan, "c": 0.9})
     assert corrected["a"] == pytest.approx(0.6) and corrected["c"] == pytest.approx(0.9) and blank(corrected["b"])
     assert holm({"a": 0.7, "b": 0.8}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
@@ -66,16 +67,18 @@ def test_intervals_need_three_values():
 
 
 def test_interquartile_mean():
-    # 8 values: two are cut at each end, (3 + 4 + 5 + 6) / 4. 5 values: one, (2 + 3 + 4) / 3. 3 values: none.
+    # Of 8 values, two are cut at each end, which leaves (3 + 4 + 5 + 6) / 4. Of 5 values, one is cut at each end, which leaves (2
+    # + 3 + 4) / 3. Of 3 values, none is cut.
     assert interquartile_mean([100, 1, 3, 4, 2, 5, 6, 50]) == 4.5 == stats.trim_mean([1, 2, 3, 4, 5, 6, 50, 100], 0.25)
     assert interquartile_mean([9, 2, 3, 4, 0]) == 3 and interquartile_mean([1, 2, 6, None]) == 3 and blank(interquartile_mean([]))
 
 
 def test_bootstrap_resamples_within_each_task():
-    # Two tasks of two seeds: a resample has two of (0, 1) and two of (10, 11). Without the lowest and the highest it has the
-    # larger of the first pair and the smaller of the second: 1 with probability 3/4, 0 with 1/4, and 10 (3/4) or 11 (1/4).
-    # Their mean is 5 with 3/16, 5.5 with 9/16 + 1/16 and 6 with 3/16: the 2.5 % and 97.5 % quantiles are 5 and 6. Without
-    # strata, four zeros would come (1/256), and means from 0.25 to 10.75 would be in the interval.
+    # There are two tasks of two seeds, so a resample has two of (0, 1) and two of (10, 11). Without the lowest and the highest
+    # value, the resample has the larger of the first pair, which is 1 with probability 3/4 and 0 with 1/4, and the smaller of the
+    # second, which is 10 (3/4) or 11 (1/4). The mean of these two values is 5 with probability 3/16, 5.5 with 9/16 + 1/16, and 6
+    # with 3/16, so the 2.5 % and 97.5 % quantiles are 5 and 6. Without strata, four zeros could be drawn (1/256), and the
+    # interval would include means from 0.25 to 10.75.
     assert bootstrap_interval([[0.0, 1.0], [10.0, 11.0]]) == (5, 6)
     assert bootstrap_interval([[1.0, 5.0, 7.0]]) == bootstrap_interval([[1.0, 5.0, 7.0], []])  # the seed is fixed
     assert all(map(blank, bootstrap_interval([[1.0], [2.0]])))

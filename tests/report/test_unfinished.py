@@ -1,4 +1,4 @@
-"""Reports on incomplete sweeps: runs that are running, were interrupted, failed, diverged, or have not begun."""
+"""Tests of reports on incomplete sweeps, with runs that are running, were interrupted, failed, diverged, or have not begun."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_run_without_result_has_its_place_in_the_row_of_its_group_and_in_no_me
 
 
 def test_a_row_without_any_result_is_there(tmp_path):
-    # By the folder of its group; otherwise, runs that differ only in the seed share a row.
+    # Runs are grouped by the folder of their group; otherwise, runs that differ only in the seed share a row.
     write_begun(tmp_path, "kp", 0, 1, folder="kp-0123abcd/seed0", scale="short")
     for rule, seed, lr in (("fa", 0, 1), ("fa", 1, 1), ("fa", 2, 2)):
         write_begun(tmp_path, rule, seed, 0, optimizer={"name": "sgd", "lr": lr})
@@ -79,7 +79,7 @@ def test_asking_for_the_lock_neither_makes_nor_keeps_it(tmp_path):
         assert current_status(tmp_path, {}) == "running"
         assert current_status(tmp_path, {"status": "finished"}) == "finished"
     assert current_status(tmp_path, {"status": "diverged"}) == "diverged"
-    with FileLock(tmp_path / LOCK, timeout=0):  # it is not locked; otherwise, this would raise an error
+    with FileLock(tmp_path / LOCK, timeout=0):  # if the run were locked, this would raise an error
         pass
 
 
@@ -145,7 +145,7 @@ def test_a_second_sweep_keeps_what_the_first_one_announced(tmp_path, monkeypatch
             {"directory": "y", "label": "y seed 0", "epochs": 3},
         ],
     }
-    again = tmp_path / "outputs" / "experiment"  # the same, called from elsewhere
+    again = tmp_path / "outputs" / "experiment"  # the same folder, named from another directory
     more = [PlannedRun(again / "z", "z seed 0", 4), PlannedRun(again / "x" / "seed0", "x more", 5)]
     write_sweep(again, ["fa-bench", "b"], more)
     assert read_sweep(folder / "sweep.json") == [

@@ -1,4 +1,4 @@
-"""The callbacks of every run, each tested alone: when they act, and with which arguments."""
+"""The callbacks of every run are tested one at a time: when they act, and with which arguments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def trainer(epochs: int = 3, stop: Any = None, **progress: Any) -> Any:
 @pytest.mark.parametrize("stopped", [None, {"reason": "enough", "callback": "c"}], ids=["to the end", "stopped"])
 @pytest.mark.parametrize(("probed", "angles"), [(5, OLD), (4, OLD), (5, None), (4, None), (None, None), (5, {})])
 def test_a_run_ends_with_the_angles_of_its_last_step(stopped: Any, probed: int | None, angles: Any) -> None:
-    """A run that is stopped records them as a measurement; one that was resumed after its end only has them in its result."""
+    """A run that is stopped records the angles as a measurement. A run that was resumed after its end has the angles only in its
+    result."""
     recorded: list[Any] = []
     of_run = trainer(step=5, probed=probed, angles=angles, stopped=stopped)
     Alignment(SimpleNamespace(measure=lambda: NEW), 2, lambda *values: recorded.append(values)).on_fit_end(of_run)  # type: ignore[arg-type]
@@ -99,7 +100,7 @@ def test_checkpoints_of_every_so_many_epochs_and_of_the_last(every: int, epoch: 
 
 
 def test_minutes_count_from_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it was saved within an epoch or at its end."""
+    """The checkpoint may have been saved within an epoch or at its end."""
     saved, now = [], [0.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
     checkpoints = Checkpoints(lambda: saved.append(now[0]), 1, 1.0)
@@ -115,7 +116,7 @@ def test_minutes_count_from_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch)
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, times: list[float], epoch: int = 0, **options: Any) -> tuple[Display, list[Any]]:
-    """A display without a terminal, whose epochs after `epoch` end at these times; returns its lines, with their levels."""
+    """A display without a terminal, and its lines with their levels; the epochs after `epoch` end at these times."""
     now, lines = [0.0], []
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(callbacks.log, "log", lambda level, text, *values: lines.append((level, text % values)))
@@ -151,7 +152,7 @@ def test_a_later_run_of_a_sweep_has_one_line_unless_it_takes_some_seconds(monkey
 
 
 def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a resume, the bar starts at the number of steps already done."""
+    """After a resume, the bar starts at the number of steps that are already done."""
     made: list[dict[str, Any]] = []
 
     class Bar:
@@ -181,7 +182,7 @@ def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPat
 
 
 class Values(nn.Module):
-    """A model whose parameters pretend to be on this device."""
+    """A model whose parameters claim to be on this device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -207,7 +208,7 @@ class Values(nn.Module):
 def test_losses_are_checked_at_every_step_or_seldom(
     device: str, step: int, looks: bool, proceed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an accelerator a check waits for the device. Only the first divergence is recorded."""
+    """On an accelerator, a check waits for the device, so checks are rare. Only the first divergence is recorded."""
     monkeypatch.setattr("fa_bench.runs.divergence.first_nonfinite", lambda rule, x: "fc1" if x is None else "fc2")
     of_run, divergence = trainer(epoch=1, step=step, loss_sum=torch.tensor(math.nan)), Divergence(proceed)
     of_run.model, of_run.rule = Values(device), None

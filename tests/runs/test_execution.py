@@ -1,4 +1,4 @@
-"""Compilation, precision and memory format of a run."""
+"""Tests of how a run is compiled, of its precision and of its memory format."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def trained(directory: Path, *overrides: str) -> dict[str, Any]:
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the batches that are compiled; PyTorch's own operations replace compiled kernels."""
+    """Record the shapes of the batches that are compiled, and use PyTorch's own operations instead of compiled kernels."""
     shapes: list[tuple[int, ...]] = []
     compile_model = torch.compile
 
@@ -73,7 +73,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @needs_compiler
 @pytest.mark.parametrize("algorithm", ["kp", "dkp", "drtp", "brsf", "predsim"])
 def test_a_compiled_run_has_the_same_results(algorithm: str, tmp_path: Path, traced: list[tuple[int, ...]]) -> None:
-    """The measurements of angles between the steps, and the last, smaller batch, neither use the graph nor compile another."""
+    """Measuring angles between steps and training on the smaller last batch neither use the graph nor compile another one."""
     plain = trained(tmp_path / "plain", f"algorithm={algorithm}")
     assert not traced
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -95,7 +95,7 @@ def test_micro_batches_of_both_sizes_are_compiled(tmp_path: Path, traced: list[t
 
 @needs_compiler
 def test_compiled_models_draw_the_same_dropout_and_repeat_bit_for_bit() -> None:
-    """With PyTorch's own compiler; fused kernels round in a different order, by 1e-7 of each number."""
+    """With PyTorch's own compiler, fused kernels round in a different order, which changes each number by a relative 1e-7."""
     if execution._no_compiler():
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_compiled_models_draw_the_same_dropout_and_repeat_bit_for_bit() -> None:
 def test_bf16_computes_in_half_precision_and_keeps_weights_and_metrics_in_single(tmp_path: Path) -> None:
     plain, half = (trained(tmp_path / precision, "algorithm=kp", f"precision={precision}") for precision in ("fp32", "bf16"))
     assert half["weights_hash"] != plain["weights_hash"] and half["initial_weights_hash"] == plain["initial_weights_hash"]
-    # bf16 has 8 bits: products of some hundred terms are off by 1 %.
+    # bf16 has 8 bits, so products of some hundred terms are off by 1 %.
     losses = [
         json.loads(next((tmp_path / name).rglob("metrics.jsonl")).read_text().splitlines()[0])["train_loss"]
         for name in ("fp32", "bf16")
@@ -215,7 +215,7 @@ def test_tf32_holds_for_products_of_training_only() -> None:
 
 
 def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """The time of the current run: compilation before it was resumed does not count."""
+    """Only compilation in the current run is subtracted, not compilation before it was resumed."""
     progress, clock = Progress(compile_seconds=20.0), iter([0.0, 100.0])
     trainer: Any = SimpleNamespace(
         options=RunOptions(epochs=2), progress=progress, splits=SimpleNamespace(train=SimpleNamespace(steps=lambda size, drop: 1))
@@ -233,7 +233,8 @@ def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, c
 def test_a_rule_that_runs_the_model_again_is_not_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`true` is refused before training; `auto`, if compilation would be worthwhile, explains why it is not used."""
+    """compile=true is refused before training. compile=auto, where compilation would be worthwhile, explains why it is not
+    used."""
     monkeypatch.setattr(execution, "_pays", lambda *_: (True, ""))
     pepita = ["algorithm=pepita", "optimizer.lr=0.01"]
     assert main([*SMALL, *pepita, "compile=true", f"output_dir={tmp_path / 'one'}"]) == 2
@@ -245,7 +246,7 @@ def test_a_rule_that_runs_the_model_again_is_not_compiled(
 
 
 def test_scores_are_those_of_what_the_rule_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only in evaluation: the training loss is computed from the model's output."""
+    """Only evaluations use the prediction; the training loss is computed from the model's output."""
     rule = ALGORITHMS["forward_forward"]
     monkeypatch.setattr(rule, "predict", lambda self, x: torch.zeros(len(x), 10))
     trained(tmp_path, "algorithm=forward_forward", "architecture.widths=[8,8]", "optimizer.lr=1e-3", "epochs=1")

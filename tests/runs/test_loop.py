@@ -1,4 +1,4 @@
-"""The training loop against one written by hand, and which epoch counts as the best."""
+"""The training loop agrees with one written by hand, and the best epoch is chosen correctly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BATCH, SEED, LR, GAMMA, DECAY, FIRST_DECAY, MOMENTUM = 16, 3, 0.1, 0.5, 0.02, 0.
 
 
 def load() -> Splits:
-    """40 training images, so that the last batch of 16 has 8; 4 for validation, 10 for testing."""
+    """Load 40 training images, so that the last batch of 16 has 8, 4 images for validation and 10 for testing."""
     dataset = Synthetic(samples=44, validation=4, test_samples=10, classes=3, size=2, noise=0.4)
     return dataset.load(Path(), torch.device("cpu"))
 
@@ -57,7 +57,7 @@ def make_model(dropout: float = 0.0) -> nn.Sequential:
 
 
 def trained(rule: Rule) -> list[Tensor]:
-    """Weights and learned feedback, each once."""
+    """The weights and the learned feedback, each tensor once."""
     return list({id(tensor): tensor for tensor in [*rule.model.parameters(), *rule.feedback_parameters()]}.values())
 
 
@@ -78,7 +78,7 @@ def fit(
     callbacks_after: Iterable[Callback] = (),
     **more: Any,
 ) -> list[dict[str, Any]]:
-    """Train with the package's loop; returns the metrics of every epoch."""
+    """Train with the package's loop, and return the metrics of every epoch."""
     options = SGD(
         lr=LR,
         momentum=MOMENTUM,
@@ -120,14 +120,14 @@ def indices_of(splits: Splits, x: Tensor) -> Tensor:
 
 
 def evaluate_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Loss and accuracy of a twin in evaluation mode."""
+    """The loss and accuracy of a copy of the model in evaluation mode."""
     with torch.no_grad():
         logits = copy.deepcopy(model).eval()(x)
     return {"loss": F.cross_entropy(logits, y).item(), "accuracy": (logits.argmax(1) == y).float().mean().item()}
 
 
 def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> list[dict[str, Any]]:
-    """The same training with torch alone."""
+    """Train in the same way with torch alone."""
     optimizer = torch.optim.SGD(trained(rule), lr=LR, momentum=MOMENTUM, foreach=False)
     lines = []
     rule.model.train()
@@ -166,26 +166,28 @@ def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> lis
     ids=["bp", "kp", "pfa", "wm", "drtp", "f3"],
 )
 def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], drop_last: bool) -> None:
-    """Both have the same first-epoch decay, schedule, order of calls, handling of a smaller last batch, and evaluation mode."""
+    """Both loops have the same first-epoch decay, schedule, order of calls, handling of a smaller last batch, and evaluation
+    mode."""
     splits, epochs = load(), 3
     rules = [fa_bench.attach(make_model(), name, seed=1, **options) for _ in range(2)]
     rules[0].model.eval()  # the loop itself sets the mode
     got, want = fit(rules[0], splits, epochs, drop_last), fit_by_hand(rules[1], splits, epochs, drop_last)
     assert [line["step"] for line in got] == [2, 4, 6] if drop_last else [3, 6, 9]
     for line, expected in zip(got, want, strict=True):
-        # Float32, and the fused update rounds differently: 1e-7 a step, amplified by normalisation over nine steps.
+        # In float32, the fused update rounds differently, by 1e-7 a step, which normalisation amplifies over nine steps.
         assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(trained(rules[0]), trained(rules[1]), rtol=1e-4, atol=1e-5)
-    # wm's B has no optimizer.
+    # No optimizer updates the B of wm.
     torch.testing.assert_close(rules[0].feedback, rules[1].feedback, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rules[0].model.state_dict(), rules[1].model.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), [("bp", {}), ("kp", {}), ("drtp", {"cuts": ["act"]}), F3])
 def test_parts_of_a_batch_count_by_their_numbers_of_images(name: str, options: dict[str, Any]) -> None:
-    """Three parts of 16 images are 6, 5 and 5, of 8 images 3, 3 and 2; without normalisation, they train like the whole batch.
+    """The three parts of 16 images are 6, 5 and 5, and those of 8 images 3, 3 and 2. Without normalisation, the parts train like
+    the whole batch.
 
-    Float32: sums in a different order, 1e-7 per step.
+    In float32, the order of sums changes results by 1e-7 per step.
     """
     found = []
     for accumulate in (1, 3):
@@ -235,7 +237,7 @@ def test_rule_steps_after_the_optimizer() -> None:
 
 @pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
 def test_measuring_angles_changes_no_number(name: str) -> None:
-    """This also holds with dropout: the measurements do not use torch's generator."""
+    """Measuring does not change results, even with dropout, because measurements do not use torch's generator."""
     found = []
     for every in (0, 1):
         rule = fa_bench.attach(make_model(0.5), name, seed=1, **({"cuts": ["act"]} if name == "dfa" else {}))
@@ -262,7 +264,8 @@ def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: py
 
 
 def test_a_score_that_is_not_finite_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Like the perplexity of an epoch that overflowed: every later one is better, and none is better than it."""
+    """An overflow, for example, makes a perplexity infinite or NaN. An epoch with such a score must neither be the best one nor
+    prevent later epochs from becoming the best."""
     of_epochs = iter([float("nan"), float("-inf"), 0.5, float("inf"), 0.4])
     splits, progress, now = load(), [], [0.0]
 
@@ -278,7 +281,7 @@ def test_a_score_that_is_not_finite_is_not_the_best(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_evaluation_has_the_precision_of_training(precision: str, dtype: torch.dtype) -> None:
-    """Only an evaluation runs without gradients."""
+    """Only evaluations run without gradients, which is how the test recognises them."""
     model, seen = make_model(), set()
     rule = fa_bench.attach(model, "bp")
     model.fc2.register_forward_hook(lambda module, args, output: None if torch.is_grad_enabled() else seen.add(output.dtype))
@@ -287,7 +290,7 @@ def test_evaluation_has_the_precision_of_training(precision: str, dtype: torch.d
 
 
 def test_epoch_records_angles_only_if_it_measured_some() -> None:
-    """Three steps per epoch, measured at steps 5, 10 and 15, in epochs 2, 4 and 5; the last epoch is always measured."""
+    """An epoch has three steps. Angles are measured at steps 5, 10 and 15, in epochs 2, 4 and 5, and always in the last epoch."""
     lines = fit(fa_bench.attach(make_model(), "bp"), load(), 6, probe_every=5)
     assert [line["angles"] is not None for line in lines] == [False, True, False, True, True, True]
 
@@ -302,7 +305,7 @@ def test_hash_of_the_batches_is_that_of_the_first_one_of_every_epoch() -> None:
 
 
 def test_processes_are_told_the_number_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step counts from the start of the run, so dropout does not repeat itself in another epoch."""
+    """Steps are counted from the start of the run, so dropout does not repeat itself in another epoch."""
     seen = []
     monkeypatch.setattr(World, "begin_step", lambda world, seed, step: seen.append((seed, step)))
     fit(fa_bench.attach(make_model(), "bp"), load(), 2)
@@ -368,7 +371,7 @@ def test_histograms_see_the_gradients_of_the_step_before_its_update() -> None:
 
 @pytest.mark.parametrize("kind", ["weight", "feedback"])
 def test_number_that_the_last_step_made_infinite_is_a_divergence(kind: str) -> None:
-    """No loss was computed with it."""
+    """The last step makes a number infinite, which no later loss can reveal."""
     rule = fa_bench.attach(make_model(), "kp", seed=1)
     tensor = rule.model.fc2.weight if kind == "weight" else rule.feedback["fc2"]["B"]
 
@@ -395,18 +398,18 @@ def test_looking_for_the_first_infinite_output_changes_nothing() -> None:
 
 
 def test_evaluation_averages_over_images_and_not_over_batches() -> None:
-    """600 images form a batch of 512 and one of 88, which differ."""
+    """The 600 images form a batch of 512 and one of 88, whose losses differ."""
     model = make_model().eval()
     split = Synthetic(samples=10, test_samples=600, classes=3, size=2).load(Path(), torch.device("cpu")).test
     split.labels[512:] = 0
     x, y = next(split.batches(600))
-    # Sums of 600 float32 numbers in a different order.
+    # The tolerance covers float32 sums of 600 numbers in a different order.
     assert loop.evaluate(model, CrossEntropy(), split, BATCH) == pytest.approx(evaluate_by_hand(model, x, y), rel=1e-5)
     assert not model.training and loop.evaluate(model.train(), CrossEntropy(), split, BATCH) and model.training
 
 
 def test_angles_are_measured_once_for_a_step() -> None:
-    """Three batches per epoch, and the last one's angles are those at the end; none is measured twice at the end."""
+    """An epoch has three batches. The angles after the last batch are those at the end, which are not measured twice."""
     for every, steps in ((3, [0, 3, 6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6]), (0, [6])):
         measured: list[int] = []
         fit(
@@ -420,7 +423,7 @@ def test_angles_are_measured_once_for_a_step() -> None:
 
 
 def test_an_evaluation_may_be_left_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten test images and four for validation, in batches of four; a training of one epoch evaluates both."""
+    """Ten test images and four for validation are evaluated in batches of four; one epoch of training evaluates both splits."""
     monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 1)
     waits: list[None] = []
     evaluated = loop.evaluate(make_model(), CrossEntropy(), load().test, 4, lambda: waits.append(None))
@@ -445,7 +448,7 @@ def test_a_weight_that_is_not_finite_is_named_before_feedback_in_the_models_orde
 
 
 def test_test_accuracy_at_the_best_epoch_is_that_of_this_epoch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it was in other epochs."""
+    """The test accuracies of other epochs make no difference."""
     of_epochs = iter([(0.5, 0.9), (0.7, 0.2), (0.6, 0.8)])
     splits, progress, now = load(), [], [(0.0, 0.0)]
 

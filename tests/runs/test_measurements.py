@@ -1,4 +1,4 @@
-"""When alignment metrics are measured, and their record, angles.jsonl."""
+"""Alignment metrics are measured at the right steps, and recorded in angles.jsonl."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .test_resume_checks import stopped
 from .test_survival import at_step
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
-#: Three epochs of four steps.
+#: A run of three epochs of four steps.
 RUN = [
     "dataset=synthetic",
     "dataset.samples=64",
@@ -107,7 +107,7 @@ def test_measuring_is_no_training_time(monkeypatch: Patch) -> None:
     monkeypatch.setattr(AlignmentMeter, "measure", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     lines = fit(fa_bench.attach(make_model(), "bp", seed=1), load(), 2, probe_every=1)
-    assert now[0] == 7000.0 and lines[-1]["seconds"] == 0.0  # six steps, and before the first one
+    assert now[0] == 7000.0 and lines[-1]["seconds"] == 0.0  # six steps, and the measurement before the first one
 
 
 DAMAGE = {
@@ -150,7 +150,7 @@ def test_a_finished_run_without_its_whole_record_is_trained_again(damage: Any, c
 
 @pytest.mark.parametrize("step", [5, 8, 12])  # within an epoch, at its end, and in the last one
 def test_record_of_a_resumed_run_is_that_of_an_uninterrupted_one(step: int, monkeypatch: Patch) -> None:
-    """As after a kill, lines that the checkpoint does not include are dropped."""
+    """Lines that the checkpoint does not include are dropped, as after a kill."""
     command = [*RUN, "probe_every=5"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
     at_step(step, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
@@ -161,7 +161,7 @@ def test_record_of_a_resumed_run_is_that_of_an_uninterrupted_one(step: int, monk
 
 
 def test_a_checkpoint_within_an_epoch_comes_after_the_measurements_that_it_counts(monkeypatch: Patch) -> None:
-    """So that a kill at any later time leaves a record that the run can continue."""
+    """The record is written first, so that a kill at any later time leaves a record that the run can continue."""
     save, found = checkpoint.save, []
 
     def saving(*arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""A run removes and overwrites only its own files: everything else in its folders is unchanged, byte by byte."""
+"""A run removes and overwrites only its own files. All other files in its folders are unchanged, byte by byte."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMON = [
     "architecture.widths=[8]",
 ]
 RUN = [*COMMON, "hydra.run.dir=run"]
-#: Files that somebody's folder may contain; the last ones look like files of a run.
+#: Files that a user's folder may contain; the last ones have names like those of a run's files.
 FOREIGN = [
     "notes.txt",
     ".draft.tmp",
@@ -88,7 +88,7 @@ def test_a_folder_with_anything_foreign_in_it_is_refused_and_left_as_it_is(name:
 def test_foreign_files_in_a_run_of_ones_own_are_named_by_single_runs_and_sweeps(name: str, capsys: Capture) -> None:
     assert main([*COMMON, "output_dir=o"]) == 0
     (place,) = [path.parent for path in Path("o").rglob(RESULT)]
-    for path in place.iterdir():  # where `put` puts it
+    for path in place.iterdir():  # the place where `put` writes it
         own = {CONFIG, LOG, RESULT, "metrics.jsonl", "angles.jsonl", "checkpoints", event_files.EVENTS}
         assert path.name in own or "tfevents" in path.name
     put(f"../{place}/{name}")
@@ -135,7 +135,7 @@ def test_starting_anew_removes_the_runs_own_files_alone(monkeypatch: Patch) -> N
         for folder, names in (("", ownership.TEMPORARIES), ("checkpoints/", ownership.CHECKPOINT_TEMPORARIES))
         for name in names
     ]
-    with open("run/checkpoints/last.pt", "rb") as before:  # open, so that its inode number is not given to another file
+    with open("run/checkpoints/last.pt", "rb") as before:  # kept open, so that its inode number is not given to another file
         assert main([*RUN, "resume=false"]) == 0
         assert not any(path.exists() for path in left)
         assert Path("run/checkpoints/last.pt").stat().st_ino != os.fstat(before.fileno()).st_ino
@@ -196,7 +196,7 @@ def test_a_copy_made_of_hard_links_stays_as_it_was() -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         os.link(path, copy)
     before = bytes_below("copy")
-    Path("run/checkpoints/last.pt").unlink()  # from the one before: an epoch is trained again
+    Path("run/checkpoints/last.pt").unlink()  # resumed from the previous checkpoint, so an epoch is trained again
     assert main([*RUN, "epochs=2", "resume=true"]) == 0 and bytes_below("copy") == before
     assert main([*RUN, "epochs=2", "resume=false"]) == 0 and bytes_below("copy") == before
 
@@ -215,7 +215,7 @@ def test_a_record_of_events_that_names_other_files_removes_none_of_them(capsys: 
     ("multirun", "key"), [(False, "output_dir"), (False, "hydra.run.dir"), (True, "output_dir"), (True, "hydra.sweep.dir")]
 )
 def test_the_root_is_refused(place: str, multirun: bool, key: str) -> None:
-    """Only the check of the jobs is run, which writes nothing; no command is executed."""
+    """No command is executed; only the jobs are checked, which writes nothing."""
     Path("up").symlink_to("/")
     composer = Composer("config", None, [*COMMON, f"{key}={place}"])
     jobs = composer.expand(multirun)

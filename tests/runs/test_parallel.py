@@ -1,6 +1,6 @@
 """Runs of several processes equal those of one process; unsupported cases are refused, and all processes end together.
 
-Two processes communicate through gloo and run one command after the other, because starting them is slow.
+The two processes communicate through gloo and run one command after another, because starting them is slow.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fa_bench.utils.files import ANGLES, METRICS, RESULT
 from .test_stopping import job_of
 
 ROOT = Path(__file__).resolve().parents[2]
-#: 50 samples in batches of 9, of which two processes have 5 and 4, and a last one of 5, of which they have 3 and 2.
+#: There are 50 samples in batches of 9, which two processes split into 5 and 4, and a last batch of 5, split into 3 and 2.
 COMMON = ["batch_size=9", "drop_last=false", "probe_size=8", "probe_every=3", "loggers=[]", "epochs=1", "threads=1"]
 DATA = [*COMMON, "dataset=synthetic", "dataset.validation=0", "dataset.samples=50", "dataset.test_samples=21"]
 MLP = [*DATA, "architecture.widths=[8,8]"]
@@ -50,7 +50,7 @@ RESNET = [
     "architecture.blocks=1",
     "algorithm=kp",
 ]
-#: Excludes whatever depends on the batch as a whole.
+#: Options that avoid values that depend on the whole batch.
 OPTIONS = {
     "predsim": ["algorithm.loss=pred"],
     "dgl": ["algorithm.auxiliary_net=linear"],
@@ -70,7 +70,8 @@ class MyStop(Callback):
         if trainer.world.size == 1 or trainer.world.rank == 1:
             trainer.stop("enough")
 """
-#: Each process has its own noise; a difference of losses over 2e-3 multiplies rounding by 500.
+#: Rules in which each process has its own noise, or in which a difference of losses is divided by 2e-3, which multiplies rounding
+#: by 500.
 NOISY = ("node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "ddtp_linear", "ldrl", "dfc")
 CASES: dict[str, list[str]] = {
     **{rule: [*MLP, f"algorithm={rule}", *OPTIONS.get(rule, [])] for rule in ALGORITHMS if rule not in NOISY},
@@ -105,7 +106,7 @@ CASES: dict[str, list[str]] = {
     "resnet20": [*RESNET, "sync_batch_norm=true"],
     "feedback optimizer": [*MLP, "algorithm=dkp", "optimizer@feedback_optimizer=adam", "probes=[gradient_norm]"],
 }
-#: With separate magnitudes in every pass, and with errors of an earlier epoch.
+#: Rules with separate magnitudes in every pass, or with errors from an earlier epoch.
 RESUMED = ("brsf", "f3")
 REFUSED = {
     ("batch_size=1",): "batch_size=1 makes batches of 1 for 2 processes, each of which needs a sample; use 2 or more",
@@ -122,7 +123,7 @@ def command(name: str, folder: str) -> list[str]:
 
 
 def process(number: int, store: str, commands: list[tuple[list[str], int | None]], results: Any) -> None:
-    """Run commands as one of two processes; the second gets a signal after the step that a command names."""
+    """Run commands as one of two processes; the second process gets a signal after the step that a command names."""
     torch.set_num_threads(1)
     shared = dist.FileStore(store, 2)
     dist.init_process_group("gloo", store=shared, rank=number, world_size=2)
@@ -150,7 +151,8 @@ def process(number: int, store: str, commands: list[tuple[list[str], int | None]
 
 
 def in_two_processes(folder: Path, commands: list[tuple[list[str], int | None]]) -> list[dict[int, tuple[int, str, str]]]:
-    """For each command, by process: the exit code, standard output and standard error."""
+    """Run the commands in two processes, and return each process's exit code, standard output and standard error for every
+    command."""
     context = mp.get_context("spawn")
     results = context.Queue()
     processes = [
@@ -204,7 +206,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("PYTHONPATH", str(ROOT))
         os.chdir(folder)
         try:
-            # One process begins runs that two processes resume.
+            # One process begins the runs that two processes resume.
             assert [stopped_after(8, words) for words in resumed.values()] == [143] * len(resumed)
             found = in_two_processes(folder, list(commands.values()))
         finally:
@@ -237,7 +239,7 @@ def result_in(folder: str) -> dict[str, Any]:
 
 
 def difference(one: str, two: str) -> float:
-    """The largest difference of a tensor of the two runs' last checkpoints, relative to the tensor's norm."""
+    """The largest difference between tensors of the two runs' last checkpoints, relative to the tensor's norm."""
     first, second = (torch.load(Path(folder, "checkpoints", "last.pt"), weights_only=True) for folder in (one, two))
     assert first.keys() == second.keys() and first["progress"].keys() == second["progress"].keys()
     largest = 0.0
@@ -253,8 +255,8 @@ def difference(one: str, two: str) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(name: str, inside: Any) -> None:
-    """Gradients are sums of float32 numbers in a different order: 1e-7 per step, which later layers multiply by a small
-    factor."""
+    """The float32 sums of gradients have a different order, which changes them by 1e-7 per step. Later layers multiply this by a
+    small factor."""
     of_case = inside[name]
     assert [of_case[number][0] for number in range(2)] == [0, 0], of_case
     assert main(command(name, "one")) == 0
@@ -268,7 +270,7 @@ def test_two_processes_train_as_one(name: str, inside: Any) -> None:
     for key in ("train_loss", "test_loss"):
         assert lines[1][key] == pytest.approx(lines[0][key], rel=1e-4)
     accuracies = [{key: line[key] for key in line if key.endswith("accuracy")} for line in lines]
-    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.05)  # one of 21 samples at most
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.05)  # at most one of 21 samples
     measured = [[json.loads(line)["step"] for line in Path(folder, ANGLES).read_text().splitlines()] for folder in folders]
     assert measured[0] == measured[1] and len(measured[0]) > 1
     assert of_case[1][2] == "" and "2 processes share each batch" in Path(folders[1], "run.log").read_text()
@@ -291,14 +293,14 @@ def test_normalisation_over_all_samples_is_torchs_if_one_process_has_them_all(
                 output = module(leaf)
                 output.pow(3).sum().backward()
                 found.append([output.detach(), leaf.grad, *(one.grad for one in module.parameters())])
-            # Float32; the statistics here are computed in double precision.
+            # The module computes its statistics in double precision, and torch in float32.
             torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(dict(own.state_dict()), dict(plain.state_dict()), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(own.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_makes_several_processes_differ_from_one_is_noted() -> None:
-    """Dropout in layers and attention, unless its rate is zero; and the notes of rules on data parallelism."""
+    """Dropout in layers and attention is noted unless its rate is zero, and so are the rules' notes on data parallelism."""
     notes = parallel.Processes(1, 2, 1, None).notes
     share = "2 processes share each batch"
     assert notes(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0), nn.LSTM(2, 2)), False, ("batches",)) == [share]
@@ -310,7 +312,7 @@ def test_what_makes_several_processes_differ_from_one_is_noted() -> None:
 
 
 def test_random_numbers_differ_from_process_to_process_and_from_step_to_step() -> None:
-    """Those of process 0 are in its checkpoints."""
+    """Process 0 keeps torch's generator, because its state is in the checkpoints."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         drawn = {}
@@ -333,7 +335,7 @@ def test_batch_normalisation_of_each_process_differs_and_is_noted(inside: Any) -
 
 
 def test_all_processes_evaluate_by_the_statistics_that_are_saved(inside: Any) -> None:
-    """The ones of process 0, although each process trained with its own."""
+    """All processes evaluate with the statistics of process 0, although each one trained with its own."""
     job = job_of(RESNET)
     parts = assemble(job, prepare(job))
     state = torch.load("two/statistics/checkpoints/last.pt", weights_only=True)
@@ -358,7 +360,7 @@ def test_all_processes_diverge_together(inside: Any) -> None:
 
 @pytest.mark.parametrize("rule", RESUMED)
 def test_one_process_then_two_then_one_is_one_run(rule: str, inside: Any) -> None:
-    """Stopped within the second epoch, and, by a signal to the second process alone, within the same again."""
+    """The run is stopped within the second epoch and, by a signal to the second process only, within the same epoch again."""
     folder, of_both = f"resumed-{rule}", inside[f"resumed {rule}"]
     assert [of_both[number][0] for number in range(2)] == [143, 143], of_both
     assert "resuming after epoch 1, batch 2" in of_both[0][1]
@@ -382,7 +384,7 @@ def test_refused_before_training_in_one_line(words: tuple[str, ...], inside: Any
     lines = (found[0][2] + found[1][2]).splitlines()
     assert len(lines) == 1 and REFUSED[words] in lines[0], lines
     folder = Path("two/refused")
-    assert not folder.exists() or not list(folder.iterdir())  # Hydra creates it in each process; one of them may leave it empty
+    assert not folder.exists() or not list(folder.iterdir())  # Hydra creates it in each process, and may leave it empty
 
 
 @pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["-m", "experiment=quickstart"]])
@@ -432,7 +434,7 @@ def test_torchrun(kind: str, says: str, tmp_path: Path, monkeypatch: pytest.Monk
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    # Except for torchrun's own lines.
+    # torchrun adds lines of its own.
     assert [line for line in errors.splitlines() if line.startswith("fa-bench")] == [says], errors
     assert "Traceback" not in errors.split("torch/distributed/elastic")[0], errors
     result = result_in("run")

@@ -1,4 +1,4 @@
-"""Optimizers, models and the files of a run, each tested separately."""
+"""Optimizers, models and the files of a run are tested separately."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_learning_rate_scale_and_optimizer_of_learned_feedback() -> None:
 
 
 def settings_by_epoch(optimizers: Optimizers, epochs: int) -> list[list[tuple[float, float]]]:
-    """(learning rate, decay) of every group in every epoch."""
+    """The (learning rate, decay) of every group in every epoch."""
     seen = []
     for epoch in range(epochs):
         optimizers.begin_epoch(epoch)
@@ -78,8 +78,8 @@ def settings_by_epoch(optimizers: Optimizers, epochs: int) -> list[list[tuple[fl
 
 
 def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
-    """With its own learning rate, feedback has the weights' schedule and decay; with its own optimizer, both are those of that
-    optimizer."""
+    """Feedback with its own learning rate has the weights' schedule and decay. Feedback with its own optimizer has the schedule
+    and decay of that optimizer."""
     slow, fast = (Step(step_size=size, gamma=0.5) for size in (2, 1))
     of_weights = SGD(lr=0.2, weight_decay=0.01, first_epoch_weight_decay=0.5, schedule=slow)
     scaled = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp", b_lr_scale=0.5)
@@ -119,7 +119,7 @@ def test_schedules(schedule: Schedule, expected: list[float]) -> None:
 
 
 def test_kolen_pollack_shrinks_the_difference_as_its_recursion_says() -> None:
-    """SGD with momentum m and coupled decay λ: v' = m v + λ D, D' = D - lr v', free of gradients."""
+    """With momentum m and coupled decay λ, SGD gives v' = m v + λ D and D' = D - lr v', which do not contain gradients."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     rule = fa_bench.attach(model, "kp", seed=1)
@@ -142,7 +142,7 @@ def test_kolen_pollack_shrinks_the_difference_as_its_recursion_says() -> None:
     ("model", "shape", "parameters"),
     [
         (MLP(), (1, 28, 28), 669_706),  # 784-512-512-10 with biases
-        (ResNet20(), (3, 32, 32), 269_722),  # He et al.: 0.27 M
+        (ResNet20(), (3, 32, 32), 269_722),  # 0.27 million (He et al.)
         (Conv2(), (3, 32, 32), 896 + 9248 + 2 * 64 + 6272 * 128 + 128 + 256 + 1290),
         (Conv2(), (1, 28, 28), 320 + 9248 + 2 * 64 + 6272 * 128 + 128 + 256 + 1290),
     ],
@@ -153,7 +153,7 @@ def test_models_have_the_published_sizes_and_name_their_cuts(model, shape, param
     assert net(torch.randn(2, *shape)).shape == (2, 10)
     rule = fa_bench.attach(net, "dfa", sample_input=torch.randn(2, *shape))
     assert not rule.coverage.uncovered
-    # Every hidden activation is cut: one before each layer except the first.
+    # Every hidden activation is a cut point, so there is one cut before each layer except the first.
     assert len(rule.feedback) == len(rule.coverage.covered) - 1
 
 
@@ -187,7 +187,8 @@ def test_options_name_what_is_allowed() -> None:
 
 
 def test_residual_net_without_shortcuts() -> None:
-    """The same weights; a block whose last normalisation gives zero passes its input on only if it has a shortcut."""
+    """Both nets have the same weights. A block whose last normalisation gives zero propagates its input only through a
+    shortcut."""
     torch.manual_seed(0)
     nets = [ResNet20(width=4, blocks=1, shortcuts=shortcuts).build((1, 8, 8), 3) for shortcuts in (True, False)]
     nets[1].load_state_dict(nets[0].state_dict())
@@ -200,7 +201,7 @@ def test_residual_net_without_shortcuts() -> None:
 
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush")
 def test_a_run_computes_without_denormal_numbers() -> None:
-    """Arithmetic with probabilities below 1e-38 would be many times slower than with zeros."""
+    """Denormal numbers, such as probabilities below 1e-38, would make arithmetic many times slower than zeros do."""
     torch.set_flush_denormal(False)
     tiny = torch.full((8,), 1e-39)
     assert (tiny * 0.5 != 0).all()
@@ -219,7 +220,7 @@ def test_a_run_computes_without_denormal_numbers() -> None:
 
 
 def process_state() -> dict[str, Any]:
-    """The settings of its process that a run may change."""
+    """The settings of the process that a run may change."""
     cudnn, hooks = torch.backends.cudnn, vars(nn.modules.module)
     return {
         "dtype": torch.get_default_dtype(),
@@ -244,7 +245,8 @@ def process_state() -> dict[str, Any]:
 
 
 def test_the_process_is_as_before_behind_a_run_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the run, its model or a plugin has set; the next run of a sweep starts in the same process."""
+    """Everything that a run, its model or a plugin has set is restored, because the next run of a sweep starts in the same
+    process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     (tmp_path / "elsewhere").mkdir()
@@ -284,7 +286,7 @@ def test_warnings_of_what_is_not_deterministic_are_warnings_again_behind_a_run()
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_what_a_run_sets_before_it_begins(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever an earlier run in the process left; the same seed gives the same numbers."""
+    """The settings do not depend on what an earlier run left in the process, and the same seed gives the same numbers."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     drawn = []
     with isolated():
@@ -304,7 +306,8 @@ def test_what_a_run_sets_before_it_begins(deterministic: bool, monkeypatch: pyte
 
 
 def test_what_a_run_on_a_gpu_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS's workspace, whether or not this run is deterministic, because torch reads it once; and CUDA before its memory."""
+    """cuBLAS's workspace is always set, even for a run that is not deterministic, because torch reads it only once. CUDA is
+    initialised before its memory statistics are reset."""
     calls: list[str] = []
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -342,7 +345,7 @@ def test_random_states_of_more_devices_than_there_are(monkeypatch: pytest.Monkey
 def test_checkpoints_of_every_so_many_minutes(
     minutes: float, elapsed: float, saves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """0 minutes: none between epochs."""
+    """With minutes=0, no checkpoint is saved between the ends of epochs."""
     saved: list[bool] = []
     keeping = callbacks.Checkpoints(lambda: saved.append(True), epochs=10, minutes=minutes)
     times = iter([1000.0, 1000.0 + elapsed, 1000.0 + elapsed])
@@ -355,7 +358,7 @@ def test_checkpoints_of_every_so_many_minutes(
 def test_hashes_tell_states_apart_by_every_bit_and_by_their_layout() -> None:
     zeros = torch.zeros(2, 3)
     nudged = zeros.clone()
-    nudged.view(torch.int32)[1, 2] = 1  # the least denormal number, which a processor may flush to zero
+    nudged.view(torch.int32)[1, 2] = 1  # the smallest denormal number, which a processor may flush to zero
     states = [
         {"a": zeros},
         {"b": zeros},
@@ -398,7 +401,8 @@ def test_the_hash_of_the_weights_leaves_out_the_nets_of_local_losses_alone() -> 
 
 
 def test_what_a_grid_will_take_is_estimated_from_its_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten seconds for epoch 3 of 5 leave two epochs of this run and four of the others; said once."""
+    """Epoch 3 of 5 takes ten seconds, and two epochs of this run and four of the others are left. The estimate is logged only
+    once."""
     said: list[str] = []
     now = [1000.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
@@ -424,7 +428,7 @@ def test_peak_memory_is_in_bytes() -> None:
 
 
 def test_the_hash_of_the_code_is_of_what_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs keep their hash if only their reports change; the contents and paths of all other sources count."""
+    """Runs keep their hash if only the code of reports changes. The contents and paths of all other sources count."""
 
     def hashed(**files: str) -> str:
         for name, text in files.items():

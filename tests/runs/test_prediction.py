@@ -1,4 +1,4 @@
-"""The predicted cost in a run's result."""
+"""A run's result contains the predicted cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks, and the processes that runs start: none outlives its use, and none keeps a lock of another."""
+"""Tests of locks and of the processes that runs start: none outlives its use, and none keeps another's lock."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 @contextmanager
 def started(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python command in a separate process, which is killed at the end."""
+    """Start a Python command in a separate process, which is killed at the end."""
     with subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -52,7 +52,7 @@ def started(*command: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def until(found: Callable[[], Any], seconds: float = 60) -> Any:
-    """The result of `found` as soon as it is true."""
+    """Wait until `found` returns a true value, and return this value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := found():
@@ -62,12 +62,12 @@ def until(found: Callable[[], Any], seconds: float = 60) -> Any:
 
 
 def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:
-    """Like the workers of a data loader, which outlive a killed run by seconds."""
+    """Workers of a data loader, for example, outlive a killed run by seconds and must not keep its lock."""
     holding = (
         "import os, time; from pathlib import Path; from fa_bench.runs import locks\n"
         "with locks.lock_directory(Path('run')):\n"
         "    if not os.fork():\n"
-        "        print(os.getpid(), flush=True)\n"  # once it runs, what it inherited is closed
+        "        print(os.getpid(), flush=True)\n"  # by then, the inherited files are closed
         "    time.sleep(60)"
     )
     with started("-c", holding) as process:
@@ -77,7 +77,7 @@ def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:
             assert (lock_holder(Path("run")) or {})["pid"] == process.pid
             process.kill()
             process.wait()
-            os.kill(child, 0)  # it lives
+            os.kill(child, 0)  # it is alive
             assert lock_holder(Path("run")) is None
             with locks.lock_directory(Path("run")):
                 assert (lock_holder(Path("run")) or {})["pid"] == os.getpid()
@@ -134,7 +134,8 @@ def test_workers_of_a_sweep_end_when_its_process_is_killed() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and forks")
 def test_a_worker_whose_process_is_killed_as_it_starts_ends() -> None:
-    # Killed between the fork and the moment at which torch's watch in the worker asks for its parent, which is then another.
+    # The parent is killed between the fork and the moment at which torch's watchdog in the worker asks for its parent, which has
+    # changed by then.
     code = """
 import os, signal, time
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_a_hangup_stops_unless_it_is_ignored() -> None:
 
 
 def test_a_run_needs_nothing_that_windows_lacks() -> None:
-    """Every module is imported, and a run is trained, by code whose imports of fcntl and resource fail."""
+    """Every module is imported and a run is trained in a process where imports of fcntl and resource fail."""
     code = """
 import builtins, importlib, pkgutil, sys
 ask = builtins.__import__

@@ -1,4 +1,4 @@
-"""Everything from which a run is resumed is checked first: records, checkpoints, data. Errors name what does not match."""
+"""Before a run is resumed, its records, checkpoints and data are checked, and errors name what does not match."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def lines(run: str = "run") -> list[dict[str, Any]]:
 
 
 def stopped(command: list[str], monkeypatch: Patch) -> None:
-    """Stop a command in its last epoch's evaluation."""
+    """Stop a command in the evaluation of its last epoch."""
     evaluate, calls = loop.evaluate, []
 
     def stopping(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 5:  # two an epoch
+        if len(calls) == 5:  # two evaluations per epoch
             signal.raise_signal(signal.SIGTERM)
         return evaluate(*arguments)
 
@@ -75,7 +75,7 @@ def test_a_run_goes_on_unless_it_is_told_to_start_anew(monkeypatch: Patch, capsy
 
 
 def second(change: Callable[[dict[str, Any]], Any]) -> Callable[[list[str]], list[str]]:
-    """Change the second epoch's record."""
+    """Return a function that changes the record of the second epoch."""
 
     def changed(found: list[str]) -> list[str]:
         record = json.loads(found[1])
@@ -180,7 +180,7 @@ def test_forged_progress_is_refused_by_the_checkpoints_name(key: str, value: Any
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped within an epoch."""
+    """The folder of a run that was stopped within an epoch."""
     folder = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -241,7 +241,7 @@ def test_other_images_make_a_finished_sweep_train_again(capsys: Capture) -> None
 
 
 def test_the_result_of_a_stopped_run_is_that_of_its_last_epoch(monkeypatch: Patch) -> None:
-    """Accuracies and angles of the second epoch, in the middle of the third."""
+    """The run is stopped in the middle of the third epoch, so its accuracies and angles are those of the second."""
     stopped([*RUN, "probe_every=4"], monkeypatch)
     result, last = json.loads(Path("run", RESULT).read_text()), lines()[-1]
     assert result["status"] == "interrupted" and last["epoch"] == result["epoch"] == 2 and last["angles"]

@@ -1,4 +1,4 @@
-"""A checkpoint restores everything that later numbers depend on: random generators, optimizers, schedules, progress, the rule."""
+"""A checkpoint restores all state that affects results: random generators, optimizers, schedules, progress and the rule."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fa_bench.utils.files import METRICS, RESULT
 from .test_survival import LAST, RUN, at_step, recorded
 
 Patch = pytest.MonkeyPatch
-#: Four batches an epoch through a net with dropout and normalisation, whose images are the smallest that it takes.
+#: A run with four batches per epoch in a net with dropout and normalisation, with the smallest images that the net accepts.
 DROPOUT = [
     "dataset=synthetic",
     "dataset.samples=16",
@@ -56,8 +56,8 @@ DROPOUT = [
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_old_to_collect() -> Iterator[None]:
-    """A run ends with a garbage collection, which would take most of a small run's time if it included the objects of other
-    tests."""
+    """Exclude older objects from the garbage collection at the end of each run, which would otherwise take most of a small run's
+    time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -71,7 +71,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize(("rule", "step"), [("kp", 3), ("dfa", 4), ("kp", 5)])  # within an epoch, at its end, in the last one
 def test_run_with_dropout_continues_bit_by_bit(rule: str, step: int, monkeypatch: Patch) -> None:
-    """The masks of dropout are drawn from torch's global generator, as by the run that was not interrupted."""
+    """Dropout masks are drawn from torch's global generator, and are those of the run that was not interrupted."""
     command = [*DROPOUT, f"algorithm={rule}"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
     at_step(step, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
@@ -84,10 +84,10 @@ def test_run_with_dropout_continues_bit_by_bit(rule: str, step: int, monkeypatch
 
 
 class Noisy(nn.Module):
-    """Adds numbers of every global generator of the process."""
+    """Adds numbers from every global generator of the process."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Normal numbers come in pairs, the second of which the generators of Python and numpy keep.
+        # Normal numbers come in pairs, and the generators of Python and numpy store the second one.
         return x + random.random() + random.gauss(0, 1) + np.random.rand() + np.random.standard_normal() + torch.rand(1)
 
 
@@ -130,7 +130,7 @@ def seed_all(seed: int) -> None:
 
 @pytest.fixture
 def generators() -> Iterator[None]:
-    """Leaves the generators of the process unchanged."""
+    """Restore the states of the process's generators after the test."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     yield
     random.setstate(states[0])
@@ -163,7 +163,7 @@ def generators() -> Iterator[None]:
     ],
 )
 def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:
-    """Losses, weights, running statistics, feedback, both optimizers, and every global generator."""
+    """Losses, weights, running statistics, feedback, both optimizers and every global generator continue bitwise."""
     last, before = Path("a/last.pt"), Path("a/previous.pt")
     seed_all(1)
     whole, optimizers = make(rule)
@@ -228,7 +228,7 @@ def test_every_field_of_the_progress_is_restored() -> None:
 
 
 def test_checkpoint_of_another_config_or_format_is_refused(monkeypatch: Patch) -> None:
-    """The next one is used if there is one, and the error of the first one is reported."""
+    """A checkpoint that cannot be used is reported, and the next one is used if it exists."""
     rule, optimizers = make()
     paths = [Path("a/last.pt"), Path("a/previous.pt")]
     checkpoint.save(paths[1], Path("a/older.pt"), "mine", "data", Progress(epoch=1), rule, optimizers)
@@ -257,7 +257,7 @@ def test_training_time_adds_up_over_the_parts_of_a_run(monkeypatch: Patch) -> No
 
 @pytest.mark.parametrize("links", [True, False])
 def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch) -> None:
-    """This also holds on file systems without links."""
+    """The previous checkpoint is kept, even on file systems without links."""
 
     def refuse(*paths: Path) -> None:
         raise OSError("no links here")
@@ -287,7 +287,8 @@ def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch)
     ],
 )
 def test_progress_that_no_run_makes_is_refused(epoch: int, batch: int, step: int, fits: bool) -> None:
-    """Nine epochs of four batches: none follows the last, and a step is what epochs and batches make together."""
+    """A run has nine epochs of four batches. No batch may follow the last epoch, and the step must agree with the epoch and the
+    batch."""
     rule, optimizers = make()
     progress = Progress(epoch=epoch, batch=batch, step=step, loss_sum=torch.tensor(1.0), samples=8)
     checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", "data", progress, rule, optimizers)
@@ -305,7 +306,7 @@ def test_progress_that_no_run_makes_is_refused(epoch: int, batch: int, step: int
 DIVERGED, STOPPED = {"epoch": 1, "step": 2, "layer": None, "message": "m"}, {"reason": "r", "callback": None}
 SCORES = {"accepted": [None, 0, 0.5, 1, -3.5, 1e9], "refused": [float("nan"), float("inf"), -float("inf"), "x", True]}
 SUMS = {"accepted": [torch.tensor(1.0), torch.tensor(3)], "refused": [torch.zeros(1), 1.0, None]}
-#: Values of one field in epoch 3 of 9, after 3 of its 4 batches, with the others as they were.
+#: The values of one field in epoch 3 of 9, after 3 of its 4 batches, with correct values in the other fields.
 FIELDS: dict[str, dict[str, list[Any]]] = {
     "samples": {"accepted": [0, 8, 10**9, torch.tensor(8)], "refused": [-1, 1.0, True, None, torch.zeros(1)]},
     "probed": {"accepted": [None, 0, 11], "refused": [12, -1, 3.0, True]},
@@ -346,7 +347,7 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
-    """The limits of what a run saves are checked, too."""
+    """The extreme values that a run can save are checked, too."""
     rule, optimizers = make()
     last, expected = Path("a/last.pt"), Expected("hash", "data", 9, 4)
     base = Progress(epoch=2, batch=3, step=11, loss_sum=torch.tensor(1.0), samples=8)
@@ -386,7 +387,7 @@ def test_callbacks_without_a_stored_state_start_anew() -> None:
 
 
 def test_the_state_of_a_rule_is_restored_after_that_of_its_model() -> None:
-    """As `Rule.load_state_dict` promises: a rule may look at the model."""
+    """`Rule.load_state_dict` promises that a rule may look at the restored model."""
     rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "bp")
     optimizers, weight = Optimizers(SGD(lr=0.1), rule, epochs=1), rule.model.get_parameter("0.weight")
     state = copy.deepcopy(checkpoint.capture(Progress(), rule, optimizers))

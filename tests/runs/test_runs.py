@@ -1,4 +1,4 @@
-"""Whole runs from the command line: every choice trains, records are complete, and a resumed run is bitwise identical."""
+"""In whole runs from the command line, every choice trains, records are complete, and a resumed run is bitwise identical."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MLP = [*TINY, "architecture.widths=[8,6]"]
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "metrics_of", lambda runs: {})  # a report's figures have their own tests, and take seconds
+    monkeypatch.setattr(figures, "metrics_of", lambda runs: {})  # a report's figures take seconds and have their own tests
 
 
 def result_in(folder: Path | str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_every_rule_trains_every_architecture_or_says_how(
     algorithm: str, architecture: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*TINY, f"algorithm={algorithm}", *architecture, "hydra.run.dir=run"]
-    if main(command) != 0:  # the suggestion in the error message works
+    if main(command) != 0:  # follow the error's suggestion
         assert "Pass algorithm.linear=share" in capsys.readouterr().err and not Path("run").exists()
         assert main([*command, "algorithm.linear=share"]) == 0
     result = result_in("run")
@@ -136,7 +136,7 @@ def test_without_validation_nothing_is_selected() -> None:
 
 
 class Stopped(KeyboardInterrupt):
-    """Represents an interruption by the user."""
+    """An interruption by the user."""
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_resumed_run_has_the_bits_of_one_never_stopped(rule: list[str], monkeypa
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 6:  # in the third epoch: two evaluations each
+        if len(calls) == 6:  # in the third epoch, with two evaluations per epoch
             raise Stopped
         return evaluate(*arguments)
 
@@ -187,7 +187,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(grid: bool, capsys:
     said = capsys.readouterr().out
     assert "already finished; nothing to do" in said and "epoch 1/2" not in said
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()} == before
-    (run / RESULT).unlink()  # as when it was killed between the last checkpoint and the result
+    (run / RESULT).unlink()  # as if it was killed between the last checkpoint and the result
     assert main(command) == 0
     assert result_in(run)["status"] == "finished" and result_in(run)["epoch"] == 2
 
@@ -218,7 +218,7 @@ def test_unused_optimizer_of_learned_feedback_is_mentioned(capsys: pytest.Captur
 
 
 def test_batch_of_more_than_all_samples_is_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
-    for size, exceeds in ((22, False), (23, True)):  # 24 samples, two of them for validation
+    for size, exceeds in ((22, False), (23, True)):  # two of 24 samples are for validation
         assert main([*MLP, f"batch_size={size}", "dataset.samples=24", f"hydra.run.dir=of{size}"]) == 0
         sentence = "batch_size=23 is more than the 22 training samples: an epoch is one step on all of them"
         assert (sentence in capsys.readouterr().out) == exceeds
@@ -244,7 +244,7 @@ def train_alone(command: list[str]) -> None:
     raise SystemExit(main(command))
 
 
-@pytest.mark.parametrize(("rate", "layer"), [("1e20", "fc2"), ("1e40", "fc1.weight")])  # an overflow after, and one in, a weight
+@pytest.mark.parametrize(("rate", "layer"), [("1e20", "fc2"), ("1e40", "fc1.weight")])  # an overflow after a weight or in one
 def test_divergence_ends_the_run_and_says_where(rate: str, layer: str) -> None:
     command = [*MLP, "epochs=5", f"optimizer.lr={rate}", "hydra.run.dir=run"]
     assert main(command) == 1
@@ -319,7 +319,8 @@ def test_runs_in_one_process_do_not_affect_each_other() -> None:
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module with a rule, and a folder with its config and those of a variant and an experiment; removed afterwards."""
+    """Create a module with a rule, and a folder with the configs of the rule, a variant and an experiment; remove them
+    afterwards."""
     (tmp_path / "my_rules.py").write_text(
         "import dataclasses\n"
         "from fa_bench.mechanisms.edge.rule import EdgeRule\n"

@@ -1,4 +1,5 @@
-"""A run with a rule that stores an error for every training sample: indices, their number, and the errors in checkpoints."""
+"""Tests of runs with a rule that stores an error for every training sample: indices, their number, and the errors in
+checkpoints."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def hashes(folder: str) -> list[str]:
 
 @pytest.mark.parametrize("step", [3, 6, 8], ids=["first epoch", "second", "within the second"])
 def test_a_resumed_run_has_the_errors_of_the_one_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, and the hash of the rule's state, in which the errors are; the last batch of an epoch is dropped or smaller."""
+    """The weights and the rule's state, which contains the errors, have the same hashes. The last batch of an epoch is dropped or
+    smaller."""
     for number, more in enumerate(([], ["drop_last=true", "accumulate=2", "algorithm.information=delayed_error_one_hot"])):
         assert main([*RUN, *more, f"hydra.run.dir=whole{number}"]) == 0
         on_step = StopOnSignal.on_step_end
@@ -78,7 +80,7 @@ def test_a_resumed_run_has_the_errors_of_the_one_before(step: int, monkeypatch: 
 
 
 def test_the_checkpoint_has_an_error_of_every_sample_that_was_trained_on() -> None:
-    """40 samples; of one epoch with batches of 9, the last 4 are dropped."""
+    """Of 40 samples in batches of 9, the last 4 are dropped in the only epoch."""
     assert main([*RUN, "epochs=1", "drop_last=true", "hydra.run.dir=run"]) == 0
     state = torch.load("run/checkpoints/last.pt", weights_only=True)
     assert state["rule"]["errors"].shape == (40, 10) and state["rule"]["seen"].sum() == 36
@@ -86,7 +88,8 @@ def test_the_checkpoint_has_an_error_of_every_sample_that_was_trained_on() -> No
 
 
 def test_micro_batches_get_their_own_indices() -> None:
-    """After every sample's second error, which depends on its first one, the errors are those of whole batches."""
+    """The second error of every sample depends on its first one, so equal errors show that micro-batches used the right
+    indices."""
     states = []
     for count in (1, 3):
         assert main([*RUN, "epochs=2", f"accumulate={count}", f"hydra.run.dir=run{count}"]) == 0
@@ -113,7 +116,7 @@ def test_two_seeds_shuffle_differently_and_one_seed_alike() -> None:
 
 
 def test_without_shuffling_every_sample_has_an_index() -> None:
-    """After an epoch, there is an error for each sample, even without shuffling."""
+    """After an epoch without shuffling, every sample has an error."""
     assert main([*RUN, "shuffle=false", "epochs=1", "hydra.run.dir=run"]) == 0
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["rule"]["seen"].all()
 
@@ -176,7 +179,8 @@ def load_errors(rule: Any, of: Any) -> None:
 
 @pytest.mark.parametrize("probe", [GradientNorm(), Stability()], ids=["gradient_norm", "stability"])
 def test_probes_use_the_errors_of_their_own_samples(probe: Any) -> None:
-    """If these are the current ones, the rule is dfa, whose probe has the same values; of the next sample, it is not."""
+    """With the current errors of its own samples, the rule equals dfa, and so do the probe's values. With the errors of the next
+    samples, the values differ."""
     values = []
     for shift in (0, 1):
         measured, rule = subject(8)
@@ -203,7 +207,7 @@ def test_a_fixed_batch_that_was_sampled_has_the_indices_of_its_samples() -> None
 
 
 def test_a_batch_of_one_sample_is_tried_with_an_index() -> None:
-    """Batches of one need a trial pass if they could fail."""
+    """The check of single-sample batches runs a trial pass, which needs an index."""
     measured, rule = subject(1)
     check_batches(rule, measured.splits, RunOptions(batch_size=1, probe_size=1))
     assert not rule.state_dict()["seen"].any()

@@ -1,4 +1,4 @@
-"""A callback ends a run early: when this takes effect, what is recorded, and when the run is trained further."""
+"""A callback can end a run early: when this takes effect, what is recorded, and when the run is trained further."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .test_loop import fit, load, make_model
 from .test_survival import LAST, at_step, recorded
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
-#: Five steps in each of four epochs.
+#: A run of four epochs of five steps.
 COMMON = [
     "dataset=synthetic",
     "dataset.samples=80",
@@ -50,14 +50,14 @@ STOPPED = ["callbacks=['halt:step=7']"]
 
 
 class Halt(Callback):
-    """Requests a stop in a hook, at a step."""
+    """Requests a stop in the given hook at the given step."""
 
     def __init__(self, hook: str, step: int, reason: str = "enough") -> None:
         def ask(trainer: Trainer, *_: Any) -> None:
             if trainer.progress.step == step:
                 trainer.stop(reason)
 
-        # On a separate class, because a trainer calls only the hooks that a class overrides.
+        # The hook is set on a separate class, because a trainer calls only the hooks that a class overrides.
         self.__class__ = type("Halt", (Halt,), {hook: lambda self, *arguments: ask(*arguments)})
 
 
@@ -69,7 +69,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> Iterator[None]:
     @fa_bench.register_callback("halt")
     @dataclasses.dataclass(eq=False)
     class Configured(Callback):
-        """Requests a stop at a step."""
+        """Requests a stop at a configured step."""
 
         step: int = option(7, "step")
 
@@ -101,7 +101,7 @@ def job_of(words: list[str]) -> Job:
     ],
 )
 def test_a_stop_lets_the_epoch_that_has_begun_end(hook: str, step: int, trained: int) -> None:
-    """Three epochs of three steps."""
+    """Training of three epochs of three steps stops at the end of the epoch in which the stop was requested."""
     splits = load()
     whole = fit(fa_bench.attach(make_model(), "bp", seed=1), splits, 3)
     ended: list[int] = []
@@ -132,7 +132,7 @@ def test_a_run_that_a_callback_of_its_config_stopped(capsys: Capture) -> None:
     assert result["angles"]["weight_angle"] and result["probes"] and result["weights_hash"]
     assert torch.load(LAST, weights_only=True)["progress"]["epoch"] == 2
 
-    # It is not trained again, not even without a checkpoint, unless that is demanded.
+    # The run is not trained again, even without a checkpoint, unless this is requested.
     for words in ([], ["resume=true"]):
         assert main([*RUN, *STOPPED, *words]) == 0
         assert "was stopped (val flat); nothing to do" in capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_probes_can_be_added_to_a_stopped_run() -> None:
     assert main([*RUN, *STOPPED, "probes=[readout]"]) == 0 and recorded("run") == recorded("probed")
 
 
-@pytest.mark.parametrize("step", [8, 10])  # after the request at step 7: within the epoch, and at its end
+@pytest.mark.parametrize("step", [8, 10])  # after the request at step 7, within the epoch and at its end
 def test_a_request_survives_an_interrupt(step: int, monkeypatch: Patch) -> None:
     assert main([*RUN, *STOPPED, "hydra.run.dir=whole"]) == 0
     at_step(step, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
@@ -181,7 +181,7 @@ def test_a_run_that_a_further_callback_stopped_can_be_resumed_without_it(words: 
 
 
 def test_the_checkpoint_of_an_epoch_has_what_callbacks_did_in_it() -> None:
-    """Each is written after all callbacks have seen the end of its epoch."""
+    """The checkpoint is written after all callbacks have seen the end of the epoch."""
 
     @fa_bench.register_callback("counts")
     @dataclasses.dataclass(eq=False)

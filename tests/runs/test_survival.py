@@ -40,7 +40,7 @@ COMMON = [
     "probe_every=2",
 ]
 RUN = [*COMMON, "hydra.run.dir=run"]
-#: A feedback optimizer, masks, a phase before training, new samples in every step.
+#: Cases with a feedback optimizer, masks, a phase before training, or new samples in every step.
 RULES = [
     ["algorithm=kp", "optimizer@feedback_optimizer=adam"],
     ["algorithm=pfa", "algorithm.density=0.5", "algorithm.ratio=2"],
@@ -57,7 +57,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 def recorded(run: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The result, with the lines of the measurements, and the epochs' lines, without times."""
+    """The result with the lines of the measurements, and the lines of the epochs, both without times."""
 
     def timeless(record: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in record.items() if key not in TIMES}
@@ -69,7 +69,7 @@ def recorded(run: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def at_step(number: int, act: Callable[[], Any], monkeypatch: Patch) -> None:
-    """Let `act` happen once, when update `number` is done."""
+    """Call `act` once, after update `number`."""
     on_step, done = StopOnSignal.on_step_end, []
 
     def acting(callback: Any, trainer: Any) -> None:
@@ -83,7 +83,7 @@ def at_step(number: int, act: Callable[[], Any], monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("rule", RULES, ids=["kp", "pfa", "wm", "brsf"])
-@pytest.mark.parametrize("step", [5, 8])  # the last batch of an epoch of five, and the middle of one
+@pytest.mark.parametrize("step", [5, 8])  # the last batch of an epoch of five, and one within an epoch
 def test_signal_writes_a_checkpoint_within_the_epoch(
     rule: list[str], number: signal.Signals, code: int, step: int, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -104,7 +104,7 @@ def test_error_behind_a_signal_is_an_interrupt() -> None:
     with pytest.raises(Interrupted) as caught, interrupt_on_signals():
         try:
             signal.raise_signal(signal.SIGTERM)
-        except BaseException:  # as if an import had been interrupted
+        except BaseException:  # as if an import was interrupted
             raise AttributeError("half a module") from None
     assert caught.value.code == 143
     with pytest.raises(AttributeError), interrupt_on_signals():
@@ -129,7 +129,7 @@ def test_signal_before_training_leaves_the_phase_half_done(monkeypatch: Patch) -
     before = len(calls)
     assert before < 20 and main([*command, "resume=true"]) == 0
     assert recorded("run") == recorded("whole")
-    # 20 steps before training and one after each of 12 updates, in two layers; none of them twice.
+    # There are 20 steps before training and one after each of 12 updates, in two layers, and none is repeated.
     assert len(calls) == (20 + 12) * 2
 
 
@@ -268,7 +268,7 @@ def test_sweep_started_again_runs_what_is_unfinished(monkeypatch: Patch, capsys:
 
     def stopping(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 9:  # two an epoch: in the second epoch of the second run
+        if len(calls) == 9:  # in the second epoch of the second run, with two evaluations per epoch
             signal.raise_signal(signal.SIGTERM)
         return evaluate(*arguments)
 
@@ -373,7 +373,7 @@ def test_rules_of_a_comparison_share_weights_order_and_augmentation(tmp_path: Pa
     found = {path.parent.parent.name + path.parent.name: json.loads(path.read_text()) for path in Path("outputs").rglob(RESULT)}
     for key in ("initial_weights_hash", "batches_hash"):
         assert len({result[key] for result in found.values() if result["seed"] == 0}) == 1
-        assert len({result[key] for result in found.values()}) == 2  # one for each seed
+        assert len({result[key] for result in found.values()}) == 2  # one result for each seed
     assert len({result["weights_hash"] for result in found.values()}) == len(found) == 8
 
 

@@ -1,4 +1,5 @@
-"""Runs on tokens and on numbers: scores in every record, resumed in the middle of an epoch, micro-batches, several outputs."""
+"""Tests of runs on tokens and on numbers: scores in every record, resuming within an epoch, micro-batches, and several
+outputs."""
 
 from __future__ import annotations
 
@@ -108,7 +109,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_equals_an_uninterrupted_one(mon
 
 
 def test_micro_batches_weigh_by_the_targets_that_count() -> None:
-    """Most targets in the first half of every batch are masked; the gradients are those of the whole batch nevertheless."""
+    """Most targets in the first half of every batch are masked, but the gradients are those of the whole batch."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 7, (64, 4))
     y = (x + 1) % 7
@@ -131,7 +132,7 @@ def test_micro_batches_weigh_by_the_targets_that_count() -> None:
         assert main([*command, f"accumulate={count}", f"hydra.run.dir=run{count}"]) == 0
     for whole, parts in zip(lines("run1"), lines("run8"), strict=True):
         for key in ("train_loss", "test_loss", "train_bits_per_token", "test_accuracy"):
-            assert whole[key] == pytest.approx(parts[key], rel=1e-4)  # sums of float32 in another order
+            assert whole[key] == pytest.approx(parts[key], rel=1e-4)  # sums of float32 in a different order
 
 
 def test_of_several_outputs_the_named_one_is_trained(capsys: pytest.CaptureFixture[str]) -> None:

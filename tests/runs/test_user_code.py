@@ -1,4 +1,4 @@
-"""The hash of the code includes all user code on which a run depends."""
+"""The hash of the code includes all user code that a run depends on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ USED = sorted(set(FILES) - {"my_other.py", "my_package/unused.py"})
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files, in the working directory; `my_plugin` counts as imported."""
+    """Write the files to the working directory; `my_plugin` counts as imported."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -63,7 +63,7 @@ def test_the_hash_changes_with_these_files_alone(folder: Path, name: str) -> Non
 
 
 def test_the_file_of_a_component_counts_without_its_being_a_plugin(folder: Path) -> None:
-    """A rule that a script registers; the modules that the script imports count, too."""
+    """The file of a rule that a script registers counts, and so do the modules that the script imports."""
     rule = type("Rule", (), {"__module__": "my_plugin"})
     assert code_hash([], [rule]) == code_hash(["my_plugin"]) != code_hash()
     before = code_hash([], [rule])

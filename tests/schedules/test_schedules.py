@@ -1,4 +1,4 @@
-"""Every schedule compared with numbers worked out by hand, with torch's own, and in the runner."""
+"""Every schedule agrees with numbers worked out by hand and with torch's own schedules, and works in the runner."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def test_rates_are_those_of_torch(schedule: Schedule, build) -> None:
 
 
 def test_a_short_trial_shortens_everything_that_a_schedule_counts() -> None:
-    """Reduced to a tenth, but at least one; no warm-up stays none, and fractions of the training do not change."""
+    """All counts are reduced to a tenth, but at least to one. A missing warm-up stays missing, and fractions of the training do
+    not change."""
     length, total = (lambda number: max(round(number / 10), 1)), 10
     for schedule, wanted in [
         (Constant(warmup=30), Constant(warmup=3)),
@@ -125,8 +126,7 @@ def lrs(directory: str) -> list[float]:
 
 
 def test_schedules_count_epochs_or_steps_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps per epoch: counted in steps, a decay every six steps occurs before the third epoch and twice before the
-    fourth."""
+    """With four steps per epoch, a decay every six steps occurs once before the third epoch and twice before the fourth."""
     monkeypatch.chdir(tmp_path)
     schedule = ["optimizer.schedule.name=step", "optimizer.schedule.gamma=0.5", "epochs=4"]
     assert main([*RUN, *schedule, "optimizer.schedule.step_size=1", "hydra.run.dir=a"]) == 0
@@ -136,7 +136,7 @@ def test_schedules_count_epochs_or_steps_in_a_run(tmp_path: Path, monkeypatch: p
 
 
 def test_a_schedule_has_its_own_defaults_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """one_cycle counts steps unless the config says epochs: four steps an epoch, three epochs."""
+    """one_cycle counts steps unless the config says epochs; the run has three epochs of four steps."""
     monkeypatch.chdir(tmp_path)
     for per, wanted in (("null", 4), ("epoch", 1)):
         schedule = OneCycle() if per == "null" else OneCycle(per=per)
@@ -185,5 +185,5 @@ def test_a_run_resumed_within_its_schedule_is_bitwise_the_same(tmp_path: Path, m
     ],
 )
 def test_a_configs_schedule_shows_what_differs_from_its_defaults(schedule: Schedule, given: dict) -> None:
-    """So that the name of another schedule is enough to select its defaults."""
+    """The config shows only options that were set, so that naming another schedule is enough to select its defaults."""
     assert {key: value for key, value in schedule.schema().items() if value is not None} == {"name": schedule.name} | given

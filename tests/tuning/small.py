@@ -1,4 +1,4 @@
-"""A study that takes seconds: two rules, three trials of two epochs, on synthetic data."""
+"""A study that takes seconds, with two rules and three trials of two epochs on synthetic data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = [
     "threads=1",
 ]
 STUDY = [*SMALL, "budget=3", "seeds=0,1", "name=study"]
-#: The files that are bitwise identical however often a study was killed.
+#: Files that are bitwise identical, no matter how often a study was killed.
 EQUAL = ("tune.csv", "trials.csv", "tune.md", "tune.png", "tune.svg")
 
 
@@ -34,5 +34,5 @@ def stored_trials(folder: Path) -> dict[str, list[optuna.trial.FrozenTrial]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The content of the files in `EQUAL`."""
+    """The contents of the files in `EQUAL`."""
     return {name: (folder / name).read_bytes() for name in EQUAL}

@@ -1,4 +1,4 @@
-"""The plan of a study: command line, experiment, checks before the first trial."""
+"""Tests of the plan of a study: its command line, its experiment, and the checks before the first trial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search space: parsing, edges, and wider ranges."""
+"""Tests of the search space: parsing, edges, and suggestions of wider ranges."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_values_are_those_that_optuna_proposes(text: str, inside: list, outside:
         ("a=tag(log,interval(1e-3,1))", [1e-3, 10**-1.5, 1]),
         ("a=interval(-1,1)", [-1, 0, 1]),
         ("a=int(interval(1,5))", [1, 3, 5]),
-        ("a=tag(log,int(interval(1,7)))", [1, 2, 7]),  # 0.5 to 7.5: the middle is 1.94
+        ("a=tag(log,int(interval(1,7)))", [1, 2, 7]),  # 0.5 to 7.5, so the middle is 1.94
         ("a=range(1,10,2)", [1, 5, 9]),
         ("a=range(0.0,1.0,0.25)", [0, 0.5, 0.75]),
         ("a=0,1e-4,x", [0, 1e-4, "x"]),
@@ -120,8 +120,8 @@ def test_a_value_at_an_edge_comes_with_a_wider_range(text: str, value: float, li
     [
         ("a=tag(log,interval(1e-3,1))", 0.5, {}),
         ("a=tag(log,interval(1e-3,1))", 2e-3, {}),
-        ("a=tag(log,interval(1e-3,1))", 5, {}),  # outside, as a default may be
-        ("a=choice(0,1e-4,1e-3)", 0, {"minimum": 0}),  # nothing is below
+        ("a=tag(log,interval(1e-3,1))", 5, {}),  # a default may lie outside the interval
+        ("a=choice(0,1e-4,1e-3)", 0, {"minimum": 0}),  # nothing is below 0
         ("a=interval(0,1)", 1, {"maximum": 1}),
         ("a=choice(x,y)", "x", {}),
         ("a=choice(1,x)", 1, {}),
@@ -146,7 +146,7 @@ def test_declared_spaces_are_of_options_and_contain_the_defaults() -> None:
 
 
 def _proposed(rule: str, sampler: str, count: int, *texts: str, seed: int = 0) -> list[dict]:
-    """The values of trials whose results differ between rules."""
+    """The values of a rule's trials, whose results depend on the rule."""
     space = {one.key: one for one in map(parsed, texts)}
     plan: Any = SimpleNamespace(
         rule=rule,
@@ -166,7 +166,8 @@ RATE, DECAY, SCALE = "lr=interval(0,1)", "decay=0,1e-4,1e-3", "scale=tag(log,int
 
 @pytest.mark.parametrize(("sampler", "shared"), [("random", 14), ("tpe", 10), ("gp", 10)])
 def test_rules_share_the_random_values_of_the_dimensions_that_they_share(sampler: str, shared: int) -> None:
-    """Otherwise, a rule could win by better random learning rates. Later trials depend on the rule's results."""
+    """The rules share their first values, because a rule could otherwise win by better random learning rates. Later trials depend
+    on the rule's results."""
     bp, fa = (_proposed(rule, sampler, 14, *space) for rule, space in (("bp", [RATE, DECAY]), ("fa", [SCALE, DECAY, RATE])))
     common = [{key: values[key] for key in ("lr", "decay")} for values in fa]
     assert bp[:shared] == common[:shared]
@@ -185,7 +186,7 @@ def test_rules_with_equal_spaces_and_results_have_equal_trials(sampler: str) -> 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
 def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pruned_never(higher_is_better: bool) -> None:
-    """This also applies if lower scores are better."""
+    """Equal trials are compared in the same way whether higher or lower scores are better."""
     sign = 1 if higher_is_better else -1
     outcomes = [
         Outcome("done", sign * 0.5),

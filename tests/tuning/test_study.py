@@ -1,4 +1,4 @@
-"""Studies from the command line: results, resuming after a kill at any time, extension, and refusals."""
+"""Tests of studies from the command line: results, resuming after a kill at any time, extension, and refusals."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from .small import STUDY, files, stored_trials
 
 
 class Killed(KeyboardInterrupt):
-    """Ends a study without a checkpoint, much as a kill does."""
+    """Ends a study without a checkpoint, as a kill does."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def what_other_tests_cover_is_left_out() -> Iterator[None]:
-    """The figures of the report on the final runs, and checks of the plan (tests/tuning/test_plan.py), take seconds."""
+    """Skip the figures of the final runs' report and the checks of the plan (tests/tuning/test_plan.py), which take seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(final, "check_final", lambda plan: None)
         patch.setattr(plan, "check_fit", lambda jobs: None)
@@ -66,13 +66,13 @@ def copy(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture
 def only_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Studies end before their final runs."""
+    """End studies before their final runs."""
     nothing = tune.TuneResult(pd.DataFrame(), pd.DataFrame(), Path(), "", 0)
     monkeypatch.setattr(tune, "_finish", lambda plan, studies: nothing)
 
 
 def results(folder: Path) -> dict[str, list[Any]]:
-    """The values and the accuracy of every stored trial."""
+    """The values and the score of every stored trial."""
     return {
         rule: [(trial.params, trial.value, trial.state) for trial in of_rule] for rule, of_rule in stored_trials(folder).items()
     }
@@ -88,7 +88,7 @@ def test_every_rule_has_the_same_trials_the_first_of_them_its_default(finished: 
         assert of_rule[0].params == {"optimizer.lr": 0.05, "optimizer.weight_decay": 0}
         assert len({str(trial.params) for trial in of_rule}) == 3
         assert [set(trial.distributions) for trial in of_rule] == [{"optimizer.lr", "optimizer.weight_decay"}] * 3
-    assert [trial.params for trial in trials["bp"]] == [trial.params for trial in trials["frozen"]]  # random ones are shared
+    assert [trial.params for trial in trials["bp"]] == [trial.params for trial in trials["frozen"]]  # random values are shared
 
 
 def test_tables_are_those_of_the_runs(finished: Path) -> None:
@@ -104,7 +104,7 @@ def test_tables_are_those_of_the_runs(finished: Path) -> None:
     final = [run for directory in find_runs([study / "tuned"]) if (run := read_run(directory))]
     for rule, row in table.iterrows():
         of_rule = trials[trials["rule"] == rule]
-        best = of_rule.loc[of_rule["val_accuracy"].idxmax()]  # the first of equals
+        best = of_rule.loc[of_rule["val_accuracy"].idxmax()]  # the first of equal ones
         assert (row["best_trial"], row["val_accuracy"]) == (best["trial"], best["val_accuracy"])
         runs = {run.result["seed"]: run for run in final if run.result["algorithm"] == rule}
         assert sorted(runs) == [0, 1] and row["n"] == 2 and row["trials"] == row["done"] == 3
@@ -163,7 +163,7 @@ def _before_tell(number: int) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def _in_run(number: int) -> Callable[[pytest.MonkeyPatch], None]:
-    """Within the training of the run with this number in the process, after the first of its two epochs."""
+    """Kill the process in training, after the first of the two epochs of the run with this number."""
 
     def install(patch: pytest.MonkeyPatch) -> None:
         end, count = train.Checkpoints.on_epoch_end, [0]
@@ -186,7 +186,8 @@ def _writing_tables(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tune, "_write", killed)
 
 
-#: One trial is finished at the first kill, four at the second and the third; the last run of a trial is the first of two then.
+#: One trial is finished at the first kill, and four are finished at the second and third. At these later kills, the last run of a
+#: trial is the first of two.
 KILLS = {
     "after ask": _after_ask(2),
     "in training": _in_run(4),

@@ -1,4 +1,4 @@
-"""Energy counters: a folder like that of Linux, and a module like that of NVML."""
+"""Energy counters are read from a folder like that of Linux's powercap, and from a module like NVML's."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_packages_and_memory_count_once(powercap: Path) -> None:
 def test_counters_wrap_around(powercap: Path) -> None:
     use(powercap, "intel-rapl:0", 7000)
     meter = meter_of(CPU)
-    for _ in range(2):  # each time 100 J below the end to 100 J above the beginning
+    for _ in range(2):  # each time, the counter goes from 100 J below its end to 100 J above its beginning
         use(powercap, "intel-rapl:0", 7100)
         meter.used_wh()
         use(powercap, "intel-rapl:0", 100)
@@ -90,7 +90,7 @@ def test_a_counter_that_fails_leaves_the_energy_unknown(powercap: Path) -> None:
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU whose counter is `millijoules`."""
+    """A GPU whose counter shows `millijoules`."""
     module = SimpleNamespace(millijoules=5, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID={"GPU-7": "handle"}.__getitem__)
     module.nvmlDeviceGetTotalEnergyConsumption = lambda device: {"handle": module.millijoules}[device]
     monkeypatch.setitem(sys.modules, "pynvml", module)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Shared by the training scripts of this folder: a small net in parts, its data, and one training loop for every rule."""
+"""Helpers shared by the training scripts in this folder: a small net in parts, its data, and one training loop for every rule."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from fa_bench.mechanisms.second_pass import Draws
 from fa_bench.registry.registries import ALGORITHMS
 
 RULES = list(ALGORITHMS)
-#: Rules that cover all weights whatever their modules are: no error passes through any.
+#: Rules that cover all weights in any kind of module, because they propagate no error through modules.
 COVERS_ALL = ["weight_perturbation"]
-#: Rules that cut the graph: they take their error from one output of the model.
+#: Rules that cut the graph and take their error from one output of the model.
 CUT_RULES = [name for name, rule in ALGORITHMS.items() if issubclass(rule, CutRule) and name not in COVERS_ALL] + ["asfp_lc"]
-#: Edge rules whose error is computed from any loss; np_feedback needs the labels.
+#: Edge rules that compute their error from any loss; np_feedback is excluded because it needs the labels.
 EDGE_RULES = [name for name in RULES if name not in (*CUT_RULES, *COVERS_ALL, "np_feedback")]
 #: Rules that settle the states between whole blocks.
 SETTLING = ["epc", "pc"]
-#: Rules that cover whole blocks, whatever these contain.
+#: Rules that cover whole blocks with any content.
 COVERS_BLOCKS = ["dgl", "ldrl", *SETTLING]
-#: Rules that change the model's first argument, which must be a floating-point tensor.
+#: Rules that change the model's first argument, which must therefore be a floating-point tensor.
 CHANGES_INPUT = ["pepita", "forward_forward"]
 #: Rules that sample noise for every update.
 NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "fdfa", "grape", "forward_gradient"]
-#: Edge rules with losses of their own, which are scaled like the loss.
+#: Edge rules with local losses, which are scaled like the model's loss.
 LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirror", "information_alignment"]
-# The mirror's steps before training take time and are not tested here.
-# All groups have one learning rate, so dkp needs only one group.
+# The mirror's steps before training take time and are not tested here. dkp has one learning rate for all groups, so it needs only
+# one group.
 _QUICK: dict[str, dict[str, Any]] = {
     "wm": {"initial_steps": 1, "mirror_batch": 2},
     "dkp": {"b_lr_scale": 1.0},
@@ -60,7 +60,7 @@ def part(inputs: int, dropout: float = 0.0) -> nn.Sequential:
 
 
 class Chain(nn.Module):
-    """8-16-16-16-3 in three parts and a head; `runs` determines how each part is run."""
+    """A net of widths 8-16-16-16-3 in three parts and a head; `runs` determines how each part is run."""
 
     def __init__(self, runs: Runs | None = None, dropout: float = 0.0) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def attach(model: nn.Module, name: str, **options: Any) -> Any:
 
 
 def same_noise(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
-    """Replaces `Draws.normal`: noise that does not depend on update and sample, so that batches can be compared with their
+    """Replace `Draws.normal` by noise that does not depend on update and sample, so that batches can be compared with their
     parts."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     shape = like.shape if is_shared else like.shape[1:]
@@ -95,7 +95,8 @@ def draw_the_same_for_every_sample(patch: Any) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients of all parameters that have one, including learned feedback; names omit the prefix of checkpoint wrappers."""
+    """The gradients of all parameters that have one, including learned feedback, without the prefix of checkpoint wrappers in the
+    names."""
     return {
         name.replace("_checkpoint_wrapped_module.", ""): parameter.grad.clone()
         for name, parameter in model.named_parameters()
@@ -104,7 +105,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(model: nn.Module, rule: Any, x: Tensor, y: Tensor, steps: int = 3, runs: Runs | None = None) -> dict[str, Tensor]:
-    """A few updates by SGD: the gradients of the last one, and the parameters after it."""
+    """Make a few updates by SGD and return the gradients of the last one."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     last: dict[str, Tensor] = {}
     for _ in range(steps):
@@ -122,7 +123,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rel: float = 0.0) -> None:
-    """Check that both contain the same tensors under the same names: bitwise, or up to `rel` of each tensor's largest entry."""
+    """Check that both contain the same tensors under the same names, bitwise or up to `rel` of each tensor's largest entry."""
     assert want and set(got) == set(want), f"{sorted(got)}, wanted {sorted(want)}"
     wrong = {
         name: difference

@@ -1,4 +1,4 @@
-"""Shared by the tests of other people's training loops: a small net, data that can be learned, and a loop."""
+"""Helpers shared by the tests of other people's training loops: a small net, data that can be learned, and a loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fa_bench
 
-#: Rules with learned feedback: those of layers, of cuts, and in auxiliary layers.
+#: Rules with learned feedback in layers, at cuts, or in auxiliary layers.
 LEARNED = (
     "kp",
     "pfa",
@@ -31,7 +31,7 @@ LEARNED = (
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """8-16-16-3; every rule finds its cuts and blocks."""
+    """A net of widths 8-16-16-3, in which every rule finds its cuts and blocks."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)).to(dtype)
     model.cut_points = model.blocks = ["1", "3"]
@@ -45,7 +45,7 @@ def data(samples: int = 32, seed: int = 0, dtype: torch.dtype = torch.float64) -
 
 def attached(name: str, dtype: torch.dtype = torch.float64, **options):
     model = net(dtype)
-    # The stem learns, so the feedback of every layer has something to learn from.
+    # The stem is not frozen, so the feedback of every layer has something to learn from.
     chosen = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {}
     chosen |= {"dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0}, "ldfa": {"rank": 2}, "f3": {"samples": 32}}.get(name, {})
     return model, fa_bench.attach(model, name, seed=0, **(chosen | options))
@@ -63,7 +63,8 @@ def steps(
     plain_backward: bool = False,
     rule_step: bool = True,
 ) -> list[float]:
-    """Train with an ordinary loop, and return the losses. `call` is called instead of the model, for example a wrapper of it."""
+    """Train with an ordinary loop, and return the losses. `call`, such as a wrapper of the model, is called instead of the
+    model."""
     losses = []
     dtype = next(model.parameters()).dtype
     for number_of_step in range(number):

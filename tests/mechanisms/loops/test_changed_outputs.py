@@ -1,4 +1,5 @@
-"""The model's output changed in place before the loss: logits of other classes masked, or logits divided by a temperature."""
+"""Tests with a model's output that is changed in place before the loss: the logits of a class are masked, or the logits are
+divided by a temperature."""
 
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ from tests.versions import needs_compiler
 from .chain import RULES, Chain, assert_same, attach, batch, draw_the_same_for_every_sample, gradients
 
 X, Y = batch(12)
-LABELS = Y.clamp(max=1)  # excludes the masked class
+LABELS = Y.clamp(max=1)  # the masked class does not occur
 INDICES = torch.arange(len(Y))
-#: They compute losses of additional passes by the objective, so a change between output and loss would be ignored.
+#: Rules that compute the losses of additional passes with the objective, so that a change between output and loss would be
+#: ignored.
 OF_OBJECTIVE = [name for name, rule in ALGORITHMS.items() if getattr(rule, "learns_by_objective", False)] + ["np_feedback"]
-#: Its errors are computed from outputs and labels, and its scale is always measured.
+#: Rules that compute their errors from outputs and labels, and always measure their scale.
 ALWAYS_MEASURED = ["f3"]
 
 
@@ -63,7 +65,8 @@ def test_which_rules_learn_by_the_objective() -> None:
 @pytest.mark.parametrize("change", [masked, halved])
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
 def test_rules_that_learn_by_the_objective_refuse_it(name: str, change: Change, scale: float | None) -> None:
-    """If the change is made in a copy, the first passes are compared with the objective, and the loss is refused."""
+    """Rules that learn from the objective refuse an output that was changed in place. A change in a copy is refused, too, because
+    the first passes compare the loss with the objective."""
     with pytest.raises(StateError, match=rf"rule '{name}' learns from the model's output as the forward pass returned it"):
         learn(name, change, True, scale=scale)
 
@@ -91,7 +94,7 @@ def test_rules_that_learn_by_its_error_learn_as_by_another_tensor(name: str, cha
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim", "fdfa", "ldrl", "dfc", "forward_forward"])
 def test_a_scale_cannot_be_measured_at_it(name: str) -> None:
-    """Measured at the changed logits, half the error would look like half the scale."""
+    """The scale cannot be inferred from changed logits, because half the error would look like half the scale."""
     with pytest.raises(StateError, match=r"cannot infer it: the model's output was changed in place.*Pass the scale"):
         learn(name, halved, True, factor=0.25)
     assert_same(learn(name, halved, True, 0.25, scale=0.25), learn(name, halved, False, 0.25, scale=0.25))
@@ -120,7 +123,7 @@ def test_f3_with_the_scale_uses_the_error_and_refuses_to_use_the_output() -> Non
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:The .grad attribute")
 def test_a_compiled_model_measures_at_the_output_as_it_was() -> None:
-    """The behaviour is the same in place and in a copy."""
+    """A compiled model behaves in the same way whether the logits are changed in place or in a copy."""
     torch._dynamo.reset()
     found = []
     for in_place in (False, True):

@@ -1,4 +1,4 @@
-"""Activation checkpointing changes only memory: the gradients of weights and of learned feedback are bitwise identical."""
+"""Activation checkpointing changes only memory use: the gradients of weights and of learned feedback are bitwise identical."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BY_TANGENTS = [name for name, rule in ALGORITHMS.items() if "tangents" in {field
 
 
 def attach(model: nn.Module, name: str, **options: Any) -> Any:
-    """With central differences, because checkpoints do not support tangents."""
+    """Attach the rule, with central differences if checkpoints do not support tangents."""
     if CHECKPOINTS_LACK_TANGENTS and name in BY_TANGENTS:
         options["tangents"] = "difference"
     return chain.attach(model, name, **options)
@@ -37,12 +37,12 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
 def reentrant(module: nn.Module, x: Tensor) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own warning if no input requires a gradient
+        warnings.simplefilter("ignore")  # torch warns if no input requires a gradient
         return checkpoint(module, x, use_reentrant=True)
 
 
 def result(model: nn.Module, rule: Any, **loop: Any) -> dict[str, Tensor]:
-    """The last gradients, and what the model holds after the updates."""
+    """The gradients of the last update, and the model's state after it."""
     last = train(model, rule, X, Y, **loop)
     return {f"gradient of {name}": tensor for name, tensor in last.items()} | state(model)
 
@@ -56,7 +56,8 @@ def test_parts_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("late", [False, True], ids=["before attach", "after attach"])
 @pytest.mark.parametrize("name", BY_TANGENTS)
 def test_central_differences_where_checkpoints_have_no_tangents(name: str, late: bool) -> None:
-    """The errors of older versions of torch recommend these, and they give correct results with every version."""
+    """Older versions of torch give an error that recommends central differences, which give correct results with every
+    version."""
 
     def of_parts(**options: Any) -> dict[str, Tensor]:
         model = Chain(None if late else checkpointed)
@@ -80,7 +81,7 @@ def test_the_whole_model(name: str) -> None:
 @pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
 @pytest.mark.parametrize("name", RULES)
 def test_exact_passes(name: str, whole: bool) -> None:
-    """Exact passes are backpropagation, whatever is recomputed."""
+    """Exact passes are backpropagation, no matter which parts are recomputed."""
     plain, model = Chain(), Chain() if whole else Chain(checkpointed)
     rule = attach(model, name)
     F.cross_entropy(plain(X), Y).backward()
@@ -105,7 +106,7 @@ def test_wrappers_applied_after_attach(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_wrappers_applied_before_attach(name: str) -> None:
-    """Feedback is sampled by the layer's path, which a wrapper changes, so the reference has wrappers that do nothing."""
+    """Feedback depends on the layer's path, which a wrapper changes, so the reference model has wrappers that do nothing."""
 
     def run_it(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
@@ -147,7 +148,7 @@ def test_brsf_draws_its_magnitudes_once_a_step(whole: bool) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_dropout(name: str) -> None:
-    """The recomputation drops the same units as the forward pass, and does not change the random state."""
+    """The recomputation drops the same units as the forward pass and does not change the random state."""
     found = []
     for runs in (checkpointed, None):
         model = Chain(runs, dropout=0.3)
@@ -159,7 +160,7 @@ def test_dropout(name: str) -> None:
 
 
 class ConvChain(Chain):
-    """Two convolutions with batch normalisation and a third part that is flat."""
+    """The chain with two convolutions with batch normalisation, and a third part for flat inputs."""
 
     def __init__(self, runs: Any = None) -> None:
         super().__init__(runs)
@@ -176,7 +177,7 @@ class ConvChain(Chain):
 
 @pytest.mark.parametrize("name", RULES)
 def test_convolutions_with_batch_normalisation(name: str) -> None:
-    """As usual in torch, the recomputation updates the running statistics a second time; gradients do not depend on them."""
+    """As usual in torch, the recomputation updates the running statistics a second time, but gradients do not depend on them."""
     plain, model = ConvChain(), ConvChain(checkpointed)
     options = {"linear": "share"} if name in ("asap", "asfp", "asfp_lc") else {}
     options |= {"sample_input": X[:2]}
@@ -203,11 +204,11 @@ def test_reentrant_parts_are_right_or_refused(name: str, late: bool, asks: bool)
         assert_same({key: after[key] for key in before}, before)
         assert not gradients(model)
     else:
-        assert name in ("bp", "bp_fc", "frozen", "frozen_blocks", "weight_perturbation")  # they leave the layers as they are
+        assert name in ("bp", "bp_fc", "frozen", "frozen_blocks", "weight_perturbation")  # these rules do not change the layers
         if asks or name in ("frozen", "weight_perturbation"):
             assert_same(got, want)
         else:
-            assert set(got) == {"head.weight", "head.bias"}  # torch warns that the parts get no gradient
+            assert set(got) == {"head.weight", "head.bias"}  # torch warns that the other parts get no gradient
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -218,7 +219,7 @@ def test_a_reentrant_whole_model_is_right_or_refused(name: str) -> None:
     try:
         got = train(model, rule, X.clone().requires_grad_(True), Y, runs=reentrant)
     except CoverageError as error:
-        # Values that they sample or compute belong to one pass.
+        # Rules that repeat passes, or sample or compute values for one pass, refuse reentrant checkpoints.
         assert name in ("brsf", "forward_alignment") or ALGORITHMS[name].repeats
         assert "use_reentrant=False" in str(error)
         assert_same(state(model), before)
@@ -240,14 +241,16 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
         model = Chain(runs)
         model.a.requires_grad_(False)
         last = train(model, attach(model, name), X, Y)
-        # Some feedback learns from the inputs and outputs of its layer even if the weight does not; it propagates no error there.
+        # Some feedback learns from the inputs and outputs of its layer even if the weight is frozen; no error is propagated
+        # there.
         own = ("a.fc.feedback_R", "a.fc.feedback_B" if name in ("ldfa", "np_feedback", *LOCAL_LOSSES) else None)
         found.append({key: gradient for key, gradient in last.items() if key not in own})
     assert_same(*found)
 
 
 def test_after_a_whole_model_that_is_checkpointed_its_parts_are_still_refused() -> None:
-    """forward_alignment identifies passes by the one that is running, and a repeated pass leaves none open."""
+    """forward_alignment identifies a pass by the forward call that is running, and a recomputed pass does not stay open
+    afterwards."""
     model = Chain()
     rule = attach(model, "forward_alignment")
     train(model, rule, X, Y, runs=checkpointed)

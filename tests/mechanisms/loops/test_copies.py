@@ -1,4 +1,4 @@
-"""Copies and reloaded models have the same parameters in the same groups."""
+"""Copies of a model and reloaded models have the same parameters in the same groups."""
 
 import copy
 import gc
@@ -13,7 +13,7 @@ from .scripts import attached, steps
 
 
 def groups(model) -> tuple[list[str], list[str], list[list[str]]]:
-    """The names of feedback and weights, and of the parameters of each group."""
+    """The names of the feedback, of the weights, and of the parameters in each group."""
     rule = fa_bench.attached_rule(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return (

@@ -1,6 +1,7 @@
-"""Two ranks under DistributedDataParallel train in the same way as one process with the whole batch, for every rule.
+"""For every rule, two ranks under DistributedDataParallel train in the same way as one process with the whole batch.
 
-Both ranks are separate processes that communicate through gloo; every rule trains in the same two, because starting them is slow.
+Both ranks are separate processes that communicate through gloo. Every rule trains in the same two processes, because starting
+them is slow.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from .chain import draw_the_same_for_every_sample
 from .scripts import data, net, sgd
 
-# Excludes whatever depends on the batch as a whole: similarities of its samples, batch normalisation.
+# Options that avoid values that depend on the whole batch, such as similarities between samples and batch normalisation.
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"},
     "dgl": {"auxiliary_net": "linear"},
@@ -63,7 +64,8 @@ CASES |= {
     "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
     "grape anchors": ("grape", {"anchor_period": 2}),
 }
-#: Values that depend on the batch as a whole differ from those of one process; the ranks still agree with each other.
+#: Cases in which values depend on the whole batch. The results differ from those of one process, but the ranks agree with each
+#: other.
 DIFFER = (
     "asfp_lc learning stem",
     "predsim whole",
@@ -103,7 +105,7 @@ def model_of(case: str) -> nn.Module:
 
 
 def train(case: str, parts: slice, wrap=lambda model: model) -> dict[str, torch.Tensor]:
-    """The model's state after some steps on a part of each batch."""
+    """The model's state after a few steps on a part of each batch."""
     with pytest.MonkeyPatch.context() as patch:
         if not case.endswith("whole"):
             draw_the_same_for_every_sample(patch)
@@ -120,7 +122,7 @@ def _train(case: str, parts: slice, wrap) -> dict[str, torch.Tensor]:
         x, y = (tensor[parts] for tensor in data(16, seed=step))
         optimizer.zero_grad()
         logits = called(x)
-        # Every sample is on the other rank in a later step.
+        # Each step assigns the samples to the ranks in a different order.
         indices = torch.randperm(16, generator=torch.Generator().manual_seed(step))[parts]
         rule.backward(F.cross_entropy(logits, y), logits, y, indices=indices)
         optimizer.step()
@@ -134,7 +136,7 @@ def _train(case: str, parts: slice, wrap) -> dict[str, torch.Tensor]:
 
 def rank(number: int, store: str, results) -> None:
     torch.set_num_threads(1)
-    # Ranks sample different global random numbers, as they do if nobody seeds them: a rule must not depend on these.
+    # Ranks sample different global random numbers, as they do without a seed; no rule may depend on these.
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
     for case in CASES:
         torch.manual_seed(100 + number)
@@ -148,7 +150,7 @@ def rank(number: int, store: str, results) -> None:
 
 
 def on_two_ranks(store: Path) -> dict[str, dict[int, dict | str]]:
-    """{case: {rank: its state, or its error}}."""
+    """The results as {case: {rank: its state, or its error}}."""
     context = mp.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=rank, args=(number, str(store), results), daemon=True) for number in range(2)]
@@ -172,7 +174,8 @@ def on_two_ranks(store: Path) -> dict[str, dict[int, dict | str]]:
 
 
 def test_two_ranks_are_one_process(tmp_path, monkeypatch):
-    """Sums are computed over halves: rounding of 1e-16 per step, in weights, feedback and buffers."""
+    """Each rank sums over half the batch, so the results differ by rounding of 1e-16 per step, in weights, feedback and
+    buffers."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     faults = []
     for case, of_rank in on_two_ranks(tmp_path / "store").items():

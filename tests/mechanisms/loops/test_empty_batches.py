@@ -1,4 +1,4 @@
-"""Batches without samples: torch's layers accept them, and so do rules."""
+"""torch's layers accept batches without samples, and so do the rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WITHOUT_POSITIONS = ("dfc", "f3", "forward_forward", "ldrl", "pepita", "predsim"
 
 
 class Tokens(nn.Module):
-    """Classes for each of four tokens; optionally with attention, which may return its weights."""
+    """Classifies each of four tokens, optionally with attention that may return its weights."""
 
     def __init__(self, attention: str) -> None:
         super().__init__()

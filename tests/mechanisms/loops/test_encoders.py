@@ -1,4 +1,4 @@
-"""A trainable module before the attached model, and other inputs that require a gradient."""
+"""A trainable module can precede the attached model, and other inputs may require a gradient, too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ X, Y = batch(12)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
     "forward_gradient weight": ("forward_gradient", {"form": "weight"})
 }
-#: They compute all gradients in separate passes, and no error for the input.
+#: Rules that compute all gradients in separate passes, and no error for the input.
 IN_PASSES = ["pepita", "forward_forward", "weight_perturbation", "forward_gradient weight", "epc", "pc", "dfc"]
 MESSAGE = r"computes no error for the model's input, which requires a gradient.*Attach the rule to a model that contains both"
 
@@ -28,7 +28,7 @@ def attached(variant: str) -> tuple[Chain, Any]:
 
 
 def learn(model: nn.Module, rule: Any, x: Tensor) -> list[str]:
-    """One pass; returns the messages of its warnings."""
+    """Run one forward and backward pass, and return the messages of its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         logits = model(x)
@@ -37,7 +37,7 @@ def learn(model: nn.Module, rule: Any, x: Tensor) -> list[str]:
 
 
 def inputs() -> dict[str, tuple[Tensor, Tensor]]:
-    """(input, the tensor that would learn): the output of an encoder, or a leaf such as an adversarial input or a prompt."""
+    """Inputs with the tensor that would learn: the output of an encoder, and a leaf such as an adversarial input or a prompt."""
     torch.manual_seed(0)
     encoder, leaf = nn.Linear(8, 8), X.clone().requires_grad_()
     return {"encoder": (encoder(X), encoder.weight), "leaf": (leaf, leaf)}

@@ -1,4 +1,4 @@
-"""Modules whose weights no rule covers: which are refused, with which advice, and which propagate no error."""
+"""Tests of modules whose weights no rule covers: which are refused, what the error advises, and which propagate no error."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SHARING = ("asap", "asfp", "asfp_lc")
 
 
 def own(cls: type[nn.Module]) -> Any:
-    """A user's subclass, whose forward pass is unknown: no rule covers its weights."""
+    """A user's subclass of a module; no rule covers its weights, because its forward pass is unknown."""
     return type(f"Own{cls.__name__}", (cls,), {})
 
 
 class Cells(nn.Module):
-    """A recurrent cell, step by step."""
+    """Applies a recurrent cell step by step and returns its last state."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Multiplies(nn.Module):
 
 
 LAYERED, STEPPED = ["core.weight_ih_l0", "core.weight_hh_l0"], ["core.cell.weight_ih", "core.cell.weight_hh"]
-#: name -> (function that creates the module, its weights)
+#: Maps a name to a function that creates the module, and to the module's weights.
 MODULES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     **{cls.__name__: (lambda cls=cls: own(cls)(8, 8, batch_first=True), LAYERED) for cls in (nn.LSTM, nn.GRU, nn.RNN)},
     **{cls.__name__: (lambda cls=cls: Cells(own(cls)(8, 8)), STEPPED) for cls in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)},
@@ -72,7 +72,8 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 
 
 class Reader(nn.Module):
-    """Embedded tokens with their positions, `core`, then 8-16-16-3 on their mean."""
+    """Embeds tokens and adds their positions, applies `core`, then maps the mean to three classes with layers of widths
+    8-16-16-3."""
 
     def __init__(self, core: nn.Module | None = None) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ def test_uncovered_modules_are_named_and_allowed_by_what_is_suggested(name: str,
     assert str(refused.value).endswith(f"pass allow_uncovered={weights!r}")
     for allowed in (True, weights, ["core.*"]):
         model = Reader(make())
-        # A fused LSTM has no forward-mode derivative; an LSTM that rules cover is not fused.
+        # A fused LSTM has no forward-mode derivative. An LSTM that a rule covers is not fused.
         options = {"tangents": "difference"} if kind == "LSTM" and name in ("fdfa", "grape", "forward_gradient") else {}
         rule = attach(model, name, sample_input=TOKENS[:2], allow_uncovered=allowed, **options)
         assert set(rule.coverage.uncovered) == set(weights) and "weight transport" in str(rule.coverage)
@@ -137,7 +138,7 @@ def test_embeddings_and_position_tables_carry_no_error(name: str) -> None:
     assert "looked up" in rule.coverage.local["emb.weight"] and "only added" in rule.coverage.local["pos"]
     assert "passes no error on" in str(rule.coverage) and "every weight" in str(rule.coverage)
     found = learn(model, rule)
-    if name not in SHARING:  # the first layer is frozen here; the error still reaches the modules before it
+    if name not in SHARING:  # sharing rules freeze the first layer; the error still reaches the modules before it
         assert found["emb.weight"].abs().sum() > 0 and found["pos"].abs().sum() > 0
 
 
@@ -178,7 +179,7 @@ def test_a_table_is_local_only_where_it_is_added(name: str, table: Callable[[Rea
 
 
 class Speaker(nn.Module):
-    """A head that shares its weight with the embedding, as a module or in a function."""
+    """Shares the head's weight with the embedding, which is a module or a function."""
 
     def __init__(self, by_function: bool) -> None:
         super().__init__()
@@ -253,7 +254,8 @@ def test_a_sample_may_be_given_as_the_model_takes_it(name: str, sample: Any) -> 
 
 @pytest.mark.parametrize("name", COVERING)
 def test_without_a_sample_the_rule_asks_for_one_or_names_the_table(name: str) -> None:
-    """Zeros of the first layer's width are not tokens: the use of a table is then not seen, and is refused to be safe."""
+    """Without a sample, attach uses zeros, which are not tokens. attach then does not observe the use of the table, and refuses
+    it."""
     model = Reader()
     with pytest.raises(CoverageError, match=r"needs sample_input, one input batch|uncovered: pos \(in a Reader\)"):
         attach(model, name)
@@ -302,7 +304,7 @@ def test_a_look_up_in_a_tied_embedding_is_not_the_use_that_is_named() -> None:
 
 
 def test_a_table_that_did_not_run_is_known_by_its_kind() -> None:
-    """No pass has shown the error that it would propagate; a look-up propagates none."""
+    """A table that does not run in the sample's pass is accepted, because a look-up propagates no error."""
 
     class Unused(Reader):
         def __init__(self) -> None:
@@ -314,7 +316,8 @@ def test_a_table_that_did_not_run_is_known_by_its_kind() -> None:
 
 
 def test_a_type_called_like_one_of_torch_has_its_package() -> None:
-    """timm's Linear, for example: "in a Linear" would not explain why nn.Linear is not covered."""
+    """A subclass with the name of torch's class, such as timm's Linear, is named with its package, because "in a Linear" would
+    not explain why it is not covered."""
     other = type("Linear", (nn.Linear,), {"__module__": "vendor.layers"})
     with pytest.raises(CoverageError, match=r"1\.weight \(in a vendor\.layers\.Linear\)"):
         fa_bench.attach(nn.Sequential(nn.Linear(3, 3), other(3, 2)), "fa")
@@ -323,7 +326,8 @@ def test_a_type_called_like_one_of_torch_has_its_package() -> None:
 @pytest.mark.parametrize("name", ["fa", "kp"])
 @pytest.mark.parametrize("path", ["0", "1"])
 def test_a_module_with_a_replaced_forward_method_is_named(name: str, path: str) -> None:
-    """For example by tools that move weights between devices: it calls the plain class's method, which transports the weight."""
+    """A replaced forward method, as from tools that move weights between devices, calls the plain method, which transports the
+    weight."""
     model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.Identity())
     module = model.get_submodule(path)
     plain = module.forward
@@ -336,7 +340,8 @@ def test_a_module_with_a_replaced_forward_method_is_named(name: str, path: str) 
 
 
 def test_products_with_the_input_that_are_added_up_pass_no_error_on() -> None:
-    """No layer before them learns, and their sum is an activation, not a weight."""
+    """Products with the model's input propagate no error, because no layer before them learns, and their sum is an activation,
+    not a weight."""
 
     class TwoTables(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""Parts that do not learn: a frozen first part, an input that requires a gradient, and feedback that shall stay fixed."""
+"""Tests with parts that do not learn: a frozen first part, an input that requires a gradient, and feedback that is to stay
+fixed."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def test_feedback_that_requires_no_grad_stays_and_needs_no_optimizer(name: str) 
 
 
 def test_of_mixed_feedback_rests_what_follows_the_frozen_weight() -> None:
-    """K has the gradient of the weight; R has its own."""
+    """K is frozen with the weight whose gradient it shares; R has its own gradient and still learns."""
     model = Chain()
     model.b.requires_grad_(False)
     rule = attach(model, "mixed")

@@ -1,4 +1,4 @@
-"""``torch.func.functional_call``: a forward pass with parameters other than those that the model has in the backward pass."""
+"""``torch.func.functional_call`` runs a forward pass with parameters that the model no longer has in the backward pass."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fa_bench.registry.registries import ALGORITHMS
 from .chain import CUT_RULES, RULES, Chain, assert_same, attach, batch, gradients
 
 X, Y = batch(12)
-#: Variants in addition to the default options of each rule.
+#: Each rule with its default options, and further variants.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
     "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
     "information_alignment forward": ("information_alignment", {"update_forward": True}),
     "kp dual": ("kp", {"derivative": "dual"}),
 }
 REPEATING = [variant for variant, (name, _) in VARIANTS.items() if ALGORITHMS[name].repeats]
-#: They use their learned feedback in the backward pass.
+#: Rules that use their learned feedback in the backward pass.
 LEARNED_AT_CUTS = ["dkp", "predsim", "bp_deepsup", "dgl", "asfp_lc"]
 
 
@@ -49,7 +49,7 @@ def by_functional_call(variant: str, weights_only: bool) -> dict[str, Tensor]:
         rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     finally:
         found = gradients(model) | {name: value.grad for name, value in values.items() if value.grad is not None}
-        # Refused before any gradient is computed.
+        # If the rule refuses, it does so before any gradient is computed.
         assert "head.weight" in found or not found
     return found
 

@@ -1,4 +1,4 @@
-"""A step that is interrupted by Ctrl-C, or by another exception that is not an `Exception`, does not affect the next one."""
+"""A step that is interrupted by Ctrl-C, or by another exception that is not an `Exception`, does not affect the next step."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ from tests.rules.helpers import assert_bitwise
 
 
 class Stopped(BaseException):
-    """An exception that a watchdog or a task runner raises."""
+    """Stands for an exception that a watchdog or a task runner raises."""
 
 
 def step(model, rule, optimizer):
@@ -29,7 +29,7 @@ def step(model, rule, optimizer):
 
 
 def interrupt(model, rule, at_call: int, error: type[BaseException], run) -> bool:
-    """Call a function and interrupt it in a call of the model's second layer; returns whether that call was reached."""
+    """Call a function, interrupt it in a call of the model's second layer, and return whether that call was reached."""
     calls = 0
 
     def hook(*_):
@@ -59,7 +59,7 @@ def test_the_next_step_is_as_it_would_have_been(name):
         ]
         interrupted = interrupt(model, rule, at_call, error, functools.partial(step, model, rule, optimizers[0]))
         assert interrupted or at_call > 1
-        # Noise and indices may have been sampled; the state that is loaded is the earlier one.
+        # Noise and indices may have been sampled, so the earlier state is loaded in both models.
         for one, of_one in ((model, rule), (expected_model, expected_rule)):
             one.load_state_dict(before)
             of_one.load_state_dict(copy.deepcopy(of_rule))
@@ -87,7 +87,7 @@ def test_evaluation_copies_and_detach_after_an_interruption(name):
 
 
 def test_a_model_that_calls_itself_is_still_told_apart():
-    """The outer pass is running, even if the inner one was interrupted."""
+    """The outer pass is still running after the inner one was interrupted."""
 
     class Net(torch.nn.Sequential):
         def forward(self, x, depth=1):

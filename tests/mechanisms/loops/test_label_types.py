@@ -1,4 +1,4 @@
-"""Labels may have any integer type: every rule treats them like 64-bit integers. Others are refused by name."""
+"""Labels may have any integer type, and every rule treats them like 64-bit integers. Other types are refused by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_labels_of_any_integer_type(name: str, dtype: torch.dtype, monkeypatch: 
     assert_same(found[1], found[0])
 
 
-#: Kind of invalid labels -> the labels, and the error.
+#: Maps a kind of invalid labels to a function that creates them and to the error.
 WRONG: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "ignored": (lambda y: y.index_fill(0, torch.tensor([0]), -100), "label -100 is out of range: .* remove unlabelled samples"),
     "class 7": (lambda y: y.index_fill(0, torch.tensor([0]), 7), "label 7 is out of range: this model has 3 classes"),
@@ -53,7 +53,7 @@ def test_labels_that_do_not_fit_are_refused_by_name_where_they_are_used(name: st
     except ValueError as error:
         assert not gradients(model)
         needs_target = "requires labels" in str(error) and "class indices of shape (N,)" in str(error)
-        not_theirs = "is not a multiple of that of the mean cross-entropy" in str(error)  # with other labels, which are valid
+        not_theirs = "is not a multiple of that of the mean cross-entropy" in str(error)  # other labels
         assert f"rule '{name}'" in str(error)
         assert needs_target or not_theirs or re.search(message, str(error)), error
 

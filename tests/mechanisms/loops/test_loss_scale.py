@@ -1,4 +1,4 @@
-"""A loss divided for gradient accumulation or multiplied by a gradient scaler: every error is scaled in the same way."""
+"""If a loss is divided for gradient accumulation or multiplied by a gradient scaler, every error is scaled in the same way."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from tests.mechanisms.loops.chain import (
 )
 
 X, Y = batch(12)
-#: name -> (rule, options)
+#: Maps the name of a variant to its rule and options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
     "drtp sign": ("drtp", {"error_sign": True}),
     "predsim pred": ("predsim", {"loss": "pred"}),
     "dgl linear": ("dgl", {"auxiliary_net": "linear"}),
     "dfc voltage": ("dfc", {"learning_rule": "voltage_difference"}),
 }
-#: Their errors depend on which samples are in a batch: similarities of pairs, batch normalisation in auxiliary nets, a cosine.
+#: Rules whose errors depend on the whole batch, because of similarities of pairs, batch normalisation in auxiliary nets, or a
+#: cosine.
 TOGETHER = ("predsim", "dgl", "asfp_lc", "grape")
-#: Sampled again in every forward pass.
+#: Rules that sample their feedback again in every forward pass.
 REDRAWN = ("brsf",)
-#: Their hidden errors are computed from the labels, and do not have the loss's scale by themselves.
+#: Rules whose hidden errors are computed from the labels, so that they do not have the loss's scale automatically.
 OF_LABELS = (
     "drtp",
     "drtp sign",
@@ -58,11 +59,11 @@ OF_LABELS = (
     "grape",
     *SETTLING,
 )
-#: Includes the errors of the output layer.
+#: Rules that compute the errors of the output layer from the labels, too.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
-#: The parts that learn from the output's own error: the head, with blocks the last block, or the whole net if errors cross the
-#: cuts. In the first step of bp_deepsup, whose classifiers are zero, no other error comes there; fdfa and grape scale feedback
-#: alone.
+#: The parts that learn from the output's own error are the head (and the last block, for rules with blocks), or the whole net if
+#: errors cross the cuts. In the first step of bp_deepsup, whose classifiers are zero, the hidden parts get no other error. fdfa
+#: and grape scale only the feedback.
 OWN: dict[str, tuple[str, ...]] = {
     **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
     **{name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")},
@@ -86,7 +87,7 @@ def chain(variant: str, dtype: torch.dtype = torch.float64) -> tuple[Chain, Any]
 
 
 def found(variant: str, losses: list[tuple[Tensor, Tensor, Loss]], **scale: float) -> dict[str, Tensor]:
-    """Gradients accumulated over parts of a batch, each with its own loss."""
+    """The gradients accumulated over parts of a batch, each with its own loss."""
     model, rule = chain(variant, losses[0][0].dtype)
     indices = torch.arange(sum(len(y) for _, y, _ in losses)).split([len(y) for _, y, _ in losses])
     for (x, y, loss), part in zip(losses, indices, strict=True):
@@ -123,7 +124,8 @@ def test_the_same_batch_four_times_a_quarter(variant: str) -> None:
 @pytest.mark.parametrize("factor", [1024.0, 3.0, 2.0**-8])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_multiplied_loss_multiplies_every_gradient(variant: str, factor: float) -> None:
-    """In single precision, whose rounding is 1e-7 of the largest summand; with a power of two, the numbers are identical."""
+    """In single precision, rounding is 1e-7 of the largest summand. If the factor is a power of two, the numbers are
+    identical."""
     plain, scaled = found(variant, [(X, Y, F.cross_entropy)]), found(variant, [(X, Y, times(factor))])
     exact = factor != 3
     assert_same({key: tensor / factor for key, tensor in scaled.items()}, plain, rel=0.0 if exact else 1e-5)
@@ -147,14 +149,14 @@ def test_a_gradient_scaler(variant: str) -> None:
     assert not torch.equal(model.head.weight, before)
 
 
-# The B of np_feedback has two targets; the gradients of dfc are not a linear function of the error.
+# The B of np_feedback learns from two targets, and the gradients of dfc are not a linear function of the error.
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("np_feedback", "dfc", "dfc voltage")])
 def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
     plain, twice = found(variant, [(X64, Y, F.cross_entropy)]), found(variant, [(X64, Y, F.cross_entropy)], loss_scale=2.0)
     factor = 2.0 if variant in OF_LABELS else 1.0  # an error computed from the loss's gradient already has its scale
     own = OWN.get(variant, ("head",))
     want = {key: tensor if key.startswith(own) else factor * tensor for key, tensor in plain.items()}
-    if variant in ("ddtp_linear", "ldrl"):  # its feedback learns from noise, not from the loss
+    if variant in ("ddtp_linear", "ldrl"):  # the feedback of these rules learns from noise, not from the loss
         want |= {key: 2 * tensor for key, tensor in plain.items() if "feedback" in key}
     if variant in LOCAL_LOSSES:
         want = {key: 2 * tensor if "feedback_B" in key else tensor for key, tensor in plain.items()}
@@ -163,7 +165,7 @@ def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ other losses
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5])
-#: name -> (loss, its ratio to the mean cross-entropy; None if it is not a multiple)
+#: Maps a name to the loss and its ratio to the mean cross-entropy, or None if it is not a multiple.
 LOSSES: dict[str, tuple[Loss, float | None]] = {
     "sum": (lambda logits, y: F.cross_entropy(logits, y, reduction="sum"), 12.0),
     "mean by hand": (lambda logits, y: F.cross_entropy(logits, y, reduction="none").mean(), 1.0),
@@ -180,7 +182,7 @@ LOSSES: dict[str, tuple[Loss, float | None]] = {
 
 
 def true_head(loss: Loss) -> dict[str, Tensor]:
-    """The output layer's gradient by backpropagation on the plain net."""
+    """The output layer's gradient by backpropagation in the plain net."""
     model = Chain()
     loss(model(X), Y).backward()
     return {f"head.{key}": parameter.grad for key, parameter in model.head.named_parameters() if parameter.grad is not None}
@@ -189,21 +191,21 @@ def true_head(loss: Loss) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("variant", [*OF_LABELS, "fa", "kp", "dfa", "dkp", "wm"])
 def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, kind: str) -> None:
-    """The output layer learns from the loss itself; errors computed from labels are those of the mean cross-entropy times its
+    """The output layer learns from the loss itself. Errors computed from labels are those of the mean cross-entropy times its
     scale."""
     loss, factor = LOSSES[kind]
     try:
         got, scale = found(variant, [(X, Y, loss)]), factor or 1.0
     except ValueError as error:
         assert variant in OF_LABELS and factor is None
-        if variant in WHOLLY_OF_LABELS:  # which ignore other losses
+        if variant in WHOLLY_OF_LABELS:  # these rules ignore other losses
             assert "attach it with the objective that you train, objective=" in str(error) and "loss_scale" not in str(error)
             with pytest.raises(ValueError, match=r"not a multiple of that of the mean cross-entropy.*objective="):
                 found(variant, [(X, Y, loss)], loss_scale=1.0)
             return
         assert "rule.backward(loss, logits, target, loss_scale=1.0)" in str(error)
         got, scale = found(variant, [(X, Y, loss)], loss_scale=1.0), 1.0
-    if variant in WHOLLY_OF_LABELS or variant == "forward_forward":  # which classifies different activations
+    if variant in WHOLLY_OF_LABELS or variant == "forward_forward":  # forward_forward classifies different activations
         assert_same(
             got,
             {
@@ -233,7 +235,8 @@ def test_a_refused_loss_leaves_no_gradient(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", WHOLLY_OF_LABELS)
 def test_a_given_scale_is_taken_as_it_is_for_losses_of_the_objective(variant: str) -> None:
-    """This holds even if the gradient at the logits is not finite, is zero, or belongs to no sample; the objective may differ."""
+    """A given scale is used even if the gradient at the logits is not finite, is zero, or belongs to no sample; the objective may
+    differ."""
     for factor in (1.0, 2.0**16, 0.0, float("inf")):
         model, rule = chain(variant, torch.float32)
         logits = model(X)
@@ -260,7 +263,7 @@ def test_the_loss_is_compared_in_the_first_passes_alone(variant: str, monkeypatc
 @pytest.mark.parametrize("factor", [1.0, 4.0, 0.25])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_autocast(variant: str, factor: float) -> None:
-    """Powers of two are inferred exactly even though the gradient at the logits is rounded to 8 bits."""
+    """A power of two is inferred exactly even though the gradient at the logits is rounded to 8 bits."""
     results = []
     for multiple, known in ((1.0, 1.0), (factor, None)):
         model, rule = chain(variant, torch.float32)
@@ -274,7 +277,8 @@ def test_bfloat16_autocast(variant: str, factor: float) -> None:
 
 # ------------------------------------------------------------------------------------------------ saturated logits
 def saturate(model: Chain, x: Tensor) -> Tensor:
-    """Labels that the model predicts with certainty: every probability is 0 or 1, and the gradient at the logits is 0."""
+    """Make the model certain, and return the labels it predicts: every probability is 0 or 1, so the gradient at the logits
+    is 0."""
     with torch.no_grad():
         model.head.weight.mul_(1e6)
         return model(x).argmax(1)
@@ -282,7 +286,7 @@ def saturate(model: Chain, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("variant", OF_LABELS)
 def test_where_the_output_is_certain_the_last_known_scale_stays(variant: str) -> None:
-    """A gradient of zero does not determine the scale; errors computed from labels keep the scale of the preceding parts."""
+    """A gradient of zero does not determine the scale, so errors computed from labels keep the scale of the preceding parts."""
     results = []
     for multiple in (1.0, 0.25):
         model, rule = chain(variant, torch.float32)
@@ -313,7 +317,7 @@ def test_a_scale_is_found_where_most_samples_are_certain(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", OF_LABELS)
 def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None:
-    """The gradient of such a mean at the logits is rounded differently, but the inferred scale is still 1."""
+    """The gradient of a mean that is written out is rounded differently at the logits, but the inferred scale is still 1."""
 
     def by_hand(logits: Tensor, y: Tensor) -> Tensor:
         return (logits.exp().sum(1).log() - logits.gather(1, y.view(-1, 1)).squeeze(1)).mean()
@@ -328,7 +332,7 @@ def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None
 
 @pytest.mark.parametrize("variant", OF_LABELS)
 def test_an_overflow_is_seen_in_every_layer(variant: str) -> None:
-    """So that code that checks the gradients of some parameters skips the update."""
+    """An overflow is visible in the gradients of every layer, so code that checks only some of them still skips the update."""
     tensors = found(variant, [(X, Y, times(torch.inf))])
     assert not [key for key, tensor in tensors.items() if tensor.any() and torch.isfinite(tensor).all()]
 
@@ -354,8 +358,8 @@ def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside
 
 
 def test_a_loss_that_is_no_mean_is_measured() -> None:
-    """For every kind of loss, not only cross-entropy: a sum is not a mean, and a mean that leaves out samples is not the
-    batch's."""
+    """The batch mean of any kind of loss counts as unscaled, not only that of the cross-entropy. A sum of losses counts as
+    scaled, and so does a mean that leaves out samples."""
     logits, squares = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True), torch.zeros(6, 3)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     for function, target in ((F.mse_loss, squares), (F.cross_entropy, labels), (F.binary_cross_entropy_with_logits, squares)):
@@ -369,7 +373,7 @@ def test_a_loss_that_is_no_mean_is_measured() -> None:
 
 
 def test_a_scale_belongs_to_its_own_backward_pass() -> None:
-    """A rule that needs no labels: a plain backward pass after one with a known scale infers its own scale."""
+    """A plain backward pass after one with a known scale infers its own scale; the rule of this test needs no labels."""
     model, rule = chain("drtp sign")
     logits = model(X64)
     rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
@@ -379,7 +383,7 @@ def test_a_scale_belongs_to_its_own_backward_pass() -> None:
 
 
 def test_an_infinite_scale_is_what_it_is() -> None:
-    """Like the result of an overflow in a gradient scaler, which skips the update."""
+    """An infinite scale, as from an overflow in a gradient scaler that then skips the update, is returned as infinity."""
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0])
     delta = (logits.softmax(1) - F.one_hot(labels, 3)) * math.inf
@@ -388,7 +392,8 @@ def test_an_infinite_scale_is_what_it_is() -> None:
 
 @pytest.mark.parametrize("multiple", [1.0, 0.25, 64.0])
 def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: float) -> None:
-    """Probabilities near 1 have a precision of 1/512 in bfloat16, a third of their difference from 1 here, which is δ."""
+    """In bfloat16, probabilities near 1 have a precision of 1/512, a third of their difference from 1 here, which is the
+    error δ."""
     labels = torch.arange(256) % 3
     logits = 6 * F.one_hot(labels, 3).float() + 0.3 * torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
     delta = ((logits.softmax(1).bfloat16() - F.one_hot(labels, 3)) / 256 * multiple).bfloat16()
@@ -410,7 +415,7 @@ def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: floa
     ids=str,
 )
 def test_what_is_no_multiple_is_told_from_rounding(dtype: torch.dtype, error: float, is_noticed: bool) -> None:
-    """An error at right angles to that of the cross-entropy; four times the unit roundoff of bfloat16 is about 0.01."""
+    """The added error is orthogonal to that of the cross-entropy. Four times the unit roundoff of bfloat16 is about 0.01."""
     logits = torch.linspace(-1, 1, 36).view(12, 3)
     delta = (logits.softmax(1) - F.one_hot(Y, 3)) / 12
     other = delta.roll(1, 1)
@@ -442,7 +447,7 @@ def test_a_loss_times_zero_has_the_scale_zero() -> None:
     assert measured_scale("drtp", delta, logits.detach(), labels) == 0
 
 
-#: Losses that differ from the objective, which rules accept without further arguments, only with the scale, or never.
+#: Losses that differ from the objective. A rule accepts such a loss without further arguments, only with the scale, or never.
 OTHERS: dict[str, Loss] = {
     "mse": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).to(z)),
     "huber": lambda z, y: F.huber_loss(z, F.one_hot(y, 3).to(z)),
@@ -454,7 +459,7 @@ OTHERS: dict[str, Loss] = {
 @pytest.mark.parametrize("loss", OTHERS)
 @pytest.mark.parametrize("name", RULES)
 def test_which_rules_refuse_another_loss(name: str, loss: str) -> None:
-    """As docs/training_loops.md says."""
+    """Rules accept or refuse other losses as docs/training_loops.md says."""
     for scale in ({}, {"loss_scale": 1.0}):
         by_objective = name in ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
         if by_objective or (name in ("f3", "np_feedback") and not scale):

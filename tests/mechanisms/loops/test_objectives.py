@@ -1,4 +1,4 @@
-"""Rules that use the labels use the objective with which they are attached."""
+"""Rules that use the labels learn from the objective that they are attached with."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_local_losses_are_the_objective(objective):
     torch.testing.assert_close(net[0].weight.grad, plain[0].weight.grad, rtol=1e-5, atol=1e-7)
 
 
-#: Rules with a trained classifier after a cut -> their options, and the names of the classifier's last parameters.
+#: Maps a rule with a trained classifier after a cut to its options and to the name of the classifier's last parameters.
 CLASSIFIERS = {
     "predsim": ({"loss": "pred"}, "decoder.out"),
     "dgl": ({"auxiliary_net": "linear"}, "out"),
@@ -64,7 +64,7 @@ CLASSIFIERS = {
 @pytest.mark.parametrize("objective", [MSE(), SigmoidCE(), CrossEntropy(label_smoothing=0.6)], ids=lambda one: one.name)
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_trained_classifiers_learn_by_the_objective_with_its_options(name, objective):
-    """The gradient of a bias b of the scores s is the mean of dL/ds over the batch: z - t, σ(z) - t or softmax(z) - q.
+    """The gradient of a bias b of the scores s is the batch mean of dL/ds, which is z - t, σ(z) - t or softmax(z) - q.
 
     In double precision, sums of eight numbers are exact to about 1e-15.
     """
@@ -114,7 +114,7 @@ def test_what_is_no_objective_is_refused_with_the_nearest_name(given, nearest, h
             EPC(cuts=["1"]).attach(net, objective=given)
     assert ("did you mean" in str(refused.value)) == (nearest is not None)
     assert nearest is None or f"did you mean '{nearest}'?" in str(refused.value)
-    fa_bench.attach(net, "epc", cuts=["1"], objective=nearest or "mse")  # the model is as it was
+    fa_bench.attach(net, "epc", cuts=["1"], objective=nearest or "mse")  # the model is unchanged
 
 
 def test_an_unknown_objective_is_named():

@@ -1,4 +1,5 @@
-"""States that were saved when learned feedback was a buffer and auxiliary layers were in the rule's state can still be loaded."""
+"""States from versions in which learned feedback was a buffer, and auxiliary layers were in the rule's state, can still be
+loaded."""
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ AUXILIARY = ("predsim", "bp_deepsup", "dgl", "asfp_lc")
 
 
 def older(model, rule, name):
-    """(model's state, rule's state) as they were saved: all auxiliary layers are in the second, none in the first."""
+    """The states of model and rule as older versions saved them, with all auxiliary layers in the rule's state."""
     own = {key: value for key, value in state(model).items() if "feedback_auxiliary_" not in key}
     if name not in AUXILIARY:
         return own, rule.state_dict()
@@ -29,11 +30,11 @@ def test_older_states_load_and_go_on_alike(name):
     steps(model, rule, sgd(model.parameters()), 3)
     saved = older(model, rule, name)
     fresh, other = attached(name)
-    steps(fresh, other, sgd(fresh.parameters()), 1)  # something else in it
+    steps(fresh, other, sgd(fresh.parameters()), 1)  # the state then differs from the saved one
     fresh.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
     assert_bitwise(state(fresh), state(model))
-    other.load_state_dict(other.state_dict())  # is complete now
+    other.load_state_dict(other.state_dict())  # the state is now complete
     for one, two in ((model, rule), (fresh, other)):
         steps(one, two, sgd(one.parameters()), 2)
     assert_bitwise(state(fresh), state(model))
@@ -41,7 +42,7 @@ def test_older_states_load_and_go_on_alike(name):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_keys_of_states_are_those_of_before(name):
-    """{layer or cut}.feedback_{name}: only the auxiliary layers are new, under separate names."""
+    """Keys still have the form {layer or cut}.feedback_{name}. Only the auxiliary layers are new, under separate names."""
     model, rule = attached(name)
     local = rule._local if name == "asfp_lc" else rule
     expected = {
@@ -55,7 +56,7 @@ def test_keys_of_states_are_those_of_before(name):
 
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in AUXILIARY])
 def test_keys_of_states_have_the_order_in_which_the_tensors_were_made(name):
-    """Feedback has the same name whether it learns or not, so that a state and its hash do not depend on this."""
+    """Feedback has the same key whether it learns or not, so a state and its hash do not depend on this."""
     model, rule = attached(name)
     for place, tensors in rule.feedback.items():
         assert [key for key in model.state_dict() if key.startswith(f"{place}.feedback_")] == [
@@ -73,14 +74,15 @@ def test_a_state_without_auxiliary_layers_anywhere_is_refused(name):
     fresh.load_state_dict(own)
     with pytest.raises(StateError, match="has the auxiliary layers of cut '1'"):
         other.load_state_dict({})
-    with pytest.raises(RuntimeError, match="feedback_auxiliary"):  # with only some of them, the state is corrupt, not old
+    with pytest.raises(RuntimeError, match="feedback_auxiliary"):  # with only some of its keys, the state is corrupt
         some = next(key for key in model.state_dict() if "feedback_auxiliary_" in key)
         fresh.load_state_dict(own | {some: model.state_dict()[some]})
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_states_of_a_rule_without_feedback_are_refused_by_one_that_has_some(name):
-    """Otherwise, the feedback would keep random values. The rule's own state is complete, including its update count."""
+    """A state without feedback is refused, because the feedback would keep its random values. The rule's own state is complete,
+    including its update count."""
     model, rule = attached(name)
     plain = {key: value for key, value in state(model).items() if "feedback" not in key}
     if len(plain) == len(model.state_dict()):  # a rule without feedback accepts it

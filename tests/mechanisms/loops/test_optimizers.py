@@ -1,4 +1,4 @@
-"""Learned feedback in the training loops that people write: it is handled like all other parameters."""
+"""In common training loops, learned feedback is handled like any other parameter."""
 
 import copy
 import math
@@ -46,7 +46,7 @@ def test_the_models_own_zero_grad_is_enough(name):
 
 
 def test_clipping_the_models_parameters_scales_both_alike():
-    """kp: W - B only decays, so the angles go to 0, although clipping acts in every step."""
+    """With kp, W - B only decays, so the angles go to 0 although clipping acts in every step."""
     model, rule = attached("kp")
     steps(
         model,
@@ -59,11 +59,11 @@ def test_clipping_the_models_parameters_scales_both_alike():
         assert weight_angle(feedback, weight) < 1e-3
 
 
-# The others need labels, the scale of the loss or, for orthonormal columns of B, a call of `step`.
+# Rules that need labels, the scale of the loss or, for orthonormal columns of B, a call of `step`.
 CALLED = ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa", "activation_alignment")
 
 
-@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without this
+@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without the call
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in CALLED])
 def test_plain_backward_and_no_call_of_the_rule_train_feedback(name):
     one, two = attached(name), attached(name)
@@ -96,7 +96,7 @@ def test_without_rule_step_the_next_backward_pass_says_so(name):
 
 
 def by_hand(model, collected, data_attribute=False):
-    """A replacement for an optimizer, as people write it, for the parameters that a list contains at the time of the step."""
+    """Replace an optimizer with a hand-written update of the parameters that are in the list at the time of the step."""
 
     @torch.no_grad()
     def step():
@@ -119,7 +119,7 @@ def test_weights_updated_by_hand_without_feedback_are_an_error(name, data_attrib
     optimizer = by_hand(model, collected, data_attribute)
     with pytest.raises(StateError, match=LEFT_OUT):
         steps(model, rule, optimizer, 1)
-    collected[:] = model.parameters()  # if they are collected after attach, it works
+    collected[:] = model.parameters()  # it works if the parameters are collected after attach
     steps(model, rule, optimizer, 2)
 
 
@@ -170,7 +170,7 @@ def test_tensors_replaced_after_the_optimizer_was_made_are_an_error(name, traine
 
 @pytest.mark.parametrize("name", ["kp", "pfa", "dkp", "predsim", "dfc"])
 def test_tensors_replaced_in_training_are_noticed_without_the_rules_step(name):
-    """In the backward pass, however the rule computes gradients."""
+    """Replaced tensors are noticed in the backward pass, however the rule computes its gradients."""
     model, rule = attached(name)
     optimizer = sgd(model.parameters())
     steps(model, rule, optimizer, 3, rule_step=False)
@@ -193,7 +193,8 @@ def test_assigned_state_and_a_new_optimizer_go_on_as_before(name):
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("convert", ["double", "to"])
 def test_another_dtype_after_the_optimizer_was_made(name, convert):
-    """The result equals that of converting first; SGD without state, because torch does not convert an optimizer's state."""
+    """Converting after creating the optimizer equals converting first. SGD has no state here, because torch does not convert an
+    optimizer's state."""
     one, two = attached(name, torch.float32), attached(name, torch.float32)
     optimizer = sgd(one[0].parameters())
     two[0].double()
@@ -204,7 +205,7 @@ def test_another_dtype_after_the_optimizer_was_made(name, convert):
 
 
 def together(model, optimizers):
-    """Several optimizers, used like one."""
+    """Combine several optimizers so that they can be used like one."""
 
     def step():
         for optimizer in optimizers:
@@ -213,10 +214,11 @@ def together(model, optimizers):
     return SimpleNamespace(zero_grad=model.zero_grad, step=step)
 
 
-@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without this
+@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without the call
 @pytest.mark.parametrize("name", LEARNED)
 def test_what_is_no_fault_is_not_taken_for_one(name):
-    """A learning rate of 0 (warm-up), separate optimizers, accumulation, weights changed by hand, skipped updates."""
+    """A learning rate of 0 as in warm-up, separate optimizers, accumulation, weights changed by hand, and skipped updates give no
+    warnings."""
     model, rule = attached(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -235,7 +237,7 @@ def test_what_is_no_fault_is_not_taken_for_one(name):
 
     class Skips(torch.optim.SGD):
         def step(self, closure=None):
-            """Like a gradient scaler with an update that is not finite."""
+            """Skip the update, as a gradient scaler does if it is not finite."""
 
     model, rule = attached(name)
     steps(model, rule, Skips(model.parameters(), lr=0.1), 4)
@@ -245,7 +247,7 @@ def test_what_is_no_fault_is_not_taken_for_one(name):
 @pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize("name", LEARNED)
 def test_feedback_that_has_been_trained_may_get_an_optimizer_of_its_own(name, is_first):
-    """After the first step of the new optimizer of the weights, it is not known yet whether another one trains the feedback."""
+    """After the first step of the weights' new optimizer, it is not yet known whether another optimizer trains the feedback."""
     model, rule = attached(name)
     steps(model, rule, sgd(model.parameters()), 3)
     optimizers = [sgd(rule.weight_parameters()), sgd(rule.feedback_parameters())]
@@ -256,7 +258,7 @@ def test_feedback_that_has_been_trained_may_get_an_optimizer_of_its_own(name, is
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_updates_by_hand_at_a_rate_of_zero_are_no_fault(name):
-    """Every tensor has been written to, but no value has changed."""
+    """An update with a rate of zero writes to every tensor, but changes no value."""
     model, rule = attached(name)
 
     class ByHand:
@@ -273,7 +275,7 @@ def test_updates_by_hand_at_a_rate_of_zero_are_no_fault(name):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_an_update_that_is_left_out_because_it_is_not_finite_is_no_fault(name):
-    """A loss of infinity, weights changed by hand, no optimizer step: none of these shows that the optimizer lacks the
+    """An infinite loss, weights changed by hand, and a step without an optimizer do not show that the optimizer lacks the
     feedback."""
     model, rule = attached(name)
     x, y = data()
@@ -297,7 +299,7 @@ def test_averaged_copies_and_schedules_have_feedback_too(name):
         steps(model, rule, optimizer, 1)
         averaged.update_parameters(model)
         schedule.step()
-        # The first update copies, as torch's average does.
+        # The first update copies the model, as in torch's average.
         now = state(model)
         want = now if averaged.n_averaged == 1 else {key: 0.5 * want[key] + 0.5 * now[key] for key in want}
     got = {key: value for key, value in averaged.module.state_dict().items()}
@@ -306,7 +308,8 @@ def test_averaged_copies_and_schedules_have_feedback_too(name):
 
 
 def test_a_frozen_weight_and_its_feedback_rest_together():
-    """No gradient is expected; once the weight learns again, the rule reports what is missing."""
+    """A frozen layer and its feedback expect no gradient. If the weight is unfrozen, the error says that the feedback must be
+    unfrozen, too."""
     model = net()
     model[0].requires_grad_(False)
     rule = fa_bench.attach(model, "kp", seed=0)
@@ -323,7 +326,8 @@ def test_a_frozen_weight_and_its_feedback_rest_together():
 
 @pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
 def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
-    """Until the layer is trained; an input that requires a gradient does not count."""
+    """Feedback at a cut after a frozen layer rests until the layer is trained. An input that requires a gradient makes no
+    difference."""
     model, x = net(), data()[0]
     model[0].requires_grad_(False)
     rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
@@ -368,7 +372,7 @@ def convolutional():
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_convolutions_notice_an_optimizer_without_their_feedback(name):
-    """The optimizer has only the feedback of the fully connected layers."""
+    """The optimizer has the feedback of the fully connected layers, but not that of the convolutions."""
     model, (x, y) = convolutional(), data()
     own = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {}
     rule = fa_bench.attach(model, name, seed=0, sample_input=x.unsqueeze(1), **own)
@@ -384,7 +388,8 @@ def test_convolutions_notice_an_optimizer_without_their_feedback(name):
 
 
 def test_replaced_feedback_that_is_left_out_of_updates_by_hand_is_noticed():
-    """The parameters that were trained before the replacement are no longer in the model."""
+    """The parameters that were trained before the replacement are no longer in the model, and only the weights are updated
+    now."""
     model, rule = attached("kp")
     tensors = list(model.parameters())
 
@@ -406,7 +411,7 @@ def test_replaced_feedback_that_is_left_out_of_updates_by_hand_is_noticed():
 
 @pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
 def test_an_optimizer_without_the_feedback_is_noticed_where_the_output_layer_is_frozen(name):
-    """The update of a hidden layer reveals it."""
+    """If the output layer is frozen, the update of a hidden layer shows that the feedback was left out."""
     model = net()
     model[4].requires_grad_(False)
     optimizer = sgd(p for p in model.parameters() if p.requires_grad)
@@ -417,13 +422,13 @@ def test_an_optimizer_without_the_feedback_is_noticed_where_the_output_layer_is_
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_an_update_after_the_rules_step_is_noticed_by_its_next_step(name):
-    """There was no backward pass in between."""
+    """The next step notices the update although there was no backward pass in between."""
     model, (x, y) = net(), data()
     optimizer = sgd(model.parameters())
     rule = fa_bench.attach(model, name, seed=0)
     logits = model(x)
     rule.backward(F.cross_entropy(logits, y), logits, y)
-    rule.step()  # nothing was updated
+    rule.step()  # nothing has been updated yet
     optimizer.step()
     with pytest.raises(StateError, match=LEFT_OUT):
         rule.step()

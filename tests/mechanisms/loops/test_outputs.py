@@ -1,4 +1,4 @@
-"""Models that return more than logits: cut rules take their error from the output that is named, edge rules from every loss."""
+"""Models can return more than logits: cut rules take their error from the named output, edge rules from every loss."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class FrozenRecord:
 
 
 class ModelOutput(OrderedDict):
-    """As in transformers: entries are attributes, too, integers index the values, and entries that are None are left out."""
+    """Behaves like the class in transformers: entries are also attributes, integers index the values, and None entries are
+    omitted."""
 
     def __init__(self, **entries: Any) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class ModelOutput(OrderedDict):
         raise TypeError("you cannot use ``update`` on a ModelOutput instance")
 
 
-#: name -> (function that packs the outputs, function that unpacks them, name of the first output, name of the second)
+#: Maps a name to functions that pack and unpack the outputs, and to the names of both outputs.
 PACKS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]], str, str]] = {
     "dictionary": (lambda one, two: {"one": one, "two": two}, lambda out: (out["one"], out["two"]), "one", "two"),
     "tuple": (lambda one, two: (one, two), lambda out: out, "0", "1"),
@@ -93,7 +94,7 @@ PACKS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Te
 
 
 class Net(nn.Module):
-    """8-16-16, then one head with 3 classes and one with 2; `pack` combines both outputs into the return value."""
+    """A net of widths 8-16-16 with a head for 3 classes and one for 2; `pack` combines both outputs into the return value."""
 
     def __init__(self, pack: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class Net(nn.Module):
 
 
 def single(number: int) -> Net:
-    """The net that returns only one of the outputs."""
+    """A net that returns only one of the outputs."""
     model = Net(lambda one, two: (one, two)[number])
     delattr(model, ("two", "one")[number])
     setattr(model, ("two", "one")[number], nn.Identity())
@@ -118,14 +119,14 @@ def single(number: int) -> Net:
 
 
 def only(model: Net, rule: Any, number: int = 0) -> dict[str, Tensor]:
-    """Gradients of the loss on one output, for a model that returns only this output."""
+    """The gradients of the loss on one output, for a model that returns only this output."""
     logits, target = model(X), Y % (3 - number)
     rule.backward(F.cross_entropy(logits, target), logits, target, indices=torch.arange(len(target)))
     return gradients(model)
 
 
 def both(model: Net, rule: Any, kind: str, parts: tuple[int, ...] = (0, 1), main: int = 0) -> dict[str, Tensor]:
-    """Gradients of the sum of the losses on the outputs in `parts`; the labels belong to `main`."""
+    """The gradients of the sum of the losses on the outputs in `parts`; the labels belong to the output `main`."""
     outputs = PACKS[kind][1](model(X))
     loss = sum(F.cross_entropy(outputs[number], Y % (3 - number)) for number in parts)
     rule.backward(loss, outputs[main], Y % (3 - main), indices=torch.arange(len(Y)))
@@ -134,7 +135,8 @@ def both(model: Net, rule: Any, kind: str, parts: tuple[int, ...] = (0, 1), main
 
 @pytest.mark.parametrize("name", ["weight_perturbation", "pepita", "epc"])
 def test_a_loss_on_another_output_moves_nothing_where_a_rule_computes_all_gradients(name: str) -> None:
-    """Otherwise, the loss would be backpropagated through the whole model."""
+    """If a rule computes all gradients, a loss on another output is ignored, because it would otherwise be backpropagated through
+    the whole model."""
     found = []
     for weight in (0.0, 1.0):
         model = Net(lambda one, two: (one, two))
@@ -158,7 +160,8 @@ def test_cut_rules_ask_which_output_and_suggest_one(name: str, kind: str) -> Non
 @pytest.mark.parametrize("kind", PACKS)
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, number: int) -> None:
-    """As in a model that returns only this output; a loss on the other output trains only its own head."""
+    """The gradients equal those of a model that returns only the named output. A loss on the other output trains only its own
+    head."""
     reference = single(number)
     want = only(reference, attach(reference, name), number)
     model = Net(PACKS[kind][0])
@@ -167,15 +170,15 @@ def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, n
     assert_same(both(model, rule, kind, (number,), number), want)
     model.zero_grad()
     if name in ("pepita", "weight_perturbation", "dfc", *SETTLING):
-        return  # they refuse a second loss: its output is detached
-    rule.load_state_dict(state)  # with the same noise again
+        return  # these rules refuse a second loss, because its output is detached
+    rule.load_state_dict(state)  # so that the noise is the same again
     found = both(model, rule, kind, (0, 1), number)
     other = ("two", "one")[number]
     assert {f"{other}.weight", f"{other}.bias"} <= set(found)
-    # In dgl and asfp_lc, the second layer and both heads form one module, and learn from both losses; so do all layers of
-    # bp_deepsup.
+    # In dgl and asfp_lc, the second layer and both heads form one module and learn from both losses. In bp_deepsup, all layers
+    # learn from both losses.
     if name not in ("dgl", "asfp_lc", "bp_deepsup"):
-        drawn = "feedback" if name in ("ddtp_linear", "ldrl") else "none"  # from new noise in each pass
+        drawn = "feedback" if name in ("ddtp_linear", "ldrl") else "none"  # their feedback learns from new noise in each pass
         assert_same({key: found[key] for key in want if drawn not in key}, {key: want[key] for key in want if drawn not in key})
 
 
@@ -189,16 +192,16 @@ def test_a_wrong_output_names_the_nearest(name: str, kind: str) -> None:
         assert f"(outputs: {first}, {second})" in str(refused.value)
         if wrong == f"{second}x":
             assert f"did you mean '{second}'?" in str(refused.value)
-    attach(single(0), name, output=first)  # it may return several outputs only in training
+    attach(single(0), name, output=first)  # the model may return several outputs only in training
 
 
 @pytest.mark.parametrize("kind", PACKS)
 @pytest.mark.parametrize("name", [name for name in EDGE_RULES if name != "dual_propagation"])
 def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> None:
-    """Every other rule is linear in the errors, so both losses at once give the sum of the gradients of each loss.
+    """Rules that are linear in the errors add up the gradients of both losses.
 
-    Exceptions are the subspace of the errors that ldfa's B learns, because that of the sum is not the sum of the subspaces, and
-    local losses, which are added only once.
+    There are two exceptions. The B of ldfa learns the subspace of the errors, and the subspace of a sum is not the sum of the
+    subspaces. Local losses are added only once.
     """
     nonlinear = name in ("ldfa", *LOCAL_LOSSES)
 
@@ -215,7 +218,7 @@ def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> No
 
     first, second, sum_ = found((0,)), found((1,)), found((0, 1))
     want = {key: first.get(key, torch.zeros(())) + second.get(key, torch.zeros(())) for key in sum_}
-    if name == "frozen":  # no layer before the heads learns
+    if name == "frozen":  # only the heads learn
         assert set(sum_) == {"one.weight", "one.bias", "two.weight", "two.bias"}
     assert_same(sum_, want, rel=1e-12)
 
@@ -229,7 +232,7 @@ def test_a_head_without_a_loss_changes_nothing_for_edge_rules(name: str) -> None
 
 # ------------------------------------------------------------------------------------------------ as transformers has it
 class Classifier(Net):
-    """Returns logits, hidden states on demand, and its own loss if it is given labels."""
+    """Returns logits, hidden states if requested, and its own loss if it is given labels."""
 
     def __init__(self, hidden_states: bool = False) -> None:
         super().__init__(Pair)
@@ -273,7 +276,7 @@ def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
         with pytest.raises(CoverageError, match=r"returns a loss \('loss'\).*call the model without labels.*from its logits"):
             model(X, labels=Y)
         assert not gradients(model)
-        out = model(X)  # the remedy in the message
+        out = model(X)  # this is the remedy in the error message
         loss = F.cross_entropy(out.logits, Y)
     else:
         out = model(X, labels=Y)
@@ -284,8 +287,8 @@ def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
-    """For example auxiliary heads that exist only in training: a forward pass of the sample in evaluation mode does not show
-    them."""
+    """A model may have auxiliary heads only in training, for example. A pass of the sample in evaluation mode does not reveal
+    such heads."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -306,7 +309,8 @@ def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
-    """A scale or a mask in addition to the logits: no loss depends on it, whichever comes first."""
+    """An output on which no loss depends, such as a scale or a mask, need not be distinguished from the logits, even if it comes
+    first."""
 
     class Beside(Chain):
         def forward(self, x: Tensor) -> Any:
@@ -321,7 +325,7 @@ def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
 
 
 def test_of_several_outputs_those_that_layers_go_on_from_make_no_output_layer() -> None:
-    """A hidden state in addition to the logits, whichever comes first."""
+    """A hidden state that is returned with the logits, before or after them, does not make its layer an output layer."""
 
     class States(nn.Module):
         def __init__(self, first: bool) -> None:
@@ -346,7 +350,7 @@ def test_a_number_names_the_output_that_its_text_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_from_it(name: str) -> None:
-    """The output may be a penalty on a weight; if no output is named, this is unknown, and the model is refused."""
+    """The scalar may be a penalty on a weight. If no output is named, this is unknown, so the model is refused."""
 
     class Penalised(Chain):
         scalar, named = "weight", True
@@ -391,7 +395,7 @@ def test_np_feedback_refuses_a_scalar_only_if_it_was_computed_from_another_outpu
 
 
 class InAnObject(Chain):
-    """Returns an object of a class that is not a container, in which no tensor is found."""
+    """Returns an object of a class that is not a container, so no tensor is found in it."""
 
     def forward(self, x: Tensor) -> Any:
         return SimpleNamespace(logits=super().forward(x))
@@ -416,7 +420,8 @@ def test_cut_rules_say_that_no_output_can_be_read() -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_the_output_that_the_objective_names(name: str) -> None:
-    """Errors are computed there, as if the rule named the output; two different names are refused."""
+    """Errors are computed at the objective's output as if the rule named this output. If the rule names a different output, it is
+    refused."""
     objective = CrossEntropy(output="two")
     with pytest.raises(OptionError, match=r"^output=one is not output=two of the objective"):
         attach(Net(PACKS["dictionary"][0]), name, objective=objective, output="one")

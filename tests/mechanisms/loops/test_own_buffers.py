@@ -1,4 +1,4 @@
-"""User-defined modules that update buffers in their forward pass: additional passes see the same buffers as the first one."""
+"""If user-defined modules update buffers in their forward pass, additional passes see the same buffers as the first one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from fa_bench.rules.dfa import DFA
 from .chain import Chain, assert_same, attach, batch, gradients
 
 X, Y = batch(12)
-#: They run the model again, in the backward pass or, forward_alignment, after the forward pass.
+#: Rules that run the model again in the backward pass or, in the case of forward_alignment, after the forward pass.
 RUN_AGAIN = [name for name, rule in ALGORITHMS.items() if rule.repeats] + ["forward_alignment"]
 HOW = ["in place", "replaced"]
 
 
 class Centred(nn.Module):
-    """Subtracts a running mean, which it updates in place or replaces; it counts calls, possibly together with other modules."""
+    """Subtracts a running mean, which it updates in place or replaces, and counts its calls, possibly together with other
+    modules."""
 
     mean: Tensor
     calls: Tensor
@@ -38,7 +39,7 @@ class Centred(nn.Module):
         self.how = how
         self.register_buffer("mean", torch.zeros(16))
         self.register_buffer("calls", calls)
-        self.register_buffer("scale", torch.ones(16))  # which autograd saves
+        self.register_buffer("scale", torch.ones(16))  # autograd saves this buffer
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -54,7 +55,7 @@ class Centred(nn.Module):
 
 
 def net(how: str) -> Chain:
-    """The chain with such a module after the linear layer of each of its first two parts."""
+    """The chain with a `Centred` module after the linear layer of each of its first two parts."""
     model, calls = Chain(), torch.zeros(())
     for name in ("a", "b"):
         plain: Any = model.get_submodule(name)
@@ -80,7 +81,7 @@ def test_buffers_are_updated_once_in_every_step(name: str, how: str) -> None:
     fa_bench.attached_rule(plain).detach()  # type: ignore[union-attr]
     for step in range(1, 4):
         learn(model, rule)
-        if name != "forward_forward":  # whose first pass has a different input
+        if name != "forward_forward":  # the first pass of forward_forward has another input
             plain(X)
             assert_same(own_buffers(model), own_buffers(plain))
         assert own_buffers(model)["a.own.calls"] == 2 * step
@@ -88,7 +89,7 @@ def test_buffers_are_updated_once_in_every_step(name: str, how: str) -> None:
 
 @dataclasses.dataclass(eq=False)
 class Repeating(DFA):
-    """Keeps the output of two additional passes; not registered."""
+    """An unregistered rule that stores the outputs of two additional passes."""
 
     name = "repeating"
     repeats = True
@@ -101,7 +102,8 @@ class Repeating(DFA):
 
 @pytest.mark.parametrize("how", HOW)
 def test_further_passes_see_what_the_first_one_saw(how: str) -> None:
-    """Bitwise, from the first step on, after evaluation mode, in a copy, and whatever has happened to the buffers since."""
+    """Additional passes reproduce the output bitwise, from the first step on, after evaluation mode, in a copy, and after later
+    changes to the buffers."""
     model = net(how)
     rule = Repeating().attach(model, sample_input=X[:2])
     model.eval()
@@ -122,7 +124,7 @@ def test_further_passes_see_what_the_first_one_saw(how: str) -> None:
 
 
 def test_steps_of_a_copy_are_those_of_the_model() -> None:
-    """A copy has seen no pass that updates buffers; it learns in the same way."""
+    """A copy has not seen a pass that updates buffers, but it learns in the same way."""
     model = net("in place")
     rule = attach(model, "epc", sample_input=X[:2])
     learn(model, rule)

@@ -1,4 +1,5 @@
-"""Pruning, parametrizations and quantisation of an attached model: refused by name or correct, and undone by the suggestions."""
+"""Pruning, parametrizing or quantising an attached model is refused by name or gives correct results, and the suggested remedies
+work."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from fa_bench.registry.registries import ALGORITHMS
 from tests.mechanisms.loops.chain import CUT_RULES, EDGE_RULES, RULES, Chain, assert_same, attach, batch, gradients, state, train
 
 X, Y = batch()
-# They leave the layers unchanged.
+# Rules that leave the layers unchanged.
 PLAIN = ("bp", "bp_fc", "frozen", "frozen_blocks", "weight_perturbation")
-# They put feedback into the layers.
+# Rules that put feedback into the layers.
 FEEDBACK = [name for name in [*EDGE_RULES, "asfp_lc", "np_feedback"] if name not in PLAIN]
 
 
@@ -32,19 +33,19 @@ class Doubled(nn.Module):
 
 def old_weight_norm(layer: nn.Module) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, but still found in scripts
+        warnings.simplefilter("ignore")  # these functions are deprecated, but still found in scripts
         nn.utils.weight_norm(layer)
 
 
 def void(value: Any) -> None:
-    """Returns nothing, because a hook's result would replace the output."""
+    """Return nothing, because a hook's result would replace the output."""
 
 
 def unparametrize(layer: nn.Module) -> None:
     parametrize.remove_parametrizations(layer, "weight")
 
 
-#: name -> (function that makes the weight a computed one, function that makes it a parameter again)
+#: Maps a name to a function that makes the weight a computed one, and to a function that makes it a parameter again.
 HOW: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), lambda layer: prune.remove(layer, "weight")),
     "weight_norm": (parametrizations.weight_norm, unparametrize),
@@ -56,7 +57,7 @@ HOW: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 
 def reparametrized(name: str, how: str) -> tuple[Chain, Any]:
-    model = Chain().eval()  # spectral_norm iterates in training
+    model = Chain().eval()  # spectral_norm iterates only in training
     rule = attach(model, name)
     HOW[how][0](model.b.fc)
     return model.train(), rule
@@ -69,7 +70,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", FEEDBACK)
 def test_training_is_refused_by_name(name: str, how: str) -> None:
-    """Feedback belongs to a weight, and this weight is now computed from other tensors."""
+    """Training is refused because feedback belongs to a weight, and this weight is now computed from other tensors."""
     model, rule = reparametrized(name, how)
     before = parameters(model)
     with pytest.raises(CoverageError, match=r"layer 'b\.fc' was pruned or parametrized after attach.*rule\.detach\(\)"):
@@ -81,20 +82,20 @@ def test_training_is_refused_by_name(name: str, how: str) -> None:
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", [name for name in CUT_RULES if name not in FEEDBACK and not ALGORITHMS[name].repeats])
 def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str) -> None:
-    """Cut rules leave every layer unchanged, so the error at a cut reaches the tensors from which the weight is computed."""
+    """Cut rules leave every layer unchanged, so the error at a cut also reaches the tensors from which the weight is computed."""
     model, rule = reparametrized(name, how)
     model.eval()
     state = rule.state_dict()
     logits = model(X)
     rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     found = {key: gradient for key, gradient in gradients(model).items() if key.startswith("b.fc") and "feedback" not in key}
-    # The bias's gradient is the sum of the error at the layer's output; that of the weight is compared by hand.
+    # The bias's gradient is the sum of the error at the layer's output; the weight's gradient is compared by hand.
     errors: list[Tensor] = []
     handle = model.b.fc.register_forward_hook(
         lambda module, args, output: void(output.requires_grad and output.register_hook(errors.append))
     )  # additional passes compute no gradients
     model.zero_grad()
-    rule.load_state_dict(state)  # with the same noise again
+    rule.load_state_dict(state)  # so that the noise is the same again
     logits = model(X)
     rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     handle.remove()
@@ -122,7 +123,7 @@ def test_detach_leaves_plain_layers_and_the_parametrization(name: str, how: str)
     if parametrize.is_parametrized(model.b.fc):
         assert type(model.b.fc).__name__ == "ParametrizedLinear" and "weight" in model.b.fc.parametrizations
     assert all(parameter.requires_grad for parameter in model.parameters())
-    # The reparametrization works: it is differentiated, and after its removal the numbers are the same.
+    # The reparametrization is differentiated, and the numbers are the same after its removal.
     F.cross_entropy(model(X), Y).backward()
     assert "weight" not in dict(model.b.fc.named_parameters())
     assert any(key.startswith("b.fc") and "weight" in key for key in gradients(model))
@@ -178,7 +179,7 @@ def test_detach_unfreezes_the_weight_and_nothing_of_the_parametrization() -> Non
 
 
 def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
-    """weight_norm replaces the weight with its norm and direction, new parameters that the user has frozen again."""
+    """weight_norm replaces the weight with new parameters for its norm and direction, which the user has frozen again."""
     model = Chain()
     rule = attach(model, "frozen")
     old_weight_norm(model.b.fc)
@@ -192,7 +193,7 @@ def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
 
 @pytest.mark.parametrize("name", ["frozen", "bp"])
 def test_a_frozen_weight_that_learns_by_what_weight_norm_made_of_it_is_refused(name: str) -> None:
-    """weight_norm replaces the weight with its norm and direction, new parameters that have not been frozen."""
+    """weight_norm replaces the weight with new parameters for its norm and direction, which have not been frozen."""
     model = Chain()
     rule = attach(model, name, freeze_stem=True)
     stem = next(module for module in model.modules() if isinstance(module, nn.Linear))
@@ -230,7 +231,7 @@ def test_dynamic_quantisation_is_refused_or_right_and_works_after_detach(name: s
     assert type(plain.b.fc).__module__.startswith("torch.ao") and not any("feedback" in key for key in plain.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(plain(X), model(X), atol=0.05, rtol=0.05)  # weights of at most 0.35, rounded to 8 bits
-        if attached is not None and name != "forward_forward":  # which normalises its activations while it is attached
+        if attached is not None and name != "forward_forward":  # it normalises its activations while attached
             assert torch.equal(attached(X), plain(X))
 
 
@@ -248,7 +249,7 @@ def test_dynamic_quantisation_is_refused_or_right_and_works_after_detach(name: s
     ids=["linear", "conv", "bilinear", "lstm", "cell", "attention"],
 )
 def test_a_computed_bias_stays_in_the_forward_pass(make: Callable[[], Any], is_attached_first: bool) -> None:
-    """If the bias is pruned, the weight is still a parameter and has the same feedback."""
+    """If only the bias is pruned, the weight is still a parameter and has the same feedback."""
     (module, name), x = make(), torch.randn(3, 4, requires_grad=True)
     nn.init.normal_(getattr(module, name))
     inputs = {nn.MultiheadAttention: (x, x, x), nn.Bilinear: (x, x)}.get(type(module), (x,))
@@ -276,7 +277,8 @@ def test_detach_leaves_a_plain_module_with_the_parametrization_of_its_bias(
     name: str,
     count: int,
 ) -> None:
-    """The parametrization has derived a class from the class that the module has while a rule is attached."""
+    """The parametrization derives its class from the class that the module has while a rule is attached; detach must undo only
+    the rule's class."""
     module, inputs = make(), (torch.randn(3, 4),) * count
     nn.init.normal_(module.get_parameter(name))
     plain_class = type(module)

@@ -1,4 +1,5 @@
-"""Optimizers that train learned feedback with other settings than the rule requires, or are created later, are noticed."""
+"""The rule notices optimizers that train learned feedback with settings other than those it requires, or that are created
+later."""
 
 import re
 import warnings
@@ -44,7 +45,7 @@ def test_a_scheduler_with_one_rate_for_all_groups_is_warned_of_with_the_mend():
 
 @pytest.mark.parametrize("name", ["dkp", "kp"])
 def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
-    """The update would change nothing: without it, dkp is direct feedback alignment."""
+    """Feedback with a learning rate of zero would not change. With such feedback, dkp is direct feedback alignment."""
     model, rule = attached(name, b_lr_scale=0.0)
     x, y = data()
     for _ in range(3):
@@ -66,7 +67,7 @@ def test_groups_of_a_rule_without_a_rate_of_its_own(name):
 
 
 def test_a_decay_of_the_weights_alone_is_warned_of_where_feedback_follows():
-    """Common groups by name, ``weight`` with decay and the rest without, give feedback_B no decay."""
+    """Parameters are often grouped by name, with decay only for ``weight``, so that feedback_B has no decay."""
     for name, warned in (("kp", True), ("pfa", False)):
         model, rule = attached(name)
         decays = [p for key, p in model.named_parameters() if key.endswith("weight")]
@@ -121,7 +122,7 @@ def test_tied_weights_are_noted():
 
 @pytest.mark.parametrize("how", ["tied", "outside"])
 def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
-    """A weight that is used twice has the gradient of both uses; the runner's fused step must not hand that to B."""
+    """The gradient of a weight that is used twice is that of both uses, and the runner's fused step must not pass it to B."""
 
     class Twice(nn.Module):
         def __init__(self):
@@ -140,7 +141,7 @@ def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
     rule = fa_bench.attach(model, "kp", allow_uncovered=True)
     x, y = data()
     optimizers = Optimizers(SGD(lr=0.1, momentum=0.0, weight_decay=0.0), rule, epochs=1)
-    optimizers.share_gradients()  # as the training loop does
+    optimizers.share_gradients()  # the training loop makes the same call
     logits = model(x)
     rule.backward(nn.functional.cross_entropy(logits, y), logits, y)
     before, own = model.b.feedback_B.detach().clone(), model.b.feedback_B.grad.clone()
@@ -152,7 +153,7 @@ def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
 @pytest.mark.parametrize("first", ["fa", "kp", "dfa", "dkp", "bp"])
 @pytest.mark.parametrize("second", ["fa", "kp", "dfa", "bp"])
 def test_models_that_share_modules_have_one_rule(first, second):
-    """Refused before anything changes: the first model can be trained as before."""
+    """The second model is refused before anything changes, so the first model can still be trained."""
     shared = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
     models = [nn.Sequential(shared, nn.Linear(16, 3)).double() for _ in range(2)]
     options = {"cuts": ["0"]} if first in ("dfa", "dkp") else {}
@@ -181,7 +182,7 @@ def test_an_empty_batch_of_more_dimensions():
 
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1 + 1e-9, False), (0.95, True), (1.01, True), (0.0, True)])
 def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
-    """Rounding alone does not count."""
+    """A deviation of the learning rate gives a warning unless it is only rounding."""
     model, rule = attached("kp")
     optimizer = sgd([{"params": rule.weight_parameters()}, {"params": rule.feedback_parameters(), "lr": 0.1 * factor}])
     with warnings.catch_warnings(record=True) as caught:
@@ -192,7 +193,7 @@ def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
 
 @pytest.mark.parametrize("name", ["kp", "dkp"])
 def test_an_update_by_rounding_noise_is_no_sign_that_feedback_was_left_out(name):
-    """Like a net that has learned its data: there are gradients, but adding them would not change any number."""
+    """In a net that has learned its data, for example, gradients exist, but adding them would not change any number."""
     for scale, fault in ((1e-13, False), (1.0, True)):
         model, rule = attached(name)
         x, y = data()
@@ -238,6 +239,6 @@ class SignDescent(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_an_optimizer_without_rates_has_no_wrong_ones(name):
-    """Warnings are errors here."""
+    """An optimizer without learning rates gives no warnings, which would be errors in this test."""
     model, rule = attached(name)
     steps(model, rule, SignDescent(model.parameters()), 2)

@@ -1,4 +1,4 @@
-"""A loop that never calls `rule.step()` gives a warning if the rule needs the call, and only then."""
+"""A loop that never calls `rule.step()` gives a warning only if the rule needs the call."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Every option that an error suggests works as written: as a keyword of attach, and on the command line."""
+"""Every option that an error suggests works as written, both as a keyword of attach and on the command line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mlp(*widths: int) -> nn.Module:
 
 
 def convnet() -> nn.Module:
-    """Two convolutions and two fully connected layers."""
+    """A net with two convolutions and two fully connected layers."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=4),
         nn.ReLU(),
@@ -56,7 +56,7 @@ def convnet() -> nn.Module:
 
 
 class TwoHeads(nn.Module):
-    """Auxiliary logits first, as some models return them."""
+    """Returns two outputs, the auxiliary logits first, as some models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class OwnLSTM(nn.LSTM):
 
 
 class Recurrent(nn.Module):
-    """A user-defined LSTM before four linear layers; no cut points."""
+    """A user-defined LSTM before four linear layers, without declared cut points."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Recurrent(nn.Module):
         return self.body(self.lstm(x.unsqueeze(1))[0].mean(1))
 
 
-#: name -> (function that creates the model, its input)
+#: Maps a name to a function that creates the model, and to the model's input.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mlp": (lambda: mlp(16, 16, 16), FLAT),
     "convnet": (convnet, IMAGES),
@@ -100,14 +100,14 @@ def refusal(model: nn.Module, name: str, **options: Any) -> CoverageError:
 
 
 def as_keywords(error: CoverageError) -> dict[str, Any]:
-    """What a reader of the message would type: every name=value in it."""
+    """The keywords that a reader of the message would type: every name=value in it."""
     written = re.findall(r"\b(cuts|allow_uncovered|output|linear|match|within|loss)=(\[[^\]]*\]|'[^']*'|True)", str(error))
     assert dict(written).keys() == error.settings.keys(), str(error)
     return {option: eval(value) for option, value in written}
 
 
 def as_overrides(text: str) -> list[str]:
-    """What a reader of the command line's message would type, as the shell passes it on."""
+    """The overrides that a reader of the command line's message would type, as the shell passes them on."""
     return shlex.split(" ".join(option + value for option, value in re.findall(r"(algorithm\.\w+=)('[^']*'|\w+)", text)))
 
 
@@ -150,7 +150,7 @@ def test_the_suggested_cuts_and_what_else_they_need(name: str, kind: str) -> Non
 @pytest.mark.parametrize("kind", ["mlp", "two heads", "recurrent"])
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str, kind: str) -> None:
-    """The suggestion was tested on a copy; if it is followed once, in the same model, it works."""
+    """The suggestion was tested on a copy, so the model is unchanged, and following the suggestion once is enough."""
     make, x = MODELS[kind]
     options = NEEDED.get(name, {})
     model, plain = seeded(make), seeded(make)
@@ -158,13 +158,13 @@ def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str,
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     assert model.state_dict().keys() == plain.state_dict().keys() and fa_bench.attached_rule(model) is None
     fa_bench.attach(model, name, sample_input=x[:2], **options, **error.settings)
-    if kind == "mlp":  # the activations: the last modules that depend on only one layer
+    if kind == "mlp":  # the cuts are the activations, the last modules that depend on only one layer
         assert error.settings["cuts"] == (["1", "3"] if name in (*COVERS_BLOCKS, "asfp_lc") else ["1", "3", "5"])
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_cuts_that_would_not_do_are_not_suggested(name: str) -> None:
-    """Outputs with four axes of positions, one more than supported."""
+    """The outputs have four axes of positions, one more than supported, so no cuts would work."""
     options = NEEDED.get(name, {})
     error = refusal(seeded(lambda: mlp(16, 16, 16)), name, sample_input=torch.zeros(2, 5, 1, 1, 1, 8), **options)
     assert error.settings == {} and "cuts=" not in str(error)
@@ -189,7 +189,8 @@ def test_the_suggested_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHARING)
 def test_the_suggested_linear_and_match(name: str) -> None:
-    """A model with a single shared convolution, which is too few; one whose widths are not multiples of each other."""
+    """The first model has a single convolution to share, which is too few. The second model has widths that are not multiples of
+    each other."""
     cuts = {"cuts": ["1"]} if name == "asfp_lc" else {}
     rule = attached_as_suggested(convnet, IMAGES, name, **cuts)
     assert rule.linear == "share"
@@ -200,7 +201,8 @@ def test_the_suggested_linear_and_match(name: str) -> None:
 @pytest.mark.parametrize("layers", [2, 6], ids=["names", "true"])
 @pytest.mark.parametrize("name", ["fa", "kp", "dfa", "predsim", "forward_alignment"])
 def test_the_suggested_allowance(name: str, layers: int) -> None:
-    """Up to four weights are named, and more are allowed as a whole; weights that were allowed before stay allowed."""
+    """Up to four weights are suggested by name; for more, allow_uncovered=True is suggested. Weights that were allowed before
+    stay allowed."""
 
     class Stacked(Recurrent):
         def __init__(self) -> None:
@@ -257,7 +259,7 @@ def test_the_command_line_trains_with_what_it_suggests(
 
 
 def test_patterns_mean_the_modules_that_were_chosen_and_no_others() -> None:
-    """Up to six names are written out; for more, a pattern that would match another module is not used."""
+    """Up to six names are written out. For more, patterns are used, but none that matches another module."""
     chosen = ["stem.relu", *(f"layer{stage}.{block}.relu" for stage in (1, 2, 3) for block in (0, 1))]
     paths = [*chosen, "head.relu", "layer1.0.conv", "layer1", "layer1.0"]
     written = patterns(chosen, paths)
@@ -268,7 +270,7 @@ def test_patterns_mean_the_modules_that_were_chosen_and_no_others() -> None:
 
 @pytest.mark.parametrize("name", ["dfa", "local_error", "dgl"])
 def test_without_a_hidden_layer_nothing_is_suggested(name):
-    """The suggestion is not tested, either."""
+    """A net without a hidden layer has no cuts to suggest, so no suggestion is tested either."""
     with pytest.raises(CoverageError, match=r"Sequential declares none; .*with cuts, or set model\.") as refused:
         fa_bench.attach(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), name, sample_input=torch.zeros(2, 8))
     assert refused.value.settings == {}

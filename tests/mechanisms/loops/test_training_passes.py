@@ -1,4 +1,4 @@
-"""Models that behave differently in training: attach sees an evaluation pass, so the first training pass is checked, too."""
+"""Models may behave differently in training. attach sees only an evaluation pass, so the first training pass is checked, too."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CUT = ("dfa", "dkp", "drtp", "local_error", "predsim")
 
 
 class Net(nn.Module):
-    """8-16-16-3, with what `extra` adds to the hidden activation in training."""
+    """A net of widths 8-16-16-3; in training, `extra` changes the hidden activation."""
 
     def __init__(self, extra=None):
         super().__init__()
@@ -95,7 +95,7 @@ def test_a_cut_that_does_not_run_in_training_is_warned_of_once(name):
 
 @pytest.mark.parametrize("name", (*EDGE, *CUT, "forward_alignment", "dgl"))
 def test_a_pass_without_gradients_beside_one_with_them_is_allowed(name):
-    """Self-distillation: the same layers compute a target. The gradients are the same as without it."""
+    """In self-distillation, for example, the same layers compute a target. The gradients are the same as without this target."""
 
     def distils(net, x, h):
         with torch.no_grad():
@@ -137,7 +137,7 @@ def test_an_activation_of_an_earlier_pass_is_not_shared(name):
     model.skipped = {0}
     with pytest.raises(CoverageError, match=r"the input of 'layers\.0', which did not run before"):
         train(model, rule)
-    with pytest.raises(CoverageError, match="did not run before"):  # only a submodule, after a pass of the whole model
+    with pytest.raises(CoverageError, match="did not run before"):  # only a submodule runs, after a pass of the whole model
         model.skipped = set()
         model(X)
         model.layers[1](torch.zeros(2, 16).double())
@@ -145,7 +145,7 @@ def test_an_activation_of_an_earlier_pass_is_not_shared(name):
 
 @pytest.mark.parametrize("name", EDGE)
 def test_the_first_pass_runs_once_on_the_users_own_input(name):
-    """There is no second pass on the same arguments, which a model may change or consume."""
+    """The first pass is not repeated on the same arguments, because a model may change or consume them."""
 
     class Consumes(Net):
         def forward(self, batch):
@@ -187,7 +187,7 @@ def test_sizes_that_feedback_was_not_made_for_are_named(name):
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim"])
 def test_labels_that_the_loss_leaves_out_are_not_trained_on(name):
-    """Ignored, weighted and masked samples: the error says that the loss is not a plain one, and what to pass."""
+    """If samples are ignored, weighted or masked, the error says that the loss is not a plain one, and what to pass."""
     model = Net()
     rule = attach(model, name)
     logits = model(X)
@@ -209,8 +209,8 @@ def test_labels_that_the_loss_leaves_out_are_not_trained_on(name):
 
 @pytest.mark.parametrize("name", ["dfa", "drtp"])
 def test_a_cut_that_was_without_gradients_once_is_only_missed_later(name):
-    """A cut that does not run gives a warning, and one that runs without gradients is refused: each pass is checked
-    separately."""
+    """Each pass is checked separately: a cut that runs without gradients is refused, and one that does not run gives a
+    warning."""
 
     class Sometimes(Net):
         how = ""
@@ -253,13 +253,13 @@ def test_a_refused_pass_leaves_the_next_one_alone(name):
         train(one, its, 2)
     assert all(torch.equal(mine, its) for mine, its in zip(model.parameters(), other.parameters(), strict=True))
     model.blind = True
-    with pytest.raises(CoverageError, match="'a' ran without gradients"):  # parts that ran with gradients before do not count
+    with pytest.raises(CoverageError, match="'a' ran without gradients"):  # earlier passes with gradients do not count
         model(X)
 
 
 @pytest.mark.parametrize("name", ["fa", "asap", "dfa"])
 def test_lists_and_mappings_of_a_sample_stay_as_they_are(name):
-    """The arguments of a model that removes entries from them."""
+    """The model removes entries from its arguments, but the sample that was passed to attach is not changed."""
 
     class Takes(Net):
         def forward(self, parts, more):
@@ -274,7 +274,7 @@ def test_lists_and_mappings_of_a_sample_stay_as_they_are(name):
 
 @pytest.mark.parametrize("name", EDGE)
 def test_a_model_that_calls_itself_in_its_first_pass_is_left_without_observers(name):
-    """The pass is observed once, however deep the call is; torch's hooks and modes are then restored."""
+    """The pass is observed only once, even if the model calls itself; torch's hooks and modes are then restored."""
 
     class Again(Net):
         def forward(self, x, again=True):

@@ -1,4 +1,4 @@
-"""Weights that are used outside their layers propagate the error themselves: attach finds them, names them and suggests a
+"""A weight that is used outside its layer propagates the error itself; attach finds such uses, names them and suggests a
 remedy."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.mechanisms.loops.chain import (
 )
 
 X, Y = batch()
-# They leave the model unchanged, or cover whole modules.
+# Rules that leave the model unchanged, or cover whole modules.
 FREE = ("bp", "bp_deepsup", "bp_fc", "frozen", "frozen_blocks")
 COVERING = [name for name in RULES if name not in (*FREE, *COVERS_ALL, *COVERS_BLOCKS)]
 
@@ -47,7 +47,7 @@ class Multiply(torch.autograd.Function):
 
 
 class Decoder(nn.Module):
-    """Uses the weight of a layer that it does not own as a module."""
+    """Uses the weight of a layer that is not one of its submodules."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
 
 
 class Net(nn.Module):
-    """8-16-16, then `decode` to 8 features, then 3 classes."""
+    """A net of widths 8-16-16, followed by `decode` to 8 features and a layer for 3 classes."""
 
     def __init__(self, decode: Callable[[Net, Tensor], Tensor] = lambda net, h: h[:, :8]) -> None:
         super().__init__()
@@ -68,14 +68,14 @@ class Net(nn.Module):
             self.enc, self.mid, self.out = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(8, 3)
         self.act, self.act2 = nn.ReLU(), nn.ReLU()
         self.decoder = Decoder(self.enc)
-        self.same = self.enc.weight  # the same parameter as one in the model itself
+        self.same = self.enc.weight  # a second name for a parameter of the model
         self.cut_points = self.blocks = ["act", "act2"]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.decode(self, self.act2(self.mid(self.act(self.enc(x))))))
 
 
-#: name -> (how the encoder's weight decodes, the words that describe it)
+#: Maps a name to a function that decodes with the encoder's weight, and to the words that describe this use.
 OUTSIDE: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
     "F.linear": (lambda net, h: F.linear(h, net.enc.weight.t()), r"t\(\) in the model"),
     "matmul": (lambda net, h: h @ net.enc.weight, r"matmul\(\) in the model"),
@@ -107,7 +107,7 @@ def test_a_weight_used_outside_its_layer_is_refused_by_name(name: str, how: str)
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("name", COVERING)
 def test_a_weight_used_outside_its_layer_before_the_layer_runs_is_refused(name: str, by_name: bool) -> None:
-    """The layer's input was computed from its own weight."""
+    """The layer's weight is used to compute the layer's own input."""
 
     class Early(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_modules_that_learn_by_backpropagation_within_do_not_mind(name: str) -> 
 
 
 # ------------------------------------------------------------------------------------------------ no uses at all
-#: What a forward pass may do with a weight without an error going through it.
+#: Maps a name to a use of a weight, in a forward pass, through which no error is propagated.
 HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "dtype": lambda net, h: h[:, :8].to(net.enc.weight.dtype),
     "device": lambda net, h: h[:, :8].to(net.enc.weight.device),
@@ -201,7 +201,7 @@ class Penalised(Net):
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ("frozen", "frozen_blocks", *COVERS_ALL)])
 def test_a_penalty_on_the_weights_adds_its_gradient(name: str) -> None:
-    """Computed outside the forward pass, or returned by it; cut rules refuse a second output that is a number."""
+    """The penalty is computed outside the forward pass, or returned by it. Cut rules refuse a second output that is a number."""
     model = Net()
     want = train(model, attach(model, name), X, Y, steps=1)
     want["mid.weight"] = want["mid.weight"] + 2 * Net().mid.weight.detach()
@@ -248,7 +248,7 @@ def test_a_layer_whose_weight_a_function_uses_in_its_place_is_refused(name: str)
 
 # ------------------------------------------------------------------------------------------------ no sample
 class Autoencoding(nn.Module):
-    """A convolution whose weight also decodes: attach cannot construct a sample, because the first layer is not linear."""
+    """A convolution whose weight also decodes. attach cannot construct a sample for it, because the first layer is not linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,11 +268,11 @@ def test_without_a_sample_the_first_training_forward_refuses_every_time(name: st
     before = state(model)
     with torch.no_grad():
         model(X)  # an evaluation does not affect it
-    for _ in range(2):  # as if a notebook cell were run again
+    for _ in range(2):  # as if a notebook cell were run twice
         with pytest.raises(CoverageError, match=r"conv\.weight \(used outside its layer, by conv_transpose1d\(\)"):
             train(model, rule, X, Y)
     assert not gradients(model)
-    # brsf sampled its magnitudes in the pass that was refused.
+    # brsf has sampled its magnitudes in the pass that was refused.
     drawn = [key for key in before if key.endswith("feedback_M")] if name == "brsf" else []
     assert_same(
         {key: tensor for key, tensor in state(model).items() if key not in drawn},
@@ -281,7 +281,7 @@ def test_without_a_sample_the_first_training_forward_refuses_every_time(name: st
 
 
 class TrainingOnly(nn.Module):
-    """8-8-8-3; only in training is the first layer's weight used twice, before the first activation."""
+    """A net of widths 8-8-8-3 that uses its first weight a second time before the first activation, but only in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ class TrainingOnly(nn.Module):
 
 @pytest.mark.parametrize("name", COVERING)
 def test_a_use_that_only_training_has_is_refused_by_the_first_training_pass(name: str) -> None:
-    """This also applies in a part of the model on which its output does not depend."""
+    """A use that occurs only in training is refused by the first training pass."""
     model = TrainingOnly()
     rule = attach(model, name, freeze_stem=False)
     with pytest.raises(CoverageError, match=r"enc\.weight \(used outside its layer, by linear\(\) in the model"):
@@ -308,7 +308,7 @@ def test_a_use_that_only_training_has_is_refused_by_the_first_training_pass(name
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
 def test_a_frozen_weight_carries_the_error_outside_its_layer_too(name: str) -> None:
-    """Added to the bias of its own layer, which learns."""
+    """The error passes through the frozen weight to the bias of the weight's own layer, which learns."""
     model = Autoencoding()
     model.conv.weight.requires_grad_(False)
     rule = attach(model, name)
@@ -327,7 +327,7 @@ def test_with_allowance_the_first_training_forward_notes_it_and_trains(name: str
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
 def test_without_a_sample_the_model_runs_as_often_as_it_is_called(name: str) -> None:
-    """The first training forward pass is observed while it runs, not repeated."""
+    """The first training forward pass is observed while it runs; it is not repeated."""
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
     rule, calls = attach(model, name), []
     model[1].register_forward_hook(lambda *_: calls.append(1) and None)
@@ -342,7 +342,7 @@ def test_without_a_sample_the_model_runs_as_often_as_it_is_called(name: str) -> 
 
 
 class Attentive(nn.Module):
-    """Attention between two cuts."""
+    """A net with attention between two cuts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +356,8 @@ class Attentive(nn.Module):
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_attention_uses_its_own_weights_in_a_fused_function(name: str) -> None:
-    """With cuts around attention, training passes do not call its layers one by one, unlike the pass of the sample."""
+    """With cuts around attention, training passes use a fused function that does not call the layers, unlike the sample's
+    pass."""
     model, x, y = Attentive(), torch.randn(2, 5, 4), torch.tensor([0, 1])
     rule = attach(model, name, sample_input=x, cuts=["act", "act2"], allow_uncovered=["attention.in_proj_weight"])
     rule.backward(F.cross_entropy(model(x), y))
