@@ -22,14 +22,14 @@ ONE = {kind: {other: float(other == kind) for other in ("pfa", "fa", "kp")} for 
 THIRDS = {"pfa": 0.3, "fa": 0.3, "kp": 0.4, "ratio": 2.0}
 
 
-# --- relations to the rules that are mixed -------------------------------------------------------------------------------------
+# --- relations to the component rules ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("net", ["mlp_bn", "conv", "conv_bn"])
 @pytest.mark.parametrize("kind", ONE)
 def test_one_kind_alone_is_its_rule(kind, net):
     """Given the same tensors, a mixture of one kind has the same weights and feedback as its rule after four steps of SGD with
-    momentum and decay. Results for pfa differ only by rounding in its two hops."""
+    momentum and decay. For pfa, the two hops add rounding errors."""
     ratio = {"ratio": 3.0} if kind == "pfa" else {}
     models = [nets.NETS[net]() for _ in range(2)]
     mixed = fa_bench.attach(models[0], "mixed", seed=0, **ONE[kind], **ratio)
@@ -147,7 +147,7 @@ def test_nothing_learns_while_the_probe_measures():
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_bfloat16_autocast(net):
     """bfloat16 has 8 bits of precision, so all gradients, including those of learned feedback, lie within 5 % in norm of the
-    float32 ones. They are stored in float32."""
+    float32 ones. All gradients are stored in float32."""
     model = nets.convnet(nn.Tanh, dtype=torch.float32) if net == "conv" else nets.mlp(dtype=torch.float32)
     x, y = nets.batch(net, dtype=torch.float32)
     rule = fa_bench.attach(model, "mixed", seed=0, **THIRDS)
@@ -242,8 +242,8 @@ def train(**options):
 
 
 def predicted(rule, path, shares=None) -> tuple[float, float]:
-    """The angles of E and of its direct part by the formulas in the rule's docstring, from the fractions or from each kind's
-    share of ‖W‖²."""
+    """The angles of E and of its direct part that the formulas in the rule's docstring predict from the fractions, or from each
+    kind's share of ‖W‖²."""
     tensors, weight = rule.feedback[path], rule.model.get_submodule(path).weight.detach()
     fractions = {kind: getattr(rule, kind) for kind in ("pfa", "fa", "kp")} if shares is None else shares
     p, f, k = fractions.values()
@@ -264,9 +264,9 @@ def measured(rule, path) -> tuple[float, float]:
 
 @pytest.mark.parametrize("fractions", [(0.3, 0.4, 0.3), (0.5, 0.0, 0.5), (0.69, 0.2, 0.11)])
 def test_weight_angle_lies_where_the_fractions_predict(fractions):
-    """The fractions predict the angles in the hidden layers to within 3.5 degrees. W comes to favour the accurate kinds slightly,
-    and the masks of 2560 entries are 1 to 2 % off. The shares of ‖W‖² predict the angles to within 1 degree, and the remaining
-    difference is due to variation in PFA's own angle."""
+    """The fractions predict the angles in the hidden layers to within 3.5 degrees. In training, W comes to favour the accurate
+    kinds slightly, and the masks of 2560 entries deviate from the fractions by 1 to 2 %. The shares of ‖W‖² predict the angles to
+    within 1 degree, and the remaining difference is due to variation in PFA's own angle."""
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     for path in ("0", "2"):
         weight = rule.model.get_submodule(path).weight.detach()
@@ -289,8 +289,8 @@ def test_weight_angle_lies_where_the_fractions_predict(fractions):
     ids=["direct synapses of a layer that carries errors", "direct synapses by the default", "all synapses"],
 )
 def test_fractions_for_the_78_degrees_of_the_brain(fractions, path, which):
-    """The angle is measured over the synapses that correspond directly to a weight, as in the brain, or over all synapses that
-    propagate the error."""
+    """The angle of 78 degrees is measured over the synapses that correspond directly to a weight, as in the brain, or over all
+    synapses that propagate the error."""
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     assert measured(rule, path)[which] == pytest.approx(78, abs=2)
     if which:

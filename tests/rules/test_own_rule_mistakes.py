@@ -198,7 +198,7 @@ def test_unknown_initialisers_are_named(function: Any) -> None:
 
 @dataclasses.dataclass(eq=False)
 class Direct(fa_bench.CutRule):
-    """A rule that creates B at every cut with the given arguments, or creates no feedback if there are none."""
+    """A rule that creates B at every cut with the given arguments, or creates no feedback if no arguments are given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

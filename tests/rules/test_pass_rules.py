@@ -74,11 +74,11 @@ def cosine(one: Tensor, two: Tensor) -> float:
     return F.cosine_similarity(one.flatten(), two.flatten(), dim=0).item()
 
 
-# ------------------------------------------------------------------------------------------------ all of them
+# ------------------------------------------------------------------------------------------------ all pass rules
 @pytest.mark.parametrize("name", RULES)
 def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name: str) -> None:
-    """If every pass sampled new dropout masks, their effect would mask that of the noise. The random state must be that after a
-    single pass."""
+    """If every pass sampled new dropout masks, the differences between masks would hide the effect of the noise. After an update,
+    the random state must be that after a single forward pass."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     rule = (
         fa_bench.attach(model, name, cuts=["2"])
@@ -116,7 +116,7 @@ def test_the_masks_of_dropout_are_those_of_the_first_pass(name: str) -> None:
     one, same, other = trained(1), trained(1), trained(2)
     assert all(torch.equal(one[key], same[key]) for key in one)
     assert any(not torch.equal(one[key], other[key]) for key in one)
-    assert max(tensor.abs().max().item() for tensor in one.values()) < 100  # different masks would give larger values
+    assert max(tensor.abs().max().item() for tensor in one.values()) < 100  # different masks would give much larger gradients
 
 
 @pytest.mark.parametrize("name", NOISY)
@@ -377,8 +377,8 @@ def test_node_perturbation_is_exact_for_a_quadratic_loss_at_any_size(monkeypatch
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation"])
 def test_perturbations_are_unbiased(name: str) -> None:
-    """With P perturbed values, the cosine between the mean of n samples and the gradient is about 1/√(1 + P/n). It is about 0.98
-    for all values together and lower for a matrix with small gradients."""
+    """With P perturbed values, the cosine between the mean of n samples and the gradient is about 1/√(1 + P/n). The cosine is
+    about 0.98 for all values together and lower for a matrix with small gradients."""
     model = mlp(4, activation=nn.Tanh)
     rule, want = fa_bench.attach(copy.deepcopy(model), name), exact(model)
     total = {key: torch.zeros_like(value) for key, value in want.items()}
@@ -493,7 +493,7 @@ def test_np_feedback_perturbs_every_layer_of_a_compound_module(make: Any) -> Non
 
 # ------------------------------------------------------------------------------------------------ PEPITA
 def test_pepita_in_a_linear_layer_is_direct_feedback() -> None:
-    """In a linear layer, h - h' = -W₁ F e. The update uses the input of the second pass instead of that of the first."""
+    """In a linear layer, h - h' = -W₁ F e. PEPITA's update uses the input of the second pass instead of that of the first."""
     model = mlp(8, 7, activation=nn.Identity)
     rule = fa_bench.attach(model, "pepita", f_scale=0.5)
     feedback = rule.feedback["1"]["F"]
@@ -693,7 +693,7 @@ def test_layers_see_directions_only() -> None:
 
 def test_equal_samples_at_the_threshold_give_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the goodness G equals θ, the gradients of the positive and the negative sample cancel."""
-    monkeypatch.setattr(Draws, "shifts", lambda draws, name, count, high: torch.full((count,), high))  # the true labels again
+    monkeypatch.setattr(Draws, "shifts", lambda draws, name, count, high: torch.full((count,), high))  # keeps the true labels
     rule = fa_bench.attach(mlp(8), "forward_forward", peer_norm=0.0)
     x, y = X[:1], Y[:1]
     with torch.no_grad(), rule.exact():
@@ -725,7 +725,7 @@ def test_the_classifier_reads_all_layers_but_the_first() -> None:
 
 @pytest.mark.parametrize("widths", [(8, 7), (8,)])
 def test_goodness_predicts_the_label_that_later_layers_like(widths: tuple[int, ...]) -> None:
-    """The score of a label is the goodness of the layers after the first, or of the only layer."""
+    """The score of a label is the goodness of all layers but the first, or of the only layer."""
     rule = fa_bench.attach(mlp(*widths), "forward_forward", prediction="goodness")
     with torch.no_grad():
         scores = rule.predict(X)

@@ -94,8 +94,8 @@ def test_dkp_adds_the_gradient_of_b_over_samples_and_tokens():
 
 @pytest.mark.parametrize("sign", [False, True])
 def test_drtp_projects_the_label_of_every_token(sign: bool):
-    """At act2 (N, T, 6), the error is B[label] divided by the number of labels. The gradient of fc2's bias is its sum over
-    tokens, multiplied by the derivative of tanh."""
+    """At act2 (N, T, 6), the error is B[label] divided by the number of labels. The gradient of fc2's bias sums the error,
+    multiplied by the derivative of tanh, over samples and tokens."""
     model, rule = attached("drtp", error_sign=sign, scale=2.0)
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
@@ -434,8 +434,8 @@ def test_positions_that_do_not_match_are_refused_by_name():
 
 
 def test_a_cut_whose_first_axis_is_not_that_of_the_samples_is_refused():
-    """The cut has shape (T, N, F) for two samples and four tokens. Its second axis would pass for positions, because four is a
-    multiple of two."""
+    """The cut has shape (T, N, F) for two samples and four tokens. The second axis of the cut would pass for positions, because
+    four is a multiple of two."""
     model = nn.Sequential(nn.Linear(7, 5), Swapped(), nn.Tanh(), Swapped(), nn.Linear(5, C))
     with pytest.raises(CoverageError, match=r"cut '2' has activations of shape \(4, 2, 5\).*the batch comes first"):
         fa_bench.attach(model, "dfa", cuts=["2"], sample_input=torch.randn(2, 4, 7))
@@ -482,7 +482,7 @@ class Transposed(nn.Module):
         ((2, 4, 3), (3,), nn.Linear(3, 3), (2, 4, 3), 2),
         ((2, 8, 16), (8,), nn.Linear(3, 8), (2, 8, 8), 2),
         ((2, 9), (5,), nn.Linear(3, 9), (2, 9), 1),
-        # The positions or the output determine the axis, against the layer's usual one, or the two disagree.
+        # In these cases, the positions or the output overrule the layer's usual axis, or the two disagree.
         ((2, 7, 5), (5,), nn.Linear(3, 3), (2, 5, 3), 1),
         ((2, 5, 7), (3,), nn.Linear(3, 5), (2, 3, 5), 1),
         ((2, 5, 7), (5,), nn.Conv1d(3, 3, 1), (2, 3, 5), 2),

@@ -55,7 +55,8 @@ def test_a_few_small_steps_with_errors_are_backpropagation() -> None:
 
 
 def test_a_few_small_steps_with_states_are_multiples_of_backpropagation() -> None:
-    """An error needs one step per block. At d blocks before the last cut, its factor is (T choose d + 1) η^(d + 1)."""
+    """An error needs one step per block. At d blocks before the last cut, the gradient is (T choose d + 1) η^(d + 1) times that
+    of backpropagation."""
     got, want = learn(attach("pc", steps=5, rate=1e-3)), exact(deep())
     assert min(cosines(got, want)) > 0.9999
     factors = [math.comb(5, blocks) * 1e-3**blocks for blocks in (3, 2, 1)]
@@ -114,7 +115,7 @@ def test_momentum_is_that_of_the_optimizer(name: str) -> None:
         torch.testing.assert_close(got[key], value)
 
 
-# ------------------------------------------------------------------------------------------------ rest
+# ------------------------------------------------------------------------------------------------ equilibrium
 @pytest.mark.parametrize("name", RULES)
 def test_linear_nets_rest_where_the_closed_form_says(name: str) -> None:
     """With squared errors, the remaining error at the output is r = S⁻¹ (W x - t), where S = 1 + Σ_l P_l P_lᵀ and P_l is the
@@ -301,7 +302,7 @@ def test_a_module_that_works_in_place_does_not_change_the_states(name: str) -> N
 
 @pytest.mark.parametrize("name", RULES)
 def test_half_precision_settles_in_single_precision(name: str) -> None:
-    """Steps far below bfloat16's spacing of 2⁻⁸ must accumulate. The resulting bfloat16 gradients are accurate to about that
+    """Steps far below bfloat16's spacing of 2⁻⁸ must accumulate. Gradients returned in bfloat16 are accurate to about that
     spacing."""
 
     def trained(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -344,7 +345,7 @@ def test_ignored_positions_do_not_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_ignored_samples_do_not_count(name: str) -> None:
-    """The gradients equal those without the ignored samples. If all samples are ignored, all gradients are zero."""
+    """The gradients equal those of a batch without the ignored samples. If all samples are ignored, all gradients are zero."""
     labels = Y.clone()
     labels[1] = labels[4] = -100
     kept = labels != -100

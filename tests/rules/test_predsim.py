@@ -90,7 +90,7 @@ def test_error_of_the_output_layer(loss, share):
     ids=str,
 )
 def test_similarity_reads_deviations_of_maps_with_more_than_three_channels_and_one_row(shape, deviations):
-    """Other maps are compared by all of their values, as in the paper's code."""
+    """Maps with at most three channels or only one row are compared by all of their values, as in the paper's code."""
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     want = np.corrcoef(array(x.flatten(2).std(2) if deviations else x.flatten(1)))
     assert distance(similarity(x), want) < 1e-12
@@ -114,8 +114,8 @@ def test_decoder_without_a_bias_as_torch_draws_it():
 
 
 def test_options_of_the_decoder_leave_the_similarity_alone():
-    """The similarity's K is sampled after the decoder's D. It must not depend on the decoder's options, and must match runs of
-    earlier versions."""
+    """The similarity's K is sampled after the decoder's D. K must not depend on the decoder's options, and must match that of
+    runs of earlier versions."""
     kernels = [
         registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
         for options in ({}, {"decoder_init": "pytorch"})
@@ -233,8 +233,8 @@ def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
 
 
 def test_the_loss_of_a_model_in_double_precision_is_in_double_precision():
-    """With four classes, label similarities are -1/3. Single precision would round them, so they must be computed in double
-    precision, too."""
+    """Single precision would round the label similarities of four classes, which are -1/3, so they must be computed in double
+    precision."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
     rule = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], loss="sim")

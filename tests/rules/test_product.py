@@ -1,5 +1,5 @@
-"""Tests of pfa and pfa_o other than their gradients: the distribution of B, relations to other rules, sparse masks, and the
-predicted angles and ratios."""
+"""Tests of pfa and pfa_o beyond their gradients: the distribution of B, relations to other rules, sparse masks, and the predicted
+angles and ratios."""
 
 import math
 
@@ -136,8 +136,8 @@ def test_r_learns_behind_a_frozen_weight(net, name):
 
 
 def test_b_has_unit_gram_in_the_mean_with_and_without_mask():
-    """E[B Bᵀ] = I, so the mean of 200 squared row norms of 2000 terms each is near 1. Its standard error is 0.0014 for dense B
-    and 0.0035 for sparse B."""
+    """E[B Bᵀ] = I, so the mean of 200 squared row norms of 2000 terms each is near 1. The standard error of this mean is 0.0014
+    for dense B and 0.0035 for sparse B."""
     for density, tolerance in ((1.0, 0.01), (0.3, 0.015)):
         _, rule = linear(200, 20, "pfa", density=density)
         b = rule.feedback["0"]["B"]
@@ -266,7 +266,7 @@ def test_mask_holds_at_every_step_and_b_never_moves():
 @pytest.mark.parametrize("name", ["pfa", "pfa_o", "mixed"])
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_bfloat16_autocast(name, net):
-    """bfloat16 has 8 bits of precision, so the gradients lie within 5 % in norm of the float32 ones. They are stored in
+    """bfloat16 has 8 bits of precision, so the gradients lie within 5 % in norm of the float32 ones. All gradients are stored in
     float32."""
     model, (x, y) = nets.NETS[net](nn.Tanh, dtype=torch.float32), nets.batch(net, dtype=torch.float32)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x)

@@ -224,7 +224,8 @@ def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, ten
     dense, sparse = found
     kept = sparse != 0
     assert dense.all() and torch.equal(sparse[kept], dense[kept])
-    # Tensors have at least 3 000 entries. Tolerances are five standard errors of the fraction and of means over half of them.
+    # Each tensor has at least 3 000 entries.
+    # The tolerances are five standard errors of the fraction and of means over half of the entries.
     assert kept.float().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(dense.numel()))
     error = 5 * dense.std().item() / math.sqrt(dense.numel() / 2)
     assert sparse[kept].abs().mean().item() == pytest.approx(dense.abs().mean().item(), abs=error)
@@ -233,7 +234,7 @@ def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, ten
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_attach_leaves_the_global_generator_alone(name: str) -> None:
-    """Rules that build auxiliary nets with torch's initialisers must not advance the global generator either."""
+    """Rules that build auxiliary nets with torch's initialisers must not advance the global generator."""
     model, x = nets.mlp(), nets.batch("mlp")[0]
     options = {"match": "random", "linear": "share"} if name.startswith("as") else {}
     options |= {"cuts": ["act1"]} if name in ("dgl", "asfp_lc") else {}

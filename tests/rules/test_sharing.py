@@ -87,8 +87,8 @@ def test_sequences_share_as_their_elements_do(rule):
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
-    """With k = 2, conv2 of block b and conv1 of block b + 1 use the input of block b. With k = 4, they use that of every other
-    block (section 3)."""
+    """With k = 2, conv2 of block b and conv1 of block b + 1 use the input of block b. With k = 4, these layers use the input of
+    every other block (section 3)."""
     torch.manual_seed(0)
     model = ARCHITECTURES["resnet20"](width=2, blocks=2).build((3, 8, 8), 3).double()
     x, y = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
@@ -310,7 +310,7 @@ def test_maps_of_every_number_of_dimensions_are_matched(dims):
     while a random convolution takes every second pixel."""
     x = torch.randn(3, 2, *[4] * dims, generator=torch.Generator().manual_seed(0))
     blocks = x
-    for axis in range(2, 2 + dims):  # each axis becomes (2, 2), and its last part lies within a window
+    for axis in range(2, 2 + dims):  # each axis is split into (2, 2), the second of which lies within a window
         blocks = blocks.unflatten(2 * (axis - 2) + 2, (2, 2))
     within = [3 + 2 * axis for axis in range(dims)]
     for kind, pooled in (("max_pool", blocks.amax(within)), ("avg_pool", blocks.mean(within))):

@@ -126,7 +126,7 @@ def test_magnitudes_are_xavier_uniform(name):
 
 
 def test_magnitudes_that_were_replaced_count_by_their_absolute_value():
-    """The replacement is detected by the memory and the version counter of M together, since neither is sufficient."""
+    """A replaced M is detected by its memory address and its version counter together, since neither is sufficient."""
     model, rule = attached("frsf")
     model(nets.batch("conv")[0])
     model.eval()
@@ -170,8 +170,8 @@ def test_brsf_redraws_every_training_forward_and_frsf_never():
 
 
 def test_brsf_draws_once_for_all_steps_of_a_pass():
-    """A recurrent layer runs at every time step but samples once per pass of the model. Called directly, it samples on every
-    call."""
+    """A recurrent layer runs at every time step but samples once per pass of the model. A recurrent layer called directly samples
+    on every call."""
     model = nn.LSTM(3, 4, 2)
     rule = fa_bench.attach(model, "brsf", seed=0)
     layer, x = model.hh_l1, torch.randn(5, 2, 3)
@@ -225,7 +225,7 @@ def test_density_masks_the_same_entries_at_every_forward(name):
         masks.append(rule.effective_feedback("0").detach() != 0)
     assert torch.equal(masks[1], masks[2])
     assert torch.equal(masks[0], masks[1]), "the mask is not in force before the first training forward"
-    assert masks[0].float().mean().item() == pytest.approx(0.3, abs=0.02)  # 20 000 draws: 6 standard errors
+    assert masks[0].float().mean().item() == pytest.approx(0.3, abs=0.02)  # six standard errors for 20 000 samples
     kept = rule.effective_feedback("0").detach()[masks[0]]
     assert torch.equal(kept.sign(), model[0].weight.detach()[masks[0]].sign())
     if name == "usf":

@@ -230,8 +230,8 @@ def test_transposed_blocks_are_backpropagation() -> None:
 
 
 def test_maps_converge_to_transposed_blocks() -> None:
-    """The average over 200 steps of 256 noisy samples has an error of about 1 / (200 * 256)^(1/2) = 0.4 % in each entry. Entries
-    are of size 0.3."""
+    """The average over 200 steps of 256 noisy samples has an error of about 1 / (200 * 256)^(1/2) = 0.4 % in each entry, and the
+    entries are of size 0.3."""
     model = linear_net()
     rule = fa_bench.attach(model, "ldrl", sample_input=torch.zeros(2, 7).double(), cuts=["1", "3"], sigma=0.5)
     optimizer = torch.optim.SGD(rule.feedback_parameters(), lr=0.05)

@@ -78,8 +78,8 @@ def test_the_coverage_of_other_rules_is_that_both_heads_learn(name: str) -> None
 
 
 def test_a_loss_of_the_other_output_passes_through_no_weight() -> None:
-    """Weight perturbation gives gradients that are noise times one scalar. The loss of the other output must not affect that
-    scalar."""
+    """Weight perturbation gives gradients that are noise times one scalar, which must not depend on the loss of the other
+    output."""
     found = []
     for factor in (0.0, 5.0):
         torch.manual_seed(0)

@@ -94,7 +94,7 @@ def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
         assert noise.shape == (128, 6) and 0.045 < np.abs(noise).max() <= 0.05
         want = undecayed_step(array(module.weight), array(module.bias), want, noise)
         rule.step()
-    # The docstring gives its numbers with only five or six digits.
+    # The docstring gives numbers to only five or six digits.
     assert distance(module.feedback_B, want) < 1e-5
 
 
@@ -162,7 +162,7 @@ def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
     pathway = model.up.pathway
     pathway.noise = pathway.noise._replace(batch=8)
     monkeypatch.setattr(Noise, "sample", lambda self, number, like: axes)
-    assert pathway.positions.flatten().tolist() == [3, 4, 4]  # with the default, output_size=[7], the last tap would have 3
+    assert pathway.positions.flatten().tolist() == [3, 4, 4]  # with the default, output_size=[7], the last tap meets only 3
     rule.step()
     assert distance(model.up.feedback_B, array(model.up.weight)) < 1e-12
 
@@ -180,7 +180,7 @@ def test_one_count_for_all_taps_leaves_the_border_too_small(monkeypatch):
 
 
 def test_tap_that_meets_only_padding_goes_to_zero():
-    """A 3x3 kernel on one pixel: only its middle entry depends on the input and propagates an error to it."""
+    """If a 3x3 kernel acts on a single pixel, only its middle entry depends on the input and propagates an error to it."""
     module, _, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 1, 1), mirror_rate=1.0)
     rule.step()
     middle = torch.zeros(3, 3, dtype=torch.bool)
@@ -188,13 +188,14 @@ def test_tap_that_meets_only_padding_goes_to_zero():
     assert not module.feedback_B[:, :, ~middle].any() and module.feedback_B[:, :, middle].all()
 
 
-# --- the noise's law -----------------------------------------------------------------------------------------------------------
+# --- distribution of the noise -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "uniform"])
 @pytest.mark.parametrize(("activation", "c"), [("linear", 1), ("relu", 2)])
 def test_estimate_of_a_linear_weight_scatters_as_predicted(noise, activation, c):
-    """Each entry of Ŵ - W has mean 0 and, with Gaussian noise, the variance c (‖w‖² + w²) / N. Uniform noise gives slightly less.
+    """Each entry of Ŵ - W has mean 0 and, with Gaussian noise, the variance c (‖w‖² + w²) / N. With uniform noise, the variance
+    is slightly smaller.
 
     The test samples 480 entries 10 times. The largest of 4800 normal numbers exceeds 5.5 standard deviations once in 5000 times.
     The root mean square of these correlated numbers is 1 to within 10 %.
@@ -239,14 +240,15 @@ def test_noise_has_its_shape_law_and_dtype(noise, dtype):
     module, pathway, _ = behind_gain(nn.Conv2d(2, 3, 3), (1, 2, 20, 10), dtype, noise=noise, sigma=0.5, mirror_batch=50)
     x = pathway.noise.sample(1, module.weight)
     assert x.shape == (50, 2, 20, 10) and x.dtype == dtype
-    # With 20 000 numbers, the standard errors are 0.0035 for the mean and 0.5 % for the deviation. bfloat16 has 8 bits.
+    # With 20 000 numbers, the standard errors are 0.0035 for the mean and 0.5 % for the deviation.
+    # bfloat16 has only 8 bits of precision.
     assert abs(x.double().mean().item()) < 0.015
     assert x.double().std().item() == pytest.approx(0.5, rel=0.02)
     furthest = x.double().abs().max().item() / 0.5
     assert 1.7 < furthest < math.sqrt(3) * 1.01 if noise == "uniform" else furthest > 3
 
 
-# --- where it leads ------------------------------------------------------------------------------------------------------------
+# --- convergence ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("activation", "predicted"), [("linear", 8.08), ("relu", 11.35)])
@@ -256,7 +258,7 @@ def test_steady_state_angle_of_a_linear_layer(activation, predicted):
     c = {"linear": 1, "relu": 2}[activation]
     assert math.degrees(math.atan(math.sqrt(0.01 / 1.99 * c * 513 / 128))) == pytest.approx(predicted, abs=0.01)
     torch.manual_seed(0)
-    # After 300 steps, the variance has reached 1 - 0.99^600 = 99.8 % of its limit. The test averages a few angles along one path.
+    # After 300 steps, the variance has reached 1 - 0.99^600 = 99.8 % of its limit. The test averages a few angles of one run.
     module, _, rule = behind_gain(
         nn.Linear(512, 24, bias=False),
         (2, 512),
@@ -304,8 +306,8 @@ def test_first_value_of_b_vanishes_at_the_rate():
 
 
 def test_bias_that_is_not_blocked_gives_every_row_its_own_factor():
-    """With ReLU and Gaussian noise, an unblocked bias b scales its row by 2 Φ(b / (σ ‖w‖)). A blocked bias has no effect, and
-    neither has an unblocked one if the activation is linear."""
+    """With ReLU and Gaussian noise, an unblocked bias b scales its row by 2 Φ(b / (σ ‖w‖)). A blocked bias has no effect, nor
+    does an unblocked bias with a linear activation."""
     factors = {}
     for activation, blocked in (("relu", True), ("relu", False), ("linear", False)):
         torch.manual_seed(0)
@@ -341,8 +343,8 @@ def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
 
 
 def test_mirror_follows_the_weights_in_training():
-    """wm starts like fa. Unlike fa's, the feedback of its mirrored layers approaches the weights and follows them as they
-    change."""
+    """wm and fa start from the same feedback. The feedback of wm's mirrored layers then approaches the weights, unlike fa's, and
+    follows them as they change."""
     results = {}
     for name, options in (("fa", {}), ("wm", {"mirror_rate": 0.05, "initial_steps": 100})):
         torch.manual_seed(0)

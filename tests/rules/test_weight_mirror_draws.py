@@ -116,7 +116,7 @@ def test_model_moved_to_another_dtype_is_mirrored_there():
         torch.testing.assert_close(model.state_dict()[key], tensor, rtol=1e-13, atol=1e-13)
 
 
-# --- which layers --------------------------------------------------------------------------------------------------------------
+# --- mirrored layers -----------------------------------------------------------------------------------------------------------
 
 
 def mirrored(rule) -> set[str]:
