@@ -40,7 +40,8 @@ def ratios(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
 
 
 def cosines(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
-    return [cosine(got[name] / got[name].norm(), want[name]) for name in LAYERS]  # torch's function is wrong for tiny vectors
+    # torch's cosine similarity is wrong for tiny vectors.
+    return [cosine(got[name] / got[name].norm(), want[name]) for name in LAYERS]
 
 
 # ------------------------------------------------------------------------------------------------ backpropagation

@@ -51,7 +51,7 @@ def test_sign_of_zero_is_zero(name):
 
 @pytest.mark.parametrize("name", SIGN_RULES)
 def test_every_effective_sign_is_the_sign_of_the_weight_now(name):
-    """After an update that crosses zero, the next forward pass uses the new signs, and so do its gradients."""
+    """After an update that flips signs, the next forward pass uses the new signs, and so do its gradients."""
     model, rule = attached(name)
     x, y = nets.batch("conv")
     rule_grads(model, rule, x, y)

@@ -162,7 +162,7 @@ def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
     pathway = model.up.pathway
     pathway.noise = pathway.noise._replace(batch=8)
     monkeypatch.setattr(Noise, "sample", lambda self, number, like: axes)
-    assert pathway.positions.flatten().tolist() == [3, 4, 4]  # with the default, output_size=[7], the last tap meets only 3
+    assert pathway.positions.flatten().tolist() == [3, 4, 4]  # with the default, output_size=[7], the last tap has 3 positions
     rule.step()
     assert distance(model.up.feedback_B, array(model.up.weight)) < 1e-12
 
@@ -292,7 +292,8 @@ def test_steady_state_angle_of_a_convolution_is_smaller_by_its_positions():
 
 
 def test_first_value_of_b_vanishes_at_the_rate():
-    """With two initial values and the same noise, the difference of the feedback is (1 - η)^steps times the initial one."""
+    """For two initial values and the same noise, the difference between the feedback tensors is (1 - η)^steps times the initial
+    one."""
     pair = []
     for init in ("xavier_uniform", "copy_w"):
         torch.manual_seed(0)
