@@ -1,4 +1,5 @@
-"""mixed: one kind alone equals that rule, every layer uses its own mixture, and the fractions predict the angles."""
+"""mixed: a mixture of a single kind equals the corresponding rule, every layer uses its own mixture, and the fractions predict
+the angles."""
 
 import math
 from collections import OrderedDict
@@ -21,13 +22,14 @@ ONE = {kind: {other: float(other == kind) for other in ("pfa", "fa", "kp")} for 
 THIRDS = {"pfa": 0.3, "fa": 0.3, "kp": 0.4, "ratio": 2.0}
 
 
-# --- relations to the rules that are mixed -------------------------------------------------------------------------------------
+# --- relations to the component rules ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("net", ["mlp_bn", "conv", "conv_bn"])
 @pytest.mark.parametrize("kind", ONE)
 def test_one_kind_alone_is_its_rule(kind, net):
-    """With the same tensors: gradients, then four steps of SGD with momentum and decay; pfa's two hops round differently."""
+    """Given the same tensors, a mixture of one kind has the same weights and feedback as its rule after four steps of SGD with
+    momentum and decay. For pfa, the two hops add rounding errors."""
     ratio = {"ratio": 3.0} if kind == "pfa" else {}
     models = [nets.NETS[net]() for _ in range(2)]
     mixed = fa_bench.attach(models[0], "mixed", seed=0, **ONE[kind], **ratio)
@@ -55,11 +57,12 @@ def test_one_kind_alone_is_its_rule(kind, net):
             assert distance(array(tensors[ours]), array(alone.feedback[path][theirs])) <= (1e-11 if kind == "pfa" else 0)
 
 
-# torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
+# torch warns once that an even kernel with padding='same' needs a padded copy of the input.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_carries_its_mixture_and_learns_as_pfa_and_kp(layer):
-    """One layer, a fixed error at its output: the error is FA's with B = E, R's gradient is PFA's, K's is a copy of W's."""
+    """For one layer with a fixed error at its output, the input error is that of FA with B = E, R gets PFA's gradient, and K gets
+    a copy of W's."""
     build, shape = LAYERS[layer]
     runs, effective = {}, torch.empty(0)
     for name, options in (("mixed", THIRDS), ("fa", {}), ("pfa", {"ratio": 2.0})):
@@ -87,7 +90,7 @@ def test_every_layer_carries_its_mixture_and_learns_as_pfa_and_kp(layer):
 
 
 def test_feedback_equal_to_the_weight_is_backpropagation():
-    """F = K = W, and B R = W by the pseudo-inverse of B."""
+    """F and K are set to W, and the pseudo-inverse of B gives an R with B R = W."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "mixed", seed=0, **THIRDS)
     other = rule_grads(model, rule, x, y)
@@ -106,7 +109,7 @@ def test_feedback_equal_to_the_weight_is_backpropagation():
 
 
 def test_each_synapse_is_of_one_kind_with_the_probabilities_given():
-    """15 000 entries: the standard error of a fraction is at most 0.4 %."""
+    """The layer has 15 000 weights, so the standard error of a fraction is at most 0.4 %."""
     model = nn.Sequential(nn.Linear(150, 100))
     tensors = fa_bench.attach(model, "mixed", seed=0, pfa=0.5, fa=0.2, kp=0.3, ratio=1.0).feedback["0"]
     masks = {kind: tensors[f"mask_{kind}"] for kind in ("pfa", "fa", "kp")}
@@ -143,7 +146,8 @@ def test_nothing_learns_while_the_probe_measures():
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_bfloat16_autocast(net):
-    """bf16 keeps 8 bits: gradients, those of learned feedback too, within 5 % in norm of the float32 ones and in float32."""
+    """bfloat16 has 8 bits of precision, so all gradients, including those of learned feedback, lie within 5 % in norm of the
+    float32 ones. All gradients are stored in float32."""
     model = nets.convnet(nn.Tanh, dtype=torch.float32) if net == "conv" else nets.mlp(dtype=torch.float32)
     x, y = nets.batch(net, dtype=torch.float32)
     rule = fa_bench.attach(model, "mixed", seed=0, **THIRDS)
@@ -216,7 +220,8 @@ def test_wrong_values_are_refused(wrong):
 
 
 def train(**options):
-    """40-64-64-10 on labels of a linear teacher, from scratch: large decay at first, as PFA's published runs, then little."""
+    """The rule after training a 40-64-64-10 network from scratch on a linear teacher's labels. Weight decay is large at first, as
+    in PFA's published runs, and small later."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     rule = fa_bench.attach(model, "mixed", seed=0, **options)
@@ -237,7 +242,8 @@ def train(**options):
 
 
 def predicted(rule, path, shares=None) -> tuple[float, float]:
-    """The docstring's angles of E and of its direct part, from the fractions or from each kind's share of ‖W‖²."""
+    """The angles of E and of its direct part that the formulas in the rule's docstring predict from the fractions, or from each
+    kind's share of ‖W‖²."""
     tensors, weight = rule.feedback[path], rule.model.get_submodule(path).weight.detach()
     fractions = {kind: getattr(rule, kind) for kind in ("pfa", "fa", "kp")} if shares is None else shares
     p, f, k = fractions.values()
@@ -258,9 +264,9 @@ def measured(rule, path) -> tuple[float, float]:
 
 @pytest.mark.parametrize("fractions", [(0.3, 0.4, 0.3), (0.5, 0.0, 0.5), (0.69, 0.2, 0.11)])
 def test_weight_angle_lies_where_the_fractions_predict(fractions):
-    """From the fractions alone: within 3.5 degrees in the hidden layers, whose W comes to prefer true kinds a little, and the
-    masks of 2560 entries are 1 to 2 % off. From the shares of ‖W‖², within 1: what is left is that PFA's own angle varies.
-    """
+    """The fractions predict the angles in the hidden layers to within 3.5 degrees. In training, W comes to favour the accurate
+    kinds slightly, and the masks of 2560 entries deviate from the fractions by 1 to 2 %. The shares of ‖W‖² predict the angles to
+    within 1 degree, and the remaining difference is due to variation in PFA's own angle."""
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     for path in ("0", "2"):
         weight = rule.model.get_submodule(path).weight.detach()
@@ -283,7 +289,8 @@ def test_weight_angle_lies_where_the_fractions_predict(fractions):
     ids=["direct synapses of a layer that carries errors", "direct synapses by the default", "all synapses"],
 )
 def test_fractions_for_the_78_degrees_of_the_brain(fractions, path, which):
-    """Counting either the synapses that correspond directly to a weight, as in the brain, or all that propagate the error."""
+    """The angle of 78 degrees is measured over the synapses that correspond directly to a weight, as in the brain, or over all
+    synapses that propagate the error."""
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     assert measured(rule, path)[which] == pytest.approx(78, abs=2)
     if which:
@@ -291,7 +298,7 @@ def test_fractions_for_the_78_degrees_of_the_brain(fractions, path, which):
 
 
 def test_fractions_may_be_rounded():
-    """Thirds as people write them; a missing thousandth is more than rounding."""
+    """Thirds written with seven digits are accepted, but a sum that is off by a thousandth is refused."""
     fa_bench.attach(nets.mlp(), "mixed", pfa=0.3333333, fa=0.3333333, kp=0.3333333)
     with pytest.raises(OptionError, match=r"sum to 0\.999"):
         fa_bench.attach(nets.mlp(), "mixed", pfa=0.333, fa=0.333, kp=0.333)

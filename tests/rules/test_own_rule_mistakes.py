@@ -1,4 +1,4 @@
-"""Mistakes in a user's own rule: errors name the class, the layer or cut, and what is required."""
+"""Errors about mistakes in a user's rule name the class, the layer or cut, and what is required."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Nothing(fa_bench.FeedbackPathway):
 
 @dataclasses.dataclass(eq=False)
 class Given(fa_bench.EdgeRule):
-    """A rule whose `pathway` creates these tensors and returns this value."""
+    """A rule whose `pathway` creates the given tensors and returns the given value."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,7 +198,7 @@ def test_unknown_initialisers_are_named(function: Any) -> None:
 
 @dataclasses.dataclass(eq=False)
 class Direct(fa_bench.CutRule):
-    """A rule that creates B of every cut with these arguments; none if there are no arguments."""
+    """A rule that creates B at every cut with the given arguments, or creates no feedback if no arguments are given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Rules that run the model again: properties stated in their papers, state that they restore, and how they are called."""
+"""Rules that run extra forward passes: properties stated in their papers, state that they restore, and how they are called."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_for
 
 
 def mlp(*widths: int, activation: Any = nn.ReLU, bias: bool = True) -> nn.Sequential:
-    """6-widths-3, in double precision, with the activations as cuts."""
+    """A 6-widths-3 network in double precision, with its activations as cuts."""
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -59,7 +59,7 @@ def exact(model: nn.Module, x: Tensor = X, y: Tensor = Y, objective: Any = None)
 
 
 def noise_at(place: str, unit: int, length: float = 1.0) -> Any:
-    """Replaces `Draws.normal`: the value of one unit at one place, the same for all samples."""
+    """A replacement for `Draws.normal` that perturbs one unit at one place by `length`, equally for all samples."""
 
     def normal(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
         noise = torch.zeros_like(like)
@@ -74,11 +74,11 @@ def cosine(one: Tensor, two: Tensor) -> float:
     return F.cosine_similarity(one.flatten(), two.flatten(), dim=0).item()
 
 
-# ------------------------------------------------------------------------------------------------ all of them
+# ------------------------------------------------------------------------------------------------ all pass rules
 @pytest.mark.parametrize("name", RULES)
 def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name: str) -> None:
-    """With different masks in each pass, the effect of the noise would be lost in theirs; the random state shows a single
-    pass."""
+    """If every pass sampled new dropout masks, the differences between masks would hide the effect of the noise. After an update,
+    the random state must be that after a single forward pass."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     rule = (
         fa_bench.attach(model, name, cuts=["2"])
@@ -91,7 +91,7 @@ def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name:
     learn(rule)
     state = torch.get_rng_state()
     torch.manual_seed(4)
-    if name == "forward_forward":  # the image in its first pass is neutral
+    if name == "forward_forward":  # its first pass runs on the neutral image
         twin[0].register_forward_pre_hook(lambda module, args: (rule._marked(X, X.new_full((1, 3), 1 / 3)),))
     twin(X)
     assert torch.equal(torch.get_rng_state(), state)
@@ -102,7 +102,7 @@ def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name:
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback"])
 def test_the_masks_of_dropout_are_those_of_the_first_pass(name: str) -> None:
-    """The central difference is the directional derivative with these masks."""
+    """The central difference is a directional derivative only if all passes use the same masks."""
 
     def trained(seed: int) -> dict[str, Tensor]:
         model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Dropout(0.5), nn.Linear(40, 3)).double()
@@ -116,7 +116,7 @@ def test_the_masks_of_dropout_are_those_of_the_first_pass(name: str) -> None:
     one, same, other = trained(1), trained(1), trained(2)
     assert all(torch.equal(one[key], same[key]) for key in one)
     assert any(not torch.equal(one[key], other[key]) for key in one)
-    assert max(tensor.abs().max().item() for tensor in one.values()) < 100  # differences of masks over 2e-3 would be larger
+    assert max(tensor.abs().max().item() for tensor in one.values()) < 100  # different masks would give much larger gradients
 
 
 @pytest.mark.parametrize("name", NOISY)
@@ -154,7 +154,8 @@ def test_labels_are_needed(name: str) -> None:
 
 
 def test_the_classifier_of_forward_forward_changes_no_gradient_of_hidden_layers() -> None:
-    """The classifier's M is a parameter of the nonlinearity at a middle cut, and not a parameter of the model."""
+    """The classifier's M is a parameter of the nonlinearity at a middle cut and must not affect the gradients of hidden
+    weights."""
     hidden = []
     for all_layers in (True, False):
         rule = fa_bench.attach(mlp(8, 7, 9), "forward_forward", all_layers=all_layers)
@@ -169,7 +170,8 @@ OF_OBJECTIVE = ["node_perturbation", "weight_perturbation", "np_feedback", "pepi
 
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
 def test_a_loss_of_other_logits_or_of_another_kind_is_refused(name: str) -> None:
-    """These rules compute everything from the objective of the model's output."""
+    """Perturbation rules and PEPITA compute everything from the objective of the model's output, so they cannot use another
+    loss."""
     for loss in (
         lambda z: F.cross_entropy(z / 5, Y),
         lambda z: F.cross_entropy(z.flip(1), Y),
@@ -183,7 +185,8 @@ def test_a_loss_of_other_logits_or_of_another_kind_is_refused(name: str) -> None
 
 @pytest.mark.parametrize("name", [*OF_OBJECTIVE, "ddtp_linear", "fdfa", "dfc"])
 def test_the_scale_of_torchs_squared_errors_is_found(name: str) -> None:
-    """The objective is half the sum over outputs, torch's loss the mean: 2/3 of it here."""
+    """The objective is half the sum of squares over the outputs, and torch's loss is their mean, which is 2/3 of the objective
+    here."""
     target = F.one_hot(Y, 3).double()
     found = []
     for loss in (F.mse_loss, lambda z, t: (z - t).square().mean()):
@@ -197,7 +200,7 @@ def test_the_scale_of_torchs_squared_errors_is_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation"])
 def test_a_loss_in_half_precision_is_perturbed_in_single(name: str) -> None:
-    """Differences of 1e-3 between logits with eight bits would be rounding."""
+    """With eight bits of precision, a difference of 1e-3 between logits would be lost to rounding."""
     found = []
     for enabled in (False, True):
         model = mlp(8, 7).float()
@@ -211,7 +214,7 @@ def test_a_loss_in_half_precision_is_perturbed_in_single(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback", "epc", "pc"])
 def test_the_losses_of_a_model_in_half_precision_are_in_single(name: str) -> None:
-    """With eight bits, two losses that differ by the effect of noise would be equal."""
+    """With eight bits of precision, two losses that differ only by the effect of noise would be equal."""
     seen: set[torch.dtype] = set()
 
     class Watched(CrossEntropy):
@@ -296,7 +299,7 @@ def test_a_frozen_block_between_others_is_refused_by_ldrl() -> None:
 
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
 def test_targets_may_be_numbers(name: str) -> None:
-    """The gradients equal those for class labels written as one-hot rows, which squared errors support as well."""
+    """Class labels and their one-hot rows give the same gradients, because squared errors support both."""
     found = [learn(fa_bench.attach(mlp(8, 7), name, objective=MSE()), X, target) for target in (Y, F.one_hot(Y, 3).double())]
     assert found[0].keys() == found[1].keys()
     for key, value in found[0].items():
@@ -358,7 +361,8 @@ def test_outputs_with_other_dimensions_than_at_attach_are_refused(name: str) -> 
 
 # ------------------------------------------------------------------------------------------------ perturbations
 def test_node_perturbation_is_exact_for_a_quadratic_loss_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With identity activations and squared errors; summed over a basis of the noise, the errors are those of backpropagation."""
+    """With identity activations and squared errors, the gradients summed over a basis of the noise equal those of
+    backpropagation."""
     sizes = {"1": 8, "3": 7, "": 3}
     total: dict[str, Tensor] = {}
     for place, features in sizes.items():
@@ -373,8 +377,8 @@ def test_node_perturbation_is_exact_for_a_quadratic_loss_at_any_size(monkeypatch
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation"])
 def test_perturbations_are_unbiased(name: str) -> None:
-    """The cosine of the mean of n draws is about 1/√(1 + P/n), with P perturbed values: about 0.98 for all of
-    them together, and less for a matrix with small gradients."""
+    """With P perturbed values, the cosine between the mean of n samples and the gradient is about 1/√(1 + P/n). The cosine is
+    about 0.98 for all values together and lower for a matrix with small gradients."""
     model = mlp(4, activation=nn.Tanh)
     rule, want = fa_bench.attach(copy.deepcopy(model), name), exact(model)
     total = {key: torch.zeros_like(value) for key, value in want.items()}
@@ -387,7 +391,7 @@ def test_perturbations_are_unbiased(name: str) -> None:
 
 
 def test_weight_perturbation_is_the_derivative_along_its_noise() -> None:
-    """Exactly, for a loss that is quadratic in the weights."""
+    """The central difference is exact for a loss that is quadratic in the weights."""
     model = nn.Sequential(nn.Linear(6, 3)).double()
     rule = fa_bench.attach(copy.deepcopy(model), "weight_perturbation", epsilon=5.0, objective=MSE())
     want = exact(model, objective=MSE())
@@ -428,7 +432,8 @@ def test_errors_of_further_passes_are_raised_as_they_are() -> None:
 
 # ------------------------------------------------------------------------------------------------ feedback from noise
 def test_np_feedback_learns_the_weights_of_a_linear_net(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a basis of the noise, d ξ is the true error at the input, so the gradient of B vanishes if B equals W."""
+    """Averaged over a basis of the noise, d ξ is the true error at the layer's input, so the gradient of B vanishes if B equals
+    W."""
     model = mlp(8, 7, activation=nn.Identity)
     rule = fa_bench.attach(model, "np_feedback", sigma=2.0, objective=MSE())
     with torch.no_grad():
@@ -436,7 +441,7 @@ def test_np_feedback_learns_the_weights_of_a_linear_net(monkeypatch: pytest.Monk
             tensors["B"].copy_(model.get_submodule(path).weight)  # type: ignore[arg-type]
     total, size = torch.zeros(()), torch.zeros(())
     for unit in range(8):
-        # The basis of one layer's input, of length √8, so that its mean has the length of the sum.
+        # The basis vectors of one layer's input have length √8, so that the mean over all eight gives the full error.
         monkeypatch.setattr(Draws, "normal", noise_at("2 0", unit, 8**0.5))
         gradient = learn(rule)["2.feedback_B"]
         total, size = total + gradient / 8, torch.maximum(size, gradient.abs().max())
@@ -457,7 +462,7 @@ def test_np_feedback_needs_its_own_logits() -> None:
     other = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(ValueError, match="the loss was not computed by a training forward pass of the attached model"):
         rule.backward(F.cross_entropy(other, Y), other, Y)
-    copied = logits.clone()  # of an output that is not stored
+    copied = logits.clone()  # the original output is no longer stored
     del logits
     rule.backward(F.cross_entropy(copied, Y), copied, Y)
     assert rule.model[0].feedback_B.grad.abs().sum() > 0
@@ -488,7 +493,7 @@ def test_np_feedback_perturbs_every_layer_of_a_compound_module(make: Any) -> Non
 
 # ------------------------------------------------------------------------------------------------ PEPITA
 def test_pepita_in_a_linear_layer_is_direct_feedback() -> None:
-    """h - h' = -W₁ F e, with the second pass's input instead of the first one's."""
+    """In a linear layer, h - h' = -W₁ F e. PEPITA's update uses the input of the second pass instead of that of the first."""
     model = mlp(8, 7, activation=nn.Identity)
     rule = fa_bench.attach(model, "pepita", f_scale=0.5)
     feedback = rule.feedback["1"]["F"]
@@ -531,8 +536,8 @@ def test_a_cut_at_a_pooling_stands_for_its_nonlinearity() -> None:
 
 
 def test_other_cuts_stay_where_they_are() -> None:
-    """A second nonlinearity, and a block that changes the shape; among containers and several poolings, the nonlinearity is
-    found."""
+    """A cut at a second nonlinearity, or at a block that changes the shape, stays in place. A cut after containers and several
+    poolings still moves to the nonlinearity."""
 
     def part(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU())
@@ -574,7 +579,7 @@ def test_weight_perturbation_asks_which_output_is_meant() -> None:
 
 
 def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
-    """Not before it, where it would train nothing in the block."""
+    """A difference taken before the block would train nothing inside it."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -594,7 +599,8 @@ def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
 
 @pytest.mark.parametrize("name", [*RULES, "dfc", "epc", "pc", "forward_gradient"])
 def test_all_passes_have_the_further_arguments_of_the_first(name: str) -> None:
-    """Keyword arguments are passed on, too: the gradients are those of a model that has them as defaults."""
+    """Every pass gets the positional and keyword arguments of the first, so the gradients equal those of a model with these
+    values as defaults."""
 
     class Net(nn.Module):
         def __init__(self, factor: float, shift: float) -> None:
@@ -636,7 +642,7 @@ def test_all_passes_have_the_further_arguments_of_the_first(name: str) -> None:
 def test_noise_of_weights_is_that_of_all_processes(
     name: str, options: dict[str, Any], is_shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The noise of samples differs, because each process has its own."""
+    """Noise on weights must be the same in all processes. Noise on samples differs, because each process has its own samples."""
     found = []
     for rank in (0, 1):
         monkeypatch.setattr(second_pass, "rank", lambda rank=rank: rank)
@@ -653,7 +659,7 @@ def test_positions_are_refused(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ forward-forward
 def test_one_unit_learns_by_the_derivative_of_its_goodness() -> None:
-    """½ log(1 + exp(θ - z²)) for one positive sample has the gradient -σ(θ - z²) z x̂."""
+    """For one positive sample, ½ log(1 + exp(θ - z²)) has the gradient -σ(θ - z²) z x̂."""
     model = nn.Sequential(nn.Linear(6, 1, bias=False), nn.ReLU(), nn.Linear(1, 3)).double()
     with torch.no_grad():
         model[0].weight.fill_(0.5)
@@ -674,7 +680,8 @@ def test_one_unit_learns_by_the_derivative_of_its_goodness() -> None:
 
 
 def test_layers_see_directions_only() -> None:
-    """Values after a cut do not change with the length of its activation, nor does the first layer with that of the image."""
+    """Values after a cut do not depend on the norm of its activation, and the first layer does not depend on the norm of the
+    image."""
     rule = fa_bench.attach(mlp(8, 7, bias=False), "forward_forward")
     with torch.no_grad():
         logits = rule.model(X)
@@ -685,8 +692,8 @@ def test_layers_see_directions_only() -> None:
 
 
 def test_equal_samples_at_the_threshold_give_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The positive and the negative gradient cancel if θ = G."""
-    monkeypatch.setattr(Draws, "shifts", lambda draws, name, count, high: torch.full((count,), high))  # the true labels again
+    """If the goodness G equals θ, the gradients of the positive and the negative sample cancel."""
+    monkeypatch.setattr(Draws, "shifts", lambda draws, name, count, high: torch.full((count,), high))  # keeps the true labels
     rule = fa_bench.attach(mlp(8), "forward_forward", peer_norm=0.0)
     x, y = X[:1], Y[:1]
     with torch.no_grad(), rule.exact():
@@ -718,7 +725,7 @@ def test_the_classifier_reads_all_layers_but_the_first() -> None:
 
 @pytest.mark.parametrize("widths", [(8, 7), (8,)])
 def test_goodness_predicts_the_label_that_later_layers_like(widths: tuple[int, ...]) -> None:
-    """Or that the only layer likes."""
+    """The score of a label is the goodness of all layers but the first, or of the only layer."""
     rule = fa_bench.attach(mlp(*widths), "forward_forward", prediction="goodness")
     with torch.no_grad():
         scores = rule.predict(X)
@@ -743,7 +750,7 @@ def test_the_neutral_image_hides_the_label() -> None:
 
 
 def test_peer_normalisation_evens_out_the_activity() -> None:
-    """The gradient of its loss raises units whose running mean is below that of all units; a larger weight does so more."""
+    """The peer loss raises units whose running mean is below the mean of all units, in proportion to peer_norm."""
 
     def with_weight(peer_norm: float) -> Any:
         return fa_bench.attach(mlp(8), "forward_forward", peer_norm=peer_norm)

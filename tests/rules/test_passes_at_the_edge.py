@@ -1,4 +1,4 @@
-"""Rules that run the model again, with sizes, indices and frozen weights that they did not expect."""
+"""Rules that run extra forward passes, tested with unusual sizes, indices and frozen weights."""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ def test_dkp_adds_the_gradient_of_b_over_samples_and_tokens():
 
 @pytest.mark.parametrize("sign", [False, True])
 def test_drtp_projects_the_label_of_every_token(sign: bool):
-    """At act2 (N, T, 6) the error is B[label] divided by the number of labels; the bias of fc2 sums it through tanh."""
+    """At act2 (N, T, 6), the error is B[label] divided by the number of labels. The gradient of fc2's bias sums the error,
+    multiplied by the derivative of tanh, over samples and tokens."""
     model, rule = attached("drtp", error_sign=sign, scale=2.0)
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
@@ -112,7 +113,8 @@ def test_drtp_projects_the_label_of_every_token(sign: bool):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error", "predsim", "dgl"])
 def test_tokens_are_samples_and_one_token_is_the_plain_rule(name: str):
-    """Each token as its own sequence, or without the axis of tokens: the same numbers, up to the order of sums over the batch."""
+    """Treating each token as its own sequence, or removing the token axis, gives the same numbers up to the order of sums over
+    the batch."""
     options = {"loss": "pred"} if name == "predsim" else {"auxiliary_net": "linear"} if name == "dgl" else {}
     x, y = tokens()
     one, rule = attached(name, x=x.flatten(0, 1).unsqueeze(1), **options)
@@ -147,7 +149,7 @@ def test_permuted_tokens_have_permuted_signals(name: str):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
 def test_sequences_of_another_length_use_the_same_feedback(name: str):
-    """Attached with 4 tokens, trained with 6: as if attached with 6."""
+    """A rule attached with 4 tokens trains on 6 as if it had been attached with 6."""
     x, y = tokens(6)
     (one, rule), (two, other) = attached(name), attached(name, x=x)
     assert_bitwise(step(one, rule, x, y), step(two, other, x, y))
@@ -169,7 +171,7 @@ def test_accumulated_and_scaled_losses(name: str):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
 def test_autocast_to_bfloat16(name: str):
-    """Half precision has 8 bits: gradients agree to a few percent."""
+    """bfloat16 has 8 bits of precision, so the gradients agree to a few percent."""
     model = nets.mlp().float()
     x, y = tokens()
     _, rule = attached(name, model, x.float())
@@ -195,7 +197,7 @@ def test_the_default_objective_takes_tokens_for_samples():
 
 @pytest.mark.parametrize("name", ["drtp", "local_error"])
 def test_the_default_objective_leaves_out_unlabelled_tokens(name: str):
-    """Unlabelled tokens have no error, and a scaled loss is computed from the others."""
+    """Unlabelled tokens get no error, and the scale of the loss is inferred from the labelled ones."""
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
     gradients_of = []
@@ -209,7 +211,7 @@ def test_the_default_objective_leaves_out_unlabelled_tokens(name: str):
 
 @pytest.mark.parametrize("size", [(N, T, C), (N, C, 2, 3)], ids=str)
 def test_the_scale_is_measured_without_labels(size: tuple[int, ...]):
-    """The label of a cross-entropy is the class with the only negative error, along the class axis."""
+    """Under cross-entropy, the label is the only class with a negative error along the class axis."""
     logits = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     rows = logits if len(size) == 3 else logits.movedim(1, -1)
     delta = torch.autograd.grad(3.0 * F.cross_entropy(rows.flatten(0, -2), torch.arange(rows.numel() // C) % C), logits)[0]
@@ -244,7 +246,7 @@ def test_similarities_of_tokens_are_refused():
 
 # ------------------------------------------------------------------------------------------------ pixels, and unequal positions
 class Pixels(nn.Module):
-    """Convolutions at full and half resolution; the output has a class for every pixel."""
+    """A network with convolutions at half and full resolution that classifies every pixel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +266,7 @@ def pixels(size: tuple[int, int] = (4, 6)) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", ["weight_perturbation", "drtp"])
 def test_wrong_labels_of_pixels_are_named_by_the_number_of_classes(name: str):
-    """There are three classes and six columns: label 4 is out of range."""
+    """Label 4 is out of range for three classes, although it is a valid index for the six columns."""
     x, y = pixels()
     y[1, 2, 3] = 4
     rule = fa_bench.attach(pixel_net(), name, sample_input=x)
@@ -280,7 +282,7 @@ def pixel_net() -> Any:
 
 
 def test_pixels_and_the_coarser_map_get_their_errors():
-    """At act1 each of 2 x 3 cells has the sum of the errors of its 2 x 2 pixels."""
+    """At act1, each of the 2 x 3 cells gets the sum of the errors of its 2 x 2 pixels."""
     (x, y), model, plain = pixels(), pixel_net(), pixel_net()
     rule = fa_bench.attach(model, "dkp", seed=0, sample_input=x)
     b1, b2 = (rule.feedback[cut]["B"] for cut in ("act1", "act2"))
@@ -342,7 +344,7 @@ def test_a_local_loss_of_pixels_is_that_of_their_own_labels():
 
 
 class Pooled(nn.Module):
-    """`inner` between two layers on tokens (N, T, F), with the head at each of T // ratio tokens."""
+    """A network on tokens (N, T, F) with `inner` between the first layer and the head."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -378,7 +380,7 @@ def test_a_finer_cut_gets_copies():
 
 
 class Spread(nn.Module):
-    """One vector for each sample, from which the outputs at all positions are computed."""
+    """A network that computes one vector per sample and derives the outputs at all positions from it."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
@@ -432,7 +434,8 @@ def test_positions_that_do_not_match_are_refused_by_name():
 
 
 def test_a_cut_whose_first_axis_is_not_that_of_the_samples_is_refused():
-    """(T, N, F) of two samples and four tokens: the sizes of the other axis would match."""
+    """The cut has shape (T, N, F) for two samples and four tokens. The second axis of the cut would pass for positions, because
+    four is a multiple of two."""
     model = nn.Sequential(nn.Linear(7, 5), Swapped(), nn.Tanh(), Swapped(), nn.Linear(5, C))
     with pytest.raises(CoverageError, match=r"cut '2' has activations of shape \(4, 2, 5\).*the batch comes first"):
         fa_bench.attach(model, "dfa", cuts=["2"], sample_input=torch.randn(2, 4, 7))
@@ -447,7 +450,7 @@ class Swapped(nn.Module):
 
 @pytest.mark.parametrize("length", [5, 6])
 def test_sequences_with_the_classes_first_are_refused(length: int):
-    """(N, C, T): time steps would be treated as classes, silently if C and T match."""
+    """With outputs of shape (N, C, T), time steps would be treated as classes, without an error if C equals T."""
     model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.Conv1d(4, C, 1))
     with pytest.raises(CoverageError, match=rf"\(N, T, C\).*returns \(2, {C}, {length}\) from the convolution '2'.*transpose"):
         fa_bench.attach(model, "dfa", cuts=["1"], sample_input=torch.randn(2, 2, length))
@@ -457,7 +460,7 @@ def test_sequences_with_the_classes_first_are_refused(length: int):
 
 
 class Transposed(nn.Module):
-    """(N, C, T) to (N, T, C)."""
+    """Transposes (N, C, T) to (N, T, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)
@@ -479,7 +482,7 @@ class Transposed(nn.Module):
         ((2, 4, 3), (3,), nn.Linear(3, 3), (2, 4, 3), 2),
         ((2, 8, 16), (8,), nn.Linear(3, 8), (2, 8, 8), 2),
         ((2, 9), (5,), nn.Linear(3, 9), (2, 9), 1),
-        # One of the two determines it, against the layer's usual axis; both disagree.
+        # In these cases, the positions or the output overrule the layer's usual axis, or the two disagree.
         ((2, 7, 5), (5,), nn.Linear(3, 3), (2, 5, 3), 1),
         ((2, 5, 7), (3,), nn.Linear(3, 5), (2, 3, 5), 1),
         ((2, 5, 7), (5,), nn.Conv1d(3, 3, 1), (2, 3, 5), 2),
@@ -494,7 +497,7 @@ def test_the_axis_of_features(shape: Any, positions: Any, layer: Any, output: An
     assert feature_axis(shape, positions, None if layer is None else (layer, output)) == axis
 
 
-# ------------------------------------------------------------------------------------------------ positions of the cut alone
+# ------------------------------------------------------------------------------------------------ positions only at the cut
 class Mean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(1)
@@ -581,7 +584,8 @@ OUTPUTS = {"sequences": (4, 3, 3), "as many tokens as classes": (3, 3, 3), "maps
 @pytest.mark.parametrize("objective", ["cross_entropy", "token_cross_entropy"])
 @pytest.mark.parametrize("shape", OUTPUTS.values(), ids=OUTPUTS)
 def test_losses_of_samples_are_those_of_their_positions(shape: tuple[int, ...], objective: str):
-    """The mean of the samples' losses is the mean over all labelled positions, so a sample counts as often as it has labels."""
+    """The mean of the samples' losses is the mean over all labelled positions, so each sample is weighted by its number of
+    labels."""
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(shape, generator=generator, dtype=torch.float64)
     axis = 2 if len(shape) == 3 else 1
@@ -603,7 +607,7 @@ def test_losses_of_samples_are_those_of_their_positions(shape: tuple[int, ...], 
 @pytest.mark.parametrize("kind", ["tokens", "maps"])
 @pytest.mark.parametrize("name", ["node_perturbation", "np_feedback", "weight_perturbation"])
 def test_rules_that_compare_losses_take_outputs_with_positions(name: str, kind: str):
-    """With either objective: the same losses, and so the same gradients; the label of an ignored position has no effect."""
+    """Both objectives give the same losses and therefore the same gradients. The label of an ignored position has no effect."""
 
     def learned(objective: str | None) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -624,5 +628,5 @@ def test_rules_that_compare_losses_take_outputs_with_positions(name: str, kind: 
     one, two = learned(None), learned("token_cross_entropy")
     assert all(gradient.abs().sum() > 0 for gradient in one.values())
     for key in one:
-        # A difference of losses divided by 2 sigma.
+        # The gradients contain a difference of losses divided by 2 sigma, which amplifies rounding.
         assert torch.allclose(one[key], two[key], rtol=1e-7, atol=1e-9)

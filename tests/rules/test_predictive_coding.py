@@ -1,4 +1,4 @@
-"""epc and pc: when they equal backpropagation, where they settle, and what a pass does."""
+"""epc and pc: when they equal backpropagation, where they settle, and how their passes behave."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS = ["0.weight", "2.weight", "4.weight", "6.weight"]
 
 
 def deep(activation: Any = nn.Tanh, **options: Any) -> nn.Sequential:
-    """6-8-7-5-3, with blocks of a layer and its activation."""
+    """A 6-8-7-5-3 network in which each block is a layer with its activation."""
     model = mlp(8, 7, 5, activation=activation, **options)
     model.blocks = model.cut_points  # type: ignore[assignment]
     return model
@@ -40,25 +40,28 @@ def ratios(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
 
 
 def cosines(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
-    return [cosine(got[name] / got[name].norm(), want[name]) for name in LAYERS]  # torch's function is wrong for tiny vectors
+    # torch's cosine similarity is wrong for tiny vectors.
+    return [cosine(got[name] / got[name].norm(), want[name]) for name in LAYERS]
 
 
 # ------------------------------------------------------------------------------------------------ backpropagation
 def test_a_few_small_steps_with_errors_are_backpropagation() -> None:
-    """e = -T η ∂L/∂s + O(η²): hidden gradients are T η times backpropagation's, the output layer's is backpropagation's."""
+    """Since e = -T η ∂L/∂s + O(η²), the hidden gradients are T η times those of backpropagation. The output layer's gradient
+    equals that of backpropagation."""
     got, want = learn(attach("epc", steps=5, rate=1e-3)), exact(deep())
     assert min(cosines(got, want)) > 0.9999
     assert ratios(got, want) == pytest.approx([0.005, 0.005, 0.005, 1], rel=0.02)
     tiny = ratios(learn(attach("epc", steps=5, rate=1e-6)), want)
-    assert tiny == pytest.approx([5e-6, 5e-6, 5e-6, 1], rel=2e-5)  # the rest is of first order in η
+    assert tiny == pytest.approx([5e-6, 5e-6, 5e-6, 1], rel=2e-5)  # the remainder is of first order in η
 
 
 def test_a_few_small_steps_with_states_are_multiples_of_backpropagation() -> None:
-    """An error needs a step for each block: (T choose d + 1) η^(d + 1), d blocks before the last cut."""
+    """An error needs one step per block. At d blocks before the last cut, the gradient is (T choose d + 1) η^(d + 1) times that
+    of backpropagation."""
     got, want = learn(attach("pc", steps=5, rate=1e-3)), exact(deep())
     assert min(cosines(got, want)) > 0.9999
     factors = [math.comb(5, blocks) * 1e-3**blocks for blocks in (3, 2, 1)]
-    assert ratios(got, want) == pytest.approx([*factors, 1], rel=2e-2)  # the rest is of first order in η
+    assert ratios(got, want) == pytest.approx([*factors, 1], rel=2e-2)  # the remainder is of first order in η
 
 
 def test_with_fewer_steps_than_blocks_the_first_ones_do_not_learn() -> None:
@@ -80,7 +83,8 @@ def test_settled_errors_are_another_update() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_momentum_is_that_of_the_optimizer(name: str) -> None:
-    """Three steps by torch's SGD, whose first velocity is the gradient, from states that a separate loop computes."""
+    """The expected gradients come from three steps of torch's SGD, whose first velocity is the gradient, on states and an energy
+    that a separate loop computes."""
     model, want = deep(), {}
     blocks = [model[0:2], model[2:4], model[4:6], model[6:]]
     with torch.no_grad():
@@ -112,11 +116,11 @@ def test_momentum_is_that_of_the_optimizer(name: str) -> None:
         torch.testing.assert_close(got[key], value)
 
 
-# ------------------------------------------------------------------------------------------------ rest
+# ------------------------------------------------------------------------------------------------ equilibrium
 @pytest.mark.parametrize("name", RULES)
 def test_linear_nets_rest_where_the_closed_form_says(name: str) -> None:
-    """With squared errors: r = S⁻¹ (W x - t) is left at the output, S = 1 + Σ_l P_l P_lᵀ with P_l the product of the weights
-    after s_l, and e_l = -P_lᵀ r. All gradients follow from these."""
+    """With squared errors, the remaining error at the output is r = S⁻¹ (W x - t), where S = 1 + Σ_l P_l P_lᵀ and P_l is the
+    product of the weights after s_l. The errors at the cuts are e_l = -P_lᵀ r, and all gradients follow from r and e_l."""
     model = deep(nn.Identity, bias=False)
     got = learn(attach(name, copy.deepcopy(model), MSE(), steps=1000, rate=0.3))
     weights = [model.get_submodule(path).weight.detach() for path in ("0", "2", "4", "6")]
@@ -165,7 +169,7 @@ def test_without_errors_the_energy_is_the_loss(name: str) -> None:
 
 
 def energy_of(rule: Any, variables: dict[str, Tensor]) -> float:
-    """E of a batch at given errors or states, summed over the samples."""
+    """The energy E of a batch at the given errors or states, summed over the samples."""
     from fa_bench.mechanisms.second_pass import FirstPass
 
     rule.first_pass = FirstPass(rule.name, rule.model, (X,), {})
@@ -175,10 +179,10 @@ def energy_of(rule: Any, variables: dict[str, Tensor]) -> float:
     return total.item()
 
 
-# ------------------------------------------------------------------------------------------------ what a pass is made of
+# ------------------------------------------------------------------------------------------------ passes
 @pytest.mark.parametrize("name", RULES)
 def test_settling_does_not_depend_on_the_batch(name: str) -> None:
-    """The gradient of a batch is the mean over its samples, whatever their number."""
+    """The gradient of a batch is the mean of its samples' gradients, regardless of the batch size."""
     whole = learn(attach(name))
     single = [learn(attach(name), X[n : n + 1], Y[n : n + 1]) for n in range(5)]
     for key, value in whole.items():
@@ -211,7 +215,7 @@ def normalised() -> nn.Sequential:
 
 
 def test_the_masks_of_dropout_are_those_of_the_first_pass() -> None:
-    """With these, a step of length one is backpropagation in the first block."""
+    """With the first pass's masks, one step of length one gives the gradients of backpropagation in the first block."""
     got, want = [], []
     rule, plain = attach("epc", normalised(), steps=1, rate=1.0), normalised()
     for seed in (1, 2):
@@ -249,7 +253,7 @@ def test_copies_train_alike_and_labels_are_needed(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_frozen_layer_changes_nothing_for_the_others(name: str) -> None:
-    """The state after it settles as before."""
+    """The state after a frozen layer settles as it does if the layer learns."""
     want, model = learn(attach(name)), deep()
     for parameter in model[0].parameters():
         parameter.requires_grad_(False)
@@ -260,7 +264,8 @@ def test_a_frozen_layer_changes_nothing_for_the_others(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_shortcut_around_a_cut_sees_the_state(name: str) -> None:
-    """The state replaces the activation for everything after it; the energy of the closed form has both ways."""
+    """The state replaces the activation for all later layers, so the closed-form energy includes both the shortcut and the path
+    through `second`."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -285,7 +290,7 @@ def test_a_shortcut_around_a_cut_sees_the_state(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_module_that_works_in_place_does_not_change_the_states(name: str) -> None:
-    """The block ends at the linear layer, and the nonlinearity after it overwrites its input."""
+    """The block ends at a linear layer, and the nonlinearity that follows overwrites its input."""
 
     def trained(inplace: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -298,14 +303,15 @@ def test_a_module_that_works_in_place_does_not_change_the_states(name: str) -> N
 
 @pytest.mark.parametrize("name", RULES)
 def test_half_precision_settles_in_single_precision(name: str) -> None:
-    """Steps far below bfloat16's spacing of 2⁻⁸ accumulate; gradients in bfloat16 are exact to about that."""
+    """Steps far below bfloat16's spacing of 2⁻⁸ must accumulate. Gradients returned in bfloat16 are accurate to about that
+    spacing."""
 
     def trained(dtype: torch.dtype) -> dict[str, Tensor]:
         rule = attach(name, deep().to(dtype), steps=40, rate=2e-3)
         return learn(rule, X.to(dtype), Y)
 
     low, high = trained(torch.bfloat16), trained(torch.float32)
-    last = ["4.weight", "6.weight"]  # errors of pc are small before
+    last = ["4.weight", "6.weight"]  # the errors of pc are small in earlier layers
     assert all(low[key].dtype == torch.bfloat16 for key in low)
     for key in low if name == "epc" else last:
         assert cosine(low[key].float(), high[key]) > 0.98
@@ -314,7 +320,7 @@ def test_half_precision_settles_in_single_precision(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_loss_has_at_least_single_precision(name: str) -> None:
-    """The error of logits in bfloat16 is not rounded to bfloat16, which would change it by up to 0.2 %."""
+    """The loss of bfloat16 logits is not rounded to bfloat16, which would change it by up to 0.2 %."""
     rule = attach(name, deep().to(torch.bfloat16), steps=1, rate=1e-9)
     with rule.observed() as found:
         learn(rule, X.to(torch.bfloat16), Y)
@@ -326,7 +332,7 @@ def test_the_loss_has_at_least_single_precision(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_ignored_positions_do_not_count(name: str) -> None:
-    """Tokens as a longer batch: the gradients equal those without the ignored ones."""
+    """The gradients equal those of a flat batch that contains only the labelled tokens."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     tokens, labels = torch.stack([X, X.flip(0)]), torch.stack([Y, Y.flip(0)])
     labels[0, 0] = labels[1, 3] = -100
@@ -340,7 +346,7 @@ def test_ignored_positions_do_not_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_ignored_samples_do_not_count(name: str) -> None:
-    """If there are no other samples, nothing learns."""
+    """The gradients equal those of a batch without the ignored samples. If all samples are ignored, all gradients are zero."""
     labels = Y.clone()
     labels[1] = labels[4] = -100
     kept = labels != -100
@@ -360,7 +366,8 @@ def test_targets_may_be_numbers(name: str) -> None:
 
 
 def test_single_precision_loses_small_errors_of_states_alone() -> None:
-    """The first block's error is below 1e-7 of its state; as an error it is stored with all of its digits."""
+    """The first block's error is below 1e-7 of its state, so pc loses it in single precision. epc stores the error itself, with
+    all of its digits."""
     found = {
         name: [
             learn(attach(name, deep().to(dtype), steps=5, rate=1e-4), X.to(dtype), Y)["0.weight"].double()
@@ -393,7 +400,8 @@ def test_coverage_says_that_weights_are_transported(name: str) -> None:
     ],
 )
 def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any], length: float | None) -> None:
-    """0.01 (1 + 1.5 + 1.75) = 0.0425; a length of SHORT itself is enough."""
+    """Three steps with momentum 0.5 have a length of 0.01 (1 + 1.5 + 1.75) = 0.0425. A length of exactly SHORT gives no
+    warning."""
     notes = attach("epc", **options).coverage.notes
     if length is None:
         assert notes == ()
@@ -403,7 +411,8 @@ def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any],
 
 
 def test_the_length_of_the_path_is_the_last_error_for_a_constant_gradient() -> None:
-    """For a loss that is linear in the state, with tiny errors: a block of one layer and the output."""
+    """Tiny errors make the loss linear in the states, so the first layer's gradient is the path length times that of
+    backpropagation."""
     rule = attach("epc", steps=6, rate=1e-5, momentum=0.7)
     got, want = learn(rule), exact(deep())
     assert ratios(got, want)[0] == pytest.approx(rule.path_length, rel=1e-3)

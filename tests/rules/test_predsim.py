@@ -1,4 +1,4 @@
-"""predsim: the similarity, the parts of each loss, and the output layer's share."""
+"""predsim: the similarity measure, the terms of each loss, and the error of the output layer."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ from .registered import registered
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3, 4), (3, 3, 4), (5, 1, 6)], ids=str)
 def test_similarity_reference_against_finite_differences(shape):
-    """The reference's own gradients: central differences of its loss, h = 1e-6, error of order h² and 1e-16/h = 1e-10."""
+    """The reference's gradients match central differences of its loss. With h = 1e-6, their errors are of order h² and 1e-16/h =
+    1e-10."""
     rng = np.random.default_rng(0)
     a, y = rng.normal(size=(4, *shape)), np.array([0, 1, 1, 2])
     weight = rng.normal(size=(shape[0], shape[0], 3, 3) if len(shape) == 3 else (shape[0], shape[0]))
@@ -33,7 +34,7 @@ def test_similarity_reference_against_finite_differences(shape):
 
 
 def test_similarity_of_labels():
-    """1 for the same class, -1/(C-1) for a different one."""
+    """Two labels have a similarity of 1 if they are equal and of -1/(C-1) if they differ."""
     got = similarity(F.one_hot(torch.tensor([0, 2, 0]), 5).double())
     assert torch.allclose(got, torch.tensor([[1, -0.25, 1], [-0.25, 1, -0.25], [1, -0.25, 1]], dtype=torch.float64))
 
@@ -59,7 +60,8 @@ def test_predsim_holds_what_its_loss_needs(loss, held):
 
 @pytest.mark.parametrize(("loss", "share"), [("predsim", 0.25), ("pred", 1.0), ("sim", 1.0)])
 def test_error_of_the_output_layer(loss, share):
-    """(1-β) of the true one with predsim, for the weight and the bias; probes see the true error at the logits."""
+    """With loss=predsim, the gradients of the output layer's weight and bias are (1-β) times the true ones. Probes still see the
+    true error at the logits."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "predsim", seed=0, sample_input=x, cuts=["act1", "act2"], loss=loss, beta=0.75)
     got, seen = rule_grads(model, rule, x, y), []
@@ -88,7 +90,7 @@ def test_error_of_the_output_layer(loss, share):
     ids=str,
 )
 def test_similarity_reads_deviations_of_maps_with_more_than_three_channels_and_one_row(shape, deviations):
-    """For other maps, all numbers are used, as in the paper's code."""
+    """Maps with at most three channels or only one row are compared by all of their values, as in the paper's code."""
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     want = np.corrcoef(array(x.flatten(2).std(2) if deviations else x.flatten(1)))
     assert distance(similarity(x), want) < 1e-12
@@ -100,7 +102,7 @@ MONO_FORWARD = {"loss": "pred", "decoder_init": "pytorch", "decoder_bias": False
 
 
 def test_decoder_without_a_bias_as_torch_draws_it():
-    """U(±1/√F) on 3 x F entries: the largest of 1,200 within 1 % of the bound."""
+    """The decoder has 3 x F entries from U(±1/√F). The largest of the 1,200 lies within 1 % of the bound."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 400), torch.nn.ReLU(), torch.nn.Linear(400, 3))
     tensors = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], **MONO_FORWARD).feedback["1"]
     assert set(tensors) == {"decoder.out.weight"}
@@ -112,7 +114,8 @@ def test_decoder_without_a_bias_as_torch_draws_it():
 
 
 def test_options_of_the_decoder_leave_the_similarity_alone():
-    """The similarity's K is sampled after D, so it is the same with another weight and in a run of an earlier version."""
+    """The similarity's K is sampled after the decoder's D. K must not depend on the decoder's options, and must match that of
+    runs of earlier versions."""
     kernels = [
         registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
         for options in ({}, {"decoder_init": "pytorch"})
@@ -121,7 +124,7 @@ def test_options_of_the_decoder_leave_the_similarity_alone():
 
 
 def test_with_frozen_goodness_it_is_local_error():
-    """M (C, F) does not learn: five steps with momentum give the same weights."""
+    """If M (C, F) does not learn, five steps with momentum give the same weights as local_error."""
     (one, x, y), two = (nets.mlp(), *nets.batch("mlp")), nets.mlp()
     rules = [
         fa_bench.attach(one, "predsim", seed=0, cuts=["act1", "act2"], **MONO_FORWARD),
@@ -143,7 +146,8 @@ def test_with_frozen_goodness_it_is_local_error():
 
 
 def test_with_one_hidden_layer_and_the_output_layer_as_goodness_it_is_backpropagation():
-    """M starts with the output weight and gets its gradient, so both stay equal: the error a M is that of backpropagation."""
+    """M starts equal to the output weight and gets the same gradient, so the two stay equal and the hidden layer's error is that
+    of backpropagation."""
     one, two, (x, y) = nets.one_hidden(), nets.one_hidden(), nets.batch("one")
     for model in (one, two):
         torch.nn.init.zeros_(model.fc2.bias)
@@ -168,8 +172,8 @@ def test_with_one_hidden_layer_and_the_output_layer_as_goodness_it_is_backpropag
 ROWS = {
     "ordinary": lambda x: x,
     "dead sample": lambda x: torch.cat([torch.zeros_like(x[:1]), x[1:]]),
-    "huge": lambda x: x / x.abs().max() * 6e4,  # the sum of their squares is beyond half precision, and so is their length
-    "small": lambda x: x * 1e-3,  # half precision has no squares of such numbers
+    "huge": lambda x: x / x.abs().max() * 6e4,  # the sum of squares and the norm both overflow half precision
+    "small": lambda x: x * 1e-3,  # half precision cannot represent the squares of such numbers
     "almost dead sample": lambda x: torch.cat([x[:1] * 1e-6, x[1:]]),
 }
 
@@ -182,7 +186,7 @@ def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, sha
     x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype).requires_grad_(True)
     labels = F.one_hot(torch.tensor([0, 1, 1, 2]), 3)
     got, want = similarity(x), similarity(x.detach().double())
-    if rows == "almost dead sample":  # whether it varies at all depends on the precision
+    if rows == "almost dead sample":  # whether this sample varies at all depends on the precision
         got, want = got[1:, 1:], want[1:, 1:]
     assert torch.allclose(got.double(), want, atol=1e-5)
     (gradient,) = torch.autograd.grad(F.mse_loss(similarity(x), similarity(labels.to(dtype))), x)
@@ -192,7 +196,7 @@ def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, sha
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", ROWS)
 def test_similarity_in_single_and_double_precision_is_the_plain_formula(rows, dtype):
-    """Bitwise."""
+    """The similarity is bitwise equal to the plain formula."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((5,), (5, 3, 4)):
         x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype)
@@ -213,7 +217,7 @@ def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
     x[2] = 0.0
     with torch.no_grad():
         for bias in (model.conv1.bias, model.conv2.bias, model.fc1.bias):
-            bias.fill_(-1e-3)  # values that are 0 stay 0 after every ReLU
+            bias.fill_(-1e-3)  # the dead sample stays 0 after every ReLU
     if how == "model":
         model.to(dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
@@ -229,7 +233,8 @@ def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
 
 
 def test_the_loss_of_a_model_in_double_precision_is_in_double_precision():
-    """The similarities of the labels are, too: for four classes, they are -1/3, which single precision rounds."""
+    """Single precision would round the label similarities of four classes, which are -1/3, so they must be computed in double
+    precision."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
     rule = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], loss="sim")

@@ -1,5 +1,5 @@
-"""pfa and pfa_o apart from their gradients: B's distribution, relations to other rules, sparse masks, and the predicted angles
-and ratios."""
+"""Tests of pfa and pfa_o beyond their gradients: the distribution of B, relations to other rules, sparse masks, and the predicted
+angles and ratios."""
 
 import math
 
@@ -23,7 +23,7 @@ def linear(outputs: int, inputs: int, rule: str, **options):
 
 
 def test_path_equal_to_the_weight_is_backpropagation():
-    """B R = W (by the pseudo-inverse of B) in every layer of a net with strides, padding and groups."""
+    """The pseudo-inverse of B gives an R with B R = W in every layer of a net with strides, padding and groups."""
     x, y = nets.batch("conv")
     model = nets.convnet()
     rule = fa_bench.attach(model, "pfa", seed=0, ratio=2.0)
@@ -40,7 +40,7 @@ def test_path_equal_to_the_weight_is_backpropagation():
 
 
 def test_identity_first_hop_is_kolen_pollack_step_by_step():
-    """With B = I, R takes the role of KP's B: same weights and same feedback for five steps of SGD with momentum and decay."""
+    """With B = I, R plays the role of KP's B: five steps of SGD with momentum and decay give the same weights and feedback."""
     models = [nets.convnet() for _ in range(2)]
     pfa = fa_bench.attach(models[0], "pfa_o", seed=0)
     kp = fa_bench.attach(models[1], "kp", seed=0)
@@ -91,7 +91,8 @@ LAYERS = {
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", ["pfa", "pfa_o"])
 def test_two_hops_are_those_of_a_wide_layer_and_one_that_mixes_its_units(name, layer):
-    """Error and gradient of R equal autograd's for a layer with weight R, M units per group, followed by B (O, M)."""
+    """The error and the gradient of R equal autograd's for a layer with weight R and M units per group, followed by a layer with
+    weight B (O, M)."""
     build, shape = LAYERS[layer]
     torch.manual_seed(0)
     plain = build().double()
@@ -135,7 +136,8 @@ def test_r_learns_behind_a_frozen_weight(net, name):
 
 
 def test_b_has_unit_gram_in_the_mean_with_and_without_mask():
-    """E[B Bᵀ] = I: the mean of 200 squared row norms of 2000 terms is 1 within 5 standard errors (0.02 dense, 0.03 sparse)."""
+    """E[B Bᵀ] = I, so the mean of 200 squared row norms of 2000 terms each is near 1. The standard error of this mean is 0.0014
+    for dense B and 0.0035 for sparse B."""
     for density, tolerance in ((1.0, 0.01), (0.3, 0.015)):
         _, rule = linear(200, 20, "pfa", density=density)
         b = rule.feedback["0"]["B"]
@@ -156,7 +158,8 @@ def test_semi_orthogonal_b(ratio):
 
 
 def test_semi_orthogonal_b_is_the_factor_with_positive_diagonal():
-    """Q Q'R of a Gaussian matrix is unique so; as LAPACK leaves the signs, all diagonals of R would be negative."""
+    """The QR factorisation of a Gaussian matrix is unique if the diagonal of R is positive. With the signs that LAPACK returns,
+    the whole diagonal of R would be negative."""
     _, rule = linear(12, 20, "pfa_o", ratio=2.0)
     gaussian = sample((24, 12), "normal_fan_out", seed_for(0, "0", "B"))
     r = rule.feedback["0"]["B"].double() @ gaussian.double()
@@ -164,7 +167,8 @@ def test_semi_orthogonal_b_is_the_factor_with_positive_diagonal():
 
 
 def test_semi_orthogonal_b_has_no_preferred_direction():
-    """Of a Gaussian matrix: a row's entries are those of a Gaussian vector over its length, of kurtosis 3 (of others, 1.8)."""
+    """With one row, B is a Gaussian vector divided by its norm, whose entries have a kurtosis of 3. For uniform entries, the
+    kurtosis would be 1.8."""
     _, rule = linear(1, 20, "pfa_o", ratio=4000.0)
     b = rule.feedback["0"]["B"].double() * math.sqrt(4000)
     assert b.pow(4).mean().item() == pytest.approx(3, abs=0.6)
@@ -172,7 +176,8 @@ def test_semi_orthogonal_b_has_no_preferred_direction():
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
 def test_below_one_the_weight_is_projected_to_a_random_subspace(ratio):
-    """B R converges to B Bᵀ W, at arccos(‖Bᵀ W‖ / ‖W‖): arccos √ratio for weights that are independent of B."""
+    """B R converges to B Bᵀ W, whose angle to W is arccos(‖Bᵀ W‖ / ‖W‖). For weights that are independent of B, the angle is
+    arccos √ratio."""
     _, rule = train("pfa_o", ratio=ratio)
     for path, (effective, weight) in rule.weight_pairs().items():
         b = rule.feedback[path]["B"]
@@ -185,7 +190,8 @@ def test_below_one_the_weight_is_projected_to_a_random_subspace(ratio):
 
 
 def test_spectrum_and_angle_of_random_b_at_ratio_ten():
-    """Marchenko-Pastur: eigenvalues of B Bᵀ have mean 1, deviation √0.1, and lie in (1 ± √0.1)²; angle(W, B Bᵀ W) is 17.5°."""
+    """By the Marchenko-Pastur law, the eigenvalues of B Bᵀ have mean 1 and standard deviation √0.1 and lie in (1 ± √0.1)². The
+    angle between W and B Bᵀ W is 17.5°."""
     deviations, angles = [], []
     for seed in range(5):
         model = nn.Sequential(nn.Linear(256, 100))
@@ -202,7 +208,7 @@ def test_spectrum_and_angle_of_random_b_at_ratio_ten():
 
 
 def train(rule_name: str, steps: int = 400, **options):
-    """Two layers fitted to random targets, with enough decay to remove the initial values: exp(-40)."""
+    """A two-layer model trained on random targets, and its rule. Decay has shrunk the initial values by a factor of exp(-40)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(80, 200), nn.Tanh(), nn.Linear(200, 150, bias=False))
     rule = fa_bench.attach(model, rule_name, seed=0, **options)
@@ -220,9 +226,10 @@ def train(rule_name: str, steps: int = 400, **options):
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_angle_and_ratio_after_the_initial_values_have_decayed(density):
-    """angle(W, B R) = arctan √(λ/d) and ‖B R‖/‖W‖ = d √(1 + λ/d), λ = 1/10: within a degree and 5 % (sparse: 10 %).
+    """The angle between W and B R is arctan √(λ/d), and ‖B R‖/‖W‖ is d √(1 + λ/d), with λ = 1/10.
 
-    The ratio is a mean over the few directions that W has learned, each with a deviation of √(2/1500) = 4 %.
+    The tolerances are one degree and 5 % (sparse: 10 %). The ratio is a mean over the few directions that W has learned, each of
+    which has a standard deviation of √(2/1500) = 4 %.
     """
     _, rule = train("pfa", density=density)
     for effective, weight in rule.weight_pairs().values():
@@ -259,7 +266,8 @@ def test_mask_holds_at_every_step_and_b_never_moves():
 @pytest.mark.parametrize("name", ["pfa", "pfa_o", "mixed"])
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_bfloat16_autocast(name, net):
-    """bf16 keeps 8 bits: all gradients within 5 % in norm of the float32 ones, and in float32 themselves."""
+    """bfloat16 has 8 bits of precision, so the gradients lie within 5 % in norm of the float32 ones. All gradients are stored in
+    float32."""
     model, (x, y) = nets.NETS[net](nn.Tanh, dtype=torch.float32), nets.batch(net, dtype=torch.float32)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x)
     found = []
@@ -277,6 +285,6 @@ def test_bfloat16_autocast(name, net):
 
 @pytest.mark.parametrize(("ratio", "between"), [(1.0, 5), (1.55, 8), (2.3, 12), (0.1, 1), (0.01, 1)])
 def test_the_population_in_between_has_the_nearest_number_of_units(ratio, between):
-    """And at least one."""
+    """The number of units is the ratio times the number of outputs, rounded, and at least one."""
     _, rule = linear(5, 4, "pfa", ratio=ratio)
     assert rule.feedback["0"]["B"].shape == (5, between) and rule.feedback["0"]["R"].shape == (between, 4)

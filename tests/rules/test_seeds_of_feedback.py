@@ -1,4 +1,5 @@
-"""Random feedback: it depends only on seed, layer and tensor name; its signs, masks and distributions are correct."""
+"""Random feedback depends only on the seed, the layer and the tensor's name, and its signs, masks and distributions are
+correct."""
 
 import math
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from . import nets
 from .helpers import QUICK, cut_options
 
 SHARING = {"match": "random", "linear": "share"}
-# Options with which a rule has all of its random tensors, in small sizes.
+# Options that make a rule create all of its random tensors, at small sizes.
 OPTIONS = {
     "asap": SHARING,
     "asfp": SHARING,
@@ -28,7 +29,7 @@ OPTIONS = {
     "local_error": {"separate": True},
     "fdfa": {"b_init": "pytorch"},
     "f3": {"samples": 4},
-    "dfc": {"feedback_weights": "fixed"},  # the one of the output is initially the identity
+    "dfc": {"feedback_weights": "fixed"},  # the output's learned feedback starts as the identity
     **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }
 #: Rules without random feedback.
@@ -49,7 +50,8 @@ RANDOM = sorted(set(ALGORITHMS) - WITHOUT)
 
 
 def equal_layers() -> nn.Sequential:
-    """Layers of the same shape, so that equal seeds would give equal tensors; all weights are 1, so the signs do not differ."""
+    """A network of equally shaped layers, in which equal seeds would give equal tensors. All weights are 1, so signs cannot tell
+    layers apart."""
     parts = [(f"{kind}{n}", make()) for n in (1, 2, 3) for kind, make in (("fc", lambda: nn.Linear(6, 6)), ("act", nn.Tanh))]
     model = nn.Sequential(OrderedDict([*parts, ("fc4", nn.Linear(6, 3))])).double()
     with torch.no_grad():
@@ -59,7 +61,7 @@ def equal_layers() -> nn.Sequential:
 
 
 def random_tensors(name: str, seed: int, forwards: int = 1, **options) -> dict[tuple[str, str], torch.Tensor]:
-    """{(layer or cut, name): tensor} of all feedback that is not constant, after training forward passes."""
+    """All feedback that is not constant after `forwards` training forward passes, as {(layer or cut, name): tensor}."""
     model, x = equal_layers(), torch.ones(4, 6, dtype=torch.float64)
     rule = fa_bench.attach(model, name, seed=seed, sample_input=x, **cut_options(name, model, OPTIONS.get(name, {}) | options))
     for _ in range(forwards):
@@ -92,7 +94,7 @@ def test_layers_and_tensors_of_one_shape_differ(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fa", "usf", "brsf", "frsf", "dkp"])
 def test_tensors_are_those_of_seed_path_and_name(name: str) -> None:
-    """For reproducibility: a renamed seed would change all results."""
+    """A change in how seeds are derived from the path and the name would change all results."""
     found = random_tensors(name, seed=7, forwards=0)
     for (path, key), tensor in found.items():
         # dkp's B is sampled together with its mask.
@@ -141,7 +143,7 @@ def test_draws_of_brsf_differ_from_seed_to_seed_and_from_layer_to_layer_at_every
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 @pytest.mark.parametrize("init", [init for init in CONTINUOUS if init != "zeros"])
 def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: str, init: str) -> None:
-    """Before the first training forward pass and after two of them."""
+    """The checks run before the first training forward pass and after each of the next two."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7))
     rule = fa_bench.attach(model, name, seed=0, m_init=init)
@@ -155,17 +157,19 @@ def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: s
 @pytest.mark.parametrize("init", CONTINUOUS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, dtype: torch.dtype) -> None:
-    """Mean and mean square of |M|, of 40 000 numbers, equal those of signed samples, whose absolute values are taken."""
+    """Over 40 000 numbers, the mean and the mean square of M match those of the absolute values of signed samples."""
     drawn, want = torch.empty(200, 200, dtype=dtype), sample((200, 200), init, seed=1).abs()
     resample_magnitudes(drawn, init, seed=2)
     assert drawn.min() >= 0
-    # Standard errors: 0.38 % of the mean and 0.7 % of the mean square for normal numbers; five of them for the difference of two.
+    # For normal numbers, the standard errors are 0.38 % of the mean and 0.7 % of the mean square.
+    # The tolerances are five standard errors of the difference between two samples.
     assert drawn.mean().item() == pytest.approx(want.mean().item(), rel=0.03)
     assert drawn.square().mean().item() == pytest.approx(want.square().mean().item(), rel=0.05)
 
 
 def test_no_redrawn_magnitude_is_zero() -> None:
-    """A million uniform numbers of 16 bits: each of the 65 536 values occurs, except with a probability of exp(-15)."""
+    """The sample has a million uniform numbers of 16 bits, so it misses a given one of the 65 536 values with probability
+    exp(-15)."""
     drawn = torch.empty(1000, 1000)
     resample_magnitudes(drawn, "uniform_one", seed=3)
     assert 0 < drawn.min() < 1e-5 and 1 - 1e-5 < drawn.max() < 1
@@ -174,11 +178,12 @@ def test_no_redrawn_magnitude_is_zero() -> None:
 @pytest.mark.parametrize("init", ["uniform_one", "normal_fan_out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sample_that_is_drawn_part_by_part_is_that_of_one_formula(init: str, dtype: torch.dtype) -> None:
-    """Of 70 000 numbers, the last ones form a separate part: each depends only on its index and the seed."""
+    """Sampling splits the 70 000 numbers after the first 65 536. Each number depends only on its index and the seed, so the parts
+    match a single formula."""
     drawn = torch.empty(280, 250, dtype=dtype)
     resample_magnitudes(drawn, init, seed=4)
     at_once = magnitudes(torch.tensor(seed_words(4), dtype=torch.int32), drawn.shape, init, dtype)
-    # Another order of the same operations in float32: the inverse error function amplifies its rounding in the tails.
+    # The same float32 operations run in a different order, and the inverse error function amplifies their rounding in the tails.
     torch.testing.assert_close(drawn, at_once, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-6)
     numbers = drawn.flatten().float()
     assert (numbers[:4464] - numbers[65536:]).abs().median() > 0.1 * numbers.mean()
@@ -186,7 +191,7 @@ def test_a_sample_that_is_drawn_part_by_part_is_that_of_one_formula(init: str, d
 
 @pytest.mark.parametrize("name", ["fa", "mixed"])
 def test_copied_weights_are_masked(name: str) -> None:
-    """b_init=copy_w with density 0.3: 20 000 entries, within six standard errors of 0.0032."""
+    """A fraction of 0.3 of the 20 000 copied weights remains, within six standard errors of 0.0032."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 200))
     options = {
@@ -210,7 +215,7 @@ def test_copied_weights_are_masked(name: str) -> None:
     ],
 )
 def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, tensor: str, options: dict) -> None:
-    """The remaining entries are those of the dense sample: neither rescaled nor chosen by their size."""
+    """The remaining entries equal those of the dense sample, without rescaling or selection by size."""
     found = []
     for density in (1.0, 0.5):
         model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 60))
@@ -219,7 +224,8 @@ def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, ten
     dense, sparse = found
     kept = sparse != 0
     assert dense.all() and torch.equal(sparse[kept], dense[kept])
-    # 3 000 entries and more: five standard errors of the fraction, and of the means in a half of the entries.
+    # Each tensor has at least 3 000 entries.
+    # The tolerances are five standard errors of the fraction and of means over half of the entries.
     assert kept.float().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(dense.numel()))
     error = 5 * dense.std().item() / math.sqrt(dense.numel() / 2)
     assert sparse[kept].abs().mean().item() == pytest.approx(dense.abs().mean().item(), abs=error)
@@ -228,7 +234,7 @@ def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, ten
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_attach_leaves_the_global_generator_alone(name: str) -> None:
-    """This also holds for rules that build nets of their own with torch's initialisers."""
+    """Rules that build auxiliary nets with torch's initialisers must not advance the global generator."""
     model, x = nets.mlp(), nets.batch("mlp")[0]
     options = {"match": "random", "linear": "share"} if name.startswith("as") else {}
     options |= {"cuts": ["act1"]} if name in ("dgl", "asfp_lc") else {}

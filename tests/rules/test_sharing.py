@@ -30,7 +30,8 @@ from .references import REFERENCES
 
 
 def chain_net(linear: bool = False) -> nn.Sequential:
-    """Widths and sizes that share: 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) channels of 5x8 pixels, or 7-4-8-4-2 features."""
+    """A network whose layers can share activations: 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) channels of 5x8 pixels, or
+    7-4-8-4-2 features."""
     torch.manual_seed(0)
     if linear:
         widths = [7, 4, 8, 4, 2]
@@ -58,7 +59,7 @@ def data(linear: bool):
 @pytest.mark.parametrize("match", ["max_pool", "avg_pool"])
 @pytest.mark.parametrize("k", [2, 4])
 def test_copies_and_pooling_equal_the_reference(rule, linear, match, k):
-    """Odd sizes (5 -> 3 -> 2 rows), channels that double, features that double and halve."""
+    """The nets have odd map sizes (5 -> 3 -> 2 rows), channels that double, and features that double and halve."""
     x, y = data(linear)
     plain, model = chain_net(linear), chain_net(linear)
     attached = fa_bench.attach(model, rule, seed=0, sample_input=x, match=match, k=k)
@@ -70,7 +71,7 @@ def test_copies_and_pooling_equal_the_reference(rule, linear, match, k):
 
 @pytest.mark.parametrize("rule", ["asap", "asfp"])
 def test_sequences_share_as_their_elements_do(rule):
-    """Layers on (N, T, F) have the gradients of the same layers on (N T, F)."""
+    """Layers on inputs of shape (N, T, F) get the same gradients as on (N T, F)."""
     x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 0])
     found = []
     for sample in (x, x.flatten(0, 1)):
@@ -86,7 +87,8 @@ def test_sequences_share_as_their_elements_do(rule):
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
-    """k = 2: conv2 of block b and conv1 of block b + 1 have block b's input; k = 4: that of every other block (section 3)."""
+    """With k = 2, conv2 of block b and conv1 of block b + 1 use the input of block b. With k = 4, these layers use the input of
+    every other block (section 3)."""
     torch.manual_seed(0)
     model = ARCHITECTURES["resnet20"](width=2, blocks=2).build((3, 8, 8), 3).double()
     x, y = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
@@ -100,8 +102,8 @@ def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
             hooks.append(layer.register_full_backward_hook(lambda m, gi, go, path=path: errors.__setitem__(path, go[0])))
     rule_grads(model, rule, x, y)
     inputs = [seen[f"{block}.conv1"] for block in blocks]
-    handed = [0, 0, 1, 2, 3, 4] if k == 2 else [0, 0, 0, 2, 2, 4]  # the block whose input conv1 of each block has
-    kept = [0, 1, 2, 3, 4, 5] if k == 2 else [0, 0, 2, 2, 4, 4]  # and conv2
+    handed = [0, 0, 1, 2, 3, 4] if k == 2 else [0, 0, 0, 2, 2, 4]  # for each block, the one whose input conv1 uses
+    kept = [0, 1, 2, 3, 4, 5] if k == 2 else [0, 0, 2, 2, 4, 4]  # the same for conv2
     for number, block in enumerate(blocks):
         for name, h in {"conv1": inputs[handed[number]], "conv2": inputs[kept[number]]}.items():
             layer, true = model.get_submodule(f"{block}.{name}"), seen[f"{block}.{name}"]
@@ -133,7 +135,7 @@ def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
 
 
 def convolution_and_linear(stem: str = "conv") -> nn.Sequential:
-    """Three convolutions and two fully connected layers, after another one that makes the map if the stem is linear."""
+    """A stem, three convolutions and two fully connected layers. The output of a linear stem is reshaped to a map."""
     torch.manual_seed(0)
     stages = (
         [("conv1", nn.Conv2d(2, 2, 3, padding=1))]
@@ -179,7 +181,7 @@ def test_transport_is_that_of_convolutions_and_of_layers_that_share(net, linear,
         if path.endswith(".weight") and layer not in fixed:
             assert torch.equal(rule.effective_feedback(layer), model.get_submodule(layer).weight)
     got, exact = rule_grads(model, rule, x, y), bp_grads(plain, x, y)
-    if net != "linear stem":  # of which the references have no description
+    if net != "linear stem":  # the references cannot describe this net
         want = REFERENCES["asap"](describe(plain), arrays(plain), feedback_arrays(rule), array(x), y.numpy(), linear=linear)
         assert_matches(got, want)
     shared = "fc3.weight" if net == "mlp" else "conv4.weight"
@@ -226,7 +228,7 @@ def test_what_cannot_share_says_what_would_work():
         fa_bench.attach(nets.one_hidden(), "asap", sample_input=x)
     x, _ = nets.batch("mlp")
     with pytest.raises(fa_bench.errors.CoverageError, match=r"fc3.*match='random'"):
-        fa_bench.attach(nets.mlp(), "asfp", sample_input=x)  # 5 features for 6
+        fa_bench.attach(nets.mlp(), "asfp", sample_input=x)  # 5 features would have to replace 6
 
 
 def test_two_forwards_keep_their_own_activations():
@@ -254,7 +256,7 @@ def test_activation_changed_in_place_is_noticed():
             for layer in self.layers[:3]:
                 x = torch.tanh(layer(x)) * 1
             y = torch.tanh(self.layers[3](x))
-            x.add_(1)  # activation 3, whose own consumer does not keep it
+            x.add_(1)  # activation 3, which its own consumer does not save
             return self.layers[4](y)
 
     model, x = Changed(), torch.randn(2, 4)
@@ -265,7 +267,7 @@ def test_activation_changed_in_place_is_noticed():
 
 
 def test_channels_that_do_not_go_into_each_other_are_refused():
-    """From 4 to 6 channels; a fixed random convolution supports any number."""
+    """Copies cannot turn 4 channels into 6, but a fixed random convolution supports any number."""
     x, y = torch.randn(2, 1, 6, 6), torch.tensor([0, 1])
 
     def build():
@@ -281,7 +283,7 @@ def test_channels_that_do_not_go_into_each_other_are_refused():
 
 @pytest.mark.parametrize("name", ["asap", "asfp"])
 def test_activations_that_were_made_in_place_are_shared(name):
-    """Only a change after the first use counts, and a ReLU in place comes before it."""
+    """Only a change after an activation's first use is refused, and an in-place ReLU runs before that use."""
     x, y = nets.batch("conv")
     found = []
     for activation in (nets.inplace_relu, nn.ReLU):
@@ -304,10 +306,11 @@ def test_a_map_that_shrinks_along_one_side_alone_is_pooled_along_it():
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_maps_of_every_number_of_dimensions_are_matched(dims):
-    """4 pixels a side to 2, and 2 channels to 4: copies of the largest, or of the mean, of 2^d pixels; or every second pixel."""
+    """Maps of 4 pixels a side are reduced to 2. Pooling takes the maximum or the mean of 2^d pixels and copies 2 channels to 4,
+    while a random convolution takes every second pixel."""
     x = torch.randn(3, 2, *[4] * dims, generator=torch.Generator().manual_seed(0))
     blocks = x
-    for axis in range(2, 2 + dims):  # (..., 2, 2, ...): the last of the two lies within a window
+    for axis in range(2, 2 + dims):  # each axis is split into (2, 2), the second of which lies within a window
         blocks = blocks.unflatten(2 * (axis - 2) + 2, (2, 2))
     within = [3 + 2 * axis for axis in range(dims)]
     for kind, pooled in (("max_pool", blocks.amax(within)), ("avg_pool", blocks.mean(within))):
@@ -329,19 +332,19 @@ def test_what_stands_in_for_another_number_of_dimensions_is_flattened():
 
 @pytest.mark.parametrize(("shape", "wanted"), [((2, 2, 2), (2, 4, 4)), ((2, 7, 8), (2, 5, 4)), ((2, 8, 7), (2, 4, 5))])
 def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
-    """Larger maps, and maps whose sides are not integer multiples."""
+    """Pooling can produce neither larger maps nor maps whose sides do not divide the original ones."""
     for mixing in (None, torch.zeros(2, 2, 1, 1)):
         with pytest.raises(ValueError, match="pooling does not reduce"):
             matcher(shape, wanted, "max_pool", mixing)
 
 
-# torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
+# torch warns once that an even kernel with padding='same' needs a padded copy of the input.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("mode", ["circular", "reflect", "zeros"])
 @pytest.mark.parametrize(("name", "options"), [("asap", {}), ("asap", {"transport": True}), ("asfp", {})])
 def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, options, mode):
     torch.manual_seed(0)
-    kernel, padding = ((2, 4), "same") if mode == "zeros" else (3, 1)  # one of them pads more at the end than at the start
+    kernel, padding = ((2, 4), "same") if mode == "zeros" else (3, 1)  # even kernels pad more at the end than at the start
     layers = [
         part
         for channels in (1, 2, 2, 2)
@@ -364,7 +367,8 @@ def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, options,
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("single", [False, True])
 def test_activations_that_stand_in_under_autocast(name, linear, single):
-    """Gradients in bfloat16 are those of single precision to its 8 bits, whatever precision nonlinearities return."""
+    """Under bfloat16 autocast, the gradients match those of single precision to 8 bits, even if nonlinearities return single
+    precision."""
 
     class Single(nn.Tanh):
         def forward(self, x):
@@ -401,7 +405,7 @@ def test_sharing_among_fully_connected_layers_is_suggested_where_it_would_be_eno
 
 
 def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
-    """The layer that uses it first was called by itself, and does not run in the model's next pass."""
+    """The layer that uses the activation first is called outside the model and does not run in the model's next pass."""
 
     class Skips(nn.Module):
         def __init__(self):
@@ -424,7 +428,8 @@ def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
 
 @pytest.mark.parametrize("samples", [4, 5])
 def test_attention_shares_with_layers_that_have_the_batch_first(samples: int) -> None:
-    """The layers of the attention use (L, N, E): samples and positions are not mixed up, even if their numbers are equal."""
+    """The layers inside attention use shape (L, N, E). Samples and positions must not be confused, even if there are as many of
+    one as of the other."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -456,7 +461,7 @@ def test_features_of_tokens_are_pooled_token_by_token(kind):
 
 
 class Merges(nn.Module):
-    """Tokens, from the third layer on in pairs."""
+    """A network on tokens that merges them in pairs before layer `c`."""
 
     def __init__(self):
         super().__init__()
@@ -479,7 +484,7 @@ def test_layers_with_other_positions_use_their_own_input_and_are_named(name):
 
 
 def test_a_refused_model_keeps_no_feedback_of_the_layer_that_was_refused():
-    """The layer's feedback is created before its shapes are compared."""
+    """The refused layer's feedback is created before its shapes are compared, so it has to be removed again."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
     before = list(model.state_dict())
     with pytest.raises(fa_bench.errors.CoverageError, match="input of '4': 3 channels are not a multiple of 2"):

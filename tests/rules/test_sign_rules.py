@@ -1,4 +1,4 @@
-"""usf, brsf, frsf: signs follow the weights in every forward pass; magnitudes are fixed (frsf) or sampled again (brsf)."""
+"""usf, brsf and frsf: signs follow the weights in every forward pass, and magnitudes are fixed (frsf) or resampled (brsf)."""
 
 import math
 
@@ -26,7 +26,7 @@ def attached(rule: str, net: str = "conv", **options):
 def test_one_sign_flips_exactly_one_feedback_entry(name):
     model, rule = attached(name)
     model(nets.batch("conv")[0])
-    model.eval()  # brsf keeps its sample
+    model.eval()  # in evaluation mode, brsf keeps its sample
     for layer in layer_names(model):
         before = rule.effective_feedback(layer).detach().clone()
         with torch.no_grad():
@@ -51,7 +51,7 @@ def test_sign_of_zero_is_zero(name):
 
 @pytest.mark.parametrize("name", SIGN_RULES)
 def test_every_effective_sign_is_the_sign_of_the_weight_now(name):
-    """After an update that crosses zero, the next forward pass uses the new signs, and so do its gradients."""
+    """After an update that flips signs, the next forward pass uses the new signs, and so do its gradients."""
     model, rule = attached(name)
     x, y = nets.batch("conv")
     rule_grads(model, rule, x, y)
@@ -75,12 +75,12 @@ def test_usf_scale(scale):
     model(nets.batch("conv")[0])
     for layer in layer_names(model):
         shape = tuple(model.get_submodule(layer).weight.shape)
-        # One multiplication and one square root in float64.
+        # The tolerance covers one multiplication and one square root in float64.
         assert array(rule.effective_feedback(layer).abs()) == pytest.approx(usf_scale(shape, scale), rel=1e-14)
 
 
 def test_usf_with_weights_of_plus_and_minus_one_is_backpropagation():
-    """B = 1 sign(W) = W."""
+    """With a scale of 1 and weights of ±1, B = sign(W) = W."""
     plain, (x, y) = nets.residual(dtype=torch.float32), nets.batch("residual", dtype=torch.float32)
     with torch.no_grad():
         for layer in layer_names(plain):
@@ -99,7 +99,8 @@ def test_plain_last_is_the_layer_that_runs_last_not_the_one_registered_last():
 
 
 def test_angle_of_signs_to_uniform_weights_is_30_degrees():
-    """cos = sqrt(3)/2; with 40 000 samples, the angle is within 0.2 degrees. Compared with the magnitudes, it would be 90."""
+    """The cosine between uniform weights and their signs is √3/2, and 40 000 samples give the angle to within 0.2 degrees. The
+    magnitudes without signs would be at 90 degrees to the weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 200))
     rule = fa_bench.attach(model, "usf", seed=0)
@@ -110,7 +111,8 @@ def test_angle_of_signs_to_uniform_weights_is_30_degrees():
 
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 def test_magnitudes_are_xavier_uniform(name):
-    """40 000 samples: |M| stays below the bound, nearly reaches it, and its mean square is the Xavier variance to 3 %."""
+    """Over 40 000 samples, |M| stays within the bound and nearly reaches it, and its root mean square is within 3 % of the Xavier
+    standard deviation."""
     model = nn.Sequential(nn.Linear(200, 200))
     rule = fa_bench.attach(model, name, seed=0)
     for _ in range(2):
@@ -124,7 +126,7 @@ def test_magnitudes_are_xavier_uniform(name):
 
 
 def test_magnitudes_that_were_replaced_count_by_their_absolute_value():
-    """Neither the memory nor the number of changes of the new M shows whether it has been looked at: both do."""
+    """A replaced M is detected by its memory address and its version counter together, since neither is sufficient."""
     model, rule = attached("frsf")
     model(nets.batch("conv")[0])
     model.eval()
@@ -139,7 +141,7 @@ def test_magnitudes_that_were_replaced_count_by_their_absolute_value():
 
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 def test_negative_magnitudes_count_by_their_absolute_value(name):
-    """B = |M| sign(W), whatever sign was written into M."""
+    """The feedback is B = |M| sign(W), so negating M changes nothing."""
     model, rule = attached(name)
     x, y = nets.batch("conv")
     model(x)
@@ -168,7 +170,8 @@ def test_brsf_redraws_every_training_forward_and_frsf_never():
 
 
 def test_brsf_draws_once_for_all_steps_of_a_pass():
-    """A recurrent layer runs in every time step; on its own, it samples in every call."""
+    """A recurrent layer runs at every time step but samples once per pass of the model. A recurrent layer called directly samples
+    on every call."""
     model = nn.LSTM(3, 4, 2)
     rule = fa_bench.attach(model, "brsf", seed=0)
     layer, x = model.hh_l1, torch.randn(5, 2, 3)
@@ -197,7 +200,7 @@ def test_brsf_backward_uses_the_draw_of_its_own_forward():
 
 @pytest.mark.parametrize("draw", ["xavier_uniform", "xavier_normal"])
 def test_brsf_draws_are_reproducible_and_independent_of_other_random_numbers(draw):
-    """The same seed gives the same samples, whatever the global generator does in between, and uses none of its numbers."""
+    """The same seed gives the same samples regardless of the global generator, whose state sampling leaves unchanged."""
     sequences = []
     for noise in (1, 7):
         model, rule = attached("brsf", m_init=draw)
@@ -222,7 +225,7 @@ def test_density_masks_the_same_entries_at_every_forward(name):
         masks.append(rule.effective_feedback("0").detach() != 0)
     assert torch.equal(masks[1], masks[2])
     assert torch.equal(masks[0], masks[1]), "the mask is not in force before the first training forward"
-    assert masks[0].float().mean().item() == pytest.approx(0.3, abs=0.02)  # 20 000 draws: 6 standard errors
+    assert masks[0].float().mean().item() == pytest.approx(0.3, abs=0.02)  # six standard errors for 20 000 samples
     kept = rule.effective_feedback("0").detach()[masks[0]]
     assert torch.equal(kept.sign(), model[0].weight.detach()[masks[0]].sign())
     if name == "usf":
@@ -246,7 +249,7 @@ def test_masked_entries_carry_no_error(name, kind):
 
 @pytest.mark.parametrize("name", SIGN_RULES)
 def test_small_weights_keep_their_signs_under_half_precision_autocast(name):
-    """A weight of 1e-9 is 0 in half precision, and its sign is not."""
+    """A weight of 1e-9 rounds to 0 in half precision, but its sign must be kept."""
     model = nn.Sequential(nn.Linear(4, 3, bias=False))
     rule = fa_bench.attach(model, name, seed=0)
     with torch.no_grad():
@@ -260,8 +263,8 @@ def test_small_weights_keep_their_signs_under_half_precision_autocast(name):
 
 
 def test_a_loaded_state_is_not_drawn_over():
-    """The first layer's sample is not computed until it is read: one that is pending when a state is loaded precedes the
-    state."""
+    """The first layer's sample is computed only when it is read. A sample still pending when a state is loaded must not overwrite
+    the loaded one."""
     (model, rule), (x, y) = attached("brsf"), nets.batch("conv")
     rule_grads(model, rule, x, y)
     saved = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -276,7 +279,7 @@ def test_a_loaded_state_is_not_drawn_over():
 
 @pytest.mark.parametrize(("name", "shown"), [("usf", "B"), ("brsf", "M"), ("frsf", "M")])
 def test_what_is_shown_of_each_layer(name, shown):
-    """usf stores no tensor; it shows the one that currently propagates the error."""
+    """usf stores no tensor, so `feedback` reports the one that currently propagates the error."""
     model, rule = attached(name)
     assert {path: set(tensors) for path, tensors in rule.feedback.items()} == {path: {shown} for path in layer_names(model)}
     if name == "usf":
@@ -295,7 +298,7 @@ def test_what_is_shown_of_each_layer(name, shown):
     ids=lambda layer: type(layer).__name__,
 )
 def test_xiaos_scale_tells_convolutions_of_every_dimension_from_linear_layers(layer):
-    """√(2/fan_out), and 1/√fan_in."""
+    """The scale is √(2/fan_out) for convolutions and 1/√fan_in for linear layers."""
     rule = fa_bench.attach(nn.Sequential(layer), "usf", scale="xiao")
     want = 1 / math.sqrt(3) if isinstance(layer, nn.Linear) else math.sqrt(2 / (5 * math.prod(layer.kernel_size)))
     assert rule.effective_feedback("0").abs().unique().tolist() == pytest.approx([want])
@@ -303,7 +306,7 @@ def test_xiaos_scale_tells_convolutions_of_every_dimension_from_linear_layers(la
 
 
 def test_a_sample_depends_on_the_seed_of_the_layer_and_on_its_number_only():
-    """So that a run that is resumed, or repeated with another version, has the same magnitudes."""
+    """Resuming a run, or repeating it with another version, must give the same magnitudes."""
     model, rule = attached("brsf")
     x, _ = nets.batch("conv")
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Options that make feedback or noise larger than memory are refused by name, before it is allocated."""
+"""An option that would make feedback or noise exceed the available memory is refused by name, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fa_bench
 from fa_bench.errors import OptionError
 from fa_bench.utils import memory_limits
 
-#: (Rule, option) -> other options that it needs, and a value that needs 2 GB or more.
+#: (rule, option) -> the other options that this option requires, and a value that takes at least 2 GB.
 OPTIONS: dict[tuple[str, str], tuple[dict[str, Any], float]] = {
     ("pfa", "ratio"): ({}, 2e7),
     ("pfa_o", "ratio"): ({}, 2e7),
@@ -38,7 +38,7 @@ def test_what_does_not_fit_into_memory(name: str, key: str, monkeypatch: pytest.
     with pytest.raises(OptionError, match=rf"{key}=.*of layer '\d': needs .* of memory, but only 1 GB is available"):
         fa_bench.attach(model, name, **{key: value}, **options)
     monkeypatch.undo()
-    fa_bench.attach(model, name, **options)  # the model is as it was
+    fa_bench.attach(model, name, **options)  # the refusal left the model unchanged
 
 
 @pytest.mark.parametrize("value", [1e15, 1e18, 1e19, 1e30, 1e300])

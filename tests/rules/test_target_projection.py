@@ -1,5 +1,5 @@
-"""drtp: an error computed only from the labels, its scale and distribution, and the variant that projects the sign of the output
-error."""
+"""drtp: errors computed only from the labels, their scale, the distribution of B, and the variant that projects the sign of the
+output error."""
 
 import math
 
@@ -20,7 +20,7 @@ def attached(name: str = "drtp", net: str = "mlp_tanh", **options):
 
 
 def error_at(model, rule, cut: str, x, y, scale: float = 1.0) -> torch.Tensor:
-    """The error that arrives at a cut's module in one pass."""
+    """The error that reaches the module at a cut in one backward pass."""
     seen = []
     handle = model.get_submodule(cut).register_forward_hook(
         lambda module, args, output: output.register_hook(lambda g: seen.append(g.clone())) and None, prepend=True
@@ -34,7 +34,8 @@ def error_at(model, rule, cut: str, x, y, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_error_is_the_row_of_the_label_over_the_batch_size(net):
-    """Bitwise, for any logits: confident and right, confident and wrong; times the factor of the loss."""
+    """The error equals B[label] / N bitwise and is scaled with the loss. The logits have no effect, even if they are confident,
+    whether right or wrong."""
     model, rule, x, y = attached(net=net)
     last = model.fc3 if net == "mlp_tanh" else model.fc1
     for cut in ("act1", "act2"):
@@ -61,7 +62,7 @@ def test_it_does_not_vanish_when_the_sample_is_learned_as_that_of_dfa_does():
 
 
 def test_scale_of_the_batch_size_is_that_of_the_published_code():
-    """With this option, hidden layers use the sum over the batch, not its mean."""
+    """With scale=N, hidden layers use the sum over the batch instead of the mean."""
     (one, plain, x, y), (two, scaled, _, _) = attached(), attached(scale=4.0)
     by_mean, by_sum = rule_grads(one, plain, x, y), rule_grads(two, scaled, x, y)
     for name in by_mean:
@@ -74,7 +75,7 @@ def test_error_sign_is_minus_one_for_the_label_and_plus_one_elsewhere():
     want = signs @ rule.feedback["act1"]["B"] / 4
     assert distance(error_at(model, rule, "act1", x, y), array(want)) < 1e-15
     model.zero_grad()
-    F.cross_entropy(model(x), y).backward()  # it needs no labels
+    F.cross_entropy(model(x), y).backward()  # error_sign needs no labels
     assert model.fc1.weight.grad.any()
 
 
@@ -95,7 +96,8 @@ def test_labels_are_needed_and_it_says_so(how):
 
 
 def test_b_is_kaiming_uniform_with_the_features_of_its_cut():
-    """U(±√(6/F)) on 10 x F numbers: the largest of 40 000 within 1 % of the bound, the mean within 5 standard errors of 0."""
+    """B has 10 x F entries from U(±√(6/F)). The largest of the 40 000 lies within 1 % of the bound, and their mean within 5
+    standard errors of 0."""
     model = nn.Sequential(nn.Conv2d(1, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4000, 10))
     rule = fa_bench.attach(model, "drtp", seed=0, cuts=["1"], sample_input=torch.zeros(2, 1, 12, 12))
     b, bound = rule.feedback["1"]["B"], math.sqrt(6 / 4000)
@@ -106,7 +108,7 @@ def test_b_is_kaiming_uniform_with_the_features_of_its_cut():
 
 @pytest.mark.parametrize("error_sign", [False, True])
 def test_a_batch_without_samples_moves_nothing(error_sign):
-    """A data-parallel rank, or a part of a batch, may have none."""
+    """A data-parallel rank or a part of a batch may be empty."""
     model, rule, x, y = attached(error_sign=error_sign)
     logits = model(x[:0])
     rule.backward(F.cross_entropy(logits, y[:0], reduction="sum"), logits, y[:0])
@@ -114,7 +116,8 @@ def test_a_batch_without_samples_moves_nothing(error_sign):
 
 
 def test_the_error_is_made_in_full_precision_under_autocast():
-    """1/3 has three digits in bfloat16, in which δ is computed; an activation in single precision gets the error in it."""
+    """Under autocast, δ is computed in bfloat16, which represents 1/3 to only three digits. An activation in single precision
+    must get its error in single precision."""
 
     class Single(nn.Module):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""Target propagation: feedback that learns from noise, compared with loops, and its fixed point."""
+"""Target propagation: feedback learned from noise, compared with plain loops and with its fixed point."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def feedback_gradient(chain, params, x, cut: str, feedback: np.ndarray, sigma: f
 @pytest.mark.parametrize("net", ["mlp_tanh", "mlp_bn", "conv"])
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_feedback_learns_as_the_loops_say(net: str, density: float) -> None:
-    """Two passes, so that the second has new noise; with the batch's own statistics if it is normalised."""
+    """The test runs two passes, because the second must sample new noise. Batch normalisation uses the statistics of the
+    batch."""
     plain, model = nets.NETS[net](), nets.NETS[net]()
     x, y = nets.batch(net)
     chain, sigma = describe(plain), 0.3
@@ -65,7 +66,8 @@ def test_feedback_learns_as_the_loops_say(net: str, density: float) -> None:
 
 
 def test_the_second_pass_changes_nothing_else() -> None:
-    """Dropout masks are those of the first pass; running statistics and the global generator see one pass only."""
+    """The noisy pass reuses the dropout masks of the first pass and affects neither the running statistics nor the global
+    generator."""
 
     def build() -> nn.Sequential:
         torch.manual_seed(1)
@@ -92,7 +94,8 @@ def test_the_second_pass_changes_nothing_else() -> None:
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping: float) -> None:
-    """J has singular values from 0.7 to 1.4, and 300 steps of 256 noisy samples are averaged: 1 / (300 * 256)^(1/2) is 0.4 %."""
+    """J has singular values from 0.7 to 1.4. The average over 300 steps of 256 noisy samples has an error of about 1 / (300 *
+    256)^(1/2) = 0.4 %."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 4), nn.Linear(4, 3)).double()
     with torch.no_grad():
@@ -121,7 +124,8 @@ def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping
 
 @pytest.mark.parametrize("name", ["ddtp_linear", "ldrl", "dfc"])
 def test_gradients_of_feedback_have_the_scale_of_the_loss(name: str) -> None:
-    """An optimizer or a gradient scaler later divides them by the scale, like all other gradients."""
+    """An optimizer or a gradient scaler later divides all gradients by the loss scale, so those of feedback must contain it,
+    too."""
     found = []
     for factor in (1.0, 1024.0, 0.3):
         model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
@@ -135,7 +139,8 @@ def test_gradients_of_feedback_have_the_scale_of_the_loss(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ maps of blocks
 def map_gradient(chain, params, x, cut: str, above: str, weight: np.ndarray, sigma: float, number: int) -> np.ndarray:
-    """Of (-2 sigma eps . g(f(h + sigma eps) - f(h)) + |g(sigma eps')|^2) / sigma^2, mean over n, by each entry of g, in turn."""
+    """The gradient of the mean over n of (-2 sigma eps . g(f(h + sigma eps) - f(h)) + |g(sigma eps')|^2) / sigma^2 with respect
+    to g, computed entry by entry."""
     values, names = forward(chain, params, x), [stage.name for stage in chain]
     start, end = names.index(cut) + 1, names.index(above) + 1 if above else len(names)
     h, eps = values[start], noise(cut, number, values[start])
@@ -151,7 +156,7 @@ def map_gradient(chain, params, x, cut: str, above: str, weight: np.ndarray, sig
 
 
 def pooled() -> nn.Sequential:
-    """Two maps of different sizes, and two flat layers."""
+    """A network with two convolutions of different map sizes and two fully connected layers."""
     torch.manual_seed(3)
     return nn.Sequential(
         OrderedDict(
@@ -225,7 +230,8 @@ def test_transposed_blocks_are_backpropagation() -> None:
 
 
 def test_maps_converge_to_transposed_blocks() -> None:
-    """200 steps of 256 noisy samples are averaged: 1 / (200 * 256)^(1/2) is 0.4 % for each entry, of size 0.3."""
+    """The average over 200 steps of 256 noisy samples has an error of about 1 / (200 * 256)^(1/2) = 0.4 % in each entry, and the
+    entries are of size 0.3."""
     model = linear_net()
     rule = fa_bench.attach(model, "ldrl", sample_input=torch.zeros(2, 7).double(), cuts=["1", "3"], sigma=0.5)
     optimizer = torch.optim.SGD(rule.feedback_parameters(), lr=0.05)
@@ -290,7 +296,8 @@ def test_frozen_feedback_costs_no_pass() -> None:
 
 
 def test_tokens_and_error_at() -> None:
-    """Positions are a second batch axis: with position-wise layers, tokens learn as samples do, up to the 1/N of the mean."""
+    """Positions act as a second batch axis. With position-wise layers, tokens learn as samples do, except that sums are still
+    divided by the number N of samples."""
 
     def build() -> nn.Sequential:
         torch.manual_seed(1)

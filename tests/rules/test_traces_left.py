@@ -1,4 +1,5 @@
-"""Tensors that rules return are detached, and rules leave nothing behind, whatever the order of the model's modules."""
+"""Tensors that rules return are detached, and a detached rule leaves no trace in a model, regardless of the order of its
+modules."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ ORDER = ["fc1", "act1", "fc2", "act2", "fc3"]
 
 
 class Rotated(nn.Module):
-    """7-5-6-3; the modules run in `ORDER` and are registered in a different order."""
+    """A 7-5-6-3 network whose modules run in `ORDER` but are registered in that order rotated by `first`."""
 
     def __init__(self, first: int) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class Rotated(nn.Module):
 
 
 def traces(model: nn.Module) -> dict[str, tuple]:
-    """For every module: its class, its attributes, its hooks, and which parameters are trained."""
+    """The class, attributes and hooks of every module, and which of its parameters are trained."""
     return {
         path: (
             type(module),
@@ -83,7 +84,7 @@ def test_local_classifiers_have_magnitudes_of_their_own_only_if_asked(separate: 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_optimizers_groups_are_the_weights_and_what_is_learned(variant: str) -> None:
-    """Without learned feedback there is no second group."""
+    """A rule without learned feedback has no second parameter group."""
     model, rule, _, _ = start(variant)
     learned = [id(tensor) for tensor in rule.feedback_parameters()]
     groups = [([id(tensor) for tensor in group["params"]], group["lr"]) for group in rule.parameter_groups(0.3)]
@@ -93,7 +94,7 @@ def test_an_optimizers_groups_are_the_weights_and_what_is_learned(variant: str) 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_sample_that_requires_gradients_is_any_sample(variant: str) -> None:
-    """The sample is only observed: its errors do not count, and it gets no gradients."""
+    """A sample that requires gradients gives the same coverage and feedback as any other, and receives no gradient itself."""
     name, options = VARIANTS[variant]
     found = []
     for requires in (False, True):

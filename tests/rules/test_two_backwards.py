@@ -1,4 +1,4 @@
-"""A second backward pass adds to the gradients that the first one left, as ``loss.backward()`` does."""
+"""A second backward pass accumulates into the existing gradients, as ``loss.backward()`` does."""
 
 import pytest
 import torch
@@ -14,17 +14,17 @@ from .registered import registered
 
 SHARING = {"match": "random", "linear": "share", "freeze_stem": False}
 OPTIONS = QUICK | {"asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1"]}, "dgl": {"cuts": ["act1"]}}
-# These sample feedback or noise for every pass, so a single pass differs from the same pass after others.
+# The excluded rules sample feedback or noise in each pass, so the same batch gives different gradients in a later pass.
 FIXED = sorted(set(ALGORITHMS) - {"brsf", "ddtp_linear", "ldrl"})
 
 
 def trained(rule) -> list[Tensor]:
-    """Weights and learned feedback, each once."""
+    """The weights and the learned feedback, without duplicates."""
     return list({id(tensor): tensor for tensor in [*rule.model.parameters(), *rule.feedback_parameters()]}.values())
 
 
 def gradients(rule, batches, between=lambda: None) -> list[Tensor | None]:
-    """Gradients of forward and backward passes on `batches`, one after the other, without earlier gradients."""
+    """The gradients after forward and backward passes on each of `batches` in turn, starting from cleared gradients."""
     for tensor in trained(rule):
         tensor.grad = None
     for x, y in batches:
@@ -44,14 +44,14 @@ def assert_sums(rule, first, second) -> None:
     with_gradient = {id(tensor) for tensor, grad in zip(trained(rule), both, strict=True) if grad is not None and grad.any()}
     assert bool(learned & with_gradient) == bool(learned)
     for got, one, two in zip(both, *parts, strict=True):
-        # Float64, and the same numbers: only the sum rounds.
+        # Everything is computed in float64 from the same numbers, so only the sum rounds.
         assert got is None or distance(got, array(one + two), floor=1e-6) < 1e-12
 
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", FIXED)
 def test_two_backward_passes_add_up(name: str, net: str) -> None:
-    """Gradients of the weights, of learned feedback, and of the layers that local losses train."""
+    """The check covers the weights, the learned feedback and the layers that local losses train."""
     model, (first, second) = nets.NETS[net](), (nets.batch(net, seed=seed, size=4 + seed) for seed in (0, 1))
     rule = fa_bench.attach(model, name, seed=0, sample_input=first[0], **cut_options(name, model, OPTIONS.get(name, {})))
     assert_sums(rule, first, second)
@@ -81,7 +81,7 @@ def test_two_backward_passes_add_up_in_a_residual_net(name: str) -> None:
     ids=str,
 )
 def test_one_graph_can_be_differentiated_twice(name: str, options: dict[str, object]) -> None:
-    """Data that a forward pass stores for the backward pass still exist if autograd retains the graph."""
+    """If autograd retains the graph, the data stored by the forward pass are still available to a second backward pass."""
     model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh", seed=0)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, model, options))
     loss = F.cross_entropy(model(x), y)
@@ -95,7 +95,7 @@ def test_one_graph_can_be_differentiated_twice(name: str, options: dict[str, obj
 
 @pytest.mark.parametrize("name", ["kp", "predsim", "dgl", "asfp_lc", "dkp", "pfa"])
 def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
-    """The backward pass of the next batch does not write to a tensor that a caller took from ``.grad``."""
+    """The backward pass of the next batch does not overwrite a tensor that a caller took from ``.grad``."""
     net = "conv_bn"
     model, batches = nets.NETS[net](), [nets.batch(net, seed=seed) for seed in (0, 1)]
     options = cut_options(name, model, OPTIONS.get(name, {}))
@@ -111,7 +111,7 @@ def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_gradients_that_autograd_returns_are_the_caller_s_to_change(net: str) -> None:
-    """The gradients of W and B are equal, and changing one does not change the other."""
+    """The gradients of W and B are equal but do not share memory: changing one leaves the other intact."""
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     fa_bench.attach(model, "kp", seed=0, sample_input=x)
     layer = next(module for module in model.modules() if hasattr(module, "feedback_B"))

@@ -1,4 +1,5 @@
-"""A model with two outputs: what a rule that learns in separate passes trains, and what its coverage says about the rest."""
+"""Models with two outputs: which layers a rule that runs its own passes trains, and what its coverage reports about the
+others."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import fa_bench
 
-#: Rules that replace the whole backward pass, with options, and what they do to layers of the other output.
+#: Rules that replace the whole backward pass: their options, and how coverage describes the layers of the other output.
 PASSES: dict[str, tuple[dict[str, Any], str]] = {
     "epc": ({}, "not trained"),
     "pc": ({}, "not trained"),
@@ -20,12 +21,13 @@ PASSES: dict[str, tuple[dict[str, Any], str]] = {
     "forward_gradient": ({"form": "weight"}, "not trained"),
     "weight_perturbation": ({}, "gets only noise"),
 }
-#: Rules with which every output has its own gradient.
+#: Rules under which each output receives its own gradient.
 OTHERS = ("dfa", "drtp", "forward_forward", "node_perturbation", "dgl", "ldrl")
 
 
 class TwoHeads(nn.Module):
-    """6-5-5 with two outputs of 3, as a dictionary or a tuple; the second output has its own gain."""
+    """A 6-5-5 network with two outputs of 3 features, returned as a dictionary or a tuple. The second output has a gain
+    parameter."""
 
     def __init__(self, is_dict: bool = True) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class TwoHeads(nn.Module):
 
 
 def trained(name: str, is_dict: bool, options: dict[str, Any]) -> tuple[fa_bench.Rule, dict[str, Tensor]]:
-    """The rule, and the gradients of a loss of both outputs."""
+    """The rule, and the gradients of a loss on both outputs."""
     torch.manual_seed(0)
     model = TwoHeads(is_dict)
     x, y = torch.randn(8, 6), torch.randint(3, (8,))
@@ -76,7 +78,8 @@ def test_the_coverage_of_other_rules_is_that_both_heads_learn(name: str) -> None
 
 
 def test_a_loss_of_the_other_output_passes_through_no_weight() -> None:
-    """If weights are perturbed, all gradients are noise times one number, whatever the loss of the other output is."""
+    """Weight perturbation gives gradients that are noise times one scalar, which must not depend on the loss of the other
+    output."""
     found = []
     for factor in (0.0, 5.0):
         torch.manual_seed(0)

@@ -23,7 +23,7 @@ from .test_contract import LAYERS
 
 
 class Gain(nn.Module):
-    """A layer that learns, placed before another layer, so that an error passes through the latter."""
+    """A trainable gain that precedes the tested layer, so that an error must pass through that layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Gain(nn.Module):
 
 
 def behind_gain(layer: nn.Module, shape, dtype=torch.float64, **options):
-    """(the layer, its pathway, rule) before the first mirror step."""
+    """The layer, its pathway and the rule, before the first mirror step."""
     model = nn.Sequential(OrderedDict(gain=Gain(), layer=layer)).to(dtype)
     sample = torch.zeros(shape, dtype=dtype)
     rule = fa_bench.attach(model, "wm", seed=0, sample_input=sample, **{"initial_steps": 0} | options)
@@ -60,8 +60,8 @@ STEPS = [
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv", "conv_bn"])
 @pytest.mark.parametrize("options", STEPS, ids=str)
 def test_two_mirror_steps_equal_the_loops(net, options):
-    """With the same noise; strides, padding and groups, and one noise sample per step. The first layer's B keeps its initial
-    value."""
+    """Two mirror steps match plain loops given the same noise, with one noise sample per step and with strides, padding and
+    groups. The first layer's B keeps its initial value."""
     model, (x, _) = nets.NETS[net](), nets.batch(net)
     chain = describe(model)
     rule = fa_bench.attach(model, "wm", seed=0, sample_input=x, initial_steps=0, mirror_steps=2, mirror_batch=3, **options)
@@ -82,7 +82,8 @@ def test_two_mirror_steps_equal_the_loops(net, options):
 
 
 def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
-    """Three steps of B + 0.01 Σ yᵀ x on 128 samples of U(±0.05) through a sigmoid with biases."""
+    """Three steps match B + 0.01 Σ yᵀ x, where x has 128 samples from U(±0.05) and y is the output of a sigmoid layer with
+    biases."""
     settings = dict(pair.split("=") for pair in re.search(r"^ +(noise=uniform .*)$", WM.__doc__, re.M)[1].split())
     options = WM.from_mapping({key: yaml.safe_load(value) for key, value in settings.items()})
     torch.manual_seed(0)
@@ -93,13 +94,14 @@ def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
         assert noise.shape == (128, 6) and 0.045 < np.abs(noise).max() <= 0.05
         want = undecayed_step(array(module.weight), array(module.bias), want, noise)
         rule.step()
-    # The numbers in the docstring have six and five digits.
+    # The docstring gives numbers to only five or six digits.
     assert distance(module.feedback_B, want) < 1e-5
 
 
 @pytest.mark.parametrize(("decay", "factor"), [(0.0, 8 * 0.2), (0.5, 0.4 * (1 - 0.5**8)), (None, 1 - 0.8**8)])
 def test_where_other_decays_lead(decay, factor, monkeypatch):
-    """Noise that reveals W exactly, η = 0.2, eight steps from B = 0: ηW Σ (1 - λ)^k, which without decay grows for ever."""
+    """With noise that reveals W exactly and η = 0.2, eight steps from B = 0 give ηW Σ (1 - λ)^k. Without decay, the sum grows
+    without bound."""
     module, pathway, rule = behind_gain(nn.Linear(6, 5), (2, 6), mirror_rate=0.2, mirror_decay=decay, b_init="zeros")
     axes = torch.eye(6, dtype=torch.float64).mul(math.sqrt(6))
     pathway.noise = pathway.noise._replace(batch=6)
@@ -110,7 +112,7 @@ def test_where_other_decays_lead(decay, factor, monkeypatch):
 
 
 def test_decay_of_the_rate_is_the_usual_one():
-    """Bitwise."""
+    """A decay equal to the mirror rate gives bitwise the same B as the default decay."""
     pair = []
     for options in ({}, {"mirror_decay": 0.03}):
         torch.manual_seed(0)
@@ -120,14 +122,15 @@ def test_decay_of_the_rate_is_the_usual_one():
     assert torch.equal(*pair)
 
 
-# torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
+# torch warns once that an even kernel with padding='same' needs a padded copy of the input.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("activation", ["linear", "relu"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
-    """The step depends on x's second moments: ±√F along every axis in turn is white noise without Monte Carlo error.
+    """One step with rate 1 gives B = E[Ŵ] = W for every geometry.
 
-    So with rate 1 one step gives E[Ŵ] = W itself, for every geometry; ReLU's factor 1/2 is exact because the noise is symmetric.
+    The step depends only on the second moments of x, so noise of ±√F along each axis in turn is white without Monte Carlo error.
+    ReLU's factor of 1/2 is exact because the noise is symmetric.
     """
     build, shape = LAYERS[layer]
     torch.manual_seed(0)
@@ -138,12 +141,12 @@ def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
     monkeypatch.setattr(Noise, "sample", lambda self, number, like: torch.cat([axes, -axes]))
     assert distance(module.feedback_B, array(module.weight)) > 0.1
     rule.step()
-    # Sums of some hundred products of order 1.
+    # The tolerance is that of sums of a few hundred products of order 1.
     assert distance(module.feedback_B, array(module.weight)) < 1e-12
 
 
 def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
-    """A transposed convolution whose caller sets the output size: the kernel taps are matched with the positions of that size."""
+    """If the caller of a transposed convolution sets the output size, kernel taps are matched with the positions at that size."""
 
     class Sized(nn.Module):
         def __init__(self) -> None:
@@ -159,13 +162,14 @@ def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
     pathway = model.up.pathway
     pathway.noise = pathway.noise._replace(batch=8)
     monkeypatch.setattr(Noise, "sample", lambda self, number, like: axes)
-    assert pathway.positions.flatten().tolist() == [3, 4, 4]  # output_size=[7], the default, would leave the last tap 3
+    assert pathway.positions.flatten().tolist() == [3, 4, 4]  # with the default, output_size=[7], the last tap has 3 positions
     rule.step()
     assert distance(model.up.feedback_B, array(model.up.weight)) < 1e-12
 
 
 def test_one_count_for_all_taps_leaves_the_border_too_small(monkeypatch):
-    """3x3 on 4x4, padding 1: a side tap meets the input at 12 of the 16 positions, a corner tap at 9."""
+    """A 3x3 kernel acts on a 4x4 map with padding 1. A side tap meets the input at 12 of the 16 positions, and a corner tap at
+    9."""
     module, pathway, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 4, 4), mirror_rate=1.0, per_tap=False)
     axes = torch.eye(32, dtype=torch.float64).mul(math.sqrt(32)).view(32, 2, 4, 4)
     pathway.noise = pathway.noise._replace(batch=32)
@@ -176,7 +180,7 @@ def test_one_count_for_all_taps_leaves_the_border_too_small(monkeypatch):
 
 
 def test_tap_that_meets_only_padding_goes_to_zero():
-    """A 3x3 kernel on one pixel: only its middle entry depends on the input and propagates an error to it."""
+    """If a 3x3 kernel acts on a single pixel, only its middle entry depends on the input and propagates an error to it."""
     module, _, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 1, 1), mirror_rate=1.0)
     rule.step()
     middle = torch.zeros(3, 3, dtype=torch.bool)
@@ -184,16 +188,17 @@ def test_tap_that_meets_only_padding_goes_to_zero():
     assert not module.feedback_B[:, :, ~middle].any() and module.feedback_B[:, :, middle].all()
 
 
-# --- the noise's law -----------------------------------------------------------------------------------------------------------
+# --- distribution of the noise -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "uniform"])
 @pytest.mark.parametrize(("activation", "c"), [("linear", 1), ("relu", 2)])
 def test_estimate_of_a_linear_weight_scatters_as_predicted(noise, activation, c):
-    """Ŵ - W has the mean 0 and, for Gaussian noise, the variance c (‖w‖² + w²) / N, entry by entry (uniform: a little less).
+    """Each entry of Ŵ - W has mean 0 and, with Gaussian noise, the variance c (‖w‖² + w²) / N. With uniform noise, the variance
+    is slightly smaller.
 
-    480 entries over 10 draws: the largest of 4800 normal numbers passes 5.5 deviations once in 5000 times; the root mean square
-    of these correlated numbers is 1 within 10 %.
+    The test samples 480 entries 10 times. The largest of 4800 normal numbers exceeds 5.5 standard deviations once in 5000 times.
+    The root mean square of these correlated numbers is 1 to within 10 %.
     """
     torch.manual_seed(0)
     module, _, rule = behind_gain(
@@ -213,7 +218,7 @@ def test_estimate_of_a_linear_weight_scatters_as_predicted(noise, activation, c)
 
 @pytest.mark.parametrize("activation", ["linear", "relu"])
 def test_estimate_of_a_strided_convolution_has_the_weight_as_its_mean(activation):
-    """Over 40 draws, against the standard error that the draws themselves show; the scale is right to 2 %."""
+    """The mean of 40 samples is compared with W in units of their standard error. The overall scale is right to within 2 %."""
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
     module, _, rule = behind_gain(layer, (2, 4, 5, 6), mirror_rate=1.0, mirror_batch=200, activation=activation)
@@ -235,23 +240,25 @@ def test_noise_has_its_shape_law_and_dtype(noise, dtype):
     module, pathway, _ = behind_gain(nn.Conv2d(2, 3, 3), (1, 2, 20, 10), dtype, noise=noise, sigma=0.5, mirror_batch=50)
     x = pathway.noise.sample(1, module.weight)
     assert x.shape == (50, 2, 20, 10) and x.dtype == dtype
-    # 20 000 numbers: standard errors 0.0035 of the mean, 0.5 % of the deviation; bfloat16 has 8 bits.
+    # With 20 000 numbers, the standard errors are 0.0035 for the mean and 0.5 % for the deviation.
+    # bfloat16 has only 8 bits of precision.
     assert abs(x.double().mean().item()) < 0.015
     assert x.double().std().item() == pytest.approx(0.5, rel=0.02)
     furthest = x.double().abs().max().item() / 0.5
     assert 1.7 < furthest < math.sqrt(3) * 1.01 if noise == "uniform" else furthest > 3
 
 
-# --- where it leads ------------------------------------------------------------------------------------------------------------
+# --- convergence ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("activation", "predicted"), [("linear", 8.08), ("relu", 11.35)])
 def test_steady_state_angle_of_a_linear_layer(activation, predicted):
-    """F = 512, N = 128, η = 0.01: arctan √(η/(2-η) c (F+1)/N), within half a degree, from B = W on."""
+    """Starting from B = W, the angle reaches arctan √(η/(2-η) c (F+1)/N) to within half a degree, for F = 512, N = 128 and η =
+    0.01."""
     c = {"linear": 1, "relu": 2}[activation]
     assert math.degrees(math.atan(math.sqrt(0.01 / 1.99 * c * 513 / 128))) == pytest.approx(predicted, abs=0.01)
     torch.manual_seed(0)
-    # After 300 steps 1 - 0.99^600 = 99.8 % of the variance is there; the mean of some angles of one path.
+    # After 300 steps, the variance has reached 1 - 0.99^600 = 99.8 % of its limit. The test averages a few angles of one run.
     module, _, rule = behind_gain(
         nn.Linear(512, 24, bias=False),
         (2, 512),
@@ -270,7 +277,8 @@ def test_steady_state_angle_of_a_linear_layer(activation, predicted):
 
 
 def test_steady_state_angle_of_a_convolution_is_smaller_by_its_positions():
-    """1x1 on 6x6: n_pos = 36, and no two positions share an input. η = 0.2, N = 2, F = 64."""
+    """A 1x1 convolution on a 6x6 map has n_pos = 36 positions, and no two of them share an input. The test uses η = 0.2, N = 2
+    and F = 64."""
     torch.manual_seed(0)
     module, _, rule = behind_gain(
         nn.Conv2d(64, 32, 1), (1, 64, 6, 6), torch.float32, b_init="copy_w", mirror_rate=0.2, mirror_batch=2, initial_steps=30
@@ -284,7 +292,8 @@ def test_steady_state_angle_of_a_convolution_is_smaller_by_its_positions():
 
 
 def test_first_value_of_b_vanishes_at_the_rate():
-    """With two initial values and the same noise, the difference of the feedback is (1 - η)^steps times the initial one."""
+    """For two initial values and the same noise, the difference between the feedback tensors is (1 - η)^steps times the initial
+    one."""
     pair = []
     for init in ("xavier_uniform", "copy_w"):
         torch.manual_seed(0)
@@ -298,7 +307,8 @@ def test_first_value_of_b_vanishes_at_the_rate():
 
 
 def test_bias_that_is_not_blocked_gives_every_row_its_own_factor():
-    """ReLU and Gaussian noise: 2 Φ(b / (σ ‖w‖)); blocked, the bias does not matter; the linear map is mirrored with it too."""
+    """With ReLU and Gaussian noise, an unblocked bias b scales its row by 2 Φ(b / (σ ‖w‖)). A blocked bias has no effect, nor
+    does an unblocked bias with a linear activation."""
     factors = {}
     for activation, blocked in (("relu", True), ("relu", False), ("linear", False)):
         torch.manual_seed(0)
@@ -311,7 +321,7 @@ def test_bias_that_is_not_blocked_gives_every_row_its_own_factor():
         rule.step()
         weight = module.weight.detach()
         factors[activation, blocked] = (module.feedback_B * weight).sum(1) / weight.square().sum(1)
-    # Standard error of a row's factor: √(c · 2 / N) = 0.5 %, more where the bias adds to the noise.
+    # The standard error of a row's factor is √(c · 2 / N) = 0.5 %, or more if the bias adds to the noise.
     want = torch.tensor([2 * 0.5 * (1 + math.erf(b / math.sqrt(2))) for b in (-1.5, -0.3, 0.0, 0.8)], dtype=torch.float64)
     assert (factors["relu", False] - want).abs().max() < 0.02
     assert (factors["relu", True] - 1).abs().max() < 0.02
@@ -320,7 +330,7 @@ def test_bias_that_is_not_blocked_gives_every_row_its_own_factor():
 
 @pytest.mark.parametrize(("activation", "sigma", "slack"), [("tanh", 0.05, 0.01), ("sigmoid", 0.3, 0.03)])
 def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
-    """tanh 1, sigmoid 1/4; with σ = 1 the mean slope is less, and B too small."""
+    """The slope at zero is 1 for tanh and 1/4 for sigmoid. With σ = 2, the mean slope is smaller, so B is too small."""
     for deviation, small in ((sigma, True), (2.0, False)):
         torch.manual_seed(0)
         layer = nn.Linear(10, 40)
@@ -334,7 +344,8 @@ def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
 
 
 def test_mirror_follows_the_weights_in_training():
-    """wm starts like fa; the mirrored layers come close to the weights, unlike fa's, and follow them while they change."""
+    """wm and fa start from the same feedback. The feedback of wm's mirrored layers then approaches the weights, unlike fa's, and
+    follows them as they change."""
     results = {}
     for name, options in (("fa", {}), ("wm", {"mirror_rate": 0.05, "initial_steps": 100})):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Where a rule applies: patterns of layers, the output layer, the stem."""
+"""Which layers a rule applies to: layer patterns, the output layer and the stem."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_frozen_stem(name):
 
 def test_stem_is_the_layer_that_runs_first():
     x, _ = nets.batch("residual")
-    model = nets.residual()  # its head is registered first
+    model = nets.residual()  # this model registers its head first
     fa_bench.attach(model, "fa", seed=0, sample_input=x, freeze_stem=True)
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["stem.weight", "stem.bias"]
 
@@ -87,7 +87,8 @@ def test_the_output_layer_is_the_one_that_runs_last_not_the_one_defined_last(nam
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
 def test_without_a_sample_the_output_layer_is_the_one_defined_last(name):
-    """If the first layer is a convolution, the image size is unknown, and a layer defined last may run first."""
+    """Without a sample, layers are ordered by definition, although the layer defined last may run first. If the first layer is a
+    convolution, the image size is unknown."""
     rule = fa_bench.attach(nets.convnet(batch_norm=True), name, seed=0, plain_last=True)
     assert [path for path, (effective, weight) in rule.weight_pairs().items() if torch.equal(effective, weight)] == ["fc2"]
 
