@@ -8,6 +8,7 @@ A test compares the committed pages with the output; run the script after changi
 from __future__ import annotations
 
 import csv
+import functools
 import inspect
 import re
 import sys
@@ -15,6 +16,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import make_results
 from omegaconf import OmegaConf
 
 from fa_bench.config.job import conf_dir
@@ -62,8 +64,14 @@ FINAL = {
 }
 #: The line below the equations of a rule's page.
 NOTATION = "∇ is the gradient that the optimizer receives; the text below and the [glossary](../glossary.md) define the symbols."
-#: Tables of docs/results.md with a row for each rule: files in docs/data/archived, task, column of the score.
-MEASURED = (
+#: Tuning studies of docs/results.md -> the task.
+TUNED = {
+    "compare_digits": "digits, 64-512-512-10, tuned, 20 epochs",
+    "compare_mnist": "MNIST, 784-512-512-10, tuned, 5 epochs",
+    "compare_mnist_conv2": "MNIST, `conv2`, tuned, 5 epochs",
+}
+#: Older tables of docs/results.md with a row for each rule: files in docs/data/archived, task, column of the score.
+ARCHIVED = (
     (("tuned_mnist",), "MNIST, 784-512-512-10, tuned, 20 epochs", "test accuracy"),
     (("pfa_fig2", "pfa_fig2_others"), "MNIST, 784-512-512-10, 40 epochs", "test accuracy"),
     (("dkp_table1_short",), "CIFAR-10 (JPEG), two convolutions, 10 epochs of 10,000 images, one seed", "last epoch"),
@@ -180,23 +188,33 @@ def _page(name: str) -> str:
 
 def _measured(name: str) -> list[str]:
     """A table of the rule's results in docs/results.md, beside those of backpropagation."""
-    found = []
-    for files, task, column in MEASURED:
-        scores: dict[str, str] = {}
-        for file in files:
-            with (ROOT / "docs" / "data" / "archived" / f"{file}.csv").open(encoding="utf-8", newline="") as opened:
-                scores = {row["rule"]: row[column].strip("*") for row in csv.DictReader(opened)} | scores
-        if name in scores and name != "bp":
-            found.append(f"| {task} | {scores[name]} | {scores.get('bp', '-')} |")
+    found = [
+        f"| {task} | {scores[name]} | {scores.get('bp', '-')} |"
+        for task, scores in _scores().items()
+        if name in scores and name != "bp"
+    ]
     if not found:
         return []
     head = [
         "## Measured",
         "",
-        "The numbers are test accuracies in %. [Results](../results.md) has commands, seeds and intervals.",
+        "The numbers are test accuracies in %. After ±, tuned rules have half the width of the 95 % confidence interval, and others "
+        "the standard deviation. [Results](../results.md) has the commands and seeds.",
         "",
     ]
     return [*head, f"| task | `{name}` | `bp` |", "|---|---|---|", *found, ""]
+
+
+@functools.lru_cache(maxsize=1)
+def _scores() -> dict[str, dict[str, str]]:
+    """The scores of the rules, by task."""
+    tasks = {task: make_results.Study.named(study).tuned_scores() for study, task in TUNED.items()}
+    for files, task, column in ARCHIVED:
+        tasks[task] = {}
+        for file in files:
+            with (ROOT / "docs" / "data" / "archived" / f"{file}.csv").open(encoding="utf-8", newline="") as opened:
+                tasks[task] = {row["rule"]: row[column].strip("*") for row in csv.DictReader(opened)} | tasks[task]
+    return tasks
 
 
 def _equations(cls: type[Rule]) -> list[str]:

@@ -77,6 +77,15 @@ class Study:
             for path in (folder / "layers.csv", folder / "published.csv", folder / "tune.csv")
         )
 
+    @classmethod
+    def named(cls, name: str) -> Study:
+        """The study in docs/data/`name`."""
+        return cls(name, DATA / name)
+
+    def tuned_scores(self) -> dict[str, str]:
+        """Rule -> accuracy and interval, without marks, if the runs are the final ones of a tuning study."""
+        return {str(row["rule"]): _interval(row).strip("*") for _, row in self.tuned.iterrows()}
+
     def header(self) -> str:
         """The command, followed by the commit, versions, machine and seeds in one sentence."""
         about = self.about
@@ -258,7 +267,7 @@ def compared(studies: Mapping[str, str | None], common: bool = False) -> str:
         studies: {heading: name of the study}, None for one that has not run, whose column is empty.
         common: whether to show only the rules that all studies have.
     """
-    tables = {heading: Study(name, DATA / name).tuned if name else None for heading, name in studies.items()}
+    tables = {heading: Study.named(name).tuned if name else None for heading, name in studies.items()}
     ran = [table for table in tables.values() if table is not None]
     rules = dict.fromkeys(
         rule for table in ran for rule in table.sort_values("test_accuracy", ascending=False, kind="stable")["rule"]
@@ -304,9 +313,7 @@ def render(template: str = TEMPLATE) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DATA), undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    return environment.get_template(template).render(
-        study=lambda name: Study(name, DATA / name), archived=archived, compared=compared
-    )
+    return environment.get_template(template).render(study=Study.named, archived=archived, compared=compared)
 
 
 def render_readme() -> str:

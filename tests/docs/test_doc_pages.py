@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -42,11 +42,9 @@ def page(name: str) -> str:
 
 
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        return importlib.import_module("make_docs")
 
 
 def made() -> dict[str, str]:
@@ -57,6 +55,11 @@ def made() -> dict[str, str]:
 def test_pages_of_the_rules_are_what_the_script_makes() -> None:
     committed = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "rules").glob("*.md")}
     assert committed == made(), "run: python scripts/make_docs.py"
+
+
+def test_every_rule_has_a_measured_score() -> None:
+    for name in ALGORITHMS:
+        assert name == "bp" or f"| task | `{name}` | `bp` |" in page(f"rules/{name}")
 
 
 def test_the_guide_to_rules_lists_every_method_that_may_be_overridden() -> None:
