@@ -198,8 +198,8 @@ def _measured(name: str) -> list[str]:
     head = [
         "## Measured",
         "",
-        "The numbers are test accuracies in %. After ±, tuned rules have half the width of the 95 % confidence interval, and others "
-        "the standard deviation. [Results](../results.md) has the commands and seeds.",
+        "The numbers are test accuracies in %. After ±, tuned rules have half the width of the 95 % confidence interval, and "
+        "others the standard deviation. [Results](../results.md) has the commands and seeds.",
         "",
     ]
     return [*head, f"| task | `{name}` | `bp` |", "|---|---|---|", *found, ""]
