@@ -1,4 +1,4 @@
-"""Behaviour that only a GPU can show; skipped without one. `scripts/gpu_check.py` checks more, and writes a page about it."""
+"""Tests that need a GPU and are skipped without one. `scripts/gpu_check.py` checks more, and writes a page about it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("net", ["mlp", "convnet"])
 @pytest.mark.parametrize("rule", ALGORITHMS)
 def test_gradients_and_weights_are_those_of_the_cpu(rule: str, net: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal up to rounding in float64, and up to ten times the CPU's own rounding in float32; see `scripts/gpu/equality.py`."""
+    """GPU and CPU agree up to rounding in float64. In float32, they may differ by ten times the CPU's own rounding; see
+    `scripts/gpu/equality.py`."""
     monkeypatch.syspath_prepend(SCRIPTS)
     cells, passed = importlib.import_module("gpu.equality").compared(rule, net, "cuda")
     assert passed, cells
@@ -136,7 +137,7 @@ def test_every_rule_trains(rule: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("rule", FEW)
 def test_options_change_the_loss_by_rounding(rule: str, overrides: list[str], tmp_path: Path) -> None:
-    """bf16 has 8 bits of mantissa and TF32 has 11: relative errors of some 1e-2 and 1e-3 after ten updates."""
+    """bf16 has 8 bits of precision and TF32 has 11, so the relative errors after ten updates are about 1e-2 and 1e-3."""
     reference = trained(tmp_path / "plain", rule, *[each for each in overrides if each.startswith("accumulate")])
     result = trained(tmp_path / "option", rule, *overrides)
     tolerance = 0.15 if "precision=bf16" in overrides else 3e-2 if "precision=tf32" in overrides else 5e-3
@@ -146,7 +147,7 @@ def test_options_change_the_loss_by_rounding(rule: str, overrides: list[str], tm
 @pytest.mark.parametrize("overrides", [[], pytest.param(["compile=true"], marks=needs_compiler)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("rule", FEW)
 def test_deterministic_runs_are_bitwise_identical(rule: str, overrides: list[str], tmp_path: Path) -> None:
-    """This also holds after a run in the same process that was not deterministic."""
+    """Deterministic runs are identical even after a run in the same process that was not deterministic."""
     trained(tmp_path / "before", rule, *overrides)
     first, second = (trained(tmp_path / name, rule, "deterministic=true", *overrides) for name in ("a", "b"))
     for key in ("weights_hash", "feedback_hash", "optimizer_hash"):
@@ -155,7 +156,7 @@ def test_deterministic_runs_are_bitwise_identical(rule: str, overrides: list[str
 
 @pytest.mark.parametrize("rule", ["kp", "dkp", "brsf"])
 def test_a_run_begun_on_a_gpu_is_resumed_on_the_cpu(rule: str, tmp_path: Path) -> None:
-    """device=auto with and without a GPU: the same run, whose checkpoint can be read on both machines."""
+    """With device=auto, a run is the same with and without a GPU, and its checkpoint can be read on both machines."""
     settings = [each for each in SMALL if not each.startswith("device")] + [f"algorithm={rule}", f"output_dir={tmp_path}"]
     subprocess.run([sys.executable, "-c", INTERRUPTED, *settings], check=False, timeout=300)
     begun = json.loads(next(tmp_path.rglob("result.json")).read_text())

@@ -1,4 +1,4 @@
-"""The script that compares what two versions of the code compute."""
+"""Tests of the script that compares the results of two versions of the code."""
 
 from __future__ import annotations
 

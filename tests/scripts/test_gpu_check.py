@@ -1,4 +1,4 @@
-"""The GPU check: its budget, its page, parts that fail, and its comparisons, which run on the CPU here."""
+"""Tests of the GPU check on the CPU: its budget, its page, parts that fail, and its comparisons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.fixture(name="gpu")
 def gpu_(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Imports a module of the script by name; none stays imported."""
+    """A function that imports a module of the script by name. The modules are removed again after the test."""
     monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
     before = {*sys.modules}
     yield importlib.import_module
@@ -57,7 +57,8 @@ def test_later_parts_get_what_earlier_ones_leave_and_none_starts_that_does_not_f
             raise OSError("no such program")
 
     parts.run_all(chosen, sections, clock.now + 103, run_one, lambda: None, clock)
-    # Of 100 s, a gets a fifth and uses it; b gets a quarter of 80 s and leaves it; c needs more than its two thirds of 80 s.
+    # Part a gets a fifth of 100 s and uses all of it. Part b gets a quarter of the remaining 80 s and uses none of it. Part c
+    # needs more than its two thirds of 80 s.
     assert granted == [("a", 20.0), ("b", 20.0), ("d", 80.0)]
     assert sections[1].status == page.ERROR and sections[1].error == "OSError: no such program"
     assert sections[2].status == page.SKIPPED and sections[2].budget == pytest.approx(80 * 2 / 3)
@@ -160,7 +161,7 @@ def test_equality_on_the_cpu_is_exact_and_a_difference_is_found(
 
 
 def test_noise_is_sampled_on_the_cpu(gpu: Callable[[str], Any]) -> None:
-    """Also for devices that do not compute, such as meta; and in every dtype, the numbers are those of float64."""
+    """Noise can be sampled for devices without a generator, such as meta, and the numbers are those of float64 in every dtype."""
     sampled_on_cpu, before = gpu("gpu.noise").sampled_on_cpu, (torch.Tensor.normal_, torch.Tensor.uniform_)
     with sampled_on_cpu():
         wide, narrow = (
