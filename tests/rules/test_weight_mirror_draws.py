@@ -1,4 +1,4 @@
-"""wm: when its noise is sampled, and which layers are mirrored."""
+"""Tests of when wm samples its noise, and of which layers it mirrors."""
 
 import copy
 
@@ -107,7 +107,7 @@ def test_model_moved_to_another_dtype_is_mirrored_there():
     rule.step()
     model.double()
     twin = copy.deepcopy(model)
-    for layer in twin.modules():  # as if nothing had been mirrored in single precision
+    for layer in twin.modules():  # as if no mirror step had run in single precision
         if isinstance(pathway := getattr(layer, "pathway", None), MirroredFeedback):
             pathway._scale = None
     rule.step()
