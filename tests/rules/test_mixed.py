@@ -61,8 +61,8 @@ def test_one_kind_alone_is_its_rule(kind, net):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_carries_its_mixture_and_learns_as_pfa_and_kp(layer):
-    """The test compares single layers with a fixed error at their output. The input error must equal that of FA with B = E, R
-    must get PFA's gradient, and K must get a copy of W's gradient."""
+    """The test runs one layer under mixed, fa and pfa with the same error at its output. The input error must equal that of FA
+    with B = E, R must get PFA's gradient, and K must get a copy of W's gradient."""
     build, shape = LAYERS[layer]
     runs, effective = {}, torch.empty(0)
     for name, options in (("mixed", THIRDS), ("fa", {}), ("pfa", {"ratio": 2.0})):

@@ -24,7 +24,8 @@ def net() -> nn.Sequential:
 
 
 def train(rule: fa_bench.Rule) -> None:
-    """Attach a rule and run one step. If either fails, assert that the model is unchanged and raise the error again."""
+    """Attach a rule and run one step. After an error, detach the rule, assert that the model is unchanged and raise the error
+    again."""
     model = net()
     keys = list(model.state_dict())
     try:

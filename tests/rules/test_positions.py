@@ -114,8 +114,8 @@ def test_drtp_projects_the_label_of_every_token(sign: bool):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error", "predsim", "dgl"])
 def test_tokens_are_samples_and_one_token_is_the_plain_rule(name: str):
-    """Treating each token as a sequence of its own, or removing the token axis, must give the same gradients except for the order
-    of the sums over the batch."""
+    """Treating each token as a sequence of its own, or removing the token axis, must give the same gradients up to the order of
+    summation over the batch."""
     options = {"loss": "pred"} if name == "predsim" else {"auxiliary_net": "linear"} if name == "dgl" else {}
     x, y = tokens()
     one, rule = attached(name, x=x.flatten(0, 1).unsqueeze(1), **options)

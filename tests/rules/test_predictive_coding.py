@@ -25,7 +25,7 @@ LAYERS = ["0.weight", "2.weight", "4.weight", "6.weight"]
 
 
 def deep(activation: Any = nn.Tanh, **options: Any) -> nn.Sequential:
-    """A 6-8-7-5-3 network in which each block is a layer with its activation."""
+    """A 6-8-7-5-3 network in which each block consists of a layer and its activation."""
     model = mlp(8, 7, 5, activation=activation, **options)
     model.blocks = model.cut_points  # type: ignore[assignment]
     return model
@@ -83,7 +83,7 @@ def test_settled_errors_are_another_update() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_momentum_is_that_of_the_optimizer(name: str) -> None:
-    """A separate loop computes the states and the energy and minimises the energy by three steps of torch's SGD. The first
+    """The expected gradients come from a separate loop that minimises the energy by three steps of torch's SGD. The first
     velocity of torch's SGD is the gradient."""
     model, want = deep(), {}
     blocks = [model[0:2], model[2:4], model[4:6], model[6:]]
@@ -119,9 +119,9 @@ def test_momentum_is_that_of_the_optimizer(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ equilibrium
 @pytest.mark.parametrize("name", RULES)
 def test_linear_nets_rest_where_the_closed_form_says(name: str) -> None:
-    """With squared errors, the remaining error at the output is r = S⁻¹ (W x - t) with S = 1 + Σ_l P_l P_lᵀ, where W is the
-    product of all weights and P_l that of the weights after s_l. The errors at the cuts are e_l = -P_lᵀ r, and all gradients
-    follow from r and e_l."""
+    """With squared errors, the remaining error at the output is r = S⁻¹ (W x - t) with S = 1 + Σ_l P_l P_lᵀ. Here W is the
+    product of all weights, and P_l is the product of the weights after s_l. The errors at the cuts are e_l = -P_lᵀ r, and all
+    gradients follow from r and e_l."""
     model = deep(nn.Identity, bias=False)
     got = learn(attach(name, copy.deepcopy(model), MSE(), steps=1000, rate=0.3))
     weights = [model.get_submodule(path).weight.detach() for path in ("0", "2", "4", "6")]
@@ -322,7 +322,7 @@ def test_half_precision_settles_in_single_precision(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_loss_has_at_least_single_precision(name: str) -> None:
-    """The loss of bfloat16 logits is not rounded to bfloat16, which would change it by up to 0.2 %."""
+    """The loss of bfloat16 logits must not be rounded to bfloat16, because rounding would change it by up to 0.2 %."""
     rule = attach(name, deep().to(torch.bfloat16), steps=1, rate=1e-9)
     with rule.observed() as found:
         learn(rule, X.to(torch.bfloat16), Y)

@@ -114,8 +114,8 @@ def test_decoder_without_a_bias_as_torch_draws_it():
 
 
 def test_options_of_the_decoder_leave_the_similarity_alone():
-    """The similarity's K is sampled after the decoder's D. K must not depend on the decoder's options, and must match that of
-    runs of earlier versions."""
+    """The similarity's K is sampled after the decoder's D. K must not depend on the decoder's options and must equal the K of
+    earlier versions."""
     kernels = [
         registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
         for options in ({}, {"decoder_init": "pytorch"})
@@ -196,7 +196,7 @@ def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, sha
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", ROWS)
 def test_similarity_in_single_and_double_precision_is_the_plain_formula(rows, dtype):
-    """The similarity must be bitwise equal to the plain formula."""
+    """The similarity must be bitwise equal to the result of the plain formula."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((5,), (5, 3, 4)):
         x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype)

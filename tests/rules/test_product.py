@@ -230,8 +230,8 @@ def train(rule_name: str, steps: int = 400, **options):
 def test_angle_and_ratio_after_the_initial_values_have_decayed(density):
     """The angle between W and B R is arctan √(λ/d), and ‖B R‖/‖W‖ is d √(1 + λ/d), with λ = 1/10.
 
-    The tolerances are one degree and 5 % (sparse: 10 %). The ratio is a mean over the few directions that W has learned, each of
-    which has a standard deviation of √(2/1500) = 4 %.
+    The tolerances are one degree for the angle and 5 % for the ratio, or 10 % if B is sparse. The ratio is a mean over the few
+    directions that W has learned, each of which has a standard deviation of √(2/1500) = 4 %.
     """
     _, rule = train("pfa", density=density)
     for effective, weight in rule.weight_pairs().values():

@@ -29,7 +29,7 @@ OPTIONS = {
     "local_error": {"separate": True},
     "fdfa": {"b_init": "pytorch"},
     "f3": {"samples": 4},
-    "dfc": {"feedback_weights": "fixed"},  # the output's learned feedback starts as the identity
+    "dfc": {"feedback_weights": "fixed"},  # learned feedback at the output starts as the identity
     **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }
 #: Rules without random feedback.
@@ -103,7 +103,7 @@ def test_tensors_are_those_of_seed_path_and_name(name: str) -> None:
         if key == "mask":
             want = sample_mask(tensor.shape, 0.5, seed)
         elif key == "B" and name == "usf":
-            continue  # computed from the weight and the mask
+            continue  # usf computes B from the weight and the mask
         else:
             init = getattr(ALGORITHMS[name](), "m_init" if key == "M" else "b_init")
             want = sample(tensor.shape, init, seed, 0.5 if key == "B" else 1.0)
@@ -192,7 +192,8 @@ def test_a_sample_that_is_drawn_part_by_part_is_that_of_one_formula(init: str, d
 
 @pytest.mark.parametrize("name", ["fa", "mixed"])
 def test_copied_weights_are_masked(name: str) -> None:
-    """With a density of 0.3, about 30 % of the 20 000 copied weights remain. The tolerance is six standard errors of 0.0032."""
+    """With a density of 0.3, about 30 % of the 20 000 copied weights remain. The tolerance of 0.02 is about six standard
+    errors."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 200))
     options = {

@@ -87,8 +87,8 @@ def test_sequences_share_as_their_elements_do(rule):
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
-    """With k = 2, conv2 of block b and conv1 of block b + 1 use the input of block b. With k = 4, these layers use the input of
-    every other block (section 3 of the paper)."""
+    """With k = 2, conv2 of block b and conv1 of block b + 1 use the input of block b. With k = 4, only the inputs of every other
+    block are used (section 3 of the paper)."""
     torch.manual_seed(0)
     model = ARCHITECTURES["resnet20"](width=2, blocks=2).build((3, 8, 8), 3).double()
     x, y = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
@@ -228,7 +228,7 @@ def test_what_cannot_share_says_what_would_work():
         fa_bench.attach(nets.one_hidden(), "asap", sample_input=x)
     x, _ = nets.batch("mlp")
     with pytest.raises(fa_bench.errors.CoverageError, match=r"fc3.*match='random'"):
-        fa_bench.attach(nets.mlp(), "asfp", sample_input=x)  # 5 features would have to replace 6
+        fa_bench.attach(nets.mlp(), "asfp", sample_input=x)  # an activation with 5 features would have to replace one with 6
 
 
 def test_two_forwards_keep_their_own_activations():
@@ -306,8 +306,8 @@ def test_a_map_that_shrinks_along_one_side_alone_is_pooled_along_it():
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_maps_of_every_number_of_dimensions_are_matched(dims):
-    """Maps of 4 pixels a side are reduced to 2. Pooling takes the maximum or the mean of 2^d pixels and copies 2 channels to 4,
-    while a random convolution takes every second pixel."""
+    """Maps with 4 pixels per side are reduced to 2 pixels per side. Pooling takes the maximum or the mean of 2^d pixels and
+    copies 2 channels to 4, while a random convolution takes every second pixel."""
     x = torch.randn(3, 2, *[4] * dims, generator=torch.Generator().manual_seed(0))
     blocks = x
     for axis in range(2, 2 + dims):  # split each axis into windows and the positions within a window
@@ -428,8 +428,8 @@ def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
 
 @pytest.mark.parametrize("samples", [4, 5])
 def test_attention_shares_with_layers_that_have_the_batch_first(samples: int) -> None:
-    """The layers inside attention use shape (L, N, E). Samples and positions must not be confused, even if there are as many of
-    one as of the other."""
+    """The layers inside attention use inputs of shape (L, N, E). Samples and positions must not be confused, even if their
+    numbers are equal."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -123,7 +123,7 @@ def test_magnitudes_are_xavier_uniform(name):
         assert effective.square().mean().sqrt().item() == pytest.approx(math.sqrt(2 / 400), rel=0.03)
         assert torch.equal(effective, rule.feedback["0"]["M"].abs() * model[0].weight.detach().sign())
     angle = torch.cosine_similarity(effective.flatten(), model[0].weight.detach().flatten(), dim=0).acos().rad2deg().item()
-    assert angle == pytest.approx(math.degrees(math.acos(0.75)), abs=1)  # two independent uniforms: E|w|E|m| / E w^2 = 3/4
+    assert angle == pytest.approx(math.degrees(math.acos(0.75)), abs=1)  # for independent uniforms, E|w|E|m| / E w^2 = 3/4
 
 
 def test_magnitudes_that_were_replaced_count_by_their_absolute_value():
@@ -202,8 +202,8 @@ def test_brsf_backward_uses_the_draw_of_its_own_forward():
 
 @pytest.mark.parametrize("draw", ["xavier_uniform", "xavier_normal"])
 def test_brsf_draws_are_reproducible_and_independent_of_other_random_numbers(draw):
-    """The same seed gives the same samples regardless of the state of the global generator. Sampling leaves that state
-    unchanged."""
+    """The same seed gives the same samples regardless of the state of the global generator. Sampling must not change the state of
+    the global generator."""
     sequences = []
     for noise in (1, 7):
         model, rule = attached("brsf", m_init=draw)

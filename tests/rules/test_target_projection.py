@@ -34,7 +34,7 @@ def error_at(model, rule, cut: str, x, y, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_error_is_the_row_of_the_label_over_the_batch_size(net):
-    """The error equals B[label] / N bitwise and is scaled with the loss. The logits must have no effect, even if they are
+    """The error is bitwise equal to B[label] / N and scales with the loss. The logits must have no effect, even if they are
     confidently right or wrong."""
     model, rule, x, y = attached(net=net)
     last = model.fc3 if net == "mlp_tanh" else model.fc1
@@ -75,7 +75,7 @@ def test_error_sign_is_minus_one_for_the_label_and_plus_one_elsewhere():
     want = signs @ rule.feedback["act1"]["B"] / 4
     assert distance(error_at(model, rule, "act1", x, y), array(want)) < 1e-15
     model.zero_grad()
-    F.cross_entropy(model(x), y).backward()  # error_sign needs no labels
+    F.cross_entropy(model(x), y).backward()  # with error_sign, no labels are needed
     assert model.fc1.weight.grad.any()
 
 

@@ -44,14 +44,15 @@ def assert_sums(rule, first, second) -> None:
     with_gradient = {id(tensor) for tensor, grad in zip(trained(rule), both, strict=True) if grad is not None and grad.any()}
     assert bool(learned & with_gradient) == bool(learned)
     for got, one, two in zip(both, *parts, strict=True):
-        # Everything is computed in float64 from the same numbers, so only the sum rounds.
+        # Both results come from the same float64 numbers, so they differ only by the rounding of the sum.
         assert got is None or distance(got, array(one + two), floor=1e-6) < 1e-12
 
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", FIXED)
 def test_two_backward_passes_add_up(name: str, net: str) -> None:
-    """The gradients must add up for the weights, the learned feedback and the layers that local losses train."""
+    """The gradients of two backward passes must add up for the weights, the learned feedback and the layers that local losses
+    train."""
     model, (first, second) = nets.NETS[net](), (nets.batch(net, seed=seed, size=4 + seed) for seed in (0, 1))
     rule = fa_bench.attach(model, name, seed=0, sample_input=first[0], **cut_options(name, model, OPTIONS.get(name, {})))
     assert_sums(rule, first, second)

@@ -23,7 +23,7 @@ from .test_contract import LAYERS
 
 
 class Gain(nn.Module):
-    """A trainable gain that precedes the tested layer, so that an error must pass through that layer."""
+    """A module with a trainable gain that precedes the tested layer, so that an error must pass through that layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,8 +129,8 @@ def test_decay_of_the_rate_is_the_usual_one():
 def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
     """One step with rate 1 gives B = E[Ŵ] = W for every layer geometry.
 
-    The step depends only on the second moments of x. Noise of ±√F along each axis in turn has the second moments of white noise
-    without Monte Carlo error. ReLU's factor of 1/2 is exact because the noise is symmetric.
+    The step depends only on the second moments of x. Noise of ±√F along each axis in turn has exactly the second moments of white
+    noise, so the test has no Monte Carlo error. ReLU's factor of 1/2 is exact because the noise is symmetric.
     """
     build, shape = LAYERS[layer]
     torch.manual_seed(0)
@@ -346,8 +346,8 @@ def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
 
 
 def test_mirror_follows_the_weights_in_training():
-    """wm and fa start from the same feedback. The feedback of wm's mirrored layers then approaches the weights, unlike fa's, and
-    follows them as they change."""
+    """wm and fa start from the same feedback. During training, the feedback of wm's mirrored layers approaches the weights and
+    follows them as they change, while the feedback of fa does not."""
     results = {}
     for name, options in (("fa", {}), ("wm", {"mirror_rate": 0.05, "initial_steps": 100})):
         torch.manual_seed(0)

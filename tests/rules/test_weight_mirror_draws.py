@@ -130,7 +130,7 @@ def test_layers_that_are_mirrored():
     rule = fa_bench.attach(nets.residual(), "wm", sample_input=x, initial_steps=0, mirror_batch=2, exclude=["b1"])
     assert mirrored(rule) == {"a1", "a2", "down", "head"}, "not the stem, executed first, nor what carries by its weight"
     assert mirrored(attached("conv_bn")[1]) == {"conv2", "fc1", "fc2"}
-    # Without a sample, the layers count as executed in the order of their definition.
+    # Without a sample, the layers are assumed to run in the order of their definition.
     assert mirrored(fa_bench.attach(nets.mlp(), "wm", initial_steps=0)) == {"fc2", "fc3"}
 
 
