@@ -1,5 +1,5 @@
-"""mixed: a mixture of a single kind equals the corresponding rule, every layer uses its own mixture, and the fractions predict
-the angles."""
+"""Tests of mixed: a mixture of a single kind equals the corresponding rule, every layer uses its own mixture, and the fractions
+predict the angles."""
 
 import math
 from collections import OrderedDict
@@ -28,8 +28,8 @@ THIRDS = {"pfa": 0.3, "fa": 0.3, "kp": 0.4, "ratio": 2.0}
 @pytest.mark.parametrize("net", ["mlp_bn", "conv", "conv_bn"])
 @pytest.mark.parametrize("kind", ONE)
 def test_one_kind_alone_is_its_rule(kind, net):
-    """Given the same tensors, a mixture of one kind has the same weights and feedback as its rule after four steps of SGD with
-    momentum and decay. For pfa, the two hops add rounding errors."""
+    """Given the same tensors, a mixture of one kind has the same weights and feedback as the rule of that kind after four steps
+    of SGD with momentum and decay. For pfa, the two hops add rounding errors."""
     ratio = {"ratio": 3.0} if kind == "pfa" else {}
     models = [nets.NETS[net]() for _ in range(2)]
     mixed = fa_bench.attach(models[0], "mixed", seed=0, **ONE[kind], **ratio)
@@ -61,8 +61,8 @@ def test_one_kind_alone_is_its_rule(kind, net):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_carries_its_mixture_and_learns_as_pfa_and_kp(layer):
-    """For one layer with a fixed error at its output, the input error is that of FA with B = E, R gets PFA's gradient, and K gets
-    a copy of W's."""
+    """The test runs one layer under mixed, fa and pfa with the same error at its output. The input error must equal that of FA
+    with B = E, R must get PFA's gradient, and K must get a copy of W's gradient."""
     build, shape = LAYERS[layer]
     runs, effective = {}, torch.empty(0)
     for name, options in (("mixed", THIRDS), ("fa", {}), ("pfa", {"ratio": 2.0})):
@@ -90,7 +90,7 @@ def test_every_layer_carries_its_mixture_and_learns_as_pfa_and_kp(layer):
 
 
 def test_feedback_equal_to_the_weight_is_backpropagation():
-    """F and K are set to W, and the pseudo-inverse of B gives an R with B R = W."""
+    """The test sets F and K to W, and R to the pseudo-inverse of B times W, so that B R = W."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "mixed", seed=0, **THIRDS)
     other = rule_grads(model, rule, x, y)
@@ -242,8 +242,8 @@ def train(**options):
 
 
 def predicted(rule, path, shares=None) -> tuple[float, float]:
-    """The angles of E and of its direct part that the formulas in the rule's docstring predict from the fractions, or from each
-    kind's share of ‖W‖²."""
+    """The angles of E and of its direct part, as predicted by the formulas in the rule's docstring from the fractions or from
+    each kind's share of ‖W‖²."""
     tensors, weight = rule.feedback[path], rule.model.get_submodule(path).weight.detach()
     fractions = {kind: getattr(rule, kind) for kind in ("pfa", "fa", "kp")} if shares is None else shares
     p, f, k = fractions.values()
@@ -264,9 +264,9 @@ def measured(rule, path) -> tuple[float, float]:
 
 @pytest.mark.parametrize("fractions", [(0.3, 0.4, 0.3), (0.5, 0.0, 0.5), (0.69, 0.2, 0.11)])
 def test_weight_angle_lies_where_the_fractions_predict(fractions):
-    """The fractions predict the angles in the hidden layers to within 3.5 degrees. In training, W comes to favour the accurate
-    kinds slightly, and the masks of 2560 entries deviate from the fractions by 1 to 2 %. The shares of ‖W‖² predict the angles to
-    within 1 degree, and the remaining difference is due to variation in PFA's own angle."""
+    """The fractions predict the angles in the hidden layers to within 3.5 degrees. During training, W comes to favour the
+    accurate kinds slightly, and the masks of 2560 entries deviate from the fractions by 1 to 2 %. The shares of ‖W‖² predict the
+    angles to within 1 degree, and the remaining difference is due to variation in PFA's own angle."""
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     for path in ("0", "2"):
         weight = rule.model.get_submodule(path).weight.detach()

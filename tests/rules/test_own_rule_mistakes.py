@@ -1,4 +1,4 @@
-"""Errors about mistakes in a user's rule name the class, the layer or cut, and what is required."""
+"""Tests that errors about mistakes in a user's rule name the class, the layer or cut, and what is required."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def net() -> nn.Sequential:
 
 
 def train(rule: fa_bench.Rule) -> None:
-    """Attach a rule and run one step; if this fails, the model must be unchanged."""
+    """Attach a rule and run one step. After an error, detach the rule, assert that the model is unchanged and raise the error
+    again."""
     model = net()
     keys = list(model.state_dict())
     try:
@@ -51,7 +52,7 @@ class WithoutGradients(PassRule):
 
 
 class WithoutLayers(LocalRule):
-    """A local rule without auxiliary layers."""
+    """A local rule that does not create auxiliary layers."""
 
 
 class WithoutFeedback(fa_bench.FeedbackPathway):

@@ -1,4 +1,5 @@
-"""Rules that run extra forward passes: properties stated in their papers, state that they restore, and how they are called."""
+"""Tests of rules that run extra forward passes: the properties that their papers state, the state that they restore, and how they
+are called."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_for
 
 
 def mlp(*widths: int, activation: Any = nn.ReLU, bias: bool = True) -> nn.Sequential:
-    """A 6-widths-3 network in double precision, with its activations as cuts."""
+    """A double-precision network with 6 inputs, hidden layers of the given widths, 3 outputs and cut points at its
+    activations."""
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -43,7 +45,7 @@ X, Y = batch()
 
 
 def learn(rule: Any, x: Tensor = X, y: Tensor = Y) -> dict[str, Tensor]:
-    """The gradients of one pass."""
+    """Run one training pass and return the gradients of the parameters that have one."""
     model = rule.model
     model.zero_grad()
     logits = model(x)
@@ -59,7 +61,7 @@ def exact(model: nn.Module, x: Tensor = X, y: Tensor = Y, objective: Any = None)
 
 
 def noise_at(place: str, unit: int, length: float = 1.0) -> Any:
-    """A replacement for `Draws.normal` that perturbs one unit at one place by `length`, equally for all samples."""
+    """A replacement for `Draws.normal` that perturbs one unit at one place by `length` in every sample and nothing else."""
 
     def normal(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
         noise = torch.zeros_like(like)
@@ -78,7 +80,7 @@ def cosine(one: Tensor, two: Tensor) -> float:
 @pytest.mark.parametrize("name", RULES)
 def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name: str) -> None:
     """If every pass sampled new dropout masks, the differences between masks would hide the effect of the noise. After an update,
-    the random state must be that after a single forward pass."""
+    the global generator must be in the same state as after a single forward pass."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     rule = (
         fa_bench.attach(model, name, cuts=["2"])
@@ -91,7 +93,7 @@ def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name:
     learn(rule)
     state = torch.get_rng_state()
     torch.manual_seed(4)
-    if name == "forward_forward":  # its first pass runs on the neutral image
+    if name == "forward_forward":  # this rule's first pass runs on the neutral image
         twin[0].register_forward_pre_hook(lambda module, args: (rule._marked(X, X.new_full((1, 3), 1 / 3)),))
     twin(X)
     assert torch.equal(torch.get_rng_state(), state)
@@ -102,7 +104,7 @@ def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name:
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback"])
 def test_the_masks_of_dropout_are_those_of_the_first_pass(name: str) -> None:
-    """The central difference is a directional derivative only if all passes use the same masks."""
+    """The central difference is a directional derivative only if all passes use the same dropout masks."""
 
     def trained(seed: int) -> dict[str, Tensor]:
         model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Dropout(0.5), nn.Linear(40, 3)).double()
@@ -154,7 +156,7 @@ def test_labels_are_needed(name: str) -> None:
 
 
 def test_the_classifier_of_forward_forward_changes_no_gradient_of_hidden_layers() -> None:
-    """The classifier's M is a parameter of the nonlinearity at a middle cut and must not affect the gradients of hidden
+    """The classifier's M is a parameter of the nonlinearity at a middle cut and must not affect the gradients of the hidden
     weights."""
     hidden = []
     for all_layers in (True, False):
@@ -170,8 +172,8 @@ OF_OBJECTIVE = ["node_perturbation", "weight_perturbation", "np_feedback", "pepi
 
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
 def test_a_loss_of_other_logits_or_of_another_kind_is_refused(name: str) -> None:
-    """Perturbation rules and PEPITA compute everything from the objective of the model's output, so they cannot use another
-    loss."""
+    """Perturbation rules and PEPITA evaluate the objective on the model's output themselves, so they must refuse a loss that is
+    not a multiple of it."""
     for loss in (
         lambda z: F.cross_entropy(z / 5, Y),
         lambda z: F.cross_entropy(z.flip(1), Y),
@@ -185,8 +187,8 @@ def test_a_loss_of_other_logits_or_of_another_kind_is_refused(name: str) -> None
 
 @pytest.mark.parametrize("name", [*OF_OBJECTIVE, "ddtp_linear", "fdfa", "dfc"])
 def test_the_scale_of_torchs_squared_errors_is_found(name: str) -> None:
-    """The objective is half the sum of squares over the outputs, and torch's loss is their mean, which is 2/3 of the objective
-    here."""
+    """The objective is half the sum of squared errors over the three outputs, whereas torch's loss is their mean. Torch's loss is
+    therefore 2/3 of the objective, and the rule must detect this factor."""
     target = F.one_hot(Y, 3).double()
     found = []
     for loss in (F.mse_loss, lambda z, t: (z - t).square().mean()):
@@ -200,7 +202,7 @@ def test_the_scale_of_torchs_squared_errors_is_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation"])
 def test_a_loss_in_half_precision_is_perturbed_in_single(name: str) -> None:
-    """With eight bits of precision, a difference of 1e-3 between logits would be lost to rounding."""
+    """bfloat16 has eight bits of precision, so a difference of 1e-3 between logits would be lost to rounding."""
     found = []
     for enabled in (False, True):
         model = mlp(8, 7).float()
@@ -214,7 +216,8 @@ def test_a_loss_in_half_precision_is_perturbed_in_single(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback", "epc", "pc"])
 def test_the_losses_of_a_model_in_half_precision_are_in_single(name: str) -> None:
-    """With eight bits of precision, two losses that differ only by the effect of noise would be equal."""
+    """bfloat16 has eight bits of precision, so two losses that differ only by the effect of noise would round to the same
+    number."""
     seen: set[torch.dtype] = set()
 
     class Watched(CrossEntropy):
@@ -292,14 +295,14 @@ def test_a_frozen_block_between_others_is_refused_by_ldrl() -> None:
         learn(rule)
     rule.model.requires_grad_(True)
     learn(rule)
-    # Blocks without preceding blocks need no maps that learn, even if the input requires a gradient.
+    # If no block before the frozen ones learns, no error has to pass through them, even if the input requires a gradient.
     frozen(rule.model, "0", "2")
     learn(rule, X.clone().requires_grad_(True))
 
 
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
 def test_targets_may_be_numbers(name: str) -> None:
-    """Class labels and their one-hot rows give the same gradients, because squared errors support both."""
+    """With squared errors, class labels and the corresponding one-hot targets give the same gradients."""
     found = [learn(fa_bench.attach(mlp(8, 7), name, objective=MSE()), X, target) for target in (Y, F.one_hot(Y, 3).double())]
     assert found[0].keys() == found[1].keys()
     for key, value in found[0].items():
@@ -361,8 +364,8 @@ def test_outputs_with_other_dimensions_than_at_attach_are_refused(name: str) -> 
 
 # ------------------------------------------------------------------------------------------------ perturbations
 def test_node_perturbation_is_exact_for_a_quadratic_loss_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With identity activations and squared errors, the gradients summed over a basis of the noise equal those of
-    backpropagation."""
+    """With identity activations and squared errors, the estimates for all noise vectors of a basis add up to the gradients of
+    backpropagation, even if sigma is large."""
     sizes = {"1": 8, "3": 7, "": 3}
     total: dict[str, Tensor] = {}
     for place, features in sizes.items():
@@ -377,8 +380,8 @@ def test_node_perturbation_is_exact_for_a_quadratic_loss_at_any_size(monkeypatch
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation"])
 def test_perturbations_are_unbiased(name: str) -> None:
-    """With P perturbed values, the cosine between the mean of n samples and the gradient is about 1/√(1 + P/n). The cosine is
-    about 0.98 for all values together and lower for a matrix with small gradients."""
+    """With P perturbed values, the cosine between the mean of n estimates and the gradient is about 1/√(1 + P/n). The cosine is
+    about 0.98 over all values together, and lower for a single matrix with small gradients."""
     model = mlp(4, activation=nn.Tanh)
     rule, want = fa_bench.attach(copy.deepcopy(model), name), exact(model)
     total = {key: torch.zeros_like(value) for key, value in want.items()}
@@ -391,7 +394,7 @@ def test_perturbations_are_unbiased(name: str) -> None:
 
 
 def test_weight_perturbation_is_the_derivative_along_its_noise() -> None:
-    """The central difference is exact for a loss that is quadratic in the weights."""
+    """The central difference is exact because the loss is quadratic in the weights."""
     model = nn.Sequential(nn.Linear(6, 3)).double()
     rule = fa_bench.attach(copy.deepcopy(model), "weight_perturbation", epsilon=5.0, objective=MSE())
     want = exact(model, objective=MSE())
@@ -432,8 +435,8 @@ def test_errors_of_further_passes_are_raised_as_they_are() -> None:
 
 # ------------------------------------------------------------------------------------------------ feedback from noise
 def test_np_feedback_learns_the_weights_of_a_linear_net(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Averaged over a basis of the noise, d ξ is the true error at the layer's input, so the gradient of B vanishes if B equals
-    W."""
+    """Averaged over a basis of the noise ξ, the product of ξ and the loss difference d is the true error at the layer's input.
+    The gradient of B must therefore vanish if B equals W."""
     model = mlp(8, 7, activation=nn.Identity)
     rule = fa_bench.attach(model, "np_feedback", sigma=2.0, objective=MSE())
     with torch.no_grad():
@@ -441,7 +444,7 @@ def test_np_feedback_learns_the_weights_of_a_linear_net(monkeypatch: pytest.Monk
             tensors["B"].copy_(model.get_submodule(path).weight)  # type: ignore[arg-type]
     total, size = torch.zeros(()), torch.zeros(())
     for unit in range(8):
-        # The basis vectors of one layer's input have length √8, so that the mean over all eight gives the full error.
+        # Each noise vector has length √8, so that the mean over the eight basis vectors is the full error.
         monkeypatch.setattr(Draws, "normal", noise_at("2 0", unit, 8**0.5))
         gradient = learn(rule)["2.feedback_B"]
         total, size = total + gradient / 8, torch.maximum(size, gradient.abs().max())
@@ -462,7 +465,7 @@ def test_np_feedback_needs_its_own_logits() -> None:
     other = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(ValueError, match="the loss was not computed by a training forward pass of the attached model"):
         rule.backward(F.cross_entropy(other, Y), other, Y)
-    copied = logits.clone()  # the original output is no longer stored
+    copied = logits.clone()  # the original logits are deleted on the next line
     del logits
     rule.backward(F.cross_entropy(copied, Y), copied, Y)
     assert rule.model[0].feedback_B.grad.abs().sum() > 0
@@ -493,7 +496,8 @@ def test_np_feedback_perturbs_every_layer_of_a_compound_module(make: Any) -> Non
 
 # ------------------------------------------------------------------------------------------------ PEPITA
 def test_pepita_in_a_linear_layer_is_direct_feedback() -> None:
-    """In a linear layer, h - h' = -W₁ F e. PEPITA's update uses the input of the second pass instead of that of the first."""
+    """In a linear layer, the activations of the two passes differ by h - h' = -W₁ F e, which is a direct feedback signal.
+    PEPITA's update multiplies this difference by the input of the second pass instead of that of the first."""
     model = mlp(8, 7, activation=nn.Identity)
     rule = fa_bench.attach(model, "pepita", f_scale=0.5)
     feedback = rule.feedback["1"]["F"]
@@ -536,8 +540,8 @@ def test_a_cut_at_a_pooling_stands_for_its_nonlinearity() -> None:
 
 
 def test_other_cuts_stay_where_they_are() -> None:
-    """A cut at a second nonlinearity, or at a block that changes the shape, stays in place. A cut after containers and several
-    poolings still moves to the nonlinearity."""
+    """A cut at a second nonlinearity, or at a block that changes the shape, stays in place. A cut after pooling layers moves to
+    the nonlinearity before them, even if there are several or the nonlinearity is inside a container."""
 
     def part(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU())
@@ -579,7 +583,7 @@ def test_weight_perturbation_asks_which_output_is_meant() -> None:
 
 
 def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
-    """A difference taken before the block would train nothing inside it."""
+    """If the difference were taken before the block, nothing inside the block would learn."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -599,8 +603,8 @@ def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
 
 @pytest.mark.parametrize("name", [*RULES, "dfc", "epc", "pc", "forward_gradient"])
 def test_all_passes_have_the_further_arguments_of_the_first(name: str) -> None:
-    """Every pass gets the positional and keyword arguments of the first, so the gradients equal those of a model with these
-    values as defaults."""
+    """Every pass receives the extra positional and keyword arguments of the first pass. The gradients must therefore equal those
+    of a model that has the same values as defaults."""
 
     class Net(nn.Module):
         def __init__(self, factor: float, shift: float) -> None:
@@ -642,7 +646,8 @@ def test_all_passes_have_the_further_arguments_of_the_first(name: str) -> None:
 def test_noise_of_weights_is_that_of_all_processes(
     name: str, options: dict[str, Any], is_shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Noise on weights must be the same in all processes. Noise on samples differs, because each process has its own samples."""
+    """Noise on weights must be the same in all processes. Noise on samples must differ, because each process has its own
+    samples."""
     found = []
     for rank in (0, 1):
         monkeypatch.setattr(second_pass, "rank", lambda rank=rank: rank)
@@ -659,7 +664,7 @@ def test_positions_are_refused(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ forward-forward
 def test_one_unit_learns_by_the_derivative_of_its_goodness() -> None:
-    """For one positive sample, ½ log(1 + exp(θ - z²)) has the gradient -σ(θ - z²) z x̂."""
+    """For one positive sample, the loss ½ log(1 + exp(θ - z²)) has the gradient -σ(θ - z²) z x̂ with respect to the weights."""
     model = nn.Sequential(nn.Linear(6, 1, bias=False), nn.ReLU(), nn.Linear(1, 3)).double()
     with torch.no_grad():
         model[0].weight.fill_(0.5)
@@ -680,8 +685,8 @@ def test_one_unit_learns_by_the_derivative_of_its_goodness() -> None:
 
 
 def test_layers_see_directions_only() -> None:
-    """Values after a cut do not depend on the norm of its activation, and the first layer does not depend on the norm of the
-    image."""
+    """Layers after a cut must not depend on the norm of the cut's activation, and the first layer must not depend on the norm of
+    the image."""
     rule = fa_bench.attach(mlp(8, 7, bias=False), "forward_forward")
     with torch.no_grad():
         logits = rule.model(X)
@@ -692,7 +697,7 @@ def test_layers_see_directions_only() -> None:
 
 
 def test_equal_samples_at_the_threshold_give_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the goodness G equals θ, the gradients of the positive and the negative sample cancel."""
+    """If the positive and the negative sample are equal and their goodness is θ, their gradients cancel."""
     monkeypatch.setattr(Draws, "shifts", lambda draws, name, count, high: torch.full((count,), high))  # keeps the true labels
     rule = fa_bench.attach(mlp(8), "forward_forward", peer_norm=0.0)
     x, y = X[:1], Y[:1]
@@ -714,7 +719,7 @@ def test_the_classifier_reads_all_layers_but_the_first() -> None:
     last = fa_bench.attach(mlp(8, 7, 5), "forward_forward", all_layers=False)
     assert last.learned_feedback() == []
     with torch.no_grad():
-        assert torch.equal(whole.model(X), last.model(X))  # M is zero
+        assert torch.equal(whole.model(X), last.model(X))  # M starts at zero
         whole.feedback["3"]["M"].fill_(0.1)
         assert not torch.allclose(whole.model(X), last.model(X))
     logits = last.model(X)
@@ -725,7 +730,8 @@ def test_the_classifier_reads_all_layers_but_the_first() -> None:
 
 @pytest.mark.parametrize("widths", [(8, 7), (8,)])
 def test_goodness_predicts_the_label_that_later_layers_like(widths: tuple[int, ...]) -> None:
-    """The score of a label is the goodness of all layers but the first, or of the only layer."""
+    """The score of a label is the sum of the goodness of all layers except the first. In a network with one hidden layer, the
+    score is the goodness of that layer."""
     rule = fa_bench.attach(mlp(*widths), "forward_forward", prediction="goodness")
     with torch.no_grad():
         scores = rule.predict(X)
@@ -750,7 +756,8 @@ def test_the_neutral_image_hides_the_label() -> None:
 
 
 def test_peer_normalisation_evens_out_the_activity() -> None:
-    """The peer loss raises units whose running mean is below the mean of all units, in proportion to peer_norm."""
+    """The peer loss raises the activity of units whose running mean is below the mean over all units. The size of this effect is
+    proportional to peer_norm."""
 
     def with_weight(peer_norm: float) -> Any:
         return fa_bench.attach(mlp(8), "forward_forward", peer_norm=peer_norm)

@@ -1,4 +1,4 @@
-"""Rules that run extra forward passes, tested with unusual sizes, indices and frozen weights."""
+"""Tests of rules that run extra forward passes with unusual sizes, indices and frozen weights."""
 
 from __future__ import annotations
 

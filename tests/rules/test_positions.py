@@ -1,4 +1,5 @@
-"""Cut rules on outputs with positions: tokens (N, T, C) and pixels (N, C, H, W), whose errors reach each position of a cut."""
+"""Tests of cut rules on outputs with positions, such as tokens (N, T, C) and pixels (N, C, H, W), whose errors must reach each
+position of a cut."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def step(model: Any, rule: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> dic
 
 # ------------------------------------------------------------------------------------------------ tokens
 def test_dfa_over_tokens_equals_the_loops_over_all_tokens():
-    """The layers act on each token separately, so the loops over samples treat the tokens as samples."""
+    """The layers act on each token separately, so the reference loops over samples can treat the tokens as samples."""
     model, rule = attached("dfa")
     (x, y), plain = tokens(), nets.mlp()
     inject = {cut: array(rule.feedback[cut]["B"]) for cut in ("act1", "act2")}
@@ -94,8 +95,8 @@ def test_dkp_adds_the_gradient_of_b_over_samples_and_tokens():
 
 @pytest.mark.parametrize("sign", [False, True])
 def test_drtp_projects_the_label_of_every_token(sign: bool):
-    """At act2 (N, T, 6), the error is B[label] divided by the number of labels. The gradient of fc2's bias sums the error,
-    multiplied by the derivative of tanh, over samples and tokens."""
+    """At act2 (N, T, 6), the error of a labelled token is B[label] divided by the number of labels. The gradient of fc2's bias
+    sums the error, multiplied by the derivative of tanh, over samples and tokens."""
     model, rule = attached("drtp", error_sign=sign, scale=2.0)
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
@@ -113,8 +114,8 @@ def test_drtp_projects_the_label_of_every_token(sign: bool):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error", "predsim", "dgl"])
 def test_tokens_are_samples_and_one_token_is_the_plain_rule(name: str):
-    """Treating each token as its own sequence, or removing the token axis, gives the same numbers up to the order of sums over
-    the batch."""
+    """Treating each token as a sequence of its own, or removing the token axis, must give the same gradients up to the order of
+    summation over the batch."""
     options = {"loss": "pred"} if name == "predsim" else {"auxiliary_net": "linear"} if name == "dgl" else {}
     x, y = tokens()
     one, rule = attached(name, x=x.flatten(0, 1).unsqueeze(1), **options)
@@ -149,7 +150,7 @@ def test_permuted_tokens_have_permuted_signals(name: str):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
 def test_sequences_of_another_length_use_the_same_feedback(name: str):
-    """A rule attached with 4 tokens trains on 6 as if it had been attached with 6."""
+    """A rule attached with sequences of 4 tokens must train on sequences of 6 tokens as if it had been attached with 6."""
     x, y = tokens(6)
     (one, rule), (two, other) = attached(name), attached(name, x=x)
     assert_bitwise(step(one, rule, x, y), step(two, other, x, y))
@@ -157,7 +158,8 @@ def test_sequences_of_another_length_use_the_same_feedback(name: str):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
 def test_accumulated_and_scaled_losses(name: str):
-    """Half the loss of each half of the batch adds up to the loss of the batch, even if the scale is inferred."""
+    """The gradients of half the loss of each half of the batch add up to the gradients of the whole batch, even if the loss scale
+    is inferred."""
     x, y = tokens()
     x, y = torch.cat([x, x.flip(1)]), torch.cat([y, y.flip(1)])
     (one, rule), (two, other) = attached(name), attached(name)
@@ -197,7 +199,7 @@ def test_the_default_objective_takes_tokens_for_samples():
 
 @pytest.mark.parametrize("name", ["drtp", "local_error"])
 def test_the_default_objective_leaves_out_unlabelled_tokens(name: str):
-    """Unlabelled tokens get no error, and the scale of the loss is inferred from the labelled ones."""
+    """Unlabelled tokens get no error, and the scale of the loss is inferred from the labelled tokens."""
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
     gradients_of = []
@@ -211,7 +213,8 @@ def test_the_default_objective_leaves_out_unlabelled_tokens(name: str):
 
 @pytest.mark.parametrize("size", [(N, T, C), (N, C, 2, 3)], ids=str)
 def test_the_scale_is_measured_without_labels(size: tuple[int, ...]):
-    """Under cross-entropy, the label is the only class with a negative error along the class axis."""
+    """Under cross-entropy, the label is the only class with a negative error along the class axis, so the scale can be measured
+    without labels."""
     logits = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     rows = logits if len(size) == 3 else logits.movedim(1, -1)
     delta = torch.autograd.grad(3.0 * F.cross_entropy(rows.flatten(0, -2), torch.arange(rows.numel() // C) % C), logits)[0]
@@ -266,7 +269,7 @@ def pixels(size: tuple[int, int] = (4, 6)) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", ["weight_perturbation", "drtp"])
 def test_wrong_labels_of_pixels_are_named_by_the_number_of_classes(name: str):
-    """Label 4 is out of range for three classes, although it is a valid index for the six columns."""
+    """Label 4 is out of range for three classes, although it would be a valid index into the six columns."""
     x, y = pixels()
     y[1, 2, 3] = 4
     rule = fa_bench.attach(pixel_net(), name, sample_input=x)
@@ -282,7 +285,7 @@ def pixel_net() -> Any:
 
 
 def test_pixels_and_the_coarser_map_get_their_errors():
-    """At act1, each of the 2 x 3 cells gets the sum of the errors of its 2 x 2 pixels."""
+    """At act1, each cell of the 2 x 3 map gets the sum of the errors of the 2 x 2 pixels that it covers."""
     (x, y), model, plain = pixels(), pixel_net(), pixel_net()
     rule = fa_bench.attach(model, "dkp", seed=0, sample_input=x)
     b1, b2 = (rule.feedback[cut]["B"] for cut in ("act1", "act2"))
@@ -404,7 +407,7 @@ def test_a_cut_without_positions_gets_the_sum_of_all_errors(sizes: tuple[int, ..
     signals: list[Tensor] = []
     model.act.register_forward_hook(lambda module, args, out: out.register_hook(signals.append) and None, prepend=True)
     logits = model(x)
-    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # the error
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # the error at the output
     rule.backward((weight * logits).sum(), logits)
     total = weight.flatten(1, -2).sum(1) if len(sizes) == 1 else weight.flatten(2).sum(2)
     b, activation = rule.feedback["act"]["B"], model.fc(x).relu().detach()
@@ -434,8 +437,8 @@ def test_positions_that_do_not_match_are_refused_by_name():
 
 
 def test_a_cut_whose_first_axis_is_not_that_of_the_samples_is_refused():
-    """The cut has shape (T, N, F) for two samples and four tokens. The second axis of the cut would pass for positions, because
-    four is a multiple of two."""
+    """The cut has shape (T, N, F) for two samples and four tokens. The second axis of the cut could be mistaken for positions,
+    because four is a multiple of two."""
     model = nn.Sequential(nn.Linear(7, 5), Swapped(), nn.Tanh(), Swapped(), nn.Linear(5, C))
     with pytest.raises(CoverageError, match=r"cut '2' has activations of shape \(4, 2, 5\).*the batch comes first"):
         fa_bench.attach(model, "dfa", cuts=["2"], sample_input=torch.randn(2, 4, 7))
@@ -450,7 +453,7 @@ class Swapped(nn.Module):
 
 @pytest.mark.parametrize("length", [5, 6])
 def test_sequences_with_the_classes_first_are_refused(length: int):
-    """With outputs of shape (N, C, T), time steps would be treated as classes, without an error if C equals T."""
+    """With outputs of shape (N, C, T), time steps would be treated as classes, and no error would be raised if C equals T."""
     model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.Conv1d(4, C, 1))
     with pytest.raises(CoverageError, match=rf"\(N, T, C\).*returns \(2, {C}, {length}\) from the convolution '2'.*transpose"):
         fa_bench.attach(model, "dfa", cuts=["1"], sample_input=torch.randn(2, 2, length))
@@ -460,7 +463,7 @@ def test_sequences_with_the_classes_first_are_refused(length: int):
 
 
 class Transposed(nn.Module):
-    """Transposes (N, C, T) to (N, T, C)."""
+    """A module that transposes (N, C, T) to (N, T, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)
@@ -482,7 +485,7 @@ class Transposed(nn.Module):
         ((2, 4, 3), (3,), nn.Linear(3, 3), (2, 4, 3), 2),
         ((2, 8, 16), (8,), nn.Linear(3, 8), (2, 8, 8), 2),
         ((2, 9), (5,), nn.Linear(3, 9), (2, 9), 1),
-        # In these cases, the positions or the output overrule the layer's usual axis, or the two disagree.
+        # In the remaining cases, the positions or the output override the layer's usual axis, or the two disagree.
         ((2, 7, 5), (5,), nn.Linear(3, 3), (2, 5, 3), 1),
         ((2, 5, 7), (3,), nn.Linear(3, 5), (2, 3, 5), 1),
         ((2, 5, 7), (5,), nn.Conv1d(3, 3, 1), (2, 3, 5), 2),
@@ -522,7 +525,7 @@ def test_positions_shared_sends_one_signal_to_all_tokens(name: str):
     if name == "dkp":
         parts = own.feedback["act"]["B"].grad.unflatten(1, (T, 6))
         assert distance(shared.feedback["act"]["B"].grad, parts.sum(1)) < REL
-    logits = models[1](tokens(6)[0])  # any number of tokens
+    logits = models[1](tokens(6)[0])  # shared feedback supports any number of tokens
     shared.backward(F.cross_entropy(logits, y), logits, y)
 
 
@@ -584,7 +587,7 @@ OUTPUTS = {"sequences": (4, 3, 3), "as many tokens as classes": (3, 3, 3), "maps
 @pytest.mark.parametrize("objective", ["cross_entropy", "token_cross_entropy"])
 @pytest.mark.parametrize("shape", OUTPUTS.values(), ids=OUTPUTS)
 def test_losses_of_samples_are_those_of_their_positions(shape: tuple[int, ...], objective: str):
-    """The mean of the samples' losses is the mean over all labelled positions, so each sample is weighted by its number of
+    """The mean of the samples' losses must be the mean over all labelled positions, so each sample is weighted by its number of
     labels."""
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -607,7 +610,8 @@ def test_losses_of_samples_are_those_of_their_positions(shape: tuple[int, ...], 
 @pytest.mark.parametrize("kind", ["tokens", "maps"])
 @pytest.mark.parametrize("name", ["node_perturbation", "np_feedback", "weight_perturbation"])
 def test_rules_that_compare_losses_take_outputs_with_positions(name: str, kind: str):
-    """Both objectives give the same losses and therefore the same gradients. The label of an ignored position has no effect."""
+    """The default objective and token_cross_entropy give the same losses and therefore the same gradients, even if some positions
+    are ignored."""
 
     def learned(objective: str | None) -> dict[str, Tensor]:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""epc and pc: when they equal backpropagation, where they settle, and how their passes behave."""
+"""Tests of epc and pc: when they are equivalent to backpropagation, where they settle, and how their passes behave."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS = ["0.weight", "2.weight", "4.weight", "6.weight"]
 
 
 def deep(activation: Any = nn.Tanh, **options: Any) -> nn.Sequential:
-    """A 6-8-7-5-3 network in which each block is a layer with its activation."""
+    """A 6-8-7-5-3 network in which each block consists of a layer and its activation."""
     model = mlp(8, 7, 5, activation=activation, **options)
     model.blocks = model.cut_points  # type: ignore[assignment]
     return model
@@ -40,14 +40,14 @@ def ratios(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
 
 
 def cosines(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
-    # torch's cosine similarity is wrong for tiny vectors.
+    # torch's cosine similarity is wrong for vectors with tiny norms.
     return [cosine(got[name] / got[name].norm(), want[name]) for name in LAYERS]
 
 
 # ------------------------------------------------------------------------------------------------ backpropagation
 def test_a_few_small_steps_with_errors_are_backpropagation() -> None:
-    """Since e = -T η ∂L/∂s + O(η²), the hidden gradients are T η times those of backpropagation. The output layer's gradient
-    equals that of backpropagation."""
+    """After T small steps, the errors are e = -T η ∂L/∂s + O(η²), so the hidden gradients are T η times those of backpropagation.
+    The output layer's gradient equals that of backpropagation."""
     got, want = learn(attach("epc", steps=5, rate=1e-3)), exact(deep())
     assert min(cosines(got, want)) > 0.9999
     assert ratios(got, want) == pytest.approx([0.005, 0.005, 0.005, 1], rel=0.02)
@@ -56,8 +56,8 @@ def test_a_few_small_steps_with_errors_are_backpropagation() -> None:
 
 
 def test_a_few_small_steps_with_states_are_multiples_of_backpropagation() -> None:
-    """An error needs one step per block. At d blocks before the last cut, the gradient is (T choose d + 1) η^(d + 1) times that
-    of backpropagation."""
+    """An error travels one block per step. In the block that lies d blocks before the last cut, the gradient is (T choose d + 1)
+    η^(d + 1) times that of backpropagation."""
     got, want = learn(attach("pc", steps=5, rate=1e-3)), exact(deep())
     assert min(cosines(got, want)) > 0.9999
     factors = [math.comb(5, blocks) * 1e-3**blocks for blocks in (3, 2, 1)]
@@ -83,8 +83,8 @@ def test_settled_errors_are_another_update() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_momentum_is_that_of_the_optimizer(name: str) -> None:
-    """The expected gradients come from three steps of torch's SGD, whose first velocity is the gradient, on states and an energy
-    that a separate loop computes."""
+    """The expected gradients come from a separate loop that minimises the energy by three steps of torch's SGD. The first
+    velocity of torch's SGD is the gradient."""
     model, want = deep(), {}
     blocks = [model[0:2], model[2:4], model[4:6], model[6:]]
     with torch.no_grad():
@@ -119,8 +119,9 @@ def test_momentum_is_that_of_the_optimizer(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ equilibrium
 @pytest.mark.parametrize("name", RULES)
 def test_linear_nets_rest_where_the_closed_form_says(name: str) -> None:
-    """With squared errors, the remaining error at the output is r = S⁻¹ (W x - t), where S = 1 + Σ_l P_l P_lᵀ and P_l is the
-    product of the weights after s_l. The errors at the cuts are e_l = -P_lᵀ r, and all gradients follow from r and e_l."""
+    """With squared errors, the remaining error at the output is r = S⁻¹ (W x - t) with S = 1 + Σ_l P_l P_lᵀ. Here W is the
+    product of all weights, and P_l is the product of the weights after s_l. The errors at the cuts are e_l = -P_lᵀ r, and all
+    gradients follow from r and e_l."""
     model = deep(nn.Identity, bias=False)
     got = learn(attach(name, copy.deepcopy(model), MSE(), steps=1000, rate=0.3))
     weights = [model.get_submodule(path).weight.detach() for path in ("0", "2", "4", "6")]
@@ -138,7 +139,8 @@ def test_linear_nets_rest_where_the_closed_form_says(name: str) -> None:
 
 
 def test_both_forms_rest_at_the_same_place() -> None:
-    """The nonlinear net has one minimum near the states of the forward pass."""
+    """Both forms must reach the same states, because the nonlinear net has only one minimum near the states of the forward
+    pass."""
     errors, states = (learn(attach(name, steps=500, rate=0.3)) for name in RULES)
     for key, value in errors.items():
         torch.testing.assert_close(states[key], value, rtol=1e-5, atol=1e-12)
@@ -169,7 +171,7 @@ def test_without_errors_the_energy_is_the_loss(name: str) -> None:
 
 
 def energy_of(rule: Any, variables: dict[str, Tensor]) -> float:
-    """The energy E of a batch at the given errors or states, summed over the samples."""
+    """Compute the energy E of a batch at the given errors or states, summed over the samples."""
     from fa_bench.mechanisms.second_pass import FirstPass
 
     rule.first_pass = FirstPass(rule.name, rule.model, (X,), {})
@@ -253,7 +255,7 @@ def test_copies_train_alike_and_labels_are_needed(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_frozen_layer_changes_nothing_for_the_others(name: str) -> None:
-    """The state after a frozen layer settles as it does if the layer learns."""
+    """The state after a layer must settle in the same way whether the layer is frozen or learns."""
     want, model = learn(attach(name)), deep()
     for parameter in model[0].parameters():
         parameter.requires_grad_(False)
@@ -290,7 +292,7 @@ def test_a_shortcut_around_a_cut_sees_the_state(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_module_that_works_in_place_does_not_change_the_states(name: str) -> None:
-    """The block ends at a linear layer, and the nonlinearity that follows overwrites its input."""
+    """Each block ends at a linear layer, and the nonlinearity that follows overwrites the output of that layer."""
 
     def trained(inplace: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -303,8 +305,8 @@ def test_a_module_that_works_in_place_does_not_change_the_states(name: str) -> N
 
 @pytest.mark.parametrize("name", RULES)
 def test_half_precision_settles_in_single_precision(name: str) -> None:
-    """Steps far below bfloat16's spacing of 2⁻⁸ must accumulate. Gradients returned in bfloat16 are accurate to about that
-    spacing."""
+    """The states must accumulate steps that are far below bfloat16's spacing of 2⁻⁸. The gradients are returned in bfloat16, so
+    they are accurate to about 2⁻⁸."""
 
     def trained(dtype: torch.dtype) -> dict[str, Tensor]:
         rule = attach(name, deep().to(dtype), steps=40, rate=2e-3)
@@ -320,7 +322,7 @@ def test_half_precision_settles_in_single_precision(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_loss_has_at_least_single_precision(name: str) -> None:
-    """The loss of bfloat16 logits is not rounded to bfloat16, which would change it by up to 0.2 %."""
+    """The loss of bfloat16 logits must not be rounded to bfloat16, because rounding would change it by up to 0.2 %."""
     rule = attach(name, deep().to(torch.bfloat16), steps=1, rate=1e-9)
     with rule.observed() as found:
         learn(rule, X.to(torch.bfloat16), Y)
@@ -366,8 +368,8 @@ def test_targets_may_be_numbers(name: str) -> None:
 
 
 def test_single_precision_loses_small_errors_of_states_alone() -> None:
-    """The first block's error is below 1e-7 of its state, so pc loses it in single precision. epc stores the error itself, with
-    all of its digits."""
+    """The first block's error is below 1e-7 of its state, so pc loses it in single precision. epc stores the error itself, in
+    full precision."""
     found = {
         name: [
             learn(attach(name, deep().to(dtype), steps=5, rate=1e-4), X.to(dtype), Y)["0.weight"].double()
@@ -400,7 +402,7 @@ def test_coverage_says_that_weights_are_transported(name: str) -> None:
     ],
 )
 def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any], length: float | None) -> None:
-    """Three steps with momentum 0.5 have a length of 0.01 (1 + 1.5 + 1.75) = 0.0425. A length of exactly SHORT gives no
+    """Three steps with momentum 0.5 have a path length of 0.01 (1 + 1.5 + 1.75) = 0.0425. A path length of exactly SHORT gives no
     warning."""
     notes = attach("epc", **options).coverage.notes
     if length is None:
@@ -411,8 +413,8 @@ def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any],
 
 
 def test_the_length_of_the_path_is_the_last_error_for_a_constant_gradient() -> None:
-    """Tiny errors make the loss linear in the states, so the first layer's gradient is the path length times that of
-    backpropagation."""
+    """If the errors are tiny, the loss is linear in the states, so the first layer's gradient is that of backpropagation times
+    the path length."""
     rule = attach("epc", steps=6, rate=1e-5, momentum=0.7)
     got, want = learn(rule), exact(deep())
     assert ratios(got, want)[0] == pytest.approx(rule.path_length, rel=1e-3)

@@ -1,4 +1,4 @@
-"""predsim: the similarity measure, the terms of each loss, and the error of the output layer."""
+"""Tests of predsim: the similarity measure, the terms of each loss, and the error of the output layer."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ from .registered import registered
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3, 4), (3, 3, 4), (5, 1, 6)], ids=str)
 def test_similarity_reference_against_finite_differences(shape):
-    """The reference's gradients match central differences of its loss. With h = 1e-6, their errors are of order h² and 1e-16/h =
-    1e-10."""
+    """The reference's gradients match central differences of its loss. With h = 1e-6, the truncation error is of order h² and the
+    rounding error of order 1e-16/h = 1e-10."""
     rng = np.random.default_rng(0)
     a, y = rng.normal(size=(4, *shape)), np.array([0, 1, 1, 2])
     weight = rng.normal(size=(shape[0], shape[0], 3, 3) if len(shape) == 3 else (shape[0], shape[0]))
@@ -34,7 +34,7 @@ def test_similarity_reference_against_finite_differences(shape):
 
 
 def test_similarity_of_labels():
-    """Two labels have a similarity of 1 if they are equal and of -1/(C-1) if they differ."""
+    """The similarity of two labels is 1 if they are equal and -1/(C-1) if they differ."""
     got = similarity(F.one_hot(torch.tensor([0, 2, 0]), 5).double())
     assert torch.allclose(got, torch.tensor([[1, -0.25, 1], [-0.25, 1, -0.25], [1, -0.25, 1]], dtype=torch.float64))
 
@@ -102,7 +102,7 @@ MONO_FORWARD = {"loss": "pred", "decoder_init": "pytorch", "decoder_bias": False
 
 
 def test_decoder_without_a_bias_as_torch_draws_it():
-    """The decoder has 3 x F entries from U(±1/√F). The largest of the 1,200 lies within 1 % of the bound."""
+    """The decoder has 3 x F entries from U(±1/√F). The largest of the 1,200 entries lies within 1 % of the bound."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 400), torch.nn.ReLU(), torch.nn.Linear(400, 3))
     tensors = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], **MONO_FORWARD).feedback["1"]
     assert set(tensors) == {"decoder.out.weight"}
@@ -114,8 +114,8 @@ def test_decoder_without_a_bias_as_torch_draws_it():
 
 
 def test_options_of_the_decoder_leave_the_similarity_alone():
-    """The similarity's K is sampled after the decoder's D. K must not depend on the decoder's options, and must match that of
-    runs of earlier versions."""
+    """The similarity's K is sampled after the decoder's D. K must not depend on the decoder's options and must equal the K of
+    earlier versions."""
     kernels = [
         registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
         for options in ({}, {"decoder_init": "pytorch"})
@@ -124,7 +124,7 @@ def test_options_of_the_decoder_leave_the_similarity_alone():
 
 
 def test_with_frozen_goodness_it_is_local_error():
-    """If M (C, F) does not learn, five steps with momentum give the same weights as local_error."""
+    """If M (C, F) does not learn, five steps with momentum must give the same weights as local_error."""
     (one, x, y), two = (nets.mlp(), *nets.batch("mlp")), nets.mlp()
     rules = [
         fa_bench.attach(one, "predsim", seed=0, cuts=["act1", "act2"], **MONO_FORWARD),
@@ -196,7 +196,7 @@ def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, sha
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", ROWS)
 def test_similarity_in_single_and_double_precision_is_the_plain_formula(rows, dtype):
-    """The similarity is bitwise equal to the plain formula."""
+    """The similarity must be bitwise equal to the result of the plain formula."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((5,), (5, 3, 4)):
         x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype)

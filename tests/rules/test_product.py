@@ -23,7 +23,8 @@ def linear(outputs: int, inputs: int, rule: str, **options):
 
 
 def test_path_equal_to_the_weight_is_backpropagation():
-    """The pseudo-inverse of B gives an R with B R = W in every layer of a net with strides, padding and groups."""
+    """The test sets R to the pseudo-inverse of B times W, so that B R = W in every layer of a net with strides, padding and
+    groups."""
     x, y = nets.batch("conv")
     model = nets.convnet()
     rule = fa_bench.attach(model, "pfa", seed=0, ratio=2.0)
@@ -40,7 +41,7 @@ def test_path_equal_to_the_weight_is_backpropagation():
 
 
 def test_identity_first_hop_is_kolen_pollack_step_by_step():
-    """With B = I, R plays the role of KP's B: five steps of SGD with momentum and decay give the same weights and feedback."""
+    """With B = I, R plays the role of KP's B, so five steps of SGD with momentum and decay give the same weights and feedback."""
     models = [nets.convnet() for _ in range(2)]
     pfa = fa_bench.attach(models[0], "pfa_o", seed=0)
     kp = fa_bench.attach(models[1], "kp", seed=0)
@@ -91,8 +92,8 @@ LAYERS = {
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", ["pfa", "pfa_o"])
 def test_two_hops_are_those_of_a_wide_layer_and_one_that_mixes_its_units(name, layer):
-    """The error and the gradient of R equal autograd's for a layer with weight R and M units per group, followed by a layer with
-    weight B (O, M)."""
+    """The input error and the gradient of R equal those that autograd computes for a layer with weight R and M units per group,
+    followed by a layer with weight B (O, M)."""
     build, shape = LAYERS[layer]
     torch.manual_seed(0)
     plain = build().double()
@@ -190,8 +191,8 @@ def test_below_one_the_weight_is_projected_to_a_random_subspace(ratio):
 
 
 def test_spectrum_and_angle_of_random_b_at_ratio_ten():
-    """By the Marchenko-Pastur law, the eigenvalues of B Bᵀ have mean 1 and standard deviation √0.1 and lie in (1 ± √0.1)². The
-    angle between W and B Bᵀ W is 17.5°."""
+    """By the Marchenko-Pastur law, the eigenvalues of B Bᵀ have mean 1 and standard deviation √0.1 and lie between (1 - √0.1)²
+    and (1 + √0.1)². The angle between W and B Bᵀ W is 17.5°."""
     deviations, angles = [], []
     for seed in range(5):
         model = nn.Sequential(nn.Linear(256, 100))
@@ -208,7 +209,8 @@ def test_spectrum_and_angle_of_random_b_at_ratio_ten():
 
 
 def train(rule_name: str, steps: int = 400, **options):
-    """A two-layer model trained on random targets, and its rule. Decay has shrunk the initial values by a factor of exp(-40)."""
+    """A two-layer model trained on random targets, and its rule. Weight decay has shrunk the initial values by a factor of
+    exp(-40)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(80, 200), nn.Tanh(), nn.Linear(200, 150, bias=False))
     rule = fa_bench.attach(model, rule_name, seed=0, **options)
@@ -228,8 +230,8 @@ def train(rule_name: str, steps: int = 400, **options):
 def test_angle_and_ratio_after_the_initial_values_have_decayed(density):
     """The angle between W and B R is arctan √(λ/d), and ‖B R‖/‖W‖ is d √(1 + λ/d), with λ = 1/10.
 
-    The tolerances are one degree and 5 % (sparse: 10 %). The ratio is a mean over the few directions that W has learned, each of
-    which has a standard deviation of √(2/1500) = 4 %.
+    The tolerances are one degree for the angle and 5 % for the ratio, or 10 % if B is sparse. The ratio is a mean over the few
+    directions that W has learned, each of which has a standard deviation of √(2/1500) = 4 %.
     """
     _, rule = train("pfa", density=density)
     for effective, weight in rule.weight_pairs().values():
@@ -285,6 +287,6 @@ def test_bfloat16_autocast(name, net):
 
 @pytest.mark.parametrize(("ratio", "between"), [(1.0, 5), (1.55, 8), (2.3, 12), (0.1, 1), (0.01, 1)])
 def test_the_population_in_between_has_the_nearest_number_of_units(ratio, between):
-    """The number of units is the ratio times the number of outputs, rounded, and at least one."""
+    """The number of units is the ratio times the number of outputs, rounded to the nearest integer, but at least one."""
     _, rule = linear(5, 4, "pfa", ratio=ratio)
     assert rule.feedback["0"]["B"].shape == (5, between) and rule.feedback["0"]["R"].shape == (between, 4)

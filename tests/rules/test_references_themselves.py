@@ -1,4 +1,5 @@
-"""Checks of the references against torch: loop-based backpropagation equals autograd, and the FA surrogate equals the loops."""
+"""Tests of the reference implementations against torch: loop-based backpropagation equals autograd, and the FA surrogate equals
+the loops."""
 
 import pytest
 import torch
@@ -44,8 +45,8 @@ def test_grouped_strided_conv_and_its_input_error():
 
 @pytest.mark.parametrize("form", ["inject", "deliver"])
 def test_direct_signals_equal_local_losses(form):
-    """The gradients of the loops equal those of autograd if the graph is detached at each cut and <activation, signal> is added
-    to the loss."""
+    """Autograd gives the same gradients as the loops if the graph is detached at each cut and the inner product of the activation
+    and its signal is added to the loss."""
     model, (x, y) = nets.convnet(), nets.batch("conv")
     chain, generator = describe(model), torch.Generator().manual_seed(5)
     delta = torch.autograd.grad(F.cross_entropy(z := model(x), y), z)[0].detach()
@@ -82,7 +83,7 @@ def test_sgd_step_equals_torch(nesterov):
 
 
 def test_usf_scales_are_the_standard_deviations_they_name():
-    """The scales match the standard deviations that torch's initialisers produce on a large weight. The tolerance of 1 % is four
+    """The scales match the standard deviations that torch's initialisers produce for a large weight. The tolerance of 1 % is four
     standard errors of a standard deviation estimated from at least 90 000 samples."""
     weight = torch.empty(100, 30, 5, 6)
     generator = torch.Generator().manual_seed(0)

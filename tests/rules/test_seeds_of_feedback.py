@@ -1,5 +1,5 @@
-"""Random feedback depends only on the seed, the layer and the tensor's name, and its signs, masks and distributions are
-correct."""
+"""Tests that random feedback depends only on the seed, the layer and the tensor's name, and that its signs, masks and
+distributions are correct."""
 
 import math
 from collections import OrderedDict
@@ -29,7 +29,7 @@ OPTIONS = {
     "local_error": {"separate": True},
     "fdfa": {"b_init": "pytorch"},
     "f3": {"samples": 4},
-    "dfc": {"feedback_weights": "fixed"},  # the output's learned feedback starts as the identity
+    "dfc": {"feedback_weights": "fixed"},  # learned feedback at the output starts as the identity
     **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }
 #: Rules without random feedback.
@@ -50,8 +50,8 @@ RANDOM = sorted(set(ALGORITHMS) - WITHOUT)
 
 
 def equal_layers() -> nn.Sequential:
-    """A network of equally shaped layers, in which equal seeds would give equal tensors. All weights are 1, so signs cannot tell
-    layers apart."""
+    """A network of equally shaped layers, in which layers with equal seeds would get equal tensors. All weights are 1, so the
+    signs of the weights cannot distinguish the layers."""
     parts = [(f"{kind}{n}", make()) for n in (1, 2, 3) for kind, make in (("fc", lambda: nn.Linear(6, 6)), ("act", nn.Tanh))]
     model = nn.Sequential(OrderedDict([*parts, ("fc4", nn.Linear(6, 3))])).double()
     with torch.no_grad():
@@ -61,7 +61,8 @@ def equal_layers() -> nn.Sequential:
 
 
 def random_tensors(name: str, seed: int, forwards: int = 1, **options) -> dict[tuple[str, str], torch.Tensor]:
-    """All feedback that is not constant after `forwards` training forward passes, as {(layer or cut, name): tensor}."""
+    """The feedback tensors that are not filled with a single value after `forwards` training forward passes, as {(layer or cut,
+    name): tensor}."""
     model, x = equal_layers(), torch.ones(4, 6, dtype=torch.float64)
     rule = fa_bench.attach(model, name, seed=seed, sample_input=x, **cut_options(name, model, OPTIONS.get(name, {}) | options))
     for _ in range(forwards):
@@ -102,7 +103,7 @@ def test_tensors_are_those_of_seed_path_and_name(name: str) -> None:
         if key == "mask":
             want = sample_mask(tensor.shape, 0.5, seed)
         elif key == "B" and name == "usf":
-            continue  # computed from the weight and the mask
+            continue  # usf computes B from the weight and the mask
         else:
             init = getattr(ALGORITHMS[name](), "m_init" if key == "M" else "b_init")
             want = sample(tensor.shape, init, seed, 0.5 if key == "B" else 1.0)
@@ -143,7 +144,7 @@ def test_draws_of_brsf_differ_from_seed_to_seed_and_from_layer_to_layer_at_every
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 @pytest.mark.parametrize("init", [init for init in CONTINUOUS if init != "zeros"])
 def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: str, init: str) -> None:
-    """The checks run before the first training forward pass and after each of the next two."""
+    """The test checks the feedback before the first training forward pass and after each of the first two."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7))
     rule = fa_bench.attach(model, name, seed=0, m_init=init)
@@ -157,7 +158,7 @@ def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: s
 @pytest.mark.parametrize("init", CONTINUOUS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, dtype: torch.dtype) -> None:
-    """Over 40 000 numbers, the mean and the mean square of M match those of the absolute values of signed samples."""
+    """Over 40 000 entries, the mean and the mean square of M match those of the absolute values of signed samples."""
     drawn, want = torch.empty(200, 200, dtype=dtype), sample((200, 200), init, seed=1).abs()
     resample_magnitudes(drawn, init, seed=2)
     assert drawn.min() >= 0
@@ -168,8 +169,8 @@ def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, 
 
 
 def test_no_redrawn_magnitude_is_zero() -> None:
-    """The sample has a million uniform numbers of 16 bits, so it misses a given one of the 65 536 values with probability
-    exp(-15)."""
+    """The sample consists of a million uniform 16-bit numbers, so the probability that it misses a given one of the 65 536 values
+    is exp(-15)."""
     drawn = torch.empty(1000, 1000)
     resample_magnitudes(drawn, "uniform_one", seed=3)
     assert 0 < drawn.min() < 1e-5 and 1 - 1e-5 < drawn.max() < 1
@@ -178,8 +179,8 @@ def test_no_redrawn_magnitude_is_zero() -> None:
 @pytest.mark.parametrize("init", ["uniform_one", "normal_fan_out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sample_that_is_drawn_part_by_part_is_that_of_one_formula(init: str, dtype: torch.dtype) -> None:
-    """Sampling splits the 70 000 numbers after the first 65 536. Each number depends only on its index and the seed, so the parts
-    match a single formula."""
+    """The 70 000 numbers are sampled in two parts, the first of which has 65 536. Each number depends only on its index and the
+    seed, so applying the formula to all numbers at once must give the same result."""
     drawn = torch.empty(280, 250, dtype=dtype)
     resample_magnitudes(drawn, init, seed=4)
     at_once = magnitudes(torch.tensor(seed_words(4), dtype=torch.int32), drawn.shape, init, dtype)
@@ -191,7 +192,8 @@ def test_a_sample_that_is_drawn_part_by_part_is_that_of_one_formula(init: str, d
 
 @pytest.mark.parametrize("name", ["fa", "mixed"])
 def test_copied_weights_are_masked(name: str) -> None:
-    """A fraction of 0.3 of the 20 000 copied weights remains, within six standard errors of 0.0032."""
+    """With a density of 0.3, about 30 % of the 20 000 copied weights remain. The tolerance of 0.02 is about six standard
+    errors."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 200))
     options = {
@@ -215,7 +217,7 @@ def test_copied_weights_are_masked(name: str) -> None:
     ],
 )
 def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, tensor: str, options: dict) -> None:
-    """The remaining entries equal those of the dense sample, without rescaling or selection by size."""
+    """The remaining entries equal those of the dense sample: they are neither rescaled nor selected by size."""
     found = []
     for density in (1.0, 0.5):
         model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 60))

@@ -1,4 +1,4 @@
-"""asap and asfp: which activation replaces which, how it is resized, what is frozen, and what is refused."""
+"""Tests of asap and asfp: which activation replaces which, how it is resized, what is frozen, and what is refused."""
 
 from collections import OrderedDict
 from itertools import pairwise
@@ -30,8 +30,8 @@ from .references import REFERENCES
 
 
 def chain_net(linear: bool = False) -> nn.Sequential:
-    """A network whose layers can share activations: 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) channels of 5x8 pixels, or
-    7-4-8-4-2 features."""
+    """A network whose layers can share activations. It has 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) channels on maps of 5x8
+    pixels, or, if linear, 7-4-8-4-2 features."""
     torch.manual_seed(0)
     if linear:
         widths = [7, 4, 8, 4, 2]
@@ -59,7 +59,7 @@ def data(linear: bool):
 @pytest.mark.parametrize("match", ["max_pool", "avg_pool"])
 @pytest.mark.parametrize("k", [2, 4])
 def test_copies_and_pooling_equal_the_reference(rule, linear, match, k):
-    """The nets have odd map sizes (5 -> 3 -> 2 rows), channels that double, and features that double and halve."""
+    """The nets cover odd map sizes (5 -> 3 -> 2 rows), channels that double, and features that double and halve."""
     x, y = data(linear)
     plain, model = chain_net(linear), chain_net(linear)
     attached = fa_bench.attach(model, rule, seed=0, sample_input=x, match=match, k=k)
@@ -71,7 +71,7 @@ def test_copies_and_pooling_equal_the_reference(rule, linear, match, k):
 
 @pytest.mark.parametrize("rule", ["asap", "asfp"])
 def test_sequences_share_as_their_elements_do(rule):
-    """Layers on inputs of shape (N, T, F) get the same gradients as on (N T, F)."""
+    """Layers with inputs of shape (N, T, F) must get the same gradients as layers with inputs of shape (N T, F)."""
     x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 0])
     found = []
     for sample in (x, x.flatten(0, 1)):
@@ -87,8 +87,8 @@ def test_sequences_share_as_their_elements_do(rule):
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
-    """With k = 2, conv2 of block b and conv1 of block b + 1 use the input of block b. With k = 4, these layers use the input of
-    every other block (section 3)."""
+    """With k = 2, conv2 of block b and conv1 of block b + 1 use the input of block b. With k = 4, only the inputs of every other
+    block are used (section 3 of the paper)."""
     torch.manual_seed(0)
     model = ARCHITECTURES["resnet20"](width=2, blocks=2).build((3, 8, 8), 3).double()
     x, y = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
@@ -102,8 +102,8 @@ def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
             hooks.append(layer.register_full_backward_hook(lambda m, gi, go, path=path: errors.__setitem__(path, go[0])))
     rule_grads(model, rule, x, y)
     inputs = [seen[f"{block}.conv1"] for block in blocks]
-    handed = [0, 0, 1, 2, 3, 4] if k == 2 else [0, 0, 0, 2, 2, 4]  # for each block, the one whose input conv1 uses
-    kept = [0, 1, 2, 3, 4, 5] if k == 2 else [0, 0, 2, 2, 4, 4]  # the same for conv2
+    handed = [0, 0, 1, 2, 3, 4] if k == 2 else [0, 0, 0, 2, 2, 4]  # the block whose input conv1 of each block uses
+    kept = [0, 1, 2, 3, 4, 5] if k == 2 else [0, 0, 2, 2, 4, 4]  # the block whose input conv2 of each block uses
     for number, block in enumerate(blocks):
         for name, h in {"conv1": inputs[handed[number]], "conv2": inputs[kept[number]]}.items():
             layer, true = model.get_submodule(f"{block}.{name}"), seen[f"{block}.{name}"]
@@ -170,7 +170,7 @@ TRANSPORT_NETS = {
     ],
 )
 def test_transport_is_that_of_convolutions_and_of_layers_that_share(net, linear, fixed):
-    """Fully connected layers that use their own input keep their fixed B, and all gradients equal the reference's."""
+    """Fully connected layers that use their own input keep their fixed B, and all gradients match those of the reference."""
     x, y = data(net == "mlp")
     model, plain = TRANSPORT_NETS[net](), TRANSPORT_NETS[net]()
     rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, transport=True, linear=linear)
@@ -228,7 +228,7 @@ def test_what_cannot_share_says_what_would_work():
         fa_bench.attach(nets.one_hidden(), "asap", sample_input=x)
     x, _ = nets.batch("mlp")
     with pytest.raises(fa_bench.errors.CoverageError, match=r"fc3.*match='random'"):
-        fa_bench.attach(nets.mlp(), "asfp", sample_input=x)  # 5 features would have to replace 6
+        fa_bench.attach(nets.mlp(), "asfp", sample_input=x)  # an activation with 5 features would have to replace one with 6
 
 
 def test_two_forwards_keep_their_own_activations():
@@ -256,7 +256,7 @@ def test_activation_changed_in_place_is_noticed():
             for layer in self.layers[:3]:
                 x = torch.tanh(layer(x)) * 1
             y = torch.tanh(self.layers[3](x))
-            x.add_(1)  # activation 3, which its own consumer does not save
+            x.add_(1)  # activation 3, which the layer that uses it does not save
             return self.layers[4](y)
 
     model, x = Changed(), torch.randn(2, 4)
@@ -283,7 +283,7 @@ def test_channels_that_do_not_go_into_each_other_are_refused():
 
 @pytest.mark.parametrize("name", ["asap", "asfp"])
 def test_activations_that_were_made_in_place_are_shared(name):
-    """Only a change after an activation's first use is refused, and an in-place ReLU runs before that use."""
+    """Only changes after an activation's first use are refused, and an in-place ReLU runs before that use."""
     x, y = nets.batch("conv")
     found = []
     for activation in (nets.inplace_relu, nn.ReLU):
@@ -306,11 +306,11 @@ def test_a_map_that_shrinks_along_one_side_alone_is_pooled_along_it():
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_maps_of_every_number_of_dimensions_are_matched(dims):
-    """Maps of 4 pixels a side are reduced to 2. Pooling takes the maximum or the mean of 2^d pixels and copies 2 channels to 4,
-    while a random convolution takes every second pixel."""
+    """Maps with 4 pixels per side are reduced to 2 pixels per side. Pooling takes the maximum or the mean of 2^d pixels and
+    copies 2 channels to 4, while a random convolution takes every second pixel."""
     x = torch.randn(3, 2, *[4] * dims, generator=torch.Generator().manual_seed(0))
     blocks = x
-    for axis in range(2, 2 + dims):  # each axis is split into (2, 2), the second of which lies within a window
+    for axis in range(2, 2 + dims):  # split each axis into windows and the positions within a window
         blocks = blocks.unflatten(2 * (axis - 2) + 2, (2, 2))
     within = [3 + 2 * axis for axis in range(dims)]
     for kind, pooled in (("max_pool", blocks.amax(within)), ("avg_pool", blocks.mean(within))):
@@ -332,7 +332,7 @@ def test_what_stands_in_for_another_number_of_dimensions_is_flattened():
 
 @pytest.mark.parametrize(("shape", "wanted"), [((2, 2, 2), (2, 4, 4)), ((2, 7, 8), (2, 5, 4)), ((2, 8, 7), (2, 4, 5))])
 def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
-    """Pooling can produce neither larger maps nor maps whose sides do not divide the original ones."""
+    """Pooling cannot produce larger maps, or maps whose sides do not divide the original ones."""
     for mixing in (None, torch.zeros(2, 2, 1, 1)):
         with pytest.raises(ValueError, match="pooling does not reduce"):
             matcher(shape, wanted, "max_pool", mixing)
@@ -344,7 +344,7 @@ def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
 @pytest.mark.parametrize(("name", "options"), [("asap", {}), ("asap", {"transport": True}), ("asfp", {})])
 def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, options, mode):
     torch.manual_seed(0)
-    kernel, padding = ((2, 4), "same") if mode == "zeros" else (3, 1)  # even kernels pad more at the end than at the start
+    kernel, padding = ((2, 4), "same") if mode == "zeros" else (3, 1)  # even kernels need more padding at the end
     layers = [
         part
         for channels in (1, 2, 2, 2)
@@ -428,8 +428,8 @@ def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
 
 @pytest.mark.parametrize("samples", [4, 5])
 def test_attention_shares_with_layers_that_have_the_batch_first(samples: int) -> None:
-    """The layers inside attention use shape (L, N, E). Samples and positions must not be confused, even if there are as many of
-    one as of the other."""
+    """The layers inside attention use inputs of shape (L, N, E). Samples and positions must not be confused, even if their
+    numbers are equal."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

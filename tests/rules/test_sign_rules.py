@@ -1,4 +1,5 @@
-"""usf, brsf and frsf: signs follow the weights in every forward pass, and magnitudes are fixed (frsf) or resampled (brsf)."""
+"""Tests of usf, brsf and frsf: signs follow the weights in every forward pass, and magnitudes are fixed (frsf) or resampled
+(brsf)."""
 
 import math
 
@@ -51,7 +52,7 @@ def test_sign_of_zero_is_zero(name):
 
 @pytest.mark.parametrize("name", SIGN_RULES)
 def test_every_effective_sign_is_the_sign_of_the_weight_now(name):
-    """After an update that flips signs, the next forward pass uses the new signs, and so do its gradients."""
+    """After an update that flips signs, the feedback and the gradients of the next pass must use the new signs."""
     model, rule = attached(name)
     x, y = nets.batch("conv")
     rule_grads(model, rule, x, y)
@@ -80,7 +81,7 @@ def test_usf_scale(scale):
 
 
 def test_usf_with_weights_of_plus_and_minus_one_is_backpropagation():
-    """With a scale of 1 and weights of ±1, B = sign(W) = W."""
+    """With a scale of 1 and weights of ±1, the feedback is B = sign(W) = W."""
     plain, (x, y) = nets.residual(dtype=torch.float32), nets.batch("residual", dtype=torch.float32)
     with torch.no_grad():
         for layer in layer_names(plain):
@@ -99,8 +100,8 @@ def test_plain_last_is_the_layer_that_runs_last_not_the_one_registered_last():
 
 
 def test_angle_of_signs_to_uniform_weights_is_30_degrees():
-    """The cosine between uniform weights and their signs is √3/2, and 40 000 samples give the angle to within 0.2 degrees. The
-    magnitudes without signs would be at 90 degrees to the weights."""
+    """The cosine between uniform weights and their signs is √3/2, and 40 000 samples give the angle to within 0.2 degrees.
+    Magnitudes without signs would be at 90 degrees to the weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 200))
     rule = fa_bench.attach(model, "usf", seed=0)
@@ -122,11 +123,12 @@ def test_magnitudes_are_xavier_uniform(name):
         assert effective.square().mean().sqrt().item() == pytest.approx(math.sqrt(2 / 400), rel=0.03)
         assert torch.equal(effective, rule.feedback["0"]["M"].abs() * model[0].weight.detach().sign())
     angle = torch.cosine_similarity(effective.flatten(), model[0].weight.detach().flatten(), dim=0).acos().rad2deg().item()
-    assert angle == pytest.approx(math.degrees(math.acos(0.75)), abs=1)  # two independent uniforms: E|w|E|m| / E w^2 = 3/4
+    assert angle == pytest.approx(math.degrees(math.acos(0.75)), abs=1)  # for independent uniforms, E|w|E|m| / E w^2 = 3/4
 
 
 def test_magnitudes_that_were_replaced_count_by_their_absolute_value():
-    """A replaced M is detected by its memory address and its version counter together, since neither is sufficient."""
+    """A replaced M is detected by its memory address together with its version counter, since neither is sufficient on its
+    own."""
     model, rule = attached("frsf")
     model(nets.batch("conv")[0])
     model.eval()
@@ -183,7 +185,7 @@ def test_brsf_draws_once_for_all_steps_of_a_pass():
 
 
 def test_brsf_backward_uses_the_draw_of_its_own_forward():
-    """A later training forward pass samples again, but a pending backward pass keeps the M of its own forward pass."""
+    """A later training forward pass samples a new M, but a pending backward pass keeps the M of its own forward pass."""
     model, rule = attached("brsf")
     plain, (x, y), (other, _) = nets.convnet(), nets.batch("conv"), nets.batch("conv", seed=1)
     first = model(x)
@@ -200,7 +202,8 @@ def test_brsf_backward_uses_the_draw_of_its_own_forward():
 
 @pytest.mark.parametrize("draw", ["xavier_uniform", "xavier_normal"])
 def test_brsf_draws_are_reproducible_and_independent_of_other_random_numbers(draw):
-    """The same seed gives the same samples regardless of the global generator, whose state sampling leaves unchanged."""
+    """The same seed gives the same samples regardless of the state of the global generator. Sampling must not change the state of
+    the global generator."""
     sequences = []
     for noise in (1, 7):
         model, rule = attached("brsf", m_init=draw)
@@ -219,7 +222,7 @@ def test_brsf_draws_are_reproducible_and_independent_of_other_random_numbers(dra
 def test_density_masks_the_same_entries_at_every_forward(name):
     model = nn.Sequential(nn.Linear(100, 200))
     rule = fa_bench.attach(model, name, seed=0, density=0.3)
-    masks = [rule.effective_feedback("0").detach() != 0]  # even before any forward pass
+    masks = [rule.effective_feedback("0").detach() != 0]  # the mask applies even before any forward pass
     for _ in range(2):
         model(torch.zeros(1, 100))
         masks.append(rule.effective_feedback("0").detach() != 0)
@@ -263,8 +266,8 @@ def test_small_weights_keep_their_signs_under_half_precision_autocast(name):
 
 
 def test_a_loaded_state_is_not_drawn_over():
-    """The first layer's sample is computed only when it is read. A sample still pending when a state is loaded must not overwrite
-    the loaded one."""
+    """The first layer's sample is computed only when it is read. If a state is loaded while a sample is pending, that sample must
+    not overwrite the loaded magnitudes."""
     (model, rule), (x, y) = attached("brsf"), nets.batch("conv")
     rule_grads(model, rule, x, y)
     saved = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -279,7 +282,7 @@ def test_a_loaded_state_is_not_drawn_over():
 
 @pytest.mark.parametrize(("name", "shown"), [("usf", "B"), ("brsf", "M"), ("frsf", "M")])
 def test_what_is_shown_of_each_layer(name, shown):
-    """usf stores no tensor, so `feedback` reports the one that currently propagates the error."""
+    """usf stores no feedback tensor, so `feedback` reports the matrix that currently propagates the error."""
     model, rule = attached(name)
     assert {path: set(tensors) for path, tensors in rule.feedback.items()} == {path: {shown} for path in layer_names(model)}
     if name == "usf":
@@ -298,7 +301,7 @@ def test_what_is_shown_of_each_layer(name, shown):
     ids=lambda layer: type(layer).__name__,
 )
 def test_xiaos_scale_tells_convolutions_of_every_dimension_from_linear_layers(layer):
-    """The scale is √(2/fan_out) for convolutions and 1/√fan_in for linear layers."""
+    """Xiao's scale is √(2/fan_out) for convolutions and 1/√fan_in for linear layers."""
     rule = fa_bench.attach(nn.Sequential(layer), "usf", scale="xiao")
     want = 1 / math.sqrt(3) if isinstance(layer, nn.Linear) else math.sqrt(2 / (5 * math.prod(layer.kernel_size)))
     assert rule.effective_feedback("0").abs().unique().tolist() == pytest.approx([want])
@@ -306,7 +309,7 @@ def test_xiaos_scale_tells_convolutions_of_every_dimension_from_linear_layers(la
 
 
 def test_a_sample_depends_on_the_seed_of_the_layer_and_on_its_number_only():
-    """Resuming a run, or repeating it with another version, must give the same magnitudes."""
+    """A run that is resumed, or repeated with another version, must use the same magnitudes."""
     model, rule = attached("brsf")
     x, _ = nets.batch("conv")
     for _ in range(3):

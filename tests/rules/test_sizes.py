@@ -1,4 +1,5 @@
-"""An option that would make feedback or noise exceed the available memory is refused by name, before anything is allocated."""
+"""Tests that an option which would make feedback or noise exceed the available memory is refused by name, before anything is
+allocated."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import fa_bench
 from fa_bench.errors import OptionError
 from fa_bench.utils import memory_limits
 
-#: (rule, option) -> the other options that this option requires, and a value that takes at least 2 GB.
+#: Maps (rule, option) to the other options that this option requires and to a value that needs at least 2 GB.
 OPTIONS: dict[tuple[str, str], tuple[dict[str, Any], float]] = {
     ("pfa", "ratio"): ({}, 2e7),
     ("pfa_o", "ratio"): ({}, 2e7),

@@ -1,4 +1,4 @@
-"""Target propagation: feedback learned from noise, compared with plain loops and with its fixed point."""
+"""Tests of target propagation: the feedback learned from noise is compared with plain loops and with its fixed point."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def noise(cut: str, number: int, like: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def feedback_gradient(chain, params, x, cut: str, feedback: np.ndarray, sigma: float, number: int) -> np.ndarray:
-    """gradB[c,f] = 2/(N sigma^2) sum over n of dz[n,c] (sum over k of dz[n,k] B[k,f] - sigma eps[n,f])."""
+    """Compute gradB[c,f] = 2/(N sigma^2) sum over n of dz[n,c] (sum over k of dz[n,k] B[k,f] - sigma eps[n,f])."""
     values, names = forward(chain, params, x), [stage.name for stage in chain]
     at = names.index(cut) + 1
     eps = noise(cut, number, values[at])
@@ -94,8 +94,8 @@ def test_the_second_pass_changes_nothing_else() -> None:
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping: float) -> None:
-    """J has singular values from 0.7 to 1.4. The average over 300 steps of 256 noisy samples has an error of about 1 / (300 *
-    256)^(1/2) = 0.4 %."""
+    """The Jacobian J has singular values from 0.7 to 1.4. The average over 300 steps of 256 noisy samples has an error of about 1
+    / (300 * 256)^(1/2) = 0.4 %."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 4), nn.Linear(4, 3)).double()
     with torch.no_grad():
@@ -124,8 +124,8 @@ def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping
 
 @pytest.mark.parametrize("name", ["ddtp_linear", "ldrl", "dfc"])
 def test_gradients_of_feedback_have_the_scale_of_the_loss(name: str) -> None:
-    """An optimizer or a gradient scaler later divides all gradients by the loss scale, so those of feedback must contain it,
-    too."""
+    """An optimizer or a gradient scaler later divides all gradients by the loss scale, so the gradients of feedback must contain
+    it as well."""
     found = []
     for factor in (1.0, 1024.0, 0.3):
         model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
@@ -139,8 +139,8 @@ def test_gradients_of_feedback_have_the_scale_of_the_loss(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ maps of blocks
 def map_gradient(chain, params, x, cut: str, above: str, weight: np.ndarray, sigma: float, number: int) -> np.ndarray:
-    """The gradient of the mean over n of (-2 sigma eps . g(f(h + sigma eps) - f(h)) + |g(sigma eps')|^2) / sigma^2 with respect
-    to g, computed entry by entry."""
+    """Compute, entry by entry, the gradient of the mean over n of (-2 sigma eps . g(f(h + sigma eps) - f(h)) + |g(sigma eps')|^2)
+    / sigma^2 with respect to g."""
     values, names = forward(chain, params, x), [stage.name for stage in chain]
     start, end = names.index(cut) + 1, names.index(above) + 1 if above else len(names)
     h, eps = values[start], noise(cut, number, values[start])
@@ -296,8 +296,8 @@ def test_frozen_feedback_costs_no_pass() -> None:
 
 
 def test_tokens_and_error_at() -> None:
-    """Positions act as a second batch axis. With position-wise layers, tokens learn as samples do, except that sums are still
-    divided by the number N of samples."""
+    """Positions act as a second batch axis. If every layer acts on each position separately, tokens are treated like samples,
+    except that sums are still divided by the number N of samples."""
 
     def build() -> nn.Sequential:
         torch.manual_seed(1)

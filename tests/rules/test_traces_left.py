@@ -1,5 +1,5 @@
-"""Tensors that rules return are detached, and a detached rule leaves no trace in a model, regardless of the order of its
-modules."""
+"""Tests that the tensors returned by rules are detached, and that a detached rule leaves no trace in a model, regardless of the
+order of its modules."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Rotated(nn.Module):
 
 
 def traces(model: nn.Module) -> dict[str, tuple]:
-    """The class, attributes and hooks of every module, and which of its parameters are trained."""
+    """The class, attributes, parameters, buffers and hook counts of every module, and which of its parameters require
+    gradients."""
     return {
         path: (
             type(module),
@@ -84,7 +85,8 @@ def test_local_classifiers_have_magnitudes_of_their_own_only_if_asked(separate: 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_optimizers_groups_are_the_weights_and_what_is_learned(variant: str) -> None:
-    """A rule without learned feedback has no second parameter group."""
+    """The first parameter group contains the weights. A second group contains the learned feedback and exists only if the rule
+    has any."""
     model, rule, _, _ = start(variant)
     learned = [id(tensor) for tensor in rule.feedback_parameters()]
     groups = [([id(tensor) for tensor in group["params"]], group["lr"]) for group in rule.parameter_groups(0.3)]
@@ -94,7 +96,8 @@ def test_an_optimizers_groups_are_the_weights_and_what_is_learned(variant: str) 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_sample_that_requires_gradients_is_any_sample(variant: str) -> None:
-    """A sample that requires gradients gives the same coverage and feedback as any other, and receives no gradient itself."""
+    """A sample input that requires gradients gives the same coverage and feedback as any other, and receives no gradient
+    itself."""
     name, options = VARIANTS[variant]
     found = []
     for requires in (False, True):

@@ -1,4 +1,4 @@
-"""A second backward pass accumulates into the existing gradients, as ``loss.backward()`` does."""
+"""Tests that a second backward pass accumulates into the existing gradients, as ``loss.backward()`` does."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ FIXED = sorted(set(ALGORITHMS) - {"brsf", "ddtp_linear", "ldrl"})
 
 
 def trained(rule) -> list[Tensor]:
-    """The weights and the learned feedback, without duplicates."""
+    """List the weights and the learned feedback without duplicates."""
     return list({id(tensor): tensor for tensor in [*rule.model.parameters(), *rule.feedback_parameters()]}.values())
 
 
@@ -44,14 +44,15 @@ def assert_sums(rule, first, second) -> None:
     with_gradient = {id(tensor) for tensor, grad in zip(trained(rule), both, strict=True) if grad is not None and grad.any()}
     assert bool(learned & with_gradient) == bool(learned)
     for got, one, two in zip(both, *parts, strict=True):
-        # Everything is computed in float64 from the same numbers, so only the sum rounds.
+        # Both results come from the same float64 numbers, so they differ only by the rounding of the sum.
         assert got is None or distance(got, array(one + two), floor=1e-6) < 1e-12
 
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", FIXED)
 def test_two_backward_passes_add_up(name: str, net: str) -> None:
-    """The check covers the weights, the learned feedback and the layers that local losses train."""
+    """The gradients of two backward passes must add up for the weights, the learned feedback and the layers that local losses
+    train."""
     model, (first, second) = nets.NETS[net](), (nets.batch(net, seed=seed, size=4 + seed) for seed in (0, 1))
     rule = fa_bench.attach(model, name, seed=0, sample_input=first[0], **cut_options(name, model, OPTIONS.get(name, {})))
     assert_sums(rule, first, second)
@@ -81,7 +82,7 @@ def test_two_backward_passes_add_up_in_a_residual_net(name: str) -> None:
     ids=str,
 )
 def test_one_graph_can_be_differentiated_twice(name: str, options: dict[str, object]) -> None:
-    """If autograd retains the graph, the data stored by the forward pass are still available to a second backward pass."""
+    """If autograd retains the graph, the data stored by the forward pass must still be available to a second backward pass."""
     model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh", seed=0)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, model, options))
     loss = F.cross_entropy(model(x), y)
@@ -95,7 +96,7 @@ def test_one_graph_can_be_differentiated_twice(name: str, options: dict[str, obj
 
 @pytest.mark.parametrize("name", ["kp", "predsim", "dgl", "asfp_lc", "dkp", "pfa"])
 def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
-    """The backward pass of the next batch does not overwrite a tensor that a caller took from ``.grad``."""
+    """The backward pass of the next batch must not overwrite a tensor that a caller took from ``.grad``."""
     net = "conv_bn"
     model, batches = nets.NETS[net](), [nets.batch(net, seed=seed) for seed in (0, 1)]
     options = cut_options(name, model, OPTIONS.get(name, {}))
@@ -111,7 +112,7 @@ def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_gradients_that_autograd_returns_are_the_caller_s_to_change(net: str) -> None:
-    """The gradients of W and B are equal but do not share memory: changing one leaves the other intact."""
+    """The gradients of W and B are equal but must not share memory, so changing one leaves the other intact."""
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     fa_bench.attach(model, "kp", seed=0, sample_input=x)
     layer = next(module for module in model.modules() if hasattr(module, "feedback_B"))

@@ -1,5 +1,5 @@
-"""Models with two outputs: which layers a rule that runs its own passes trains, and what its coverage reports about the
-others."""
+"""Tests of models with two outputs: which layers are trained by rules that run their own passes, and what the coverage reports
+about the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fa_bench
 
-#: Rules that replace the whole backward pass: their options, and how coverage describes the layers of the other output.
+#: Maps rules that replace the whole backward pass to their options and to the coverage's text on the other output's layers.
 PASSES: dict[str, tuple[dict[str, Any], str]] = {
     "epc": ({}, "not trained"),
     "pc": ({}, "not trained"),
@@ -78,8 +78,7 @@ def test_the_coverage_of_other_rules_is_that_both_heads_learn(name: str) -> None
 
 
 def test_a_loss_of_the_other_output_passes_through_no_weight() -> None:
-    """Weight perturbation gives gradients that are noise times one scalar, which must not depend on the loss of the other
-    output."""
+    """With form=weight, the gradients are noise times one scalar, which must not depend on the loss of the other output."""
     found = []
     for factor in (0.0, 5.0):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""wm: the effect of one mirror step, the distribution of its noise, and the resulting angles."""
+"""Tests of wm: the effect of one mirror step, the distribution of its noise, and the resulting angles."""
 
 import math
 import re
@@ -23,7 +23,7 @@ from .test_contract import LAYERS
 
 
 class Gain(nn.Module):
-    """A trainable gain that precedes the tested layer, so that an error must pass through that layer."""
+    """A module with a trainable gain that precedes the tested layer, so that an error must pass through that layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Gain(nn.Module):
 
 
 def behind_gain(layer: nn.Module, shape, dtype=torch.float64, **options):
-    """The layer, its pathway and the rule, before the first mirror step."""
+    """Attach wm to a gain followed by `layer`, and return the layer, its pathway and the rule before the first mirror step."""
     model = nn.Sequential(OrderedDict(gain=Gain(), layer=layer)).to(dtype)
     sample = torch.zeros(shape, dtype=dtype)
     rule = fa_bench.attach(model, "wm", seed=0, sample_input=sample, **{"initial_steps": 0} | options)
@@ -60,8 +60,8 @@ STEPS = [
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv", "conv_bn"])
 @pytest.mark.parametrize("options", STEPS, ids=str)
 def test_two_mirror_steps_equal_the_loops(net, options):
-    """Two mirror steps match plain loops given the same noise, with one noise sample per step and with strides, padding and
-    groups. The first layer's B keeps its initial value."""
+    """Two mirror steps match plain loops that use the same noise, with a new sample for each step. The nets include strides,
+    padding and groups. The first layer is not mirrored, so its B keeps its initial value."""
     model, (x, _) = nets.NETS[net](), nets.batch(net)
     chain = describe(model)
     rule = fa_bench.attach(model, "wm", seed=0, sample_input=x, initial_steps=0, mirror_steps=2, mirror_batch=3, **options)
@@ -82,7 +82,7 @@ def test_two_mirror_steps_equal_the_loops(net, options):
 
 
 def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
-    """Three steps match B + 0.01 Σ yᵀ x, where x has 128 samples from U(±0.05) and y is the output of a sigmoid layer with
+    """Each step must add 0.01 Σ yᵀ x to B, where x has 128 samples from U(±0.05) and y is the output of a sigmoid layer with
     biases."""
     settings = dict(pair.split("=") for pair in re.search(r"^ +(noise=uniform .*)$", WM.__doc__, re.M)[1].split())
     options = WM.from_mapping({key: yaml.safe_load(value) for key, value in settings.items()})
@@ -94,14 +94,14 @@ def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
         assert noise.shape == (128, 6) and 0.045 < np.abs(noise).max() <= 0.05
         want = undecayed_step(array(module.weight), array(module.bias), want, noise)
         rule.step()
-    # The docstring gives numbers to only five or six digits.
+    # The docstring gives its numbers to only five or six digits.
     assert distance(module.feedback_B, want) < 1e-5
 
 
 @pytest.mark.parametrize(("decay", "factor"), [(0.0, 8 * 0.2), (0.5, 0.4 * (1 - 0.5**8)), (None, 1 - 0.8**8)])
 def test_where_other_decays_lead(decay, factor, monkeypatch):
-    """With noise that reveals W exactly and η = 0.2, eight steps from B = 0 give ηW Σ (1 - λ)^k. Without decay, the sum grows
-    without bound."""
+    """With noise that reveals W exactly and η = 0.2, eight steps from B = 0 lead to B = ηW Σ (1 - λ)^k. Without decay, the sum
+    grows without bound."""
     module, pathway, rule = behind_gain(nn.Linear(6, 5), (2, 6), mirror_rate=0.2, mirror_decay=decay, b_init="zeros")
     axes = torch.eye(6, dtype=torch.float64).mul(math.sqrt(6))
     pathway.noise = pathway.noise._replace(batch=6)
@@ -127,10 +127,10 @@ def test_decay_of_the_rate_is_the_usual_one():
 @pytest.mark.parametrize("activation", ["linear", "relu"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
-    """One step with rate 1 gives B = E[Ŵ] = W for every geometry.
+    """One step with rate 1 gives B = E[Ŵ] = W for every layer geometry.
 
-    The step depends only on the second moments of x, so noise of ±√F along each axis in turn is white without Monte Carlo error.
-    ReLU's factor of 1/2 is exact because the noise is symmetric.
+    The step depends only on the second moments of x. Noise of ±√F along each axis in turn has exactly the second moments of white
+    noise, so the test has no Monte Carlo error. ReLU's factor of 1/2 is exact because the noise is symmetric.
     """
     build, shape = LAYERS[layer]
     torch.manual_seed(0)
@@ -141,12 +141,13 @@ def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
     monkeypatch.setattr(Noise, "sample", lambda self, number, like: torch.cat([axes, -axes]))
     assert distance(module.feedback_B, array(module.weight)) > 0.1
     rule.step()
-    # The tolerance is that of sums of a few hundred products of order 1.
+    # The tolerance covers the rounding of sums of a few hundred products of order 1.
     assert distance(module.feedback_B, array(module.weight)) < 1e-12
 
 
 def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
-    """If the caller of a transposed convolution sets the output size, kernel taps are matched with the positions at that size."""
+    """If the caller of a transposed convolution sets the output size, the positions of each kernel tap must be counted at that
+    size."""
 
     class Sized(nn.Module):
         def __init__(self) -> None:
@@ -169,7 +170,7 @@ def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
 
 def test_one_count_for_all_taps_leaves_the_border_too_small(monkeypatch):
     """A 3x3 kernel acts on a 4x4 map with padding 1. A side tap meets the input at 12 of the 16 positions, and a corner tap at
-    9."""
+    only 9 of them."""
     module, pathway, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 4, 4), mirror_rate=1.0, per_tap=False)
     axes = torch.eye(32, dtype=torch.float64).mul(math.sqrt(32)).view(32, 2, 4, 4)
     pathway.noise = pathway.noise._replace(batch=32)
@@ -194,11 +195,11 @@ def test_tap_that_meets_only_padding_goes_to_zero():
 @pytest.mark.parametrize("noise", ["gaussian", "uniform"])
 @pytest.mark.parametrize(("activation", "c"), [("linear", 1), ("relu", 2)])
 def test_estimate_of_a_linear_weight_scatters_as_predicted(noise, activation, c):
-    """Each entry of Ŵ - W has mean 0 and, with Gaussian noise, the variance c (‖w‖² + w²) / N. With uniform noise, the variance
-    is slightly smaller.
+    """Each entry of Ŵ - W has mean 0 and, with Gaussian noise, the variance c (‖w‖² + w²) / N.
 
-    The test samples 480 entries 10 times. The largest of 4800 normal numbers exceeds 5.5 standard deviations once in 5000 times.
-    The root mean square of these correlated numbers is 1 to within 10 %.
+    With uniform noise, the variance is slightly smaller. The test draws ten estimates of 480 entries. The largest of 4800 normal
+    samples exceeds 5.5 standard deviations in about one of 5000 runs. The root mean square of these correlated entries is 1 to
+    within 10 %.
     """
     torch.manual_seed(0)
     module, _, rule = behind_gain(
@@ -212,13 +213,14 @@ def test_estimate_of_a_linear_weight_scatters_as_predicted(noise, activation, c)
     scores = torch.stack(scores)
     assert scores.abs().max() < 5.5
     assert scores.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
-    assert abs(scores.mean().item()) < 5 / math.sqrt(scores.numel()) * 2  # entries of a row are correlated
+    assert abs(scores.mean().item()) < 5 / math.sqrt(scores.numel()) * 2  # the entries of a row are correlated
     assert (scores.mean(0).square().mean().sqrt() * math.sqrt(10)).item() == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize("activation", ["linear", "relu"])
 def test_estimate_of_a_strided_convolution_has_the_weight_as_its_mean(activation):
-    """The mean of 40 samples is compared with W in units of their standard error. The overall scale is right to within 2 %."""
+    """The mean of 40 samples is compared with W in units of its standard error. The overall scale must be correct to within 2
+    %."""
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
     module, _, rule = behind_gain(layer, (2, 4, 5, 6), mirror_rate=1.0, mirror_batch=200, activation=activation)
@@ -253,12 +255,12 @@ def test_noise_has_its_shape_law_and_dtype(noise, dtype):
 
 @pytest.mark.parametrize(("activation", "predicted"), [("linear", 8.08), ("relu", 11.35)])
 def test_steady_state_angle_of_a_linear_layer(activation, predicted):
-    """Starting from B = W, the angle reaches arctan √(η/(2-η) c (F+1)/N) to within half a degree, for F = 512, N = 128 and η =
-    0.01."""
+    """Starting from B = W, the angle between B and W grows to arctan √(η/(2-η) c (F+1)/N) to within half a degree, for F = 512, N
+    = 128 and η = 0.01."""
     c = {"linear": 1, "relu": 2}[activation]
     assert math.degrees(math.atan(math.sqrt(0.01 / 1.99 * c * 513 / 128))) == pytest.approx(predicted, abs=0.01)
     torch.manual_seed(0)
-    # After 300 steps, the variance has reached 1 - 0.99^600 = 99.8 % of its limit. The test averages a few angles of one run.
+    # After 300 steps, the variance has reached 1 - 0.99^600 = 99.8 % of its limit. The test averages five angles of one run.
     module, _, rule = behind_gain(
         nn.Linear(512, 24, bias=False),
         (2, 512),
@@ -292,8 +294,8 @@ def test_steady_state_angle_of_a_convolution_is_smaller_by_its_positions():
 
 
 def test_first_value_of_b_vanishes_at_the_rate():
-    """For two initial values and the same noise, the difference between the feedback tensors is (1 - η)^steps times the initial
-    one."""
+    """For two initial values and the same noise, the difference between the feedback tensors shrinks by a factor of 1 - η in each
+    step."""
     pair = []
     for init in ("xavier_uniform", "copy_w"):
         torch.manual_seed(0)
@@ -344,8 +346,8 @@ def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
 
 
 def test_mirror_follows_the_weights_in_training():
-    """wm and fa start from the same feedback. The feedback of wm's mirrored layers then approaches the weights, unlike fa's, and
-    follows them as they change."""
+    """wm and fa start from the same feedback. During training, the feedback of wm's mirrored layers approaches the weights and
+    follows them as they change, while the feedback of fa does not."""
     results = {}
     for name, options in (("fa", {}), ("wm", {"mirror_rate": 0.05, "initial_steps": 100})):
         torch.manual_seed(0)

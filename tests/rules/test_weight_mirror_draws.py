@@ -1,4 +1,4 @@
-"""wm: when its noise is sampled, and which layers are mirrored."""
+"""Tests of when wm samples its noise, and of which layers it mirrors."""
 
 import copy
 
@@ -107,7 +107,7 @@ def test_model_moved_to_another_dtype_is_mirrored_there():
     rule.step()
     model.double()
     twin = copy.deepcopy(model)
-    for layer in twin.modules():  # as if nothing had been mirrored in single precision
+    for layer in twin.modules():  # as if no mirror step had run in single precision
         if isinstance(pathway := getattr(layer, "pathway", None), MirroredFeedback):
             pathway._scale = None
     rule.step()
@@ -130,7 +130,7 @@ def test_layers_that_are_mirrored():
     rule = fa_bench.attach(nets.residual(), "wm", sample_input=x, initial_steps=0, mirror_batch=2, exclude=["b1"])
     assert mirrored(rule) == {"a1", "a2", "down", "head"}, "not the stem, executed first, nor what carries by its weight"
     assert mirrored(attached("conv_bn")[1]) == {"conv2", "fc1", "fc2"}
-    # Without a sample, the layers count as executed in the order of their definition.
+    # Without a sample, the layers are assumed to run in the order of their definition.
     assert mirrored(fa_bench.attach(nets.mlp(), "wm", initial_steps=0)) == {"fc2", "fc3"}
 
 

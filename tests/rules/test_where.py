@@ -1,4 +1,4 @@
-"""Which layers a rule applies to: layer patterns, the output layer and the stem."""
+"""Tests of which layers a rule applies to, given layer patterns and the options for the output layer and the stem."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_frozen_stem(name):
 
 def test_stem_is_the_layer_that_runs_first():
     x, _ = nets.batch("residual")
-    model = nets.residual()  # this model registers its head first
+    model = nets.residual()  # this model registers its head before its other layers
     fa_bench.attach(model, "fa", seed=0, sample_input=x, freeze_stem=True)
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["stem.weight", "stem.bias"]
 
@@ -87,8 +87,8 @@ def test_the_output_layer_is_the_one_that_runs_last_not_the_one_defined_last(nam
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
 def test_without_a_sample_the_output_layer_is_the_one_defined_last(name):
-    """Without a sample, layers are ordered by definition, although the layer defined last may run first. If the first layer is a
-    convolution, the image size is unknown."""
+    """Without a sample, layers are taken in the order of their definition, even if the layer defined last runs first. The
+    convolutional network is attached without a sample, so its image size is unknown."""
     rule = fa_bench.attach(nets.convnet(batch_norm=True), name, seed=0, plain_last=True)
     assert [path for path, (effective, weight) in rule.weight_pairs().items() if torch.equal(effective, weight)] == ["fc2"]
 
