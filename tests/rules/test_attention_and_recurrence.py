@@ -31,7 +31,9 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 class Attends(nn.Module):
-    """4-6, attention with two heads, 6-3; the keys of cross attention are computed from the same inputs."""
+    """A layer from 4 to 6 features, attention with two heads, and a layer from 6 to 3; the keys of cross attention are computed
+    from the same inputs.
+    """
 
     def __init__(self, cross: bool, **options: Any) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class Attends(nn.Module):
 
 
 class Recurs(nn.Module):
-    """4-5, a recurrent module with 3 units, 3-2, at every time step."""
+    """A layer from 4 to 5 features, a recurrent module with 3 units, and a layer from 3 to 2, applied at every time step."""
 
     def __init__(self, core: nn.Module, width: int = 3) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class Recurs(nn.Module):
 
 
 class Multiplies(nn.Module):
-    """4-3 and 4-5, multiplied to 2."""
+    """Two layers, from 4 to 3 and from 4 to 5 features, whose outputs a bilinear module multiplies to 2 features."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -105,7 +105,9 @@ SCHEDULES = [(case, False) for case in CASES] + [("fa", True), ("kp", True)]
 @pytest.mark.parametrize("net", ["mlp_bn", "conv"])
 @pytest.mark.parametrize(("case", "nesterov"), SCHEDULES)
 def test_training_steps_equal_reference(case, net, nesterov):
-    """Four steps of SGD with momentum and coupled decay on new batches: weights, biases and learned feedback."""
+    """The test compares weights, biases and learned feedback over four steps of SGD with momentum and coupled decay on new
+    batches.
+    """
     rule, model, _, chain, reference, options = start(case, net)
     settings = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov}
     optimizer = torch.optim.SGD(model.parameters(), weight_decay=0.01, **settings)
@@ -158,7 +160,7 @@ def test_loss_scaling_scales_every_gradient(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_accumulate_over_passes(case):
-    """Two backward passes without zero_grad accumulate, including learned feedback."""
+    """Two backward passes without zero_grad accumulate the gradients, including those of learned feedback."""
     rule, model, _, _, _, _ = start(case, "mlp_tanh")
     batches = [nets.batch("mlp_tanh", seed=seed) for seed in (0, 1)]
     model.eval()

@@ -163,7 +163,7 @@ def test_frozen_without_a_sample_trains_the_layer_defined_last():
 
 
 def test_bp_fc_trains_a_normalisation_of_the_image():
-    """No layer precedes it, so no convolution does."""
+    """No convolution precedes such a normalisation, so bp_fc trains it."""
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 3))
     fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
     assert [key for key, p in model.named_parameters() if not p.requires_grad] == ["1.weight", "1.bias"]

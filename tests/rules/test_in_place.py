@@ -1,7 +1,7 @@
-"""Modules that change an activation in place after it has left a cut, or a layer: every rule, metric and probe gives the same as
-for a net in which nothing works in place.
+"""Modules that change an activation in place after it has left a cut or a layer. Every rule, metric and probe must give the same
+result as for a net in which no module works in place.
 
-Otherwise, a tensor stored by a hook would contain the result of the next module.
+A tensor stored by a hook must not contain the result of the next module.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FORMS = [
 
 
 class Net(nn.Module):
-    """Cuts after which either all modules or no modules work in place; the values are the same."""
+    """A net in which either all modules or no modules after the cuts work in place; the values are the same."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_a_rule_learns_the_same_where_the_input_of_a_frozen_layer_is_changed(nam
 
 
 class ChangesInput(nn.Module):
-    """Changes its input in place, or does not, depending on an option."""
+    """A module that changes its input in place if its option says so."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -185,7 +185,9 @@ def test_metrics_and_probes_are_the_same_where_modules_work_in_place(
 
 
 class Blocks(nn.Module):
-    """Cuts whose own derivative needs their output; only where errors do not cross the cuts may this be changed in place."""
+    """A net with cuts whose own derivative needs their output, which may be changed in place only if errors do not cross the
+    cuts.
+    """
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -214,7 +216,7 @@ def test_a_cut_whose_derivative_needs_its_output_may_be_followed_by_what_works_i
 
 
 class InTraining(nn.Module):
-    """Works in place only in training, which the pass in which `attach` reads the model does not show."""
+    """A module that works in place only in training, so the pass in which `attach` reads the model does not reveal it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2) if self.training else x * 2

@@ -26,7 +26,9 @@ DRAWS = {
 
 
 def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
-    """At least 9 000 draws: standard errors of deviation 0.75 % and of mean 1 %; a normal draw passes 3 deviations 20 times."""
+    """Compare at least 9 000 samples with the distribution. The standard error is 0.75 % of the deviation and 1 % for the mean;
+    normal samples exceed 3 deviations about 20 times.
+    """
     assert tensor.numel() >= 9000
     assert tensor.std().item() == pytest.approx(deviation, rel=0.03)
     assert abs(tensor.mean().item()) < 0.05 * deviation
@@ -36,7 +38,7 @@ def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_edge_feedback(draw):
-    """Linear 40 -> 250; convolution fans include the kernel's area."""
+    """The layers are a linear layer, 40 -> 250, and a convolution, whose fans include the kernel's area."""
     model = nn.Sequential(nn.Conv2d(20, 40, (3, 5)), nn.Flatten(), nn.Linear(40, 250))
     rule = fa_bench.attach(model, "fa", seed=0, b_init=draw)
     deviation, uniform = DRAWS[draw]
@@ -75,7 +77,7 @@ def test_random_weights_of_forward_alignment(draw):
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_magnitudes(name, draw):
-    """|M| of the same draw: its mean square is the variance."""
+    """The magnitudes |M| come from the same sample, so their mean square is the variance."""
     model = nn.Sequential(nn.Linear(40, 250))
     rule = fa_bench.attach(model, name, seed=0, m_init=draw)
     assert (rule.feedback["0"]["M"] >= 0).all()
@@ -97,7 +99,7 @@ def test_zeros(name):
 
 @pytest.mark.parametrize(("init", "values"), [("trinomial", (-1, 0, 1)), ("binomial", (0, 1))])
 def test_values_with_equal_probability(init, values):
-    """18 000 entries: 3 % are six standard errors of a third or a half of them."""
+    """For 18 000 entries, 3 % are six standard errors of a third or a half of them."""
     model = nn.Sequential(nn.Linear(4, 900), nn.ReLU(), nn.Linear(900, 20))
     feedback = [fa_bench.attach(copy.deepcopy(model), "dfa", seed=seed, b_init=init, cuts=["1"]).feedback for seed in (0, 0, 1)]
     one, same, other = (tensors["1"]["B"] for tensors in feedback)
@@ -110,7 +112,7 @@ def test_values_with_equal_probability(init, values):
 @pytest.mark.parametrize(("init", "signs"), [("identity", (1, 1, 1, 1)), ("identity_pm", (1, -1, 1, -1))])
 @pytest.mark.parametrize("width", [2, 3, 11, 12])
 def test_identities_side_by_side(init, signs, width):
-    """The last one has the remaining columns."""
+    """The last identity has only the remaining columns."""
     model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
     got = fa_bench.attach(model, "dfa", b_init=init, cuts=["1"]).feedback["1"]["B"]
     want = torch.cat([sign * torch.eye(3) for sign in signs], 1)[:, :width]
@@ -125,7 +127,9 @@ def test_an_identity_kernel_counts_its_taps_as_columns():
 
 @pytest.mark.parametrize("name", ["trinomial", "binomial", "identity", "identity_pm"])
 def test_these_are_for_feedback_alone(name):
-    """Equal weights would stay equal, and magnitudes of zero have no sign."""
+    """Such initialisers are refused for weights and magnitudes: equal weights would stay equal, and magnitudes of zero have no
+    sign.
+    """
     for make in (
         lambda: ARCHITECTURES["mlp"](init=name),
         lambda: fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "brsf", m_init=name),
@@ -165,7 +169,9 @@ def layers_of(model):
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("init", TORCHS)
 def test_weights_are_those_of_torchs_initialisers(net, init):
-    """Bitwise, in the order of the modules, after torch's own initialisation; biases are zero."""
+    """The weights are bitwise those of torch's own functions, called in the order of the modules after torch's own
+    initialisation. Biases are zero.
+    """
     torch.manual_seed(3)
     want = ARCHITECTURES[net](**NETS[net][0]).make(NETS[net][1], 4)
     for layer in layers_of(want).values():
@@ -192,7 +198,9 @@ def test_old_name_is_the_same_choice():
     ],
 )
 def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, linear_init):
-    """The bound of its law, zero biases but for torch's own; convolutions keep the law, and torch's own numbers, of `init`."""
+    """Fully connected layers have the bound of their own distribution, and zero biases except under torch's own initialiser.
+    Convolutions keep the distribution of `init` and torch's own numbers.
+    """
     model, plain = layers_of(built(net, init=init, linear_init=linear_init)), layers_of(built(net))
     for path, layer in model.items():
         name = linear_init if isinstance(layer, nn.Linear) else init
