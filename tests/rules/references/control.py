@@ -78,7 +78,7 @@ def feedback_of(feedback, jacobian, kind) -> Arrays:
 
 
 def control(jacobian, q, error, leak) -> np.ndarray:
-    """(J_n Q_n + leak I) u_n = error_n."""
+    """The solution u of (J_n Q_n + leak I) u_n = error_n."""
     u = np.zeros_like(error)
     for n in range(len(error)):
         loop = leak * np.eye(error.shape[1])
@@ -89,7 +89,7 @@ def control(jacobian, q, error, leak) -> np.ndarray:
 
 
 def pushed(q, u) -> np.ndarray:
-    """(Q u)_nf."""
+    """The product Q u of every sample, (N, F)."""
     change = np.zeros(q.shape[:2])
     for n, f in np.ndindex(change.shape):
         change[n, f] = sum(q[n, f, c] * u[n, c] for c in range(u.shape[1]))

@@ -6,7 +6,7 @@ from ..reference import gradients
 
 
 def dual_propagation(chain, params, feedback, x, y, beta=0.01):
-    """Backpropagation except for the nonlinearities."""
+    """Backpropagation in which a finite difference replaces the derivative of every nonlinearity."""
     return gradients(chain, params, x, y, dual=beta)
 
 
