@@ -30,7 +30,7 @@ STORED = {
     "wm": "B",
     "mixed": "F",
 }
-# Options for tests whose subject they are not: less work, the same code.
+# Options that reduce the work of tests of other properties, while the same code runs.
 QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}, "f3": {"samples": 16}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # The errors that a mistake in a call may raise: attach's own errors are ValueErrors; a missing name may also be a lookup or a

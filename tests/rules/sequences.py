@@ -13,7 +13,7 @@ Vector = list[float]
 
 
 class Layer:
-    """y = W x + b, whose backward pass uses E instead of W; gradients accumulate over calls.
+    """A layer y = W x + b whose backward pass uses E instead of W; gradients accumulate over calls.
 
     Args:
         weight: W (O, I).
@@ -65,7 +65,7 @@ def attention(
     """The errors at queries, keys and values, from the errors at the outputs of attention without masks.
 
     Args:
-        projections: of queries, keys and values, each with E rows.
+        projections: the projections of queries, keys and values, each with E rows.
         output: W (E, E).
     """
     features = len(output.weight)

@@ -175,7 +175,7 @@ def attended(projections: list[Rows], output: Layer, q: list, k: list, v: list) 
     return results
 
 
-#: name -> (function that creates the module, the names of its layers, its reference)
+#: The function that creates each module, the names of its layers, and its reference.
 RECURRENT: dict[str, tuple[Callable[[], nn.Module], tuple[str, str], Callable[..., Any]]] = {
     "LSTM": (lambda: nn.LSTM(5, 3), ("core.ih_l0", "core.hh_l0"), lstm),
     "GRU": (lambda: nn.GRU(5, 3), ("core.ih_l0", "core.hh_l0"), gru),
@@ -300,7 +300,7 @@ def test_the_weights_as_feedback_are_backpropagation(name: str, kind: str) -> No
     plain = gradients(rule.detach())
     assert found.keys() == exact.keys() == plain.keys() == {name for name, _ in model.named_parameters()}
     for key, gradient in found.items():
-        # The same arithmetic; fused kernels sum in a different order.
+        # The arithmetic is the same, but fused kernels sum in a different order.
         assert torch.equal(gradient, exact[key])
         assert (gradient - plain[key]).abs().max() <= 1e-5 * plain[key].abs().max() + 1e-7
 

@@ -187,7 +187,7 @@ def test_gradients_of_learned_feedback_are_laid_out_as_it_is(name):
             assert all(size == 1 or of_grad == own for size, of_grad, own in strides)
         torch.optim.SGD(learned, lr=1.0, fused=True).step()
     for one, two in zip(*(rule.feedback_parameters() for rule in rules), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)  # float32, sums in another order
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)  # float32 sums in another order
 
 
 def options_for(name: str, x, model) -> dict:

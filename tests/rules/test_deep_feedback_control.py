@@ -100,7 +100,7 @@ def test_a_transposed_jacobian_without_leak_is_the_gauss_newton_step() -> None:
     want = torch.linalg.pinv(jacobian_of(nets.NETS["mlp_tanh"](), x)) @ (-0.3 * error)
     found = -bias_gradients(learn(model, rule, x, y))
     assert torch.allclose(found, want, rtol=1e-9)
-    # It is the smallest change that brings the linearised output to its target, which backpropagation's is not.
+    # The control is the smallest change that brings the linearised output to its target; that of backpropagation is not.
     assert torch.allclose(jacobian_of(nets.NETS["mlp_tanh"](), x) @ found, -0.3 * error, rtol=1e-9)
 
 

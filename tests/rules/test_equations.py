@@ -119,7 +119,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
         x, y = nets.batch(net, seed=step)
         optimizer.zero_grad()
         logits = model(x)
-        # Learned feedback is the reference's own, redrawn feedback that of this forward, and all other still the initial one.
+        # Learned feedback is the reference's, redrawn feedback is that of this forward pass, and other feedback is unchanged.
         present = feedback_arrays(rule) if redrawn else initial
         feedback = {at: {t: params.get(f"{at}.{t}", value) for t, value in tensors.items()} for at, tensors in present.items()}
         given = reference_options(options) | noise_options(case, rule) | kept

@@ -89,7 +89,7 @@ def step(model: nn.Module, rule: fa_bench.Rule, x: Tensor, y: Tensor) -> dict[st
 def test_a_rule_learns_the_same_where_modules_work_in_place(name: str, options: dict[str, Any]) -> None:
     plain, in_place = (step(*attached(works, name, options)) for works in (False, True))
     assert plain.keys() == in_place.keys()
-    # The same operations on the same values.
+    # Both models apply the same operations to the same values.
     assert {key for key, value in plain.items() if not torch.equal(value, in_place[key])} == set()
 
 
@@ -180,7 +180,7 @@ def test_metrics_and_probes_are_the_same_where_modules_work_in_place(
         assert values.keys() == in_place[quantity].keys(), quantity
         for layer, value in values.items():
             other = in_place[quantity][layer]
-            # The same operations on the same values, NaN included.
+            # Both models apply the same operations to the same values, so even NaN must agree.
             assert value == other or (math.isnan(value) and math.isnan(other)), (quantity, layer)
 
 
@@ -205,7 +205,7 @@ class Blocks(nn.Module):
 
 
 CUTTING = [name for name, rule in sorted(ALGORITHMS.items()) if issubclass(rule, CutRule) and not rule.crosses]
-#: They have no cuts, or too few modules for this net.
+#: Rules that have no cuts, or need more modules than this net has.
 WITHOUT = {"weight_perturbation", "dgl", "asfp_lc"}
 
 

@@ -12,7 +12,7 @@ from fa_bench.errors import OptionError
 from fa_bench.registry.options import as_plain, option_fields
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 
-# name: (deviation for fans (fan_in, fan_out), whether uniform). A uniform draw ends at sqrt(3) deviations.
+# The deviation of each initialiser for (fan_in, fan_out), and whether it is uniform. Uniform samples end at sqrt(3) deviations.
 DRAWS = {
     "xavier_uniform": (lambda i, o: math.sqrt(2 / (i + o)), True),
     "xavier_normal": (lambda i, o: math.sqrt(2 / (i + o)), False),
@@ -141,7 +141,7 @@ def test_these_are_for_feedback_alone(name):
 
 # --- weights -------------------------------------------------------------------------------------------------------------------
 
-# The initialisers of weights before weights and feedback had a common table, by name: torch's own functions.
+# torch's own functions, which initialised weights before weights and feedback had a common table.
 TORCHS = {
     "xavier_uniform": nn.init.xavier_uniform_,
     "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
@@ -258,7 +258,7 @@ def test_kolen_pollacks_feedback_of_fully_connected_layers():
     assert torch.equal(plain.feedback["2"]["B"], linear)
 
 
-#: Those of shared errors have an initialiser of their own for fully connected layers.
+#: Rules with shared activations are left out: they have a separate initialiser for fully connected layers.
 WITH_B_INIT = sorted(
     name
     for name, rule in ALGORITHMS.items()

@@ -74,7 +74,7 @@ def test_difference_follows_the_linear_recursion(nesterov, foreach):
         for name, now in differences(model, rule).items():
             velocity[name] = momentum * velocity[name] + decay * want[name]
             want[name] = want[name] - lr * (decay * want[name] + momentum * velocity[name] if nesterov else velocity[name])
-            # Rounding of W and B (entries of order 1) against D of order 0.1, over 12 steps.
+            # The tolerance covers the rounding of W and B (entries of order 1), relative to D of order 0.1, over 12 steps.
             assert (now - want[name]).norm() <= 1e-12 * start[name], name
     assert all(tensor.norm() < 0.9 * start[name] for name, tensor in want.items())
 
@@ -123,7 +123,7 @@ def test_b_lr_scale_scales_the_step_of_b_only(scale):
     for name in layer_names(model):
         step = model.get_submodule(name).weight.detach() - weights[name]
         step_b = rule.feedback[name]["B"].detach() - feedback[name]
-        # Differences of order 1e-3 of numbers of order 1: 1e-16 / 1e-3, with a margin.
+        # Differences of order 1e-3 between numbers of order 1 have a relative error of 1e-16 / 1e-3; the tolerance adds a margin.
         assert (step_b - scale * step).abs().max() <= 1e-11 * max(1.0, scale) * step.abs().max()
         assert step.abs().max() > 0
         assert torch.equal(model.get_submodule(name).weight.grad, rule.feedback[name]["B"].grad)

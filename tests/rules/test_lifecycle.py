@@ -338,7 +338,7 @@ def test_loss_backward_alone_gives_learned_feedback_its_gradient(variant):
 
 @pytest.mark.parametrize("written", ["W", "B"])
 def test_kp_writing_into_one_gradient_leaves_the_other(written):
-    """Nesterov momentum, clipping and gradient scalers write into gradients, once for each tensor they are given."""
+    """Nesterov momentum, clipping and gradient scalers write into gradients, once for every tensor that they receive."""
     model, rule, x, y = start("kp")
     rule_grads(model, rule, x, y)
     layer = model.get_submodule(list(rule.feedback)[1])

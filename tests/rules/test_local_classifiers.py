@@ -11,7 +11,7 @@ from fa_bench.metrics.meter import AlignmentMeter
 
 from .registered import registered
 
-#: One row of pixels, and a column of four: neither is enlarged to the side length to which maps are averaged.
+#: A row of pixels and a column of four are not enlarged to the side length to which maps are averaged.
 SIZES = [(1, 8), (4, 1), (8, 8)]
 
 

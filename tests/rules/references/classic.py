@@ -26,7 +26,7 @@ def bp_fc(chain, params, feedback, x, y):
 
 
 def frozen_blocks(chain, params, feedback, x, y, blocks=()):
-    """The network has a single block, which ends at this layer and keeps its values."""
+    """The gradients of backpropagation, except in the first block, which ends at the given layer and keeps its values."""
     names = [stage.name for stage in chain]
     fixed = names[: names.index(blocks[-1]) + 1]
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}

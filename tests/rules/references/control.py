@@ -29,7 +29,9 @@ def dfc(
     draws=None,
     **_,
 ) -> Arrays:
-    """u_n = (J_n Q_n + alpha I)^-1 (-stepsize dL_n/dz_n); gradient at v = -(phi(v + Q u) - phi(v)) / N, activities controlled."""
+    """The control is u_n = (J_n Q_n + alpha I)^-1 (-stepsize dL_n/dz_n). The gradient at v is -(phi(v + Q u) - phi(v)) / N,
+    with controlled activities.
+    """
     jacobian, logits = jacobians(chain, params, x, feedback), forward(chain, params, x)[-1]
     q = feedback_of(feedback, jacobian, feedback_weights)
     u = control(jacobian, q, -target_stepsize * len(x) * output_error(logits, y), alpha)

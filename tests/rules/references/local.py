@@ -95,9 +95,7 @@ def cosines_backward(units: np.ndarray, lengths: list[float], g: np.ndarray) -> 
 
 
 def deviations(maps: np.ndarray) -> np.ndarray:
-    """The standard deviations s[n,c]: the root of the sum over pixels of (x - mean)², divided by the number of pixels minus
-    one.
-    """
+    """The standard deviations s[n,c] over pixels, with the number of pixels minus one as the divisor of the variance."""
     rows = np.zeros(maps.shape[:2])
     for n, c in product(*map(range, maps.shape[:2])):
         values = maps[n, c].ravel()

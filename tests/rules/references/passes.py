@@ -37,7 +37,9 @@ def altered(chain, params, x, *, before=None, after=None) -> Arrays:
 
 
 def node_perturbation(chain, params, feedback, x, y, sigma=1e-3, perturb_output=True, draws=None, **_) -> Arrays:
-    """error at a cut = d_n xi_n / N; d_n = (L_n(+sigma xi) - L_n(-sigma xi)) / 2 sigma; at the logits the same, or delta."""
+    """The error at a cut is d_n xi_n / N, with d_n = (L_n(+sigma xi) - L_n(-sigma xi)) / 2 sigma. The error at the logits is
+    the same, or delta.
+    """
     plain = altered(chain, params, x)
     last = chain[-1].name
     xi = {cut: noise(draws, cut, plain[cut].shape) for cut in feedback}
@@ -100,7 +102,9 @@ def _of_part(part, params, x, error) -> Arrays:
 
 
 def np_feedback(chain, params, feedback, x, y, sigma=1e-2, draws=None, **_) -> Arrays:
-    """fa's gradients; gradB = 1/N sum_n ghat_n^T (ghat_n B - d_n xi_n), ghat = N g, xi at the input of every layer."""
+    """The gradients are those of fa, and gradB = 1/N sum_n ghat_n^T (ghat_n B - d_n xi_n), with ghat = N g and xi at the input
+    of every layer.
+    """
     carry, errors = {layer: tensors["B"] for layer, tensors in feedback.items()}, {}
     grads = gradients(chain, params, x, y, carry=carry, errors=errors)
     entering, names = inputs(chain, params, x), [stage.name for stage in chain]

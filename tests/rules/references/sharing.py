@@ -47,7 +47,7 @@ def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arr
 
 
 def carried(params: Arrays, feedback) -> Arrays:
-    """The feedback of every layer; layers without B transport their weight."""
+    """The feedback {layer: B}; a layer without B has no entry, so its weight transports the error."""
     return {layer: tensors["B"] for layer, tensors in feedback.items() if "B" in tensors}
 
 

@@ -87,7 +87,9 @@ def grape(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
 
 
 def forward_gradient(chain, params, feedback, x, y, form="activation", cuts=(), draws=None, **_) -> Arrays:
-    """activation: error at a cut = (delta_n . d_n) p_n; weight: gradient = (sum over n of delta_n . d_n) v."""
+    """With activation, the error at a cut is (delta_n . d_n) p_n; with weight, the gradient is (sum over n of delta_n . d_n)
+    v.
+    """
     delta = output_error(forward(chain, params, x)[-1], y)
     if form == "weight":
         v = {name: noise(draws, name, value.shape, True) for name, value in params.items()}
