@@ -87,7 +87,7 @@ def bp_grads(plain: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor | None]
 
 
 def feedback_tensors(rule) -> dict[tuple[str, str], Tensor]:
-    """{(layer or cut, tensor name): live tensor}."""
+    """The live feedback tensors as {(layer or cut, tensor name): tensor}."""
     return {(layer, name): tensor for layer, tensors in rule.feedback.items() for name, tensor in tensors.items()}
 
 

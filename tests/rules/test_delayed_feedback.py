@@ -363,7 +363,7 @@ def test_int32_indices() -> None:
 
 
 def test_labels_are_needed_by_what_depends_on_them() -> None:
-    """The derivative of the loss needs no labels if the first error needs none."""
+    """A rule that uses the derivative of the loss needs no labels if its first error needs none."""
     for options, needed in (
         ({}, True),
         ({"first_epoch": "current"}, False),

@@ -1,4 +1,4 @@
-"""Every rule compared with its reference by loops: one pass on every network, then several whole training steps."""
+"""Every rule is compared with its reference by loops: first one pass on every network, then several whole training steps."""
 
 import numpy as np
 import pytest
@@ -145,7 +145,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
 
 @pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if name not in TRAITS["unscaled"]])
 def test_loss_scaling_scales_every_gradient(case):
-    """A loss times 1024 gives exactly 1024 times the gradients: a rule may take its error only from the loss."""
+    """A loss times 1024 gives exactly 1024 times the gradients, because a rule may take its error only from the loss."""
     rule, model, _, _, _, _ = start(case, "conv")
     x, y = nets.batch("conv")
     model.eval()  # brsf does not sample between the two passes

@@ -72,7 +72,7 @@ def test_one_draw_is_as_good_as_theory_says() -> None:
 
 
 def test_samples_have_derivatives_of_their_own() -> None:
-    """The error of a sample is a multiple of its noise, with a different factor for every sample."""
+    """The error of a sample is a multiple of its noise, and the factor differs between samples."""
     model, rule, x, y = attached()
     seen: dict[str, Tensor] = {}
     errors: list[Tensor] = []

@@ -49,7 +49,9 @@ def test_edge_feedback(draw):
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_direct_feedback(draw):
-    """B is (classes, C H W): fan_in is the size of the cut, fan_out the number of classes (N(0, 1/classes) is normal_fan_out)."""
+    """B is (classes, C H W): its fan_in is the size of the cut, and its fan_out is the number of classes (N(0, 1/classes) is
+    normal_fan_out).
+    """
     model = nn.Sequential(nn.Conv2d(1, 30, 3), nn.ReLU(), nn.Flatten(), nn.Linear(30 * 30, 10))
     rule = fa_bench.attach(model, "dfa", seed=0, b_init=draw, cuts=["1"], sample_input=torch.zeros(2, 1, 8, 7))
     deviation, uniform = DRAWS[draw]
@@ -58,7 +60,7 @@ def test_direct_feedback(draw):
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_direct_feedback_of_the_kernel_form(draw):
-    """B is (classes, inputs of the layer): fan_in is the number of inputs, fan_out the number of classes."""
+    """B is (classes, inputs of the layer): its fan_in is the number of inputs, and its fan_out is the number of classes."""
     model = nn.Sequential(nn.Linear(900, 5), nn.ReLU(), nn.Linear(5, 10))
     rule = fa_bench.attach(model, "dfa", seed=0, form="kernel", b_init=draw)
     deviation, uniform = DRAWS[draw]
@@ -99,7 +101,7 @@ def test_zeros(name):
 
 @pytest.mark.parametrize(("init", "values"), [("trinomial", (-1, 0, 1)), ("binomial", (0, 1))])
 def test_values_with_equal_probability(init, values):
-    """For 18 000 entries, 3 % are six standard errors of a third or a half of them."""
+    """The frequencies among 18 000 entries are within 3 %, which is six standard errors of a frequency of a third or a half."""
     model = nn.Sequential(nn.Linear(4, 900), nn.ReLU(), nn.Linear(900, 20))
     feedback = [fa_bench.attach(copy.deepcopy(model), "dfa", seed=seed, b_init=init, cuts=["1"]).feedback for seed in (0, 0, 1)]
     one, same, other = (tensors["1"]["B"] for tensors in feedback)
@@ -269,7 +271,7 @@ CASES = [*((name, {"samples": 8} if name == "f3" else {}) for name in WITH_B_INI
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_the_option_reaches_the_feedback_of_every_rule(name: str, options: dict) -> None:
-    """Two initialisers give every B different values."""
+    """Every B has different values under two different initialisers."""
 
     def drawn(**chosen: str) -> list[torch.Tensor]:
         torch.manual_seed(0)

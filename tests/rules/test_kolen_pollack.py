@@ -200,7 +200,7 @@ def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
 
 
 def test_clipping_scales_shared_gradients_once():
-    """W and B then have separate gradients, and the norm of all gradients together is the requested one."""
+    """With clipping, W and B have separate gradients, and the norm of all gradients together is the requested one."""
     model, (x, y) = nets.mlp().float(), nets.batch("mlp")
     rule = fa_bench.attach(model, "kp", seed=0)
     optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)

@@ -277,7 +277,7 @@ def test_rules_without_feedback_of_layers_say_so():
 
 
 def test_rules_one_after_the_other_on_one_model():
-    """Detach leaves nothing that affects the next rule; the same seed gives the first rule's gradients again."""
+    """Detach leaves nothing that affects the next rule, and the same seed gives the first rule's gradients again."""
     x, y = nets.batch("conv")
     model, results = nets.convnet(), []
     for name in ("fa", "kp", "dfa", "predsim", "fa"):

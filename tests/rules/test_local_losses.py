@@ -356,7 +356,7 @@ def test_magnitudes_of_a_separate_carrier_belong_to_their_cut():
 
 
 def test_auxiliary_layers_are_drawn_on_the_cpu_whatever_torchs_default_device():
-    """An accelerator would sample other numbers; meta, which represents it here, samples none."""
+    """An accelerator would sample other numbers. The device meta represents one here, and samples none."""
     before = torch.get_rng_state()
     with torch.device("meta"), _seeded(3):
         drawn = nn.Linear(4, 3).weight

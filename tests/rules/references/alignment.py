@@ -14,7 +14,7 @@ from .classic import fa
 
 
 def outputs(stage, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """z of every sample, (N, O, P), P output positions."""
+    """The outputs z of every sample, (N, O, P), with P output positions."""
     if stage.kind == "linear":
         return np.array([[[sum(w[i] * row[i] for i in range(len(row)))] for w in weight] for row in x])
     return conv_forward(stage, x, weight, None).reshape(len(x), len(weight), -1)

@@ -11,7 +11,7 @@ def dual_propagation(chain, params, feedback, x, y, beta=0.01):
 
 
 REFERENCES = {"dual_propagation": dual_propagation}
-# So large that slopes of ReLU saturate at one half, and those of tanh differ from its derivative.
+# This beta is so large that slopes of ReLU saturate at one half, and those of tanh differ from its derivative.
 CASES = {
     "dual_propagation": ("dual_propagation", {"beta": 3.0}),
     "fa-dual": ("fa", {"derivative": "dual", "beta": 3.0}),

@@ -11,7 +11,7 @@ Part = list[Stage]
 
 def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> Arrays:
     """Starting from e = 0, each step sets v = momentum v + dE/de and e = e - rate v, where s_l = f_l(s_{l-1}) + e_l. The local
-    gradients follow.
+    gradients are computed after the last step.
     """
     parts = blocks(chain, feedback)
     errors = [np.zeros_like(value) for value in states_of(parts, params, x)]
@@ -29,7 +29,7 @@ def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) ->
 
 def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> Arrays:
     """Starting from the states s of the forward pass, each step sets v = momentum v + dE/ds and s = s - rate v. The local
-    gradients follow.
+    gradients are computed after the last step.
     """
     parts = blocks(chain, feedback)
     states = states_of(parts, params, x)

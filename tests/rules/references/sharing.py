@@ -70,8 +70,9 @@ def asfp(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", fr
 
 
 def of_feedback(chain, grads: Arrays, errors: Arrays, learning: list[str], stand_ins: Arrays) -> Arrays:
-    """gradB of each layer: from the activation that replaces its input and the error at its output, otherwise the gradient of its
-    weight."""
+    """The gradient of each B. It comes from the activation that replaces the input of the layer and the error at its output; a
+    layer without such an activation uses the gradient of its weight.
+    """
     stages, found = {stage.name: stage for stage in chain}, {}
     for layer in learning:
         if layer not in stand_ins:

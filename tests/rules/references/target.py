@@ -13,7 +13,9 @@ def ddtp_linear(chain, params, feedback, x, y, **_):
 
 
 def through_map(weight: np.ndarray, above: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """G of the layers after a block, in the shape of its input: a linear layer, or a 3x3 convolution of an enlarged map."""
+    """Apply G of the layers after a block, in the shape of its input: G is a linear layer, or a 3x3 convolution of an enlarged
+    map.
+    """
     if weight.ndim == 2:
         return linear_forward(above.reshape(len(above), -1), weight, None).reshape(len(above), *shape)
     rows, columns = (np.arange(size) * given // size for size, given in zip(shape[1:], above.shape[2:], strict=True))
