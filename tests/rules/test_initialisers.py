@@ -101,7 +101,7 @@ def test_zeros(name):
 
 @pytest.mark.parametrize(("init", "values"), [("trinomial", (-1, 0, 1)), ("binomial", (0, 1))])
 def test_values_with_equal_probability(init, values):
-    """The frequencies among 18 000 entries are within 3 %, which is six standard errors of a frequency of a third or a half."""
+    """With 18 000 entries, the tolerance is at least six standard errors of each frequency, a third or a half."""
     model = nn.Sequential(nn.Linear(4, 900), nn.ReLU(), nn.Linear(900, 20))
     feedback = [fa_bench.attach(copy.deepcopy(model), "dfa", seed=seed, b_init=init, cuts=["1"]).feedback for seed in (0, 0, 1)]
     one, same, other = (tensors["1"]["B"] for tensors in feedback)
