@@ -1,4 +1,6 @@
-"""Shared by the rule tests: attaching, one pass, comparisons, and autograd surrogates of a rule's gradients."""
+"""Helpers that the rule tests share: attaching a rule, running one pass, comparing gradients, and autograd surrogates of a
+rule's gradients.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ STORED = {
     "wm": "B",
     "mixed": "F",
 }
-# Options for tests whose subject they are not: less work, the same code.
+# Options that reduce the work of tests of other properties, while the same code runs.
 QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}, "f3": {"samples": 16}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # The errors that a mistake in a call may raise: attach's own errors are ValueErrors; a missing name may also be a lookup or a
@@ -46,7 +48,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def cut_options(name: str, model: nn.Module, options: dict) -> dict:
-    """The options with activations as cuts if the rule takes cuts, and with the first layer for blocks."""
+    """The options of a rule: activations as cuts if the rule takes cuts, and the first layer for blocks."""
     if "blocks" in {field.name for field in option_fields(ALGORITHMS[name])}:
         return {"blocks": layer_names(model)[:1]} | options
     if "cuts" not in {field.name for field in option_fields(ALGORITHMS[name])} or options.get("form") == "kernel":
@@ -59,7 +61,7 @@ def backward(rule, loss: Tensor, logits: Tensor, target: Tensor | None = None) -
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the plain model by name: those of an attached model, without learned feedback."""
+    """The parameters of the plain model by name; for an attached model, learned feedback is left out."""
     return {name: parameter for name, parameter in model.named_parameters() if "feedback_" not in name}
 
 
@@ -85,7 +87,7 @@ def bp_grads(plain: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor | None]
 
 
 def feedback_tensors(rule) -> dict[tuple[str, str], Tensor]:
-    """{(layer or cut, tensor name): live tensor}."""
+    """The live feedback tensors as {(layer or cut, tensor name): tensor}."""
     return {(layer, name): tensor for layer, tensors in rule.feedback.items() for name, tensor in tensors.items()}
 
 
@@ -94,7 +96,7 @@ def feedback_arrays(rule) -> dict[str, dict[str, np.ndarray]]:
 
 
 def copy_weights_into_feedback(model: nn.Module, rule) -> None:
-    """B = W (or M = |W|) for every layer."""
+    """Set B = W (or M = |W|) for every layer."""
     with torch.no_grad():
         for layer, tensors in rule.feedback.items():
             weight = model.get_submodule(layer).weight
@@ -119,9 +121,10 @@ def distance(got, want, floor: float = 1e-30) -> float:
 
 
 def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
-    """The same tensors have a gradient, with the same values up to ``rel``.
+    """Assert that the same tensors have a gradient, with the same values up to ``rel``.
 
-    Relative to each tensor's own largest entry, at least to 1e-3 of the largest of all: a bias before BatchNorm has gradient 0.
+    The tolerance is relative to each tensor's own largest entry, which counts as at least 1e-3 of the largest entry of all
+    tensors, because a bias before BatchNorm has gradient 0.
     """
     present = {name for name, grad in got.items() if grad is not None}
     assert present == set(want), f"gradients of {sorted(present)}, wanted {sorted(want)}"
@@ -132,7 +135,7 @@ def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
 
 
 def assert_bitwise(got: dict, want: dict) -> None:
-    """The same tensors (or None) under the same names, bitwise."""
+    """Assert that both have the same tensors (or None) under the same names, bitwise."""
     assert set(got) == set(want)
     for name in want:
         assert (got[name] is None) == (want[name] is None), f"{name}: got {got[name]}, wanted {want[name]}"
@@ -146,7 +149,7 @@ def state_of(rule) -> tuple[dict, dict]:
 
 
 def restore(rule, state: tuple[dict, dict]) -> None:
-    """The rule in the state of the call of `state_of`, so that the same noise is sampled again."""
+    """Restore the rule to the state returned by `state_of`, so that it samples the same noise again."""
     rule.model.load_state_dict(state[1])
     rule.load_state_dict(state[0])
 
@@ -155,7 +158,9 @@ def restore(rule, state: tuple[dict, dict]) -> None:
 
 
 class TwoFaced(nn.Module):
-    """Forward value and weight gradient of ``layer``; input gradient of the same layer with weight ``feedback``."""
+    """A layer with the forward value and weight gradient of ``layer``, and the input gradient of the same layer with weight
+    ``feedback``.
+    """
 
     def __init__(self, layer: nn.Module, feedback: Tensor) -> None:
         super().__init__()

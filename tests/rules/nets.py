@@ -23,7 +23,7 @@ def _seeded(build, seed: int, dtype: torch.dtype) -> nn.Module:
 
 
 def mlp(activation=nn.Tanh, *, batch_norm: bool = False, seed: int = 1, dtype=torch.float64) -> nn.Sequential:
-    """7-5-6-3."""
+    """A fully connected 7-5-6-3 network."""
 
     def build():
         stages = [("fc1", nn.Linear(7, 5)), ("bn1", nn.BatchNorm1d(5)), ("act1", activation())]
@@ -34,14 +34,16 @@ def mlp(activation=nn.Tanh, *, batch_norm: bool = False, seed: int = 1, dtype=to
 
 
 def one_hidden(*, seed: int = 2, dtype=torch.float64) -> nn.Sequential:
-    """7-5-3."""
+    """A fully connected 7-5-3 network."""
     return _seeded(
         lambda: nn.Sequential(OrderedDict(fc1=nn.Linear(7, 5), act1=nn.Tanh(), fc2=nn.Linear(5, CLASSES))), seed, dtype
     )
 
 
 def convnet(activation=nn.ReLU, *, batch_norm: bool = False, seed: int = 3, dtype=torch.float64) -> nn.Sequential:
-    """Strided and padded, then grouped: 2x6x7 -> 4x3x4 -> 6x3x4 -> 72 -> (with batch_norm 5 ->) 3."""
+    """A network with a strided, padded convolution and then a grouped one: 2x6x7 -> 4x3x4 -> 6x3x4 -> 72 -> (with batch_norm 5
+    ->) 3.
+    """
 
     def build():
         stages = [("conv1", nn.Conv2d(2, 4, 3, stride=2, padding=1)), ("bn1", nn.BatchNorm2d(4)), ("act1", activation())]
@@ -58,7 +60,9 @@ def convnet(activation=nn.ReLU, *, batch_norm: bool = False, seed: int = 3, dtyp
 
 
 class Residual(nn.Module):
-    """A stem, a block with an identity shortcut, a strided block with a projection, a head; BatchNorm and in-place ReLU."""
+    """A residual network with a stem, a block with an identity shortcut, a strided block with a projection, and a head. It has
+    BatchNorm and in-place ReLU.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Stage:
-    """One module of the chain: its name, its kind, for convolutions its geometry, and for poolings the size they average to."""
+    """One module of the chain: its name, its kind, the geometry of a convolution, and the size to which a pooling averages."""
 
     name: str
     kind: str
@@ -57,7 +57,7 @@ def weighted(chain: list[Stage]) -> list[str]:
 
 
 def _taps(stage: Stage, x_shape, w_shape, y_shape):
-    """Every product of a convolution as (n, o, i in its group, i in x, p, q, a, b, row, column), padding left out."""
+    """Every product of a convolution as (n, o, i in its group, i in x, p, q, a, b, row, column), without those of the padding."""
     n_out_group = w_shape[0] // stage.groups
     sizes = (x_shape[0], w_shape[0], w_shape[1], y_shape[2], y_shape[3], w_shape[2], w_shape[3])
     for n, o, i, p, q, a, b in product(*map(range, sizes)):
@@ -167,7 +167,7 @@ def bn_forward(stage: Stage, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray)
 
 
 def bn_backward(stage: Stage, x: np.ndarray, g: np.ndarray, gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Error at the input, gradient of gamma, gradient of beta: exact, batch statistics included."""
+    """The exact error at the input and the exact gradients of gamma and beta; the batch statistics are differentiated, too."""
     error, grad_gamma, grad_beta = np.zeros_like(x), np.zeros_like(gamma), np.zeros_like(gamma)
     for f in range(x.shape[1]):
         unit, deviation = _normalised(stage, x[:, f])
@@ -291,7 +291,9 @@ def gradients(
 
 
 def dual_error(kind: str, a: np.ndarray, g: np.ndarray, beta: float) -> np.ndarray:
-    """g_in = (phi(a + beta N g) - phi(a - beta N g)) / (2 beta N): g of a mean loss is 1/N of a sample's own error."""
+    """The error g_in = (phi(a + beta N g) - phi(a - beta N g)) / (2 beta N). The g of a mean loss is 1/N of a sample's own
+    error.
+    """
     error, step = np.zeros_like(g), beta * a.shape[0]
     for at in np.ndindex(a.shape):
         high, low = a[at] + step * g[at], a[at] - step * g[at]
@@ -303,7 +305,7 @@ def dual_error(kind: str, a: np.ndarray, g: np.ndarray, beta: float) -> np.ndarr
 
 
 def sgd_step(params: Arrays, velocity: Arrays, grads: Arrays, *, lr: float, momentum: float, decay: float, nesterov=False):
-    """In place, for every tensor with a gradient: d = g + decay p; v = momentum v + d; p -= lr (v, or d + momentum v)."""
+    """Update every tensor that has a gradient in place: d = g + decay p; v = momentum v + d; p -= lr (v, or d + momentum v)."""
     for name, grad in grads.items():
         direction = grad + decay * params[name]
         velocity[name] = momentum * velocity.get(name, np.zeros_like(grad)) + direction

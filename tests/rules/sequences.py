@@ -13,7 +13,7 @@ Vector = list[float]
 
 
 class Layer:
-    """y = W x + b, whose backward pass uses E instead of W; gradients accumulate over calls.
+    """A layer y = W x + b whose backward pass uses E instead of W; gradients accumulate over calls.
 
     Args:
         weight: W (O, I).
@@ -48,7 +48,7 @@ Rows = tuple[Layer, range]
 
 
 def packed(layer: Layer) -> list[Rows]:
-    """The projections of queries, keys and values that have one weight, (3E, E)."""
+    """The projections of queries, keys and values, which have one common weight (3E, E)."""
     size = len(layer.weight) // 3
     return [(layer, range(number * size, (number + 1) * size)) for number in range(3)]
 
@@ -65,7 +65,7 @@ def attention(
     """The errors at queries, keys and values, from the errors at the outputs of attention without masks.
 
     Args:
-        projections: of queries, keys and values, each with E rows.
+        projections: the projections of queries, keys and values, each with E rows.
         output: W (E, E).
     """
     features = len(output.weight)
@@ -139,7 +139,7 @@ def lstm(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> li
 
 
 def gru(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
-    """As in `lstm`, for h' = (1 - z) n + z h with n = tanh(n_x + r n_h)."""
+    """The errors of `lstm`, for h' = (1 - z) n + z h with n = tanh(n_x + r n_h)."""
     size = len(hh.weight) // 3
     h = [0.0] * size
     steps = []
@@ -168,7 +168,7 @@ def gru(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> lis
 
 
 def rnn(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
-    """As in `lstm`, for h' = tanh(a + b)."""
+    """The errors of `lstm`, for h' = tanh(a + b)."""
     h = [0.0] * len(hh.weight)
     steps = []
     for x in inputs:

@@ -72,7 +72,7 @@ def test_the_mirror_ends_at_the_weight_times_the_moments_of_the_inputs(alpha: fl
 
 @pytest.mark.parametrize("gamma", [0.05, 0.2])
 def test_information_alignment_ends_at_the_inverse_of_target_propagation(gamma: float) -> None:
-    """(W C Wᵀ + (γ / β) I)⁻¹ W C."""
+    """The fixed point of the feedback is (W C Wᵀ + (γ / β) I)⁻¹ W C."""
     x, beta = random(50, 6), 0.2
     feedback, weight, _ = converged("information_alignment", x, steps=3000, alpha=2 * beta, beta=beta, gamma=gamma)
     c = x.t() @ x / 50
@@ -87,7 +87,7 @@ def test_information_alignment_of_white_inputs_without_decay_ends_at_the_pseudo_
 
 
 def test_a_convolution_ends_at_its_kernel() -> None:
-    """With padding and stride, such that all patches together span every entry of the kernel."""
+    """The convolution has padding and a stride such that all patches together span every entry of the kernel."""
     feedback, weight, _ = converged(
         "activation_alignment", random(20, 2, 6, 5), nn.Conv2d(2, 3, 3, stride=2, padding=1), steps=1500, alpha=0.1, beta=0.2
     )
@@ -95,7 +95,9 @@ def test_a_convolution_ends_at_its_kernel() -> None:
 
 
 def test_noise_is_white_so_that_the_mirror_ends_near_half_of_the_weight() -> None:
-    """From inputs without information. A mean over the last 100 or so updates of 100 samples: C is I within 1/√10000 an entry."""
+    """The inputs carry no information. The mean covers about the last 100 updates of 100 samples, so every entry of C is within
+    1/√10000 of that of I.
+    """
     feedback, weight, _ = converged(
         "regularized_mirror", 0 * random(3, 6), steps=800, lr=0.1, alpha=0.05, beta=0.05, signal="noise", noise_batch=100
     )
@@ -336,7 +338,9 @@ def test_gradients_do_not_depend_on_the_batch_without_its_input(name: str, optio
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 @pytest.mark.parametrize("name", RULES)
 def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: str) -> None:
-    """Numbers that are not finite: the decay of the feedback, and its similarity to the weight."""
+    """For an empty batch, the decay of the feedback and its similarity to the weight remain, and no number that is not finite is
+    added.
+    """
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, update_forward=True)
     logits = model(x[:0])
@@ -347,7 +351,7 @@ def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: st
 
 
 def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
-    """Keys and values of attention have other inputs than queries: 4 of the 12 rows of the joint weight see the first tokens."""
+    """In attention, keys and values have other inputs than queries: 4 of the 12 rows of the joint weight see the first tokens."""
     torch.manual_seed(0)
 
     class Net(nn.Module):

@@ -31,7 +31,9 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 class Attends(nn.Module):
-    """4-6, attention with two heads, 6-3; the keys of cross attention are computed from the same inputs."""
+    """A layer from 4 to 6 features, attention with two heads, and a layer from 6 to 3; the keys of cross attention are computed
+    from the same inputs.
+    """
 
     def __init__(self, cross: bool, **options: Any) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class Attends(nn.Module):
 
 
 class Recurs(nn.Module):
-    """4-5, a recurrent module with 3 units, 3-2, at every time step."""
+    """A layer from 4 to 5 features, a recurrent module with 3 units, and a layer from 3 to 2, applied at every time step."""
 
     def __init__(self, core: nn.Module, width: int = 3) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class Recurs(nn.Module):
 
 
 class Multiplies(nn.Module):
-    """4-3 and 4-5, multiplied to 2."""
+    """Two layers, from 4 to 3 and from 4 to 5 features, whose outputs a bilinear module multiplies to 2 features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +175,7 @@ def attended(projections: list[Rows], output: Layer, q: list, k: list, v: list) 
     return results
 
 
-#: name -> (function that creates the module, the names of its layers, its reference)
+#: The function that creates each module, the names of its layers, and its reference.
 RECURRENT: dict[str, tuple[Callable[[], nn.Module], tuple[str, str], Callable[..., Any]]] = {
     "LSTM": (lambda: nn.LSTM(5, 3), ("core.ih_l0", "core.hh_l0"), lstm),
     "GRU": (lambda: nn.GRU(5, 3), ("core.ih_l0", "core.hh_l0"), gru),
@@ -298,7 +300,7 @@ def test_the_weights_as_feedback_are_backpropagation(name: str, kind: str) -> No
     plain = gradients(rule.detach())
     assert found.keys() == exact.keys() == plain.keys() == {name for name, _ in model.named_parameters()}
     for key, gradient in found.items():
-        # The same arithmetic; fused kernels sum in a different order.
+        # The arithmetic is the same, but fused kernels sum in a different order.
         assert torch.equal(gradient, exact[key])
         assert (gradient - plain[key]).abs().max() <= 1e-5 * plain[key].abs().max() + 1e-7
 

@@ -28,7 +28,7 @@ def convnet() -> nn.Sequential:
     return model
 
 
-#: None of them has normalisation that fails for a batch of one image of 16 x 16.
+#: Models without a normalisation that fails for a batch of one image of 16 x 16.
 MODELS = {
     "mlp": lambda: MLP(widths=[6, 6, 6]).build((1, 16, 16), 3),
     "conv": convnet,

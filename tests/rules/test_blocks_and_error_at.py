@@ -100,7 +100,7 @@ MICRO = {"cuts": ["*norm1", "*act", "*norm2"], "error_at": "layers.1.norm2"}
 @pytest.mark.parametrize("options", [MACRO, MICRO, {**MACRO, "error_at": None}], ids=["macro", "micro", "macro, logits"])
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_the_settings_of_launay_et_al(name: str, options: dict[str, Any]):
-    """A forward pass that is detached at each cut, and backward passes from δ B at each."""
+    """The reference is a forward pass that is detached at each cut, with one backward pass from δ B at each cut."""
     model, plain, (x, y) = transformer(), transformer(), words()
     form = {"form": "shared"} if name == "dfa" else {}
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, within="block", **options, **form)
@@ -140,7 +140,7 @@ def test_the_settings_of_launay_et_al(name: str, options: dict[str, Any]):
 
 
 def test_without_a_cut_there_the_module_has_its_exact_error():
-    """The second block learns by backpropagation, the first one from δ B."""
+    """The second block learns by backpropagation, and the first one learns from δ B."""
     model, (x, y) = transformer(), words()
     rule = fa_bench.attach(model, "dfa", seed=0, sample_input=x, within="block", cuts=["layers.0"], error_at="layers.1")
     got = train(model, rule)
@@ -186,7 +186,7 @@ def test_within_layer_an_embedding_needs_a_cut_of_its_own():
 
 
 class Factorised(nn.Embedding):
-    """A look-up in a narrow table, and a layer that widens its result."""
+    """A model with an embedding in a narrow table, followed by a layer that widens its output."""
 
     def __init__(self, words: int, narrow: int, width: int) -> None:
         super().__init__(words, narrow)
@@ -220,7 +220,7 @@ def test_suggested_cuts_work_on_a_transformer(name: str):
 
 
 class Functional(Transformer):
-    """Mixes with a parameter of its own, which no rule covers."""
+    """A model that mixes its activations with a parameter of its own, which no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ def test_layers_after_the_module_learn_by_backpropagation():
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
-    """The error is taken at the output of both, whichever of them is named."""
+    """The error is taken at the shared output, no matter which of the two modules is named."""
     found = []
     for origin in ("2", "2.1"):
         plain = chain(4, 4, 4, 4)
@@ -446,7 +446,7 @@ def test_detaching_leaves_backpropagation():
 
 
 class Checkpointed(Transformer):
-    """Each layer, or the whole model, is recomputed in the backward pass."""
+    """A model that recomputes each layer, or the whole model, in the backward pass."""
 
     by_layer = True
 
@@ -473,7 +473,7 @@ def test_activation_checkpointing_around_the_module(name: str, by_layer: bool, o
 
 
 class Extra(nn.Sequential):
-    """4-6-6-3, which also runs its second layer without gradients in training."""
+    """A 4-6-6-3 network that also runs its second layer without gradients in training."""
 
     how = ""
 

@@ -25,7 +25,9 @@ def attached(name: str):
 
 @pytest.mark.parametrize("name", [*CUT_RULES, "forward_alignment"])
 def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
-    """Only with gradients: evaluating a part, or differentiating it exactly, is harmless."""
+    """Calling a part of the model is refused only with gradients, because evaluating a part, or differentiating it exactly, is
+    harmless.
+    """
     model, rule, x, y = attached(name)
     want = rule_grads(model, rule, x, y)
     with pytest.raises(CoverageError, match=r"'(act1|fc1)' ran outside a forward pass of the attached model; call the model"):
@@ -40,7 +42,7 @@ def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
 @pytest.mark.parametrize("name", CUT_RULES)
 @pytest.mark.parametrize("loss", ["of other numbers", "of an exact pass"])
 def test_a_loss_from_no_training_pass_of_the_model_is_refused(name, loss):
-    """Otherwise, no error would be delivered, without a message."""
+    """If such a loss were accepted, the rule would silently deliver no error."""
     model, rule, x, y = attached(name)
     if loss == "of an exact pass":
         with rule.exact():
@@ -83,7 +85,7 @@ def test_a_rule_object_is_in_one_model(name):
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_two_cuts_at_one_tensor_are_refused(name):
-    """A block and its last module, both of which a pattern may match."""
+    """A pattern may match both a block and its last module, which have the same output."""
     model = nn.Sequential(
         nn.Sequential(nn.Linear(4, 5), nn.ReLU()),
         nn.Sequential(nn.Linear(5, 4), nn.ReLU()),
@@ -98,7 +100,7 @@ def test_two_cuts_at_one_tensor_are_refused(name):
 
 @pytest.mark.parametrize("name", [*CUT_RULES, "ddtp_linear"])
 def test_logits_may_be_changed_in_place(name):
-    """For example by a temperature: the same as out of place."""
+    """Dividing the logits by a temperature in place, for example, gives the same gradients as doing so out of place."""
     found = []
     for change in (lambda logits: logits.mul_(0.5), lambda logits: logits * 0.5):
         model, rule, x, y = attached(name)
@@ -129,7 +131,7 @@ def test_a_copy_of_a_layer_with_feedback_is_refused():
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_a_cut_in_front_of_the_first_layer_is_refused(name):
-    """An error would be useless there."""
+    """An error at a cut before the first layer would train nothing."""
     model = nn.Sequential(nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     with pytest.raises(CoverageError, match="cut '0' has no layer with weights before it"):
         fa_bench.attach(model, name, sample_input=torch.zeros(2, 4), cuts=["0", "2", "4"])

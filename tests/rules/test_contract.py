@@ -96,7 +96,9 @@ def test_feedback_equal_to_the_weight_is_backpropagation(name, layer):
 @pytest.mark.parametrize("net", BUILD)
 @pytest.mark.parametrize("name", ["fa", "brsf", "frsf", "kp"])
 def test_whole_networks(name, net):
-    """Residual additions, projections, in-place ReLU and BatchNorm; brsf in evaluation mode, where it keeps its magnitudes."""
+    """The networks have residual additions, projections, in-place ReLU and BatchNorm. brsf runs in evaluation mode, where it
+    keeps its magnitudes.
+    """
     build = BUILD[net]
     plain, model = build(dtype=torch.float32), build(dtype=torch.float32)
     x, y = nets.batch(net, dtype=torch.float32)
@@ -169,7 +171,9 @@ def test_seed_gives_the_same_numbers_in_both_memory_formats():
 
 @pytest.mark.parametrize("name", ["kp", "pfa", "mixed"])
 def test_gradients_of_learned_feedback_are_laid_out_as_it_is(name):
-    """A fused update traverses both in the order of their memory: a step in channels_last equals one in the other format."""
+    """A fused update traverses a tensor and its gradient in memory order, so a step in channels_last must equal a step in the
+    other format.
+    """
     models = [nets.residual(dtype=torch.float32) for _ in range(2)]
     models[0].to(memory_format=torch.channels_last)
     rules = [fa_bench.attach(model, name, seed=0) for model in models]
@@ -183,7 +187,7 @@ def test_gradients_of_learned_feedback_are_laid_out_as_it_is(name):
             assert all(size == 1 or of_grad == own for size, of_grad, own in strides)
         torch.optim.SGD(learned, lr=1.0, fused=True).step()
     for one, two in zip(*(rule.feedback_parameters() for rule in rules), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)  # float32, sums in another order
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)  # float32 sums in another order
 
 
 def options_for(name: str, x, model) -> dict:
@@ -195,7 +199,9 @@ COPIES = [("fa", {"b_init": "copy_w"}), ("kp", {"b_init": "copy_w"})]
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in (*STORED, "predsim", "dgl")), *COPIES], ids=str)
 def test_feedback_shares_no_storage(name, options):
-    """Neither with a weight nor with another feedback tensor, nor after the model has been converted to another dtype."""
+    """A feedback tensor shares storage neither with a weight nor with another feedback tensor, even after the model has been
+    converted to another dtype.
+    """
     x, _ = nets.batch("conv")
     model = nets.convnet(batch_norm=True)
     rule = fa_bench.attach(model, name, seed=0, **options, **options_for(name, x, model))
@@ -224,7 +230,9 @@ def test_same_seed_same_feedback_other_seed_other_feedback(name):
 
 @pytest.mark.parametrize("name", ["bp", "frozen", "bp_fc", "usf", *STORED, "predsim", "dgl"])
 def test_global_generator_and_model_are_not_disturbed_by_attach(name):
-    """Even with a dropout layer, for which the sample forward would sample, and BatchNorm, whose statistics it would change."""
+    """The model has a dropout layer, which samples in a forward pass, and BatchNorm, whose statistics a forward pass changes.
+    The forward pass in attach must do neither.
+    """
     x, y = nets.batch("conv")
     model = nets.convnet(batch_norm=True)
     model.act1 = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
@@ -246,7 +254,7 @@ def test_global_generator_and_model_are_not_disturbed_by_attach(name):
 @pytest.mark.parametrize("name", ["fa", "kp", "usf"])
 @pytest.mark.parametrize("net", ["mlp_bn", "conv_bn"])
 def test_autocast_to_float16_is_to_float16(name, net):
-    """The dtype is that of the caller's autocast, in the forward and backward pass."""
+    """The forward and backward passes use the dtype of the caller's autocast."""
     model, (x, y) = BUILD[net](dtype=torch.float32), nets.batch(net, dtype=torch.float32)
     rule = fa_bench.attach(model, name, seed=0)
     seen = []
@@ -295,7 +303,7 @@ def test_second_derivatives_are_those_of_the_formulas():
     ids=["2d", "3d", "transposed"],
 )
 def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
-    """A different one costs a copy in every step."""
+    """If the memory formats differed, every step would need a copy."""
     for wanted in (last, torch.contiguous_format):
         model = nn.Sequential(build()).to(memory_format=wanted)
         rule = fa_bench.attach(model, name, seed=0)
@@ -313,7 +321,7 @@ def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
     ids=["1d", "2d"],
 )
 def test_a_transposed_convolution_gives_the_size_that_is_asked_for(name, build, shape, sizes):
-    """With the output and the gradient of the plain layer, whatever the size."""
+    """For every requested size, the output and the gradient are those of the plain layer."""
     torch.manual_seed(0)
     plain, x = build().double(), torch.randn(shape, dtype=torch.float64)
 

@@ -34,7 +34,7 @@ def test_two_steps_train_every_layer(name, model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_where_the_cuts_are(model):
-    """Every activation; for dgl the ends of the blocks, except the one before the output layer."""
+    """Every activation is a cut; for dgl, the cuts are the ends of the blocks, except for the block before the output layer."""
     assert list(registered(model, "dgl")[1].feedback) == BLOCKS[model]
     for name in ("local_error", "predsim"):
         cuts = list(registered(model, name)[1].feedback)
@@ -44,10 +44,10 @@ def test_where_the_cuts_are(model):
 @pytest.mark.parametrize("name", ["drtp", *LOCAL])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_gradient_does_not_depend_on_later_layers(name, model):
-    """Update unlocking: the layers after a cut, and with them the output error, may change; gradients before it are bitwise
-    identical.
+    """Under update unlocking, the layers after a cut may change, and with them the output error; the gradients before the cut
+    stay bitwise identical.
 
-    The last cut splits the network; every weight above it is changed, those of normalisation too.
+    The last cut splits the network. The test changes every weight above it, including those of normalisation.
     """
     net, rule, x, y = registered(model, name)
     last = list(rule.feedback)[-1]
@@ -73,7 +73,7 @@ def test_a_gradient_does_not_depend_on_later_layers(name, model):
 
 
 def test_the_same_test_fails_for_direct_feedback():
-    """dfa's error is computed from the output: with another output layer, every gradient changes."""
+    """The error of dfa is computed from the network's output, so every gradient changes with another output layer."""
     net, rule, x, y = registered("mlp", "dfa")
     before = rule_grads(net, rule, x, y)
     with torch.no_grad():

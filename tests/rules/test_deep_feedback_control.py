@@ -47,7 +47,7 @@ def layers_of(model: nn.Module) -> list[nn.Linear]:
 
 
 def output_after(model: nn.Module, voltages: list[Tensor], x: Tensor) -> Tensor:
-    """The output with something added to the voltage of every layer, of a chain of linear layers and tanh."""
+    """The output of a chain of linear layers and tanh, with something added to the voltage of every layer."""
     *hidden, last = layers_of(model)
     for layer, added in zip(hidden, voltages, strict=False):
         x = torch.tanh(layer(x) + added)
@@ -71,7 +71,9 @@ def bias_gradients(found: dict[str, Tensor]) -> Tensor:
     ("net", "difference"), [("mlp_tanh", "voltage"), ("conv", "voltage"), ("mlp_relu", "nonlinear"), ("conv", "nonlinear")]
 )
 def test_a_transposed_jacobian_and_much_leak_are_backpropagation(net: str, difference: str) -> None:
-    """Q u = -stepsize / alpha Jᵀ dL/dz (1 + O(1 / alpha)); derivatives of ReLU are their own squares."""
+    """With a large leak alpha, Q u = -stepsize / alpha Jᵀ dL/dz (1 + O(1 / alpha)). The derivative of ReLU equals its own
+    square.
+    """
     options = {"feedback_weights": "jacobian", "alpha": 1e7, "target_stepsize": 0.5}
     model, rule = attached(net, learning_rule=f"{difference}_difference", **options)
     x, y = nets.batch(net)
@@ -80,7 +82,7 @@ def test_a_transposed_jacobian_and_much_leak_are_backpropagation(net: str, diffe
 
 
 def test_the_difference_of_activities_has_another_derivative() -> None:
-    """For tanh in the hidden layers, whose weights then learn with its square."""
+    """The hidden layers have tanh, so their weights learn with the square of its derivative."""
     x, y = nets.batch("mlp_tanh", size=1)
     found = {}
     for difference in ("voltage", "nonlinear"):
@@ -98,13 +100,15 @@ def test_a_transposed_jacobian_without_leak_is_the_gauss_newton_step() -> None:
     want = torch.linalg.pinv(jacobian_of(nets.NETS["mlp_tanh"](), x)) @ (-0.3 * error)
     found = -bias_gradients(learn(model, rule, x, y))
     assert torch.allclose(found, want, rtol=1e-9)
-    # It is the smallest change that brings the linearised output to its target, which backpropagation's is not.
+    # The control is the smallest change that brings the linearised output to its target; that of backpropagation is not.
     assert torch.allclose(jacobian_of(nets.NETS["mlp_tanh"](), x) @ found, -0.3 * error, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["fixed", "jacobian"])
 def test_the_closed_form_is_where_the_dynamics_come_to_rest(kind: str) -> None:
-    """Euler steps of the controller and of all voltages, without linearisation, which costs O(stepsize)."""
+    """The reference integrates the controller and all voltages by Euler steps without linearisation; the closed form linearises,
+    which costs an error of O(stepsize).
+    """
     x, y = nets.batch("mlp_tanh", size=1)
     plain, distances = nets.NETS["mlp_tanh"](), []
     for stepsize in (1e-2, 1e-3):
@@ -129,7 +133,7 @@ def test_the_closed_form_is_where_the_dynamics_come_to_rest(kind: str) -> None:
 
 
 def test_activities_are_controlled_below_a_layer() -> None:
-    """For one sample: the second layer's gradient is its error times the first one's controlled activity."""
+    """For one sample, the second layer's gradient is its error times the first layer's controlled activity."""
     model, rule = attached(feedback_weights="fixed", learning_rule="voltage_difference", target_stepsize=2.0)
     x, y = nets.batch("mlp_tanh", size=1)
     found = learn(model, rule, x, y)
@@ -149,10 +153,11 @@ def solved(leak: float, decay: float, s: float) -> float:
 
 
 def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
-    """Of a linear net: to Q = Jᵀ M, M with the eigenvectors of J Jᵀ and, for its eigenvalue s, decay m = leak / (leak + m s)².
+    """The feedback of a linear net converges to Q = Jᵀ M. M has the eigenvectors of J Jᵀ and, for its eigenvalue s, an
+    eigenvalue m with decay m = leak / (leak + m s)².
 
-    In the mean over noise the gradient is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ, which is -leak m / (leak + m s)² Jᵀ there.
-    200 steps of 256 noisy samples are averaged: 1 / (200 * 256)^(1/2) is 0.4 % of each entry.
+    In the mean over noise the gradient is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ, which is -leak m / (leak + m s)² Jᵀ
+    there. The test averages 200 steps of 256 noisy samples, and 1 / (200 * 256)^(1/2) is 0.4 % of each entry.
     """
     leak, decay = 0.3, 0.2
     torch.manual_seed(0)
@@ -177,7 +182,7 @@ def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
 
 
 def test_the_noise_is_that_of_its_places_and_numbers() -> None:
-    """For a linear net without control, whose leak is huge: u = -J sigma eps / leak."""
+    """A linear net with a huge leak has practically no control, so u = -J sigma eps / leak."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 3)).double()
     x, y = nets.batch("mlp_tanh")
@@ -254,7 +259,9 @@ def test_every_update_draws_new_noise_that_a_state_repeats() -> None:
 
 # ------------------------------------------------------------------------------------------------ further passes
 def test_running_statistics_and_random_numbers_are_those_of_one_pass() -> None:
-    """The masks are those of the first pass: with new ones, the change of the output would be the difference between masks."""
+    """All passes use the dropout masks of the first pass; with new masks, the change of the output would be the difference
+    between masks.
+    """
 
     def build() -> nn.Sequential:
         torch.manual_seed(1)
@@ -301,7 +308,9 @@ def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
 
 
 def test_at_a_block_the_change_is_added_to_the_output() -> None:
-    """The derivatives of the block are exact; an identity in place of the following nonlinearity gives the same net."""
+    """The derivatives within the block are exact, so the net with an identity in place of the following nonlinearity gives the
+    same gradients.
+    """
     torch.manual_seed(1)
     block = nn.Sequential(nn.Linear(7, 6), nn.Tanh()).double()
     head = nn.Linear(6, 3).double()
@@ -404,7 +413,7 @@ def test_a_batch_or_a_loss_of_nothing_gives_zeros(rows: int) -> None:
 
 
 def test_a_loop_without_steady_state_is_not_an_error() -> None:
-    """J Q + alpha I = 0: the gradients are not finite, which a run reports as divergence."""
+    """If J Q + alpha I = 0, the gradients are not finite, and a run reports them as divergence."""
     model, rule = attached(alpha=0.0)
     with torch.no_grad():
         for tensor in rule.feedback_parameters():
@@ -522,7 +531,7 @@ def test_training_lowers_the_loss_by_every_kind_of_feedback() -> None:
 
 
 def test_same_noise_of_every_sample_is_split_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two halves of a batch, each with half the loss, add up to the whole."""
+    """The gradients of two halves of a batch, each with half the loss, add up to those of the whole batch."""
     monkeypatch.setattr(Draws, "normal", lambda self, name, like, is_shared=False: torch.ones_like(like) * (len(name) + 1) / 3)
     x, y = nets.batch("mlp_tanh")
     model, rule = attached()
@@ -535,7 +544,7 @@ def test_same_noise_of_every_sample_is_split_with_the_batch(monkeypatch: pytest.
 
 
 def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None:
-    """u = (J Q + alpha I)⁻¹ times the error's step, of one sample, with a Q of the output that is not symmetric."""
+    """For one sample, u is (J Q + alpha I)⁻¹ times the error's step; the Q of the output is not symmetric."""
     model, rule = attached(learning_rule="voltage_difference", alpha=0.1, target_stepsize=0.3)
     of_output = torch.tensor([[1.0, 0.5, 0.0], [-0.3, 1.2, 0.2], [0.4, 0.0, 0.9]], dtype=torch.float64)
     with torch.no_grad():
@@ -549,7 +558,7 @@ def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None
 
 
 def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This holds for layers of equal width, too: feedback that learned from common noise would learn their sum."""
+    """Even layers of equal width have different noise, because feedback that learned from common noise would learn their sum."""
     drawn: list[Tensor] = []
     real = Draws.normal
 

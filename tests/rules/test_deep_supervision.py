@@ -69,7 +69,9 @@ def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_fr
 
 
 def test_weight_zero_is_backpropagation() -> None:
-    """Bitwise: the cuts add zero. With another weight, the first layer learns differently, and the output layer does not."""
+    """With weight zero, the cuts add zero, so the gradients are bitwise those of backpropagation. With another weight, the
+    gradient of the first layer changes, and that of the output layer does not.
+    """
     model, rule, x, y = attached("conv", weight=0.0)
     exact = bp_grads(BUILD["conv"](), x, y)
     assert_bitwise(rule_grads(model, rule, x, y), exact)
@@ -81,7 +83,9 @@ def test_weight_zero_is_backpropagation() -> None:
 
 
 def test_classifiers_are_those_of_predsim() -> None:
-    """With the defaults: a weight of zeros, so that the first gradient is that of bp, and the same error beyond the first cut."""
+    """By default, a classifier starts with a weight of zeros, so the first gradient is that of bp, and the error beyond the
+    first cut is the same.
+    """
     _, one, x, y = registered("conv2", "bp_deepsup")
     _, two, _, _ = registered("conv2", "predsim", loss="pred")
     for cut, tensors in one.feedback.items():
@@ -123,7 +127,9 @@ def test_it_says_that_it_transports_weights() -> None:
 
 
 def test_angles_to_backpropagation() -> None:
-    """0 between feedback and weight; the errors differ where classifiers add to them, and by no exact derivative between."""
+    """The angle between feedback and weight is 0. The errors differ from those of backpropagation because classifiers add to
+    them.
+    """
     _, rule, x, y = attached("mlp_bn")
     values = AlignmentMeter(rule, x, y).measure()
     assert set(values["weight_angle"]) == {"fc1", "fc2", "fc3"} and max(values["weight_angle"].values()) < 1e-3
@@ -131,7 +137,7 @@ def test_angles_to_backpropagation() -> None:
 
 
 def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
-    """Compared with autograd; all derivatives are exact, so no error differs from that of one step."""
+    """The angles are compared with those from autograd. All derivatives are exact, so no error differs from that of one step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
@@ -151,7 +157,7 @@ def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
 
 
 def test_weights_that_are_used_elsewhere_are_accepted() -> None:
-    """As for bp: the error passes through weights anyway."""
+    """The rule accepts such weights, as bp does, because the error passes through the weights anyway."""
 
     class Tied(nn.Module):
         def __init__(self) -> None:

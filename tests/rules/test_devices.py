@@ -36,13 +36,13 @@ READS_ONCE = {"frsf", *(name for name, rule in ALGORITHMS.items() if getattr(rul
 
 @pytest.fixture(autouse=True)
 def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Autograd needs no driver for the device meta, but it has no autocast and no generators."""
+    """Prepare the device meta: autograd needs no driver for it, but it has no autocast and no generators."""
     autocast = torch.is_autocast_enabled
     for module in (torch, lazy.torch):  # the latter caches its results
         monkeypatch.setattr(module, "is_autocast_enabled", lambda device: device != "meta" and autocast(device))
     monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: like.new_empty(noise.batch, *noise.shape))
     monkeypatch.setattr(Draws, "normal", lambda draws, name, like, is_shared=False: torch.empty_like(like))
-    # It reads the indices of samples, which are on the CPU in a training loop; here all tensors are without values.
+    # The check reads the indices of samples, which are on the CPU in a training loop; in this test, no tensor has values.
     monkeypatch.setattr(Delivery, "_check_indices", lambda *_: None)
     with functorch_config.patch(fake_tensor_allow_meta=True):
         yield

@@ -48,8 +48,9 @@ def test_last_hidden_feedback_equal_to_the_output_weights_is_backpropagation_the
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_do_not_depend_on_later_weights(form):
-    """Backward unlocking: with delta_out fixed (a loss linear in the logits), changing a later W does not change earlier
-    gradients."""
+    """Backward unlocking holds: with delta_out fixed (a loss linear in the logits), changing a later W does not change earlier
+    gradients.
+    """
     x, _ = nets.batch("mlp")
     fixed = torch.randn(4, nets.CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -100,7 +101,7 @@ def test_feedback_is_classes_by_features_and_keyed_by_cut():
 
 @pytest.mark.parametrize("widths", [(5, 5), (6, 5), (5, 6)], ids=str)
 def test_the_output_layer_is_compared_with_the_feedback_of_the_last_cut(widths):
-    """B of the last cut has the shape of the output layer's weight; that of an earlier one may have it, too."""
+    """B of the last cut has the shape of the output layer's weight; B of an earlier cut may have that shape, too."""
     first, last = widths
     model = nn.Sequential(nn.Linear(4, first), nn.ReLU(), nn.Linear(first, last), nn.ReLU(), nn.Linear(last, 3))
     rule = fa_bench.attach(model, "dfa", seed=0, cuts=["1", "3"])
@@ -139,7 +140,7 @@ def test_cut_before_the_activation():
 
 
 def test_shared_matrix_is_uniform_from_minus_one_to_one():
-    """3 x 4000 samples: they nearly reach the ends, and mean and variance (1/3) are within 5 standard errors."""
+    """The 3 x 4000 samples nearly reach both ends; their mean and variance (1/3) are within 5 standard errors."""
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 50), nn.Tanh(), nn.Linear(50, 3))
     x = torch.zeros(2, 7)
     rule = fa_bench.attach(model, "dfa", seed=0, form="shared", cuts=["1", "3"], sample_input=x)
@@ -151,7 +152,7 @@ def test_shared_matrix_is_uniform_from_minus_one_to_one():
 
 
 def test_normalise_divides_by_the_root_of_the_widest_cut():
-    """Both runs sample the same matrix, so only the factor differs: sqrt(6), even for the cut with 5 features."""
+    """Both runs sample the same matrix, so they differ only by the factor, which is sqrt(6) even for the cut with 5 features."""
     x, y = nets.batch("mlp")
     (one, raw), (two, scaled) = attached("shared", normalise=False), attached("shared")
     raw_grads, scaled_grads = rule_grads(one, raw, x, y), rule_grads(two, scaled, x, y)
@@ -178,7 +179,7 @@ def test_every_cut_takes_the_leading_columns_of_one_matrix():
     ids=str,
 )
 def test_density_is_the_fraction_kept(name, options, bound):
-    """12 000 samples: within 5 standard errors of 0.0042. A mask does not rescale the remaining entries."""
+    """The fraction of 12 000 samples is within 5 standard errors of 0.0042. A mask does not rescale the remaining entries."""
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 3))
     where = {} if options.get("form") == "kernel" else {"cuts": ["1"]}
     rule = fa_bench.attach(model, name, seed=0, density=0.3, sample_input=torch.zeros(2, 7), **where, **options)
@@ -190,7 +191,7 @@ def test_density_is_the_fraction_kept(name, options, bound):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_inplace_activation_after_the_cut(form):
-    """Cuts at BatchNorm, then an in-place ReLU that overwrites its output: the same as with a plain ReLU."""
+    """The cuts are at BatchNorm, whose output an in-place ReLU overwrites; the gradients are the same as with a plain ReLU."""
     x, y = nets.batch("conv")
     cuts = {} if form == "kernel" else {"cuts": ["bn1", "bn2", "bn3"]}
     grads = []
@@ -323,7 +324,7 @@ def test_without_any_cut_attach_says_how_to_name_them():
 
 
 class Blocks(nn.Module):
-    """A relu that runs twice, and a stage whose output is that of its last block."""
+    """A model with a relu that runs twice and a stage whose output is that of its last block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ def test_last_hidden_gradient_is_that_of_the_output_weight(net):
 
 
 def test_rate_zero_is_direct_feedback_alignment():
-    """Five steps with momentum and decay: the weights are bitwise those of dfa with the same B, and B does not change."""
+    """After five steps with momentum and decay, the weights are bitwise those of dfa with the same B, and B has not changed."""
     (one, dkp, x, y), (two, dfa, _, _) = attached(b_lr_scale=0.0), attached(name="dfa", b_init="kaiming_uniform")
     assert_bitwise(rule_grads(one, dkp, x, y), rule_grads(two, dfa, x, y))
     before = {cut: tensors["B"].clone() for cut, tensors in dkp.feedback.items()}
@@ -62,8 +62,9 @@ def test_rate_zero_is_direct_feedback_alignment():
 
 
 def test_on_one_hidden_layer_with_equal_rates_it_is_kolen_pollack():
-    """B and W start with different values, get equal gradients and shrink equally: five steps, the same weights and the same
-    B."""
+    """B and W start with different values, get equal gradients and shrink equally. After five steps, the weights and B are the
+    same under both rules.
+    """
     models, rules = [nets.one_hidden() for _ in range(2)], []
     x, _ = nets.batch("one")
     rules.append(fa_bench.attach(models[0], "dkp", seed=0, sample_input=x, cuts=["act1"], b_lr_scale=1.0))
@@ -86,7 +87,7 @@ def test_its_rate_is_a_hundredth_of_that_of_the_weights_unless_said_otherwise():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_decay_acts_on_b(own):
-    """One step of plain SGD: B - lr (gradient + decay B), with W's decay or that of its own optimizer."""
+    """One step of plain SGD gives B - lr (gradient + decay B). The decay is that of W or that of B's own optimizer."""
     model, rule, x, y = attached()
     feedback = SGD(lr=0.2, momentum=0.0, weight_decay=0.5) if own else None
     optimizers = Optimizers(SGD(lr=0.1, momentum=0.0, weight_decay=0.3), rule, 1, feedback)
@@ -101,8 +102,9 @@ def test_decay_acts_on_b(own):
 
 
 def test_optimizer_and_schedule_of_its_own():
-    """The learning rate of B falls by a factor of 0.85 per epoch while that of W is constant; also with decoupled decay by
-    AdamW."""
+    """The learning rate of B falls by a factor of 0.85 per epoch while that of W is constant. B also has the decoupled decay
+    of AdamW.
+    """
     model, rule, x, y = attached()
     own = AdamW(lr=0.1, weight_decay=0.5, schedule=Step(step_size=1, gamma=0.85))
     optimizers = Optimizers(SGD(lr=0.1), rule, 3, own)
@@ -129,7 +131,9 @@ def test_from_zero_it_begins_with_the_output_layer_alone():
 
 
 def test_b_is_kaiming_uniform_with_the_features_of_its_cut():
-    """U(±√(6/F)) on 10 x F numbers: the largest of 40 000 within 1 % of the bound, the deviation within 2 %."""
+    """B is sampled from U(±√(6/F)) with 10 x F entries. The largest of 40 000 is within 1 % of the bound, and the deviation is
+    within 2 %.
+    """
     model = nn.Sequential(nn.Conv2d(1, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4000, 10))
     rule = fa_bench.attach(model, "dkp", seed=0, cuts=["1"], sample_input=torch.zeros(2, 1, 12, 12))
     b, bound = rule.feedback["1"]["B"], math.sqrt(6 / 4000)
@@ -161,7 +165,9 @@ def test_probing_gives_b_no_gradient():
 
 
 def test_gradients_do_not_depend_on_later_weights():
-    """Backward unlocking: with delta_out fixed, changing a later W does not change earlier gradients, including those of B."""
+    """Backward unlocking holds: with delta_out fixed, changing a later W does not change earlier gradients, including those of
+    B.
+    """
     model, rule, x, _ = attached()
     fixed = torch.randn(4, nets.CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -200,8 +206,9 @@ def alignment(name: str, steps: int = 300, **options) -> list[float]:
 
 
 def test_its_readouts_align_with_the_logits():
-    """From near 90 degrees to 6 at the last hidden layer. With dfa, the activations turn towards the fixed B, too, to 21
-    degrees."""
+    """The angle at the last hidden layer falls from near 90 degrees to 6. With dfa, whose B is fixed, the activations turn
+    towards B, too, to 21 degrees.
+    """
     before, learned, fixed = alignment("dkp", steps=0), alignment("dkp", b_lr_scale=1.0), alignment("dfa")
     assert min(before) > 70
     assert max(learned) < 15 and learned[1] < 10

@@ -1,4 +1,4 @@
-"""Every rule compared with its reference by loops: one pass on every network, then several whole training steps."""
+"""Every rule is compared with its reference by loops: first one pass on every network, then several whole training steps."""
 
 import numpy as np
 import pytest
@@ -105,7 +105,9 @@ SCHEDULES = [(case, False) for case in CASES] + [("fa", True), ("kp", True)]
 @pytest.mark.parametrize("net", ["mlp_bn", "conv"])
 @pytest.mark.parametrize(("case", "nesterov"), SCHEDULES)
 def test_training_steps_equal_reference(case, net, nesterov):
-    """Four steps of SGD with momentum and coupled decay on new batches: weights, biases and learned feedback."""
+    """The test compares weights, biases and learned feedback over four steps of SGD with momentum and coupled decay on new
+    batches.
+    """
     rule, model, _, chain, reference, options = start(case, net)
     settings = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov}
     optimizer = torch.optim.SGD(model.parameters(), weight_decay=0.01, **settings)
@@ -117,7 +119,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
         x, y = nets.batch(net, seed=step)
         optimizer.zero_grad()
         logits = model(x)
-        # Learned feedback is the reference's own, redrawn feedback that of this forward, and all other still the initial one.
+        # Learned feedback is the reference's, redrawn feedback is that of this forward pass, and other feedback is unchanged.
         present = feedback_arrays(rule) if redrawn else initial
         feedback = {at: {t: params.get(f"{at}.{t}", value) for t, value in tensors.items()} for at, tensors in present.items()}
         given = reference_options(options) | noise_options(case, rule) | kept
@@ -143,7 +145,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
 
 @pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if name not in TRAITS["unscaled"]])
 def test_loss_scaling_scales_every_gradient(case):
-    """A loss times 1024 gives exactly 1024 times the gradients: a rule may take its error only from the loss."""
+    """A loss times 1024 gives exactly 1024 times the gradients, because a rule may take its error only from the loss."""
     rule, model, _, _, _, _ = start(case, "conv")
     x, y = nets.batch("conv")
     model.eval()  # brsf does not sample between the two passes
@@ -158,7 +160,7 @@ def test_loss_scaling_scales_every_gradient(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_accumulate_over_passes(case):
-    """Two backward passes without zero_grad accumulate, including learned feedback."""
+    """Two backward passes without zero_grad accumulate the gradients, including those of learned feedback."""
     rule, model, _, _, _, _ = start(case, "mlp_tanh")
     batches = [nets.batch("mlp_tanh", seed=seed) for seed in (0, 1)]
     model.eval()

@@ -17,11 +17,11 @@ from .helpers import EDGE_RULES, LOUD, layer_names
 
 
 class OwnAttention(nn.MultiheadAttention):
-    """A user's subclass, which no rule covers."""
+    """A user's subclass of attention, which no rule covers."""
 
 
 class Attentive(nn.Module):
-    """Weights that no rule covers: an embedding, and both projections of a user-defined attention layer."""
+    """A model whose embedding and user-defined attention layer, with both its projections, have weights that no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def test_nothing_to_cover(name, sample, options):
 
 @pytest.mark.parametrize("name", ["fa", "dfa"])
 def test_an_error_ends_where_the_model_gives_it_no_further_causes(name):
-    """Weights that are pruned, or used outside of their layers, are further causes, in parentheses."""
+    """If weights are pruned, or used outside of their layers, the error adds these causes in parentheses."""
     with pytest.raises(CoverageError) as refused:
         fa_bench.attach(nn.Sequential(nn.Flatten()), name, **({"cuts": ["0"]} if name == "dfa" else {}))
     assert str(refused.value).endswith("or bilinear module with plain weights")

@@ -67,7 +67,9 @@ def test_nothing_of_feedback_is_learned():
 
 
 def test_default_draw_is_xavier_uniform_and_independent():
-    """200x100: the bound is never exceeded and nearly reached; deviation within 3 % (20 000 samples: standard error 0.3 %)."""
+    """The 200x100 entries never exceed the bound and nearly reach it. Their deviation is within 3 % (the standard error of 20
+    000 samples is 0.3 %).
+    """
     torch.manual_seed(0)  # the same seed as the rule's: B must not equal W
     model = nn.Sequential(nn.Linear(100, 200), nn.Linear(200, 100), nn.Linear(100, 200), nn.Conv2d(20, 30, (3, 5)))
     for layer in model:

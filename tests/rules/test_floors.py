@@ -92,7 +92,7 @@ def test_batch_norm_of_frozen_layers_stays_in_training_mode(name):
 @pytest.mark.parametrize("name", ["frozen", "bp_fc"])
 def test_detach_gives_back_what_requires_a_gradient(name):
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
-    model.conv1.bias.requires_grad_(False)  # the user's own setting is kept
+    model.conv1.bias.requires_grad_(False)  # the user's own setting does not change
     rule = fa_bench.attach(model, name, seed=0, sample_input=x)
     rule.detach()
     assert {key for key, p in model.named_parameters() if not p.requires_grad} == {"conv1.bias"}
@@ -163,7 +163,7 @@ def test_frozen_without_a_sample_trains_the_layer_defined_last():
 
 
 def test_bp_fc_trains_a_normalisation_of_the_image():
-    """No layer precedes it, so no convolution does."""
+    """No convolution precedes such a normalisation, so bp_fc trains it."""
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 3))
     fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
     assert [key for key, p in model.named_parameters() if not p.requires_grad] == ["1.weight", "1.bias"]

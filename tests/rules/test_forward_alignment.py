@@ -34,7 +34,7 @@ def test_random_weights_equal_to_the_weights_give_backpropagation():
 
 
 def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
-    """So that the norm ratio is ‖C‖/‖W‖."""
+    """C must come first so that the norm ratio is ‖C‖/‖W‖."""
     model, (x, _) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x, exclude=["fc2"])
     assert list(rule.weight_pairs()) == ["fc1", "fc3"]
@@ -43,7 +43,9 @@ def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
 
 
 def test_residual_net_adds_what_arrives():
-    """The replaced activation after an addition: the random outputs of projection and branch, each from its true input."""
+    """After an addition, the replaced activation is the sum of the random outputs of the projection and the branch, each
+    computed from its true input.
+    """
     x, y = nets.batch("residual")
     model, plain = nets.residual(), nets.residual()
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x)
@@ -121,7 +123,9 @@ def tied(what: str) -> nn.Sequential:
     ids=str,
 )
 def test_layers_that_share_parameters_have_each_its_own_c(what, options):
-    """h̃ is what the C of the layer in front makes of its true input, and an excluded layer of what arrives; gradients add up."""
+    """The activation h̃ is the output of the preceding layer with its own C, computed from its true input. An excluded
+    preceding layer is applied to its own h̃ instead. The gradients of shared parameters add up.
+    """
     model, plain = tied(what), tied(what)
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2] * 2)
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x, **options)
@@ -149,9 +153,10 @@ def test_layers_that_share_parameters_have_each_its_own_c(what, options):
 
 @pytest.mark.parametrize("hidden", [6, 9])
 def test_error_of_a_linear_net_goes_to_zero(hidden):
-    """Appendix A.1: y = W A x learns y = T x under white input, W with C x for A x; ‖T - W A‖ vanishes for hidden ≥ inputs.
+    """Appendix A.1 proves that a linear net learns: y = W A x learns y = T x under white input, W with C x in place of A x, and
+    ‖T - W A‖ vanishes if there are at least as many hidden units as inputs.
 
-    All the way there the rule is where the theorem's equations are.
+    Throughout training, the rule satisfies the equations of the theorem.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, hidden, bias=False), nn.Linear(hidden, 4, bias=False)).double()

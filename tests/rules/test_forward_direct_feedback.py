@@ -64,7 +64,7 @@ def mean_estimates(rule: Any, x: Tensor, y: Tensor, draws: int) -> dict[str, Ten
 @pytest.mark.parametrize("method", ["forward", "difference"])
 @pytest.mark.parametrize("net", ["mlp_relu", "conv"])
 def test_the_estimate_is_the_mean_jacobian_on_average(net: str, method: str) -> None:
-    """600 draws of 16 samples at once: an error of 1/√9600 for each of the other perturbed values."""
+    """The test averages 600 noise samples of 16 samples at once. Each of the other perturbed values adds an error of 1/√9600."""
     _, rule, x, y = attached(net, size=16, tangents=method)
     got, want = mean_estimates(rule, x, y, 600), jacobians(net, x)
     for cut, jacobian in want.items():
@@ -82,7 +82,9 @@ def test_with_the_jacobian_of_one_sample_the_error_is_that_of_backpropagation() 
 
 
 def test_of_a_linear_net_it_learns_the_output_weight() -> None:
-    """One hidden layer without nonlinearity: the Jacobian is W_out for every sample; 300 draws of 32 samples."""
+    """With one hidden layer and no nonlinearity, the Jacobian is W_out for every sample. The test averages 300 noise samples of
+    32 samples.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Identity(), nn.Linear(5, 3)).double()
     x, y = torch.randn(32, 6, dtype=torch.float64), torch.arange(32) % 3
@@ -103,7 +105,7 @@ def train(model: Any, rule: Any, steps: int = 5, **settings: Any) -> None:
 
 
 def test_a_rate_of_zero_is_direct_feedback_alignment() -> None:
-    """Bitwise, and B keeps its values in spite of decay and momentum."""
+    """The weights are bitwise those of dfa, and B keeps its values in spite of decay and momentum."""
     one, rule, _, _ = attached(b_init="kaiming_uniform", b_lr_scale=0.0)
     two, dfa, _, _ = attached(name="dfa", b_init="kaiming_uniform")
     train(one, rule)
@@ -116,7 +118,7 @@ def test_a_rate_of_zero_is_direct_feedback_alignment() -> None:
 
 
 def test_plain_descent_is_the_running_mean_of_the_paper() -> None:
-    """B = (1 - α) B + α J with the estimate J, for an optimizer of B without momentum whose rate is α."""
+    """If the optimizer of B has no momentum and the rate α, then B = (1 - α) B + α J with the estimate J."""
     model, rule, x, y = attached(b_init="kaiming_uniform")
     before = {cut: tensors["B"].detach().clone() for cut, tensors in rule.feedback.items()}
     rule_grads(model, rule, x, y)
@@ -161,7 +163,7 @@ def test_noise_is_new_in_every_pass_and_restored_with_the_state() -> None:
 
 
 def test_noise_at_every_cut_and_sample_is_its_own() -> None:
-    """act1 has five features and act2 six, so that the first five would be equal."""
+    """act1 has five features and act2 has six, so common noise would give both the same first five values."""
     _, rule, x, y = attached()
     seen: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -194,7 +196,9 @@ def test_frozen_feedback_needs_no_further_pass(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_scaled_loss_scales_the_gradient_of_b() -> None:
-    """As in micro-batches: half the loss has half the gradient, with the same noise; an explicit scale is taken as it is."""
+    """Micro-batches scale the loss: with the same noise, half the loss gives half the gradient. An explicit scale is used
+    unchanged.
+    """
     model, rule, x, y = attached(b_init="kaiming_uniform")
     state = state_of(rule)
     rule_grads(model, rule, x, y)
@@ -260,7 +264,7 @@ def test_positions_count_as_samples(pool: bool) -> None:
 
 @pytest.mark.parametrize(("of_output", "of_cut"), [(4, 2), (2, 4), (3, 3)])
 def test_positions_that_correspond_are_averaged(of_output: int, of_cut: int) -> None:
-    """The mean of d p over samples and pairs of positions, of which the finer axis has more."""
+    """The estimate is the mean of d p over samples and pairs of positions; the finer axis determines the number of pairs."""
     rule = fa_bench.attach(Tokens().double(), "fdfa", seed=0, sample_input=torch.zeros(2, 5, 3, dtype=torch.float64))
     generator = torch.Generator().manual_seed(0)
     d = torch.randn(2, of_output, 3, generator=generator, dtype=torch.float64)

@@ -36,7 +36,7 @@ def attached(net: str = "mlp_tanh", size: int = 4, **options: Any) -> tuple[nn.M
     ids=str,
 )
 def test_the_mean_over_draws_is_the_gradient(options: dict, draws: int, least: float, net: str) -> None:
-    """Relative noise of one draw is about the root of the number of perturbed values, here at most 300 of weights."""
+    """The relative noise of one sample is about the root of the number of perturbed values, which is at most 300 for weights."""
     model, rule, x, y = attached(net, **options)
     exact, total = bp_grads(nets.NETS[net](), x, y), {}
     for _ in range(draws):
@@ -72,7 +72,7 @@ def test_one_draw_is_as_good_as_theory_says() -> None:
 
 
 def test_samples_have_derivatives_of_their_own() -> None:
-    """The error of a sample is a multiple of its noise, with a different factor for every sample."""
+    """The error of a sample is a multiple of its noise, and the factor differs between samples."""
     model, rule, x, y = attached()
     seen: dict[str, Tensor] = {}
     errors: list[Tensor] = []
@@ -141,7 +141,7 @@ def test_the_weights_form_needs_no_cuts_and_covers_every_layer() -> None:
 
 
 def test_positions_of_a_sample_share_its_derivative() -> None:
-    """Also unbiased for tokens: the mean over 1500 noise samples."""
+    """The estimate is also unbiased for tokens, as the mean over 1500 noise samples shows."""
     model = Tokens().double()  # seeds the global generator
     x, y = torch.randn(4, 3, 3, dtype=torch.float64), torch.arange(12).view(4, 3) % 3
     rule = fa_bench.attach(model, "forward_gradient", seed=0, sample_input=x)

@@ -75,7 +75,7 @@ def test_anchors_are_updates_by_backpropagation() -> None:
 
 
 def test_period_one_is_backpropagation() -> None:
-    """Bitwise over five steps, although B learns."""
+    """The weights are bitwise those of backpropagation over five steps, although B learns."""
     (one, rule, *_), (two, bp, *_) = attached(anchor_period=1), attached()
     bp.detach()
     bp = fa_bench.attach(two, "bp", seed=0)
@@ -96,7 +96,7 @@ def test_without_anchors_and_learning_it_is_direct_feedback_alignment() -> None:
 
 
 def test_all_micro_batches_of_an_anchor_are_exact() -> None:
-    """Evaluations and unused forward passes in between do not change this."""
+    """Evaluations and unused forward passes between the micro-batches do not make them inexact."""
     model, rule, x, y = attached(anchor_period=1)
     other = nets.batch("mlp", seed=1)
     want = [bp_grads(nets.mlp(), *batch) for batch in ((x, y), other)]

@@ -1,7 +1,7 @@
-"""Modules that change an activation in place after it has left a cut, or a layer: every rule, metric and probe gives the same as
-for a net in which nothing works in place.
+"""Modules that change an activation in place after it has left a cut or a layer. Every rule, metric and probe must give the same
+result as for a net in which no module works in place.
 
-Otherwise, a tensor stored by a hook would contain the result of the next module.
+A tensor stored by a hook must not contain the result of the next module.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FORMS = [
 
 
 class Net(nn.Module):
-    """Cuts after which either all modules or no modules work in place; the values are the same."""
+    """A net in which either all modules or no modules after the cuts work in place; the values are the same."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def step(model: nn.Module, rule: fa_bench.Rule, x: Tensor, y: Tensor) -> dict[st
 def test_a_rule_learns_the_same_where_modules_work_in_place(name: str, options: dict[str, Any]) -> None:
     plain, in_place = (step(*attached(works, name, options)) for works in (False, True))
     assert plain.keys() == in_place.keys()
-    # The same operations on the same values.
+    # Both models apply the same operations to the same values.
     assert {key for key, value in plain.items() if not torch.equal(value, in_place[key])} == set()
 
 
@@ -126,7 +126,7 @@ def test_a_rule_learns_the_same_where_the_input_of_a_frozen_layer_is_changed(nam
 
 
 class ChangesInput(nn.Module):
-    """Changes its input in place, or does not, depending on an option."""
+    """A module that changes its input in place if its option says so."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -180,12 +180,14 @@ def test_metrics_and_probes_are_the_same_where_modules_work_in_place(
         assert values.keys() == in_place[quantity].keys(), quantity
         for layer, value in values.items():
             other = in_place[quantity][layer]
-            # The same operations on the same values, NaN included.
+            # Both models apply the same operations to the same values, so even NaN must agree.
             assert value == other or (math.isnan(value) and math.isnan(other)), (quantity, layer)
 
 
 class Blocks(nn.Module):
-    """Cuts whose own derivative needs their output; only where errors do not cross the cuts may this be changed in place."""
+    """A net with cuts whose own derivative needs their output, which may be changed in place only if errors do not cross the
+    cuts.
+    """
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -203,7 +205,7 @@ class Blocks(nn.Module):
 
 
 CUTTING = [name for name, rule in sorted(ALGORITHMS.items()) if issubclass(rule, CutRule) and not rule.crosses]
-#: They have no cuts, or too few modules for this net.
+#: Rules that have no cuts, or need more modules than this net has.
 WITHOUT = {"weight_perturbation", "dgl", "asfp_lc"}
 
 
@@ -214,7 +216,7 @@ def test_a_cut_whose_derivative_needs_its_output_may_be_followed_by_what_works_i
 
 
 class InTraining(nn.Module):
-    """Works in place only in training, which the pass in which `attach` reads the model does not show."""
+    """A module that works in place only in training, so the pass in which `attach` reads the model does not reveal it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2) if self.training else x * 2

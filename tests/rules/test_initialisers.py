@@ -12,7 +12,7 @@ from fa_bench.errors import OptionError
 from fa_bench.registry.options import as_plain, option_fields
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 
-# name: (deviation for fans (fan_in, fan_out), whether uniform). A uniform draw ends at sqrt(3) deviations.
+# The deviation of each initialiser for (fan_in, fan_out), and whether it is uniform. Uniform samples end at sqrt(3) deviations.
 DRAWS = {
     "xavier_uniform": (lambda i, o: math.sqrt(2 / (i + o)), True),
     "xavier_normal": (lambda i, o: math.sqrt(2 / (i + o)), False),
@@ -26,7 +26,9 @@ DRAWS = {
 
 
 def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
-    """At least 9 000 draws: standard errors of deviation 0.75 % and of mean 1 %; a normal draw passes 3 deviations 20 times."""
+    """Compare at least 9 000 samples with the distribution. The standard error is 0.75 % of the deviation and 1 % for the mean;
+    normal samples exceed 3 deviations about 20 times.
+    """
     assert tensor.numel() >= 9000
     assert tensor.std().item() == pytest.approx(deviation, rel=0.03)
     assert abs(tensor.mean().item()) < 0.05 * deviation
@@ -36,7 +38,7 @@ def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_edge_feedback(draw):
-    """Linear 40 -> 250; convolution fans include the kernel's area."""
+    """The layers are a linear layer, 40 -> 250, and a convolution, whose fans include the kernel's area."""
     model = nn.Sequential(nn.Conv2d(20, 40, (3, 5)), nn.Flatten(), nn.Linear(40, 250))
     rule = fa_bench.attach(model, "fa", seed=0, b_init=draw)
     deviation, uniform = DRAWS[draw]
@@ -47,7 +49,9 @@ def test_edge_feedback(draw):
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_direct_feedback(draw):
-    """B is (classes, C H W): fan_in is the size of the cut, fan_out the number of classes (N(0, 1/classes) is normal_fan_out)."""
+    """B is (classes, C H W): its fan_in is the size of the cut, and its fan_out is the number of classes (N(0, 1/classes) is
+    normal_fan_out).
+    """
     model = nn.Sequential(nn.Conv2d(1, 30, 3), nn.ReLU(), nn.Flatten(), nn.Linear(30 * 30, 10))
     rule = fa_bench.attach(model, "dfa", seed=0, b_init=draw, cuts=["1"], sample_input=torch.zeros(2, 1, 8, 7))
     deviation, uniform = DRAWS[draw]
@@ -56,7 +60,7 @@ def test_direct_feedback(draw):
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_direct_feedback_of_the_kernel_form(draw):
-    """B is (classes, inputs of the layer): fan_in is the number of inputs, fan_out the number of classes."""
+    """B is (classes, inputs of the layer): its fan_in is the number of inputs, and its fan_out is the number of classes."""
     model = nn.Sequential(nn.Linear(900, 5), nn.ReLU(), nn.Linear(5, 10))
     rule = fa_bench.attach(model, "dfa", seed=0, form="kernel", b_init=draw)
     deviation, uniform = DRAWS[draw]
@@ -75,7 +79,7 @@ def test_random_weights_of_forward_alignment(draw):
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_magnitudes(name, draw):
-    """|M| of the same draw: its mean square is the variance."""
+    """The magnitudes |M| come from the same sample, so their mean square is the variance."""
     model = nn.Sequential(nn.Linear(40, 250))
     rule = fa_bench.attach(model, name, seed=0, m_init=draw)
     assert (rule.feedback["0"]["M"] >= 0).all()
@@ -97,7 +101,7 @@ def test_zeros(name):
 
 @pytest.mark.parametrize(("init", "values"), [("trinomial", (-1, 0, 1)), ("binomial", (0, 1))])
 def test_values_with_equal_probability(init, values):
-    """18 000 entries: 3 % are six standard errors of a third or a half of them."""
+    """With 18 000 entries, the tolerance is at least six standard errors of each frequency, a third or a half."""
     model = nn.Sequential(nn.Linear(4, 900), nn.ReLU(), nn.Linear(900, 20))
     feedback = [fa_bench.attach(copy.deepcopy(model), "dfa", seed=seed, b_init=init, cuts=["1"]).feedback for seed in (0, 0, 1)]
     one, same, other = (tensors["1"]["B"] for tensors in feedback)
@@ -110,7 +114,7 @@ def test_values_with_equal_probability(init, values):
 @pytest.mark.parametrize(("init", "signs"), [("identity", (1, 1, 1, 1)), ("identity_pm", (1, -1, 1, -1))])
 @pytest.mark.parametrize("width", [2, 3, 11, 12])
 def test_identities_side_by_side(init, signs, width):
-    """The last one has the remaining columns."""
+    """The last identity has only the remaining columns."""
     model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
     got = fa_bench.attach(model, "dfa", b_init=init, cuts=["1"]).feedback["1"]["B"]
     want = torch.cat([sign * torch.eye(3) for sign in signs], 1)[:, :width]
@@ -125,7 +129,9 @@ def test_an_identity_kernel_counts_its_taps_as_columns():
 
 @pytest.mark.parametrize("name", ["trinomial", "binomial", "identity", "identity_pm"])
 def test_these_are_for_feedback_alone(name):
-    """Equal weights would stay equal, and magnitudes of zero have no sign."""
+    """Such initialisers are refused for weights and magnitudes: equal weights would stay equal, and magnitudes of zero have no
+    sign.
+    """
     for make in (
         lambda: ARCHITECTURES["mlp"](init=name),
         lambda: fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "brsf", m_init=name),
@@ -137,7 +143,7 @@ def test_these_are_for_feedback_alone(name):
 
 # --- weights -------------------------------------------------------------------------------------------------------------------
 
-# The initialisers of weights before weights and feedback had a common table, by name: torch's own functions.
+# torch's own functions, which initialised weights before weights and feedback had a common table.
 TORCHS = {
     "xavier_uniform": nn.init.xavier_uniform_,
     "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
@@ -165,7 +171,9 @@ def layers_of(model):
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("init", TORCHS)
 def test_weights_are_those_of_torchs_initialisers(net, init):
-    """Bitwise, in the order of the modules, after torch's own initialisation; biases are zero."""
+    """The weights are bitwise those of torch's own functions, called in the order of the modules after torch's own
+    initialisation. Biases are zero.
+    """
     torch.manual_seed(3)
     want = ARCHITECTURES[net](**NETS[net][0]).make(NETS[net][1], 4)
     for layer in layers_of(want).values():
@@ -192,7 +200,9 @@ def test_old_name_is_the_same_choice():
     ],
 )
 def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, linear_init):
-    """The bound of its law, zero biases but for torch's own; convolutions keep the law, and torch's own numbers, of `init`."""
+    """Fully connected layers have the bound of their own distribution, and zero biases except under torch's own initialiser.
+    Convolutions keep the distribution of `init` and torch's own numbers.
+    """
     model, plain = layers_of(built(net, init=init, linear_init=linear_init)), layers_of(built(net))
     for path, layer in model.items():
         name = linear_init if isinstance(layer, nn.Linear) else init
@@ -250,7 +260,7 @@ def test_kolen_pollacks_feedback_of_fully_connected_layers():
     assert torch.equal(plain.feedback["2"]["B"], linear)
 
 
-#: Those of shared errors have an initialiser of their own for fully connected layers.
+#: Rules with shared activations are left out: they have a separate initialiser for fully connected layers.
 WITH_B_INIT = sorted(
     name
     for name, rule in ALGORITHMS.items()
@@ -261,7 +271,7 @@ CASES = [*((name, {"samples": 8} if name == "f3" else {}) for name in WITH_B_INI
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_the_option_reaches_the_feedback_of_every_rule(name: str, options: dict) -> None:
-    """Two initialisers give every B different values."""
+    """Every B has different values under two different initialisers."""
 
     def drawn(**chosen: str) -> list[torch.Tensor]:
         torch.manual_seed(0)

@@ -20,7 +20,7 @@ def attached(net: str = "conv_bn", **options):
 
 
 def train(model, rule, optimizer, steps: int, net: str = "conv_bn"):
-    """Some steps on changing batches; yields after each."""
+    """Train for some steps on changing batches; yield after each step."""
     for step in range(steps):
         optimizer.zero_grad()
         for tensor in rule.feedback_parameters():
@@ -36,7 +36,9 @@ def differences(model, rule):
 
 
 def test_gradient_of_b_is_a_copy_of_the_gradient_of_w():
-    """The same values in separate memory: an optimizer that changes gradients in place must not do it twice."""
+    """The gradients have the same values in separate memory, so an optimizer that changes gradients in place does not change
+    one twice.
+    """
     model, rule = attached()
     rule_grads(model, rule, *nets.batch("conv_bn"))
     for name in layer_names(model):
@@ -58,7 +60,9 @@ def test_learned_feedback_is_what_the_optimizer_gets():
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_difference_follows_the_linear_recursion(nesterov, foreach):
-    """D = W - B: v <- m v + lambda D; D <- D - lr (v, or lambda D + m v). The gradients of the task cancel exactly."""
+    """The difference D = W - B follows v <- m v + lambda D; D <- D - lr (v, or lambda D + m v). The gradients of the task
+    cancel exactly.
+    """
     lr, momentum, decay = 0.1, 0.9, 0.05
     model, rule = attached()
     parameters = model.parameters()
@@ -70,14 +74,14 @@ def test_difference_follows_the_linear_recursion(nesterov, foreach):
         for name, now in differences(model, rule).items():
             velocity[name] = momentum * velocity[name] + decay * want[name]
             want[name] = want[name] - lr * (decay * want[name] + momentum * velocity[name] if nesterov else velocity[name])
-            # Rounding of W and B (entries of order 1) against D of order 0.1, over 12 steps.
+            # The tolerance covers the rounding of W and B (entries of order 1), relative to D of order 0.1, over 12 steps.
             assert (now - want[name]).norm() <= 1e-12 * start[name], name
     assert all(tensor.norm() < 0.9 * start[name] for name, tensor in want.items())
 
 
 @pytest.mark.parametrize("options", [{"nesterov": True}, {"nesterov": True, "foreach": True}, {"nesterov": False}])
 def test_equal_start_stays_equal_and_stays_backpropagation(options):
-    """B(0) = W(0): after twenty steps, W = B, and both equal the weights of BP."""
+    """If B(0) = W(0), then W = B after twenty steps, and both equal the weights of BP."""
     model, rule = attached()
     copy_weights_into_feedback(model, rule)
     plain = nets.convnet(batch_norm=True)
@@ -94,7 +98,7 @@ def test_equal_start_stays_equal_and_stays_backpropagation(options):
 
 
 def test_adamw_keeps_the_cancellation():
-    """Decoupled decay: D_t = (1 - lr lambda)^t D_0, although Adam rescales each tensor by its own moments."""
+    """With decoupled decay, D_t = (1 - lr lambda)^t D_0, although Adam rescales each tensor by its own moments."""
     lr, decay, steps = 0.01, 0.5, 10
     model, rule = attached()
     before = differences(model, rule)
@@ -107,7 +111,9 @@ def test_adamw_keeps_the_cancellation():
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
 def test_b_lr_scale_scales_the_step_of_b_only(scale):
-    """It scales a learning rate that the caller passes to the group; scaling the gradient would have no effect with Adam."""
+    """b_lr_scale multiplies the learning rate that the caller passes to B's parameter group. Scaling the gradient would have
+    no effect with Adam.
+    """
     model, rule = attached(b_lr_scale=scale)
     weights = {name: model.get_submodule(name).weight.detach().clone() for name in layer_names(model)}
     feedback = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
@@ -117,7 +123,7 @@ def test_b_lr_scale_scales_the_step_of_b_only(scale):
     for name in layer_names(model):
         step = model.get_submodule(name).weight.detach() - weights[name]
         step_b = rule.feedback[name]["B"].detach() - feedback[name]
-        # Differences of order 1e-3 of numbers of order 1: 1e-16 / 1e-3, with a margin.
+        # Differences of order 1e-3 between numbers of order 1 have a relative error of 1e-16 / 1e-3; the tolerance adds a margin.
         assert (step_b - scale * step).abs().max() <= 1e-11 * max(1.0, scale) * step.abs().max()
         assert step.abs().max() > 0
         assert torch.equal(model.get_submodule(name).weight.grad, rule.feedback[name]["B"].grad)
@@ -143,7 +149,9 @@ def test_default_start_is_independent_of_w():
 
 
 def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
-    """The loop's optimizers give B's update W's own gradient, where a fused kernel only reads it: the same numbers as a copy."""
+    """If a fused kernel only reads the gradient, the loop's optimizers update B with W's own gradient. The result is the same
+    as with a copy.
+    """
     found = []
     for shared in (True, False):
         model = nets.mlp().float()
@@ -162,7 +170,7 @@ def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
 
 
 def test_a_gradient_of_b_that_was_removed_is_not_replaced_by_that_of_w():
-    """Code between the backward pass and the update may set B's gradient to None, so that this update leaves B as it is."""
+    """Code between the backward pass and the update may set B's gradient to None. The update must then leave B unchanged."""
     model = nets.mlp().float()
     x, y = nets.batch("mlp")
     rule = fa_bench.attach(model, "kp", seed=0)
@@ -192,7 +200,7 @@ def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
 
 
 def test_clipping_scales_shared_gradients_once():
-    """W and B then have separate gradients, and the norm of all gradients together is the requested one."""
+    """With clipping, W and B have separate gradients, and the norm of all gradients together is the requested one."""
     model, (x, y) = nets.mlp().float(), nets.batch("mlp")
     rule = fa_bench.attach(model, "kp", seed=0)
     optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)

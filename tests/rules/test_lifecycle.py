@@ -52,7 +52,9 @@ def start(variant: str, *, seed: int = 0, net: str = NET, dtype=torch.float64):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("between", ["train", "eval", "no_grad"])
 def test_forward_between_changes_nothing(variant, between):
-    """A forward of another size between a forward and its backward, brsf's new draw included."""
+    """A forward pass of another batch size between a forward pass and its backward pass must change nothing; for brsf, it also
+    samples new magnitudes.
+    """
     model, rule, x, y = start(variant)
     twin, twin_rule, _, _ = start(variant)
     want = rule_grads(twin, twin_rule, x, y)
@@ -221,7 +223,7 @@ def test_exact_ends_after_an_error_too():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exact_leaves_a_pending_rule_pass_alone(variant):
-    """A measurement (of a delta angle) between a training forward pass and its backward pass."""
+    """A delta angle may be measured between a training forward pass and its backward pass."""
     model, rule, x, y = start(variant, net="conv")
     twin, twin_rule, _, _ = start(variant, net="conv")
     want = rule_grads(twin, twin_rule, x, y)
@@ -275,7 +277,7 @@ def test_rules_without_feedback_of_layers_say_so():
 
 
 def test_rules_one_after_the_other_on_one_model():
-    """Detach leaves nothing that affects the next rule; the same seed gives the first rule's gradients again."""
+    """Detach leaves nothing that affects the next rule, and the same seed gives the first rule's gradients again."""
     x, y = nets.batch("conv")
     model, results = nets.convnet(), []
     for name in ("fa", "kp", "dfa", "predsim", "fa"):
@@ -288,10 +290,11 @@ def test_rules_one_after_the_other_on_one_model():
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if issubclass(ALGORITHMS[VARIANTS[v][0]], CutRule)])
 def test_cut_rules_under_bfloat16_autocast(variant):
-    """bf16 keeps 8 bits: gradients within 5 % in norm of the float32 ones (tanh: no mask can flip), far from BP's.
+    """bfloat16 has 8 bits, so the gradients are within 5 % in norm of the float32 gradients (with tanh, no mask can flip) and
+    far from those of BP.
 
-    dgl's auxiliary nets normalise four samples again and again, and with them the rounding: 10 %. Of its layers only the first
-    is not the last module's.
+    The auxiliary nets of dgl normalise four samples several times, which amplifies the rounding, so their tolerance is 10 %.
+    Only the first layer of dgl is outside its last module.
     """
     name, options = VARIANTS[variant]
     model, (x, y) = nets.convnet(nn.Tanh, dtype=torch.float32), nets.batch("conv", dtype=torch.float32)
@@ -335,7 +338,7 @@ def test_loss_backward_alone_gives_learned_feedback_its_gradient(variant):
 
 @pytest.mark.parametrize("written", ["W", "B"])
 def test_kp_writing_into_one_gradient_leaves_the_other(written):
-    """Nesterov momentum, clipping and gradient scalers write into gradients, once for each tensor they are given."""
+    """Nesterov momentum, clipping and gradient scalers write into gradients, once for every tensor that they receive."""
     model, rule, x, y = start("kp")
     rule_grads(model, rule, x, y)
     layer = model.get_submodule(list(rule.feedback)[1])
@@ -401,7 +404,7 @@ def test_refused_before_anything_was_put_in_says_why(variant):
 
 
 def assert_same_state(got, want):
-    """Nested mappings of plain values and tensors, bitwise."""
+    """Compare nested mappings of plain values and tensors bitwise."""
     assert type(got) is type(want)
     if isinstance(want, dict):
         assert got.keys() == want.keys()
@@ -413,7 +416,7 @@ def assert_same_state(got, want):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(variant):
-    """As the README says: model.state_dict contains the feedback, rule.state_dict the rest."""
+    """As the README says, model.state_dict contains the feedback, and rule.state_dict contains the rest."""
     model, rule, x, y = start(variant, seed=0)
     rule_grads(model, rule, x, y)
     saved = copy.deepcopy((model.state_dict(), rule.state_dict()))
@@ -466,7 +469,7 @@ def test_a_tensor_that_is_put_again_is_replaced_and_dropped_once():
 
 @pytest.mark.parametrize(("name", "keys"), [("pfa", ["B", "R"]), ("kp", ["B"]), ("fa", ["B"])])
 def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
-    """Parameters and buffers alike, so a state's hash does not depend on which of them learn."""
+    """Parameters and buffers have one common order, so the hash of a state does not depend on which of them learn."""
     layer = fa_bench.attach(nets.mlp(), name, seed=0).model.fc2
     found = [key.removeprefix("feedback_") for key in layer.state_dict() if key.startswith("feedback_")]
     assert found == keys
@@ -474,7 +477,7 @@ def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
 
 @pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
 def test_a_detached_rule_does_not_train(name):
-    """Otherwise, it would silently perform backpropagation."""
+    """A detached rule must raise an error, because it would otherwise silently perform backpropagation."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     rule = fa_bench.attach(model, name, **({"cuts": ["1"]} if name == "dfa" else {}))
     rule.detach()
@@ -485,7 +488,7 @@ def test_a_detached_rule_does_not_train(name):
 
 
 def test_what_the_rule_froze_takes_part_until_the_outermost_exact_block_ends():
-    """Parameters that the user froze learn neither there nor after detach."""
+    """Parameters that the user froze learn neither within the exact blocks nor after detach."""
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
     model.conv1.bias.requires_grad_(False)
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, freeze_stem=True)
@@ -513,7 +516,7 @@ def test_a_layer_that_was_replaced_is_plain_after_detach_too(name):
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "frozen"])
 def test_attach_leaves_its_sample_as_it_was(variant):
-    """For a model that changes its inputs."""
+    """The model changes its inputs in place, but attach must not change the sample."""
     name, options = VARIANTS[variant]
     model = nn.Sequential(OrderedDict(first=nn.ReLU(inplace=True), **dict(nets.NETS[NET]().named_children())))
     x = nets.batch(NET)[0]
@@ -524,7 +527,9 @@ def test_attach_leaves_its_sample_as_it_was(variant):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_rule_equals_itself_alone(name):
-    """Rules with the same options belong to different models; so it is with the classes from which it derives."""
+    """Two rules with the same options are not equal, because they belong to different models. The same holds for the classes
+    from which a rule derives.
+    """
     for cls in ALGORITHMS[name].__mro__:
         if issubclass(cls, Rule):
             one, other = cls(), cls()

@@ -14,7 +14,7 @@ from .classic import fa
 
 
 def outputs(stage, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """z of every sample, (N, O, P), P output positions."""
+    """The outputs z of every sample, (N, O, P), with P output positions."""
     if stage.kind == "linear":
         return np.array([[[sum(w[i] * row[i] for i in range(len(row)))] for w in weight] for row in x])
     return conv_forward(stage, x, weight, None).reshape(len(x), len(weight), -1)
@@ -32,7 +32,7 @@ def correlation(stage, x: np.ndarray, z: np.ndarray, weight: np.ndarray) -> np.n
 
 
 def back(stage, x: np.ndarray, z: np.ndarray, feedback: np.ndarray) -> np.ndarray:
-    """z B, in the input's shape."""
+    """The product z B, in the input's shape."""
     if stage.kind == "conv":
         return conv_input_error(stage, z.reshape(conv_forward(stage, x, feedback, None).shape), feedback, x.shape)
     found = np.zeros(x.shape)
@@ -54,7 +54,7 @@ def local_gradients(stage, weight, feedback, x, decay=0.0, amp=0.0, null=0.0, ti
 
 
 def with_losses(chain, params, feedback, x, y, losses: dict[str, float], update_forward: bool) -> Arrays:
-    """As in FA, plus the local losses, on the layer's noise if it has some."""
+    """The gradients of FA plus those of the local losses, which use the layer's noise if it has any."""
     grads, true_inputs = fa(chain, params, feedback, x, y), inputs(chain, params, x)
     for stage in chain:
         if stage.name in weighted(chain):

@@ -13,14 +13,16 @@ from .sharing import of_feedback, shared, without_stem
 
 
 def classifier(shape: tuple[int, ...], pool: int) -> list[Stage]:
-    """Average to pool x pool (never larger than the map), flatten, linear, normalise."""
+    """Average the map to pool x pool (without enlarging it), flatten it, apply a linear layer, and normalise."""
     size = tuple(min(length, pool) for length in shape[1:])
     stages = [Stage("pool", "pool", size=size)] if size != shape[1:] else []
     return [*stages, Stage("flatten", "flatten"), Stage("fc", "linear"), Stage("bn", "bn1d", eps=EPS)]
 
 
 def asfp_lc(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", pool=2, **_) -> Arrays:
-    """At the end of a block, the error of its classifier, through the classifier's B; within the block, the rule of asfp."""
+    """At the end of a block, the error comes from its classifier, through the B of the classifier. Within the block, errors
+    follow the rule of asfp.
+    """
     values, given, learned = outputs(chain, params, x), {}, {}
     layers = {stage.name: stage for stage in chain if stage.kind in ("linear", "conv")}
     names = [stage.name for stage in chain]

@@ -14,7 +14,7 @@ def bp(chain, params, feedback, x, y):
 
 
 def frozen(chain, params, feedback, x, y):
-    """Only the output layer learns."""
+    """Train only the output layer."""
     last = weighted(chain)[-1]
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] == last}
 
@@ -26,14 +26,14 @@ def bp_fc(chain, params, feedback, x, y):
 
 
 def frozen_blocks(chain, params, feedback, x, y, blocks=()):
-    """The only block extends to this layer and keeps its values."""
+    """The gradients of backpropagation, except in the first block, which ends at the given layer and keeps its values."""
     names = [stage.name for stage in chain]
     fixed = names[: names.index(blocks[-1]) + 1]
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}
 
 
 def fa(chain, params, feedback, x, y, derivative="exact", beta=0.01, **_):
-    """e_in = g B."""
+    """FA propagates e_in = g B."""
     dual = beta if derivative == "dual" else None
     return gradients(chain, params, x, y, carry={layer: tensors["B"] for layer, tensors in feedback.items()}, dual=dual)
 
@@ -48,20 +48,20 @@ def usf_scale(shape: tuple[int, ...], scale: str) -> float:
 
 
 def usf(chain, params, feedback, x, y, scale="xavier", plain_last=False):
-    """e_in = g (s sign(W)), with the current W."""
+    """The error is e_in = g (s sign(W)), with the current W."""
     layers = weighted(chain)[:-1] if plain_last else weighted(chain)
     weights = {layer: params[f"{layer}.weight"] for layer in layers}
     return gradients(chain, params, x, y, carry={layer: usf_scale(w.shape, scale) * np.sign(w) for layer, w in weights.items()})
 
 
 def magnitude_sf(chain, params, feedback, x, y, **_):
-    """e_in = g (|M| sign(W)); brsf and frsf differ only in when M is sampled."""
+    """The error is e_in = g (|M| sign(W)); brsf and frsf differ only in when M is sampled."""
     carry = {layer: np.abs(tensors["M"]) * np.sign(params[f"{layer}.weight"]) for layer, tensors in feedback.items()}
     return gradients(chain, params, x, y, carry=carry)
 
 
 def kp(chain, params, feedback, x, y, **options):
-    """As in FA; the gradient of B is the gradient of W."""
+    """Errors are those of FA, and the gradient of B is the gradient of W."""
     grads = fa(chain, params, feedback, x, y, **options)
     return grads | {f"{layer}.B": grads[f"{layer}.weight"].copy() for layer in feedback}
 
@@ -73,7 +73,7 @@ def feature_count(chain: list[Stage], params: Arrays, x: np.ndarray, cut: str) -
 
 
 def dfa(chain, params, feedback, x, y, form="neuron", cuts=(), normalise=True, **_):
-    """delta_out B_l replaces the error at the cut (neuron, shared) or at the layer's input (kernel)."""
+    """The product delta_out B_l replaces the error at the cut (neuron, shared) or at the layer's input (kernel)."""
     if form == "neuron":
         return gradients(chain, params, x, y, inject={cut: tensors["B"] for cut, tensors in feedback.items()})
     if form == "kernel":

@@ -29,7 +29,9 @@ def dfc(
     draws=None,
     **_,
 ) -> Arrays:
-    """u_n = (J_n Q_n + alpha I)^-1 (-stepsize dL_n/dz_n); gradient at v = -(phi(v + Q u) - phi(v)) / N, activities controlled."""
+    """The control is u_n = (J_n Q_n + alpha I)^-1 (-stepsize dL_n/dz_n). The gradient at v is -(phi(v + Q u) - phi(v)) / N,
+    with controlled activities.
+    """
     jacobian, logits = jacobians(chain, params, x, feedback), forward(chain, params, x)[-1]
     q = feedback_of(feedback, jacobian, feedback_weights)
     u = control(jacobian, q, -target_stepsize * len(x) * output_error(logits, y), alpha)
@@ -78,7 +80,7 @@ def feedback_of(feedback, jacobian, kind) -> Arrays:
 
 
 def control(jacobian, q, error, leak) -> np.ndarray:
-    """(J_n Q_n + leak I) u_n = error_n."""
+    """The solution u of (J_n Q_n + leak I) u_n = error_n."""
     u = np.zeros_like(error)
     for n in range(len(error)):
         loop = leak * np.eye(error.shape[1])
@@ -89,7 +91,7 @@ def control(jacobian, q, error, leak) -> np.ndarray:
 
 
 def pushed(q, u) -> np.ndarray:
-    """(Q u)_nf."""
+    """The product Q u of every sample, (N, F)."""
     change = np.zeros(q.shape[:2])
     for n, f in np.ndindex(change.shape):
         change[n, f] = sum(q[n, f, c] * u[n, c] for c in range(u.shape[1]))

@@ -15,7 +15,9 @@ def outputs(chain, params, x) -> Arrays:
 
 
 def dkp(chain, params, feedback, x, y, **_) -> Arrays:
-    """As in dfa; gradB[c,f] = sum over n of delta_out[n,c] a[n,f], with a the flattened activation at the cut."""
+    """Errors are those of dfa, and gradB[c,f] = sum over n of delta_out[n,c] a[n,f], with a the flattened activation at the
+    cut.
+    """
     grads = gradients(chain, params, x, y, inject={cut: tensors["B"] for cut, tensors in feedback.items()})
     values = outputs(chain, params, x)
     delta = output_error(values[chain[-1].name], y)
@@ -69,7 +71,8 @@ def f3_errors(information, logits, y) -> np.ndarray:
 
 
 def f3(chain, params, feedback, x, y, information="delayed_loss", first_epoch="target", **options) -> Arrays:
-    """The error at a cut is e B / N; e is that of the sample's last pass, in `kept`: {sample: error}, which is updated.
+    """The error at a cut is e B / N, with e from the sample's last pass. `kept` is {sample: error}, and the reference updates
+    it.
 
     Without `kept` and `indices`, every sample is in its first epoch.
     """

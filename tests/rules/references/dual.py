@@ -6,12 +6,12 @@ from ..reference import gradients
 
 
 def dual_propagation(chain, params, feedback, x, y, beta=0.01):
-    """Backpropagation except for the nonlinearities."""
+    """Backpropagation in which a finite difference replaces the derivative of every nonlinearity."""
     return gradients(chain, params, x, y, dual=beta)
 
 
 REFERENCES = {"dual_propagation": dual_propagation}
-# So large that slopes of ReLU saturate at one half, and those of tanh differ from its derivative.
+# This beta is so large that slopes of ReLU saturate at one half, and those of tanh differ from its derivative.
 CASES = {
     "dual_propagation": ("dual_propagation", {"beta": 3.0}),
     "fa-dual": ("fa", {"derivative": "dual", "beta": 3.0}),

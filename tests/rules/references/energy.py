@@ -10,7 +10,9 @@ Part = list[Stage]
 
 
 def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> Arrays:
-    """e from zero: v = momentum v + dE/de, e = e - rate v, where s_l = f_l(s_{l-1}) + e_l; then the local gradients."""
+    """Starting from e = 0, each step sets v = momentum v + dE/de and e = e - rate v, where s_l = f_l(s_{l-1}) + e_l. The local
+    gradients are computed after the last step.
+    """
     parts = blocks(chain, feedback)
     errors = [np.zeros_like(value) for value in states_of(parts, params, x)]
     velocity = [np.zeros_like(value) for value in errors]
@@ -26,7 +28,9 @@ def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) ->
 
 
 def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> Arrays:
-    """s from the forward pass: v = momentum v + dE/ds, s = s - rate v; then the local gradients."""
+    """Starting from the states s of the forward pass, each step sets v = momentum v + dE/ds and s = s - rate v. The local
+    gradients are computed after the last step.
+    """
     parts = blocks(chain, feedback)
     states = states_of(parts, params, x)
     velocity = [np.zeros_like(value) for value in states]
@@ -42,7 +46,7 @@ def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> 
 
 
 def blocks(chain, cuts) -> list[Part]:
-    """The parts of the chain, each of which ends at a cut, and the last one at the logits."""
+    """The parts of the chain: each part ends at a cut, and the last part ends at the logits."""
     parts: list[Part] = [[]]
     for stage in chain:
         parts[-1].append(stage)
@@ -52,7 +56,7 @@ def blocks(chain, cuts) -> list[Part]:
 
 
 def states_of(parts, params, x, errors=None) -> list[np.ndarray]:
-    """s_1, ..., s_{L-1}."""
+    """The states s_1, ..., s_{L-1}."""
     states = []
     for number, part in enumerate(parts[:-1]):
         x = forward(part, params, x)[-1] + (0.0 if errors is None else errors[number])
@@ -78,7 +82,7 @@ def vjp(part, params, start, error) -> np.ndarray:
 
 
 def weights(parts, params, x, states, y) -> Arrays:
-    """dE/dW / N with all states fixed."""
+    """The gradients dE/dW / N with all states fixed."""
     total: Arrays = {}
     for part, start, state in zip(parts, [x, *states], states, strict=False):
         total |= through(part, params, start, (forward(part, params, start)[-1] - state) / len(x))[0]

@@ -24,7 +24,7 @@ EPS = 1e-5  # torch's default of BatchNorm
 
 
 def flattening(shape: tuple[int, ...], limit: int) -> list[Stage]:
-    """Average a map, rows and columns halved in turn (rounded up), until it has no more than `limit` features; flatten."""
+    """Average a map, halving rows and columns in turn (rounded up) until at most `limit` features remain, and flatten it."""
     stages = []
     if len(shape) == 3:
         rows = columns = 1
@@ -50,7 +50,7 @@ def below(chain, params, x, y, cuts, local, output=1.0) -> Arrays:
 
 
 def local_error(chain, params, feedback, x, y, features=4096, separate=False, **_) -> Arrays:
-    """e = (softmax(a Mᵀ) - onehot) M / N, or with |K| sign(M) for the last M; M does not learn."""
+    """The error is e = (softmax(a Mᵀ) - onehot) M / N, or the same with |K| sign(M) for the last M. M does not learn."""
 
     def local(cut, a):
         errors: Arrays = {}
@@ -66,7 +66,9 @@ def local_error(chain, params, feedback, x, y, features=4096, separate=False, **
 
 
 def cosines(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """S[n,m] of centred rows, the centred rows normalised to unit length, and their lengths; a row that does not vary is zero."""
+    """S[n,m] of centred rows, the centred rows normalised to unit length, and their lengths. A row whose entries are all equal
+    becomes zero.
+    """
     units, lengths = np.zeros_like(rows), []
     for n in range(len(rows)):
         centred = rows[n] - sum(rows[n]) / rows.shape[1]
@@ -80,7 +82,9 @@ def cosines(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
 
 
 def cosines_backward(units: np.ndarray, lengths: list[float], g: np.ndarray) -> np.ndarray:
-    """Gradient at the rows, from that at S: a unit vector moves across itself only, a centred one across the ones."""
+    """The gradient at the rows, from the gradient at S: normalising removes its component along the unit vector, and centring
+    removes its mean.
+    """
     error = np.zeros_like(units)
     for n in range(len(units)):
         if lengths[n] > 1e-8:
@@ -91,7 +95,7 @@ def cosines_backward(units: np.ndarray, lengths: list[float], g: np.ndarray) -> 
 
 
 def deviations(maps: np.ndarray) -> np.ndarray:
-    """s[n,c] = root of the sum over pixels of (x - mean)², divided by their number less one."""
+    """The standard deviations s[n,c] over pixels, with the number of pixels minus one as the divisor of the variance."""
     rows = np.zeros(maps.shape[:2])
     for n, c in product(*map(range, maps.shape[:2])):
         values = maps[n, c].ravel()
@@ -100,7 +104,7 @@ def deviations(maps: np.ndarray) -> np.ndarray:
 
 
 def deviations_backward(maps: np.ndarray, rows: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """ds/dx = (x - mean) / ((pixels - 1) s), and 0 where nothing varies."""
+    """The derivative ds/dx = (x - mean) / ((pixels - 1) s), or 0 if all pixels are equal."""
     error = np.zeros_like(maps)
     for n, c in product(*map(range, maps.shape[:2])):
         if rows[n, c] > 0:
@@ -109,7 +113,7 @@ def deviations_backward(maps: np.ndarray, rows: np.ndarray, g: np.ndarray) -> np
 
 
 def similarity_loss(a: np.ndarray, weight: np.ndarray, y, classes: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """mean (S(K a) - S(onehot))², its gradient at a, its gradient at K."""
+    """The loss mean (S(K a) - S(onehot))² and its gradients at a and at K."""
     stage = Stage("K", "conv", padding=(1, 1))
     mapped = linear_forward(a, weight, None) if a.ndim == 2 else conv_forward(stage, a, weight, None)
     by_deviation = a.ndim == 4 and a.shape[1] > 3 and a.shape[2] > 1
@@ -128,7 +132,7 @@ def similarity_loss(a: np.ndarray, weight: np.ndarray, y, classes: int) -> tuple
 
 
 def of_decoder(a, held: Arrays, y, size: int, factor: float) -> tuple[np.ndarray, Arrays]:
-    """The gradients of factor CE(D(a)) at a and at the decoder, which has a bias or not."""
+    """The gradients of factor CE(D(a)) at a and at the decoder, whose bias is optional."""
     errors: Arrays = {}
     decoder = [*flattening(a.shape[1:], size), Stage("out", "linear")]
     params = {name: held[f"decoder.{name}"] for name in ("out.weight", "out.bias") if f"decoder.{name}" in held}
@@ -137,7 +141,9 @@ def of_decoder(a, held: Arrays, y, size: int, factor: float) -> tuple[np.ndarray
 
 
 def predsim(chain, params, feedback, x, y, loss="predsim", beta=0.99, decoder_size=4096, **_) -> Arrays:
-    """(1-beta) CE(D(a)) + beta mean (S(K a) - S(onehot))²; output layer (1-beta) times its true error. pred, sim: one alone."""
+    """The loss is (1-beta) CE(D(a)) + beta mean (S(K a) - S(onehot))², and the output layer gets (1-beta) times its true
+    error. The losses pred and sim use only one term.
+    """
     of_prediction, of_similarity = {"predsim": (1 - beta, beta), "pred": (1.0, None), "sim": (None, 1.0)}[loss]
     classes = params[f"{chain[-1].name}.weight"].shape[0]
 
@@ -169,7 +175,9 @@ def bp_deepsup(chain, params, feedback, x, y, weight=1.0, decoder_size=4096, **_
 
 
 def auxiliary_net(shape: tuple[int, ...], kind: str) -> list[Stage]:
-    """Average to a quarter, three 1x1 convolutions (mlp_sr), average to 2x2, three linear layers (not linear), the classes."""
+    """Average the map to a quarter, apply three 1x1 convolutions (mlp_sr), average to 2x2, and apply three linear layers (not
+    for linear) and the classifier.
+    """
     chain = []
     if len(shape) == 3:
         quarter = (math.ceil(shape[1] / 4), math.ceil(shape[2] / 4))

@@ -19,7 +19,7 @@ PHI = {
 
 
 def wm(chain, params, feedback, x, y, **_) -> Arrays:
-    """e_in = g B; B has no gradient."""
+    """The error is e_in = g B; B has no gradient."""
     return fa(chain, params, feedback, x, y)
 
 
@@ -37,7 +37,9 @@ def mirror_step(
     block_bias=True,
     per_tap=True,
 ) -> np.ndarray:
-    """B after one step: (1 - λ) B + η (1 / (N σ² φ' n_pos)) Σ yᵀ x, y = φ(W x + b), x the given noise; λ is η unless given."""
+    """B after one step is (1 - λ) B + η (1 / (N σ² φ' n_pos)) Σ yᵀ x, with y = φ(W x + b) and x the given noise. By default, λ
+    is η.
+    """
     decay = rate if decay is None else decay
     phi, slope = PHI[activation]
     bias = None if block_bias else bias

@@ -9,7 +9,9 @@ from .pfa import first_hop, path
 
 
 def mixed(chain, params, feedback, x, y, **_) -> Arrays:
-    """E = B R, F or K by the entry's kind; e_in = g E; gradient of R from x and ē = g B, of K = that of W, both unmasked."""
+    """The feedback E is B R, F or K, depending on the entry's kind, and e_in = g E. The gradient of R comes from x and ē = g
+    B, and the gradient of K is that of W; neither is masked.
+    """
     stages = {stage.name: stage for stage in chain}
     carry: Arrays = {}
     for layer, tensors in feedback.items():

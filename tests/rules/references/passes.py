@@ -19,7 +19,7 @@ def noise(draws, name: str, shape, is_shared: bool = False) -> np.ndarray:
 
 
 def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """L_n = -log softmax(z_n)[y_n]."""
+    """The loss of every sample, L_n = -log softmax(z_n)[y_n]."""
     values = np.zeros(len(y))
     for n in range(len(y)):
         top = logits[n].max()
@@ -37,7 +37,9 @@ def altered(chain, params, x, *, before=None, after=None) -> Arrays:
 
 
 def node_perturbation(chain, params, feedback, x, y, sigma=1e-3, perturb_output=True, draws=None, **_) -> Arrays:
-    """error at a cut = d_n xi_n / N; d_n = (L_n(+sigma xi) - L_n(-sigma xi)) / 2 sigma; at the logits the same, or delta."""
+    """The error at a cut is d_n xi_n / N, with d_n = (L_n(+sigma xi) - L_n(-sigma xi)) / 2 sigma. The error at the logits is
+    the same, or delta.
+    """
     plain = altered(chain, params, x)
     last = chain[-1].name
     xi = {cut: noise(draws, cut, plain[cut].shape) for cut in feedback}
@@ -54,7 +56,7 @@ def node_perturbation(chain, params, feedback, x, y, sigma=1e-3, perturb_output=
 
 
 def weight_perturbation(chain, params, feedback, x, y, epsilon=1e-3, draws=None, **_) -> Arrays:
-    """gradient = v (L(theta + eps v) - L(theta - eps v)) / 2 eps, the same v in both passes."""
+    """The gradient is v (L(theta + eps v) - L(theta - eps v)) / 2 eps, with the same v in both passes."""
     v = {name: noise(draws, str(number), value.shape, True) for number, (name, value) in enumerate(params.items())}
     plus, minus = (
         losses(altered(chain, {name: params[name] + size * v[name] for name in params}, x)[""], y).mean()
@@ -64,7 +66,9 @@ def weight_perturbation(chain, params, feedback, x, y, epsilon=1e-3, draws=None,
 
 
 def pepita(chain, params, feedback, x, y, **_) -> Arrays:
-    """x' = x + (p - y) F; hidden error before the nonlinearity = (h - h') / N, output error = (p' - y) / N, inputs h'."""
+    """The second input is x' = x + (p - y) F. The hidden error before the nonlinearity is (h - h') / N, the output error is
+    (p' - y) / N, and the layers' inputs are h'.
+    """
     plain, total = altered(chain, params, x), {}
     (matrix,) = [tensors["F"] for tensors in feedback.values() if "F" in tensors]
     error = _softmax_error(plain[""], y)
@@ -98,7 +102,9 @@ def _of_part(part, params, x, error) -> Arrays:
 
 
 def np_feedback(chain, params, feedback, x, y, sigma=1e-2, draws=None, **_) -> Arrays:
-    """fa's gradients; gradB = 1/N sum_n ghat_n^T (ghat_n B - d_n xi_n), ghat = N g, xi at the input of every layer."""
+    """The gradients are those of fa, and gradB = 1/N sum_n ghat_n^T (ghat_n B - d_n xi_n), with ghat = N g and xi at the input
+    of every layer.
+    """
     carry, errors = {layer: tensors["B"] for layer, tensors in feedback.items()}, {}
     grads = gradients(chain, params, x, y, carry=carry, errors=errors)
     entering, names = inputs(chain, params, x), [stage.name for stage in chain]

@@ -31,7 +31,9 @@ def matched(h: np.ndarray, shape: tuple[int, ...], match: str, mixing: np.ndarra
 
 
 def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arrays]:
-    """The layers after the stem that share, and {layer: the activation that replaces its input} from the second one on."""
+    """The layers after the stem that share activations, and {layer: the activation that replaces its input}, which starts at
+    the second layer.
+    """
     kinds = {stage.name: stage.kind for stage in chain}
     layers, own = weighted(chain), inputs(chain, params, x)
     everywhere = linear == "share" or (linear == "auto" and "conv" not in kinds.values())
@@ -45,12 +47,12 @@ def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arr
 
 
 def carried(params: Arrays, feedback) -> Arrays:
-    """Layers without B transport their weight."""
+    """The feedback {layer: B}; a layer without B has no entry, so its weight transports the error."""
     return {layer: tensors["B"] for layer, tensors in feedback.items() if "B" in tensors}
 
 
 def asap(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", freeze_stem=True, **_) -> Arrays:
-    """gradW = gradB = that of the shared activation and g; the error goes through B."""
+    """The gradients of W and B are both computed from the shared activation and g; the error goes through B."""
     sharing, stand_ins = shared(chain, params, feedback, x, k, match, linear)
     grads = gradients(chain, params, x, y, carry=carried(params, feedback), activations=stand_ins)
     learning = sharing if freeze_stem else weighted(chain)[:1] + sharing
@@ -59,7 +61,7 @@ def asap(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", fr
 
 
 def asfp(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", freeze_stem=True, **_) -> Arrays:
-    """gradW from the true input, gradB from the shared activation."""
+    """The gradient of W is computed from the true input, and that of B from the shared activation."""
     sharing, stand_ins = shared(chain, params, feedback, x, k, match, linear)
     errors: Arrays = {}
     grads = gradients(chain, params, x, y, carry=carried(params, feedback), errors=errors)
@@ -68,8 +70,9 @@ def asfp(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", fr
 
 
 def of_feedback(chain, grads: Arrays, errors: Arrays, learning: list[str], stand_ins: Arrays) -> Arrays:
-    """gradB of each layer: from the activation that replaces its input and the error at its output, otherwise the gradient of its
-    weight."""
+    """The gradient of each B. It comes from the activation that replaces the input of the layer and the error at its output; a
+    layer without such an activation uses the gradient of its weight.
+    """
     stages, found = {stage.name: stage for stage in chain}, {}
     for layer in learning:
         if layer not in stand_ins:

@@ -52,14 +52,14 @@ def tangents(chain, params, x, *, added=None, moved=None) -> Arrays:
 
 
 def along_noise(chain, params, x, cuts, draws) -> tuple[Arrays, np.ndarray]:
-    """(p at every cut, d at the logits)."""
+    """The tangents p at every cut and d at the logits."""
     values = dict(zip([stage.name for stage in chain], forward(chain, params, x)[1:], strict=True))
     p = {cut: noise(draws, cut, values[cut].shape) for cut in cuts}
     return p, tangents(chain, params, x, added=p)[chain[-1].name]
 
 
 def mean_product(d: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """J[c,f] = mean over n of d[n,c] p[n,f]."""
+    """The mean J[c,f] over n of d[n,c] p[n,f]."""
     flat = p.reshape(len(p), -1)
     mean = np.zeros((d.shape[1], flat.shape[1]))
     for n, c, f in product(range(len(d)), range(d.shape[1]), range(flat.shape[1])):
@@ -75,7 +75,7 @@ def fdfa(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
 
 
 def grape(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
-    """As in fdfa; gradB = -d cos(B, J) / dB = -(J / |B||J| - cos B / |B|²) with J the mean of d p."""
+    """Errors are those of fdfa. The gradient of B is -d cos(B, J) / dB = -(J / |B||J| - cos B / |B|²), with J the mean of d p."""
     grads = fdfa(chain, params, feedback, x, y, draws)
     for cut, tensors in feedback.items():
         b = tensors["B"]
@@ -87,7 +87,9 @@ def grape(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
 
 
 def forward_gradient(chain, params, feedback, x, y, form="activation", cuts=(), draws=None, **_) -> Arrays:
-    """activation: error at a cut = (delta_n . d_n) p_n; weight: gradient = (sum over n of delta_n . d_n) v."""
+    """With activation, the error at a cut is (delta_n . d_n) p_n; with weight, the gradient is (sum over n of delta_n . d_n)
+    v.
+    """
     delta = output_error(forward(chain, params, x)[-1], y)
     if form == "weight":
         v = {name: noise(draws, name, value.shape, True) for name, value in params.items()}

@@ -8,12 +8,14 @@ from ..reference import Arrays, Stage, conv_forward, forward, gradients, linear_
 
 
 def ddtp_linear(chain, params, feedback, x, y, **_):
-    """As dfa."""
+    """The gradients are those of dfa."""
     return gradients(chain, params, x, y, inject={cut: tensors["B"] for cut, tensors in feedback.items()})
 
 
 def through_map(weight: np.ndarray, above: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """G of the layers after a block, in the shape of its input: a linear layer, or a 3x3 convolution of an enlarged map."""
+    """Apply G of the layers after a block, in the shape of its input: G is a linear layer, or a 3x3 convolution of an enlarged
+    map.
+    """
     if weight.ndim == 2:
         return linear_forward(above.reshape(len(above), -1), weight, None).reshape(len(above), *shape)
     rows, columns = (np.arange(size) * given // size for size, given in zip(shape[1:], above.shape[2:], strict=True))
@@ -21,7 +23,7 @@ def through_map(weight: np.ndarray, above: np.ndarray, shape: tuple[int, ...]) -
 
 
 def ldrl(chain, params, feedback, x, y, **_) -> Arrays:
-    """e = G e', from the error at the logits backwards; exact within a block."""
+    """The error is e = G e', computed from the error at the logits backwards; it is exact within a block."""
     values = forward(chain, params, x)
     outputs = dict(zip((stage.name for stage in chain), values[1:], strict=True))
     given, error = {}, output_error(values[-1], y)
