@@ -374,7 +374,7 @@ def _one(what: str, values: set[Any]) -> Any:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """What the header says about a run's `device`: for a GPU, its model; for a CPU, its model and the number of threads."""
+    """The header's text for a run's `device`: a GPU's model, or a CPU's model and the number of threads."""
     kind, name = device.removesuffix(")").split(" (", maxsplit=1)
     return {"processor": name} if kind == "cuda" else {"processor": _processor(), "threads": int(name.split(", ")[1].split()[0])}
 

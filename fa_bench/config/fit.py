@@ -1,4 +1,4 @@
-"""Which components and options of a run fit together, as far as the config shows it."""
+"""Check that the components and options of a run fit together, as far as the config shows it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def checked(
         arrays: these five arrays. Images are whole numbers from 0 to 255, floats from 0 to 1, or bool, (n, C, H, W) or (n, H, W);
             features are finite numbers, (n, F); tokens are whole numbers from 0 to the number of names - 1, (n, T). Labels are
             whole numbers from 0, which may be stored as floats or as (n, 1); values are finite numbers, (n,) or (n, O); positions
-            are labels for each token, (n, T), of which negative ones do not count.
+            are labels for each token, (n, T), where negative ones do not count.
         notes: a sentence on each conversion is appended to this list.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
 

@@ -34,17 +34,17 @@ def mean_option(*default: float) -> Any:
 
 
 def std_option(*default: float) -> Any:
-    """The option `std` of a dataset."""
+    """Return the option `std`, for datasets."""
     return option([*default], "standard deviation of each channel in units of the full range, or one number for all", above=0)
 
 
 def augment_option(default: bool) -> Any:
-    """The option `augment` of a dataset."""
+    """Return the option `augment`, for datasets."""
     return option(default, "crop training images at random (see `crop`), and flip half of them horizontally")
 
 
 def crop_option(default: str) -> Any:
-    """The option `crop` of a dataset."""
+    """Return the option `crop`, for datasets."""
     return option(
         default,
         "padded: resize to `size`, augment by crops with 4 pixels of padding; resized: train on a random 8 to "
@@ -54,7 +54,7 @@ def crop_option(default: str) -> Any:
 
 
 def size_option(default: int | None) -> Any:
-    """The option `size` of a dataset."""
+    """Return the option `size`, for datasets."""
     return option(default, "height and width to which images are resized; null: as stored", minimum=1)
 
 

@@ -35,7 +35,7 @@ _inspected: dict[tuple[bytes, str], Counter[str]] = {}
 
 
 def workers_option(default: int) -> Any:
-    """The option `workers` of a dataset."""
+    """Return the option `workers`, for datasets."""
     return option(default, "processes that decode streamed images; 0: the run's own process", minimum=0)
 
 

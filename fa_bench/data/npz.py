@@ -33,11 +33,15 @@ _REQUIRED, _VALIDATION = ("x_train", "y_train", "x_test", "y_test"), ("x_val", "
 class Npz(VectorDataset):
     """Your own arrays in an .npz file: x_train, y_train, x_test, y_test, and x_val, y_val if there is a validation set.
 
-    Inputs are images, (n, C, H, W) or (n, H, W), of 8 bits, bool, or floats from 0 to 1; features, floats (n, F); or tokens,
-    whole numbers of more than 8 bits (n, T). Targets are classes, whole numbers from 0, (n,) or (n, 1); values, floats (n,) or
-    (n, O); or for tokens a class for each position, whole numbers (n, T), where positions with -100 do not count. The types and
-    shapes of x_train and y_train determine the kind, and the other arrays must agree with them. The vocabulary size is one more
-    than the largest token in all arrays.
+    Inputs are images, features or tokens. Images have the shape (n, C, H, W) or (n, H, W) and are 8-bit integers, bools, or
+    floats from 0 to 1. Features are floats of shape (n, F). Tokens are integers of more than 8 bits, of shape (n, T).
+
+    Targets are classes, values or, for tokens, one class per position. Classes are whole numbers from 0, of shape (n,) or
+    (n, 1), and values are floats of shape (n,) or (n, O). Classes per position are whole numbers of shape (n, T); positions
+    labelled -100 do not count.
+
+    The types and shapes of x_train and y_train determine the kind, and the other arrays must agree with them. The vocabulary
+    size is one more than the largest token in all arrays.
 
     numpy.savez("my.npz", x_train=..., y_train=..., x_test=..., y_test=...) writes such a file. Files with pickled objects are
     refused, since reading them could execute code.

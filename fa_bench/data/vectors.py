@@ -21,7 +21,7 @@ from fa_bench.utils.lazy import torch
 
 
 def standardise_option() -> Any:
-    """The option `standardise` of a dataset of features."""
+    """Return the option `standardise`, for datasets of features."""
     return option(True, "subtract the mean of each feature over the training samples, and divide by its standard deviation")
 
 

@@ -1,4 +1,4 @@
-"""Which weights of a model a rule covers, and why it does not cover the others."""
+"""Report which weights of a model a rule covers, and why it does not cover the others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Covered:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """Which weights a rule covers and which it does not.
+    """The weights that a rule covers and those that it does not.
 
     Attributes:
         rule: the rule's name.

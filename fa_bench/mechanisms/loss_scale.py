@@ -66,7 +66,7 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
 #: The remedy if a rule computes errors, or everything, from the labels.
 PASS_SCALE = "Pass the scale: rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
 PASS_OBJECTIVE = (
-    "It learns only from the objective, whatever the loss is; attach it with the objective that you train, objective=..."
+    "It learns only from the objective, regardless of the loss; attach it with the objective that you train, objective=..."
 )
 
 

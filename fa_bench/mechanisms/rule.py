@@ -546,7 +546,7 @@ class Rule(Options):
             return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
 
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory | None:
-        """Which tensors of the plain model a training step of the rule keeps in memory; None if undefined."""
+        """The tensors of the plain model that a training step of the rule keeps in memory; None if undefined."""
         return None
 
     # -------------------------------------------------------------------------------------------- structure

@@ -253,7 +253,7 @@ _REPLACED = (
     "optimizer was created, for example by load_state_dict(assign=True). Create a new optimizer from model.parameters()"
 )
 
-#: All learned tensors that have received a gradient, and those that no optimizer has been seen to train yet.
+#: All learned tensors that have received a gradient, and those for which no update by an optimizer has been observed yet.
 _known: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
 _unchecked: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
 #: How often a check was requested. An optimizer's step is checked only if this has changed since its last step.

@@ -75,7 +75,7 @@ class Objective(Options):
         return len(target)
 
     def correct(self, outputs: Tensor, target: Tensor) -> Tensor | None:
-        """Which samples are classified correctly, bool (N,) or (N, T); None if the targets are numbers."""
+        """A mask of the correctly classified samples, bool (N,) or (N, T); None if the targets are numbers."""
         return None if target.is_floating_point() else outputs.argmax(-1) == target
 
     def predicted(self, outputs: Tensor) -> Tensor:

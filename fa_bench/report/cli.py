@@ -25,7 +25,7 @@ running sweep; nothing is written.
 _CODES = """\
 exit code: 0 if all runs have finished or were stopped by a callback; 1 if some have not, or are excluded from the report; 2 if
 there is nothing to report.
-The live view exits with 0 whatever the states of the runs, even after Ctrl-C.
+The live view exits with 0 regardless of the states of the runs, even after Ctrl-C.
 """
 INTERVAL, MIN_INTERVAL, MAX_INTERVAL = 5.0, 0.5, 3600.0  # seconds between two updates of the live view
 

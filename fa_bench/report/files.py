@@ -1,4 +1,4 @@
-"""Which files of a folder a report may replace: those that reports wrote there, listed by name in a record in the folder."""
+"""Record the files that reports write to a folder. A report may replace only the files that are listed in this record."""
 
 from __future__ import annotations
 

@@ -376,7 +376,7 @@ def cross(axes: Axes, x: Any, colour: str, shift: float = 0) -> None:
 
 
 def _height(part: Part) -> float:
-    # The legend has one column: for a large sweep the figure becomes taller; more columns would squeeze the panels.
+    # The legend has a single column, so a large sweep makes the figure taller. More columns would squeeze the panels.
     rows = math.ceil(len(part.panels) / part.columns)
     lines = sum(1 + entry.count("\n") for entry, _ in part.legend[:MAX_ENTRIES])
     return max(4.0 if rows == 1 else 2.6 * rows, 0.8 + LINE * lines)

@@ -19,7 +19,7 @@ ACCURACY, LOSS, ANGLE = "accuracy", "loss", "angle"
 #: The formats of figures, and the positions along a run that curves can be plotted against, with their axis labels.
 FORMATS = ("png", "svg", "pdf")
 POSITIONS = {"epoch": "epoch", "step": "step", "seconds": "seconds of training"}
-#: The parts of a dataset, as in the keys of records and in titles; in the order of figures.
+#: Maps the parts of a dataset from their names in record keys to their names in titles, in the order in which figures show them.
 _PARTS = {"test": "test", "val": "validation", "train": "training"}
 
 Value = Callable[[Run, Mapping[str, Any]], float]
@@ -192,8 +192,11 @@ def curve(members: Sequence[Run], of: Quantity, x: str = "epoch") -> list[tuple[
 
 
 class Point(NamedTuple):
-    """A group of runs at one value of a setting: the mean over its finished runs, the sample standard deviation (NaN for one),
-    the merit by which settings are chosen (`groups.validation_merit`), and the numbers of finished and of diverged runs."""
+    """The statistics of a group of runs that share one value of a setting.
+
+    They are the mean and the sample standard deviation (NaN for a single run) over the finished runs, the merit by which
+    settings are chosen (`groups.validation_merit`), and the numbers of finished and of diverged runs.
+    """
 
     x: Any
     mean: float

@@ -1,4 +1,4 @@
-"""Which rows of bp and of the floor the other rows of a task are compared with."""
+"""Choose the rows of bp and of the floor with which the other rows of a task are compared."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
 
-#: The name under which the output is recorded, as the end of the last block.
+#: The key for the model's output, where the last block ends, in dictionaries whose other keys are cuts.
 OUTPUT_OF_MODEL = ""
 
 

@@ -52,7 +52,7 @@ class PC(EnergyRule):
 
     Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, which couples the samples of a
     batch, and updates its running statistics in the first pass. Multiplications: T + 1 additional forward passes and T + 1
-    backward passes, T of which are for the states alone and one for the weights alone.
+    backward passes. Of the backward passes, T are only for the states and one is only for the weights.
     """
 
     equations = (

@@ -1,4 +1,5 @@
-"""Which files of a directory belong to a run: recognised by their full names, never by a pattern, and never through a link."""
+"""Find the files in a directory that belong to a run. They are recognised by their full names, never by a pattern,
+and never through a link."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights a cut rule covers, and where their errors come from."""
+"""Determine which weights a cut rule covers, and where their errors come from."""
 
 from __future__ import annotations
 

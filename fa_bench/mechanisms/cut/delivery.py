@@ -1,8 +1,8 @@
 """The backward pass of a cut rule: once the error at the logits is known, an error is delivered to every cut.
 
-An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. All parts of
-the model therefore belong to one graph: loss scaling, several forward passes before a backward pass and a plain
-``loss.backward()`` work as usual, and a graph that is never differentiated is freed together with the output.
+An autograd Function is applied to the model's output. It is the identity in the forward pass and takes all captured activations
+as further inputs. All parts of the model therefore belong to one graph: loss scaling, several forward passes before a backward
+pass and a plain ``loss.backward()`` work as usual, and a graph that is never differentiated is freed together with the output.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Relaxation:
 
 @dataclasses.dataclass(eq=False)
 class EnergyRule(PassRule):
-    """A rule whose blocks, which end at the cuts, are trained by the errors between states and predictions.
+    """Base class of rules that train blocks, which end at the cuts, on the errors between states and predictions.
 
     With f_l the function of a block, s_0 the input and L the loss of a sample, the energy is
 

@@ -46,7 +46,7 @@ def require_labels(rule: str, target: Tensor, shape: Shape, objective: Objective
 
     Raises:
         ValueError: for labels of another shape, or outside [0, C). The range is checked only on the CPU, because an accelerator
-            no longer responds after it has used a label out of range.
+            no longer responds after it has used an out-of-range label.
     """
     axis = class_axis(shape)
     classes, wanted = shape[axis], (*shape[:axis], *shape[axis + 1 :])

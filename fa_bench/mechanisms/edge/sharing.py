@@ -329,7 +329,7 @@ class SharingRule(EdgeRule):
             raise CoverageError(
                 f"rule '{self.name}' cannot resize the activation shared by '{self._first[source]}' to the shape "
                 f"of the input of '{layer.path}': {error}"
-                + ("" if self.match == "random" else "; {match} changes channels and features to any number"),
+                + ("" if self.match == "random" else "; {match} can resize activations to any number of channels or features"),
                 {} if self.match == "random" else {"match": "random"},
             ) from None
         return pathway
