@@ -190,7 +190,7 @@ def _score(row: pd.Series, digits: int = 2) -> str:
 
 
 def _floor(row: pd.Series) -> str:
-    if row.get("algorithm", row.get("rule")) in ("frozen", "frozen_blocks"):
+    if row.get("algorithm", row.get("rule")) == "frozen":
         return "floor"
     if _is_blank(row["floor"]):
         return "-"

@@ -169,11 +169,14 @@ def test_noise_is_sampled_on_the_cpu(gpu: Callable[[str], Any]) -> None:
             for dtype in (torch.float64, torch.float32)
         )
         torch.empty(2, device="meta").uniform_(generator=torch.Generator())
+        generator = torch.Generator().manual_seed(3)
+        first, second = (torch.empty(5).normal_(mean=1.0, std=2.0, generator=generator) for _ in range(2))
         torch.manual_seed(0)
         usual = torch.empty(4).normal_()
     assert (torch.Tensor.normal_, torch.Tensor.uniform_) == before
     expected = torch.empty(5, dtype=torch.float64).normal_(1.0, 2.0, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(wide, expected) and torch.equal(narrow, expected.float())
+    assert torch.equal(wide, expected) and torch.equal(narrow, expected.float()) and torch.equal(first, narrow)
+    assert not torch.equal(second, first)
     torch.manual_seed(0)
     assert torch.equal(usual, torch.empty(4).normal_())
 

@@ -89,6 +89,7 @@ rule,n,test_accuracy,test_accuracy_ci95,bp_difference,bp_difference_ci95,floor_a
 bp,5,97.125,0.25,,,92.0,True,optimizer.lr=0.0123456 optimizer.weight_decay=0,98,20,1,
 frozen,5,92,0.5,-5.125,0.5,,,optimizer.lr=0.1,93,20,0,
 drtp,5,91.5,0.5,-5.625,0.75,92.0,False,optimizer.lr=0.1 algorithm.b_init=pytorch,93,20,3,
+frozen_blocks,5,91.25,0.5,-5.875,0.5,92.0,False,optimizer.lr=0.1,93,20,0,
 weight_perturbation,0,,,,,,,,,20,20,no trial finished: nothing to train
 """
 
@@ -106,6 +107,7 @@ def test_tuned_studies_are_kept_and_compared(sweep: Path, tmp_path: Path, monkey
         "| bp | 97.12 ± 0.25 | - | - | 1 of 20 | `lr=0.0123` `weight_decay=0` |",
         "| frozen | 92.00 ± 0.50 | -5.12 | 0.50 | 0 of 20 | `lr=0.1` |",
         "| drtp | **91.50 ± 0.50** | -5.62 | 0.75 | 3 of 20 | `lr=0.1` `b_init=pytorch` |",
+        "| frozen_blocks | **91.25 ± 0.50** | -5.88 | 0.50 | 0 of 20 | `lr=0.1` |",
         "| weight_perturbation | did not train | - | - | 20 of 20 | - |",
     ]
     assert make_results.compared({"here": "mine", "not run": None}).splitlines() == [
@@ -114,6 +116,7 @@ def test_tuned_studies_are_kept_and_compared(sweep: Path, tmp_path: Path, monkey
         "| bp | 97.12 ± 0.25 |  |",
         "| frozen | 92.00 ± 0.50 |  |",
         "| drtp | **91.50 ± 0.50** |  |",
+        "| frozen_blocks | **91.25 ± 0.50** |  |",
         "| weight_perturbation | did not train |  |",
     ]
     (shutil.copytree(folder, folder.with_name("other")) / "tune.csv").write_text("".join(TUNE.splitlines(keepends=True)[:3]))
