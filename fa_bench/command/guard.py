@@ -36,7 +36,7 @@ SWEEPER = "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"
 #: The sections that Hydra instantiates, and the logging sections.
 _INSTANTIATED = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks")
 _LOGS = ("hydra.job_logging", "hydra.hydra_logging")
-#: The only interpolations allowed in these sections: names and folders, which are plain text whatever a config contains.
+#: The only interpolations allowed in these sections: names and folders, which are always plain text.
 _TEXT = re.compile(r"\$\{hydra\.(job|sweep|run|runtime)\.(name|id|num|dir|subdir|output_dir|override_dirname)\}")
 #: Allowed values of logging keys, and of any logging value with a scheme, such as ext://.
 _LOG_VALUES = {

@@ -90,8 +90,8 @@ def _component_keys(key: str) -> list[str]:
 def short_key(key: str, config: Flat) -> str:
     """A key as shown in labels: options of the rule and the optimizer have no prefix, for example ``lr`` for ``optimizer.lr``.
 
-    The full key is used if the short form would be ambiguous within the config. The choice does not depend on other configs, so a
-    run has the same label whatever it is compared with.
+    The full key is used if the short form would be ambiguous within the config. The choice does not depend on other configs, so
+    a run has the same label in every comparison.
     """
     group, _, name = key.partition(".")
     if group not in _SHORTENED or not name or name == "name" or name in config or name in _RUN_OPTIONS:

@@ -184,7 +184,7 @@ class ImageSplit(Split):
 
     @functools.cached_property
     def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift) for x * scale + shift, which is computed in place with two passes over the batch, whatever the mean."""
+        """(scale, shift) for x * scale + shift, which is computed in place with two passes over the batch for any mean."""
         scale = torch.tensor([1 / (255 * s) for s in self.std], device=self.device).view(-1, 1, 1)
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=self.device).view(-1, 1, 1)
         return scale, shift

@@ -59,7 +59,7 @@ def to_html(
         timings: whether to include measured seconds.
     """
     style, script = _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8")
-    # Only the page's own script may run, whatever the labels and messages of runs contain.
+    # Only the page's own script may run, even if the labels or messages of runs contain scripts.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     groups = group_runs(runs)

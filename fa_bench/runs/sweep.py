@@ -34,7 +34,7 @@ def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[PlannedRun]
         try:
             with locked(path.with_name(SWEEP_LOCK)):
                 check_temporary(path, b'{\n "command"')
-                # Runs are compared by normalised directories, so that they are recognised whatever the working directory was.
+                # Runs are compared by normalised directories, so that they are recognised from any working directory.
                 merged = {os.path.relpath(run.directory, folder): run for run in (*read_sweep(path), *runs)}
                 listed = [{**run._asdict(), "directory": directory} for directory, run in merged.items()]
                 write_text(path, dump_json({"command": list(command), "runs": listed}, indent=1) + "\n")
