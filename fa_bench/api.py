@@ -59,7 +59,7 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
         is_sweep = any(override.is_sweep_override() or override.key_or_group == "experiment" for override in composer.parsed)
         clear_cache()
         errors: list[FaBenchError] = []
-        # A sweep records the errors of its jobs, which do not affect each other.
+        # A sweep records the errors of its jobs; an error in one job does not affect the others.
         task = Task(["fa-bench", *(["-m"] if is_sweep else []), *arguments], errors=None if is_sweep else errors)
         code = cli.sweep(composer, task) if is_sweep else cli.run(composer, task)
         for error in errors:

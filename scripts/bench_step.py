@@ -6,8 +6,8 @@ computed for each round; the table shows their medians and quartiles. The row A/
 the gradients and calls the model, the loss, rule.backward, optimizer.step and rule.step; one column excludes the optimizer. The
 column "arithmetic" is the ratio of the multiplications in matrix products and convolutions of the same step.
 
-With --compile, model and loss are compiled, those of backpropagation too, as the runner's option compile=true does it. As in the
-runner, W and B share one gradient and one update where they have the same.
+With --compile, model and loss are compiled as with the runner's option compile=true, for backpropagation too. As in the runner, W
+and B share one gradient and one update for rules in which these are equal.
 
 On a GPU a block has more steps, and the clock is read when the device has finished; products have single precision, without TF32.
 

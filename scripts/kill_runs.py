@@ -3,9 +3,9 @@
     python scripts/kill_runs.py --kills 100 --seed 0
 
 Every trial starts a command in an empty folder, kills it after a random time (SIGKILL, SIGTERM or SIGINT) and starts the same
-command again, until it ends by itself. The script compares the hashes of weights, feedback, optimizer state and batches, the
-lines of metrics.jsonl and angles.jsonl, the result without timings, and all points of the curves in TensorBoard's file. It exits
-with 1 if any differ.
+command again, until it ends without being killed. The script compares the hashes of weights, feedback, optimizer state and
+batches, the lines of metrics.jsonl and angles.jsonl, the result without timings, and all points of the curves in TensorBoard's
+file. It exits with 1 if any differ.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def differences(expected: Any, actual: Any, path: str = "") -> list[str]:
 
 
 def trial(command: list[str], folder: Path, seconds: float, kills: int, rng: random.Random, signals: Counter[str]) -> None:
-    """Run a command to its end, killing it at most `kills` times; raises RuntimeError if it fails by itself."""
+    """Run a command to its end, killing it at most `kills` times; raises RuntimeError if it fails without being killed."""
     while True:
         pid = start(command, folder)
         status = wait_for(pid, rng.uniform(0, seconds) if kills else 600)

@@ -38,7 +38,7 @@ _COLUMNS = (
     "weights_hash",
     "device",
 )
-#: Columns that are numbers even if no run has recorded any.
+#: Columns that have a numeric type even if no run has recorded a value for them.
 _NUMBERS = (
     "test_accuracy",
     "test_accuracy_at_best_val",

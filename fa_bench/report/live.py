@@ -314,7 +314,7 @@ def _cells(line: Line) -> tuple[str, ...]:
 
 def watch(folders: Iterable[Path], out: TextIO, interval: float, once: bool) -> None:
     """Show the runs at and below `folders` on `out`, updated every `interval` seconds until all have ended or Ctrl-C is pressed.
-    With `once`, or if `out` is not a terminal, they are shown only once, in plain text and unabridged.
+    With `once`, or if `out` is not a terminal, the runs are shown only once, in plain text and unabridged.
 
     Raises:
         DataError: as in `Watcher.look`.

@@ -19,7 +19,7 @@ class PFAO(ExpandingRule, SemiOrthogonalRule):
     ē = g B, e_in = ē R, gradient of R = ēᵀ x, as in `pfa`; B (O, M) is fixed and has orthonormal rows: the orthogonal factor of a
     Gaussian matrix, with unique signs. W and B R then differ only by their initial values.
 
-    With ``ratio`` below 1, the columns of B are orthonormal instead, Bᵀ B = I: errors lose whatever lies outside a fixed random
+    With ``ratio`` below 1, the columns of B are orthonormal instead, Bᵀ B = I: errors lose every component outside a fixed random
     subspace of M dimensions, and B R approaches B Bᵀ W, at an angle to W of arccos √``ratio`` if W is independent of B. `ldfa`
     learns the subspace.
 

@@ -20,7 +20,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def source_files(modules: Iterable[str]) -> list[Path]:
-    """The files of these modules, which are imported, and of all modules that they import, directly or indirectly.
+    """The files of these imported modules and of all modules that they import, directly or indirectly.
 
     Imports are read from the sources, including those within functions. Modules of fa_bench, of the standard library and of
     installed distributions are left out, except modules of the packages in `modules`.

@@ -336,7 +336,7 @@ class SharingRule(EdgeRule):
 
 
 def _batch_first(layer: Any, x: Tensor, undo: bool = False) -> Tensor:
-    """An input of a layer as (N, ...), or, with `undo`, a tensor (N, ...) as an input of the layer."""
+    """Move the batch axis of a layer's input `x` to the front, giving (N, ...); with `undo`, move it back."""
     from fa_bench.mechanisms.weighted_layers import sample_axis
 
     axis = sample_axis(layer, x.dim())
