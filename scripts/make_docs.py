@@ -69,6 +69,7 @@ TUNED = {
     "compare_digits": "digits, 64-512-512-10, tuned, 20 epochs",
     "compare_mnist": "MNIST, 784-512-512-10, tuned, 5 epochs",
     "compare_mnist_conv2": "MNIST, `conv2`, tuned, 5 epochs",
+    "compare_cifar10_conv2": "CIFAR-10 (JPEG), `conv2`, tuned, 3 epochs",
 }
 #: Older tables of docs/results.md with a row for each rule: files in docs/data/archived, task, column of the score.
 ARCHIVED = (

@@ -57,7 +57,10 @@ BEFORE = {
 #: Maps a page to the files that its commands read, each with its text or the language of the block that contains it.
 FILES = {
     "docs/add_a_rule.md": {"myconf/algorithm/sparse.yaml": "yaml"},
-    "docs/datasets.md": {"houses.csv": "area,price\n" + "".join(f"{row},{row}.5\n" for row in range(20))},
+    "docs/datasets.md": {
+        "houses.csv": "area,price\n" + "".join(f"{row},{row}.5\n" for row in range(20)),
+        "plants.csv": "height,species\n" + "".join(f"{row},{row % 3}\n" for row in range(30)),
+    },
 }
 #: Pages with blocks of Python that write files for the page's commands.
 PREPARES = ("docs/datasets.md",)
