@@ -222,8 +222,8 @@ def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tens
 
 
 def _interpolation(start: Tensor, length: Tensor, total: int, resized: int, part: int, first: int = 0) -> Tensor:
-    """Weights (N, part, total) that resize the pixels from start to start + length, both (N,), to `resized` pixels, and keep
-    `part` of these from `first` on.
+    """Interpolation weights, (N, part, total). They resize the pixels from start to start + length, both (N,), to `resized`
+    pixels, of which `part` are kept, beginning with number `first`.
 
     The filter is a triangle as wide as two pixels of the coarser grid; pixels outside of start to start + length have no weight.
     """

@@ -173,7 +173,7 @@ def _storage(opened: Any) -> tuple[str, bool]:
 
 
 def upright(image: Any) -> Any:
-    """A loaded PIL image rotated by its EXIF orientation; the image itself if there is none that can be read."""
+    """A loaded PIL image rotated by its EXIF orientation; the image itself if no orientation can be read."""
     from PIL import Image
 
     try:

@@ -115,7 +115,7 @@ def _underlying(module: nn.Module, key: str) -> list[Any]:
 
 
 def rule_around(module: nn.Module) -> str | None:
-    """The name of the rule attached to the model that contains a module; None if there is none."""
+    """The name of the rule attached to the model that contains a module; None if no rule is attached."""
     number, identity = module.__dict__.get(PART_ATTRIBUTE, (0, 0))
     structure = _attached.get(number)
     return structure.rule if structure is not None and identity == id(module) else None

@@ -130,7 +130,7 @@ def matching_entries(entries: Iterable[Entry], runs: Sequence[Run]) -> list[Entr
 
 
 def headline(entries: Iterable[Entry], runs: Sequence[Run]) -> tuple[Entry | None, float]:
-    """The published accuracy that a group is compared with, and the group's mean of it in %; None if there is none."""
+    """The published accuracy with which a group is compared, and the group's own mean in %; None without a published accuracy."""
     for quantity in ACCURACIES:
         candidates = [entry for entry in entries if entry.quantity == quantity and not math.isnan(entry.value)]
         for entry in [entry for entry in candidates if entry.ours(runs)] or candidates:

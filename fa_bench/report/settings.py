@@ -198,7 +198,7 @@ def _plot(axes: Axes, key: str, of: Quantity, series: Sequence[Series], backgrou
 
 
 def _are_crowded(ordered: Sequence[float]) -> bool:
-    """Whether values would cover each other on a linear axis, and a logarithmic axis cannot show them because some are not
+    """Whether values would overlap on a linear axis, and a logarithmic axis cannot show them because some are not
     positive, such as weight decays of 0, 1e-5 and 1e-3."""
     gaps = [high - low for low, high in itertools.pairwise(ordered)]
     positive = [value for value in ordered if value > 0]

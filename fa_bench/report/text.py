@@ -161,7 +161,7 @@ def with_std(frame: pd.DataFrame, name: str) -> list[str]:
 
 
 def _with_ranges(frame: pd.DataFrame, name: str, columns: Mapping[str, Column]) -> list[str]:
-    """The cells of an interval; if there is none, the range of the values."""
+    """The cells of an interval, or of the range of the values if no interval can be computed."""
     low, high = (_cells(frame, name.removesuffix("_ci95") + end, columns) for end in _ENDS)
     return [
         f"{a} to {b}" if cell == BLANK and a != BLANK else cell

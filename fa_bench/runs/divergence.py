@@ -78,7 +78,7 @@ def first_nonfinite(rule: Rule, x: Tensor | None) -> str | None:
 
 @torch.no_grad()
 def first_nonfinite_output(model: torch.nn.Module, x: Tensor) -> str | None:
-    """The first module whose output for `x` is not finite, in evaluation mode; None if there is none."""
+    """The first module whose output for `x` is not finite, in evaluation mode; None if all are finite."""
     nonfinite: list[str] = []
 
     def make_hook(name: str) -> Callable[..., None]:

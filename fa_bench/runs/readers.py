@@ -43,7 +43,7 @@ _COMMENTS = re.compile(r"\A(#.*\n)+")
 
 
 class Config(NamedTuple):
-    """A run's config, flattened to the keys of the command line (empty if there is none), and the hash of its code."""
+    """A run's config, flattened to the keys of the command line (empty without a config), and the hash of its code."""
 
     values: dict[str, Any]
     code_hash: str | None

@@ -132,7 +132,7 @@ class Recorder(Callback):
             logger.close()
 
     def last_metrics(self) -> dict[str, Any]:
-        """The last epoch's record; empty if there is none."""
+        """The last epoch's record; empty if no epoch has been recorded."""
         return json.loads(self.lines[-1]) if self.lines else {}
 
 

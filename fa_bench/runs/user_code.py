@@ -64,7 +64,7 @@ def _imports(source: bytes, package: str) -> tuple[str, ...]:
 
 
 def _file_of(name: str) -> Path | None:
-    """The source file of a module, which is not imported; None if there is none."""
+    """The source file of a module, which is not imported; None for a module without a source file."""
     spec, path = None, None
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):

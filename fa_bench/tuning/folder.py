@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The first key in which two studies differ, with both values; empty if there is none."""
+    """The first key in which two studies differ, with both values; empty if they are equal."""
     old, new = flatten(there), flatten(json.loads(dump_json(here)))
     # Keys that the user chose come before keys that follow from them.
     order = [*new, *(key for key in old if key not in new)]

@@ -232,7 +232,7 @@ def shown(value: Any) -> str:
 
 
 def value_at(job: Job, key: str) -> Any:
-    """The value of a key of a checked config; raises KeyError if there is none."""
+    """The value of a key of a checked config; raises KeyError if the config does not have the key."""
     return functools.reduce(lambda node, part: node[part], key.split("."), job.plain())
 
 

@@ -106,7 +106,7 @@ def _failure(stream: TextIO) -> str:
 
 
 def _raw(stream: TextIO) -> Any:
-    """The raw stream below a text stream; None if there is none."""
+    """The raw stream below a text stream; None if the text stream has no raw stream."""
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)
 
