@@ -1,4 +1,4 @@
-"""dgl: modules that learn by backpropagation of their own losses, and how the net is divided into them."""
+"""Tests of dgl: modules that learn by backpropagation of their own losses, and the division of a net into modules."""
 
 import copy
 
@@ -17,7 +17,7 @@ from .registered import BLOCKS, MODELS, registered, trained_grads
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", ["mlp_sr", "mlp", "linear"])
 def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
-    """Compared with torch alone: detach at the end of each module, add its auxiliary net's loss, differentiate the sum."""
+    """The gradients are those of plain torch if modules are detached at their ends and their auxiliary nets' losses are added."""
     net, rule, x, y = registered(model, "dgl", auxiliary_net=kind)
     nets_of_cuts = {cut: copy.deepcopy(rule.auxiliary_at(cut)) for cut in rule.feedback}
     got = rule_grads(net, rule, x, y)
@@ -45,7 +45,10 @@ def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
 
 
 def test_modules_of_the_users_own_by_their_ends():
-    """Module 1 is fc1 and fc2, module 2 fc3 and the output layer: fc1 learns by backpropagation within, and is covered."""
+    """Module 1 consists of fc1 and fc2, and module 2 of fc3 and the output layer.
+
+    The layer fc1 learns by backpropagation within its module, and is covered.
+    """
     net, rule, x, y = registered("mlp", "dgl", cuts=["act2", "act3"])
     assert list(rule.feedback) == ["act2"]
     said = {entry.layer: entry.feedback for entry in rule.coverage.covered}
@@ -56,7 +59,7 @@ def test_modules_of_the_users_own_by_their_ends():
 
 
 def test_what_is_inside_a_module_is_covered_whatever_it_is():
-    """An attention layer has weights that belong to no layer known to rules; within a module, they learn like any others."""
+    """The weights of attention belong to no layer that rules know; within a module, they learn like any other weights."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -81,7 +84,10 @@ def test_one_module_is_refused_and_none_is_explained():
 
 
 def test_layers_of_the_auxiliary_net():
-    """A map of 4 x 8 x 8: 2 x 2 after both averages, so 16 wide; a flat activation of 6 features stays 6 wide."""
+    """A map of 4 x 8 x 8 is averaged to 2 x 2, so the linear layers after it are 16 wide.
+
+    After a flat activation of 9 features, they are 9 wide.
+    """
     shapes = {key: tuple(tensor.shape) for key, tensor in registered("conv2", "dgl")[1].feedback["act1"].items()}
     assert shapes["conv1.weight"] == shapes["conv3.weight"] == (4, 4, 1, 1) and "conv1.bias" not in shapes
     assert shapes["fc1.weight"] == shapes["fc3.weight"] == (16, 16) and shapes["out.weight"] == (3, 16)
@@ -104,7 +110,7 @@ def test_layers_of_the_auxiliary_net():
     ids=str,
 )
 def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, first, second):
-    """Never enlarged."""
+    """A map is never enlarged."""
     model = nn.Sequential(
         nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * size[0] * size[1], 5), nn.ReLU(), nn.Linear(5, 3)
     )

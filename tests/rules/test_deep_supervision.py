@@ -1,4 +1,4 @@
-"""bp_deepsup: autograd's gradient of the summed loss, on any model; its relation to bp and predsim; its notes."""
+"""Tests of bp_deepsup: autograd's gradients of the summed loss, its relations to bp and predsim, and its coverage report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def attached(net: str, **options: Any) -> tuple[nn.Module, Any, Tensor, Tensor]:
 
 
 def summed_loss_grads(plain: nn.Module, rule: Any, x: Tensor, y: Tensor, weight: float) -> dict[str, Tensor]:
-    """Autograd's gradients of the loss and the weighted losses of copies of the rule's classifiers, in a model without a rule."""
+    """Autograd's gradients, in a plain model, of the loss plus the weighted losses of copies of the rule's classifiers."""
     decoders = {cut: copy.deepcopy(rule.auxiliary_at(cut)) for cut in rule.feedback}
     captured: dict[str, Tensor] = {}
     for cut in decoders:  # a clone, because the next module may change the output in place
@@ -58,7 +58,10 @@ def test_gradients_are_those_of_the_summed_loss(net: str) -> None:
 
 
 def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_frozen() -> None:
-    """The errors of these classifiers cross the frozen layers; nothing before the first trainable layer learns from them."""
+    """The error of a classifier crosses the frozen layers before it.
+
+    A classifier without trainable layers before it does not learn.
+    """
     for frozen, rests in (("fc2", []), ("fc1", ["act1"])):
         model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
         model.get_submodule(frozen).requires_grad_(False)
@@ -69,7 +72,10 @@ def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_fr
 
 
 def test_weight_zero_is_backpropagation() -> None:
-    """Bitwise: the cuts add zero. With another weight, the first layer learns differently, and the output layer does not."""
+    """With a weight of zero, the cuts add zero, so all gradients are bitwise those of backpropagation.
+
+    With another weight, the gradient of the first layer differs, and that of the output layer does not.
+    """
     model, rule, x, y = attached("conv", weight=0.0)
     exact = bp_grads(BUILD["conv"](), x, y)
     assert_bitwise(rule_grads(model, rule, x, y), exact)
@@ -81,7 +87,10 @@ def test_weight_zero_is_backpropagation() -> None:
 
 
 def test_classifiers_are_those_of_predsim() -> None:
-    """With the defaults: a weight of zeros, so that the first gradient is that of bp, and the same error beyond the first cut."""
+    """By default, a classifier starts with a weight of zero and the bias that it has in predsim.
+
+    The first gradients of the layers are therefore those of bp.
+    """
     _, one, x, y = registered("conv2", "bp_deepsup")
     _, two, _, _ = registered("conv2", "predsim", loss="pred")
     for cut, tensors in one.feedback.items():
@@ -123,7 +132,10 @@ def test_it_says_that_it_transports_weights() -> None:
 
 
 def test_angles_to_backpropagation() -> None:
-    """0 between feedback and weight; the errors differ where classifiers add to them, and by no exact derivative between."""
+    """The angle between feedback and weight is 0.
+
+    The errors differ from those of backpropagation, because the classifiers add to them.
+    """
     _, rule, x, y = attached("mlp_bn")
     values = AlignmentMeter(rule, x, y).measure()
     assert set(values["weight_angle"]) == {"fc1", "fc2", "fc3"} and max(values["weight_angle"].values()) < 1e-3
@@ -131,7 +143,10 @@ def test_angles_to_backpropagation() -> None:
 
 
 def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
-    """Compared with autograd; all derivatives are exact, so no error differs from that of one step."""
+    """The angles are compared with those of errors by autograd.
+
+    All derivatives are exact, so the one-step angles are zero.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
@@ -151,7 +166,7 @@ def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
 
 
 def test_weights_that_are_used_elsewhere_are_accepted() -> None:
-    """As for bp: the error passes through weights anyway."""
+    """As in bp, the error passes through weights anyway."""
 
     class Tied(nn.Module):
         def __init__(self) -> None:

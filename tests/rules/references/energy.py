@@ -10,7 +10,10 @@ Part = list[Stage]
 
 
 def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> Arrays:
-    """e from zero: v = momentum v + dE/de, e = e - rate v, where s_l = f_l(s_{l-1}) + e_l; then the local gradients."""
+    """The local gradients after descent on the errors e, which start at zero.
+
+    A step is v = momentum v + dE/de, e = e - rate v, with s_l = f_l(s_{l-1}) + e_l.
+    """
     parts = blocks(chain, feedback)
     errors = [np.zeros_like(value) for value in states_of(parts, params, x)]
     velocity = [np.zeros_like(value) for value in errors]
@@ -26,7 +29,10 @@ def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) ->
 
 
 def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> Arrays:
-    """s from the forward pass: v = momentum v + dE/ds, s = s - rate v; then the local gradients."""
+    """The local gradients after descent on the states s, which start at those of the forward pass.
+
+    A step is v = momentum v + dE/ds, s = s - rate v.
+    """
     parts = blocks(chain, feedback)
     states = states_of(parts, params, x)
     velocity = [np.zeros_like(value) for value in states]
@@ -34,7 +40,7 @@ def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> 
         entering = [x, *states]
         errors = [state - forward(part, params, start)[-1] for part, start, state in zip(parts, entering, states, strict=False)]
         for at in range(len(states)):
-            # A state has its own error, and is the input of only the next block.
+            # A state has an error of its own and is the input only of the next block.
             above = output_delta(parts, params, states, y) if at + 1 == len(states) else -errors[at + 1]
             velocity[at] = momentum * velocity[at] + errors[at] + vjp(parts[at + 1], params, states[at], above)
         states = [state - rate * v for state, v in zip(states, velocity, strict=True)]
@@ -42,7 +48,7 @@ def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> 
 
 
 def blocks(chain, cuts) -> list[Part]:
-    """The parts of the chain, each of which ends at a cut, and the last one at the logits."""
+    """The parts of the chain between cuts. The last part ends at the logits."""
     parts: list[Part] = [[]]
     for stage in chain:
         parts[-1].append(stage)
@@ -52,7 +58,7 @@ def blocks(chain, cuts) -> list[Part]:
 
 
 def states_of(parts, params, x, errors=None) -> list[np.ndarray]:
-    """s_1, ..., s_{L-1}."""
+    """The states s_1, ..., s_{L-1}."""
     states = []
     for number, part in enumerate(parts[:-1]):
         x = forward(part, params, x)[-1] + (0.0 if errors is None else errors[number])
@@ -78,7 +84,7 @@ def vjp(part, params, start, error) -> np.ndarray:
 
 
 def weights(parts, params, x, states, y) -> Arrays:
-    """dE/dW / N with all states fixed."""
+    """The gradients dE/dW / N with all states fixed."""
     total: Arrays = {}
     for part, start, state in zip(parts, [x, *states], states, strict=False):
         total |= through(part, params, start, (forward(part, params, start)[-1] - state) / len(x))[0]

@@ -1,4 +1,4 @@
-"""Reference of mixed synapses: every entry according to its own kind."""
+"""Reference of mixed synapses, in which every entry of the feedback is computed according to its own kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from .pfa import first_hop, path
 
 
 def mixed(chain, params, feedback, x, y, **_) -> Arrays:
-    """E = B R, F or K by the entry's kind; e_in = g E; gradient of R from x and ē = g B, of K = that of W, both unmasked."""
+    """The input error is e_in = g E, where each entry of E is that of B R, F or K, depending on the entry's kind.
+
+    The gradient of R is that of a weight, from x and ē = g B. The gradient of K is that of W. Both gradients are unmasked.
+    """
     stages = {stage.name: stage for stage in chain}
     carry: Arrays = {}
     for layer, tensors in feedback.items():
