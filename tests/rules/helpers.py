@@ -31,8 +31,8 @@ STORED = {
 # Options that reduce the work in tests of other properties, but run the same code.
 QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}, "f3": {"samples": 16}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# A mistake in a call may raise any of these errors. Those of attach itself are ValueErrors; a missing name may also raise a
-# LookupError or a TypeError.
+# A mistake in a call may raise any of these errors. The errors of attach itself are ValueErrors; a missing name may
+# also raise a LookupError or a TypeError.
 LOUD = (ValueError, LookupError, TypeError)
 
 # Loops and torch add the same few hundred float64 products in different orders. The rounding error is 1e-16 times their number,
@@ -122,8 +122,8 @@ def distance(got, want, floor: float = 1e-30) -> float:
 def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
     """Require that the same tensors have a gradient, with the same values up to ``rel``.
 
-    Differences are relative to the largest entry of the tensor, but to no less than 1e-3 of the largest entry of all tensors: a
-    bias before BatchNorm has a gradient of 0.
+    Differences are relative to the largest entry of the tensor, but to no less than 1e-3 of the largest entry of all tensors.
+    This is needed for a bias before BatchNorm, which has a gradient of 0.
     """
     present = {name for name, grad in got.items() if grad is not None}
     assert present == set(want), f"gradients of {sorted(present)}, wanted {sorted(want)}"

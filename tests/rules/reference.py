@@ -231,8 +231,8 @@ def gradients(
 ) -> Arrays:
     """The gradients of all parameters under one way of propagating the error.
 
-    carry: layer -> the tensor that replaces its weight in the backward pass. Other layers use their weight, as in BP.
-    inject: stage -> a matrix (classes, features). Its product with delta_out replaces the error at the stage's output.
+    carry: layer -> the tensor that replaces its weight in the backward pass. Layers without an entry use their weight, as in BP.
+    inject: stage -> a matrix (classes, features). delta_out times this matrix replaces the error at the stage's output.
     deliver: layer -> a tensor (classes, C_in, kh, kw) or (classes, in) that maps delta_out to the error at the layer's input. A
     convolution repeats delta_out at every output pixel and ignores its groups.
     given: stage -> the error at the stage's output, in its shape, which replaces the error from later stages.
@@ -293,7 +293,7 @@ def gradients(
 def dual_error(kind: str, a: np.ndarray, g: np.ndarray, beta: float) -> np.ndarray:
     """g_in = (phi(a + beta N g) - phi(a - beta N g)) / (2 beta N).
 
-    The factor N undoes the mean of the loss, because of which g is 1/N of a sample's own error.
+    The factor N is needed because the loss is a mean, so g is 1/N of a sample's own error.
     """
     error, step = np.zeros_like(g), beta * a.shape[0]
     for at in np.ndindex(a.shape):

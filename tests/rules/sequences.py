@@ -13,7 +13,7 @@ Vector = list[float]
 
 
 class Layer:
-    """A layer y = W x + b whose backward pass uses E instead of W. Its gradients accumulate over calls.
+    """A layer y = W x + b whose backward pass uses E instead of W and accumulates gradients over calls.
 
     Args:
         weight: W (O, I).

@@ -1,5 +1,4 @@
-"""Tests of the rules whose feedback learns by local losses: fixed points, inputs of the losses, and the tensors that they
-change."""
+"""Tests of the rules whose feedback learns by local losses: fixed points, inputs of the losses, and which tensors change."""
 
 from __future__ import annotations
 
@@ -98,7 +97,7 @@ def test_a_convolution_ends_at_its_kernel() -> None:
 def test_noise_is_white_so_that_the_mirror_ends_near_half_of_the_weight() -> None:
     """The inputs are zero, so the feedback learns only from noise.
 
-    The feedback averages about 100 updates of 100 samples, so each entry of their C is that of I within 1/√10000.
+    The feedback averages about 100 updates of 100 samples, so every entry of the noise's C is that of I within 1/√10000.
     """
     feedback, weight, _ = converged(
         "regularized_mirror", 0 * random(3, 6), steps=800, lr=0.1, alpha=0.05, beta=0.05, signal="noise", noise_batch=100
@@ -258,7 +257,7 @@ def test_after_a_failed_backward_pass_the_factor_is_unknown_again() -> None:
     loss = F.cross_entropy(logits, y)
     rule.backward(loss, logits, y)
     with pytest.raises(RuntimeError):
-        rule.backward(loss, logits, y)  # its graph has been freed
+        rule.backward(loss, logits, y)  # the graph of the loss has been freed
     with pytest.raises(StateError):
         F.cross_entropy(model(x), y).backward()
 
@@ -340,8 +339,7 @@ def test_gradients_do_not_depend_on_the_batch_without_its_input(name: str, optio
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 @pytest.mark.parametrize("name", RULES)
 def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: str) -> None:
-    """All gradients are finite. They contain the terms without inputs: the decay of the feedback and its similarity to the
-    weight."""
+    """All gradients are finite and come from the terms without inputs: the feedback's decay and its similarity to the weight."""
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, update_forward=True)
     logits = model(x[:0])
@@ -352,8 +350,7 @@ def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: st
 
 
 def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
-    """Of the 12 rows of attention's joint weight, the 4 rows for queries see only the first tokens; those for keys and values see
-    all."""
+    """In attention, the 4 rows of the joint weight for queries see only the first two tokens; the other 8 rows see all tokens."""
     torch.manual_seed(0)
 
     class Net(nn.Module):

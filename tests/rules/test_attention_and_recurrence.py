@@ -261,7 +261,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Translates(nn.Module):
-    """A transformer with an encoder and a decoder, both with masks."""
+    """A transformer whose encoder and decoder have masks."""
 
     def __init__(self) -> None:
         super().__init__()

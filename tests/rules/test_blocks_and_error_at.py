@@ -100,8 +100,7 @@ MICRO = {"cuts": ["*norm1", "*act", "*norm2"], "error_at": "layers.1.norm2"}
 @pytest.mark.parametrize("options", [MACRO, MICRO, {**MACRO, "error_at": None}], ids=["macro", "micro", "macro, logits"])
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_the_settings_of_launay_et_al(name: str, options: dict[str, Any]):
-    """The gradients are those of a forward pass that is detached at each cut, followed by a backward pass from δ B at each
-    cut."""
+    """The gradients are those of a forward pass that is detached at each cut, with a backward pass from δ B at each cut."""
     model, plain, (x, y) = transformer(), transformer(), words()
     form = {"form": "shared"} if name == "dfa" else {}
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, within="block", **options, **form)

@@ -40,7 +40,7 @@ def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
 @pytest.mark.parametrize("name", CUT_RULES)
 @pytest.mark.parametrize("loss", ["of other numbers", "of an exact pass"])
 def test_a_loss_from_no_training_pass_of_the_model_is_refused(name, loss):
-    """Without this check, no error would be delivered, and there would be no message."""
+    """Without this check, a rule would silently deliver no error."""
     model, rule, x, y = attached(name)
     if loss == "of an exact pass":
         with rule.exact():

@@ -1,4 +1,7 @@
-"""Tests of properties that all rules share, for many kinds of layers, dtypes and memory formats."""
+"""Tests of properties that all rules share, for many kinds of layers, dtypes and memory formats.
+
+If the feedback equals the weights, the gradients must be bitwise those of backpropagation.
+"""
 
 import copy
 from collections import OrderedDict
@@ -174,7 +177,7 @@ def test_seed_gives_the_same_numbers_in_both_memory_formats():
 def test_gradients_of_learned_feedback_are_laid_out_as_it_is(name):
     """A fused update traverses a tensor and its gradient in memory order, so their layouts must agree.
 
-    A step in channels_last must then equal one in the other format.
+    A step in channels_last must then equal a step in the contiguous format.
     """
     models = [nets.residual(dtype=torch.float32) for _ in range(2)]
     models[0].to(memory_format=torch.channels_last)
@@ -230,8 +233,7 @@ def test_same_seed_same_feedback_other_seed_other_feedback(name):
 
 @pytest.mark.parametrize("name", ["bp", "frozen", "bp_fc", "usf", *STORED, "predsim", "dgl"])
 def test_global_generator_and_model_are_not_disturbed_by_attach(name):
-    """The model has dropout, for which the pass of the sample would draw numbers, and BatchNorm, whose statistics it would
-    change."""
+    """The model has dropout, which would draw numbers in the pass of the sample, and BatchNorm, whose statistics would change."""
     x, y = nets.batch("conv")
     model = nets.convnet(batch_norm=True)
     model.act1 = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
@@ -275,7 +277,7 @@ def test_autocast_to_float16_is_to_float16(name, net):
 def test_second_derivatives_are_those_of_the_formulas():
     """The first loss is Σ y²/2 with y = W x, and the second is Σ e with the input error e = gᵀ B.
 
-    The derivative of the second loss with respect to g is B 1. It propagates to W and, through B, to x.
+    The derivative of the second loss with respect to g is B 1, which propagates to W and, through B, to x.
     """
     torch.manual_seed(0)
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)

@@ -37,10 +37,7 @@ def test_two_steps_train_every_layer(name, model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_where_the_cuts_are(model):
-    """The cuts are all activations.
-
-    For dgl, they are the ends of the blocks, except for the one before the output layer.
-    """
+    """The cuts are all activations or, for dgl, the ends of the blocks except for the one before the output layer."""
     assert list(registered(model, "dgl")[1].feedback) == BLOCKS[model]
     for name in ("local_error", "predsim"):
         cuts = list(registered(model, name)[1].feedback)

@@ -17,7 +17,8 @@ from .registered import BLOCKS, MODELS, registered, trained_grads
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", ["mlp_sr", "mlp", "linear"])
 def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
-    """The gradients are those of plain torch if modules are detached at their ends and their auxiliary nets' losses are added."""
+    """The gradients are those of plain torch with modules that are detached at their ends and with their auxiliary nets' losses
+    added."""
     net, rule, x, y = registered(model, "dgl", auxiliary_net=kind)
     nets_of_cuts = {cut: copy.deepcopy(rule.auxiliary_at(cut)) for cut in rule.feedback}
     got = rule_grads(net, rule, x, y)
@@ -86,7 +87,7 @@ def test_one_module_is_refused_and_none_is_explained():
 def test_layers_of_the_auxiliary_net():
     """A map of 4 x 8 x 8 is averaged to 2 x 2, so the linear layers after it are 16 wide.
 
-    After a flat activation of 9 features, they are 9 wide.
+    After a flat activation of 9 features, the linear layers are 9 wide.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in registered("conv2", "dgl")[1].feedback["act1"].items()}
     assert shapes["conv1.weight"] == shapes["conv3.weight"] == (4, 4, 1, 1) and "conv1.bias" not in shapes
@@ -110,7 +111,7 @@ def test_layers_of_the_auxiliary_net():
     ids=str,
 )
 def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, first, second):
-    """A map is never enlarged."""
+    """Maps are never enlarged."""
     model = nn.Sequential(
         nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * size[0] * size[1], 5), nn.ReLU(), nn.Linear(5, 3)
     )

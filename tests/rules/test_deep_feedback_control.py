@@ -61,7 +61,10 @@ def jacobian_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def bias_gradients(found: dict[str, Tensor]) -> Tensor:
-    """The gradients of all biases. For one sample and the voltage difference, they are -Q u of all layers."""
+    """The gradients of all biases.
+
+    For one sample and the voltage difference, these gradients are -Q u of all layers.
+    """
     return torch.cat([found[f"fc{number}.bias"] for number in (1, 2, 3)])
 
 
@@ -82,7 +85,7 @@ def test_a_transposed_jacobian_and_much_leak_are_backpropagation(net: str, diffe
 
 
 def test_the_difference_of_activities_has_another_derivative() -> None:
-    """The weights of the hidden layers, which have tanh, learn with the square of its derivative."""
+    """With the difference of activities, the weights of hidden layers learn with the square of the derivative of tanh."""
     x, y = nets.batch("mlp_tanh", size=1)
     found = {}
     for difference in ("voltage", "nonlinear"):
@@ -100,7 +103,7 @@ def test_a_transposed_jacobian_without_leak_is_the_gauss_newton_step() -> None:
     want = torch.linalg.pinv(jacobian_of(nets.NETS["mlp_tanh"](), x)) @ (-0.3 * error)
     found = -bias_gradients(learn(model, rule, x, y))
     assert torch.allclose(found, want, rtol=1e-9)
-    # This is the smallest change that brings the linearised output to its target; that of backpropagation is larger.
+    # This is the smallest change that brings the linearised output to its target; the step of backpropagation is not.
     assert torch.allclose(jacobian_of(nets.NETS["mlp_tanh"](), x) @ found, -0.3 * error, rtol=1e-9)
 
 
@@ -108,7 +111,7 @@ def test_a_transposed_jacobian_without_leak_is_the_gauss_newton_step() -> None:
 def test_the_closed_form_is_where_the_dynamics_come_to_rest(kind: str) -> None:
     """The closed form is compared with Euler steps of the controller and of all voltages.
 
-    The steps are not linearised, which causes a difference of O(stepsize).
+    Unlike the closed form, the steps are not linearised, which causes a difference of O(stepsize).
     """
     x, y = nets.batch("mlp_tanh", size=1)
     plain, distances = nets.NETS["mlp_tanh"](), []
@@ -156,11 +159,11 @@ def solved(leak: float, decay: float, s: float) -> float:
 def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
     """The feedback of a linear net converges to Q = Jᵀ M, where M has the eigenvectors of J Jᵀ.
 
-    The eigenvalue m of M for the eigenvalue s of J Jᵀ solves decay m = leak / (leak + m s)². The gradient, averaged over noise,
-    is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ. In the direction of such an eigenvector, it is -leak / (leak + m s)² Jᵀ.
+    For the eigenvalue s of J Jᵀ, M has the eigenvalue m that solves decay m = leak / (leak + m s)². Averaged over noise, the
+    gradient of the feedback is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ, which is -leak / (leak + m s)² Jᵀ along that
+    eigenvector.
 
-    The test averages the feedback over 200 steps of 256 noisy samples, so its noise is 1 / (200 * 256)^(1/2), 0.4 % of each
-    entry.
+    The feedback is averaged over 200 steps of 256 noisy samples, so its noise is 1 / (200 * 256)^(1/2), or 0.4 %, of each entry.
     """
     leak, decay = 0.3, 0.2
     torch.manual_seed(0)
@@ -185,7 +188,7 @@ def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
 
 
 def test_the_noise_is_that_of_its_places_and_numbers() -> None:
-    """The leak of a linear net is so large that there is no control, and u = -J sigma eps / leak."""
+    """The net is linear, and its leak is so large that there is no control and u = -J sigma eps / leak."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 3)).double()
     x, y = nets.batch("mlp_tanh")
@@ -312,10 +315,7 @@ def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
 
 
 def test_at_a_block_the_change_is_added_to_the_output() -> None:
-    """A cut at a block is equivalent to a cut at an identity after the same layers.
-
-    The derivatives of these layers are exact.
-    """
+    """A cut at a block is equivalent to a cut at an identity after the same layers, whose derivatives are exact."""
     torch.manual_seed(1)
     block = nn.Sequential(nn.Linear(7, 6), nn.Tanh()).double()
     head = nn.Linear(6, 3).double()
@@ -441,7 +441,7 @@ def test_a_copied_and_a_pickled_model_train_alike() -> None:
 def test_what_nothing_trainable_precedes_is_not_controlled() -> None:
     """A cut without trainable layers before it adds nothing to J Q, because no layer would learn from its control.
 
-    An input that requires a gradient does not change this.
+    An input that requires a gradient makes no difference.
     """
     x, y = nets.batch("mlp_tanh")
     found = []
@@ -569,7 +569,7 @@ def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None
 
 
 def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers of equal width have different noise, too.
+    """Even layers of equal width have different noise.
 
     If the noise were the same in several layers, their feedback would learn the sum over these layers.
     """

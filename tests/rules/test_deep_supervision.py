@@ -134,7 +134,7 @@ def test_it_says_that_it_transports_weights() -> None:
 def test_angles_to_backpropagation() -> None:
     """The angle between feedback and weight is 0.
 
-    The errors differ from those of backpropagation, because the classifiers add to them.
+    The errors differ from those of backpropagation, because classifiers add their own errors.
     """
     _, rule, x, y = attached("mlp_bn")
     values = AlignmentMeter(rule, x, y).measure()
@@ -143,7 +143,7 @@ def test_angles_to_backpropagation() -> None:
 
 
 def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
-    """The angles are compared with those of errors by autograd.
+    """The angle between errors is compared with the one that autograd gives.
 
     All derivatives are exact, so the one-step angles are zero.
     """
@@ -166,7 +166,7 @@ def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
 
 
 def test_weights_that_are_used_elsewhere_are_accepted() -> None:
-    """As in bp, the error passes through weights anyway."""
+    """In bp_deepsup, as in bp, the error passes through weights anyway."""
 
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -1,5 +1,4 @@
-"""Tests of f3: the pass whose errors are projected, relations to dfa and drtp, the data that the rule stores, and refused
-calls."""
+"""Tests of f3: which error of which pass is projected, relations to dfa and drtp, stored data, and refused calls."""
 
 from __future__ import annotations
 
@@ -155,9 +154,9 @@ def test_identity_feedback_shows_the_delayed_errors(init: str) -> None:
 
 @pytest.mark.parametrize(("objective", "output"), [(SigmoidCE(), torch.sigmoid), (MSE(), lambda z: z)], ids=["sigmoid", "mse"])
 def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
-    """For these objectives, delayed_loss and delayed_error are the same.
+    """The objectives sigmoid_ce and mse have the same delayed_loss and delayed_error.
 
-    As in the authors' code, the softmax is that of the outputs, for example those of the sigmoid.
+    As in the authors' code, the softmax is that of the outputs, for example of the sigmoid's.
     """
     onehot = F.one_hot(Y, 3).double()
     found = {}
@@ -224,7 +223,7 @@ def test_a_part_of_the_samples_leaves_the_others_as_they_are() -> None:
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_errors_that_are_not_finite_are_not_kept(bad: float) -> None:
-    """Samples keep their earlier finite errors, if they have any.
+    """If new errors are not finite, samples keep their earlier errors, if any.
 
     A gradient scaler likewise skips an update that is not finite.
     """
@@ -347,7 +346,7 @@ def test_a_plain_backward_is_refused() -> None:
 def test_the_number_of_samples_is_required() -> None:
     """A missing number of samples is refused before cuts are searched for.
 
-    If errors are not delayed, the number is not needed.
+    The number is not needed if errors are not delayed.
     """
     with pytest.raises(OptionError, match=r"samples: is required.*fa_bench\.attach\(model, 'f3', samples=len\(dataset\)\)"):
         fa_bench.attach(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), "f3")

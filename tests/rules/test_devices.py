@@ -42,7 +42,7 @@ def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "is_autocast_enabled", lambda device: device != "meta" and autocast(device))
     monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: like.new_empty(noise.batch, *noise.shape))
     monkeypatch.setattr(Draws, "normal", lambda draws, name, like, is_shared=False: torch.empty_like(like))
-    # The check reads the indices of samples, which are on the CPU in a training loop. Here, they have no values.
+    # The check reads the samples' indices, which are on the CPU in a training loop but have no values here.
     monkeypatch.setattr(Delivery, "_check_indices", lambda *_: None)
     with functorch_config.patch(fake_tensor_allow_meta=True):
         yield

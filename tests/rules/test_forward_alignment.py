@@ -1,5 +1,4 @@
-"""forward_alignment: the activation in the weight gradient, what the rule leaves unchanged, and the theorem of the paper's
-appendix."""
+"""Tests of forward_alignment: the activation in the weight gradient, its second pass, and the theorem in the paper's appendix."""
 
 import numpy as np
 import pytest
@@ -34,7 +33,7 @@ def test_random_weights_equal_to_the_weights_give_backpropagation():
 
 
 def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
-    """So that the norm ratio is ‖C‖/‖W‖."""
+    """The order of C and W makes the norm ratio ‖C‖/‖W‖."""
     model, (x, _) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x, exclude=["fc2"])
     assert list(rule.weight_pairs()) == ["fc1", "fc3"]
@@ -43,7 +42,10 @@ def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
 
 
 def test_residual_net_adds_what_arrives():
-    """The replaced activation after an addition: the random outputs of projection and branch, each from its true input."""
+    """After an addition, the replaced activation is the sum of the random outputs of projection and branch.
+
+    The projection and the branch each have their true input.
+    """
     x, y = nets.batch("residual")
     model, plain = nets.residual(), nets.residual()
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x)
@@ -121,7 +123,10 @@ def tied(what: str) -> nn.Sequential:
     ids=str,
 )
 def test_layers_that_share_parameters_have_each_its_own_c(what, options):
-    """h̃ is what the C of the layer in front makes of its true input, and an excluded layer of what arrives; gradients add up."""
+    """A layer computes h̃ with its C from its true input; an excluded layer computes h̃ with its weight from the previous h̃.
+
+    The gradients of shared parameters add up.
+    """
     model, plain = tied(what), tied(what)
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2] * 2)
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x, **options)
@@ -149,9 +154,10 @@ def test_layers_that_share_parameters_have_each_its_own_c(what, options):
 
 @pytest.mark.parametrize("hidden", [6, 9])
 def test_error_of_a_linear_net_goes_to_zero(hidden):
-    """Appendix A.1: y = W A x learns y = T x under white input, W with C x for A x; ‖T - W A‖ vanishes for hidden ≥ inputs.
+    """In appendix A.1, y = W A x learns y = T x from white inputs, with C x in place of A x in the gradient of W.
 
-    All the way there the rule is where the theorem's equations are.
+    The error ‖T - W A‖ vanishes if there are at least as many hidden units as inputs. Throughout training, W and A follow the
+    equations of the theorem.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, hidden, bias=False), nn.Linear(hidden, 4, bias=False)).double()
@@ -178,7 +184,7 @@ def test_error_of_a_linear_net_goes_to_zero(hidden):
 
 
 class Beside(nn.Module):
-    """Two layers use the image after dropout."""
+    """A net in which two layers use the image after dropout."""
 
     def __init__(self):
         super().__init__()
@@ -190,7 +196,7 @@ class Beside(nn.Module):
 
 
 def test_every_layer_that_takes_the_image_has_its_true_input():
-    """The true input includes dropout noise on the image, which is off in the second pass."""
+    """The true input includes the dropout noise on the image, which is off in the second pass."""
     torch.manual_seed(0)
     model, (x, y) = Beside().double(), nets.batch("mlp")
     plain = Beside().double()

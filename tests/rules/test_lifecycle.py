@@ -1,4 +1,4 @@
-"""Forward passes that must not change anything, copies, checkpoints, exact backpropagation, and restoring the plain model."""
+"""Tests of forward passes that must not change anything, copies, checkpoints, exact backpropagation, and detaching."""
 
 import copy
 from collections import OrderedDict
@@ -37,7 +37,7 @@ VARIANTS |= {f"dfa-{form}": ("dfa", {"form": form}) for form in ("neuron", "kern
 VARIANTS |= {name: (name, {}) for name in ("pfa", "pfa_o", "forward_alignment")} | {"ldfa": ("ldfa", {"rank": 2})}
 VARIANTS |= {name: (name, {"match": "random", "linear": "share"}) for name in ("asap", "asfp", "asfp_lc")}
 VARIANTS |= {name: (name, {}) for name in ("dkp", "drtp", "local_error", "predsim", "dgl")}
-VARIANTS |= {"bp_deepsup": ("bp_deepsup", {"decoder_init": "uniform_one"})}  # zeros would be bp in the first step
+VARIANTS |= {"bp_deepsup": ("bp_deepsup", {"decoder_init": "uniform_one"})}  # with zeros, the first step would be that of bp
 VARIANTS |= {"drtp-sign": ("drtp", {"error_sign": True}), "dkp-sparse": ("dkp", {"density": 0.5})}
 NET = "conv_bn"
 
@@ -52,7 +52,10 @@ def start(variant: str, *, seed: int = 0, net: str = NET, dtype=torch.float64):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("between", ["train", "eval", "no_grad"])
 def test_forward_between_changes_nothing(variant, between):
-    """A forward of another size between a forward and its backward, brsf's new draw included."""
+    """A forward pass of another size runs between a forward pass and its backward pass.
+
+    The new magnitudes that brsf samples in between must not affect the gradients.
+    """
     model, rule, x, y = start(variant)
     twin, twin_rule, _, _ = start(variant)
     want = rule_grads(twin, twin_rule, x, y)
@@ -74,8 +77,10 @@ def test_forward_between_changes_nothing(variant, between):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_forwards_then_both_backwards(variant, order):
-    """Each backward pass belongs to its own forward pass, in either order; without BatchNorm, evaluation mode keeps brsf's
-    magnitudes."""
+    """Each backward pass belongs to its own forward pass, in either order.
+
+    The model has no BatchNorm and is in evaluation mode, in which brsf keeps its magnitudes.
+    """
     model, rule, _, _ = start(variant, net="conv")
     model.eval()
     batches = [nets.batch("conv", seed=seed, size=4 + seed) for seed in (0, 1)]
@@ -108,14 +113,14 @@ def test_training_forward_and_backward_change_no_feedback(variant):
     model, rule, x, y = start(variant)
     before = {key: value.detach().clone() for key, value in feedback_tensors(rule).items()}
     rule_grads(model, rule, x, y)
-    if variant != "ldfa":  # whose B it makes orthonormal, bitwise
+    if variant != "ldfa":  # the step makes its B orthonormal again, which changes the last bits
         rule.step()
     assert_bitwise({key: value.detach() for key, value in feedback_tensors(rule).items()}, before)
 
 
 @pytest.mark.parametrize("variant", ["bp", *EDGE_RULES])
 def test_copied_model_of_an_edge_rule_is_independent(variant):
-    """A deepcopy has its own feedback: equal gradients at first, independent of later changes to the original."""
+    """A deep copy has its own feedback, so later changes to the original do not affect its gradients."""
     model, rule, x, y = start(variant)
     model.eval()
     twin = copy.deepcopy(model)
@@ -194,7 +199,7 @@ def test_exact_is_backpropagation_and_ends_with_its_block(variant, how):
     assert_bitwise(got, want)
     after = rule_grads(model, rule, x, y)
     twin, twin_rule, _, _ = start(variant, dtype=torch.float32)
-    if variant == "brsf":  # a new sample: only that it is no longer exact
+    if variant == "brsf":  # brsf samples again, so the test is only that the gradient is no longer exact
         assert not torch.equal(after["conv1.weight"], want["conv1.weight"])
     else:
         assert_bitwise(after, rule_grads(twin, twin_rule, x, y))
@@ -221,7 +226,7 @@ def test_exact_ends_after_an_error_too():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exact_leaves_a_pending_rule_pass_alone(variant):
-    """A measurement (of a delta angle) between a training forward pass and its backward pass."""
+    """A measurement, for example of a delta angle, may run between a training forward pass and its backward pass."""
     model, rule, x, y = start(variant, net="conv")
     twin, twin_rule, _, _ = start(variant, net="conv")
     want = rule_grads(twin, twin_rule, x, y)
@@ -275,7 +280,10 @@ def test_rules_without_feedback_of_layers_say_so():
 
 
 def test_rules_one_after_the_other_on_one_model():
-    """Detach leaves nothing that affects the next rule; the same seed gives the first rule's gradients again."""
+    """Detaching a rule leaves nothing that affects the next rule.
+
+    The same seed gives the gradients of the first rule again.
+    """
     x, y = nets.batch("conv")
     model, results = nets.convnet(), []
     for name in ("fa", "kp", "dfa", "predsim", "fa"):
@@ -288,10 +296,10 @@ def test_rules_one_after_the_other_on_one_model():
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if issubclass(ALGORITHMS[VARIANTS[v][0]], CutRule)])
 def test_cut_rules_under_bfloat16_autocast(variant):
-    """bf16 keeps 8 bits: gradients within 5 % in norm of the float32 ones (tanh: no mask can flip), far from BP's.
+    """Gradients in bf16, which has 8 bits of precision, are within 5 % (in norm) of those in float32, and far from those of BP.
 
-    dgl's auxiliary nets normalise four samples again and again, and with them the rounding: 10 %. Of its layers only the first
-    is not the last module's.
+    The activation is tanh, so no mask can flip. For dgl, the tolerance is 10 %, because its auxiliary nets normalise four samples
+    several times, which amplifies rounding errors. Under dgl, only the first layer is outside the last module.
     """
     name, options = VARIANTS[variant]
     model, (x, y) = nets.convnet(nn.Tanh, dtype=torch.float32), nets.batch("conv", dtype=torch.float32)
@@ -310,7 +318,7 @@ def test_cut_rules_under_bfloat16_autocast(variant):
 
 
 def test_rule_object_works_like_its_name():
-    """attach takes a name or a rule object."""
+    """The function attach takes a name or a rule object."""
     x, y = nets.batch("mlp")
     by_name, by_object = nets.mlp(), nets.mlp()
     one = fa_bench.attach(by_name, "fa", seed=0)
@@ -335,7 +343,7 @@ def test_loss_backward_alone_gives_learned_feedback_its_gradient(variant):
 
 @pytest.mark.parametrize("written", ["W", "B"])
 def test_kp_writing_into_one_gradient_leaves_the_other(written):
-    """Nesterov momentum, clipping and gradient scalers write into gradients, once for each tensor they are given."""
+    """Nesterov momentum, clipping and gradient scalers write into the gradient of every tensor that they get."""
     model, rule, x, y = start("kp")
     rule_grads(model, rule, x, y)
     layer = model.get_submodule(list(rule.feedback)[1])
@@ -351,7 +359,10 @@ def test_kp_writing_into_one_gradient_leaves_the_other(written):
 
 @pytest.mark.parametrize("variant", ["kp", "usf"])
 def test_two_backward_passes_add_up(variant):
-    """Learned feedback accumulates gradients like weights; feedback computed from the weight is computed again each time."""
+    """Learned feedback accumulates gradients as weights do.
+
+    Feedback that is computed from the weight is computed again in each pass.
+    """
     model, rule, x, y = start(variant)
     rule_grads(model, rule, x, y)
     once = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -401,7 +412,7 @@ def test_refused_before_anything_was_put_in_says_why(variant):
 
 
 def assert_same_state(got, want):
-    """Nested mappings of plain values and tensors, bitwise."""
+    """Require that nested mappings of plain values and tensors are bitwise identical."""
     assert type(got) is type(want)
     if isinstance(want, dict):
         assert got.keys() == want.keys()
@@ -413,7 +424,7 @@ def assert_same_state(got, want):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(variant):
-    """As the README says: model.state_dict contains the feedback, rule.state_dict the rest."""
+    """As the README says, model.state_dict contains the feedback, and rule.state_dict contains the rest."""
     model, rule, x, y = start(variant, seed=0)
     rule_grads(model, rule, x, y)
     saved = copy.deepcopy((model.state_dict(), rule.state_dict()))
@@ -448,7 +459,7 @@ def test_foreign_state_is_refused_by_name(variant):
 
 @pytest.mark.parametrize("variant", ["local_error", "predsim", "dgl", "asfp_lc"])
 def test_a_plain_state_loads_after_detach(variant):
-    """Nothing of the auxiliary layers remains in the modules at the cuts, including their hooks."""
+    """Detaching removes the auxiliary layers, including their hooks, from the modules at the cuts."""
     model, rule, *_ = start(variant)
     rule.detach()
     model.load_state_dict(nets.NETS[NET]().state_dict())
@@ -466,7 +477,7 @@ def test_a_tensor_that_is_put_again_is_replaced_and_dropped_once():
 
 @pytest.mark.parametrize(("name", "keys"), [("pfa", ["B", "R"]), ("kp", ["B"]), ("fa", ["B"])])
 def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
-    """Parameters and buffers alike, so a state's hash does not depend on which of them learn."""
+    """Parameters and buffers have one common order, so the hash of a state does not depend on which of them learn."""
     layer = fa_bench.attach(nets.mlp(), name, seed=0).model.fc2
     found = [key.removeprefix("feedback_") for key in layer.state_dict() if key.startswith("feedback_")]
     assert found == keys
@@ -474,7 +485,7 @@ def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
 
 @pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
 def test_a_detached_rule_does_not_train(name):
-    """Otherwise, it would silently perform backpropagation."""
+    """Without the error, a detached rule would silently perform backpropagation."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     rule = fa_bench.attach(model, name, **({"cuts": ["1"]} if name == "dfa" else {}))
     rule.detach()
@@ -485,7 +496,7 @@ def test_a_detached_rule_does_not_train(name):
 
 
 def test_what_the_rule_froze_takes_part_until_the_outermost_exact_block_ends():
-    """Parameters that the user froze learn neither there nor after detach."""
+    """Parameters that the user froze learn neither in an exact block nor after detach."""
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
     model.conv1.bias.requires_grad_(False)
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, freeze_stem=True)
@@ -513,7 +524,7 @@ def test_a_layer_that_was_replaced_is_plain_after_detach_too(name):
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "frozen"])
 def test_attach_leaves_its_sample_as_it_was(variant):
-    """For a model that changes its inputs."""
+    """The model changes its inputs in place, but attach must not change the sample."""
     name, options = VARIANTS[variant]
     model = nn.Sequential(OrderedDict(first=nn.ReLU(inplace=True), **dict(nets.NETS[NET]().named_children())))
     x = nets.batch(NET)[0]
@@ -524,7 +535,10 @@ def test_attach_leaves_its_sample_as_it_was(variant):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_rule_equals_itself_alone(name):
-    """Rules with the same options belong to different models; so it is with the classes from which it derives."""
+    """Two rules with the same options belong to different models, so they must not be equal.
+
+    The base classes of a rule must have this property, too.
+    """
     for cls in ALGORITHMS[name].__mro__:
         if issubclass(cls, Rule):
             one, other = cls(), cls()

@@ -1,4 +1,4 @@
-"""ldfa apart from its gradients: rank of the errors, relations to kp and pfa_o, and the fixed point of Oja's rule."""
+"""Tests of ldfa apart from its gradients: rank of the errors, relations to kp and pfa_o, and the fixed point of Oja's rule."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_channels_of_a_group_have_a_rank_of_their_own() -> None:
 
 
 def test_a_subspace_that_contains_the_errors_loses_nothing() -> None:
-    """For errors with three dimensions: with their right singular vectors as B, and R = Bᵀ W, e_in = g B Bᵀ W = g W."""
+    """If B has the right singular vectors of three-dimensional errors, and R = Bᵀ W, then e_in = g B Bᵀ W = g W."""
     model, rule = attached(nn.Linear(15, 10), rank=3)
     g = random(20, 3) @ random(3, 10, seed=1)
     weight = model[0].weight.detach()
@@ -132,24 +132,30 @@ def test_without_learning_it_is_semi_orthogonal_product_feedback() -> None:
 
 # ------------------------------------------------------------------------------------------------ Oja's rule
 def gaussian(count: int = 4000) -> tuple[Tensor, Tensor]:
-    """Gaussian errors with eight variances from 0.25 to 16, and the axes, the largest first."""
+    """Gaussian errors with eight variances from 0.25 to 16, and their axes in descending order of variance."""
     axes = orthonormal(8, 8, seed=3)
     return random(count, 8) * torch.tensor([4.0, 3.0, 2.0, 1.0, 0.9, 0.8, 0.7, 0.5], dtype=torch.float64) @ axes.t(), axes
 
 
 def test_the_principal_subspace_of_gaussian_errors_is_found_from_any_start() -> None:
-    """Without orthonormalisation: Oja's own second term makes Bᵀ B = I. The fourth axis' share of C is half of the third's."""
+    """Even without orthonormalisation, the second term of Oja's rule makes Bᵀ B = I.
+
+    The fourth axis has half of the third axis' share of C.
+    """
     errors, axes = gaussian()
     b = 0.3 * random(8, 3, seed=5)
     for _ in range(400):
         b = b - 0.2 / len(errors) * oja_gradient(b, 1, 1.0, errors)
     assert distance(array(b.t() @ b), torch.eye(3)) < 1e-3
     cosines = torch.linalg.svdvals(b.t() @ axes[:, :3])
-    assert cosines.min() > math.cos(math.radians(2))  # 4000 samples: the axes are known within a degree or two
+    assert cosines.min() > math.cos(math.radians(2))  # 4000 samples determine the axes within a degree or two
 
 
 def test_a_layer_finds_the_principal_subspace_of_its_errors() -> None:
-    """In training by SGD with momentum and decay, from fixed errors: the leading eigenvectors of their C; R follows Bᵀ W."""
+    """With fixed errors, SGD with momentum and decay turns B to the leading eigenvectors of their C.
+
+    The product B R follows B Bᵀ W.
+    """
     model, rule = attached(nn.Linear(6, 8, bias=False), rank=3)
     errors = gaussian(500)[0]
     axes = torch.linalg.eigh((errors / errors.norm(dim=1, keepdim=True)).t() @ errors)[1][:, -3:]
@@ -208,7 +214,7 @@ def test_every_sample_and_position_is_a_row(name: str) -> None:
 
 
 def test_parts_of_a_weight_that_run_alone_leave_the_other_errors_at_zero() -> None:
-    """Keys and values of attention have other inputs than queries: their rows of the joint weight run in separate calls."""
+    """In attention, keys and values have other inputs than queries, so their rows of the joint weight run in separate calls."""
     torch.manual_seed(0)
     model = nn.MultiheadAttention(4, 2, batch_first=True).double()
 

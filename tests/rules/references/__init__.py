@@ -1,12 +1,12 @@
 """One naive reference per rule, which computes the gradients of all weights, biases and learned feedback tensors.
 
 A reference takes (chain, params, feedback, x, y, **options), where ``feedback`` is {layer or cut: {tensor name: array}} and
-``options`` are those of the rule. It returns {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}. A tensor without an entry
-must not learn.
+``options`` are those of the rule. A reference returns {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}. A tensor without
+an entry must not learn.
 
 Every module of this package has REFERENCES {rule: function} and CASES {case: (rule, options)}. A module may have AFTER_UPDATE
-{rule: function of (chain, params) that changes learned feedback in place after every update} and TRAITS {trait: rules}. The
-traits are:
+{rule: function of (chain, params) that changes learned feedback in place after every update} and TRAITS {trait: rules}. These are
+the traits:
 
 - exact: the rule has the gradient of backpropagation for all parameters that it trains
 - redrawn: the feedback changes without being learned by the optimizer, so the reference gets the current one

@@ -53,9 +53,9 @@ def below(chain, params, x, y, cuts, local, output=1.0) -> Arrays:
 
 
 def local_error(chain, params, feedback, x, y, features=4096, separate=False, **_) -> Arrays:
-    """The error at a cut is e = (softmax(a Mᵀ) - onehot) M / N.
+    """The error at a cut is e = (softmax(a Mᵀ) - onehot) M / N, where M does not learn.
 
-    With `separate`, |K| sign(M) replaces the second M. M does not learn.
+    With `separate`, |K| sign(M) replaces the second M.
     """
 
     def local(cut, a):
@@ -152,8 +152,8 @@ def of_decoder(a, held: Arrays, y, size: int, factor: float) -> tuple[np.ndarray
 def predsim(chain, params, feedback, x, y, loss="predsim", beta=0.99, decoder_size=4096, **_) -> Arrays:
     """The loss at a cut is (1-beta) CE(D(a)) + beta mean (S(K a) - S(onehot))².
 
-    The output layer gets (1-beta) times its true error. With loss=pred or loss=sim, only one of the two terms is used, and there
-    are no such factors.
+    The output layer gets (1-beta) times its true error. With loss=pred or loss=sim, a cut has only one of the two terms, and all
+    factors are 1.
     """
     of_prediction, of_similarity = {"predsim": (1 - beta, beta), "pred": (1.0, None), "sim": (None, 1.0)}[loss]
     classes = params[f"{chain[-1].name}.weight"].shape[0]

@@ -100,7 +100,7 @@ def _softmax_error(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _of_part(part, params, x, error) -> Arrays:
-    flat = Stage("flat", "flatten")  # for the loss, whose error is not used
+    flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
     return gradients([*part, flat], params, x, np.zeros(len(x), dtype=int), given={part[-1].name: error})
 
 
@@ -172,8 +172,8 @@ def forward_forward(
 def _normalised_pass(chain, params, x, labels, cuts):
     """The results of a pass with normalised activations, for the hidden layers and for the output.
 
-    They are {cut: (stages before it, their input, its activation)} and (stages of the output, their input, {cut: normalised
-    activation}).
+    The former are {cut: (stages before it, their input, its activation)}. The latter are (stages of the output, their input,
+    {cut: normalised activation}).
     """
     x = x.copy()
     x.reshape(len(x), -1)[:, : len(labels[0])] = labels

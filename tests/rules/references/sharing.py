@@ -33,7 +33,7 @@ def matched(h: np.ndarray, shape: tuple[int, ...], match: str, mixing: np.ndarra
 def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arrays]:
     """The layers after the stem that share activations, and {layer: the activation that replaces its input}.
 
-    The first of these layers has its true input.
+    The first layer that shares has its true input.
     """
     kinds = {stage.name: stage.kind for stage in chain}
     layers, own = weighted(chain), inputs(chain, params, x)
@@ -48,7 +48,7 @@ def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arr
 
 
 def carried(params: Arrays, feedback) -> Arrays:
-    """The feedback of the layers that have a B. Other layers transport their weight."""
+    """The feedback of the layers that have a B. Layers without B transport their weight."""
     return {layer: tensors["B"] for layer, tensors in feedback.items() if "B" in tensors}
 
 
