@@ -97,7 +97,8 @@ def test_a_convolution_ends_at_its_kernel() -> None:
 def test_noise_is_white_so_that_the_mirror_ends_near_half_of_the_weight() -> None:
     """The inputs are zero, so the feedback learns only from noise.
 
-    The feedback averages about 100 updates of 100 samples, so every entry of the noise's C is that of I within 1/√10000.
+    The feedback averages about 100 updates of 100 samples, so the entries of the noise's C differ from those of I by about
+    1/√10000.
     """
     feedback, weight, _ = converged(
         "regularized_mirror", 0 * random(3, 6), steps=800, lr=0.1, alpha=0.05, beta=0.05, signal="noise", noise_batch=100

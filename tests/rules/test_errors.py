@@ -17,7 +17,7 @@ from .helpers import EDGE_RULES, LOUD, layer_names
 
 
 class OwnAttention(nn.MultiheadAttention):
-    """A user's subclass, which no rule covers."""
+    """A user-defined subclass of attention, which no rule covers."""
 
 
 class Attentive(nn.Module):
