@@ -1,6 +1,4 @@
-"""Helpers that the rule tests share: attaching a rule, running one pass, comparing gradients, and autograd surrogates of a
-rule's gradients.
-"""
+"""Helpers shared by the rule tests: single passes, comparisons, and autograd surrogates of a rule's gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from . import nets
 
 EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp", "wm", "mixed")
-# The rules with stored feedback, and the name of a tensor of it.
+# The rules with stored feedback, and the name of one of their tensors.
 STORED = {
     "fa": "B",
     "kp": "B",
@@ -30,25 +28,26 @@ STORED = {
     "wm": "B",
     "mixed": "F",
 }
-# Options that reduce the work of tests of other properties, while the same code runs.
+# Options that reduce the work in tests of other properties, but run the same code.
 QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}, "f3": {"samples": 16}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# The errors that a mistake in a call may raise: attach's own errors are ValueErrors; a missing name may also be a lookup or a
-# type error.
+# A mistake in a call may raise any of these errors. The errors of attach itself are ValueErrors; a missing name may
+# also raise a LookupError or a TypeError.
 LOUD = (ValueError, LookupError, TypeError)
 
-# Loops and torch add the same few hundred float64 products in another order: 1e-16 times their number, amplified by BatchNorm's
-# 1/deviation, stays under 1e-12; 1e-9 leaves room and is far below any term one could forget.
+# Loops and torch add the same few hundred float64 products in different orders. The rounding error is 1e-16 times their number,
+# amplified by BatchNorm's 1/deviation, and stays below 1e-12. A tolerance of 1e-9 leaves a margin and is far below any term that
+# could be missing.
 REL = 1e-9
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """The weighted layers, in registration order."""
+    """The names of the weighted layers, in registration order."""
     return [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
 
 
 def cut_options(name: str, model: nn.Module, options: dict) -> dict:
-    """The options of a rule: activations as cuts if the rule takes cuts, and the first layer for blocks."""
+    """The options, with all activations as cuts or the first layer as the only block, for rules that take cuts or blocks."""
     if "blocks" in {field.name for field in option_fields(ALGORITHMS[name])}:
         return {"blocks": layer_names(model)[:1]} | options
     if "cuts" not in {field.name for field in option_fields(ALGORITHMS[name])} or options.get("form") == "kernel":
@@ -61,17 +60,17 @@ def backward(rule, loss: Tensor, logits: Tensor, target: Tensor | None = None) -
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the plain model by name; for an attached model, learned feedback is left out."""
+    """The parameters of a model, attached or not, by name and without learned feedback."""
     return {name: parameter for name, parameter in model.named_parameters() if "feedback_" not in name}
 
 
 def collect(model: nn.Module) -> dict[str, Tensor | None]:
-    """Gradients of the weights; for those of learned feedback, use ``rule.feedback_parameters()``."""
+    """The gradients of the weights. Use ``rule.feedback_parameters()`` for those of learned feedback."""
     return {name: None if p.grad is None else p.grad.detach().clone() for name, p in weights(model).items()}
 
 
 def rule_grads(model: nn.Module, rule, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
-    """Gradients of one training pass under the rule."""
+    """The gradients of one training pass under the rule."""
     model.zero_grad(set_to_none=True)
     logits = model(x)
     backward(rule, F.cross_entropy(logits, y), logits, y)
@@ -79,7 +78,7 @@ def rule_grads(model: nn.Module, rule, x: Tensor, y: Tensor) -> dict[str, Tensor
 
 
 def bp_grads(plain: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
-    """Gradients of one pass of the plain model; the model itself is not changed."""
+    """The gradients of one pass of backpropagation through a copy of the plain model, which is not changed."""
     twin = copy.deepcopy(plain)
     twin.zero_grad(set_to_none=True)
     F.cross_entropy(twin(x), y).backward()
@@ -87,7 +86,7 @@ def bp_grads(plain: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor | None]
 
 
 def feedback_tensors(rule) -> dict[tuple[str, str], Tensor]:
-    """The live feedback tensors as {(layer or cut, tensor name): tensor}."""
+    """The live feedback tensors, as {(layer or cut, tensor name): tensor}."""
     return {(layer, name): tensor for layer, tensors in rule.feedback.items() for name, tensor in tensors.items()}
 
 
@@ -96,7 +95,7 @@ def feedback_arrays(rule) -> dict[str, dict[str, np.ndarray]]:
 
 
 def copy_weights_into_feedback(model: nn.Module, rule) -> None:
-    """Set B = W (or M = |W|) for every layer."""
+    """Set B = W (or M = |W|) in every layer."""
     with torch.no_grad():
         for layer, tensors in rule.feedback.items():
             weight = model.get_submodule(layer).weight
@@ -109,22 +108,22 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """The weights of a model, attached or not."""
+    """The weights of a model, attached or not, as arrays."""
     return {name: array(p) for name, p in weights(model).items()}
 
 
 def distance(got, want, floor: float = 1e-30) -> float:
-    """Largest difference relative to the largest wanted entry, or to ``floor`` if that is larger."""
+    """The largest difference, relative to the largest wanted entry or to ``floor``, whichever is larger."""
     got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
     assert got.shape == want.shape, f"shape {got.shape}, wanted {want.shape}"
     return float(np.abs(got - want).max() / max(np.abs(want).max(), floor))
 
 
 def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
-    """Assert that the same tensors have a gradient, with the same values up to ``rel``.
+    """Require that the same tensors have a gradient, with the same values up to ``rel``.
 
-    The tolerance is relative to each tensor's own largest entry, which counts as at least 1e-3 of the largest entry of all
-    tensors, because a bias before BatchNorm has gradient 0.
+    Differences are relative to the largest entry of the tensor, but to no less than 1e-3 of the largest entry of all tensors.
+    This is needed for a bias before BatchNorm, which has a gradient of 0.
     """
     present = {name for name, grad in got.items() if grad is not None}
     assert present == set(want), f"gradients of {sorted(present)}, wanted {sorted(want)}"
@@ -135,7 +134,7 @@ def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
 
 
 def assert_bitwise(got: dict, want: dict) -> None:
-    """Assert that both have the same tensors (or None) under the same names, bitwise."""
+    """Require the same tensors (or None) under the same names, bitwise identical."""
     assert set(got) == set(want)
     for name in want:
         assert (got[name] is None) == (want[name] is None), f"{name}: got {got[name]}, wanted {want[name]}"
@@ -144,12 +143,12 @@ def assert_bitwise(got: dict, want: dict) -> None:
 
 
 def state_of(rule) -> tuple[dict, dict]:
-    """Everything that determines the next update: weights, feedback, and the number of the next noise."""
+    """Everything that determines the next update: weights, feedback, and the number of the next noise sample."""
     return copy.deepcopy(rule.state_dict()), copy.deepcopy(rule.model.state_dict())
 
 
 def restore(rule, state: tuple[dict, dict]) -> None:
-    """Restore the rule to the state returned by `state_of`, so that it samples the same noise again."""
+    """Put the rule back into a state from `state_of`, so that it samples the same noise again."""
     rule.model.load_state_dict(state[1])
     rule.load_state_dict(state[0])
 
@@ -158,15 +157,13 @@ def restore(rule, state: tuple[dict, dict]) -> None:
 
 
 class TwoFaced(nn.Module):
-    """A layer with the forward value and weight gradient of ``layer``, and the input gradient of the same layer with weight
-    ``feedback``.
-    """
+    """A layer with the output and weight gradient of ``layer``, but with the input gradient for the weight ``feedback``."""
 
     def __init__(self, layer: nn.Module, feedback: Tensor) -> None:
         super().__init__()
         self.layer, mirror = layer, copy.deepcopy(layer).requires_grad_(False)
         mirror.weight.copy_(feedback)
-        self.mirror = [mirror]  # in a list: not a submodule
+        self.mirror = [mirror]  # in a list, so that it is not a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         reflected = self.mirror[0](x)
@@ -174,7 +171,7 @@ class TwoFaced(nn.Module):
 
 
 def fa_surrogate(plain: nn.Module, feedback: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """FA's gradients for any architecture."""
+    """The gradients of FA, for any architecture."""
     twin = copy.deepcopy(plain)
     for name, tensor in feedback.items():
         twin.set_submodule(name, TwoFaced(twin.get_submodule(name), tensor))

@@ -1,7 +1,7 @@
-"""Naive references of the learning rules: plain loops over scalars, float64, written from the papers' equations.
+"""Naive references of the learning rules: plain loops over float64 scalars, written from the papers' equations.
 
-A network is a chain of stages read from a plain ``nn.Sequential``. Gradients have the sign of gradients (parameters move by -lr
-grad), the loss is the mean cross-entropy, and feedback has the weight's layout. Nothing here uses torch's autograd or fa_bench.
+A network is a chain of stages read from a plain ``nn.Sequential``. Gradients have the usual sign (parameters move by -lr grad),
+the loss is the mean cross-entropy, and feedback has the layout of the weight. Nothing here uses torch's autograd or fa_bench.
 
 Index legend: n sample, o output channel, i input channel, (p, q) output pixel, (a, b) kernel tap, c class.
 """
@@ -20,7 +20,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Stage:
-    """One module of the chain: its name, its kind, the geometry of a convolution, and the size to which a pooling averages."""
+    """One module of the chain: its name and kind, the geometry of a convolution, and the output size of a pooling."""
 
     name: str
     kind: str
@@ -32,7 +32,7 @@ class Stage:
 
 
 def describe(model: nn.Sequential) -> list[Stage]:
-    """The chain of a plain sequential model (call it before attaching a rule)."""
+    """The chain of a plain sequential model. Call this before attaching a rule."""
     chain = []
     for name, module in model.named_children():
         if isinstance(module, nn.Linear):
@@ -49,7 +49,7 @@ def describe(model: nn.Sequential) -> list[Stage]:
 
 
 def weighted(chain: list[Stage]) -> list[str]:
-    """Names of the layers with a weight that could transport errors, input to output."""
+    """The names of the layers with a weight that could transport errors, from input to output."""
     return [stage.name for stage in chain if stage.kind in ("linear", "conv")]
 
 
@@ -88,7 +88,7 @@ def conv_weight_gradient(stage: Stage, x: np.ndarray, g: np.ndarray, w_shape) ->
 
 
 def conv_input_error(stage: Stage, g: np.ndarray, feedback: np.ndarray, x_shape) -> np.ndarray:
-    """e[n,i,row,column] = sum over o, p, q, a, b of g[n,o,p,q] B[o,i,a,b]: the feedback is in the weight's layout."""
+    """e[n,i,row,column] = sum over o, p, q, a, b of g[n,o,p,q] B[o,i,a,b]. The feedback B has the layout of the weight."""
     error = np.zeros(x_shape)
     for n, o, i, channel, p, q, a, b, row, column in _taps(stage, x_shape, feedback.shape, g.shape):
         error[n, channel, row, column] += g[n, o, p, q] * feedback[o, i, a, b]
@@ -122,7 +122,7 @@ def linear_input_error(g: np.ndarray, feedback: np.ndarray) -> np.ndarray:
     return error
 
 
-# --- averaging to a given size, over windows that overlap where it does not divide ---
+# --- average pooling to a given size, with windows that overlap if it does not divide the input's size ---
 
 
 def _windows(shape, size):
@@ -133,7 +133,7 @@ def _windows(shape, size):
 
 
 def pool_forward(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """y[n,c,p,q] = mean of x[n,c] over its window, from row floor(pH/h) up to row ceil((p+1)H/h), excluded; columns likewise."""
+    """y[n,c,p,q] is the mean of x[n,c] over rows from floor(pH/h) to ceil((p+1)H/h) - 1 and over the corresponding columns."""
     y = np.zeros((*x.shape[:2], *size))
     for p, q, rows, columns in _windows(x.shape, size):
         y[:, :, p, q] = x[:, :, rows, columns].mean((2, 3))
@@ -141,7 +141,7 @@ def pool_forward(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def pool_backward(x: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """Every pixel of a window receives its share."""
+    """The error at the input, where every pixel of a window gets an equal share of the window's error."""
     error = np.zeros_like(x)
     for p, q, rows, columns in _windows(x.shape, g.shape[2:]):
         window = error[:, :, rows, columns]
@@ -153,7 +153,7 @@ def pool_backward(x: np.ndarray, g: np.ndarray) -> np.ndarray:
 
 
 def _normalised(stage: Stage, values: np.ndarray) -> tuple[np.ndarray, float]:
-    """(values - mean) / deviation of one feature over the batch (and space), and the deviation."""
+    """The values (values - mean) / deviation of one feature over the batch (and space), and the deviation."""
     mean = values.mean()
     deviation = math.sqrt(((values - mean) ** 2).mean() + stage.eps)
     return (values - mean) / deviation, deviation
@@ -167,7 +167,7 @@ def bn_forward(stage: Stage, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray)
 
 
 def bn_backward(stage: Stage, x: np.ndarray, g: np.ndarray, gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The exact error at the input and the exact gradients of gamma and beta; the batch statistics are differentiated, too."""
+    """The error at the input and the gradients of gamma and beta, with exact derivatives of the batch statistics."""
     error, grad_gamma, grad_beta = np.zeros_like(x), np.zeros_like(gamma), np.zeros_like(gamma)
     for f in range(x.shape[1]):
         unit, deviation = _normalised(stage, x[:, f])
@@ -180,7 +180,7 @@ def bn_backward(stage: Stage, x: np.ndarray, g: np.ndarray, gamma: np.ndarray) -
 
 
 def forward(chain: list[Stage], params: Arrays, x: np.ndarray) -> list[np.ndarray]:
-    """[input, output of stage 1, output of stage 2, ..., logits]."""
+    """The values [input, output of stage 1, output of stage 2, ..., logits]."""
     values = [x]
     for stage in chain:
         x, weight, bias = values[-1], params.get(f"{stage.name}.weight"), params.get(f"{stage.name}.bias")
@@ -200,7 +200,7 @@ def forward(chain: list[Stage], params: Arrays, x: np.ndarray) -> list[np.ndarra
 
 
 def inputs(chain: list[Stage], params: Arrays, x: np.ndarray) -> Arrays:
-    """{stage: its input}."""
+    """The input of every stage, as {stage: input}."""
     return {stage.name: value for stage, value in zip(chain, forward(chain, params, x)[:-1], strict=True)}
 
 
@@ -229,18 +229,18 @@ def gradients(
     output=1.0,
     dual=None,
 ) -> Arrays:
-    """Gradients of every parameter under one way of carrying the error.
+    """The gradients of all parameters under one way of propagating the error.
 
-    carry: layer -> the tensor that replaces its weight on the way down (absent: the weight itself, as BP does).
-    inject: stage -> (classes, features); delta_out times it replaces the error at that stage's output.
-    deliver: layer -> (classes, C_in, kh, kw) or (classes, in); the error at that layer's input comes from delta_out, which a
-    convolution takes on every output pixel, its groups left out.
-    given: stage -> the error at that stage's output, in its shape, in place of what comes from above.
-    added: stage -> an error that is added to what comes from above at that stage's output.
-    activations: layer -> what enters its weight gradient in place of its true input.
-    errors: a dictionary that is given the error at the output of every stage and, under "", that at the chain's input.
-    output: factor on the error at the logits.
-    dual: beta of the finite difference that replaces the derivative of every nonlinearity.
+    carry: layer -> the tensor that replaces its weight in the backward pass. Layers without an entry use their weight, as in BP.
+    inject: stage -> a matrix (classes, features). delta_out times this matrix replaces the error at the stage's output.
+    deliver: layer -> a tensor (classes, C_in, kh, kw) or (classes, in) that maps delta_out to the error at the layer's input. A
+    convolution repeats delta_out at every output pixel and ignores its groups.
+    given: stage -> the error at the stage's output, in its shape, which replaces the error from later stages.
+    added: stage -> an error that is added to the one from later stages at the stage's output.
+    activations: layer -> the activation that replaces the layer's true input in its weight gradient.
+    errors: a dictionary that receives the error at the output of every stage and, under "", the error at the chain's input.
+    output: a factor on the error at the logits.
+    dual: the beta of the finite difference that replaces the derivative of every nonlinearity.
     """
     carry, inject, deliver, given, added, activations = (
         tensors or {} for tensors in (carry, inject, deliver, given, added, activations)
@@ -291,8 +291,9 @@ def gradients(
 
 
 def dual_error(kind: str, a: np.ndarray, g: np.ndarray, beta: float) -> np.ndarray:
-    """The error g_in = (phi(a + beta N g) - phi(a - beta N g)) / (2 beta N). The g of a mean loss is 1/N of a sample's own
-    error.
+    """g_in = (phi(a + beta N g) - phi(a - beta N g)) / (2 beta N).
+
+    The factor N is needed because the loss is a mean, so g is 1/N of a sample's own error.
     """
     error, step = np.zeros_like(g), beta * a.shape[0]
     for at in np.ndindex(a.shape):
@@ -305,7 +306,10 @@ def dual_error(kind: str, a: np.ndarray, g: np.ndarray, beta: float) -> np.ndarr
 
 
 def sgd_step(params: Arrays, velocity: Arrays, grads: Arrays, *, lr: float, momentum: float, decay: float, nesterov=False):
-    """Update every tensor that has a gradient in place: d = g + decay p; v = momentum v + d; p -= lr (v, or d + momentum v)."""
+    """Update every tensor that has a gradient in place: d = g + decay p; v = momentum v + d; p -= lr v.
+
+    With Nesterov momentum, the last step is p -= lr (d + momentum v).
+    """
     for name, grad in grads.items():
         direction = grad + decay * params[name]
         velocity[name] = momentum * velocity.get(name, np.zeros_like(grad)) + direction

@@ -1,4 +1,4 @@
-"""Naive references for attention, recurrent and bilinear modules: plain loops over scalars, float64, one sample at a time.
+"""Naive references for attention, recurrent and bilinear modules: plain loops over float64 scalars, one sample at a time.
 
 Nothing here uses torch's autograd or fa_bench. Index legend: o output, i input, t time step or query, s key.
 """
@@ -13,7 +13,7 @@ Vector = list[float]
 
 
 class Layer:
-    """A layer y = W x + b whose backward pass uses E instead of W; gradients accumulate over calls.
+    """A layer y = W x + b whose backward pass uses E instead of W and accumulates gradients over calls.
 
     Args:
         weight: W (O, I).
@@ -48,7 +48,7 @@ Rows = tuple[Layer, range]
 
 
 def packed(layer: Layer) -> list[Rows]:
-    """The projections of queries, keys and values, which have one common weight (3E, E)."""
+    """The projections of queries, keys and values that share one weight (3E, E)."""
     size = len(layer.weight) // 3
     return [(layer, range(number * size, (number + 1) * size)) for number in range(3)]
 
@@ -65,8 +65,8 @@ def attention(
     """The errors at queries, keys and values, from the errors at the outputs of attention without masks.
 
     Args:
-        projections: the projections of queries, keys and values, each with E rows.
-        output: W (E, E).
+        projections: those of queries, keys and values, with E rows each.
+        output: the output projection, W (E, E).
     """
     features = len(output.weight)
     size = features // heads
@@ -108,7 +108,7 @@ def sigmoid(x: float) -> float:
 
 
 def lstm(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
-    """The errors at the inputs of all time steps, from the errors at all outputs h; states start at zero."""
+    """The errors at the inputs of all time steps, from the errors at all outputs h. The states start at zero."""
     size = len(hh.weight) // 4
     h, c = [0.0] * size, [0.0] * size
     steps = []
@@ -139,7 +139,7 @@ def lstm(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> li
 
 
 def gru(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
-    """The errors of `lstm`, for h' = (1 - z) n + z h with n = tanh(n_x + r n_h)."""
+    """The errors at the inputs, as in `lstm`, for h' = (1 - z) n + z h with n = tanh(n_x + r n_h)."""
     size = len(hh.weight) // 3
     h = [0.0] * size
     steps = []
@@ -168,7 +168,7 @@ def gru(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> lis
 
 
 def rnn(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
-    """The errors of `lstm`, for h' = tanh(a + b)."""
+    """The errors at the inputs, as in `lstm`, for h' = tanh(a + b)."""
     h = [0.0] * len(hh.weight)
     steps = []
     for x in inputs:
@@ -184,7 +184,7 @@ def rnn(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> lis
 
 
 def bilinear(product: Layer, x1: Vector, x2: Vector, error: Vector) -> tuple[Vector, Vector]:
-    """The errors at x1 and x2 of y_o = Σ_ij x1_i A_oij x2_j + b_o; `product` has A as (O, I1 I2)."""
+    """The errors at x1 and x2 for y_o = Σ_ij x1_i A_oij x2_j + b_o. The weight of `product` is A in the shape (O, I1 I2)."""
     outer = product.backward([a * b for a in x1 for b in x2], error)
     return (
         [sum(outer[i * len(x2) + j] * x2[j] for j in range(len(x2))) for i in range(len(x1))],

@@ -1,4 +1,4 @@
-"""Rules whose feedback learns by local losses: their fixed points, the inputs of the losses, and which tensors they change."""
+"""Tests of the rules whose feedback learns by local losses: fixed points, inputs of the losses, and which tensors change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def converged(name: str, x: Tensor, layer: nn.Module | None = None, steps: int =
 
 
 def white(rows: int, columns: int) -> Tensor:
-    """Inputs with mean xᵀ x = I."""
+    """Inputs whose mean of xᵀ x is the identity."""
     return torch.linalg.qr(random(rows, columns))[0] * rows**0.5
 
 
@@ -72,7 +72,7 @@ def test_the_mirror_ends_at_the_weight_times_the_moments_of_the_inputs(alpha: fl
 
 @pytest.mark.parametrize("gamma", [0.05, 0.2])
 def test_information_alignment_ends_at_the_inverse_of_target_propagation(gamma: float) -> None:
-    """The fixed point of the feedback is (W C Wᵀ + (γ / β) I)⁻¹ W C."""
+    """The fixed point is (W C Wᵀ + (γ / β) I)⁻¹ W C."""
     x, beta = random(50, 6), 0.2
     feedback, weight, _ = converged("information_alignment", x, steps=3000, alpha=2 * beta, beta=beta, gamma=gamma)
     c = x.t() @ x / 50
@@ -87,7 +87,7 @@ def test_information_alignment_of_white_inputs_without_decay_ends_at_the_pseudo_
 
 
 def test_a_convolution_ends_at_its_kernel() -> None:
-    """The convolution has padding and a stride such that all patches together span every entry of the kernel."""
+    """The convolution has padding and a stride, and its patches together span every entry of the kernel."""
     feedback, weight, _ = converged(
         "activation_alignment", random(20, 2, 6, 5), nn.Conv2d(2, 3, 3, stride=2, padding=1), steps=1500, alpha=0.1, beta=0.2
     )
@@ -95,8 +95,10 @@ def test_a_convolution_ends_at_its_kernel() -> None:
 
 
 def test_noise_is_white_so_that_the_mirror_ends_near_half_of_the_weight() -> None:
-    """The inputs carry no information. The mean covers about the last 100 updates of 100 samples, so every entry of C is within
-    1/√10000 of that of I.
+    """The inputs are zero, so the feedback learns only from noise.
+
+    The feedback averages about 100 updates of 100 samples, so the entries of the noise's C differ from those of I by about
+    1/√10000.
     """
     feedback, weight, _ = converged(
         "regularized_mirror", 0 * random(3, 6), steps=800, lr=0.1, alpha=0.05, beta=0.05, signal="noise", noise_batch=100
@@ -116,7 +118,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 def literal_loss(loss: AlignmentLoss, layer: Any, weight: Tensor, feedback: Tensor, x: Tensor) -> Tensor:
-    """The sum of the losses as written, computed with the layer itself and autograd."""
+    """The sum of the losses as they are written, computed with the layer itself and autograd."""
 
     def run(kernel: Tensor, x: Tensor) -> Tensor:
         return torch.func.functional_call(layer, {"weight": kernel, **({"bias": torch.zeros_like(layer.bias)})}, (x,))
@@ -124,7 +126,7 @@ def literal_loss(loss: AlignmentLoss, layer: Any, weight: Tensor, feedback: Tens
     z_w, z_b = run(weight, x), run(feedback, x)
     rows = z_w.numel() / z_w.shape[-1 if isinstance(layer, nn.Linear) else 1]
     leaf = x.clone().requires_grad_(True)
-    # z_W B is the vector product of z_W with the Jacobian of the layer with B.
+    # z_W B is the vector-Jacobian product of z_W with the layer whose weight is B.
     (back,) = torch.autograd.grad(run(feedback, leaf), leaf, z_w, create_graph=True)
     return (
         loss.decay * (weight.square().sum() + feedback.square().sum())
@@ -135,7 +137,7 @@ def literal_loss(loss: AlignmentLoss, layer: Any, weight: Tensor, feedback: Tens
     )
 
 
-# Circular padding is part of the input that null feedback reconstructs.
+# The null loss is not compared for circular padding, which is part of the input that the feedback reconstructs.
 @pytest.mark.parametrize(
     ("loss", "name"),
     [
@@ -256,7 +258,7 @@ def test_after_a_failed_backward_pass_the_factor_is_unknown_again() -> None:
     loss = F.cross_entropy(logits, y)
     rule.backward(loss, logits, y)
     with pytest.raises(RuntimeError):
-        rule.backward(loss, logits, y)  # its graph has been freed
+        rule.backward(loss, logits, y)  # the graph of the loss has been freed
     with pytest.raises(StateError):
         F.cross_entropy(model(x), y).backward()
 
@@ -338,9 +340,7 @@ def test_gradients_do_not_depend_on_the_batch_without_its_input(name: str, optio
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 @pytest.mark.parametrize("name", RULES)
 def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: str) -> None:
-    """For an empty batch, the decay of the feedback and its similarity to the weight remain, and no number that is not finite is
-    added.
-    """
+    """All gradients are finite and come from the terms without inputs: the feedback's decay and its similarity to the weight."""
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, update_forward=True)
     logits = model(x[:0])
@@ -351,7 +351,7 @@ def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: st
 
 
 def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
-    """In attention, keys and values have other inputs than queries: 4 of the 12 rows of the joint weight see the first tokens."""
+    """In attention, the 4 rows of the joint weight for queries see only the first two tokens; the other 8 rows see all tokens."""
     torch.manual_seed(0)
 
     class Net(nn.Module):
@@ -375,7 +375,7 @@ def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
 
 
 def test_metrics_measure_what_trains_the_weights() -> None:
-    """The gradient of a weight contains the local loss; the error at the layer's input does not."""
+    """The gradient of a weight contains that of the local loss; the error at the layer's input does not."""
     x, y = nets.batch("conv")
     model = nets.convnet()
     rule = fa_bench.attach(model, "regularized_mirror", update_forward=True, alpha=0.5, sample_input=x)

@@ -1,4 +1,4 @@
-"""Edge rules on attention, recurrent and bilinear modules, compared with plain loops, and with the weights as feedback."""
+"""Tests of edge rules on attention, recurrent and bilinear modules, against plain loops and with the weights as feedback."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 class Attends(nn.Module):
-    """A layer from 4 to 6 features, attention with two heads, and a layer from 6 to 3; the keys of cross attention are computed
-    from the same inputs.
+    """A linear layer 4-6, attention with two heads, and a linear layer 6-3.
+
+    In cross attention, other linear layers compute the keys and values from the same inputs.
     """
 
     def __init__(self, cross: bool, **options: Any) -> None:
@@ -50,7 +51,7 @@ class Attends(nn.Module):
 
 
 class Recurs(nn.Module):
-    """A layer from 4 to 5 features, a recurrent module with 3 units, and a layer from 3 to 2, applied at every time step."""
+    """A linear layer 4-5, a recurrent module with `width` outputs, and a linear layer with 2 outputs, at every time step."""
 
     def __init__(self, core: nn.Module, width: int = 3) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class Recurs(nn.Module):
 
 
 class Multiplies(nn.Module):
-    """Two layers, from 4 to 3 and from 4 to 5 features, whose outputs a bilinear module multiplies to 2 features."""
+    """Linear layers 4-3 and 4-5, whose outputs a bilinear module combines to 2 features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ def made(make: Callable[[], nn.Module]) -> nn.Module:
         torch.manual_seed(1)
         model = make().double()
         for name, parameter in model.named_parameters():
-            if "bias" in name:  # zero in attention
+            if "bias" in name:  # attention initialises its biases to zero
                 nn.init.normal_(parameter)
     return model
 
@@ -114,7 +115,7 @@ def errors(y: Tensor) -> Tensor:
 
 
 def require_gradients(model: nn.Module, rule: Any, name: str, layers: dict[str, Layer]) -> None:
-    """The gradients of weights, biases and learned feedback are those of the reference."""
+    """Require that the gradients of weights, biases and learned feedback equal those of the reference."""
     for path, layer in layers.items():
         module: Any = model.get_submodule(path)
         weight = model.get_parameter(weight_name(path, module)).grad
@@ -228,7 +229,7 @@ def test_a_bilinear_module(name: str) -> None:
 
 
 class Steps(nn.Module):
-    """A cell in a user-defined loop."""
+    """A recurrent cell in a user-defined loop over time steps."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
@@ -260,7 +261,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Translates(nn.Module):
-    """An encoder and a decoder with masks."""
+    """A transformer whose encoder and decoder have masks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,7 +301,7 @@ def test_the_weights_as_feedback_are_backpropagation(name: str, kind: str) -> No
     plain = gradients(rule.detach())
     assert found.keys() == exact.keys() == plain.keys() == {name for name, _ in model.named_parameters()}
     for key, gradient in found.items():
-        # The arithmetic is the same, but fused kernels sum in a different order.
+        # The arithmetic is that of an exact pass, but fused kernels sum in a different order.
         assert torch.equal(gradient, exact[key])
         assert (gradient - plain[key]).abs().max() <= 1e-5 * plain[key].abs().max() + 1e-7
 
@@ -313,7 +314,7 @@ def test_the_weights_as_feedback_are_backpropagation_under_autocast(name: str, k
     with rule.exact():
         exact = gradients(model, autocast=True)
     for key, gradient in found.items():
-        # PyTorch accumulates the gradients of a layer that runs several times in bfloat16, whose precision is 1/256.
+        # If a layer runs several times, PyTorch accumulates its gradients in bfloat16, whose precision is 1/256.
         assert (gradient - exact[key]).abs().max() <= 0.02 * exact[key].abs().max()
 
 

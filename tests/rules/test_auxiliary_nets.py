@@ -1,4 +1,4 @@
-"""dgl and asfp_lc: the error that normalisation in their auxiliary nets raises for a batch of one sample."""
+"""Tests of the error that normalisation in the auxiliary nets of dgl and asfp_lc raises for a batch of one sample."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def convnet() -> nn.Sequential:
     return model
 
 
-#: Models without a normalisation that fails for a batch of one image of 16 x 16.
+#: None of these models has normalisation that fails for a batch of one image of 16 x 16 pixels.
 MODELS = {
     "mlp": lambda: MLP(widths=[6, 6, 6]).build((1, 16, 16), 3),
     "conv": convnet,

@@ -1,4 +1,4 @@
-"""Cut rules whose error comes from a named module (error_at), and whose blocks learn by backpropagation (within=block)."""
+"""Tests of cut rules that take their error at a named module (error_at) or train blocks by backpropagation (within=block)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def train(model: Any, rule: Any) -> dict[str, Tensor | None]:
 
 
 def projected(errors: Tensor, b: Tensor) -> Tensor:
-    """δ B at every position, with loops."""
+    """The signal δ B at every position, computed by loops."""
     signal = torch.zeros(*errors.shape[:2], b.shape[1], dtype=b.dtype)
     for n in range(errors.shape[0]):
         for t in range(errors.shape[1]):
@@ -100,7 +100,7 @@ MICRO = {"cuts": ["*norm1", "*act", "*norm2"], "error_at": "layers.1.norm2"}
 @pytest.mark.parametrize("options", [MACRO, MICRO, {**MACRO, "error_at": None}], ids=["macro", "micro", "macro, logits"])
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_the_settings_of_launay_et_al(name: str, options: dict[str, Any]):
-    """The reference is a forward pass that is detached at each cut, with one backward pass from δ B at each cut."""
+    """The gradients are those of a forward pass that is detached at each cut, with a backward pass from δ B at each cut."""
     model, plain, (x, y) = transformer(), transformer(), words()
     form = {"form": "shared"} if name == "dfa" else {}
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, within="block", **options, **form)
@@ -220,7 +220,7 @@ def test_suggested_cuts_work_on_a_transformer(name: str):
 
 
 class Functional(Transformer):
-    """A model that mixes its activations with a parameter of its own, which no rule covers."""
+    """A transformer that multiplies activations by a parameter of its own, which no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ def test_layers_after_the_module_learn_by_backpropagation():
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
-    """The error is taken at the shared output, no matter which of the two modules is named."""
+    """A module and a cut within it may have the same output, so the error is the same whichever of them error_at names."""
     found = []
     for origin in ("2", "2.1"):
         plain = chain(4, 4, 4, 4)
@@ -288,7 +288,7 @@ def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
 
 
 class Tied(nn.Module):
-    """A model whose vocabulary layer is the embedding's weight, or a layer that is also used by a function."""
+    """A model whose output layer is the embedding's weight, or a layer whose weight a function also uses."""
 
     def __init__(self, layer: bool) -> None:
         super().__init__()
@@ -446,7 +446,7 @@ def test_detaching_leaves_backpropagation():
 
 
 class Checkpointed(Transformer):
-    """A model that recomputes each layer, or the whole model, in the backward pass."""
+    """A transformer that recomputes each layer, or the whole model, in the backward pass."""
 
     by_layer = True
 
@@ -473,7 +473,7 @@ def test_activation_checkpointing_around_the_module(name: str, by_layer: bool, o
 
 
 class Extra(nn.Sequential):
-    """A 4-6-6-3 network that also runs its second layer without gradients in training."""
+    """A 4-6-6-3 net that also runs its second layer without gradients in training."""
 
     how = ""
 

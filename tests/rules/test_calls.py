@@ -1,4 +1,4 @@
-"""Calls that bypass a rule, or that it cannot support, give an error; afterwards, training continues as before."""
+"""Tests that calls which bypass a rule, or which it does not support, raise an error and leave training unaffected."""
 
 import copy
 
@@ -25,9 +25,7 @@ def attached(name: str):
 
 @pytest.mark.parametrize("name", [*CUT_RULES, "forward_alignment"])
 def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
-    """Calling a part of the model is refused only with gradients, because evaluating a part, or differentiating it exactly, is
-    harmless.
-    """
+    """Only calls with gradients are refused: evaluating a part of the model, or differentiating it exactly, is harmless."""
     model, rule, x, y = attached(name)
     want = rule_grads(model, rule, x, y)
     with pytest.raises(CoverageError, match=r"'(act1|fc1)' ran outside a forward pass of the attached model; call the model"):
@@ -42,7 +40,7 @@ def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
 @pytest.mark.parametrize("name", CUT_RULES)
 @pytest.mark.parametrize("loss", ["of other numbers", "of an exact pass"])
 def test_a_loss_from_no_training_pass_of_the_model_is_refused(name, loss):
-    """If such a loss were accepted, the rule would silently deliver no error."""
+    """Without this check, a rule would silently deliver no error."""
     model, rule, x, y = attached(name)
     if loss == "of an exact pass":
         with rule.exact():
@@ -54,7 +52,7 @@ def test_a_loss_from_no_training_pass_of_the_model_is_refused(name, loss):
     assert rule_grads(model, rule, x, y)["fc1.weight"].any()
 
 
-@pytest.mark.parametrize("name", [name for name in CUT_RULES if name != "dgl"])  # which has a complete module between two cuts
+@pytest.mark.parametrize("name", [name for name in CUT_RULES if name != "dgl"])  # dgl has a complete module between two cuts
 def test_a_cut_that_runs_twice_or_never_is_refused(name):
     class Twice(nn.Module):
         def __init__(self):
@@ -85,7 +83,7 @@ def test_a_rule_object_is_in_one_model(name):
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_two_cuts_at_one_tensor_are_refused(name):
-    """A pattern may match both a block and its last module, which have the same output."""
+    """A block and its last module have the same output, and one pattern may match both."""
     model = nn.Sequential(
         nn.Sequential(nn.Linear(4, 5), nn.ReLU()),
         nn.Sequential(nn.Linear(5, 4), nn.ReLU()),
@@ -100,7 +98,7 @@ def test_two_cuts_at_one_tensor_are_refused(name):
 
 @pytest.mark.parametrize("name", [*CUT_RULES, "ddtp_linear"])
 def test_logits_may_be_changed_in_place(name):
-    """Dividing the logits by a temperature in place, for example, gives the same gradients as doing so out of place."""
+    """A change of the logits in place, for example by a temperature, gives the same gradients as one out of place."""
     found = []
     for change in (lambda logits: logits.mul_(0.5), lambda logits: logits * 0.5):
         model, rule, x, y = attached(name)
@@ -131,7 +129,7 @@ def test_a_copy_of_a_layer_with_feedback_is_refused():
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_a_cut_in_front_of_the_first_layer_is_refused(name):
-    """An error at a cut before the first layer would train nothing."""
+    """An error would be useless in front of the first layer."""
     model = nn.Sequential(nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     with pytest.raises(CoverageError, match="cut '0' has no layer with weights before it"):
         fa_bench.attach(model, name, sample_input=torch.zeros(2, 4), cuts=["0", "2", "4"])

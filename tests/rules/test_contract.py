@@ -1,4 +1,7 @@
-"""Properties of every rule: feedback = weight is bitwise backpropagation, for every layer, dtype and memory format."""
+"""Tests of properties that all rules share, for many kinds of layers, dtypes and memory formats.
+
+If the feedback equals the weights, the gradients must be bitwise those of backpropagation.
+"""
 
 import copy
 from collections import OrderedDict
@@ -63,7 +66,7 @@ BUILD = nets.NETS | {"residual": nets.residual, "inplace": lambda **kw: nets.con
 
 
 def one_layer_pass(model, x, run):
-    """Gradients of the parameters and of the input for a fixed error at the output."""
+    """The output of a model, and the gradients of its parameters and of its input, for a fixed error at the output."""
     model.zero_grad(set_to_none=True)
     x = x.clone().requires_grad_()
     y = model(x)
@@ -72,7 +75,7 @@ def one_layer_pass(model, x, run):
     return y.detach(), collect(model) | {"input": x.grad.clone()}
 
 
-# torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
+# torch warns once that an even kernel with padding='same' needs a padded copy of the input.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", ["fa", "frsf", "kp"])
@@ -96,8 +99,9 @@ def test_feedback_equal_to_the_weight_is_backpropagation(name, layer):
 @pytest.mark.parametrize("net", BUILD)
 @pytest.mark.parametrize("name", ["fa", "brsf", "frsf", "kp"])
 def test_whole_networks(name, net):
-    """The networks have residual additions, projections, in-place ReLU and BatchNorm. brsf runs in evaluation mode, where it
-    keeps its magnitudes.
+    """The networks have residual additions, projections, in-place ReLU and BatchNorm.
+
+    The rule brsf is tested in evaluation mode, in which it keeps its magnitudes.
     """
     build = BUILD[net]
     plain, model = build(dtype=torch.float32), build(dtype=torch.float32)
@@ -140,7 +144,7 @@ def test_bfloat16_autocast(name, net):
 
 @pytest.mark.parametrize("net", ["mlp_bn", "conv"])
 def test_autocast_leaves_float64_alone(net):
-    """torch's autocast does not affect float64, and neither may the attached layers."""
+    """torch's autocast does not affect float64 tensors, and attached layers must not change that."""
     plain, model, (x, _) = BUILD[net](), BUILD[net](), nets.batch(net)
     fa_bench.attach(model, "fa", seed=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -161,7 +165,7 @@ def test_channels_last(net):
 
 
 def test_seed_gives_the_same_numbers_in_both_memory_formats():
-    """Sampling depends on seed and shape; moving the model to channels_last before or after attach changes nothing."""
+    """Sampling depends only on seed and shape, so moving a model to channels_last before or after attach changes nothing."""
     before, after = nets.residual().to(memory_format=torch.channels_last), nets.residual()
     one, two = (fa_bench.attach(model, "fa", seed=0) for model in (before, after))
     after.to(memory_format=torch.channels_last)
@@ -171,8 +175,9 @@ def test_seed_gives_the_same_numbers_in_both_memory_formats():
 
 @pytest.mark.parametrize("name", ["kp", "pfa", "mixed"])
 def test_gradients_of_learned_feedback_are_laid_out_as_it_is(name):
-    """A fused update traverses a tensor and its gradient in memory order, so a step in channels_last must equal a step in the
-    other format.
+    """A fused update traverses a tensor and its gradient in memory order, so their layouts must agree.
+
+    A step in channels_last must then equal a step in the contiguous format.
     """
     models = [nets.residual(dtype=torch.float32) for _ in range(2)]
     models[0].to(memory_format=torch.channels_last)
@@ -187,7 +192,7 @@ def test_gradients_of_learned_feedback_are_laid_out_as_it_is(name):
             assert all(size == 1 or of_grad == own for size, of_grad, own in strides)
         torch.optim.SGD(learned, lr=1.0, fused=True).step()
     for one, two in zip(*(rule.feedback_parameters() for rule in rules), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)  # float32 sums in a different order
 
 
 def options_for(name: str, x, model) -> dict:
@@ -199,9 +204,7 @@ COPIES = [("fa", {"b_init": "copy_w"}), ("kp", {"b_init": "copy_w"})]
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in (*STORED, "predsim", "dgl")), *COPIES], ids=str)
 def test_feedback_shares_no_storage(name, options):
-    """A feedback tensor shares storage neither with a weight nor with another feedback tensor, even after the model has been
-    converted to another dtype.
-    """
+    """A feedback tensor shares no storage with a weight or another feedback tensor, even after the model's dtype has changed."""
     x, _ = nets.batch("conv")
     model = nets.convnet(batch_norm=True)
     rule = fa_bench.attach(model, name, seed=0, **options, **options_for(name, x, model))
@@ -230,9 +233,7 @@ def test_same_seed_same_feedback_other_seed_other_feedback(name):
 
 @pytest.mark.parametrize("name", ["bp", "frozen", "bp_fc", "usf", *STORED, "predsim", "dgl"])
 def test_global_generator_and_model_are_not_disturbed_by_attach(name):
-    """The model has a dropout layer, which samples in a forward pass, and BatchNorm, whose statistics a forward pass changes.
-    The forward pass in attach must do neither.
-    """
+    """The model has dropout, which would draw numbers in the pass of the sample, and BatchNorm, whose statistics would change."""
     x, y = nets.batch("conv")
     model = nets.convnet(batch_norm=True)
     model.act1 = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
@@ -254,7 +255,7 @@ def test_global_generator_and_model_are_not_disturbed_by_attach(name):
 @pytest.mark.parametrize("name", ["fa", "kp", "usf"])
 @pytest.mark.parametrize("net", ["mlp_bn", "conv_bn"])
 def test_autocast_to_float16_is_to_float16(name, net):
-    """The forward and backward passes use the dtype of the caller's autocast."""
+    """Activations and errors have the dtype of the caller's autocast."""
     model, (x, y) = BUILD[net](dtype=torch.float32), nets.batch(net, dtype=torch.float32)
     rule = fa_bench.attach(model, name, seed=0)
     seen = []
@@ -274,7 +275,10 @@ def test_autocast_to_float16_is_to_float16(name, net):
 
 
 def test_second_derivatives_are_those_of_the_formulas():
-    """For y = W x and e = gᵀ B, with the loss Σ y²/2 and then Σ e: B 1 propagates back through W, and again to x through B."""
+    """The first loss is Σ y²/2 with y = W x, and the second is Σ e with the input error e = gᵀ B.
+
+    The derivative of the second loss with respect to g is B 1, which propagates to W and, through B, to x.
+    """
     torch.manual_seed(0)
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     model = nn.Sequential(nn.Linear(5, 4, bias=False)).double()
@@ -303,7 +307,7 @@ def test_second_derivatives_are_those_of_the_formulas():
     ids=["2d", "3d", "transposed"],
 )
 def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
-    """If the memory formats differed, every step would need a copy."""
+    """A different memory format would cost a copy in every step."""
     for wanted in (last, torch.contiguous_format):
         model = nn.Sequential(build()).to(memory_format=wanted)
         rule = fa_bench.attach(model, name, seed=0)
@@ -321,7 +325,7 @@ def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
     ids=["1d", "2d"],
 )
 def test_a_transposed_convolution_gives_the_size_that_is_asked_for(name, build, shape, sizes):
-    """For every requested size, the output and the gradient are those of the plain layer."""
+    """For every requested size, the output and the weight's gradient are those of the plain layer."""
     torch.manual_seed(0)
     plain, x = build().double(), torch.randn(shape, dtype=torch.float64)
 

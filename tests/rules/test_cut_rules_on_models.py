@@ -1,4 +1,7 @@
-"""dkp, drtp and the local losses on the registered models; gradients that are unlocked do not depend on later layers."""
+"""Tests of dkp, drtp and the rules with local losses on the registered models.
+
+With update unlocking, gradients do not depend on later layers.
+"""
 
 import copy
 
@@ -34,7 +37,7 @@ def test_two_steps_train_every_layer(name, model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_where_the_cuts_are(model):
-    """Every activation is a cut; for dgl, the cuts are the ends of the blocks, except for the block before the output layer."""
+    """The cuts are all activations or, for dgl, the ends of the blocks except for the one before the output layer."""
     assert list(registered(model, "dgl")[1].feedback) == BLOCKS[model]
     for name in ("local_error", "predsim"):
         cuts = list(registered(model, name)[1].feedback)
@@ -44,10 +47,9 @@ def test_where_the_cuts_are(model):
 @pytest.mark.parametrize("name", ["drtp", *LOCAL])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_gradient_does_not_depend_on_later_layers(name, model):
-    """Under update unlocking, the layers after a cut may change, and with them the output error; the gradients before the cut
-    stay bitwise identical.
+    """With update unlocking, changes of the layers after a cut, and thus of the output error, do not affect gradients before it.
 
-    The last cut splits the network. The test changes every weight above it, including those of normalisation.
+    The network is split at the last cut, and every parameter after it is changed, including those of normalisation.
     """
     net, rule, x, y = registered(model, name)
     last = list(rule.feedback)[-1]
@@ -73,7 +75,7 @@ def test_a_gradient_does_not_depend_on_later_layers(name, model):
 
 
 def test_the_same_test_fails_for_direct_feedback():
-    """The error of dfa is computed from the network's output, so every gradient changes with another output layer."""
+    """The error of dfa is computed from the output, so another output layer changes every gradient."""
     net, rule, x, y = registered("mlp", "dfa")
     before = rule_grads(net, rule, x, y)
     with torch.no_grad():

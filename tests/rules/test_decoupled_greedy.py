@@ -1,4 +1,4 @@
-"""dgl: modules that learn by backpropagation of their own losses, and how the net is divided into them."""
+"""Tests of dgl: modules that learn by backpropagation of their own losses, and the division of a net into modules."""
 
 import copy
 
@@ -17,9 +17,8 @@ from .registered import BLOCKS, MODELS, registered, trained_grads
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", ["mlp_sr", "mlp", "linear"])
 def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
-    """The reference uses only torch: it detaches at the end of each module, adds the loss of the module's auxiliary net, and
-    differentiates the sum.
-    """
+    """The gradients are those of plain torch with modules that are detached at their ends and with their auxiliary nets' losses
+    added."""
     net, rule, x, y = registered(model, "dgl", auxiliary_net=kind)
     nets_of_cuts = {cut: copy.deepcopy(rule.auxiliary_at(cut)) for cut in rule.feedback}
     got = rule_grads(net, rule, x, y)
@@ -47,8 +46,9 @@ def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
 
 
 def test_modules_of_the_users_own_by_their_ends():
-    """Module 1 consists of fc1 and fc2, and module 2 of fc3 and the output layer. Within module 1, fc1 learns by
-    backpropagation, so the rule covers it.
+    """Module 1 consists of fc1 and fc2, and module 2 of fc3 and the output layer.
+
+    The layer fc1 learns by backpropagation within its module, and is covered.
     """
     net, rule, x, y = registered("mlp", "dgl", cuts=["act2", "act3"])
     assert list(rule.feedback) == ["act2"]
@@ -60,7 +60,7 @@ def test_modules_of_the_users_own_by_their_ends():
 
 
 def test_what_is_inside_a_module_is_covered_whatever_it_is():
-    """An attention layer has weights that belong to no layer known to rules; within a module, they learn like any others."""
+    """The weights of attention belong to no layer that rules know; within a module, they learn like any other weights."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -85,8 +85,9 @@ def test_one_module_is_refused_and_none_is_explained():
 
 
 def test_layers_of_the_auxiliary_net():
-    """A map of 4 x 8 x 8 has 2 x 2 pixels after both averages, so the layers are 16 wide. A flat activation of 6 features stays
-    6 wide.
+    """A map of 4 x 8 x 8 is averaged to 2 x 2, so the linear layers after it are 16 wide.
+
+    After a flat activation of 9 features, the linear layers are 9 wide.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in registered("conv2", "dgl")[1].feedback["act1"].items()}
     assert shapes["conv1.weight"] == shapes["conv3.weight"] == (4, 4, 1, 1) and "conv1.bias" not in shapes
@@ -110,7 +111,7 @@ def test_layers_of_the_auxiliary_net():
     ids=str,
 )
 def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, first, second):
-    """Averaging never enlarges a map."""
+    """Maps are never enlarged."""
     model = nn.Sequential(
         nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * size[0] * size[1], 5), nn.ReLU(), nn.Linear(5, 3)
     )

@@ -1,5 +1,4 @@
-"""Deep feedback control: its limits, its dynamics, the fixed point of its feedback, and what its additional passes leave
-unchanged."""
+"""Tests of deep feedback control: its limits, its dynamics, the fixed point of its feedback, and its additional passes."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ def layers_of(model: nn.Module) -> list[nn.Linear]:
 
 
 def output_after(model: nn.Module, voltages: list[Tensor], x: Tensor) -> Tensor:
-    """The output of a chain of linear layers and tanh, with something added to the voltage of every layer."""
+    """The output of a chain of linear layers and tanh, with `voltages` added to the voltages of the layers."""
     *hidden, last = layers_of(model)
     for layer, added in zip(hidden, voltages, strict=False):
         x = torch.tanh(layer(x) + added)
@@ -55,14 +54,17 @@ def output_after(model: nn.Module, voltages: list[Tensor], x: Tensor) -> Tensor:
 
 
 def jacobian_of(model: nn.Module, x: Tensor) -> Tensor:
-    """J (C, sum of all F) of one sample (1, I)."""
+    """The Jacobian J (C, sum of all F) for one sample (1, I)."""
     zeros = [torch.zeros(1, layer.out_features, dtype=x.dtype) for layer in layers_of(model)]
     rows = torch.autograd.functional.jacobian(lambda *v: output_after(model, list(v), x)[0], tuple(zeros))
     return torch.cat([row[:, 0] for row in rows], 1).detach()
 
 
 def bias_gradients(found: dict[str, Tensor]) -> Tensor:
-    """For one sample, from the voltage difference: -Q u of all layers."""
+    """The gradients of all biases.
+
+    For one sample and the voltage difference, these gradients are -Q u of all layers.
+    """
     return torch.cat([found[f"fc{number}.bias"] for number in (1, 2, 3)])
 
 
@@ -71,8 +73,9 @@ def bias_gradients(found: dict[str, Tensor]) -> Tensor:
     ("net", "difference"), [("mlp_tanh", "voltage"), ("conv", "voltage"), ("mlp_relu", "nonlinear"), ("conv", "nonlinear")]
 )
 def test_a_transposed_jacobian_and_much_leak_are_backpropagation(net: str, difference: str) -> None:
-    """With a large leak alpha, Q u = -stepsize / alpha Jᵀ dL/dz (1 + O(1 / alpha)). The derivative of ReLU equals its own
-    square.
+    """The control Q u is -stepsize / alpha Jᵀ dL/dz (1 + O(1 / alpha)).
+
+    The nonlinear difference squares the derivatives, which leaves those of ReLU unchanged.
     """
     options = {"feedback_weights": "jacobian", "alpha": 1e7, "target_stepsize": 0.5}
     model, rule = attached(net, learning_rule=f"{difference}_difference", **options)
@@ -82,7 +85,7 @@ def test_a_transposed_jacobian_and_much_leak_are_backpropagation(net: str, diffe
 
 
 def test_the_difference_of_activities_has_another_derivative() -> None:
-    """The hidden layers have tanh, so their weights learn with the square of its derivative."""
+    """With the difference of activities, the weights of hidden layers learn with the square of the derivative of tanh."""
     x, y = nets.batch("mlp_tanh", size=1)
     found = {}
     for difference in ("voltage", "nonlinear"):
@@ -100,14 +103,15 @@ def test_a_transposed_jacobian_without_leak_is_the_gauss_newton_step() -> None:
     want = torch.linalg.pinv(jacobian_of(nets.NETS["mlp_tanh"](), x)) @ (-0.3 * error)
     found = -bias_gradients(learn(model, rule, x, y))
     assert torch.allclose(found, want, rtol=1e-9)
-    # The control is the smallest change that brings the linearised output to its target; that of backpropagation is not.
+    # This is the smallest change that brings the linearised output to its target; the step of backpropagation is not.
     assert torch.allclose(jacobian_of(nets.NETS["mlp_tanh"](), x) @ found, -0.3 * error, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["fixed", "jacobian"])
 def test_the_closed_form_is_where_the_dynamics_come_to_rest(kind: str) -> None:
-    """The reference integrates the controller and all voltages by Euler steps without linearisation; the closed form linearises,
-    which costs an error of O(stepsize).
+    """The closed form is compared with Euler steps of the controller and of all voltages.
+
+    Unlike the closed form, the steps are not linearised, which causes a difference of O(stepsize).
     """
     x, y = nets.batch("mlp_tanh", size=1)
     plain, distances = nets.NETS["mlp_tanh"](), []
@@ -133,7 +137,7 @@ def test_the_closed_form_is_where_the_dynamics_come_to_rest(kind: str) -> None:
 
 
 def test_activities_are_controlled_below_a_layer() -> None:
-    """For one sample, the second layer's gradient is its error times the first layer's controlled activity."""
+    """For one sample, the gradient of the second layer is its error times the controlled activity of the first layer."""
     model, rule = attached(feedback_weights="fixed", learning_rule="voltage_difference", target_stepsize=2.0)
     x, y = nets.batch("mlp_tanh", size=1)
     found = learn(model, rule, x, y)
@@ -153,11 +157,13 @@ def solved(leak: float, decay: float, s: float) -> float:
 
 
 def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
-    """The feedback of a linear net converges to Q = Jᵀ M. M has the eigenvectors of J Jᵀ and, for its eigenvalue s, an
-    eigenvalue m with decay m = leak / (leak + m s)².
+    """The feedback of a linear net converges to Q = Jᵀ M, where M has the eigenvectors of J Jᵀ.
 
-    In the mean over noise the gradient is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ, which is -leak m / (leak + m s)² Jᵀ
-    there. The test averages 200 steps of 256 noisy samples, and 1 / (200 * 256)^(1/2) is 0.4 % of each entry.
+    For the eigenvalue s of J Jᵀ, M has the eigenvalue m that solves decay m = leak / (leak + m s)². Averaged over noise, the
+    gradient of the feedback is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ, which is -leak / (leak + m s)² Jᵀ along that
+    eigenvector.
+
+    The feedback is averaged over 200 steps of 256 noisy samples, so its noise is 1 / (200 * 256)^(1/2), or 0.4 %, of each entry.
     """
     leak, decay = 0.3, 0.2
     torch.manual_seed(0)
@@ -182,7 +188,7 @@ def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
 
 
 def test_the_noise_is_that_of_its_places_and_numbers() -> None:
-    """A linear net with a huge leak has practically no control, so u = -J sigma eps / leak."""
+    """The net is linear, and its leak is so large that there is no control and u = -J sigma eps / leak."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 3)).double()
     x, y = nets.batch("mlp_tanh")
@@ -259,8 +265,9 @@ def test_every_update_draws_new_noise_that_a_state_repeats() -> None:
 
 # ------------------------------------------------------------------------------------------------ further passes
 def test_running_statistics_and_random_numbers_are_those_of_one_pass() -> None:
-    """All passes use the dropout masks of the first pass; with new masks, the change of the output would be the difference
-    between masks.
+    """All passes use the dropout masks of the first pass.
+
+    With new masks, the change of the output would be the difference between the masks.
     """
 
     def build() -> nn.Sequential:
@@ -308,9 +315,7 @@ def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
 
 
 def test_at_a_block_the_change_is_added_to_the_output() -> None:
-    """The derivatives within the block are exact, so the net with an identity in place of the following nonlinearity gives the
-    same gradients.
-    """
+    """A cut at a block is equivalent to a cut at an identity after the same layers, whose derivatives are exact."""
     torch.manual_seed(1)
     block = nn.Sequential(nn.Linear(7, 6), nn.Tanh()).double()
     head = nn.Linear(6, 3).double()
@@ -347,7 +352,7 @@ def test_a_pooling_stands_for_the_nonlinearity_before_it() -> None:
     "between", [[nn.Dropout(0.5)], [nn.Identity()], [nn.Softsign()] * 2], ids=["dropout", "identity", "twice"]
 )
 def test_what_is_no_nonlinearity_of_its_own_does_not_stand_for_a_pooling(between: list[nn.Module]) -> None:
-    """Dropout and identities do not count, and a nonlinearity that runs twice has no unique place."""
+    """Dropout and identities are not nonlinearities, and a nonlinearity that runs twice has no unique place."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), *between, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3))
     rule = fa_bench.attach(model, "dfc", sample_input=torch.zeros(4, 2, 6, 6), cuts=[str(2 + len(between))])
@@ -355,7 +360,7 @@ def test_what_is_no_nonlinearity_of_its_own_does_not_stand_for_a_pooling(between
 
 
 def test_passes_of_half_precision_are_repeated_in_single() -> None:
-    """The change of a voltage of size 1 is a thousandth of it, below the eight bits of bfloat16."""
+    """A voltage of size 1 changes by a thousandth, which the eight bits of bfloat16 cannot represent."""
     found = []
     for enabled in (False, True):
         model = nets.NETS["mlp_tanh"]().float()
@@ -413,7 +418,7 @@ def test_a_batch_or_a_loss_of_nothing_gives_zeros(rows: int) -> None:
 
 
 def test_a_loop_without_steady_state_is_not_an_error() -> None:
-    """If J Q + alpha I = 0, the gradients are not finite, and a run reports them as divergence."""
+    """If J Q + alpha I is zero, the gradients are not finite, which a run reports as divergence."""
     model, rule = attached(alpha=0.0)
     with torch.no_grad():
         for tensor in rule.feedback_parameters():
@@ -434,7 +439,10 @@ def test_a_copied_and_a_pickled_model_train_alike() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*computes no error for the model's input")
 def test_what_nothing_trainable_precedes_is_not_controlled() -> None:
-    """The cut's block of J Q would be control from which no layer learns; an input that requires a gradient changes nothing."""
+    """A cut without trainable layers before it adds nothing to J Q, because no layer would learn from its control.
+
+    An input that requires a gradient makes no difference.
+    """
     x, y = nets.batch("mlp_tanh")
     found = []
     for asks in (False, True):
@@ -531,7 +539,7 @@ def test_training_lowers_the_loss_by_every_kind_of_feedback() -> None:
 
 
 def test_same_noise_of_every_sample_is_split_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradients of two halves of a batch, each with half the loss, add up to those of the whole batch."""
+    """The gradients of two parts of a batch, each with its share of the loss, add up to those of the whole batch."""
     monkeypatch.setattr(Draws, "normal", lambda self, name, like, is_shared=False: torch.ones_like(like) * (len(name) + 1) / 3)
     x, y = nets.batch("mlp_tanh")
     model, rule = attached()
@@ -544,7 +552,10 @@ def test_same_noise_of_every_sample_is_split_with_the_batch(monkeypatch: pytest.
 
 
 def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None:
-    """For one sample, u is (J Q + alpha I)⁻¹ times the error's step; the Q of the output is not symmetric."""
+    """For one sample, u is (J Q + alpha I)⁻¹ times the step of the output towards its target.
+
+    The output's part of Q is not symmetric, so its transpose would give another result.
+    """
     model, rule = attached(learning_rule="voltage_difference", alpha=0.1, target_stepsize=0.3)
     of_output = torch.tensor([[1.0, 0.5, 0.0], [-0.3, 1.2, 0.2], [0.4, 0.0, 0.9]], dtype=torch.float64)
     with torch.no_grad():
@@ -558,7 +569,10 @@ def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None
 
 
 def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even layers of equal width have different noise, because feedback that learned from common noise would learn their sum."""
+    """Even layers of equal width have different noise.
+
+    If the noise were the same in several layers, their feedback would learn the sum over these layers.
+    """
     drawn: list[Tensor] = []
     real = Draws.normal
 

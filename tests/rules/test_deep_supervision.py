@@ -1,4 +1,4 @@
-"""bp_deepsup: autograd's gradient of the summed loss, on any model; its relation to bp and predsim; its notes."""
+"""Tests of bp_deepsup: autograd's gradients of the summed loss, its relations to bp and predsim, and its coverage report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def attached(net: str, **options: Any) -> tuple[nn.Module, Any, Tensor, Tensor]:
 
 
 def summed_loss_grads(plain: nn.Module, rule: Any, x: Tensor, y: Tensor, weight: float) -> dict[str, Tensor]:
-    """Autograd's gradients of the loss and the weighted losses of copies of the rule's classifiers, in a model without a rule."""
+    """Autograd's gradients, in a plain model, of the loss plus the weighted losses of copies of the rule's classifiers."""
     decoders = {cut: copy.deepcopy(rule.auxiliary_at(cut)) for cut in rule.feedback}
     captured: dict[str, Tensor] = {}
     for cut in decoders:  # a clone, because the next module may change the output in place
@@ -58,7 +58,10 @@ def test_gradients_are_those_of_the_summed_loss(net: str) -> None:
 
 
 def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_frozen() -> None:
-    """The errors of these classifiers cross the frozen layers; nothing before the first trainable layer learns from them."""
+    """The error of a classifier crosses the frozen layers before it.
+
+    A classifier without trainable layers before it does not learn.
+    """
     for frozen, rests in (("fc2", []), ("fc1", ["act1"])):
         model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
         model.get_submodule(frozen).requires_grad_(False)
@@ -69,8 +72,9 @@ def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_fr
 
 
 def test_weight_zero_is_backpropagation() -> None:
-    """With weight zero, the cuts add zero, so the gradients are bitwise those of backpropagation. With another weight, the
-    gradient of the first layer changes, and that of the output layer does not.
+    """With a weight of zero, the cuts add zero, so all gradients are bitwise those of backpropagation.
+
+    With another weight, the gradient of the first layer differs, and that of the output layer does not.
     """
     model, rule, x, y = attached("conv", weight=0.0)
     exact = bp_grads(BUILD["conv"](), x, y)
@@ -83,8 +87,9 @@ def test_weight_zero_is_backpropagation() -> None:
 
 
 def test_classifiers_are_those_of_predsim() -> None:
-    """By default, a classifier starts with a weight of zeros, so the first gradient is that of bp, and the error beyond the
-    first cut is the same.
+    """By default, a classifier starts with a weight of zero and the bias that it has in predsim.
+
+    The first gradients of the layers are therefore those of bp.
     """
     _, one, x, y = registered("conv2", "bp_deepsup")
     _, two, _, _ = registered("conv2", "predsim", loss="pred")
@@ -127,8 +132,9 @@ def test_it_says_that_it_transports_weights() -> None:
 
 
 def test_angles_to_backpropagation() -> None:
-    """The angle between feedback and weight is 0. The errors differ from those of backpropagation because classifiers add to
-    them.
+    """The angle between feedback and weight is 0.
+
+    The errors differ from those of backpropagation, because classifiers add their own errors.
     """
     _, rule, x, y = attached("mlp_bn")
     values = AlignmentMeter(rule, x, y).measure()
@@ -137,7 +143,10 @@ def test_angles_to_backpropagation() -> None:
 
 
 def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
-    """The angles are compared with those from autograd. All derivatives are exact, so no error differs from that of one step."""
+    """The angle between errors is compared with the one that autograd gives.
+
+    All derivatives are exact, so the one-step angles are zero.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
@@ -157,7 +166,7 @@ def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
 
 
 def test_weights_that_are_used_elsewhere_are_accepted() -> None:
-    """The rule accepts such weights, as bp does, because the error passes through the weights anyway."""
+    """In bp_deepsup, as in bp, the error passes through weights anyway."""
 
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""f3: which error of which pass is projected, its relations to dfa and drtp, the data it stores, and refusals."""
+"""Tests of f3: which error of which pass is projected, relations to dfa and drtp, stored data, and refused calls."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def attached(name: str = "f3", **options: Any) -> tuple[nn.Module, Any]:
 
 
 def step(model: nn.Module, rule: Any, indices: Tensor, y: Tensor = Y, **scale: float) -> dict[str, Tensor | None]:
-    """Gradients of one pass on the samples with these indices."""
+    """The gradients of one pass on the samples with these indices."""
     model.zero_grad(set_to_none=True)
     logits = model(X[indices])
     rule.backward(F.cross_entropy(logits, y[indices]), logits, y[indices], indices=indices, **scale)
@@ -72,7 +72,10 @@ def orders(epochs: int) -> list[Tensor]:
 @pytest.mark.parametrize("first_epoch", ["target", "current", "zero"])
 @pytest.mark.parametrize("information", [*DELAYED, "current_error", "one_hot_target"])
 def test_shuffled_epochs_equal_plain_loops(information: str, first_epoch: str) -> None:
-    """The test compares three epochs of updates. The rounding error of one pass, 1e-12, grows by a factor below a thousand."""
+    """The updates of three epochs equal those of plain loops.
+
+    The rounding error of one pass, 1e-12, grows by a factor below a thousand.
+    """
     model, rule = attached(information=information, first_epoch=first_epoch)
     chain, feedback = describe(nets.NETS[NET]()), feedback_arrays(rule)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
@@ -102,7 +105,7 @@ def test_without_learning_it_is_dfa_from_the_second_epoch_on() -> None:
 
 @pytest.mark.parametrize("information", ["delayed_loss", "delayed_error_softmax", "current_error"])
 def test_with_the_current_error_at_first_it_is_dfa(information: str) -> None:
-    """The two rules agree for the cross-entropy, whose derivative is softmax(z) - y."""
+    """The derivative of the cross-entropy is softmax(z) - y, so all three kinds of information equal the error of dfa."""
     (model, rule), (other, dfa) = attached(information=information, first_epoch="current"), attached("dfa", b_init="pytorch")
     assert_matches(step(model, rule, ALL), numbers(step(other, dfa, ALL)))
 
@@ -153,8 +156,9 @@ def test_identity_feedback_shows_the_delayed_errors(init: str) -> None:
 
 @pytest.mark.parametrize(("objective", "output"), [(SigmoidCE(), torch.sigmoid), (MSE(), lambda z: z)], ids=["sigmoid", "mse"])
 def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
-    """For these objectives, delayed_loss and delayed_error store the same error. The variants with softmax apply it to the
-    objective's output, for example the sigmoid of the logits.
+    """The objectives sigmoid_ce and mse have the same delayed_loss and delayed_error.
+
+    As in the authors' code, the softmax is that of the outputs, for example of the sigmoid's.
     """
     onehot = F.one_hot(Y, 3).double()
     found = {}
@@ -177,7 +181,7 @@ def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
 
 @pytest.mark.parametrize("information", DELAYED)
 def test_targets_that_are_numbers(information: str) -> None:
-    """In the first epoch, the error of such samples is minus the target; the one-hot kinds multiply it by the target again."""
+    """In a sample's first epoch, the error is minus the target; the one-hot kinds multiply it by the target again."""
     targets, model = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(3)).double(), nets.NETS[NET]()
     rule = fa_bench.attach(
         model, "f3", sample_input=X, objective=MSE(), information=information, samples=SAMPLES, cuts=CUTS, b_init="identity"
@@ -194,7 +198,7 @@ def test_targets_that_are_numbers(information: str) -> None:
 # ------------------------------------------------------------------------------------------------ what is kept
 @pytest.mark.parametrize("information", ["delayed_loss", "delayed_error"])
 def test_kept_errors_do_not_depend_on_batch_size_or_loss_scale(information: str) -> None:
-    """For the same batch, a loss times 8 gives 8 times the gradients and the same stored errors."""
+    """For the same batch and the same stored errors, a loss times 8 gives 8 times the gradients."""
     (whole, rule), (parts, other) = attached(information=information), attached(information=information)
     step(whole, rule, ALL)
     for indices, scale in zip(ALL.split(2), (1.0, 0.25, 4.0, 3.0), strict=True):
@@ -221,7 +225,10 @@ def test_a_part_of_the_samples_leaves_the_others_as_they_are() -> None:
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_errors_that_are_not_finite_are_not_kept(bad: float) -> None:
-    """A gradient scaler skips the update after such errors. The samples keep their earlier errors, if they have any."""
+    """If new errors are not finite, samples keep their earlier errors, if any.
+
+    A gradient scaler likewise skips an update that is not finite.
+    """
     model, rule = attached(information="delayed_error")
     step(model, rule, torch.tensor([0, 1]))
     before = rule.state_dict()
@@ -282,7 +289,7 @@ def test_errors_have_the_precision_of_the_model_and_no_less_than_single() -> Non
 
 
 def test_errors_follow_a_model_that_is_converted() -> None:
-    """New errors have the precision of the converted model, and earlier errors are kept."""
+    """After a conversion, new errors have the precision of the model, and earlier errors are kept."""
     model, rule = attached()  # in double precision
     step(model, rule, ALL)
     kept = rule.state_dict()["errors"]
@@ -339,7 +346,10 @@ def test_a_plain_backward_is_refused() -> None:
 
 
 def test_the_number_of_samples_is_required() -> None:
-    """A missing number of samples is refused before cuts are searched for, but only if errors are delayed."""
+    """A missing number of samples is refused before cuts are searched for.
+
+    The number is not needed if errors are not delayed.
+    """
     with pytest.raises(OptionError, match=r"samples: is required.*fa_bench\.attach\(model, 'f3', samples=len\(dataset\)\)"):
         fa_bench.attach(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), "f3")
     for information in ("current_error", "one_hot_target"):
@@ -363,7 +373,7 @@ def test_int32_indices() -> None:
 
 
 def test_labels_are_needed_by_what_depends_on_them() -> None:
-    """A rule that uses the derivative of the loss needs no labels if its first error needs none."""
+    """The derivative of the loss needs no labels, unless the error of the first epoch needs them."""
     for options, needed in (
         ({}, True),
         ({"first_epoch": "current"}, False),
@@ -401,7 +411,7 @@ def test_the_number_of_samples_of_a_run() -> None:
 
 
 def test_a_process_without_new_errors_takes_part_in_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If one process skipped the exchange, the other processes would wait for it."""
+    """If a process without new errors skipped the exchange, the other processes would wait for it."""
     kept, calls = SampleErrors(3, 2, torch.zeros(())), []
 
     def gathered(everywhere: list[Any], own: Any) -> None:

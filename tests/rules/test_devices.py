@@ -1,4 +1,4 @@
-"""Training steps neither mix devices nor read tensors back, which would make the processor wait for an accelerator.
+"""Tests that training steps neither mix devices nor read tensors back, which would make the CPU wait for an accelerator.
 
 Tensors without values reveal both: an operation on tensors of two devices raises an error, and so does reading a number.
 """
@@ -29,27 +29,27 @@ NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mlp": ({"widths": [8, 8]}, (1, 6, 6)),
     "resnet_cifar_small": ({"depth": 8, "width": 4}, (3, 8, 8)),
 }
-#: frsf reads its magnitudes once, to see whether they have negative entries; rules that learn by the objective alone read in the
-#: first passes whether the loss is a multiple of it.
+#: The rule frsf reads its magnitudes once, to see whether they have negative entries. Rules that learn only by the objective read
+#: in the first passes whether the loss is a multiple of it.
 READS_ONCE = {"frsf", *(name for name, rule in ALGORITHMS.items() if getattr(rule, "learns_by_objective", False))}
 
 
 @pytest.fixture(autouse=True)
 def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Prepare the device meta: autograd needs no driver for it, but it has no autocast and no generators."""
+    """Use the device meta, for which autograd needs no driver, and replace autocast and generators, which it lacks."""
     autocast = torch.is_autocast_enabled
     for module in (torch, lazy.torch):  # the latter caches its results
         monkeypatch.setattr(module, "is_autocast_enabled", lambda device: device != "meta" and autocast(device))
     monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: like.new_empty(noise.batch, *noise.shape))
     monkeypatch.setattr(Draws, "normal", lambda draws, name, like, is_shared=False: torch.empty_like(like))
-    # The check reads the indices of samples, which are on the CPU in a training loop; in this test, no tensor has values.
+    # The check reads the samples' indices, which are on the CPU in a training loop but have no values here.
     monkeypatch.setattr(Delivery, "_check_indices", lambda *_: None)
     with functorch_config.patch(fake_tensor_allow_meta=True):
         yield
 
 
 def train(name: str, net: str, steps: int) -> None:
-    """Training steps of a rule with all tensors on the device meta."""
+    """Run training steps of a rule with all tensors on the device meta."""
     options, shape = NETS[net]
     torch.manual_seed(0)
     model = ARCHITECTURES[net](**options).build(shape, 4)

@@ -1,4 +1,4 @@
-"""dfa: signals computed only from the output error, at the declared cuts."""
+"""Tests of dfa, which computes the signals at the declared cuts only from the output error."""
 
 import math
 from collections import OrderedDict
@@ -48,8 +48,9 @@ def test_last_hidden_feedback_equal_to_the_output_weights_is_backpropagation_the
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_do_not_depend_on_later_weights(form):
-    """Backward unlocking holds: with delta_out fixed (a loss linear in the logits), changing a later W does not change earlier
-    gradients.
+    """With backward unlocking, changing a later W does not change earlier gradients if delta_out is fixed.
+
+    A loss that is linear in the logits fixes delta_out.
     """
     x, _ = nets.batch("mlp")
     fixed = torch.randn(4, nets.CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -101,7 +102,7 @@ def test_feedback_is_classes_by_features_and_keyed_by_cut():
 
 @pytest.mark.parametrize("widths", [(5, 5), (6, 5), (5, 6)], ids=str)
 def test_the_output_layer_is_compared_with_the_feedback_of_the_last_cut(widths):
-    """B of the last cut has the shape of the output layer's weight; B of an earlier cut may have that shape, too."""
+    """B of the last cut has the shape of the output layer's weight, and B of an earlier cut may have the same shape."""
     first, last = widths
     model = nn.Sequential(nn.Linear(4, first), nn.ReLU(), nn.Linear(first, last), nn.ReLU(), nn.Linear(last, 3))
     rule = fa_bench.attach(model, "dfa", seed=0, cuts=["1", "3"])
@@ -118,8 +119,10 @@ def test_patterns_and_names_give_the_same_cuts():
 
 
 def test_layer_without_a_cut_of_its_own_is_named_or_gets_its_local_gradient():
-    """Only act2 is cut, so fc1's error passes through fc2's true weight. This is refused by name or, if permitted, gives the
-    exact local gradient."""
+    """Only act2 is a cut, so fc1's error passes through fc2's true weight.
+
+    Attaching raises an error that names fc1. With allow_uncovered, fc1 gets the exact local gradient.
+    """
     reason = r"fc1\.weight \(no cut point between this layer and the next\)"
     with pytest.raises(fa_bench.errors.CoverageError, match=reason):
         attached(cuts=("act2",))
@@ -140,7 +143,7 @@ def test_cut_before_the_activation():
 
 
 def test_shared_matrix_is_uniform_from_minus_one_to_one():
-    """The 3 x 4000 samples nearly reach both ends; their mean and variance (1/3) are within 5 standard errors."""
+    """The 3 x 4000 entries nearly reach the ends, and their mean and variance (1/3) are within 5 standard errors."""
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 50), nn.Tanh(), nn.Linear(50, 3))
     x = torch.zeros(2, 7)
     rule = fa_bench.attach(model, "dfa", seed=0, form="shared", cuts=["1", "3"], sample_input=x)
@@ -152,7 +155,7 @@ def test_shared_matrix_is_uniform_from_minus_one_to_one():
 
 
 def test_normalise_divides_by_the_root_of_the_widest_cut():
-    """Both runs sample the same matrix, so they differ only by the factor, which is sqrt(6) even for the cut with 5 features."""
+    """Both models sample the same matrix, so only the factor differs, which is sqrt(6) even for the cut with 5 features."""
     x, y = nets.batch("mlp")
     (one, raw), (two, scaled) = attached("shared", normalise=False), attached("shared")
     raw_grads, scaled_grads = rule_grads(one, raw, x, y), rule_grads(two, scaled, x, y)
@@ -179,7 +182,10 @@ def test_every_cut_takes_the_leading_columns_of_one_matrix():
     ids=str,
 )
 def test_density_is_the_fraction_kept(name, options, bound):
-    """The fraction of 12 000 samples is within 5 standard errors of 0.0042. A mask does not rescale the remaining entries."""
+    """The tolerance for the fraction of 12 000 entries is 5 standard errors of 0.0042.
+
+    A mask does not rescale the remaining entries.
+    """
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 3))
     where = {} if options.get("form") == "kernel" else {"cuts": ["1"]}
     rule = fa_bench.attach(model, name, seed=0, density=0.3, sample_input=torch.zeros(2, 7), **where, **options)
@@ -191,7 +197,7 @@ def test_density_is_the_fraction_kept(name, options, bound):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_inplace_activation_after_the_cut(form):
-    """The cuts are at BatchNorm, whose output an in-place ReLU overwrites; the gradients are the same as with a plain ReLU."""
+    """If an in-place ReLU overwrites the output of a cut at BatchNorm, the gradients are those with a plain ReLU."""
     x, y = nets.batch("conv")
     cuts = {} if form == "kernel" else {"cuts": ["bn1", "bn2", "bn3"]}
     grads = []
@@ -213,11 +219,11 @@ KERNELS = {
 }
 
 
-# torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
+# torch warns once that an even kernel with padding='same' needs a padded copy of the input.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", KERNELS)
 def test_kernel_form_follows_the_geometry_of_the_layer(layer):
-    """The error at a layer's input is the input gradient of that layer with classes as outputs, weight B and no groups."""
+    """The error at a layer's input is the input gradient of the same layer with classes as outputs, weight B and no groups."""
     build, shape = KERNELS[layer]
     torch.manual_seed(0)
     x, y = torch.randn(2, *shape, dtype=torch.float64), torch.tensor([2, 0])
@@ -245,7 +251,7 @@ def test_kernel_form_follows_the_geometry_of_the_layer(layer):
 
 
 def test_kernel_form_refuses_a_transposed_convolution_or_trains_it():
-    """Models that attach calls covered must train without an error; everything else must be named."""
+    """A model that attach accepts must train without an error; otherwise, the error of attach must name the layer."""
     torch.manual_seed(0)
     stages = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(495, 3)]
     model, (x, y) = nn.Sequential(*stages).double(), nets.batch("conv")
@@ -258,7 +264,10 @@ def test_kernel_form_refuses_a_transposed_convolution_or_trains_it():
 
 
 def test_inplace_activation_after_a_cut_whose_own_backward_needs_its_output():
-    """tanh's derivative is computed from its output, which the ReLU after the cut overwrites: the cut must store the value."""
+    """The derivative of tanh is computed from its output, which the ReLU after the cut overwrites.
+
+    The cut must therefore store the value.
+    """
     x, y = nets.batch("mlp")
     grads = []
     for activation in (nets.inplace_relu, nn.ReLU):
@@ -324,7 +333,7 @@ def test_without_any_cut_attach_says_how_to_name_them():
 
 
 class Blocks(nn.Module):
-    """A model with a relu that runs twice and a stage whose output is that of its last block."""
+    """A net with a ReLU that runs twice, and with a stage whose output is that of its last block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""dkp: the gradient of B, its relations to other rules, its own optimizer, decay and mask, and what it aligns with."""
+"""Tests of dkp: the gradient of B, relations to other rules, B's optimizer, decay and mask, and the resulting alignment."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_last_hidden_gradient_is_that_of_the_output_weight(net):
     grads, last = rule_grads(model, rule, x, y), "fc3" if net == "mlp_tanh" else "fc1"
     got = rule.feedback["act2"]["B"].grad
     assert got.shape == grads[f"{last}.weight"].shape
-    assert distance(got, array(grads[f"{last}.weight"])) < 1e-14  # the same products in the same number
+    assert distance(got, array(grads[f"{last}.weight"])) < 1e-14  # sums of the same products
     assert rule.feedback["act1"]["B"].grad.abs().max() > 0
 
 
@@ -62,8 +62,9 @@ def test_rate_zero_is_direct_feedback_alignment():
 
 
 def test_on_one_hidden_layer_with_equal_rates_it_is_kolen_pollack():
-    """B and W start with different values, get equal gradients and shrink equally. After five steps, the weights and B are the
-    same under both rules.
+    """B and W start with different values, but get equal gradients and decay equally.
+
+    After five steps, dkp and kp have the same weights and the same B.
     """
     models, rules = [nets.one_hidden() for _ in range(2)], []
     x, _ = nets.batch("one")
@@ -87,7 +88,7 @@ def test_its_rate_is_a_hundredth_of_that_of_the_weights_unless_said_otherwise():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_decay_acts_on_b(own):
-    """One step of plain SGD gives B - lr (gradient + decay B). The decay is that of W or that of B's own optimizer."""
+    """A step of plain SGD gives B - lr (gradient + decay B), with the decay of W or that of B's own optimizer."""
     model, rule, x, y = attached()
     feedback = SGD(lr=0.2, momentum=0.0, weight_decay=0.5) if own else None
     optimizers = Optimizers(SGD(lr=0.1, momentum=0.0, weight_decay=0.3), rule, 1, feedback)
@@ -102,8 +103,9 @@ def test_decay_acts_on_b(own):
 
 
 def test_optimizer_and_schedule_of_its_own():
-    """The learning rate of B falls by a factor of 0.85 per epoch while that of W is constant. B also has the decoupled decay
-    of AdamW.
+    """The learning rate of B falls by a factor of 0.85 per epoch, while that of W is constant.
+
+    The decoupled decay of AdamW acts on B at this rate.
     """
     model, rule, x, y = attached()
     own = AdamW(lr=0.1, weight_decay=0.5, schedule=Step(step_size=1, gamma=0.85))
@@ -131,8 +133,9 @@ def test_from_zero_it_begins_with_the_output_layer_alone():
 
 
 def test_b_is_kaiming_uniform_with_the_features_of_its_cut():
-    """B is sampled from U(±√(6/F)) with 10 x F entries. The largest of 40 000 is within 1 % of the bound, and the deviation is
-    within 2 %.
+    """B (10, F) is sampled from U(±√(6/F)).
+
+    The largest of the 40 000 entries is within 1 % of the bound, and their deviation is within 2 % of its value.
     """
     model = nn.Sequential(nn.Conv2d(1, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4000, 10))
     rule = fa_bench.attach(model, "dkp", seed=0, cuts=["1"], sample_input=torch.zeros(2, 1, 12, 12))
@@ -165,9 +168,8 @@ def test_probing_gives_b_no_gradient():
 
 
 def test_gradients_do_not_depend_on_later_weights():
-    """Backward unlocking holds: with delta_out fixed, changing a later W does not change earlier gradients, including those of
-    B.
-    """
+    """With backward unlocking and a fixed delta_out, a change of a later W does not change earlier gradients, not even those of
+    B."""
     model, rule, x, _ = attached()
     fixed = torch.randn(4, nets.CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -191,7 +193,7 @@ def test_gradients_do_not_depend_on_later_weights():
 
 
 def alignment(name: str, steps: int = 300, **options) -> list[float]:
-    """Mean angles between a Bᵀ and the logits at each cut, after learning to tell three clusters apart."""
+    """The mean angle between a Bᵀ and the logits at each cut, after learning to classify three clusters."""
     torch.manual_seed(0)
     hidden = [nn.Linear(20, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 30), nn.BatchNorm1d(30), nn.ReLU()]
     model = nn.Sequential(*hidden, nn.Linear(30, 3))
@@ -206,8 +208,9 @@ def alignment(name: str, steps: int = 300, **options) -> list[float]:
 
 
 def test_its_readouts_align_with_the_logits():
-    """The angle at the last hidden layer falls from near 90 degrees to 6. With dfa, whose B is fixed, the activations turn
-    towards B, too, to 21 degrees.
+    """At the last hidden layer, the angle falls from near 90 degrees to 6 degrees.
+
+    With dfa, the activations also turn towards the fixed B, but only to 21 degrees.
     """
     before, learned, fixed = alignment("dkp", steps=0), alignment("dkp", b_lr_scale=1.0), alignment("dfa")
     assert min(before) > 70

@@ -1,4 +1,4 @@
-"""Every rule is compared with its reference by loops: first one pass on every network, then several whole training steps."""
+"""Tests of every rule against its reference by loops, first in one pass on every network and then in several training steps."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ from .references import AFTER_UPDATE, CASES, REFERENCES, TRAITS
 
 
 def start(case: str, net: str):
-    """(rule object, attached model, plain twin, chain, reference, options)."""
+    """The rule object, attached model, plain twin, chain, reference and options of a case."""
     name, options = CASES[case]
     plain, (x, _) = nets.NETS[net](), nets.batch(net)
     chain = describe(plain)
@@ -41,8 +41,10 @@ def start(case: str, net: str):
 
 
 def learned_names(rule) -> dict[str, torch.Tensor]:
-    """{"layer.B": tensor} for the tensors that an optimizer gets in addition to the model's parameters, and a reference
-    computes."""
+    """The learned feedback whose gradients a reference computes, as {"layer.B": tensor}.
+
+    An optimizer gets these tensors in addition to the model's parameters.
+    """
     if rule.name in TRAITS["learned_from_noise"]:
         return {}
     ids = {id(tensor) for tensor in rule.feedback_parameters()}
@@ -50,12 +52,12 @@ def learned_names(rule) -> dict[str, torch.Tensor]:
 
 
 def reference_options(options: dict) -> dict:
-    """Without density: the masked tensors themselves are given to the references."""
+    """The options without density, because references get the masked tensors themselves."""
     return {key: value for key, value in options.items() if key != "density"}
 
 
 def noise_options(case: str, rule) -> dict:
-    """The data for the reference of a noisy rule: the random numbers that the rule will sample for its next update."""
+    """The random numbers that a noisy rule will sample for its next update, as an option of its reference."""
     if CASES[case][0] not in TRAITS["noisy"]:
         return {}
     draws = Draws(0)
@@ -97,7 +99,7 @@ def test_plain_last_transports_the_true_weights_of_the_output_layer_only():
     assert distance(got["fc1.weight"], exact["fc1.weight"]) > 1e-2
 
 
-# Nesterov momentum only where feedback is learned, or might be: the optimizer itself is torch's.
+# Nesterov momentum is tested for only one fixed and one learned feedback, because the optimizer itself is torch's.
 SCHEDULES = [(case, False) for case in CASES] + [("fa", True), ("kp", True)]
 
 
@@ -105,8 +107,9 @@ SCHEDULES = [(case, False) for case in CASES] + [("fa", True), ("kp", True)]
 @pytest.mark.parametrize("net", ["mlp_bn", "conv"])
 @pytest.mark.parametrize(("case", "nesterov"), SCHEDULES)
 def test_training_steps_equal_reference(case, net, nesterov):
-    """The test compares weights, biases and learned feedback over four steps of SGD with momentum and coupled decay on new
-    batches.
+    """Weights, biases and learned feedback equal those of the reference after each of four steps.
+
+    The steps are those of SGD with momentum and coupled decay, each on a new batch.
     """
     rule, model, _, chain, reference, options = start(case, net)
     settings = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov}
@@ -119,7 +122,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
         x, y = nets.batch(net, seed=step)
         optimizer.zero_grad()
         logits = model(x)
-        # Learned feedback is the reference's, redrawn feedback is that of this forward pass, and other feedback is unchanged.
+        # Learned feedback is the reference's own, redrawn feedback is that of this forward pass, and the rest is the initial one.
         present = feedback_arrays(rule) if redrawn else initial
         feedback = {at: {t: params.get(f"{at}.{t}", value) for t, value in tensors.items()} for at, tensors in present.items()}
         given = reference_options(options) | noise_options(case, rule) | kept
@@ -136,7 +139,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
         if CASES[case][0] in AFTER_UPDATE:
             AFTER_UPDATE[CASES[case][0]](chain, params)
         now = arrays(model) | {name: array(tensor) for name, tensor in learned_names(rule).items()}
-        # Four steps amplify the 1e-12 of one pass (BatchNorm, momentum) by less than a thousand.
+        # BatchNorm and momentum amplify the rounding error of one pass, 1e-12, by less than a thousand in four steps.
         assert_matches(now, params)
     for (layer, name), tensor in feedback_tensors(rule).items():
         if not redrawn and f"{layer}.{name}" not in learned and CASES[case][0] != "usf":  # usf's B follows the weights
@@ -148,7 +151,7 @@ def test_loss_scaling_scales_every_gradient(case):
     """A loss times 1024 gives exactly 1024 times the gradients, because a rule may take its error only from the loss."""
     rule, model, _, _, _, _ = start(case, "conv")
     x, y = nets.batch("conv")
-    model.eval()  # brsf does not sample between the two passes
+    model.eval()  # so that brsf does not sample between the two passes
     state = state_of(rule)
     once = rule_grads(model, rule, x, y)
     restore(rule, state)
@@ -160,7 +163,7 @@ def test_loss_scaling_scales_every_gradient(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_accumulate_over_passes(case):
-    """Two backward passes without zero_grad accumulate the gradients, including those of learned feedback."""
+    """Without zero_grad, the gradients of two backward passes add up, including those of learned feedback."""
     rule, model, _, _, _, _ = start(case, "mlp_tanh")
     batches = [nets.batch("mlp_tanh", seed=seed) for seed in (0, 1)]
     model.eval()

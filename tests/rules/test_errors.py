@@ -1,4 +1,4 @@
-"""Attaching refuses what a rule cannot support, names the layers, and leaves the model unchanged."""
+"""Tests that attach refuses what a rule cannot support, names the layers, and leaves the model unchanged."""
 
 import re
 
@@ -17,11 +17,11 @@ from .helpers import EDGE_RULES, LOUD, layer_names
 
 
 class OwnAttention(nn.MultiheadAttention):
-    """A user's subclass of attention, which no rule covers."""
+    """A user-defined subclass of attention, which no rule covers."""
 
 
 class Attentive(nn.Module):
-    """A model whose embedding and user-defined attention layer, with both its projections, have weights that no rule covers."""
+    """A model with weights that no rule covers: an embedding, and both projections of a user-defined attention layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,10 @@ def test_nothing_to_cover(name, sample, options):
 
 @pytest.mark.parametrize("name", ["fa", "dfa"])
 def test_an_error_ends_where_the_model_gives_it_no_further_causes(name):
-    """If weights are pruned, or used outside of their layers, the error adds these causes in parentheses."""
+    """Only if the model gives further causes does the message append them in parentheses.
+
+    Further causes are weights that are pruned or used outside their layers.
+    """
     with pytest.raises(CoverageError) as refused:
         fa_bench.attach(nn.Sequential(nn.Flatten()), name, **({"cuts": ["0"]} if name == "dfa" else {}))
     assert str(refused.value).endswith("or bilinear module with plain weights")
@@ -128,7 +131,7 @@ def test_missing_sample_is_named_with_a_frozen_stem_too(name):
 
 
 def test_subclassed_layers_are_not_swapped_silently():
-    """Only exact types are replaced: a layer with its own forward method must be named, not changed."""
+    """Only exact types are replaced, so a layer with its own forward method must be named instead of changed."""
 
     class Doubled(nn.Linear):
         def forward(self, x):
@@ -262,7 +265,7 @@ def test_wrong_values_say_what_is_allowed(rule, options, says):
 
 
 def test_second_rule_on_an_attached_model_is_refused():
-    """Two rules on one model would both use its layers; after detach, the second can be attached."""
+    """Two rules on one model would both use its layers. After detach, a second rule can be attached."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
     with pytest.raises(LOUD, match=r"the model already has the rule 'fa'; call its detach\(\) first"):

@@ -1,4 +1,4 @@
-"""A rule cannot be added without a reference."""
+"""Tests that no rule can be added without a reference."""
 
 import inspect
 import re
@@ -26,8 +26,10 @@ def test_rule_has_a_reference_that_is_used(name):
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_docstring_names_every_option_of_the_rule(name: str) -> None:
-    """The docstring with the equations explains the effect of each option on them; a base class may do so for all of its
-    rules."""
+    """The docstring with the equations explains how each option affects them.
+
+    A base class may explain its options for all of its rules.
+    """
     said = "\n".join(inspect.getdoc(cls) or "" for cls in ALGORITHMS[name].__mro__ if issubclass(cls, Rule))
     general = {field.name for field in option_fields(EdgeRule)} | {field.name for field in option_fields(CutRule)}
     for field in option_fields(ALGORITHMS[name]):

@@ -1,4 +1,4 @@
-"""FA: which gradients B affects, its initial values, and residual networks."""
+"""Tests of FA: the gradients that B affects, its initial values, and residual networks."""
 
 import math
 
@@ -67,8 +67,9 @@ def test_nothing_of_feedback_is_learned():
 
 
 def test_default_draw_is_xavier_uniform_and_independent():
-    """The 200x100 entries never exceed the bound and nearly reach it. Their deviation is within 3 % (the standard error of 20
-    000 samples is 0.3 %).
+    """The entries of a 200x100 matrix never exceed the bound and nearly reach it.
+
+    The deviation of 20 000 entries has a standard error of 0.3 %, and the tolerance is 3 %.
     """
     torch.manual_seed(0)  # the same seed as the rule's: B must not equal W
     model = nn.Sequential(nn.Linear(100, 200), nn.Linear(200, 100), nn.Linear(100, 200), nn.Conv2d(20, 30, (3, 5)))
@@ -115,8 +116,10 @@ def test_density_is_the_fraction_kept():
 
 
 def test_residual_network_with_projection_equals_surrogate():
-    """Errors cross identity shortcuts exactly, and the projection through its own feedback; BatchNorm is differentiated
-    exactly."""
+    """Errors cross identity shortcuts exactly, and the projection through its own feedback.
+
+    BatchNorm is differentiated exactly.
+    """
     plain, model, (x, y) = nets.residual(), nets.residual(), nets.batch("residual")
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x)
     feedback = {name: rule.feedback[name]["B"] for name in layer_names(plain)}
@@ -128,8 +131,10 @@ def test_residual_network_with_projection_equals_surrogate():
 
 
 def test_layer_used_twice_and_frozen_layer():
-    """A layer called twice sums both uses; a layer that the user froze gets no gradient but still propagates the error through
-    B."""
+    """The gradient of a layer that is called twice is the sum over both calls.
+
+    A layer that the user froze gets no gradient, but still propagates the error through B.
+    """
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -158,7 +163,7 @@ def test_layer_used_twice_and_frozen_layer():
 
 
 def test_state_follows_the_dtype_of_the_model():
-    """Feedback lives in the model: .double() after attach converts it, and the live tensors are the converted ones."""
+    """Feedback is part of the model, so .double() after attach converts it, and `rule.feedback` has the converted tensors."""
     model = nets.mlp(dtype=torch.float32)
     rule = fa_bench.attach(model, "fa", seed=0)
     model.double()

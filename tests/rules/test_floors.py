@@ -1,4 +1,4 @@
-"""bp, frozen and bp_fc: the control and the two floors in every table."""
+"""Tests of bp, the control in every table, and of the floors frozen, bp_fc and frozen_blocks."""
 
 from typing import Any
 
@@ -78,7 +78,7 @@ def test_frozen_parts_keep_their_values_under_momentum_and_decay(name):
 
 @pytest.mark.parametrize("name", ["frozen", "bp_fc"])
 def test_batch_norm_of_frozen_layers_stays_in_training_mode(name):
-    """Batch statistics are used and the running ones updated, as for the trained rules."""
+    """Frozen BatchNorm uses batch statistics and updates the running ones, as it does under the rules that train it."""
     model, plain, (x, y) = nets.convnet(batch_norm=True), nets.convnet(batch_norm=True), nets.batch("conv")
     rule = fa_bench.attach(model, name, seed=0, sample_input=x)
     assert torch.equal(model(x), plain(x))
@@ -163,7 +163,7 @@ def test_frozen_without_a_sample_trains_the_layer_defined_last():
 
 
 def test_bp_fc_trains_a_normalisation_of_the_image():
-    """No convolution precedes such a normalisation, so bp_fc trains it."""
+    """No layer precedes the normalisation of the image, so no convolution does."""
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 3))
     fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
     assert [key for key, p in model.named_parameters() if not p.requires_grad] == ["1.weight", "1.bias"]
@@ -223,7 +223,7 @@ def test_frozen_blocks_keep_their_values_and_the_rest_learns():
 
 
 def test_frozen_blocks_freezes_parameters_whose_modules_are_not_called():
-    """Attention uses the weight of out_proj without calling it."""
+    """Attention uses the weight of out_proj without calling that module."""
 
     class Net(torch.nn.Module):
         def __init__(self):

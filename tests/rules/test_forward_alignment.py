@@ -1,5 +1,4 @@
-"""forward_alignment: the activation in the weight gradient, what the rule leaves unchanged, and the theorem of the paper's
-appendix."""
+"""Tests of forward_alignment: the activation in the weight gradient, its second pass, and the theorem in the paper's appendix."""
 
 import numpy as np
 import pytest
@@ -34,7 +33,7 @@ def test_random_weights_equal_to_the_weights_give_backpropagation():
 
 
 def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
-    """C must come first so that the norm ratio is ‖C‖/‖W‖."""
+    """The order of C and W makes the norm ratio ‖C‖/‖W‖."""
     model, (x, _) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x, exclude=["fc2"])
     assert list(rule.weight_pairs()) == ["fc1", "fc3"]
@@ -43,8 +42,9 @@ def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
 
 
 def test_residual_net_adds_what_arrives():
-    """After an addition, the replaced activation is the sum of the random outputs of the projection and the branch, each
-    computed from its true input.
+    """After an addition, the replaced activation is the sum of the random outputs of projection and branch.
+
+    The projection and the branch each have their true input.
     """
     x, y = nets.batch("residual")
     model, plain = nets.residual(), nets.residual()
@@ -123,8 +123,9 @@ def tied(what: str) -> nn.Sequential:
     ids=str,
 )
 def test_layers_that_share_parameters_have_each_its_own_c(what, options):
-    """The activation h̃ is the output of the preceding layer with its own C, computed from its true input. An excluded
-    preceding layer is applied to its own h̃ instead. The gradients of shared parameters add up.
+    """A layer computes h̃ with its C from its true input; an excluded layer computes h̃ with its weight from the previous h̃.
+
+    The gradients of shared parameters add up.
     """
     model, plain = tied(what), tied(what)
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2] * 2)
@@ -153,10 +154,10 @@ def test_layers_that_share_parameters_have_each_its_own_c(what, options):
 
 @pytest.mark.parametrize("hidden", [6, 9])
 def test_error_of_a_linear_net_goes_to_zero(hidden):
-    """Appendix A.1 proves that a linear net learns: y = W A x learns y = T x under white input, W with C x in place of A x, and
-    ‖T - W A‖ vanishes if there are at least as many hidden units as inputs.
+    """In appendix A.1, y = W A x learns y = T x from white inputs, with C x in place of A x in the gradient of W.
 
-    Throughout training, the rule satisfies the equations of the theorem.
+    The error ‖T - W A‖ vanishes if there are at least as many hidden units as inputs. Throughout training, W and A follow the
+    equations of the theorem.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, hidden, bias=False), nn.Linear(hidden, 4, bias=False)).double()
@@ -183,7 +184,7 @@ def test_error_of_a_linear_net_goes_to_zero(hidden):
 
 
 class Beside(nn.Module):
-    """Two layers use the image after dropout."""
+    """A net in which two layers use the image after dropout."""
 
     def __init__(self):
         super().__init__()
@@ -195,7 +196,7 @@ class Beside(nn.Module):
 
 
 def test_every_layer_that_takes_the_image_has_its_true_input():
-    """The true input includes dropout noise on the image, which is off in the second pass."""
+    """The true input includes the dropout noise on the image, which is off in the second pass."""
     torch.manual_seed(0)
     model, (x, y) = Beside().double(), nets.batch("mlp")
     plain = Beside().double()

@@ -1,4 +1,4 @@
-"""fdfa: what B learns and how, its relations to dfa and bp, and what does not affect it."""
+"""Tests of fdfa: the estimate that B learns, relations to dfa and bp, what has no effect on learning, and positions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def jacobians(net: str, x: Tensor) -> dict[str, Tensor]:
 
 
 def mean_estimates(rule: Any, x: Tensor, y: Tensor, draws: int) -> dict[str, Tensor]:
-    """The mean of d p over noise samples: B minus its gradient."""
+    """The mean of the estimate d p over noise samples. The estimate is B minus its gradient."""
     total = {cut: torch.zeros_like(tensors["B"]) for cut, tensors in rule.feedback.items()}
     for _ in range(draws):
         clear(rule)
@@ -64,7 +64,7 @@ def mean_estimates(rule: Any, x: Tensor, y: Tensor, draws: int) -> dict[str, Ten
 @pytest.mark.parametrize("method", ["forward", "difference"])
 @pytest.mark.parametrize("net", ["mlp_relu", "conv"])
 def test_the_estimate_is_the_mean_jacobian_on_average(net: str, method: str) -> None:
-    """The test averages 600 noise samples of 16 samples at once. Each of the other perturbed values adds an error of 1/√9600."""
+    """The mean over 600 draws of 16 samples has an error of 1/√9600 for each of the other perturbed values."""
     _, rule, x, y = attached(net, size=16, tangents=method)
     got, want = mean_estimates(rule, x, y, 600), jacobians(net, x)
     for cut, jacobian in want.items():
@@ -82,8 +82,9 @@ def test_with_the_jacobian_of_one_sample_the_error_is_that_of_backpropagation() 
 
 
 def test_of_a_linear_net_it_learns_the_output_weight() -> None:
-    """With one hidden layer and no nonlinearity, the Jacobian is W_out for every sample. The test averages 300 noise samples of
-    32 samples.
+    """The only hidden layer has no nonlinearity, so the Jacobian is W_out for every sample.
+
+    The estimate is averaged over 300 draws of 32 samples.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Identity(), nn.Linear(5, 3)).double()
@@ -118,7 +119,7 @@ def test_a_rate_of_zero_is_direct_feedback_alignment() -> None:
 
 
 def test_plain_descent_is_the_running_mean_of_the_paper() -> None:
-    """If the optimizer of B has no momentum and the rate α, then B = (1 - α) B + α J with the estimate J."""
+    """If B has an optimizer without momentum whose rate is α, a step gives (1 - α) B + α J with the estimate J."""
     model, rule, x, y = attached(b_init="kaiming_uniform")
     before = {cut: tensors["B"].detach().clone() for cut, tensors in rule.feedback.items()}
     rule_grads(model, rule, x, y)
@@ -163,7 +164,10 @@ def test_noise_is_new_in_every_pass_and_restored_with_the_state() -> None:
 
 
 def test_noise_at_every_cut_and_sample_is_its_own() -> None:
-    """act1 has five features and act2 has six, so common noise would give both the same first five values."""
+    """The cuts act1 and act2 have five and six features.
+
+    With a common generator, the noise of both cuts would begin with the same numbers.
+    """
     _, rule, x, y = attached()
     seen: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -175,7 +179,10 @@ def test_noise_at_every_cut_and_sample_is_its_own() -> None:
 
 
 def test_measuring_moves_nothing() -> None:
-    """Neither B's gradient nor the noise of the next step changes; B's angle to the weight of the output layer is measured."""
+    """Measuring changes neither the gradient of B nor the noise of the next step.
+
+    The meter compares B with the weight of the output layer.
+    """
     model, rule, x, y = attached(b_init="kaiming_uniform")
     state = rule.state_dict()
     values = AlignmentMeter(rule, x, y).measure()
@@ -196,8 +203,9 @@ def test_frozen_feedback_needs_no_further_pass(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_scaled_loss_scales_the_gradient_of_b() -> None:
-    """Micro-batches scale the loss: with the same noise, half the loss gives half the gradient. An explicit scale is used
-    unchanged.
+    """With the same noise, half the loss gives half the gradient, as micro-batches require.
+
+    An explicit scale gives the same result as an inferred one.
     """
     model, rule, x, y = attached(b_init="kaiming_uniform")
     state = state_of(rule)
@@ -215,7 +223,10 @@ def test_a_scaled_loss_scales_the_gradient_of_b() -> None:
 
 
 class Tokens(nn.Module):
-    """Tokens that see each other after the cut; `pool` returns one output for all of them."""
+    """A net whose tokens affect each other after the cut.
+
+    With `pool`, there is one output for all tokens.
+    """
 
     def __init__(self, pool: bool = False) -> None:
         super().__init__()
@@ -231,7 +242,10 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize("pool", [False, True])
 def test_positions_count_as_samples(pool: bool) -> None:
-    """B (C, F) tends to the mean Jacobian between corresponding positions; without positions in the output, to that of all."""
+    """B (C, F) tends to the mean Jacobian between corresponding positions.
+
+    If the output has no positions, B tends to the mean over all positions of the cut.
+    """
     model = Tokens(pool).double()
     x = torch.randn(8, 5, 3, dtype=torch.float64)
     y = torch.arange(8) % 3 if pool else torch.arange(40).view(8, 5) % 3
@@ -264,7 +278,10 @@ def test_positions_count_as_samples(pool: bool) -> None:
 
 @pytest.mark.parametrize(("of_output", "of_cut"), [(4, 2), (2, 4), (3, 3)])
 def test_positions_that_correspond_are_averaged(of_output: int, of_cut: int) -> None:
-    """The estimate is the mean of d p over samples and pairs of positions; the finer axis determines the number of pairs."""
+    """The estimate is the mean of d p over samples and pairs of corresponding positions.
+
+    There are as many pairs as positions on the finer axis.
+    """
     rule = fa_bench.attach(Tokens().double(), "fdfa", seed=0, sample_input=torch.zeros(2, 5, 3, dtype=torch.float64))
     generator = torch.Generator().manual_seed(0)
     d = torch.randn(2, of_output, 3, generator=generator, dtype=torch.float64)
@@ -284,7 +301,7 @@ def test_options_out_of_range_are_refused(options: dict) -> None:
 
 
 def test_sums_over_the_batch_are_in_single_precision() -> None:
-    """512 products of 40 000 would overflow in half precision; their mean does not."""
+    """A sum of 512 products of 40 000 would overflow in half precision, but their mean does not."""
     _, rule, _, _ = attached("one")
     wide = torch.full((512, 5), 200.0, dtype=torch.float16)
     rule.noise_and_tangent = lambda: ({"act1": wide}, wide[:, :3])

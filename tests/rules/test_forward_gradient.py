@@ -1,4 +1,4 @@
-"""forward_gradient: both forms are unbiased, and their variance has the theoretical value."""
+"""Tests of forward_gradient: both forms are unbiased, and their variance has the theoretical value."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def attached(net: str = "mlp_tanh", size: int = 4, **options: Any) -> tuple[nn.M
     ids=str,
 )
 def test_the_mean_over_draws_is_the_gradient(options: dict, draws: int, least: float, net: str) -> None:
-    """The relative noise of one sample is about the root of the number of perturbed values, which is at most 300 for weights."""
+    """The relative noise of one draw is about the root of the number of perturbed values, which is at most 300 here."""
     model, rule, x, y = attached(net, **options)
     exact, total = bp_grads(nets.NETS[net](), x, y), {}
     for _ in range(draws):
@@ -58,7 +58,10 @@ def test_output_layer_is_exact_in_the_activations_form_only() -> None:
 
 
 def test_one_draw_is_as_good_as_theory_says() -> None:
-    """The cosine of d v with the gradient is that of v, up to its sign: on average √(2 / (π P)) for P parameters."""
+    """Up to its sign, the cosine between d v and the gradient is that between v and the gradient.
+
+    For P parameters, the absolute cosine is √(2 / (π P)) on average.
+    """
     model, rule, x, y = attached(form="weight")
     names = [name for name, _ in model.named_parameters()]
     exact = bp_grads(nets.mlp(), x, y)
@@ -141,7 +144,7 @@ def test_the_weights_form_needs_no_cuts_and_covers_every_layer() -> None:
 
 
 def test_positions_of_a_sample_share_its_derivative() -> None:
-    """The estimate is also unbiased for tokens, as the mean over 1500 noise samples shows."""
+    """The mean over 1500 noise samples shows that the gradient is also unbiased for tokens."""
     model = Tokens().double()  # seeds the global generator
     x, y = torch.randn(4, 3, 3, dtype=torch.float64), torch.arange(12).view(4, 3) % 3
     rule = fa_bench.attach(model, "forward_gradient", seed=0, sample_input=x)

@@ -1,4 +1,4 @@
-"""grape: how B is turned, anchor updates by backpropagation, their count, and what does not affect them."""
+"""Tests of grape: how B is turned, anchor updates by backpropagation, their count, and what has no effect on learning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attached(name: str = "grape", **options: Any) -> tuple[nn.Module, Any, Tenso
 
 
 def train(model: nn.Module, rule: Any, steps: int, feedback_lr: float = 0.1) -> list[tuple[dict, dict]]:
-    """The gradients of the weights in every step, and the exact ones."""
+    """Train for some steps, and return the gradients of the weights and the exact ones in every step."""
     groups = [{"params": rule.weight_parameters(), "lr": 0.1}, {"params": rule.feedback_parameters(), "lr": feedback_lr}]
     optimizer = torch.optim.SGD([group for group in groups if group["params"]])
     found = []
@@ -40,7 +40,7 @@ def train(model: nn.Module, rule: Any, steps: int, feedback_lr: float = 0.1) -> 
 
 
 def test_the_gradient_is_that_of_the_cosine_and_orthogonal_to_b() -> None:
-    """B is turned and keeps its norm, unlike the form of 2024, which scales B."""
+    """The gradient turns B and keeps its norm, unlike the form of 2024, which scales B."""
     rule, generator = GrAPE(), torch.Generator().manual_seed(0)
     b, estimate = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     leaf = b.clone().requires_grad_(True)
@@ -62,7 +62,10 @@ def test_towards_a_fixed_jacobian_b_turns_all_the_way() -> None:
 
 
 def test_anchors_are_updates_by_backpropagation() -> None:
-    """Every third update is an anchor; the others are not. They are counted, and the count is part of the state."""
+    """With a period of 3, every third update is an anchor.
+
+    Anchors are counted, and their count is part of the state.
+    """
     model, rule, *_ = attached(anchor_period=3)
     for step, (got, exact) in enumerate(train(model, rule, 7)):
         assert torch.equal(got["fc1.weight"], exact["fc1.weight"]) == (step in (2, 5))
@@ -75,7 +78,7 @@ def test_anchors_are_updates_by_backpropagation() -> None:
 
 
 def test_period_one_is_backpropagation() -> None:
-    """The weights are bitwise those of backpropagation over five steps, although B learns."""
+    """With a period of 1, the weights are bitwise those of bp over five steps, although B learns."""
     (one, rule, *_), (two, bp, *_) = attached(anchor_period=1), attached()
     bp.detach()
     bp = fa_bench.attach(two, "bp", seed=0)
@@ -96,7 +99,7 @@ def test_without_anchors_and_learning_it_is_direct_feedback_alignment() -> None:
 
 
 def test_all_micro_batches_of_an_anchor_are_exact() -> None:
-    """Evaluations and unused forward passes between the micro-batches do not make them inexact."""
+    """All micro-batches remain exact if evaluations and unused forward passes run between them."""
     model, rule, x, y = attached(anchor_period=1)
     other = nets.batch("mlp", seed=1)
     want = [bp_grads(nets.mlp(), *batch) for batch in ((x, y), other)]

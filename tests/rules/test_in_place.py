@@ -1,7 +1,7 @@
-"""Modules that change an activation in place after it has left a cut or a layer. Every rule, metric and probe must give the same
-result as for a net in which no module works in place.
+"""Tests of modules that change an activation in place after it has left a cut or a layer.
 
-A tensor stored by a hook must not contain the result of the next module.
+Every rule, metric and probe must give the same results as for a net in which nothing works in place. If a hook did not protect
+the tensor that it stores, the tensor would contain the result of the next module.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fa_bench.registry.registries import ALGORITHMS, METRICS, PROBES
 from .helpers import QUICK
 
 INPUTS, CLASSES, SAMPLES = 7, 4, 16
-#: Modules after a cut that work in place: nonlinearities, an addition, and dropout, which is active only in training.
+#: Cuts before modules that work in place: nonlinearities, an addition, and dropout, which is active only in training.
 CUTS = ["norm1", "norm2", "fc3", "norm4"]
 OPTIONS: dict[str, dict[str, Any]] = QUICK | {"f3": {"samples": SAMPLES}, "frozen_blocks": {"blocks": ["norm1"]}}
-#: Further forms of a rule that store other tensors.
+#: Further forms of rules, which store other tensors.
 FORMS = [
     ("ddtp_linear", {"error_at": "norm4", "cuts": CUTS[:-1]}),
     ("dkp", {"error_at": "norm4", "cuts": CUTS[:-1]}),
@@ -41,7 +41,7 @@ FORMS = [
 
 
 class Net(nn.Module):
-    """A net in which either all modules or no modules after the cuts work in place; the values are the same."""
+    """A net with cuts after which either all or none of the modules work in place, with the same values."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -89,12 +89,12 @@ def step(model: nn.Module, rule: fa_bench.Rule, x: Tensor, y: Tensor) -> dict[st
 def test_a_rule_learns_the_same_where_modules_work_in_place(name: str, options: dict[str, Any]) -> None:
     plain, in_place = (step(*attached(works, name, options)) for works in (False, True))
     assert plain.keys() == in_place.keys()
-    # Both models apply the same operations to the same values.
+    # Both nets apply the same operations to the same values.
     assert {key for key, value in plain.items() if not torch.equal(value, in_place[key])} == set()
 
 
 class Frozen(nn.Module):
-    """A layer whose weight is frozen, so that plain PyTorch, too, lets its input be changed in place after its call."""
+    """A net with a frozen layer, whose input may be changed in place after its call even in plain PyTorch."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_a_rule_learns_the_same_where_the_input_of_a_frozen_layer_is_changed(nam
 
 
 class ChangesInput(nn.Module):
-    """A module that changes its input in place if its option says so."""
+    """A net that changes its input, in place or not, depending on an option."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class ChangesInput(nn.Module):
 
 
 def measured(in_place: bool, name: str, options: dict[str, Any], net: type[nn.Module] = Net) -> dict[str, dict[str, float]]:
-    """All metrics and probes, for a model that has been trained for one step."""
+    """The values of all metrics and probes, for a model that has been trained for one step."""
     model, rule, x, y = attached(in_place, name, options, net)
     step(model, rule, x.clone(), y)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def measured(in_place: bool, name: str, options: dict[str, Any], net: type[nn.Mo
     splits = Splits(split, None, split, [str(number) for number in range(CLASSES)], (INPUTS,), "")
     meter = AlignmentMeter(rule, x, y, METRICS, torch.arange(SAMPLES))
     found = meter.measure()
-    # A frozen weight has no gradient if the layer's input is changed.
+    # A frozen weight has no gradient if the input of its layer is changed.
     cannot = {"energy": not isinstance(rule, EnergyRule), "gradient_norm": net is Frozen}
     wanted = [probe for probe in PROBES if not cannot.get(probe)]
     found |= Probes(wanted, 0, Subject(rule, splits, meter, batch_size=4)).measure(1)
@@ -180,13 +180,14 @@ def test_metrics_and_probes_are_the_same_where_modules_work_in_place(
         assert values.keys() == in_place[quantity].keys(), quantity
         for layer, value in values.items():
             other = in_place[quantity][layer]
-            # Both models apply the same operations to the same values, so even NaN must agree.
+            # Both nets apply the same operations to the same values, which may be NaN.
             assert value == other or (math.isnan(value) and math.isnan(other)), (quantity, layer)
 
 
 class Blocks(nn.Module):
-    """A net with cuts whose own derivative needs their output, which may be changed in place only if errors do not cross the
-    cuts.
+    """A net with cuts whose own derivative needs their output.
+
+    The output may be changed in place only under rules whose errors do not cross the cuts.
     """
 
     def __init__(self, in_place: bool) -> None:
@@ -205,7 +206,7 @@ class Blocks(nn.Module):
 
 
 CUTTING = [name for name, rule in sorted(ALGORITHMS.items()) if issubclass(rule, CutRule) and not rule.crosses]
-#: Rules that have no cuts, or need more modules than this net has.
+#: Rules that have no cuts, or for which this net has too few modules.
 WITHOUT = {"weight_perturbation", "dgl", "asfp_lc"}
 
 
@@ -216,7 +217,7 @@ def test_a_cut_whose_derivative_needs_its_output_may_be_followed_by_what_works_i
 
 
 class InTraining(nn.Module):
-    """A module that works in place only in training, so the pass in which `attach` reads the model does not reveal it."""
+    """A module that works in place only in training, which does not show in the pass in which `attach` reads the model."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2) if self.training else x * 2
@@ -230,7 +231,7 @@ def test_an_activation_that_only_training_changes_in_place_is_refused(name: str)
     with pytest.raises(CoverageError, match=message):
         model(torch.randn(SAMPLES, INPUTS))
     rule.detach()
-    # A rule that does not need the activation learns.
+    # A rule that does not need the activation still learns.
     rule, y = fa_bench.attach(model, "dfa", cuts=["0"]), torch.arange(SAMPLES) % CLASSES
     logits = model(torch.randn(SAMPLES, INPUTS))
     rule.backward(F.cross_entropy(logits, y), logits, y)

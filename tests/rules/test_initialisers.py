@@ -1,4 +1,4 @@
-"""The feedback initialisers: bound, deviation and shape of the distribution, with different fans."""
+"""Tests of the initialisers of feedback and weights: bound, deviation and shape of the distribution, with different fans."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from fa_bench.errors import OptionError
 from fa_bench.registry.options import as_plain, option_fields
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 
-# The deviation of each initialiser for (fan_in, fan_out), and whether it is uniform. Uniform samples end at sqrt(3) deviations.
+# name: (deviation as a function of fan_in and fan_out, whether uniform). A uniform distribution ends at sqrt(3) deviations.
 DRAWS = {
     "xavier_uniform": (lambda i, o: math.sqrt(2 / (i + o)), True),
     "xavier_normal": (lambda i, o: math.sqrt(2 / (i + o)), False),
@@ -26,8 +26,9 @@ DRAWS = {
 
 
 def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
-    """Compare at least 9 000 samples with the distribution. The standard error is 0.75 % of the deviation and 1 % for the mean;
-    normal samples exceed 3 deviations about 20 times.
+    """Require at least 9 000 entries, which give standard errors of 0.75 % for the deviation and 1 % for the mean.
+
+    About 20 entries of a normal distribution exceed 3 deviations.
     """
     assert tensor.numel() >= 9000
     assert tensor.std().item() == pytest.approx(deviation, rel=0.03)
@@ -38,19 +39,20 @@ def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_edge_feedback(draw):
-    """The layers are a linear layer, 40 -> 250, and a convolution, whose fans include the kernel's area."""
+    """The linear layer has the fans 40 and 250, and the fans of the convolution include the area of its kernel."""
     model = nn.Sequential(nn.Conv2d(20, 40, (3, 5)), nn.Flatten(), nn.Linear(40, 250))
     rule = fa_bench.attach(model, "fa", seed=0, b_init=draw)
     deviation, uniform = DRAWS[draw]
     check(rule.feedback["2"]["B"], deviation(40, 250), uniform)
-    if draw != "normal_fan_out":  # for convolutions no source says whether its fan counts the kernel
+    if draw != "normal_fan_out":  # no source says whether the fan of a convolution includes the kernel
         check(rule.feedback["0"]["B"], deviation(20 * 15, 40 * 15), uniform)
 
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_direct_feedback(draw):
-    """B is (classes, C H W): its fan_in is the size of the cut, and its fan_out is the number of classes (N(0, 1/classes) is
-    normal_fan_out).
+    """B is (classes, C H W), so fan_in is the size of the cut and fan_out the number of classes.
+
+    Thus N(0, 1/classes) is normal_fan_out.
     """
     model = nn.Sequential(nn.Conv2d(1, 30, 3), nn.ReLU(), nn.Flatten(), nn.Linear(30 * 30, 10))
     rule = fa_bench.attach(model, "dfa", seed=0, b_init=draw, cuts=["1"], sample_input=torch.zeros(2, 1, 8, 7))
@@ -60,7 +62,7 @@ def test_direct_feedback(draw):
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_direct_feedback_of_the_kernel_form(draw):
-    """B is (classes, inputs of the layer): its fan_in is the number of inputs, and its fan_out is the number of classes."""
+    """B is (classes, inputs of the layer), so fan_in is the number of inputs and fan_out the number of classes."""
     model = nn.Sequential(nn.Linear(900, 5), nn.ReLU(), nn.Linear(5, 10))
     rule = fa_bench.attach(model, "dfa", seed=0, form="kernel", b_init=draw)
     deviation, uniform = DRAWS[draw]
@@ -79,7 +81,7 @@ def test_random_weights_of_forward_alignment(draw):
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_magnitudes(name, draw):
-    """The magnitudes |M| come from the same sample, so their mean square is the variance."""
+    """The magnitudes |M| come from the same distribution, so their mean square is its variance."""
     model = nn.Sequential(nn.Linear(40, 250))
     rule = fa_bench.attach(model, name, seed=0, m_init=draw)
     assert (rule.feedback["0"]["M"] >= 0).all()
@@ -101,7 +103,7 @@ def test_zeros(name):
 
 @pytest.mark.parametrize(("init", "values"), [("trinomial", (-1, 0, 1)), ("binomial", (0, 1))])
 def test_values_with_equal_probability(init, values):
-    """With 18 000 entries, the tolerance is at least six standard errors of each frequency, a third or a half."""
+    """The tolerance for the fractions of 18 000 entries is at least eight standard errors."""
     model = nn.Sequential(nn.Linear(4, 900), nn.ReLU(), nn.Linear(900, 20))
     feedback = [fa_bench.attach(copy.deepcopy(model), "dfa", seed=seed, b_init=init, cuts=["1"]).feedback for seed in (0, 0, 1)]
     one, same, other = (tensors["1"]["B"] for tensors in feedback)
@@ -114,7 +116,7 @@ def test_values_with_equal_probability(init, values):
 @pytest.mark.parametrize(("init", "signs"), [("identity", (1, 1, 1, 1)), ("identity_pm", (1, -1, 1, -1))])
 @pytest.mark.parametrize("width", [2, 3, 11, 12])
 def test_identities_side_by_side(init, signs, width):
-    """The last identity has only the remaining columns."""
+    """The last identity has the remaining columns."""
     model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
     got = fa_bench.attach(model, "dfa", b_init=init, cuts=["1"]).feedback["1"]["B"]
     want = torch.cat([sign * torch.eye(3) for sign in signs], 1)[:, :width]
@@ -143,7 +145,7 @@ def test_these_are_for_feedback_alone(name):
 
 # --- weights -------------------------------------------------------------------------------------------------------------------
 
-# torch's own functions, which initialised weights before weights and feedback had a common table.
+# Before weights and feedback had a common table of initialisers, these functions of torch initialised the weights.
 TORCHS = {
     "xavier_uniform": nn.init.xavier_uniform_,
     "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
@@ -171,8 +173,9 @@ def layers_of(model):
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("init", TORCHS)
 def test_weights_are_those_of_torchs_initialisers(net, init):
-    """The weights are bitwise those of torch's own functions, called in the order of the modules after torch's own
-    initialisation. Biases are zero.
+    """The weights are bitwise those of torch's functions, applied to the modules in order after torch's own initialisation.
+
+    Except with init=pytorch, biases are zero.
     """
     torch.manual_seed(3)
     want = ARCHITECTURES[net](**NETS[net][0]).make(NETS[net][1], 4)
@@ -200,8 +203,9 @@ def test_old_name_is_the_same_choice():
     ],
 )
 def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, linear_init):
-    """Fully connected layers have the bound of their own distribution, and zero biases except under torch's own initialiser.
-    Convolutions keep the distribution of `init` and torch's own numbers.
+    """The linear weights have the bound of their own distribution, and convolutions have that of `init`.
+
+    Biases are zero. With init=pytorch, weights and biases are torch's own numbers.
     """
     model, plain = layers_of(built(net, init=init, linear_init=linear_init)), layers_of(built(net))
     for path, layer in model.items():
@@ -260,7 +264,7 @@ def test_kolen_pollacks_feedback_of_fully_connected_layers():
     assert torch.equal(plain.feedback["2"]["B"], linear)
 
 
-#: Rules with shared activations are left out: they have a separate initialiser for fully connected layers.
+#: Rules with `b_init`, without asap, asfp and asfp_lc, which have another initialiser for fully connected layers.
 WITH_B_INIT = sorted(
     name
     for name, rule in ALGORITHMS.items()

@@ -1,4 +1,4 @@
-"""kp: the feedback learns with exactly the weights' gradient, so W - B only decays."""
+"""Tests of kp, whose feedback learns with exactly the gradient of the weights, so that W - B only decays."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def attached(net: str = "conv_bn", **options):
 
 
 def train(model, rule, optimizer, steps: int, net: str = "conv_bn"):
-    """Train for some steps on changing batches; yield after each step."""
+    """Train for some steps on changing batches, and yield after each step."""
     for step in range(steps):
         optimizer.zero_grad()
         for tensor in rule.feedback_parameters():
@@ -36,8 +36,9 @@ def differences(model, rule):
 
 
 def test_gradient_of_b_is_a_copy_of_the_gradient_of_w():
-    """The gradients have the same values in separate memory, so an optimizer that changes gradients in place does not change
-    one twice.
+    """The gradients of B and W have the same values in separate memory.
+
+    An optimizer that changes gradients in place must not change the same memory twice.
     """
     model, rule = attached()
     rule_grads(model, rule, *nets.batch("conv_bn"))
@@ -60,8 +61,9 @@ def test_learned_feedback_is_what_the_optimizer_gets():
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_difference_follows_the_linear_recursion(nesterov, foreach):
-    """The difference D = W - B follows v <- m v + lambda D; D <- D - lr (v, or lambda D + m v). The gradients of the task
-    cancel exactly.
+    """The difference D = W - B follows v <- m v + lambda D and D <- D - lr v, because the gradients of the task cancel exactly.
+
+    With Nesterov momentum, the second step is D <- D - lr (lambda D + m v).
     """
     lr, momentum, decay = 0.1, 0.9, 0.05
     model, rule = attached()
@@ -74,14 +76,14 @@ def test_difference_follows_the_linear_recursion(nesterov, foreach):
         for name, now in differences(model, rule).items():
             velocity[name] = momentum * velocity[name] + decay * want[name]
             want[name] = want[name] - lr * (decay * want[name] + momentum * velocity[name] if nesterov else velocity[name])
-            # The tolerance covers the rounding of W and B (entries of order 1), relative to D of order 0.1, over 12 steps.
+            # The entries of W and B are of order 1, D is of order 0.1, and rounding errors add up over 12 steps.
             assert (now - want[name]).norm() <= 1e-12 * start[name], name
     assert all(tensor.norm() < 0.9 * start[name] for name, tensor in want.items())
 
 
 @pytest.mark.parametrize("options", [{"nesterov": True}, {"nesterov": True, "foreach": True}, {"nesterov": False}])
 def test_equal_start_stays_equal_and_stays_backpropagation(options):
-    """If B(0) = W(0), then W = B after twenty steps, and both equal the weights of BP."""
+    """If B starts as W, both equal the weights of BP after each of twenty steps."""
     model, rule = attached()
     copy_weights_into_feedback(model, rule)
     plain = nets.convnet(batch_norm=True)
@@ -92,13 +94,13 @@ def test_equal_start_stays_equal_and_stays_backpropagation(options):
         for p, grad in zip(plain.parameters(), bp_grads(plain, *nets.batch("conv_bn", seed=step)).values(), strict=True):
             p.grad = grad
         plain_optimizer.step()
-        # bp_grads works on a copy: give the plain model the running statistics of the same batches (unused in training mode).
+        # bp_grads works on a copy, so the plain model's running statistics differ, but they are unused in training mode.
         assert_bitwise(weights(model), weights(plain))
         assert all(not tensor.any() for tensor in differences(model, rule).values()), f"W and B differ after step {step}"
 
 
 def test_adamw_keeps_the_cancellation():
-    """With decoupled decay, D_t = (1 - lr lambda)^t D_0, although Adam rescales each tensor by its own moments."""
+    """With decoupled decay, D_t is (1 - lr lambda)^t D_0, although Adam rescales each tensor by its own moments."""
     lr, decay, steps = 0.01, 0.5, 10
     model, rule = attached()
     before = differences(model, rule)
@@ -111,8 +113,9 @@ def test_adamw_keeps_the_cancellation():
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
 def test_b_lr_scale_scales_the_step_of_b_only(scale):
-    """b_lr_scale multiplies the learning rate that the caller passes to B's parameter group. Scaling the gradient would have
-    no effect with Adam.
+    """The option b_lr_scale scales the learning rate that the caller passes to B's parameter group.
+
+    Scaling the gradient instead would have no effect with Adam.
     """
     model, rule = attached(b_lr_scale=scale)
     weights = {name: model.get_submodule(name).weight.detach().clone() for name in layer_names(model)}
@@ -123,7 +126,7 @@ def test_b_lr_scale_scales_the_step_of_b_only(scale):
     for name in layer_names(model):
         step = model.get_submodule(name).weight.detach() - weights[name]
         step_b = rule.feedback[name]["B"].detach() - feedback[name]
-        # Differences of order 1e-3 between numbers of order 1 have a relative error of 1e-16 / 1e-3; the tolerance adds a margin.
+        # Differences of order 1e-3 between numbers of order 1 have an error of 1e-16 / 1e-3; the rest is a margin.
         assert (step_b - scale * step).abs().max() <= 1e-11 * max(1.0, scale) * step.abs().max()
         assert step.abs().max() > 0
         assert torch.equal(model.get_submodule(name).weight.grad, rule.feedback[name]["B"].grad)
@@ -134,7 +137,7 @@ def test_without_the_optimizer_feedback_does_not_move():
     model, rule = attached()
     before = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
     for tensor in rule.feedback_parameters():
-        tensor.requires_grad_(False)  # otherwise, it would be an error
+        tensor.requires_grad_(False)  # learned feedback without an optimizer would be an error
     list(train(model, rule, torch.optim.SGD(model.parameters(), lr=0.1), 2))
     assert all(torch.equal(before[name], rule.feedback[name]["B"]) for name in before)
 
@@ -149,8 +152,9 @@ def test_default_start_is_independent_of_w():
 
 
 def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
-    """If a fused kernel only reads the gradient, the loop's optimizers update B with W's own gradient. The result is the same
-    as with a copy.
+    """The optimizers of the training loop use W's own gradient for B if a fused kernel only reads it.
+
+    The results are the same as with a copy of the gradient.
     """
     found = []
     for shared in (True, False):
@@ -170,7 +174,7 @@ def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
 
 
 def test_a_gradient_of_b_that_was_removed_is_not_replaced_by_that_of_w():
-    """Code between the backward pass and the update may set B's gradient to None. The update must then leave B unchanged."""
+    """Code between the backward pass and the update may set B's gradient to None, so that the update does not change B."""
     model = nets.mlp().float()
     x, y = nets.batch("mlp")
     rule = fa_bench.attach(model, "kp", seed=0)
@@ -190,7 +194,7 @@ def test_a_gradient_of_b_that_was_removed_is_not_replaced_by_that_of_w():
 
 
 def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
-    """Muon is not fused: B then has its own gradient, even if W's optimizer is fused."""
+    """Muon is not fused, so B has its own gradient under Muon, even if W's optimizer is fused."""
     for of_feedback, is_shared in ((SGD(lr=0.1), True), (Muon(lr=0.1), False)):
         model, (x, y) = nets.mlp().float(), nets.batch("mlp")
         rule = fa_bench.attach(model, "kp", seed=0)
@@ -200,7 +204,7 @@ def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
 
 
 def test_clipping_scales_shared_gradients_once():
-    """With clipping, W and B have separate gradients, and the norm of all gradients together is the requested one."""
+    """After clipping, W and B have separate gradients, and the norm of all gradients together is the requested one."""
     model, (x, y) = nets.mlp().float(), nets.batch("mlp")
     rule = fa_bench.attach(model, "kp", seed=0)
     optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)

@@ -1,4 +1,4 @@
-"""Forward passes that must not change anything, copies, checkpoints, exact backpropagation, and restoring the plain model."""
+"""Tests of forward passes that must not change anything, copies, checkpoints, exact backpropagation, and detaching."""
 
 import copy
 from collections import OrderedDict
@@ -37,7 +37,7 @@ VARIANTS |= {f"dfa-{form}": ("dfa", {"form": form}) for form in ("neuron", "kern
 VARIANTS |= {name: (name, {}) for name in ("pfa", "pfa_o", "forward_alignment")} | {"ldfa": ("ldfa", {"rank": 2})}
 VARIANTS |= {name: (name, {"match": "random", "linear": "share"}) for name in ("asap", "asfp", "asfp_lc")}
 VARIANTS |= {name: (name, {}) for name in ("dkp", "drtp", "local_error", "predsim", "dgl")}
-VARIANTS |= {"bp_deepsup": ("bp_deepsup", {"decoder_init": "uniform_one"})}  # zeros would be bp in the first step
+VARIANTS |= {"bp_deepsup": ("bp_deepsup", {"decoder_init": "uniform_one"})}  # with zeros, the first step would be that of bp
 VARIANTS |= {"drtp-sign": ("drtp", {"error_sign": True}), "dkp-sparse": ("dkp", {"density": 0.5})}
 NET = "conv_bn"
 
@@ -52,8 +52,9 @@ def start(variant: str, *, seed: int = 0, net: str = NET, dtype=torch.float64):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("between", ["train", "eval", "no_grad"])
 def test_forward_between_changes_nothing(variant, between):
-    """A forward pass of another batch size between a forward pass and its backward pass must change nothing; for brsf, it also
-    samples new magnitudes.
+    """A forward pass of another size runs between a forward pass and its backward pass.
+
+    The new magnitudes that brsf samples in between must not affect the gradients.
     """
     model, rule, x, y = start(variant)
     twin, twin_rule, _, _ = start(variant)
@@ -76,8 +77,10 @@ def test_forward_between_changes_nothing(variant, between):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_forwards_then_both_backwards(variant, order):
-    """Each backward pass belongs to its own forward pass, in either order; without BatchNorm, evaluation mode keeps brsf's
-    magnitudes."""
+    """Each backward pass belongs to its own forward pass, in either order.
+
+    The model has no BatchNorm and is in evaluation mode, in which brsf keeps its magnitudes.
+    """
     model, rule, _, _ = start(variant, net="conv")
     model.eval()
     batches = [nets.batch("conv", seed=seed, size=4 + seed) for seed in (0, 1)]
@@ -110,14 +113,14 @@ def test_training_forward_and_backward_change_no_feedback(variant):
     model, rule, x, y = start(variant)
     before = {key: value.detach().clone() for key, value in feedback_tensors(rule).items()}
     rule_grads(model, rule, x, y)
-    if variant != "ldfa":  # whose B it makes orthonormal, bitwise
+    if variant != "ldfa":  # the step makes its B orthonormal again, which changes the last bits
         rule.step()
     assert_bitwise({key: value.detach() for key, value in feedback_tensors(rule).items()}, before)
 
 
 @pytest.mark.parametrize("variant", ["bp", *EDGE_RULES])
 def test_copied_model_of_an_edge_rule_is_independent(variant):
-    """A deepcopy has its own feedback: equal gradients at first, independent of later changes to the original."""
+    """A deep copy has its own feedback, so later changes to the original do not affect its gradients."""
     model, rule, x, y = start(variant)
     model.eval()
     twin = copy.deepcopy(model)
@@ -196,7 +199,7 @@ def test_exact_is_backpropagation_and_ends_with_its_block(variant, how):
     assert_bitwise(got, want)
     after = rule_grads(model, rule, x, y)
     twin, twin_rule, _, _ = start(variant, dtype=torch.float32)
-    if variant == "brsf":  # a new sample: only that it is no longer exact
+    if variant == "brsf":  # brsf samples again, so the test is only that the gradient is no longer exact
         assert not torch.equal(after["conv1.weight"], want["conv1.weight"])
     else:
         assert_bitwise(after, rule_grads(twin, twin_rule, x, y))
@@ -223,7 +226,7 @@ def test_exact_ends_after_an_error_too():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exact_leaves_a_pending_rule_pass_alone(variant):
-    """A delta angle may be measured between a training forward pass and its backward pass."""
+    """A measurement, for example of a delta angle, may run between a training forward pass and its backward pass."""
     model, rule, x, y = start(variant, net="conv")
     twin, twin_rule, _, _ = start(variant, net="conv")
     want = rule_grads(twin, twin_rule, x, y)
@@ -277,7 +280,10 @@ def test_rules_without_feedback_of_layers_say_so():
 
 
 def test_rules_one_after_the_other_on_one_model():
-    """Detach leaves nothing that affects the next rule, and the same seed gives the first rule's gradients again."""
+    """Detaching a rule leaves nothing that affects the next rule.
+
+    The same seed gives the gradients of the first rule again.
+    """
     x, y = nets.batch("conv")
     model, results = nets.convnet(), []
     for name in ("fa", "kp", "dfa", "predsim", "fa"):
@@ -290,11 +296,10 @@ def test_rules_one_after_the_other_on_one_model():
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if issubclass(ALGORITHMS[VARIANTS[v][0]], CutRule)])
 def test_cut_rules_under_bfloat16_autocast(variant):
-    """bfloat16 has 8 bits, so the gradients are within 5 % in norm of the float32 gradients (with tanh, no mask can flip) and
-    far from those of BP.
+    """Gradients in bf16, which has 8 bits of precision, are within 5 % (in norm) of those in float32, and far from those of BP.
 
-    The auxiliary nets of dgl normalise four samples several times, which amplifies the rounding, so their tolerance is 10 %.
-    Only the first layer of dgl is outside its last module.
+    The activation is tanh, so no mask can flip. For dgl, the tolerance is 10 %, because its auxiliary nets normalise four samples
+    several times, which amplifies rounding errors. Under dgl, only the first layer is outside the last module.
     """
     name, options = VARIANTS[variant]
     model, (x, y) = nets.convnet(nn.Tanh, dtype=torch.float32), nets.batch("conv", dtype=torch.float32)
@@ -313,7 +318,7 @@ def test_cut_rules_under_bfloat16_autocast(variant):
 
 
 def test_rule_object_works_like_its_name():
-    """attach takes a name or a rule object."""
+    """The function attach takes a name or a rule object."""
     x, y = nets.batch("mlp")
     by_name, by_object = nets.mlp(), nets.mlp()
     one = fa_bench.attach(by_name, "fa", seed=0)
@@ -338,7 +343,7 @@ def test_loss_backward_alone_gives_learned_feedback_its_gradient(variant):
 
 @pytest.mark.parametrize("written", ["W", "B"])
 def test_kp_writing_into_one_gradient_leaves_the_other(written):
-    """Nesterov momentum, clipping and gradient scalers write into gradients, once for every tensor that they receive."""
+    """Nesterov momentum, clipping and gradient scalers write into the gradient of every tensor that they get."""
     model, rule, x, y = start("kp")
     rule_grads(model, rule, x, y)
     layer = model.get_submodule(list(rule.feedback)[1])
@@ -354,7 +359,10 @@ def test_kp_writing_into_one_gradient_leaves_the_other(written):
 
 @pytest.mark.parametrize("variant", ["kp", "usf"])
 def test_two_backward_passes_add_up(variant):
-    """Learned feedback accumulates gradients like weights; feedback computed from the weight is computed again each time."""
+    """Learned feedback accumulates gradients as weights do.
+
+    Feedback that is computed from the weight is computed again in each pass.
+    """
     model, rule, x, y = start(variant)
     rule_grads(model, rule, x, y)
     once = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -404,7 +412,7 @@ def test_refused_before_anything_was_put_in_says_why(variant):
 
 
 def assert_same_state(got, want):
-    """Compare nested mappings of plain values and tensors bitwise."""
+    """Require that nested mappings of plain values and tensors are bitwise identical."""
     assert type(got) is type(want)
     if isinstance(want, dict):
         assert got.keys() == want.keys()
@@ -451,7 +459,7 @@ def test_foreign_state_is_refused_by_name(variant):
 
 @pytest.mark.parametrize("variant", ["local_error", "predsim", "dgl", "asfp_lc"])
 def test_a_plain_state_loads_after_detach(variant):
-    """Nothing of the auxiliary layers remains in the modules at the cuts, including their hooks."""
+    """Detaching removes the auxiliary layers, including their hooks, from the modules at the cuts."""
     model, rule, *_ = start(variant)
     rule.detach()
     model.load_state_dict(nets.NETS[NET]().state_dict())
@@ -477,7 +485,7 @@ def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
 
 @pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
 def test_a_detached_rule_does_not_train(name):
-    """A detached rule must raise an error, because it would otherwise silently perform backpropagation."""
+    """Without the error, a detached rule would silently perform backpropagation."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     rule = fa_bench.attach(model, name, **({"cuts": ["1"]} if name == "dfa" else {}))
     rule.detach()
@@ -488,7 +496,7 @@ def test_a_detached_rule_does_not_train(name):
 
 
 def test_what_the_rule_froze_takes_part_until_the_outermost_exact_block_ends():
-    """Parameters that the user froze learn neither within the exact blocks nor after detach."""
+    """Parameters that the user froze learn neither in an exact block nor after detach."""
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
     model.conv1.bias.requires_grad_(False)
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, freeze_stem=True)
@@ -527,8 +535,9 @@ def test_attach_leaves_its_sample_as_it_was(variant):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_rule_equals_itself_alone(name):
-    """Two rules with the same options are not equal, because they belong to different models. The same holds for the classes
-    from which a rule derives.
+    """Two rules with the same options belong to different models, so they must not be equal.
+
+    The base classes of a rule must have this property, too.
     """
     for cls in ALGORITHMS[name].__mro__:
         if issubclass(cls, Rule):

@@ -1,4 +1,4 @@
-"""asfp_lc: the classifiers at the ends of its blocks, layer by layer, and their parameters in the model."""
+"""Tests of asfp_lc: the classifiers at the ends of its blocks, layer by layer, and their parameters in the model."""
 
 import math
 
@@ -11,7 +11,7 @@ from fa_bench.metrics.meter import AlignmentMeter
 
 from .registered import registered
 
-#: A row of pixels and a column of four are not enlarged to the side length to which maps are averaged.
+#: Sizes of maps. A map whose side is shorter than the one to which maps are averaged is not enlarged.
 SIZES = [(1, 8), (4, 1), (8, 8)]
 
 
@@ -59,8 +59,9 @@ def test_the_cuts_of_its_own_are_the_ends_of_blocks():
 
 
 def test_angles_are_taken_where_a_classifier_delivers_its_error():
-    """The angle is measured at the end of a block for the layer that feeds it, and at the next layer's input within a block;
-    the stem is fixed.
+    """For the last layer of a block, the angle is taken at the block's end; for other layers, at the next layer's input.
+
+    The stem is fixed and has no angle.
     """
     model = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(6, 6), nn.Tanh())], nn.Linear(6, 3))
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))

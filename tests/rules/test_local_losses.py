@@ -1,4 +1,4 @@
-"""Common properties of local_error, predsim and dgl, and local_error's own losses."""
+"""Tests of the common properties of local_error, predsim and dgl, and of local_error's own losses."""
 
 import copy
 from collections import OrderedDict
@@ -54,7 +54,7 @@ def test_state_goes_through_a_file_read_as_data(name, tmp_path):
     fresh.load_state_dict(state["rule"])
     for mine, theirs in zip(fresh.feedback_parameters(), rule.feedback_parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    # Optimizers keep references to these.
+    # Optimizers keep references to these tensors.
     assert [id(tensor) for tensor in kept] == [id(tensor) for tensor in fresh.feedback_parameters()]
     for tensor in rule.feedback_parameters():
         tensor.grad = None
@@ -64,8 +64,9 @@ def test_state_goes_through_a_file_read_as_data(name, tmp_path):
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_auxiliary_layers_follow_the_model(name):
-    """The auxiliary layers keep the same tensors, to which an optimizer may refer, in another dtype or on another device (meta
-    has no values).
+    """Converting the model to another dtype or device converts the same tensors, to which an optimizer may refer.
+
+    The other device is meta, on which tensors have no values.
     """
     net, rule, x, y = registered("conv2", name)
     held = rule.feedback_parameters()
@@ -112,8 +113,9 @@ LABELLED = {"drtp": "mlp", "local_error": "mlp", "predsim": "mlp", "dgl": "mlp",
 @pytest.mark.parametrize("name", LABELLED)
 @pytest.mark.parametrize("label", [-100, -1, 3, 10**9])
 def test_labels_that_are_no_class_are_named(name, label):
-    """One such label is -100, which torch's cross-entropy ignores and a one-hot row cannot contain. Nothing may learn before
-    the error.
+    """One of the labels is -100, which torch's cross-entropy ignores and a one-hot row cannot represent.
+
+    Nothing learns before the error is raised.
     """
     net, rule, x, y = registered(LABELLED[name], name)
     y[2] = label
@@ -146,7 +148,10 @@ def test_a_plain_backward_pass_after_one_with_labels_asks_for_them(name):
 
 
 def test_labels_elsewhere_are_not_read():
-    """No step may wait for an accelerator. Meta tensors represent one, because their values cannot be read."""
+    """Labels on an accelerator are not read, because a step would have to wait for them.
+
+    Meta tensors represent an accelerator here, because their values cannot be read.
+    """
     require_labels("fa", torch.empty(6, dtype=torch.long, device="meta"), (6, 3), CrossEntropy())
     with pytest.raises(ValueError, match="label 7 is out of range"):
         require_labels("fa", torch.tensor([7]), (1, 3), CrossEntropy())
@@ -180,7 +185,7 @@ def test_cut_that_returns_several_tensors_is_named():
 
 @pytest.mark.parametrize("name", ["dfa", "predsim", "dgl"])
 def test_all_cut_parts_frozen_leaves_the_rest_to_learn(name):
-    """The only cut's activation needs no gradient, so the rule delivers no error there, and the layers after the cut learn."""
+    """The activation at the only cut needs no gradient, so the layers after it learn, and the rule delivers no error."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1"], freeze_stem=True, allow_uncovered=True)
     grads = rule_grads(model, rule, x, y)
@@ -229,10 +234,10 @@ LARGE = {
     ids=str,
 )
 def test_larger_maps_equal_the_reference(name, options, net):
-    """Maps of 9 x 10 and 4 x 4 have overlapping windows, and 5, 3 and 2 channels cover both ways of comparing maps. One sample
-    is dead.
+    """Maps of 9 x 10 and 4 x 4 have overlapping windows, and 5, 3 and 2 channels use both ways of comparing maps.
 
-    dgl cuts only the first activation, and its auxiliary net averages 9 x 10 to 3 x 3 and then to 2 x 2.
+    One of the nets has a dead sample. For dgl, only the first activation is a cut, and its auxiliary net averages 9 x 10 to 3 x 3
+    and then to 2 x 2.
     """
     model = LARGE[net]()
     chain, params = describe(model), arrays(model)
@@ -247,7 +252,7 @@ def test_larger_maps_equal_the_reference(name, options, net):
     with torch.no_grad():
         for tensors in rule.feedback.values():
             if "decoder.out.weight" in tensors:
-                tensors["decoder.out.weight"].normal_(generator=generator)  # zero at first, and so is the error
+                tensors["decoder.out.weight"].normal_(generator=generator)  # the weight is zero at first, and so is the error
     want = REFERENCES[name](chain, params, feedback_arrays(rule), array(x), y.numpy(), **options)
     got = rule_grads(model, rule, x, y)
     learned = {key: grad for key, grad in trained_grads(rule).items() if grad is not None}
@@ -256,7 +261,10 @@ def test_larger_maps_equal_the_reference(name, options, net):
 
 
 def test_other_than_two_spatial_dimensions():
-    """Convolutions of one and of three dimensions are accepted. More dimensions are refused, and the error names the cut."""
+    """Convolutions may have one or three spatial dimensions.
+
+    Maps of more dimensions are refused with an error that names the cut.
+    """
     x1, x3, y = torch.randn(4, 2, 9), torch.randn(4, 1, 5, 4, 6), torch.tensor([0, 1, 2, 1])
     for x, conv, width in ((x1, nn.Conv1d(2, 5, 3), 35), (x3, nn.Conv3d(1, 5, 3), 120)):
         for name in LOCAL:
@@ -274,7 +282,10 @@ def test_other_than_two_spatial_dimensions():
 
 
 def test_local_error_in_one_line():
-    """The error (softmax(a Mᵀ) - y) M / N arrives at the first weight through the activation of that layer; M is fixed."""
+    """The error (softmax(a Mᵀ) - y) M / N reaches the first weight through the derivative of its activation.
+
+    M is fixed, and `rule.feedback` has the live tensor.
+    """
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "local_error", seed=0, sample_input=x, cuts=["act1", "act2"])
     m = rule.feedback["act1"]["M"]
@@ -292,11 +303,15 @@ def test_local_error_in_one_line():
 
 
 def test_classifiers_read_no_more_than_so_many_features():
-    """A map of 4 x 8 x 8 is averaged to 4 x 4 x 4. M is Kaiming-uniform with its input size as fan-in."""
+    """A map of 4 x 8 x 8 is averaged to 4 x 4 x 4.
+
+    M is Kaiming-uniform, with its input size as fan-in.
+    """
     _, rule, _, _ = registered("conv2", "local_error", features=64)
     assert rule.feedback["act1"]["M"].shape == (3, 64) and rule.feedback["act3"]["M"].shape == (3, 6)
     bound = (6 / 64) ** 0.5
-    assert 0.95 * bound < rule.feedback["act1"]["M"].abs().max() <= bound  # 192 numbers: 1e-4 to miss the last 5 %
+    # 192 numbers miss the last 5 % with a probability of 1e-4.
+    assert 0.95 * bound < rule.feedback["act1"]["M"].abs().max() <= bound
 
 
 @pytest.mark.parametrize(
@@ -323,8 +338,9 @@ def test_separate_feedback_has_the_signs_of_the_classifier_and_magnitudes_of_its
 
 
 def test_magnitudes_of_a_separate_carrier_are_drawn_as_m_is_and_have_its_signs():
-    """Both tensors have 4 000 entries. The largest entry is within 1 % of the bound √(6/features), and the magnitudes are
-    independent of those of M.
+    """The largest of 4 000 magnitudes of K is within 1 % of the bound √(6/features).
+
+    The magnitudes of K are independent of those of M.
     """
     model = nn.Sequential(nn.Linear(7, 1000), nn.Tanh(), nn.Linear(1000, 4))
     rule = fa_bench.attach(model, "local_error", seed=0, cuts=["1"], separate=True)
@@ -368,7 +384,7 @@ def test_auxiliary_layers_are_drawn_on_the_cpu_whatever_torchs_default_device():
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim", "dgl"])
 def test_labels_that_are_no_whole_numbers_are_refused(name):
-    """If such labels were accepted, each error would be that of the class to which its label rounds."""
+    """An error computed from a label that is not an integer would be that of the class to which it rounds."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, cuts=["act1"], sample_input=x, allow_uncovered=True)
     logits = model(x)
@@ -379,7 +395,7 @@ def test_labels_that_are_no_whole_numbers_are_refused(name):
 
 @pytest.mark.parametrize("name", ["dgl", "asfp_lc"])
 def test_modules_called_blocks_declare_no_blocks(name):
-    """Many transformers have a ModuleList with the name blocks, which is not a list of names."""
+    """As in many transformers, `blocks` is a ModuleList, not a list of names."""
 
     class Net(nn.Module):
         def __init__(self):

@@ -1,6 +1,4 @@
-"""Tests of ldfa, except for its gradients: the rank of the errors, relations to kp and pfa_o, and the fixed point of Oja's
-rule.
-"""
+"""Tests of ldfa apart from its gradients: rank of the errors, relations to kp and pfa_o, and the fixed point of Oja's rule."""
 
 from __future__ import annotations
 
@@ -58,7 +56,7 @@ def test_channels_of_a_group_have_a_rank_of_their_own() -> None:
 
 
 def test_a_subspace_that_contains_the_errors_loses_nothing() -> None:
-    """If the errors span three dimensions, B has their right singular vectors and R = Bᵀ W, then e_in = g B Bᵀ W = g W."""
+    """If B has the right singular vectors of three-dimensional errors, and R = Bᵀ W, then e_in = g B Bᵀ W = g W."""
     model, rule = attached(nn.Linear(15, 10), rank=3)
     g = random(20, 3) @ random(3, 10, seed=1)
     weight = model[0].weight.detach()
@@ -134,14 +132,15 @@ def test_without_learning_it_is_semi_orthogonal_product_feedback() -> None:
 
 # ------------------------------------------------------------------------------------------------ Oja's rule
 def gaussian(count: int = 4000) -> tuple[Tensor, Tensor]:
-    """Gaussian errors with eight variances from 0.25 to 16, and their axes in order of decreasing variance."""
+    """Gaussian errors with eight variances from 0.25 to 16, and their axes in descending order of variance."""
     axes = orthonormal(8, 8, seed=3)
     return random(count, 8) * torch.tensor([4.0, 3.0, 2.0, 1.0, 0.9, 0.8, 0.7, 0.5], dtype=torch.float64) @ axes.t(), axes
 
 
 def test_the_principal_subspace_of_gaussian_errors_is_found_from_any_start() -> None:
-    """No orthonormalisation is needed, because the second term of Oja's rule makes Bᵀ B = I. The fourth axis's share of C is
-    half of the third's.
+    """Even without orthonormalisation, the second term of Oja's rule makes Bᵀ B = I.
+
+    The fourth axis has half of the third axis' share of C.
     """
     errors, axes = gaussian()
     b = 0.3 * random(8, 3, seed=5)
@@ -149,12 +148,13 @@ def test_the_principal_subspace_of_gaussian_errors_is_found_from_any_start() -> 
         b = b - 0.2 / len(errors) * oja_gradient(b, 1, 1.0, errors)
     assert distance(array(b.t() @ b), torch.eye(3)) < 1e-3
     cosines = torch.linalg.svdvals(b.t() @ axes[:, :3])
-    assert cosines.min() > math.cos(math.radians(2))  # 4000 samples: the axes are known within a degree or two
+    assert cosines.min() > math.cos(math.radians(2))  # 4000 samples determine the axes within a degree or two
 
 
 def test_a_layer_finds_the_principal_subspace_of_its_errors() -> None:
-    """The layer trains by SGD with momentum and decay on fixed errors. B finds the leading eigenvectors of their C, and R
-    follows Bᵀ W.
+    """With fixed errors, SGD with momentum and decay turns B to the leading eigenvectors of their C.
+
+    The product B R follows B Bᵀ W.
     """
     model, rule = attached(nn.Linear(6, 8, bias=False), rank=3)
     errors = gaussian(500)[0]

@@ -1,20 +1,22 @@
-"""One naive reference per rule: from the feedback tensors to the gradients of every weight, bias and learned feedback tensor.
+"""One naive reference per rule, which computes the gradients of all weights, biases and learned feedback tensors.
 
-Each takes (chain, params, feedback, x, y, **options); ``feedback`` is {layer or cut: {tensor name: array}}, ``options`` are the
-rule's own. It returns {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}; a tensor without an entry must not learn.
+A reference takes (chain, params, feedback, x, y, **options), where ``feedback`` is {layer or cut: {tensor name: array}} and
+``options`` are those of the rule. A reference returns {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}. A tensor without
+an entry must not learn.
 
-Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options)}, AFTER_UPDATE {rule: what changes learned
-feedback after every update, in place, from (chain, params)}, and TRAITS {trait: rules}:
+Every module of this package has REFERENCES {rule: function} and CASES {case: (rule, options)}. A module may have AFTER_UPDATE
+{rule: function of (chain, params) that changes learned feedback in place after every update} and TRAITS {trait: rules}. These are
+the traits:
 
-- exact: the gradient of backpropagation for all parameters that they train
-- redrawn: feedback that changes without being learned by the optimizer; the reference gets the current one
-- learned_from_noise: feedback that learns from the rule's own noise, which no reference has
-- unscaled: signals that are not computed from the loss, and so do not scale with it
+- exact: the rule has the gradient of backpropagation for all parameters that it trains
+- redrawn: the feedback changes without being learned by the optimizer, so the reference gets the current one
+- learned_from_noise: the feedback learns from the rule's own noise, which no reference has
+- unscaled: the signals are not computed from the loss, so they do not scale with it
 - partly_exact: hidden layers may have the gradient of backpropagation
 - untrue_output: the output layer's own gradient is not that of the loss
-- noisy: rules that sample noise for every update; their references get the same random numbers as ``draws``
-- delayed: rules that use errors of a sample's last pass; their references keep them in the dictionary ``kept``
-- last_module: the last hidden layers learn by backpropagation, with the output layer
+- noisy: the rule samples noise for every update, and its reference gets the same random numbers as ``draws``
+- delayed: the rule uses errors of a sample's last pass, which its reference keeps in the dictionary ``kept``
+- last_module: the last hidden layers learn by backpropagation, together with the output layer
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""References of the rules whose feedback learns by local losses: the losses' gradients, row by row and scalar by scalar.
+"""References of the rules whose feedback learns by local losses, with gradients computed row by row and scalar by scalar.
 
-A row is what one sample and output position sees of the input: a vector x, or for a convolution a patch with zeros at its border.
+A row is the part of the input that affects a sample's output at one position: a vector x or, for a convolution, a patch with
+zeros at its border.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from .classic import fa
 
 
 def outputs(stage, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The outputs z of every sample, (N, O, P), with P output positions."""
+    """The outputs z of all samples, (N, O, P), with P output positions."""
     if stage.kind == "linear":
         return np.array([[[sum(w[i] * row[i] for i in range(len(row)))] for w in weight] for row in x])
     return conv_forward(stage, x, weight, None).reshape(len(x), len(weight), -1)
 
 
 def correlation(stage, x: np.ndarray, z: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The mean over samples and positions of z xᵀ, in the weight's shape."""
+    """The mean of z xᵀ over samples and positions, in the shape of the weight."""
     count = z.shape[0] * z.shape[2]
     if stage.kind == "conv":
         return conv_weight_gradient(stage, x, z.reshape(conv_forward(stage, x, weight, None).shape), weight.shape) / count
@@ -32,7 +33,7 @@ def correlation(stage, x: np.ndarray, z: np.ndarray, weight: np.ndarray) -> np.n
 
 
 def back(stage, x: np.ndarray, z: np.ndarray, feedback: np.ndarray) -> np.ndarray:
-    """The product z B, in the input's shape."""
+    """The product z B, in the shape of the input."""
     if stage.kind == "conv":
         return conv_input_error(stage, z.reshape(conv_forward(stage, x, feedback, None).shape), feedback, x.shape)
     found = np.zeros(x.shape)
@@ -54,7 +55,7 @@ def local_gradients(stage, weight, feedback, x, decay=0.0, amp=0.0, null=0.0, ti
 
 
 def with_losses(chain, params, feedback, x, y, losses: dict[str, float], update_forward: bool) -> Arrays:
-    """The gradients of FA plus those of the local losses, which use the layer's noise if it has any."""
+    """The gradients of FA plus those of the local losses, whose input is the layer's noise, if any, or its true input."""
     grads, true_inputs = fa(chain, params, feedback, x, y), inputs(chain, params, x)
     for stage in chain:
         if stage.name in weighted(chain):

@@ -13,22 +13,20 @@ from .sharing import of_feedback, shared, without_stem
 
 
 def classifier(shape: tuple[int, ...], pool: int) -> list[Stage]:
-    """Average the map to pool x pool (without enlarging it), flatten it, apply a linear layer, and normalise."""
+    """The stages of a classifier: averaging to pool x pool (never larger than the map), flattening, a linear layer, BatchNorm."""
     size = tuple(min(length, pool) for length in shape[1:])
     stages = [Stage("pool", "pool", size=size)] if size != shape[1:] else []
     return [*stages, Stage("flatten", "flatten"), Stage("fc", "linear"), Stage("bn", "bn1d", eps=EPS)]
 
 
 def asfp_lc(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", pool=2, **_) -> Arrays:
-    """At the end of a block, the error comes from its classifier, through the B of the classifier. Within the block, errors
-    follow the rule of asfp.
-    """
+    """A block's end gets the error of its classifier through the classifier's B. Within a block, errors are those of asfp."""
     values, given, learned = outputs(chain, params, x), {}, {}
     layers = {stage.name: stage for stage in chain if stage.kind in ("linear", "conv")}
     names = [stage.name for stage in chain]
     for cut in feedback.keys() - layers.keys():
         if not any(stage.name in layers or stage.kind.startswith("bn") for stage in chain[1 : names.index(cut)]):
-            continue  # only the frozen stem precedes it, so no error is needed
+            continue  # only the frozen stem precedes the cut, so no error is needed
         a, held, errors = values[cut], feedback[cut], {}
         grads = gradients(classifier(a.shape[1:], pool), held, a, y, carry={"fc": held["B"]}, errors=errors)
         given[cut] = errors[""]

@@ -26,20 +26,20 @@ def bp_fc(chain, params, feedback, x, y):
 
 
 def frozen_blocks(chain, params, feedback, x, y, blocks=()):
-    """The gradients of backpropagation, except in the first block, which ends at the given layer and keeps its values."""
+    """The only block ends at the layer `blocks[-1]` and keeps its values; the other layers learn by exact BP."""
     names = [stage.name for stage in chain]
     fixed = names[: names.index(blocks[-1]) + 1]
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}
 
 
 def fa(chain, params, feedback, x, y, derivative="exact", beta=0.01, **_):
-    """FA propagates e_in = g B."""
+    """The input error is e_in = g B."""
     dual = beta if derivative == "dual" else None
     return gradients(chain, params, x, y, carry={layer: tensors["B"] for layer, tensors in feedback.items()}, dual=dual)
 
 
 def usf_scale(shape: tuple[int, ...], scale: str) -> float:
-    """The factor s of one layer's s sign(W)."""
+    """The factor s in a layer's feedback s sign(W)."""
     area = math.prod(shape[2:])
     fan_in, fan_out = shape[1] * area, shape[0] * area
     if scale == "xiao":
@@ -48,32 +48,32 @@ def usf_scale(shape: tuple[int, ...], scale: str) -> float:
 
 
 def usf(chain, params, feedback, x, y, scale="xavier", plain_last=False):
-    """The error is e_in = g (s sign(W)), with the current W."""
+    """The input error is e_in = g (s sign(W)), with the current W."""
     layers = weighted(chain)[:-1] if plain_last else weighted(chain)
     weights = {layer: params[f"{layer}.weight"] for layer in layers}
     return gradients(chain, params, x, y, carry={layer: usf_scale(w.shape, scale) * np.sign(w) for layer, w in weights.items()})
 
 
 def magnitude_sf(chain, params, feedback, x, y, **_):
-    """The error is e_in = g (|M| sign(W)); brsf and frsf differ only in when M is sampled."""
+    """The input error is e_in = g (|M| sign(W)). The rules brsf and frsf differ only in when M is sampled."""
     carry = {layer: np.abs(tensors["M"]) * np.sign(params[f"{layer}.weight"]) for layer, tensors in feedback.items()}
     return gradients(chain, params, x, y, carry=carry)
 
 
 def kp(chain, params, feedback, x, y, **options):
-    """Errors are those of FA, and the gradient of B is the gradient of W."""
+    """The gradients of FA, where B has the gradient of W."""
     grads = fa(chain, params, feedback, x, y, **options)
     return grads | {f"{layer}.B": grads[f"{layer}.weight"].copy() for layer in feedback}
 
 
 def feature_count(chain: list[Stage], params: Arrays, x: np.ndarray, cut: str) -> int:
-    """Features per sample at a stage's output."""
+    """The number of features per sample at a stage's output."""
     outputs = dict(zip((stage.name for stage in chain), forward(chain, params, x)[1:], strict=True))
     return outputs[cut][0].size
 
 
 def dfa(chain, params, feedback, x, y, form="neuron", cuts=(), normalise=True, **_):
-    """The product delta_out B_l replaces the error at the cut (neuron, shared) or at the layer's input (kernel)."""
+    """The signal delta_out B_l replaces the error at the cut (forms neuron and shared) or at the layer's input (form kernel)."""
     if form == "neuron":
         return gradients(chain, params, x, y, inject={cut: tensors["B"] for cut, tensors in feedback.items()})
     if form == "kernel":

@@ -10,7 +10,7 @@ import torch
 
 from ..reference import Arrays, Stage, forward, gradients, output_error
 
-#: The output, in addition to the cuts.
+#: The name of the output among the cuts.
 OUTPUT = ""
 
 
@@ -29,8 +29,10 @@ def dfc(
     draws=None,
     **_,
 ) -> Arrays:
-    """The control is u_n = (J_n Q_n + alpha I)^-1 (-stepsize dL_n/dz_n). The gradient at v is -(phi(v + Q u) - phi(v)) / N,
-    with controlled activities.
+    """The gradient at v is -(phi(v + Q u) - phi(v)) / N, or -Q u / N with the voltage difference.
+
+    The control is u_n = (J_n Q_n + alpha I)^-1 (-stepsize dL_n/dz_n). Weight gradients are computed with the controlled
+    activities.
     """
     jacobian, logits = jacobians(chain, params, x, feedback), forward(chain, params, x)[-1]
     q = feedback_of(feedback, jacobian, feedback_weights)
@@ -53,13 +55,13 @@ def dfc(
 
 
 def jacobians(chain, params, x, cuts) -> Arrays:
-    """{cut: dz_n/dv_n (N, C, F)}, with v what enters the cut, and the identity for the output."""
+    """The Jacobians {cut: dz_n/dv_n (N, C, F)}, where v is the input of the cut, and the identity for the output."""
     names, classes = [stage.name for stage in chain], forward(chain, params, x)[-1].shape[1]
     found: Arrays = {OUTPUT: np.zeros((len(x), classes, classes))}
     for c in range(classes):
         unit, at = np.zeros((len(x), classes)), {}
         unit[:, c] = 1.0
-        flat = Stage("flat", "flatten")  # for the loss, whose error is not used
+        flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
         gradients([*chain, flat], params, x, np.zeros(len(x), dtype=int), given={names[-1]: unit}, errors=at)
         found[OUTPUT][:, c, c] = 1.0
         for cut in cuts:
@@ -69,7 +71,7 @@ def jacobians(chain, params, x, cuts) -> Arrays:
 
 
 def feedback_of(feedback, jacobian, kind) -> Arrays:
-    """{cut, or the output: Q of every sample (N, F, C)}."""
+    """The matrices Q of all samples, (N, F, C), at every cut and at the output."""
     samples, classes = jacobian[OUTPUT].shape[:2]
     if kind == "jacobian":
         return {place: value.transpose(0, 2, 1) for place, value in jacobian.items()}
@@ -80,7 +82,7 @@ def feedback_of(feedback, jacobian, kind) -> Arrays:
 
 
 def control(jacobian, q, error, leak) -> np.ndarray:
-    """The solution u of (J_n Q_n + leak I) u_n = error_n."""
+    """The control u, which solves (J_n Q_n + leak I) u_n = error_n."""
     u = np.zeros_like(error)
     for n in range(len(error)):
         loop = leak * np.eye(error.shape[1])
@@ -91,7 +93,7 @@ def control(jacobian, q, error, leak) -> np.ndarray:
 
 
 def pushed(q, u) -> np.ndarray:
-    """The product Q u of every sample, (N, F)."""
+    """The products (Q u)_nf."""
     change = np.zeros(q.shape[:2])
     for n, f in np.ndindex(change.shape):
         change[n, f] = sum(q[n, f, c] * u[n, c] for c in range(u.shape[1]))
@@ -99,7 +101,7 @@ def pushed(q, u) -> np.ndarray:
 
 
 def of_part(part, params, x, error) -> Arrays:
-    flat = Stage("flat", "flatten")  # for the loss, whose error is not used
+    flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
     return gradients([*part, flat], params, x, np.zeros(len(x), dtype=int), given={part[-1].name: error})
 
 

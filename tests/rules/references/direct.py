@@ -10,14 +10,12 @@ from ..reference import Arrays, forward, gradients, linear_input_error, output_e
 
 
 def outputs(chain, params, x) -> Arrays:
-    """{stage: its output}."""
+    """The output of every stage, as {stage: output}."""
     return {stage.name: value for stage, value in zip(chain, forward(chain, params, x)[1:], strict=True)}
 
 
 def dkp(chain, params, feedback, x, y, **_) -> Arrays:
-    """Errors are those of dfa, and gradB[c,f] = sum over n of delta_out[n,c] a[n,f], with a the flattened activation at the
-    cut.
-    """
+    """The gradients of dfa, and gradB[c,f] = sum over n of delta_out[n,c] a[n,f], with the flattened activation a at the cut."""
     grads = gradients(chain, params, x, y, inject={cut: tensors["B"] for cut, tensors in feedback.items()})
     values = outputs(chain, params, x)
     delta = output_error(values[chain[-1].name], y)
@@ -43,7 +41,7 @@ def drtp(chain, params, feedback, x, y, scale=1.0, error_sign=False, **_) -> Arr
 
 
 def f3_errors(information, logits, y) -> np.ndarray:
-    """{n: the error of sample n in this pass}, outputs minus targets, for the cross-entropy l of softmax(z)."""
+    """The error of every sample in this pass (output minus target), for the cross-entropy l of softmax(z)."""
     current, softmax = logits.shape[0] * output_error(logits, y), np.zeros_like(logits)
     for n, c in product(range(logits.shape[0]), range(logits.shape[1])):
         target = 1.0 if c == y[n] else 0.0
@@ -71,10 +69,10 @@ def f3_errors(information, logits, y) -> np.ndarray:
 
 
 def f3(chain, params, feedback, x, y, information="delayed_loss", first_epoch="target", **options) -> Arrays:
-    """The error at a cut is e B / N, with e from the sample's last pass. `kept` is {sample: error}, and the reference updates
-    it.
+    """The error at a cut is e B / N, where e is the error of the sample's last pass.
 
-    Without `kept` and `indices`, every sample is in its first epoch.
+    These errors are in `kept` {sample: error}, which is updated. If `kept` and `indices` are absent, every sample is in its first
+    epoch.
     """
     kept, indices = options.get("kept", {}), options.get("indices", range(len(x)))
     values, given = outputs(chain, params, x), {}

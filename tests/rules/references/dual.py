@@ -1,4 +1,4 @@
-"""References of dual propagation: the finite difference in place of the derivative, with exact weights and with feedback."""
+"""References of dual propagation, with finite differences in place of derivatives and with exact weights or feedback."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from ..reference import gradients
 
 
 def dual_propagation(chain, params, feedback, x, y, beta=0.01):
-    """Backpropagation in which a finite difference replaces the derivative of every nonlinearity."""
+    """Backpropagation with a finite difference in place of the derivative of every nonlinearity."""
     return gradients(chain, params, x, y, dual=beta)
 
 
 REFERENCES = {"dual_propagation": dual_propagation}
-# This beta is so large that slopes of ReLU saturate at one half, and those of tanh differ from its derivative.
+# A beta of 3 is so large that the slopes of ReLU saturate at one half and those of tanh differ from its derivative.
 CASES = {
     "dual_propagation": ("dual_propagation", {"beta": 3.0}),
     "fa-dual": ("fa", {"derivative": "dual", "beta": 3.0}),

@@ -10,8 +10,9 @@ Part = list[Stage]
 
 
 def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> Arrays:
-    """Starting from e = 0, each step sets v = momentum v + dE/de and e = e - rate v, where s_l = f_l(s_{l-1}) + e_l. The local
-    gradients are computed after the last step.
+    """The local gradients after descent on the errors e, which start at zero.
+
+    A step is v = momentum v + dE/de, e = e - rate v, with s_l = f_l(s_{l-1}) + e_l.
     """
     parts = blocks(chain, feedback)
     errors = [np.zeros_like(value) for value in states_of(parts, params, x)]
@@ -28,8 +29,9 @@ def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) ->
 
 
 def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> Arrays:
-    """Starting from the states s of the forward pass, each step sets v = momentum v + dE/ds and s = s - rate v. The local
-    gradients are computed after the last step.
+    """The local gradients after descent on the states s, which start at those of the forward pass.
+
+    A step is v = momentum v + dE/ds, s = s - rate v.
     """
     parts = blocks(chain, feedback)
     states = states_of(parts, params, x)
@@ -38,7 +40,7 @@ def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> 
         entering = [x, *states]
         errors = [state - forward(part, params, start)[-1] for part, start, state in zip(parts, entering, states, strict=False)]
         for at in range(len(states)):
-            # A state has its own error, and is the input of only the next block.
+            # A state has an error of its own and is the input only of the next block.
             above = output_delta(parts, params, states, y) if at + 1 == len(states) else -errors[at + 1]
             velocity[at] = momentum * velocity[at] + errors[at] + vjp(parts[at + 1], params, states[at], above)
         states = [state - rate * v for state, v in zip(states, velocity, strict=True)]
@@ -46,7 +48,7 @@ def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> 
 
 
 def blocks(chain, cuts) -> list[Part]:
-    """The parts of the chain: each part ends at a cut, and the last part ends at the logits."""
+    """The parts of the chain between cuts. The last part ends at the logits."""
     parts: list[Part] = [[]]
     for stage in chain:
         parts[-1].append(stage)
@@ -72,7 +74,7 @@ def output_delta(parts, params, states, y) -> np.ndarray:
 def through(part, params, start, error) -> tuple[Arrays, np.ndarray]:
     """The gradients of a part's parameters and the error at its input, from the error at its output."""
     at: Arrays = {}
-    flat = Stage("flat", "flatten")  # for the loss, whose error is not used
+    flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
     found = gradients([*part, flat], params, start, np.zeros(len(start), dtype=int), given={part[-1].name: error}, errors=at)
     return found, at[""]
 

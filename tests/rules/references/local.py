@@ -1,4 +1,4 @@
-"""References of the rules with a loss at every cut; auxiliary nets are chains of stages, like the network itself."""
+"""References of the rules with a loss at every cut. Auxiliary nets are chains of stages, like the network itself."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from ..reference import (
 )
 from .direct import outputs
 
-EPS = 1e-5  # torch's default of BatchNorm
+EPS = 1e-5  # torch's default for BatchNorm
 
 
 def flattening(shape: tuple[int, ...], limit: int) -> list[Stage]:
-    """Average a map, halving rows and columns in turn (rounded up) until at most `limit` features remain, and flatten it."""
+    """Stages that average a map until it has no more than `limit` features, and flatten it.
+
+    Rows and columns are halved in turn, rounded up.
+    """
     stages = []
     if len(shape) == 3:
         rows = columns = 1
@@ -38,7 +41,7 @@ def flattening(shape: tuple[int, ...], limit: int) -> list[Stage]:
 
 
 def below(chain, params, x, y, cuts, local, output=1.0) -> Arrays:
-    """Gradients of the network where local(cut, activation) returns (error at the cut, gradients of what the cut learns)."""
+    """The gradients if local(cut, activation) returns the error at a cut and the gradients of the parameters that learn there."""
     values, given, learned = outputs(chain, params, x), {}, {}
     for cut in cuts:
         given[cut], grads = local(cut, values[cut])
@@ -50,7 +53,10 @@ def below(chain, params, x, y, cuts, local, output=1.0) -> Arrays:
 
 
 def local_error(chain, params, feedback, x, y, features=4096, separate=False, **_) -> Arrays:
-    """The error is e = (softmax(a Mᵀ) - onehot) M / N, or the same with |K| sign(M) for the last M. M does not learn."""
+    """The error at a cut is e = (softmax(a Mᵀ) - onehot) M / N, where M does not learn.
+
+    With `separate`, |K| sign(M) replaces the second M.
+    """
 
     def local(cut, a):
         errors: Arrays = {}
@@ -66,8 +72,9 @@ def local_error(chain, params, feedback, x, y, features=4096, separate=False, **
 
 
 def cosines(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """S[n,m] of centred rows, the centred rows normalised to unit length, and their lengths. A row whose entries are all equal
-    becomes zero.
+    """The cosines S[n,m] of centred rows, the centred rows normalised to unit length, and their original lengths.
+
+    A constant row becomes zero.
     """
     units, lengths = np.zeros_like(rows), []
     for n in range(len(rows)):
@@ -82,8 +89,10 @@ def cosines(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
 
 
 def cosines_backward(units: np.ndarray, lengths: list[float], g: np.ndarray) -> np.ndarray:
-    """The gradient at the rows, from the gradient at S: normalising removes its component along the unit vector, and centring
-    removes its mean.
+    """The gradient at the rows, from the gradient at S.
+
+    At each row, the gradient is orthogonal to the unit vector (because of the normalisation) and to the vector of ones (because
+    of the centring).
     """
     error = np.zeros_like(units)
     for n in range(len(units)):
@@ -95,7 +104,7 @@ def cosines_backward(units: np.ndarray, lengths: list[float], g: np.ndarray) -> 
 
 
 def deviations(maps: np.ndarray) -> np.ndarray:
-    """The standard deviations s[n,c] over pixels, with the number of pixels minus one as the divisor of the variance."""
+    """s[n,c] is the sample standard deviation of a map over its pixels."""
     rows = np.zeros(maps.shape[:2])
     for n, c in product(*map(range, maps.shape[:2])):
         values = maps[n, c].ravel()
@@ -104,7 +113,7 @@ def deviations(maps: np.ndarray) -> np.ndarray:
 
 
 def deviations_backward(maps: np.ndarray, rows: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """The derivative ds/dx = (x - mean) / ((pixels - 1) s), or 0 if all pixels are equal."""
+    """The gradient at the maps, with ds/dx = (x - mean) / ((pixels - 1) s), or 0 for a constant map."""
     error = np.zeros_like(maps)
     for n, c in product(*map(range, maps.shape[:2])):
         if rows[n, c] > 0:
@@ -113,7 +122,7 @@ def deviations_backward(maps: np.ndarray, rows: np.ndarray, g: np.ndarray) -> np
 
 
 def similarity_loss(a: np.ndarray, weight: np.ndarray, y, classes: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """The loss mean (S(K a) - S(onehot))² and its gradients at a and at K."""
+    """The loss mean (S(K a) - S(onehot))², its gradient at a, and its gradient at K."""
     stage = Stage("K", "conv", padding=(1, 1))
     mapped = linear_forward(a, weight, None) if a.ndim == 2 else conv_forward(stage, a, weight, None)
     by_deviation = a.ndim == 4 and a.shape[1] > 3 and a.shape[2] > 1
@@ -132,7 +141,7 @@ def similarity_loss(a: np.ndarray, weight: np.ndarray, y, classes: int) -> tuple
 
 
 def of_decoder(a, held: Arrays, y, size: int, factor: float) -> tuple[np.ndarray, Arrays]:
-    """The gradients of factor CE(D(a)) at a and at the decoder, whose bias is optional."""
+    """The gradients of factor CE(D(a)) at a and at the decoder, which may have no bias."""
     errors: Arrays = {}
     decoder = [*flattening(a.shape[1:], size), Stage("out", "linear")]
     params = {name: held[f"decoder.{name}"] for name in ("out.weight", "out.bias") if f"decoder.{name}" in held}
@@ -141,8 +150,10 @@ def of_decoder(a, held: Arrays, y, size: int, factor: float) -> tuple[np.ndarray
 
 
 def predsim(chain, params, feedback, x, y, loss="predsim", beta=0.99, decoder_size=4096, **_) -> Arrays:
-    """The loss is (1-beta) CE(D(a)) + beta mean (S(K a) - S(onehot))², and the output layer gets (1-beta) times its true
-    error. The losses pred and sim use only one term.
+    """The loss at a cut is (1-beta) CE(D(a)) + beta mean (S(K a) - S(onehot))².
+
+    The output layer gets (1-beta) times its true error. With loss=pred or loss=sim, a cut has only one of the two terms, and all
+    factors are 1.
     """
     of_prediction, of_similarity = {"predsim": (1 - beta, beta), "pred": (1.0, None), "sim": (None, 1.0)}[loss]
     classes = params[f"{chain[-1].name}.weight"].shape[0]
@@ -161,8 +172,10 @@ def predsim(chain, params, feedback, x, y, loss="predsim", beta=0.99, decoder_si
 
 
 def bp_deepsup(chain, params, feedback, x, y, weight=1.0, decoder_size=4096, **_) -> Arrays:
-    """Backpropagation of CE(z) + weight times the sum of CE(D(a)): every decoder's error is added to that of the layers after
-    it."""
+    """Backpropagation of CE(z) + weight times the sum of CE(D(a)).
+
+    The error of a decoder is added to the error from the layers after its cut.
+    """
     values, added, learned = outputs(chain, params, x), {}, {}
     for cut, held in feedback.items():
         decoder = {f"decoder.{name}": tensor for name, tensor in held.items()}
@@ -175,8 +188,10 @@ def bp_deepsup(chain, params, feedback, x, y, weight=1.0, decoder_size=4096, **_
 
 
 def auxiliary_net(shape: tuple[int, ...], kind: str) -> list[Stage]:
-    """Average the map to a quarter, apply three 1x1 convolutions (mlp_sr), average to 2x2, and apply three linear layers (not
-    for linear) and the classifier.
+    """The stages of an auxiliary net.
+
+    The net averages to a quarter, has three 1x1 convolutions (only in mlp_sr), averages to 2x2, has three linear layers (except
+    in linear), and ends with an output layer.
     """
     chain = []
     if len(shape) == 3:
@@ -192,7 +207,7 @@ def auxiliary_net(shape: tuple[int, ...], kind: str) -> list[Stage]:
 
 
 def dgl(chain, params, feedback, x, y, **options) -> Arrays:
-    """The error at a module's end is the gradient there of the cross-entropy of its auxiliary net, which learns too."""
+    """The error at a module's end is the gradient of the cross-entropy of its auxiliary net, which also learns."""
     kind = options.get("auxiliary_net", "mlp_sr")
 
     def local(cut, a):

@@ -19,7 +19,7 @@ PHI = {
 
 
 def wm(chain, params, feedback, x, y, **_) -> Arrays:
-    """The error is e_in = g B; B has no gradient."""
+    """The input error is e_in = g B, and B has no gradient."""
     return fa(chain, params, feedback, x, y)
 
 
@@ -37,8 +37,9 @@ def mirror_step(
     block_bias=True,
     per_tap=True,
 ) -> np.ndarray:
-    """B after one step is (1 - λ) B + η (1 / (N σ² φ' n_pos)) Σ yᵀ x, with y = φ(W x + b) and x the given noise. By default, λ
-    is η.
+    """B after one step: (1 - λ) B + η (1 / (N σ² φ' n_pos)) Σ yᵀ x, with y = φ(W x + b).
+
+    The inputs x are the given noise, and λ defaults to η.
     """
     decay = rate if decay is None else decay
     phi, slope = PHI[activation]
@@ -67,7 +68,7 @@ def mirror_step(
 
 
 def undecayed_step(weight: np.ndarray, bias: np.ndarray, feedback: np.ndarray, noise: np.ndarray, rate=0.01) -> np.ndarray:
-    """B of a linear layer after a step of Akrout et al.'s numpy code: B + η_B Σ yᵀ x, y = sigmoid(W x + b)."""
+    """B of a linear layer after a step of Akrout et al.'s numpy code: B + η_B Σ yᵀ x, with y = sigmoid(W x + b)."""
     after = feedback.copy()
     for x, o in product(noise, range(len(weight))):
         y = 1 / (1 + math.exp(-(sum(weight[o, i] * x[i] for i in range(len(x))) + bias[o])))

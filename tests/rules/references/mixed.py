@@ -1,4 +1,4 @@
-"""Reference of mixed synapses: every entry according to its own kind."""
+"""Reference of mixed synapses, in which every entry of the feedback is computed according to its own kind."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from .pfa import first_hop, path
 
 
 def mixed(chain, params, feedback, x, y, **_) -> Arrays:
-    """The feedback E is B R, F or K, depending on the entry's kind, and e_in = g E. The gradient of R comes from x and ē = g
-    B, and the gradient of K is that of W; neither is masked.
+    """The input error is e_in = g E, where each entry of E is that of B R, F or K, depending on the entry's kind.
+
+    The gradient of R is that of a weight, from x and ē = g B. The gradient of K is that of W. Both gradients are unmasked.
     """
     stages = {stage.name: stage for stage in chain}
     carry: Arrays = {}

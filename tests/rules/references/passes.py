@@ -1,6 +1,6 @@
-"""References of the rules that run the network again: with noise, or with another input.
+"""References of the rules that run the network again, with noise or with another input.
 
-``draws`` has the random numbers of this update, which are all that they share with the rule.
+References share with their rules only the random numbers of an update, which are in ``draws``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def noise(draws, name: str, shape, is_shared: bool = False) -> np.ndarray:
 
 
 def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The loss of every sample, L_n = -log softmax(z_n)[y_n]."""
+    """The losses L_n = -log softmax(z_n)[y_n]."""
     values = np.zeros(len(y))
     for n in range(len(y)):
         top = logits[n].max()
@@ -28,7 +28,7 @@ def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def altered(chain, params, x, *, before=None, after=None) -> Arrays:
-    """{stage: its output}, and "" for the logits, with something added to what enters or leaves stages."""
+    """The outputs of all stages, and the logits under "", with `before` and `after` added to the inputs and outputs of stages."""
     before, after, values = before or {}, after or {}, {}
     for stage in chain:
         x = forward([stage], params, x + before.get(stage.name, 0.0))[-1] + after.get(stage.name, 0.0)
@@ -37,8 +37,9 @@ def altered(chain, params, x, *, before=None, after=None) -> Arrays:
 
 
 def node_perturbation(chain, params, feedback, x, y, sigma=1e-3, perturb_output=True, draws=None, **_) -> Arrays:
-    """The error at a cut is d_n xi_n / N, with d_n = (L_n(+sigma xi) - L_n(-sigma xi)) / 2 sigma. The error at the logits is
-    the same, or delta.
+    """The error at a cut is d_n xi_n / N, with d_n = (L_n(+sigma xi) - L_n(-sigma xi)) / 2 sigma.
+
+    The error at the logits is computed in the same way or, without perturb_output, is delta_out.
     """
     plain = altered(chain, params, x)
     last = chain[-1].name
@@ -66,8 +67,10 @@ def weight_perturbation(chain, params, feedback, x, y, epsilon=1e-3, draws=None,
 
 
 def pepita(chain, params, feedback, x, y, **_) -> Arrays:
-    """The second input is x' = x + (p - y) F. The hidden error before the nonlinearity is (h - h') / N, the output error is
-    (p' - y) / N, and the layers' inputs are h'.
+    """The second pass has the input x' = x + (p - y) F.
+
+    The error before a hidden nonlinearity is (h - h') / N, and the output error is (p' - y) / N. Weight gradients are computed
+    with h'.
     """
     plain, total = altered(chain, params, x), {}
     (matrix,) = [tensors["F"] for tensors in feedback.values() if "F" in tensors]
@@ -97,13 +100,14 @@ def _softmax_error(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _of_part(part, params, x, error) -> Arrays:
-    flat = Stage("flat", "flatten")  # for the loss, whose error is not used
+    flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
     return gradients([*part, flat], params, x, np.zeros(len(x), dtype=int), given={part[-1].name: error})
 
 
 def np_feedback(chain, params, feedback, x, y, sigma=1e-2, draws=None, **_) -> Arrays:
-    """The gradients are those of fa, and gradB = 1/N sum_n ghat_n^T (ghat_n B - d_n xi_n), with ghat = N g and xi at the input
-    of every layer.
+    """The gradients of fa, and gradB = 1/N sum_n ghat_n^T (ghat_n B - d_n xi_n) with ghat = N g.
+
+    The noise xi is added to the input of every layer.
     """
     carry, errors = {layer: tensors["B"] for layer, tensors in feedback.items()}, {}
     grads = gradients(chain, params, x, y, carry=carry, errors=errors)
@@ -131,7 +135,10 @@ def np_feedback(chain, params, feedback, x, y, sigma=1e-2, draws=None, **_) -> A
 def forward_forward(
     chain, params, feedback, x, y, draws=None, theta=None, peer_norm=0.03, full_gradient=True, label_scale=1.0, **_
 ) -> Arrays:
-    """Local losses 1/2 softplus(-+(G - theta)) and the classifier's true gradient; see the rule."""
+    """The gradients of the local losses 1/2 softplus(-+(G - theta)), and the true gradient of the classifier.
+
+    The equations are in the docstring of the rule.
+    """
     layers, cuts = {stage.name: stage for stage in chain}, [stage.name for stage in chain if stage.name in feedback]
     classes = len(params[f"{weighted(chain)[-1]}.weight"])
     shift = draws.shifts("labels", len(x), classes).numpy()
@@ -163,7 +170,11 @@ def forward_forward(
 
 
 def _normalised_pass(chain, params, x, labels, cuts):
-    """{cut: (stages before it, their input, its activation)}, and (stages of the output, their input, normalised activations)."""
+    """The results of a pass with normalised activations, for the hidden layers and for the output.
+
+    The former are {cut: (stages before it, their input, its activation)}. The latter are (stages of the output, their input,
+    {cut: normalised activation}).
+    """
     x = x.copy()
     x.reshape(len(x), -1)[:, : len(labels[0])] = labels
     start, part, parts, values = _unit(x), [], {}, {}

@@ -1,4 +1,4 @@
-"""References of product feedback alignment: the two hops one after the other, scalar by scalar."""
+"""References of product feedback alignment, which compute the two hops one after the other, scalar by scalar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..reference import Arrays, Stage, conv_weight_gradient, gradients, inputs, 
 
 
 def path(stage: Stage, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The product (B R)[o,i,...] = sum over m of B[o,m] R[m,i,...], with m within the group of o."""
+    """(B R)[o,i,...] = sum over m in the group of o of B[o,m] R[m,i,...]."""
     outputs, between = first.shape
     effective = np.zeros((outputs, *second.shape[1:]))
     for o, m in product(range(outputs), range(between)):
@@ -19,7 +19,7 @@ def path(stage: Stage, first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def first_hop(stage: Stage, g: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """The sum ē[n,m,...] = sum over o of g[n,o,...] B[o,m], with o within the group of m."""
+    """ē[n,m,...] = sum over o in the group of m of g[n,o,...] B[o,m]."""
     outputs, between = first.shape
     error = np.zeros((g.shape[0], stage.groups * between, *g.shape[2:]))
     for o, m in product(range(outputs), range(between)):
@@ -28,7 +28,7 @@ def first_hop(stage: Stage, g: np.ndarray, first: np.ndarray) -> np.ndarray:
 
 
 def pfa(chain, params, feedback, x, y, **_) -> Arrays:
-    """The error is e_in = (g B) R. The gradient of R is that of a weight, from x and ē = g B; B has no gradient."""
+    """The input error is e_in = (g B) R. The gradient of R is that of a weight, from x and ē = g B. B has no gradient."""
     stages = {stage.name: stage for stage in chain}
     carry = {layer: path(stages[layer], tensors["B"], tensors["R"]) for layer, tensors in feedback.items()}
     errors: Arrays = {}
@@ -44,8 +44,9 @@ def pfa(chain, params, feedback, x, y, **_) -> Arrays:
 
 
 def ldfa(chain, params, feedback, x, y, b_rate=1.0, rank=0, **_) -> Arrays:
-    """Errors are those of PFA. The gradient of B is -rate (C B - B Bᵀ C B), with C the sum of outer products g g / ‖g‖,
-    separately in every group.
+    """The gradients of PFA, with -rate (C B - B Bᵀ C B) as the gradient of B.
+
+    C is the sum of the outer products g g / ‖g‖. Every group has its own C.
     """
     stages, errors = {stage.name: stage for stage in chain}, {}
     grads = pfa(chain, params, feedback, x, y)
@@ -83,7 +84,7 @@ def oja(error: np.ndarray, first: np.ndarray, rate: float) -> np.ndarray:
 
 
 def orthonormal(first: np.ndarray, groups: int) -> np.ndarray:
-    """The columns of every group minus their projections on earlier ones, normalised to length one."""
+    """The columns of every group minus their projections onto earlier ones, normalised to length one."""
     parts = []
     for part in np.split(first, groups):
         columns: list[np.ndarray] = []

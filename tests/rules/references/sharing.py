@@ -10,7 +10,7 @@ from ..reference import Arrays, conv_weight_gradient, gradients, inputs, linear_
 
 
 def matched(h: np.ndarray, shape: tuple[int, ...], match: str, mixing: np.ndarray | None) -> np.ndarray:
-    """h resized to `shape`: copies side by side and pooling, or one fixed random 1x1 convolution."""
+    """h resized to `shape`, either by copying channels and pooling or by one fixed random 1x1 convolution."""
     if h.ndim != len(shape):
         h = h.reshape(len(h), -1)
     if mixing is not None:
@@ -31,8 +31,9 @@ def matched(h: np.ndarray, shape: tuple[int, ...], match: str, mixing: np.ndarra
 
 
 def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arrays]:
-    """The layers after the stem that share activations, and {layer: the activation that replaces its input}, which starts at
-    the second layer.
+    """The layers after the stem that share activations, and {layer: the activation that replaces its input}.
+
+    The first layer that shares has its true input.
     """
     kinds = {stage.name: stage.kind for stage in chain}
     layers, own = weighted(chain), inputs(chain, params, x)
@@ -47,12 +48,12 @@ def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arr
 
 
 def carried(params: Arrays, feedback) -> Arrays:
-    """The feedback {layer: B}; a layer without B has no entry, so its weight transports the error."""
+    """The feedback of the layers that have a B. Layers without B transport their weight."""
     return {layer: tensors["B"] for layer, tensors in feedback.items() if "B" in tensors}
 
 
 def asap(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", freeze_stem=True, **_) -> Arrays:
-    """The gradients of W and B are both computed from the shared activation and g; the error goes through B."""
+    """The gradients of W and B are that of the shared activation and g, and the error passes through B."""
     sharing, stand_ins = shared(chain, params, feedback, x, k, match, linear)
     grads = gradients(chain, params, x, y, carry=carried(params, feedback), activations=stand_ins)
     learning = sharing if freeze_stem else weighted(chain)[:1] + sharing
@@ -70,8 +71,9 @@ def asfp(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", fr
 
 
 def of_feedback(chain, grads: Arrays, errors: Arrays, learning: list[str], stand_ins: Arrays) -> Arrays:
-    """The gradient of each B. It comes from the activation that replaces the input of the layer and the error at its output; a
-    layer without such an activation uses the gradient of its weight.
+    """The gradient of each layer's B, from the activation that replaces its input and the error at its output.
+
+    In a layer whose input is not replaced, B has the gradient of the weight.
     """
     stages, found = {stage.name: stage for stage in chain}, {}
     for layer in learning:
@@ -86,7 +88,7 @@ def of_feedback(chain, grads: Arrays, errors: Arrays, learning: list[str], stand
 
 
 def without_stem(chain, grads: Arrays) -> Arrays:
-    """The first layer is random and fixed."""
+    """The gradients without those of the first layer, which is random and fixed."""
     stem = weighted(chain)[0]
     return {name: grad for name, grad in grads.items() if name.rsplit(".", 1)[0] != stem}
 

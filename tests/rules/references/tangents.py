@@ -1,6 +1,6 @@
-"""References of the rules that learn from the derivative of the logits along noise: tangents are propagated stage by stage.
+"""References of the rules that learn from the derivative of the logits along noise, with tangents propagated stage by stage.
 
-``draws`` has the random numbers of this update, which are all that they share with the rule.
+References share with their rules only the random numbers of an update, which are in ``draws``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def noise(draws, name: str, shape, is_shared: bool = False) -> np.ndarray:
 
 
 def tangents(chain, params, x, *, added=None, moved=None) -> Arrays:
-    """{stage: the derivative of its output} along `added` {stage: tangent} and `moved` {parameter: tangent}."""
+    """The derivatives of the outputs of all stages along `added` {stage: tangent} and `moved` {parameter: tangent}."""
     added, moved, found = added or {}, moved or {}, {}
     values = forward(chain, params, x)
     t = np.zeros_like(x)
@@ -52,7 +52,7 @@ def tangents(chain, params, x, *, added=None, moved=None) -> Arrays:
 
 
 def along_noise(chain, params, x, cuts, draws) -> tuple[Arrays, np.ndarray]:
-    """The tangents p at every cut and d at the logits."""
+    """The noise p at every cut, and the derivative d of the logits along it."""
     values = dict(zip([stage.name for stage in chain], forward(chain, params, x)[1:], strict=True))
     p = {cut: noise(draws, cut, values[cut].shape) for cut in cuts}
     return p, tangents(chain, params, x, added=p)[chain[-1].name]
@@ -68,14 +68,14 @@ def mean_product(d: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def fdfa(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
-    """The error at a cut is delta_out B; gradB = B - mean of d p."""
+    """The error at a cut is delta_out B, and the gradient of B is B minus the mean of d p."""
     grads = gradients(chain, params, x, y, inject={cut: tensors["B"] for cut, tensors in feedback.items()})
     p, d = along_noise(chain, params, x, feedback, draws)
     return grads | {f"{cut}.B": tensors["B"] - mean_product(d, p[cut]) for cut, tensors in feedback.items()}
 
 
 def grape(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
-    """Errors are those of fdfa. The gradient of B is -d cos(B, J) / dB = -(J / |B||J| - cos B / |B|²), with J the mean of d p."""
+    """The gradients of fdfa, but gradB = -d cos(B, J) / dB = -(J / |B||J| - cos B / |B|²), where J is the mean of d p."""
     grads = fdfa(chain, params, feedback, x, y, draws)
     for cut, tensors in feedback.items():
         b = tensors["B"]
@@ -87,8 +87,10 @@ def grape(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
 
 
 def forward_gradient(chain, params, feedback, x, y, form="activation", cuts=(), draws=None, **_) -> Arrays:
-    """With activation, the error at a cut is (delta_n . d_n) p_n; with weight, the gradient is (sum over n of delta_n . d_n)
-    v.
+    """The gradients of both forms of the rule.
+
+    In the form activation, the error at a cut is (delta_n . d_n) p_n. In the form weight, the gradient is v times the sum over n
+    of (delta_n . d_n).
     """
     delta = output_error(forward(chain, params, x)[-1], y)
     if form == "weight":

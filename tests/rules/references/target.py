@@ -1,4 +1,4 @@
-"""References of target propagation; feedback that learns from noise is tested in tests/rules/test_target_propagation.py."""
+"""References of target propagation. Feedback that learns from noise is tested in tests/rules/test_target_propagation.py."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from ..reference import Arrays, Stage, conv_forward, forward, gradients, linear_
 
 
 def ddtp_linear(chain, params, feedback, x, y, **_):
-    """The gradients are those of dfa."""
+    """The gradients of dfa with the same B."""
     return gradients(chain, params, x, y, inject={cut: tensors["B"] for cut, tensors in feedback.items()})
 
 
 def through_map(weight: np.ndarray, above: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Apply G of the layers after a block, in the shape of its input: G is a linear layer, or a 3x3 convolution of an enlarged
-    map.
-    """
+    """The error G e' in the given shape, through a linear layer or a 3x3 convolution of the enlarged map."""
     if weight.ndim == 2:
         return linear_forward(above.reshape(len(above), -1), weight, None).reshape(len(above), *shape)
     rows, columns = (np.arange(size) * given // size for size, given in zip(shape[1:], above.shape[2:], strict=True))
@@ -23,7 +21,7 @@ def through_map(weight: np.ndarray, above: np.ndarray, shape: tuple[int, ...]) -
 
 
 def ldrl(chain, params, feedback, x, y, **_) -> Arrays:
-    """The error is e = G e', computed from the error at the logits backwards; it is exact within a block."""
+    """The error at a cut is e = G e', computed from the logits backwards. Within a block, errors are exact."""
     values = forward(chain, params, x)
     outputs = dict(zip((stage.name for stage in chain), values[1:], strict=True))
     given, error = {}, output_error(values[-1], y)
