@@ -108,7 +108,7 @@ class Npz(VectorDataset):
         return 1 + max(int(array.max()) for array in (*(y for _, y in parts.values()), *with_tokens) if array.size)
 
     def _images(self, parts: dict[str, tuple[Any, Any]], of: list[str], device: torch.device) -> Splits:
-        """Like `VectorDataset.splits_of`, for images, which are stored as 8-bit integers."""
+        """The splits of images, which are stored as 8-bit integers; the counterpart of `VectorDataset.splits_of`."""
         notes: list[str] = []
         digest, made = hashlib.sha256(), {}
         try:

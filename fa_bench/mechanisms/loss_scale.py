@@ -187,8 +187,8 @@ def _tolerance(delta: Tensor) -> float:
 
 
 def _rounding(delta: Tensor) -> float:
-    """The norm of the rounding error of δ for a loss of scale 1, whose entries were rounded before the division by the sample
-    count."""
+    """The norm of the rounding error of δ for a loss of scale 1, if the entries of δ were rounded before the division by the
+    number of samples."""
     from fa_bench.mechanisms.cut.positions import class_axis
 
     samples = max(delta.numel() // delta.shape[class_axis(delta.shape)], 1)

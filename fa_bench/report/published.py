@@ -83,9 +83,9 @@ class Entry:
         )
 
     def ours(self, runs: Iterable[Run], layer: str = "") -> list[float]:
-        """The finished runs' values of this quantity (in `layer`, for a quantity of layers) in `unit`, one per seed.
+        """The values of this quantity in the finished runs, in units of `unit`, one per seed.
 
-        The values are those of epoch `at`, or the last ones.
+        For a quantity of layers, they are those of `layer`. They are from epoch `at` or, without one, from the last epoch.
         """
         finished = finished_by_seed(runs).values()
         if self.at is not None:

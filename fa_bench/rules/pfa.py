@@ -61,7 +61,12 @@ class ProductRule(EdgeRule):
         raise missing_method(self, "between")
 
     def check_size(self, layer: LayerContext, entries: int) -> None:
-        """Called before a layer gets B and R, with the number of their entries; may raise an OptionError."""
+        """Check the size of a layer's feedback before B and R are created; may raise an OptionError.
+
+        Args:
+            layer: the layer.
+            entries: the number of entries of B and R together.
+        """
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
         """B of one group, (outputs, between), float32 on the CPU."""

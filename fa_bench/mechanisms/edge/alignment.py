@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class AlignmentLoss(NamedTuple):
-    """The weights of the local losses in their sum."""
+    """The coefficient of each local loss in the sum that the feedback minimises."""
 
     decay: float = 0.0
     amp: float = 0.0
