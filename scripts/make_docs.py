@@ -190,7 +190,7 @@ def _page(name: str) -> str:
 def _measured(name: str) -> list[str]:
     """A table of the rule's results in docs/results.md, beside those of backpropagation."""
     found = [
-        f"| {task} | {scores[name]} | {scores.get('bp', '-')} |"
+        f"| {task} | {scores[name].strip('*')} | {scores.get('bp', '-').strip('*')} |"
         for task, scores in _scores().items()
         if name in scores and name != "bp"
     ]
@@ -214,7 +214,7 @@ def _scores() -> dict[str, dict[str, str]]:
         tasks[task] = {}
         for file in files:
             with (ROOT / "docs" / "data" / "archived" / f"{file}.csv").open(encoding="utf-8", newline="") as opened:
-                tasks[task] = {row["rule"]: row[column].strip("*") for row in csv.DictReader(opened)} | tasks[task]
+                tasks[task] = {row["rule"]: row[column] for row in csv.DictReader(opened)} | tasks[task]
     return tasks
 
 

@@ -83,8 +83,9 @@ class Study:
         return cls(name, DATA / name)
 
     def tuned_scores(self) -> dict[str, str]:
-        """Rule -> accuracy and interval, without marks, if the runs are the final ones of a tuning study."""
-        return {str(row["rule"]): _interval(row).strip("*") for _, row in self.tuned.iterrows()}
+        """Rule -> accuracy and interval, the most accurate first, if the runs are the final ones of a tuning study."""
+        ordered = self.tuned.sort_values("test_accuracy", ascending=False, kind="stable")
+        return {str(row["rule"]): _interval(row) for _, row in ordered.iterrows()}
 
     def header(self) -> str:
         """The command, followed by the commit, versions, machine and seeds in one sentence."""
@@ -267,17 +268,10 @@ def compared(studies: Mapping[str, str | None], common: bool = False) -> str:
         studies: {heading: name of the study}, None for one that has not run, whose column is empty.
         common: whether to show only the rules that all studies have.
     """
-    tables = {heading: Study.named(name).tuned if name else None for heading, name in studies.items()}
-    ran = [table for table in tables.values() if table is not None]
-    rules = dict.fromkeys(
-        rule for table in ran for rule in table.sort_values("test_accuracy", ascending=False, kind="stable")["rule"]
-    )
-    cells = {
-        heading: {} if table is None else {row["rule"]: _interval(row) for _, row in table.iterrows()}
-        for heading, table in tables.items()
-    }
-    shown = [rule for rule in rules if not common or all(rule in column for column in cells.values())]
-    return _markdown(["rule", *tables], [[rule, *(column.get(rule, "") for column in cells.values())] for rule in shown])
+    columns = {heading: Study.named(name).tuned_scores() if name else {} for heading, name in studies.items()}
+    rules = dict.fromkeys(rule for column in columns.values() for rule in column)
+    shown = [rule for rule in rules if not common or all(rule in column for column in columns.values())]
+    return _markdown(["rule", *columns], [[rule, *(column.get(rule, "") for column in columns.values())] for rule in shown])
 
 
 def _cell(row: pd.Series, column: str) -> str:

@@ -213,6 +213,13 @@ def test_nothing_is_compiled_by_a_torch_that_is_too_old(
         part(context, section := page.Section("part", "Part"))
         assert section.notes[-1] == "Nothing was compiled: torch 1 is old." and not section.misses
         assert section.rows and not any("compile" in row[0] or "graphs" in row[0] for row in section.rows)
+    modes, steps = set(), gpu("gpu.steps")
+    monkeypatch.setattr(steps, "measure", lambda context, section, mode, *others: modes.add(mode))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    steps.run(context, section := page.Section("steps", "Steps"))
+    assert modes == {"eager"} and section.notes[-1] == "Nothing was compiled: torch 1 is old."
 
 
 def test_options_are_compared_with_the_plain_run(
