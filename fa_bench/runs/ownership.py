@@ -29,6 +29,11 @@ IGNORED = re.compile(
 )
 
 
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The paths of a run's checkpoints, newest first; they need not exist."""
+    return [directory / CHECKPOINTS / name for name in (LAST, PREVIOUS)]
+
+
 def removable_files(directory: Path, resume: bool) -> Iterator[Path]:
     """The files that a run removes when it starts. Checkpoints come first, because checkpoints of other code must not outlive the
     config.
@@ -38,7 +43,7 @@ def removable_files(directory: Path, resume: bool) -> Iterator[Path]:
         resume: whether the run resumes from its checkpoint; then only its result and half-written files are removed.
     """
     if not resume:
-        yield from (directory / CHECKPOINTS / name for name in (LAST, PREVIOUS))
+        yield from checkpoint_files(directory)
     yield from (directory / CHECKPOINTS / name for name in CHECKPOINT_TEMPORARIES)
     yield from (directory / name for name in TEMPORARIES)
     yield directory / RESULT

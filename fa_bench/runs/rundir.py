@@ -14,7 +14,7 @@ from fa_bench.config.scale import scaled
 from fa_bench.errors import RunDirectoryError
 from fa_bench.runs.checked_json import RecordError
 from fa_bench.runs.hashes import code_hash
-from fa_bench.runs.ownership import CHECKPOINTS, LAST, PREVIOUS, refuse_foreign_files, removable_files
+from fa_bench.runs.ownership import CHECKPOINTS, checkpoint_files, refuse_foreign_files, removable_files
 from fa_bench.runs.readers import CODE_HEADER, HEADER, read_measurements, read_result, recorded_lines
 from fa_bench.utils.files import ANGLES, CONFIG, METRICS, RESULT, output_errors, write_text
 from fa_bench.utils.yaml_files import parse_yaml
@@ -40,7 +40,7 @@ class RunDirectory:
     def __init__(self, path: Path, job: Job) -> None:
         self.path, self.job = path, job
         #: The newest checkpoint, and the one before it.
-        self.checkpoint, self.previous = path / CHECKPOINTS / LAST, path / CHECKPOINTS / PREVIOUS
+        self.checkpoint, self.previous = checkpoint_files(path)
 
     @property
     def state(self) -> RunState:

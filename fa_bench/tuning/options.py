@@ -38,6 +38,7 @@ class TuneOptions(Options):
     jobs: int = option(
         1, "processes; each tunes one rule at a time, and the result does not depend on their number", minimum=1, maximum=1024
     )
+    keep_checkpoints: bool = option(False, "keep the checkpoints of finished trials (those of the final runs are always kept)")
     name: str | None = option(  # type: ignore[assignment, misc]
         None, "folder of the study in output_dir; null: the experiment, or dataset and architecture, and '-tune'"
     )

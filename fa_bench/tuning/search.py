@@ -11,11 +11,13 @@ from tqdm import tqdm
 
 from fa_bench.errors import printable
 from fa_bench.objectives.scores import ACCURACY, Score
+from fa_bench.runs.ownership import checkpoint_files
 from fa_bench.tuning.optuna_parts import NO_PRUNER
 from fa_bench.tuning.plan import Plan
 from fa_bench.tuning.space import shown
 from fa_bench.tuning.store import Finished, RuleStudy
 from fa_bench.tuning.trials import DONE, TrialRun, run_trial
+from fa_bench.utils.files import output_errors
 
 Report = Callable[[RuleStudy, Finished], None]
 
@@ -37,7 +39,10 @@ def search(plan: Plan, studies: Sequence[RuleStudy], report: Report) -> None:
         for study in unfinished:
             while len(study.finished) < plan.options.budget:
                 trial, values = study.ask()
-                report(study, study.tell(trial, values, run_trial(trial_run(plan, study, values))))
+                runs = trial_run(plan, study, values)
+                finished = study.tell(trial, values, run_trial(runs))
+                _discard_checkpoints(plan, runs)
+                report(study, finished)
         return
     _in_workers(plan, unfinished, report)
 
@@ -49,16 +54,19 @@ def _in_workers(plan: Plan, unfinished: list[RuleStudy], report: Report) -> None
 
     with workers(min(plan.options.jobs, len(unfinished)), torch.get_num_threads()) as started:
         idle = list(range(min(plan.options.jobs, len(unfinished))))
-        waiting, running = list(unfinished), dict[int, tuple[RuleStudy, Any, dict[str, Any]]]()
+        waiting, running = list(unfinished), dict[int, tuple[RuleStudy, Any, dict[str, Any], TrialRun]]()
         while waiting or running:
             while waiting and idle:
                 study, worker = waiting.pop(0), idle.pop(0)
                 trial, values = study.ask()
-                running[worker] = study, trial, values
-                started.start(worker, trial_run(plan, study, values))
+                runs = trial_run(plan, study, values)
+                running[worker] = study, trial, values, runs
+                started.start(worker, runs)
             for worker, outcome in started.results(list(running)):
-                study, trial, values = running.pop(worker)
-                report(study, study.tell(trial, values, outcome))
+                study, trial, values, runs = running.pop(worker)
+                finished = study.tell(trial, values, outcome)
+                _discard_checkpoints(plan, runs)
+                report(study, finished)
                 idle.append(worker)
                 if len(study.finished) < plan.options.budget:
                     waiting.append(study)
@@ -75,6 +83,16 @@ def trial_run(plan: Plan, study: RuleStudy, values: dict[str, Any]) -> TrialRun:
         is_default=number == 0,
         rivals=None if plan.options.pruner == NO_PRUNER else study.rivals,
     )
+
+
+def _discard_checkpoints(plan: Plan, trial: TrialRun) -> None:
+    """Delete the checkpoints of a stored trial, which is never resumed, unless the study keeps them."""
+    if plan.options.keep_checkpoints:
+        return
+    for _, directory in trial.configs:
+        for path in checkpoint_files(directory):
+            with output_errors(path):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -236,6 +236,27 @@ def test_a_larger_budget_extends_a_study_as_if_it_had_had_it_from_the_start(
     assert "budget=3: outputs/study has 4 finished trials of bp; pass budget=4 or more" in capsys.readouterr().err
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of all runs in a folder."""
+    return sorted(folder.rglob("*.pt"))
+
+
+@pytest.mark.usefixtures("only_trials")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_checkpoints_of_finished_trials_are_kept_on_request(jobs: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*STUDY, "budget=1", f"jobs={jobs}"]) == 0
+    assert checkpoints(Path("outputs/study/trials")) == []
+    assert main([*STUDY, "budget=1", f"jobs={jobs}", "keep_checkpoints=true", "name=kept"]) == 0
+    assert [path.name for path in checkpoints(Path("outputs/kept/trials"))] == ["last.pt", "previous.pt"] * 2
+
+
+def test_final_runs_keep_their_checkpoints(finished: Path) -> None:
+    folder = finished / "outputs" / "study"
+    assert len(checkpoints(folder / "tuned")) == 8  # two for each of two rules with two seeds
+    assert checkpoints(folder / "trials") == []
+
+
 @pytest.mark.usefixtures("only_trials")
 def test_two_jobs_give_the_trials_of_one(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
