@@ -1,4 +1,4 @@
-"""The reference of deep feedback control."""
+"""Reference implementation of deep feedback control."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ..reference import Arrays, Stage, forward, gradients, output_error
 
-#: The name of the output among the cuts.
+#: The name under which the output is listed among the cuts.
 OUTPUT = ""
 
 
