@@ -130,8 +130,7 @@ def test_zero_at_first_trains_the_output_layer_alone() -> None:
 
 @pytest.mark.parametrize("init", ["identity", "identity_pm"])
 def test_identity_feedback_shows_the_delayed_errors(init: str) -> None:
-    """With identity feedback, the entries of the error at a cut are those of the sample's earlier error, up to the identity's
-    sign."""
+    """With identity feedback, the error at a cut consists of entries of the sample's earlier error, up to the identity's sign."""
     model, rule = attached(b_init=init)
     seen: list[Tensor] = []
     logits = model(X[[4, 2]])

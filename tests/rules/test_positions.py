@@ -347,7 +347,7 @@ def test_a_local_loss_of_pixels_is_that_of_their_own_labels():
 
 
 class Pooled(nn.Module):
-    """A network on tokens (N, T, F) with `inner` between the first layer and the head."""
+    """A network on tokens (N, T, F) that applies the module `inner` between the first layer and the head."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -137,8 +137,10 @@ def test_r_learns_behind_a_frozen_weight(net, name):
 
 
 def test_b_has_unit_gram_in_the_mean_with_and_without_mask():
-    """E[B Bᵀ] = I, so the mean of 200 squared row norms of 2000 terms each is near 1. The standard error of this mean is 0.0014
-    for dense B and 0.0035 for sparse B."""
+    """Because E[B Bᵀ] = I, the mean of 200 squared row norms of 2000 terms each is near 1.
+
+    The standard error of this mean is 0.0014 for dense B and 0.0035 for sparse B.
+    """
     for density, tolerance in ((1.0, 0.01), (0.3, 0.015)):
         _, rule = linear(200, 20, "pfa", density=density)
         b = rule.feedback["0"]["B"]

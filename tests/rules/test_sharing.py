@@ -30,8 +30,10 @@ from .references import REFERENCES
 
 
 def chain_net(linear: bool = False) -> nn.Sequential:
-    """A network whose layers can share activations. It has 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) channels on maps of 5x8
-    pixels, or, if linear, 7-4-8-4-2 features."""
+    """A network whose layers can share activations.
+
+    The network has 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) channels on maps of 5x8 pixels or, if linear, 7-4-8-4-2 features.
+    """
     torch.manual_seed(0)
     if linear:
         widths = [7, 4, 8, 4, 2]
@@ -267,7 +269,7 @@ def test_activation_changed_in_place_is_noticed():
 
 
 def test_channels_that_do_not_go_into_each_other_are_refused():
-    """Copies cannot turn 4 channels into 6, but a fixed random convolution supports any number."""
+    """Copies cannot turn 4 channels into 6, but a fixed random convolution works for any number of channels."""
     x, y = torch.randn(2, 1, 6, 6), torch.tensor([0, 1])
 
     def build():
@@ -461,7 +463,7 @@ def test_features_of_tokens_are_pooled_token_by_token(kind):
 
 
 class Merges(nn.Module):
-    """A network on tokens that merges them in pairs before layer `c`."""
+    """A network that merges its tokens in pairs before layer `c`."""
 
     def __init__(self):
         super().__init__()
