@@ -123,7 +123,7 @@ def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
     """Require that the same tensors have gradients and that their values agree to within ``rel``.
 
     Differences are relative to the tensor's largest entry, or to 1e-3 of the largest entry of all tensors if that is larger. The
-    second bound is needed for a bias that precedes BatchNorm, because its true gradient is 0.
+    bound of 1e-3 is needed for a bias that precedes BatchNorm, because the true gradient of such a bias is 0.
     """
     present = {name for name, grad in got.items() if grad is not None}
     assert present == set(want), f"gradients of {sorted(present)}, wanted {sorted(want)}"
@@ -134,7 +134,7 @@ def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
 
 
 def assert_bitwise(got: dict, want: dict) -> None:
-    """Require that both dictionaries have the same names and that their tensors are bitwise identical (or None)."""
+    """Require that both dictionaries have the same names and that their tensors are bitwise identical or both None."""
     assert set(got) == set(want)
     for name in want:
         assert (got[name] is None) == (want[name] is None), f"{name}: got {got[name]}, wanted {want[name]}"

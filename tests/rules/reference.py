@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Stage:
-    """One module of the chain: its name and kind, the geometry of a convolution, and the output size of a pooling."""
+    """One module of the chain: its name and kind, the geometry of a convolution, and the output size of a pooling layer."""
 
     name: str
     kind: str

@@ -238,7 +238,7 @@ def test_the_factor_of_the_loss_is_found_or_asked_for() -> None:
 def test_without_an_error_the_factor_is_the_last_one() -> None:
     """If every label has probability 1, the gradient at the logits is zero and cannot determine the scale.
 
-    The rule then uses the last scale.
+    The rule then uses the last known scale.
     """
     model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
     rule = fa_bench.attach(model, "activation_alignment")
@@ -378,7 +378,7 @@ def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
 
 
 def test_metrics_measure_what_trains_the_weights() -> None:
-    """The gradient of a weight contains that of the local loss; the error at the layer's input does not."""
+    """The gradient of a weight includes that of the local loss, but the error at the layer's input does not."""
     x, y = nets.batch("conv")
     model = nets.convnet()
     rule = fa_bench.attach(model, "regularized_mirror", update_forward=True, alpha=0.5, sample_input=x)

@@ -51,10 +51,7 @@ class Attends(nn.Module):
 
 
 class Recurs(nn.Module):
-    """A model with a 4-5 linear layer, a recurrent module with `width` outputs, and a linear output layer with 2 features.
-
-    Both linear layers run at every time step.
-    """
+    """A model with a 4-5 linear layer, a recurrent module with `width` outputs, and a linear output layer for every time step."""
 
     def __init__(self, core: nn.Module, width: int = 3) -> None:
         super().__init__()

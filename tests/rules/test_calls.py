@@ -25,7 +25,7 @@ def attached(name: str):
 
 @pytest.mark.parametrize("name", [*CUT_RULES, "forward_alignment"])
 def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
-    """Only calls with gradients are refused: evaluating a part of the model, or differentiating it exactly, is harmless."""
+    """Only calls with gradients are refused, because evaluating a part of the model or differentiating it exactly is harmless."""
     model, rule, x, y = attached(name)
     want = rule_grads(model, rule, x, y)
     with pytest.raises(CoverageError, match=r"'(act1|fc1)' ran outside a forward pass of the attached model; call the model"):

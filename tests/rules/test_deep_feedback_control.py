@@ -160,8 +160,8 @@ def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
     """The feedback of a linear net converges to Q = Jᵀ M, where M has the eigenvectors of J Jᵀ.
 
     For the eigenvalue s of J Jᵀ, M has the eigenvalue m that solves decay m = leak / (leak + m s)². Averaged over noise, the
-    gradient of the feedback is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ. Along that eigenvector, the gradient equals -leak /
-    (leak + m s)² Jᵀ.
+    gradient of the feedback is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ. Along the eigenvector for s, the gradient equals
+    -leak / (leak + m s)² Jᵀ.
 
     The feedback is averaged over 200 steps of 256 noisy samples, so its relative error is about 1 / (200 * 256)^(1/2) = 0.4 %.
     """

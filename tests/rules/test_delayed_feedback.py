@@ -346,7 +346,7 @@ def test_a_plain_backward_is_refused() -> None:
 def test_the_number_of_samples_is_required() -> None:
     """If the number of samples is missing, attach raises an error before it searches for cuts.
 
-    The number is not needed if errors are not delayed.
+    The number of samples is not needed if errors are not delayed.
     """
     with pytest.raises(OptionError, match=r"samples: is required.*fa_bench\.attach\(model, 'f3', samples=len\(dataset\)\)"):
         fa_bench.attach(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), "f3")

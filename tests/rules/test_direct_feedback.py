@@ -223,8 +223,7 @@ KERNELS = {
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", KERNELS)
 def test_kernel_form_follows_the_geometry_of_the_layer(layer):
-    """The error at a layer's input is the input gradient of a similar layer without groups, with weight B and one output per
-    class."""
+    """The error at a layer's input is the input gradient of a similar layer with weight B, one output per class and no groups."""
     build, shape = KERNELS[layer]
     torch.manual_seed(0)
     x, y = torch.randn(2, *shape, dtype=torch.float64), torch.tensor([2, 0])

@@ -122,7 +122,8 @@ def test_training_steps_equal_reference(case, net, nesterov):
         x, y = nets.batch(net, seed=step)
         optimizer.zero_grad()
         logits = model(x)
-        # Learned feedback comes from the reference, redrawn feedback from this forward pass, and fixed feedback from the start.
+        # Learned feedback comes from the reference, redrawn feedback from this forward pass, and fixed feedback from the initial
+        # state.
         present = feedback_arrays(rule) if redrawn else initial
         feedback = {at: {t: params.get(f"{at}.{t}", value) for t, value in tensors.items()} for at, tensors in present.items()}
         given = reference_options(options) | noise_options(case, rule) | kept
@@ -149,7 +150,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
 
 @pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if name not in TRAITS["unscaled"]])
 def test_loss_scaling_scales_every_gradient(case):
-    """Multiplying the loss by 1024 multiplies the gradients by exactly 1024, because rules may use no other source of error."""
+    """Multiplying the loss by 1024 multiplies the gradients by exactly 1024, because errors must come only from the loss."""
     rule, model, _, _, _, _ = start(case, "conv")
     x, y = nets.batch("conv")
     model.eval()  # so that brsf does not sample between the two passes

@@ -21,7 +21,7 @@ class OwnAttention(nn.MultiheadAttention):
 
 
 class Attentive(nn.Module):
-    """A model with an embedding and a user-defined attention layer, which rules do not cover."""
+    """A model with an embedding and a user-defined attention layer that no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_nothing_to_cover(name, sample, options):
 def test_an_error_ends_where_the_model_gives_it_no_further_causes(name):
     """The message mentions further causes in parentheses only if the model has any.
 
-    Such causes are weights that are pruned or used outside their layers.
+    Further causes are weights that are pruned or used outside their layers.
     """
     with pytest.raises(CoverageError) as refused:
         fa_bench.attach(nn.Sequential(nn.Flatten()), name, **({"cuts": ["0"]} if name == "dfa" else {}))

@@ -41,7 +41,7 @@ FORMS = [
 
 
 class Net(nn.Module):
-    """A net in which either all or none of the modules after the cuts work in place. The results are the same in both cases."""
+    """A net in which either all or none of the modules after the cuts work in place, with the same results."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_a_rule_learns_the_same_where_modules_work_in_place(name: str, options: 
 
 
 class Frozen(nn.Module):
-    """A net with a frozen layer. Even in plain PyTorch, the input of such a layer may be changed in place after the call."""
+    """A net with a frozen layer. Even in plain PyTorch, the input of a frozen layer may be changed in place after the call."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def test_metrics_and_probes_are_the_same_where_modules_work_in_place(
 class Blocks(nn.Module):
     """A net with cuts at modules that need their output to compute their derivative.
 
-    The output of such a cut may be changed in place only under rules whose errors do not pass through the cuts.
+    In-place changes of a cut's output are allowed only under rules whose errors do not pass through the cuts.
     """
 
     def __init__(self, in_place: bool) -> None:

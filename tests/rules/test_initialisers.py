@@ -13,7 +13,7 @@ from fa_bench.registry.options import as_plain, option_fields
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 
 # Maps each name to the standard deviation as a function of fan_in and fan_out, and to whether the distribution is uniform. A
-# uniform distribution ends at sqrt(3) standard deviations.
+# uniform distribution is bounded at sqrt(3) standard deviations.
 DRAWS = {
     "xavier_uniform": (lambda i, o: math.sqrt(2 / (i + o)), True),
     "xavier_normal": (lambda i, o: math.sqrt(2 / (i + o)), False),
@@ -42,7 +42,7 @@ def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_edge_feedback(draw):
-    """The linear layer has the fans 40 and 250, and the fans of the convolution include the area of its kernel."""
+    """The fan-in and fan-out of the linear layer are 40 and 250, and those of the convolution include the area of its kernel."""
     model = nn.Sequential(nn.Conv2d(20, 40, (3, 5)), nn.Flatten(), nn.Linear(40, 250))
     rule = fa_bench.attach(model, "fa", seed=0, b_init=draw)
     deviation, uniform = DRAWS[draw]

@@ -20,7 +20,7 @@ def attached(net: str = "conv_bn", **options):
 
 
 def train(model, rule, optimizer, steps: int, net: str = "conv_bn"):
-    """Train on a new batch in each step, and yield the number of each step after it."""
+    """Train on a new batch in each step, and yield the step number afterwards."""
     for step in range(steps):
         optimizer.zero_grad()
         for tensor in rule.feedback_parameters():
@@ -133,7 +133,7 @@ def test_b_lr_scale_scales_the_step_of_b_only(scale):
 
 
 def test_without_the_optimizer_feedback_does_not_move():
-    """Feedback is changed only by the optimizer."""
+    """Only the optimizer changes feedback."""
     model, rule = attached()
     before = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
     for tensor in rule.feedback_parameters():

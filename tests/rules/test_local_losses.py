@@ -265,7 +265,7 @@ def test_larger_maps_equal_the_reference(name, options, net):
 def test_other_than_two_spatial_dimensions():
     """Convolutions may have one or three spatial dimensions.
 
-    Maps of more dimensions are refused with an error that names the cut.
+    Maps with more than three spatial dimensions are refused with an error that names the cut.
     """
     x1, x3, y = torch.randn(4, 2, 9), torch.randn(4, 1, 5, 4, 6), torch.tensor([0, 1, 2, 1])
     for x, conv, width in ((x1, nn.Conv1d(2, 5, 3), 35), (x3, nn.Conv3d(1, 5, 3), 120)):
@@ -286,7 +286,7 @@ def test_other_than_two_spatial_dimensions():
 def test_local_error_in_one_line():
     """The error (softmax(a Mᵀ) - y) M / N reaches the first weight through the derivative of its activation.
 
-    M is fixed, and `rule.feedback` has the live tensor.
+    M is fixed, and `rule.feedback` returns the live tensor.
     """
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "local_error", seed=0, sample_input=x, cuts=["act1", "act2"])
@@ -312,7 +312,7 @@ def test_classifiers_read_no_more_than_so_many_features():
     _, rule, _, _ = registered("conv2", "local_error", features=64)
     assert rule.feedback["act1"]["M"].shape == (3, 64) and rule.feedback["act3"]["M"].shape == (3, 6)
     bound = (6 / 64) ** 0.5
-    # The largest of 192 uniform numbers is below 95 % of the bound with a probability of 1e-4.
+    # The largest of 192 uniform numbers is below 95 % of the bound with a probability of less than 1e-4.
     assert 0.95 * bound < rule.feedback["act1"]["M"].abs().max() <= bound
 
 

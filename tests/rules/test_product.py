@@ -170,8 +170,10 @@ def test_semi_orthogonal_b_is_the_factor_with_positive_diagonal():
 
 
 def test_semi_orthogonal_b_has_no_preferred_direction():
-    """With one row, B is a Gaussian vector divided by its norm, whose entries have a kurtosis of 3. For uniform entries, the
-    kurtosis would be 1.8."""
+    """With one row, B is a Gaussian vector divided by its norm, and its entries have a kurtosis of 3.
+
+    For uniform entries, the kurtosis would be 1.8.
+    """
     _, rule = linear(1, 20, "pfa_o", ratio=4000.0)
     b = rule.feedback["0"]["B"].double() * math.sqrt(4000)
     assert b.pow(4).mean().item() == pytest.approx(3, abs=0.6)
@@ -289,6 +291,6 @@ def test_bfloat16_autocast(name, net):
 
 @pytest.mark.parametrize(("ratio", "between"), [(1.0, 5), (1.55, 8), (2.3, 12), (0.1, 1), (0.01, 1)])
 def test_the_population_in_between_has_the_nearest_number_of_units(ratio, between):
-    """The number of units is the ratio times the number of outputs, rounded to the nearest integer, but at least one."""
+    """The number of units is the ratio times the number of outputs, rounded to the nearest integer, and is at least one."""
     _, rule = linear(5, 4, "pfa", ratio=ratio)
     assert rule.feedback["0"]["B"].shape == (5, between) and rule.feedback["0"]["R"].shape == (between, 4)

@@ -137,7 +137,10 @@ def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
 
 
 def convolution_and_linear(stem: str = "conv") -> nn.Sequential:
-    """A stem, three convolutions and two fully connected layers. The output of a linear stem is reshaped to a map."""
+    """A network with a stem, three convolutions and two fully connected layers.
+
+    The output of a linear stem is reshaped to a map.
+    """
     torch.manual_seed(0)
     stages = (
         [("conv1", nn.Conv2d(2, 2, 3, padding=1))]

@@ -67,12 +67,12 @@ def states_of(parts, params, x, errors=None) -> list[np.ndarray]:
 
 
 def output_delta(parts, params, states, y) -> np.ndarray:
-    """The gradient of the summed loss at the logits."""
+    """The gradient of the summed loss with respect to the logits."""
     return output_error(forward(parts[-1], params, states[-1])[-1], y) * len(y)
 
 
 def through(part, params, start, error) -> tuple[Arrays, np.ndarray]:
-    """The gradients of a part's parameters and the error at its input, from the error at its output."""
+    """The gradients of a part's parameters and the error at its input, computed from the error at its output."""
     at: Arrays = {}
     flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
     found = gradients([*part, flat], params, start, np.zeros(len(start), dtype=int), given={part[-1].name: error}, errors=at)

@@ -44,7 +44,7 @@ def flattening(shape: tuple[int, ...], limit: int) -> list[Stage]:
 
 
 def below(chain, params, x, y, cuts, local, output=1.0) -> Arrays:
-    """The gradients when local(cut, activation) returns the error at each cut and the gradients of that cut's own parameters."""
+    """All gradients, where local(cut, activation) returns the error at each cut and the gradients of the cut's own parameters."""
     values, given, learned = outputs(chain, params, x), {}, {}
     for cut in cuts:
         given[cut], grads = local(cut, values[cut])
@@ -144,7 +144,7 @@ def similarity_loss(a: np.ndarray, weight: np.ndarray, y, classes: int) -> tuple
 
 
 def of_decoder(a, held: Arrays, y, size: int, factor: float) -> tuple[np.ndarray, Arrays]:
-    """The gradients of factor CE(D(a)) with respect to a and to the decoder's parameters, which may lack a bias."""
+    """The gradients of factor CE(D(a)) with respect to a and to the decoder, whose bias is optional."""
     errors: Arrays = {}
     decoder = [*flattening(a.shape[1:], size), Stage("out", "linear")]
     params = {name: held[f"decoder.{name}"] for name in ("out.weight", "out.bias") if f"decoder.{name}" in held}

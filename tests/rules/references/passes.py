@@ -80,7 +80,7 @@ def pepita(chain, params, feedback, x, y, **_) -> Arrays:
         added[n, f] += error[n, c] * matrix[c, f]
     x = x + added.reshape(x.shape)
     modulated = altered(chain, params, x)
-    # Each part between two nonlinearities learns by its own backward pass, which ends at the part's input.
+    # Each part between two nonlinearities learns from its own backward pass, which ends at the part's input.
     part, start = [], x
     for stage in chain:
         if stage.name in feedback:
