@@ -23,7 +23,7 @@ def _seeded(build, seed: int, dtype: torch.dtype) -> nn.Module:
 
 
 def mlp(activation=nn.Tanh, *, batch_norm: bool = False, seed: int = 1, dtype=torch.float64) -> nn.Sequential:
-    """A fully connected net with the layer widths 7-5-6-3."""
+    """A fully connected net with layer widths 7-5-6-3."""
 
     def build():
         stages = [("fc1", nn.Linear(7, 5)), ("bn1", nn.BatchNorm1d(5)), ("act1", activation())]
@@ -34,7 +34,7 @@ def mlp(activation=nn.Tanh, *, batch_norm: bool = False, seed: int = 1, dtype=to
 
 
 def one_hidden(*, seed: int = 2, dtype=torch.float64) -> nn.Sequential:
-    """A net with one hidden layer and the layer widths 7-5-3."""
+    """A net with one hidden layer and layer widths 7-5-3."""
     return _seeded(
         lambda: nn.Sequential(OrderedDict(fc1=nn.Linear(7, 5), act1=nn.Tanh(), fc2=nn.Linear(5, CLASSES))), seed, dtype
     )

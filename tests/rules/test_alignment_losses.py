@@ -1,4 +1,4 @@
-"""Tests of the rules whose feedback learns by local losses: fixed points, inputs of the losses, and which tensors change."""
+"""Tests of the rules whose feedback learns by local losses: fixed points, inputs of the losses, and the tensors that change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def converged(name: str, x: Tensor, layer: nn.Module | None = None, steps: int =
 
 
 def white(rows: int, columns: int) -> Tensor:
-    """Inputs whose mean of xᵀ x is the identity."""
+    """Inputs for which the mean of xᵀ x is the identity."""
     return torch.linalg.qr(random(rows, columns))[0] * rows**0.5
 
 

@@ -301,7 +301,7 @@ def test_the_weights_as_feedback_are_backpropagation(name: str, kind: str) -> No
     plain = gradients(rule.detach())
     assert found.keys() == exact.keys() == plain.keys() == {name for name, _ in model.named_parameters()}
     for key, gradient in found.items():
-        # The result is bitwise that of an exact pass, but the fused kernels of the plain module sum in a different order.
+        # The result is bitwise identical to an exact pass, but the fused kernels of the plain module sum in another order.
         assert torch.equal(gradient, exact[key])
         assert (gradient - plain[key]).abs().max() <= 1e-5 * plain[key].abs().max() + 1e-7
 

@@ -220,7 +220,7 @@ def test_suggested_cuts_work_on_a_transformer(name: str):
 
 
 class Functional(Transformer):
-    """A transformer that multiplies activations by a parameter of its own, which no rule covers."""
+    """A transformer that multiplies activations by an additional parameter, which no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Tests of properties that all rules share, for many kinds of layers, dtypes and memory formats.
 
-If the feedback equals the weights, the gradients must be bitwise those of backpropagation.
+If the feedback equals the weights, the gradients must be bitwise identical to those of backpropagation.
 """
 
 import copy

@@ -54,7 +54,7 @@ def output_after(model: nn.Module, voltages: list[Tensor], x: Tensor) -> Tensor:
 
 
 def jacobian_of(model: nn.Module, x: Tensor) -> Tensor:
-    """The Jacobian J (C, sum of all F) for one sample (1, I)."""
+    """The Jacobian J, of shape (C, sum of all F), for one sample of shape (1, I)."""
     zeros = [torch.zeros(1, layer.out_features, dtype=x.dtype) for layer in layers_of(model)]
     rows = torch.autograd.functional.jacobian(lambda *v: output_after(model, list(v), x)[0], tuple(zeros))
     return torch.cat([row[:, 0] for row in rows], 1).detach()

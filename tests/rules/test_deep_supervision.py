@@ -72,7 +72,7 @@ def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_fr
 
 
 def test_weight_zero_is_backpropagation() -> None:
-    """With a weight of zero, the classifiers add nothing, so all gradients are bitwise those of backpropagation.
+    """With a weight of zero, the classifiers add nothing, so all gradients are bitwise identical to those of backpropagation.
 
     With any other weight, the gradient of the first layer differs, but that of the output layer does not.
     """

@@ -47,7 +47,10 @@ def test_last_hidden_gradient_is_that_of_the_output_weight(net):
 
 
 def test_rate_zero_is_direct_feedback_alignment():
-    """After five steps with momentum and decay, the weights are bitwise those of dfa with the same B, and B has not changed."""
+    """After five steps with momentum and decay, the weights are bitwise identical to those of dfa with the same B.
+
+    The B of dkp has not changed.
+    """
     (one, dkp, x, y), (two, dfa, _, _) = attached(b_lr_scale=0.0), attached(name="dfa", b_init="kaiming_uniform")
     assert_bitwise(rule_grads(one, dkp, x, y), rule_grads(two, dfa, x, y))
     before = {cut: tensors["B"].clone() for cut, tensors in dkp.feedback.items()}

@@ -106,7 +106,7 @@ def train(model: Any, rule: Any, steps: int = 5, **settings: Any) -> None:
 
 
 def test_a_rate_of_zero_is_direct_feedback_alignment() -> None:
-    """The weights are bitwise those of dfa, and B keeps its values despite decay and momentum."""
+    """The weights are bitwise identical to those of dfa, and B keeps its values despite decay and momentum."""
     one, rule, _, _ = attached(b_init="kaiming_uniform", b_lr_scale=0.0)
     two, dfa, _, _ = attached(name="dfa", b_init="kaiming_uniform")
     train(one, rule)

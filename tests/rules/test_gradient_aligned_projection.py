@@ -78,7 +78,7 @@ def test_anchors_are_updates_by_backpropagation() -> None:
 
 
 def test_period_one_is_backpropagation() -> None:
-    """With a period of 1, the weights are bitwise those of bp over five steps, although B learns."""
+    """With a period of 1, the weights are bitwise identical to those of bp over five steps, although B learns."""
     (one, rule, *_), (two, bp, *_) = attached(anchor_period=1), attached()
     bp.detach()
     bp = fa_bench.attach(two, "bp", seed=0)

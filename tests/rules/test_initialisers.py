@@ -177,7 +177,7 @@ def layers_of(model):
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("init", TORCHS)
 def test_weights_are_those_of_torchs_initialisers(net, init):
-    """The weights are bitwise those of torch's functions, applied to the modules in order after torch's own initialisation.
+    """The weights are bitwise identical to those from torch's functions, applied in order after torch's own initialisation.
 
     Except with init=pytorch, biases are zero.
     """

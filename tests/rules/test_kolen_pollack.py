@@ -107,7 +107,7 @@ def test_adamw_keeps_the_cancellation():
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
     list(train(model, rule, optimizer, steps))
     for name, now in differences(model, rule).items():
-        # Equal gradients give bitwise equal Adam steps; only the subtraction from W and from B rounds.
+        # Equal gradients give bitwise identical Adam steps, and only the subtraction from W and from B rounds.
         assert (now - (1 - lr * decay) ** steps * before[name]).norm() <= 1e-12 * before[name].norm()
 
 

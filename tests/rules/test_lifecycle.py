@@ -1,4 +1,4 @@
-"""Tests of forward passes that must not change anything, copies, checkpoints, exact backpropagation, and detaching."""
+"""Tests of forward passes without side effects, copies, checkpoints, exact backpropagation, and detaching."""
 
 import copy
 from collections import OrderedDict
@@ -536,7 +536,7 @@ def test_attach_leaves_its_sample_as_it_was(variant):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_rule_equals_itself_alone(name):
-    """Two rules with the same options belong to different models, so they must not be equal.
+    """Two rules with the same options belong to different models, so they must not compare equal.
 
     The base classes of a rule must also compare by identity.
     """

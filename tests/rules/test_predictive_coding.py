@@ -1,4 +1,4 @@
-"""Tests of epc and pc: when they are equivalent to backpropagation, where they settle, and how their passes behave."""
+"""Tests of epc and pc: equivalence to backpropagation, equilibria, and properties of their passes."""
 
 from __future__ import annotations
 

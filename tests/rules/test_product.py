@@ -232,7 +232,7 @@ def train(rule_name: str, steps: int = 400, **options):
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_angle_and_ratio_after_the_initial_values_have_decayed(density):
-    """The angle between W and B R is arctan √(λ/d), and ‖B R‖/‖W‖ is d √(1 + λ/d), with λ = 1/10.
+    """The angle between W and B R is arctan √(λ/d), and ‖B R‖/‖W‖ is d √(1 + λ/d), where λ = 1/10 and d is the density of B.
 
     The tolerances are one degree for the angle and 5 % for the ratio, or 10 % if B is sparse. The ratio is a mean over the few
     directions that W has learned, each of which has a standard deviation of √(2/1500) = 4 %.

@@ -1,4 +1,4 @@
-"""Tests of asap and asfp: which activation replaces which, how it is resized, what is frozen, and what is refused."""
+"""Tests of asap and asfp: replacement and resizing of activations, frozen layers, and refused models."""
 
 from collections import OrderedDict
 from itertools import pairwise

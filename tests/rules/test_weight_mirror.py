@@ -112,7 +112,7 @@ def test_where_other_decays_lead(decay, factor, monkeypatch):
 
 
 def test_decay_of_the_rate_is_the_usual_one():
-    """A decay equal to the mirror rate gives bitwise the same B as the default decay."""
+    """A decay equal to the mirror rate gives a B that is bitwise identical to the one with the default decay."""
     pair = []
     for options in ({}, {"mirror_decay": 0.03}):
         torch.manual_seed(0)

@@ -8,7 +8,7 @@ Every module of this package defines REFERENCES {rule: function} and CASES {case
 AFTER_UPDATE {rule: function} and TRAITS {trait: rules}. The functions in AFTER_UPDATE take (chain, params) and change learned
 feedback in place after every update.
 
-The traits are the following.
+TRAITS assigns rules to the following traits.
 
 exact: the gradients are those of backpropagation for all parameters that the rule trains
 redrawn: the feedback changes without an optimizer, so the reference gets the current tensors

@@ -71,7 +71,7 @@ def jacobians(chain, params, x, cuts) -> Arrays:
 
 
 def feedback_of(feedback, jacobian, kind) -> Arrays:
-    """The matrices Q of all samples, (N, F, C), at every cut and at the output."""
+    """The matrices Q (N, F, C) of all samples, at every cut and at the output."""
     samples, classes = jacobian[OUTPUT].shape[:2]
     if kind == "jacobian":
         return {place: value.transpose(0, 2, 1) for place, value in jacobian.items()}
