@@ -213,7 +213,7 @@ def test_spectrum_and_angle_of_random_b_at_ratio_ten():
 
 
 def train(rule_name: str, steps: int = 400, **options):
-    """A two-layer model trained on random targets, and its rule. Weight decay has shrunk the initial values by a factor of
+    """A two-layer model trained on random targets, and its rule. Weight decay has multiplied the initial values by
     exp(-40)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(80, 200), nn.Tanh(), nn.Linear(200, 150, bias=False))
