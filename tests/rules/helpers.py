@@ -15,7 +15,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from . import nets
 
 EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp", "wm", "mixed")
-# The rules with stored feedback, and the name of one of their tensors.
+# Maps each rule with stored feedback to the name of one of its feedback tensors.
 STORED = {
     "fa": "B",
     "kp": "B",
@@ -28,16 +28,16 @@ STORED = {
     "wm": "B",
     "mixed": "F",
 }
-# Options that reduce the work in tests of other properties, but run the same code.
+# Options that make rules cheaper in tests of other properties while running the same code.
 QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}, "f3": {"samples": 16}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# A mistake in a call may raise any of these errors. The errors of attach itself are ValueErrors; a missing name may
-# also raise a LookupError or a TypeError.
+# A mistake in a call may raise any of these errors. Errors that attach itself raises are ValueErrors, but a missing name may also
+# raise a LookupError or a TypeError.
 LOUD = (ValueError, LookupError, TypeError)
 
-# Loops and torch add the same few hundred float64 products in different orders. The rounding error is 1e-16 times their number,
-# amplified by BatchNorm's 1/deviation, and stays below 1e-12. A tolerance of 1e-9 leaves a margin and is far below any term that
-# could be missing.
+# Loops and torch add the same few hundred float64 products in different orders. The rounding error is about 1e-16 per product, is
+# amplified when BatchNorm divides by the deviation, and stays below 1e-12. A tolerance of 1e-9 leaves a margin above this error
+# and is far smaller than any term that could be missing.
 REL = 1e-9
 
 
@@ -47,7 +47,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def cut_options(name: str, model: nn.Module, options: dict) -> dict:
-    """The options, with all activations as cuts or the first layer as the only block, for rules that take cuts or blocks."""
+    """The options, plus default cuts (all activations) or default blocks (only the first layer) if the rule takes them."""
     if "blocks" in {field.name for field in option_fields(ALGORITHMS[name])}:
         return {"blocks": layer_names(model)[:1]} | options
     if "cuts" not in {field.name for field in option_fields(ALGORITHMS[name])} or options.get("form") == "kernel":
@@ -60,12 +60,12 @@ def backward(rule, loss: Tensor, logits: Tensor, target: Tensor | None = None) -
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model, attached or not, by name and without learned feedback."""
+    """The named parameters of an attached or plain model, without learned feedback."""
     return {name: parameter for name, parameter in model.named_parameters() if "feedback_" not in name}
 
 
 def collect(model: nn.Module) -> dict[str, Tensor | None]:
-    """The gradients of the weights. Use ``rule.feedback_parameters()`` for those of learned feedback."""
+    """The gradients of the weights. The gradients of learned feedback are available through ``rule.feedback_parameters()``."""
     return {name: None if p.grad is None else p.grad.detach().clone() for name, p in weights(model).items()}
 
 
@@ -78,7 +78,7 @@ def rule_grads(model: nn.Module, rule, x: Tensor, y: Tensor) -> dict[str, Tensor
 
 
 def bp_grads(plain: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
-    """The gradients of one pass of backpropagation through a copy of the plain model, which is not changed."""
+    """The gradients of one backpropagation pass, computed on a copy so that the plain model stays unchanged."""
     twin = copy.deepcopy(plain)
     twin.zero_grad(set_to_none=True)
     F.cross_entropy(twin(x), y).backward()
@@ -108,22 +108,22 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """The weights of a model, attached or not, as arrays."""
+    """The weights of an attached or plain model as NumPy arrays."""
     return {name: array(p) for name, p in weights(model).items()}
 
 
 def distance(got, want, floor: float = 1e-30) -> float:
-    """The largest difference, relative to the largest wanted entry or to ``floor``, whichever is larger."""
+    """The largest absolute difference, divided by the largest expected entry or by ``floor``, whichever is larger."""
     got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
     assert got.shape == want.shape, f"shape {got.shape}, wanted {want.shape}"
     return float(np.abs(got - want).max() / max(np.abs(want).max(), floor))
 
 
 def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
-    """Require that the same tensors have a gradient, with the same values up to ``rel``.
+    """Require that the same tensors have gradients and that their values agree to within ``rel``.
 
-    Differences are relative to the largest entry of the tensor, but to no less than 1e-3 of the largest entry of all tensors.
-    This is needed for a bias before BatchNorm, which has a gradient of 0.
+    Differences are relative to the tensor's largest entry, or to 1e-3 of the largest entry of all tensors if that is larger. The
+    bound of 1e-3 is needed for a bias that precedes BatchNorm, because the true gradient of such a bias is 0.
     """
     present = {name for name, grad in got.items() if grad is not None}
     assert present == set(want), f"gradients of {sorted(present)}, wanted {sorted(want)}"
@@ -134,7 +134,7 @@ def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
 
 
 def assert_bitwise(got: dict, want: dict) -> None:
-    """Require the same tensors (or None) under the same names, bitwise identical."""
+    """Require that both dictionaries have the same names and that their tensors are bitwise identical or both None."""
     assert set(got) == set(want)
     for name in want:
         assert (got[name] is None) == (want[name] is None), f"{name}: got {got[name]}, wanted {want[name]}"
@@ -148,7 +148,7 @@ def state_of(rule) -> tuple[dict, dict]:
 
 
 def restore(rule, state: tuple[dict, dict]) -> None:
-    """Put the rule back into a state from `state_of`, so that it samples the same noise again."""
+    """Restore a state returned by `state_of`, so that the rule samples the same noise again."""
     rule.model.load_state_dict(state[1])
     rule.load_state_dict(state[0])
 
@@ -157,7 +157,7 @@ def restore(rule, state: tuple[dict, dict]) -> None:
 
 
 class TwoFaced(nn.Module):
-    """A layer with the output and weight gradient of ``layer``, but with the input gradient for the weight ``feedback``."""
+    """A layer that computes its output and weight gradient as ``layer`` does, but its input gradient with ``feedback``."""
 
     def __init__(self, layer: nn.Module, feedback: Tensor) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class TwoFaced(nn.Module):
 
 
 def fa_surrogate(plain: nn.Module, feedback: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The gradients of FA, for any architecture."""
+    """The gradients of FA for any architecture, computed by autograd."""
     twin = copy.deepcopy(plain)
     for name, tensor in feedback.items():
         twin.set_submodule(name, TwoFaced(twin.get_submodule(name), tensor))

@@ -11,7 +11,7 @@ CLASSES = 3
 
 
 def _seeded(build, seed: int, dtype: torch.dtype) -> nn.Module:
-    """The model of `build` with random biases and BatchNorm parameters, seeded without changing the global generator."""
+    """The model from `build` with random BatchNorm parameters, seeded without affecting the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
@@ -23,7 +23,7 @@ def _seeded(build, seed: int, dtype: torch.dtype) -> nn.Module:
 
 
 def mlp(activation=nn.Tanh, *, batch_norm: bool = False, seed: int = 1, dtype=torch.float64) -> nn.Sequential:
-    """A net of fully connected layers with the widths 7-5-6-3."""
+    """A fully connected net with layer widths 7-5-6-3."""
 
     def build():
         stages = [("fc1", nn.Linear(7, 5)), ("bn1", nn.BatchNorm1d(5)), ("act1", activation())]
@@ -34,15 +34,17 @@ def mlp(activation=nn.Tanh, *, batch_norm: bool = False, seed: int = 1, dtype=to
 
 
 def one_hidden(*, seed: int = 2, dtype=torch.float64) -> nn.Sequential:
-    """A net with one hidden layer and the widths 7-5-3."""
+    """A net with one hidden layer and layer widths 7-5-3."""
     return _seeded(
         lambda: nn.Sequential(OrderedDict(fc1=nn.Linear(7, 5), act1=nn.Tanh(), fc2=nn.Linear(5, CLASSES))), seed, dtype
     )
 
 
 def convnet(activation=nn.ReLU, *, batch_norm: bool = False, seed: int = 3, dtype=torch.float64) -> nn.Sequential:
-    """Convolutions (strided and padded, then grouped) and linear layers: 2x6x7 -> 4x3x4 -> 6x3x4 -> 72 -> (5 if batch_norm ->)
-    3."""
+    """A net with a strided, padded convolution, a grouped convolution, and one or two linear layers.
+
+    The shapes are 2x6x7 -> 4x3x4 -> 6x3x4 -> 72 -> 3. With `batch_norm`, a hidden layer of 5 features precedes the output layer.
+    """
 
     def build():
         stages = [("conv1", nn.Conv2d(2, 4, 3, stride=2, padding=1)), ("bn1", nn.BatchNorm2d(4)), ("act1", activation())]
@@ -59,7 +61,7 @@ def convnet(activation=nn.ReLU, *, batch_norm: bool = False, seed: int = 3, dtyp
 
 
 class Residual(nn.Module):
-    """A stem, a block with an identity shortcut, a strided block with a projection, a head, BatchNorm, and in-place ReLU."""
+    """A residual net with an identity shortcut, a strided projection shortcut, BatchNorm, and in-place ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ NETS = {
 
 
 def batch(net: str, *, seed: int = 0, size: int = 4, dtype=torch.float64) -> tuple[Tensor, Tensor]:
-    """Inputs and labels for a network of NETS, "one" or "residual"."""
+    """Random inputs and labels for the given net: a key of NETS, "one" or "residual"."""
     generator = torch.Generator().manual_seed(100 + seed)
     shape = (7,) if net.startswith(("mlp", "one")) else (2, 6, 7)
     x = torch.randn(size, *shape, generator=generator, dtype=torch.float64).to(dtype)

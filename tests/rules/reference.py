@@ -1,9 +1,10 @@
-"""Naive references of the learning rules: plain loops over float64 scalars, written from the papers' equations.
+"""Naive reference implementations of the learning rules, written from the papers' equations as loops over float64 scalars.
 
-A network is a chain of stages read from a plain ``nn.Sequential``. Gradients have the usual sign (parameters move by -lr grad),
-the loss is the mean cross-entropy, and feedback has the layout of the weight. Nothing here uses torch's autograd or fa_bench.
+A network is a chain of stages read from a plain ``nn.Sequential``. Gradients have the usual sign, so parameters change by -lr
+grad. The loss is the mean cross-entropy. Feedback tensors have the layout of the weight. Nothing here uses torch's autograd or
+fa_bench.
 
-Index legend: n sample, o output channel, i input channel, (p, q) output pixel, (a, b) kernel tap, c class.
+In the equations, n indexes samples, o output channels, i input channels, (p, q) output pixels, (a, b) kernel taps, and c classes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Stage:
-    """One module of the chain: its name and kind, the geometry of a convolution, and the output size of a pooling."""
+    """One module of the chain: its name and kind, the geometry of a convolution, and the output size of a pooling layer."""
 
     name: str
     kind: str
@@ -32,7 +33,7 @@ class Stage:
 
 
 def describe(model: nn.Sequential) -> list[Stage]:
-    """The chain of a plain sequential model. Call this before attaching a rule."""
+    """The chain of stages of a plain sequential model. Call this before attaching a rule."""
     chain = []
     for name, module in model.named_children():
         if isinstance(module, nn.Linear):
@@ -49,7 +50,7 @@ def describe(model: nn.Sequential) -> list[Stage]:
 
 
 def weighted(chain: list[Stage]) -> list[str]:
-    """The names of the layers with a weight that could transport errors, from input to output."""
+    """The names of the linear and convolutional layers, from input to output."""
     return [stage.name for stage in chain if stage.kind in ("linear", "conv")]
 
 
@@ -57,7 +58,10 @@ def weighted(chain: list[Stage]) -> list[str]:
 
 
 def _taps(stage: Stage, x_shape, w_shape, y_shape):
-    """Every product of a convolution as (n, o, i in its group, i in x, p, q, a, b, row, column), without those of the padding."""
+    """Yield the indices of every product in a convolution, except for products with the padding.
+
+    The indices are (n, o, i in its group, i in x, p, q, a, b, row, column).
+    """
     n_out_group = w_shape[0] // stage.groups
     sizes = (x_shape[0], w_shape[0], w_shape[1], y_shape[2], y_shape[3], w_shape[2], w_shape[3])
     for n, o, i, p, q, a, b in product(*map(range, sizes)):
@@ -122,11 +126,11 @@ def linear_input_error(g: np.ndarray, feedback: np.ndarray) -> np.ndarray:
     return error
 
 
-# --- average pooling to a given size, with windows that overlap if it does not divide the input's size ---
+# --- average pooling to a given size, with overlapping windows if that size does not divide the input's ---
 
 
 def _windows(shape, size):
-    """Every output pixel (p, q) with the rows and columns it averages."""
+    """Yield every output pixel (p, q) with the rows and columns that it averages."""
     for p, q in product(range(size[0]), range(size[1])):
         spans = [(i * length // n, -(-(i + 1) * length // n)) for i, length, n in zip((p, q), shape[2:], size, strict=True)]
         yield p, q, slice(*spans[0]), slice(*spans[1])
@@ -153,7 +157,7 @@ def pool_backward(x: np.ndarray, g: np.ndarray) -> np.ndarray:
 
 
 def _normalised(stage: Stage, values: np.ndarray) -> tuple[np.ndarray, float]:
-    """The values (values - mean) / deviation of one feature over the batch (and space), and the deviation."""
+    """The values of one feature, normalised over the batch (and the pixels), and their standard deviation."""
     mean = values.mean()
     deviation = math.sqrt(((values - mean) ** 2).mean() + stage.eps)
     return (values - mean) / deviation, deviation
@@ -229,17 +233,17 @@ def gradients(
     output=1.0,
     dual=None,
 ) -> Arrays:
-    """The gradients of all parameters under one way of propagating the error.
+    """The gradients of all parameters, with options that change how the error is propagated.
 
     carry: layer -> the tensor that replaces its weight in the backward pass. Layers without an entry use their weight, as in BP.
-    inject: stage -> a matrix (classes, features). delta_out times this matrix replaces the error at the stage's output.
-    deliver: layer -> a tensor (classes, C_in, kh, kw) or (classes, in) that maps delta_out to the error at the layer's input. A
-    convolution repeats delta_out at every output pixel and ignores its groups.
-    given: stage -> the error at the stage's output, in its shape, which replaces the error from later stages.
+    inject: stage -> a matrix (classes, features), whose product with delta_out replaces the error at the stage's output.
+    deliver: layer -> a tensor (classes, C_in, kh, kw) or (classes, in) that maps delta_out to the error at the layer's input. For
+    a convolution, delta_out is repeated at every output pixel, and groups are ignored.
+    given: stage -> an error with the shape of the stage's output, which replaces the error from later stages.
     added: stage -> an error that is added to the one from later stages at the stage's output.
     activations: layer -> the activation that replaces the layer's true input in its weight gradient.
     errors: a dictionary that receives the error at the output of every stage and, under "", the error at the chain's input.
-    output: a factor on the error at the logits.
+    output: the factor by which the error at the logits is multiplied.
     dual: the beta of the finite difference that replaces the derivative of every nonlinearity.
     """
     carry, inject, deliver, given, added, activations = (
@@ -306,7 +310,7 @@ def dual_error(kind: str, a: np.ndarray, g: np.ndarray, beta: float) -> np.ndarr
 
 
 def sgd_step(params: Arrays, velocity: Arrays, grads: Arrays, *, lr: float, momentum: float, decay: float, nesterov=False):
-    """Update every tensor that has a gradient in place: d = g + decay p; v = momentum v + d; p -= lr v.
+    """Update all parameters that have a gradient by SGD: d = g + decay p; v = momentum v + d; p -= lr v.
 
     With Nesterov momentum, the last step is p -= lr (d + momentum v).
     """

@@ -1,4 +1,4 @@
-"""Tiny registered models with an attached rule, for the rules whose cuts the models declare."""
+"""Tiny registered models with an attached rule, for tests of rules that use the cuts declared by the models."""
 
 from __future__ import annotations
 

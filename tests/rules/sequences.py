@@ -1,6 +1,8 @@
-"""Naive references for attention, recurrent and bilinear modules: plain loops over float64 scalars, one sample at a time.
+"""Naive reference implementations of attention, recurrent and bilinear modules, as loops over float64 scalars.
 
-Nothing here uses torch's autograd or fa_bench. Index legend: o output, i input, t time step or query, s key.
+Each call processes one sample.
+
+Nothing here uses torch's autograd or fa_bench. In the code, o indexes outputs, i inputs, t time steps or queries, and s keys.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Layer:
         return [self.bias[o] + sum(self.weight[o, i] * x[i] for i in range(len(x))) for o in rows]
 
     def backward(self, x: Vector, g: Vector, rows: range | None = None) -> Vector:
-        """The error at x, from the error g at the outputs `rows`."""
+        """The error at x, computed from the error g at the outputs `rows`."""
         rows = rows or range(len(self.weight))
         for o, error in zip(rows, g, strict=True):
             self.grad_bias[o] += error
@@ -48,7 +50,7 @@ Rows = tuple[Layer, range]
 
 
 def packed(layer: Layer) -> list[Rows]:
-    """The projections of queries, keys and values that share one weight (3E, E)."""
+    """The projections of queries, keys and values when they share one weight of shape (3E, E)."""
     size = len(layer.weight) // 3
     return [(layer, range(number * size, (number + 1) * size)) for number in range(3)]
 
@@ -62,7 +64,7 @@ def attention(
     heads: int,
     errors: list[Vector],
 ) -> tuple[list[Vector], list[Vector], list[Vector]]:
-    """The errors at queries, keys and values, from the errors at the outputs of attention without masks.
+    """The errors at queries, keys and values, computed from the errors at the outputs of attention without masks.
 
     Args:
         projections: those of queries, keys and values, with E rows each.
@@ -108,7 +110,7 @@ def sigmoid(x: float) -> float:
 
 
 def lstm(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
-    """The errors at the inputs of all time steps, from the errors at all outputs h. The states start at zero."""
+    """The errors at the inputs of all time steps, computed from the errors at all outputs h. The states start at zero."""
     size = len(hh.weight) // 4
     h, c = [0.0] * size, [0.0] * size
     steps = []

@@ -1,4 +1,4 @@
-"""Tests of the rules whose feedback learns by local losses: fixed points, inputs of the losses, and which tensors change."""
+"""Tests of the rules whose feedback learns by local losses: fixed points, inputs of the losses, and the tensors that change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def converged(name: str, x: Tensor, layer: nn.Module | None = None, steps: int = 3000, lr: float = 1.0, **options: Any):
-    """(B, W, initial B) of a layer without a task, after gradient descent on only the local loss."""
+    """The tensors (B, W, initial B) of a layer after gradient descent on the local loss, without a task loss."""
     torch.manual_seed(0)
     model = nn.Sequential((layer or nn.Linear(6, 4, bias=False)).double())
     rule = fa_bench.attach(model, name, sample_input=x[:2], **options)
@@ -41,7 +41,7 @@ def converged(name: str, x: Tensor, layer: nn.Module | None = None, steps: int =
 
 
 def white(rows: int, columns: int) -> Tensor:
-    """Inputs whose mean of xᵀ x is the identity."""
+    """Inputs for which the mean of xᵀ x is the identity."""
     return torch.linalg.qr(random(rows, columns))[0] * rows**0.5
 
 
@@ -97,7 +97,7 @@ def test_a_convolution_ends_at_its_kernel() -> None:
 def test_noise_is_white_so_that_the_mirror_ends_near_half_of_the_weight() -> None:
     """The inputs are zero, so the feedback learns only from noise.
 
-    The feedback averages about 100 updates of 100 samples, so the entries of the noise's C differ from those of I by about
+    The feedback effectively averages over 100 updates of 100 samples, so the second moments of the noise differ from I by about
     1/√10000.
     """
     feedback, weight, _ = converged(
@@ -118,7 +118,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 def literal_loss(loss: AlignmentLoss, layer: Any, weight: Tensor, feedback: Tensor, x: Tensor) -> Tensor:
-    """The sum of the losses as they are written, computed with the layer itself and autograd."""
+    """The sum of the losses, written as in the equations and computed with the layer itself and autograd."""
 
     def run(kernel: Tensor, x: Tensor) -> Tensor:
         return torch.func.functional_call(layer, {"weight": kernel, **({"bias": torch.zeros_like(layer.bias)})}, (x,))
@@ -179,7 +179,7 @@ def test_gradients_are_those_of_the_losses_as_they_are_written(loss: AlignmentLo
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_local_losses_have_no_gradient_at_the_input_and_none_for_the_weight(name: str) -> None:
-    """All weights have the same gradients as in fa with the same feedback."""
+    """All weights have the same gradients as under fa with the same feedback."""
     x, y = nets.batch("conv")
     models = [nets.convnet() for _ in range(2)]
     rule, fa = fa_bench.attach(models[0], name, seed=0, alpha=5.0), fa_bench.attach(models[1], "fa", seed=0)
@@ -236,7 +236,10 @@ def test_the_factor_of_the_loss_is_found_or_asked_for() -> None:
 
 
 def test_without_an_error_the_factor_is_the_last_one() -> None:
-    """If every label has probability 1, the gradient at the logits is zero and does not determine the scale."""
+    """If every label has probability 1, the gradient at the logits is zero and cannot determine the scale.
+
+    The rule then uses the last known scale.
+    """
     model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
     rule = fa_bench.attach(model, "activation_alignment")
     found = []
@@ -340,7 +343,7 @@ def test_gradients_do_not_depend_on_the_batch_without_its_input(name: str, optio
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 @pytest.mark.parametrize("name", RULES)
 def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: str) -> None:
-    """All gradients are finite and come from the terms without inputs: the feedback's decay and its similarity to the weight."""
+    """All gradients are finite and come from the two terms that need no inputs: decay, and similarity of feedback and weight."""
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, update_forward=True)
     logits = model(x[:0])
@@ -351,7 +354,7 @@ def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: st
 
 
 def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
-    """In attention, the 4 rows of the joint weight for queries see only the first two tokens; the other 8 rows see all tokens."""
+    """In attention, the 4 query rows of the joint weight see only the first two tokens, while the other 8 rows see all tokens."""
     torch.manual_seed(0)
 
     class Net(nn.Module):
@@ -375,7 +378,7 @@ def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
 
 
 def test_metrics_measure_what_trains_the_weights() -> None:
-    """The gradient of a weight contains that of the local loss; the error at the layer's input does not."""
+    """The gradient of a weight includes that of the local loss, but the error at the layer's input does not."""
     x, y = nets.batch("conv")
     model = nets.convnet()
     rule = fa_bench.attach(model, "regularized_mirror", update_forward=True, alpha=0.5, sample_input=x)

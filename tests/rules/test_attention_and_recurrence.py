@@ -1,4 +1,4 @@
-"""Tests of edge rules on attention, recurrent and bilinear modules, against plain loops and with the weights as feedback."""
+"""Tests of edge rules on attention, recurrent and bilinear modules, compared with plain loops and with backpropagation."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 class Attends(nn.Module):
-    """A linear layer 4-6, attention with two heads, and a linear layer 6-3.
+    """A model with a 4-6 linear layer, attention with two heads, and a 6-3 linear layer.
 
-    In cross attention, other linear layers compute the keys and values from the same inputs.
+    With cross-attention, separate linear layers compute the keys and the values from all time steps except the last.
     """
 
     def __init__(self, cross: bool, **options: Any) -> None:
@@ -51,7 +51,7 @@ class Attends(nn.Module):
 
 
 class Recurs(nn.Module):
-    """A linear layer 4-5, a recurrent module with `width` outputs, and a linear layer with 2 outputs, at every time step."""
+    """A model with a 4-5 linear layer, a recurrent module with `width` outputs, and a linear output layer for every time step."""
 
     def __init__(self, core: nn.Module, width: int = 3) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Recurs(nn.Module):
 
 
 class Multiplies(nn.Module):
-    """Linear layers 4-3 and 4-5, whose outputs a bilinear module combines to 2 features."""
+    """A model with two linear layers (4-3 and 4-5) and a bilinear module that combines their outputs into 2 features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def effective(name: str, tensors: dict[str, Tensor], weight: np.ndarray) -> np.ndarray:
-    """The effective feedback of a layer, from the equations of the rules."""
+    """The effective feedback of a layer, computed from the rule's equations."""
     t = {key: array(value) for key, value in tensors.items()}
     if name in ("fa", "kp"):
         return t["B"]
@@ -176,7 +176,7 @@ def attended(projections: list[Rows], output: Layer, q: list, k: list, v: list) 
     return results
 
 
-#: The function that creates each module, the names of its layers, and its reference.
+#: Maps each module to the function that creates it, the names of its layers, and its reference implementation.
 RECURRENT: dict[str, tuple[Callable[[], nn.Module], tuple[str, str], Callable[..., Any]]] = {
     "LSTM": (lambda: nn.LSTM(5, 3), ("core.ih_l0", "core.hh_l0"), lstm),
     "GRU": (lambda: nn.GRU(5, 3), ("core.ih_l0", "core.hh_l0"), gru),
@@ -261,7 +261,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Translates(nn.Module):
-    """A transformer whose encoder and decoder have masks."""
+    """A transformer with masks in the encoder and the decoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ def test_the_weights_as_feedback_are_backpropagation(name: str, kind: str) -> No
     plain = gradients(rule.detach())
     assert found.keys() == exact.keys() == plain.keys() == {name for name, _ in model.named_parameters()}
     for key, gradient in found.items():
-        # The arithmetic is that of an exact pass, but fused kernels sum in a different order.
+        # The result is bitwise identical to an exact pass, but the fused kernels of the plain module sum in another order.
         assert torch.equal(gradient, exact[key])
         assert (gradient - plain[key]).abs().max() <= 1e-5 * plain[key].abs().max() + 1e-7
 

@@ -28,7 +28,7 @@ def convnet() -> nn.Sequential:
     return model
 
 
-#: None of these models has normalisation that fails for a batch of one image of 16 x 16 pixels.
+#: None of these models contains a normalisation that fails for a batch of a single 16 x 16 image.
 MODELS = {
     "mlp": lambda: MLP(widths=[6, 6, 6]).build((1, 16, 16), 3),
     "conv": convnet,

@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two blocks with normalisation after the additions, as in the code of Launay et al. 2020."""
+    """A transformer with two blocks and normalisation after the additions, as in the code of Launay et al. 2020."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def train(model: Any, rule: Any) -> dict[str, Tensor | None]:
 
 
 def projected(errors: Tensor, b: Tensor) -> Tensor:
-    """The signal δ B at every position, computed by loops."""
+    """The signal δ B at every position, computed with plain loops."""
     signal = torch.zeros(*errors.shape[:2], b.shape[1], dtype=b.dtype)
     for n in range(errors.shape[0]):
         for t in range(errors.shape[1]):
@@ -100,7 +100,7 @@ MICRO = {"cuts": ["*norm1", "*act", "*norm2"], "error_at": "layers.1.norm2"}
 @pytest.mark.parametrize("options", [MACRO, MICRO, {**MACRO, "error_at": None}], ids=["macro", "micro", "macro, logits"])
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_the_settings_of_launay_et_al(name: str, options: dict[str, Any]):
-    """The gradients are those of a forward pass that is detached at each cut, with a backward pass from δ B at each cut."""
+    """The gradients equal those of a forward pass detached at each cut, followed by a backward pass from δ B at each cut."""
     model, plain, (x, y) = transformer(), transformer(), words()
     form = {"form": "shared"} if name == "dfa" else {}
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, within="block", **options, **form)
@@ -186,7 +186,7 @@ def test_within_layer_an_embedding_needs_a_cut_of_its_own():
 
 
 class Factorised(nn.Embedding):
-    """A model with an embedding in a narrow table, followed by a layer that widens its output."""
+    """A narrow embedding, followed by a linear layer that widens its output."""
 
     def __init__(self, words: int, narrow: int, width: int) -> None:
         super().__init__(words, narrow)
@@ -220,7 +220,7 @@ def test_suggested_cuts_work_on_a_transformer(name: str):
 
 
 class Functional(Transformer):
-    """A transformer that multiplies activations by a parameter of its own, which no rule covers."""
+    """A transformer that multiplies activations by an additional parameter, which no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ def test_layers_after_the_module_learn_by_backpropagation():
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
-    """A module and a cut within it may have the same output, so the error is the same whichever of them error_at names."""
+    """A module and a cut within it may have the same output, so error_at gives the same error for either of them."""
     found = []
     for origin in ("2", "2.1"):
         plain = chain(4, 4, 4, 4)
@@ -288,7 +288,7 @@ def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
 
 
 class Tied(nn.Module):
-    """A model whose output layer is the embedding's weight, or a layer whose weight a function also uses."""
+    """A model whose output is computed with the embedding's weight, or with a layer whose weight a function also uses."""
 
     def __init__(self, layer: bool) -> None:
         super().__init__()
@@ -473,7 +473,7 @@ def test_activation_checkpointing_around_the_module(name: str, by_layer: bool, o
 
 
 class Extra(nn.Sequential):
-    """A 4-6-6-3 net that also runs its second layer without gradients in training."""
+    """A 4-6-6-3 net that, in training, can also run its second layer without gradients."""
 
     how = ""
 

@@ -1,4 +1,4 @@
-"""Tests that calls which bypass a rule, or which it does not support, raise an error and leave training unaffected."""
+"""Tests that calls which bypass a rule, or which the rule does not support, raise an error and do not affect later training."""
 
 import copy
 
@@ -25,7 +25,7 @@ def attached(name: str):
 
 @pytest.mark.parametrize("name", [*CUT_RULES, "forward_alignment"])
 def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
-    """Only calls with gradients are refused: evaluating a part of the model, or differentiating it exactly, is harmless."""
+    """Only calls with gradients are refused, because evaluating a part of the model or differentiating it exactly is harmless."""
     model, rule, x, y = attached(name)
     want = rule_grads(model, rule, x, y)
     with pytest.raises(CoverageError, match=r"'(act1|fc1)' ran outside a forward pass of the attached model; call the model"):
@@ -83,7 +83,7 @@ def test_a_rule_object_is_in_one_model(name):
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_two_cuts_at_one_tensor_are_refused(name):
-    """A block and its last module have the same output, and one pattern may match both."""
+    """A block and its last module have the same output, and a single pattern may match both."""
     model = nn.Sequential(
         nn.Sequential(nn.Linear(4, 5), nn.ReLU()),
         nn.Sequential(nn.Linear(5, 4), nn.ReLU()),
@@ -98,7 +98,7 @@ def test_two_cuts_at_one_tensor_are_refused(name):
 
 @pytest.mark.parametrize("name", [*CUT_RULES, "ddtp_linear"])
 def test_logits_may_be_changed_in_place(name):
-    """A change of the logits in place, for example by a temperature, gives the same gradients as one out of place."""
+    """Changing the logits in place, for example by a temperature, gives the same gradients as changing them out of place."""
     found = []
     for change in (lambda logits: logits.mul_(0.5), lambda logits: logits * 0.5):
         model, rule, x, y = attached(name)
@@ -117,7 +117,7 @@ def test_a_rule_is_named_once_and_a_rule_object_has_its_options_already():
 
 
 def test_a_copy_of_a_layer_with_feedback_is_refused():
-    """The copy has the class and the tensors of the rule that is attached to the original."""
+    """The copy retains the class and the tensors that the rule gave to the original layer."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
     other = nn.Sequential(copy.deepcopy(model.fc1), nn.Linear(5, 3))
@@ -129,7 +129,7 @@ def test_a_copy_of_a_layer_with_feedback_is_refused():
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_a_cut_in_front_of_the_first_layer_is_refused(name):
-    """An error would be useless in front of the first layer."""
+    """An error delivered before the first layer would not train anything."""
     model = nn.Sequential(nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     with pytest.raises(CoverageError, match="cut '0' has no layer with weights before it"):
         fa_bench.attach(model, name, sample_input=torch.zeros(2, 4), cuts=["0", "2", "4"])

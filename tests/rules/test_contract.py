@@ -1,6 +1,6 @@
 """Tests of properties that all rules share, for many kinds of layers, dtypes and memory formats.
 
-If the feedback equals the weights, the gradients must be bitwise those of backpropagation.
+If the feedback equals the weights, the gradients must be bitwise identical to those of backpropagation.
 """
 
 import copy
@@ -99,7 +99,7 @@ def test_feedback_equal_to_the_weight_is_backpropagation(name, layer):
 @pytest.mark.parametrize("net", BUILD)
 @pytest.mark.parametrize("name", ["fa", "brsf", "frsf", "kp"])
 def test_whole_networks(name, net):
-    """The networks have residual additions, projections, in-place ReLU and BatchNorm.
+    """The networks include residual additions, projections, in-place ReLU and BatchNorm.
 
     The rule brsf is tested in evaluation mode, in which it keeps its magnitudes.
     """
@@ -165,7 +165,7 @@ def test_channels_last(net):
 
 
 def test_seed_gives_the_same_numbers_in_both_memory_formats():
-    """Sampling depends only on seed and shape, so moving a model to channels_last before or after attach changes nothing."""
+    """Sampling depends only on seed and shape, so a model may be converted to channels_last before or after attach."""
     before, after = nets.residual().to(memory_format=torch.channels_last), nets.residual()
     one, two = (fa_bench.attach(model, "fa", seed=0) for model in (before, after))
     after.to(memory_format=torch.channels_last)
@@ -233,7 +233,7 @@ def test_same_seed_same_feedback_other_seed_other_feedback(name):
 
 @pytest.mark.parametrize("name", ["bp", "frozen", "bp_fc", "usf", *STORED, "predsim", "dgl"])
 def test_global_generator_and_model_are_not_disturbed_by_attach(name):
-    """The model has dropout, which would draw numbers in the pass of the sample, and BatchNorm, whose statistics would change."""
+    """When attach runs the sample input, dropout must not draw random numbers, and BatchNorm must not update its statistics."""
     x, y = nets.batch("conv")
     model = nets.convnet(batch_norm=True)
     model.act1 = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))

@@ -30,14 +30,14 @@ def test_two_steps_train_every_layer(name, model):
     for key, parameter in weights(net).items():
         assert torch.isfinite(parameter).all() and not torch.equal(parameter, before[key]), f"{key} did not learn"
     for old, tensor in zip(learned, rule.feedback_parameters(), strict=True):
-        # A bias before a normalisation has no gradient.
+        # A bias that precedes a normalisation has a gradient of zero.
         assert torch.isfinite(tensor).all() and (tensor.dim() == 1 or not torch.equal(tensor, old))
     assert not rule.coverage.uncovered and len(rule.coverage.covered) == {"mlp": 4, "conv2": 4, "resnet20": 14}[model]
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_where_the_cuts_are(model):
-    """The cuts are all activations or, for dgl, the ends of the blocks except for the one before the output layer."""
+    """The cuts are all activations or, for dgl, the ends of all blocks except the last one."""
     assert list(registered(model, "dgl")[1].feedback) == BLOCKS[model]
     for name in ("local_error", "predsim"):
         cuts = list(registered(model, name)[1].feedback)
@@ -47,9 +47,9 @@ def test_where_the_cuts_are(model):
 @pytest.mark.parametrize("name", ["drtp", *LOCAL])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_gradient_does_not_depend_on_later_layers(name, model):
-    """With update unlocking, changes of the layers after a cut, and thus of the output error, do not affect gradients before it.
+    """With update unlocking, changing the layers after a cut (and thus the output error) does not affect the gradients before it.
 
-    The network is split at the last cut, and every parameter after it is changed, including those of normalisation.
+    The network is split at the last cut, and every parameter after it is changed, including those of normalisation layers.
     """
     net, rule, x, y = registered(model, name)
     last = list(rule.feedback)[-1]
@@ -75,7 +75,7 @@ def test_a_gradient_does_not_depend_on_later_layers(name, model):
 
 
 def test_the_same_test_fails_for_direct_feedback():
-    """The error of dfa is computed from the output, so another output layer changes every gradient."""
+    """Under dfa, the error is computed from the output, so changing the output layer changes every gradient."""
     net, rule, x, y = registered("mlp", "dfa")
     before = rule_grads(net, rule, x, y)
     with torch.no_grad():

@@ -17,8 +17,7 @@ from .registered import BLOCKS, MODELS, registered, trained_grads
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", ["mlp_sr", "mlp", "linear"])
 def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
-    """The gradients are those of plain torch with modules that are detached at their ends and with their auxiliary nets' losses
-    added."""
+    """The gradients equal those of plain torch if modules are detached at their ends and their auxiliary losses are added."""
     net, rule, x, y = registered(model, "dgl", auxiliary_net=kind)
     nets_of_cuts = {cut: copy.deepcopy(rule.auxiliary_at(cut)) for cut in rule.feedback}
     got = rule_grads(net, rule, x, y)
@@ -39,7 +38,7 @@ def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
     for handle in handles:
         handle.remove()
     assert len(losses) == len(BLOCKS[model])
-    # Convolutions are summed in the same order, so only the order in which errors of a shortcut are added may differ.
+    # Convolutions sum in the same order, so only the order in which the errors at a shortcut are added may differ.
     assert_matches(got, {key: array(grad) for key, grad in collect(plain).items() if grad is not None}, rel=1e-12)
     theirs = {f"{cut}.{key}": array(p.grad) for cut, held in nets_of_cuts.items() for key, p in held.named_parameters()}
     assert_matches(mine, theirs, rel=1e-12)
@@ -48,7 +47,7 @@ def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
 def test_modules_of_the_users_own_by_their_ends():
     """Module 1 consists of fc1 and fc2, and module 2 of fc3 and the output layer.
 
-    The layer fc1 learns by backpropagation within its module, and is covered.
+    Because fc1 learns by backpropagation within its module, it counts as covered.
     """
     net, rule, x, y = registered("mlp", "dgl", cuts=["act2", "act3"])
     assert list(rule.feedback) == ["act2"]
@@ -60,7 +59,7 @@ def test_modules_of_the_users_own_by_their_ends():
 
 
 def test_what_is_inside_a_module_is_covered_whatever_it_is():
-    """The weights of attention belong to no layer that rules know; within a module, they learn like any other weights."""
+    """Attention stores its weights outside linear layers, but within a module these weights learn like any others."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -85,7 +84,7 @@ def test_one_module_is_refused_and_none_is_explained():
 
 
 def test_layers_of_the_auxiliary_net():
-    """A map of 4 x 8 x 8 is averaged to 2 x 2, so the linear layers after it are 16 wide.
+    """A 4 x 8 x 8 map is averaged to 2 x 2 pixels, so the linear layers that follow are 16 wide.
 
     After a flat activation of 9 features, the linear layers are 9 wide.
     """
@@ -125,7 +124,7 @@ def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, 
 
 @pytest.mark.parametrize("net", ["mlp", "conv2"])
 def test_auxiliary_nets_keep_no_statistics(net):
-    """Auxiliary nets are used only in training, with the batch's own statistics."""
+    """Auxiliary nets run only in training and use the statistics of the batch."""
     model, rule, *_ = registered(net, "dgl")
     kept = [key for key in model.state_dict() if "auxiliary" in key and ("running" in key or "num_batches" in key)]
     assert not kept and rule.feedback["act1"]

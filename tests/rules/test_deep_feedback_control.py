@@ -54,17 +54,14 @@ def output_after(model: nn.Module, voltages: list[Tensor], x: Tensor) -> Tensor:
 
 
 def jacobian_of(model: nn.Module, x: Tensor) -> Tensor:
-    """The Jacobian J (C, sum of all F) for one sample (1, I)."""
+    """The Jacobian J, of shape (C, sum of all F), for one sample of shape (1, I)."""
     zeros = [torch.zeros(1, layer.out_features, dtype=x.dtype) for layer in layers_of(model)]
     rows = torch.autograd.functional.jacobian(lambda *v: output_after(model, list(v), x)[0], tuple(zeros))
     return torch.cat([row[:, 0] for row in rows], 1).detach()
 
 
 def bias_gradients(found: dict[str, Tensor]) -> Tensor:
-    """The gradients of all biases.
-
-    For one sample and the voltage difference, these gradients are -Q u of all layers.
-    """
+    """The gradients of all biases. For a single sample and the voltage difference, the bias gradients of all layers form -Q u."""
     return torch.cat([found[f"fc{number}.bias"] for number in (1, 2, 3)])
 
 
@@ -73,7 +70,7 @@ def bias_gradients(found: dict[str, Tensor]) -> Tensor:
     ("net", "difference"), [("mlp_tanh", "voltage"), ("conv", "voltage"), ("mlp_relu", "nonlinear"), ("conv", "nonlinear")]
 )
 def test_a_transposed_jacobian_and_much_leak_are_backpropagation(net: str, difference: str) -> None:
-    """The control Q u is -stepsize / alpha Jᵀ dL/dz (1 + O(1 / alpha)).
+    """The control Q u equals -stepsize / alpha Jᵀ dL/dz (1 + O(1 / alpha)).
 
     The nonlinear difference squares the derivatives, which leaves those of ReLU unchanged.
     """
@@ -103,7 +100,7 @@ def test_a_transposed_jacobian_without_leak_is_the_gauss_newton_step() -> None:
     want = torch.linalg.pinv(jacobian_of(nets.NETS["mlp_tanh"](), x)) @ (-0.3 * error)
     found = -bias_gradients(learn(model, rule, x, y))
     assert torch.allclose(found, want, rtol=1e-9)
-    # This is the smallest change that brings the linearised output to its target; the step of backpropagation is not.
+    # The change found is the smallest one that brings the linearised output to its target, unlike a step of backpropagation.
     assert torch.allclose(jacobian_of(nets.NETS["mlp_tanh"](), x) @ found, -0.3 * error, rtol=1e-9)
 
 
@@ -148,7 +145,10 @@ def test_activities_are_controlled_below_a_layer() -> None:
 
 # ------------------------------------------------------------------------------------------------ learned feedback
 def solved(leak: float, decay: float, s: float) -> float:
-    """The solution m of leak / (leak + m s)² = decay m, whose left side decreases while the right one increases."""
+    """The solution m of leak / (leak + m s)² = decay m, found by bisection.
+
+    The left side decreases with m, and the right side increases.
+    """
     low, high = 0.0, 100.0
     for _ in range(60):
         m = (low + high) / 2
@@ -160,10 +160,10 @@ def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
     """The feedback of a linear net converges to Q = Jᵀ M, where M has the eigenvectors of J Jᵀ.
 
     For the eigenvalue s of J Jᵀ, M has the eigenvalue m that solves decay m = leak / (leak + m s)². Averaged over noise, the
-    gradient of the feedback is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ, which is -leak / (leak + m s)² Jᵀ along that
-    eigenvector.
+    gradient of the feedback is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ. Along the eigenvector for s, the gradient equals
+    -leak / (leak + m s)² Jᵀ.
 
-    The feedback is averaged over 200 steps of 256 noisy samples, so its noise is 1 / (200 * 256)^(1/2), or 0.4 %, of each entry.
+    The feedback is averaged over 200 steps of 256 noisy samples, so its relative error is about 1 / (200 * 256)^(1/2) = 0.4 %.
     """
     leak, decay = 0.3, 0.2
     torch.manual_seed(0)
@@ -188,7 +188,7 @@ def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
 
 
 def test_the_noise_is_that_of_its_places_and_numbers() -> None:
-    """The net is linear, and its leak is so large that there is no control and u = -J sigma eps / leak."""
+    """In a linear net whose leak is so large that J Q is negligible, u = -J sigma eps / leak."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 3)).double()
     x, y = nets.batch("mlp_tanh")
@@ -267,7 +267,7 @@ def test_every_update_draws_new_noise_that_a_state_repeats() -> None:
 def test_running_statistics_and_random_numbers_are_those_of_one_pass() -> None:
     """All passes use the dropout masks of the first pass.
 
-    With new masks, the change of the output would be the difference between the masks.
+    With new masks, the differences between masks would dominate the change of the output.
     """
 
     def build() -> nn.Sequential:
@@ -301,7 +301,7 @@ def test_running_statistics_and_random_numbers_are_those_of_one_pass() -> None:
 def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
     def trained(inplace: bool) -> dict[str, Tensor]:
         torch.manual_seed(1)
-        # LeakyReLU changes its own results, so applying it twice in place is detected.
+        # Applying LeakyReLU to its own result changes it, so a second in-place application would be detected.
         layers = [nn.Linear(7, 6), nn.LeakyReLU(0.3, inplace), nn.Linear(6, 5), nn.LeakyReLU(0.3, inplace)]
         if where == "block":
             model = nn.Sequential(nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:]), nn.Linear(5, 3)).double()
@@ -315,7 +315,7 @@ def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
 
 
 def test_at_a_block_the_change_is_added_to_the_output() -> None:
-    """A cut at a block is equivalent to a cut at an identity after the same layers, whose derivatives are exact."""
+    """A cut at a block is equivalent to a cut at an identity after the same layers, so derivatives within the block are exact."""
     torch.manual_seed(1)
     block = nn.Sequential(nn.Linear(7, 6), nn.Tanh()).double()
     head = nn.Linear(6, 3).double()
@@ -329,7 +329,7 @@ def test_at_a_block_the_change_is_added_to_the_output() -> None:
 
 
 def test_a_nonlinearity_with_dropout_is_evaluated_once() -> None:
-    """Two evaluations would have different masks, which would determine the difference of activations."""
+    """Two evaluations would sample different masks, which would dominate the difference between the activations."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(7, 6), nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), nn.Linear(6, 3)).double()
     x, y = nets.batch("mlp_tanh")
@@ -352,7 +352,7 @@ def test_a_pooling_stands_for_the_nonlinearity_before_it() -> None:
     "between", [[nn.Dropout(0.5)], [nn.Identity()], [nn.Softsign()] * 2], ids=["dropout", "identity", "twice"]
 )
 def test_what_is_no_nonlinearity_of_its_own_does_not_stand_for_a_pooling(between: list[nn.Module]) -> None:
-    """Dropout and identities are not nonlinearities, and a nonlinearity that runs twice has no unique place."""
+    """Dropout and identities are not nonlinearities, and a nonlinearity that runs twice has no unique position."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), *between, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3))
     rule = fa_bench.attach(model, "dfc", sample_input=torch.zeros(4, 2, 6, 6), cuts=[str(2 + len(between))])
@@ -360,7 +360,7 @@ def test_what_is_no_nonlinearity_of_its_own_does_not_stand_for_a_pooling(between
 
 
 def test_passes_of_half_precision_are_repeated_in_single() -> None:
-    """A voltage of size 1 changes by a thousandth, which the eight bits of bfloat16 cannot represent."""
+    """Voltages of order 1 change by about 1e-3, which bfloat16 cannot resolve with its eight bits of precision."""
     found = []
     for enabled in (False, True):
         model = nets.NETS["mlp_tanh"]().float()
@@ -441,7 +441,7 @@ def test_a_copied_and_a_pickled_model_train_alike() -> None:
 def test_what_nothing_trainable_precedes_is_not_controlled() -> None:
     """A cut without trainable layers before it adds nothing to J Q, because no layer would learn from its control.
 
-    An input that requires a gradient makes no difference.
+    The result is the same if the input requires a gradient.
     """
     x, y = nets.batch("mlp_tanh")
     found = []
@@ -554,7 +554,7 @@ def test_same_noise_of_every_sample_is_split_with_the_batch(monkeypatch: pytest.
 def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None:
     """For one sample, u is (J Q + alpha I)⁻¹ times the step of the output towards its target.
 
-    The output's part of Q is not symmetric, so its transpose would give another result.
+    The output's part of Q is not symmetric, so its transpose would give a different result.
     """
     model, rule = attached(learning_rule="voltage_difference", alpha=0.1, target_stepsize=0.3)
     of_output = torch.tensor([[1.0, 0.5, 0.0], [-0.3, 1.2, 0.2], [0.4, 0.0, 0.9]], dtype=torch.float64)
@@ -569,7 +569,7 @@ def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None
 
 
 def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even layers of equal width have different noise.
+    """Even layers of equal width must get different noise.
 
     If the noise were the same in several layers, their feedback would learn the sum over these layers.
     """
@@ -589,7 +589,7 @@ def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_nonlinearity_that_draws_teaches_by_voltages() -> None:
-    """If RReLU were evaluated again, it would sample different slopes."""
+    """RReLU samples new slopes in every evaluation, so both kinds of difference must use the voltages."""
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = []
     for difference in ("voltage", "nonlinear"):

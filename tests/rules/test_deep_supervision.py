@@ -1,4 +1,4 @@
-"""Tests of bp_deepsup: autograd's gradients of the summed loss, its relations to bp and predsim, and its coverage report."""
+"""Tests of bp_deepsup: agreement with autograd, relations to bp and predsim, and the coverage report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def attached(net: str, **options: Any) -> tuple[nn.Module, Any, Tensor, Tensor]:
 
 
 def summed_loss_grads(plain: nn.Module, rule: Any, x: Tensor, y: Tensor, weight: float) -> dict[str, Tensor]:
-    """Autograd's gradients, in a plain model, of the loss plus the weighted losses of copies of the rule's classifiers."""
+    """The gradients of the loss plus the weighted losses of copied classifiers, computed by autograd in a plain model."""
     decoders = {cut: copy.deepcopy(rule.auxiliary_at(cut)) for cut in rule.feedback}
     captured: dict[str, Tensor] = {}
     for cut in decoders:  # a clone, because the next module may change the output in place
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_summed_loss(net: str) -> None:
 
 
 def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_frozen() -> None:
-    """The error of a classifier crosses the frozen layers before it.
+    """The error of a classifier passes through the frozen layers before it.
 
     A classifier without trainable layers before it does not learn.
     """
@@ -72,9 +72,9 @@ def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_fr
 
 
 def test_weight_zero_is_backpropagation() -> None:
-    """With a weight of zero, the cuts add zero, so all gradients are bitwise those of backpropagation.
+    """With a weight of zero, the classifiers add nothing, so all gradients are bitwise identical to those of backpropagation.
 
-    With another weight, the gradient of the first layer differs, and that of the output layer does not.
+    With any other weight, the gradient of the first layer differs, but that of the output layer does not.
     """
     model, rule, x, y = attached("conv", weight=0.0)
     exact = bp_grads(BUILD["conv"](), x, y)
@@ -87,9 +87,9 @@ def test_weight_zero_is_backpropagation() -> None:
 
 
 def test_classifiers_are_those_of_predsim() -> None:
-    """By default, a classifier starts with a weight of zero and the bias that it has in predsim.
+    """By default, a classifier starts with zero weights and with the same bias as in predsim.
 
-    The first gradients of the layers are therefore those of bp.
+    In the first step, the gradients of the layers are therefore those of bp.
     """
     _, one, x, y = registered("conv2", "bp_deepsup")
     _, two, _, _ = registered("conv2", "predsim", loss="pred")
@@ -132,9 +132,9 @@ def test_it_says_that_it_transports_weights() -> None:
 
 
 def test_angles_to_backpropagation() -> None:
-    """The angle between feedback and weight is 0.
+    """The angle between feedback and weights is 0.
 
-    The errors differ from those of backpropagation, because classifiers add their own errors.
+    The errors differ from those of backpropagation because classifiers add their own errors.
     """
     _, rule, x, y = attached("mlp_bn")
     values = AlignmentMeter(rule, x, y).measure()
@@ -143,7 +143,7 @@ def test_angles_to_backpropagation() -> None:
 
 
 def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
-    """The angle between errors is compared with the one that autograd gives.
+    """The angle between errors is compared with one that is computed by autograd.
 
     All derivatives are exact, so the one-step angles are zero.
     """
@@ -166,7 +166,7 @@ def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
 
 
 def test_weights_that_are_used_elsewhere_are_accepted() -> None:
-    """In bp_deepsup, as in bp, the error passes through weights anyway."""
+    """Under bp_deepsup, as under bp, errors pass through the weights, so a weight may also be used elsewhere."""
 
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Tests of f3: which error of which pass is projected, relations to dfa and drtp, stored data, and refused calls."""
+"""Tests of f3: which errors are projected, relations to dfa and drtp, stored errors, and refused calls."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ALL = torch.arange(SAMPLES)
 
 
 def orders(epochs: int) -> list[Tensor]:
-    """Shuffled batches of 3, 3 and 1 samples, epoch by epoch."""
+    """The shuffled batches of all epochs, with 3, 3 and 1 samples in each epoch."""
     return [
         batch
         for epoch in range(epochs)
@@ -74,7 +74,7 @@ def orders(epochs: int) -> list[Tensor]:
 def test_shuffled_epochs_equal_plain_loops(information: str, first_epoch: str) -> None:
     """The updates of three epochs equal those of plain loops.
 
-    The rounding error of one pass, 1e-12, grows by a factor below a thousand.
+    The rounding error of one pass is 1e-12 and grows by less than a factor of a thousand.
     """
     model, rule = attached(information=information, first_epoch=first_epoch)
     chain, feedback = describe(nets.NETS[NET]()), feedback_arrays(rule)
@@ -130,9 +130,7 @@ def test_zero_at_first_trains_the_output_layer_alone() -> None:
 
 @pytest.mark.parametrize("init", ["identity", "identity_pm"])
 def test_identity_feedback_shows_the_delayed_errors(init: str) -> None:
-    """With identity feedback, the error at a cut is the sample's own earlier error, entry by entry, with the signs of the
-    matrices.
-    """
+    """With identity feedback, the error at a cut consists of entries of the sample's earlier error, up to the identity's sign."""
     model, rule = attached(b_init=init)
     seen: list[Tensor] = []
     logits = model(X[[4, 2]])
@@ -156,9 +154,9 @@ def test_identity_feedback_shows_the_delayed_errors(init: str) -> None:
 
 @pytest.mark.parametrize(("objective", "output"), [(SigmoidCE(), torch.sigmoid), (MSE(), lambda z: z)], ids=["sigmoid", "mse"])
 def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
-    """The objectives sigmoid_ce and mse have the same delayed_loss and delayed_error.
+    """For sigmoid_ce and mse, delayed_loss and delayed_error are the same.
 
-    As in the authors' code, the softmax is that of the outputs, for example of the sigmoid's.
+    As in the authors' code, the softmax is applied to the outputs, for example to those of the sigmoid.
     """
     onehot = F.one_hot(Y, 3).double()
     found = {}
@@ -181,7 +179,7 @@ def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
 
 @pytest.mark.parametrize("information", DELAYED)
 def test_targets_that_are_numbers(information: str) -> None:
-    """In a sample's first epoch, the error is minus the target; the one-hot kinds multiply it by the target again."""
+    """In a sample's first epoch, the error is the negative target. The one-hot kinds multiply this error by the target."""
     targets, model = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(3)).double(), nets.NETS[NET]()
     rule = fa_bench.attach(
         model, "f3", sample_input=X, objective=MSE(), information=information, samples=SAMPLES, cuts=CUTS, b_init="identity"
@@ -198,7 +196,7 @@ def test_targets_that_are_numbers(information: str) -> None:
 # ------------------------------------------------------------------------------------------------ what is kept
 @pytest.mark.parametrize("information", ["delayed_loss", "delayed_error"])
 def test_kept_errors_do_not_depend_on_batch_size_or_loss_scale(information: str) -> None:
-    """For the same batch and the same stored errors, a loss times 8 gives 8 times the gradients."""
+    """For the same batch and the same stored errors, multiplying the loss by 8 multiplies the gradients by 8."""
     (whole, rule), (parts, other) = attached(information=information), attached(information=information)
     step(whole, rule, ALL)
     for indices, scale in zip(ALL.split(2), (1.0, 0.25, 4.0, 3.0), strict=True):
@@ -225,7 +223,7 @@ def test_a_part_of_the_samples_leaves_the_others_as_they_are() -> None:
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_errors_that_are_not_finite_are_not_kept(bad: float) -> None:
-    """If new errors are not finite, samples keep their earlier errors, if any.
+    """Samples whose new errors are not finite keep their earlier errors, if they have any.
 
     A gradient scaler likewise skips an update that is not finite.
     """
@@ -289,7 +287,7 @@ def test_errors_have_the_precision_of_the_model_and_no_less_than_single() -> Non
 
 
 def test_errors_follow_a_model_that_is_converted() -> None:
-    """After a conversion, new errors have the precision of the model, and earlier errors are kept."""
+    """After the model's dtype changes, errors are stored in the new precision (at least single), and earlier errors are kept."""
     model, rule = attached()  # in double precision
     step(model, rule, ALL)
     kept = rule.state_dict()["errors"]
@@ -346,9 +344,9 @@ def test_a_plain_backward_is_refused() -> None:
 
 
 def test_the_number_of_samples_is_required() -> None:
-    """A missing number of samples is refused before cuts are searched for.
+    """If the number of samples is missing, attach raises an error before it searches for cuts.
 
-    The number is not needed if errors are not delayed.
+    The number of samples is not needed if errors are not delayed.
     """
     with pytest.raises(OptionError, match=r"samples: is required.*fa_bench\.attach\(model, 'f3', samples=len\(dataset\)\)"):
         fa_bench.attach(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), "f3")
@@ -373,7 +371,7 @@ def test_int32_indices() -> None:
 
 
 def test_labels_are_needed_by_what_depends_on_them() -> None:
-    """The derivative of the loss needs no labels, unless the error of the first epoch needs them."""
+    """Errors that are derivatives of the loss require labels only if the error of the first epoch does."""
     for options, needed in (
         ({}, True),
         ({"first_epoch": "current"}, False),

@@ -1,6 +1,6 @@
-"""Tests that training steps neither mix devices nor read tensors back, which would make the CPU wait for an accelerator.
+"""Tests that training steps neither mix devices nor read values back from an accelerator, which would make the CPU wait.
 
-Tensors without values reveal both: an operation on tensors of two devices raises an error, and so does reading a number.
+The tests use tensors without values, for which mixing devices or reading a number raises an error.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mlp": ({"widths": [8, 8]}, (1, 6, 6)),
     "resnet_cifar_small": ({"depth": 8, "width": 4}, (3, 8, 8)),
 }
-#: The rule frsf reads its magnitudes once, to see whether they have negative entries. Rules that learn only by the objective read
-#: in the first passes whether the loss is a multiple of it.
+#: The rule frsf reads its magnitudes once, to check whether they have negative entries. Rules that learn from the objective check
+#: in their first passes whether the loss is a multiple of the objective.
 READS_ONCE = {"frsf", *(name for name, rule in ALGORITHMS.items() if getattr(rule, "learns_by_objective", False))}
 
 
 @pytest.fixture(autouse=True)
 def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use the device meta, for which autograd needs no driver, and replace autocast and generators, which it lacks."""
+    """Set up the meta device, on which autograd needs no driver, and replace the autocast and generators that it lacks."""
     autocast = torch.is_autocast_enabled
     for module in (torch, lazy.torch):  # the latter caches its results
         monkeypatch.setattr(module, "is_autocast_enabled", lambda device: device != "meta" and autocast(device))
@@ -49,7 +49,7 @@ def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def train(name: str, net: str, steps: int) -> None:
-    """Run training steps of a rule with all tensors on the device meta."""
+    """Run training steps of a rule with all tensors on the meta device."""
     options, shape = NETS[net]
     torch.manual_seed(0)
     model = ARCHITECTURES[net](**options).build(shape, 4)

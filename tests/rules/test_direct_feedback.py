@@ -1,4 +1,4 @@
-"""Tests of dfa, which computes the signals at the declared cuts only from the output error."""
+"""Tests of dfa, which computes the signal at each cut directly from the output error."""
 
 import math
 from collections import OrderedDict
@@ -50,7 +50,7 @@ def test_last_hidden_feedback_equal_to_the_output_weights_is_backpropagation_the
 def test_gradients_do_not_depend_on_later_weights(form):
     """With backward unlocking, changing a later W does not change earlier gradients if delta_out is fixed.
 
-    A loss that is linear in the logits fixes delta_out.
+    A loss that is linear in the logits keeps delta_out fixed.
     """
     x, _ = nets.batch("mlp")
     fixed = torch.randn(4, nets.CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -102,7 +102,7 @@ def test_feedback_is_classes_by_features_and_keyed_by_cut():
 
 @pytest.mark.parametrize("widths", [(5, 5), (6, 5), (5, 6)], ids=str)
 def test_the_output_layer_is_compared_with_the_feedback_of_the_last_cut(widths):
-    """B of the last cut has the shape of the output layer's weight, and B of an earlier cut may have the same shape."""
+    """The B of the last cut has the shape of the output weight, and the B of an earlier cut may have the same shape."""
     first, last = widths
     model = nn.Sequential(nn.Linear(4, first), nn.ReLU(), nn.Linear(first, last), nn.ReLU(), nn.Linear(last, 3))
     rule = fa_bench.attach(model, "dfa", seed=0, cuts=["1", "3"])
@@ -134,7 +134,7 @@ def test_layer_without_a_cut_of_its_own_is_named_or_gets_its_local_gradient():
 
 
 def test_cut_before_the_activation():
-    """If the cut is at a layer's output, the signal is that layer's error itself, without a derivative of the activation."""
+    """If the cut is at a layer's output, the signal itself is that layer's error, without the derivative of the activation."""
     model, rule = attached(cuts=("fc1", "fc2"))
     x, y = nets.batch("mlp")
     got, plain = rule_grads(model, rule, x, y), nets.mlp()
@@ -143,7 +143,7 @@ def test_cut_before_the_activation():
 
 
 def test_shared_matrix_is_uniform_from_minus_one_to_one():
-    """The 3 x 4000 entries nearly reach the ends, and their mean and variance (1/3) are within 5 standard errors."""
+    """The 3 x 4000 entries nearly reach ±1, and their mean and variance are within 5 standard errors of 0 and 1/3."""
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 50), nn.Tanh(), nn.Linear(50, 3))
     x = torch.zeros(2, 7)
     rule = fa_bench.attach(model, "dfa", seed=0, form="shared", cuts=["1", "3"], sample_input=x)
@@ -155,7 +155,7 @@ def test_shared_matrix_is_uniform_from_minus_one_to_one():
 
 
 def test_normalise_divides_by_the_root_of_the_widest_cut():
-    """Both models sample the same matrix, so only the factor differs, which is sqrt(6) even for the cut with 5 features."""
+    """Both models sample the same matrix, so their gradients differ by a factor of sqrt(6), even at the cut with 5 features."""
     x, y = nets.batch("mlp")
     (one, raw), (two, scaled) = attached("shared", normalise=False), attached("shared")
     raw_grads, scaled_grads = rule_grads(one, raw, x, y), rule_grads(two, scaled, x, y)
@@ -182,7 +182,7 @@ def test_every_cut_takes_the_leading_columns_of_one_matrix():
     ids=str,
 )
 def test_density_is_the_fraction_kept(name, options, bound):
-    """The tolerance for the fraction of 12 000 entries is 5 standard errors of 0.0042.
+    """With 12 000 entries, the fraction has a standard error of 0.0042, and the tolerance is about 5 standard errors.
 
     A mask does not rescale the remaining entries.
     """
@@ -197,7 +197,7 @@ def test_density_is_the_fraction_kept(name, options, bound):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_inplace_activation_after_the_cut(form):
-    """If an in-place ReLU overwrites the output of a cut at BatchNorm, the gradients are those with a plain ReLU."""
+    """If an in-place ReLU overwrites the output of a cut at BatchNorm, the gradients equal those with a plain ReLU."""
     x, y = nets.batch("conv")
     cuts = {} if form == "kernel" else {"cuts": ["bn1", "bn2", "bn3"]}
     grads = []
@@ -223,7 +223,7 @@ KERNELS = {
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", KERNELS)
 def test_kernel_form_follows_the_geometry_of_the_layer(layer):
-    """The error at a layer's input is the input gradient of the same layer with classes as outputs, weight B and no groups."""
+    """The error at a layer's input is the input gradient of a similar layer with weight B, one output per class and no groups."""
     build, shape = KERNELS[layer]
     torch.manual_seed(0)
     x, y = torch.randn(2, *shape, dtype=torch.float64), torch.tensor([2, 0])
@@ -251,7 +251,7 @@ def test_kernel_form_follows_the_geometry_of_the_layer(layer):
 
 
 def test_kernel_form_refuses_a_transposed_convolution_or_trains_it():
-    """A model that attach accepts must train without an error; otherwise, the error of attach must name the layer."""
+    """If attach accepts the model, it must train without an error. If attach refuses the model, the error must name the layer."""
     torch.manual_seed(0)
     stages = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(495, 3)]
     model, (x, y) = nn.Sequential(*stages).double(), nets.batch("conv")
@@ -266,7 +266,7 @@ def test_kernel_form_refuses_a_transposed_convolution_or_trains_it():
 def test_inplace_activation_after_a_cut_whose_own_backward_needs_its_output():
     """The derivative of tanh is computed from its output, which the ReLU after the cut overwrites.
 
-    The cut must therefore store the value.
+    The cut must therefore preserve the output.
     """
     x, y = nets.batch("mlp")
     grads = []
@@ -290,7 +290,7 @@ def test_inplace_activation_at_the_cut():
 
 
 def test_kernel_form_on_a_residual_network():
-    """The error at each convolution's input is the direct one; the identity shortcut adds the error from later layers."""
+    """Each convolution's input gets the direct error, to which the identity shortcut adds the error from later layers."""
     plain, model, (x, y) = nets.residual(), nets.residual(), nets.batch("residual")
     rule = fa_bench.attach(model, "dfa", seed=0, form="kernel", sample_input=x)
     delta = torch.autograd.grad(F.cross_entropy(z := plain(x), y), z)[0].detach()
@@ -333,7 +333,7 @@ def test_without_any_cut_attach_says_how_to_name_them():
 
 
 class Blocks(nn.Module):
-    """A net with a ReLU that runs twice, and with a stage whose output is that of its last block."""
+    """A net with a ReLU that runs twice and a stage whose output is that of its last block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,7 +47,10 @@ def test_last_hidden_gradient_is_that_of_the_output_weight(net):
 
 
 def test_rate_zero_is_direct_feedback_alignment():
-    """After five steps with momentum and decay, the weights are bitwise those of dfa with the same B, and B has not changed."""
+    """After five steps with momentum and decay, the weights are bitwise identical to those of dfa with the same B.
+
+    The B of dkp has not changed.
+    """
     (one, dkp, x, y), (two, dfa, _, _) = attached(b_lr_scale=0.0), attached(name="dfa", b_init="kaiming_uniform")
     assert_bitwise(rule_grads(one, dkp, x, y), rule_grads(two, dfa, x, y))
     before = {cut: tensors["B"].clone() for cut, tensors in dkp.feedback.items()}
@@ -62,7 +65,7 @@ def test_rate_zero_is_direct_feedback_alignment():
 
 
 def test_on_one_hidden_layer_with_equal_rates_it_is_kolen_pollack():
-    """B and W start with different values, but get equal gradients and decay equally.
+    """B and W start with different values but get equal gradients and the same decay.
 
     After five steps, dkp and kp have the same weights and the same B.
     """
@@ -88,7 +91,7 @@ def test_its_rate_is_a_hundredth_of_that_of_the_weights_unless_said_otherwise():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_decay_acts_on_b(own):
-    """A step of plain SGD gives B - lr (gradient + decay B), with the decay of W or that of B's own optimizer."""
+    """A step of plain SGD changes B to B - lr (gradient + decay B), with the decay of W or that of B's own optimizer."""
     model, rule, x, y = attached()
     feedback = SGD(lr=0.2, momentum=0.0, weight_decay=0.5) if own else None
     optimizers = Optimizers(SGD(lr=0.1, momentum=0.0, weight_decay=0.3), rule, 1, feedback)
@@ -105,7 +108,7 @@ def test_decay_acts_on_b(own):
 def test_optimizer_and_schedule_of_its_own():
     """The learning rate of B falls by a factor of 0.85 per epoch, while that of W is constant.
 
-    The decoupled decay of AdamW acts on B at this rate.
+    The decoupled decay of AdamW uses the learning rate of B.
     """
     model, rule, x, y = attached()
     own = AdamW(lr=0.1, weight_decay=0.5, schedule=Step(step_size=1, gamma=0.85))
@@ -133,9 +136,10 @@ def test_from_zero_it_begins_with_the_output_layer_alone():
 
 
 def test_b_is_kaiming_uniform_with_the_features_of_its_cut():
-    """B (10, F) is sampled from U(±√(6/F)).
+    """B has the shape (10, F) and is sampled from U(±√(6/F)).
 
-    The largest of the 40 000 entries is within 1 % of the bound, and their deviation is within 2 % of its value.
+    The largest of the 40 000 entries is within 1 % of the bound, and their standard deviation is within 2 % of the expected
+    value.
     """
     model = nn.Sequential(nn.Conv2d(1, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4000, 10))
     rule = fa_bench.attach(model, "dkp", seed=0, cuts=["1"], sample_input=torch.zeros(2, 1, 12, 12))
@@ -168,8 +172,7 @@ def test_probing_gives_b_no_gradient():
 
 
 def test_gradients_do_not_depend_on_later_weights():
-    """With backward unlocking and a fixed delta_out, a change of a later W does not change earlier gradients, not even those of
-    B."""
+    """If delta_out is fixed, changing a later W does not change earlier gradients, including those of B."""
     model, rule, x, _ = attached()
     fixed = torch.randn(4, nets.CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -193,7 +196,7 @@ def test_gradients_do_not_depend_on_later_weights():
 
 
 def alignment(name: str, steps: int = 300, **options) -> list[float]:
-    """The mean angle between a Bᵀ and the logits at each cut, after learning to classify three clusters."""
+    """The mean angle between a Bᵀ and the logits at each cut, after training on three clusters."""
     torch.manual_seed(0)
     hidden = [nn.Linear(20, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 30), nn.BatchNorm1d(30), nn.ReLU()]
     model = nn.Sequential(*hidden, nn.Linear(30, 3))

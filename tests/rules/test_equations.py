@@ -1,4 +1,4 @@
-"""Tests of every rule against its reference by loops, first in one pass on every network and then in several training steps."""
+"""Tests of every rule against its loop-based reference, in single passes on every network and in several training steps."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def start(case: str, net: str):
 def learned_names(rule) -> dict[str, torch.Tensor]:
     """The learned feedback whose gradients a reference computes, as {"layer.B": tensor}.
 
-    An optimizer gets these tensors in addition to the model's parameters.
+    These tensors are also among the model's parameters, so an optimizer of the model updates them.
     """
     if rule.name in TRAITS["learned_from_noise"]:
         return {}
@@ -52,12 +52,12 @@ def learned_names(rule) -> dict[str, torch.Tensor]:
 
 
 def reference_options(options: dict) -> dict:
-    """The options without density, because references get the masked tensors themselves."""
+    """The options without `density`, because references get tensors that are already masked."""
     return {key: value for key, value in options.items() if key != "density"}
 
 
 def noise_options(case: str, rule) -> dict:
-    """The random numbers that a noisy rule will sample for its next update, as an option of its reference."""
+    """The random numbers that a noisy rule will sample for its next update, as an option for its reference."""
     if CASES[case][0] not in TRAITS["noisy"]:
         return {}
     draws = Draws(0)
@@ -99,7 +99,7 @@ def test_plain_last_transports_the_true_weights_of_the_output_layer_only():
     assert distance(got["fc1.weight"], exact["fc1.weight"]) > 1e-2
 
 
-# Nesterov momentum is tested for only one fixed and one learned feedback, because the optimizer itself is torch's.
+# Nesterov momentum is tested with only one fixed and one learned feedback, because the optimizer itself is torch's.
 SCHEDULES = [(case, False) for case in CASES] + [("fa", True), ("kp", True)]
 
 
@@ -109,7 +109,7 @@ SCHEDULES = [(case, False) for case in CASES] + [("fa", True), ("kp", True)]
 def test_training_steps_equal_reference(case, net, nesterov):
     """Weights, biases and learned feedback equal those of the reference after each of four steps.
 
-    The steps are those of SGD with momentum and coupled decay, each on a new batch.
+    Each step uses SGD with momentum and coupled weight decay on a new batch.
     """
     rule, model, _, chain, reference, options = start(case, net)
     settings = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov}
@@ -122,7 +122,8 @@ def test_training_steps_equal_reference(case, net, nesterov):
         x, y = nets.batch(net, seed=step)
         optimizer.zero_grad()
         logits = model(x)
-        # Learned feedback is the reference's own, redrawn feedback is that of this forward pass, and the rest is the initial one.
+        # Learned feedback comes from the reference, redrawn feedback from this forward pass, and fixed feedback from the initial
+        # state.
         present = feedback_arrays(rule) if redrawn else initial
         feedback = {at: {t: params.get(f"{at}.{t}", value) for t, value in tensors.items()} for at, tensors in present.items()}
         given = reference_options(options) | noise_options(case, rule) | kept
@@ -139,7 +140,8 @@ def test_training_steps_equal_reference(case, net, nesterov):
         if CASES[case][0] in AFTER_UPDATE:
             AFTER_UPDATE[CASES[case][0]](chain, params)
         now = arrays(model) | {name: array(tensor) for name, tensor in learned_names(rule).items()}
-        # BatchNorm and momentum amplify the rounding error of one pass, 1e-12, by less than a thousand in four steps.
+        # Over four steps, BatchNorm and momentum amplify the rounding error of one pass (1e-12) by a factor of less than a
+        # thousand.
         assert_matches(now, params)
     for (layer, name), tensor in feedback_tensors(rule).items():
         if not redrawn and f"{layer}.{name}" not in learned and CASES[case][0] != "usf":  # usf's B follows the weights
@@ -148,7 +150,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
 
 @pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if name not in TRAITS["unscaled"]])
 def test_loss_scaling_scales_every_gradient(case):
-    """A loss times 1024 gives exactly 1024 times the gradients, because a rule may take its error only from the loss."""
+    """Multiplying the loss by 1024 multiplies the gradients by exactly 1024, because errors must come only from the loss."""
     rule, model, _, _, _, _ = start(case, "conv")
     x, y = nets.batch("conv")
     model.eval()  # so that brsf does not sample between the two passes

@@ -1,4 +1,4 @@
-"""Tests that attach refuses what a rule cannot support, names the layers, and leaves the model unchanged."""
+"""Tests that attach refuses what a rule cannot support, names the cause, and leaves the model unchanged."""
 
 import re
 
@@ -21,7 +21,7 @@ class OwnAttention(nn.MultiheadAttention):
 
 
 class Attentive(nn.Module):
-    """A model with weights that no rule covers: an embedding, and both projections of a user-defined attention layer."""
+    """A model with an embedding and a user-defined attention layer that no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def test_nothing_to_cover(name, sample, options):
 
 @pytest.mark.parametrize("name", ["fa", "dfa"])
 def test_an_error_ends_where_the_model_gives_it_no_further_causes(name):
-    """Only if the model gives further causes does the message append them in parentheses.
+    """The message mentions further causes in parentheses only if the model has any.
 
     Further causes are weights that are pruned or used outside their layers.
     """
@@ -131,7 +131,7 @@ def test_missing_sample_is_named_with_a_frozen_stem_too(name):
 
 
 def test_subclassed_layers_are_not_swapped_silently():
-    """Only exact types are replaced, so a layer with its own forward method must be named instead of changed."""
+    """Only the exact built-in types are replaced, so a subclass with its own forward method must be named in the error."""
 
     class Doubled(nn.Linear):
         def forward(self, x):
@@ -265,7 +265,7 @@ def test_wrong_values_say_what_is_allowed(rule, options, says):
 
 
 def test_second_rule_on_an_attached_model_is_refused():
-    """Two rules on one model would both use its layers. After detach, a second rule can be attached."""
+    """Two rules on one model would both replace its layers. After detach, a second rule can be attached."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
     with pytest.raises(LOUD, match=r"the model already has the rule 'fa'; call its detach\(\) first"):

@@ -26,9 +26,9 @@ def test_rule_has_a_reference_that_is_used(name):
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_docstring_names_every_option_of_the_rule(name: str) -> None:
-    """The docstring with the equations explains how each option affects them.
+    """A rule's docstring gives its equations and must explain how each option affects them.
 
-    A base class may explain its options for all of its rules.
+    The docstring of a base class may explain options that several rules share.
     """
     said = "\n".join(inspect.getdoc(cls) or "" for cls in ALGORITHMS[name].__mro__ if issubclass(cls, Rule))
     general = {field.name for field in option_fields(EdgeRule)} | {field.name for field in option_fields(CutRule)}

@@ -1,4 +1,4 @@
-"""Tests of FA: the gradients that B affects, its initial values, and residual networks."""
+"""Tests of FA: the gradients that B affects, the initial values of B, and residual networks."""
 
 import math
 
@@ -29,7 +29,7 @@ def attached(**options):
 
 
 def test_each_feedback_touches_only_the_layers_below():
-    """B_1 has no effect; B_2 changes only fc1's gradient; B_3 changes those of fc1 and fc2."""
+    """B_1 has no effect on the gradients, B_2 affects only that of fc1, and B_3 affects those of fc1 and fc2."""
     x, y = nets.batch("mlp")
     for layer, touched in {"fc1": set(), "fc2": {"fc1"}, "fc3": {"fc1", "fc2"}}.items():
         model, rule = attached()
@@ -45,7 +45,7 @@ def test_input_gradient_of_the_network_comes_from_the_first_feedback():
     x, y = nets.batch("mlp")
     x.requires_grad_()
     grads = rule_grads(model, rule, x, y)
-    # fc1's bias gradient is the batch sum of its error g, so the input errors of the batch sum to it times B_1.
+    # fc1's bias gradient is the sum of its error g over the batch, so the summed input error equals this gradient times B_1.
     assert distance(array(x.grad.sum(0)), array(grads["fc1.bias"] @ rule.feedback["fc1"]["B"])) < REL
 
 
@@ -67,9 +67,9 @@ def test_nothing_of_feedback_is_learned():
 
 
 def test_default_draw_is_xavier_uniform_and_independent():
-    """The entries of a 200x100 matrix never exceed the bound and nearly reach it.
+    """The largest entry of a 200x100 matrix is within 3 % of the bound and does not exceed it.
 
-    The deviation of 20 000 entries has a standard error of 0.3 %, and the tolerance is 3 %.
+    The standard deviation of 20 000 entries has a standard error of 0.3 %, and the tolerance is 3 %.
     """
     torch.manual_seed(0)  # the same seed as the rule's: B must not equal W
     model = nn.Sequential(nn.Linear(100, 200), nn.Linear(200, 100), nn.Linear(100, 200), nn.Conv2d(20, 30, (3, 5)))
@@ -116,7 +116,7 @@ def test_density_is_the_fraction_kept():
 
 
 def test_residual_network_with_projection_equals_surrogate():
-    """Errors cross identity shortcuts exactly, and the projection through its own feedback.
+    """Errors pass through identity shortcuts unchanged and through the projection with its own feedback.
 
     BatchNorm is differentiated exactly.
     """
@@ -175,7 +175,7 @@ def test_state_follows_the_dtype_of_the_model():
 
 
 def test_fully_connected_layers_may_have_an_initialiser_of_their_own():
-    """The largest of about 1,000 or more uniform entries is almost certainly within 3 % of the bound."""
+    """With more than 1,000 uniform entries, the largest is almost certainly within 3 % of the bound."""
     model = nn.Sequential(nn.Conv2d(4, 40, 3), nn.Flatten(), nn.Linear(40, 50))
     rule = fa_bench.attach(model, "fa", seed=0, b_init="pytorch", linear_b_init="uniform_one")
     largest = {path: tensors["B"].abs().max().item() for path, tensors in rule.feedback.items()}

@@ -1,4 +1,4 @@
-"""Tests of bp, the control in every table, and of the floors frozen, bp_fc and frozen_blocks."""
+"""Tests of the control bp and of the floors frozen, bp_fc and frozen_blocks, which freeze layers."""
 
 from typing import Any
 
@@ -126,7 +126,7 @@ def test_bp_fc_trains_a_normalisation_that_a_fully_connected_layer_feeds_too():
 
 
 def test_frozen_layers_have_no_weight_angle():
-    """Frozen layers propagate an error, but are not updated by it."""
+    """Frozen layers propagate errors but are not updated, so they have no angle between feedback and weight."""
     model, (x, _) = nets.convnet(batch_norm=True), nets.batch("conv")
     rule = fa_bench.attach(model, "bp_fc", seed=0, sample_input=x)
     assert set(rule.weight_pairs()) == {"fc1", "fc2"}
@@ -163,7 +163,7 @@ def test_frozen_without_a_sample_trains_the_layer_defined_last():
 
 
 def test_bp_fc_trains_a_normalisation_of_the_image():
-    """No layer precedes the normalisation of the image, so no convolution does."""
+    """The normalisation of the image does not follow a convolution, so it is trained."""
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 3))
     fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
     assert [key for key, p in model.named_parameters() if not p.requires_grad] == ["1.weight", "1.bias"]

@@ -1,4 +1,4 @@
-"""Tests of forward_alignment: the activation in the weight gradient, its second pass, and the theorem in the paper's appendix."""
+"""Tests of forward_alignment: the activation in the weight gradient, the second pass, and the theorem in the paper's appendix."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_random_weights_equal_to_the_weights_give_backpropagation():
 
 
 def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
-    """The order of C and W makes the norm ratio ‖C‖/‖W‖."""
+    """Each pair is (C, W), so the norm ratio is ‖C‖/‖W‖."""
     model, (x, _) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x, exclude=["fc2"])
     assert list(rule.weight_pairs()) == ["fc1", "fc3"]
@@ -42,9 +42,9 @@ def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
 
 
 def test_residual_net_adds_what_arrives():
-    """After an addition, the replaced activation is the sum of the random outputs of projection and branch.
+    """After a residual addition, the replacement activation is the sum of the random outputs of the projection and of the branch.
 
-    The projection and the branch each have their true input.
+    The projection and the branch both use their true inputs.
     """
     x, y = nets.batch("residual")
     model, plain = nets.residual(), nets.residual()
@@ -97,7 +97,7 @@ def test_layer_that_runs_twice_is_refused():
 
 
 def tied(what: str) -> nn.Sequential:
-    """A 5-4-4-4-4-3 net whose second and third layers share the parameters in `what`."""
+    """A 5-4-4-4-4-3 net whose second and third layers share the parameters named in `what`."""
     torch.manual_seed(0)
     layers = [nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)]
     model = nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())][:-1]).double()
@@ -123,7 +123,7 @@ def tied(what: str) -> nn.Sequential:
     ids=str,
 )
 def test_layers_that_share_parameters_have_each_its_own_c(what, options):
-    """A layer computes h̃ with its C from its true input; an excluded layer computes h̃ with its weight from the previous h̃.
+    """A layer with a C computes h̃ from its true input. An excluded layer computes h̃ with its weight from the previous h̃.
 
     The gradients of shared parameters add up.
     """
@@ -154,7 +154,7 @@ def test_layers_that_share_parameters_have_each_its_own_c(what, options):
 
 @pytest.mark.parametrize("hidden", [6, 9])
 def test_error_of_a_linear_net_goes_to_zero(hidden):
-    """In appendix A.1, y = W A x learns y = T x from white inputs, with C x in place of A x in the gradient of W.
+    """In the setting of appendix A.1, y = W A x learns y = T x from white inputs, with C x in place of A x in the gradient of W.
 
     The error ‖T - W A‖ vanishes if there are at least as many hidden units as inputs. Throughout training, W and A follow the
     equations of the theorem.
@@ -196,7 +196,7 @@ class Beside(nn.Module):
 
 
 def test_every_layer_that_takes_the_image_has_its_true_input():
-    """The true input includes the dropout noise on the image, which is off in the second pass."""
+    """The true input includes the dropout applied to the image, although dropout is off in the second pass."""
     torch.manual_seed(0)
     model, (x, y) = Beside().double(), nets.batch("mlp")
     plain = Beside().double()

@@ -1,4 +1,4 @@
-"""Tests of fdfa: the estimate that B learns, relations to dfa and bp, what has no effect on learning, and positions."""
+"""Tests of fdfa: the estimate that B learns, relations to dfa and bp, measurements, and positions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def clear(rule: Any) -> None:
 
 
 def jacobians(net: str, x: Tensor) -> dict[str, Tensor]:
-    """The mean Jacobian of the logits with respect to the activation at each cut, (C, features), by autograd."""
+    """The mean Jacobian (C, features) of the logits with respect to the activation at each cut, computed by autograd."""
     model, found = BUILD[net](), {}
     for cut in CUTS[net]:
         captured: list[Tensor] = []
@@ -51,7 +51,7 @@ def jacobians(net: str, x: Tensor) -> dict[str, Tensor]:
 
 
 def mean_estimates(rule: Any, x: Tensor, y: Tensor, draws: int) -> dict[str, Tensor]:
-    """The mean of the estimate d p over noise samples. The estimate is B minus its gradient."""
+    """The mean of the estimate d p over noise samples. The estimate d p equals B minus the gradient of B."""
     total = {cut: torch.zeros_like(tensors["B"]) for cut, tensors in rule.feedback.items()}
     for _ in range(draws):
         clear(rule)
@@ -64,7 +64,7 @@ def mean_estimates(rule: Any, x: Tensor, y: Tensor, draws: int) -> dict[str, Ten
 @pytest.mark.parametrize("method", ["forward", "difference"])
 @pytest.mark.parametrize("net", ["mlp_relu", "conv"])
 def test_the_estimate_is_the_mean_jacobian_on_average(net: str, method: str) -> None:
-    """The mean over 600 draws of 16 samples has an error of 1/√9600 for each of the other perturbed values."""
+    """In the mean over 600 draws of 16 samples, each of the other perturbed values contributes an error of 1/√9600."""
     _, rule, x, y = attached(net, size=16, tangents=method)
     got, want = mean_estimates(rule, x, y, 600), jacobians(net, x)
     for cut, jacobian in want.items():
@@ -106,7 +106,7 @@ def train(model: Any, rule: Any, steps: int = 5, **settings: Any) -> None:
 
 
 def test_a_rate_of_zero_is_direct_feedback_alignment() -> None:
-    """The weights are bitwise those of dfa, and B keeps its values in spite of decay and momentum."""
+    """The weights are bitwise identical to those of dfa, and B keeps its values despite decay and momentum."""
     one, rule, _, _ = attached(b_init="kaiming_uniform", b_lr_scale=0.0)
     two, dfa, _, _ = attached(name="dfa", b_init="kaiming_uniform")
     train(one, rule)
@@ -119,7 +119,7 @@ def test_a_rate_of_zero_is_direct_feedback_alignment() -> None:
 
 
 def test_plain_descent_is_the_running_mean_of_the_paper() -> None:
-    """If B has an optimizer without momentum whose rate is α, a step gives (1 - α) B + α J with the estimate J."""
+    """If B is updated by SGD with rate α and no momentum, a step gives (1 - α) B + α J, where J is the estimate."""
     model, rule, x, y = attached(b_init="kaiming_uniform")
     before = {cut: tensors["B"].detach().clone() for cut, tensors in rule.feedback.items()}
     rule_grads(model, rule, x, y)
@@ -164,9 +164,9 @@ def test_noise_is_new_in_every_pass_and_restored_with_the_state() -> None:
 
 
 def test_noise_at_every_cut_and_sample_is_its_own() -> None:
-    """The cuts act1 and act2 have five and six features.
+    """The cuts act1 and act2 have five and six features, respectively.
 
-    With a common generator, the noise of both cuts would begin with the same numbers.
+    If both cuts used the same generator state, their noise would begin with the same numbers.
     """
     _, rule, x, y = attached()
     seen: list[Tensor] = []
@@ -181,7 +181,7 @@ def test_noise_at_every_cut_and_sample_is_its_own() -> None:
 def test_measuring_moves_nothing() -> None:
     """Measuring changes neither the gradient of B nor the noise of the next step.
 
-    The meter compares B with the weight of the output layer.
+    The weight angle compares B with the weight of the output layer.
     """
     model, rule, x, y = attached(b_init="kaiming_uniform")
     state = rule.state_dict()
@@ -242,9 +242,9 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize("pool", [False, True])
 def test_positions_count_as_samples(pool: bool) -> None:
-    """B (C, F) tends to the mean Jacobian between corresponding positions.
+    """B, of shape (C, F), tends to the mean Jacobian between corresponding positions.
 
-    If the output has no positions, B tends to the mean over all positions of the cut.
+    If the output has no positions, B tends to the mean Jacobian over all positions of the cut.
     """
     model = Tokens(pool).double()
     x = torch.randn(8, 5, 3, dtype=torch.float64)
@@ -301,7 +301,7 @@ def test_options_out_of_range_are_refused(options: dict) -> None:
 
 
 def test_sums_over_the_batch_are_in_single_precision() -> None:
-    """A sum of 512 products of 40 000 would overflow in half precision, but their mean does not."""
+    """In half precision, a sum of 512 products of size 40 000 would overflow, although their mean would not."""
     _, rule, _, _ = attached("one")
     wide = torch.full((512, 5), 200.0, dtype=torch.float16)
     rule.noise_and_tangent = lambda: ({"act1": wide}, wide[:, :3])

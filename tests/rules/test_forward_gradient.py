@@ -1,4 +1,4 @@
-"""Tests of forward_gradient: both forms are unbiased, and their variance has the theoretical value."""
+"""Tests of forward_gradient: both forms are unbiased, and their noise has the theoretical size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def attached(net: str = "mlp_tanh", size: int = 4, **options: Any) -> tuple[nn.M
     ids=str,
 )
 def test_the_mean_over_draws_is_the_gradient(options: dict, draws: int, least: float, net: str) -> None:
-    """The relative noise of one draw is about the root of the number of perturbed values, which is at most 300 here."""
+    """The relative noise of one draw is about the square root of the number of perturbed values, which is at most 300 here."""
     model, rule, x, y = attached(net, **options)
     exact, total = bp_grads(nets.NETS[net](), x, y), {}
     for _ in range(draws):
@@ -58,7 +58,7 @@ def test_output_layer_is_exact_in_the_activations_form_only() -> None:
 
 
 def test_one_draw_is_as_good_as_theory_says() -> None:
-    """Up to its sign, the cosine between d v and the gradient is that between v and the gradient.
+    """Up to its sign, the cosine between d v and the gradient equals the cosine between v and the gradient.
 
     For P parameters, the absolute cosine is √(2 / (π P)) on average.
     """
@@ -75,7 +75,7 @@ def test_one_draw_is_as_good_as_theory_says() -> None:
 
 
 def test_samples_have_derivatives_of_their_own() -> None:
-    """The error of a sample is a multiple of its noise, and the factor differs between samples."""
+    """Each sample's error is a multiple of its own noise, and the factor differs between samples."""
     model, rule, x, y = attached()
     seen: dict[str, Tensor] = {}
     errors: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Tests of grape: how B is turned, anchor updates by backpropagation, their count, and what has no effect on learning."""
+"""Tests of grape: rotation of B, anchor updates by backpropagation and their count, and measurements without side effects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attached(name: str = "grape", **options: Any) -> tuple[nn.Module, Any, Tenso
 
 
 def train(model: nn.Module, rule: Any, steps: int, feedback_lr: float = 0.1) -> list[tuple[dict, dict]]:
-    """Train for some steps, and return the gradients of the weights and the exact ones in every step."""
+    """Train for the given number of steps and return the gradients of the weights and the exact gradients of every step."""
     groups = [{"params": rule.weight_parameters(), "lr": 0.1}, {"params": rule.feedback_parameters(), "lr": feedback_lr}]
     optimizer = torch.optim.SGD([group for group in groups if group["params"]])
     found = []
@@ -40,7 +40,7 @@ def train(model: nn.Module, rule: Any, steps: int, feedback_lr: float = 0.1) -> 
 
 
 def test_the_gradient_is_that_of_the_cosine_and_orthogonal_to_b() -> None:
-    """The gradient turns B and keeps its norm, unlike the form of 2024, which scales B."""
+    """The gradient rotates B and keeps its norm, unlike that of the paper's 2024 version, which rescales B."""
     rule, generator = GrAPE(), torch.Generator().manual_seed(0)
     b, estimate = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     leaf = b.clone().requires_grad_(True)
@@ -78,7 +78,7 @@ def test_anchors_are_updates_by_backpropagation() -> None:
 
 
 def test_period_one_is_backpropagation() -> None:
-    """With a period of 1, the weights are bitwise those of bp over five steps, although B learns."""
+    """With a period of 1, the weights are bitwise identical to those of bp over five steps, although B learns."""
     (one, rule, *_), (two, bp, *_) = attached(anchor_period=1), attached()
     bp.detach()
     bp = fa_bench.attach(two, "bp", seed=0)
@@ -99,7 +99,7 @@ def test_without_anchors_and_learning_it_is_direct_feedback_alignment() -> None:
 
 
 def test_all_micro_batches_of_an_anchor_are_exact() -> None:
-    """All micro-batches remain exact if evaluations and unused forward passes run between them."""
+    """All micro-batches are exact even if evaluations and unused forward passes run between them."""
     model, rule, x, y = attached(anchor_period=1)
     other = nets.batch("mlp", seed=1)
     want = [bp_grads(nets.mlp(), *batch) for batch in ((x, y), other)]
@@ -116,7 +116,7 @@ def test_all_micro_batches_of_an_anchor_are_exact() -> None:
 
 
 def test_a_pass_belongs_to_the_update_in_which_it_ran() -> None:
-    """Nothing is added to the exact error of an anchor, even if its backward pass comes after the update."""
+    """A pass that ran as an anchor keeps its exact error, even if its backward pass runs after the update."""
     model, rule, x, y = attached(anchor_period=1)
     logits = model(x)
     rule.anchor_period = 0

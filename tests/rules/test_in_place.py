@@ -1,7 +1,7 @@
 """Tests of modules that change an activation in place after it has left a cut or a layer.
 
-Every rule, metric and probe must give the same results as for a net in which nothing works in place. If a hook did not protect
-the tensor that it stores, the tensor would contain the result of the next module.
+Every rule, metric and probe must give the same results as for a net without in-place modules. Without protection, a tensor stored
+by a hook would be overwritten with the result of the next module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INPUTS, CLASSES, SAMPLES = 7, 4, 16
 #: Cuts before modules that work in place: nonlinearities, an addition, and dropout, which is active only in training.
 CUTS = ["norm1", "norm2", "fc3", "norm4"]
 OPTIONS: dict[str, dict[str, Any]] = QUICK | {"f3": {"samples": SAMPLES}, "frozen_blocks": {"blocks": ["norm1"]}}
-#: Further forms of rules, which store other tensors.
+#: Variants of rules that store other tensors.
 FORMS = [
     ("ddtp_linear", {"error_at": "norm4", "cuts": CUTS[:-1]}),
     ("dkp", {"error_at": "norm4", "cuts": CUTS[:-1]}),
@@ -41,7 +41,7 @@ FORMS = [
 
 
 class Net(nn.Module):
-    """A net with cuts after which either all or none of the modules work in place, with the same values."""
+    """A net in which either all or none of the modules after the cuts work in place, with the same results."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_a_rule_learns_the_same_where_modules_work_in_place(name: str, options: 
 
 
 class Frozen(nn.Module):
-    """A net with a frozen layer, whose input may be changed in place after its call even in plain PyTorch."""
+    """A net with a frozen layer. Even in plain PyTorch, the input of a frozen layer may be changed in place after the call."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_a_rule_learns_the_same_where_the_input_of_a_frozen_layer_is_changed(nam
 
 
 class ChangesInput(nn.Module):
-    """A net that changes its input, in place or not, depending on an option."""
+    """A net that changes its input either in place or out of place."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class ChangesInput(nn.Module):
 
 
 def measured(in_place: bool, name: str, options: dict[str, Any], net: type[nn.Module] = Net) -> dict[str, dict[str, float]]:
-    """The values of all metrics and probes, for a model that has been trained for one step."""
+    """The values of all metrics and probes for a model after one training step."""
     model, rule, x, y = attached(in_place, name, options, net)
     step(model, rule, x.clone(), y)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def measured(in_place: bool, name: str, options: dict[str, Any], net: type[nn.Mo
     splits = Splits(split, None, split, [str(number) for number in range(CLASSES)], (INPUTS,), "")
     meter = AlignmentMeter(rule, x, y, METRICS, torch.arange(SAMPLES))
     found = meter.measure()
-    # A frozen weight has no gradient if the input of its layer is changed.
+    # The gradient norm cannot be measured for a frozen weight if the input of its layer is changed in place.
     cannot = {"energy": not isinstance(rule, EnergyRule), "gradient_norm": net is Frozen}
     wanted = [probe for probe in PROBES if not cannot.get(probe)]
     found |= Probes(wanted, 0, Subject(rule, splits, meter, batch_size=4)).measure(1)
@@ -185,9 +185,9 @@ def test_metrics_and_probes_are_the_same_where_modules_work_in_place(
 
 
 class Blocks(nn.Module):
-    """A net with cuts whose own derivative needs their output.
+    """A net with cuts at modules that need their output to compute their derivative.
 
-    The output may be changed in place only under rules whose errors do not cross the cuts.
+    In-place changes of a cut's output are allowed only under rules whose errors do not pass through the cuts.
     """
 
     def __init__(self, in_place: bool) -> None:
@@ -206,7 +206,7 @@ class Blocks(nn.Module):
 
 
 CUTTING = [name for name, rule in sorted(ALGORITHMS.items()) if issubclass(rule, CutRule) and not rule.crosses]
-#: Rules that have no cuts, or for which this net has too few modules.
+#: Rules that use no cuts or need more modules than this net has.
 WITHOUT = {"weight_perturbation", "dgl", "asfp_lc"}
 
 
@@ -217,7 +217,7 @@ def test_a_cut_whose_derivative_needs_its_output_may_be_followed_by_what_works_i
 
 
 class InTraining(nn.Module):
-    """A module that works in place only in training, which does not show in the pass in which `attach` reads the model."""
+    """A module that works in place only in training mode, which the pass that `attach` runs does not reveal."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2) if self.training else x * 2

@@ -1,4 +1,4 @@
-"""Tests of the initialisers of feedback and weights: bound, deviation and shape of the distribution, with different fans."""
+"""Tests of the initialisers of feedback and weights: bounds, standard deviations and shapes of the distributions."""
 
 import copy
 import math
@@ -12,7 +12,8 @@ from fa_bench.errors import OptionError
 from fa_bench.registry.options import as_plain, option_fields
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 
-# name: (deviation as a function of fan_in and fan_out, whether uniform). A uniform distribution ends at sqrt(3) deviations.
+# Maps each name to the standard deviation as a function of fan_in and fan_out, and to whether the distribution is uniform. A
+# uniform distribution is bounded at sqrt(3) standard deviations.
 DRAWS = {
     "xavier_uniform": (lambda i, o: math.sqrt(2 / (i + o)), True),
     "xavier_normal": (lambda i, o: math.sqrt(2 / (i + o)), False),
@@ -26,9 +27,11 @@ DRAWS = {
 
 
 def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
-    """Require at least 9 000 entries, which give standard errors of 0.75 % for the deviation and 1 % for the mean.
+    """Check the standard deviation, the mean and the largest entry of a tensor.
 
-    About 20 entries of a normal distribution exceed 3 deviations.
+    With at least 9 000 entries, the standard errors are 0.75 % for the deviation and 1 % for the mean.
+
+    About 20 of 9 000 normally distributed entries exceed 3 standard deviations.
     """
     assert tensor.numel() >= 9000
     assert tensor.std().item() == pytest.approx(deviation, rel=0.03)
@@ -39,7 +42,7 @@ def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_edge_feedback(draw):
-    """The linear layer has the fans 40 and 250, and the fans of the convolution include the area of its kernel."""
+    """The fan-in and fan-out of the linear layer are 40 and 250, and those of the convolution include the area of its kernel."""
     model = nn.Sequential(nn.Conv2d(20, 40, (3, 5)), nn.Flatten(), nn.Linear(40, 250))
     rule = fa_bench.attach(model, "fa", seed=0, b_init=draw)
     deviation, uniform = DRAWS[draw]
@@ -50,9 +53,9 @@ def test_edge_feedback(draw):
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_direct_feedback(draw):
-    """B is (classes, C H W), so fan_in is the size of the cut and fan_out the number of classes.
+    """B has the shape (classes, C H W), so fan_in is the size of the cut and fan_out the number of classes.
 
-    Thus N(0, 1/classes) is normal_fan_out.
+    The initialiser normal_fan_out therefore samples from N(0, 1/classes).
     """
     model = nn.Sequential(nn.Conv2d(1, 30, 3), nn.ReLU(), nn.Flatten(), nn.Linear(30 * 30, 10))
     rule = fa_bench.attach(model, "dfa", seed=0, b_init=draw, cuts=["1"], sample_input=torch.zeros(2, 1, 8, 7))
@@ -62,7 +65,7 @@ def test_direct_feedback(draw):
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_direct_feedback_of_the_kernel_form(draw):
-    """B is (classes, inputs of the layer), so fan_in is the number of inputs and fan_out the number of classes."""
+    """B has the shape (classes, inputs of the layer), so fan_in is the number of inputs and fan_out the number of classes."""
     model = nn.Sequential(nn.Linear(900, 5), nn.ReLU(), nn.Linear(5, 10))
     rule = fa_bench.attach(model, "dfa", seed=0, form="kernel", b_init=draw)
     deviation, uniform = DRAWS[draw]
@@ -81,7 +84,7 @@ def test_random_weights_of_forward_alignment(draw):
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_magnitudes(name, draw):
-    """The magnitudes |M| come from the same distribution, so their mean square is its variance."""
+    """The magnitudes |M| are absolute values of samples from the distribution, so their mean square is its variance."""
     model = nn.Sequential(nn.Linear(40, 250))
     rule = fa_bench.attach(model, name, seed=0, m_init=draw)
     assert (rule.feedback["0"]["M"] >= 0).all()
@@ -98,7 +101,7 @@ def test_zeros(name):
     assert all(not tensors["B"].any() for tensors in rule.feedback.values())
 
 
-# --- feedback of few values ---------------------------------------------------------------------------------------------------
+# --- feedback with few values ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("init", "values"), [("trinomial", (-1, 0, 1)), ("binomial", (0, 1))])
@@ -116,7 +119,7 @@ def test_values_with_equal_probability(init, values):
 @pytest.mark.parametrize(("init", "signs"), [("identity", (1, 1, 1, 1)), ("identity_pm", (1, -1, 1, -1))])
 @pytest.mark.parametrize("width", [2, 3, 11, 12])
 def test_identities_side_by_side(init, signs, width):
-    """The last identity has the remaining columns."""
+    """The last identity matrix is truncated at the width of the layer."""
     model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
     got = fa_bench.attach(model, "dfa", b_init=init, cuts=["1"]).feedback["1"]["B"]
     want = torch.cat([sign * torch.eye(3) for sign in signs], 1)[:, :width]
@@ -131,8 +134,9 @@ def test_an_identity_kernel_counts_its_taps_as_columns():
 
 @pytest.mark.parametrize("name", ["trinomial", "binomial", "identity", "identity_pm"])
 def test_these_are_for_feedback_alone(name):
-    """Such initialisers are refused for weights and magnitudes: equal weights would stay equal, and magnitudes of zero have no
-    sign.
+    """Discrete initialisers are refused for weights and magnitudes.
+
+    Equal weights would stay equal, and magnitudes of zero have no sign.
     """
     for make in (
         lambda: ARCHITECTURES["mlp"](init=name),
@@ -173,7 +177,7 @@ def layers_of(model):
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("init", TORCHS)
 def test_weights_are_those_of_torchs_initialisers(net, init):
-    """The weights are bitwise those of torch's functions, applied to the modules in order after torch's own initialisation.
+    """The weights are bitwise identical to those from torch's functions, applied in order after torch's own initialisation.
 
     Except with init=pytorch, biases are zero.
     """
@@ -203,9 +207,9 @@ def test_old_name_is_the_same_choice():
     ],
 )
 def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, linear_init):
-    """The linear weights have the bound of their own distribution, and convolutions have that of `init`.
+    """The linear weights have the bound of their own distribution, and convolution weights have that of `init`.
 
-    Biases are zero. With init=pytorch, weights and biases are torch's own numbers.
+    Biases are zero. With init=pytorch, weights and biases are those that torch itself samples.
     """
     model, plain = layers_of(built(net, init=init, linear_init=linear_init)), layers_of(built(net))
     for path, layer in model.items():
@@ -224,7 +228,7 @@ def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, line
                 "zeros": 0.0,
             }[name]
             largest = layer.weight.abs().max().item()
-            # The largest of at least 12 uniform numbers is below half the bound once in 4000 times.
+            # The largest of at least 12 uniform numbers is below half the bound with a probability of at most 1/4000.
             assert bound / 2 <= largest <= bound * (1 + 1e-6), path
     assert any(isinstance(layer, nn.Linear) for layer in model.values())
 
@@ -264,7 +268,7 @@ def test_kolen_pollacks_feedback_of_fully_connected_layers():
     assert torch.equal(plain.feedback["2"]["B"], linear)
 
 
-#: Rules with `b_init`, without asap, asfp and asfp_lc, which have another initialiser for fully connected layers.
+#: The rules with `b_init`, except asap, asfp and asfp_lc, whose fully connected layers use a different initialiser.
 WITH_B_INIT = sorted(
     name
     for name, rule in ALGORITHMS.items()

@@ -20,7 +20,7 @@ def attached(net: str = "conv_bn", **options):
 
 
 def train(model, rule, optimizer, steps: int, net: str = "conv_bn"):
-    """Train for some steps on changing batches, and yield after each step."""
+    """Train on a new batch in each step, and yield the step number afterwards."""
     for step in range(steps):
         optimizer.zero_grad()
         for tensor in rule.feedback_parameters():
@@ -36,7 +36,7 @@ def differences(model, rule):
 
 
 def test_gradient_of_b_is_a_copy_of_the_gradient_of_w():
-    """The gradients of B and W have the same values in separate memory.
+    """The gradients of B and W have the same values but are stored in separate memory.
 
     An optimizer that changes gradients in place must not change the same memory twice.
     """
@@ -63,7 +63,7 @@ def test_learned_feedback_is_what_the_optimizer_gets():
 def test_difference_follows_the_linear_recursion(nesterov, foreach):
     """The difference D = W - B follows v <- m v + lambda D and D <- D - lr v, because the gradients of the task cancel exactly.
 
-    With Nesterov momentum, the second step is D <- D - lr (lambda D + m v).
+    With Nesterov momentum, the second update becomes D <- D - lr (lambda D + m v).
     """
     lr, momentum, decay = 0.1, 0.9, 0.05
     model, rule = attached()
@@ -83,7 +83,7 @@ def test_difference_follows_the_linear_recursion(nesterov, foreach):
 
 @pytest.mark.parametrize("options", [{"nesterov": True}, {"nesterov": True, "foreach": True}, {"nesterov": False}])
 def test_equal_start_stays_equal_and_stays_backpropagation(options):
-    """If B starts as W, both equal the weights of BP after each of twenty steps."""
+    """If B starts equal to W, both stay equal to the weights under BP for twenty steps."""
     model, rule = attached()
     copy_weights_into_feedback(model, rule)
     plain = nets.convnet(batch_norm=True)
@@ -107,7 +107,7 @@ def test_adamw_keeps_the_cancellation():
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
     list(train(model, rule, optimizer, steps))
     for name, now in differences(model, rule).items():
-        # Equal gradients give bitwise equal Adam steps; only the subtraction from W and from B rounds.
+        # Equal gradients give bitwise identical Adam steps, and only the subtraction from W and from B rounds.
         assert (now - (1 - lr * decay) ** steps * before[name]).norm() <= 1e-12 * before[name].norm()
 
 
@@ -126,14 +126,14 @@ def test_b_lr_scale_scales_the_step_of_b_only(scale):
     for name in layer_names(model):
         step = model.get_submodule(name).weight.detach() - weights[name]
         step_b = rule.feedback[name]["B"].detach() - feedback[name]
-        # Differences of order 1e-3 between numbers of order 1 have an error of 1e-16 / 1e-3; the rest is a margin.
+        # Differences of order 1e-3 between numbers of order 1 have a relative error of 1e-13, and the tolerance leaves a margin.
         assert (step_b - scale * step).abs().max() <= 1e-11 * max(1.0, scale) * step.abs().max()
         assert step.abs().max() > 0
         assert torch.equal(model.get_submodule(name).weight.grad, rule.feedback[name]["B"].grad)
 
 
 def test_without_the_optimizer_feedback_does_not_move():
-    """Feedback is changed only by the optimizer."""
+    """Only the optimizer changes feedback."""
     model, rule = attached()
     before = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
     for tensor in rule.feedback_parameters():
@@ -152,7 +152,7 @@ def test_default_start_is_independent_of_w():
 
 
 def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
-    """The optimizers of the training loop use W's own gradient for B if a fused kernel only reads it.
+    """The training loop updates B with W's own gradient if the optimizers' fused kernels only read gradients.
 
     The results are the same as with a copy of the gradient.
     """
@@ -174,7 +174,7 @@ def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
 
 
 def test_a_gradient_of_b_that_was_removed_is_not_replaced_by_that_of_w():
-    """Code between the backward pass and the update may set B's gradient to None, so that the update does not change B."""
+    """Code that runs between the backward pass and the update may set B's gradient to None to leave B unchanged."""
     model = nets.mlp().float()
     x, y = nets.batch("mlp")
     rule = fa_bench.attach(model, "kp", seed=0)
@@ -194,7 +194,7 @@ def test_a_gradient_of_b_that_was_removed_is_not_replaced_by_that_of_w():
 
 
 def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
-    """Muon is not fused, so B has its own gradient under Muon, even if W's optimizer is fused."""
+    """Muon is not fused, so B gets its own gradient under Muon, even if W's optimizer is fused."""
     for of_feedback, is_shared in ((SGD(lr=0.1), True), (Muon(lr=0.1), False)):
         model, (x, y) = nets.mlp().float(), nets.batch("mlp")
         rule = fa_bench.attach(model, "kp", seed=0)
@@ -204,7 +204,7 @@ def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
 
 
 def test_clipping_scales_shared_gradients_once():
-    """After clipping, W and B have separate gradients, and the norm of all gradients together is the requested one."""
+    """After clipping, W and B have separate gradients, and the joint norm of all gradients is the requested one."""
     model, (x, y) = nets.mlp().float(), nets.batch("mlp")
     rule = fa_bench.attach(model, "kp", seed=0)
     optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)

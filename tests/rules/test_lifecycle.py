@@ -1,4 +1,4 @@
-"""Tests of forward passes that must not change anything, copies, checkpoints, exact backpropagation, and detaching."""
+"""Tests of forward passes without side effects, copies, checkpoints, exact backpropagation, and detaching."""
 
 import copy
 from collections import OrderedDict
@@ -52,7 +52,7 @@ def start(variant: str, *, seed: int = 0, net: str = NET, dtype=torch.float64):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("between", ["train", "eval", "no_grad"])
 def test_forward_between_changes_nothing(variant, between):
-    """A forward pass of another size runs between a forward pass and its backward pass.
+    """A forward pass on a batch of another size runs between a forward pass and its backward pass.
 
     The new magnitudes that brsf samples in between must not affect the gradients.
     """
@@ -120,7 +120,7 @@ def test_training_forward_and_backward_change_no_feedback(variant):
 
 @pytest.mark.parametrize("variant", ["bp", *EDGE_RULES])
 def test_copied_model_of_an_edge_rule_is_independent(variant):
-    """A deep copy has its own feedback, so later changes to the original do not affect its gradients."""
+    """A deep copy has its own feedback, so later changes to the original do not affect the gradients of the copy."""
     model, rule, x, y = start(variant)
     model.eval()
     twin = copy.deepcopy(model)
@@ -256,7 +256,7 @@ def test_detach_gives_the_plain_model_back(variant):
 
 
 class Unfinished(CutRule):
-    """A rule that fails after it has put feedback into the model."""
+    """A rule that fails after it has added feedback to the model."""
 
     def make_feedback(self, features, classes):
         for cut in features:
@@ -280,9 +280,9 @@ def test_rules_without_feedback_of_layers_say_so():
 
 
 def test_rules_one_after_the_other_on_one_model():
-    """Detaching a rule leaves nothing that affects the next rule.
+    """A detached rule leaves nothing behind that affects the next rule.
 
-    The same seed gives the gradients of the first rule again.
+    Attaching the first rule again with the same seed gives the same gradients.
     """
     x, y = nets.batch("conv")
     model, results = nets.convnet(), []
@@ -298,8 +298,9 @@ def test_rules_one_after_the_other_on_one_model():
 def test_cut_rules_under_bfloat16_autocast(variant):
     """Gradients in bf16, which has 8 bits of precision, are within 5 % (in norm) of those in float32, and far from those of BP.
 
-    The activation is tanh, so no mask can flip. For dgl, the tolerance is 10 %, because its auxiliary nets normalise four samples
-    several times, which amplifies rounding errors. Under dgl, only the first layer is outside the last module.
+    The activation is tanh, so rounding cannot flip a ReLU mask. For dgl, the tolerance is 10 %, because its auxiliary nets
+    normalise four samples several times, which amplifies rounding errors. Under dgl, only the first layer is outside the last
+    module.
     """
     name, options = VARIANTS[variant]
     model, (x, y) = nets.convnet(nn.Tanh, dtype=torch.float32), nets.batch("conv", dtype=torch.float32)
@@ -318,7 +319,7 @@ def test_cut_rules_under_bfloat16_autocast(variant):
 
 
 def test_rule_object_works_like_its_name():
-    """The function attach takes a name or a rule object."""
+    """The function attach accepts either a name or a rule object."""
     x, y = nets.batch("mlp")
     by_name, by_object = nets.mlp(), nets.mlp()
     one = fa_bench.attach(by_name, "fa", seed=0)
@@ -343,7 +344,7 @@ def test_loss_backward_alone_gives_learned_feedback_its_gradient(variant):
 
 @pytest.mark.parametrize("written", ["W", "B"])
 def test_kp_writing_into_one_gradient_leaves_the_other(written):
-    """Nesterov momentum, clipping and gradient scalers write into the gradient of every tensor that they get."""
+    """Nesterov momentum, clipping and gradient scalers modify gradients in place, so W and B must not share one gradient."""
     model, rule, x, y = start("kp")
     rule_grads(model, rule, x, y)
     layer = model.get_submodule(list(rule.feedback)[1])
@@ -361,7 +362,7 @@ def test_kp_writing_into_one_gradient_leaves_the_other(written):
 def test_two_backward_passes_add_up(variant):
     """Learned feedback accumulates gradients as weights do.
 
-    Feedback that is computed from the weight is computed again in each pass.
+    Feedback that is computed from the weight is recomputed in each pass.
     """
     model, rule, x, y = start(variant)
     rule_grads(model, rule, x, y)
@@ -424,7 +425,7 @@ def assert_same_state(got, want):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(variant):
-    """As the README says, model.state_dict contains the feedback, and rule.state_dict contains the rest."""
+    """As the README says, model.state_dict contains the feedback, and rule.state_dict contains the rest of the rule's state."""
     model, rule, x, y = start(variant, seed=0)
     rule_grads(model, rule, x, y)
     saved = copy.deepcopy((model.state_dict(), rule.state_dict()))
@@ -535,9 +536,9 @@ def test_attach_leaves_its_sample_as_it_was(variant):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_rule_equals_itself_alone(name):
-    """Two rules with the same options belong to different models, so they must not be equal.
+    """Two rules with the same options belong to different models, so they must not compare equal.
 
-    The base classes of a rule must have this property, too.
+    The base classes of a rule must also compare by identity.
     """
     for cls in ALGORITHMS[name].__mro__:
         if issubclass(cls, Rule):

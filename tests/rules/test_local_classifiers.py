@@ -1,4 +1,4 @@
-"""Tests of asfp_lc: the classifiers at the ends of its blocks, layer by layer, and their parameters in the model."""
+"""Tests of asfp_lc: the layers of the classifiers at the ends of blocks, and the classifiers' parameters in the model."""
 
 import math
 
@@ -11,7 +11,7 @@ from fa_bench.metrics.meter import AlignmentMeter
 
 from .registered import registered
 
-#: Sizes of maps. A map whose side is shorter than the one to which maps are averaged is not enlarged.
+#: Sizes of maps. A map that is smaller than the target size of the averaging is not enlarged.
 SIZES = [(1, 8), (4, 1), (8, 8)]
 
 
@@ -39,7 +39,7 @@ def test_maps_are_averaged_to_the_side_and_never_enlarged(size, pool):
 
 @pytest.mark.parametrize(("options", "bound"), [({}, 1.0), ({"linear_b_init": "pytorch"}, 1 / math.sqrt(5 * 9))], ids=str)
 def test_the_feedback_of_a_classifier_is_drawn_by_the_option(options, bound):
-    """The largest of 135 uniform numbers is below nine tenths of the bound once in a million times."""
+    """The largest of 135 uniform numbers is below nine tenths of the bound with a probability of less than one in a million."""
     _, rule, _ = chain((8, 8), pool=3, **options)
     b = rule.feedback["1"]["B"]
     assert 0.9 * bound < b.abs().max() <= bound and (b < 0).any() and (b > 0).any()
@@ -47,7 +47,7 @@ def test_the_feedback_of_a_classifier_is_drawn_by_the_option(options, bound):
 
 
 def test_a_classifier_keeps_no_statistics():
-    """A classifier is used only in training, with the batch's own statistics."""
+    """A classifier runs only in training and uses the statistics of the batch."""
     model, rule, _ = chain((8, 8))
     assert not [key for key in model.state_dict() if "running" in key or "num_batches" in key]
     assert "depends on the batch" in str(rule.coverage)
@@ -59,7 +59,7 @@ def test_the_cuts_of_its_own_are_the_ends_of_blocks():
 
 
 def test_angles_are_taken_where_a_classifier_delivers_its_error():
-    """For the last layer of a block, the angle is taken at the block's end; for other layers, at the next layer's input.
+    """The angle is measured at the block's end for the last layer of a block, and at the next layer's input for all other layers.
 
     The stem is fixed and has no angle.
     """

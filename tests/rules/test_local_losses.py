@@ -64,7 +64,7 @@ def test_state_goes_through_a_file_read_as_data(name, tmp_path):
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_auxiliary_layers_follow_the_model(name):
-    """Converting the model to another dtype or device converts the same tensors, to which an optimizer may refer.
+    """Converting the model to another dtype or device must keep the auxiliary tensors, because an optimizer may refer to them.
 
     The other device is meta, on which tensors have no values.
     """
@@ -113,7 +113,7 @@ LABELLED = {"drtp": "mlp", "local_error": "mlp", "predsim": "mlp", "dgl": "mlp",
 @pytest.mark.parametrize("name", LABELLED)
 @pytest.mark.parametrize("label", [-100, -1, 3, 10**9])
 def test_labels_that_are_no_class_are_named(name, label):
-    """One of the labels is -100, which torch's cross-entropy ignores and a one-hot row cannot represent.
+    """One of the tested labels is -100, which torch's cross-entropy ignores but a one-hot row cannot represent.
 
     Nothing learns before the error is raised.
     """
@@ -150,7 +150,7 @@ def test_a_plain_backward_pass_after_one_with_labels_asks_for_them(name):
 def test_labels_elsewhere_are_not_read():
     """Labels on an accelerator are not read, because a step would have to wait for them.
 
-    Meta tensors represent an accelerator here, because their values cannot be read.
+    Meta tensors stand in for an accelerator, because their values cannot be read.
     """
     require_labels("fa", torch.empty(6, dtype=torch.long, device="meta"), (6, 3), CrossEntropy())
     with pytest.raises(ValueError, match="label 7 is out of range"):
@@ -185,7 +185,7 @@ def test_cut_that_returns_several_tensors_is_named():
 
 @pytest.mark.parametrize("name", ["dfa", "predsim", "dgl"])
 def test_all_cut_parts_frozen_leaves_the_rest_to_learn(name):
-    """The activation at the only cut needs no gradient, so the layers after it learn, and the rule delivers no error."""
+    """The activation at the only cut needs no gradient, so the rule delivers no error, and only the layers after it learn."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1"], freeze_stem=True, allow_uncovered=True)
     grads = rule_grads(model, rule, x, y)
@@ -234,10 +234,12 @@ LARGE = {
     ids=str,
 )
 def test_larger_maps_equal_the_reference(name, options, net):
-    """Maps of 9 x 10 and 4 x 4 have overlapping windows, and 5, 3 and 2 channels use both ways of comparing maps.
+    """Maps of 9 x 10 and 4 x 4 pixels are averaged with overlapping windows.
 
-    One of the nets has a dead sample. For dgl, only the first activation is a cut, and its auxiliary net averages 9 x 10 to 3 x 3
-    and then to 2 x 2.
+    Maps with 5, 3 and 2 channels cover both ways of comparing maps.
+
+    In one of the nets, one sample activates no unit. For dgl, only the first activation is a cut, and its auxiliary net averages
+    maps of 9 x 10 pixels to 3 x 3 and then to 2 x 2.
     """
     model = LARGE[net]()
     chain, params = describe(model), arrays(model)
@@ -263,7 +265,7 @@ def test_larger_maps_equal_the_reference(name, options, net):
 def test_other_than_two_spatial_dimensions():
     """Convolutions may have one or three spatial dimensions.
 
-    Maps of more dimensions are refused with an error that names the cut.
+    Maps with more than three spatial dimensions are refused with an error that names the cut.
     """
     x1, x3, y = torch.randn(4, 2, 9), torch.randn(4, 1, 5, 4, 6), torch.tensor([0, 1, 2, 1])
     for x, conv, width in ((x1, nn.Conv1d(2, 5, 3), 35), (x3, nn.Conv3d(1, 5, 3), 120)):
@@ -284,7 +286,7 @@ def test_other_than_two_spatial_dimensions():
 def test_local_error_in_one_line():
     """The error (softmax(a Mᵀ) - y) M / N reaches the first weight through the derivative of its activation.
 
-    M is fixed, and `rule.feedback` has the live tensor.
+    M is fixed, and `rule.feedback` returns the live tensor.
     """
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "local_error", seed=0, sample_input=x, cuts=["act1", "act2"])
@@ -310,7 +312,7 @@ def test_classifiers_read_no_more_than_so_many_features():
     _, rule, _, _ = registered("conv2", "local_error", features=64)
     assert rule.feedback["act1"]["M"].shape == (3, 64) and rule.feedback["act3"]["M"].shape == (3, 6)
     bound = (6 / 64) ** 0.5
-    # 192 numbers miss the last 5 % with a probability of 1e-4.
+    # The largest of 192 uniform numbers is below 95 % of the bound with a probability of less than 1e-4.
     assert 0.95 * bound < rule.feedback["act1"]["M"].abs().max() <= bound
 
 
@@ -372,7 +374,10 @@ def test_magnitudes_of_a_separate_carrier_belong_to_their_cut():
 
 
 def test_auxiliary_layers_are_drawn_on_the_cpu_whatever_torchs_default_device():
-    """An accelerator would sample other numbers. The device meta represents one here, and samples none."""
+    """If sampled on an accelerator, the numbers would differ.
+
+    The meta device, on which nothing is sampled, stands in for an accelerator.
+    """
     before = torch.get_rng_state()
     with torch.device("meta"), _seeded(3):
         drawn = nn.Linear(4, 3).weight
@@ -384,7 +389,7 @@ def test_auxiliary_layers_are_drawn_on_the_cpu_whatever_torchs_default_device():
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim", "dgl"])
 def test_labels_that_are_no_whole_numbers_are_refused(name):
-    """An error computed from a label that is not an integer would be that of the class to which it rounds."""
+    """Without this check, a label that is not an integer would be treated as the class to which it rounds."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, cuts=["act1"], sample_input=x, allow_uncovered=True)
     logits = model(x)

@@ -56,7 +56,7 @@ def test_channels_of_a_group_have_a_rank_of_their_own() -> None:
 
 
 def test_a_subspace_that_contains_the_errors_loses_nothing() -> None:
-    """If B has the right singular vectors of three-dimensional errors, and R = Bᵀ W, then e_in = g B Bᵀ W = g W."""
+    """If the columns of B are the right singular vectors of three-dimensional errors and R = Bᵀ W, then e_in = g B Bᵀ W = g W."""
     model, rule = attached(nn.Linear(15, 10), rank=3)
     g = random(20, 3) @ random(3, 10, seed=1)
     weight = model[0].weight.detach()
@@ -70,7 +70,10 @@ def test_a_subspace_that_contains_the_errors_loses_nothing() -> None:
 # ------------------------------------------------------------------------------------------------ other rules
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_full_rank_without_learning_is_kolen_pollack_step_by_step(net: str) -> None:
-    """With B (O, O) orthogonal, the gradient of B R is B Bᵀ gᵀ x = gᵀ x, so B R changes as KP's B does, from the same start."""
+    """If B (O, O) is orthogonal, the gradient of B R is B Bᵀ gᵀ x = gᵀ x.
+
+    Starting from the same values, B R therefore changes like KP's B.
+    """
     models = [nets.NETS[net]() for _ in range(2)]
     ldfa, kp = fa_bench.attach(models[0], "ldfa", rank=100, b_rate=0.0), fa_bench.attach(models[1], "kp")
     with torch.no_grad():
@@ -140,7 +143,7 @@ def gaussian(count: int = 4000) -> tuple[Tensor, Tensor]:
 def test_the_principal_subspace_of_gaussian_errors_is_found_from_any_start() -> None:
     """Even without orthonormalisation, the second term of Oja's rule makes Bᵀ B = I.
 
-    The fourth axis has half of the third axis' share of C.
+    The third axis contributes about three times as much to C as the fourth.
     """
     errors, axes = gaussian()
     b = 0.3 * random(8, 3, seed=5)
@@ -152,7 +155,7 @@ def test_the_principal_subspace_of_gaussian_errors_is_found_from_any_start() -> 
 
 
 def test_a_layer_finds_the_principal_subspace_of_its_errors() -> None:
-    """With fixed errors, SGD with momentum and decay turns B to the leading eigenvectors of their C.
+    """With fixed errors, SGD with momentum and decay rotates B towards the leading eigenvectors of the errors' matrix C.
 
     The product B R follows B Bᵀ W.
     """
@@ -214,7 +217,7 @@ def test_every_sample_and_position_is_a_row(name: str) -> None:
 
 
 def test_parts_of_a_weight_that_run_alone_leave_the_other_errors_at_zero() -> None:
-    """In attention, keys and values have other inputs than queries, so their rows of the joint weight run in separate calls."""
+    """In attention, keys and values have different inputs from queries, so their rows of the joint weight run separately."""
     torch.manual_seed(0)
     model = nn.MultiheadAttention(4, 2, batch_first=True).double()
 

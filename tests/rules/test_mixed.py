@@ -264,9 +264,11 @@ def measured(rule, path) -> tuple[float, float]:
 
 @pytest.mark.parametrize("fractions", [(0.3, 0.4, 0.3), (0.5, 0.0, 0.5), (0.69, 0.2, 0.11)])
 def test_weight_angle_lies_where_the_fractions_predict(fractions):
-    """The fractions predict the angles in the hidden layers to within 3.5 degrees. During training, W comes to favour the
-    accurate kinds slightly, and the masks of 2560 entries deviate from the fractions by 1 to 2 %. The shares of ‖W‖² predict the
-    angles to within 1 degree, and the remaining difference is due to variation in PFA's own angle."""
+    """The fractions predict the angles in the hidden layers to within 3.5 degrees.
+
+    During training, W comes to favour the accurate kinds slightly, and in masks of 2560 entries, the fractions vary by 1 to 2 %.
+    The shares of ‖W‖² predict the angles to within 1 degree, and the remaining difference is due to variation in PFA's own angle.
+    """
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     for path in ("0", "2"):
         weight = rule.model.get_submodule(path).weight.detach()

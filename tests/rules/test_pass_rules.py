@@ -45,7 +45,7 @@ X, Y = batch()
 
 
 def learn(rule: Any, x: Tensor = X, y: Tensor = Y) -> dict[str, Tensor]:
-    """Run one training pass and return the gradients of the parameters that have one."""
+    """Run one training pass and return all existing gradients by parameter name."""
     model = rule.model
     model.zero_grad()
     logits = model(x)
@@ -61,7 +61,7 @@ def exact(model: nn.Module, x: Tensor = X, y: Tensor = Y, objective: Any = None)
 
 
 def noise_at(place: str, unit: int, length: float = 1.0) -> Any:
-    """A replacement for `Draws.normal` that perturbs one unit at one place by `length` in every sample and nothing else."""
+    """A replacement for `Draws.normal` that perturbs only the given unit at the given place, by `length` in every sample."""
 
     def normal(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
         noise = torch.zeros_like(like)

@@ -114,7 +114,7 @@ def test_drtp_projects_the_label_of_every_token(sign: bool):
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error", "predsim", "dgl"])
 def test_tokens_are_samples_and_one_token_is_the_plain_rule(name: str):
-    """Treating each token as a sequence of its own, or removing the token axis, must give the same gradients up to the order of
+    """Treating each token as a separate sequence, or removing the token axis, must give the same gradients up to the order of
     summation over the batch."""
     options = {"loss": "pred"} if name == "predsim" else {"auxiliary_net": "linear"} if name == "dgl" else {}
     x, y = tokens()
@@ -347,7 +347,7 @@ def test_a_local_loss_of_pixels_is_that_of_their_own_labels():
 
 
 class Pooled(nn.Module):
-    """A network on tokens (N, T, F) with `inner` between the first layer and the head."""
+    """A network on tokens (N, T, F) that applies the module `inner` between the first layer and the head."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

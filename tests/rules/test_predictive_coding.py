@@ -1,4 +1,4 @@
-"""Tests of epc and pc: when they are equivalent to backpropagation, where they settle, and how their passes behave."""
+"""Tests of epc and pc: equivalence to backpropagation, equilibria, and properties of their passes."""
 
 from __future__ import annotations
 
@@ -83,8 +83,10 @@ def test_settled_errors_are_another_update() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_momentum_is_that_of_the_optimizer(name: str) -> None:
-    """The expected gradients come from a separate loop that minimises the energy by three steps of torch's SGD. The first
-    velocity of torch's SGD is the gradient."""
+    """The expected gradients come from a separate loop that minimises the energy with three steps of torch's SGD.
+
+    The first velocity of torch's SGD is the gradient.
+    """
     model, want = deep(), {}
     blocks = [model[0:2], model[2:4], model[4:6], model[6:]]
     with torch.no_grad():
@@ -368,8 +370,10 @@ def test_targets_may_be_numbers(name: str) -> None:
 
 
 def test_single_precision_loses_small_errors_of_states_alone() -> None:
-    """The first block's error is below 1e-7 of its state, so pc loses it in single precision. epc stores the error itself, in
-    full precision."""
+    """The first block's error is below 1e-7 of the block's state, so pc loses the error in single precision.
+
+    In contrast, epc stores the error itself and therefore keeps it.
+    """
     found = {
         name: [
             learn(attach(name, deep().to(dtype), steps=5, rate=1e-4), X.to(dtype), Y)["0.weight"].double()

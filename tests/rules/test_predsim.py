@@ -102,7 +102,10 @@ MONO_FORWARD = {"loss": "pred", "decoder_init": "pytorch", "decoder_bias": False
 
 
 def test_decoder_without_a_bias_as_torch_draws_it():
-    """The decoder has 3 x F entries from U(±1/√F). The largest of the 1,200 entries lies within 1 % of the bound."""
+    """The decoder has 3 x F entries, which are sampled from U(±1/√F).
+
+    The largest of the 1,200 entries lies within 1 % of the bound.
+    """
     model = torch.nn.Sequential(torch.nn.Linear(4, 400), torch.nn.ReLU(), torch.nn.Linear(400, 3))
     tensors = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], **MONO_FORWARD).feedback["1"]
     assert set(tensors) == {"decoder.out.weight"}

@@ -137,8 +137,10 @@ def test_r_learns_behind_a_frozen_weight(net, name):
 
 
 def test_b_has_unit_gram_in_the_mean_with_and_without_mask():
-    """E[B Bᵀ] = I, so the mean of 200 squared row norms of 2000 terms each is near 1. The standard error of this mean is 0.0014
-    for dense B and 0.0035 for sparse B."""
+    """Because E[B Bᵀ] = I, the mean of 200 squared row norms of 2000 terms each is near 1.
+
+    The standard error of this mean is 0.0014 for dense B and 0.0035 for sparse B.
+    """
     for density, tolerance in ((1.0, 0.01), (0.3, 0.015)):
         _, rule = linear(200, 20, "pfa", density=density)
         b = rule.feedback["0"]["B"]
@@ -168,8 +170,10 @@ def test_semi_orthogonal_b_is_the_factor_with_positive_diagonal():
 
 
 def test_semi_orthogonal_b_has_no_preferred_direction():
-    """With one row, B is a Gaussian vector divided by its norm, whose entries have a kurtosis of 3. For uniform entries, the
-    kurtosis would be 1.8."""
+    """With one row, B is a Gaussian vector divided by its norm, and its entries have a kurtosis of 3.
+
+    For uniform entries, the kurtosis would be 1.8.
+    """
     _, rule = linear(1, 20, "pfa_o", ratio=4000.0)
     b = rule.feedback["0"]["B"].double() * math.sqrt(4000)
     assert b.pow(4).mean().item() == pytest.approx(3, abs=0.6)
@@ -209,7 +213,7 @@ def test_spectrum_and_angle_of_random_b_at_ratio_ten():
 
 
 def train(rule_name: str, steps: int = 400, **options):
-    """A two-layer model trained on random targets, and its rule. Weight decay has shrunk the initial values by a factor of
+    """A two-layer model trained on random targets, and its rule. Weight decay has multiplied the initial values by
     exp(-40)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(80, 200), nn.Tanh(), nn.Linear(200, 150, bias=False))
@@ -228,7 +232,7 @@ def train(rule_name: str, steps: int = 400, **options):
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_angle_and_ratio_after_the_initial_values_have_decayed(density):
-    """The angle between W and B R is arctan √(λ/d), and ‖B R‖/‖W‖ is d √(1 + λ/d), with λ = 1/10.
+    """The angle between W and B R is arctan √(λ/d), and ‖B R‖/‖W‖ is d √(1 + λ/d), where λ = 1/10 and d is the density of B.
 
     The tolerances are one degree for the angle and 5 % for the ratio, or 10 % if B is sparse. The ratio is a mean over the few
     directions that W has learned, each of which has a standard deviation of √(2/1500) = 4 %.
@@ -287,6 +291,6 @@ def test_bfloat16_autocast(name, net):
 
 @pytest.mark.parametrize(("ratio", "between"), [(1.0, 5), (1.55, 8), (2.3, 12), (0.1, 1), (0.01, 1)])
 def test_the_population_in_between_has_the_nearest_number_of_units(ratio, between):
-    """The number of units is the ratio times the number of outputs, rounded to the nearest integer, but at least one."""
+    """The number of units is the ratio times the number of outputs, rounded to the nearest integer, and is at least one."""
     _, rule = linear(5, 4, "pfa", ratio=ratio)
     assert rule.feedback["0"]["B"].shape == (5, between) and rule.feedback["0"]["R"].shape == (between, 4)

@@ -1,4 +1,4 @@
-"""Tests of asap and asfp: which activation replaces which, how it is resized, what is frozen, and what is refused."""
+"""Tests of asap and asfp: replacement and resizing of activations, frozen layers, and refused models."""
 
 from collections import OrderedDict
 from itertools import pairwise
@@ -30,8 +30,10 @@ from .references import REFERENCES
 
 
 def chain_net(linear: bool = False) -> nn.Sequential:
-    """A network whose layers can share activations. It has 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) channels on maps of 5x8
-    pixels, or, if linear, 7-4-8-4-2 features."""
+    """A network whose layers can share activations.
+
+    The network has 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) channels on maps of 5x8 pixels or, if linear, 7-4-8-4-2 features.
+    """
     torch.manual_seed(0)
     if linear:
         widths = [7, 4, 8, 4, 2]
@@ -135,7 +137,10 @@ def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
 
 
 def convolution_and_linear(stem: str = "conv") -> nn.Sequential:
-    """A stem, three convolutions and two fully connected layers. The output of a linear stem is reshaped to a map."""
+    """A network with a stem, three convolutions and two fully connected layers.
+
+    The output of a linear stem is reshaped to a map.
+    """
     torch.manual_seed(0)
     stages = (
         [("conv1", nn.Conv2d(2, 2, 3, padding=1))]
@@ -267,7 +272,7 @@ def test_activation_changed_in_place_is_noticed():
 
 
 def test_channels_that_do_not_go_into_each_other_are_refused():
-    """Copies cannot turn 4 channels into 6, but a fixed random convolution supports any number."""
+    """Copies cannot turn 4 channels into 6, but a fixed random convolution works for any number of channels."""
     x, y = torch.randn(2, 1, 6, 6), torch.tensor([0, 1])
 
     def build():
@@ -461,7 +466,7 @@ def test_features_of_tokens_are_pooled_token_by_token(kind):
 
 
 class Merges(nn.Module):
-    """A network on tokens that merges them in pairs before layer `c`."""
+    """A network that merges its tokens in pairs before layer `c`."""
 
     def __init__(self):
         super().__init__()

@@ -19,7 +19,7 @@ FIXED = sorted(set(ALGORITHMS) - {"brsf", "ddtp_linear", "ldrl"})
 
 
 def trained(rule) -> list[Tensor]:
-    """List the weights and the learned feedback without duplicates."""
+    """Return the weights and the learned feedback without duplicates."""
     return list({id(tensor): tensor for tensor in [*rule.model.parameters(), *rule.feedback_parameters()]}.values())
 
 

@@ -112,7 +112,7 @@ def test_where_other_decays_lead(decay, factor, monkeypatch):
 
 
 def test_decay_of_the_rate_is_the_usual_one():
-    """A decay equal to the mirror rate gives bitwise the same B as the default decay."""
+    """A decay equal to the mirror rate gives a B that is bitwise identical to the one with the default decay."""
     pair = []
     for options in ({}, {"mirror_decay": 0.03}):
         torch.manual_seed(0)
@@ -198,8 +198,8 @@ def test_estimate_of_a_linear_weight_scatters_as_predicted(noise, activation, c)
     """Each entry of Ŵ - W has mean 0 and, with Gaussian noise, the variance c (‖w‖² + w²) / N.
 
     With uniform noise, the variance is slightly smaller. The test draws ten estimates of 480 entries. The largest of 4800 normal
-    samples exceeds 5.5 standard deviations in about one of 5000 runs. The root mean square of these correlated entries is 1 to
-    within 10 %.
+    samples exceeds 5.5 standard deviations in about one of 5000 runs. The root mean square of the correlated entries, in units of
+    their standard deviation, is 1 to within 10 %.
     """
     torch.manual_seed(0)
     module, _, rule = behind_gain(

@@ -1,4 +1,4 @@
-"""Tests of when wm samples its noise, and of which layers it mirrors."""
+"""Tests that check when wm samples its noise and which layers it mirrors."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Tests of which layers a rule applies to, given layer patterns and the options for the output layer and the stem."""
+"""Tests that check which layers a rule applies to, given layer patterns and the options for the output layer and the stem."""
 
 import pytest
 import torch

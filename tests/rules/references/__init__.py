@@ -1,22 +1,24 @@
-"""One naive reference per rule, which computes the gradients of all weights, biases and learned feedback tensors.
+"""One naive reference implementation per rule, which computes the gradients of all weights, biases and learned feedback tensors.
 
 A reference takes (chain, params, feedback, x, y, **options), where ``feedback`` is {layer or cut: {tensor name: array}} and
-``options`` are those of the rule. A reference returns {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}. A tensor without
+``options`` are the rule's options. A reference returns {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}. A tensor without
 an entry must not learn.
 
-Every module of this package has REFERENCES {rule: function} and CASES {case: (rule, options)}. A module may have AFTER_UPDATE
-{rule: function of (chain, params) that changes learned feedback in place after every update} and TRAITS {trait: rules}. These are
-the traits:
+Every module of this package defines REFERENCES {rule: function} and CASES {case: (rule, options)}. A module may also define
+AFTER_UPDATE {rule: function} and TRAITS {trait: rules}. The functions in AFTER_UPDATE take (chain, params) and change learned
+feedback in place after every update.
 
-- exact: the rule has the gradient of backpropagation for all parameters that it trains
-- redrawn: the feedback changes without being learned by the optimizer, so the reference gets the current one
-- learned_from_noise: the feedback learns from the rule's own noise, which no reference has
-- unscaled: the signals are not computed from the loss, so they do not scale with it
-- partly_exact: hidden layers may have the gradient of backpropagation
-- untrue_output: the output layer's own gradient is not that of the loss
-- noisy: the rule samples noise for every update, and its reference gets the same random numbers as ``draws``
-- delayed: the rule uses errors of a sample's last pass, which its reference keeps in the dictionary ``kept``
-- last_module: the last hidden layers learn by backpropagation, together with the output layer
+TRAITS assigns rules to the following traits.
+
+exact: the gradients are those of backpropagation for all parameters that the rule trains
+redrawn: the feedback changes without an optimizer, so the reference gets the current tensors
+learned_from_noise: the feedback learns from the rule's own noise, which the reference does not have
+unscaled: the signals are not computed from the loss, so they do not scale with it
+partly_exact: hidden layers may have the gradients of backpropagation
+untrue_output: the gradient of the output layer differs from that of the loss
+noisy: the rule samples noise for every update, and the reference gets the same random numbers as ``draws``
+delayed: the rule uses errors from a sample's previous pass, which the reference keeps in the dictionary ``kept``
+last_module: the last hidden layers learn by backpropagation together with the output layer
 """
 
 from __future__ import annotations

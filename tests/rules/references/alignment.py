@@ -1,7 +1,7 @@
-"""References of the rules whose feedback learns by local losses, with gradients computed row by row and scalar by scalar.
+"""Reference implementations of the rules whose feedback learns by local losses, as loops over rows and scalars.
 
-A row is the part of the input that affects a sample's output at one position: a vector x or, for a convolution, a patch with
-zeros at its border.
+A row is the part of the input that affects a sample's output at one position: the vector x or, for a convolution, a zero-padded
+patch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .classic import fa
 
 
 def outputs(stage, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The outputs z of all samples, (N, O, P), with P output positions."""
+    """The outputs z of all samples, in the shape (N, O, P) with P output positions."""
     if stage.kind == "linear":
         return np.array([[[sum(w[i] * row[i] for i in range(len(row)))] for w in weight] for row in x])
     return conv_forward(stage, x, weight, None).reshape(len(x), len(weight), -1)
@@ -43,7 +43,7 @@ def back(stage, x: np.ndarray, z: np.ndarray, feedback: np.ndarray) -> np.ndarra
 
 
 def local_gradients(stage, weight, feedback, x, decay=0.0, amp=0.0, null=0.0, tie=0.0, sparse=0.0):
-    """The gradients of B and of W."""
+    """The gradients of the local losses with respect to B and W."""
     of_b, of_w = 2 * decay * feedback - tie * weight, 2 * decay * weight - tie * feedback
     z_w, z_b = outputs(stage, x, weight), outputs(stage, x, feedback)
     of_b = of_b - amp * correlation(stage, x, z_w, weight) + 2 * sparse * correlation(stage, x, z_b, weight)
@@ -55,7 +55,10 @@ def local_gradients(stage, weight, feedback, x, decay=0.0, amp=0.0, null=0.0, ti
 
 
 def with_losses(chain, params, feedback, x, y, losses: dict[str, float], update_forward: bool) -> Arrays:
-    """The gradients of FA plus those of the local losses, whose input is the layer's noise, if any, or its true input."""
+    """The gradients of FA plus those of the local losses.
+
+    The inputs of the local losses are the layer's noise, if any, or its true input.
+    """
     grads, true_inputs = fa(chain, params, feedback, x, y), inputs(chain, params, x)
     for stage in chain:
         if stage.name in weighted(chain):

@@ -1,4 +1,4 @@
-"""Reference of activation sharing in the feedback path with local classifiers."""
+"""Reference implementation of asfp_lc: activation sharing in the feedback path, with local classifiers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from .sharing import of_feedback, shared, without_stem
 
 
 def classifier(shape: tuple[int, ...], pool: int) -> list[Stage]:
-    """The stages of a classifier: averaging to pool x pool (never larger than the map), flattening, a linear layer, BatchNorm."""
+    """The stages of a classifier: average pooling to at most pool x pool pixels, flattening, a linear layer, and BatchNorm."""
     size = tuple(min(length, pool) for length in shape[1:])
     stages = [Stage("pool", "pool", size=size)] if size != shape[1:] else []
     return [*stages, Stage("flatten", "flatten"), Stage("fc", "linear"), Stage("bn", "bn1d", eps=EPS)]
 
 
 def asfp_lc(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", pool=2, **_) -> Arrays:
-    """A block's end gets the error of its classifier through the classifier's B. Within a block, errors are those of asfp."""
+    """The error at the end of a block comes from the block's classifier, through the classifier's B.
+
+    Within a block, errors are propagated as in asfp.
+    """
     values, given, learned = outputs(chain, params, x), {}, {}
     layers = {stage.name: stage for stage in chain if stage.kind in ("linear", "conv")}
     names = [stage.name for stage in chain]

@@ -1,4 +1,4 @@
-"""References of the rules that propagate errors with one tensor per layer, and of direct feedback."""
+"""Reference implementations of direct feedback and of the rules that propagate errors with one tensor per layer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def frozen(chain, params, feedback, x, y):
 
 
 def bp_fc(chain, params, feedback, x, y):
-    """Fully connected layers and their BatchNorm learn by exact BP; convolutions and their BatchNorm keep their values."""
+    """Fully connected layers and their BatchNorm learn by exact BP, while convolutions and their BatchNorm stay fixed."""
     fixed = {stage.name for stage in chain if stage.kind in ("conv", "bn2d")}
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}
 
 
 def frozen_blocks(chain, params, feedback, x, y, blocks=()):
-    """The only block ends at the layer `blocks[-1]` and keeps its values; the other layers learn by exact BP."""
+    """The layers up to and including `blocks[-1]` stay fixed, and the later layers learn by exact BP."""
     names = [stage.name for stage in chain]
     fixed = names[: names.index(blocks[-1]) + 1]
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}
@@ -61,7 +61,7 @@ def magnitude_sf(chain, params, feedback, x, y, **_):
 
 
 def kp(chain, params, feedback, x, y, **options):
-    """The gradients of FA, where B has the gradient of W."""
+    """The gradients of FA, plus a gradient of B that equals that of W."""
     grads = fa(chain, params, feedback, x, y, **options)
     return grads | {f"{layer}.B": grads[f"{layer}.weight"].copy() for layer in feedback}
 

@@ -1,4 +1,4 @@
-"""The reference of deep feedback control."""
+"""Reference implementation of deep feedback control."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ..reference import Arrays, Stage, forward, gradients, output_error
 
-#: The name of the output among the cuts.
+#: The name under which the output is listed among the cuts.
 OUTPUT = ""
 
 
@@ -71,7 +71,7 @@ def jacobians(chain, params, x, cuts) -> Arrays:
 
 
 def feedback_of(feedback, jacobian, kind) -> Arrays:
-    """The matrices Q of all samples, (N, F, C), at every cut and at the output."""
+    """The matrices Q (N, F, C) of all samples, at every cut and at the output."""
     samples, classes = jacobian[OUTPUT].shape[:2]
     if kind == "jacobian":
         return {place: value.transpose(0, 2, 1) for place, value in jacobian.items()}

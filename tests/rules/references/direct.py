@@ -1,4 +1,4 @@
-"""References of the rules that compute their signals from output errors or labels, with one matrix per cut: dkp, drtp and f3."""
+"""Reference implementations of dkp, drtp and f3, which project output errors or labels with one matrix per cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ def outputs(chain, params, x) -> Arrays:
 
 
 def dkp(chain, params, feedback, x, y, **_) -> Arrays:
-    """The gradients of dfa, and gradB[c,f] = sum over n of delta_out[n,c] a[n,f], with the flattened activation a at the cut."""
+    """The gradients of dfa, plus gradB[c,f] = sum over n of delta_out[n,c] a[n,f].
+
+    Here a is the flattened activation at the cut.
+    """
     grads = gradients(chain, params, x, y, inject={cut: tensors["B"] for cut, tensors in feedback.items()})
     values = outputs(chain, params, x)
     delta = output_error(values[chain[-1].name], y)
@@ -28,7 +31,7 @@ def dkp(chain, params, feedback, x, y, **_) -> Arrays:
 
 
 def drtp(chain, params, feedback, x, y, scale=1.0, error_sign=False, **_) -> Arrays:
-    """The error at a cut is scale/N times onehot(y) B or, with error_sign, sign(output - target) B."""
+    """The error at a cut is scale/N times onehot(y) B or, with error_sign, scale/N times sign(output - target) B."""
     values, given = outputs(chain, params, x), {}
     signals = np.sign(output_error(values[chain[-1].name], y))
     if not error_sign:
@@ -41,7 +44,7 @@ def drtp(chain, params, feedback, x, y, scale=1.0, error_sign=False, **_) -> Arr
 
 
 def f3_errors(information, logits, y) -> np.ndarray:
-    """The error of every sample in this pass (output minus target), for the cross-entropy l of softmax(z)."""
+    """The error of every sample in this pass, as selected by `information`, for the cross-entropy l of softmax(z)."""
     current, softmax = logits.shape[0] * output_error(logits, y), np.zeros_like(logits)
     for n, c in product(range(logits.shape[0]), range(logits.shape[1])):
         target = 1.0 if c == y[n] else 0.0
@@ -69,10 +72,10 @@ def f3_errors(information, logits, y) -> np.ndarray:
 
 
 def f3(chain, params, feedback, x, y, information="delayed_loss", first_epoch="target", **options) -> Arrays:
-    """The error at a cut is e B / N, where e is the error of the sample's last pass.
+    """The error at a cut is e B / N, where e is the error from the sample's previous pass.
 
-    These errors are in `kept` {sample: error}, which is updated. If `kept` and `indices` are absent, every sample is in its first
-    epoch.
+    The dictionary `kept` maps each sample to the error of its previous pass and is updated in place. If `kept` and `indices` are
+    absent, every sample is treated as being in its first epoch.
     """
     kept, indices = options.get("kept", {}), options.get("indices", range(len(x)))
     values, given = outputs(chain, params, x), {}

@@ -1,4 +1,4 @@
-"""References of dual propagation, with finite differences in place of derivatives and with exact weights or feedback."""
+"""Reference implementations of dual propagation, which replaces derivatives by finite differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""References of predictive coding in its two forms, which change the errors or the states between the blocks of the chain."""
+"""Reference implementations of both forms of predictive coding, which optimise either errors or states between the blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Part = list[Stage]
 
 
 def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> Arrays:
-    """The local gradients after descent on the errors e, which start at zero.
+    """The local gradients after gradient descent on the errors e, which start at zero.
 
     A step is v = momentum v + dE/de, e = e - rate v, with s_l = f_l(s_{l-1}) + e_l.
     """
@@ -29,7 +29,7 @@ def epc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) ->
 
 
 def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> Arrays:
-    """The local gradients after descent on the states s, which start at those of the forward pass.
+    """The local gradients after gradient descent on the states s, which start at the values of the forward pass.
 
     A step is v = momentum v + dE/ds, s = s - rate v.
     """
@@ -40,7 +40,7 @@ def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> 
         entering = [x, *states]
         errors = [state - forward(part, params, start)[-1] for part, start, state in zip(parts, entering, states, strict=False)]
         for at in range(len(states)):
-            # A state has an error of its own and is the input only of the next block.
+            # A state enters the energy through its own error and as the input of the next block.
             above = output_delta(parts, params, states, y) if at + 1 == len(states) else -errors[at + 1]
             velocity[at] = momentum * velocity[at] + errors[at] + vjp(parts[at + 1], params, states[at], above)
         states = [state - rate * v for state, v in zip(states, velocity, strict=True)]
@@ -67,12 +67,12 @@ def states_of(parts, params, x, errors=None) -> list[np.ndarray]:
 
 
 def output_delta(parts, params, states, y) -> np.ndarray:
-    """The gradient of the summed loss at the logits."""
+    """The gradient of the summed loss with respect to the logits."""
     return output_error(forward(parts[-1], params, states[-1])[-1], y) * len(y)
 
 
 def through(part, params, start, error) -> tuple[Arrays, np.ndarray]:
-    """The gradients of a part's parameters and the error at its input, from the error at its output."""
+    """The gradients of a part's parameters and the error at its input, computed from the error at its output."""
     at: Arrays = {}
     flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
     found = gradients([*part, flat], params, start, np.zeros(len(start), dtype=int), given={part[-1].name: error}, errors=at)

@@ -1,4 +1,7 @@
-"""References of the rules with a loss at every cut. Auxiliary nets are chains of stages, like the network itself."""
+"""Reference implementations of the rules with a loss at every cut.
+
+Auxiliary nets are chains of stages, like the network itself.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ EPS = 1e-5  # torch's default for BatchNorm
 
 
 def flattening(shape: tuple[int, ...], limit: int) -> list[Stage]:
-    """Stages that average a map until it has no more than `limit` features, and flatten it.
+    """Stages that average a map until it has at most `limit` features, and then flatten it.
 
-    Rows and columns are halved in turn, rounded up.
+    The numbers of rows and columns are halved in turn and rounded up.
     """
     stages = []
     if len(shape) == 3:
@@ -41,7 +44,7 @@ def flattening(shape: tuple[int, ...], limit: int) -> list[Stage]:
 
 
 def below(chain, params, x, y, cuts, local, output=1.0) -> Arrays:
-    """The gradients if local(cut, activation) returns the error at a cut and the gradients of the parameters that learn there."""
+    """All gradients, where local(cut, activation) returns the error at each cut and the gradients of the cut's own parameters."""
     values, given, learned = outputs(chain, params, x), {}, {}
     for cut in cuts:
         given[cut], grads = local(cut, values[cut])
@@ -55,7 +58,7 @@ def below(chain, params, x, y, cuts, local, output=1.0) -> Arrays:
 def local_error(chain, params, feedback, x, y, features=4096, separate=False, **_) -> Arrays:
     """The error at a cut is e = (softmax(a Mᵀ) - onehot) M / N, where M does not learn.
 
-    With `separate`, |K| sign(M) replaces the second M.
+    With `separate`, |K| sign(M) replaces the second M in this formula.
     """
 
     def local(cut, a):
@@ -72,9 +75,9 @@ def local_error(chain, params, feedback, x, y, features=4096, separate=False, **
 
 
 def cosines(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """The cosines S[n,m] of centred rows, the centred rows normalised to unit length, and their original lengths.
+    """The cosines S[n,m] between centred rows, the centred rows normalised to unit length, and their original lengths.
 
-    A constant row becomes zero.
+    A constant row is mapped to zero.
     """
     units, lengths = np.zeros_like(rows), []
     for n in range(len(rows)):
@@ -89,9 +92,9 @@ def cosines(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
 
 
 def cosines_backward(units: np.ndarray, lengths: list[float], g: np.ndarray) -> np.ndarray:
-    """The gradient at the rows, from the gradient at S.
+    """The gradient with respect to the rows, computed from the gradient with respect to S.
 
-    At each row, the gradient is orthogonal to the unit vector (because of the normalisation) and to the vector of ones (because
+    Each row's gradient is orthogonal to the row's unit vector (because of the normalisation) and to the vector of ones (because
     of the centring).
     """
     error = np.zeros_like(units)
@@ -113,7 +116,7 @@ def deviations(maps: np.ndarray) -> np.ndarray:
 
 
 def deviations_backward(maps: np.ndarray, rows: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """The gradient at the maps, with ds/dx = (x - mean) / ((pixels - 1) s), or 0 for a constant map."""
+    """The gradient with respect to the maps, with ds/dx = (x - mean) / ((pixels - 1) s), or 0 for a constant map."""
     error = np.zeros_like(maps)
     for n, c in product(*map(range, maps.shape[:2])):
         if rows[n, c] > 0:
@@ -122,7 +125,7 @@ def deviations_backward(maps: np.ndarray, rows: np.ndarray, g: np.ndarray) -> np
 
 
 def similarity_loss(a: np.ndarray, weight: np.ndarray, y, classes: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """The loss mean (S(K a) - S(onehot))², its gradient at a, and its gradient at K."""
+    """The loss mean (S(K a) - S(onehot))² and its gradients with respect to a and K."""
     stage = Stage("K", "conv", padding=(1, 1))
     mapped = linear_forward(a, weight, None) if a.ndim == 2 else conv_forward(stage, a, weight, None)
     by_deviation = a.ndim == 4 and a.shape[1] > 3 and a.shape[2] > 1
@@ -141,7 +144,7 @@ def similarity_loss(a: np.ndarray, weight: np.ndarray, y, classes: int) -> tuple
 
 
 def of_decoder(a, held: Arrays, y, size: int, factor: float) -> tuple[np.ndarray, Arrays]:
-    """The gradients of factor CE(D(a)) at a and at the decoder, which may have no bias."""
+    """The gradients of factor CE(D(a)) with respect to a and to the decoder, whose bias is optional."""
     errors: Arrays = {}
     decoder = [*flattening(a.shape[1:], size), Stage("out", "linear")]
     params = {name: held[f"decoder.{name}"] for name in ("out.weight", "out.bias") if f"decoder.{name}" in held}
@@ -152,7 +155,7 @@ def of_decoder(a, held: Arrays, y, size: int, factor: float) -> tuple[np.ndarray
 def predsim(chain, params, feedback, x, y, loss="predsim", beta=0.99, decoder_size=4096, **_) -> Arrays:
     """The loss at a cut is (1-beta) CE(D(a)) + beta mean (S(K a) - S(onehot))².
 
-    The output layer gets (1-beta) times its true error. With loss=pred or loss=sim, a cut has only one of the two terms, and all
+    The output layer gets (1-beta) times its true error. With loss=pred or loss=sim, only one of the two terms is used, and all
     factors are 1.
     """
     of_prediction, of_similarity = {"predsim": (1 - beta, beta), "pred": (1.0, None), "sim": (None, 1.0)}[loss]
@@ -172,7 +175,7 @@ def predsim(chain, params, feedback, x, y, loss="predsim", beta=0.99, decoder_si
 
 
 def bp_deepsup(chain, params, feedback, x, y, weight=1.0, decoder_size=4096, **_) -> Arrays:
-    """Backpropagation of CE(z) + weight times the sum of CE(D(a)).
+    """Backpropagation of the loss CE(z) + weight times the sum of CE(D(a)) over all cuts.
 
     The error of a decoder is added to the error from the layers after its cut.
     """
@@ -190,8 +193,8 @@ def bp_deepsup(chain, params, feedback, x, y, weight=1.0, decoder_size=4096, **_
 def auxiliary_net(shape: tuple[int, ...], kind: str) -> list[Stage]:
     """The stages of an auxiliary net.
 
-    The net averages to a quarter, has three 1x1 convolutions (only in mlp_sr), averages to 2x2, has three linear layers (except
-    in linear), and ends with an output layer.
+    Maps are averaged to a quarter of their side lengths and then to 2x2 pixels, with three 1x1 convolutions in between if the
+    kind is mlp_sr. Three linear layers follow, except for the kind linear. The last stage is an output layer.
     """
     chain = []
     if len(shape) == 3:
@@ -207,7 +210,10 @@ def auxiliary_net(shape: tuple[int, ...], kind: str) -> list[Stage]:
 
 
 def dgl(chain, params, feedback, x, y, **options) -> Arrays:
-    """The error at a module's end is the gradient of the cross-entropy of its auxiliary net, which also learns."""
+    """The error at the end of a module is the gradient of its auxiliary net's cross-entropy.
+
+    The auxiliary net learns from the same loss.
+    """
     kind = options.get("auxiliary_net", "mlp_sr")
 
     def local(cut, a):

@@ -1,4 +1,4 @@
-"""Reference of the weight mirror: feedback alignment with the current B, and one mirror step scalar by scalar."""
+"""Reference implementation of the weight mirror: feedback alignment with the current B, and one mirror step in plain loops."""
 
 from __future__ import annotations
 

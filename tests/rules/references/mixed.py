@@ -1,4 +1,4 @@
-"""Reference of mixed synapses, in which every entry of the feedback is computed according to its own kind."""
+"""Reference implementation of mixed synapses, where every entry of the feedback is computed according to its own kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .pfa import first_hop, path
 def mixed(chain, params, feedback, x, y, **_) -> Arrays:
     """The input error is e_in = g E, where each entry of E is that of B R, F or K, depending on the entry's kind.
 
-    The gradient of R is that of a weight, from x and ē = g B. The gradient of K is that of W. Both gradients are unmasked.
+    The gradient of R is computed like that of a weight, from x and ē = g B. The gradient of K equals that of W. Both gradients
+    are unmasked.
     """
     stages = {stage.name: stage for stage in chain}
     carry: Arrays = {}

@@ -1,6 +1,6 @@
-"""References of the rules that run the network again, with noise or with another input.
+"""Reference implementations of the rules that run the network again, with noise or with another input.
 
-References share with their rules only the random numbers of an update, which are in ``draws``.
+The only thing that a reference shares with its rule is ``draws``, the random numbers of an update.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def losses(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def altered(chain, params, x, *, before=None, after=None) -> Arrays:
-    """The outputs of all stages, and the logits under "", with `before` and `after` added to the inputs and outputs of stages."""
+    """The outputs of all stages, and the logits under "", with `before` and `after` added to the stages' inputs and outputs."""
     before, after, values = before or {}, after or {}, {}
     for stage in chain:
         x = forward([stage], params, x + before.get(stage.name, 0.0))[-1] + after.get(stage.name, 0.0)
@@ -39,7 +39,7 @@ def altered(chain, params, x, *, before=None, after=None) -> Arrays:
 def node_perturbation(chain, params, feedback, x, y, sigma=1e-3, perturb_output=True, draws=None, **_) -> Arrays:
     """The error at a cut is d_n xi_n / N, with d_n = (L_n(+sigma xi) - L_n(-sigma xi)) / 2 sigma.
 
-    The error at the logits is computed in the same way or, without perturb_output, is delta_out.
+    The error at the logits is computed in the same way, or equals delta_out if perturb_output is false.
     """
     plain = altered(chain, params, x)
     last = chain[-1].name
@@ -80,7 +80,7 @@ def pepita(chain, params, feedback, x, y, **_) -> Arrays:
         added[n, f] += error[n, c] * matrix[c, f]
     x = x + added.reshape(x.shape)
     modulated = altered(chain, params, x)
-    # Each part between two nonlinearities learns by its own backward pass, which ends at the part's input.
+    # Each part between two nonlinearities learns from its own backward pass, which ends at the part's input.
     part, start = [], x
     for stage in chain:
         if stage.name in feedback:
@@ -105,7 +105,7 @@ def _of_part(part, params, x, error) -> Arrays:
 
 
 def np_feedback(chain, params, feedback, x, y, sigma=1e-2, draws=None, **_) -> Arrays:
-    """The gradients of fa, and gradB = 1/N sum_n ghat_n^T (ghat_n B - d_n xi_n) with ghat = N g.
+    """The gradients of fa, plus gradB = 1/N sum_n ghat_n^T (ghat_n B - d_n xi_n) with ghat = N g.
 
     The noise xi is added to the input of every layer.
     """
@@ -137,7 +137,7 @@ def forward_forward(
 ) -> Arrays:
     """The gradients of the local losses 1/2 softplus(-+(G - theta)), and the true gradient of the classifier.
 
-    The equations are in the docstring of the rule.
+    The docstring of the rule gives the equations.
     """
     layers, cuts = {stage.name: stage for stage in chain}, [stage.name for stage in chain if stage.name in feedback]
     classes = len(params[f"{weighted(chain)[-1]}.weight"])
@@ -170,10 +170,10 @@ def forward_forward(
 
 
 def _normalised_pass(chain, params, x, labels, cuts):
-    """The results of a pass with normalised activations, for the hidden layers and for the output.
+    """Run a pass with normalised activations and return the results for the hidden layers and for the output.
 
-    The former are {cut: (stages before it, their input, its activation)}. The latter are (stages of the output, their input,
-    {cut: normalised activation}).
+    The results for the hidden layers are {cut: (stages before it, their input, its activation)}. The results for the output are
+    (its stages, their input, {cut: normalised activation}).
     """
     x = x.copy()
     x.reshape(len(x), -1)[:, : len(labels[0])] = labels

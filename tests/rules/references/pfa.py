@@ -1,4 +1,4 @@
-"""References of product feedback alignment, which compute the two hops one after the other, scalar by scalar."""
+"""Reference implementations of product feedback alignment, which compute the two hops one after the other in plain loops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def first_hop(stage: Stage, g: np.ndarray, first: np.ndarray) -> np.ndarray:
 
 
 def pfa(chain, params, feedback, x, y, **_) -> Arrays:
-    """The input error is e_in = (g B) R. The gradient of R is that of a weight, from x and ē = g B. B has no gradient."""
+    """The input error is e_in = (g B) R.
+
+    The gradient of R is computed like that of a weight, from x and ē = g B. B has no gradient.
+    """
     stages = {stage.name: stage for stage in chain}
     carry = {layer: path(stages[layer], tensors["B"], tensors["R"]) for layer, tensors in feedback.items()}
     errors: Arrays = {}
@@ -46,7 +49,7 @@ def pfa(chain, params, feedback, x, y, **_) -> Arrays:
 def ldfa(chain, params, feedback, x, y, b_rate=1.0, rank=0, **_) -> Arrays:
     """The gradients of PFA, with -rate (C B - B Bᵀ C B) as the gradient of B.
 
-    C is the sum of the outer products g g / ‖g‖. Every group has its own C.
+    C is the sum of the outer products g gᵀ / ‖g‖. Every group has its own C.
     """
     stages, errors = {stage.name: stage for stage in chain}, {}
     grads = pfa(chain, params, feedback, x, y)
@@ -68,7 +71,7 @@ def ldfa(chain, params, feedback, x, y, b_rate=1.0, rank=0, **_) -> Arrays:
 
 
 def oja(error: np.ndarray, first: np.ndarray, rate: float) -> np.ndarray:
-    """The gradient of one group's B from its errors g[n,o,p]."""
+    """The gradient of one group's B, computed from the group's errors g[n,o,p]."""
     outputs, between = first.shape
     c = np.zeros((outputs, outputs))
     for n, p in product(range(error.shape[0]), range(error.shape[2])):
@@ -84,7 +87,7 @@ def oja(error: np.ndarray, first: np.ndarray, rate: float) -> np.ndarray:
 
 
 def orthonormal(first: np.ndarray, groups: int) -> np.ndarray:
-    """The columns of every group minus their projections onto earlier ones, normalised to length one."""
+    """The matrix with the columns of every group orthonormalised by the Gram-Schmidt process."""
     parts = []
     for part in np.split(first, groups):
         columns: list[np.ndarray] = []

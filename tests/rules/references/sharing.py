@@ -1,4 +1,4 @@
-"""References of the rules with shared activations."""
+"""Reference implementations of the rules with shared activations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..reference import Arrays, conv_weight_gradient, gradients, inputs, linear_
 
 
 def matched(h: np.ndarray, shape: tuple[int, ...], match: str, mixing: np.ndarray | None) -> np.ndarray:
-    """h resized to `shape`, either by copying channels and pooling or by one fixed random 1x1 convolution."""
+    """The activation h, resized to `shape` by copying channels and pooling or by a fixed random 1x1 convolution."""
     if h.ndim != len(shape):
         h = h.reshape(len(h), -1)
     if mixing is not None:
@@ -33,7 +33,7 @@ def matched(h: np.ndarray, shape: tuple[int, ...], match: str, mixing: np.ndarra
 def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arrays]:
     """The layers after the stem that share activations, and {layer: the activation that replaces its input}.
 
-    The first layer that shares has its true input.
+    The first layer that shares activations keeps its true input.
     """
     kinds = {stage.name: stage.kind for stage in chain}
     layers, own = weighted(chain), inputs(chain, params, x)
@@ -48,12 +48,12 @@ def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arr
 
 
 def carried(params: Arrays, feedback) -> Arrays:
-    """The feedback of the layers that have a B. Layers without B transport their weight."""
+    """The feedback tensors B of all layers that have one. Layers without a B use their weight instead."""
     return {layer: tensors["B"] for layer, tensors in feedback.items() if "B" in tensors}
 
 
 def asap(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", freeze_stem=True, **_) -> Arrays:
-    """The gradients of W and B are that of the shared activation and g, and the error passes through B."""
+    """The gradients of W and B are both computed from the shared activation and g, and the error passes through B."""
     sharing, stand_ins = shared(chain, params, feedback, x, k, match, linear)
     grads = gradients(chain, params, x, y, carry=carried(params, feedback), activations=stand_ins)
     learning = sharing if freeze_stem else weighted(chain)[:1] + sharing
@@ -71,9 +71,9 @@ def asfp(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", fr
 
 
 def of_feedback(chain, grads: Arrays, errors: Arrays, learning: list[str], stand_ins: Arrays) -> Arrays:
-    """The gradient of each layer's B, from the activation that replaces its input and the error at its output.
+    """The gradient of each layer's B, computed from the activation that replaces the layer's input and from the output error.
 
-    In a layer whose input is not replaced, B has the gradient of the weight.
+    If a layer's input is not replaced, its B has the gradient of the weight.
     """
     stages, found = {stage.name: stage for stage in chain}, {}
     for layer in learning:

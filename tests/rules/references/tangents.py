@@ -1,6 +1,6 @@
-"""References of the rules that learn from the derivative of the logits along noise, with tangents propagated stage by stage.
+"""Reference implementations of the rules that learn from directional derivatives of the logits, propagated stage by stage.
 
-References share with their rules only the random numbers of an update, which are in ``draws``.
+The only thing that a reference shares with its rule is ``draws``, the random numbers of an update.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def along_noise(chain, params, x, cuts, draws) -> tuple[Arrays, np.ndarray]:
 
 
 def mean_product(d: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """The mean J[c,f] over n of d[n,c] p[n,f]."""
+    """The matrix J[c,f], the mean over n of d[n,c] p[n,f]."""
     flat = p.reshape(len(p), -1)
     mean = np.zeros((d.shape[1], flat.shape[1]))
     for n, c, f in product(range(len(d)), range(d.shape[1]), range(flat.shape[1])):
@@ -75,7 +75,7 @@ def fdfa(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
 
 
 def grape(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
-    """The gradients of fdfa, but gradB = -d cos(B, J) / dB = -(J / |B||J| - cos B / |B|²), where J is the mean of d p."""
+    """The gradients of fdfa, except that gradB = -d cos(B, J) / dB = -(J / |B||J| - cos B / |B|²), where J is the mean of d p."""
     grads = fdfa(chain, params, feedback, x, y, draws)
     for cut, tensors in feedback.items():
         b = tensors["B"]
@@ -87,10 +87,10 @@ def grape(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
 
 
 def forward_gradient(chain, params, feedback, x, y, form="activation", cuts=(), draws=None, **_) -> Arrays:
-    """The gradients of both forms of the rule.
+    """The gradients of the rule in the given form.
 
-    In the form activation, the error at a cut is (delta_n . d_n) p_n. In the form weight, the gradient is v times the sum over n
-    of (delta_n . d_n).
+    With form=activation, the error at a cut is (delta_n . d_n) p_n. With form=weight, the gradient is v times the sum over n of
+    (delta_n . d_n).
     """
     delta = output_error(forward(chain, params, x)[-1], y)
     if form == "weight":
