@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Muon(OptimizerOptions):
     """Momentum with orthogonalised updates for the weights of layers and for learned feedback; AdamW for the other parameters.
 
-    Muon is due to K. Jordan et al. 2024. Boeshertz, Pascanu and Clopath 2026 (arXiv 2606.11123) combined it with feedback
-    alignment, because orthogonal updates raise the rank of the errors. We do not know that paper's settings, so our results do
-    not reproduce it.
+    Muon is due to Jordan et al. 2024. Boeshertz, Pascanu and Clopath 2026 (arXiv 2606.11123) combined it with feedback alignment,
+    because orthogonal updates raise the rank of the errors. We do not know that paper's settings, so our results do not reproduce
+    it.
 
     The update of a matrix W with gradient G and momentum μ is as follows; in kernels, all dimensions after the first are
     flattened into one:
