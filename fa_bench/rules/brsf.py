@@ -15,7 +15,7 @@ from fa_bench.rules.frsf import FRSF
 class BRSF(FRSF):
     """Sign-concordant feedback with random magnitudes that are resampled for every batch.
 
-    Liao et al. 2016.
+    The rule is due to Liao et al. 2016.
 
     The rule computes e_in = g B with B = |M| sign(W) of the current W, where sign(0) = 0. A new M is sampled in every training
     forward pass, and none during evaluation; ``rule.feedback`` contains the latest M.

@@ -15,7 +15,7 @@ from fa_bench.registry.registries import ALGORITHMS
 class FRSF(EdgeRule):
     """Sign-concordant feedback with fixed random magnitudes.
 
-    Liao et al. 2016.
+    The rule is due to Liao et al. 2016.
 
     The rule computes e_in = g B with B = |M| sign(W) of the current W, where sign(0) = 0. M is sampled once.
 

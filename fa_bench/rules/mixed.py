@@ -73,8 +73,8 @@ class Mixed(ExpandingRule):
 
     Neither learned gradient is masked: R has the gradient of PFA, and K has the gradient of W, although only the entries under
     K's mask propagate an error. With decay, B R and K therefore approach W everywhere, as in `pfa` and `kp`. Let λ = 1/ratio, and
-    let r be the ratio of the norms of F and W over the entries of FA, and ρ the cosine between F and W over these entries. (ρ is
-    0 unless W aligns with F there, as in FA.) The angle between E and W is then given by
+    let r be the ratio of the norms of F and W over the entries of FA, and ρ the cosine between F and W over these entries. Unless
+    W aligns with F there, as it does in FA, ρ is 0. The angle between E and W is then given by
 
         cos = (p + k + f ρ r) / √(p (1 + λ) + k + f r²)
 

@@ -48,7 +48,7 @@ class PC(EnergyRule):
 
     The equations come from the code and a derivation; we did not check them against a paper. Nudged outputs, weight updates in
     every step (iPC) and the scaling of μPC are not implemented. The default of 20 steps of 0.1 without momentum is our choice.
-    The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and the VGG-5 in the code of the `epc` paper uses 8 steps
+    The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and its VGG-5 in the code of the `epc` paper uses 8 steps
     of 0.0266. E is a sum over samples, so the optimisation of the states does not depend on the batch size. If the output has
     positions, E is also a sum over positions.
 
