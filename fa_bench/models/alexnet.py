@@ -21,9 +21,10 @@ class ASAPAlexNet(Architecture):
     The network has three convolutions with max-pooling, followed by fully connected layers of widths 4096-1024-1024-classes
     (appendix C and published code of Woo et al. 2021).
 
-    The convolutions have 5x5 kernels, padding 2 and 64, 128 and 256 channels. Batch normalisation and ReLU follow every hidden
-    layer, and the logits are batch-normalised, too. Pooling rounds up, so 28x28 and 32x32 images both give 256 x 4 x 4 features.
-    This is the network of the published code; the text of the paper gives 3x3 kernels, which do not lead to its 4096 features.
+    The convolutions have 64, 128 and 256 channels, 5x5 kernels and padding 2. Batch normalisation and ReLU follow every hidden
+    layer, and the logits are also batch-normalised. Pooling rounds up, so 28x28 and 32x32 images both give 256 x 4 x 4 features.
+    This is the network of the published code; the text of the paper gives 3x3 kernels, which are inconsistent with its 4096
+    features.
     """
 
     width: int = option(64, "channels of the first convolution; the others have two and four times as many", minimum=1)

@@ -25,9 +25,9 @@ class Decoder(TransformerArchitecture):
     The layers are embed - causal blocks - (final_norm) - head, which map tokens (N, T) to logits (N, T, V).
 
     The network of Launay et al. 2020 (arXiv 2006.12878) is
-    ``depth=6 width=512 heads=8 norm=post positions=sinusoidal activation=relu`` on sequences of 128
-    tokens. The initial weights are different: in their code, the embedding and the head are initialised
-    uniformly, and all blocks start with the same weights.
+    ``depth=6 width=512 heads=8 norm=post positions=sinusoidal activation=relu`` on sequences of 128 tokens. The initial weights
+    differ from those of Launay et al.: in their code, the embedding and the head are initialised uniformly, and all blocks start
+    with the same weights.
 
     Token embeddings and learned positions are initialised from N(0, 0.02²), as in GPT-2. If positions are sinusoidal, token
     embeddings are initialised from N(0, 1) (Vaswani et al. 2017, section 3.5). `init` and `linear_init` apply to all linear
@@ -35,8 +35,8 @@ class Decoder(TransformerArchitecture):
 
     The modules of a block are attn (with q, k, v, out), norm1, fc1, act, fc2, norm2. With ``norm=post``, the paper's cuts are
     ``[*.norm1,*.act,*.norm2]`` ("micro") and ``[*.norm2]`` ("macro"). The model declares the outputs of embed, q, k, v and act as
-    cut points. With ``norm=post``, it adds those of norm1 and norm2; with ``norm=pre``, it adds those of attn, of every block
-    except the last, and of the final LayerNorm.
+    cut points. With ``norm=post``, the outputs of norm1 and norm2 are cut points as well. With ``norm=pre``, the additional cut
+    points are the outputs of attn, of every block except the last, and of the final LayerNorm.
     """
 
     tasks = ((TOKENS, POSITIONS),)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class LSTM(Architecture):
     """LSTM, GRU or plain recurrent network, for tokens and for images read row by row or pixel by pixel.
 
-    For tokens, the layers are embedding - rnn - head at every position. For images, whose rows or pixels are the time steps, they
-    are rnn - head at the last step.
+    For tokens, the layers are embedding - rnn - head at every position. For images, the time steps are rows or pixels, and the
+    layers are rnn - head at the last step.
 
     Recurrent weights and biases are initialised with PyTorch's default, U(1 / √width), and the embedding from N(0, 1); `init` and
     `linear_init` apply only to the head. The model's only block ends at its only cut point, ``states``, which outputs the hidden

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("mlp")
 @dataclasses.dataclass(eq=False)
 class MLP(Architecture):
-    """Multilayer perceptron whose input and output sizes follow from the data; 784-512-512-10 on MNIST (section 3 of Li and Benna
+    """Multilayer perceptron with input and output sizes that fit the data; 784-512-512-10 on MNIST (section 3 of Li and Benna
     2024).
 
     The layers are fc1 - (bn1) - act1 - fc2 - ... - fcK.
@@ -28,7 +28,7 @@ class MLP(Architecture):
     The network that the DKP paper uses to measure alignment has five fully connected layers with batch normalisation. The paper
     does not give the widths; we use ``widths=[512,512,512,512] batch_norm=true``. The networks of Forward Alignment (appendix A
     of Woo et al. 2021) have ``widths=[10,10,10]``, with either ``activation=identity`` or ``batch_norm=true output_norm=true``.
-    That appendix does not give the input width.
+    The appendix of that paper does not give the width of the input.
     """
 
     tasks = ((IMAGES, CLASSES), (IMAGES, VALUES), (FEATURES, CLASSES), (FEATURES, VALUES))

@@ -118,8 +118,8 @@ class ResNet18ImageNet(StagedArchitecture):
     The network has a 7x7 stem with pooling and stages of 64, 128, 256 and 512 channels (He et al. 2016).
 
     ``bn=before`` is torchvision's network, in which the last ReLU of a block follows the sum. ``bn=after`` normalises after the
-    ReLU, as Akrout et al. 2019 do. Their appendix with the details is not available. With this option, a block is conv - ReLU -
-    BN twice, plus the shortcut, and no layer follows the sum; projections are 1x1 convolution - BN.
+    ReLU, as Akrout et al. 2019 do. The appendix with the details of their network is not available. With this option, a block is
+    conv - ReLU - BN twice, plus the shortcut, and no layer follows the sum; projections are 1x1 convolution - BN.
     """
 
     bn: str = option("before", "batch normalisation before or after the ReLU", choices=["before", "after"])

@@ -40,7 +40,8 @@ class Torchvision(Architecture):
         accepted = inspect.signature(models.get_model_builder(self.model)).parameters
         extra: dict[str, object] = {"num_classes": classes}
         if self.model in ("googlenet", "inception_v3"):
-            # With auxiliary heads, these models would return a tuple in training. Their own initialisation would take minutes.
+            # With auxiliary heads, these models would return a tuple in training. Without ``init_weights=False``, their
+            # initialisation would take minutes.
             extra |= {"aux_logits": False, "init_weights": False}
         if "image_size" in accepted or self.model.startswith("vit"):
             extra["image_size"] = input_shape[1]

@@ -1,1 +1,1 @@
-"""Training objectives, with one file for each."""
+"""Training objectives, each in its own file."""

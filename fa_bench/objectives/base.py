@@ -1,6 +1,6 @@
 """The base class of objectives, which define the loss and the scores of a network's outputs.
 
-Shapes: N batch, T positions, C classes, O outputs.
+In shapes, N is the batch size, T the number of positions, C the number of classes, and O the number of outputs.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Objective(Options):
         return outputs
 
     def sums(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Sums over the counted targets of a batch; from their totals over all batches, `scored` computes the scores.
+        """Sums over the counted targets of a batch; `scored` computes the scores from their totals over all batches.
 
         The trainer sums the loss and the number of targets itself, so they need not be included.
         """
@@ -120,7 +120,7 @@ class Objective(Options):
         }
 
 
-#: Losses of PyTorch whose names do not resemble those of the objectives -> the objective.
+#: PyTorch losses with names that do not resemble those of the objectives -> the corresponding objective.
 _OF_TORCH = dict.fromkeys(("BCEWithLogitsLoss", "binary_cross_entropy_with_logits"), "sigmoid_ce")
 
 
@@ -154,8 +154,8 @@ def reduce(losses: Tensor, reduction: str) -> Tensor:
 
 
 def one_hot(target: Tensor, like: Tensor) -> Tensor:
-    """The targets with the shape and dtype of the outputs `like`, (N, C); class indices become one-hot rows, and real values are
-    kept."""
+    """The targets with the shape and dtype of the outputs `like`, (N, C); class indices become one-hot rows, and real-valued
+    targets are kept."""
     if target.is_floating_point():
         return target.to(like.dtype)
     return like.new_zeros(like.shape).scatter_(1, target.unsqueeze(1), 1)

@@ -46,7 +46,7 @@ class Score:
 
     @property
     def format(self) -> str:
-        """The number format of scaled values."""
+        """The format specification for scaled values."""
         return ".2f" if self.unit == "%" else ".4f"
 
     @property

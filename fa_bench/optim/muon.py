@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class Muon(OptimizerOptions):
     """Momentum with orthogonalised updates for the weights of layers and for learned feedback; AdamW for the other parameters.
 
-    Muon is due to Jordan et al. 2024. Boeshertz, Pascanu and Clopath 2026 (arXiv 2606.11123) combined it with feedback alignment,
-    because orthogonal updates raise the rank of the errors. We do not know that paper's settings, so our results do not reproduce
-    it.
+    Muon is due to Jordan et al. 2024. Boeshertz, Pascanu and Clopath 2026 (arXiv 2606.11123) combined Muon with feedback
+    alignment, because orthogonal updates raise the rank of the errors. We do not know the settings of that paper, so our results
+    are not a reproduction.
 
-    The update of a matrix W with gradient G and momentum μ is as follows; in kernels, all dimensions after the first are
-    flattened into one:
+    The update of a matrix W with gradient G and momentum μ is as follows; for convolution kernels, all dimensions after the first
+    are flattened into one:
 
         M <- μ M + G;  X = M or, with ``nesterov``, G + μ M
         X <- X / ‖X‖, then five times (``ns_steps``) X <- a X + (b A + c A²) X,  A = X Xᵀ, (a, b, c) = (3.4445, -4.7750, 2.0315)
@@ -34,12 +34,12 @@ class Muon(OptimizerOptions):
 
     The update does not depend on the norm of G. Learned feedback with the gradient of W gets the same update as W, so only the
     decoupled decay changes W - B, as with AdamW: ‖W - B‖ = ‖W(0) - B(0)‖ Π (1 - lr λ). Without weight decay, the feedback of `kp`
-    therefore does not align. The same holds for W - B R in `pfa_o` with its ratio of 1. It does not hold in `pfa`, because the
-    update is not linear in the gradient.
+    therefore does not align. In `pfa_o` with its ratio of 1, only the decoupled decay changes W - B R, too. In `pfa`, W - B R
+    changes in other ways as well, because the update is not linear in the gradient.
 
     ``layers=hidden`` leaves the first and the last layer to AdamW, as the usual recipes do. ``exclude`` lists further layers that
-    AdamW trains together with their feedback. AdamW also trains biases, normalisation layers, embeddings and position tables. Its
-    learning rate is ``adam_lr``; its weight decay and schedule are those of the matrices.
+    AdamW trains together with their feedback. AdamW also trains biases, normalisation layers, embeddings and position tables. The
+    learning rate of AdamW is ``adam_lr``; its weight decay and schedule are those of the matrices.
 
     In contrast to ``torch.optim.Muon``, which rejects kernels and rounds to bfloat16, this optimizer accepts kernels and iterates
     in the precision of the weights, or in single precision if that is higher.

@@ -20,7 +20,7 @@ class ASAP(SharingRule):
     """Activation sharing with asymmetric paths (ASAP): an earlier activation replaces the layer's input in the gradients of W and
     B.
 
-    The rule is Algorithm 1, with eqs 39-42, of Woo et al. 2021.
+    The rule is Algorithm 1 of Woo et al. 2021 (eqs 39-42).
 
     The rule computes e_in = g B; gradient of W = gradient of B = gᵀ h̃ (for convolutions, the weight gradient of h̃ and g). The
     activation h̃ comes from an earlier layer and is shared by ``k`` layers; ``match`` resizes it to the shape of the true input
@@ -49,8 +49,8 @@ class ASAP(SharingRule):
     )
 
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory:
-        """The memory of a step. The updates need the shared activations and the inputs of layers that do not share; the stem is
-        fixed."""
+        """The tensors that a step must store. The updates need the shared activations and the inputs of layers that use their own
+        input; the stem is fixed."""
         from fa_bench.mechanisms.trace import StepMemory
 
         groups = self.sharing_groups(model, trace)

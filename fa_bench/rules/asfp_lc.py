@@ -80,8 +80,8 @@ class ASFPLC(ASFP):
     No code was published, so the following are our choices. The blocks are those that the model declares (``model.blocks``), such
     as the stem and the residual blocks, or those that end with the modules in ``cuts``. The stem has its own classifier, which
     trains its normalisation; a frozen stem without normalisation has no classifier. Activations are shared across blocks as in
-    `asfp`. Local classifiers are used only in training, so their normalisation always uses batch statistics. It therefore rejects
-    a batch of one sample, and each data-parallel rank has its own statistics.
+    `asfp`. Local classifiers are used only in training, so their batch normalisation always uses batch statistics. Batch
+    normalisation therefore rejects a batch of one sample, and each data-parallel rank has its own statistics.
     """
 
     equations = (

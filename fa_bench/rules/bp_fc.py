@@ -1,4 +1,4 @@
-"""The second floor, for convolutional networks, in which convolutions stay random."""
+"""The floor for convolutional networks, with random convolutions."""
 
 from __future__ import annotations
 

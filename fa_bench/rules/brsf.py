@@ -21,8 +21,8 @@ class BRSF(FRSF):
     forward pass, and none during evaluation; ``rule.feedback`` contains the latest M.
 
     Our choices: M is Xavier-uniform (``m_init``), and if ``density`` is below 1, one fixed mask sets entries of B to zero. The
-    k-th sample of M for a layer depends only on (seed, layer, k). It therefore affects no other random numbers, and a resumed run
-    samples the same M.
+    k-th sample of M for a layer depends only on (seed, layer, k). Sampling M therefore affects no other random numbers, and a
+    resumed run uses the same M.
     """
 
     equations = (

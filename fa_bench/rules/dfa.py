@@ -31,10 +31,12 @@ class DFA(CutRule):
     true gradient. B is fixed and does not decay. `form` selects the projection:
 
     - neuron: the error at each cut is δ B, with B of shape (C, features of the cut).
-    - kernel: the error is delivered at the input of each layer. For a linear layer, it is δ B with B of shape (C, I). For a
-      convolution, δ is copied to every output pixel, and the error is the input gradient of a convolution with B of shape (C, I,
-      K...). Identity shortcuts still add the error from the layers above, so the rule is a hybrid in residual networks, as in the
-      code of Li and Benna 2024.
+
+    - kernel: the error is delivered at the input of each layer. For a linear layer, the error is δ B with B of shape (C, I). For
+      a convolution, δ is copied to every output pixel, and the error is the input gradient of a convolution with B of shape (C,
+      I, K...). Identity shortcuts still add the error from the layers above, so the rule is a hybrid in residual networks, as in
+      the code of Li and Benna 2024.
+
     - shared: all cuts share one matrix of shape (C, features of the largest cut), which is uniform in [-1, 1). Each cut uses the
       first columns of this matrix; `normalise` divides them by √(features of the largest cut) (Launay et al. 2020).
 
@@ -51,11 +53,11 @@ class DFA(CutRule):
     learn by exact backpropagation from the upper cut. This is weight transport within blocks, which coverage and reports state.
     By default (``within=layer``), there must be a cut between any weight or embedding and the next weight.
 
-    Together, these two options give the settings of Launay et al. 2020 for transformers. There, the error is taken at the input
-    of the vocabulary layer, and the cuts are at the end of each block ("macro") or also inside the block ("micro"). The options
-    are ``algorithm=dfa algorithm.form=shared algorithm.within=block`` and ``algorithm.error_at=MODULE``, where MODULE is the last
-    block or the last normalisation layer. For "micro", add ``algorithm.cuts='[*norm1,*act,*norm2]'``, with the names of the
-    model's own modules.
+    Together, ``within`` and ``error_at`` give the settings of Launay et al. 2020 for transformers. In these settings, the error
+    is taken at the input of the vocabulary layer, and the cuts are at the end of each block ("macro") or also inside the block
+    ("micro"). The options are ``algorithm=dfa algorithm.form=shared algorithm.within=block`` and ``algorithm.error_at=MODULE``,
+    where MODULE is the last block or the last normalisation layer. For "micro", add ``algorithm.cuts='[*norm1,*act,*norm2]'``,
+    with the names of the model's own modules.
 
     Our choices: for neuron and kernel, B is Xavier-uniform (``b_init``), where fan_in is the number of features and fan_out is C.
     If ``density`` is below 1, one fixed mask sets entries of B to zero.

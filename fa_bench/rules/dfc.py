@@ -65,15 +65,16 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     """Deep feedback control: a controller drives the output to a target, and layers learn from the changes that the controller
     causes.
 
-    The rule is due to Meulemans et al. 2021, arXiv 2106.07887. Here, the steady state is computed in closed form, like the option
-    ``ssa`` in the code of Meulemans et al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). The following equations give the steady
-    state for a sample with r_0 = x, where v_l are the voltages before the nonlinearities φ and u (C,) is the controller's output:
+    The rule is due to Meulemans et al. 2021, arXiv 2106.07887. Here, the steady state is computed in closed form, as with the
+    option ``ssa`` in the code of Meulemans et al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). The following equations give the
+    steady state for a sample with r_0 = x, where v_l are the voltages before the nonlinearities φ and u (C,) is the controller's
+    output:
 
         v_l = W_l r_{l-1} + b_l + Q_l u,    r_l = φ(v_l),    α u = z* - z,    z* = z⁻ - λ ∂L/∂z⁻,
 
     Here z⁻ is the output without control, L the sample's loss, λ the step to the target (`target_stepsize`) and α the
     controller's leak (`alpha`). Every layer, including the output layer, has a Q_l (F_l, C). Let J (C, ΣF) be the Jacobian of z
-    with respect to all voltages. Linearised around the forward pass, the steady state is
+    with respect to all voltages. The following equations give the steady state, linearised around the forward pass:
 
         u = (J Q + α I)⁻¹ (z* - z⁻),    Δv = Q u.
 
@@ -93,9 +94,9 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
         u = (J Q + α_fb I)⁻¹ (z⁻ - z_noisy),    v_fb = Q u + σ ε,    gradient of Q_l = 1/(N σ²) Σ_n v_fb,l uᵀ.
 
-    The paper's decay -β Q is the weight decay of the feedback's optimizer here. If all samples have the same J, Q converges to Jᵀ
-    M, which has columns in the row space of J, and Δv is then a damped Gauss-Newton step. ``b_lr_scale`` is the learning rate of
-    B relative to that of W.
+    The paper's decay -β Q is the weight decay of the feedback's optimizer here. If all samples have the same J, Q converges to a
+    matrix Jᵀ M with columns in the row space of J, and Δv is then a damped Gauss-Newton step. ``b_lr_scale`` is the learning rate
+    of B relative to that of W.
 
     With ``fixed``, Q keeps its initial value, which is the identity at the output. With ``jacobian``, an oracle without stored
     feedback, Q is Jᵀ for each sample. For α → 0, Δv is then J⁺ (z* - z⁻), the Gauss-Newton step; for large α, Δv is -λ/α Jᵀ
@@ -103,16 +104,16 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     whereas the difference of φ(v) adds a factor φ'(v) in the hidden layers.
 
     Weight transport: the dynamics, which are the biological process in the paper, do not require weight transport. The closed
-    form does, because it computes J by C backward passes through the weights.
+    form requires it, because J is computed by C backward passes through the weights.
 
     Deviations from the paper and its code: we do not simulate the dynamics. In the published runs on MNIST (without ``ss`` or
-    ``ssa`` in their commands), updates are averages over 500 Euler steps from rest. Q learns from the correlations over 44 steps
-    with noise in the apical compartments, far from the steady state. Strong-DFC, which uses the label as the target, is not
-    implemented. It has no closed form in that code, because the linearisation is not valid there. Q learns in every step together
-    with W, whereas the code first trains only Q for 20 epochs and then for one epoch before every epoch. The code's gradient has
-    an additional factor of 2, and its voltage difference has the wrong sign in the steady state. The code does not divide by σ²
-    if σ² is below 0.01². The values α = 0.001 and α_fb = 0.5 are defaults of the code, whereas λ = 0.1 and σ = 0.1 are our
-    choices. We did not check the equations against the text of the papers and have not reproduced any result.
+    ``ssa`` in their commands), updates are averages over 500 Euler steps from rest, and Q learns from the correlations over 44
+    steps with noise in the apical compartments, far from the steady state. Strong-DFC, which uses the label as the target, is not
+    implemented. The published code has no closed form for it, because the linearisation is not valid there. Q learns in every
+    step together with W, whereas the code first trains only Q for 20 epochs and then for one epoch before every epoch. The code's
+    gradient has an additional factor of 2, and its voltage difference has the wrong sign in the steady state. The code does not
+    divide by σ² if σ² is below 0.01². The values α = 0.001 and α_fb = 0.5 are defaults of the code, whereas λ = 0.1 and σ = 0.1
+    are our choices. We did not check the equations against the text of the papers and have not reproduced any result.
 
     Frozen layers before the first trainable layer (``freeze_stem``) are not controlled, and their output is the input r_0. A
     frozen layer after a trainable one is controlled, and its B learns.
@@ -172,8 +173,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         return dataclasses.replace(coverage, covered=covered, transport=transport)
 
     def trainable_cuts(self, trace: Trace) -> set[str]:
-        """The cuts that the controller acts on. They include those of frozen layers that follow a trainable layer, where B
-        learns, too."""
+        """The cuts that the controller acts on. The cuts of frozen layers that follow a trainable layer are included, because B
+        learns there, too."""
         return self.after_first_trainable(trace)
 
     def notes(self) -> tuple[str, ...]:

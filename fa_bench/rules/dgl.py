@@ -32,20 +32,22 @@ class DGL(ModuleRule):
     - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉ is followed by three stages, each with a 1x1 convolution from C to C channels
       without bias, batch normalisation and ReLU. Average pooling to 2x2 is followed by three more stages, each with a linear
       layer from 4C to 4C features, batch normalisation and ReLU, and by a linear layer to the classes.
-    - mlp: the same without the convolutions.
+
+    - mlp: the same layers without the convolutions.
+
     - linear: only the two pooling layers and the last linear layer.
 
     For a flat activation a with F features, the layers have width F, and mlp_sr is the same as mlp. The auxiliary networks learn
-    with the optimizer of W. The paper trains for 50 epochs by SGD with momentum 0.9, decay 5e-4 and batches of 128. Its learning
+    with the optimizer of W. The paper trains for 50 epochs by SGD with momentum 0.9, decay 5e-4 and batches of 128. The learning
     rate is 0.1, multiplied by 0.2 every 15 epochs.
 
     If the model's output has positions, such as tokens, every module must have the same positions. A is then applied to each
     position, which has its own label, as if it were a flat activation.
 
     Our choices: average pooling never enlarges a map, so a map of a single pixel has C features instead of 4C. A is used only in
-    training, so its batch normalisation always uses batch statistics. It therefore rejects a batch of one sample, which only
-    ``auxiliary_net=linear`` accepts, and each data-parallel rank has its own statistics. ``cuts`` and ``model.blocks`` name the
-    last layer of each module. A module that feeds the output layer is part of the last module.
+    training, so its batch normalisation always uses batch statistics. A therefore rejects a batch of one sample, except with
+    ``auxiliary_net=linear``, and each data-parallel rank has its own statistics. ``cuts`` and ``model.blocks`` name the last
+    layer of each module. A module that feeds the output layer is part of the last module.
     """
 
     equations = (

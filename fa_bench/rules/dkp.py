@@ -27,8 +27,8 @@ class DKP(LearnedCutRule):
 
         gradient of B = δᵀ a,    a (N, features) the activation at the cut, flattened.
 
-    B is thus a linear readout of a that is trained on the network's output error, and a Bᵀ aligns with the logits. At the last
-    hidden activation, the gradient of B is that of the output layer's weight.
+    B is thus a linear readout of the activation a, trained on the network's output error, and a Bᵀ aligns with the logits. At the
+    last hidden activation, the gradient of B is that of the output layer's weight.
 
     If δ has positions (tokens, pixels), all of them share one B (C, F), and its gradient is the sum of δᵀ a over samples and
     positions. The options `within`, `error_at` and `positions` are those of `dfa`. With `error_at`, a Bᵀ aligns with the output
@@ -37,9 +37,9 @@ class DKP(LearnedCutRule):
     B needs a much lower learning rate than W, or training diverges. To give B its own optimizer, schedule and decay, use
     ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``. Otherwise, B shares the optimizer of W, and `b_lr_scale`
     sets its learning rate relative to that of W; 0 gives direct feedback alignment. Weight decay applies to B as well as to W.
-    For the network with two convolutions, the paper trains both by SGD with Nesterov momentum 0.9 and decay 1e-6. W has lr 1e-2,
-    and B has lr 1e-4, multiplied by 0.85 per epoch. For AlexNet, the paper uses decay 1e-4, trains W at lr 1e-2 and trains B by
-    Adam at lr 5e-4.
+    For the network with two convolutions, the paper trains W and B by SGD with Nesterov momentum 0.9 and decay 1e-6. W has lr
+    1e-2, and B has lr 1e-4, multiplied by 0.85 per epoch. For AlexNet, the paper uses decay 1e-4, trains W at lr 1e-2 and trains
+    B by Adam at lr 5e-4.
 
     As in the paper, B is initially Kaiming-uniform, with the number of the cut's features as the fan; for AlexNet, the paper's
     code uses ``b_init=zeros``. The default ``b_lr_scale`` of 0.01 is the paper's ratio for the network with two convolutions. If

@@ -39,11 +39,11 @@ class DRTP(CutRule):
     at the ends of the model's blocks, and the layers of each block learn by backpropagation from its end. There is no option
     ``error_at``, because labels exist only at the output.
 
-    Our choices: the error is divided by N, like the error of the output layer. The paper's code divides only the latter, which
-    corresponds to ``scale`` = N here. The sign of the error is that of the code; it makes no difference, because the distribution
-    of B is symmetric about zero. B is Kaiming-uniform, with the number of the cut's features as the fan (``b_init``); if
-    ``density`` is below 1, one fixed mask sets entries of B to zero. If the loss is scaled, the error is scaled by the same
-    factor.
+    Our choices: the error is divided by N, like the error of the output layer. The paper's code divides only the error of the
+    output layer by N, which corresponds to ``scale`` = N here. The sign of the error is that of the code; it makes no difference,
+    because the distribution of B is symmetric about zero. B is Kaiming-uniform, with the number of the cut's features as the fan
+    (``b_init``); if ``density`` is below 1, one fixed mask sets entries of B to zero. If the loss is scaled, the error is scaled
+    by the same factor.
 
     The paper uses tanh units (``architecture.activation=tanh``) and no batch normalisation. With unbounded units such as ReLU,
     the activations grow without bound, because the error never vanishes. The cuts are those of `dfa`.
@@ -80,7 +80,8 @@ class DRTP(CutRule):
         if self.error_sign:
             return self.project(cut, broadcast.sign() * factor, captured)
         assert target is not None
-        # The one-hot labels select rows of B, which keep the precision of B even under autocast, because they do not depend on δ.
+        # The one-hot labels select rows of B. These rows keep the precision of B even under autocast, because they do not depend
+        # on δ.
         return self.in_shape(cut, self.matrix(cut, captured).index_select(0, target).mul_(factor), captured)
 
     def _at_positions(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:

@@ -30,11 +30,11 @@ class DualPropagation(EdgeRule):
     In every rule that passes errors through separate feedback in each layer, ``derivative=dual`` replaces the derivatives in the
     same way; ``kp`` with this option is KP-DP. With ``derivative=exact``, this rule is `bp`.
 
-    Our choices: the code differentiates the mean loss with β = 1 and without s, so its finite difference depends on the batch
-    size. This setting corresponds to ``beta`` = 1/N here, and the default is the value for the code's batches of 100. The rule
-    covers every elementwise module of torch.nn, not only ReLU, and rejects nonlinear functions outside of modules, such as those
-    in `nn.LSTM`. We took the equations from the code, did not compare them with the paper, and have not reproduced the paper's
-    accuracies.
+    In contrast to this rule, the code differentiates the mean loss with β = 1 and without s, so its finite difference depends on
+    the batch size. This setting corresponds to ``beta`` = 1/N here, and the default is the value for the code's batches of 100.
+    The rule covers every elementwise module of torch.nn, not only ReLU, and rejects nonlinear functions outside of modules, such
+    as those in `nn.LSTM`. We took the equations from the code, did not compare them with the paper, and have not reproduced the
+    paper's accuracies.
     """
 
     equations = (

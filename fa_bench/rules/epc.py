@@ -15,7 +15,7 @@ class EPC(EnergyRule):
     error.
 
     The rule is due to Goemaere, Oliviers, Bogacz and Demeester, arXiv 2505.20137. Let s_l be the state at the end of block l, f_l
-    the block's function and L the loss of a sample. The energy of N samples is then defined as
+    the block's function and L the loss of a sample. The following equation defines the energy of N samples:
 
         E = Σ_n [ Σ_l ½‖e_l‖² + L(f_L(s_{L-1})) ],    s_l = f_l(s_{l-1}) + e_l,    s_0 = x.
 

@@ -36,18 +36,24 @@ class F3(CutRule):
     the output of the objective (σ(z) for ``sigmoid_ce``, otherwise z) and l a sample's own loss:
 
     - delayed_loss: ∂l/∂z, the error of `dfa` without its 1/N.
+
     - delayed_error: o - y.
+
     - delayed_loss_softmax: the derivative of l(softmax(o)) with respect to o.
+
     - delayed_error_softmax: softmax(o) - y.
+
     - delayed_loss_one_hot, delayed_error_one_hot: delayed_loss or delayed_error, multiplied by y entry by entry.
+
     - current_error: ∂l/∂z of the current pass, as in `dfa`.
+
     - one_hot_target: -y, as in `drtp` with the opposite sign of B.
 
     The delayed errors come from the pass in which the sample was last used for training, before the weights were
     updated, so no layer has to wait for the output. There is no delayed error in a sample's first epoch.
-    ``first_epoch`` selects what replaces it: -y, which is the error of a zero output; the current error; or zero, in
-    which case hidden layers do not learn. If the weights do not change, the delayed error equals the current one from
-    the second epoch on.
+    ``first_epoch`` selects the error in the first epoch: -y, which is the error of a zero output; the current error; or
+    zero, in which case hidden layers do not learn. If the weights do not change, the delayed error equals the current
+    one from the second epoch on.
 
     The stored errors (training samples, C) are part of the rule's state and of checkpoints, but not of the model's
     ``state_dict``. Each backward pass needs the indices of the samples in the training set:
@@ -57,10 +63,10 @@ class F3(CutRule):
     not finite are not stored. Each sample must have exactly one label; outputs with positions, such as tokens, are rejected.
 
     The paper uses the following initialisers for B: PyTorch's default (``b_init=pytorch``, also the default of the code),
-    ``trinomial`` with entries -1, 0 or 1, ``binomial`` with entries 0 or 1, and ``identity_pm``. The last three do not scale with
-    the number of features, which makes no difference to Adam but does to plain gradient descent. If ``density`` is below 1, one
-    fixed mask sets entries of B to zero. As in `dfa`, ``within=block`` places cuts only at the ends of the model's blocks, and
-    the layers of each block learn by backpropagation from its end.
+    ``trinomial`` with entries -1, 0 or 1, ``binomial`` with entries 0 or 1, and ``identity_pm``. The last three initialisers do
+    not scale with the number of features, which makes no difference to Adam but does to plain gradient descent. If ``density`` is
+    below 1, one fixed mask sets entries of B to zero. As in `dfa`, ``within=block`` places cuts only at the ends of the model's
+    blocks, and the layers of each block learn by backpropagation from its end.
 
     Differences from the code: errors are outputs minus targets here but targets minus outputs in the code, so B has the opposite
     sign. The code differentiates its loss with respect to the output of a sigmoid; here losses are differentiated with respect to

@@ -32,16 +32,16 @@ class FDFA(JacobianRule):
     pass, so the noise at the other cuts adds variance to the estimate at each cut, and this variance grows with the number of
     cuts. The output layer learns from its true gradient.
 
-    As in the code, an optimizer updates B with this gradient. It is either the optimizer of W, with its learning rate times
-    `b_lr_scale`, or a separate one, as with ``optimizer@feedback_optimizer=adam``. The code uses batches of 64 and Adam at 1e-4
-    without decay for both, and it multiplies the learning rate of W by 0.95 per epoch. In the paper, the update is B ← (1 - α)
-    B + α mean d_n ⊗ p_n (from memory, not checked against the paper). This is plain SGD at the learning rate α:
-    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a learning rate of 0,
-    the rule is direct feedback alignment.
+    As in the code, an optimizer updates B with this gradient. This optimizer is either the optimizer of W, with its learning rate
+    times `b_lr_scale`, or a separate one, as with ``optimizer@feedback_optimizer=adam``. The code uses batches of 64 and Adam at
+    1e-4 without decay for both, and it multiplies the learning rate of W by 0.95 per epoch. In the paper, the update is B ← (1 -
+    α) B + α mean d_n ⊗ p_n (from memory, not checked against the paper). This is plain SGD at the learning rate α:
+    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a learning rate of 0, the
+    rule is direct feedback alignment.
 
     `tangents` selects how d is computed. ``forward`` is exact but rejects operations that have no forward-mode derivative. For
-    these, ``difference`` computes (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001. `within` and `positions` are those of `dfa`.
-    Positions, such as tokens, count as samples, and B (C, F) is the mean Jacobian between corresponding positions.
+    such operations, ``difference`` computes (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001. `within` and `positions` are those of
+    `dfa`. Positions, such as tokens, count as samples, and B (C, F) is the mean Jacobian between corresponding positions.
 
     B starts at zero, as in the code (``b_init``). The gradient of B is multiplied by the factor by which the loss was scaled, so
     that micro-batches and gradient scalers give the right mean. Gradient clipping includes the gradient of B in the norm. Each

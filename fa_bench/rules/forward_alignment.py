@@ -217,7 +217,8 @@ class ForwardAlignment(EdgeRule):
             weight = weight_parameter(layer)
             values[weight_name(path, layer)] = feedback_tensor(layer, "C").view(weight.shape if weight is not None else ())
             if (bias := bias_name(path, layer)) is not None:
-                # Layers of a compound module may share one bias. Within torch.func.functional_call, it is not an nn.Parameter.
+                # Layers of a compound module may share one bias, and within torch.func.functional_call, this bias is not an
+                # nn.Parameter.
                 owner, _, key = bias.rpartition(".")
                 own: Any = self.model.get_submodule(owner)._parameters[key]
                 zeroed = values.setdefault(bias, own.detach().clone())

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: Added to the root mean square of an activation before the division by it, as in the code that the docstring names.
+#: This number is added to the root mean square of an activation before the activation is divided by it, as in the code that the
+#: docstring names.
 _TINY = 1e-8
 #: The momentum of the running mean of a unit's activity, and the initial value of this mean; both are from the same code.
 _MOMENTUM, _START = 0.9, 0.5
@@ -51,25 +52,27 @@ class ForwardForward(DrawingRule, PassRule):
     units from being always inactive or always active, `peer_norm` times the mean of (m̄ - m)² is added to the loss. Here m is the
     running mean of each unit's activity for positive samples, and m̄ is the mean of m over the units.
 
-    The model's predictions come from a linear classifier, which learns from the true gradient of the loss. Its inputs are the
-    activations for a neutral image, in which all labels are marked with 1/C. The output layer classifies the last activation.
-    Learned matrices M (C, features), initially zero, classify the earlier activations except the first, and their scores are
-    added to the logits; with ``all_layers=false``, there are no such matrices. ``prediction=goodness`` instead scores each label
-    by the goodness of all cuts except the first for the image with that label, which needs C passes. Training still reports the
-    accuracy of the classifier.
+    The model's predictions come from a linear classifier, which learns from the true gradient of the loss. The inputs of this
+    classifier are the activations for a neutral image, in which all labels are marked with 1/C. The output layer classifies the
+    last activation. Learned matrices M (C, features), initially zero, classify the earlier activations except the first, and
+    their scores are added to the logits; with ``all_layers=false``, there are no such matrices. ``prediction=goodness`` instead
+    scores each label by the goodness of all cuts except the first for the image with that label, which needs C passes. Training
+    still reports the accuracy of the classifier.
 
-    The classifier consists of all M and the output layer; ``rule.feedback_parameters()`` returns its parameters. They are trained
-    by the feedback's optimizer if there is one (``optimizer@feedback_optimizer=sgd``), and otherwise by the optimizer of W.
+    The classifier consists of all M and the output layer; ``rule.feedback_parameters()`` returns its parameters. These parameters
+    are trained by the feedback's optimizer if there is one (``optimizer@feedback_optimizer=sgd``), and otherwise by the optimizer
+    of W.
 
-    Deviations from the code: the output layer has a bias, and the model determines its initial values. In the code, they are
-    zero, as with ``architecture.output_init=zeros`` here. The code processes positive and negative samples in a single pass.
+    Deviations from the code: the output layer has a bias, and the model determines the initial values of this layer. In the code,
+    its initial values are zero, as with ``architecture.output_init=zeros`` here. The code processes positive and negative samples
+    in a single pass.
 
     Learning rates that suit other rules are too large, because goodness is a sum over all units of a layer, so start with 1e-3.
     The code trains three layers of 1000 units, with weights initialised from N(0, 1/fan_out), for 100 epochs with batches of 100.
-    It uses SGD at 1e-3 with momentum 0.9 and decay 3e-4 (1e-2 and 3e-3 for the classifier). The learning rate falls linearly to
-    zero over the second half of the training.
+    The code uses SGD at 1e-3 with momentum 0.9 and decay 3e-4 (1e-2 and 3e-3 for the classifier). The learning rate falls
+    linearly to zero over the second half of the training.
 
-    Each data-parallel process updates the running means with its own samples. `step` replaces them by their means over the
+    Each data-parallel process updates the running means with its own samples. `step` averages the running means over the
     processes, so every process must call it.
 
     Dropout masks are the same in all passes, including the positive and the negative one. Batch normalisation uses the statistics
@@ -124,8 +127,8 @@ class ForwardForward(DrawingRule, PassRule):
         self._classes = classes
         self._features = {cut: math.prod(shape) for cut, shape in features.items()}
         self._learned: dict[str, LearnedTensor] = {}
-        #: The names of the parameters after the last cut. Names are stored because a copy of the model has different parameters
-        #: with the same names.
+        #: The names of the parameters after the last cut. They are stored by name, because a copy of the model has different
+        #: parameters with the same names.
         self._above = [name for name, one in self.model.named_parameters() if id(one) in self._trace.beyond_leaves]
         like = next(self.model.parameters())
         for cut in features:

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.trace import Trace
 
-#: The value of `form` with which weights are perturbed.
+#: The value of `form` for the perturbation of weights.
 WEIGHT = "weight"
 
 
 @ALGORITHMS.register("forward_gradient")
 @dataclasses.dataclass(eq=False)
 class ForwardGradient(NoisyCutRule):
-    """Forward gradients: the gradient estimate is noise times the derivative of the loss along this noise, which needs no
-    backward pass.
+    """Forward gradients: the gradient is estimated, without a backward pass, as noise times the derivative of the loss along this
+    noise.
 
     The rule is due to Baydin, Pearlmutter, Syme, Wood and Torr 2022, arXiv 2202.08587; the activation form is due to Ren,
     Kornblith, Liao and Hinton 2023, arXiv 2210.03310.
@@ -36,6 +36,7 @@ class ForwardGradient(NoisyCutRule):
 
     - activation: standard normal noise p_n at every cut, for every sample n:  d_n = Σ_c δ_nc ż_nc,  error at the cut = d_n p_n.
       The derivatives from there down to the next weights are exact, and the output layer learns from its true gradient.
+
     - weight: standard normal noise v for every trained parameter:  d = Σ_n Σ_c δ_nc ż_nc,  gradient = d v.  This form needs no
       cuts.
 

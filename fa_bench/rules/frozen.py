@@ -1,4 +1,4 @@
-"""The first floor of every comparison, in which hidden layers stay random."""
+"""The floor of every comparison, with random hidden layers."""
 
 from __future__ import annotations
 

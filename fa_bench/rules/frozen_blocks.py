@@ -1,4 +1,4 @@
-"""The third floor, for residual networks, in which the blocks stay random."""
+"""The floor for residual networks, with random blocks."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class FrozenBlocks(BP):
     is the whole first block. This is the case in mlp, in conv2 and in convolutional residual networks, where the first block is
     the stem.
 
-    The protocol does not specify what happens to batch normalisation in blocks. Here it stays in training mode; its gains and
-    biases are frozen, but its running statistics are updated.
+    The protocol does not specify what happens to batch normalisation in blocks. Here, batch normalisation in blocks stays in
+    training mode; its gains and biases are frozen, but its running statistics are updated.
     """
 
     equations = (

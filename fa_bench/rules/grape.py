@@ -47,9 +47,9 @@ class GrAPE(JacobianRule):
 
     We did not check the following against the paper: the period of the anchor updates, the initial values of B, its learning
     rate, and whether the cosine is computed from the mean over the batch, as here, or for every sample. Our choices: B is
-    initially normal with variance 1 / C (``b_init``) and also learns in anchor updates. Its optimizer is either the optimizer of
-    W, with `b_lr_scale` times its learning rate, or a separate one. The options `tangents`, `within` and `positions`, the scale
-    of the gradient of B, and the noise of the samples are as in `fdfa`.
+    initially normal with variance 1 / C (``b_init``) and also learns in anchor updates. It is trained either by the optimizer of
+    W, with `b_lr_scale` times the learning rate of W, or by a separate optimizer. The options `tangents`, `within` and
+    `positions`, the scale of the gradient of B, and the noise of the samples are as in `fdfa`.
     """
 
     equations = (

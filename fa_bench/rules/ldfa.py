@@ -62,14 +62,14 @@ class LDFA(SemiOrthogonalRule):
     update. Layers with at most ``rank`` outputs keep their initial B. With ``b_rate=0``, all layers keep their initial B, and the
     subspace is random, as in `pfa_o` with a ratio below 1.
 
-    We derived the equations ourselves and did not check them against the paper. We do not know its rules for the subspace or its
-    settings, so none of our results reproduces it.
+    We derived the equations ourselves and did not check them against the paper. We do not know the paper's rules for the subspace
+    or its settings, so none of our results reproduces the paper.
 
     Our choices: errors are weighted by 1/‖g‖ in C. Like all other gradients, that of B is therefore proportional to the loss and
     a sum over samples, even with gradient accumulation, gradient scalers and data-parallel training. For errors with an
-    elliptical distribution, the subspace is the same as without these weights. B and R are trained by the optimizer of W, at its
-    learning rate. Since the columns of B are orthonormal, decay and high learning rates do not change its norm. With Adam and
-    Muon, ``b_rate`` has no effect unless it is 0.
+    elliptical distribution, the subspace is the same as without this weighting. B and R are trained by the optimizer of W, at its
+    learning rate. Since the columns of B are orthonormal, decay and high learning rates do not change the norm of B. With Adam
+    and Muon, ``b_rate`` has no effect unless it is 0.
     """
 
     equations = (

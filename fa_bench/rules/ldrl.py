@@ -37,7 +37,7 @@ class LDRL(DrawingRule, LocalRule):
     The model is a chain of blocks f, which are those that the model declares (``model.blocks``) or those that end with the
     modules in ``cuts``. Each block except the first has a feedback map g from its output h' = f(h) to its input h; in this
     implementation, g is a linear map G without bias. If the target of a block is h' - e', the target of the block below is h +
-    g(h' - e') - g(h'). The error at the end of the block below is therefore
+    g(h' - e') - g(h'). The following equation therefore gives the error at the end of the block below:
 
         e = g(h') - g(h' - e') = G e'
 

@@ -74,22 +74,23 @@ class Mixed(ExpandingRule):
     Neither learned gradient is masked: R has the gradient of PFA, and K has the gradient of W, although only the entries under
     K's mask propagate an error. With decay, B R and K therefore approach W everywhere, as in `pfa` and `kp`. Let λ = 1/ratio, and
     let r be the ratio of the norms of F and W over the entries of FA, and ρ the cosine between F and W over these entries. Unless
-    W aligns with F there, as it does in FA, ρ is 0. The angle between E and W is then given by
+    W aligns with F there, as it does in FA, ρ is 0. The following equation then gives the angle between E and W:
 
         cos = (p + k + f ρ r) / √(p (1 + λ) + k + f r²)
 
     The direct synapses, m_fa F + m_kp K, are those between neurons that W connects, whereas a PFA synapse passes through the
-    intermediate population. The angle between the direct synapses and W is given by
+    intermediate population. The following equation gives the angle between the direct synapses and W:
 
         cos = (k + f ρ r) / √(k + f r²)
 
     The method `direct_feedback` returns the direct synapses of a layer. Strictly speaking, p, f and k in these formulas are the
     shares of ‖W‖² of each kind. They deviate from the fractions of entries if W becomes larger where the feedback is accurate.
 
-    The paper gives no fractions. The defaults follow from its appendix B, for r = 1 and ρ = 0. There, 31 % of connected pairs are
-    connected in both directions, with a correlation of k / (k + f) = 0.36. The correlation over all pairs is 0.2, which
-    corresponds to an angle of 78 degrees. A kind with fraction 0 has no tensors; if one kind has fraction 1, the rule is `pfa`,
-    `fa` or `kp`. Masks are sampled entry by entry, so a layer has these fractions only approximately.
+    The paper gives no fractions. The defaults follow from appendix B of the paper, for r = 1 and ρ = 0. According to this
+    appendix, 31 % of connected pairs are connected in both directions, with a correlation of k / (k + f) = 0.36. The correlation
+    over all pairs is 0.2, which corresponds to an angle of 78 degrees. A kind with fraction 0 has no tensors; if one kind has
+    fraction 1, the rule is `pfa`, `fa` or `kp`. Masks are sampled entry by entry, so a layer has these fractions only
+    approximately.
     """
 
     equations = (

@@ -21,8 +21,8 @@ class NodePerturbation(DrawingRule, CutRule):
     """Node perturbation: errors are estimated from the effect of noise on the loss.
 
     Let ξ be standard normal noise at every hidden activation and at the logits z, and σ the option `sigma`. Two additional
-    forward passes, in which ±σξ is added to these activations, give the losses L± of each sample n. The error at an activation is
-    then
+    forward passes, in which ±σξ is added to these activations, give the losses L± of each sample n. The following equations give
+    the error at an activation:
 
         d_n ξ_n / N,    d_n = (L⁺_n - L⁻_n) / 2σ,
 

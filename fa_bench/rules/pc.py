@@ -15,8 +15,8 @@ class PC(EnergyRule):
     its end.
 
     The rule has the form of PCX (Pinchetti et al. 2025, arXiv 2407.01163), which is based on Whittington and Bogacz 2017. Let s_l
-    be the state at the end of block l, f_l the block's function and L the loss of a sample. The energy of N samples is then
-    defined as
+    be the state at the end of block l, f_l the block's function and L the loss of a sample. The following equation defines the
+    energy of N samples:
 
         E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ],    s_0 = x.
 

@@ -99,7 +99,7 @@ class ProductRule(EdgeRule):
 
 @dataclasses.dataclass(eq=False)
 class ExpandingRule(ProductRule):
-    """Base class of the rules in which the size of the intermediate population is relative to the number of the layer's
+    """Base class of the rules in which the size of the intermediate population is proportional to the number of the layer's
     outputs."""
 
     ratio: float = option(10.0, "expansion ratio: units of the intermediate population per unit of the layer's output", above=0)

@@ -20,7 +20,7 @@ class PFAO(ExpandingRule, SemiOrthogonalRule):
     factor of a Gaussian matrix, with unique signs. W and B R then differ only by their initial values.
 
     With ``ratio`` below 1, the columns of B are orthonormal instead, Bᵀ B = I. Errors then lose all components outside a fixed
-    random subspace of M dimensions, and B R approaches B Bᵀ W. The angle of this product to W is arccos √``ratio`` if W is
+    random subspace of M dimensions, and B R approaches B Bᵀ W. The angle between B Bᵀ W and W is arccos √``ratio`` if W is
     independent of B. `ldfa` learns the subspace.
 
     R is sampled as in `pfa` (``r_init``). By default, ``ratio`` is 1 and B is square and orthogonal, as in the paper's code. The

@@ -29,7 +29,7 @@ class PredSim(LocalRule):
 
     The rule is due to Nøkland and Eidnes 2019.
 
-    Every hidden activation a has the loss
+    Every hidden activation a has the following loss:
 
         (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples,
 
@@ -40,8 +40,8 @@ class PredSim(LocalRule):
     of W, and no error crosses a cut. ``loss=pred`` uses only CE(D(a), labels), and ``loss=sim`` uses only the similarity. With
     ``loss=predsim``, the error of the output layer is (1-β) times the true error; otherwise, it is the true error.
 
-    D averages maps to at most `decoder_size` features. Its weight is initially zero (`decoder_init`), and its bias, which
-    `decoder_bias=false` removes, has torch's default. These values, the divisor of the standard deviation (positions minus one)
+    D averages maps to at most `decoder_size` features. The weight of D is initially zero (`decoder_init`); its bias, which
+    `decoder_bias=false` removes, has PyTorch's default. These values, the divisor of the standard deviation (positions minus one)
     and β are those of the paper's code. The paper uses leaky ReLU, dropout, no decay and Adam at 5e-4, multiplied by 0.25 at 50,
     75, 88 and 94 % of the epochs.
 

@@ -12,8 +12,7 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("symmetric_alignment")
 @dataclasses.dataclass(eq=False)
 class SymmetricAlignment(AlignmentRule):
-    """Symmetric alignment: a local loss compares feedback and weights entry by entry, which pulls the feedback towards the
-    weights.
+    """Symmetric alignment: a local loss that compares feedback and weights entry by entry pulls the feedback towards the weights.
 
     The rule combines the primitives decay and self of Kunin et al. 2020 (arXiv 2003.01513) and of the code released with that
     paper.

@@ -144,9 +144,9 @@ class WM(EdgeRule):
     at which the tap meets an input that is not padding. With ``per_tap=false``, n is the largest of these counts for all taps,
     which makes the taps at the kernel's border too small.
 
-    ``mirror_decay=0`` gives the mirror of the numpy code that was released with the paper, B <- B + η_B Σ yᵀ x. In that code,
-    normalisation has no effect, and B grows without bound. The corresponding value of η is η_B N σ² φ' n. That code uses η_B =
-    0.01, N = 128 and uniform noise of standard deviation 0.1 / √12 through a sigmoid with biases:
+    ``mirror_decay=0`` gives the mirror update of the numpy code that was released with the paper, B <- B + η_B Σ yᵀ x. In that
+    code, normalisation has no effect, and B grows without bound. The corresponding value of η is η_B N σ² φ' n. That code uses
+    η_B = 0.01, N = 128 and uniform noise of standard deviation 0.1 / √12 through a sigmoid with biases:
 
         noise=uniform sigma=0.0288675 activation=sigmoid block_bias=false mirror_decay=0 mirror_rate=2.6667e-4
 
@@ -161,8 +161,8 @@ class WM(EdgeRule):
 
     The noise has the size of the layer's input in `sample_input`, which models with convolutions need. Padding that copies the
     input (reflect, replicate, circular) gets independent noise, because the correlation of a copy would be mistaken for a weight.
-    If no layer before a layer is trainable, it propagates no error and is not mirrored, so its B keeps its initial value. Without
-    `sample_input`, this applies to the layer that is defined first.
+    A layer with no trainable layer before it propagates no error and is not mirrored, so its B keeps its initial value. Without
+    `sample_input`, this is the layer that is defined first.
     """
 
     equations = (
@@ -199,7 +199,7 @@ class WM(EdgeRule):
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         layers = weighted_layers(self.model)
-        #: layer to be mirrored -> shapes of its input and output
+        #: Layer to be mirrored -> the shapes of its input and output.
         self._shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
         if sample_input is None:
             convolution = next((path for path, layer in layers.items() if hasattr(layer, "kernel_size")), None)

@@ -46,7 +46,8 @@ class Schedule(Options):
         raise missing_method(self, "rate")
 
     def at(self, lr: float, done: int, total: int) -> float:
-        """The learning rate with warm-up. During a warm-up of w epochs (or steps), it is (done + 1)/(w + 1) times `rate`."""
+        """The learning rate with warm-up. During a warm-up of w epochs (or steps), the learning rate is (done + 1)/(w + 1) times
+        `rate`."""
         rate = self.rate(lr, done, total)
         return rate * (done + 1) / (self.warmup + 1) if done < self.warmup else rate
 

@@ -53,11 +53,12 @@ def convnet(
     output_norm: bool = False,
     name: str = "AlexNet",
 ) -> nn.Sequential:
-    """A network conv1 (- bn1) - act1 (- pool1) - conv2 - ... - flatten - (dropN -) fcN (- bnN) - actN - ... - fcK (- bnK).
+    """A network with the layers conv1 (- bn1) - act1 (- pool1) - conv2 - ... - flatten - (dropN -) fcN (- bnN) - actN - ... - fcK
+    (- bnK).
 
-    The numbers of the fully connected layers continue those of the convolutions. The cut points are the hidden activations, after
+    Fully connected layers are numbered consecutively after the convolutions. The cut points are the hidden activations, after
     pooling and dropout if there are any; the published code of both AlexNet papers delivers errors there, too. The blocks end at
-    the same modules.
+    the cut points.
 
     Args:
         input_shape: (C, H, W) of one image.

@@ -1,6 +1,6 @@
 """Recurrent networks for sequences of tokens and for images read step by step.
 
-Shapes: N batch, T steps, D width.
+In shapes, N is the batch size, T the number of steps, and D the width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ CELLS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 class Recurrent(nn.Module):
-    """A recurrent network, input - rnn - states - (last step -) head.
+    """A recurrent network with the layers input - rnn - states - (last step -) head.
 
     Args:
         read: makes the steps (N, T, features) from an input.

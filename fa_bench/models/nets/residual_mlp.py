@@ -8,7 +8,7 @@ from fa_bench.models.base import ACTIVATIONS
 
 
 class ResidualBlock(nn.Module):
-    """A residual block that maps x to x + fc2(act(fc1(norm(x)))), both (N, width).
+    """A residual block that maps x (N, width) to x + fc2(act(fc1(norm(x)))).
 
     Args:
         width: the width of input and output.

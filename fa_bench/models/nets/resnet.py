@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Kinds of shortcuts. If the shape changes, pad keeps every second pixel and fills the added channels with zeros, whereas project
-#: applies a 1x1 convolution with batch normalisation. With none, blocks have no shortcuts.
+#: Kinds of shortcuts. If the shape changes, ``pad`` keeps every second pixel and fills the added channels with zeros, whereas
+#: ``project`` applies a 1x1 convolution with batch normalisation. With ``none``, blocks have no shortcuts.
 SHORTCUTS = ("pad", "project", "none")
 
 

@@ -1,6 +1,6 @@
 """The modules of transformers: attention, blocks, and embeddings of patches and tokens.
 
-Shapes: N batch, T positions, D width.
+In shapes, N is the batch size, T the number of positions, and D the width.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        # The mode of the dropout module decides, because code that turns dropout off does so module by module.
+        # The mode of the dropout module determines whether dropout is applied, because code that disables dropout does so module
+        # by module.
         dropout = self.drop.p if self.drop.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
         return self.drop(self.out(y.transpose(1, 2).flatten(2)))
