@@ -23,7 +23,7 @@ class ASAPAlexNet(Architecture):
 
     The convolutions have 64, 128 and 256 channels, 5x5 kernels and padding 2. Batch normalisation and ReLU follow every hidden
     layer, and the logits are also batch-normalised. Pooling rounds up, so 28x28 and 32x32 images both give 256 x 4 x 4 features.
-    This is the network of the published code; the text of the paper gives 3x3 kernels, which are inconsistent with its 4096
+    The network is that of the published code; the text of the paper gives 3x3 kernels, which are inconsistent with its 4096
     features.
     """
 
@@ -43,7 +43,7 @@ class ASAPAlexNet(Architecture):
 class DKPAlexNet(Architecture):
     """The AlexNet variant of the direct Kolen-Pollack (DKP) paper, for 224x224 images.
 
-    This is torchvision's AlexNet with batch normalisation before every ReLU (section 3.2 of the paper).
+    The network is torchvision's AlexNet with batch normalisation before every ReLU (section 3.2 of the paper).
 
     The convolutions have 64, 192, 384, 256 and 256 channels. For 224x224 images, the fully connected layers have widths
     9216-4096-4096-classes; the first of these numbers depends on the image size, which must be at least 63x63. The paper

@@ -38,7 +38,7 @@ class VGG(Architecture):
 
     The network of depth 16 has ReLU and the 13 convolutions of configuration D of Simonyan and Zisserman 2015, with 64 to 512
     channels. One linear layer replaces the three fully connected layers of that paper, and ``batch_norm=true`` normalises before
-    every activation. Both changes are common practice for CIFAR but are not in the paper.
+    every activation. A single linear layer and batch normalisation are common practice for CIFAR but are not in the paper.
     """
 
     depth: int = option(5, "number of layers with weights: 5, 7, 9 or 16")

@@ -74,7 +74,8 @@ class Optimizers:
     def share_gradients(self) -> None:
         """Stop backward passes from computing a separate gradient for learned feedback that has the same gradient as a weight.
 
-        This applies only to fused optimizers and to training by a single process; in all other cases, nothing changes.
+        The method has an effect only for fused optimizers and for training by a single process; in all other cases, nothing
+        changes.
         """
         if all(optimizer.defaults.get("fused") for optimizer in self.optimizers):
             self._shared = self._rule.shared_gradients()

@@ -50,8 +50,8 @@ class DFA(CutRule):
     module, such as the vocabulary layer, learn by exact backpropagation, and h receives its exact error through their weights.
 
     With ``within=block``, there are cuts only at the ends of the model's blocks (or at `cuts`), and all layers between two cuts
-    learn by exact backpropagation from the upper cut. This is weight transport within blocks, which coverage and reports state.
-    By default (``within=layer``), there must be a cut between any weight or embedding and the next weight.
+    learn by exact backpropagation from the upper cut. This option causes weight transport within blocks, which coverage and
+    reports state. By default (``within=layer``), there must be a cut between any weight or embedding and the next weight.
 
     Together, ``within`` and ``error_at`` give the settings of Launay et al. 2020 for transformers. In these settings, the error
     is taken at the input of the vocabulary layer, and the cuts are at the end of each block ("macro") or also inside the block

@@ -84,13 +84,13 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         gradient of W_l = -1/N Σ_n (φ(v⁻_l + Δv_l) - φ(v⁻_l)) r_{l-1}ᵀ,
 
     With ``learning_rule=voltage_difference``, Δv_l replaces the difference. The output layer has no nonlinearity, and its voltage
-    is z. For small λ, gradients are proportional to λ. This does not affect Adam, but SGD needs a learning rate proportional to
-    1/λ.
+    is z. For small λ, gradients are proportional to λ. The size of the gradients does not affect Adam, but SGD needs a learning
+    rate proportional to 1/λ.
 
     **Feedback.** `feedback_weights` determines Q. With ``learned``, B_l = Q_lᵀ (C, F_l) is initially Xavier-normal (`b_init`),
     and B at the output is initially the identity; both learn from Gaussian noise. In another forward pass, noise σ ε (`sigma`) is
     added to all voltages, and the controller, now with the leak `alpha_fb`, counteracts its effect on z. Q learns by an
-    anti-Hebbian rule from the voltages that the layer then receives:
+    anti-Hebbian rule from the voltages that each layer then receives:
 
         u = (J Q + α_fb I)⁻¹ (z⁻ - z_noisy),    v_fb = Q u + σ ε,    gradient of Q_l = 1/(N σ²) Σ_n v_fb,l uᵀ.
 
@@ -125,7 +125,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     small. Dropout masks are those of the first pass.
 
     An update needs three additional forward passes (two if Q does not learn) and C backward passes that compute only the errors.
-    It also needs half a backward pass for the weights and solves a C x C system for every sample. J is stored only with
+    An update also needs half a backward pass for the weights and solves a C x C system for every sample. J is stored only with
     ``jacobian``.
     """
 

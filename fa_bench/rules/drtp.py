@@ -24,10 +24,10 @@ class DRTP(CutRule):
 
     The rule is due to Frenkel, Lefebvre and Bol 2021.
 
-    The error at a cut depends only on the labels: it is y B s / N, where y (N, C) are the one-hot labels, B (C, features of the
-    cut) is fixed and random, s is the `scale` and N the batch size. The output layer learns from its true gradient. Since the
-    error does not depend on the network's output, a layer can be updated as soon as it has been evaluated. For the same reason,
-    the error never vanishes. B does not decay.
+    The error at a cut depends only on the labels. It is y B s / N, where y (N, C) are the one-hot labels, B (C, features of the
+    cut) is fixed and random, s is the option `scale`, and N is the batch size. The output layer learns from its true gradient.
+    Since the error does not depend on the network's output, a layer can be updated as soon as it has been evaluated. For the same
+    reason, the error never vanishes. B does not decay.
 
     ``error_sign=true`` is sDFA: the error is sign(δ) B s / N, where δ = ∂L/∂z is the error at the logits, with the sign of output
     minus target. With the cross-entropy, this sign is -1 for the label and +1 for every other class, unless a probability is

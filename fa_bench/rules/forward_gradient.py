@@ -37,13 +37,13 @@ class ForwardGradient(NoisyCutRule):
     - activation: standard normal noise p_n at every cut, for every sample n:  d_n = Σ_c δ_nc ż_nc,  error at the cut = d_n p_n.
       The derivatives from there down to the next weights are exact, and the output layer learns from its true gradient.
 
-    - weight: standard normal noise v for every trained parameter:  d = Σ_n Σ_c δ_nc ż_nc,  gradient = d v.  This form needs no
-      cuts.
+    - weight: standard normal noise v for every trained parameter:  d = Σ_n Σ_c δ_nc ż_nc,  gradient = d v.  The weight form needs
+      no cuts.
 
-    The estimates of both forms are unbiased: their expectation is the true gradient. Their variance grows with the number of
-    perturbed values P, and the cosine between a single estimate and the gradient is of order 1/√P. The rule is therefore a
-    baseline for learning without a backward pass and not a practical way to train deep networks. In the activation form, each
-    sample has its own d_n, so the noise averages out over the batch.
+    The estimates of both forms are unbiased: their expectation is the true gradient. The variance of both estimates grows with
+    the number of perturbed values P, and the cosine between a single estimate and the gradient is of order 1/√P. The rule is
+    therefore a baseline for learning without a backward pass and not a practical way to train deep networks. In the activation
+    form, each sample has its own d_n, so the noise averages out over the batch.
 
     Our choices: all cuts are perturbed in one pass. The local losses, groups of neurons and special normalisation that Ren et al.
     add are not part of this rule. If the output has positions, such as tokens, d_n is the sum over the positions of a sample.

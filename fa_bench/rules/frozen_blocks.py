@@ -31,8 +31,7 @@ class FrozenBlocks(BP):
 
     The embedding is the part of the first block before the module that ends this block. In residual_mlp, vit_mini and decoder, it
     is everything that precedes the first residual block. If the module that ends the first block has no parameters, the embedding
-    is the whole first block. This is the case in mlp, in conv2 and in convolutional residual networks, where the first block is
-    the stem.
+    is the whole first block. Examples are mlp, conv2 and convolutional residual networks, where the first block is the stem.
 
     The protocol does not specify what happens to batch normalisation in blocks. Here, batch normalisation in blocks stays in
     training mode; its gains and biases are frozen, but its running statistics are updated.

@@ -47,7 +47,7 @@ class GrAPE(JacobianRule):
 
     We did not check the following against the paper: the period of the anchor updates, the initial values of B, its learning
     rate, and whether the cosine is computed from the mean over the batch, as here, or for every sample. Our choices: B is
-    initially normal with variance 1 / C (``b_init``) and also learns in anchor updates. It is trained either by the optimizer of
+    initially normal with variance 1 / C (``b_init``) and also learns in anchor updates. B is trained either by the optimizer of
     W, with `b_lr_scale` times the learning rate of W, or by a separate optimizer. The options `tangents`, `within` and
     `positions`, the scale of the gradient of B, and the noise of the samples are as in `fdfa`.
     """

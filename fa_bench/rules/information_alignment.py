@@ -20,9 +20,9 @@ class InformationAlignment(InputAlignmentRule):
         e_in = g B;  loss = -α mean Σ (x Wᵀ)(x Bᵀ) + β mean ‖x Wᵀ B‖² + γ (‖W‖² + ‖B‖²)
         gradient of B = -α W C + 2 β W C Wᵀ B + 2 γ B,  C = mean xᵀ x
 
-    With α = 2 β, the ratio in the released code, the fixed point of B is (W C Wᵀ + (γ / β) I)⁻¹ W C. This is not W but the kind
-    of inverse of W that target propagation uses. If the inputs x are white and there is no decay, the fixed point is the
-    transposed pseudo-inverse of W.
+    With α = 2 β, the ratio in the released code, the fixed point of B is (W C Wᵀ + (γ / β) I)⁻¹ W C. This fixed point is not W
+    but the kind of inverse of W that target propagation uses. If the inputs x are white and there is no decay, the fixed point is
+    the transposed pseudo-inverse of W.
 
     Means are over samples and, for convolutions and tokens, over output positions. We did not verify how the paper normalises
     over positions. For a convolution, x Bᵀ is the output of the convolution with the kernel B, and x Wᵀ B is the output of the

@@ -42,8 +42,8 @@ class LDRL(DrawingRule, LocalRule):
         e = g(h') - g(h' - e') = G e'
 
     The error of the last block is δ, the gradient of the loss at the logits. Within a block, the weights learn by backpropagation
-    of half the squared distance to the target, which means that e is propagated back. This is weight transport within blocks. G
-    minimises
+    of half the squared distance to the target, which means that e is propagated back. This backpropagation is weight transport
+    within blocks. G minimises
 
         loss = (-2 σε · (g(f(h + σε)) - g(f(h))) + ‖g(f(h) + σε') - g(f(h))‖²) / σ², mean over the samples,
 

@@ -26,11 +26,11 @@ class NodePerturbation(DrawingRule, CutRule):
 
         d_n ξ_n / N,    d_n = (L⁺_n - L⁻_n) / 2σ,
 
-    This is an unbiased estimate of ∂L/∂a up to O(σ²), and d_n is an exact directional derivative if L is quadratic. Dalm, van
-    Gerven and Ahmad, arXiv 2310.00965, describe the principle; we did not check the text of their paper. The two-sided difference
-    is our choice. The variance of the estimate grows with the number of perturbed values P, and its expected cosine to the true
-    error decreases like 1/√P. The rule is therefore a baseline for learning without feedback and is not competitive in wide
-    networks.
+    As an estimate of ∂L/∂a, this error is unbiased up to O(σ²), and d_n is an exact directional derivative if L is quadratic.
+    Dalm, van Gerven and Ahmad, arXiv 2310.00965, describe the principle; we did not check the text of their paper. The two-sided
+    difference is our choice. The variance of the estimate grows with the number of perturbed values P, and its expected cosine to
+    the true error decreases like 1/√P. The rule is therefore a baseline for learning without feedback and is not competitive in
+    wide networks.
 
     No error passes through a weight. The weight and bias of a layer learn from the error at its activation and from the layer's
     own derivatives, including that of its nonlinearity. With ``perturb_output=false``, the output layer learns from its true

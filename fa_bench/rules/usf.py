@@ -12,8 +12,8 @@ from fa_bench.mechanisms.feedback_options import density_option
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 
-#: Name -> a function that computes s. Its arguments are fan_in and fan_out, which include kernel positions, and whether the layer
-#: is a convolution.
+#: Name -> a function that computes s. The arguments of this function are fan_in and fan_out, which include kernel positions, and
+#: whether the layer is a convolution.
 SCALES: dict[str, Callable[[int, int, bool], float]] = {
     "xavier": lambda fan_in, fan_out, conv: math.sqrt(2 / (fan_in + fan_out)),
     "pytorch": lambda fan_in, fan_out, conv: 1 / math.sqrt(3 * fan_in),

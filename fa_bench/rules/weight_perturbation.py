@@ -29,7 +29,7 @@ class WeightPerturbation(DrawingRule, PassRule):
 
         gradient of θ = c v,    c = (L(θ + εv) - L(θ - εv)) / 2ε,
 
-    This is an unbiased estimate of the gradient up to O(ε²), and c is an exact directional derivative if L is quadratic. The
+    This estimate of the gradient is unbiased up to O(ε²), and c is an exact directional derivative if L is quadratic. The
     expected cosine to the true gradient decreases like 1/√P with the number P of parameters, so the rule is a baseline for
     learning without any backward pass. Users of MeZO report that it does not learn CIFAR-10 from scratch.
 

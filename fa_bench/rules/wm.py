@@ -132,8 +132,8 @@ class WM(EdgeRule):
         Ŵ = Σ yᵀ x / (N σ² φ' n)   for a convolution, the weight gradient of x and y
         B <- (1 - λ) B + η Ŵ       η = ``mirror_rate``, λ = ``mirror_decay`` or, if that is null, η
 
-    This is the paper's ΔB = η_B x yᵀ with a decay, which the paper does not specify, and with a gain for which the fixed point of
-    B is W. With a different decay, the fixed point is W η / λ.
+    The update of B is the paper's ΔB = η_B x yᵀ with a decay, which the paper does not specify, and with a gain for which the
+    fixed point of B is W. With a different decay, the fixed point is W η / λ.
 
     The slope φ' is 1 for the linear map and tanh, 1/2 for ReLU and 1/4 for the sigmoid. Without b, the fixed point is exact for
     ReLU. For tanh and sigmoid, it is exact in the limit of small σ (σ ‖w‖ much below 1), where the constant part of the sigmoid

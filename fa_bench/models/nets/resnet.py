@@ -17,9 +17,9 @@ SHORTCUTS = ("pad", "project", "none")
 class Block(nn.Module):
     """A residual block of a ResNet.
 
-    The block maps (N, C_in, H, W) to (N, C_out, H/stride, W/stride). Its layers are conv1 - bn1 - relu1 - ... - convK - bnK; the
-    shortcut is added to the output of bnK, and reluK follows the sum. With `norm_after`, the layers are conv1 - relu1 - bn1 -
-    ... - convK - reluK - bnK; the shortcut is added at the end, and no layer follows the sum.
+    The block maps (N, C_in, H, W) to (N, C_out, H/stride, W/stride). The layers of the block are conv1 - bn1 - relu1 - ... -
+    convK - bnK; the shortcut is added to the output of bnK, and reluK follows the sum. With `norm_after`, the layers are conv1 -
+    relu1 - bn1 - ... - convK - reluK - bnK; the shortcut is added at the end, and no layer follows the sum.
 
     Args:
         channels_in: C_in.
@@ -75,9 +75,9 @@ class ResNet(nn.Module):
     """A residual network: a stem, stages of residual blocks, and one linear layer. Every stage except the first halves the image
     size.
 
-    The network maps (N, C, H, W) to logits (N, classes). Its cut points are the activation of the stem and, in every residual
-    block, the activation after each convolution; the last of these follows the sum. Its blocks are the stem and the residual
-    blocks.
+    The network maps (N, C, H, W) to logits (N, classes). The cut points are the activation of the stem and, in every residual
+    block, the activation after each convolution; the last of these follows the sum. The model's blocks are the stem and the
+    residual blocks.
 
     Args:
         colours: C.
