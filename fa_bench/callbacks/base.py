@@ -1,4 +1,4 @@
-"""The base class of callbacks: code that the training loop calls at fixed points."""
+"""The base class of callbacks, which the training loop calls at fixed points."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Callback(Options):
 
     A callback may read and change every attribute of the trainer: ``trainer.rule``, its ``model``, ``optimizers``, ``splits``,
     ``options`` and ``progress`` (finished epochs, steps, seconds). ``trainer.stop(reason)`` ends the run after the current epoch,
-    with status `stopped`; raising an error ends it immediately, with status failed.
+    with the status ``stopped``. An exception ends the run immediately, with the status ``failed``.
 
     Examples:
         >>> import dataclasses, fa_bench
@@ -37,34 +37,36 @@ class Callback(Options):
     """
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Called before the first step, including in a resumed run."""
+        """Called before the first step; also called when a run is resumed."""
 
     def on_epoch_start(self, trainer: Trainer) -> None:
-        """Before the first step of an epoch in this process; ``trainer.progress.epoch`` counts from 0."""
+        """Called before the first step of an epoch in this process; ``trainer.progress.epoch`` counts from 0."""
 
     def on_loss(self, trainer: Trainer, x: Tensor) -> None:
-        """After a forward pass on the inputs `x`, before the backward pass; ``trainer.progress.loss_sum`` includes its loss."""
+        """Called between the forward pass on `x` and the backward pass; ``trainer.progress.loss_sum`` already includes the
+        loss."""
 
     def on_gradients(self, trainer: Trainer) -> None:
-        """After all gradients of a step are computed, before they are clipped and used."""
+        """Called when all gradients of a step have been computed, before they are clipped and applied."""
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """After the update of weights and feedback."""
+        """Called after the weights and the feedback have been updated."""
 
     def on_batches_end(self, trainer: Trainer) -> None:
-        """After the last step of an epoch, before the evaluation."""
+        """Called after the last step of an epoch, before the evaluation."""
 
     def on_evaluation_batch(self, trainer: Trainer) -> None:
-        """Before every batch of an evaluation."""
+        """Called before every batch of an evaluation."""
 
     def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """After the evaluation; ``trainer.progress.epoch`` counts this epoch. Values added to `metrics` must be JSON."""
+        """Called after the evaluation; ``trainer.progress.epoch`` includes this epoch. Values added to `metrics` must be
+        JSON-serialisable."""
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """After the last epoch, even if ``trainer.stop`` ended the run there."""
+        """Called after the last epoch, even if ``trainer.stop`` ended the run early."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a resumed run needs, in plain containers and tensors; saved in every checkpoint."""
+        """The state that a resumed run needs, as plain containers and tensors; every checkpoint contains it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

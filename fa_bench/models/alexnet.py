@@ -1,4 +1,4 @@
-"""The AlexNets of two papers: convolutions, then fully connected layers."""
+"""The AlexNet variants of two papers, with convolutions followed by fully connected layers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("asap_alexnet")
 @dataclasses.dataclass(eq=False)
 class ASAPAlexNet(Architecture):
-    """AlexNet of the activation-sharing paper, for small images.
+    """The AlexNet variant of the activation-sharing paper, for small images.
 
-    Three convolutions with max-pooling, then 4096-1024-1024-classes (appendix C and published code of Woo et al. 2021).
+    The network has three convolutions with max-pooling, followed by fully connected layers of widths 4096-1024-1024-classes
+    (appendix C and published code of Woo et al. 2021).
 
-    5x5 kernels, padding 2, channels 64-128-256; batch normalisation and ReLU after every hidden layer, and batch normalisation
-    of the logits. Pooling rounds up, so 28x28 and 32x32 images both give 256 x 4 x 4 features. This is the net of the code;
-    the paper's text has 3x3 kernels, which contradict its 4096 features.
+    The convolutions have 64, 128 and 256 channels, 5x5 kernels and padding 2. Batch normalisation and ReLU follow every hidden
+    layer, and the logits are also batch-normalised. Pooling rounds up, so 28x28 and 32x32 images both give 256 x 4 x 4 features.
+    The network is that of the published code; the text of the paper gives 3x3 kernels, which are inconsistent with its 4096
+    features.
     """
 
     width: int = option(64, "channels of the first convolution; the others have two and four times as many", minimum=1)
@@ -39,13 +41,14 @@ class ASAPAlexNet(Architecture):
 @ARCHITECTURES.register("dkp_alexnet")
 @dataclasses.dataclass(eq=False)
 class DKPAlexNet(Architecture):
-    """AlexNet of the direct Kolen-Pollack paper, for 224x224 images.
+    """The AlexNet variant of the direct Kolen-Pollack (DKP) paper, for 224x224 images.
 
-    torchvision's AlexNet with batch normalisation before every ReLU (section 3.2 of the DKP paper).
+    The network is torchvision's AlexNet with batch normalisation before every ReLU (section 3.2 of the paper).
 
-    Channels 64-192-384-256-256, then 9216-4096-4096-classes for 224x224 images; other sizes, from 63x63, give other numbers of
-    features. The paper normalises before every activation except the output; its published code normalises only after
-    convolutions (``linear_norm=false``). Dropout is applied before both hidden fully connected layers, as in torchvision.
+    The convolutions have 64, 192, 384, 256 and 256 channels. For 224x224 images, the fully connected layers have widths
+    9216-4096-4096-classes; the first of these numbers depends on the image size, which must be at least 63x63. The paper
+    normalises before every activation except the output; its published code normalises only after convolutions
+    (``linear_norm=false``). As in torchvision, dropout precedes both hidden fully connected layers.
     """
 
     width: int = option(64, "channels of the first convolution; the others have 3, 6, 4 and 4 times as many", minimum=1)

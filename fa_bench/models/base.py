@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: Former names of initialisers, which old configs may use.
 OLD_NAMES = {"kaiming_normal": "kaiming_normal_fan_out"}
 
-#: Functions that create the modules of activation functions, by name; torch is imported when the first one is called.
+#: Activation function -> a function that creates its module; torch is imported when one of these functions is first called.
 ACTIVATIONS = {
     "relu": lambda: nn.ReLU(),
     "leaky_relu": lambda: nn.LeakyReLU(0.01),
@@ -30,10 +30,11 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(eq=False)
 class Architecture(Options):
-    """Base class of architectures. Models are plain PyTorch, independent of learning rules.
+    """Base class of architectures. Models are plain PyTorch modules and independent of the learning rules.
 
-    A model may have an attribute ``cut_points`` that lists its cut points, the modules whose outputs are its hidden activations.
-    It may also have an attribute ``blocks`` that lists the last module of each block, in order; a block has one or more layers.
+    A model may have an attribute ``cut_points`` that lists its cut points: the modules whose outputs are its hidden activations.
+    A model may also have an attribute ``blocks`` that lists the last module of each block, in order; a block has one or more
+    layers.
 
     Examples:
         >>> import dataclasses, math, torch, fa_bench
@@ -45,7 +46,7 @@ class Architecture(Options):
         0.0
     """
 
-    #: The kinds of inputs and targets (`fa_bench.registry.kinds`) that its models are made for.
+    #: The pairs of input kind and target kind (`fa_bench.registry.kinds`) that the architecture supports.
     tasks: ClassVar[tuple[tuple[str, str], ...]] = ((IMAGES, CLASSES), (IMAGES, VALUES))
 
     init: str = option(
@@ -65,7 +66,7 @@ class Architecture(Options):
         self.init = OLD_NAMES.get(self.init, self.init)
 
     def build(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
-        """A model whose weights are sampled from torch's global random state.
+        """The model, with weights sampled from torch's global random state.
 
         Args:
             input_shape: the shape of one sample: (C, H, W) for images, (F,) for features, (T,) for tokens.
@@ -87,5 +88,5 @@ class Architecture(Options):
         return model
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
-        """The model with torch's initial values; implemented by each architecture."""
+        """The model with PyTorch's default initial values; each architecture must implement this method."""
         raise missing_method(self, "make")

@@ -1,4 +1,4 @@
-"""The network with two convolutions of the direct Kolen-Pollack paper."""
+"""The network with two convolutions from the direct Kolen-Pollack paper."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("conv2")
 @dataclasses.dataclass(eq=False)
 class Conv2(Architecture):
-    """Two convolutions and two linear layers, of the direct Kolen-Pollack paper.
+    """Two convolutions and two linear layers, from the direct Kolen-Pollack (DKP) paper.
 
-    conv1 - bn1 - act1 - conv2 - bn2 - act2 - pool - fc1 - bn3 - act3 - fc2 (Table 3 of the DKP paper).
+    The layers are conv1 - bn1 - act1 - conv2 - bn2 - act2 - pool - fc1 - bn3 - act3 - fc2 (Table 3 of the DKP paper).
 
-    3x3 kernels, stride 1, max-pooling by 2. The paper's 6272 features, 32 x 14 x 14, follow from padding 1 for 28x28 images and
-    padding 0 for 32x32 ones, and ``padding=null`` selects these; for any other size, the padding is then 1.
+    The convolutions have 3x3 kernels and stride 1, and the max-pooling window is 2x2. To obtain the paper's 6272 features (32 x
+    14 x 14), ``padding=null`` selects padding 1 for 28x28 images and padding 0 for 32x32 images. For all other sizes,
+    ``padding=null`` selects padding 1.
     """
 
     channels: int = option(32, "channels of both convolutions", minimum=1)

@@ -20,20 +20,23 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("decoder")
 @dataclasses.dataclass(eq=False)
 class Decoder(TransformerArchitecture):
-    """Decoder-only transformer, which predicts the next token at every position.
+    """Decoder-only transformer that predicts the next token at every position.
 
-    embed - causal blocks - (final_norm) - head; tokens (N, T) to logits (N, T, V).
+    The layers are embed - causal blocks - (final_norm) - head, which map tokens (N, T) to logits (N, T, V).
 
-    The net of Launay et al. 2020 (arXiv 2006.12878) is ``depth=6 width=512 heads=8 norm=post positions=sinusoidal
-    activation=relu`` on sequences of 128 tokens. The initial weights differ here: in their code, embedding and head are uniform
-    and all blocks start with the same weights. Here, token embeddings and learned positions are initialised from N(0, 0.02²), as
-    in GPT-2, and token embeddings from N(0, 1) if positions are sinusoidal (Vaswani et al. 2017, section 3.5); `init` and
-    `linear_init` apply to all linear layers, including q, k, v and out of the attention. Embedding and head do not share weights.
+    The network of Launay et al. 2020 (arXiv 2006.12878) is
+    ``depth=6 width=512 heads=8 norm=post positions=sinusoidal activation=relu`` on sequences of 128 tokens. The initial weights
+    differ from those of Launay et al.: in their code, the embedding and the head are initialised uniformly, and all blocks start
+    with the same weights.
+
+    Token embeddings and learned positions are initialised from N(0, 0.02²), as in GPT-2. If positions are sinusoidal, token
+    embeddings are initialised from N(0, 1) (Vaswani et al. 2017, section 3.5). `init` and `linear_init` apply to all linear
+    layers, including q, k, v and out in the attention. The embedding and the head do not share weights.
 
     The modules of a block are attn (with q, k, v, out), norm1, fc1, act, fc2, norm2. With ``norm=post``, the paper's cuts are
-    ``[*.norm1,*.act,*.norm2]`` ("micro") and ``[*.norm2]`` ("macro"). The model's own cut points are the outputs of embed, q,
-    k, v and act and, with ``norm=post``, of norm1 and norm2; with ``norm=pre``, of attn and of every block, where the final
-    LayerNorm replaces the last block.
+    ``[*.norm1,*.act,*.norm2]`` ("micro") and ``[*.norm2]`` ("macro"). The model declares the outputs of embed, q, k, v and act as
+    cut points. With ``norm=post``, the outputs of norm1 and norm2 are cut points as well. With ``norm=pre``, the additional cut
+    points are the outputs of attn, of every block except the last, and of the final LayerNorm.
     """
 
     tasks = ((TOKENS, POSITIONS),)

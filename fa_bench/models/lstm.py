@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("lstm")
 @dataclasses.dataclass(eq=False)
 class LSTM(Architecture):
-    """LSTM, GRU or plain recurrent net, for tokens and for images read row by row.
+    """LSTM, GRU or plain recurrent network, for tokens and for images read row by row or pixel by pixel.
 
-    Tokens: embedding - rnn - head at every position. Images: rows or pixels as steps - rnn - head at the last step.
+    For tokens, the layers are embedding - rnn - head at every position. For images, the time steps are rows or pixels, and the
+    layers are rnn - head at the last step.
 
     Recurrent weights and biases are initialised with PyTorch's default, U(1 / √width), and the embedding from N(0, 1); `init` and
-    `linear_init` apply to the head only. The model's block and cut point is ``states``, the states of all steps: errors pass from
-    step to step through the recurrent weights, so cut rules need ``within=block``.
+    `linear_init` apply only to the head. The model's only block ends at its only cut point, ``states``, which outputs the hidden
+    states of all steps. Errors pass from step to step through the recurrent weights, so cut rules need ``within=block``.
     """
 
     tasks = ((IMAGES, CLASSES), (IMAGES, VALUES), (TOKENS, POSITIONS))

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("mlp")
 @dataclasses.dataclass(eq=False)
 class MLP(Architecture):
-    """fc1 - (bn1) - act1 - fc2 - ... - fcK, shaped to the data; 784-512-512-10 on MNIST (section 3 of Li and Benna 2024).
+    """Multilayer perceptron with input and output sizes that fit the data; 784-512-512-10 on MNIST (section 3 of Li and Benna
+    2024).
 
-    The net for alignment in the DKP paper has five such layers with batch normalisation; the paper does not give its widths, and
-    here it is ``widths=[512,512,512,512] batch_norm=true``. The nets of Forward Alignment (appendix A of Woo et al. 2021, which
-    does not give the input width) are ``widths=[10,10,10]`` with ``activation=identity``, or with
-    ``batch_norm=true output_norm=true``.
+    The layers are fc1 - (bn1) - act1 - fc2 - ... - fcK.
+
+    The network that the DKP paper uses to measure alignment has five fully connected layers with batch normalisation. The paper
+    does not give the widths; we use ``widths=[512,512,512,512] batch_norm=true``. The networks of Forward Alignment (appendix A
+    of Woo et al. 2021) have ``widths=[10,10,10]``, with either ``activation=identity`` or ``batch_norm=true output_norm=true``.
+    The appendix of that paper does not give the width of the input.
     """
 
     tasks = ((IMAGES, CLASSES), (IMAGES, VALUES), (FEATURES, CLASSES), (FEATURES, VALUES))

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 class ResidualMLP(Architecture):
     """Residual MLP with LayerNorm at the start of every block.
 
-    embed - blocks x + fc2(act(fc1(norm(x)))) - final_norm - head; 4 blocks of width 256 (the faeval protocol, spring 2026).
+    The layers are embed - blocks x + fc2(act(fc1(norm(x)))) - final_norm - head. The default of 4 blocks of width 256 comes from
+    the faeval protocol (spring 2026).
 
-    The protocol's depth and width are known, but its code is not: hidden layers of 4 times the width, as in transformers, and
-    GELU are our choices. ``final_norm=false`` is the protocol's student net, without the final LayerNorm.
+    We know the protocol's depth and width but not its code. Our own choices are hidden layers of 4 times the width, as in
+    transformers, and GELU. ``final_norm=false`` removes the final LayerNorm, as in the protocol's student network.
 
-    The cut points are the outputs of embed, of every activation and of every block; the final LayerNorm, if there is one,
-    replaces the last block. A cut at the output of a block also cuts the identity path: the error there trains the block's second
-    layer, and no error from later blocks reaches earlier ones. Only the gains and biases of the LayerNorms within blocks, which
-    have no cut between them and the next layer, receive an error through a weight.
+    The cut points are the outputs of embed, of every activation and of every block; for the last block, the output of the final
+    LayerNorm is used instead if there is one. A cut at the output of a block also cuts the identity path: the error there trains
+    the block's second layer, and no error from later blocks reaches earlier ones. Only the gains and biases of the LayerNorms
+    within blocks receive an error through a weight, because there is no cut between them and the next layer.
     """
 
     tasks = ((IMAGES, CLASSES), (IMAGES, VALUES), (FEATURES, CLASSES), (FEATURES, VALUES))

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class ResNet20(Architecture):
     """ResNet-20 for small images.
 
-    conv1 - bn1 - relu - layer1..3 of 3 blocks - average pool - fc (He et al. 2016, section 4.2).
+    The network is conv1 - bn1 - relu - three stages of 3 blocks - average pooling - fc (He et al. 2016, section 4.2).
 
-    The stages have 16, 32 and 64 channels. Shortcuts have no parameters: where the shape changes, they take every second pixel
+    The stages have 16, 32 and 64 channels. Shortcuts have no parameters: where the shape changes, they keep every second pixel
     and fill the added channels with zeros.
     """
 
@@ -39,9 +39,9 @@ class ResNet20(Architecture):
 @ARCHITECTURES.register("resnet_cifar_small")
 @dataclasses.dataclass(eq=False)
 class ResNetCifarSmall(Architecture):
-    """ResNet-20, -32, -44, -56, -110 ... for small images: resnet20 with any depth of 6n + 2.
+    """ResNet-20, -32, -44, -56, -110 and so on for small images: resnet20 with any depth of 6n + 2.
 
-    n blocks in each of the three stages (He et al. 2016, section 4.2).
+    Each of the three stages has n blocks (He et al. 2016, section 4.2).
     """
 
     depth: int = option(32, "layers with weights on the longest path, 6n + 2 for n blocks in each stage", minimum=8, maximum=6002)
@@ -60,7 +60,7 @@ class ResNetCifarSmall(Architecture):
 
 @dataclasses.dataclass(eq=False)
 class StagedArchitecture(Architecture):
-    """Base class of the residual nets whose stages double their channels; subclasses declare how many blocks each stage has."""
+    """Base class of residual networks in which every stage has twice the channels of the previous one."""
 
     width: int = option(64, "channels of the first stage; they double from stage to stage", minimum=1)
     blocks: list[int] = option([2, 2, 2, 2], "blocks in each stage", minimum=1, maximum=1000)
@@ -78,14 +78,15 @@ class StagedArchitecture(Architecture):
 @ARCHITECTURES.register("resnet18")
 @dataclasses.dataclass(eq=False)
 class ResNet18(StagedArchitecture):
-    """ResNet-18 for small images; shortcuts=false for the nets without shortcuts.
+    """ResNet-18 for small images; shortcuts=false removes the shortcuts.
 
-    3x3 stem, stages of 64-128-256-512 channels (appendix C of Woo et al. 2021).
+    The network has a 3x3 stem and stages of 64, 128, 256 and 512 channels (appendix C of Woo et al. 2021).
 
-    Stem of stride 1 and padding 1 without pooling, blocks of two 3x3 convolutions, 1x1 convolutions with batch normalisation
-    where the shape changes, average pooling over the map, and batch normalisation of the logits. ``shortcuts=false`` omits the
-    identities and the 1x1 convolutions: the paper's "nsc" nets. Convolutions have no bias, as in the paper's nets for
-    backpropagation; in its nets for the other rules, they have a bias, which the normalisation cancels.
+    The stem has stride 1, padding 1 and no pooling. Blocks have two 3x3 convolutions, and their shortcuts are 1x1 convolutions
+    with batch normalisation where the shape changes. Global average pooling precedes the linear layer, and the logits are
+    batch-normalised. ``shortcuts=false`` removes all shortcuts, as in the paper's "nsc" networks. Convolutions have no bias, as
+    in the paper's networks for backpropagation; in its networks for the other rules, they have one, but the normalisation cancels
+    it.
     """
 
     shortcuts: bool = option(True, "add shortcuts to the blocks' convolutions")
@@ -101,9 +102,9 @@ class ResNet18(StagedArchitecture):
 @ARCHITECTURES.register("resnet34")
 @dataclasses.dataclass(eq=False)
 class ResNet34(ResNet18):
-    """ResNet-34 for small images; shortcuts=false for the nets without shortcuts.
+    """ResNet-34 for small images; shortcuts=false removes the shortcuts.
 
-    Like resnet18, with 3, 4, 6 and 3 blocks (appendix C of Woo et al. 2021).
+    The network is like resnet18, but its stages have 3, 4, 6 and 3 blocks (appendix C of Woo et al. 2021).
     """
 
     blocks: list[int] = option([3, 4, 6, 3], "blocks in each stage", minimum=1, maximum=1000)
@@ -112,13 +113,13 @@ class ResNet34(ResNet18):
 @ARCHITECTURES.register("resnet18_imagenet")
 @dataclasses.dataclass(eq=False)
 class ResNet18ImageNet(StagedArchitecture):
-    """ResNet-18 for large images; bn=after for batch normalisation after the ReLU.
+    """ResNet-18 for large images; bn=after places batch normalisation after the ReLU.
 
-    7x7 stem with pooling, stages of 64-128-256-512 channels (He et al. 2016).
+    The network has a 7x7 stem with pooling and stages of 64, 128, 256 and 512 channels (He et al. 2016).
 
-    ``bn=before`` is torchvision's net: the ReLU comes last, after the sum. ``bn=after`` normalises after the ReLU, as Akrout et
-    al. 2019 do. Their appendix with the details is not available; here a block is conv - ReLU - BN twice, plus the shortcut, with
-    nothing after the sum, and projections are 1x1 convolution - BN.
+    ``bn=before`` is torchvision's network, in which the last ReLU of a block follows the sum. ``bn=after`` normalises after the
+    ReLU, as Akrout et al. 2019 do. The appendix with the details of their network is not available. With this option, a block is
+    conv - ReLU - BN twice, plus the shortcut, and no layer follows the sum; projections are 1x1 convolution - BN.
     """
 
     bn: str = option("before", "batch normalisation before or after the ReLU", choices=["before", "after"])
@@ -143,12 +144,12 @@ class ResNet18ImageNet(StagedArchitecture):
 @ARCHITECTURES.register("resnet50_imagenet")
 @dataclasses.dataclass(eq=False)
 class ResNet50ImageNet(ResNet18ImageNet):
-    """ResNet-50 for large images; bn=after for batch normalisation after the ReLU.
+    """ResNet-50 for large images; bn=after places batch normalisation after the ReLU.
 
-    Like resnet18_imagenet, with 3, 4, 6 and 3 bottleneck blocks (He et al. 2016).
+    The network is like resnet18_imagenet, but its stages have 3, 4, 6 and 3 bottleneck blocks (He et al. 2016).
 
-    A block has 1x1 - 3x3 - 1x1 convolutions, the last one with four times the stage's channels; the 3x3 convolution has the
-    stride, as in torchvision.
+    A block has 1x1, 3x3 and 1x1 convolutions, and the last one has four times the channels of the stage. The 3x3 convolution is
+    the strided one, as in torchvision.
     """
 
     blocks: list[int] = option([3, 4, 6, 3], "blocks in each stage", minimum=1, maximum=1000)

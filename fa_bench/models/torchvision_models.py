@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("torchvision")
 @dataclasses.dataclass(eq=False)
 class Torchvision(Architecture):
-    """Any classification model of torchvision: architecture.model=resnet18.
+    """Any classification model of torchvision, selected by name, such as architecture.model=resnet18.
 
-    With random weights, `classes` outputs and no auxiliary heads.
+    The model has random weights, `classes` outputs and no auxiliary heads.
 
-    For images without three channels the first convolution is replaced. Cut rules need ``algorithm.cuts``.
+    If images do not have three channels, the first convolution is replaced. Cut rules need ``algorithm.cuts``.
     """
 
     model: str = option("resnet18", "the model's name in torchvision.models")
@@ -40,7 +40,8 @@ class Torchvision(Architecture):
         accepted = inspect.signature(models.get_model_builder(self.model)).parameters
         extra: dict[str, object] = {"num_classes": classes}
         if self.model in ("googlenet", "inception_v3"):
-            # With auxiliary heads, these models would return a tuple in training; their own initialiser takes minutes.
+            # With auxiliary heads, these models would return a tuple in training. Without ``init_weights=False``, their
+            # initialisation would take minutes.
             extra |= {"aux_logits": False, "init_weights": False}
         if "image_size" in accepted or self.model.startswith("vit"):
             extra["image_size"] = input_shape[1]

@@ -1,4 +1,4 @@
-"""Options that all transformers have."""
+"""The options that all transformers share."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ class TransformerArchitecture(Architecture):
 
     @property
     def hidden(self) -> int:
-        """Neurons of a block's hidden layer."""
+        """The number of neurons in a block's hidden layer."""
         return max(1, round(self.width * self.expansion))

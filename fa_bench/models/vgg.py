@@ -1,4 +1,4 @@
-"""VGG nets: those of the predictive-coding papers, and VGG-16."""
+"""The VGG networks of the predictive-coding papers, and VGG-16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fa_bench.registry.registries import ARCHITECTURES
 if TYPE_CHECKING:
     from torch import nn as torch_nn
 
-#: Depth -> the 3x3 convolutions, by their channels as multiples of the first one's; p: max-pooling by 2 follows; v: no padding.
+#: Depth -> the 3x3 convolutions. A number is the ratio of a convolution's channels to those of the first one; p stands for
+#: max-pooling by 2 after the convolution, and v for no padding.
 CONVOLUTIONS = {
     5: "1p 2p 4p 4p",
     7: "1p 1 2p 2v 4p 4v",
@@ -25,17 +26,19 @@ CONVOLUTIONS = {
 @ARCHITECTURES.register("vgg")
 @dataclasses.dataclass(eq=False)
 class VGG(Architecture):
-    """VGG-5, VGG-7, VGG-9 of the predictive-coding papers, and VGG-16 with one linear layer.
+    """VGG-5, VGG-7 and VGG-9 from the predictive-coding papers, and VGG-16 with one linear layer.
 
-    3x3 convolutions with bias, activations, max-pooling by 2, one linear layer (`depth`: the layers with weights).
+    The networks have 3x3 convolutions with bias, activations, max-pooling by 2, and one linear layer; `depth` counts the layers
+    with weights.
 
-    Depths 5, 7 and 9 have 128 to 512 channels and GELU, after the published code of ePC (Goemaere et al. 2025, arXiv 2505.20137);
-    that of the PCX benchmark (Pinchetti et al. 2025, arXiv 2407.01163) has the same VGG-5 and VGG-7. The fourth and the last
-    convolution of VGG-7 have no padding. PCX lists another VGG-9, with 64 to 512 channels and three fully connected layers.
+    The networks of depth 5, 7 and 9 have 128 to 512 channels and GELU, as in the published code of ePC (Goemaere et al. 2025,
+    arXiv 2505.20137). The code of the PCX benchmark (Pinchetti et al. 2025, arXiv 2407.01163) has the same VGG-5 and VGG-7. The
+    fourth and the last convolution of VGG-7 have no padding. The VGG-9 that PCX lists is a different one, with 64 to 512 channels
+    and three fully connected layers.
 
-    Depth 16 has the 13 convolutions of configuration D of Simonyan and Zisserman 2015, 64 to 512 channels, and ReLU. Their three
-    fully connected layers are replaced by one, which is common practice for CIFAR and not in the paper; so is
-    ``batch_norm=true``, which normalises before every activation.
+    The network of depth 16 has ReLU and the 13 convolutions of configuration D of Simonyan and Zisserman 2015, with 64 to 512
+    channels. One linear layer replaces the three fully connected layers of that paper, and ``batch_norm=true`` normalises before
+    every activation. A single linear layer and batch normalisation are common practice for CIFAR but are not in the paper.
     """
 
     depth: int = option(5, "number of layers with weights: 5, 7, 9 or 16")

@@ -19,18 +19,22 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("vit_mini")
 @dataclasses.dataclass(eq=False)
 class ViTMini(TransformerArchitecture):
-    """Small vision transformer with a class token, for images divisible into patches.
+    """Small vision transformer with a class token, for images that can be divided into patches.
 
-    embed - pre-norm blocks - class token - final_norm - head; 4 blocks of width 128 (the faeval protocol, spring 2026).
+    The layers are embed - pre-norm blocks - class token - final_norm - head. The default of 4 blocks of width 128 comes from the
+    faeval protocol (spring 2026).
 
-    The structure is that of Dosovitskiy et al. 2021, without dropout. The protocol's depth, width and class token are known, but
-    its code is not: patches of 4x4 pixels, 4 heads, hidden layers of 4 times the width and GELU are our choices. Positions are
-    learned and initialised from N(0, 0.02²), the class token with zeros; `init` and `linear_init` apply to the convolution of the
-    patches and to all linear layers, including q, k, v and out of the attention.
+    The structure is that of Dosovitskiy et al. 2021, without dropout. We know the protocol's depth and width and that it has a
+    class token, but not its code. Our own choices are patches of 4x4 pixels, 4 heads, hidden layers of 4 times the width, and
+    GELU.
 
-    The cut points are the outputs of embed, of q, k and v, of the attention, of every activation and of every block; the final
-    LayerNorm replaces the last block. No error passes through a weight, except to the LayerNorms within blocks (see
-    residual_mlp).
+    Positions are learned and initialised from N(0, 0.02²); the class token is initialised with zeros. `init` applies to the
+    convolution that embeds the patches and to all linear layers, including q, k, v and out in the attention; `linear_init`
+    applies only to the linear layers.
+
+    The cut points are the outputs of embed, of q, k and v, of the attention, of every activation and of every block; for the last
+    block, the output of the final LayerNorm is used instead. No error passes through a weight, except to the LayerNorms within
+    blocks (see residual_mlp).
     """
 
     patch: int = option(4, "height and width of a patch in pixels", minimum=1)

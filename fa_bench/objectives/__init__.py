@@ -1,1 +1,1 @@
-"""Training objectives, one file each."""
+"""Training objectives, each in its own file."""

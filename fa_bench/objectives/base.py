@@ -1,6 +1,6 @@
 """The base class of objectives, which define the loss and the scores of a network's outputs.
 
-Shapes: N batch, T positions, C classes, O outputs.
+In shapes, N is the batch size, T the number of positions, C the number of classes, and O the number of outputs.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Objective(Options):
         >>> rule = fa_bench.attach(torch.nn.Sequential(torch.nn.Linear(4, 2)), "fa", objective=Hinge())
     """
 
-    #: The kinds of targets (`fa_bench.registry.kinds`) that `loss` accepts.
+    #: The kinds of targets (`fa_bench.registry.kinds`) that `loss` supports.
     targets: ClassVar[tuple[str, ...]] = (CLASSES,)
-    #: The scores for each kind of targets. The first one is the primary score, by which epochs and settings are chosen.
+    #: Kind of targets -> its scores. The first score is the primary one, which determines the best epoch and the best settings.
     scores: ClassVar[Mapping[str, tuple[Score, ...]]] = {CLASSES: (ACCURACY,), POSITIONS: (ACCURACY,), VALUES: (R2, RMSE)}
 
-    #: The range of numerical targets for which `loss` is defined; None: all numbers.
+    #: The range of real-valued targets for which `loss` is defined; None if there is no limit.
     value_range: ClassVar[tuple[float, float] | None] = None
 
     @property
     def is_cross_entropy(self) -> bool:
-        """Whether `loss` is torch's mean cross-entropy."""
+        """Whether `loss` is PyTorch's mean cross-entropy."""
         return False
 
     output: str | int | None = option(
@@ -53,7 +53,7 @@ class Objective(Options):
     )
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-        """The loss of a batch; implemented by each objective.
+        """The loss of a batch; each objective must implement this method.
 
         Args:
             outputs: the outputs of the network, (N, C), (N, O) or (N, T, C).
@@ -64,28 +64,28 @@ class Objective(Options):
         raise missing_method(self, "loss")
 
     def check_data(self, characters: float | None) -> None:
-        """Override this to refuse data before training by raising OptionError.
+        """Checks the data before training. Override this method to reject data by raising an OptionError.
 
         Args:
             characters: for text, the mean number of characters per training token.
         """
 
     def counted(self, target: Tensor) -> int | Tensor:
-        """The number of targets that count; the loss is the mean over these."""
+        """The number of targets that count. The loss is the mean over these targets."""
         return len(target)
 
     def correct(self, outputs: Tensor, target: Tensor) -> Tensor | None:
-        """A mask of the correctly classified samples, bool (N,) or (N, T); None if the targets are numbers."""
+        """A boolean mask of the correct predictions, (N,) or (N, T); None if the targets are real values."""
         return None if target.is_floating_point() else outputs.argmax(-1) == target
 
     def predicted(self, outputs: Tensor) -> Tensor:
-        """The predicted numbers for outputs (N, O), in the unit of the targets."""
+        """The predicted values for outputs (N, O), in the unit of the targets."""
         return outputs
 
     def sums(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Sums over the counted targets of a batch, from which `scored` computes the scores of all batches together.
+        """Sums over the counted targets of a batch; `scored` computes the scores from their totals over all batches.
 
-        The loss and the number of targets are summed separately and need not be included.
+        The trainer sums the loss and the number of targets itself, so they need not be included.
         """
         if (correct := self.correct(outputs, target)) is not None:
             return {"correct": correct.sum()}
@@ -94,10 +94,11 @@ class Objective(Options):
         return {"error_squares": errors.square().sum(), "target_sums": wide.sum(0), "target_squares": wide.square().sum(0)}
 
     def scored(self, sums: Mapping[str, Any], loss: float, count: int, characters: float | None = None) -> dict[str, float]:
-        """The scores of a split by name; those that cannot be computed are absent.
+        """The scores of a split, by name; scores that cannot be computed are omitted.
 
-        R² is 1 - Σ (prediction - target)² / Σ (target - mean)², with both sums over all samples and outputs and the mean of each
-        output over the same split: predicting that mean scores 0. RMSE is over all samples and outputs.
+        R² is 1 - Σ (prediction - target)² / Σ (target - mean)². Both sums are over all samples and outputs, and the mean is that
+        of each output over the same split, so predicting this mean gives a score of 0. RMSE is the root mean squared error over
+        all samples and outputs.
 
         Args:
             sums: the result of `sums` over all batches, as numbers or lists of numbers.
@@ -111,7 +112,7 @@ class Objective(Options):
         around_mean = sum(
             square - total * total / count for square, total in zip(sums["target_squares"], sums["target_sums"], strict=True)
         )
-        # For constant targets, only the rounding error of their squares remains.
+        # For constant targets, this sum contains only the rounding error of their squares.
         varies = around_mean > 1e-12 * sum(sums["target_squares"])
         return {
             **({R2.name: 1 - sums["error_squares"] / around_mean} if varies else {}),
@@ -119,12 +120,12 @@ class Objective(Options):
         }
 
 
-#: Losses of torch whose names do not resemble those of the objectives.
+#: PyTorch losses with names that do not resemble those of the objectives -> the corresponding objective.
 _OF_TORCH = dict.fromkeys(("BCEWithLogitsLoss", "binary_cross_entropy_with_logits"), "sigmoid_ce")
 
 
 def as_objective(given: Any) -> Objective:
-    """The objective with the given name, or the given objective itself; for None, the cross-entropy.
+    """The objective with the given name, the given objective itself, or the cross-entropy for None.
 
     Raises:
         ConfigError: for an unknown name; suggests the nearest one.
@@ -148,12 +149,13 @@ def as_objective(given: Any) -> Objective:
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:
-    """The losses of the samples, (N,), reduced as in `Objective.loss`."""
+    """The per-sample losses (N,), reduced as `Objective.loss` specifies."""
     return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
 
 
 def one_hot(target: Tensor, like: Tensor) -> Tensor:
-    """Targets with the shape and dtype of the outputs `like`, (N, C): class indices as one-hot rows, numbers unchanged."""
+    """The targets with the shape and dtype of the outputs `like`, (N, C); class indices become one-hot rows, and real-valued
+    targets are kept."""
     if target.is_floating_point():
         return target.to(like.dtype)
     return like.new_zeros(like.shape).scatter_(1, target.unsqueeze(1), 1)

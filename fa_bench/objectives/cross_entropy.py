@@ -13,16 +13,16 @@ from fa_bench.utils.lazy import nn
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: torch's default, -100, would silently skip samples with this label.
+#: PyTorch's default, -100, would silently skip samples with this label.
 _IGNORE_NOTHING = -(2**31)
 
 
 @OBJECTIVES.register("cross_entropy")
 @dataclasses.dataclass(eq=False)
 class CrossEntropy(Objective):
-    """Cross-entropy of the softmax of the outputs: L = -Σ_k q_k log softmax(z)_k, with q the label's one-hot row.
+    """Cross-entropy of the softmax of the outputs: L = -Σ_k q_k log softmax(z)_k, where q is the one-hot row of the label.
 
-    With `label_smoothing` s, q is (1 - s) times the one-hot row plus s/C for each of the C classes (Szegedy et al. 2016).
+    If `label_smoothing` is s, q is (1 - s) times the one-hot row plus s/C for each of the C classes (Szegedy et al. 2016).
     """
 
     label_smoothing: float = option(0.0, "weight of the uniform distribution in the targets", minimum=0, maximum=1)

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 @OBJECTIVES.register("mse")
 @dataclasses.dataclass(eq=False)
 class MSE(Objective):
-    """Half the squared error, L = ½ Σ_k (z_k - t_k)², of real targets t or of the label's one-hot row.
+    """Half the squared error, L = ½ Σ_k (z_k - t_k)², where t is the real-valued target or the one-hot row of the label.
 
-    With the sum over outputs and the factor ½, the gradient at the outputs is z - t, which has the same scale as the gradient of
-    cross-entropy. The scores of real targets are R² and RMSE, see `Objective.scored`; those of labels are accuracies.
+    Because of the sum over outputs and the factor ½, the gradient at the outputs is z - t, which has the same scale as the
+    gradient of the cross-entropy. The scores for real-valued targets are R² and RMSE (see `Objective.scored`), and the score for
+    labels is the accuracy.
     """
 
     targets = (CLASSES, VALUES)

@@ -1,4 +1,4 @@
-"""Scores of a task, such as accuracy and perplexity, as data that records contain and reports read."""
+"""Scores of a task, such as accuracy and perplexity, in a form that is saved in records and read by reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-#: The parts of a dataset that scores are measured on, as in the keys of records: ``val_accuracy``.
+#: The splits of a dataset on which scores are measured, as they appear in the keys of records, such as ``val_accuracy``.
 PARTS = ("train", "val", "test")
 
 
@@ -36,34 +36,34 @@ class Score:
 
     @property
     def scale(self) -> int:
-        """The factor from records to tables and figures: 100 for ``%``."""
+        """The factor that converts recorded values for tables and figures: 100 for ``%`` and 1 otherwise."""
         return 100 if self.unit == "%" else 1
 
     @property
     def in_unit(self) -> str:
-        """The title with the unit, for a column or an axis."""
+        """The title with its unit, for a column or an axis."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
     @property
     def format(self) -> str:
-        """The number format of scaled values."""
+        """The format specification for scaled values."""
         return ".2f" if self.unit == "%" else ".4f"
 
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
-        """The direction of a search, in optuna's terms."""
+        """The direction of optimization, in Optuna's terms."""
         return "maximize" if self.higher_is_better else "minimize"
 
     def merit(self, value: float) -> float:
-        """The value, or its negative if smaller values are better, so the larger of two merits is always better."""
+        """The value, or its negative if smaller values are better, so that a larger merit is always better."""
         return value if self.higher_is_better else -value
 
     def is_better(self, value: float, other: float) -> bool:
-        """Whether a mean is better than another one; means that differ only by rounding count as equal."""
+        """Whether one mean is better than another; means that differ only by rounding count as equal."""
         return self.merit(value) - self.merit(other) > 1e-9 * max(abs(value), abs(other))
 
     def text(self, value: float) -> str:
-        """A recorded value as text: ``97.10%``, ``4.321``."""
+        """A recorded value as text, such as ``97.10%`` or ``4.321``."""
         return f"{value:.2%}" if self.unit == "%" else f"{value:.4g}"
 
 
@@ -72,12 +72,13 @@ R2, RMSE = Score("r2", "R²"), Score("rmse", "RMSE", higher_is_better=False)
 
 
 def score_keys(scores: Sequence[Score]) -> list[str]:
-    """The keys of losses and scores in the record of an epoch."""
+    """The keys of the losses and scores in the record of an epoch."""
     return [f"{part}_{name}" for name in ("loss", *(score.name for score in scores)) for part in PARTS]
 
 
 def final_keys(scores: Sequence[Score]) -> list[str]:
-    """The keys of scores in a run's result; the first score is the primary one, which also has a value at its best epoch."""
+    """The keys of the scores in the result of a run; the first score is the primary one, which is also given at the best
+    epoch."""
     first = scores[0].name
     return [
         f"test_{first}",
@@ -89,12 +90,12 @@ def final_keys(scores: Sequence[Score]) -> list[str]:
 
 
 def as_records(scores: Iterable[Score]) -> list[dict[str, Any]]:
-    """Scores as plain containers, as records contain them."""
+    """The scores as plain containers, in the form that records contain."""
     return [dataclasses.asdict(score) for score in scores]
 
 
 def scores_of(record: Any) -> tuple[Score, ...]:
-    """The scores that the record of a run or an epoch declares, the primary one first; accuracy if it declares none."""
+    """The scores that the record of a run or an epoch declares, with the primary one first; accuracy if it declares none."""
     known = [field.name for field in dataclasses.fields(Score)]
     declared = (record or {}).get("scores") or ()
     return tuple(Score(**{key: score[key] for key in known if key in score}) for score in declared) or (ACCURACY,)

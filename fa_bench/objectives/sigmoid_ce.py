@@ -1,4 +1,4 @@
-"""Cross-entropy of one sigmoid per class."""
+"""Binary cross-entropy with one sigmoid per class."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 @OBJECTIVES.register("sigmoid_ce")
 @dataclasses.dataclass(eq=False)
 class SigmoidCE(Objective):
-    """Cross-entropy of one sigmoid per class, one against all: L = -Σ_k [t_k log σ(z_k) + (1 - t_k) log(1 - σ(z_k))].
+    """Binary cross-entropy with one sigmoid per class (one-vs-all): L = -Σ_k [t_k log σ(z_k) + (1 - t_k) log(1 - σ(z_k))].
 
-    t is the label's one-hot row, or real targets in [0, 1]. The gradient at the outputs is σ(z) - t.
+    The target t is the one-hot row of the label, or real values in [0, 1]. The gradient at the outputs is σ(z) - t.
     """
 
     targets = (CLASSES, VALUES)

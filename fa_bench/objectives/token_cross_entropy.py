@@ -1,4 +1,4 @@
-"""Cross-entropy of the tokens of sequences."""
+"""Cross-entropy of the tokens in sequences."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ _SCORES = (PERPLEXITY, BITS_PER_TOKEN, BITS_PER_CHARACTER, NEXT_TOKEN)
 @OBJECTIVES.register("token_cross_entropy")
 @dataclasses.dataclass(eq=False)
 class TokenCrossEntropy(Objective):
-    """Cross-entropy of the softmax at every position: the mean of L_nt = -log softmax(z_nt)[y_nt] over the targets that count.
+    """Cross-entropy of the softmax at every position: the mean of L_nt = -log softmax(z_nt)[y_nt] over the counted targets.
 
-    Targets equal to `ignore_index` count neither in the loss nor in a score. With L the mean loss in nats, perplexity is
-    exp(L) and bits per token are L / log 2. Bits per character are this number divided by the mean number of characters per token
-    in the split (blank if the dataset has no characters). Accuracy is the fraction of the counted targets that have the largest
-    logit. `score` is the one that reports compare and that determines the best epoch and settings.
+    Targets equal to `ignore_index` are excluded from the loss and from all scores. If L is the mean loss in nats, the perplexity
+    is exp(L), and the number of bits per token is L / log 2. The number of bits per character is that of bits per token divided
+    by the mean number of characters per token in the split; it is omitted if the dataset has no characters. Accuracy is the
+    fraction of the counted targets that have the largest logit. `score` selects the primary score, which reports compare and
+    which determines the best epoch and the best settings.
     """
 
     targets = (POSITIONS, CLASSES)
@@ -57,7 +58,8 @@ class TokenCrossEntropy(Objective):
             raise OptionError("score", f"={self.score}: the tokens of this dataset have no characters; use {BITS_PER_TOKEN.name}")
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-        """See `Objective.loss`; outputs (N, T, C) and targets (N, T), or (N, C) and (N,). 0 if no target counts."""
+        """The loss as in `Objective.loss`, for outputs (N, T, C) with targets (N, T), or outputs (N, C) with targets (N,). The
+        loss is 0 if no target counts."""
         losses = nn.functional.cross_entropy(
             outputs.flatten(0, -2),
             target.flatten(),
@@ -73,7 +75,7 @@ class TokenCrossEntropy(Objective):
         return (target != self.ignore_index).sum()
 
     def correct(self, outputs: Tensor, target: Tensor) -> Tensor:
-        # If `ignore_index` is negative, no class has this number; otherwise, it must not count as a class.
+        # The second condition matters if `ignore_index` is not negative, because it is then also the index of a class.
         return (outputs.argmax(-1) == target) & (target != self.ignore_index)
 
     def scored(self, sums: Mapping[str, Any], loss: float, count: int, characters: float | None = None) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""Optimizers, one file each, and the pair that trains weights and learned feedback."""
+"""Optimizers, and the pair of optimizers that trains weights and learned feedback."""

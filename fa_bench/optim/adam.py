@@ -14,7 +14,7 @@ from fa_bench.utils.lazy import torch
 @OPTIMIZERS.register("adam")
 @dataclasses.dataclass(eq=False)
 class Adam(OptimizerOptions):
-    """Adam with coupled weight decay, added to the gradient before it is divided by the root of its second moment."""
+    """Adam with coupled weight decay, which is added to the gradient and therefore affects both moments."""
 
     torch_class: ClassVar[str] = "Adam"
     search_space = {**OptimizerOptions.search_space, "lr": "tag(log,interval(1e-5,1e-1))"}
@@ -38,6 +38,6 @@ class Adam(OptimizerOptions):
 @OPTIMIZERS.register("adamw")
 @dataclasses.dataclass(eq=False)
 class AdamW(Adam):
-    """Adam with decoupled weight decay: each step shrinks a tensor by the factor 1 - lr × weight_decay."""
+    """Adam with decoupled weight decay: each step multiplies the weights by 1 - lr × weight_decay."""
 
     torch_class = "AdamW"

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class OptimizerOptions(Options):
-    """Base class of optimizers. Weight decay applies to all trained tensors: weights, biases, normalisation, learned feedback.
+    """Base class of optimizers. Weight decay applies to all trained tensors: weights, biases, parameters of normalisation layers,
+    and learned feedback.
 
     Examples:
         >>> import dataclasses, torch, fa_bench
@@ -43,11 +44,12 @@ class OptimizerOptions(Options):
             raise error.with_prefix("schedule") from None
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The torch optimizer for parameter groups; each group may have its own ``lr``."""
+        """The PyTorch optimizer for the parameter groups; each group may have its own ``lr``."""
         raise missing_method(self, "build")
 
     def optimizers(self, groups: list[dict[str, Any]], rule: Rule) -> list[torch.optim.Optimizer]:
-        """The torch optimizers for parameter groups: `build`'s, unless different layers of the rule's model need different ones.
+        """The PyTorch optimizers for the parameter groups. Override this method if different layers of the rule's model need
+        different optimizers; by default, there is only the one from `build`.
 
         Raises:
             OptionError: if the options do not fit the model.
@@ -56,6 +58,6 @@ class OptimizerOptions(Options):
 
 
 def fusible(groups: list[dict[str, Any]]) -> bool:
-    """Whether torch's fused update supports the tensors; on a CPU, this update is two to three times faster."""
+    """Whether PyTorch's fused update, which is two to three times faster on a CPU, supports the tensors."""
     tensors = [tensor for group in groups for tensor in group["params"]]
     return all(tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda") for tensor in tensors)

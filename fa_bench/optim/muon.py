@@ -21,25 +21,28 @@ if TYPE_CHECKING:
 class Muon(OptimizerOptions):
     """Momentum with orthogonalised updates for the weights of layers and for learned feedback; AdamW for the other parameters.
 
-    K. Jordan et al. 2024; combined with feedback alignment by Boeshertz, Pascanu and Clopath 2026 (arXiv 2606.11123), because
-    orthogonal updates raise the rank of the errors. That paper's settings are unknown to us, so results are not a reproduction.
+    Muon is due to Jordan et al. 2024. Boeshertz, Pascanu and Clopath 2026 (arXiv 2606.11123) combined Muon with feedback
+    alignment, because orthogonal updates raise the rank of the errors. We do not know the settings of that paper, so our results
+    are not a reproduction.
 
-    For a matrix W (in kernels, all dimensions after the first are flattened into one) with gradient G and momentum μ:
+    The update of a matrix W with gradient G and momentum μ is as follows; for convolution kernels, all dimensions after the first
+    are flattened into one:
 
         M <- μ M + G;  X = M or, with ``nesterov``, G + μ M
         X <- X / ‖X‖, then five times (``ns_steps``) X <- a X + (b A + c A²) X,  A = X Xᵀ, (a, b, c) = (3.4445, -4.7750, 2.0315)
         W <- (1 - lr λ) W - lr s X,  s = √max(1, rows / columns) (``adjust_lr``)
 
-    The update does not depend on the size of G. Learned feedback with the gradient of W gets the same update as W, so W - B
-    changes only by the decoupled decay, as with AdamW: ‖W - B‖ = ‖W(0) - B(0)‖ Π (1 - lr λ). Without weight decay `kp` does not
-    align. The same holds for W - B R in `pfa_o` with its ratio of 1, but not in `pfa`: the update is not linear in the gradient.
+    The update does not depend on the norm of G. Learned feedback with the gradient of W gets the same update as W, so only the
+    decoupled decay changes W - B, as with AdamW: ‖W - B‖ = ‖W(0) - B(0)‖ Π (1 - lr λ). Without weight decay, the feedback of `kp`
+    therefore does not align. In `pfa_o` with its ratio of 1, only the decoupled decay changes W - B R, too. In `pfa`, W - B R
+    changes in other ways as well, because the update is not linear in the gradient.
 
-    ``layers=hidden`` leaves the first and the last layer to AdamW, as usual recipes do, and ``exclude`` lists others, together
-    with their feedback. AdamW also trains biases, normalisation, embeddings and position tables, at ``adam_lr``; weight decay and
-    schedule are those of the matrices.
+    ``layers=hidden`` leaves the first and the last layer to AdamW, as the usual recipes do. ``exclude`` lists further layers that
+    AdamW trains together with their feedback. AdamW also trains biases, normalisation layers, embeddings and position tables. The
+    learning rate of AdamW is ``adam_lr``; its weight decay and schedule are those of the matrices.
 
-    Differences from ``torch.optim.Muon``: that optimizer does not accept kernels and rounds to bfloat16; this one iterates in the
-    precision of the weights, or in single precision if that is higher.
+    In contrast to ``torch.optim.Muon``, which rejects kernels and rounds to bfloat16, this optimizer accepts kernels and iterates
+    in the precision of the weights, or in single precision if that is higher.
     """
 
     search_space = {
@@ -98,7 +101,7 @@ class Muon(OptimizerOptions):
         )
 
     def _chosen(self, rule: Rule) -> set[int]:
-        """The ids of the tensors that are orthogonalised."""
+        """The ids of the tensors whose updates are orthogonalised."""
         tensors = rule.matrices()
         excluded = rule.end_layers() if self.layers == "hidden" else set()
         for pattern in self.exclude:
@@ -109,7 +112,7 @@ class Muon(OptimizerOptions):
             raise OptionError(
                 "layers", f"={self.layers} with exclude={self.exclude} leaves muon no layer (layers: {names(tensors)})"
             )
-        # A weight that is shared with an excluded layer is excluded, too.
+        # A weight that a layer shares with an excluded layer is excluded, too.
         return {id(tensor) for path in tensors for tensor in tensors[path]} - {
             id(tensor) for path in excluded for tensor in tensors.get(path, ())
         }

@@ -47,7 +47,8 @@ class Optimizers:
         elif learned and scale != 1:
             parts[0][2].append({"params": learned, "lr": options.lr * scale})
         else:
-            # Both share one group, because rules that rely on equal updates of W and B rely on equal settings.
+            # Weights and feedback share one group, because rules that rely on equal updates of W and B need equal settings for
+            # both.
             weights += learned
         #: The optimizers, and the options of each.
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -60,7 +61,7 @@ class Optimizers:
             self.optimizers += built
             self.options += [part] * len(built)
         self._rule = rule
-        #: Pairs (learned feedback, weight) for which `step` uses one gradient: a fused update only reads it.
+        #: Pairs (learned feedback, weight) that share one gradient in `step`, which is safe because a fused update only reads it.
         self._shared: list[tuple[Tensor, Tensor]] = []
         self._is_filled = False
         for optimizer in self.optimizers:
@@ -71,10 +72,10 @@ class Optimizers:
         self._set_rates(epoch=0, step=0)
 
     def share_gradients(self) -> None:
-        """From now on, backward passes do not compute a second gradient for learned feedback that shares the gradient of a
-        weight.
+        """Stop backward passes from computing a separate gradient for learned feedback that has the same gradient as a weight.
 
-        Only for optimizers that update in one fused pass, and for training by one process; in all other cases, nothing changes.
+        The method has an effect only for fused optimizers and for training by a single process; in all other cases, nothing
+        changes.
         """
         if all(optimizer.defaults.get("fused") for optimizer in self.optimizers):
             self._shared = self._rule.shared_gradients()
@@ -82,7 +83,7 @@ class Optimizers:
                 learned.shares_gradient = any(learned.tensor is tensor for tensor, _ in self._shared)
 
     def fill_gradients(self) -> None:
-        """Give learned feedback that shares a weight's gradient its own copy, for code that reads or changes gradients."""
+        """Give learned feedback that shares the gradient of a weight its own copy, for code that reads or changes gradients."""
         if self._is_filled:  # a gradient that is missing now was removed on purpose
             return
         self._is_filled = True
@@ -96,7 +97,7 @@ class Optimizers:
         return self.optimizers[0].param_groups[0]["lr"]
 
     def begin_epoch(self, epoch: int, step: int = 0) -> None:
-        """Set the weight decay and the learning rates of this epoch, which begins at `step`; both count from 0."""
+        """Set the weight decay and the learning rates of an epoch, which begins at `step`; epochs and steps count from 0."""
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
             first = part.first_epoch_weight_decay
             for group in optimizer.param_groups:
@@ -110,8 +111,8 @@ class Optimizers:
             self._set_rates(step=step)
 
     def _set_rates(self, **done: int) -> None:
-        """Set the learning rates of schedules that count in the given unit, ``epoch`` or ``step``, after the given number of
-        units."""
+        """Set the learning rates of the schedules that count ``epoch`` or ``step``, given how many of them have been
+        completed."""
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
             if (unit := part.schedule.per) in done:
                 for group in optimizer.param_groups:
@@ -124,7 +125,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def clip(self, max_norm: float) -> None:
-        """Scale the gradients of weights and learned feedback so that their common norm is at most `max_norm`."""
+        """Scale the gradients of weights and learned feedback so that their joint norm is at most `max_norm`."""
         self.fill_gradients()
         torch.nn.utils.clip_grad_norm_(self.trained(), max_norm)
 
@@ -141,7 +142,7 @@ class Optimizers:
         return (tensor for optimizer in self.optimizers for group in optimizer.param_groups for tensor in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as plain containers and tensors."""
+        """The state of the optimizers, as plain containers and tensors."""
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

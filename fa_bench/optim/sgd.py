@@ -15,7 +15,7 @@ from fa_bench.utils.lazy import torch
 @OPTIMIZERS.register("sgd")
 @dataclasses.dataclass(eq=False)
 class SGD(OptimizerOptions):
-    """Stochastic gradient descent; weight decay is coupled (added to the gradient before momentum)."""
+    """Stochastic gradient descent with coupled weight decay, which is added to the gradient before the momentum is applied."""
 
     momentum: float = option(0.9, "momentum", minimum=0, below=1)
     nesterov: bool = option(False, "Nesterov momentum")

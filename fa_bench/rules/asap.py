@@ -17,24 +17,29 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("asap")
 @dataclasses.dataclass(eq=False)
 class ASAP(SharingRule):
-    """Activation sharing with asymmetric paths: an earlier activation replaces the layer's input in the gradients of W and B.
+    """Activation sharing with asymmetric paths (ASAP): an earlier activation replaces the layer's input in the gradients of W and
+    B.
 
-    Algorithm 1, eqs 39-42 of Woo et al. 2021.
+    The rule is Algorithm 1 of Woo et al. 2021 (eqs 39-42).
 
-    e_in = g B; gradient of W = gradient of B = gᵀ h̃ (for convolutions, the weight gradient of h̃ and g). h̃ is an earlier
-    activation that ``k`` layers share; ``match`` resizes it to the shape of the true input x. Counted from the stem's output,
-    activation s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2. Layers whose input is activation 1 use their own input, so for
-    them the rule is Kolen-Pollack. Biases and normalisation learn as usual. B (``b_init``) learns with W's optimizer, learning
-    rate, momentum and decay. The first layer stays random (``freeze_stem``); its normalisation learns. Fully connected layers use
-    their own input and a fixed B that is uniform in [-1, 1) (``linear=fa``, ``linear_b_init``), as in the paper's code.
-    ``match=random`` replaces copying and pooling with a fixed random 1x1 convolution P.
+    The rule computes e_in = g B; gradient of W = gradient of B = gᵀ h̃ (for convolutions, the weight gradient of h̃ and g). The
+    activation h̃ comes from an earlier layer and is shared by ``k`` layers; ``match`` resizes it to the shape of the true input
+    x. Activations are counted from the stem's output, and activation s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2. Layers
+    whose input is activation 1 use their own input, so they learn by Kolen-Pollack. Biases and normalisation layers learn as
+    usual.
+
+    B (``b_init``) learns with the optimizer, learning rate, momentum and decay of W. The first layer keeps its random weights
+    (``freeze_stem``), but its normalisation learns. As in the paper's code, fully connected layers use their own input and a
+    fixed B that is uniform in [-1, 1) (``linear=fa``, ``linear_b_init``). ``match=random`` replaces copying and pooling with a
+    fixed random 1x1 convolution P.
 
     ``transport=true`` replaces B with W in all convolutions and in every layer that uses a shared activation. As in the paper's
-    code, fully connected layers that use their own input keep their fixed B; to use the weights there as well, list them in
-    ``exclude``.
+    code, fully connected layers that use their own input keep their fixed B. To replace B with W in these layers as well, list
+    them in ``exclude``.
 
-    Choices: in a net without convolutions, the fully connected layers share activations (``linear=auto``), including the output
-    layer, so ``transport`` uses the weights in all of them. Features are matched by copying or pooling, like channels.
+    Our choices: in a network without convolutions, all fully connected layers share activations (``linear=auto``), including the
+    output layer, so ``transport`` applies to all of them. The features of fully connected layers are matched by copying or
+    pooling, like channels.
     """
 
     equations = (
@@ -44,7 +49,8 @@ class ASAP(SharingRule):
     )
 
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory:
-        """The updates need the shared activations and the inputs of layers that do not share; the stem is fixed."""
+        """The tensors that a step must store. The updates need the shared activations and the inputs of layers that use their own
+        input; the stem is fixed."""
         from fa_bench.mechanisms.trace import StepMemory
 
         groups = self.sharing_groups(model, trace)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FeedbackPathSharing(SharedActivationFeedback):
-    """The shared activation enters only the gradient of B."""
+    """Feedback pathway in which the shared activation enters only the gradient of B."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,15 +30,17 @@ class FeedbackPathSharing(SharedActivationFeedback):
 @ALGORITHMS.register("asfp")
 @dataclasses.dataclass(eq=False)
 class ASFP(SharingRule):
-    """Activation sharing in the feedback path: an earlier activation replaces the layer's input in the gradient of B only.
+    """Activation sharing in the feedback path (ASFP): an earlier activation replaces the layer's input, but only in the gradient
+    of B.
 
-    Eqs 39-42 of Woo et al. 2021.
+    The rule is given by eqs 39-42 of Woo et al. 2021.
 
-    e_in = g B; gradient of W = gᵀ x with the true input; gradient of B = gᵀ h̃ with the shared activation h̃ of `asap`, so B
-    follows W only to the extent that the activations agree. The shared activations, how they are matched, the frozen stem and the
-    fully connected layers are the same as in `asap`, and so are the options `k`, `match`, `linear`, `b_init` and `linear_b_init`.
+    The rule computes e_in = g B; gradient of W = gᵀ x with the true input; gradient of B = gᵀ h̃ with the shared activation h̃ of
+    `asap`. B therefore follows W only to the extent that h̃ and x agree. The shared activations and their matching, the frozen
+    stem and the fully connected layers are those of `asap`, and so are the options `k`, `match`, `linear`, `b_init` and
+    `linear_b_init`.
 
-    Choice: ``transport`` is refused, because it would leave no B to learn.
+    Our choice: ``transport`` is rejected, because there would be no B to learn.
     """
 
     equations = (

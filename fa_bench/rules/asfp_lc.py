@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Classifiers(ModuleRule):
-    """A classifier at the end of every block except the last: pooling, a linear layer with feedback alignment, normalisation.
+    """Local classifiers at the end of every block except the last, each with pooling, a linear layer that learns by feedback
+    alignment, and batch normalisation.
 
     Attributes:
         pool: side length to which a map is averaged.
@@ -67,20 +68,20 @@ class Classifiers(ModuleRule):
 class ASFPLC(ASFP):
     """Activation sharing in the feedback path, with a local classifier at the end of every block.
 
-    ASFP + LC, Table 2 of Woo et al. 2021.
+    The rule is "ASFP + LC" in Table 2 of Woo et al. 2021.
 
-    The model is a chain of blocks, and no error passes from one to the next. Every block except the last learns from CE(s,
-    labels) with a classifier s = BN(V p + c), where p is the block's activation, averaged to ``pool`` x ``pool`` and flattened;
-    the last block uses the network's own classifier. The classifier learns by feedback alignment: the error at p is g B, where B
-    is fixed and uniform in [-1, 1) (``linear_b_init``), and V, c and BN learn with W's optimizer. Within a block, the rule is
+    The model is a chain of blocks, and no error passes between blocks. Every block except the last learns from CE(s, labels) with
+    a local classifier s = BN(V p + c), where p is the block's activation, averaged to ``pool`` x ``pool`` and flattened. The last
+    block uses the network's own classifier. A local classifier learns by feedback alignment: the error at p is g B, where B is
+    fixed and uniform in [-1, 1) (``linear_b_init``), and V, c and BN learn with the optimizer of W. Within a block, the rule is
     `asfp` with its options `k`, `match`, `linear` and `b_init`: e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the
     shared activation h̃.
 
-    Choices, since no code was published: the blocks are those of the model (``model.blocks``, or those that end with the modules
-    in ``cuts``), namely the residual blocks and the stem. The stem's normalisation learns from its own classifier (a frozen stem
-    without normalisation has none). Activations are shared across blocks as in `asfp`. The classifier is used only in training,
-    so its normalisation always uses batch statistics: it refuses a batch of one sample, and under data parallelism each rank has
-    its own statistics.
+    No code was published, so the following are our choices. The blocks are those that the model declares (``model.blocks``), such
+    as the stem and the residual blocks, or those that end with the modules in ``cuts``. The stem has its own classifier, which
+    trains its normalisation; a frozen stem without normalisation has no classifier. Activations are shared across blocks as in
+    `asfp`. Local classifiers are used only in training, so their batch normalisation always uses batch statistics. Batch
+    normalisation therefore rejects a batch of one sample, and each data-parallel rank has its own statistics.
     """
 
     equations = (
@@ -96,7 +97,7 @@ class ASFPLC(ASFP):
 
     def wire(self, sample_input: Any) -> Coverage:
         local: Any = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
-        # Both rules share one mode, so that a measurement covers both.
+        # This rule and the classifiers share one mode, so that a measurement covers both.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
         local.objective, local._frozen, local._structure, local._uses_outside = self.objective, self._frozen, None, {}
         local.first_pass = None

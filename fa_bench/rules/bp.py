@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("bp")
 @dataclasses.dataclass(eq=False)
 class BP(Rule):
-    """Backpropagation: the reference for every metric.
+    """Backpropagation, which is the reference for every metric.
 
-    e_in = g W; gradient of W = gᵀ x; gradient of b = Σ g (Rumelhart, Hinton and Williams 1986; eqs 1-2 of Akrout et al. 2019).
+    The rule computes e_in = g W; gradient of W = gᵀ x; gradient of b = Σ g (Rumelhart, Hinton and Williams 1986; eqs 1-2 of
+    Akrout et al. 2019).
 
-    The model is not changed. Subclasses freeze parts of it.
+    This rule leaves the model unchanged, whereas subclasses freeze parts of the model.
     """
 
     equations = (
@@ -30,7 +31,7 @@ class BP(Rule):
     )
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
-        """{id of a parameter that does not learn: why}."""
+        """A dict {id of a frozen parameter: the reason}."""
         return {}
 
     def wire(self, sample_input: Any) -> Coverage:

@@ -1,4 +1,4 @@
-"""The second floor, for convolutional nets: convolutions stay random."""
+"""The floor for convolutional networks, with random convolutions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from fa_bench.utils.lazy import nn
 @ALGORITHMS.register("bp_fc")
 @dataclasses.dataclass(eq=False)
 class BPFullyConnected(BP):
-    """Floor for convolutional nets: fully connected layers learn by backpropagation, and convolutions stay random.
+    """Floor for convolutional networks: fully connected layers learn by backpropagation, and convolutions stay random.
 
-    "BP (FC only)", section 3.2 of the DKP paper.
+    The rule is "BP (FC only)" in section 3.2 of the DKP paper.
 
-    Choices not specified in the paper: gains and biases of normalisation layers that follow a convolution are frozen as well;
-    those layers stay in training mode; frozen tensors do not decay. All fully connected layers learn, including hidden ones.
+    The paper does not specify the following choices. The gains and biases of normalisation layers that follow a convolution are
+    frozen as well, but these layers stay in training mode. Frozen tensors do not decay. All fully connected layers learn,
+    including hidden ones.
     """
 
     equations = (

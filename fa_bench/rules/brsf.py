@@ -1,4 +1,4 @@
-"""Batchwise random magnitude sign-concordant feedback."""
+"""Sign-concordant feedback with random magnitudes that are resampled for every batch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from fa_bench.rules.frsf import FRSF
 class BRSF(FRSF):
     """Sign-concordant feedback with random magnitudes that are resampled for every batch.
 
-    Liao et al. 2016.
+    The rule is due to Liao et al. 2016.
 
-    e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; a new M is sampled at every training forward pass.
-    ``rule.feedback`` has the latest M; nothing is sampled during evaluation.
+    The rule computes e_in = g B with B = |M| sign(W) of the current W, where sign(0) = 0. A new M is sampled in every training
+    forward pass, and none during evaluation; ``rule.feedback`` contains the latest M.
 
-    Choices: M is Xavier-uniform (``m_init``); ``density`` below 1 masks B with one fixed mask. Sample k for a layer depends only
-    on (seed, layer, k), so no other random numbers are affected, and a resumed run draws the same M.
+    Our choices: M is Xavier-uniform (``m_init``), and if ``density`` is below 1, one fixed mask sets entries of B to zero. The
+    k-th sample of M for a layer depends only on (seed, layer, k). Sampling M therefore affects no other random numbers, and a
+    resumed run uses the same M.
     """
 
     equations = (

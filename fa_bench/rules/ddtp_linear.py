@@ -23,30 +23,34 @@ if TYPE_CHECKING:
 class DDTPLinear(DrawingRule, DKP):
     """Linear direct difference target propagation: direct feedback that learns to invert the network from noise.
 
-    Meulemans et al. 2020 (arXiv 2006.14331): DDTP-linear with the difference reconstruction loss.
+    The rule is DDTP-linear with the difference reconstruction loss (Meulemans et al. 2020, arXiv 2006.14331).
 
-    The target of the logits z is z - η δ, with δ = ∂L/∂z (N, C), and that of the activation h at a cut is h plus Q times the
+    The target of the logits z is z - η δ, with δ = ∂L/∂z (N, C). The target of the activation h at a cut is h plus Q times this
     change in z, so the gradient of half the squared distance to the target is η δ Qᵀ. The error at a cut is therefore δ B with B
-    = Qᵀ, of shape (C, features of the cut), as in `dkp`. η is omitted because it scales the errors of all hidden layers alike.
+    = Qᵀ, of shape (C, features of the cut), as in `dkp`. The factor η is omitted, because it scales the errors of all hidden
+    layers equally.
 
     B minimises the loss ‖Δz B - σ ε‖² / σ², averaged over the samples. Here σ ε is Gaussian noise added to h in an additional
     forward pass, in which nothing else changes, and Δz is the resulting change in the logits:
 
         gradient of B = 2 / (N σ²) Δzᵀ (Δz B - σ ε)
 
-    For small σ (``sigma``), with J = ∂z/∂h and weight decay λ, B converges to the transpose of Jᵀ (J Jᵀ + λ/2)⁻¹, the damped
-    pseudo-inverse of J, with J averaged over the samples. The update of h is then a Gauss-Newton update, whose angle to
-    backpropagation is not meant to be zero; the probe ``gauss_newton_angle`` measures the angles of the rule and of
-    backpropagation to it.
+    Let J be ∂z/∂h, averaged over the samples, and λ the weight decay. For small σ (``sigma``), B converges to the transpose of Jᵀ
+    (J Jᵀ + λ/2)⁻¹, the damped pseudo-inverse of J. The update of h is then a Gauss-Newton update, and its angle to the update of
+    backpropagation is not supposed to be zero. The probe ``gauss_newton_angle`` measures the angles of the rule and of
+    backpropagation to this update.
 
-    The paper's settings on MNIST (from its code): five hidden layers of 256 tanh units, Adam at lr 2e-5, σ = 0.09; feedback
-    trained by Adam at lr 1.6e-4 with decay 5.8e-7: ``optimizer@feedback_optimizer=adam``.
+    According to its code, the paper trains networks with five hidden layers of 256 tanh units on MNIST, by Adam at lr 2e-5 and
+    with σ = 0.09. The feedback is trained by Adam at lr 1.6e-4 with decay 5.8e-7, which ``optimizer@feedback_optimizer=adam``
+    allows here.
 
-    Choices and deviations: B learns in every step, whereas the code trains it for six epochs before training and for one epoch
-    after every epoch. The output layer has its true gradient, whereas the code includes the softmax in the last layer and trains
-    that layer with its target. Every cut costs one additional forward pass of the whole model. `b_init`, `density`, `within`,
-    `error_at` and `positions` work as in `dkp`; ``b_lr_scale`` is the learning rate of B relative to that of W. The equations
-    were derived from the code, and no result of the paper has been reproduced.
+    Deviations from the code: B learns in every step, whereas the code trains it for six epochs before training and for one epoch
+    after every epoch. The output layer learns from its true gradient, whereas the code includes the softmax in the last layer and
+    trains that layer with its target.
+
+    Every cut costs one additional forward pass through the whole model. The options `b_init`, `density`, `within`, `error_at` and
+    `positions` work as in `dkp`; ``b_lr_scale`` is the learning rate of B relative to that of W. We derived the equations from
+    the code and have not reproduced any result of the paper.
     """
 
     equations = (
@@ -84,7 +88,8 @@ class DDTPLinear(DrawingRule, DKP):
         return [gradient * (2 * self.loss_factor / (max(len(change), 1) * self.sigma**2))]
 
     def _responses(self, cut: str) -> tuple[Tensor, Tensor]:
-        """The change (N, C), or (N, P..., C), of the output from which errors come, and the noise at the cut that causes it."""
+        """The change of the output from which errors come, (N, C) or (N, P..., C), and the noise at the cut that causes this
+        change."""
         from fa_bench.mechanisms.second_pass import again, value_of
 
         first = self.first_pass
@@ -107,9 +112,9 @@ class DDTPLinear(DrawingRule, DKP):
         return change.movedim(self.error_axis, -1), seen["noise"]
 
     def readouts(self) -> dict[str, Tensor]:
-        """Empty: B inverts the layers above the cut; it is not a readout of the activation."""
+        """Returns no readouts, because B inverts the layers above the cut instead of estimating the logits."""
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Empty: B is not the transpose of weights."""
+        """Returns no pairs, because B has no corresponding weight."""
         return {}

@@ -22,41 +22,45 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dfa")
 @dataclasses.dataclass(eq=False)
 class DFA(CutRule):
-    """Direct feedback alignment: the output error projected to every hidden activation.
+    """Direct feedback alignment: the output error is projected directly to every hidden activation.
 
-    Nøkland 2016; section 2 of Li and Benna 2024.
+    The rule is due to Nøkland 2016; see also section 2 of Li and Benna 2024.
 
     The error at the logits, δ = ∂L/∂z of shape (N, C), is projected directly to every hidden activation, where it replaces the
-    error from the layers above; the derivatives from there down to the next weights are exact. The output layer has its true
-    gradient. B is fixed and does not decay. `form` chooses the projection:
+    error from the layers above. The derivatives from there down to the next weights are exact. The output layer learns from its
+    true gradient. B is fixed and does not decay. `form` selects the projection:
 
-    - neuron: at each cut, δ B with B of shape (C, features of the cut).
-    - kernel: at the input of each layer. Linear: δ B with B of shape (C, I). Convolution: δ is copied to every output pixel, and
-      the error is the input gradient of a convolution with B of shape (C, I, K...). Identity shortcuts still add the error from
-      above, so the rule is a hybrid in residual nets, as in the code of Li and Benna 2024.
-    - shared: one matrix, uniform in [-1, 1), for all cuts, of shape (C, features of the largest cut); each cut uses its first
-      columns, which `normalise` divides by √(features of the largest cut) (Launay et al. 2020).
+    - neuron: the error at each cut is δ B, with B of shape (C, features of the cut).
 
-    If the output has positions, such as tokens (N, T, C) or pixels (N, C, H, W), these are a second batch axis. The error at
-    position t of a cut (N, T, F) or (N, F, H, W) is δ_t B, with one B (C, F) for all positions. At a cut with fewer positions (by
-    an integer factor along each axis), each position gets the sum of the δ_t that it covers; at a cut with more positions, the
-    δ_t are copied. If only the cut has positions, B covers all of its features, with shape (C, T F); with ``positions=shared``, B
-    is (C, F), and all positions get the same δ B.
+    - kernel: the error is delivered at the input of each layer. For a linear layer, the error is δ B with B of shape (C, I). For
+      a convolution, δ is copied to every output pixel, and the error is the input gradient of a convolution with B of shape (C,
+      I, K...). Identity shortcuts still add the error from the layers above, so the rule is a hybrid in residual networks, as in
+      the code of Li and Benna 2024.
 
-    ``error_at=MODULE`` takes δ at that module's output h instead, so B has the shape (features of h, F). Layers after the module,
-    such as the vocabulary layer, learn by exact backpropagation, and h receives its exact error through their weights.
+    - shared: all cuts share one matrix of shape (C, features of the largest cut), which is uniform in [-1, 1). Each cut uses the
+      first columns of this matrix; `normalise` divides them by √(features of the largest cut) (Launay et al. 2020).
+
+    If the output has positions, such as tokens (N, T, C) or pixels (N, C, H, W), they are treated as a second batch axis. The
+    error at position t of a cut (N, T, F) or (N, F, H, W) is δ_t B, with one B (C, F) for all positions. If the cut has fewer
+    positions than the output (by an integer factor along each axis), each position gets the sum of the δ_t that it covers; if the
+    cut has more, the δ_t are copied. If only the cut has positions, B has the shape (C, T F) and covers all features of the cut.
+    With ``positions=shared``, B is then (C, F), and all positions get the same δ B.
+
+    ``error_at=MODULE`` takes δ at the output h of this module instead, so B has the shape (features of h, F). Layers after the
+    module, such as the vocabulary layer, learn by exact backpropagation, and h receives its exact error through their weights.
 
     With ``within=block``, there are cuts only at the ends of the model's blocks (or at `cuts`), and all layers between two cuts
-    learn by exact backpropagation from the upper one. This is weight transport within blocks, as coverage and reports state. By
-    default (``within=layer``), there must be a cut between a weight or an embedding and the next weight.
+    learn by exact backpropagation from the upper cut. This option causes weight transport within blocks, which coverage and
+    reports state. By default (``within=layer``), there must be a cut between any weight or embedding and the next weight.
 
-    Together, these two options give the settings of Launay et al. 2020 for transformers, with the error taken at the input of the
-    vocabulary layer and cuts at the end of each block ("macro") or also inside it ("micro"):
-    ``algorithm=dfa algorithm.form=shared algorithm.within=block`` with ``algorithm.error_at=MODULE``, the last block or
-    normalisation, and for "micro" also ``algorithm.cuts='[*norm1,*act,*norm2]'``, with the names of the model's own modules.
+    Together, ``within`` and ``error_at`` give the settings of Launay et al. 2020 for transformers. In these settings, the error
+    is taken at the input of the vocabulary layer, and the cuts are at the end of each block ("macro") or also inside the block
+    ("micro"). The options are ``algorithm=dfa algorithm.form=shared algorithm.within=block`` and ``algorithm.error_at=MODULE``,
+    where MODULE is the last block or the last normalisation layer. For "micro", add ``algorithm.cuts='[*norm1,*act,*norm2]'``,
+    with the names of the model's own modules.
 
-    Choices: B is Xavier-uniform for neuron and kernel (``b_init``), with one fixed mask if ``density`` is below 1; its fan_in is
-    the number of features, and its fan_out is C.
+    Our choices: for neuron and kernel, B is Xavier-uniform (``b_init``), where fan_in is the number of features and fan_out is C.
+    If ``density`` is below 1, one fixed mask sets entries of B to zero.
     """
 
     equations = (r"e_a &= \delta B,\quad B \text{ fixed}",)
@@ -113,7 +117,7 @@ class DFA(CutRule):
 
     @property
     def reads_values(self) -> bool:
-        """The kernel form needs a layer's input, which the layer may pad."""
+        """True for the kernel form, which needs the layer's input because the layer may pad it."""
         return self.form == "kernel"
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
@@ -125,7 +129,8 @@ class DFA(CutRule):
         return self.project(cut, broadcast, captured)
 
     def input_error(self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None) -> Tensor:
-        """The kernel form's error at a layer's input; `output_shape` is that of the layer, by default the shape of g."""
+        """The error at the input of a layer for the kernel form. `output_shape` is the shape of the layer's output; by default,
+        it is that of g."""
         from fa_bench.mechanisms.edge.layers import padded
 
         module = self.model.get_submodule(layer)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: The key for entries of the output, in dictionaries whose other keys are cuts.
+#: The key of the output in dictionaries that are otherwise indexed by cuts.
 OUTPUT_OF_MODEL = ""
 #: The feedback tensor of the output, which is stored at the last cut.
 OF_OUTPUT = "B_output"
@@ -35,7 +35,7 @@ OF_OUTPUT = "B_output"
 
 @dataclasses.dataclass
 class Controller:
-    """The linearised closed loop between the output z (N, C) and the voltages v, for every sample of a batch.
+    """The linearised closed loop between the output z (N, C) and the voltages v, for all samples of a batch.
 
     Attributes:
         feedback: cut, or "" for the output -> Qᵀ (C, F), or that of each sample (N, C, F).
@@ -48,7 +48,8 @@ class Controller:
     output: Tensor
 
     def control(self, error: Tensor, leak: float) -> Tensor:
-        """u = (J Q + leak I)⁻¹ error (N, C), the controller's steady state; not finite where the matrix is singular."""
+        """The controller's steady state u = (J Q + leak I)⁻¹ error (N, C), which is not finite for samples with a singular
+        matrix."""
         damped = self.loop + leak * torch.eye(self.loop.shape[1], dtype=self.loop.dtype, device=self.loop.device)
         return torch.linalg.solve_ex(damped, error.to(damped.dtype).unsqueeze(2))[0].squeeze(2)
 
@@ -61,63 +62,71 @@ class Controller:
 @ALGORITHMS.register("dfc")
 @dataclasses.dataclass(eq=False)
 class DFC(DrawingRule, LearnedCutRule, PassRule):
-    """Deep feedback control: a controller drives the output to a target, and layers learn from the changes that it causes.
+    """Deep feedback control: a controller drives the output to a target, and layers learn from the changes that the controller
+    causes.
 
-    Meulemans et al. 2021, arXiv 2106.07887, with the steady state in closed form, which is the option ``ssa`` in the code of
-    Meulemans et al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). With r_0 = x, the steady state of the voltages before the
-    nonlinearities φ and of the controller's output u (C,) for a sample is
+    The rule is due to Meulemans et al. 2021, arXiv 2106.07887. Here, the steady state is computed in closed form, as with the
+    option ``ssa`` in the code of Meulemans et al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). The following equations give the
+    steady state for a sample with r_0 = x, where v_l are the voltages before the nonlinearities φ and u (C,) is the controller's
+    output:
 
         v_l = W_l r_{l-1} + b_l + Q_l u,    r_l = φ(v_l),    α u = z* - z,    z* = z⁻ - λ ∂L/∂z⁻,
 
-    with z⁻ the output without control, L the sample's loss, λ the step to the target (`target_stepsize`), α the controller's leak
-    (`alpha`), and a Q_l (F_l, C) for every layer, including the output layer. Linearised around the forward pass, with J (C, ΣF)
-    the Jacobian of z with respect to all voltages, the steady state is
+    Here z⁻ is the output without control, L the sample's loss, λ the step to the target (`target_stepsize`) and α the
+    controller's leak (`alpha`). Every layer, including the output layer, has a Q_l (F_l, C). Let J (C, ΣF) be the Jacobian of z
+    with respect to all voltages. The following equations give the steady state, linearised around the forward pass:
 
         u = (J Q + α I)⁻¹ (z* - z⁻),    Δv = Q u.
 
-    A final pass propagates the activities with Δv added, so r_{l-1} is controlled as well. With v⁻_l = W_l r_{l-1} + b_l,
+    A final pass propagates the activities with Δv added, so r_{l-1} is controlled as well. The gradient follows from v⁻_l = W_l
+    r_{l-1} + b_l:
 
         gradient of W_l = -1/N Σ_n (φ(v⁻_l + Δv_l) - φ(v⁻_l)) r_{l-1}ᵀ,
 
-    and Δv_l in place of the difference with ``learning_rule=voltage_difference``. The output layer has no nonlinearity; its
-    voltage is z. For small λ, gradients are proportional to λ: Adam is not affected, but SGD needs a learning rate proportional
-    to 1/λ.
+    With ``learning_rule=voltage_difference``, Δv_l replaces the difference. The output layer has no nonlinearity, and its voltage
+    is z. For small λ, gradients are proportional to λ. The size of the gradients does not affect Adam, but SGD needs a learning
+    rate proportional to 1/λ.
 
     **Feedback.** `feedback_weights` determines Q. With ``learned``, B_l = Q_lᵀ (C, F_l) is initially Xavier-normal (`b_init`),
-    and B at the output is initially the identity; both learn from Gaussian noise. In another forward pass, σ ε (`sigma`) is added
-    to all voltages, the controller with the leak `alpha_fb` counteracts its effect on z, and Q learns by an anti-Hebbian rule
-    from the voltages that the layer then receives:
+    and B at the output is initially the identity; both learn from Gaussian noise. In another forward pass, noise σ ε (`sigma`) is
+    added to all voltages, and the controller, now with the leak `alpha_fb`, counteracts its effect on z. Q learns by an
+    anti-Hebbian rule from the voltages that each layer then receives:
 
         u = (J Q + α_fb I)⁻¹ (z⁻ - z_noisy),    v_fb = Q u + σ ε,    gradient of Q_l = 1/(N σ²) Σ_n v_fb,l uᵀ.
 
-    The decay -β Q of the paper is the weight decay of the feedback's optimizer. If all samples share one J, Q converges to Jᵀ M,
-    whose columns are in the row space of J, and Δv is then a damped Gauss-Newton step. ``b_lr_scale`` is the learning rate of B
-    relative to that of W. With ``fixed``, Q keeps its initial value, which is the identity at the output. With ``jacobian``, an
-    oracle without stored feedback, Q is Jᵀ of every sample. For α → 0, Δv is then J⁺ (z* - z⁻), the Gauss-Newton step; for large
-    α, Δv is -λ/α Jᵀ ∂L/∂z⁻, which has the direction of backpropagation. The gradients have the same direction with the voltage
-    difference, whereas the difference of φ(v) adds a factor φ'(v) in the hidden layers.
+    The paper's decay -β Q is the weight decay of the feedback's optimizer here. If all samples have the same J, Q converges to a
+    matrix Jᵀ M with columns in the row space of J, and Δv is then a damped Gauss-Newton step. ``b_lr_scale`` is the learning rate
+    of B relative to that of W.
 
-    Weight transport: the dynamics, which are the biological process in the paper, do not transport weights. The closed form does,
-    because it obtains J from C backward passes through the weights.
+    With ``fixed``, Q keeps its initial value, which is the identity at the output. With ``jacobian``, an oracle without stored
+    feedback, Q is Jᵀ for each sample. For α → 0, Δv is then J⁺ (z* - z⁻), the Gauss-Newton step; for large α, Δv is -λ/α Jᵀ
+    ∂L/∂z⁻, which has the direction of backpropagation. With the voltage difference, the gradients have this direction, too,
+    whereas the difference of φ(v) adds a factor φ'(v) in the hidden layers.
 
-    Deviations from the paper and its code: the dynamics are not simulated. The published runs on MNIST (no ``ss`` or ``ssa`` in
-    their commands) average the updates over 500 Euler steps from rest, and Q learns from the correlations over 44 steps with
-    noise in the apical compartments, far from the steady state. Strong-DFC, whose target is the label, has no closed form in that
-    code, because the linearisation is not valid there, and is not implemented. Q learns in every step together with W, whereas
-    the code first trains it alone for 20 epochs, and then for one epoch before every epoch. The code's gradient has an additional
-    factor of 2, and its voltage difference has the wrong sign in the steady state. The code does not divide by σ² if it is below
-    0.01². Choices: α = 0.001 and α_fb = 0.5 are its defaults, but λ = 0.1 and σ = 0.1 are not. The equations were not checked
-    against the text of the papers, and no result has been reproduced.
+    Weight transport: the dynamics, which are the biological process in the paper, do not require weight transport. The closed
+    form requires it, because J is computed by C backward passes through the weights.
 
-    Frozen layers before the first one that learns (``freeze_stem``) are not controlled: their output is the input r_0. A frozen
-    layer after one that learns is controlled, and its B learns.
+    Deviations from the paper and its code: we do not simulate the dynamics. In the published runs on MNIST (without ``ss`` or
+    ``ssa`` in their commands), updates are averages over 500 Euler steps from rest, and Q learns from the correlations over 44
+    steps with noise in the apical compartments, far from the steady state. Strong-DFC, which uses the label as the target, is not
+    implemented. The published code has no closed form for it, because the linearisation is not valid there. Q learns in every
+    step together with W, whereas the code first trains only Q for 20 epochs and then for one epoch before every epoch. The code's
+    gradient has an additional factor of 2, and its voltage difference has the wrong sign in the steady state. The code does not
+    divide by σ² if σ² is below 0.01². The values α = 0.001 and α_fb = 0.5 are defaults of the code, whereas λ = 0.1 and σ = 0.1
+    are our choices. We did not check the equations against the text of the papers and have not reproduced any result.
 
-    At a cut that is not an elementwise nonlinearity, such as a block, Q u is added to its output, with φ the identity; a cut at a
-    pooling layer is treated as one at the nonlinearity before it. Layers may be normalised; they then learn through everything
-    between the previous cut and the nonlinearity. With batch normalisation, J also contains the effect of a sample on the outputs
-    of the others. Outputs must be (N, C). Additional passes run without autocast, because Δv is small. Dropout masks are those of
-    the first pass. Multiplications: three additional forward passes (two if Q does not learn), C backward passes for the errors
-    alone, half a backward pass for the weights, and a C x C system for every sample; J is not stored except with ``jacobian``.
+    Frozen layers before the first trainable layer (``freeze_stem``) are not controlled, and their output is the input r_0. A
+    frozen layer after a trainable one is controlled, and its B learns.
+
+    If the module at a cut is not an elementwise nonlinearity but, for example, a block, Q u is added to its output, and φ is the
+    identity. A cut at a pooling layer is treated like a cut at the preceding nonlinearity. Layers may be normalised; they then
+    learn through everything between the previous cut and the nonlinearity. With batch normalisation, J also contains the effect
+    of a sample on the outputs of the other samples. Outputs must be (N, C). Additional passes run without autocast, because Δv is
+    small. Dropout masks are those of the first pass.
+
+    An update needs three additional forward passes (two if Q does not learn) and C backward passes that compute only the errors.
+    An update also needs half a backward pass for the weights and solves a C x C system for every sample. J is stored only with
+    ``jacobian``.
     """
 
     equations = (
@@ -164,7 +173,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         return dataclasses.replace(coverage, covered=covered, transport=transport)
 
     def trainable_cuts(self, trace: Trace) -> set[str]:
-        """The cuts that the controller acts on: B also learns where a frozen layer follows one that learns."""
+        """The cuts that the controller acts on. The cuts of frozen layers that follow a trainable layer are included, because B
+        learns there, too."""
         return self.after_first_trainable(trace)
 
     def notes(self) -> tuple[str, ...]:
@@ -175,7 +185,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
         if self.error_dims != 2:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
-        #: The cuts whose voltage is at the module's input; the voltage of all other cuts is at the output.
+        #: The cuts at which the voltage is the input of the module; at all other cuts, it is the output.
         self._nonlinear = frozenset(cut for cut in features if self.is_nonlinearity(cut))
         self._last = list(features)[-1]
         self._learned, self._masked = {cut: [] for cut in features}, False
@@ -189,7 +199,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             self._learned[self._last].append(LearnedTensor(self._last, module, make_learned(module, OF_OUTPUT), self._witness))
 
     def is_nonlinearity(self, cut: str) -> bool:
-        """As for `pepita`, but False if the module draws random numbers, which would differ in a second evaluation."""
+        """Whether the cut is at a nonlinearity, as in `pepita`; False if the module uses random numbers, which would change when
+        it is evaluated again."""
         modules = self._cut_modules[cut].modules()
         draws = any(isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) for module in modules)
         return not draws and super().is_nonlinearity(cut)
@@ -215,13 +226,14 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         return [found.get(id(parameter)) for parameter in parameters]
 
     def _learned_at_places(self) -> Iterator[tuple[str, LearnedTensor]]:
-        """Each learned tensor with its cut, or with "" for the output."""
+        """Each learned tensor with its cut; the cut is "" for the tensor of the output."""
         for cut, learned in self._learned.items():
             yield from zip((cut, OUTPUT_OF_MODEL), learned, strict=False)
 
     @contextmanager
     def _pass(self, change: Callable[[str, Tensor], Tensor]) -> Iterator[Tensor]:
-        """A context with the output of an additional pass, in which `change` replaces the voltage of every cut."""
+        """A context manager that provides the output of an additional pass, in which `change` replaces the voltage of every
+        cut."""
         from fa_bench.mechanisms.second_pass import repeated
 
         assert self.first_pass is not None
@@ -231,7 +243,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             yield self.logits_of(result)
 
     def _linearised(self) -> Controller:
-        """The closed loop around the first pass."""
+        """The closed loop, linearised around the first pass."""
         seen: dict[str, Tensor] = {}
 
         def at(cut: str, voltage: Tensor) -> Tensor:
@@ -268,7 +280,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         return feedback
 
     def _feedback_of_output(self, unit: Tensor) -> Tensor:
-        """B of the output, (C, C), which is the identity unless it learns."""
+        """The feedback B of the output, (C, C), which is the identity unless it learns."""
         return self.tensor(self._last, OF_OUTPUT).to(unit.dtype) if self.feedback_weights == "learned" else unit
 
     def _steady_state(
@@ -303,12 +315,12 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             return list(torch.autograd.grad(outputs, weights, errors, allow_unused=True))
 
     def _activation(self, cut: str, voltage: Tensor) -> Tensor:
-        """φ(v), without the hooks of the nonlinearity."""
+        """The activation φ(v), computed without the hooks of the nonlinearity."""
         with torch.no_grad():
             return self._cut_modules[cut].forward(voltage.clone())  # the nonlinearity may work in place
 
     def _feedback_gradients(self, controller: Controller, share: float) -> dict[str, Tensor]:
-        """Cut, or "" for the output -> the gradient of its B (C, F), from a pass with noise in all voltages."""
+        """A dict {cut, or "" for the output: the gradient of its B (C, F)}, computed in a pass with noise in all voltages."""
         self.next_draws()
         noise: dict[str, Tensor] = {}
 
@@ -331,7 +343,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
 
 def _jacobian_rows(output: Tensor, voltages: dict[str, Tensor], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """The rows of J, one for each class: cut -> the derivatives (N, F) of the output (N, C) with respect to the voltage there."""
+    """The rows of J, one for each class, as dicts {cut: the derivatives (N, F) of the class's output with respect to the
+    voltage}."""
     if not voltages:
         yield from ({} for _ in range(output.shape[1]))
         return

@@ -22,30 +22,32 @@ if TYPE_CHECKING:
 class DGL(ModuleRule):
     """Decoupled greedy learning: each block learns from its own auxiliary classifier.
 
-    Belilovsky, Eickenberg and Oyallon 2020; all modules are trained at once.
+    The rule is due to Belilovsky, Eickenberg and Oyallon 2020. All modules are trained simultaneously.
 
-    The network is a chain of modules, here the blocks that the model declares. Each module except the last is followed by an
-    auxiliary net A, and both learn by true backpropagation of CE(A(a), labels), where a is the module's output; no error passes
-    from one module to the next. The last module learns from the network's own classifier and loss. `auxiliary_net` chooses A, for
-    a map a with C channels and size H x W:
+    The network is a chain of modules, which are the blocks that the model declares. Each module except the last is followed by an
+    auxiliary network A, and both learn by exact backpropagation of CE(A(a), labels), where a is the module's output. No error
+    passes from one module to another. The last module learns from the network's own classifier and loss. For a map a with C
+    channels and size H x W, `auxiliary_net` selects A as follows:
 
-    - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉; three stages, each a 1x1 convolution from C to C channels without bias, batch
-      normalisation and ReLU; average pooling to 2x2; three stages, each a linear layer from 4C to 4C features, batch
-      normalisation and ReLU; a linear layer to the classes.
-    - mlp: the same without the convolutions.
-    - linear: the two average poolings and the last layer.
+    - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉ is followed by three stages, each with a 1x1 convolution from C to C channels
+      without bias, batch normalisation and ReLU. Average pooling to 2x2 is followed by three more stages, each with a linear
+      layer from 4C to 4C features, batch normalisation and ReLU, and by a linear layer to the classes.
 
-    For a flat activation a of F features, the layers are F wide, and mlp_sr is the same as mlp. The auxiliary nets learn with W's
-    optimizer. The paper's settings: SGD at 0.1, multiplied by 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50
-    epochs.
+    - mlp: the same layers without the convolutions.
 
-    If the model's output has positions, such as tokens, a module must have the same positions. A is applied to each position,
-    with its own label, as to a flat activation.
+    - linear: only the two pooling layers and the last linear layer.
 
-    Choices: average pooling never enlarges a map, so a map of a single pixel has C features, not 4C. A is used only in training,
-    so its batch normalisation always uses batch statistics: it refuses a batch of one sample (which ``auxiliary_net=linear``
-    accepts), and under data parallelism each rank has its own statistics. ``cuts`` and ``model.blocks`` name the last layer of
-    each module; modules that feed the output layer belong to the last module.
+    For a flat activation a with F features, the layers have width F, and mlp_sr is the same as mlp. The auxiliary networks learn
+    with the optimizer of W. The paper trains for 50 epochs by SGD with momentum 0.9, decay 5e-4 and batches of 128. The learning
+    rate is 0.1, multiplied by 0.2 every 15 epochs.
+
+    If the model's output has positions, such as tokens, every module must have the same positions. A is then applied to each
+    position, which has its own label, as if it were a flat activation.
+
+    Our choices: average pooling never enlarges a map, so a map of a single pixel has C features instead of 4C. A is used only in
+    training, so its batch normalisation always uses batch statistics. A therefore rejects a batch of one sample, except with
+    ``auxiliary_net=linear``, and each data-parallel rank has its own statistics. ``cuts`` and ``model.blocks`` name the last
+    layer of each module. A module that feeds the output layer is part of the last module.
     """
 
     equations = (

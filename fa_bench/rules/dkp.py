@@ -18,32 +18,33 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dkp")
 @dataclasses.dataclass(eq=False)
 class DKP(LearnedCutRule):
-    """Direct Kolen-Pollack: direct feedback that is trained as a readout of the activations.
+    """Direct Kolen-Pollack: direct feedback is trained as a readout of the activations.
 
-    Eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment".
+    The rule is given by eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment".
 
     δ = ∂L/∂z of shape (N, C) is the error at the logits. The error at a cut is δ B, as in direct feedback alignment, with B of
-    shape (C, features of the cut), and B learns with
+    shape (C, features of the cut), and B learns from the following gradient:
 
         gradient of B = δᵀ a,    a (N, features) the activation at the cut, flattened.
 
-    So B is a linear readout of a, trained on the network's output error, and a Bᵀ aligns with the logits. At the last hidden
-    activation the gradient of B is that of the output layer's weight.
+    B is thus a linear readout of the activation a, trained on the network's output error, and a Bᵀ aligns with the logits. At the
+    last hidden activation, the gradient of B is that of the output layer's weight.
 
-    If δ has positions (tokens, pixels), B (C, F) is the same for all of them, and its gradient is the sum of δᵀ a over samples
-    and positions. The options `within`, `error_at` and `positions` are those of `dfa`; with `error_at`, a Bᵀ aligns with the
-    output of that module, and with ``positions=shared`` the gradient of B is δᵀ times the sum of a over its positions.
+    If δ has positions (tokens, pixels), all of them share one B (C, F), and its gradient is the sum of δᵀ a over samples and
+    positions. The options `within`, `error_at` and `positions` are those of `dfa`. With `error_at`, a Bᵀ aligns with the output
+    of the selected module. With ``positions=shared``, the gradient of B is δᵀ times the sum of a over its positions.
 
-    B needs a much lower learning rate than W, or training diverges. To give it its own optimizer, schedule and decay, use
-    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``. Otherwise it shares W's optimizer, and `b_lr_scale` sets
-    its learning rate relative to W's (0: direct feedback alignment). Weight decay applies to B as to W. The paper's settings: for
-    the net with two convolutions, SGD with Nesterov momentum 0.9 and decay 1e-6 for both, W at lr 1e-2, and B at lr 1e-4,
-    multiplied by 0.85 per epoch; for AlexNet, decay 1e-4, W at lr 1e-2, and B trained by Adam at lr 5e-4.
+    B needs a much lower learning rate than W, or training diverges. To give B its own optimizer, schedule and decay, use
+    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``. Otherwise, B shares the optimizer of W, and `b_lr_scale`
+    sets its learning rate relative to that of W; 0 gives direct feedback alignment. Weight decay applies to B as well as to W.
+    For the network with two convolutions, the paper trains W and B by SGD with Nesterov momentum 0.9 and decay 1e-6. W has lr
+    1e-2, and B has lr 1e-4, multiplied by 0.85 per epoch. For AlexNet, the paper uses decay 1e-4, trains W at lr 1e-2 and trains
+    B by Adam at lr 5e-4.
 
-    Choices: B is Kaiming-uniform with the cut's features as its fan, as in the paper; the paper's code starts from
-    ``b_init=zeros`` for AlexNet. ``b_lr_scale`` 0.01 is the paper's ratio for the net with two convolutions. `density` below 1
-    masks B with one fixed mask, which is reapplied after every update. In the paper, training diverged without batch
-    normalisation.
+    As in the paper, B is initially Kaiming-uniform, with the number of the cut's features as the fan; for AlexNet, the paper's
+    code uses ``b_init=zeros``. The default ``b_lr_scale`` of 0.01 is the paper's ratio for the network with two convolutions. If
+    `density` is below 1, one fixed mask sets entries of B to zero and is reapplied after every update. In the paper, training
+    diverged without batch normalisation.
     """
 
     equations = (
@@ -76,10 +77,9 @@ class DKP(LearnedCutRule):
 
 
 def _product(delta: Tensor, activation: Tensor) -> Tensor:
-    """δᵀ a, (C, F), for δ (N, C) and an activation (N, ...) with F features."""
+    """The product δᵀ a (C, F) of δ (N, C) and an activation a (N, ...) with F features."""
     if activation.dim() != 4 or activation.is_contiguous():
         return delta.t().mm(activation.flatten(1))
-    # A map with its channels last, as compilers store it, is many times larger than the product, so the product is reordered
-    # instead.
+    # Compilers store maps with their channels last. Since a map is many times larger than the product, the product is reordered.
     last = activation.movedim(1, -1)
     return delta.t().mm(last.flatten(1)).unflatten(1, last.shape[1:]).movedim(-1, 1).flatten(1)

@@ -20,31 +20,33 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("drtp")
 @dataclasses.dataclass(eq=False)
 class DRTP(CutRule):
-    """Direct random target projection: the labels, projected to every hidden activation.
+    """Direct random target projection: the labels are projected directly to every hidden activation.
 
-    Frenkel, Lefebvre and Bol 2021.
+    The rule is due to Frenkel, Lefebvre and Bol 2021.
 
-    The error at a cut depends on the labels only: y B s / N, with y (N, C) the one-hot labels, B (C, features of the cut) fixed
-    and random, s the `scale` and N the batch size. The output layer has its true gradient. The error does not depend on the
-    network's output, so a layer can be updated as soon as it has been evaluated. For the same reason, the error never vanishes. B
-    does not decay.
+    The error at a cut depends only on the labels. It is y B s / N, where y (N, C) are the one-hot labels, B (C, features of the
+    cut) is fixed and random, s is the option `scale`, and N is the batch size. The output layer learns from its true gradient.
+    Since the error does not depend on the network's output, a layer can be updated as soon as it has been evaluated. For the same
+    reason, the error never vanishes. B does not decay.
 
-    ``error_sign=true`` is sDFA: the error is sign(δ) B s / N, where δ = ∂L/∂z is the error at the logits, which has the sign of
-    output minus target. With the cross-entropy, the sign is -1 for the label and +1 for every other class, until a probability
-    rounds to zero.
+    ``error_sign=true`` is sDFA: the error is sign(δ) B s / N, where δ = ∂L/∂z is the error at the logits, with the sign of output
+    minus target. With the cross-entropy, this sign is -1 for the label and +1 for every other class, unless a probability is
+    rounded to zero.
 
-    If the model's output has positions (tokens, pixels), each label is projected to its own position, with B (C, F) the same for
-    all, and N is the number of labels: positions labelled -100 are excluded from the loss and get no error. At a cut with fewer
-    positions, each position gets the sum of the errors that it covers. ``within=block`` cuts only at the ends of the model's
-    blocks and lets the layers of each block learn by backpropagation from its end, as in `dfa`. There is no ``error_at``, because
-    labels have no error at a hidden layer.
+    If the model's output has positions (tokens, pixels), each label is projected to its own position. All positions share one B
+    (C, F), and N is the number of labels, because positions labelled -100 are excluded from the loss and get no error. At a cut
+    with fewer positions, each position gets the sum of the errors that it covers. As in `dfa`, ``within=block`` places cuts only
+    at the ends of the model's blocks, and the layers of each block learn by backpropagation from its end. There is no option
+    ``error_at``, because labels exist only at the output.
 
-    Choices: the error is divided by N, like the error of the output layer. The paper's code does so only at the output, which
-    corresponds to ``scale`` = N here. The sign is that of the code; it makes no difference because the distribution of B is
-    symmetric about zero. B is Kaiming-uniform with the cut's features as its fan (``b_init``), with one fixed mask if ``density``
-    is below 1. The error is scaled like the loss. The paper uses tanh units (``architecture.activation=tanh``) and no batch
-    normalisation. With unbounded units such as ReLU, the activations grow without bound, because the error never vanishes. The
-    cuts are those of `dfa`.
+    Our choices: the error is divided by N, like the error of the output layer. The paper's code divides only the error of the
+    output layer by N, which corresponds to ``scale`` = N here. The sign of the error is that of the code; it makes no difference,
+    because the distribution of B is symmetric about zero. B is Kaiming-uniform, with the number of the cut's features as the fan
+    (``b_init``); if ``density`` is below 1, one fixed mask sets entries of B to zero. If the loss is scaled, the error is scaled
+    by the same factor.
+
+    The paper uses tanh units (``architecture.activation=tanh``) and no batch normalisation. With unbounded units such as ReLU,
+    the activations grow without bound, because the error never vanishes. The cuts are those of `dfa`.
     """
 
     equations = (
@@ -78,11 +80,12 @@ class DRTP(CutRule):
         if self.error_sign:
             return self.project(cut, broadcast.sign() * factor, captured)
         assert target is not None
-        # The rows of B that the one-hot labels select, at B's precision even under autocast, since they do not depend on δ.
+        # The one-hot labels select rows of B. These rows keep the precision of B even under autocast, because they do not depend
+        # on δ.
         return self.in_shape(cut, self.matrix(cut, captured).index_select(0, target).mul_(factor), captured)
 
     def _at_positions(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
-        """The signal for an output with positions; positions without a label have no error and do not count."""
+        """The signal for an output with positions; positions without a label have no error and are not counted."""
         labelled = target != ignored_label(self.objective) if target is not None else broadcast.ne(0).any(-1)
         feedback = self.tensor(cut, "B")
         count = labelled.sum().clamp_min(1).to(torch.promote_types(feedback.dtype, torch.float32))

@@ -13,27 +13,28 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("dual_propagation")
 @dataclasses.dataclass(eq=False)
 class DualPropagation(EdgeRule):
-    """Dual propagation: errors pass through the weights, with a finite difference in place of the derivative of every
-    nonlinearity.
+    """Dual propagation: errors pass through the weights, and a finite difference replaces the derivative of every nonlinearity.
 
-    Høier, Staudt and Zach 2023 (arXiv 2302.01228), in the form of the authors' code for convolutional nets.
+    The rule is due to Høier, Staudt and Zach 2023 (arXiv 2302.01228); its form is that of the authors' code for convolutional
+    networks.
 
-    e_in = g W. A nonlinearity φ with the input a and the error g at its output passes on
+    e_in = g W. A nonlinearity φ with the input a and the error g at its output passes the following error to its input:
 
         g_in = (φ(a + β s g) - φ(a - β s g)) / (2 β s),    s = N / c
 
-    for N samples and a loss that is c times the mean of their losses, so s g is the error of a sample's own loss. Gradients
-    of W and b are those of backpropagation with these errors; pooling, normalisation and softmax have exact derivatives. With
-    ``beta`` → 0, and for linear φ with every ``beta``, this is backpropagation; for ReLU and β s |g| ≥ |a| the slope tends to 1/2
-    on both sides.
+    Here N is the number of samples, and the loss is c times the mean of their losses, so s g is the error of a sample's own loss.
+    The gradients of W and b are those of backpropagation with these errors. Pooling, normalisation and softmax have exact
+    derivatives. For ``beta`` → 0, and for linear φ with any ``beta``, this is backpropagation. For ReLU and β s |g| ≥ |a|, the
+    slope tends to 1/2 on both sides.
 
-    ``derivative=dual`` does the same in every rule that passes errors through feedback in each layer; ``kp`` with this option is
-    KP-DP. ``derivative=exact`` makes this rule `bp`.
+    In every rule that passes errors through separate feedback in each layer, ``derivative=dual`` replaces the derivatives in the
+    same way; ``kp`` with this option is KP-DP. With ``derivative=exact``, this rule is `bp`.
 
-    Choices: the code differentiates the mean loss with β = 1 and without s, so its finite difference depends on the batch size.
-    Its setting corresponds to ``beta`` = 1/N here, and the default is the value for its batches of 100. Every elementwise module
-    of torch.nn is covered, not only ReLU; nonlinear functions outside of modules, such as those of `nn.LSTM`, are refused. The
-    equations were taken from the code and were not compared with the paper, whose accuracies have not been reproduced.
+    In contrast to this rule, the code differentiates the mean loss with β = 1 and without s, so its finite difference depends on
+    the batch size. This setting corresponds to ``beta`` = 1/N here, and the default is the value for the code's batches of 100.
+    The rule covers every elementwise module of torch.nn, not only ReLU, and rejects nonlinear functions outside of modules, such
+    as those in `nn.LSTM`. We took the equations from the code, did not compare them with the paper, and have not reproduced the
+    paper's accuracies.
     """
 
     equations = (

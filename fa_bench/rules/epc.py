@@ -1,4 +1,4 @@
-"""Predictive coding in its form with errors."""
+"""Predictive coding, formulated in terms of errors."""
 
 from __future__ import annotations
 
@@ -11,43 +11,46 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("epc")
 @dataclasses.dataclass(eq=False)
 class EPC(EnergyRule):
-    """Error-based predictive coding: errors between the blocks settle, and then each block learns from its own error.
+    """Error-based predictive coding: the errors between the blocks are optimised first, and then each block learns from its own
+    error.
 
-    Goemaere, Oliviers, Bogacz and Demeester, arXiv 2505.20137. Let s_l be the state at the end of block l, f_l the block's
-    function and L the loss of a sample. The energy of N samples is
+    The rule is due to Goemaere, Oliviers, Bogacz and Demeester, arXiv 2505.20137. Let s_l be the state at the end of block l, f_l
+    the block's function and L the loss of a sample. The following equation defines the energy of N samples:
 
         E = Σ_n [ Σ_l ½‖e_l‖² + L(f_L(s_{L-1})) ],    s_l = f_l(s_{l-1}) + e_l,    s_0 = x.
 
-    Beginning with e = 0, where E is the loss, there are `steps` steps with step size η (`rate`) and momentum μ (`momentum`):
+    The errors start from e = 0, where E is the loss, and take `steps` gradient steps with step size η (`rate`) and momentum μ
+    (`momentum`):
 
         v_l ← μ v_l + ∂E/∂e_l,    e_l ← e_l - η v_l;
 
-    ∂E/∂e_l is e_l plus the error that backpropagation passes from the loss to s_l through all later blocks, so each step is exact
-    reverse-mode differentiation of the whole net. Then every block learns from the gradient of E / N with the states fixed, -e_lᵀ
-    ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient of the loss at the settled state. In `pc`, the states
-    settle instead; the minima are the same.
+    The derivative ∂E/∂e_l is e_l plus the error that backpropagation passes from the loss to s_l through all later blocks, so
+    each step needs exact reverse-mode differentiation of the whole network. Then every block learns from the gradient of E / N
+    with the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient of the loss at the final
+    state. In `pc`, the states are optimised instead of the errors; the minima are the same.
 
     **When this is backpropagation.** After a few small steps, e_l = -T η ∂L/∂s_l + O(η²), where T is the number of steps. Every
-    hidden layer then learns from backpropagation's gradient times T η, and the output layer from backpropagation's gradient
-    itself. At T = 5, η = 0.001, the values in the paper's code for CIFAR-10, the factor is 0.005, which Adam cancels: such a run
-    is backpropagation except for Adam's ε and the output layer's learning rate. With ``steps=1 rate=1``, the gradient of the
-    first block is exactly that of backpropagation. Coverage has a note if T η is below 0.1, and ``probes=[energy]`` measures how
-    far the errors have settled and the cosine between each layer's gradient and backpropagation's. Accuracies close to those of
-    `bp` mean nothing without these measurements.
+    hidden layer then learns from the gradient of backpropagation times T η, and the output layer from the unscaled gradient. With
+    T = 5 and η = 0.001, the values in the paper's code for CIFAR-10, the factor is 0.005, which Adam cancels. Such a run is
+    backpropagation except for Adam's ε and the relative learning rate of the output layer. With ``steps=1 rate=1``, the gradient
+    of the first block is exactly that of backpropagation. Coverage includes a note if T η is below 0.1. ``probes=[energy]``
+    measures how far the errors have converged, and the cosine between each layer's gradient and that of backpropagation.
+    Accuracies close to those of `bp` mean nothing without these measurements.
 
-    The blocks are those that the model declares, or those that end at `cuts`. Weights are transported within every block and,
-    because each step differentiates the whole net, also from one block to the next.
+    The blocks are those that the model declares, or those that end at `cuts`. The rule uses weight transport within every block
+    and, because each step differentiates the whole network, also between blocks.
 
-    Not checked against the paper: the equations come from its code and a derivation. Choices: the default is 20 steps of 0.1,
-    whereas that code uses 5 steps of 0.001 for CIFAR-10 and 64 to 256 steps of 0.1 to 0.3 for MNIST. Settling is stable as long
-    as η times the largest curvature of E is below 2. E sums over samples, so settling does not depend on the batch size, and over
-    positions if the output has them.
+    The equations come from the paper's code and a derivation; we did not check them against the text of the paper. Our choices:
+    the default is 20 steps of 0.1, whereas that code uses 5 steps of 0.001 for CIFAR-10 and 64 to 256 steps of 0.1 to 0.3 for
+    MNIST. The optimisation of the errors is stable as long as η times the largest curvature of E is below 2. E is a sum over
+    samples, so this optimisation does not depend on the batch size. If the output has positions, E is also a sum over positions.
 
-    The rule delivers no errors at activations, so there are no delta angles; ``probes=[energy]`` compares gradients instead.
+    Since the rule delivers no errors at activations, there are no delta angles; ``probes=[energy]`` compares gradients instead.
 
-    Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, which couples the samples of a
-    batch, and updates its running statistics in the first pass. Multiplications: T + 1 additional forward passes and T + 1
-    backward passes. Of the backward passes, T are only for the errors and one is only for the weights.
+    Dropout masks are the same in all passes. Batch normalisation uses the statistics of each pass, which couples the samples of a
+    batch, and updates its running statistics in the first pass. An update needs T + 1 additional forward passes and T + 1
+    backward passes; T of the backward passes compute only the gradients of the errors, and one computes only those of the
+    weights.
     """
 
     equations = (

@@ -26,46 +26,53 @@ _DELAYED, _SOFTMAX, _ONE_HOT = "delayed_", "_softmax", "_one_hot"
 @ALGORITHMS.register("f3")
 @dataclasses.dataclass(eq=False)
 class F3(CutRule):
-    """Feed-forward with delayed feedback: the error of each sample in the previous epoch, projected to every hidden activation.
+    """Feed-forward with delayed feedback: the error of each sample in the previous epoch is projected to every hidden activation.
 
-    Flügel et al. 2024 (arXiv 2304.13372; the equations are those of the authors' code).
+    The rule is due to Flügel et al. 2024 (arXiv 2304.13372); the equations are those of the authors' code.
 
-    The error at a cut is ε B / N, with N the batch size, B (C, features of the cut) fixed and random, and ε (N, C) chosen
-    by ``information``. The output layer has its true gradient, the derivatives from a cut down to the next
-    weights are exact, and B does not decay. With the targets y (N, C), one-hot or numbers, the logits z (N, C), the output o of
-    the objective (o = σ(z) for ``sigmoid_ce``, otherwise z) and a sample's own loss l:
+    The error at a cut is ε B / N, where N is the batch size, B (C, features of the cut) is fixed and random, and ``information``
+    selects ε (N, C). The output layer learns from its true gradient, the derivatives from a cut down to the next weights are
+    exact, and B does not decay. In the following list, y (N, C) are the targets (one-hot or real values), z (N, C) the logits, o
+    the output of the objective (σ(z) for ``sigmoid_ce``, otherwise z) and l a sample's own loss:
 
     - delayed_loss: ∂l/∂z, the error of `dfa` without its 1/N.
+
     - delayed_error: o - y.
+
     - delayed_loss_softmax: the derivative of l(softmax(o)) with respect to o.
+
     - delayed_error_softmax: softmax(o) - y.
-    - delayed_loss_one_hot, delayed_error_one_hot: y times delayed_loss or delayed_error, entry by entry.
+
+    - delayed_loss_one_hot, delayed_error_one_hot: delayed_loss or delayed_error, multiplied by y entry by entry.
+
     - current_error: ∂l/∂z of the current pass, as in `dfa`.
+
     - one_hot_target: -y, as in `drtp` with the opposite sign of B.
 
-    The "delayed" errors come from the pass in which the sample was last used for training, before the weights were updated, so no
-    layer has to wait for the output. In a sample's first epoch, there is no delayed error, and ``first_epoch`` chooses its
-    replacement: -y, which is the error of a zero output; the current error; or zero, with which hidden layers do not learn. If
-    the weights do not change, the delayed error equals the current one from the second epoch on.
+    The delayed errors come from the pass in which the sample was last used for training, before the weights were
+    updated, so no layer has to wait for the output. There is no delayed error in a sample's first epoch.
+    ``first_epoch`` selects the error in the first epoch: -y, which is the error of a zero output; the current error; or
+    zero, in which case hidden layers do not learn. If the weights do not change, the delayed error equals the current
+    one from the second epoch on.
 
-    These errors (training samples, C) are part of the rule's state, and of checkpoints, but not of the model's ``state_dict``.
-    Each backward pass needs the samples' indices in the training set: ``rule.backward(loss, logits, y, indices=indices)``.
-    ``samples`` must be the size of that set; the runner sets it. Call ``rule.step()`` after every update: all processes of
-    ``torch.distributed``, which must train the same model, exchange their samples' errors there. If a sample is augmented, its
-    error is that of its last augmented version. Errors that are not finite are not stored. Samples need one label each; outputs
-    with positions, such as tokens, are refused.
+    The stored errors (training samples, C) are part of the rule's state and of checkpoints, but not of the model's
+    ``state_dict``. Each backward pass needs the indices of the samples in the training set:
+    ``rule.backward(loss, logits, y, indices=indices)``. ``samples`` must be the size of the training set; the runner sets it.
+    Call ``rule.step()`` after every update, because it exchanges the errors between the processes of ``torch.distributed``, which
+    must train the same model. If samples are augmented, the stored error is that of the last augmented version. Errors that are
+    not finite are not stored. Each sample must have exactly one label; outputs with positions, such as tokens, are rejected.
 
-    The paper's B: PyTorch's default (``b_init=pytorch``, the default of the code), ``trinomial`` with entries -1, 0 or 1,
-    ``binomial`` with 0 or 1, and ``identity_pm``. The last three do not shrink as the number of features grows, which does not
-    affect Adam but does affect plain gradient descent. One fixed mask sets entries to zero if ``density`` is below 1.
-    ``within=block`` cuts only at the ends of the model's blocks and lets the layers of each block learn by backpropagation from
-    its end, as in `dfa`.
+    The paper uses the following initialisers for B: PyTorch's default (``b_init=pytorch``, also the default of the code),
+    ``trinomial`` with entries -1, 0 or 1, ``binomial`` with entries 0 or 1, and ``identity_pm``. The last three initialisers do
+    not scale with the number of features, which makes no difference to Adam but does to plain gradient descent. If ``density`` is
+    below 1, one fixed mask sets entries of B to zero. As in `dfa`, ``within=block`` places cuts only at the ends of the model's
+    blocks, and the layers of each block learn by backpropagation from its end.
 
-    Choices: errors are outputs minus targets; in the code, they are targets minus outputs, so B has the opposite sign. The code
-    differentiates its loss with respect to the output of a sigmoid; here losses are differentiated with respect to the logits.
-    With the objective ``sigmoid_ce``, ``delayed_loss`` is therefore the code's ``delayed_error``. The factor of the loss and 1/N
-    are those of the current batch; the code stores ``delayed_loss`` divided by the size of the earlier batch and does not divide
-    the other errors. ``first_epoch=target`` is the code's.
+    Differences from the code: errors are outputs minus targets here but targets minus outputs in the code, so B has the opposite
+    sign. The code differentiates its loss with respect to the output of a sigmoid; here losses are differentiated with respect to
+    the logits. With the objective ``sigmoid_ce``, ``delayed_loss`` is therefore the code's ``delayed_error``. The scale of the
+    loss and the factor 1/N are those of the current batch, whereas the code stores ``delayed_loss`` divided by the size of the
+    earlier batch and does not divide the other errors. The code uses ``first_epoch=target``.
     """
 
     equations = (
@@ -171,7 +178,8 @@ class F3(CutRule):
         return (delayed * one_hot(_given(target), delayed) if self.information.endswith(_ONE_HOT) else delayed) * factor
 
     def _error(self, of_loss: Tensor, target: Tensor | None) -> Tensor:
-        """The samples' errors in this pass, (N, C), without the one-hot factor; `of_loss` is the error of ``delayed_loss``."""
+        """The errors of the samples in this pass, (N, C), without the one-hot factor; `of_loss` is the error for
+        ``delayed_loss``."""
         information = self.information.removesuffix(_ONE_HOT)
         if information == "delayed_loss":
             return of_loss
@@ -206,6 +214,6 @@ class F3(CutRule):
 
 
 def _given(target: Tensor | None) -> Tensor:
-    """The targets, which are given because `F3.needs_target` is set."""
+    """The targets, which cannot be None because `F3.needs_target` is set."""
     assert target is not None
     return target

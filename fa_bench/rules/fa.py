@@ -13,17 +13,18 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("fa")
 @dataclasses.dataclass(eq=False)
 class FA(RandomFeedbackRule):
-    """Feedback alignment: fixed random feedback.
+    """Feedback alignment: errors pass through fixed random feedback instead of the weights.
 
-    Lillicrap et al. 2016; eq 3 of Akrout et al. 2019; section 2 of Li and Benna 2024.
+    The rule is due to Lillicrap et al. 2016; see also eq 3 of Akrout et al. 2019 and section 2 of Li and Benna 2024.
 
-    e_in = g B. B is random, fixed and independent of W; each weighted layer has one, including projection shortcuts. Gradients of
-    W and b are those of backpropagation with this error. B has no gradient and does not decay.
+    The rule computes e_in = g B. Every layer with weights, including projection shortcuts, has its own B, which is random, fixed
+    and independent of W. The gradients of W and b are those of backpropagation with this error. B has no gradient and does not
+    decay.
 
-    Choices: B is Xavier-uniform as in Li and Benna's runs; the first layer's B propagates no error and exists only so that its
-    angle can be measured. ``b_init=copy_w`` starts with B(0) = W(0), as the code of Woo et al. 2021 does in convolutions;
-    ``linear_b_init`` gives fully connected layers another initialiser, which is uniform in [-1, 1) in that code. ``density``
-    below 1 masks B with one fixed mask.
+    Our choices: B is Xavier-uniform, as in Li and Benna's runs. The B of the first layer propagates no error and exists only so
+    that its angle can be measured. ``b_init=copy_w`` starts with B(0) = W(0), as the code of Woo et al. 2021 does in
+    convolutions. ``linear_b_init`` selects a different initialiser for fully connected layers; in that code, it is uniform in
+    [-1, 1). If ``density`` is below 1, one fixed mask sets entries of B to zero.
     """
 
     equations = (

@@ -17,36 +17,36 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("fdfa")
 @dataclasses.dataclass(eq=False)
 class FDFA(JacobianRule):
-    """Forward direct feedback alignment: direct feedback that learns the Jacobian of the logits from noise.
+    """Forward direct feedback alignment: direct feedback learns the Jacobian of the logits from noise.
 
-    Bacho and Chu 2022, arXiv 2212.07282, and its official code.
+    The rule is due to Bacho and Chu 2022, arXiv 2212.07282; details follow their official code.
 
-    δ = ∂L/∂z of shape (N, C) is the error at the logits z. The error at a cut is δ B, as in direct feedback alignment, with B of
-    shape (C, features of the cut). In an additional forward pass, noise p (N, features), standard normal, is added to the tangent
-    at every cut, and d (N, C) is the tangent at the logits: the derivative of z along the noise. d ⊗ p is an unbiased estimate of
-    the Jacobian ∂z/∂a at the cut, and B learns the mean of these estimates over samples and steps:
+    Let δ = ∂L/∂z of shape (N, C) be the error at the logits z. The error at a cut is δ B, as in direct feedback alignment, with B
+    of shape (C, features of the cut). An additional forward pass with tangents adds standard normal noise p (N, features) to the
+    tangent at every cut. The tangent at the logits, d (N, C), is then the derivative of z along the noise. The product d ⊗ p is
+    an unbiased estimate of the Jacobian ∂z/∂a at the cut, and B learns the mean of these estimates over samples and steps:
 
         gradient of B = B - mean over n of d_n ⊗ p_n.
 
     No error passes back through a weight; the forward pass with tangents does use the weights. All cuts are perturbed in one
-    pass, so the noise at the other cuts adds variance to d, which grows with the number of cuts. The output layer has its true
-    gradient.
+    pass, so the noise at the other cuts adds variance to the estimate at each cut, and this variance grows with the number of
+    cuts. The output layer learns from its true gradient.
 
-    As in the code, an optimizer updates B with this gradient: either W's optimizer, with its learning rate times `b_lr_scale`, or
-    a separate one, with ``optimizer@feedback_optimizer=adam``. The code uses Adam at 1e-4 for both, no decay, batches of 64, and
-    a learning rate of W that is multiplied by 0.95 per epoch. The paper's form, B ← (1 - α) B + α mean d_n ⊗ p_n (from memory,
-    not checked against the paper), is plain SGD at the rate α:
-    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a rate of 0, the rule is
-    direct feedback alignment.
+    As in the code, an optimizer updates B with this gradient. This optimizer is either the optimizer of W, with its learning rate
+    times `b_lr_scale`, or a separate one, as with ``optimizer@feedback_optimizer=adam``. The code uses batches of 64 and Adam at
+    1e-4 without decay for both, and it multiplies the learning rate of W by 0.95 per epoch. In the paper, the update is B ← (1 -
+    α) B + α mean d_n ⊗ p_n (from memory, not checked against the paper). This update is plain SGD at the learning rate α:
+    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a learning rate of 0, the
+    rule is direct feedback alignment.
 
-    `tangents` chooses how d is computed: ``forward`` is exact; ``difference`` is (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001, for
-    operations without a forward-mode derivative, which ``forward`` refuses. `within` and `positions` are those of `dfa`;
-    positions, such as tokens, count as samples, and B (C, F) is the mean Jacobian between corresponding positions.
+    `tangents` selects how d is computed. ``forward`` is exact but rejects operations that have no forward-mode derivative. For
+    such operations, ``difference`` computes (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001. `within` and `positions` are those of
+    `dfa`. Positions, such as tokens, count as samples, and B (C, F) is the mean Jacobian between corresponding positions.
 
-    Choices: B starts at zero as in the code (``b_init``). The gradient of B is multiplied by the factor by which the loss was
-    scaled, so that micro-batches and gradient scalers give the right mean. Gradient clipping includes it in the norm. Each sample
-    has its own noise, which changes if a batch is split into micro-batches or across data-parallel ranks; all ranks hold the same
-    B. In the code, W's optimizer has a schedule and B's has none.
+    B starts at zero, as in the code (``b_init``). The gradient of B is multiplied by the factor by which the loss was scaled, so
+    that micro-batches and gradient scalers give the right mean. Gradient clipping includes the gradient of B in the norm. Each
+    sample has its own noise, which changes if a batch is split into micro-batches or across data-parallel ranks; all ranks hold
+    the same B. In the code, only the optimizer of W has a schedule.
     """
 
     equations = (

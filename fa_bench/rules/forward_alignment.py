@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Pass:
-    """The layers' inputs in one forward pass, and in its repetition with random weights in place of the layers' own."""
+    """The inputs of the layers in a forward pass, and in its repetition with random weights."""
 
     true: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     random: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    #: In a compiled graph, layer -> the messenger that brings the layer's input in the second pass; see `messages`.
+    #: In a compiled graph, layer -> the messenger that carries the layer's input in the second pass; see `messages`.
     messengers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     is_compiled: bool = False
 
     def random_input(self, path: str) -> Callable[[], Tensor]:
-        """A function that returns a layer's input in the second pass, once that pass has run."""
+        """A function that returns the input of a layer in the second pass; it must be called after that pass."""
         return lambda: self.random[path]
 
 
 class RandomForward(TransposeFeedback):
-    """The error passes through the weight; another activation enters the weight gradient."""
+    """Pathway in which the error passes through the weight, but the weight gradient uses a different activation."""
 
     always_needed = True
 
@@ -59,7 +59,7 @@ class RandomForward(TransposeFeedback):
                 self.observe(layer, x)
             return BackwardContext(self.effective(layer))
         if recomputing():
-            # The context must hold the same tensors as that of the first pass, which has the activation.
+            # This context must contain the same tensors as the one from the first pass, which includes the activation.
             return BackwardContext(self.effective(layer), activation=None if self.first else refuse_reentrant(self.rule.name))
         if current is None and layer.mode.freeze_random:
             return BackwardContext(self.effective(layer))  # a metric runs only this layer
@@ -77,7 +77,7 @@ class RandomForward(TransposeFeedback):
         y = layer.apply_feedback(x, weight.detach(), bias, context, *args, **kwargs)
         from fa_bench.mechanisms.edge.messages import receive
 
-        # Layers of compound modules may compute only some rows.
+        # Layers of compound modules may compute only some rows of their output.
         rows = next((one for one in (*args, *kwargs.values()) if isinstance(one, slice)), None)
         weight = weight if rows is None else weight[rows]
         addend, current.messengers[layer.path] = receive(layer, weight, x, y)
@@ -93,16 +93,17 @@ class RandomForward(TransposeFeedback):
 class ForwardAlignment(EdgeRule):
     """Forward Alignment: the weight update uses random forward weights and the true error.
 
-    Appendix A of Woo et al. 2021, eqs 26-27.
+    The rule is given by eqs 26-27 in appendix A of Woo et al. 2021.
 
-    e_in = g W, the true error; gradient of W = gᵀ h̃, where h̃ = φ(C h) is the input that the layer would have if the preceding
-    layer, with its true input h, had a fixed random weight C instead of W, and no bias. φ is everything between the two layers
-    (normalisation by the batch's own statistics, activation, pooling, additions). The first layer uses its true input. The
-    weights of the preceding layer align with C, whose angle to W is logged as the weight angle.
+    The rule computes e_in = g W, the true error; gradient of W = gᵀ h̃. Here h̃ = φ(C h) is the input that the layer would have
+    if the preceding layer had the same input h, a fixed random weight C instead of W, and no bias. The function φ is everything
+    between the two layers (normalisation by the batch's own statistics, activation, pooling, additions). The first layer uses its
+    true input. The weight of the preceding layer aligns with C; the angle between C and this weight is logged as the weight
+    angle.
 
-    Choices, since the paper treats only one hidden layer: every layer except the first learns like this, including the output
-    layer (with ``plain_last``, it uses its true input). Each layer has its own C, sampled by ``c_init``, even if layers share
-    their weight. The rule costs a second forward pass.
+    The paper treats only one hidden layer, so the following are our choices. Every layer except the first learns by this rule,
+    including the output layer, unless ``plain_last`` makes it use its true input. Each layer has its own C, sampled by
+    ``c_init``, even if layers share their weight. The rule requires a second forward pass.
 
     In a model with batch normalisation, the second pass depends on the batch; under data parallelism, each rank uses the
     statistics of its part of the batch.
@@ -138,10 +139,10 @@ class ForwardAlignment(EdgeRule):
         return RandomForward(self, layer.path in self._first)
 
     def kept(self, path: str, x: Tensor) -> Tensor:
-        """A layer's input, to be used after the pass: a copy if the model changes it in place."""
+        """The input of a layer for use after the pass; this is a copy if the model changes the input in place."""
         return x.clone() if path in self._changed_in_place else x
 
-    # Neither the second pass itself nor a pass that activation checkpointing repeats starts a second pass.
+    # A second pass is started neither by the second pass itself nor by a pass that activation checkpointing repeats.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
         if self.mode.training and not recomputing():
@@ -161,13 +162,14 @@ class ForwardAlignment(EdgeRule):
                 self._run_second_pass(current, *call)
 
     def _connected(self, output: Any, current: Pass, args: Any, kwargs: Any) -> Any:
-        """The output of a compiled graph, whose backward pass begins with the second forward pass's results."""
+        """The output of a compiled graph, connected such that the backward pass begins with the results of the second forward
+        pass."""
         from fa_bench.mechanisms.edge.messages import second_pass, send
         from fa_bench.mechanisms.trace import named_results, replaced
 
         if not all(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
             raise CoverageError(f"rule '{self.name}' can be compiled only if all arguments of the model are tensors")
-        # Layers that get a message come first.
+        # The layers that receive a message come first.
         paths = [*current.messengers, *(path for path in current.true if path not in current.messengers)]
         random = second_pass(
             [*args, *kwargs.values()],
@@ -198,7 +200,7 @@ class ForwardAlignment(EdgeRule):
         return [current.random[path].clone(memory_format=torch.contiguous_format) for path in paths[:count]]
 
     def _run_second_pass(self, current: Pass, args: Any, kwargs: Any) -> None:
-        """A second forward pass in which every layer has its input of the first pass, and C in place of its weight."""
+        """Run a second forward pass in which every layer gets its input from the first pass and uses C instead of its weight."""
         from fa_bench.mechanisms.contexts import set_temporarily, without_side_effects
         from fa_bench.mechanisms.weighted_layers import bias_name, weight_name, weight_parameter
 
@@ -215,7 +217,8 @@ class ForwardAlignment(EdgeRule):
             weight = weight_parameter(layer)
             values[weight_name(path, layer)] = feedback_tensor(layer, "C").view(weight.shape if weight is not None else ())
             if (bias := bias_name(path, layer)) is not None:
-                # Layers of a compound module may share one bias, which is not an nn.Parameter within torch.func.functional_call.
+                # Layers of a compound module may share one bias, and within torch.func.functional_call, this bias is not an
+                # nn.Parameter.
                 owner, _, key = bias.rpartition(".")
                 own: Any = self.model.get_submodule(owner)._parameters[key]
                 zeroed = values.setdefault(bias, own.detach().clone())
@@ -223,7 +226,7 @@ class ForwardAlignment(EdgeRule):
         handles = [self._layers[path].register_forward_pre_hook(restart(path)) for path in self._random_layers]
         try:
             with torch.no_grad(), without_side_effects(self.model), set_temporarily([self.mode], "always_layerwise", True):
-                # A parameter that layers share is replaced in each of them by its own C.
+                # If layers share a weight, it is replaced in each of them by the layer's own C.
                 torch.func.functional_call(self.model, values, args, kwargs, tie_weights=False)
         finally:
             for handle in handles:
@@ -234,6 +237,6 @@ class ForwardAlignment(EdgeRule):
         return (batch_note("batch normalisation in the second forward pass"),) if normalised else ()
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """C and W, which align in this rule."""
+        """The pairs of C and W, which align in this rule."""
         layers = {path: self._layers[path] for path in self._random_layers}
         return {path: (feedback_tensor(layer, "C"), layer.weight.detach()) for path, layer in layers.items()}

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: A number added to the length of an activation before the division by that length, as in the code named in the docstring.
+#: This number is added to the root mean square of an activation before the activation is divided by it, as in the code that the
+#: docstring names.
 _TINY = 1e-8
-#: The fraction of the running mean of a unit's activity that each update keeps, and its initial value; from the same code.
+#: The momentum of the running mean of a unit's activity, and the initial value of this mean; both are from the same code.
 _MOMENTUM, _START = 0.9, 0.5
 
 
@@ -36,41 +37,46 @@ _MOMENTUM, _START = 0.9, 0.5
 class ForwardForward(DrawingRule, PassRule):
     """Forward-forward: every layer learns to distinguish images with their true label from images with a wrong label.
 
-    Hinton 2022, arXiv 2212.13345, supervised form; details are those of the public code loeweX/Forward-Forward.
+    The rule is the supervised form of Hinton 2022, arXiv 2212.13345; details follow the public code loeweX/Forward-Forward.
 
     The label is part of the image: `label_scale` times its one-hot row replaces the first C values of the input. While the rule
     is attached, the input and every activation h at a cut are divided by their root mean square, so that the next layer sees the
-    direction of h but not its length. There are two additional passes: the positive one with the true labels and the negative one
-    with wrong labels, drawn uniformly from the other classes. In both, each hidden layer learns from its own loss, a function of
-    its goodness G = Σ h² for each sample:
+    direction of h but not its length. An update has two additional passes: the positive pass with the true labels, and the
+    negative pass with wrong labels that are sampled uniformly from the other classes. In both passes, each hidden layer learns
+    from its own loss, a function of its goodness G = Σ h² for each sample:
 
         ½ softplus(θ - G) for positive samples, ½ softplus(G - θ) for negative ones, mean over the batch,
 
-    where θ is the number of the layer's values unless `theta` is given. No error passes from one cut to the next. With
-    ``full_gradient=true``, the derivative of the nonlinearity is replaced with 1, so that silent units can also learn. To keep
-    units from being always silent or always active, `peer_norm` times the mean of (m̄ - m)² is added to the loss, where m is the
-    running mean of each unit's activity for positive samples and m̄ is the mean of m.
+    Here θ is the number of values in the layer's activation, unless `theta` is given. No error passes between cuts. With
+    ``full_gradient=true``, the derivative of the nonlinearity is replaced by 1, so that inactive units can also learn. To prevent
+    units from being always inactive or always active, `peer_norm` times the mean of (m̄ - m)² is added to the loss. Here m is the
+    running mean of each unit's activity for positive samples, and m̄ is the mean of m over the units.
 
-    Prediction: the model's output is that of a linear classifier, trained with the true gradient of the loss, on the activations
-    for a neutral image, in which all labels are marked with 1/C. The output layer classifies the last activation. Learned
-    matrices M (C, features), initially zero, classify the earlier ones except the first, and their scores are added (with
-    ``all_layers=false``, there are none). ``prediction=goodness`` scores each label by the goodness of all cuts except the first
-    for the image with that label, which needs C passes; training still reports the classifier's accuracy.
+    The model's predictions come from a linear classifier, which learns from the true gradient of the loss. The inputs of this
+    classifier are the activations for a neutral image, in which all labels are marked with 1/C. The output layer classifies the
+    last activation. Learned matrices M (C, features), initially zero, classify the earlier activations except the first, and
+    their scores are added to the logits; with ``all_layers=false``, there are no such matrices. ``prediction=goodness`` instead
+    scores each label by the goodness of all cuts except the first for the image with that label, which needs C passes. Training
+    still reports the accuracy of the classifier.
 
-    The classifier consists of M and the output layer, and its parameters are in ``rule.feedback_parameters()``. It is trained by
-    the feedback's optimizer if there is one (``optimizer@feedback_optimizer=sgd``), and otherwise by W's.
+    The classifier consists of all M and the output layer; ``rule.feedback_parameters()`` returns its parameters. These parameters
+    are trained by the feedback's optimizer if there is one (``optimizer@feedback_optimizer=sgd``), and otherwise by the optimizer
+    of W.
 
-    Deviations from that code: the output layer has a bias, and its initial values are those of the model (in the code, they are
-    zero: ``architecture.output_init=zeros``). The code processes both kinds of samples in a single pass. Learning rates that
-    suit other rules are too large, because goodness sums over all units of a layer: begin with 1e-3. The code's settings: three
-    layers of 1000 units, weights N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4 (1e-2 and 3e-3 for the
-    classifier), a learning rate that falls linearly to zero over the second half of 100 epochs, batches of 100.
+    Deviations from the code: the output layer has a bias, and the model determines the initial values of this layer. In the code,
+    its initial values are zero, as with ``architecture.output_init=zeros`` here. The code processes positive and negative samples
+    in a single pass.
 
-    Each data-parallel process updates the running means with its own samples; `step` replaces them with their means over the
+    Learning rates that suit other rules are too large, because goodness is a sum over all units of a layer, so start with 1e-3.
+    The code trains three layers of 1000 units, with weights initialised from N(0, 1/fan_out), for 100 epochs with batches of 100.
+    The code uses SGD at 1e-3 with momentum 0.9 and decay 3e-4 (1e-2 and 3e-3 for the classifier). The learning rate falls
+    linearly to zero over the second half of the training.
+
+    Each data-parallel process updates the running means with its own samples. `step` averages the running means over the
     processes, so every process must call it.
 
-    Dropout masks are the same in all passes, including the positive and the negative one. Batch normalisation uses each
-    pass's own statistics. Multiplications: two additional forward passes, and half a backward pass for each.
+    Dropout masks are the same in all passes, including the positive and the negative one. Batch normalisation uses the statistics
+    of each pass. An update needs two additional forward passes, and half a backward pass for each of them.
     """
 
     equations = (
@@ -121,13 +127,14 @@ class ForwardForward(DrawingRule, PassRule):
         self._classes = classes
         self._features = {cut: math.prod(shape) for cut, shape in features.items()}
         self._learned: dict[str, LearnedTensor] = {}
-        #: The names of the parameters after the last cut; a copy of the model has others of the same names.
+        #: The names of the parameters after the last cut. They are stored by name, because a copy of the model has different
+        #: parameters with the same names.
         self._above = [name for name, one in self.model.named_parameters() if id(one) in self._trace.beyond_leaves]
         like = next(self.model.parameters())
         for cut in features:
             if self.peer_norm:
                 put_tensor(self._cut_modules[cut], "activity", like.new_full((self._features[cut],), _START))
-        # The last cut feeds the output layer.
+        # The last cut has no M, because it feeds the output layer.
         for cut in list(features)[1:-1] if self.all_layers else ():
             module = self._cut_modules[cut]
             self.put(cut, "M", "zeros", (classes, self._features[cut]))
@@ -137,7 +144,7 @@ class ForwardForward(DrawingRule, PassRule):
         return list(self._learned.values())
 
     def feedback_parameters(self) -> list[Tensor]:
-        """The classifier: M, and the parameters after the last cut."""
+        """The parameters of the classifier: all M, and the parameters after the last cut."""
         parameters = dict(self.model.named_parameters())
         return [*super().feedback_parameters(), *(parameters[name] for name in self._above)]
 
@@ -157,7 +164,7 @@ class ForwardForward(DrawingRule, PassRule):
         if self.mode.exact:
             return None
         normalised = _normalised(output.detach())
-        # The tensor that is passed on may be changed in place before the classifier reads it.
+        # The model may change the returned tensor in place before the classifier reads it.
         copies = cut in self._learned and cut in self._trace.changed_in_place
         self._normalised[cut] = normalised.clone() if copies else normalised
         return normalised
@@ -176,7 +183,7 @@ class ForwardForward(DrawingRule, PassRule):
         return output if connected is None else connected
 
     def _marked(self, x: Tensor, label: Tensor) -> Tensor:
-        """The inputs (N, ...) with the label's row, (N, C) or (1, C), in their first values, normalised."""
+        """The inputs (N, ...), with the row of the label, (N, C) or (1, C), as their first values, normalised."""
         marked = x.flatten(1).clone()
         marked[:, : self._classes] = label * self.label_scale
         return _normalised(marked).view(x.shape)
@@ -202,7 +209,7 @@ class ForwardForward(DrawingRule, PassRule):
         return total
 
     def _loss(self, cut: str, activation: Tensor, sign: int) -> Tensor:
-        """The loss of one cut's activation for positive (1) or negative (-1) samples."""
+        """The loss of the activation at a cut, for positive samples if `sign` is 1 and for negative samples if it is -1."""
         values = activation.flatten(1)
         goodness = values.square().sum(1)
         threshold = values.shape[1] if self.theta is None else self.theta
@@ -215,7 +222,7 @@ class ForwardForward(DrawingRule, PassRule):
 
     @contextmanager
     def _activations(self, x: Tensor) -> Iterator[dict[str, Tensor]]:
-        """A context with {cut: its activation for marked inputs}; nothing is differentiated beyond the previous cut."""
+        """A context manager that provides {cut: its activation for marked inputs}; derivatives stop at the previous cut."""
         from fa_bench.mechanisms.second_pass import repeated
 
         assert self.first_pass is not None
@@ -229,7 +236,7 @@ class ForwardForward(DrawingRule, PassRule):
             return tensor.detach().clone()  # the nonlinearity may work in place
 
         def at_output(cut: str, tensor: Tensor) -> Tensor:
-            # The value of h, with the derivative of the nonlinearity's input.
+            # This tensor has the value of h but the derivative of the nonlinearity's input.
             found[cut] = tensor + entering[cut] - entering[cut].detach() if cut in entering else tensor
             return _normalised(tensor.detach())
 
@@ -244,7 +251,7 @@ class ForwardForward(DrawingRule, PassRule):
             yield found
 
     def _inequality(self, cut: str, activation: Tensor) -> Tensor:
-        """The mean of (m̄ - m)², with the running mean m updated by this batch."""
+        """The mean of (m̄ - m)², where m is the running mean after an update with this batch."""
         running = self.tensor(cut, "activity")
         if activation.flatten(1).shape[1] != len(running):
             raise CoverageError(
@@ -285,6 +292,6 @@ class ForwardForward(DrawingRule, PassRule):
 
 
 def _normalised(x: Tensor) -> Tensor:
-    """Samples (N, ...) divided by the root mean square of their values."""
+    """The samples (N, ...), each divided by the root mean square of its values."""
     length = x.flatten(1).square().mean(1).sqrt() + _TINY
     return x / length.view(-1, *[1] * (x.dim() - 1))

@@ -1,4 +1,4 @@
-"""Forward gradients: learning from the derivative of the loss along noise."""
+"""Forward gradients, which come from the derivative of the loss along noise."""
 
 from __future__ import annotations
 
@@ -17,35 +17,38 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.trace import Trace
 
-#: Form in which weights are perturbed.
+#: The value of `form` for the perturbation of weights.
 WEIGHT = "weight"
 
 
 @ALGORITHMS.register("forward_gradient")
 @dataclasses.dataclass(eq=False)
 class ForwardGradient(NoisyCutRule):
-    """Forward gradients: noise times the derivative of the loss along it, computed by forward passes only.
+    """Forward gradients: the gradient is estimated, without a backward pass, as noise times the derivative of the loss along this
+    noise.
 
-    Baydin, Pearlmutter, Syme, Wood and Torr 2022, arXiv 2202.08587; the activation form is due to Ren, Kornblith, Liao and Hinton
-    2023, arXiv 2210.03310.
+    The rule is due to Baydin, Pearlmutter, Syme, Wood and Torr 2022, arXiv 2202.08587; the activation form is due to Ren,
+    Kornblith, Liao and Hinton 2023, arXiv 2210.03310.
 
     An additional forward pass computes the derivative ż of the logits z along noise by forward-mode differentiation; with δ =
-    ∂L/∂z, the derivative of the loss is δ · ż. There is no feedback, and no error passes back through a weight. `form` chooses
+    ∂L/∂z, the derivative of the loss is δ · ż. There is no feedback, and no error passes back through a weight. `form` selects
     what is perturbed:
 
-    - activation: noise p_n, standard normal, at every cut, for every sample n:  d_n = Σ_c δ_nc ż_nc,  error at the cut = d_n p_n.
-      The derivatives from there down to the next weights are exact, and the output layer has its true gradient.
-    - weight: noise v, standard normal, for every trained parameter:  d = Σ_n Σ_c δ_nc ż_nc,  gradient = d v.  It needs no cuts.
+    - activation: standard normal noise p_n at every cut, for every sample n:  d_n = Σ_c δ_nc ż_nc,  error at the cut = d_n p_n.
+      The derivatives from there down to the next weights are exact, and the output layer learns from its true gradient.
 
-    Both are unbiased: their expectation is the true gradient. Their variance grows with the number of perturbed values P: the
-    cosine between one estimate and the gradient is of the order 1/√P. The rule is a baseline for learning without a backward
-    pass, not a way to train deep nets. In the activation form, each sample has its own d_n, so the noise averages out over the
-    batch.
+    - weight: standard normal noise v for every trained parameter:  d = Σ_n Σ_c δ_nc ż_nc,  gradient = d v.  The weight form needs
+      no cuts.
 
-    Choices: all cuts are perturbed in one pass; Ren et al. add local losses, groups of neurons and a special normalisation, which
-    are not part of this rule. With positions, such as tokens, d_n is the sum over the positions of a sample. `tangents` chooses
-    central differences for operations without a forward-mode derivative; see `fdfa`. In the weight form, all data-parallel ranks
-    use the same noise and train like one process with the full batch.
+    The estimates of both forms are unbiased: their expectation is the true gradient. The variance of both estimates grows with
+    the number of perturbed values P, and the cosine between a single estimate and the gradient is of order 1/√P. The rule is
+    therefore a baseline for learning without a backward pass and not a practical way to train deep networks. In the activation
+    form, each sample has its own d_n, so the noise averages out over the batch.
+
+    Our choices: all cuts are perturbed in one pass. The local losses, groups of neurons and special normalisation that Ren et al.
+    add are not part of this rule. If the output has positions, such as tokens, d_n is the sum over the positions of a sample.
+    `tangents` can select central differences for operations without a forward-mode derivative; see `fdfa`. In the weight form,
+    all data-parallel ranks use the same noise, so training is equivalent to a single process with the full batch.
     """
 
     equations = (
@@ -109,7 +112,7 @@ class ForwardGradient(NoisyCutRule):
         return [tangent * derivative.to(tangent.dtype) for tangent in noise.values()]
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Empty: there is no feedback."""
+        """Returns no pairs, because there is no feedback."""
         return {}
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The first floor of every comparison: hidden layers stay random."""
+"""The floor of every comparison, with random hidden layers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("frozen")
 @dataclasses.dataclass(eq=False)
 class Frozen(BP):
-    """Floor: only the output layer learns, by its true gradient; every other parameter keeps its initial value.
+    """Floor: only the output layer learns, from its true gradient; all other parameters keep their initial values.
 
-    A rule that does not beat this floor trains nothing useful below the output layer. Batch normalisation stays in training
-    mode: its gains and biases are frozen, but its running statistics are updated. Frozen tensors do not decay.
+    A rule that does not beat this floor trains nothing useful below the output layer. Batch normalisation stays in training mode;
+    its gains and biases are frozen, but its running statistics are updated. Frozen tensors do not decay.
     """
 
     equations = (
@@ -34,5 +34,5 @@ class Frozen(BP):
         return {id(p): "trains nothing" for p in self.model.parameters() if id(p) not in learns}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Empty: no error passes through a layer."""
+        """Returns no pairs, because no error passes through a layer."""
         return {}

@@ -1,4 +1,4 @@
-"""The third floor, for residual nets: the blocks stay random."""
+"""The floor for residual networks, with random blocks."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.bp import BP
 from fa_bench.utils.lazy import nn
 
-#: Maximum number of layers that an error suggests as blocks.
+#: The maximum number of layers that an error message suggests as blocks.
 MAX_NAMES = 6
 
 
 @ALGORITHMS.register("frozen_blocks")
 @dataclasses.dataclass(eq=False)
 class FrozenBlocks(BP):
-    """Floor: the blocks stay random; the layers before and after them learn by backpropagation.
+    """Floor for residual networks: the blocks stay random, and the layers before and after them learn by backpropagation.
 
-    "Frozen blocks" of the diagnostic protocol for feedback alignment (faeval, spring 2026). A rule that does not beat this floor
-    trains nothing useful within the blocks.
+    This floor is "Frozen blocks" in the diagnostic protocol for feedback alignment (faeval, spring 2026). A rule that does not
+    beat this floor trains nothing useful within the blocks.
 
-    The model declares its blocks (``model.blocks`` or, without it, ``model.cut_points``), or `blocks` names the modules that end
-    them; a block reaches from the end of the previous block to its own end. Every parameter of a block, including those of
-    normalisation layers, keeps its initial value and does not decay. The embedding and everything after the last block learn from
-    their true gradients, which pass through the random blocks. Parameters of the model itself, outside its submodules, also
-    learn.
+    The option `blocks` names the modules that end the blocks; by default, the model declares them (``model.blocks`` or, if that
+    is missing, ``model.cut_points``). A block extends from the end of the previous block to its own end. Every parameter of a
+    block, including those of normalisation layers, keeps its initial value and does not decay. The embedding and everything after
+    the last block learn from their true gradients, which pass through the random blocks. Parameters that belong directly to the
+    model and not to a submodule also learn.
 
-    The embedding is the part of the first block that comes before the module that ends it: in residual_mlp, vit_mini and decoder,
-    everything that precedes the first residual block. If this module has no parameters, the embedding is the whole first block;
-    this is so in mlp, in conv2 and in residual nets with convolutions, whose first block is the stem.
+    The embedding is the part of the first block before the module that ends this block. In residual_mlp, vit_mini and decoder, it
+    is everything that precedes the first residual block. If the module that ends the first block has no parameters, the embedding
+    is the whole first block. Examples are mlp, conv2 and convolutional residual networks, where the first block is the stem.
 
-    Choices not specified in the protocol: batch normalisation in blocks stays in training mode; its gains and biases are frozen,
-    but its running statistics are updated.
+    The protocol does not specify what happens to batch normalisation in blocks. Here, batch normalisation in blocks stays in
+    training mode; its gains and biases are frozen, but its running statistics are updated.
     """
 
     equations = (
@@ -82,8 +82,8 @@ class FrozenBlocks(BP):
         return fixed
 
     def _inner_modules(self) -> list[str]:
-        """The modules of all layers except the first and the last; for a layer within a recurrent or attention module, that
-        module."""
+        """The names of all layers except the first and the last; a layer within a recurrent or attention module is replaced by
+        that module."""
         from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 
         called = (nn.Linear, *CONVOLUTIONS)

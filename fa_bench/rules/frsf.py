@@ -1,4 +1,4 @@
-"""Fixed random magnitude sign-concordant feedback."""
+"""Sign-concordant feedback with fixed random magnitudes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fa_bench.registry.registries import ALGORITHMS
 class FRSF(EdgeRule):
     """Sign-concordant feedback with fixed random magnitudes.
 
-    Liao et al. 2016.
+    The rule is due to Liao et al. 2016.
 
-    e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; M is sampled once.
+    The rule computes e_in = g B with B = |M| sign(W) of the current W, where sign(0) = 0. M is sampled once.
 
-    Choices: M is Xavier-uniform (``m_init``); ``density`` below 1 masks B with one fixed mask. Metrics use |M| sign(W), because
-    the angle between |M| itself and W would be 90 degrees.
+    Our choices: M is Xavier-uniform (``m_init``), and if ``density`` is below 1, one fixed mask sets entries of B to zero.
+    Metrics use |M| sign(W), because the angle between |M| and W is 90 degrees.
     """
 
     equations = (

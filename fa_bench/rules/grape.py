@@ -17,38 +17,39 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.coverage import Coverage
 
-#: Norms below this count as zero.
+#: Norms below this value count as zero.
 _TINY = 1e-30
 
 
 @ALGORITHMS.register("grape")
 @dataclasses.dataclass(eq=False)
 class GrAPE(JacobianRule):
-    """Gradient-aligned projected error: direct feedback that is turned towards the Jacobian, with occasional updates by
+    """Gradient-aligned projected error: direct feedback is rotated towards the Jacobian, with occasional updates by
     backpropagation.
 
-    Caillon, Fagnou, Delattre and Allauzen, ICLR 2026, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees". No
-    code was found; the form below follows the paper's description.
+    The rule is due to Caillon, Fagnou, Delattre and Allauzen, ICLR 2026, "Scaling Direct Feedback Learning with Jacobian
+    Alignment Guarantees". We found no published code, so our implementation follows the paper's description.
 
     The error at a cut is δ B, as in direct feedback alignment, with δ = ∂L/∂z (N, C) and B (C, features of the cut). As in
-    `fdfa`, noise p at every cut and one forward pass with forward-mode differentiation give d (N, C), the derivative of the
-    logits along the noise, and Ĵ = mean over n of d_n ⊗ p_n, an estimate of the Jacobian ∂z/∂a. B minimises 1 - cos(B, Ĵ):
+    `fdfa`, there is noise p at every cut, and a forward pass with forward-mode differentiation gives the derivative of the logits
+    along this noise, d (N, C). An estimate of the Jacobian ∂z/∂a is then Ĵ = mean over n of d_n ⊗ p_n. B minimises 1 - cos(B, Ĵ):
 
         gradient of B = -(Ĵ / (‖B‖ ‖Ĵ‖) - cos(B, Ĵ) B / ‖B‖²).
 
-    This gradient is orthogonal to B, so B turns, and its norm grows only to second order in the step. In every `anchor_period`-th
-    update, counted by ``rule.step()``, W learns by exact backpropagation instead. These anchor updates transport weights, as
-    coverage reports, and the record of a run counts them (``rule_counts``). With ``anchor_period=0``, there are none; with
-    ``anchor_period=1``, the rule is `bp`. The output layer has its true gradient.
+    This gradient is orthogonal to B, so B rotates, and its norm grows only to second order in the step size. In every
+    `anchor_period`-th update, counted by ``rule.step()``, W learns by exact backpropagation instead. These anchor updates use
+    weight transport, which coverage reports; the record of a run contains their number (``rule_counts``). With
+    ``anchor_period=0``, there are no anchor updates; with ``anchor_period=1``, the rule is `bp`. The output layer learns from its
+    true gradient.
 
-    Note that in an earlier version of the paper (a submission of 2024, as described in a review), B is multiplied by 1 - η (1 -
-    cos), which shrinks B and can never turn it. That is a different rule; this is the rule of 2026.
+    In an earlier version of the paper (a submission of 2024, as described in a review), B is multiplied by 1 - η (1 - cos), which
+    shrinks B but never rotates it. This class implements the version of 2026, which is a different rule.
 
-    The following were not checked against the paper: the period of the anchors, the initial values of B, its learning rate, and
-    whether the cosine is computed from the mean over the batch, as here, or for every sample. Choices: B is normal with variance
-    1 / C (``b_init``), uses either W's optimizer at `b_lr_scale` times its learning rate or its own optimizer, and also learns in
-    anchor updates. `tangents`, `within` and `positions`, the scale of the gradient of B, and the noise of samples are as in
-    `fdfa`.
+    We did not check the following against the paper: the period of the anchor updates, the initial values of B, its learning
+    rate, and whether the cosine is computed from the mean over the batch, as here, or for every sample. Our choices: B is
+    initially normal with variance 1 / C (``b_init``) and also learns in anchor updates. B is trained either by the optimizer of
+    W, with `b_lr_scale` times the learning rate of W, or by a separate optimizer. The options `tangents`, `within` and
+    `positions`, the scale of the gradient of B, and the noise of the samples are as in `fdfa`.
     """
 
     equations = (
@@ -99,7 +100,7 @@ class GrAPE(JacobianRule):
 
     def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
         error = super().signal(cut, captured, broadcast, target)
-        # The error of backpropagation crosses the cut; nothing is added to it.
+        # In an anchor update, the error of backpropagation crosses the cut, and nothing is added to it.
         return torch.zeros_like(error) if self.first_pass is not None and self.first_pass.note else error
 
     @property

@@ -14,23 +14,28 @@ from fa_bench.registry.registries import ALGORITHMS
 class InformationAlignment(InputAlignmentRule):
     """Information alignment: local losses train the feedback to reconstruct the layer's input from its output.
 
-    Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives amp, null and decay.
+    The rule combines the primitives amp, null and decay of Kunin et al. 2020 (arXiv 2003.01513) and of the code released with
+    that paper.
 
         e_in = g B;  loss = -α mean Σ (x Wᵀ)(x Bᵀ) + β mean ‖x Wᵀ B‖² + γ (‖W‖² + ‖B‖²)
         gradient of B = -α W C + 2 β W C Wᵀ B + 2 γ B,  C = mean xᵀ x
 
-    With α = 2 β, the code's ratio, the fixed point is (W C Wᵀ + (γ / β) I)⁻¹ W C. This is not W itself but the inverse of W that
-    target propagation uses; for white x and without decay, it is the transposed pseudo-inverse. Means are over samples and, for
-    convolutions and tokens, output positions (our choice: how the paper normalises over positions was not verified); for a
-    convolution, x Bᵀ is its output with B, and x Wᵀ B is the output of the transposed convolution with B for the input x Wᵀ.
+    With α = 2 β, the ratio in the released code, the fixed point of B is (W C Wᵀ + (γ / β) I)⁻¹ W C. This fixed point is not W
+    but the kind of inverse of W that target propagation uses. If the inputs x are white and there is no decay, the fixed point is
+    the transposed pseudo-inverse of W.
 
-    With padding other than zeros, ‖x Wᵀ B‖² is computed for the padded input, including its border.
+    Means are over samples and, for convolutions and tokens, over output positions. We did not verify how the paper normalises
+    over positions. For a convolution, x Bᵀ is the output of the convolution with the kernel B, and x Wᵀ B is the output of the
+    transposed convolution with the kernel B for the input x Wᵀ.
 
-    α = ``alpha``, β = ``beta`` and γ = ``gamma`` default to the values in the released code; here α multiplies amp, whereas in
-    the related rules it multiplies decay or sparse. With ``update_forward``, W has the gradient -α B C + 2 β B Bᵀ W C + 2 γ W.
-    ``signal`` and ``noise_batch`` replace x with noise. With the code's α and β, B changes slowly; ``b_lr_scale`` raises its
-    learning rate relative to W's. The code's centred and normalised activations, delays and alternating steps are not
-    implemented. The tuned settings are not public, so no result is a reproduction.
+    If a convolution pads its input with anything other than zeros, ‖x Wᵀ B‖² covers the padded input, including its border.
+
+    The options ``alpha``, ``beta`` and ``gamma``, which set α, β and γ, default to the values in the released code. In this rule,
+    α multiplies amp, whereas in the related rules it multiplies decay or sparse. With ``update_forward``, the loss also trains W,
+    with the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. The options ``signal`` and ``noise_batch`` replace x with noise. B changes
+    slowly with the code's α and β; ``b_lr_scale`` raises its learning rate relative to that of W. The code's centred and
+    normalised activations, delays and alternating steps are not implemented. The paper's tuned settings are not public, so none
+    of our results reproduces the paper.
     """
 
     equations = (

@@ -13,18 +13,19 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("kp")
 @dataclasses.dataclass(eq=False)
 class KP(RandomFeedbackRule):
-    """Kolen-Pollack: feedback that is updated with the gradient of the weight.
+    """Kolen-Pollack: the feedback is updated with the gradient of the weight.
 
-    Kolen and Pollack 1994; eqs 16-18 of Akrout et al. 2019.
+    The rule is due to Kolen and Pollack 1994; see also eqs 16-18 of Akrout et al. 2019.
 
-    e_in = g B. The gradient of B is exactly that of W, and B is trained with W's optimizer, learning rate, momentum and decay.
-    The gradients cancel in W - B, so with decay λ, momentum m and rate lr, SGD shrinks the difference: ‖W - B‖ ≈ ‖W(0) - B(0)‖
-    exp(-Σ lr λ/(1-m)). AdamW shrinks it by the factor 1 - lr λ in each step. Adam with coupled decay divides the decay, too, by
-    the root of the second moment, so the difference shrinks at a rate that depends on the gradients and is often faster.
+    The rule computes e_in = g B. The gradient of B is exactly that of W, and B is trained with the optimizer, learning rate,
+    momentum and decay of W. The gradients cancel in the difference W - B. SGD with decay λ, momentum m and learning rate lr
+    therefore gives ‖W - B‖ ≈ ‖W(0) - B(0)‖ exp(-Σ lr λ/(1-m)). AdamW multiplies the difference by 1 - lr λ in each step. Adam
+    with coupled decay also divides the decay by the root of the second moment, so the rate at which the difference shrinks
+    depends on the gradients and is often higher.
 
-    Choices: B is sampled as in FA (``b_init``, and ``linear_b_init`` for fully connected layers). The first layer's B propagates
-    no error but is trained anyway. Optional deviation: with ``b_lr_scale`` other than 1, B has its own learning rate, and the
-    difference no longer vanishes exactly.
+    Our choices: B is sampled as in FA (``b_init``, and ``linear_b_init`` for fully connected layers). The B of the first layer
+    propagates no error but is trained anyway. If ``b_lr_scale`` is not 1, B has its own learning rate, and the difference no
+    longer vanishes exactly.
     """
 
     equations = (

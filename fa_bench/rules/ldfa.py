@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class SubspaceFeedback(ProductFeedback):
-    """e_in = g B R with a learned R, and with a B that learns the principal subspace of g.
+    """Feedback e_in = g B R with a learned R and with a B that learns the principal subspace of g.
 
     Args:
         rate: a factor of the gradient of B.
@@ -47,25 +47,29 @@ class SubspaceFeedback(ProductFeedback):
 @ALGORITHMS.register("ldfa")
 @dataclasses.dataclass(eq=False)
 class LDFA(SemiOrthogonalRule):
-    """Low-dimensional feedback: errors pass through a learned subspace with few dimensions.
+    """Low-dimensional feedback: errors pass through a learned low-dimensional subspace.
 
-    Hanut and Kadmon 2025 (arXiv 2502.20580), "Training Large Neural Networks With Low-Dimensional Error Feedback".
+    The rule is due to Hanut and Kadmon 2025 (arXiv 2502.20580), "Training Large Neural Networks With Low-Dimensional Error
+    Feedback".
 
         ē = g B,  e_in = ē R,  gradient of R = ēᵀ x                                         as in `pfa_o`
         gradient of B = -``b_rate`` (C B - B Bᵀ C B),  C = Σ gᵀ g / ‖g‖ over samples and positions
 
-    B (O, r) has orthonormal columns, r = ``rank`` or, if that is less, O (in grouped convolutions for each group): P = Bᵀ
-    projects errors to r dimensions, and R (r, I, K...; ``r_init``) is Qᵀ of the paper's B = Q P. R follows Bᵀ W by Kolen-Pollack,
-    so with decay B R approaches B Bᵀ W, at an angle of arccos(‖Bᵀ W‖ / ‖W‖) to W. B learns the principal subspace of the errors
-    by Oja's rule, and its columns are orthonormalised after every update. Layers with at most ``rank`` outputs keep their initial
-    B. With ``b_rate=0``, all layers keep it, and the subspace is random, as in `pfa_o` with a ratio below 1.
+    B (O, r) has orthonormal columns, where r is the smaller of ``rank`` and O (in grouped convolutions, for each group). In the
+    notation of the paper, where the feedback is Q P, the projection of errors to r dimensions is P = Bᵀ, and R (r, I, K...;
+    ``r_init``) is Qᵀ. R follows Bᵀ W by Kolen-Pollack. With decay, B R therefore approaches B Bᵀ W, at an angle of arccos(‖Bᵀ W‖
+    / ‖W‖) to W. B learns the principal subspace of the errors by Oja's rule, and its columns are orthonormalised after every
+    update. Layers with at most ``rank`` outputs keep their initial B. With ``b_rate=0``, all layers keep their initial B, and the
+    subspace is random, as in `pfa_o` with a ratio below 1.
 
-    We derived the equations ourselves and did not check them against the paper. Its rules for the subspace and its settings are
-    unknown to us, so no result is a reproduction. Choices: errors are weighted by 1/‖g‖ in C. Like all other gradients, that of B
-    is thus proportional to the loss and a sum over samples, even with accumulation, gradient scalers and data-parallel training.
-    For errors with an elliptical distribution, the subspace is the same as without these weights. B and R are trained by W's
-    optimizer, at its learning rate; because the columns are orthonormal, decay and large rates do not change the size of B. Under
-    Adam and Muon, ``b_rate`` has no effect unless it is 0.
+    We derived the equations ourselves and did not check them against the paper. We do not know the paper's rules for the subspace
+    or its settings, so none of our results reproduces the paper.
+
+    Our choices: errors are weighted by 1/‖g‖ in C. Like all other gradients, that of B is therefore proportional to the loss and
+    a sum over samples, even with gradient accumulation, gradient scalers and data-parallel training. For errors with an
+    elliptical distribution, the subspace is the same as without this weighting. B and R are trained by the optimizer of W, at its
+    learning rate. Since the columns of B are orthonormal, decay and high learning rates do not change the norm of B. With Adam
+    and Muon, ``b_rate`` has no effect unless it is 0.
     """
 
     equations = (

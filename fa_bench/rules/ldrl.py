@@ -22,43 +22,45 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
 
-#: The key for the model's output, where the last block ends, in dictionaries whose other keys are cuts.
+#: The key of the model's output, where the last block ends, in dictionaries that are otherwise indexed by cuts.
 OUTPUT_OF_MODEL = ""
 
 
 @ALGORITHMS.register("ldrl")
 @dataclasses.dataclass(eq=False)
 class LDRL(DrawingRule, LocalRule):
-    """Target propagation through blocks whose feedback maps learn from noise, by the local difference reconstruction loss
+    """Target propagation through blocks with feedback maps that learn from noise, by the local difference reconstruction loss
     (L-DRL).
 
-    Ernoult et al. 2022, "Towards scaling difference target propagation with backprop targets".
+    The rule is due to Ernoult et al. 2022, "Towards scaling difference target propagation with backprop targets".
 
-    The model is a chain of blocks f, here those that it declares (``model.blocks``) or those that end with the modules in
-    ``cuts``. Each block except the first has a feedback map g from its output h' = f(h) to its input h, here a linear map G
-    without bias. A block's target is h' - e', and the target of the block below is h + g(h' - e') - g(h'), so that
+    The model is a chain of blocks f, which are those that the model declares (``model.blocks``) or those that end with the
+    modules in ``cuts``. Each block except the first has a feedback map g from its output h' = f(h) to its input h; in this
+    implementation, g is a linear map G without bias. If the target of a block is h' - e', the target of the block below is h +
+    g(h' - e') - g(h'). The following equation therefore gives the error at the end of the block below:
 
         e = g(h') - g(h' - e') = G e'
 
-    is the error at its end, beginning with δ, the gradient of the loss at the logits. Within a block, the weights learn by
-    backpropagation of half the squared distance to the target, that is, of e, which is weight transport within blocks. G
-    minimises
+    The error of the last block is δ, the gradient of the loss at the logits. Within a block, the weights learn by backpropagation
+    of half the squared distance to the target, which means that e is propagated back. This backpropagation is weight transport
+    within blocks. G minimises
 
         loss = (-2 σε · (g(f(h + σε)) - g(f(h))) + ‖g(f(h) + σε') - g(f(h))‖²) / σ², mean over the samples,
 
-    with Gaussian noise ε, ε' and σ = ``sigma``. For small σ, G converges to Jᵀ, the transpose of J = ∂h'/∂h averaged over the
-    samples; the targets are then those of backpropagation through a linear block.
+    Here ε and ε' are Gaussian noise, and σ is ``sigma``. For small σ, G converges to Jᵀ, the transpose of J = ∂h'/∂h averaged
+    over the samples. The targets are then those of backpropagation through a linear block.
 
-    G is a linear layer if the block's output is flat; for maps, it enlarges h' to the size of h by copying values and applies a
-    3x3 convolution. ``b_lr_scale`` is the learning rate of G relative to that of the weights; a high rate makes G diverge if a
-    batch has fewer samples than h' has features.
+    G is a linear layer if the block's output is flat. For maps, G enlarges h' to the size of h by copying values and then applies
+    a 3x3 convolution. ``b_lr_scale`` is the learning rate of G relative to that of the weights. A high learning rate makes G
+    diverge if a batch has fewer samples than h' has features.
 
-    Choices and deviations: the code's maps have the nonlinearities and max-unpooling of their blocks, but here they are linear,
-    and errors do not depend on h; G learns once in every step, whereas the code takes 20 to 55 separate steps for every batch;
-    the loss is divided by σ², so that the learning rate does not depend on σ; the step size of the target (β = 0.7 in the code)
-    scales all errors alike if g is linear, so it is omitted. Every block costs one additional forward pass of the whole model,
-    and there is one more pass without noise. The equations were derived from the code, and no result of the paper has been
-    reproduced.
+    Deviations from the code: feedback maps are linear, so errors do not depend on h, whereas the code's maps have the
+    nonlinearities and max-unpooling of their blocks. G learns once in every step, whereas the code takes 20 to 55 separate steps
+    for every batch. The loss is divided by σ², so that the learning rate does not depend on σ. The step size of the target (β =
+    0.7 in the code) is omitted, because it scales all errors equally if g is linear.
+
+    Every block costs one additional forward pass through the whole model, and there is another pass without noise. We derived the
+    equations from the code and have not reproduced any result of the paper.
     """
 
     equations = (
@@ -83,7 +85,7 @@ class LDRL(DrawingRule, LocalRule):
         if self._layouts:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
         executed = [path for path in self._trace.output_shapes if path in features]
-        #: Cut -> the end of the next block; in the order of execution.
+        #: Cut -> the end of the next block, in the order of execution.
         self._next = dict(zip(executed, [*executed[1:], OUTPUT_OF_MODEL], strict=True))
         self._require_none_frozen(self._trace.trainable)
         self._shapes = {**features, OUTPUT_OF_MODEL: (classes,)}
@@ -92,7 +94,7 @@ class LDRL(DrawingRule, LocalRule):
         super().make_feedback(features, classes)
 
     def _require_none_frozen(self, learning: Collection[str]) -> None:
-        """Refuse a frozen block above one that learns, given the ends of the blocks that learn."""
+        """Raise an error if a frozen block follows a trainable one, given the ends of the trainable blocks."""
         executed = list(self._next)
         above = itertools.dropwhile(lambda cut: cut not in learning, executed)
         if frozen := next((cut for cut in above if cut not in learning), None):
@@ -103,7 +105,7 @@ class LDRL(DrawingRule, LocalRule):
             )
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
-        """G, which maps errors at the end of the next block to this cut."""
+        """The module G that maps errors at the end of the next block to this cut."""
         above = self._shapes[self._next[cut]]
         layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
         if len(shape) == len(above) > 1:
@@ -122,7 +124,7 @@ class LDRL(DrawingRule, LocalRule):
     def connect(self, output: Any, tape: dict[str, CapturedActivation] | None, at: str | None = None) -> Any:
         if tape and len(tape) < len(self._next) and not recomputing():  # blocks may have been frozen after `attach`
             outputs = {cut: captured.tensor for cut, captured in tape.items() if captured.tensor is not None}
-            # An input that requires a gradient does not make a block learn.
+            # A block whose input requires a gradient is not trainable for that reason alone.
             self._require_none_frozen([cut for cut, output in outputs.items() if self._capture.depends_on_parameters(output)])
         return super().connect(output, tape, at)
 
@@ -155,8 +157,8 @@ class LDRL(DrawingRule, LocalRule):
         return error, [gradient * scale for gradient in gradients]
 
     def _pass(self, cut: str | None) -> dict[str, Tensor]:
-        """The activations at the ends of all blocks in another forward pass. If a cut is given, noise is added there, and the
-        result is this noise and the activation at the end of the next block."""
+        """The activations at the ends of all blocks, from another forward pass. If a cut is given, noise is added at this cut,
+        and the method returns the noise and the activation at the end of the next block."""
         from fa_bench.mechanisms.second_pass import again, value_of
 
         first = self.first_pass

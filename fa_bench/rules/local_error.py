@@ -20,24 +20,25 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("local_error")
 @dataclasses.dataclass(eq=False)
 class LocalError(LocalRule):
-    """Local errors: a fixed random classifier at every hidden activation.
+    """Local errors: every hidden activation learns from the loss of its own fixed random classifier.
 
-    Mostafa, Ramesh and Cauwenberghs 2018.
+    The rule is due to Mostafa, Ramesh and Cauwenberghs 2018.
 
-    Every hidden activation a has a fixed random linear classifier M (C, features) and learns from its cross-entropy:
+    Every hidden activation a has a fixed random linear classifier M (C, features) and learns from the cross-entropy of this
+    classifier:
 
         s = a Mᵀ,    error at a = (softmax(s) - y) M / N,    y the one-hot labels.
 
-    The error passes through the layer's nonlinearity and normalisation to its weights but no further. The output layer has its
-    true gradient. M neither learns nor decays. With ``separate=true`` the local error uses |K| ∘ sign(M) in place of M, where K
-    is also fixed and random and has the shape of M.
+    The error passes through the layer's nonlinearity and normalisation to its weights but no further. The output layer learns
+    from its true gradient. M neither learns nor decays. With ``separate=true``, the local error uses |K| ∘ sign(M) instead of M,
+    where K has the shape of M and is also fixed and random.
 
-    If the model's output has positions, such as tokens, a cut must have the same positions; M (C, F) classifies each position,
-    which has its own label.
+    If the model's output has positions, such as tokens, every cut must have the same positions. M (C, F) then classifies each
+    position, which has its own label.
 
-    Choices not specified in the paper: one classifier at every cut point; a map with more than `features` features is first
-    averaged to at most that many, by halving its height and width alternately; M is Kaiming-uniform with the features as its fan
-    (``m_init``); no bias.
+    The paper does not specify the following choices. There is one classifier at every cut point, without a bias. A map with more
+    than `features` features is first averaged to at most that many, by halving its height and width alternately. M is
+    Kaiming-uniform, with the number of features as the fan (``m_init``).
     """
 
     equations = (
@@ -62,7 +63,7 @@ class LocalError(LocalRule):
         features = auxiliary(activation)
         scores = features.mm(self.tensor(cut, "M").t())
         if self.separate:
-            # The value of a Mᵀ with the derivative of a Kᵀ.
+            # These scores have the value of a Mᵀ but the derivative of a Kᵀ.
             surrogate = features.mm(self.tensor(cut, "K").t())
             scores = surrogate + (scores - surrogate).detach()
         return self.loss_of(scores, target)

@@ -19,13 +19,13 @@ from fa_bench.utils.sampling import sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Kind of synapse -> the tensor with its feedback, which is a product for PFA.
+#: Kind of synapse -> the tensor with its feedback; for PFA, this is a product.
 TENSORS = {"pfa": "B R", "fa": "F", "kp": "K"}
 KINDS = tuple(TENSORS)
 
 
 class MixedFeedback(FeedbackPathway):
-    """e_in = g E, where the masks determine which entries of E come from B R, from F and from K.
+    """Feedback e_in = g E, where masks determine which entries of E come from B R, from F and from K.
 
     Args:
         kinds: the `KINDS` that the layer has; only the tensors of these exist.
@@ -51,7 +51,7 @@ class MixedFeedback(FeedbackPathway):
         return self.masked_sum(layer, self.kinds)
 
     def masked_sum(self, layer: Any, kinds: tuple[str, ...]) -> Tensor:
-        """E restricted to the synapses of these kinds; all other entries are zero."""
+        """The feedback E restricted to the synapses of the given kinds; all other entries are zero."""
         total = torch.zeros_like(layer.weight, requires_grad=False)
         for kind in kinds:
             tensor = self._product.effective(layer) if kind == "pfa" else feedback_tensor(layer, TENSORS[kind])
@@ -62,33 +62,36 @@ class MixedFeedback(FeedbackPathway):
 @ALGORITHMS.register("mixed")
 @dataclasses.dataclass(eq=False)
 class Mixed(ExpandingRule):
-    """A mixture of PFA, FA and KP synapses, with proportions such that the weight angle matches the brain's.
+    """A mixture of PFA, FA and KP synapses, in proportions for which the weight angle matches that of the brain.
 
-    From the discussion and appendix B of Li and Benna 2024.
+    The rule comes from the discussion and appendix B of Li and Benna 2024.
 
-    e_in = g E with E = m_pfa (B R) + m_fa F + m_kp K, entry by entry in the weight's layout. Each entry is of one kind, sampled
-    once with the probabilities p = ``pfa``, f = ``fa``, k = ``kp`` and encoded in the masks m. The fixed B and the learned R,
-    with gradient ēᵀ x and ē = g B, are those of `pfa` (M = ``ratio`` x O); F is fixed; K has the gradient of W; their
-    initialisers are ``f_init``, ``k_init`` and ``r_init``.
+    The rule computes e_in = g E with E = m_pfa (B R) + m_fa F + m_kp K, entry by entry in the weight's layout. Each entry is of
+    one kind, which is sampled once with the probabilities p = ``pfa``, f = ``fa``, k = ``kp`` and encoded in the masks m. The
+    fixed B and the learned R, with gradient ēᵀ x and ē = g B, are those of `pfa` (M = ``ratio`` x O). F is fixed, and K has the
+    gradient of W. The initialisers of F, K and R are ``f_init``, ``k_init`` and ``r_init``.
 
     Neither learned gradient is masked: R has the gradient of PFA, and K has the gradient of W, although only the entries under
     K's mask propagate an error. With decay, B R and K therefore approach W everywhere, as in `pfa` and `kp`. Let λ = 1/ratio, and
-    let r be the norm ratio and ρ the cosine of F to W over FA's entries (ρ is 0 unless W aligns with F there, as in FA). The
-    angle of E to W is then given by
+    let r be the ratio of the norms of F and W over the entries of FA, and ρ the cosine between F and W over these entries. Unless
+    W aligns with F there, as it does in FA, ρ is 0. The following equation then gives the angle between E and W:
 
         cos = (p + k + f ρ r) / √(p (1 + λ) + k + f r²)
 
-    and the angle of the direct synapses alone, m_fa F + m_kp K, which lie between the neurons that W connects, by
+    The direct synapses, m_fa F + m_kp K, are those between neurons that W connects, whereas a PFA synapse passes through the
+    intermediate population. The following equation gives the angle between the direct synapses and W:
 
         cos = (k + f ρ r) / √(k + f r²)
 
-    since a PFA synapse passes through the intermediate population; `direct_feedback` returns the direct synapses of a layer.
-    Strictly, p, f and k are each kind's share of ‖W‖², which deviates from its fraction if W comes to prefer the true kinds.
+    The method `direct_feedback` returns the direct synapses of a layer. Strictly speaking, p, f and k in these formulas are the
+    shares of ‖W‖² of each kind. These shares deviate from the fractions of entries if W becomes larger where the feedback is
+    accurate.
 
-    Choices: the paper gives no fractions. The defaults follow from its appendix B, for r = 1 and ρ = 0: 31 % of connected pairs
-    are connected in both directions, with a correlation of k / (k + f) = 0.36; the correlation over all pairs is 0.2, which is an
-    angle of 78 degrees. A kind with fraction 0 has no tensors; if one has fraction 1, the rule is `pfa`, `fa` or `kp`. Masks are
-    sampled entry by entry, so a layer has these fractions only approximately.
+    The paper gives no fractions. The defaults follow from appendix B of the paper, for r = 1 and ρ = 0. According to this
+    appendix, 31 % of connected pairs are connected in both directions, with a correlation of k / (k + f) = 0.36. The correlation
+    over all pairs is 0.2, which corresponds to an angle of 78 degrees. A kind with fraction 0 has no tensors; if one kind has
+    fraction 1, the rule is `pfa`, `fa` or `kp`. Masks are sampled entry by entry, so a layer has these fractions only
+    approximately.
     """
 
     equations = (
@@ -131,7 +134,7 @@ class Mixed(ExpandingRule):
         return MixedFeedback(kinds)
 
     def direct_feedback(self, layer: str) -> Tensor:
-        """m_fa F + m_kp K of a layer, in the weight's layout, detached: the synapses between neurons that W connects."""
+        """The direct synapses m_fa F + m_kp K of a layer, in the weight's layout and detached."""
         self.effective_feedback(layer)
         module = self._layers[layer]
         if not isinstance(module.pathway, MixedFeedback):

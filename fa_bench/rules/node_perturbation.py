@@ -18,27 +18,29 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("node_perturbation")
 @dataclasses.dataclass(eq=False)
 class NodePerturbation(DrawingRule, CutRule):
-    """Node perturbation: errors estimated from the effect of noise on the loss.
+    """Node perturbation: errors are estimated from the effect of noise on the loss.
 
-    Let ξ be standard normal noise at every hidden activation and at the logits z, σ the option `sigma`, and L± the loss of each
-    sample n in two additional forward passes, in which ±σξ is added there. The error at an activation is then
+    Let ξ be standard normal noise at every hidden activation and at the logits z, and σ the option `sigma`. Two additional
+    forward passes, in which ±σξ is added to these activations, give the losses L± of each sample n. The following equations give
+    the error at an activation:
 
         d_n ξ_n / N,    d_n = (L⁺_n - L⁻_n) / 2σ,
 
-    an unbiased estimate of ∂L/∂a up to O(σ²), and an exact directional derivative if L is quadratic. Dalm, van Gerven and Ahmad,
-    arXiv 2310.00965, describe the principle (the paper's text was not checked); the two-sided difference is our choice. The
-    variance of the estimate grows with the number of perturbed values P, and the expected cosine to the true error falls like
-    1/√P, so this rule is a baseline for learning without feedback and is not competitive in wide nets.
+    As an estimate of ∂L/∂a, this error is unbiased up to O(σ²), and d_n is an exact directional derivative if L is quadratic.
+    Dalm, van Gerven and Ahmad, arXiv 2310.00965, describe the principle; we did not check the text of their paper. The two-sided
+    difference is our choice. The variance of the estimate grows with the number of perturbed values P, and its expected cosine to
+    the true error decreases like 1/√P. The rule is therefore a baseline for learning without feedback and is not competitive in
+    wide networks.
 
-    No error passes through a weight. Each layer's weight and bias learn from the error at its activation and the layer's own
-    derivatives, including that of its nonlinearity. With ``perturb_output=false``, the output layer learns from its true
+    No error passes through a weight. The weight and bias of a layer learn from the error at its activation and from the layer's
+    own derivatives, including that of its nonlinearity. With ``perturb_output=false``, the output layer learns from its true
     gradient.
 
-    Dropout masks are the same in all three passes. Batch normalisation uses the statistics of each pass's batch, noise included,
-    and updates the running statistics in the first pass. Every update draws new noise, which depends on the seed and the number
-    of the update. Multiplications: two additional forward passes.
+    Dropout masks are the same in all three passes. Batch normalisation uses the statistics of each pass, which include the noise,
+    and updates its running statistics in the first pass. Every update samples new noise, which depends only on the seed and the
+    number of the update. An update needs two additional forward passes.
 
-    Normalisation by the realised change of activity and decorrelated inputs, which the authors add, are not implemented.
+    The authors also normalise by the actual change of activity and decorrelate inputs; neither is implemented.
     """
 
     equations = (
@@ -61,7 +63,7 @@ class NodePerturbation(DrawingRule, CutRule):
         self._noise: dict[str, Tensor] = {}
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        """d_n / N times the scale of the loss, (N,)."""
+        """The values d_n / N, times the scale of the loss, (N,)."""
         assert target is not None
         self.next_draws()
         self._noise = {}
@@ -71,7 +73,7 @@ class NodePerturbation(DrawingRule, CutRule):
         return self._slopes
 
     def _losses(self, size: float, target: Tensor) -> Tensor:
-        """The loss of each sample, (N,), with the noise times `size` added."""
+        """The loss of each sample, (N,), when the noise times `size` is added."""
         from fa_bench.mechanisms.cut.positions import sample_losses
         from fa_bench.mechanisms.second_pass import again
 
@@ -95,5 +97,5 @@ class NodePerturbation(DrawingRule, CutRule):
 
 
 def _by_sample(noise: Tensor, factors: Tensor) -> Tensor:
-    """Noise (N, ...) times a factor for each sample."""
+    """The noise (N, ...), with each sample multiplied by its own factor."""
     return noise * factors.to(noise.dtype).view(-1, *[1] * (noise.dim() - 1))

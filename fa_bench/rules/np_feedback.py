@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Regression:
-    """The data that one training pass needs to learn feedback from noise.
+    """The data with which feedback learns from noise in one training pass.
 
     Attributes:
         noise: layer -> the noise at its input in each of its calls.
@@ -39,7 +39,7 @@ class Regression:
         self.calls: dict[str, int] = {}
 
     def target(self, layer: Any, call: int, rule: str) -> Tensor:
-        """Minus the estimate of each sample's error at the layer's input, in the shape of the input."""
+        """The negative estimate of each sample's error at the layer's input, with the shape of the input."""
         from fa_bench.mechanisms.weighted_layers import sample_axis
 
         if self.slopes is None:
@@ -54,7 +54,7 @@ class Regression:
 
 
 class RegressedFeedback(LearnedFeedback):
-    """e_in = g B, where B learns the errors that noise reveals.
+    """Feedback e_in = g B, where B learns from errors that are estimated with noise.
 
     Args:
         rule: the rule, attached.
@@ -79,30 +79,30 @@ class RegressedFeedback(LearnedFeedback):
 @ALGORITHMS.register("np_feedback")
 @dataclasses.dataclass(eq=False)
 class NPFeedback(DrawingRule, RandomFeedbackRule):
-    """Feedback alignment whose feedback learns from node perturbation.
+    """Feedback alignment with feedback that learns from node perturbation.
 
-    Lansdell, Prakash and Kording 2020, arXiv 1906.00889; official code.
+    The rule is due to Lansdell, Prakash and Kording 2020, arXiv 1906.00889; details follow their official code.
 
-    e_in = g B; W and b learn from this error, as in feedback alignment. B learns to predict the errors that noise reveals. Let ξ
-    be standard normal noise at the input of every layer, σ the option `sigma`, and L± the loss of each sample n in two additional
-    forward passes with ±σξ added there. Then
+    The rule computes e_in = g B, and W and b learn from this error, as in feedback alignment. B learns to predict errors that are
+    estimated with noise. Let ξ be standard normal noise at the input of every layer, and σ the option `sigma`. Two additional
+    forward passes, in which ±σξ is added to these inputs, give the losses L± of each sample n. Then
 
         d_n = (L⁺_n - L⁻_n) / 2σ,    gradient of B = 1/N Σ_n ĝ_nᵀ (ĝ_n B - d_n ξ_n),
 
-    where ĝ_n, N times g, is the error of sample n at the layer's output. d ξ is an unbiased estimate of ∂L_n/∂x up to O(σ²), so
-    in a linear net B learns W. B has its own learning rate, `b_lr_scale` times that of W (0: feedback alignment), or its own
-    optimizer; the authors use plain SGD for it.
+    Here ĝ_n, which is N times g, is the error of sample n at the layer's output. The product d ξ is an unbiased estimate of
+    ∂L_n/∂x up to O(σ²), so B learns W in a linear network. B has its own learning rate, which is `b_lr_scale` times that of W (0
+    gives feedback alignment), or its own optimizer. The authors train B by plain SGD.
 
-    Deviations from the code: a two-sided difference of losses in place of the noisy loss minus the clean one; the mean over the
-    batch in place of the sum; any loss and nonlinearity, whereas the code has squared errors and sigmoids; B is sampled by
-    `b_init` and ``linear_b_init``, whereas the code has N(0, 2/fan) for weights and feedback alike. The first layer's B
-    propagates no error but is trained anyway.
+    Deviations from the code: d_n is a two-sided difference of losses, whereas the code subtracts the loss without noise from the
+    loss with noise. The gradient of B is a mean over the batch instead of a sum. Any loss and nonlinearity can be used, whereas
+    the code has squared errors and sigmoids. B is sampled by `b_init` and ``linear_b_init``, whereas the code samples weights and
+    feedback from N(0, 2/fan). The B of the first layer propagates no error but is trained anyway.
 
-    In convolutions whose padding is not of zeros, or not the same on both sides (``same`` with an even kernel), B learns from the
-    errors at the padded input, with its border, and so learns W only approximately.
+    If the padding of a convolution is not zero, or differs between the two sides (``same`` with an even kernel), B learns from
+    the errors at the padded input, including its border. In this case, B learns W only approximately.
 
-    Dropout masks are the same in all three passes; batch normalisation uses each pass's own statistics, and updates its running
-    statistics with those of the first pass. Multiplications: two additional forward passes, and the gradient of B.
+    Dropout masks are the same in all three passes. Batch normalisation uses the statistics of each pass and updates its running
+    statistics in the first pass. An update needs two additional forward passes and the computation of the gradient of B.
     """
 
     equations = (
@@ -198,7 +198,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
         return [delta]
 
     def _losses(self, first: FirstPass, output: str, regression: Regression, size: float, target: Tensor) -> Tensor:
-        """The loss of each sample, (N,), with the noise times `size` at the inputs of all layers."""
+        """The loss of each sample, (N,), when the noise times `size` is added to the inputs of all layers."""
         from fa_bench.mechanisms.contexts import set_temporarily
         from fa_bench.mechanisms.cut.positions import sample_losses
         from fa_bench.mechanisms.second_pass import again

@@ -11,48 +11,53 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("pc")
 @dataclasses.dataclass(eq=False)
 class PC(EnergyRule):
-    """Predictive coding: the states between the blocks settle, and each block learns to predict the state after it.
+    """Predictive coding: the states between the blocks are optimised first, and then each block learns to predict the state at
+    its end.
 
-    The form of PCX (Pinchetti et al. 2025, arXiv 2407.01163), after Whittington and Bogacz 2017. Let s_l be the state at the end
-    of block l, f_l the block's function and L the loss of a sample. The energy of N samples is
+    The rule has the form of PCX (Pinchetti et al. 2025, arXiv 2407.01163), which is based on Whittington and Bogacz 2017. Let s_l
+    be the state at the end of block l, f_l the block's function and L the loss of a sample. The following equation defines the
+    energy of N samples:
 
         E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ],    s_0 = x.
 
-    Beginning with the states of the forward pass, where E is the loss, there are `steps` steps with step size η (`rate`) and
-    momentum μ (`momentum`), with e_l = s_l - f_l(s_{l-1}):
+    The states start from those of the forward pass, where E is the loss, and take `steps` gradient steps with step size η
+    (`rate`) and momentum μ (`momentum`), where e_l = s_l - f_l(s_{l-1}):
 
         v_l ← μ v_l + ∂E/∂s_l,    ∂E/∂s_l = e_l - (∂f_{l+1}/∂s_l)ᵀ e_{l+1},    s_l ← s_l - η v_l;
 
-    for the last state, the error of the loss replaces -e_L. A state depends only on its neighbours, so an error moves by one
-    block per step; with fewer steps than blocks, the first blocks do not learn. Then every block learns from the gradient of E /
-    N with the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient of the loss at the
-    settled state. `epc` has the same minima and reaches all blocks in its first step.
+    For the last state, the error of the loss replaces -e_L. A state depends only on its neighbours, so errors move by one block
+    per step; with fewer steps than blocks, the first blocks do not learn. Then every block learns from the gradient of E / N with
+    the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient of the loss at the final state.
+    `epc` has the same minima, and its errors reach all blocks in the first step.
 
-    **When this is backpropagation.** After a few small steps, the error d blocks before the last cut is -(T choose d + 1) η^(d +
-    1) times the error of backpropagation, to leading order in η, where T is the number of steps. Each hidden layer then learns
-    from backpropagation's gradient times a number, which Adam cancels, as in `epc`. Coverage has a note if T η is below 0.1, and
-    ``probes=[energy]`` measures how far the states have settled and the cosine between each layer's gradient and
-    backpropagation's.
+    **When this is backpropagation.** After a few small steps, the error d blocks before the last cut is -(T choose d + 1)
+    η^(d + 1) times the error of backpropagation, to leading order in η, where T is the number of steps. Each hidden layer
+    then learns from the gradient of backpropagation times a constant factor, which Adam cancels, as in `epc`. Coverage
+    includes a note if T η is below 0.1. ``probes=[energy]`` measures how far the states have converged, and the cosine
+    between each layer's gradient and that of backpropagation.
 
-    This error soon falls below the rounding error of the states, a relative 1e-7 in single precision. With 5 steps of 0.0183 and
-    momentum 0.35, the first of four hidden layers (128 GELU units each, initial weights, random data) had 7e-7 times the gradient
-    of backpropagation, and its cosine to the same gradient in double precision was only 0.25. `epc` stores the errors themselves,
-    so it does not have this problem.
+    Far from the last cut, these errors can fall below the rounding error of the states, which is 1e-7 relative to the states in
+    single precision. We measured this with four hidden layers of 128 GELU units, initial weights and random data, for 5 steps of
+    0.0183 with momentum 0.35. The gradient of the first layer was 7e-7 times that of backpropagation, and its cosine to the same
+    gradient in double precision was only 0.25. This problem does not occur in `epc`, which stores the errors instead of the
+    states.
 
-    The blocks are those that the model declares, or those that end at `cuts`. No error passes from one block to the next within
-    a step, but the derivatives of a block are exact, so weights are transported within blocks, even if a block has a single
-    layer.
+    The blocks are those that the model declares, or those that end at `cuts`. Within a step, no error passes through more than
+    one block. The derivatives of a block are exact, however, so the rule uses weight transport within blocks, even if a block has
+    only one layer.
 
-    Not checked against a paper: the equations come from the code and a derivation. Nudged outputs, weight updates in every step
-    (iPC) and the scaling of μPC are not included. Choices: the default is 20 steps of 0.1 without momentum; the MNIST net of PCX
-    uses 5 steps of 0.0183 with momentum 0.35, and its VGG-5 in the error-based paper's code uses 8 steps of 0.0266. E sums over
-    samples, so settling does not depend on the batch size, and over positions if the output has them.
+    The equations come from the code and a derivation; we did not check them against a paper. Nudged outputs, weight updates in
+    every step (iPC) and the scaling of μPC are not implemented. The default of 20 steps of 0.1 without momentum is our choice.
+    The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and its VGG-5 in the code of the `epc` paper uses 8 steps
+    of 0.0266. E is a sum over samples, so the optimisation of the states does not depend on the batch size. If the output has
+    positions, E is also a sum over positions.
 
-    The rule delivers no errors at activations, so there are no delta angles; ``probes=[energy]`` compares gradients instead.
+    Since the rule delivers no errors at activations, there are no delta angles; ``probes=[energy]`` compares gradients instead.
 
-    Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, which couples the samples of a
-    batch, and updates its running statistics in the first pass. Multiplications: T + 1 additional forward passes and T + 1
-    backward passes. Of the backward passes, T are only for the states and one is only for the weights.
+    Dropout masks are the same in all passes. Batch normalisation uses the statistics of each pass, which couples the samples of a
+    batch, and updates its running statistics in the first pass. An update needs T + 1 additional forward passes and T + 1
+    backward passes; T of the backward passes compute only the gradients of the states, and one computes only those of the
+    weights.
     """
 
     equations = (

@@ -22,33 +22,35 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("pepita")
 @dataclasses.dataclass(eq=False)
 class Pepita(PassRule):
-    """PEPITA: a second forward pass whose input is modulated by the error.
+    """PEPITA: layers learn from a second forward pass, in which the error modulates the input.
 
-    Dellaferrera and Kreiman 2022, arXiv 2201.11665; the form is that of the authors' code.
+    The rule is due to Dellaferrera and Kreiman 2022, arXiv 2201.11665; its form is that of the authors' code.
 
-    The first pass gives the activations h_l and the error e = softmax(z) - y (N, C) of each sample; for other objectives, N times
-    the gradient of their mean loss at the logits. The second pass has the input x' = x + e F, with F (C, features of the input)
-    fixed and random, and gives h'_l and the logits' error e' = softmax(z') - y. With h'_0 = x',
+    The first pass gives the activations h_l and the error e = softmax(z) - y (N, C) of each sample. For objectives other than the
+    cross-entropy, e is N times the gradient of the mean loss at the logits. The second pass has the input x' = x + e F, where F
+    (C, features of the input) is fixed and random; it gives h'_l and the error of the logits, e' = softmax(z') - y. With h'_0 =
+    x', the gradients are as follows:
 
         gradient of W_l = (h_l - h'_l)ᵀ h'_{l-1} / N,    gradient of the output layer = e'ᵀ h'_{L-1} / N.
 
-    No error passes through a weight, and the derivatives of the hidden nonlinearities are not used: the difference h - h' is the
-    error at the input of the nonlinearity. F is Kaiming-uniform (`f_init`), here within ±√(6/features), times `f_scale`. If the
-    first layer is linear, h_1 - h'_1 = -W_1 F e: the rule is direct feedback alignment with the feedback -(W_1 F)ᵀ there
-    (Srinivasan et al. 2023, arXiv 2302.05440), and reduces the loss if -F aligns with the product of the weights. With
-    ``f_scale=0`` only the output layer learns.
+    No error passes through a weight. The derivatives of the hidden nonlinearities are not used, because the difference h - h' is
+    the error at the input of the nonlinearity. F is Kaiming-uniform (`f_init`), which here means within ±√(6/features), times
+    `f_scale`. If the first layer is linear, h_1 - h'_1 = -W_1 F e. For this layer, the rule is then direct feedback alignment
+    with the feedback -(W_1 F)ᵀ (Srinivasan et al. 2023, arXiv 2302.05440), and reduces the loss if -F aligns with the product of
+    the weights. With ``f_scale=0``, only the output layer learns.
 
-    Deviations from the paper and its code: layers may have biases and normalisation, which learn from the same errors, through
-    everything between the previous cut and the nonlinearity; the gradient of a convolution is the sum over positions, whereas
-    the code averages over positions and a second time over the batch. At a cut that is not a nonlinearity, such as a block,
-    h - h' is the error at its output; a cut at a pooling layer is treated as one at the nonlinearity before it.
+    Deviations from the paper and its code: layers may have biases and normalisation. Biases and normalisation learn from the same
+    errors, through everything between the previous cut and the nonlinearity. The gradient of a convolution is the sum over
+    positions, whereas the code averages over positions and a second time over the batch. If the module at a cut is not a
+    nonlinearity but, for example, a block, h - h' is the error at its output. A cut at a pooling layer is treated like a cut at
+    the preceding nonlinearity.
 
-    Under autocast, or in a model of half precision, h - h' is a small difference of rounded numbers: use float32, or a larger
+    With autocast or in a half-precision model, h - h' is a small difference of rounded numbers, so use float32 or a larger
     `f_scale`.
 
-    Dropout masks are the same in both passes. Batch normalisation uses each pass's own statistics, and updates its running
-    statistics with those of the first pass. The first pass is not differentiated. Multiplications: one additional forward pass,
-    and half a backward pass for the weights.
+    Dropout masks are the same in both passes. Batch normalisation uses the statistics of each pass and updates its running
+    statistics in the first pass. The first pass is not differentiated. An update needs one additional forward pass, and half a
+    backward pass for the weights.
     """
 
     equations = (
@@ -108,7 +110,7 @@ class Pepita(PassRule):
         def at_output(cut: str, tensor: Tensor) -> Tensor:
             before.setdefault(cut, tensor)
             differences[cut] = (activations[cut] - tensor.detach()) * share
-            # The gradient of the module at the cut may need its output.
+            # The backward pass of the module at the cut may need its output, so the output is copied if it is changed in place.
             return tensor.detach().clone() if cut in self._trace.changed_in_place else tensor.detach()
 
         x, *others = self.first_argument(self.first_pass.args)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ProductFeedback(FeedbackPathway):
-    """e_in = g B R with a fixed B and a learned R.
+    """Feedback e_in = g B R with a fixed B and a learned R.
 
     Shapes: see `fa_bench.mechanisms.edge.product`.
     """
@@ -35,7 +35,7 @@ class ProductFeedback(FeedbackPathway):
         first, second = feedback_tensor(layer, "B"), layer.learned["R"].tensor
         if second.dim() == 2:
             return BackwardContext(first, second_hop=second, gradients=feedback_gradient(layer, "R"))
-        # In a convolution the product is computed once, not for every pixel: ten times less work at a ratio of ten.
+        # In a convolution, the product is computed once and not for every pixel, which is ten times less work at a ratio of ten.
         return self.effective_context(layer, x, feedback_gradient(layer, "R", first_hop=first))
 
     def effective(self, layer: Any) -> Tensor:
@@ -52,16 +52,17 @@ class ProductFeedback(FeedbackPathway):
 
 @dataclasses.dataclass(eq=False)
 class ProductRule(EdgeRule):
-    """Base class of rules with product feedback; subclasses set the number of intermediate units and sample B in `first`."""
+    """Base class of rules with product feedback. Subclasses define the number of intermediate units in `between` and sample B in
+    `first`."""
 
     r_init: str = init_option("R")
 
     def between(self, outputs: int) -> int:
-        """M, the number of units of the intermediate population, for this number of outputs."""
+        """The number M of units in the intermediate population for the given number of outputs."""
         raise missing_method(self, "between")
 
     def check_size(self, layer: LayerContext, entries: int) -> None:
-        """Check the size of a layer's feedback before B and R are created; may raise an OptionError.
+        """Check the size of a layer's feedback before B and R are created. Subclasses may raise an OptionError.
 
         Args:
             layer: the layer.
@@ -69,15 +70,15 @@ class ProductRule(EdgeRule):
         """
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
-        """B of one group, (outputs, between), float32 on the CPU."""
+        """A sample of B for one group, (outputs, between), in float32 on the CPU."""
         raise missing_method(self, "first")
 
     def r_density(self) -> float:
-        """Fraction of R that is not zero."""
+        """The fraction of the entries of R that are not zero."""
         return 1.0
 
     def put_product(self, layer: LayerContext) -> None:
-        """Give the layer B, R and the mask of R."""
+        """Store B, R and the mask of R in the layer."""
         module: Any = layer.module
         weight, groups = module.weight, getattr(module, "groups", 1)
         transposed = getattr(module, "transposed", False)
@@ -98,7 +99,8 @@ class ProductRule(EdgeRule):
 
 @dataclasses.dataclass(eq=False)
 class ExpandingRule(ProductRule):
-    """Base class of the rules whose intermediate population is sized relative to the layer's output."""
+    """Base class of the rules in which the size of the intermediate population is proportional to the number of the layer's
+    outputs."""
 
     ratio: float = option(10.0, "expansion ratio: units of the intermediate population per unit of the layer's output", above=0)
 
@@ -111,7 +113,7 @@ class ExpandingRule(ProductRule):
 
 @dataclasses.dataclass(eq=False)
 class SemiOrthogonalRule(ProductRule):
-    """Base class of the rules whose B has orthonormal rows or, if it has more rows than columns, orthonormal columns."""
+    """Base class of the rules in which B has orthonormal rows or, if B has more rows than columns, orthonormal columns."""
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
         gaussian = sample((max(outputs, between), min(outputs, between)), "normal_fan_out", seed)
@@ -125,18 +127,18 @@ class SemiOrthogonalRule(ProductRule):
 class PFA(ExpandingRule):
     """Product feedback alignment: the error passes through a fixed random matrix and then through a learned one.
 
-    Eqs 4-6 of Li and Benna 2024.
+    The rule is given by eqs 4-6 of Li and Benna 2024.
 
-    ē = g B and e_in = ē R: the error reaches the layer's input through a population of M = ``ratio`` x O units. B (O, M) is
-    fixed and random with E[B Bᵀ] = I: uniform with variance 1/M. R (M, I, K...; ``r_init``) learns with W's optimizer, learning
-    rate, momentum and decay by its own local gradient ēᵀ x (for convolutions, the weight gradient of x and ē). Since this is Bᵀ
-    times the gradient of W, W approaches B R as the initial values decay, for example by a large weight decay in the first epoch
-    (``optimizer.first_epoch_weight_decay``). The angle between W and B R is then arctan √(1/ratio) and their norm ratio
-    √(1 + 1/ratio). ``density`` d below 1 puts fixed masks on B (whose variance becomes 1/(M d)) and on R (whose variance is not
-    compensated); the angle is then arctan √(1/(ratio d)).
+    With ē = g B and e_in = ē R, the error reaches the layer's input through a population of M = ``ratio`` x O units. B (O, M) is
+    fixed, random and uniform with variance 1/M, so that E[B Bᵀ] = I. R (M, I, K...; ``r_init``) learns with the optimizer,
+    learning rate, momentum and decay of W from its own local gradient ēᵀ x (for convolutions, the weight gradient of x and ē).
+    This gradient is Bᵀ times the gradient of W, so W approaches B R as the initial values decay, for example because of a large
+    weight decay in the first epoch (``optimizer.first_epoch_weight_decay``). The angle between W and B R is then arctan
+    √(1/ratio), and the ratio of their norms is √(1 + 1/ratio). If ``density`` d is below 1, fixed masks set entries of B and R to
+    zero. The variance of B then becomes 1/(M d), whereas that of R is not compensated, and the angle is arctan √(1/(ratio d)).
 
-    Choices: the paper's formula for the gain of B lacks a square root, which is added here; R's mask is reapplied after every
-    update, to R but not to its momentum, as in the paper's code.
+    Our choices: the paper's formula for the gain of B lacks a square root, which we add. As in the paper's code, the mask of R is
+    reapplied after every update, to R but not to its momentum.
     """
 
     equations = (

@@ -1,4 +1,4 @@
-"""Product feedback alignment with a semi-orthogonal first hop."""
+"""Product feedback alignment with a semi-orthogonal fixed matrix."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fa_bench.rules.pfa import ExpandingRule, SemiOrthogonalRule
 class PFAO(ExpandingRule, SemiOrthogonalRule):
     """Product feedback alignment with a semi-orthogonal fixed matrix: B Bᵀ = I exactly.
 
-    Li and Benna 2024.
+    The rule is due to Li and Benna 2024.
 
-    ē = g B, e_in = ē R, gradient of R = ēᵀ x, as in `pfa`; B (O, M) is fixed and has orthonormal rows: the orthogonal factor of a
-    Gaussian matrix, with unique signs. W and B R then differ only by their initial values.
+    As in `pfa`, ē = g B, e_in = ē R, gradient of R = ēᵀ x. B (O, M) is fixed and has orthonormal rows; it is the orthogonal
+    factor of a Gaussian matrix, with unique signs. W and B R then differ only by their initial values.
 
-    With ``ratio`` below 1, the columns of B are orthonormal instead, Bᵀ B = I: errors lose every component outside a fixed random
-    subspace of M dimensions, and B R approaches B Bᵀ W, at an angle to W of arccos √``ratio`` if W is independent of B. `ldfa`
-    learns the subspace.
+    With ``ratio`` below 1, the columns of B are orthonormal instead, Bᵀ B = I. Errors then lose all components outside a fixed
+    random subspace of M dimensions, and B R approaches B Bᵀ W. The angle between B Bᵀ W and W is arccos √``ratio`` if W is
+    independent of B. `ldfa` learns the subspace.
 
-    Choices: R is sampled as in `pfa` (``r_init``); ``ratio`` is 1, with a square orthogonal B, as in the paper's code; the paper
-    only says that M is at least O, so it has no ratio below 1.
+    R is sampled as in `pfa` (``r_init``). By default, ``ratio`` is 1 and B is square and orthogonal, as in the paper's code. The
+    paper says only that M is at least O, so ratios below 1 are our extension.
     """
 
     equations = (

@@ -1,4 +1,4 @@
-"""Local losses: prediction and similarity."""
+"""Local losses for prediction and similarity."""
 
 from __future__ import annotations
 
@@ -18,47 +18,48 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
 
-#: Rows shorter than this count as constant.
+#: Rows with a norm below this value count as constant.
 _TINY = 1e-8
 
 
 @ALGORITHMS.register("predsim")
 @dataclasses.dataclass(eq=False)
 class PredSim(LocalRule):
-    """Local losses: every hidden activation has a local classifier and a similarity loss between samples.
+    """Local losses: every hidden activation learns from a local classifier and from a loss on the similarity of samples.
 
-    Nøkland and Eidnes 2019.
+    The rule is due to Nøkland and Eidnes 2019.
 
-    Every hidden activation a has the loss
+    Every hidden activation a has the following loss:
 
         (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples,
 
-    where β is the option `beta`, D a linear decoder, K a 3x3 convolution without bias that keeps the number of channels (for flat
-    activations, a linear layer that keeps the number of features), y the one-hot labels, and S the cosines between the rows of
-    its argument, each centred on its own mean. For a map with more than 3 channels and more than one row, S uses each channel's
-    standard deviation over space; for other maps, all values. D and K learn with W's optimizer; no error crosses a cut.
-    ``loss=pred`` uses only CE(D(a), labels), and ``loss=sim`` only the similarity. The output layer's error is (1-β) times the
-    true error with predsim, and the true error otherwise.
+    Here β is the option `beta`, D a linear decoder, and y the one-hot labels. K is a 3x3 convolution without bias that keeps the
+    number of channels or, for flat activations, a linear layer that keeps the number of features. S computes the cosines between
+    the rows of its argument, after subtracting from each row its mean. For a map with more than 3 channels and more than one row,
+    S uses the standard deviation of each channel over space; for other maps, it uses all values. D and K learn with the optimizer
+    of W, and no error crosses a cut. ``loss=pred`` uses only CE(D(a), labels), and ``loss=sim`` uses only the similarity. With
+    ``loss=predsim``, the error of the output layer is (1-β) times the true error; otherwise, it is the true error.
 
-    D averages maps to at most `decoder_size` features. Its weight is initially zero (`decoder_init`), and its bias, which
-    `decoder_bias=false` removes, has torch's default. These values, the divisor of the standard deviation (positions minus one)
-    and β are those of the paper's code. The paper's settings: Adam at 5e-4, multiplied by 0.25 at 50, 75, 88 and 94 % of the
-    epochs, leaky ReLU, dropout, no decay.
+    D averages maps to at most `decoder_size` features. The weight of D is initially zero (`decoder_init`); its bias, which
+    `decoder_bias=false` removes, has PyTorch's default. These values, the divisor of the standard deviation (positions minus one)
+    and β are those of the paper's code. The paper uses leaky ReLU, dropout, no decay and Adam at 5e-4, multiplied by 0.25 at 50,
+    75, 88 and 94 % of the epochs.
 
     ``loss=pred decoder_init=pytorch decoder_bias=false`` is Mono-Forward (Gong, Li and Abdulla 2025, arXiv 2501.09238) with all
-    layers trained at once: D is their goodness matrix M (C, features), with scores a Mᵀ. The independent code whose numbers
-    ``experiment=mono_forward`` lists trains one layer after the other with early stopping, has another M at the input, and
-    predicts with the last M; here the output layer, which has its true gradient, acts as the last M.
+    layers trained simultaneously. D is their goodness matrix M (C, features), with scores a Mᵀ. ``experiment=mono_forward`` lists
+    the numbers of an independent implementation, which trains one layer after the other with early stopping, has another M at the
+    input, and predicts with the last M. Here, the output layer, which learns from its true gradient, plays the role of the last
+    M.
 
-    Choices: sizes that the decoder's pooling does not divide are averaged over overlapping windows. A sample whose K a is
-    constant has similarity 0 to all others and no gradient; the paper's code divides by zero. In half precision, the cosines are
-    computed in single precision. A projection shortcut learns by the loss of the activation after the addition. Dropout after a
-    cut does not affect its loss.
+    Our choices: if the pooling of the decoder does not divide the size of a map, the windows overlap. A sample with a constant K
+    a has similarity 0 to all other samples and no gradient, whereas the paper's code divides by zero. In half precision, the
+    cosines are computed in single precision. A projection shortcut learns from the loss of the activation after the addition.
+    Dropout after a cut does not affect the loss at this cut.
 
-    If the model's output has positions, such as tokens, each has its own label and its own loss by D. The similarity compares
-    samples by one label each, so ``loss=pred`` is then the only choice.
+    If the model's output has positions, such as tokens, each position has its own label and its own loss from D. The similarity
+    loss needs one label per sample, so ``loss=pred`` is then the only choice.
 
-    The similarity depends on the batch; under data parallelism, each rank compares only its own samples.
+    The similarity depends on the batch; with data parallelism, each rank compares only its own samples.
     """
 
     equations = (
@@ -110,10 +111,10 @@ class PredSim(LocalRule):
 
 
 def similarity(x: Tensor) -> Tensor:
-    """Cosines between the centred rows of x, (N, F) or maps (N, C, ...), as (N, N); in single precision at least.
+    """The cosines (N, N) between the centred rows of x, (N, F) or maps (N, C, ...), in at least single precision.
 
-    Rows that are too short for their direction to be known count as constant: half precision has no nonzero numbers below 6e-8,
-    and a gradient that is divided by such a length overflows.
+    Rows with a norm that is too small to give them a reliable direction count as constant. Half precision has no nonzero numbers
+    below 6e-8, and a gradient that is divided by such a norm overflows.
     """
     shortest = max(_TINY, torch.finfo(x.dtype).tiny)
     x, device = x.to(torch.promote_types(x.dtype, torch.float32)), x.device.type

@@ -12,22 +12,26 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("regularized_mirror")
 @dataclasses.dataclass(eq=False)
 class RegularizedMirror(InputAlignmentRule):
-    """Regularised weight mirror: feedback that learns from correlations between the layer's inputs and outputs, and decays.
+    """Regularised weight mirror: the feedback learns from correlations between the layer's inputs and outputs, and decays.
 
-    Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives decay and amp.
+    The rule combines the primitives decay and amp of Kunin et al. 2020 (arXiv 2003.01513) and of the code released with that
+    paper.
 
         e_in = g B;  loss = α (‖W‖² + ‖B‖²) - β mean Σ (x Wᵀ)(x Bᵀ)
         gradient of B = 2 α B - β W C,  C = mean xᵀ x
 
-    The fixed point is (β / 2 α) W C. It is parallel to W if the inputs x are white, and half of W with the code's defaults. Means
-    are over samples and, for convolutions and tokens, output positions (our choice: how the paper normalises over positions was
-    not verified); for a convolution, x Bᵀ is its output with B. In contrast, `wm` mirrors noise only, in a separate phase, and
-    with a decay for which the fixed point is W.
+    The fixed point of B is (β / 2 α) W C. If the inputs x are white, this is a multiple of W; with the code's defaults, it is
+    half of W. In contrast, `wm` uses only noise as the input, in a separate phase, and has a decay for which the fixed point is
+    W.
 
-    α = ``alpha`` and β = ``beta`` default to the values in the code. With ``update_forward``, W has the gradient 2 α W - β B C.
-    ``signal`` and ``noise_batch`` replace x with noise. With the code's α and β, B changes slowly; ``b_lr_scale`` raises its
-    learning rate relative to W's. The code's centred and normalised activations, delays and alternating steps are not
-    implemented. The tuned settings are not public, so no result is a reproduction.
+    Means are over samples and, for convolutions and tokens, over output positions. We did not verify how the paper normalises
+    over positions. For a convolution, x Bᵀ is the output of the convolution with the kernel B.
+
+    The options ``alpha`` and ``beta``, which set α and β, default to the values in the released code. With ``update_forward``,
+    the loss also trains W, with the gradient 2 α W - β B C. The options ``signal`` and ``noise_batch`` replace x with noise. B
+    changes slowly with the code's α and β; ``b_lr_scale`` raises its learning rate relative to that of W. The code's centred and
+    normalised activations, delays and alternating steps are not implemented. The paper's tuned settings are not public, so none
+    of our results reproduces the paper.
     """
 
     equations = (

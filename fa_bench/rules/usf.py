@@ -12,7 +12,8 @@ from fa_bench.mechanisms.feedback_options import density_option
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 
-#: Name -> function that computes s from fan_in and fan_out, which count kernel positions, and whether the layer is a convolution.
+#: Name -> a function that computes s. The arguments of this function are fan_in and fan_out, which include kernel positions, and
+#: whether the layer is a convolution.
 SCALES: dict[str, Callable[[int, int, bool], float]] = {
     "xavier": lambda fan_in, fan_out, conv: math.sqrt(2 / (fan_in + fan_out)),
     "pytorch": lambda fan_in, fan_out, conv: 1 / math.sqrt(3 * fan_in),
@@ -24,17 +25,18 @@ SCALES: dict[str, Callable[[int, int, bool], float]] = {
 @ALGORITHMS.register("usf")
 @dataclasses.dataclass(eq=False)
 class USF(EdgeRule):
-    """Uniform sign-concordant feedback ("sign symmetry"): the sign of the weight, scaled.
+    """Uniform sign-concordant feedback ("sign symmetry"): the feedback is the sign of the weight, times a scale.
 
-    Liao et al. 2016; Xiao et al. 2018; SF of Li and Benna 2024.
+    The rule is due to Liao et al. 2016 and Xiao et al. 2018; it is SF in Li and Benna 2024.
 
-    e_in = g B with B = s sign(W) of the current W, sign(0) = 0. `scale` chooses s: √(2/(fan_in + fan_out)) for xavier, 1/√(3
-    fan_in) for pytorch, and 1 for none; for xiao, √(2/fan_out) in convolutions and 1/√fan_in in linear layers. Fans count kernel
-    positions. B is computed from the weight of the forward pass that is differentiated.
+    The rule computes e_in = g B with B = s sign(W) of the current W, where sign(0) = 0. The option `scale` selects s:
+    √(2/(fan_in + fan_out)) for xavier, 1/√(3 fan_in) for pytorch, and 1 for none. For xiao, s is √(2/fan_out) in convolutions
+    and 1/√fan_in in linear layers. Both fans include kernel positions. B is computed from the weight used in the forward pass
+    that is differentiated.
 
-    Deviation: Li and Benna write B = sign(W) without s, which makes training diverge; their figures were computed with s =
-    xavier. ``density`` below 1 masks B with one fixed mask. With ``plain_last`` the output layer uses its true weight, as in Xiao
-    et al.
+    Li and Benna write B = sign(W) without s, which makes training diverge; their figures were computed with s = xavier. If
+    ``density`` is below 1, one fixed mask sets entries of B to zero. With ``plain_last``, the output layer uses its true weight,
+    as in Xiao et al. 2018.
     """
 
     equations = (

@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("weight_perturbation")
 @dataclasses.dataclass(eq=False)
 class WeightPerturbation(DrawingRule, PassRule):
-    """Weight perturbation: gradients estimated from the effect of noise in all weights on the loss.
+    """Weight perturbation: gradients are estimated from the effect of noise in all weights on the loss.
 
-    This is the two-sided estimate of simultaneous perturbation (SPSA, Spall 1992), as in MeZO (Malladi et al. 2023, arXiv
-    2305.17333, official code). With v standard normal, of the shape of all trained parameters θ together, ε the option `epsilon`,
-    and L the loss of the batch,
+    The rule uses the two-sided estimate of simultaneous perturbation (SPSA, Spall 1992), as in MeZO (Malladi et al. 2023, arXiv
+    2305.17333, official code). Let θ be all trained parameters, v standard normal noise with the shape of θ, ε the option
+    `epsilon`, and L the loss of the batch. Then
 
         gradient of θ = c v,    c = (L(θ + εv) - L(θ - εv)) / 2ε,
 
-    an unbiased estimate of the gradient up to O(ε²), and exact along v if L is quadratic. The expected cosine to the true
-    gradient falls like 1/√P with the number P of parameters, so the rule is a baseline for learning without any backward pass.
-    Users of MeZO report that it does not train CIFAR-10 from scratch.
+    This estimate of the gradient is unbiased up to O(ε²), and c is an exact directional derivative if L is quadratic. The
+    expected cosine to the true gradient decreases like 1/√P with the number P of parameters, so the rule is a baseline for
+    learning without any backward pass. Users of MeZO report that it does not learn CIFAR-10 from scratch.
 
-    θ includes all parameters that require gradients, even those that do not affect the loss; their estimate is noise around zero.
-    v is not stored but regenerated from the seed and the number of the update each time it is used. It is the same in all
-    processes of a data-parallel run, so their gradients are those of one process with the full batch. Every micro-batch has its
-    own v. The weights are restored exactly. Multiplications: two additional forward passes, and no backward pass.
+    All parameters that require gradients belong to θ, even those that do not affect the loss; their estimates are noise around
+    zero. The noise v is not stored but regenerated from the seed and the number of the update each time it is used. All processes
+    of a data-parallel run use the same v, so their gradients are those of one process with the full batch. Every micro-batch has
+    its own v. The weights are restored exactly. An update needs two additional forward passes and no backward pass.
 
-    Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, and updates its running
-    statistics with those of the first pass.
+    Dropout masks are the same in all passes. Batch normalisation uses the statistics of each pass and updates its running
+    statistics in the first pass.
     """
 
     equations = (
@@ -102,7 +102,7 @@ class WeightPerturbation(DrawingRule, PassRule):
         return (self._draws.normal(str(number), parameter, is_shared=True) for number, parameter in enumerate(parameters))
 
     def _loss(self, parameters: list[nn.Parameter], kept: list[Tensor], size: float, target: Tensor) -> Tensor:
-        """The loss with v times `size` added to the parameters."""
+        """The loss when v times `size` is added to the parameters."""
         from fa_bench.mechanisms.cut.positions import mean_loss
         from fa_bench.mechanisms.second_pass import again
 
@@ -113,5 +113,5 @@ class WeightPerturbation(DrawingRule, PassRule):
         return mean_loss(self.objective, logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
 
     def notes(self) -> tuple[str, ...]:
-        """Empty: all samples and processes share the noise."""
+        """Returns no notes, because all samples and processes share the noise."""
         return ()

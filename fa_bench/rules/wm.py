@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.edge.ops import Geometry
 
-#: Activation -> its φ'(0); for ReLU, this is the mean of the slopes on both sides.
+#: Activation -> φ'(0); for ReLU, this is the mean of the slopes on both sides.
 SLOPES = {"linear": 1.0, "relu": 0.5, "tanh": 1.0, "sigmoid": 0.25}
 
 
 class Noise(NamedTuple):
-    """The noise at one layer's input in mirror mode.
+    """The noise at the input of a layer in mirror mode.
 
     Attributes:
         kind: gaussian or uniform.
@@ -46,7 +46,7 @@ class Noise(NamedTuple):
     seed: int
 
     def sample(self, number: int, like: Tensor) -> Tensor:
-        """Batch `number` of noise, (N, *shape), on the device and in the dtype of `like`."""
+        """The batch of noise with the given number, (N, *shape), on the device and in the dtype of `like`."""
         generator = torch.Generator(like.device).manual_seed(seed_for(self.seed, number))
         x = torch.empty(self.batch, *self.shape, dtype=like.dtype, device=like.device)
         if self.kind == "gaussian":
@@ -56,7 +56,7 @@ class Noise(NamedTuple):
 
 
 class MirroredFeedback(FixedFeedback):
-    """e_in = g B, where B learns W from the layer's response to noise.
+    """Feedback e_in = g B, where B learns W from the layer's response to noise.
 
     Args:
         noise: the noise at the layer's input.
@@ -87,7 +87,7 @@ class MirroredFeedback(FixedFeedback):
         self._scale: Tensor | None = None
 
     def mirror(self, layer: Any) -> None:
-        """One mirror step with the next batch of noise: B <- (1 - λ) B + η Ŵ."""
+        """Take one mirror step with the next batch of noise: B <- (1 - λ) B + η Ŵ."""
         from fa_bench.mechanisms.edge.layers import padded
         from fa_bench.mechanisms.edge.ops import weight_gradient
 
@@ -121,42 +121,48 @@ class MirroredFeedback(FixedFeedback):
 class WM(EdgeRule):
     """Weight mirror: the feedback learns the weights from each layer's response to noise.
 
-    Section 4 of Akrout et al. 2019.
+    The rule is described in section 4 of Akrout et al. 2019.
 
-    e_in = g B. Gradients of W and b are those of backpropagation with this error; B has no gradient and no optimizer, and the
-    optimizer's decay does not apply to it. After every update, and independently of the data, each layer takes ``mirror_steps``
-    mirror steps:
+    The rule computes e_in = g B. The gradients of W and b are those of backpropagation with this error. B has no gradient and no
+    optimizer, and weight decay does not apply to it. After every update, and independently of the data, each layer takes
+    ``mirror_steps`` mirror steps:
 
         x = noise at the layer's input, N samples, zero mean, standard deviation σ (``noise``, ``sigma``, N = ``mirror_batch``)
         y = φ(W x + b)             φ = ``activation``; b is omitted with ``block_bias``
         Ŵ = Σ yᵀ x / (N σ² φ' n)   for a convolution, the weight gradient of x and y
         B <- (1 - λ) B + η Ŵ       η = ``mirror_rate``, λ = ``mirror_decay`` or, if that is null, η
 
-    This is the paper's ΔB = η_B x yᵀ with a decay, which the paper does not specify, and with a gain such that B's fixed point is
-    W; with another decay, the fixed point is W η / λ. φ' is 1 for the linear map and tanh, 1/2 for ReLU, 1/4 for the sigmoid.
-    Without b this is exact for ReLU, and for tanh and sigmoid if σ is small (σ ‖w‖ much below 1; the sigmoid's constant part is
-    then additional noise). With b each row has its own factor, which is 2 Φ(b / (σ ‖w‖)) for ReLU and Gaussian noise. n is 1 for
-    a linear layer. For a convolution, it is the number of output positions at which a tap of the kernel meets an input that is
-    not padding, counted for each tap. With ``per_tap=false``, it is the largest of these counts for all taps, which makes the
-    taps at the kernel's border too small.
+    The update of B is the paper's ΔB = η_B x yᵀ with a decay, which the paper does not specify, and with a gain for which the
+    fixed point of B is W. With a different decay, the fixed point is W η / λ.
 
-    ``mirror_decay=0`` is the mirror of the numpy code released with the paper, B <- B + η_B Σ yᵀ x: its normalisation has no
-    effect, and B grows without bound. η is then η_B N σ² φ' n. That code uses η_B = 0.01, N = 128 and uniform noise of standard
-    deviation 0.1 / √12 through a sigmoid with biases:
+    The slope φ' is 1 for the linear map and tanh, 1/2 for ReLU and 1/4 for the sigmoid. Without b, the fixed point is exact for
+    ReLU. For tanh and sigmoid, it is exact in the limit of small σ (σ ‖w‖ much below 1), where the constant part of the sigmoid
+    is additional noise. With b, each row of the fixed point has its own factor; for ReLU and Gaussian noise, this is 2 Φ(b / (σ
+    ‖w‖)).
+
+    For a linear layer, n is 1. For a convolution, n is counted for each tap of the kernel: it is the number of output positions
+    at which the tap meets an input that is not padding. With ``per_tap=false``, n is the largest of these counts for all taps,
+    which makes the taps at the kernel's border too small.
+
+    ``mirror_decay=0`` gives the mirror update of the numpy code that was released with the paper, B <- B + η_B Σ yᵀ x. In that
+    code, normalisation has no effect, and B grows without bound. The corresponding value of η is η_B N σ² φ' n. That code uses
+    η_B = 0.01, N = 128 and uniform noise of standard deviation 0.1 / √12 through a sigmoid with biases:
 
         noise=uniform sigma=0.0288675 activation=sigmoid block_bias=false mirror_decay=0 mirror_rate=2.6667e-4
 
-    For a fixed W, λ = η and Gaussian noise the angle between B and W tends to arctan √(η / (2 - η) · c (F + 1) / (N n)), where F
-    is the fan-in and c is 1 for the linear map and 2 for ReLU; the remaining fraction of B's initial value is (1 - η)^steps.
+    For a fixed W, λ = η and Gaussian noise, the angle between B and W tends to arctan √(η / (2 - η) · c (F + 1) / (N n)), where F
+    is the fan-in and c is 1 for the linear map and 2 for ReLU. The fraction of B's initial value that remains is (1 - η)^steps.
 
-    Choices: only the linear map is mirrored, so BatchNorm between the map and its activation does not matter (it is never run); B
-    is sampled by ``b_init``; σ = 1, which has no effect on the linear map and on ReLU without b; η = 0.01; N = 128; one mirror
-    step per update; and ``initial_steps=469`` before training, an epoch of MNIST in batches of 128, as in the code released with
-    the paper. The paper's runs mirrored ReLU without blocking biases; that code mirrors a sigmoid with uniform noise, σ = 0.0289.
+    Our choices: only the linear map is mirrored, so batch normalisation between the map and its activation does not matter and is
+    never run. B is sampled by ``b_init``. The noise has σ = 1, which has no effect on the linear map and on ReLU without b. By
+    default, η is 0.01, N is 128, and there is one mirror step per update. Before training, there are ``initial_steps=469`` mirror
+    steps, which is an epoch of MNIST in batches of 128, as in the code released with the paper. The paper's runs mirrored ReLU
+    without blocking biases, and the released code mirrors a sigmoid with uniform noise, σ = 0.0289.
+
     The noise has the size of the layer's input in `sample_input`, which models with convolutions need. Padding that copies the
-    input (reflect, replicate, circular) gets independent noise, because a copy's correlation would be mistaken for a weight. A
-    layer with nothing trainable before it (without `sample_input`, the layer defined first) propagates no error and is not
-    mirrored, so its B keeps its initial value.
+    input (reflect, replicate, circular) gets independent noise, because the correlation of a copy would be mistaken for a weight.
+    A layer with no trainable layer before it propagates no error and is not mirrored, so its B keeps its initial value. Without
+    `sample_input`, this is the layer that is defined first.
     """
 
     equations = (
@@ -193,7 +199,7 @@ class WM(EdgeRule):
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         layers = weighted_layers(self.model)
-        #: layer to be mirrored -> shapes of its input and output
+        #: Layer to be mirrored -> the shapes of its input and output.
         self._shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
         if sample_input is None:
             convolution = next((path for path, layer in layers.items() if hasattr(layer, "kernel_size")), None)
@@ -255,7 +261,7 @@ class WM(EdgeRule):
 def _noise_geometry(
     conv: Any, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Tensor, Geometry | None]:
-    """For a convolution in mirror mode: the shape of one noise sample, n of each tap (1, 1, K...), and the geometry."""
+    """The shape of one noise sample, n of each tap (1, 1, K...), and the geometry of a convolution in mirror mode."""
     from fa_bench.mechanisms.edge.layers import padded
     from fa_bench.mechanisms.edge.ops import Geometry, weight_gradient
 
@@ -271,8 +277,8 @@ def _noise_geometry(
         ones, geometry = padded(conv, ones)
         if conv.padding_mode != "zeros":
             noise_geometry, shape = geometry, (shape[0], *ones.shape[2:])
-    # The weight gradient for inputs and errors of one counts positions.
+    # If all inputs and errors are one, the weight gradient counts positions.
     ungrouped, tap = geometry._replace(groups=1), ones.new_ones(1, 1, *conv.kernel_size)
     positions = weight_gradient(torch.ones_like(torch.ops.aten.convolution(ones, tap, None, *ungrouped)), ones, tap, ungrouped)
-    # The Ŵ of a tap that meets only padding is 0, so the divisor has no effect.
+    # For a tap that meets only padding, Ŵ is 0, so the divisor has no effect.
     return shape, positions.clamp_min(1), noise_geometry

@@ -1,1 +1,1 @@
-"""Learning-rate schedules, one file per family."""
+"""Learning-rate schedules, with one file per family."""

@@ -1,4 +1,4 @@
-"""The base class of schedules: the learning rate as a function of the finished epochs or steps."""
+"""The base class of schedules, which give the learning rate as a function of the completed epochs or steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Schedule(Options):
     warmup: int = option(0, "epochs (or steps, see `per`) of linear warm-up to the learning rate of the schedule", minimum=0)
 
     def rate(self, lr: float, done: int, total: int) -> float:
-        """The learning rate without warm-up; implemented by each schedule.
+        """The learning rate without warm-up; each schedule must implement this method.
 
         Args:
             lr: the optimizer's learning rate.
@@ -46,26 +46,28 @@ class Schedule(Options):
         raise missing_method(self, "rate")
 
     def at(self, lr: float, done: int, total: int) -> float:
-        """The learning rate with warm-up: during the w units of warm-up, (done + 1)/(w + 1) times `rate`."""
+        """The learning rate with warm-up. During a warm-up of w epochs (or steps), the learning rate is (done + 1)/(w + 1) times
+        `rate`."""
         rate = self.rate(lr, done, total)
         return rate * (done + 1) / (self.warmup + 1) if done < self.warmup else rate
 
     def check_rate(self, lr: float) -> None:
-        """Override to check the options against the optimizer's learning rate; raise OptionError."""
+        """Override this method to raise an OptionError if the options do not fit the optimizer's learning rate."""
 
     def shortened(self: S, length: Callable[[int], int]) -> S:
-        """The schedule of a shortened run; `length` maps a number of epochs or steps to that of the shortened run."""
+        """The schedule for a shortened run; `length` maps numbers of epochs or steps of the full run to those of the shortened
+        run."""
         return dataclasses.replace(self, warmup=length(self.warmup) if self.warmup else 0)
 
     def schema(self) -> dict[str, Any]:
-        """This schedule's name, and the options of all schedules; null stands for the default of the selected schedule."""
+        """The name of this schedule and the options of all schedules; null stands for the default of the selected schedule."""
         options = {field.name: None for cls in SCHEDULES.values() for field in option_fields(cls)}
         defaults = {field.name: field.default for field in option_fields(type(self))}
         return {"name": self.name, **options, **{k: v for k, v in as_plain(self).items() if v != defaults[k]}}
 
     @classmethod
     def from_mapping(cls: type[S], values: Mapping[str, Any]) -> S:
-        """Create the schedule that ``values['name']`` selects; options that are null take their defaults.
+        """Create the schedule that ``values['name']`` selects; options that are null get their default values.
 
         Raises:
             OptionError: for an unknown schedule, an unknown option, an option of another schedule, or an invalid value.

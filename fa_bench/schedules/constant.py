@@ -11,7 +11,7 @@ from fa_bench.schedules.base import Schedule
 @SCHEDULES.register("constant")
 @dataclasses.dataclass(eq=False)
 class Constant(Schedule):
-    """The optimizer's learning rate, unchanged."""
+    """Keeps the optimizer's learning rate constant."""
 
     def rate(self, lr: float, done: int, total: int) -> float:
         return lr

@@ -20,7 +20,7 @@ class _Decay(Schedule):
             raise OptionError("min_lr", f"={self.min_lr} is above lr={lr}")
 
     def fraction(self, part: float) -> float:
-        """The remaining fraction of lr - min_lr after a fraction `part` of the training, from 1 at 0 to 0 at 1."""
+        """The fraction of lr - min_lr that is left after the fraction `part` of the training: 1 at the start and 0 at the end."""
         raise missing_method(self, "fraction")
 
     def rate(self, lr: float, done: int, total: int) -> float:
@@ -30,7 +30,7 @@ class _Decay(Schedule):
 @SCHEDULES.register("cosine")
 @dataclasses.dataclass(eq=False)
 class Cosine(_Decay):
-    """Half a cosine from lr to `min_lr` (Loshchilov and Hutter 2017, eq 5, without restarts)."""
+    """Lowers the learning rate from lr to `min_lr` along half a cosine (Loshchilov and Hutter 2017, eq 5, without restarts)."""
 
     def fraction(self, part: float) -> float:
         return (1 + math.cos(math.pi * part)) / 2
@@ -39,7 +39,8 @@ class Cosine(_Decay):
 @SCHEDULES.register("linear")
 @dataclasses.dataclass(eq=False)
 class Linear(_Decay):
-    """A straight line from lr to `min_lr`, which begins after the fraction `flat` of the training."""
+    """Lowers the learning rate linearly from lr to `min_lr`, after keeping it constant for the fraction `flat` of the
+    training."""
 
     flat: float = option(0.0, "fraction of the training before the rate begins to fall", minimum=0, below=1)
 

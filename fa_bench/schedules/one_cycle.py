@@ -14,9 +14,10 @@ from fa_bench.schedules.base import Schedule
 @SCHEDULES.register("one_cycle")
 @dataclasses.dataclass(eq=False)
 class OneCycle(Schedule):
-    """One cycle (Smith and Topin 2018): half a cosine up from lr/`start` to lr, then half a cosine down to lr/(`start` `end`).
+    """One-cycle schedule (Smith and Topin 2018): the learning rate rises from lr/`start` to lr along half a cosine and then falls
+    to lr/(`start` `end`) along another.
 
-    The rates are those of torch's OneCycleLR with cosine annealing; the momentum is constant.
+    The learning rates are those of PyTorch's OneCycleLR with cosine annealing, but the momentum is constant.
     """
 
     per: str = option("step", "unit of the schedule and its warm-up", choices=["epoch", "step"])
@@ -36,5 +37,5 @@ class OneCycle(Schedule):
 
 
 def _between(first: float, last: float, part: float) -> float:
-    """A value on half a cosine from `first` to `last`."""
+    """The value at the fraction `part` of half a cosine from `first` to `last`."""
     return last + (first - last) * (1 + math.cos(math.pi * part)) / 2

@@ -16,7 +16,7 @@ class _StepDecay(Schedule):
     gamma: float = option(0.1, "factor of each reduction", above=0, maximum=1)
 
     def reductions(self, done: int) -> int:
-        """How often the rate has been reduced."""
+        """The number of reductions so far."""
         raise missing_method(self, "reductions")
 
     def rate(self, lr: float, done: int, total: int) -> float:

@@ -1,4 +1,4 @@
-"""Convolutions, then fully connected layers."""
+"""Networks of convolutions followed by fully connected layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ConvStage:
     ceil: bool = False
 
     def size(self, length: int) -> int:
-        """Height or width after the stage; below 1 if nothing remains."""
+        """The height or width of the stage's output; below 1 if nothing is left of the image."""
         length = (length + 2 * self.padding - self.kernel) // self.stride + 1
         if not self.pool:
             return length
@@ -53,10 +53,12 @@ def convnet(
     output_norm: bool = False,
     name: str = "AlexNet",
 ) -> nn.Sequential:
-    """conv1 (- bn1) - act1 (- pool1) - conv2 - ... - flatten - (dropN -) fcN (- bnN) - actN - ... - fcK (- bnK).
+    """A network with the layers conv1 (- bn1) - act1 (- pool1) - conv2 - ... - flatten - (dropN -) fcN (- bnN) - actN - ... - fcK
+    (- bnK).
 
-    Module numbers continue from the convolutions to the fully connected layers. The cut points are the hidden activations, after
-    pooling and dropout if present, where the code of both papers delivers the error. The blocks end at the same modules.
+    Fully connected layers are numbered consecutively after the convolutions. The cut points are the hidden activations, after
+    pooling and dropout if there are any; the published code of both AlexNet papers delivers errors there, too. The blocks end at
+    the cut points.
 
     Args:
         input_shape: (C, H, W) of one image.
@@ -92,7 +94,7 @@ def convnet(
     width = channels * math.prod(size)
     for number, units in enumerate(hidden, start=len(stages) + 1):
         if dropout is not None:
-            # This is the dropout of the preceding activation; the error is delivered after it.
+            # This dropout belongs to the preceding activation, so the error is delivered after it.
             ends[-1] = f"drop{number}"
             parts[ends[-1]] = nn.Dropout(dropout)
         parts[f"fc{number}"] = nn.Linear(width, units)

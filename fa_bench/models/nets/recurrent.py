@@ -1,6 +1,6 @@
-"""Recurrent nets on sequences of tokens and on images read step by step.
+"""Recurrent networks for sequences of tokens and for images read step by step.
 
-Shapes: N batch, T steps, D width.
+In shapes, N is the batch size, T the number of steps, and D the width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ CELLS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 class Recurrent(nn.Module):
-    """input - rnn - states - (last step -) head.
+    """A recurrent network with the layers input - rnn - states - (last step -) head.
 
     Args:
         read: makes the steps (N, T, features) from an input.
@@ -44,14 +44,14 @@ class Recurrent(nn.Module):
 
 
 class Rows(nn.Module):
-    """The rows of an image from top to bottom, (N, C, H, W) to (N, H, C W)."""
+    """Maps images (N, C, H, W) to sequences of their rows, from top to bottom, (N, H, C W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)
 
 
 class Pixels(nn.Module):
-    """The pixels of an image row by row, (N, C, H, W) to (N, H W, C)."""
+    """Maps images (N, C, H, W) to sequences of their pixels, row by row, (N, H W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2)

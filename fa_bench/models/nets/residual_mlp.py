@@ -1,4 +1,4 @@
-"""Blocks of residual fully connected nets."""
+"""Blocks of residual fully connected networks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fa_bench.models.base import ACTIVATIONS
 
 
 class ResidualBlock(nn.Module):
-    """x + fc2(act(fc1(norm(x)))), (N, width) to (N, width).
+    """A residual block that maps x (N, width) to x + fc2(act(fc1(norm(x)))).
 
     Args:
         width: the width of input and output.

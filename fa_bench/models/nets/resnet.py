@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Shortcuts. pad: every second pixel, and zeros for the added channels; project: a 1x1 convolution with batch normalisation if
-#: the shape changes; none: no shortcut at all.
+#: Kinds of shortcuts. If the shape changes, ``pad`` keeps every second pixel and fills the added channels with zeros, whereas
+#: ``project`` applies a 1x1 convolution with batch normalisation. With ``none``, blocks have no shortcuts.
 SHORTCUTS = ("pad", "project", "none")
 
 
 class Block(nn.Module):
-    """conv1 - bn1 - relu1 - ... - convK - bnK, plus the shortcut, - reluK.
+    """A residual block of a ResNet.
 
-    Maps (N, C_in, H, W) to (N, C_out, H/stride, W/stride). With `norm_after` it is conv1 - relu1 - bn1 - ... - convK - reluK -
-    bnK, plus the shortcut, and nothing after the sum.
+    The block maps (N, C_in, H, W) to (N, C_out, H/stride, W/stride). The layers of the block are conv1 - bn1 - relu1 - ... -
+    convK - bnK; the shortcut is added to the output of bnK, and reluK follows the sum. With `norm_after`, the layers are conv1 -
+    relu1 - bn1 - ... - convK - reluK - bnK; the shortcut is added at the end, and no layer follows the sum.
 
     Args:
         channels_in: C_in.
@@ -71,10 +72,12 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, stages of blocks, which halve the image from the second stage on, and one linear layer.
+    """A residual network: a stem, stages of residual blocks, and one linear layer. Every stage except the first halves the image
+    size.
 
-    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: the stem's, and one after every convolution of a
-    block, of which the last follows the sum. Its blocks are the stem and the residual blocks.
+    The network maps (N, C, H, W) to logits (N, classes). The cut points are the activation of the stem and, in every residual
+    block, the activation after each convolution; the last of these follows the sum. The model's blocks are the stem and the
+    residual blocks.
 
     Args:
         colours: C.

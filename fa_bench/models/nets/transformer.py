@@ -1,6 +1,6 @@
-"""Transformers: attention, blocks, and embeddings of patches and tokens.
+"""The modules of transformers: attention, blocks, and embeddings of patches and tokens.
 
-Shapes: N batch, T positions, D width.
+In shapes, N is the batch size, T the number of positions, and D the width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fa_bench.models.base import ACTIVATIONS
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with four linear layers q, k, v, out; (N, T, D) to (N, T, D).
+    """Multi-head self-attention with the linear layers q, k, v and out; maps (N, T, D) to (N, T, D).
 
     Args:
         width: D.
@@ -36,17 +36,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        # The mode of the dropout module decides, because code that turns off dropout does so in every such module.
+        # The mode of the dropout module determines whether dropout is applied, because code that disables dropout does so module
+        # by module.
         dropout = self.drop.p if self.drop.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
         return self.drop(self.out(y.transpose(1, 2).flatten(2)))
 
 
 class Block(nn.Module):
-    """A transformer block, (N, T, D) to (N, T, D).
+    """A transformer block, which maps (N, T, D) to (N, T, D).
 
-    With `post_norm`, x = norm1(x + attn(x)), then norm2(x + mlp(x)) (Vaswani et al. 2017); otherwise x = x + attn(norm1(x)), then
-    x + mlp(norm2(x)). mlp is fc1 - act - fc2 - drop. With dropout, act is the activation followed by dropout.
+    With `post_norm`, the block computes x = norm1(x + attn(x)) and returns norm2(x + mlp(x)) (Vaswani et al. 2017). Otherwise, it
+    computes x = x + attn(norm1(x)) and returns x + mlp(norm2(x)). The layers of mlp are fc1 - act - fc2 - drop; with dropout, act
+    is the activation followed by dropout.
 
     Args:
         width: D.
@@ -71,7 +73,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
-        # Defined in the order of execution, which is that of the cuts of rules.
+        # The modules are defined in the order of execution, which determines the order of the cuts.
         if not post_norm:
             self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, dropout, causal)
@@ -99,7 +101,8 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Images (N, C, H, W) as tokens (N, 1 + H W / patch², D): a class token and the projected patches, plus learned positions.
+    """Maps images (N, C, H, W) to tokens (N, 1 + H W / patch², D): a class token and the projected patches, plus learned
+    positions.
 
     Args:
         colours: C.
@@ -120,14 +123,14 @@ class PatchEmbedding(nn.Module):
 
 
 class FirstToken(nn.Module):
-    """The first token, (N, T, D) to (N, D)."""
+    """Maps tokens (N, T, D) to the first token of each sequence, (N, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, 0]
 
 
 class TokenEmbedding(nn.Module):
-    """Token numbers (N, T) as vectors (N, T, D): looked up, plus positions, then dropout; T is at most `context`.
+    """Maps token ids (N, T) to embeddings (N, T, D), adds the positions and applies dropout; T must not exceed `context`.
 
     Args:
         vocabulary: number of tokens.
@@ -155,7 +158,7 @@ class TokenEmbedding(nn.Module):
 
 
 def sinusoids(context: int, width: int) -> Tensor:
-    """sin and cos of position / 10000^(2i / width) in columns 2i and 2i + 1, (context, width)."""
+    """Sinusoidal positions (context, width): sin and cos of position / 10000^(2i / width) in columns 2i and 2i + 1."""
     frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000) / width))
     angles = torch.arange(context)[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
