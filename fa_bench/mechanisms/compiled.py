@@ -83,10 +83,10 @@ def refuse_repeats(rule: str) -> None:
     raise CoverageError(f"rule '{rule}' {_REPEATS}")
 
 
-@torch.compiler.disable(reason=f"its rule {_NEEDS_MODEL} a part of it alone")
+@torch.compiler.disable(reason=f"its rule {_NEEDS_MODEL} only a part of it")
 def refuse_part(rule: str, path: str) -> None:
     """Raise the error for compiling only a part of the model."""
-    raise CoverageError(f"rule '{rule}' {_NEEDS_MODEL} its part '{path}' alone")
+    raise CoverageError(f"rule '{rule}' {_NEEDS_MODEL} only its part '{path}'")
 
 
 @torch.compiler.disable(reason="this version of torch cannot compile every rule")

@@ -67,7 +67,7 @@ class Coverage:
         ]
         lines += indent(align_columns(rows))
         if self.local:
-            lines += indent(align_columns([("passes no error on", "where"), *self.local.items()]))
+            lines += indent(align_columns([("propagates no error", "where"), *self.local.items()]))
         if uncovered:
             lines += indent(align_columns([("not covered", "why"), *self.uncovered.items()]))
             lines.append(
@@ -117,7 +117,7 @@ def not_coverable(model: Any) -> str:
     compounds = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
     why = {
         compounds: "is a user-defined subclass, or has weights that are computed from other parameters",
-        (nn.Embedding, nn.EmbeddingBag): "passes no error on and needs no feedback",
+        (nn.Embedding, nn.EmbeddingBag): "propagates no error and needs no feedback",
     }
     for path, module in model.named_modules():
         where = f"'{path}' ({type(module).__name__})" if path else f"the model ({type(module).__name__})"

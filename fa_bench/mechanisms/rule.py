@@ -432,7 +432,7 @@ class Rule(Options):
 
     def effective_feedback(self, layer: str) -> Tensor:
         """The tensor that multiplies the error in the backward pass of `layer`, in the weight's layout, detached (edge rules)."""
-        raise CoverageError(f"rule '{self.name}' passes no error through layers such as '{layer}'")
+        raise CoverageError(f"rule '{self.name}' does not propagate errors through layers such as '{layer}'")
 
     def learned_feedback(self) -> list[LearnedTensor]:
         """The learned feedback tensors, with their learning rates and checks."""

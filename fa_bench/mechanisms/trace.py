@@ -277,7 +277,7 @@ def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: 
     def traced(sample: Any) -> Trace:
         trace = trace_model(rule.model, sample, watch, getattr(rule, "output", None), frozen)
         if not trace.order:
-            raise CoverageError(f"{nothing}: none ran in the forward pass of the sample")
+            raise CoverageError(f"{nothing}: none ran in the forward pass on the sample input")
         for path in trace.without_gradients:
             require_gradients(path, rule.model.get_submodule(path))
         return trace

@@ -51,7 +51,9 @@ class ResNetCifarSmall(Architecture):
     def check(self) -> None:
         if self.depth % 6 != 2:
             raise OptionError(
-                "depth", f"={self.depth} is not 6n + 2, as 20, 32, 44, 56 and 110 are", f"={6 * round((self.depth - 2) / 6) + 2}"
+                "depth",
+                f"={self.depth} is not of the form 6n + 2 (such as 20, 32, 44, 56 or 110)",
+                f"={6 * round((self.depth - 2) / 6) + 2}",
             )
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
@@ -67,7 +69,9 @@ class StagedArchitecture(Architecture):
 
     def check(self) -> None:
         if not self.blocks:
-            raise OptionError("blocks", "=[]: there must be a stage; pass the number of blocks in each, for example [2,2,2,2]")
+            raise OptionError(
+                "blocks", "=[]: at least one stage is required; pass the number of blocks in each, for example [2,2,2,2]"
+            )
 
     @property
     def widths(self) -> list[int]:

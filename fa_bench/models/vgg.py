@@ -42,8 +42,8 @@ class VGG(Architecture):
     """
 
     depth: int = option(5, "number of layers with weights: 5, 7, 9 or 16")
-    width: int | None = option(None, "channels of the first convolution; null: 128, for depth 16: 64", minimum=1)
-    activation: str | None = option(None, "activation function; null: gelu, for depth 16: relu", choices=list(ACTIVATIONS))
+    width: int | None = option(None, "channels of the first convolution; null: 128 (64 for depth 16)", minimum=1)
+    activation: str | None = option(None, "activation function; null: gelu (relu for depth 16)", choices=list(ACTIVATIONS))
     batch_norm: bool = option(False, "batch normalisation before every activation")
 
     def check(self) -> None:

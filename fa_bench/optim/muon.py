@@ -110,7 +110,7 @@ class Muon(OptimizerOptions):
             excluded |= set(matches)
         if excluded.issuperset(tensors):
             raise OptionError(
-                "layers", f"={self.layers} with exclude={self.exclude} leaves muon no layer (layers: {names(tensors)})"
+                "layers", f"={self.layers} with exclude={self.exclude} leaves no layer for muon (layers: {names(tensors)})"
             )
         # A weight that a layer shares with an excluded layer is excluded, too.
         return {id(tensor) for path in tensors for tensor in tensors[path]} - {

@@ -38,7 +38,7 @@ class Classifiers(ModuleRule):
     """
 
     net_name = "local classifier"
-    pool: int = option(2, "side to which a map is averaged", minimum=1)
+    pool: int = option(2, "side length to which maps are averaged", minimum=1)
     b_init: str = init_option("the linear layer's fixed feedback", "uniform_one")
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:

@@ -80,11 +80,11 @@ class DFA(CutRule):
             if (value := getattr(self, name)) not in ("layer", None, "own"):
                 raise OptionError(
                     name,
-                    f"={value}: form=kernel delivers its error at the input of every layer and takes only "
+                    f"={value}: form=kernel delivers its error at the input of every layer and supports only "
                     f"{'null' if name == 'error_at' else 'layer' if name == 'within' else 'own'}",
                 )
         if self.form == "kernel" and self.cuts is not None:
-            raise OptionError("cuts", "form=kernel delivers its error at the input of every layer and takes no cuts")
+            raise OptionError("cuts", "form=kernel delivers its error at the input of every layer and does not support cuts")
 
     @property
     def side(self) -> str:

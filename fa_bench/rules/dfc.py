@@ -142,7 +142,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     target_stepsize: float = option(0.1, "step λ from the output to its target, along the gradient of a sample's loss", above=0)
     learning_rule: str = option(
         "nonlinear_difference",
-        "what a layer learns from: the change of its activation, or that of its voltage",
+        "whether a layer learns from the change of its activation or of its voltage",
         choices=["nonlinear_difference", "voltage_difference"],
     )
     feedback_weights: str = option(
@@ -164,7 +164,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         coverage = super().wire(sample_input)
         before = {path for path in self._cut_modules if path not in self.trainable_cuts(self._trace)}
         covered = tuple(
-            dataclasses.replace(entry, feedback="is not computed: the controller acts on what comes after the frozen layers")
+            dataclasses.replace(entry, feedback="is not computed: the controller acts only on layers after the frozen ones")
             if before & {cut for cut in self._cut_modules if entry.layer in self._trace.feeds[cut]}
             else entry
             for entry in coverage.covered

@@ -84,8 +84,8 @@ class F3(CutRule):
 
     information: str = option(
         "delayed_loss",
-        "what is projected: the derivative of the sample's loss, or output minus target, in the previous epoch, unchanged, after "
-        "a softmax, or times the one-hot target; the current error (dfa), or the target (drtp)",
+        "what is projected: the loss derivative or the error (output minus target) of the previous epoch, unchanged, after a "
+        "softmax or times the one-hot target; the current error (as in dfa); or the target (as in drtp)",
         choices=[
             "delayed_loss",
             "delayed_error",
@@ -154,7 +154,10 @@ class F3(CutRule):
         from fa_bench.mechanisms.cut.sample_errors import SampleErrors
 
         if self.error_dims != 2:
-            raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), an error for each sample, not of positions")
+            raise CoverageError(
+                f"rule '{self.name}' needs outputs of shape (N, C), with one error per sample; "
+                "outputs with positions are not supported"
+            )
         for cut, shape in features.items():
             self.put(cut, "B", self.b_init, (classes, math.prod(shape)), self.density)
         self._kept: SampleErrors | None = None

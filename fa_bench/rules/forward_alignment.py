@@ -46,7 +46,7 @@ class RandomForward(TransposeFeedback):
 
     def __init__(self, rule: ForwardAlignment, first: bool) -> None:
         self.rule, self.first = rule, first
-        self.description = "the weight" + ("" if first else "; random C computes the activation in its gradient")
+        self.description = "the weight" + ("" if first else "; its gradient uses the activation computed with the random C")
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
         current = self.rule.current

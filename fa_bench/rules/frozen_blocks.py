@@ -56,7 +56,7 @@ class FrozenBlocks(BP):
             inner = self._inner_modules()
             example = {"blocks": inner} if 0 < len(inner) <= MAX_NAMES else {}
             raise CoverageError(
-                f"rule '{self.name}' needs blocks that stay random, and {model} declares none; list the modules "
+                f"rule '{self.name}' needs blocks to freeze, but {model} declares none; list the modules "
                 f"that end them in the option blocks{', for example {blocks}' if example else ''}, or set model.blocks",
                 example,
             )

@@ -36,7 +36,7 @@ class MixedFeedback(FeedbackPathway):
         self.learned = tuple(name for kind, name in (("pfa", "R"), ("kp", "K")) if kind in kinds)
         self.follows = "K" if "kp" in kinds else None
         self.always_needed = bool(self.learned)
-        self.description = " and ".join(TENSORS[kind] for kind in kinds) + ", each where its mask is"
+        self.description = " and ".join(TENSORS[kind] for kind in kinds) + ", each restricted to its mask"
         self._product = ProductFeedback()
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:

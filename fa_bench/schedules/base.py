@@ -33,7 +33,7 @@ class Schedule(Options):
 
     kinds = SCHEDULES
     per: str = option("epoch", "unit of the schedule and its warm-up", choices=["epoch", "step"])
-    warmup: int = option(0, "epochs (or steps, see `per`) of linear warm-up to the learning rate of the schedule", minimum=0)
+    warmup: int = option(0, "length of the linear warm-up, in epochs or steps (see `per`)", minimum=0)
 
     def rate(self, lr: float, done: int, total: int) -> float:
         """The learning rate without warm-up; each schedule must implement this method.

@@ -16,7 +16,7 @@ from typing import Any
 
 from .page import ERROR, OUT_OF_TIME, RUNNING, SKIPPED, Section
 
-#: Seconds reserved for writing the page after the last part, and seconds of its budget that a part reserves for ending by itself.
+#: Seconds reserved for writing the page after the last part, and seconds of its budget in which a part can still end normally.
 _END, _RESERVE = 3.0, 3.0
 
 

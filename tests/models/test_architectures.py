@@ -132,7 +132,7 @@ def test_images_that_are_too_small_are_said_to_be(shape: tuple[int, int, int], n
 
 def test_a_residual_net_needs_a_stage() -> None:
     for name in ("resnet18", "resnet50_imagenet"):
-        with pytest.raises(OptionError, match=r"blocks=\[\]: there must be a stage"):
+        with pytest.raises(OptionError, match=r"blocks=\[\]: at least one stage is required"):
             ARCHITECTURES[name](blocks=[])
 
 

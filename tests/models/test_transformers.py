@@ -259,7 +259,7 @@ def test_no_error_passes_a_cut_of_the_stream(architecture: str, cut: str) -> Non
             "resnet_cifar_small",
             {"depth": 33},
             (3, 8, 8),
-            "depth=33 is not 6n + 2, as 20, 32, 44, 56 and 110 are; did you mean depth=32?",
+            "depth=33 is not of the form 6n + 2 (such as 20, 32, 44, 56 or 110); did you mean depth=32?",
         ),
     ],
 )

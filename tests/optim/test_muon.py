@@ -257,8 +257,8 @@ def test_frozen_matrices_are_left_out() -> None:
     ("options", "says"),
     [
         ({"exclude": ["fc4"]}, r"^optimizer\.exclude=fc4 matches no layer; did you mean 'fc[123]'\? \(layers: fc1, fc2, fc3\)$"),
-        ({"exclude": ["*"]}, r"^optimizer\.layers=all with exclude=\['\*'\] leaves muon no layer \(layers: fc1, fc2, fc3\)$"),
-        ({"layers": "hidden", "exclude": ["fc2"]}, r"^optimizer\.layers=hidden with exclude=\['fc2'\] leaves muon no layer"),
+        ({"exclude": ["*"]}, r"^optimizer\.layers=all with exclude=\['\*'\] leaves no layer for muon \(layers: fc1, fc2, fc3\)$"),
+        ({"layers": "hidden", "exclude": ["fc2"]}, r"^optimizer\.layers=hidden with exclude=\['fc2'\] leaves no layer for muon"),
     ],
 )
 def test_refusals(options: dict[str, Any], says: str) -> None:

@@ -78,7 +78,9 @@ def test_gradients_do_not_depend_on_later_weights(form):
     before = gradients(control, edge)
     with torch.no_grad():
         control.fc2.weight.mul_(-3.0).add_(0.5)
-    assert not torch.equal(gradients(control, edge)["fc1.weight"], before["fc1.weight"]), "FA is locked: the test can fail"
+    assert not torch.equal(gradients(control, edge)["fc1.weight"], before["fc1.weight"]), (
+        "FA depends on later weights, so this test can fail"
+    )
 
 
 def test_each_feedback_touches_its_own_block_only():

@@ -90,8 +90,8 @@ def test_layers_that_do_not_run_are_not_covered(name, freeze_stem):
     [
         (OwnAttention(4, 2), "the model (OwnAttention) is a user-defined subclass"),
         (nn.Sequential(OwnAttention(4, 2)), "'0' (OwnAttention) is a user-defined subclass"),
-        (nn.Embedding(9, 4), "the model (Embedding) passes no error on"),
-        (nn.Sequential(nn.Embedding(9, 4)), "'0' (Embedding) passes no error on"),
+        (nn.Embedding(9, 4), "the model (Embedding) propagates no error"),
+        (nn.Sequential(nn.Embedding(9, 4)), "'0' (Embedding) propagates no error"),
     ],
 )
 def test_what_cannot_be_covered_is_named_with_the_reason(model, says):
@@ -155,7 +155,7 @@ def test_coverage_is_a_table_with_what_is_left_out_at_its_end():
     assert first == "kp covers 1 layer, 2 weights not covered"
     assert heads.split() == ["layer", "type", "weight", "its", "error"] and len(rest) == 6
     assert re.split("  +", head.strip()) == ["head", "Linear", "3x4 frozen", "passes through learned B"]
-    assert rest[0].split() == ["passes", "no", "error", "on", "where"] and rest[1].split()[0] == "emb.weight"
+    assert rest[0].split() == ["propagates", "no", "error", "where"] and rest[1].split()[0] == "emb.weight"
     assert rest[2].split() == ["not", "covered", "why"] and rest[3].split()[0] == "attn.in_proj_weight"
 
 

@@ -275,7 +275,7 @@ def test_a_rule_that_fails_in_attach_leaves_the_model_plain():
 
 def test_rules_without_feedback_of_layers_say_so():
     rule = start("dfa-neuron")[1]
-    with pytest.raises(CoverageError, match=r"rule 'dfa' passes no error through layers such as 'fc'"):
+    with pytest.raises(CoverageError, match=r"rule 'dfa' does not propagate errors through layers such as 'fc'"):
         rule.effective_feedback("fc")
 
 

@@ -136,7 +136,7 @@ def test_embeddings_and_position_tables_carry_no_error(name: str) -> None:
     rule = attach(model, name, sample_input=TOKENS[:2])
     assert rule.coverage.uncovered == {} and set(rule.coverage.local) == {"emb.weight", "pos"}
     assert "looked up" in rule.coverage.local["emb.weight"] and "only added" in rule.coverage.local["pos"]
-    assert "passes no error on" in str(rule.coverage) and "every weight" in str(rule.coverage)
+    assert "propagates no error" in str(rule.coverage) and "every weight" in str(rule.coverage)
     found = learn(model, rule)
     if name not in SHARING:  # sharing rules freeze the first layer; the error still reaches the modules before it
         assert found["emb.weight"].abs().sum() > 0 and found["pos"].abs().sum() > 0
