@@ -80,8 +80,8 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
             must call this under ``if __name__ == "__main__":``, because it starts processes.
 
     Returns:
-        The study, which prints as its table. Its attribute `table` is a data frame with one row per rule, and `trials` is one
-        with one row per trial; `directory` is the folder of the study.
+        The study, which prints as its table. The study's attribute `table` is a data frame with one row per rule, and `trials` is
+        one with one row per trial; `directory` is the study's folder.
 
     Raises:
         FaBenchError: for invalid input, before any training.

@@ -1,4 +1,4 @@
-"""The command line: parse it, check every job, and run the jobs with Hydra."""
+"""Parse the command line, check every job, and run the jobs with Hydra."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _context(composer: Composer, config: Any) -> Any:
 
 
 def _parse(argv: list[str]) -> Any:
-    # This is the only place where Hydra declares its flags.
+    # Hydra declares its flags only in this private function.
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()

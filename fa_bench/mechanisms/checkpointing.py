@@ -19,8 +19,8 @@ def recomputing() -> bool:
 
 
 def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
-    """A placeholder for functions that exist only in the first forward pass. It is used in the `BackwardContext` of a repeated
-    pass, and calling it raises an error.
+    """A placeholder for functions that exist only in the first forward pass. The placeholder is used in the `BackwardContext` of
+    a repeated pass, and calling it raises an error.
 
     The placeholder is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole
     model. In that case, the first pass ran without gradients and looked like an evaluation.

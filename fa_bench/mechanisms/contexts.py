@@ -54,8 +54,8 @@ def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
 def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     """Restore the modes that `modes_of` returned.
 
-    If a module overrides ``train``, that method is called, because it may change more than the attribute: some modules merge
-    weights for evaluation.
+    If a module overrides ``train``, that method is called, because it may change more than the attribute. Some modules, for
+    example, merge weights for evaluation.
     """
     for module, training in modes:
         if type(module).train is not nn.Module.train:

@@ -127,7 +127,8 @@ def not_coverable(model: Any) -> str:
 
 
 def computed_weights(model: Any) -> str:
-    """A sentence that names the layers whose weight is computed from other parameters; empty if there are none."""
+    """A sentence that names the layers whose weight is computed from other parameters, or an empty string if there are no such
+    layers."""
     paths = [
         path
         for path, module in model.named_modules()

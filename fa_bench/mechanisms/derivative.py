@@ -56,7 +56,8 @@ NONLINEAR: tuple[type[nn.Module], ...] = (
     nn.Hardswish,
     nn.Hardsigmoid,
 )
-#: Autograd nodes of elementwise nonlinear functions, and of kernels that contain such functions, by name without "Backward".
+#: The names, without "Backward", of the autograd nodes of elementwise nonlinear functions and of kernels that contain such
+#: functions.
 _FUNCTIONS = {
     name: name.lower()
     for name in (

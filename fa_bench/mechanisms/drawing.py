@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class DrawingRule(Rule):
-    """Base class of rules that draw new random numbers for every update. In the list of bases, it must precede the class of the
-    mechanism. The rule's state contains the number of updates."""
+    """Base class of rules that draw new random numbers for every update. In the list of bases, this class must precede the class
+    of the mechanism. The rule's state contains the number of updates."""
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.second_pass import Draws

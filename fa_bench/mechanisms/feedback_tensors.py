@@ -1,8 +1,8 @@
 """Access to the feedback tensors of a module by name; only this file knows where a module stores them.
 
 The tensor `B` of a module is its buffer ``feedback_B`` if it is fixed and its parameter ``feedback_B`` if it is learned.
-Therefore, ``state_dict``, ``.to()``, memory formats and deepcopy treat the tensor like a weight. If it is learned, so do
-optimizers, gradient clipping and data parallelism.
+Therefore, ``state_dict``, ``.to()``, memory formats and deepcopy treat the tensor like a weight. If the tensor is learned,
+optimizers, gradient clipping and data parallelism also treat it like a weight.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def feedback_tensor(module: torch_nn.Module, name: str) -> Any:
 def fixed_tensor_reader(name: str) -> Any:
     """A function that returns the fixed feedback tensor `name` of a given module.
 
-    This is for code that runs at every step, because it costs only one dictionary look-up, whereas ``module.feedback_B`` costs as
-    much as launching a small matrix product.
+    Code that runs at every step uses such a reader, which costs only one dictionary look-up, whereas ``module.feedback_B`` costs
+    as much as launching a small matrix product.
     """
     key = PREFIX + name
     return lambda self, layer: layer._buffers[key]

@@ -24,7 +24,7 @@ def items_in(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses, all of which models may return."""
+    """Every tensor in nested tuples, lists, mappings and dataclasses, which models may return."""
     if isinstance(value, torch.Tensor):
         yield value
     else:
@@ -33,7 +33,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def nodes_from(roots: Iterable[Any], stops: Iterable[Any] = ()) -> Iterator[Any]:
-    """Every autograd node that can be reached from the nodes `roots`, including these, without passing `stops`."""
+    """Every autograd node, including the `roots` themselves, that can be reached from `roots` without passing `stops`."""
     visited = {None, *stops}
     stack = [root for root in dict.fromkeys(roots) if root not in visited]
     visited.update(stack)

@@ -162,8 +162,7 @@ def is_other_loss(delta: Tensor, logits: Tensor, target: Tensor, objective: Obje
     """Whether δ is not a multiple of the gradient of the objective's mean loss, as a scalar tensor on the device; False if δ is
     not finite.
 
-    The arguments are those of `measured_scale`, but unlike that function, this one does not force a synchronisation with the
-    accelerator.
+    The arguments are as for `measured_scale`, but this function does not force a synchronisation with the accelerator.
     """
     unit, given = _unit(delta, logits, target, objective), delta.double()
     scale = (given * unit).sum() / unit.square().sum()
@@ -171,7 +170,7 @@ def is_other_loss(delta: Tensor, logits: Tensor, target: Tensor, objective: Obje
 
 
 def not_a_multiple(objective: Objective) -> str:
-    """The clause of error messages which states that δ is not a multiple of the gradient of the objective's mean loss."""
+    """A clause for error messages, which states that δ is not a multiple of the gradient of the objective's mean loss."""
     return f"the gradient at the logits is not a multiple of that of the mean {objective.name.replace('_', '-')}"
 
 

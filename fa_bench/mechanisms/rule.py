@@ -85,7 +85,7 @@ class Rule(Options):
 
     @property
     def sample_count(self) -> int | None:
-        """The number of training samples, in rules with `needs_indices`; None if it is not known."""
+        """The number of training samples, for rules with `needs_indices`; None if it is not known."""
         return None
 
     def expect_samples(self, count: int) -> None:
@@ -449,7 +449,8 @@ class Rule(Options):
         return [learned.tensor for learned in self.learned_feedback()]
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer: the weights at `lr`, learned feedback at `feedback_lr_scale` times that."""
+        """Parameter groups for an optimizer, with the weights at the learning rate `lr` and the learned feedback at
+        `feedback_lr_scale` times `lr`."""
         groups: list[dict[str, Any]] = [{"params": self.weight_parameters(), "lr": lr}]
         learned = self.feedback_parameters()
         return [*groups, {"params": learned, "lr": lr * self.feedback_lr_scale}] if learned else groups
@@ -464,7 +465,7 @@ class Rule(Options):
 
     @property
     def loss_output(self) -> str | int | None:
-        """The name of the model's output from which the loss is computed; the name is an option of the objective or of the
+        """The name of the model's output from which the loss is computed, which is set by an option of the objective or of the
         rule."""
         return self.objective.output if self.objective.output is not None else getattr(self, "output", None)
 
@@ -524,8 +525,8 @@ class Rule(Options):
 
     # -------------------------------------------------------------------------------------------- for the metrics
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A mapping from each layer that has both to its pair (effective feedback, weight), detached and in the weight's
-        layout."""
+        """A mapping from layers to pairs (effective feedback, weight), both detached and in the weight's layout, for the layers
+        that have both."""
         return {}
 
     def readouts(self) -> dict[str, Tensor]:

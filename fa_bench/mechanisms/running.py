@@ -1,7 +1,7 @@
 """Determine whether a forward pass that has begun is still running.
 
 PyTorch calls the hooks at the end of a forward pass after an ``Exception``, but not after a KeyboardInterrupt or another
-BaseException. Therefore, a rule itself checks whether a pass that has not ended is still running.
+BaseException. Therefore, rules check for themselves whether a pass that has not ended is still running.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ requests.
 A rule that sets `Rule.repeats` receives the `FirstPass` of every training pass. With `again`, the rule can rerun the model with
 noise at cuts, with another input, or for forward-mode differentiation. Dropout masks are those of the first pass. Batch
 normalisation in training mode uses the statistics of the pass's own batch, and updates its running statistics only in the first
-pass. Other buffers that the first pass has updated, such as the running means of a user-defined normalisation layer, get the
-values that they had before the first pass. Afterwards, their values from the end of the first pass are restored.
+pass. In additional passes, other buffers that the first pass has updated, such as the running means of a user-defined
+normalisation layer, start from the values that they had before the first pass. Afterwards, their values from the end of the first
+pass are restored.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class FirstPass:
 
 
 class EarlierBuffers:
-    """The values that the buffers updated by a pass had before it. The object must be created when the pass starts.
+    """The values, from before a pass, of the buffers that the pass updates. The object must be created when the pass starts.
 
     Args:
         model: the model.
@@ -179,7 +180,7 @@ def repeated(
     """A context that yields the result of another forward pass of an attached model, in which the rule's own hooks change
     nothing.
 
-    The pass records gradients if they are enabled. Its backward pass must also run within the context, because activation
+    The pass records gradients if they are enabled. The backward pass must also run within the context, because activation
     checkpointing then reruns parts of the forward pass.
 
     Args:
@@ -221,8 +222,7 @@ def _name(path: str, key: str) -> str:
 
 
 def value_of(tensor: Tensor) -> Tensor:
-    """A copy of a tensor at a module, for use after the pass. It is copied because later modules may change the tensor in
-    place."""
+    """A copy of a tensor at a module, for use after the pass, because later modules may change the original in place."""
     return tensor.detach().clone()
 
 

@@ -99,7 +99,8 @@ class Structure:
             module.__dict__.pop(PART_ATTRIBUTE, None)
 
     def current_parameters(self) -> list[Any]:
-        """The frozen parameters that the model has now; under a reparametrization, those from which they are computed."""
+        """The model's current frozen parameters; under a reparametrization, these are the parameters from which they are
+        computed."""
         return [parameter for _, module, key in self._frozen for parameter in _underlying(module, key)]
 
 

@@ -3,7 +3,7 @@ through the model.
 
 The passes repeat the training pass (`fa_bench.mechanisms.second_pass`), so dropout masks and the statistics of normalisation are
 the same, and running statistics are not updated. The values of forward-mode passes are those of the training pass, except that
-autocast is off. Attention and recurrent modules run as compositions of operations that have a forward-mode derivative, which
+autocast is off. Attention and recurrent modules run as compositions of operations that have a forward-mode derivative, and this
 changes rounding. If the fused kernel of the training pass contains dropout, as it does for LSTMs with several layers, the dropout
 mask differs.
 """

@@ -1,11 +1,11 @@
 """Learned feedback tensors, and checks that an optimizer trains them.
 
 A learned tensor is a parameter of the model, so an optimizer created after `attach` trains it. An optimizer created earlier does
-not, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. In both cases, training
-would fail silently, because the rule would turn into feedback alignment, or nothing would be learned. Therefore, the first update
-after `attach` and the first one after a tensor was replaced are checked. If an optimizer steps, the check compares the tensor
-with its parameter groups; if the weights are updated by hand, it compares values when ``rule.step()`` is called. After that, the
-check costs one comparison.
+not train it, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. In both cases,
+training would fail silently, because the rule would turn into feedback alignment, or nothing would be learned. Therefore, the
+first update after `attach` and the first one after a tensor was replaced are checked. If an optimizer steps, the check looks for
+the tensor in the optimizer's parameter groups; if the weights are updated by hand, it compares values when ``rule.step()`` is
+called. Later checks cost one comparison each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _ENTRIES = 16
 _PATIENCE = 3
 #: Gradients below this fraction of the entries are rounding noise, and an update with them changes nothing.
 _NOISE = 1e-5
-#: After this many updates without ``rule.step()``, rules that need this call warn. A single change may come from loading a state.
+#: After this many updates without ``rule.step()``, rules that need this call warn. The limit is greater than one, because a
+#: single change of the weights may come from loading a state.
 _MISSED = 3
 
 
@@ -51,7 +52,7 @@ class LearnedTensor:
 
     def __init__(self, path: str, module: nn.Module, key: str, witness: nn.Module | None) -> None:
         self.path, self.module, self.key, self.witness = path, module, key, witness
-        #: The tensor that was last observed being trained, or the initial tensor if none was.
+        #: The tensor that was last observed being trained; initially, the original tensor.
         self._known = self.tensor
         self._trained = False
         self._snapshot: _Snapshot | None = None
@@ -72,7 +73,7 @@ class LearnedTensor:
 
     def freeze(self) -> None:
         """Freeze the tensor, because nothing that it learns from is trainable. Otherwise, DistributedDataParallel would wait for
-        its gradient."""
+        the gradient of the tensor."""
         self.is_frozen = True
         self.tensor.requires_grad_(False)
 

@@ -20,7 +20,7 @@ from fa_bench.mechanisms.compound.base import Compound
 from fa_bench.mechanisms.graph import nodes_from, tensors_in
 from fa_bench.mechanisms.weighted_layers import WeightedLayer, weight_parameter
 
-#: Autograd nodes that rearrange a tensor's entries without mixing them with another tensor's.
+#: Autograd nodes that rearrange a tensor's entries without mixing them with those of another tensor.
 _MOVES = {
     "Expand",
     "Unsqueeze",
@@ -48,7 +48,7 @@ _MOVES = {
 }
 #: Nodes whose derivative with respect to another input does not depend on the tensor: sums, concatenations, look-ups.
 _ADDS = {"Add", "Sub", "Rsub", "Cat", "Stack", "Embedding", "EmbeddingBag", "Where", "Copy", "CopySlices"}
-#: Nodes that scale their input, by a factor that is not differentiated.
+#: Nodes that scale their input by a factor that is not differentiated.
 _SCALES = {"Mul", "Div"}
 #: Functions that read a tensor's dtype, device or shape, but not its entries.
 _READS = {"to", "type_as", "view_as", "expand_as", "reshape_as", "broadcast_tensors"}
@@ -140,7 +140,7 @@ class UsesOfWeights(TorchFunctionMode):
                 if isinstance(value, nn.Parameter):
                     number, uses = id(value), self._used if value.requires_grad else self._detached
                 else:
-                    # This may be a view of a weight that is not differentiated: weight.detach(), weight.data, or a view of a
+                    # The value may be a view of a weight that is not differentiated: weight.detach(), weight.data, or a view of a
                     # frozen weight.
                     number = 0 if value.requires_grad else self._stored_at.get(_storage(value), 0)
                     uses = self._detached

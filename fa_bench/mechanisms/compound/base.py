@@ -22,9 +22,9 @@ COMPOUNDS: dict[type[nn.Module], type[Compound]] = {}
 class Compound(nn.Module):
     """Mixin for a plain module with several weights; subclasses implement `projections` and `layerwise_forward`.
 
-    The forward pass calls one layer for each weight if ``rule_mode.layerwise`` is set and either gradients are enabled or
-    ``rule_mode.training`` or ``rule_mode.always_layerwise`` is set. Otherwise, the forward pass of the plain class runs, which
-    may be a fused kernel.
+    If ``rule_mode.layerwise`` is set, the forward pass calls one layer for each weight, provided that gradients are enabled or
+    that ``rule_mode.training`` or ``rule_mode.always_layerwise`` is set. Otherwise, the forward pass of the plain class runs,
+    which may be a fused kernel.
 
     Attributes:
         rule_mode: shared by all layers of the attached model.

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 class Projection(nn.Module):
     """A linear layer y = x Wᵀ + b whose weight and bias are parameters of a compound module.
 
-    While a rule is attached, this layer is a child of the compound module: hooks, feedback and metrics treat it like a linear
-    layer. This layer adds only its feedback to the model's state_dict.
+    While a rule is attached, this layer is a child of the compound module, so hooks, feedback and metrics treat it like any
+    linear layer. This layer adds only its feedback to the model's state_dict.
 
     Args:
         owner: the compound module.

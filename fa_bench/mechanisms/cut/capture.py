@@ -92,8 +92,8 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    # A forward pass that is repeated within a backward pass, as in activation checkpointing, has its own tape. It must treat its
-    # tensors as the first pass did, but the errors come from the tape of the first pass.
+    # A forward pass that is repeated within a backward pass, as in activation checkpointing, has its own tape. Such a pass must
+    # treat its tensors as the first pass did, but the errors come from the tape of the first pass.
     def begin(self) -> None:
         """Called at the start of every forward pass of the model."""
         if torch.compiler.is_compiling():
@@ -183,7 +183,7 @@ class Capture:
         """Connect the output of the module in ``error_at`` to the cuts before it."""
         tape = self.tape
         if tape is None:
-            # A repeated pass must save the same tensors as the first one, in which this output required its gradient.
+            # A repeated pass must save the same tensors as the first one, in which this output required a gradient.
             repeated = recomputing() and not self.rule.mode.exact and torch.is_grad_enabled()
             return output.detach().requires_grad_() if repeated else None
         if not torch.is_grad_enabled():

@@ -142,7 +142,7 @@ def _check_origin(origin: str, trace: Trace, cuts: tuple[str, ...]) -> None:
 
 
 def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
-    """The error for a model without cut points; if there is a sample to try them with, it suggests some that work."""
+    """The error for a model without cut points, which suggests cut points that work if there is a sample to try them with."""
     model, modules = rule.model, [path for path in paths if not list(rule.model.get_submodule(path).children())]
     options: dict[str, Any] = {}
     if sample_input is not None:

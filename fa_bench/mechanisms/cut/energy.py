@@ -67,7 +67,7 @@ class EnergyRule(PassRule):
     In one more pass, the parameters of each block get the gradient of E / N with all states fixed.
     """
 
-    #: Whether the variables are the states. Otherwise, they are the errors e_l, and s_l = f_l(s_{l-1}) + e_l.
+    #: Whether the variables are the states; otherwise, the variables are the errors e_l, and s_l = f_l(s_{l-1}) + e_l.
     moves_states: ClassVar[bool] = False
 
     within = "block"
@@ -87,8 +87,8 @@ class EnergyRule(PassRule):
 
     @property
     def path_length(self) -> float:
-        """The distance that the errors would move along a constant gradient of length 1, which is steps times rate without
-        momentum."""
+        """The distance that the errors would move along a constant gradient of length 1. Without momentum, this is steps times
+        rate."""
         total = velocity = 0.0
         for _ in range(self.steps):
             velocity = self.momentum * velocity + 1
@@ -105,8 +105,8 @@ class EnergyRule(PassRule):
 
     @contextmanager
     def observed(self) -> Iterator[list[Relaxation]]:
-        """A context that yields a list, to which every backward pass within the context appends its `Relaxation`. Each of these
-        backward passes takes two additional passes."""
+        """A context that yields a list, to which every backward pass within the context appends its `Relaxation`. Each
+        `Relaxation` costs two additional passes of the model."""
         self._observed = found = []
         try:
             yield found

@@ -34,10 +34,10 @@ class LocalRule(CutRule):
 
     No error crosses a cut, unless `crosses` is set. The auxiliary layers belong to the rule, but their parameters and buffers are
     also registered in the module at the cut, as ``feedback_auxiliary_...``. Therefore, ``model.parameters()`` and
-    ``model.state_dict()`` contain them, and they follow the model to its device and dtype. They are not registered as submodules,
-    because a container such as ``nn.Sequential`` would run them. ``rule.feedback_parameters()`` returns the auxiliary parameters,
-    and ``rule.feedback`` lists them by cut. Local losses are scaled like the loss, and computed in the model's dtype under
-    autocast.
+    ``model.state_dict()`` contain these tensors, which follow the model to its device and dtype. The layers are not registered as
+    submodules, because a container such as ``nn.Sequential`` would run them. ``rule.feedback_parameters()`` returns the auxiliary
+    parameters, and ``rule.feedback`` lists them by cut. Local losses are scaled like the model's loss, and computed in the
+    model's dtype under autocast.
 
     If the output has positions, each cut must have the same positions, and each position counts as a sample. The auxiliary layers
     then receive activations (M, F), where M is N times the number of positions.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fa_bench.objectives.base import Objective
 
 Shape = tuple[int, ...]
-#: The label of positions that are excluded from the loss, which is torch's default.
+#: The label of positions that are excluded from the loss; this is torch's default.
 IGNORED = -100
 
 
@@ -202,8 +202,8 @@ def mismatch(cut: str, shape: Shape, positions: Shape) -> str:
 def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shape] | None) -> int:
     """The feature axis of an activation (N, P..., F) or (N, F, P...).
 
-    The feature axis has the width of the preceding layer, and removing it leaves the positions of the output. If both axes
-    satisfy this, or if neither does, the feature axis of the preceding layer is used. This is axis 1 for a convolution and the
+    The feature axis has the width of the preceding layer, and removing it leaves the positions of the output. If both candidate
+    axes satisfy this, or if neither does, the feature axis of the preceding layer is used, which is 1 for a convolution and the
     last axis otherwise.
 
     Args:

@@ -123,8 +123,8 @@ class CutRule(Rule):
 
     @property
     def logits(self) -> Tensor | None:
-        """The logits z in the model's shape, detached. They are available only while errors are computed and only if the rule
-        `scales`; otherwise, the result is None.
+        """The logits z in the model's shape, detached. The logits are available only while errors are computed, and only for
+        rules that set `scales`; otherwise, the result is None.
 
         Raises:
             StateError: if they were changed in place after the forward pass.
@@ -430,8 +430,8 @@ class CutRule(Rule):
         return rows, outputs
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Only the output layer can have a pair. It has one if its output is the source of the errors and the feedback of the
-        last cut has the shape of its weight."""
+        """Only the output layer can have a pair, which exists if the output of this layer is the source of the errors and the
+        feedback of the last cut has the shape of the layer's weight."""
         if self.error_at is not None:
             return {}
         weights = {path: self._covered[path].weight.detach() for path in self._trace.outputs}

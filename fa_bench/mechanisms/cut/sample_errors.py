@@ -61,7 +61,7 @@ class SampleErrors:
 
     def write(self, indices: Tensor, errors: Tensor, is_shared: bool = True) -> None:
         """Replace the errors of the samples `indices` (N,) with `errors` (N, C). If `is_shared` is true, `exchange` later sends
-        them to the other processes.
+        these errors to the other processes.
 
         If a sample's error is not finite, its previous one is kept, because a gradient scaler skips this update.
         """

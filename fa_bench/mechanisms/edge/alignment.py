@@ -209,12 +209,12 @@ class LossScale:
 class AlignmentRule(RandomFeedbackRule):
     """Base class of the rules whose feedback learns from local losses; subclasses implement `alignment_loss`.
 
-    The error at a layer's input is e_in = g B. Each layer adds its local loss to the loss of the task, multiplied by the factor
-    by which gradient accumulation or a gradient scaler has scaled the latter. The local loss has no gradient at the layer's
-    input, and none for W unless ``update_forward`` is set. B is trained by W's optimizer at ``b_lr_scale`` times the learning
-    rate of W, or by an optimizer of its own (``optimizer@feedback_optimizer=adam``). The weight decay of the optimizer that
-    trains B acts in addition to the local loss. ``b_init`` and ``linear_b_init`` are the initialisers of B. A layer that runs
-    several times in a forward pass adds its loss each time.
+    The error at a layer's input is e_in = g B. Each layer adds its local loss to the loss of the task. The local loss is
+    multiplied by the factor by which gradient accumulation or a gradient scaler has scaled the task's loss. The local loss has no
+    gradient at the layer's input, and none for W unless ``update_forward`` is set. B is trained by W's optimizer at
+    ``b_lr_scale`` times the learning rate of W, or by an optimizer of its own (``optimizer@feedback_optimizer=adam``). The weight
+    decay of the optimizer that trains B acts in addition to the local loss. ``b_init`` and ``linear_b_init`` are the initialisers
+    of B. A layer that runs several times in a forward pass adds its loss each time.
     """
 
     b_lr_scale: float = option(1.0, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
@@ -260,7 +260,7 @@ class InputAlignmentRule(AlignmentRule):
     """Base class of the alignment rules whose local losses depend on the layer's input.
 
     With ``signal=noise``, the losses are computed on standard normal noise in the shape of the layer's input. The ``noise_batch``
-    noise samples are drawn again after every update and are the same in all processes. In this case, the second moments C are the
+    noise samples are drawn again after every update and are the same in all processes. With noise, the second moments C are the
     identity.
     """
 

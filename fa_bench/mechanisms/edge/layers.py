@@ -116,8 +116,8 @@ class FeedbackLayer(nn.Module):
 
     @property
     def qconfig(self) -> Any:
-        """Quantisation tools set this attribute on every module. They would silently skip layers of this class, so setting it
-        raises an error."""
+        """Quantisation tools set this attribute on every module, but they would silently skip layers of this class. Therefore,
+        setting it raises an error."""
         raise AttributeError("qconfig")
 
     @qconfig.setter

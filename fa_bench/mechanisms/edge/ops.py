@@ -7,7 +7,7 @@ Functions compute the forward pass of the plain layer. With g the error at the l
     gradient of the bias   = g summed over batch and space              (as backpropagation)
     error at the input     = g times `feedback`                         (backpropagation uses the weight here)
 
-The `feedback` has the weight's layout, so no transpose is needed, and with feedback = weight the result is bitwise identical to
+Feedback has the weight's layout, so no transpose is needed. With feedback = weight, the result is bitwise identical to
 backpropagation. A layer passes its own tensors, a `BackwardContext` and the learned feedback tensors of ``context.gradients``,
 one by one, to its Function. Because the feedback tensors are inputs, autograd accumulates their gradients, and any code that
 monitors gradients works on them. The arithmetic of a small layer takes microseconds, so wrappers are costly. Therefore, Functions

@@ -1,5 +1,4 @@
-"""Feedback pathways, which determine how a layer obtains its effective feedback, the tensor that passes the error to the layer
-below.
+"""Feedback pathways, which determine a layer's effective feedback, the tensor that passes the error to the layer below.
 
 Every effective feedback has the layout of the layer's weight: (O, I) for linear layers, (O, I/groups, K...) for convolutions. The
 forward pass asks the layer's pathway for a `BackwardContext`, which holds everything that the backward pass needs.
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 
 
 class FeedbackGradient(NamedTuple):
-    """The way in which the gradient of a learned feedback tensor is computed. It is computed like that of the weight unless one
-    of the alternatives below is given.
+    """Describes how the gradient of a learned feedback tensor is computed, by default in the same way as that of the weight.
 
     Attributes:
         learned: the learned tensor. It is an input of the layer's autograd Function, so that autograd accumulates its gradient,
@@ -80,8 +78,7 @@ class BackwardContext(NamedTuple):
 
 
 class FeedbackPathway:
-    """The feedback pathway of one layer, which computes its effective feedback. A pathway contains only plain values; the tensors
-    belong to the layer.
+    """Computes the effective feedback of one layer. A pathway contains only plain values; the tensors belong to the layer.
 
     Subclasses implement `effective`, or `context` and `effective` if the backward pass needs more than one tensor.
 
@@ -137,8 +134,7 @@ class FeedbackPathway:
         return BackwardContext(self.effective(layer))
 
     def effective_context(self, layer: Any, x: Tensor, gradients: tuple[FeedbackGradient, ...]) -> BackwardContext:
-        """A context with `effective` as the feedback. The feedback is not computed if the backward pass needs only the
-        gradients."""
+        """A context with `effective` as the feedback, computed only if the backward pass needs an error at the input."""
         return BackwardContext(self.effective(layer) if x.requires_grad else layer.weight.detach(), gradients=gradients)
 
     def forward(
@@ -253,8 +249,8 @@ class TransposeFeedback(FeedbackPathway):
 class WeightDerivedFeedback(FeedbackPathway):
     """B is computed from the weight in the backward pass, just before the multiplication, so that B is still in the cache.
 
-    The weight that is used is that of the forward pass. As in backpropagation, autograd raises an error if the weight was changed
-    in place before the backward pass.
+    The weight of the forward pass is used. As in backpropagation, autograd raises an error if the weight was changed in place
+    before the backward pass.
     """
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
@@ -309,7 +305,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
 
     def __init__(self, resample: str | None = None, seed: int = 0) -> None:
         self.resample, self.seed, self.draws = resample, seed, 0
-        # M is sampled only when it is read, because the first layer passes no error on and does not need its magnitudes.
+        # M is sampled only when it is read, so that nothing is sampled for the first layer, which passes no error on.
         self._is_due = False
         self._known_positive: tuple[int, int] | None = None
         if resample is not None:
@@ -332,7 +328,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
             self.new_sample()
 
     def new_sample(self) -> None:
-        """Let M be replaced with a new sample the next time it is read."""
+        """Schedule a new sample, which replaces M the next time M is read."""
         self.draws += 1
         self._is_due = True
 
@@ -385,8 +381,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         return signs.mul_(self._magnitudes(feedback_tensor(layer, "M")))
 
     def _magnitudes(self, tensor: Tensor) -> Tensor:
-        """The magnitudes |M|. Absolute values are computed only if M has negative entries, which is checked after each change of
-        M."""
+        """|M|, with absolute values computed only if M has negative entries, which is checked after each change of M."""
         if torch.compiler.is_compiling():
             return tensor.abs()
         if self._known_positive != _version(tensor):

@@ -216,8 +216,8 @@ class EdgeRule(Rule):
                 self._dual.wire(self.model, sample_input)
 
     def _trace_if_possible(self, sample_input: Any) -> Trace | None:
-        """The model's structure, or None if there is no sample and zeros cannot replace it. In the latter case, the first
-        training pass is checked instead."""
+        """The model's structure, or None if there is no sample and zeros cannot replace it. In that case, the first training pass
+        is checked instead."""
         try:
             return self.trace(sample_input)
         except CoverageError:

@@ -1,9 +1,10 @@
-"""Sharing of activations: in gradients, an earlier activation, resized to the shape of a layer's input, replaces that input.
+"""Shared activations, which replace the inputs of layers in gradients. A shared activation is an earlier activation, resized to
+the shape of the input that it replaces.
 
 The activations between weighted layers are numbered in the order of execution. The stem's output is number 1. An activation that
-is the input of several layers, such as a block's first convolution and its projection, counts once. If k layers share, activation
-s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021); layers whose input is activation 1 use that
-activation itself.
+is the input of several layers, such as a block's first convolution and its projection, is counted once. If k layers share,
+activation s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021); layers whose input is activation 1 use
+that activation itself.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def _feature_matcher(have: int, want: int, kind: str, mixing: Tensor | None) -> 
 
 @dataclasses.dataclass(eq=False)
 class SharedActivationFeedback(FeedbackPathway):
-    """A wrapper for another pathway. It lets a shared activation replace the layer's input in gradients, or provides the layer's
+    """A wrapper for another pathway that lets a shared activation replace the layer's input in gradients, or provides the layer's
     input to other layers.
 
     Attributes:
