@@ -15,7 +15,7 @@ from fa_bench.mechanisms.trace import arguments
 
 
 def block_ends(model: nn.Module, blocks: Iterable[str] | None = None) -> set[str]:
-    """The paths of the modules that end the model's blocks; empty if the model declares none.
+    """The paths of the modules that end the model's blocks, or an empty set if the model declares none.
 
     Args:
         model: an attached or plain model.

@@ -2,8 +2,8 @@
 
 Most of a rule is traced into the graph unchanged. Parts that cannot be traced (local losses, labels that are known only in the
 backward pass, samples that depend on a step's number) run as they would without compilation, inside an operator that the graph
-treats as a black box. Such an operator receives tensors, numbers and the key of a `Handle`, with which it looks up the object
-that it belongs to.
+treats as a black box. Each operator receives tensors, numbers and the key of a `Handle`, with which it looks up the object that
+it belongs to.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., A
     def register(function: Callable[..., Any]) -> Any:
         name = schema.partition("(")[0]
         # The tags allow a compiler to choose the memory format of the arguments, and prevent it from capturing the operator in a
-        # CUDA graph. Such a graph would replay the kernels without running the Python code.
+        # CUDA graph. A CUDA graph would replay the kernels without running the Python code.
         _library.define(schema.replace(") ->", ", str key) ->"), tags=(torch.Tag.flexible_layout, *_tags("cudagraph_unsafe")))
         _library.impl(name, lambda *given: function(_handles[given[-1]].owner, *given[:-1]), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fa_bench::{name}", lambda *given: like(*given[:-1]), lib=_library)

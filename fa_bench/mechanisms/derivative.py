@@ -294,7 +294,7 @@ class DualModule(nn.Module):
 
 class _DualReLU(DualModule):
     def difference(self, a: Tensor, d: Tensor) -> Tensor:
-        # This avoids subtracting nearly equal numbers. The result is 2 d if both arguments are positive and 0 if both are
+        # This formula avoids subtracting nearly equal numbers. The result is 2 d if both arguments are positive and 0 if both are
         # negative.
         size = d.abs()
         return torch.minimum((a + size).clamp_min(0), 2 * size).copysign(d)

@@ -49,7 +49,7 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
     """
     if objective is not None and not objective.is_cross_entropy:
         return False
-    # This runs at every step, so the usual case is handled first.
+    # This function runs at every step, so the usual case is handled first.
     node: Any = loss.grad_fn
     name = type(node).__name__
     if name not in ("NllLossBackward0", "NllLoss2DBackward0"):

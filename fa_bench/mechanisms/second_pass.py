@@ -36,8 +36,8 @@ from fa_bench.utils.sampling import seed_for
 Change = Callable[[Tensor], "Tensor | None"]
 
 
-#: For each model, and for whether any part of it is in training mode, the buffers that passes were seen to update. Only these
-#: buffers are copied before a pass. Before the first pass, all buffers are copied.
+#: For each model, and for whether any part of it is in training mode, the buffers that passes were seen to update. Only the
+#: buffers listed here are copied before a pass. Before the first pass, all buffers are copied.
 _updated: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[tuple[int, str]]]] = weakref.WeakKeyDictionary()
 
 

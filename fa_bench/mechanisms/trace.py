@@ -341,8 +341,8 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def named_results(result: Any, name: str = "") -> dict[str, Tensor]:
-    """The outputs of a model from which a loss can be computed, by name. These are the outputs that require gradients or, if none
-    do, all floating-point outputs.
+    """The outputs of a model from which a loss can be computed, by name. Outputs that require gradients are chosen or, if there
+    are none, all floating-point outputs.
 
     A name is the key in a mapping, the index in a tuple or list, or the field of a dataclass; nested names are joined by dots.
     """
@@ -409,7 +409,7 @@ def _walk(
 ) -> tuple[set[Any], set[Any]]:
     """The layers found first on the paths down the graph from `roots`, and the layers found after those, without passing `stops`.
 
-    Both sets also contain the embeddings that are found, whose nodes are `look_ups`, and the ids of the `parameters` that are
+    The two sets also contain the embeddings that are found, whose nodes are `look_ups`, and the ids of the `parameters` that are
     found.
     """
     first: set[Any] = set()

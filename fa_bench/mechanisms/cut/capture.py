@@ -92,8 +92,8 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    # A forward pass that is repeated within a backward pass, as in activation checkpointing, has its own tape. Such a pass must
-    # treat its tensors as the first pass did, but the errors come from the tape of the first pass.
+    # A forward pass that is repeated within a backward pass, as in activation checkpointing, has its own tape. A repeated pass
+    # must treat its tensors as the first pass did, but the errors come from the tape of the first pass.
     def begin(self) -> None:
         """Called at the start of every forward pass of the model."""
         if torch.compiler.is_compiling():

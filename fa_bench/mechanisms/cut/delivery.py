@@ -47,7 +47,8 @@ class Delivery:
         from fa_bench.mechanisms.cut.function import CompiledDeliverFunction, DeliverFunction
 
         self.rule, self._handle, self._compiled_function = rule, Handle(self), CompiledDeliverFunction
-        # These are read at every step, where imports and property look-ups would slow down a small network by one per cent.
+        # These values are stored because they are read at every step, where imports and property look-ups would slow down a small
+        # network by one per cent.
         self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
         self._needs_indices = rule.needs_indices
         # If activation checkpointing contains the module in error_at, it does not run this Function again, so values that the
@@ -201,8 +202,8 @@ class Delivery:
         like, results = [*activations, *learned], others
         if changes_delta:
             like, results = [*like, delta], [*others, error]
-        # An operator must not return its arguments or tensors that are kept elsewhere. Only such tensors are copied, because most
-        # results are new and large.
+        # An operator must not return its arguments or tensors that are kept elsewhere. Only results that share memory with such
+        # tensors are copied, because most results are new and large.
         feedback = (one for tensors in self.rule.feedback.values() for one in tensors.values())
         kept = {one.untyped_storage().data_ptr() for one in (delta, *logits, *activations, *learned, *feedback)}
         return [

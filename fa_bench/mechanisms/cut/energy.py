@@ -87,8 +87,8 @@ class EnergyRule(PassRule):
 
     @property
     def path_length(self) -> float:
-        """The distance that the errors would move along a constant gradient of length 1. Without momentum, this is steps times
-        rate."""
+        """The distance that the errors would move along a constant gradient of length 1, which is steps times rate without
+        momentum."""
         total = velocity = 0.0
         for _ in range(self.steps):
             velocity = self.momentum * velocity + 1

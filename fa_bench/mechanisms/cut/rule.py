@@ -65,9 +65,9 @@ class CutRule(Rule):
         super().__post_init__()
         self.output = None if self.output is None else str(self.output)
 
-    #: Only some rules make these fields options: `within`, how far errors are exact (`within_option`); `error_at`, the module
-    #: from whose output the error comes (`error_at_option`); and `positions`, whether all positions of a cut share a matrix if
-    #: the error has no positions (`positions_option`).
+    #: Only some rules make these fields options. `within` states how far errors are exact (`within_option`), and `error_at` names
+    #: the module from whose output the error comes (`error_at_option`). `positions` states whether all positions of a cut share a
+    #: matrix if the error has no positions (`positions_option`).
     within: str = dataclasses.field(default="layer", init=False)
     error_at: str | None = dataclasses.field(default=None, init=False)
     positions: str = dataclasses.field(default="own", init=False)

@@ -52,8 +52,8 @@ class SampleErrors:
         return f"the last errors of {len(self.errors):,} training samples take {format_bytes(size)}"
 
     def read(self, indices: Tensor, first: Tensor) -> Tensor:
-        """The errors (N, C) of the samples `indices` (N,), with the device and dtype of `first`. Samples that have no error yet
-        get their row of `first` (N, C)."""
+        """The errors (N, C) of the samples `indices` (N,), with the device and dtype of `first`. The row of `first` (N, C) is
+        used for a sample that has no error yet."""
         if self.errors.device != first.device or self.errors.dtype != first.dtype:  # the model was moved, or converted
             self.errors, self.seen = self.errors.to(first), self.seen.to(first.device)
         indices = indices.to(first.device, torch.int64)
@@ -77,7 +77,7 @@ class SampleErrors:
         """Distribute the errors that any process has written since the last exchange to all processes, which must all call this
         method.
 
-        If several processes have an error for the same sample, all processes get that of the process with the highest rank.
+        If several processes have an error for the same sample, all processes use the one from the process with the highest rank.
         """
         if not self.is_shared:
             self._new.clear()

@@ -136,7 +136,8 @@ class AlignedFeedback(FeedbackPathway):
         return feedback_tensor(layer, "B")
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
-        # These are the tensors of this pass; in the backward pass, the layer may have others (torch.func.functional_call).
+        # `weight` and `feedback` are the tensors of this pass; in the backward pass, the layer may have others
+        # (torch.func.functional_call).
         weight, feedback = layer.weight, layer.learned["B"].tensor
         of_input = functools.partial(self.gradient, self.loss.feedback_gradient, layer, weight, feedback)
         of_weight = functools.partial(self.gradient, self.loss.weight_gradient, layer, weight, feedback)

@@ -54,7 +54,7 @@ def receive(layer: Any, weight: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, T
 
 
 def send(outputs: list[Tensor], messages: list[Tensor], messengers: list[Tensor]) -> tuple[Tensor, ...]:
-    """The outputs, connected so that each messenger gets its message in the backward pass."""
+    """The outputs, connected so that each messenger receives its message in the backward pass."""
     return _SendFunction.apply(len(outputs), len(messages), *outputs, *messages, *messengers)
 
 

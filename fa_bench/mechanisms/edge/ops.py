@@ -121,7 +121,7 @@ class FeedbackConvFunction(torch.autograd.Function):
     """A convolution of one to three dimensions, plain or transposed, whose backward pass uses `feedback`.
 
     Shapes: x (N, I, ...); weight and feedback (O, I/groups, K...), or (I, O/groups, K...) if transposed; bias (O) or None; y and
-    g (N, O, ...). e_in is the input gradient of the same convolution with `feedback` as its weight.
+    g (N, O, ...). The error e_in is the input gradient of the same convolution with `feedback` as its weight.
     """
 
     @staticmethod

@@ -221,8 +221,8 @@ def feedback_gradient(
     of_errors: Callable[[Tensor], Tensor] | None = None,
     of_input: Callable[[Tensor, Any, slice | None], Tensor] | None = None,
 ) -> tuple[FeedbackGradient, ...]:
-    """The way in which the gradient of the learned feedback tensor `name` is computed; empty if no gradient is computed, as with
-    `Mode.freeze_random`.
+    """The way in which the gradient of the learned feedback tensor `name` is computed, or an empty tuple if it is not computed,
+    as with `Mode.freeze_random`.
 
     Raises:
         StateError: if the tensor was frozen because its weight was, and the weight is trained now.

@@ -3,7 +3,7 @@ the shape of the input that it replaces.
 
 The activations between weighted layers are numbered in the order of execution. The stem's output is number 1. An activation that
 is the input of several layers, such as a block's first convolution and its projection, is counted once. If k layers share,
-activation s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021); layers whose input is activation 1 use
+activation s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021). Layers whose input is activation 1 use
 that activation itself.
 """
 
@@ -95,10 +95,10 @@ def matcher(
 ) -> Callable[[Tensor], Tensor]:
     """A function that converts activations of one shape to another shape; both shapes exclude the batch.
 
-    Copies are concatenated along the channels, or features, until there are enough of them. Then the map is pooled, with kernel
-    and stride equal to the ratio of the sizes. ``random`` replaces both steps with a fixed random 1x1 convolution, `mixing`, with
-    the same stride. If the number of dimensions differs, the activation is flattened first. With `features_last`, as in fully
-    connected layers, the features at every position of a sequence are matched.
+    Copies are concatenated along the channels, or features, until there are enough of them. The map is then pooled, with a kernel
+    size and a stride equal to the ratio of the sizes. ``random`` replaces both steps with a fixed random 1x1 convolution,
+    `mixing`, with the same stride. If the number of dimensions differs, the activation is flattened first. With `features_last`,
+    as in fully connected layers, the features at every position of a sequence are matched.
 
     Raises:
         ValueError: if the ratios are not whole numbers.
