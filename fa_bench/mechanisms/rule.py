@@ -558,7 +558,7 @@ class Rule(Options):
             return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
 
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory | None:
-        """The tensors of the plain model that a training step of the rule keeps in memory, or None if the rule does not define them."""
+        """The tensors of the plain model that a training step of the rule keeps in memory, or None if it does not define them."""
         return None
 
     # -------------------------------------------------------------------------------------------- structure
