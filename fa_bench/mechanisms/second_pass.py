@@ -149,8 +149,8 @@ class EarlierBuffers:
     def values(self) -> list[tuple[Place, Tensor]]:
         """The buffers that the pass updated or replaced, with their earlier values; called after the pass.
 
-        A buffer that previous passes did not update was not copied; if it was changed in place nevertheless, its current value is
-        returned.
+        A buffer is copied only if previous passes updated it. If an uncopied buffer was changed in place nevertheless, its
+        current value is returned.
         """
         if self._values is None:
             updated = [

@@ -270,8 +270,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ auxiliary layers
 def map_module(name: str, cut: str, shape: tuple[int, ...]) -> Any:
-    """The variant of a class, such as ``nn.Conv2d`` for the name Conv, for maps of this shape, (C, ...) with one to three spatial
-    dimensions.
+    """The variant of a class for maps of this shape, (C, ...) with one to three spatial dimensions, such as ``nn.Conv2d`` for the
+    name Conv.
 
     Raises:
         CoverageError: for maps with more dimensions.

@@ -118,7 +118,7 @@ class CutRule(Rule):
 
     @property
     def changes_delta(self) -> bool:
-        """Whether `output_error` differs from δ."""
+        """Whether `output_error` returns an error other than δ."""
         return type(self).output_error is not CutRule.output_error
 
     @property

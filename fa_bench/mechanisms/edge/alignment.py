@@ -1,4 +1,4 @@
-"""Feedback that learns from local losses that compare it with the weight, on the layer's input or on noise.
+"""Feedback that learns from local losses, which compare it with the weight on the layer's input or on noise.
 
 For the rows x of a layer's input, let z_W = x Wᵀ and z_B = x Bᵀ. With means over samples and positions, the losses are:
 
