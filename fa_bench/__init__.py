@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-#: Name -> the module that defines it, which is imported on first use, so that the command line starts without torch.
+#: Maps each name to the module that defines it. Modules are imported on first use, so that the command line can start without
+#: torch.
 _MODULES = {
     "attach": "mechanisms.surgery",
     "attached_rule": "mechanisms.surgery",

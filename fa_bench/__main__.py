@@ -1,4 +1,4 @@
-"""``python -m fa_bench``: the command line."""
+"""Entry point of ``python -m fa_bench``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line as a function, for notebooks and scripts."""
+"""Run jobs and hyperparameter searches from Python, for use in notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **options: Any) -> list[Run]:
-    """Run the same jobs as ``fa-bench`` with these arguments, in the same directories.
+    """Run the jobs that ``fa-bench`` would run with these arguments, in the same directories.
 
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=0.1"``. A sweep needs no ``-m``.
@@ -26,10 +26,10 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
             range or an array is a sweep: ``seed=[0, 1, 2]``; a list within it is one value: ``probes=[["readout"]]``.
 
     Returns:
-        The runs in the order of the jobs, each with its directory, result, config and metrics of every epoch. A run that fails or
-        diverges does not raise an exception: see ``run.finished`` and ``run.result["status"]``; ``run.log`` in its directory has
-        the traceback. Runs without a result, such as those that ``on_error=stop`` skipped, are omitted. Finished runs are not
-        trained again.
+        The runs in the order of the jobs, each with its directory, its result, its config, and the metrics of every epoch. No
+        exception is raised if a run fails or diverges; check ``run.finished`` and ``run.result["status"]``. The file ``run.log``
+        in the run's directory contains the traceback. Runs without a result, such as those that ``on_error=stop`` skipped, are
+        omitted. Finished runs are not trained again.
 
     Raises:
         FaBenchError: for invalid input, before any training.
@@ -70,7 +70,7 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
 
 
 def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **options: Any) -> TuneResult:
-    """Run the same study as ``fa-bench-tune`` with these arguments, in the same directory.
+    """Run the study that ``fa-bench-tune`` would run with these arguments, in the same directory.
 
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=tag(log,interval(1e-3,1))"``.
@@ -80,8 +80,8 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
             must call this under ``if __name__ == "__main__":``, because it starts processes.
 
     Returns:
-        The study, which is displayed as its table. `table` and `trials` are data frames with one row per rule and one row per
-        trial; `directory` is the study's folder.
+        The study, which prints as its table. The study's attribute `table` is a data frame with one row per rule, and `trials` is
+        one with one row per trial; `directory` is the study's folder.
 
     Raises:
         FaBenchError: for invalid input, before any training.
@@ -108,7 +108,7 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
 
 
 def _arguments(function: str, overrides: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
-    """The arguments of a call as overrides of the command line.
+    """Convert the arguments of a call to command-line overrides.
 
     Raises:
         ConfigError: an override is not a string, or a value cannot be written on the command line.
@@ -153,8 +153,8 @@ def _value(key: str, value: Any) -> str:
 
 @contextmanager
 def _sweeps_explained(options: Mapping[str, Any]) -> Iterator[None]:
-    """If a list was passed for an option whose values are lists, explain in the error that a list is a sweep, and how to pass a
-    single value."""
+    """Replace the error raised when a list is passed for a list-valued option. The new error explains that a list is a sweep, and
+    shows how to pass the list as a single value."""
     try:
         yield
     except OptionError as error:
@@ -167,5 +167,5 @@ def _sweeps_explained(options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _nested(key: str, value: Any) -> str:
-    """How to pass a list as a single value."""
+    """A hint that shows how to pass a list as a single value."""
     return f"pass **{{{key!r}: {[value]!r}}}" if "." in key else f"pass {key}={[value]!r}"

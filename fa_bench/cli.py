@@ -1,4 +1,4 @@
-"""The command line: parse it, check every job, and run the jobs with Hydra."""
+"""Parse the command line, check every job, and run the jobs with Hydra."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_errors_printed(program: str, function: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """Call `function` and return its exit code; errors in the input, in files or in plugins, as well as signals, are reported
-    with one line and an exit code."""
+    """Call `function` and return its exit code. Signals, and errors in the input, in files or in plugins, are reported in one
+    line and result in an exit code."""
     try:
         with interrupt_on_signals():
             return function()
@@ -105,7 +105,7 @@ def _main(argv: list[str]) -> int:
 
 
 def run(composer: Composer, task: Task) -> int:
-    """Run one job; returns the exit code."""
+    """Run one job and return the exit code."""
     from hydra.core.utils import run_job
     from hydra.types import RunMode
 
@@ -133,7 +133,7 @@ def run(composer: Composer, task: Task) -> int:
 
 
 def sweep(composer: Composer, task: Task) -> int:
-    """Run a sweep with Hydra's sweeper, which is fa-bench's own; returns the exit code."""
+    """Run a sweep with fa-bench's own Hydra sweeper and return the exit code."""
     from hydra.core.plugins import Plugins
     from hydra.types import RunMode
 
@@ -153,8 +153,8 @@ def sweep(composer: Composer, task: Task) -> int:
 
 
 def _context(composer: Composer, config: Any) -> Any:
-    """The context of Hydra's launchers and jobs."""
-    # The context needs the config's callbacks, and Hydra offers no public way to create them.
+    """The `HydraContext` that Hydra passes to sweepers and jobs."""
+    # The context needs the config's callbacks, and Hydra has no public API for creating them.
     from hydra._internal.callbacks import Callbacks
     from hydra.types import HydraContext
 
@@ -165,7 +165,7 @@ def _context(composer: Composer, config: Any) -> Any:
 
 
 def _parse(argv: list[str]) -> Any:
-    # The only place where Hydra's flags are declared.
+    # Hydra declares its flags only in this private function.
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
@@ -210,7 +210,7 @@ def _parse(argv: list[str]) -> Any:
 
 @contextmanager
 def hydra_errors() -> Iterator[None]:
-    """Turn errors within Hydra into one line, unless HYDRA_FULL_ERROR=1 asks for the traceback."""
+    """Report errors raised within Hydra in one line, unless HYDRA_FULL_ERROR=1 requests the traceback."""
     try:
         yield
     except FaBenchError:
@@ -224,7 +224,7 @@ def hydra_errors() -> Iterator[None]:
 
 
 def _run_hydra(argv: list[str]) -> int:
-    """Run Hydra's command line, which prints configs, information or completions; returns the exit code."""
+    """Run Hydra's command line, which prints configs, information or completions, and return its exit code."""
     from fa_bench.runs.logs import preserve_root_logger
 
     argv_before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
@@ -243,7 +243,8 @@ def _run_hydra(argv: list[str]) -> int:
 
 @contextmanager
 def _removed_if_empty(directory: Path) -> Iterator[None]:
-    """After the block, remove a run directory and its new parents if they are empty because the run did not start."""
+    """On exit from the context, remove the run directory and its newly created parents if they are empty because the run did not
+    start."""
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         yield
@@ -263,7 +264,7 @@ def _print_result(directory: Path) -> int:
         return 1
     status = describe_status(run) if run.result["status"] == STOPPED else run.result["status"]
     print(
-        f"{printable(status)}: {run.test_score or f'test {run.primary.title} none'}, "
+        f"{printable(status)}: {run.test_score or f'no test {run.primary.title}'}, "
         f"{run.result.get('seconds') or 0:.1f} s of training; run directory: {printable(directory)}"
     )
     return 0 if run.result["status"] in SUCCESSES else 1

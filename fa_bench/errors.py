@@ -1,6 +1,6 @@
-"""Errors that users can fix, and helpers that format names, values and other errors for messages of one line.
+"""Errors that users can fix, and helpers that format names, values and other errors for one-line messages.
 
-Each error names the key, layer or file, the value, the allowed values and the nearest name.
+Each message names the key, layer or file concerned, the value given, the allowed values, and the most similar valid name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OptionError(FaBenchError, ValueError):
 
 
 class ComponentError(FaBenchError, TypeError):
-    """The class of a component, such as a user's own rule, does not do what its base class needs."""
+    """The class of a component, such as a user's own rule, does not meet the requirements of its base class."""
 
 
 class ConfigError(FaBenchError, ValueError):
@@ -57,8 +57,9 @@ class ConfigError(FaBenchError, ValueError):
 class CoverageError(FaBenchError, ValueError):
     """A rule cannot be attached to this model, would cover nothing, or would leave weights uncovered without permission.
 
-    Each name in `settings` that appears in braces in `text` is replaced with what the user should write: ``cuts=['act1']``, an
-    argument of `attach`, or, after `with_prefix`, ``algorithm.cuts='[act1]'``, an override on the command line.
+    Names from `settings` that appear in braces in `text` are placeholders for what the user should write. In a call of `attach`,
+    this is an argument such as ``cuts=['act1']``; after `with_prefix`, it is a command-line override such as
+    ``algorithm.cuts='[act1]'``.
     """
 
     def __init__(self, text: str, settings: Mapping[str, Any] | None = None, prefix: str = "") -> None:
@@ -82,7 +83,7 @@ class DataError(FaBenchError, OSError):
 
 
 class RunDirectoryError(FaBenchError, OSError):
-    """An output directory belongs to another run, or this run cannot use a checkpoint."""
+    """An output directory belongs to another run, or this run cannot use the checkpoint in it."""
 
 
 class DirectoryLockedError(RunDirectoryError):
@@ -94,15 +95,16 @@ class OutputError(FaBenchError, OSError):
 
 
 class StateError(FaBenchError, ValueError):
-    """A saved state does not belong to this rule in this model."""
+    """A saved state does not match the rule and its model, or the tensors of the model are not in the state that the rule
+    requires."""
 
 
-#: Maximum length of a message on the terminal, and of the part that quotes another program or library.
+#: The maximum lengths of a message on the terminal and of a part quoted from another program or library.
 MAX_MESSAGE, MAX_QUOTE = 1500, 300
 
 
 def truncate(text: str, limit: int) -> str:
-    """The text in at most `limit` characters (9 or more); if it is longer, its middle is replaced with ``[...]``."""
+    """The text, shortened to at most `limit` characters by replacing its middle with ``[...]``; `limit` must be at least 9."""
     if len(text) <= limit:
         return text
     end = max(limit - limit * 2 // 3 - 7, 1)
@@ -120,8 +122,8 @@ def printable(text: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, truncated; the name of its type if it has no message or cannot be converted to
-    text."""
+    """The first line of an error's message, truncated, or the name of the error's type if it has no message or cannot be
+    converted to text."""
     try:
         text = str(error).strip()
     except Exception:  # a user's own exception class
@@ -130,7 +132,7 @@ def first_line(error: BaseException) -> str:
 
 
 def describe_error(error: BaseException, locate: bool = False) -> str:
-    """An error in one line: ``TypeError: its message``.
+    """A one-line description of an error, such as ``TypeError: its message``.
 
     Args:
         error: the error.
@@ -149,12 +151,12 @@ def _is_user_code(file: str) -> bool:
     return not file.startswith("<frozen") and file != importlib.__file__ and Path(__file__).parent not in Path(file).parents
 
 
-#: Minimum similarity of a suggested name: 'cuda' is suggested for 'cud', but 'optimizer' is not for 'compile'.
+#: The minimum similarity of a suggested name: 'cuda' is suggested for 'cud', but 'optimizer' is not suggested for 'compile'.
 NEAR = 0.6
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A hint of the form ``; did you mean 'fa'?``; empty if no name is similar."""
+    """A hint of the form ``; did you mean 'fa'?``, or an empty string if no name is similar."""
     if len(str(name)) > MAX_QUOTE:
         return ""
 
@@ -166,7 +168,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def missing_method(component: object, method: str) -> ComponentError:
-    """The error of a base class's `method` that the class of `component` had to implement."""
+    """The error for a component whose class does not implement the required method `method` of its base class."""
     cls = type(component)
     base = next(each for each in cls.__mro__ if method in vars(each))
     added = [name for each in cls.__mro__[: cls.__mro__.index(base)] for name in vars(each) if not hasattr(base, name)]
@@ -183,7 +185,7 @@ def names(allowed: Iterable[object]) -> str:
 
 
 def format_value(value: Any) -> str:
-    """An option's value as it is typed on the command line: ``[a,b]``, ``null``, ``true``."""
+    """An option's value as it would be typed on the command line, such as ``[a,b]``, ``null`` or ``true``."""
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(format_value, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -42,7 +42,7 @@ def require_fit(run: RunOptions, components: Mapping[str, Any]) -> None:
         )
     output, of_rule = objective.output, getattr(rule, "output", None)
     if output is not None and of_rule is not None and str(output) != str(of_rule):
-        raise OptionError("algorithm.output", f"={of_rule} is not objective.output={output}, which is trained; set only one")
+        raise OptionError("algorithm.output", f"={of_rule} conflicts with objective.output={output}; set only one of them")
     if dataset.targets == VALUES and getattr(rule, "needs_target", False) and not getattr(rule, "takes_numbers", False):
         option = getattr(rule, "without_target", "")
         mend = f"algorithm.{option}, or " if option else ""

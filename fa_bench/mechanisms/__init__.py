@@ -1,1 +1,2 @@
-"""How rules act on a model: edge rules change the backward pass of layers, and cut rules deliver errors to cuts."""
+"""The mechanisms by which rules act on a model. Edge rules change the backward pass of layers, and cut rules deliver errors to
+cuts."""

@@ -1,4 +1,4 @@
-"""The blocks of a model: which modules end them, and which parameters they have."""
+"""The blocks of a model, the modules at which they end, and the parameters that they contain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fa_bench.mechanisms.trace import arguments
 
 
 def block_ends(model: nn.Module, blocks: Iterable[str] | None = None) -> set[str]:
-    """The paths of the modules that end the model's blocks; empty if the model declares none.
+    """The paths of the modules that end the model's blocks, or an empty set if the model declares none.
 
     Args:
         model: an attached or plain model.
@@ -26,15 +26,16 @@ def block_ends(model: nn.Module, blocks: Iterable[str] | None = None) -> set[str
         CoverageError: if a name matches no module.
     """
     declared = [getattr(model, name, None) for name in ("blocks", "cut_points")] if blocks is None else [list(blocks)]
-    # Only lists of names count, because a user's model may use these attributes for its own modules.
+    # Other values are ignored, because a user's model may use these attributes for its own modules.
     patterns = next((value for value in declared if isinstance(value, (list, tuple)) and value), ())
     return matching(patterns, [path for path, _ in model.named_modules() if path], "blocks")
 
 
 def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None) -> dict[str, list[str]]:
-    """{end of a block: names of its parameters}, in the order of execution; blocks without parameters are left out.
+    """A mapping from the end of each block to the names of its parameters, in the order of execution. Blocks without parameters
+    are left out.
 
-    A block reaches from the end of the previous one to its own end.
+    A block extends from the end of the previous block to its own end.
 
     Args:
         model: an attached or plain model.
@@ -83,7 +84,8 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
 
 
 def embedding_of(model: nn.Module, blocks: dict[str, list[str]]) -> list[str]:
-    """The names of the parameters of the model's embedding: the part of the first block before the module that ends the block.
+    """The names of the parameters of the model's embedding, which is the part of the first block before the module that ends the
+    block.
 
     If this module has no parameters, like the nonlinearity that ends the first block of `mlp`, the embedding is the whole first
     block.

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def recomputing() -> bool:
-    """Whether this forward pass repeats an earlier one inside a backward pass, as activation checkpointing does. False while a
-    graph is being compiled."""
+    """Whether this forward pass repeats an earlier one inside a backward pass, as activation checkpointing does. The result is
+    False while a graph is being compiled."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
-    """A placeholder for functions that only the first forward pass has, for use in the `BackwardContext` of a repeated pass;
-    calling it raises an error.
+    """A placeholder for functions that exist only in the first forward pass. The placeholder is used in the `BackwardContext` of
+    a repeated pass, and calling it raises an error.
 
-    It is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole model. In that
-    case, the first pass ran without gradients and looked like an evaluation.
+    The placeholder is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole
+    model. In that case, the first pass ran without gradients and looked like an evaluation.
     """
 
     def refuse(*_: Any) -> Tensor:

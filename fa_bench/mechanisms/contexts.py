@@ -1,4 +1,5 @@
-"""Contexts in which a model runs without lasting effects: modes, gradients, dropout, normalisation, random generators."""
+"""Context managers that temporarily change modes, gradients, dropout, normalisation or random generators, so that running a model
+has no lasting effect."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ Place = tuple[dict[str, "Tensor | None"], str]
 
 @contextmanager
 def set_temporarily(objects: Iterable[Any], attribute: str, value: Any) -> Iterator[None]:
-    """A context in which an attribute of every object has this value."""
+    """A context in which the attribute of every object is set to this value."""
     before = [(one, getattr(one, attribute)) for one in objects]
     for one, _ in before:
         setattr(one, attribute, value)
@@ -33,7 +34,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """A context in which every module is in training or evaluation mode, except modules whose own ``train`` method refuses the
     mode.
 
-    Afterwards, every module is back in its earlier mode.
+    On exit, the earlier mode of every module is restored.
     """
     modes = modes_of(model)
     for module, _ in modes:
@@ -46,15 +47,15 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """(module, whether it is in training mode) for every module."""
+    """Every module of the model, paired with whether it is in training mode."""
     return [(module, module.training) for module in model.modules()]
 
 
 def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     """Restore the modes that `modes_of` returned.
 
-    If a module overrides ``train``, that method is called, because it may change more than the attribute: some modules merge
-    weights for evaluation.
+    If a module overrides ``train``, that method is called, because it may change more than the attribute. Some modules, for
+    example, merge weights for evaluation.
     """
     for module, training in modes:
         if type(module).train is not nn.Module.train:
@@ -73,15 +74,16 @@ def all_require_grad(model: nn.Module) -> AbstractContextManager[None]:
     return set_temporarily([p for p in model.parameters() if p.is_floating_point()], "requires_grad", True)
 
 
-#: Attributes for the dropout rate in modules, of PyTorch and other libraries, that call dropout as a function.
+#: Names of the attributes that hold the dropout rate in modules of PyTorch and other libraries that call dropout as a function.
 _DROPOUT_RATES = ("dropout", "dropout_p", "attention_dropout", "activation_dropout", "dropout_prob", "dropout_rate", "drop_prob")
 
 
 @contextmanager
 def without_side_effects(model: nn.Module) -> Iterator[None]:
-    """A context without dropout, in which batches are normalised by their own statistics and running statistics are not updated.
+    """A context in which dropout is off, batches are normalised with their own statistics, and running statistics are not
+    updated.
 
-    Afterwards, random generators are back in their earlier state.
+    On exit, the state of the random generators is restored.
     """
     dropouts = [
         m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"
@@ -99,8 +101,8 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
 
 
 def own_buffers(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
-    """The buffers that a forward pass may update even within `without_running_statistics`, such as running means of a user's own
-    normalisation. Buffers of rules are left out."""
+    """The buffers that a forward pass may update even within `without_running_statistics`, such as the running means of a
+    user-defined normalisation layer. The buffers of rules are not included."""
     for module in model.modules():
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             for key, buffer in module._buffers.items():
@@ -110,9 +112,9 @@ def own_buffers(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
 
 @contextmanager
 def with_copies(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
-    """A context in which buffers are copies of these values; afterwards, they are the original tensors again.
+    """A context in which buffers are replaced with copies of these values; on exit, the original tensors are restored.
 
-    Values are not copied back, because autograd would take this for a change of the tensors that it has saved.
+    Values are not copied back, because autograd would treat that as an in-place change of the tensors that it has saved.
     """
     copies: dict[int, Tensor] = {}
     before = [(place, place[0].get(place[1])) for place, _ in values]
@@ -129,7 +131,8 @@ def with_copies(values: list[tuple[Place, Tensor]]) -> Iterator[None]:
 
 @contextmanager
 def without_running_statistics(model: nn.Module) -> Iterator[None]:
-    """A context in which normalisation in training mode uses the batch's statistics and does not update the running ones."""
+    """A context in which normalisation in training mode uses the batch's statistics and leaves the running statistics
+    unchanged."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     # Instance normalisation ignores this attribute and updates its running statistics; with momentum 0, they do not change.
     instances = [m for m in norms if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
@@ -139,6 +142,6 @@ def without_running_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_randomness(model: nn.Module) -> Iterator[None]:
-    """A context that restores the state of the random generators, for models that sample by other means than dropout."""
+    """A context that restores the state of the random generators, for models with sources of randomness other than dropout."""
     with torch.random.fork_rng({parameter.device for parameter in model.parameters() if parameter.is_cuda}):
         yield

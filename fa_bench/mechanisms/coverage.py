@@ -57,7 +57,8 @@ class Coverage:
     transport: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """A table of the covered layers with their weights and errors, and of the weights that are not covered, with reasons."""
+        """A table of the covered layers, with their weights and a description of their errors, and of the uncovered weights, with
+        the reasons."""
         covered, uncovered = len(self.covered), len(self.uncovered)
         missing = f"{uncovered} weight{'s' * (uncovered != 1)} not covered" if uncovered else "every weight"
         lines = [f"{self.rule} covers {covered} layer{'s' * (covered != 1)}, {missing}"]
@@ -86,7 +87,7 @@ class Coverage:
         )
 
     def require(self, allowed: bool | list[str], model: Any) -> None:
-        """Raise an error if the rule covers nothing, or if weights are uncovered that must be covered.
+        """Raise an error if the rule covers nothing, or if it leaves weights uncovered that must be covered.
 
         Args:
             allowed: whether weights may be uncovered, or a list of those that may be: names, or patterns such as ``lstm.*``.
@@ -112,7 +113,7 @@ COVERABLE = "nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, attention, re
 
 
 def not_coverable(model: Any) -> str:
-    """Why no layer of the model can be covered, and how to change that, as one or more clauses."""
+    """The reasons why no layer of the model can be covered, as one or more clauses."""
     nn, reasons = torch.nn, [f"it has no {COVERABLE}"]
     compounds = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
     why = {
@@ -126,7 +127,8 @@ def not_coverable(model: Any) -> str:
 
 
 def computed_weights(model: Any) -> str:
-    """A sentence that names the layers whose weight is computed from other parameters; empty if there are none."""
+    """A sentence that names the layers whose weight is computed from other parameters, or an empty string if there are no such
+    layers."""
     paths = [
         path
         for path, module in model.named_modules()
@@ -143,8 +145,8 @@ def computed_weights(model: Any) -> str:
 def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> tuple[dict[str, str], dict[str, str]]:
     """The model's weights that are not in `covered`: those that a rule leaves uncovered, and those that need no feedback.
 
-    A parameter is a weight when it is a matrix or has two long dimensions; gains of shape (C, 1, 1), for example, are not
-    weights.
+    A parameter counts as a weight if it is a matrix or has at least two dimensions of size greater than 1. Gains of shape (C, 1,
+    1), for example, are not weights.
 
     Args:
         model: the model.
@@ -152,7 +154,7 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
         uses: how a forward pass of a sample used the weights, if there was one.
 
     Returns:
-        (uncovered, local), as in `Coverage`.
+        The pair (uncovered, local), as in `Coverage`.
     """
     uncovered: dict[str, str] = {}
     local: dict[str, str] = {}
@@ -186,7 +188,7 @@ def noise_note() -> str:
 
 
 def outside_text(use: str) -> str:
-    """Why a weight that is used outside its layer is not covered, see `fa_bench.mechanisms.uses.Uses`."""
+    """The reason why a weight that is used outside its layer is not covered; see `fa_bench.mechanisms.uses.Uses`."""
     return f"used outside its layer, by {use}, where it propagates the error itself"
 
 
@@ -198,8 +200,8 @@ def is_weight(name: str, parameter: Any) -> bool:
 
 
 def _kind(module: Any) -> str:
-    """The type of a module and how the module was modified. The package is included if torch has a module of the same name, as
-    for timm's Linear."""
+    """The type of a module, with a remark if its forward method was replaced. The package is included if torch has a module class
+    of the same name, as it does for timm's Linear."""
     cls = type(module)
     is_other = cls.__name__ in vars(torch.nn) and not cls.__module__.startswith("torch.")
     name = f"{cls.__module__}.{cls.__name__}" if is_other else cls.__name__

@@ -1,13 +1,13 @@
-"""The derivative of elementwise nonlinearities, replaced by a finite difference over the error itself.
+"""A replacement for the derivative of elementwise nonlinearities: a finite difference over the error itself.
 
-A nonlinearity φ with the input a and the error g at its output passes on
+Let φ be a nonlinearity with the input a and the error g at its output. The error at the input is then:
 
     g_in = (φ(a + β s g) - φ(a - β s g)) / (2 β s),    s = N / c
 
-instead of φ'(a) g, for N samples in the batch and a loss that is c times the mean of their losses. s g is the error of a sample's
-own loss, so β has the same meaning for every batch size, number of micro-batches and scale of a gradient scaler, and on every
-rank of data-parallel training. Modules are covered, in place, by swapping their class; functions cannot be covered and are
-refused.
+Backpropagation uses φ'(a) g instead. N is the number of samples in the batch, and the loss is c times the mean of their losses.
+Since s g is the error of a sample's own loss, β has the same meaning for every batch size, number of micro-batches and scale of a
+gradient scaler, and on every rank of data-parallel training. Modules are covered in place, by changing their class; functions
+cannot be covered and are refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fa_bench.mechanisms.weighted_layers import Mode
 if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
 
-#: The modules whose derivative can be replaced; only these exact types, because the forward pass of a subclass may differ.
+#: The modules whose derivative can be replaced. Subclasses are excluded, because their forward pass may differ.
 NONLINEAR: tuple[type[nn.Module], ...] = (
     nn.ReLU,
     nn.LeakyReLU,
@@ -56,7 +56,8 @@ NONLINEAR: tuple[type[nn.Module], ...] = (
     nn.Hardswish,
     nn.Hardsigmoid,
 )
-#: Autograd nodes of elementwise nonlinear functions, and of kernels that contain such functions, by name without "Backward".
+#: The names, without "Backward", of the autograd nodes of elementwise nonlinear functions and of kernels that contain such
+#: functions.
 _FUNCTIONS = {
     name: name.lower()
     for name in (
@@ -140,7 +141,7 @@ class Dual:
                 module.__dict__.pop("dual", None)
 
     def note(self) -> str:
-        """The note about the finite differences in the coverage."""
+        """The note about the finite differences that is added to the coverage."""
         if not self.modules:
             return "This model has no nonlinear modules whose derivative could be replaced."
         return f"The derivative of {names(self.modules)} is a finite difference over each sample's error (beta={self.beta:g})."
@@ -162,7 +163,7 @@ class Dual:
             self._is_checked = True
 
     def samples(self, module: nn.Module) -> int:
-        """N of the current forward pass.
+        """N, the number of samples in the current forward pass.
 
         Raises:
             CoverageError: if the module runs outside of a forward pass of the model.
@@ -181,7 +182,7 @@ class Dual:
     def delivering(
         self, rule: Rule, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None
     ) -> Iterator[None]:
-        """A context for the backward pass, in which c is known; arguments as for `Rule.backward`.
+        """A context for the backward pass, in which c is known; the arguments are those of `Rule.backward`.
 
         Raises:
             ValueError: if c is not given, is not 1, and cannot be inferred.
@@ -228,7 +229,7 @@ class Dual:
         if found:
             raise CoverageError(
                 f"rule '{self.rule}': {{derivative}} replaces the derivative of modules such as nn.ReLU, but "
-                f"this model computes {names(found)} by functions; use modules of torch.nn",
+                f"this model computes {names(found)} with functions; use modules of torch.nn instead",
                 {"derivative": "dual"},
             )
 
@@ -268,7 +269,7 @@ def _functions(model: nn.Module, modules: Iterable[nn.Module], sample: Any) -> l
 
 
 class DualModule(nn.Module):
-    """Mixin for a nonlinearity; its backward pass is the finite difference."""
+    """Mixin for a nonlinearity that replaces its backward pass with the finite difference."""
 
     plain_class: type[nn.Module]
     dual: Dual
@@ -293,13 +294,14 @@ class DualModule(nn.Module):
 
 class _DualReLU(DualModule):
     def difference(self, a: Tensor, d: Tensor) -> Tensor:
-        # Computed without subtracting nearly equal numbers: 2 d if both arguments are positive, 0 if both are negative.
+        # This formula avoids subtracting nearly equal numbers. The result is 2 d if both arguments are positive and 0 if both are
+        # negative.
         size = d.abs()
         return torch.minimum((a + size).clamp_min(0), 2 * size).copysign(d)
 
 
 class _DualFunction(torch.autograd.Function):
-    """φ(a) with the error (φ(a + β s g) - φ(a - β s g)) / (2 β s)."""
+    """φ(a), with the error (φ(a + β s g) - φ(a - β s g)) / (2 β s) at its input."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, module: DualModule, samples: int) -> Tensor:
@@ -320,18 +322,18 @@ class _DualFunction(torch.autograd.Function):
 
 @operator("dual_step(Tensor error, SymInt samples) -> Tensor", like=lambda error, samples: error.new_empty(()))
 def dual_step(dual: Dual, error: Tensor, samples: int) -> Tensor:
-    """β s in a backward pass of a compiled graph, as a tensor ()."""
+    """β s in the backward pass of a compiled graph, as a scalar tensor."""
     return error.new_full((), dual.step(samples))
 
 
 def _dual(plain: type[nn.Module]) -> type[DualModule]:
-    """The class with the finite difference for a plain class, such as ``DualReLU``; a global of this module, so that modules can
-    be pickled."""
+    """The class with the finite difference for a plain class, such as ``DualReLU`` for ``ReLU``. The new class is a global of
+    this module, so that modules can be pickled."""
     name = f"Dual{plain.__name__}"
     mixin = _DualReLU if plain is nn.ReLU else DualModule
     body = {"__module__": __name__, "__doc__": "The module with a finite difference as its derivative.", "plain_class": plain}
     return globals().setdefault(name, type(name, (mixin, plain), body))
 
 
-#: Plain class -> its class with the finite difference.
+#: Maps each plain class to its class with the finite difference.
 SWAPS: dict[type[nn.Module], type[DualModule]] = {plain: _dual(plain) for plain in NONLINEAR}

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class DrawingRule(Rule):
-    """Base class of rules that draw new random numbers for every update; list it before the mechanism's class. The state counts
-    the updates."""
+    """Base class of rules that draw new random numbers for every update. In the list of bases, this class must precede the class
+    of the mechanism. The rule's state contains the number of updates."""
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.second_pass import Draws
@@ -24,7 +24,7 @@ class DrawingRule(Rule):
         return super().wire(sample_input)
 
     def next_draws(self) -> None:
-        """Draw new random numbers for this backward pass, unless it belongs to a measurement."""
+        """Draw new random numbers for this backward pass, unless the pass belongs to a measurement."""
         if not self.mode.freeze_random:
             self._draws.number += 1
 

@@ -1,4 +1,4 @@
-"""Options that several rules share, with their help and limits."""
+"""Options that several rules share, with their help texts and limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COPY_WEIGHT = "copy_w"
 
 
 def init_option(tensor: str, default: str | None = "xavier_uniform", can_copy: bool = False, continuous: bool = False) -> Any:
-    """The initialiser of a feedback tensor.
+    """The option for the initialiser of a feedback tensor.
 
     Args:
         tensor: the tensor, as the help calls it.
@@ -25,17 +25,17 @@ def init_option(tensor: str, default: str | None = "xavier_uniform", can_copy: b
 
 
 def decoder_init_option() -> Any:
-    """The initialiser of the weight of a rule's local classifiers."""
+    """The option for the initialiser of the weight of a rule's local classifiers."""
     return option("zeros", "initialiser of the decoder's weight", choices=CONTINUOUS, identifying=False)
 
 
 def density_option(tensors: str = "B", masks: str = "mask") -> Any:
-    """The fraction of the entries of feedback tensors that is not masked."""
+    """The option for the fraction of the entries of feedback tensors that are not masked."""
     return option(1.0, f"fraction of {tensors} that is not zero (fixed random {masks})", above=0, maximum=1)
 
 
 def within_option() -> Any:
-    """How far down the errors of a cut rule are exact."""
+    """The option that sets how far down the errors of a cut rule are exact."""
     return option(
         "layer",
         "how far down errors are exact: to the next weights (layer), or through the whole block between two cuts, which "
@@ -46,7 +46,7 @@ def within_option() -> Any:
 
 
 def error_at_option() -> Any:
-    """The module from whose output a cut rule's errors come."""
+    """The option for the module from whose output a cut rule's errors come."""
     return option(
         None,
         "the module at whose output the error for the cuts is taken, such as the one before a vocabulary layer; "
@@ -56,7 +56,7 @@ def error_at_option() -> Any:
 
 
 def positions_option() -> Any:
-    """Whether the positions of a cut share their feedback if the errors have no positions."""
+    """The option that sets whether the positions of a cut share their feedback if the errors have no positions."""
     return option(
         "own",
         "feedback for a cut's tokens or pixels if the output has none: own (part of B for each) or shared (one matrix for all)",
@@ -66,7 +66,7 @@ def positions_option() -> Any:
 
 
 def tangents_option() -> Any:
-    """How a rule computes the derivative of the model's output along its noise."""
+    """The option that sets how a rule computes the derivative of the model's output along its noise."""
     return option(
         "forward",
         "how the output's derivative along the noise is computed: exactly, by forward-mode differentiation (forward), or by "
@@ -76,7 +76,7 @@ def tangents_option() -> Any:
 
 
 def output_option() -> Any:
-    """The output of the model from which a cut rule's errors come."""
+    """The option for the output of the model from which a cut rule's errors come."""
     return option(
         None,
         "the output from which the errors come, if the model returns several: a key, or an index into a tuple; "
@@ -85,7 +85,7 @@ def output_option() -> Any:
 
 
 def derivative_option(default: str = "exact", identifying: bool = False) -> Any:
-    """The derivative of elementwise nonlinearities in the backward pass."""
+    """The option for the derivative of elementwise nonlinearities in the backward pass."""
     return option(
         default,
         "derivative of elementwise nonlinearities: exact, or dual, a finite difference over the error, as in dual propagation",
@@ -95,7 +95,7 @@ def derivative_option(default: str = "exact", identifying: bool = False) -> Any:
 
 
 def beta_option(identifying: bool = False) -> Any:
-    """The size of the finite difference."""
+    """The option for the size of the finite difference."""
     return option(
         0.01,
         "derivative=dual: half the width of the finite difference, in units of the error of a sample's own loss",

@@ -1,8 +1,8 @@
-"""The feedback tensors of a module, by name; only this file knows where a module stores them.
+"""Access to the feedback tensors of a module by name; only this file knows where a module stores them.
 
 The tensor `B` of a module is its buffer ``feedback_B`` if it is fixed and its parameter ``feedback_B`` if it is learned.
-Therefore, ``state_dict``, ``.to()``, memory formats and deepcopy treat it like a weight, and so do optimizers, clipping and data
-parallelism if it is learned.
+Therefore, ``state_dict``, ``.to()``, memory formats and deepcopy treat the tensor like a weight. If the tensor is learned,
+optimizers, gradient clipping and data parallelism also treat it like a weight.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
 
-#: Prefix of every feedback tensor's name in its module.
+#: The prefix of every feedback tensor's name in its module.
 PREFIX = "feedback_"
-#: Prefix of the tensors of the auxiliary layers that local losses add.
+#: The prefix of the names of all tensors in the auxiliary layers that local losses add.
 AUXILIARY_PREFIX = PREFIX + "auxiliary_"
-#: Attribute in which a module keeps the names of its feedback tensors, in the order of creation.
+#: The attribute in which a module keeps the names of its feedback tensors, in the order of creation.
 _NAMES = "_feedback_names"
 
 
 def feedback_tensor(module: torch_nn.Module, name: str) -> Any:
-    """The live feedback tensor `name` of a module, detached if it is learned; None if the module has none of that name."""
+    """The live feedback tensor `name` of a module, detached if it is learned, or None if the module has no tensor of that
+    name."""
     key = PREFIX + name
     tensor = module._buffers.get(key)
     if tensor is None and (learned := module._parameters.get(key)) is not None:
@@ -36,15 +37,15 @@ def feedback_tensor(module: torch_nn.Module, name: str) -> Any:
 def fixed_tensor_reader(name: str) -> Any:
     """A function that returns the fixed feedback tensor `name` of a given module.
 
-    This is for code that runs at every step: it costs one dictionary look-up, whereas ``module.feedback_B`` costs as much as
-    launching a small matrix product.
+    Code that runs at every step uses such a reader, which costs only one dictionary look-up, whereas ``module.feedback_B`` costs
+    as much as launching a small matrix product.
     """
     key = PREFIX + name
     return lambda self, layer: layer._buffers[key]
 
 
 def put_tensor(module: torch_nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Make `tensor`, detached, the fixed feedback tensor `name` of a module; None registers the name without a tensor."""
+    """Register `tensor`, detached, as the fixed feedback tensor `name` of a module; None registers the name without a tensor."""
     names = module.__dict__.setdefault(_NAMES, [])
     if name not in names:
         names.append(name)
@@ -52,7 +53,7 @@ def put_tensor(module: torch_nn.Module, name: str, tensor: Tensor | None) -> Non
 
 
 def require_tensor(what: str, value: Any) -> Tensor:
-    """The value, which must be a tensor; `what` is the feedback tensor, as the error calls it."""
+    """Return the value if it is a tensor, and raise an error otherwise; `what` names the feedback tensor in the error message."""
     if not isinstance(value, torch.Tensor):
         raise ComponentError(
             f"{what}: {truncate(' '.join(repr(value).split()), 100)} is neither the name of an initialiser nor a torch tensor"
@@ -61,7 +62,7 @@ def require_tensor(what: str, value: Any) -> Tensor:
 
 
 def make_learned(module: torch_nn.Module, name: str) -> str:
-    """Turn the fixed feedback tensor `name` of a module into a learned one; returns the parameter's name in the module."""
+    """Turn the fixed feedback tensor `name` of a module into a learned one, and return the parameter's name in the module."""
     key = PREFIX + name
     tensor = module._buffers.pop(key)
     assert tensor is not None

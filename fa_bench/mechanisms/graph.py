@@ -1,4 +1,4 @@
-"""Tensors in nested values, and the autograd graph from which they were computed."""
+"""Find the tensors in nested values, and walk the autograd graph from which they were computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def items_in(value: Any) -> list[tuple[Any, Any]] | None:
-    """(key, value) pairs of a mapping, a tuple or list, or a dataclass; None for anything else."""
+    """The (key, value) pairs of a mapping, a tuple, a list or a dataclass, or None for anything else."""
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, (tuple, list)):
@@ -24,7 +24,7 @@ def items_in(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses (models may return any of them)."""
+    """Every tensor in nested tuples, lists, mappings and dataclasses, which models may return."""
     if isinstance(value, torch.Tensor):
         yield value
     else:
@@ -33,7 +33,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def nodes_from(roots: Iterable[Any], stops: Iterable[Any] = ()) -> Iterator[Any]:
-    """Every autograd node that can be reached from the nodes `roots`, including these, without passing `stops`."""
+    """Every autograd node, including the `roots` themselves, that can be reached from `roots` without passing `stops`."""
     visited = {None, *stops}
     stack = [root for root in dict.fromkeys(roots) if root not in visited]
     visited.update(stack)
@@ -47,5 +47,5 @@ def nodes_from(roots: Iterable[Any], stops: Iterable[Any] = ()) -> Iterator[Any]
 
 
 def leaves(root: Any, stops: Iterable[Any] = ()) -> set[int]:
-    """Ids of the leaves, such as parameters, that can be reached from the node `root` without passing `stops`."""
+    """The ids of the leaves, such as parameters, that can be reached from the node `root` without passing `stops`."""
     return {id(node.variable) for node in nodes_from([root], set(stops) - {root}) if hasattr(node, "variable")}

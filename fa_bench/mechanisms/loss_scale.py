@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from fa_bench.objectives.base import Objective
 
-#: Autograd nodes of losses other than cross-entropy: a loss whose graph ends in one of them was not scaled.
+#: The names of autograd nodes of torch's losses, other than those of its NLL loss. A loss whose graph ends in one of these nodes
+#: was not scaled.
 _LOSSES = {
     "CrossEntropyLoss",
     "MseLoss",
@@ -38,7 +39,7 @@ _MEAN = 1
 def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None = None) -> bool:
     """Whether `loss` is the unscaled mean of one of torch's losses over all samples, judging by its autograd graph.
 
-    False if the objective is not the plain cross-entropy: torch's losses may differ from it by a factor.
+    The result is False if the objective is not the plain cross-entropy, because torch's losses may differ from it by a factor.
 
     Args:
         loss: the loss.
@@ -48,7 +49,7 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
     """
     if objective is not None and not objective.is_cross_entropy:
         return False
-    # This runs at every step, so the usual case comes first.
+    # This function runs at every step, so the usual case is handled first.
     node: Any = loss.grad_fn
     name = type(node).__name__
     if name not in ("NllLossBackward0", "NllLoss2DBackward0"):
@@ -63,7 +64,7 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
     return not 0 <= ignored < 1 << 62 or not bool((target == ignored).any())
 
 
-#: The remedy if a rule computes errors, or everything, from the labels.
+#: Remedies in the error messages of rules that compute errors from the labels, and of rules that learn only from the objective.
 PASS_SCALE = "Pass the scale: rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
 PASS_OBJECTIVE = (
     "It learns only from the objective, regardless of the loss; attach it with the objective that you train, objective=..."
@@ -73,8 +74,8 @@ PASS_OBJECTIVE = (
 class PassOutput:
     """The output of one training pass, from which the loss is computed.
 
-    The output shares its memory with the tensor that the user gets: a change in place, such as ``logits[:, 3:] = -1e9``, changes
-    both.
+    The output shares its memory with the tensor that the user receives, so an in-place change, such as ``logits[:, 3:] = -1e9``,
+    affects both.
 
     Args:
         rule: the rule's name, for error messages.
@@ -89,22 +90,22 @@ class PassOutput:
 
     @property
     def is_changed(self) -> bool:
-        """Whether the output was changed in place since the forward pass."""
+        """Whether the output has been changed in place since the forward pass."""
         return self.logits._version != self._version
 
     def unchanged(self) -> Tensor:
-        """The logits; raises a StateError if they were changed in place."""
+        """The logits, provided that they were not changed in place; otherwise, a StateError is raised."""
         if self.is_changed:
             raise StateError(
                 f"rule '{self.rule}' learns from the model's output as the forward pass returned it, but it was changed in "
-                "place since: make the change within the model, or in an objective of your own, objective=..."
+                "place since then; make the change within the model or in an objective of your own (objective=...)"
             )
         return self.logits
 
     def scale(
         self, delta: Tensor, target: Tensor | None, last: float, objective: Objective | None, mend: str = PASS_SCALE
     ) -> float:
-        """`measured_scale` at these logits; raises a StateError if they were changed in place."""
+        """The result of `measured_scale` for these logits; a StateError is raised if they were changed in place."""
         if self.is_changed:
             raise StateError(
                 f"rule '{self.rule}' needs the scale of the loss and cannot infer it: the model's output was changed in place "
@@ -152,15 +153,16 @@ def measured_scale(
         return scale  # a gradient scaler will skip this update
     if (given - scale * unit).norm().item() > tolerance * given.norm().item() + abs(scale) * _rounding(delta):
         raise ValueError(f"rule '{rule}' needs the scale of the loss and cannot infer it: {not_a_multiple(objective)}. {mend}")
-    # Scales are usually powers of two; rounding to one makes the result exact.
+    # Scales are usually powers of two, so rounding to the nearest one makes the result exact.
     power = 2.0 ** round(math.log2(scale)) if scale > 0 else 0.0
     return power if power and abs(scale / power - 1) < tolerance else scale
 
 
 def is_other_loss(delta: Tensor, logits: Tensor, target: Tensor, objective: Objective) -> Tensor:
-    """Whether δ is not a multiple of the gradient of the objective's mean loss: a scalar on the device, False if δ is not finite.
+    """Whether δ is not a multiple of the gradient of the objective's mean loss, as a scalar tensor on the device; False if δ is
+    not finite.
 
-    The arguments are those of `measured_scale`, which, unlike this function, makes an accelerator wait.
+    The arguments are as for `measured_scale`, but this function does not force a synchronisation with the accelerator.
     """
     unit, given = _unit(delta, logits, target, objective), delta.double()
     scale = (given * unit).sum() / unit.square().sum()
@@ -168,7 +170,7 @@ def is_other_loss(delta: Tensor, logits: Tensor, target: Tensor, objective: Obje
 
 
 def not_a_multiple(objective: Objective) -> str:
-    """A clause for error messages."""
+    """A clause for error messages, which states that δ is not a multiple of the gradient of the objective's mean loss."""
     return f"the gradient at the logits is not a multiple of that of the mean {objective.name.replace('_', '-')}"
 
 

@@ -1,4 +1,5 @@
-"""The processes of data-parallel training, however they were started; without torch.distributed, there is only one."""
+"""The processes of data-parallel training, regardless of how they were started. Without torch.distributed, there is only one
+process."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ def process_count() -> int:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process, counted from 0."""
     return torch.distributed.get_rank() if _is_distributed() else 0
 
 
 def average(tensor: Tensor) -> None:
-    """Replace a tensor with its mean over all processes, which must all call this."""
+    """Replace a tensor with its mean over all processes; every process must call this function."""
     torch.distributed.all_reduce(tensor)
     tensor.div_(process_count())

@@ -61,10 +61,10 @@ class Rule(Options):
 
     #: Whether reports warn about rules that are not more accurate than this one.
     is_floor: ClassVar[bool] = False
-    #: Whether the rule runs the model again in the backward pass, see `fa_bench.mechanisms.second_pass`.
+    #: Whether the rule runs the model again in the backward pass; see `fa_bench.mechanisms.second_pass`.
     repeats: ClassVar[bool] = False
-    #: The update as LaTeX for the rule's page, each entry one row of an ``aligned`` environment; ∇ is the gradient for the
-    #: optimizer.
+    #: The update in LaTeX for the rule's page. Each entry is one row of an ``aligned`` environment, and ∇ is the gradient that
+    #: the optimizer receives.
     equations: ClassVar[tuple[str, ...]] = ()
 
     allow_uncovered: bool | list[str] = option(
@@ -85,11 +85,12 @@ class Rule(Options):
 
     @property
     def sample_count(self) -> int | None:
-        """The number of training samples, in rules with `needs_indices`; None if it is not known."""
+        """The number of training samples, for rules with `needs_indices`; None if it is not known."""
         return None
 
     def expect_samples(self, count: int) -> None:
-        """Called by the runner before `attach`, with the number of training samples; for rules that store data for each sample.
+        """Called by the runner before `attach` with the number of training samples, which rules that store data for each sample
+        need.
 
         Raises:
             OptionError: if this number contradicts an option of the rule.
@@ -135,7 +136,8 @@ class Rule(Options):
         expand(model, self.mode)
         self._frozen, self._handles = [], []
         self._structure, self._uses_outside = None, {}
-        #: The last training pass, if the rule repeats passes; while it computes errors or gradients, the pass they belong to.
+        #: The last training pass, if the rule repeats passes. While errors or gradients are being computed, this is the pass to
+        #: which they belong.
         self.first_pass: FirstPass | None = None
         self.indices: Tensor | None = None
         self._passes, self._uses_watch, self._uses_unchecked = [], None, True
@@ -173,7 +175,8 @@ class Rule(Options):
         return 0
 
     def initial_phase(self) -> Iterator[None]:
-        """The rule's work before training, as a generator that yields once per step; it continues from a loaded state."""
+        """The work that the rule does before training, as a generator that yields once per step; it continues from a loaded
+        state."""
         return iter(())
 
     def detach(self) -> nn.Module:
@@ -223,12 +226,12 @@ class Rule(Options):
         raise missing_method(self, "unwire")
 
     def watched_modules(self) -> dict[str, nn.Module]:
-        """{path: module} of the layers and cuts that must stay in the model while the rule is attached."""
+        """The layers and cuts, by path, that must stay in the model while the rule is attached."""
         return {}
 
     # -------------------------------------------------------------------------------------------- every forward pass
     def hook_model(self) -> None:
-        """Hook `begin_forward` and `end_forward` into every forward pass of the model."""
+        """Register `begin_forward` and `end_forward` as hooks of the model's forward pass."""
         from fa_bench.mechanisms.compiled import guard_hooks
 
         guard_hooks()
@@ -238,7 +241,7 @@ class Rule(Options):
         ]
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Called before every forward pass of the model; may return different arguments (args, kwargs) for it.
+        """Called before every forward pass of the model; may return different arguments (args, kwargs) for the pass.
 
         Raises:
             CoverageError: if the model has changed since `attach`.
@@ -252,7 +255,7 @@ class Rule(Options):
                 refuse_repeats(self.name)
             if problem := too_old_to_compile():
                 refuse_version(self.name, problem)
-            # The containers are new, because a compiled graph depends on the contents of the containers that it finds.
+            # New containers are created, because a compiled graph depends on the contents of existing ones.
             mode.training, mode.with_gradients, mode.without_gradients, mode.seeds = training, set(), {}, {}
             return
         self._end_interrupted()
@@ -276,7 +279,7 @@ class Rule(Options):
         mode.training = training
 
     def _end_interrupted(self) -> None:
-        """Do the work of `end_forward` for passes that were interrupted before it."""
+        """Do the work of `end_forward` for passes that were interrupted before they reached it."""
         while self._passes and not self._passes[-1].is_running():
             self.end_forward(self.model, (), None)
 
@@ -303,11 +306,12 @@ class Rule(Options):
             self.check_uses(watch.result(self.roots(output)).outside)
 
     def transporting_layers(self) -> dict[str, Any]:
-        """The layers, by path, whose weights must not be used outside the layer, where an error would pass through them."""
+        """The layers, by path, whose weights must not be used outside the layer, because an error would then pass through
+        them."""
         return {}
 
     def roots(self, output: Any) -> list[Any]:
-        """The autograd nodes from which a backward pass starts in the model."""
+        """The autograd nodes at which a backward pass enters the model."""
         return [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
 
     def _check_structure(self) -> None:
@@ -395,7 +399,7 @@ class Rule(Options):
         return False
 
     def step(self) -> None:
-        """Do the rule's work between updates; to be called after ``optimizer.step()``.
+        """Do the rule's work between updates. Call this method after ``optimizer.step()``.
 
         Raises:
             StateError: if the update did not train the learned feedback; see `fa_bench.mechanisms.updates`.
@@ -427,11 +431,13 @@ class Rule(Options):
     # -------------------------------------------------------------------------------------------- feedback
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:
-        """{layer or cut: {name: tensor}}; the tensors are live: changing them in place takes effect."""
+        """The feedback tensors by layer or cut, and then by name. The tensors are live, so changing them in place takes
+        effect."""
         return {}
 
     def effective_feedback(self, layer: str) -> Tensor:
-        """The tensor that multiplies the error in the backward pass of `layer`, in the weight's layout, detached (edge rules)."""
+        """The tensor that multiplies the error in the backward pass of `layer`, in the weight's layout, detached; only for edge
+        rules."""
         raise CoverageError(f"rule '{self.name}' does not propagate errors through layers such as '{layer}'")
 
     def learned_feedback(self) -> list[LearnedTensor]:
@@ -443,22 +449,23 @@ class Rule(Options):
         return [learned.tensor for learned in self.learned_feedback()]
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer: the weights at `lr`, learned feedback at `feedback_lr_scale` times that."""
+        """Parameter groups for an optimizer, with the weights at the learning rate `lr` and the learned feedback at
+        `feedback_lr_scale` times `lr`."""
         groups: list[dict[str, Any]] = [{"params": self.weight_parameters(), "lr": lr}]
         learned = self.feedback_parameters()
         return [*groups, {"params": learned, "lr": lr * self.feedback_lr_scale}] if learned else groups
 
     def _take_output_of(self, objective: Objective) -> None:
-        """Let errors come from the output that the objective names, in rules that have the option ``output``."""
+        """Take errors from the output that the objective names, if the rule has the option ``output``."""
         own, trained = getattr(self, "output", None), objective.output
         if own is not None and trained is not None and str(own) != str(trained):
-            raise OptionError("output", f"={own} is not output={trained} of the objective, which is trained; set only one")
+            raise OptionError("output", f"={own} conflicts with output={trained} of the objective; set only one of them")
         if hasattr(self, "output") and trained is not None:
             self.output = str(trained)
 
     @property
     def loss_output(self) -> str | int | None:
-        """The name of the model's output from which the loss is computed; the name is an option of the objective or of the
+        """The name of the model's output from which the loss is computed, which is set by an option of the objective or of the
         rule."""
         return self.objective.output if self.objective.output is not None else getattr(self, "output", None)
 
@@ -468,7 +475,8 @@ class Rule(Options):
         return [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
 
     def matrices(self) -> dict[str, list[Tensor]]:
-        """{layer or cut: its weight and its learned feedback with two or more dimensions}, the model's layers first."""
+        """A mapping from each layer or cut to its weight and its learned feedback with two or more dimensions, with the model's
+        layers first."""
         from fa_bench.mechanisms.weighted_layers import weight_parameter, weighted_layers
 
         weights = {path: weight_parameter(layer) for path, layer in weighted_layers(self.model).items()}
@@ -479,23 +487,24 @@ class Rule(Options):
         return found
 
     def end_layers(self) -> set[str]:
-        """The first and the last layer that the model defines."""
+        """The first and the last layer in the order in which the model defines them."""
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         layers = list(weighted_layers(self.model))
         return {*layers[:1], *layers[-1:]}
 
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (learned feedback, weight) with identical gradients."""
+        """Pairs of a learned feedback tensor and a weight that have identical gradients."""
         return []
 
     @property
     def feedback_lr_scale(self) -> float:
-        """Learning rate of the learned feedback relative to that of the weights: the option `b_lr_scale` if there is one."""
+        """The learning rate of the learned feedback relative to that of the weights, which is the option `b_lr_scale` if there is
+        one, and 1 otherwise."""
         return getattr(self, "b_lr_scale", 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rule's state that is not in ``model.state_dict()``: plain containers, values and tensors."""
+        """The part of the rule's state that is not in ``model.state_dict()``, as plain containers, values and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -516,20 +525,23 @@ class Rule(Options):
 
     # -------------------------------------------------------------------------------------------- for the metrics
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{layer: (effective feedback, weight)}, both detached and in the weight's layout, for layers that have both."""
+        """A mapping from layers to pairs (effective feedback, weight), both detached and in the weight's layout, for the layers
+        that have both."""
         return {}
 
     def readouts(self) -> dict[str, Tensor]:
-        """{cut: B (C, features), detached}: direct feedback for which a Bᵀ estimates the logits from the cut's activation a."""
+        """The direct feedback B (C, features) of each cut, detached, for which a Bᵀ estimates the logits from the cut's
+        activation a."""
         return {}
 
     def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows a (M, features) of a cut's activation and the logits (M, C) that a Bᵀ estimates, one row for each sample and
-        position."""
+        """The rows a (M, features) of a cut's activation and the logits (M, C) that a Bᵀ estimates, with one row for each sample
+        and position."""
         return activation.flatten(1), logits
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
-        """{layer: (module, side)}: where the rule delivers the error of each layer's activation; side is input or output."""
+        """A mapping from each layer to the module and the side, input or output, at which the rule delivers the error of the
+        layer's activation."""
         return {layer: (consumer, INPUT) for layer, consumer in trace.consumer.items()}
 
     def input_error(self, layer: str, x: Tensor, g: Tensor, delta: Tensor) -> Tensor:
@@ -546,7 +558,7 @@ class Rule(Options):
             return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
 
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory | None:
-        """The tensors of the plain model that a training step of the rule keeps in memory; None if undefined."""
+        """The tensors of the plain model that a training step of the rule keeps in memory, or None if it does not define them."""
         return None
 
     # -------------------------------------------------------------------------------------------- structure

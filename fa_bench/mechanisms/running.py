@@ -1,7 +1,7 @@
-"""Forward passes that have begun.
+"""Determine whether a forward pass that has begun is still running.
 
 PyTorch calls the hooks at the end of a forward pass after an ``Exception``, but not after a KeyboardInterrupt or another
-BaseException. Therefore, a rule itself checks whether a pass that has not ended is still running.
+BaseException. Therefore, rules check for themselves whether a pass that has not ended is still running.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class RunningPass:
-    """A forward pass of a model, created in a hook at its start.
+    """A forward pass of a model; a hook creates this object at the start of the pass.
 
     Args:
         training: the value of ``mode.training`` before the pass.
@@ -28,7 +28,7 @@ class RunningPass:
 
     @classmethod
     def begin(cls, training: bool) -> RunningPass:
-        """Create the object for the pass in whose hook this is called."""
+        """Create the object for the pass whose hook calls this method."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_globals.get("__name__") != _CALLER:
             frame = frame.f_back

@@ -1,10 +1,12 @@
-"""Additional forward passes of an attached model: the same arguments and the same randomness, with changes that a rule requests.
+"""Additional forward passes of an attached model, with the same arguments and the same randomness, but with changes that a rule
+requests.
 
-A rule that sets `Rule.repeats` gets the `FirstPass` of every training pass, and reruns the model with `again`: with noise at
-cuts, with another input, or for forward-mode differentiation. Dropout masks are those of the first pass. Batch normalisation in
-training mode uses the statistics of the pass's own batch, and updates its running statistics only in the first pass. Other
-buffers that the first pass has updated, such as running means of a user's own normalisation, have the values from the start of
-the first pass; afterwards, they are set back to those from its end.
+A rule that sets `Rule.repeats` receives the `FirstPass` of every training pass. With `again`, the rule can rerun the model with
+noise at cuts, with another input, or for forward-mode differentiation. Dropout masks are those of the first pass. Batch
+normalisation in training mode uses the statistics of the pass's own batch, and updates its running statistics only in the first
+pass. In additional passes, other buffers that the first pass has updated, such as the running means of a user-defined
+normalisation layer, start from the values that they had before the first pass. Afterwards, their values from the end of the first
+pass are restored.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ from fa_bench.mechanisms.graph import tensors_in
 from fa_bench.mechanisms.processes import rank
 from fa_bench.utils.sampling import seed_for
 
-#: A change of the tensor at a module's input or output; None leaves it unchanged.
+#: A function that returns a replacement for the tensor at a module's input or output, or None to leave it unchanged.
 Change = Callable[[Tensor], "Tensor | None"]
 
 
-#: Model -> whether something in it is in training mode -> the buffers that passes were seen to update, so that only these are
-#: copied before a pass. Before the first pass, all buffers are copied.
+#: For each model, and for whether any part of it is in training mode, the buffers that passes were seen to update. Only the
+#: buffers listed here are copied before a pass. Before the first pass, all buffers are copied.
 _updated: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[tuple[int, str]]]] = weakref.WeakKeyDictionary()
 
 
@@ -74,7 +76,7 @@ class FirstPass:
 
     @property
     def input_requires_grad(self) -> bool:
-        """Whether an argument requires its gradient."""
+        """Whether any argument of the pass requires a gradient."""
         return any(tensor.requires_grad for tensor, _ in self._versions)
 
     def require_own_weights(self) -> None:
@@ -90,7 +92,7 @@ class FirstPass:
 
     @contextmanager
     def surroundings(self, precise: bool = False) -> Iterator[None]:
-        """A context that restores the random state, the modes of the modules, their own buffers and the precision of the pass.
+        """A context that restores the random state, the modes and buffers of the modules, and the precision of the pass.
 
         Args:
             precise: whether autocast is off, because small differences would be lost.
@@ -122,13 +124,13 @@ class FirstPass:
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             for kind, dtype in () if precise else self._autocast:
-                # Autocast's cache would keep the weights from before a rule changed them.
+                # Autocast's cache would still hold the weights from before a rule changed them.
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
             yield
 
 
 class EarlierBuffers:
-    """The earlier values of those of a model's own buffers that a pass updates; to be created when the pass starts.
+    """The values, from before a pass, of the buffers that the pass updates. The object must be created when the pass starts.
 
     Args:
         model: the model.
@@ -147,8 +149,8 @@ class EarlierBuffers:
     def values(self) -> list[tuple[Place, Tensor]]:
         """The buffers that the pass updated or replaced, with their earlier values; called after the pass.
 
-        A buffer that previous passes did not update was not copied; if it was changed in place nevertheless, its current value is
-        returned.
+        A buffer is copied only if previous passes updated it. If an uncopied buffer was changed in place nevertheless, its
+        current value is returned.
         """
         if self._values is None:
             updated = [
@@ -175,9 +177,10 @@ def repeated(
     outputs: Mapping[str, Change] | None = None,
     precise: bool = False,
 ) -> Iterator[Any]:
-    """A context with the result of another forward pass of an attached model, in which the rule's own hooks change nothing.
+    """A context that yields the result of another forward pass of an attached model, in which the rule's own hooks change
+    nothing.
 
-    The pass has gradients if they are enabled. Its backward pass must also run within the context, because activation
+    The pass records gradients if they are enabled. The backward pass must also run within the context, because activation
     checkpointing then reruns parts of the forward pass.
 
     Args:
@@ -214,12 +217,12 @@ def again(model: nn.Module, mode: Any, first: FirstPass, **changes: Any) -> Any:
 
 
 def _name(path: str, key: str) -> str:
-    """The name of a module's parameter in the model."""
+    """The full name of a module's parameter within the model."""
     return f"{path}.{key}" if path else key
 
 
 def value_of(tensor: Tensor) -> Tensor:
-    """The value of a tensor at a module, to be used after the pass: a copy, because later modules may change it in place."""
+    """A copy of a tensor at a module, for use after the pass, because later modules may change the original in place."""
     return tensor.detach().clone()
 
 
@@ -252,7 +255,7 @@ class Draws:
         self.seed, self.number = seed, 0
 
     def generator(self, name: str, device: torch.device, is_shared: bool = False) -> torch.Generator:
-        """A generator that is seeded by the number of the update and the name.
+        """A generator whose seed depends on the rule's seed, the number of the update and the name.
 
         Args:
             name: a name, for example that of a cut.
@@ -262,11 +265,11 @@ class Draws:
         return torch.Generator(device).manual_seed(seed_for(self.seed, self.number, name, 0 if is_shared else rank()))
 
     def normal(self, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
-        """A standard normal tensor in the shape and dtype of `like`; arguments as for `generator`."""
+        """A standard normal tensor in the shape and dtype of `like`; the other arguments are those of `generator`."""
         return torch.empty_like(like).normal_(generator=self.generator(name, like.device, is_shared))
 
     def shifts(self, name: str, count: int, high: int) -> Tensor:
-        """`count` whole numbers from 1 to `high` - 1, on the CPU."""
+        """A tensor of `count` random integers from 1 to `high` - 1, on the CPU."""
         return torch.randint(1, high, (count,), generator=self.generator(name, torch.device("cpu")))
 
     def state(self) -> dict[str, int]:

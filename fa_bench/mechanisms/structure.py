@@ -1,4 +1,4 @@
-"""Checks whether a rule can be attached to a model, and whether the model's modules have changed since then."""
+"""Check whether a rule can be attached to a model, and whether the model's modules have changed since it was attached."""
 
 from __future__ import annotations
 
@@ -94,12 +94,13 @@ class Structure:
         self._record()
 
     def release(self) -> None:
-        """Remove the marks that assign the modules to the model."""
+        """Remove the marks that identify the modules as parts of the model."""
         for module in (*self._known, *self._model.modules()):
             module.__dict__.pop(PART_ATTRIBUTE, None)
 
     def current_parameters(self) -> list[Any]:
-        """The frozen parameters that the model has now; under a reparametrization, those from which they are computed."""
+        """The model's current frozen parameters; under a reparametrization, these are the parameters from which they are
+        computed."""
         return [parameter for _, module, key in self._frozen for parameter in _underlying(module, key)]
 
 
@@ -122,7 +123,7 @@ def rule_around(module: nn.Module) -> str | None:
 
 
 def check_model(model: Any) -> None:
-    """Raise an error for a model to which no rule can be attached.
+    """Raise an error if no rule can be attached to the model.
 
     Raises:
         TypeError: if `model` is not a module.
@@ -149,9 +150,9 @@ def check_model(model: Any) -> None:
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-#: Attribute in which an attached model keeps its rule, so that a deep copy of the model has a copy of the rule.
+#: The attribute in which an attached model keeps its rule, so that a deep copy of the model has a copy of the rule.
 RULE_ATTRIBUTE = "_fa_bench_rule"
-#: Attribute in which each module of an attached model keeps the number of its `Structure`.
+#: The attribute in which each module of an attached model keeps the number of its `Structure`.
 PART_ATTRIBUTE = "_fa_bench_part_of"
 _attached: weakref.WeakValueDictionary[int, Structure] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)

@@ -1,4 +1,4 @@
-"""Attaching a rule to a model."""
+"""Attach a rule to a model, and look up the rule that is attached to one."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Derivatives of a model's output along directions, from additional forward passes: no error passes back through the model.
+"""Compute derivatives of a model's output along given directions with additional forward passes, without propagating errors back
+through the model.
 
-The passes repeat the training pass (`fa_bench.mechanisms.second_pass`): dropout masks and the statistics of normalisation are the
-same, running statistics are not updated, and the values of forward-mode passes are those of the training pass, though without
-autocast. Attention and recurrent modules run as compositions of operations that have a forward-mode derivative, which changes
-rounding; if the fused kernel of the training pass contains dropout, as for several LSTM layers, the dropout mask differs.
+The passes repeat the training pass (`fa_bench.mechanisms.second_pass`), so dropout masks and the statistics of normalisation are
+the same, and running statistics are not updated. The values of forward-mode passes are those of the training pass, except that
+autocast is off. Attention and recurrent modules run as compositions of operations that have a forward-mode derivative, and this
+changes rounding. If the fused kernel of the training pass contains dropout, as it does for LSTMs with several layers, the dropout
+mask differs.
 """
 
 from __future__ import annotations
@@ -29,20 +31,21 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.cut.rule import CutRule
     from fa_bench.mechanisms.weighted_layers import Mode
 
-#: Ways to compute a derivative: the exact one by forward-mode differentiation, and central differences of two passes.
+#: The ways to compute a derivative: exactly, by forward-mode differentiation, or by central differences of two passes.
 FORWARD, DIFFERENCE = "forward", "difference"
 METHODS = (FORWARD, DIFFERENCE)
-#: The relative step of central differences. The error of the derivative is of the order of its square, the rounding error of the
-#: order of its inverse.
+#: The relative step of central differences. The truncation error of the derivative is proportional to the square of the step, and
+#: its rounding error to the inverse of the step.
 STEP = 1e-3
-#: Module's path -> function that takes the tensor at the module's output and returns the tangent to add there, in the same shape.
+#: Maps the path of a module to a function that takes the tensor at the module's output and returns the tangent to be added there,
+#: in the same shape.
 Directions = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 def output_tangent(
     rule: CutRule, first: FirstPass, method: str, directions: Directions, parameters: Mapping[nn.Parameter, Tensor] | None = None
 ) -> Tensor:
-    """The derivative of the model's output, (N, C) or in its shape with positions, along all directions at once.
+    """The derivative of the model's output, in the shape of the output, along all directions at once.
 
     Args:
         rule: the attached rule.
@@ -61,7 +64,7 @@ def output_tangent(
 
 
 def check_tangents(rule: CutRule, method: str, cuts: Mapping[str, nn.Module], sample: Any) -> None:
-    """Compute one tangent of a sample, in evaluation mode, while a rule is attached.
+    """Compute one tangent for a sample in evaluation mode, to check while a rule is being attached that tangents can be computed.
 
     Args:
         rule: the rule, after `CutRule.wire`.
@@ -94,7 +97,7 @@ def _by_forward_mode(
         def change(x: Tensor) -> Tensor:
             value, tangent = forward_ad.unpack_dual(x)
             added = direction(value)
-            # A copy, because the next module may change value and tangent in place.
+            # The tangent is copied, because the next module may change the value and the tangent in place.
             return forward_ad.make_dual(value, added.clone() if tangent is None else tangent + added)
 
         return change
@@ -170,7 +173,7 @@ def _without_fused_kernels(mode: Mode) -> Iterator[None]:
 
 @contextmanager
 def _replaced(model: nn.Module, tensors: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """A context in which the model computes with other tensors in place of its parameters."""
+    """A context in which the model uses other tensors in place of its parameters."""
     places = [
         (module, name, parameter)
         for module in model.modules()

@@ -1,6 +1,6 @@
 """The order and connections of a model's layers, read from the autograd graph of one forward pass of a sample.
 
-Connections are not inferred from types or names: a layer *feeds* a tensor if the graph leads from the tensor back to the layer's
+Connections are not inferred from types or names. A layer *feeds* a tensor if the graph leads from the tensor back to the layer's
 output without passing another weighted layer.
 """
 
@@ -168,7 +168,7 @@ def _traced(
             if path in embeddings:
                 look_ups[y.grad_fn] = path
             x = next(tensors_in(args), y)
-            # The current nodes are stored, because a later in-place operation gives the tensor another one.
+            # The current nodes are stored, because a later in-place operation gives the tensor a different node.
             seen[path] = _Call(x, tuple(x.shape), x.grad_fn, x._version, y, y.grad_fn, y._version)
             if path in layers and y.grad_fn is not None:
                 node_of[y.grad_fn] = path
@@ -220,7 +220,7 @@ def _traced(
     through_below = set().union(*(through for _, through in walks.values()))
     later = through_below | through_beyond
     chosen = chosen_result(results, output) if results or output is not None else None
-    # A layer that feeds one of several outputs, such as a hidden state, and further layers is not an output layer.
+    # A layer that feeds both one of several outputs, such as a hidden state, and further layers is not an output layer.
     last = _walk([chosen.grad_fn] if chosen is not None and (output is not None or len(results) == 1) else [], node_of, ())[0]
     fed, used = _walk(roots, node_of, ())[0], uses.result(roots)
     last |= {path for path in fed if path not in consumer}
@@ -259,7 +259,8 @@ def _traced(
 
 
 def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: Iterable[Tensor]) -> Trace:
-    """`trace_model` for a rule that is being attached; without a sample, zeros replace it if the first layer is fully connected.
+    """Run `trace_model` for a rule that is being attached. Without a sample, zeros are used if the first layer is fully
+    connected.
 
     Args:
         rule: the rule, in its `exact` context.
@@ -323,7 +324,7 @@ def arguments(sample: Any) -> Arguments:
 
 
 def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    """The nested value with `new` in place of `old`; dictionaries and dataclasses are changed in place."""
+    """The nested value with `old` replaced by `new`; dictionaries and dataclasses are changed in place."""
     if value is old:
         return new
     if isinstance(value, dict):
@@ -340,10 +341,10 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def named_results(result: Any, name: str = "") -> dict[str, Tensor]:
-    """The outputs of a model from which a loss can be computed, by name: those that require gradients or, without any, all
-    floating-point ones.
+    """The outputs of a model from which a loss can be computed, by name. Outputs that require gradients are chosen or, if there
+    are none, all floating-point outputs.
 
-    A name is the key in a mapping, the number in a tuple or list, or the field of a dataclass; nested names are joined by dots.
+    A name is the key in a mapping, the index in a tuple or list, or the field of a dataclass; nested names are joined by dots.
     """
     tensors = dict(_named(result, name))
     return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad} or tensors
@@ -359,7 +360,7 @@ def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def chosen_result(results: dict[str, Tensor], output: str | int | None) -> Tensor:
-    """The output called `output`, or the first one.
+    """The output named `output`, or the first output if `output` is None.
 
     Raises:
         CoverageError: if there is none.
@@ -378,12 +379,12 @@ def chosen_result(results: dict[str, Tensor], output: str | int | None) -> Tenso
 
 
 def loss_output(result: Any, output: str | int | None) -> Tensor:
-    """The tensor of a model's result from which the loss is computed: see `chosen_result`."""
+    """The tensor in a model's result from which the loss is computed; see `chosen_result`."""
     return result if isinstance(result, Tensor) else chosen_result(named_results(result), output)
 
 
 class _Call(NamedTuple):
-    """One watched module in the forward pass of the sample; nodes are those of the autograd graph."""
+    """The last call of a watched module in the forward pass of the sample; the nodes are those of the autograd graph."""
 
     input: Tensor
     input_shape: tuple[int, ...]
@@ -406,9 +407,10 @@ def _walk(
     look_ups: Mapping[Any, str] | None = None,
     parameters: Collection[Any] = (),
 ) -> tuple[set[Any], set[Any]]:
-    """The layers met first on the paths down the graph from `roots`, and the layers met after those, without passing `stops`.
+    """The layers found first on the paths down the graph from `roots`, and the layers found after those, without passing `stops`.
 
-    Both sets also contain the embeddings that are met, whose nodes are `look_ups`, and the ids of the `parameters` that are met.
+    The two sets also contain the embeddings that are found, whose nodes are `look_ups`, and the ids of the `parameters` that are
+    found.
     """
     first: set[Any] = set()
     later: set[Any] = set()

@@ -1,11 +1,11 @@
-"""Learned feedback tensors, and whether an optimizer trains them.
+"""Learned feedback tensors, and checks that an optimizer trains them.
 
 A learned tensor is a parameter of the model, so an optimizer created after `attach` trains it. An optimizer created earlier does
-not, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. In both cases, training
-would fail silently: the rule would turn into feedback alignment, or nothing would be learned. Therefore, the first update after
-`attach` and the first one after a tensor was replaced are checked: against the parameter groups of the optimizers that step, or,
-if the weights are updated by hand, by comparing values when ``rule.step()`` is called. After that, the check costs one
-comparison.
+not train it, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. In both cases,
+training would fail silently, because the rule would turn into feedback alignment, or nothing would be learned. Therefore, the
+first update after `attach` and the first one after a tensor was replaced are checked. If an optimizer steps, the check looks for
+the tensor in the optimizer's parameter groups; if the weights are updated by hand, it compares values when ``rule.step()`` is
+called. Later checks cost one comparison each.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: Number of entries of a tensor, those with the largest gradients, that are compared before and after an update.
+#: The number of entries of a tensor that are compared before and after an update, namely those with the largest gradients.
 _ENTRIES = 16
-#: After this many calls of `after_step` without an update, updates by hand are no longer checked, only optimizers.
+#: After this many calls of `after_step` without an update, updates by hand are no longer checked, while updates by optimizers
+#: still are.
 _PATIENCE = 3
-#: Gradients below this fraction of the entries are rounding noise: an update with them changes nothing.
+#: Gradients below this fraction of the entries are rounding noise, and an update with them changes nothing.
 _NOISE = 1e-5
-#: After this many updates without ``rule.step()``, rules that need this call warn. A single change may come from loading a state.
+#: After this many updates without ``rule.step()``, rules that need this call warn. The limit is greater than one, because a
+#: single change of the weights may come from loading a state.
 _MISSED = 3
 
 
@@ -50,7 +52,7 @@ class LearnedTensor:
 
     def __init__(self, path: str, module: nn.Module, key: str, witness: nn.Module | None) -> None:
         self.path, self.module, self.key, self.witness = path, module, key, witness
-        #: The tensor that was last seen to be trained; before that, the initial one.
+        #: The tensor that was last observed being trained; initially, the original tensor.
         self._known = self.tensor
         self._trained = False
         self._snapshot: _Snapshot | None = None
@@ -70,13 +72,13 @@ class LearnedTensor:
             self._hook.remove()
 
     def freeze(self) -> None:
-        """Freeze the tensor, because nothing that it learns from is trainable; otherwise, DistributedDataParallel would wait for
-        its gradient."""
+        """Freeze the tensor, because nothing that it learns from is trainable. Otherwise, DistributedDataParallel would wait for
+        the gradient of the tensor."""
         self.is_frozen = True
         self.tensor.requires_grad_(False)
 
     def require_trainable(self) -> None:
-        """Called when the tensor would get a gradient.
+        """Check that the tensor is trainable; called when it would get a gradient.
 
         Raises:
             StateError: if `freeze` froze it, but something that it learns from is trainable now.
@@ -96,7 +98,7 @@ class LearnedTensor:
 
     @property
     def _weight(self) -> nn.Parameter | None:
-        """The weight that is trained together with the tensor, unless it is computed."""
+        """The weight that is trained together with the tensor, or None if that weight is computed."""
         from fa_bench.mechanisms.weighted_layers import weight_parameter
 
         return None if self.witness is None else weight_parameter(self.witness)
@@ -115,7 +117,7 @@ class LearnedTensor:
         Raises:
             StateError: if an optimizer that has stepped since the last backward pass does not train this tensor.
         """
-        # This runs in every backward pass.
+        # This method runs in every backward pass, so the usual case is handled first.
         if (self._trained or self._idle >= _PATIENCE) and not self._fault and self.module._parameters[self.key] is self._known:
             return
         if gradient is None or self.witness is None:
@@ -169,7 +171,7 @@ class LearnedTensor:
             if weight_group is not None:
                 self._compare(group, weight_group)
         elif weight_group is not None:
-            # A tensor that was trained before may have its own optimizer, which steps before or after that of the weights.
+            # A tensor that has been trained before may have its own optimizer, which steps before or after that of the weights.
             if not self._fault:
                 self._grace = 2 if self._is_trained() else 0
             self._fault = _NOT_TRAINED
@@ -227,8 +229,8 @@ class StepReminder:
             self._version = self._weight._version
 
     def is_missed(self) -> bool:
-        """Called before every training pass; True once, when the number of updates without ``rule.step()`` has reached
-        `_MISSED`."""
+        """Called before every training pass. The result is True only once, when the number of updates without ``rule.step()`` has
+        reached `_MISSED`."""
         if self._weight is None or self._weight._version == self._version:
             return False
         self._version = self._weight._version
@@ -256,9 +258,10 @@ _REPLACED = (
 #: All learned tensors that have received a gradient, and those for which no update by an optimizer has been observed yet.
 _known: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
 _unchecked: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
-#: How often a check was requested. An optimizer's step is checked only if this has changed since its last step.
+#: The number of times that a check was requested. An optimizer's step is checked only if this number has changed since the
+#: optimizer's last step.
 _checks_requested = 0
-#: Attribute in which an optimizer keeps the count; it is not part of its state.
+#: The attribute in which an optimizer keeps this number; it is not part of the optimizer's state.
 _CHECKED_AT = "_fa_bench_checked_at"
 _hook: Any = None
 
@@ -293,7 +296,7 @@ def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 class _Snapshot:
-    """Some entries and the versions of a learned tensor and of its witness's weight, recorded in a backward pass."""
+    """Some entries of a learned tensor and of its witness's weight, and the versions of both, recorded in a backward pass."""
 
     def __init__(self, tensor: Tensor, gradient: Tensor, weight: Tensor) -> None:
         with torch.no_grad():
@@ -306,12 +309,13 @@ class _Snapshot:
 
     @property
     def significant(self) -> bool:
-        """Whether an update with this gradient changes anything: a gradient scaler skips gradients that are not finite."""
+        """Whether an update with this gradient changes anything. Gradients that are not finite do not count, because a gradient
+        scaler skips them."""
         size = self._gradients.abs().max()
         return bool(torch.isfinite(self._gradients).all()) and bool(size > _NOISE * self._values.abs().max())
 
     def tensor_changed(self) -> bool:
-        # Autograd does not count writes by fused optimizers and writes to .data.
+        # Autograd does not count writes by fused optimizers or writes to .data.
         return self.tensor._version != self._version or not torch.equal(
             self.tensor.detach().reshape(-1)[self._where].to(self._values), self._values
         )

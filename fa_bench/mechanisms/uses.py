@@ -1,4 +1,5 @@
-"""How a forward pass uses the model's weights outside their layers, observed while it runs and in its autograd graph.
+"""Determine how a forward pass uses the model's weights outside their layers, by observing it while it runs and by searching its
+autograd graph.
 
 A rule changes how a layer uses its weight. If a function uses the weight elsewhere, as ``F.linear(x, self.enc.weight.t())`` does
 in a tied decoder, the error passes through the weight there, which is weight transport regardless of the rule.
@@ -19,7 +20,7 @@ from fa_bench.mechanisms.compound.base import Compound
 from fa_bench.mechanisms.graph import nodes_from, tensors_in
 from fa_bench.mechanisms.weighted_layers import WeightedLayer, weight_parameter
 
-#: Autograd nodes that rearrange a tensor's entries without mixing them with another tensor's.
+#: Autograd nodes that rearrange a tensor's entries without mixing them with those of another tensor.
 _MOVES = {
     "Expand",
     "Unsqueeze",
@@ -47,7 +48,7 @@ _MOVES = {
 }
 #: Nodes whose derivative with respect to another input does not depend on the tensor: sums, concatenations, look-ups.
 _ADDS = {"Add", "Sub", "Rsub", "Cat", "Stack", "Embedding", "EmbeddingBag", "Where", "Copy", "CopySlices"}
-#: Nodes that scale their input, by a factor that is not differentiated.
+#: Nodes that scale their input by a factor that is not differentiated.
 _SCALES = {"Mul", "Div"}
 #: Functions that read a tensor's dtype, device or shape, but not its entries.
 _READS = {"to", "type_as", "view_as", "expand_as", "reshape_as", "broadcast_tensors"}
@@ -56,7 +57,7 @@ _LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclasses.dataclass(frozen=True)
 class Uses:
-    """How a forward pass used parameters.
+    """The ways in which a forward pass used parameters.
 
     Attributes:
         outside: weighted layer -> the function that used its weight outside the layer, and its module.
@@ -70,7 +71,7 @@ class Uses:
 
 
 class UsesOfWeights(TorchFunctionMode):
-    """Watches one forward pass; `result` returns the uses.
+    """A context that watches the uses of weights in one forward pass; `result` returns them.
 
     Args:
         model: the model that runs.
@@ -79,7 +80,7 @@ class UsesOfWeights(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, layers: dict[str, WeightedLayer]) -> None:
         super().__init__()
-        # A weight that is computed, by pruning or a parametrization, is a new tensor every time.
+        # A weight that is computed, by pruning or a parametrization, is a new tensor each time it is used.
         weights = {path: weight for path, layer in layers.items() if (weight := weight_parameter(layer)) is not None}
         self._layer_of = {id(weight): path for path, weight in weights.items()}
         self._stored_at = {at: id(weight) for weight in weights.values() if (at := _storage(weight))}
@@ -89,7 +90,7 @@ class UsesOfWeights(TorchFunctionMode):
             # A compound module may use the weights of its layers in a fused function.
             if isinstance(parent := model.get_submodule(path.rpartition(".")[0]), Compound):
                 self._owners[id(weight)].add(parent)
-        # No error passes through a look-up in a tied embedding either.
+        # A look-up in a tied embedding is allowed, because no error passes through it.
         for module in model.modules():
             if isinstance(module, _LOOK_UPS):
                 self._owners[id(module.weight)].add(module)
@@ -101,8 +102,8 @@ class UsesOfWeights(TorchFunctionMode):
         self._running: list[tuple[str, nn.Module]] = []
         #: The autograd nodes that the owners of each weight have created.
         self._nodes_of: dict[int, set[Any]] = defaultdict(set)
-        #: (layer, description, node) of each function that used the layer's weight or, in the second list, that used the weight's
-        #: entries without differentiation.
+        #: Each entry (layer, description, node) stands for a function that used the layer's weight. The functions in the second
+        #: list used the weight's entries without differentiation.
         self._used: list[tuple[str, str, Any]] = []
         self._detached: list[tuple[str, str, Any]] = []
         self._handles: list[Any] = []
@@ -139,7 +140,8 @@ class UsesOfWeights(TorchFunctionMode):
                 if isinstance(value, nn.Parameter):
                     number, uses = id(value), self._used if value.requires_grad else self._detached
                 else:
-                    # A view of a weight that is not differentiated: weight.detach(), weight.data, or a view of a frozen weight.
+                    # The value may be a view of a weight that is not differentiated: weight.detach(), weight.data, or a view of a
+                    # frozen weight.
                     number = 0 if value.requires_grad else self._stored_at.get(_storage(value), 0)
                     uses = self._detached
                 path, owners = self._layer_of.get(number), self._owners.get(number, ())
@@ -171,7 +173,7 @@ class UsesOfWeights(TorchFunctionMode):
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """The address of a tensor's entries; 0 for a tensor without any, such as those on the meta device."""
+    """The address of a tensor's storage, or 0 for a tensor without memory, such as one on the meta device."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
@@ -185,7 +187,7 @@ def _kind(node: Any) -> str:
 def _mixing_node(leaf: Any, consumers: dict[Any, set[Any]], excluded: set[Any]) -> Any:
     """The node in which a leaf of the graph is combined with another tensor whose error then depends on the leaf.
 
-    None if the leaf is only rearranged, added, concatenated or looked up; nodes in `excluded` are ignored.
+    The result is None if the leaf is only rearranged, added, concatenated or looked up. Nodes in `excluded` are ignored.
     """
     stack, visited = [leaf], {leaf}
     while stack:

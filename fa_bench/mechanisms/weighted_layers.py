@@ -11,7 +11,7 @@ from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.compound.projection import Projection
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-#: Only these exact types: the forward pass of a subclass may differ.
+#: Only these exact types count, because the forward pass of a subclass may differ.
 WEIGHTED = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Projection, *CONVOLUTIONS)
 #: The static type of a weighted layer, plain or with feedback.
 WeightedLayer: TypeAlias = nn.Linear | Projection | nn.modules.conv._ConvNd
@@ -47,9 +47,10 @@ class Mode:
 
 
 def is_weighted(module: nn.Module) -> TypeGuard[WeightedLayer]:
-    """Whether the module is a layer that can have feedback, plain or already swapped."""
+    """Whether the module is a layer that can have feedback, or one that already has it."""
     plain = _plain_class(type(module))
-    # Only attention has such a layer, and calls it only if it is a compound module, which gives its layers this attribute.
+    # Only attention modules have a layer of this class, which they call only if they are compound modules. Compound modules give
+    # their layers this attribute.
     is_used = plain is not nn.modules.linear.NonDynamicallyQuantizableLinear or "batch_axis" in module.__dict__
     if plain not in WEIGHTED or not is_used or "forward" in module.__dict__:
         return False  # this module's forward method was replaced and may use the weight in any way
@@ -58,7 +59,7 @@ def is_weighted(module: nn.Module) -> TypeGuard[WeightedLayer]:
 
 
 def weight_parameter(layer: nn.Module) -> nn.Parameter | None:
-    """The parameter that is a layer's weight; None if its weight is computed from others, such as by pruning."""
+    """The parameter that is a layer's weight, or None if the weight is computed from other parameters, for example by pruning."""
     return layer.parameter if isinstance(layer, Projection) else layer._parameters.get("weight")
 
 
@@ -74,7 +75,8 @@ def weight_name(path: str, layer: nn.Module) -> str:
 
 
 def bias_name(path: str, layer: nn.Module) -> str | None:
-    """The name in the model of the layer's bias, which other layers of a compound module may share; None without a bias."""
+    """The name of the layer's bias in the model, or None if there is no bias. Several layers of a compound module may share a
+    bias."""
     name = layer.bias_name if isinstance(layer, Projection) else "bias"
     return _parameter_name(path, layer, name) if name is not None and getattr(layer, "bias", None) is not None else None
 
@@ -85,18 +87,18 @@ def _parameter_name(path: str, layer: nn.Module, name: str) -> str:
 
 
 def sample_axis(layer: nn.Module, dims: int) -> int:
-    """The axis of the samples in a layer's input or output of `dims` dimensions; in attention, positions come first."""
+    """The axis of the samples in a layer's input or output of `dims` dimensions. In attention, positions come first."""
     return getattr(layer, "batch_axis", 0) if dims > 2 else 0
 
 
 def kind_of(layer: nn.Module) -> str:
-    """The type of a layer, as coverage tables name it: for a layer of a compound module, the type of that module."""
+    """The type of a layer as it appears in coverage tables; for a layer of a compound module, this is the type of that module."""
     plain = _plain_class(type(layer.owner if isinstance(layer, Projection) else layer))
     return "Linear" if issubclass(plain, nn.Linear) else plain.__name__
 
 
 def weighted_layers(model: nn.Module) -> dict[str, WeightedLayer]:
-    """Every weighted layer by its path, in the order of definition; a shared module appears once."""
+    """Every weighted layer, keyed by its path, in the order of definition; a shared module appears once."""
     return {path: module for path, module in model.named_modules() if is_weighted(module)}
 
 

@@ -392,7 +392,7 @@ def test_labels_are_needed_by_what_depends_on_them() -> None:
 
 def test_outputs_with_positions_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    with pytest.raises(CoverageError, match=r"rule 'f3' needs outputs of shape \(N, C\), an error for each sample"):
+    with pytest.raises(CoverageError, match=r"rule 'f3' needs outputs of shape \(N, C\), with one error per sample"):
         fa_bench.attach(model, "f3", sample_input=torch.zeros(2, 6, 4), cuts=["1"], samples=2)
 
 

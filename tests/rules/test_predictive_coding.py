@@ -412,7 +412,7 @@ def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any],
     if length is None:
         assert notes == ()
     else:
-        assert len(notes) == 1 and f"gradient times a number, {length:.2g} at the last cut" in notes[0]
+        assert len(notes) == 1 and f"gradient times a factor, {length:.2g} at the last cut" in notes[0]
         assert f"steps={options['steps']}, rate={options['rate']:g}:" in notes[0] and length < SHORT
 
 

@@ -152,7 +152,7 @@ def test_of_several_outputs_the_named_one_is_trained(capsys: pytest.CaptureFixtu
 
 def test_a_rule_and_the_objective_name_one_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TEXT, "algorithm=dfa", "algorithm.output=aux", "objective.output=logits", "hydra.run.dir=run"]) == 2
-    assert "algorithm.output=aux is not objective.output=logits" in capsys.readouterr().err
+    assert "algorithm.output=aux conflicts with objective.output=logits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

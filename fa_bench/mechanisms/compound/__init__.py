@@ -1,1 +1,2 @@
-"""Modules with several weights, such as attention: compositions of linear layers while a rule is attached."""
+"""Modules with several weights, such as attention, which are expanded into compositions of linear layers while a rule is
+attached."""

@@ -42,7 +42,7 @@ class AttentionLayers(Compound):
         return [slice(number * self.embed_dim, (number + 1) * self.embed_dim) for number in range(3)]
 
     def _projected(self, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        """Queries, keys and values, (L, N, E) or (S, N, E)."""
+        """The projected queries (L, N, E), keys (S, N, E) and values (S, N, E)."""
         module: Any = self
         query, key, value = inputs
         if not self._qkv_same_embed_dim:
@@ -66,7 +66,7 @@ class AttentionLayers(Compound):
         functional: Any = F
         functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, module.num_heads)
         is_batched, first = query.dim() == 3, module.batch_first and query.dim() == 3
-        # If arguments are the same tensor, they stay the same tensor, so that it is projected only once.
+        # Arguments that are the same tensor must remain the same tensor, so that it is projected only once.
         shaped = {id(x): x.transpose(0, 1) if first else x if is_batched else x.unsqueeze(1) for x in (query, key, value)}
         dtype = query.dtype
         length, batch, _ = shaped[id(query)].shape
@@ -106,7 +106,8 @@ class AttentionLayers(Compound):
         sizes: tuple[int, int, int],
         dtype: torch.dtype,
     ) -> tuple[Tensor | None, bool]:
-        """The mask to add to the scores, (1 or N H, L, S), and whether the attention function itself has to ensure causality.
+        """The mask to add to the scores, (1 or N H, L, S), and whether the attention function itself has to apply the causal
+        mask.
 
         Args:
             sizes: (L, N, S).
@@ -132,5 +133,5 @@ class AttentionLayers(Compound):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers to add to the scores; in a boolean mask, True marks positions that are not attended to."""
+    """The mask as numbers that are added to the scores. In a boolean mask, True marks positions that are not attended to."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf) if mask.dtype == torch.bool else mask

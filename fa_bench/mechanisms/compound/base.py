@@ -15,15 +15,16 @@ from fa_bench.mechanisms.compound.projection import Projection
 if TYPE_CHECKING:
     from fa_bench.mechanisms.weighted_layers import Mode
 
-#: Plain class -> its compound class.
+#: Maps each plain class to its compound class.
 COMPOUNDS: dict[type[nn.Module], type[Compound]] = {}
 
 
 class Compound(nn.Module):
     """Mixin for a plain module with several weights; subclasses implement `projections` and `layerwise_forward`.
 
-    The forward pass calls one layer for each weight if ``rule_mode.layerwise`` is set and gradients are enabled; otherwise, it is
-    the forward pass of the plain class, which may be a fused kernel.
+    If ``rule_mode.layerwise`` is set, the forward pass calls one layer for each weight, provided that gradients are enabled or
+    that ``rule_mode.training`` or ``rule_mode.always_layerwise`` is set. Otherwise, the forward pass of the plain class runs,
+    which may be a fused kernel.
 
     Attributes:
         rule_mode: shared by all layers of the attached model.
@@ -31,11 +32,12 @@ class Compound(nn.Module):
 
     rule_mode: Mode
     plain_class: ClassVar[type[nn.Module]]
-    #: The axis of the samples in the inputs and outputs of its layers.
+    #: The axis of the samples in the inputs and outputs of the module's layers.
     batch_axis: ClassVar[int] = 0
 
     def projections(self) -> dict[str, Projection]:
-        """The layers for this module's weights, by their names as children; all other children have their own weights."""
+        """The layers for this module's own weights, keyed by the names that they have as children. All other children have
+        weights of their own."""
         return {}
 
     def layerwise_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,15 +46,15 @@ class Compound(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.rule_mode
-        # If this module runs without gradients in a training pass of the model, its layers are called nevertheless, so that they
-        # notice this.
+        # If this module runs without gradients in a training pass of the model, its layers are still called, so that they can
+        # detect this.
         if mode.layerwise and (torch.is_grad_enabled() or mode.training or mode.always_layerwise):
             return self.layerwise_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
 
 def compound(*plain_classes: type[nn.Module]) -> Any:
-    """A decorator for mixins, which combines a mixin with each of these plain classes into a compound class.
+    """A decorator that combines a mixin with each of these plain classes to form compound classes.
 
     The compound classes, such as ``CompoundLSTM``, are globals of the mixin's module, so that models can be pickled.
     """
@@ -72,7 +74,8 @@ def compound(*plain_classes: type[nn.Module]) -> Any:
 class Substitute(TorchFunctionMode):
     """A context in which calls to some PyTorch functions are replaced.
 
-    A fused function is replaced with a composition of layers; the argument checks around it remain those of PyTorch.
+    A fused function is replaced with a composition of layers, while PyTorch's argument checks around the function remain in
+    place.
 
     Args:
         **replacements: name of a function -> the function that is called in its place, with the same arguments.

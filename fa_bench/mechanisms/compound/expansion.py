@@ -1,4 +1,4 @@
-"""Turning the compound modules of a model into compositions of layers, in place, and back."""
+"""Expand the compound modules of a model into compositions of layers, in place, and restore them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def expand(model: nn.Module, mode: Mode) -> None:
-    """Turn every module of a class in `COMPOUNDS` into its compound class, and give it its projections, in place.
+    """Change every module whose class is in `COMPOUNDS` to its compound class, in place, and add its projections as children.
 
-    A module is left unchanged if its weights are computed, by pruning or a parametrization, or if its forward method was
+    A module is left unchanged if its weights are computed by pruning or by a parametrization, or if its forward method was
     replaced.
     """
     if "torchvision.models.swin_transformer" in sys.modules:
@@ -60,7 +60,7 @@ def contract(model: nn.Module) -> None:
 
 
 def _replanted(cls: type[nn.Module]) -> type[nn.Module]:
-    """For a class that a parametrization has derived from a compound class: the same class, derived from the plain class."""
+    """Rebuild a class that a parametrization has derived from a compound class, with the plain class as its base."""
     plain: Any = cls.__bases__[0]
     body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     return type(f"Parametrized{plain.plain_class.__name__}", (plain.plain_class,), body)
@@ -68,8 +68,8 @@ def _replanted(cls: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def layerwise(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """A context in which every compound module calls one layer for each weight; modules that are not expanded yet are expanded
-    within it.
+    """A context in which every compound module calls one layer for each weight. Modules that are not expanded yet are expanded
+    for the duration of the context.
 
     Args:
         model: a plain model, or one with a rule.

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 
 class Projection(nn.Module):
-    """y = x Wᵀ + b with a weight and a bias of a compound module, which keeps them as its parameters.
+    """A linear layer y = x Wᵀ + b whose weight and bias are parameters of a compound module.
 
-    While a rule is attached, this layer is a child of the compound module: hooks, feedback and metrics treat it like a linear
-    layer. The model's state_dict contains only its feedback.
+    While a rule is attached, this layer is a child of the compound module, so hooks, feedback and metrics treat it like any
+    linear layer. This layer adds only its feedback to the model's state_dict.
 
     Args:
         owner: the compound module.
@@ -34,12 +34,12 @@ class Projection(nn.Module):
 
     @property
     def parameter(self) -> nn.Parameter | None:
-        """The owner's weight; None if it is computed from other parameters, such as by pruning."""
+        """The owner's weight, or None if it is computed from other parameters, for example by pruning."""
         return self.owner._parameters.get(self.weight_name)
 
     @property
     def weight(self) -> Any:
-        """The weight as (O, I)."""
+        """The weight in the shape (O, I)."""
         parameter = self.parameter
         return parameter if parameter is None or parameter.dim() == 2 else parameter.flatten(1)
 
@@ -50,19 +50,19 @@ class Projection(nn.Module):
 
     @property
     def bias(self) -> Any:
-        """The bias, (O,), or None."""
+        """The bias (O,), or None if the layer has no bias."""
         bias = None if self.bias_name is None else getattr(self.owner, self.bias_name)
         return bias if bias is None or self.bias_rows is None else bias[self.bias_rows]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The feedback of this layer, and the owner's parameters that it uses."""
+        """The feedback parameters of this layer, and the owner's parameters that the layer uses."""
         yield from super().named_parameters(*args, **kwargs)
         for name, key in (("weight", self.weight_name), ("bias", self.bias_name)):
             if key is not None and (parameter := self.owner._parameters.get(key)) is not None:
                 yield name, parameter
 
     def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """The output, (..., O), for x (..., I); with `rows`, only the output of these rows of the weight."""
+        """The output (..., O) for the input x (..., I); with `rows`, only the outputs of these rows of the weight."""
         weight, bias = self.weight, self.bias
         if rows is None:
             return F.linear(x, weight, bias)

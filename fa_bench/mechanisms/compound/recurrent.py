@@ -1,6 +1,7 @@
 """Recurrent and bilinear modules as compositions of linear layers.
 
-Shapes: N batch, T steps, I inputs, H hidden units, G gates times H; R the sum of the lengths of all sequences in a batch.
+Shapes: N batch, T steps, I inputs, H hidden units, G the number of gates times H; R the sum of the lengths of all sequences in a
+batch.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from fa_bench.mechanisms.compound.base import Compound, Substitute, compound
 from fa_bench.mechanisms.compound.projection import Projection
 
-#: (h,), or (h, c) of an LSTM; each (N, H).
+#: The state of a recurrent layer: (h,), or (h, c) for an LSTM, each of shape (N, H).
 State: TypeAlias = tuple[Tensor, ...]
-#: Computes the next state from the part of the gates that comes from the input, the part that comes from the state, and the
-#: state.
+#: A function that computes the next state from the input's contribution to the gates, the state's contribution to the gates, and
+#: the state itself.
 Step: TypeAlias = Callable[[Tensor, Tensor, State], State]
 
 
@@ -46,13 +47,14 @@ def relu_step(from_input: Tensor, from_state: Tensor, state: State) -> State:
     return ((from_input + from_state).relu(),)
 
 
-#: The name of PyTorch's fused function -> one step.
+#: Maps the name of each fused function of PyTorch to the function that computes one step.
 STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": tanh_step, "rnn_relu": relu_step}
 
 
 @compound(nn.LSTM, nn.GRU, nn.RNN)
 class RecurrentLayers(Compound):
-    """A recurrent module with the layers ``ih_l0``, ``hh_l0``, ... (and ``hr_l0``, the projection of an LSTM's output).
+    """A recurrent module whose first layer consists of the linear layers ``ih_l0`` and ``hh_l0``, and also of ``hr_l0`` if it is
+    an LSTM that projects its output.
 
     The error passes through ``hh_l0`` in every time step; the derivatives of the gates are exact.
     """
@@ -78,10 +80,11 @@ class RecurrentLayers(Compound):
             return self.plain_class.forward(self, *args, **kwargs)
 
     def _run(self, step: Step, x: Tensor, second: Any, third: Any, *_: Any) -> tuple[Tensor, ...]:
-        """Run in place of the fused function; returns the outputs and the final states, each (layers and directions, N, H).
+        """Compute what the fused function would return, namely the outputs and the final states, which have the shape (layers
+        times directions, N, H).
 
         The arguments after `step` are x (T, N, I), or (N, T, I) with ``batch_first``, and the initial state. For sequences of
-        several lengths, they are x (R, I), the number of sequences in each step, and the initial state.
+        different lengths, the arguments are x (R, I), the number of sequences in each step, and the initial state.
         """
         module: Any = self
         if isinstance(second, Tensor) and second.dtype == torch.int64 and second.dim() == 1:
@@ -91,8 +94,8 @@ class RecurrentLayers(Compound):
         return y.transpose(0, 1) if module.batch_first else y, *final
 
     def _layers(self, step: Step, x: Tensor, sizes: list[int] | None, initial: Any) -> tuple[Tensor, ...]:
-        """Run all layers; x is (T, N, I) or, if `sizes` lists the number of sequences in each step, (R, I) with the steps in
-        order."""
+        """Run all layers. The input x is (T, N, I) or, if `sizes` lists the number of sequences in each step, (R, I) with the
+        steps in order."""
         module: Any = self
         states: list[Tensor] = [initial] if isinstance(initial, Tensor) else list(initial)
         finals: list[State] = []
@@ -164,8 +167,8 @@ class CellLayers(Compound):
 class BilinearLayers(Compound):
     """y_o = Σ_ij x1_i A_oij x2_j + b_o as the layer ``product`` of the outer product of x1 (..., I1) and x2 (..., I2).
 
-    The layer's weight is A, (O, I1, I2), flattened to (O, I1 I2). Its feedback gives the error of the outer product, from which
-    the errors of x1 and x2 follow by exact derivatives.
+    The layer's weight is A, (O, I1, I2), flattened to (O, I1 I2). The feedback of this layer yields the error of the outer
+    product, from which the errors of x1 and x2 are computed with exact derivatives.
     """
 
     def projections(self) -> dict[str, Projection]:

@@ -1,4 +1,5 @@
-"""torchvision's attention in shifted windows; this module is imported only if torchvision's module has been imported."""
+"""Torchvision's shifted-window attention as a composition of linear layers. This module is imported only if torchvision's own
+module has been imported."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from fa_bench.mechanisms.compound.base import Compound, Substitute, compound
 
 @compound(ShiftedWindowAttention)
 class WindowAttentionLayers(Compound):
-    """torchvision's attention in windows, which passes the weights of its layers ``qkv`` and ``proj`` to a function."""
+    """Torchvision's shifted-window attention, whose plain class passes the weights of its layers ``qkv`` and ``proj`` to a
+    function."""
 
     def layerwise_forward(self, x: Tensor) -> Tensor:
         module: Any = self

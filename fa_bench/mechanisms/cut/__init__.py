@@ -1,1 +1,1 @@
-"""Cut rules: errors are delivered at chosen modules, and none pass between them."""
+"""Cut rules, which cut the graph at chosen modules and deliver an error directly to each of them."""

@@ -45,12 +45,12 @@ class CapturedActivation:
 
 
 def is_stored_last(tensor: Tensor) -> bool:
-    """Whether a compiled graph stores a tensor of this shape with its channels last, as it does for maps on CPUs."""
+    """Whether a compiled graph stores a tensor of this shape in the channels-last format, as it does for feature maps on CPUs."""
     return tensor.dim() == 4 and tensor.is_cpu
 
 
 def format_of(tensor: Tensor) -> torch.memory_format:
-    """The memory format of results in the shape of a tensor."""
+    """The memory format for results that have the shape of this tensor."""
     return torch.channels_last if is_stored_last(tensor) else torch.contiguous_format
 
 
@@ -92,12 +92,12 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    # A forward pass that is repeated within a backward pass (activation checkpointing) has its own tape: it must treat
-    # its tensors as the first pass did, but the errors come from the first pass's tape.
+    # A forward pass that is repeated within a backward pass, as in activation checkpointing, has its own tape. A repeated pass
+    # must treat its tensors as the first pass did, but the errors come from the tape of the first pass.
     def begin(self) -> None:
         """Called at the start of every forward pass of the model."""
         if torch.compiler.is_compiling():
-            # The containers are new, because a compiled graph depends on the contents of the containers that it finds.
+            # New containers are created, because a compiled graph depends on the contents of existing ones.
             self.tape, self._connected, self._without_gradients = {} if self.rule.mode.training else None, False, set()
             return
         self._outer_tapes.append(self.tape)
@@ -176,14 +176,14 @@ class Capture:
                     learned.require_trainable()
         if self.rule.crosses:
             return output
-        # A later module changes this output in place, and the rule needs the original.
+        # An output that a later module changes in place is copied, because the rule needs the original.
         return output.detach().clone() if cut in self._changed_in_place else output.detach()
 
     def _at_origin(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Connect the output of the module in ``error_at`` to the cuts before it."""
         tape = self.tape
         if tape is None:
-            # A repeated pass must save the same tensors as the first one, in which this output required its gradient.
+            # A repeated pass must save the same tensors as the first one, in which this output required a gradient.
             repeated = recomputing() and not self.rule.mode.exact and torch.is_grad_enabled()
             return output.detach().requires_grad_() if repeated else None
         if not torch.is_grad_enabled():

@@ -1,4 +1,5 @@
-"""Checks of the feedback tensors that a rule creates at cuts; their errors name the cut, what was found and what is needed."""
+"""Checks of the feedback tensors that a rule creates at cuts. The error messages name the cut, what was found and what is
+required."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from fa_bench.errors import ComponentError, truncate
 
 
 def require_shape(what: str, shape: Sequence[Any]) -> None:
-    """Require a shape that initialisers can fill; `what` is the tensor, as the error calls it."""
+    """Require a shape that initialisers can fill; `what` names the tensor in the error message."""
     if len(shape) < 2 or not all(isinstance(size, Integral) for size in shape):
         raise ComponentError(
             f"{what}: {truncate(repr(shape), 100)} is not a shape for initialisers, which need at least two numbers, such as "
@@ -19,7 +20,7 @@ def require_shape(what: str, shape: Sequence[Any]) -> None:
 
 
 def missing_b(rule: object, cut: str) -> ComponentError:
-    """The error of a cut without B."""
+    """The error for a cut that has no B."""
     return ComponentError(
         f"cut '{cut}' has no feedback tensor 'B', by which {type(rule).__qualname__} projects errors; create it in the rule's "
         "method make_feedback with self.put(cut, 'B', ...)"
@@ -27,7 +28,7 @@ def missing_b(rule: object, cut: str) -> ComponentError:
 
 
 def wrong_rows(cut: str, shape: Sequence[int], wanted: int) -> ComponentError:
-    """The error of a cut at which B, of this shape, does not have as many rows as the error has columns."""
+    """The error for a cut where B, which has this shape, does not have one row for each column of the error."""
     return ComponentError(
         f"cut '{cut}': its feedback tensor 'B' has the shape {tuple(shape)}; it needs {wanted} rows, as many "
         "as the error has columns"

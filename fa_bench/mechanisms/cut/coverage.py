@@ -29,8 +29,8 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
     from fa_bench.mechanisms.weighted_layers import kind_of, weight_name
 
     beyond = trace.beyond if rule.error_at is not None else set()
-    # The layers whose error passes through another layer's weight. Those beyond the module in error_at do not count, because
-    # exact errors are intended there.
+    # These are the layers whose error passes through another layer's weight. Layers beyond the module in error_at are excluded,
+    # because exact errors are intended there.
     passed = trace.through_below if rule.error_at is not None else trace.through_below | trace.through_beyond
     through = [path for path in trace.order if path in passed and path not in beyond]
     covered = tuple(
@@ -70,7 +70,7 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
 
 
 def with_untrained(coverage: Coverage, rule: CutRule, reached: set[int], why: str = "not trained") -> Coverage:
-    """The coverage of a rule that learns in separate passes, with a note on the weights that do not learn in them.
+    """The coverage of a rule that learns in separate passes, with a note on the weights that these passes do not train.
 
     All outputs of the model except the one for the loss are detached, so layers that feed only these get no gradient from other
     losses.

@@ -1,5 +1,4 @@
-"""The choice of the modules at which a cut rule cuts: reading their names, refusing unsuitable ones, and suggesting some if none
-are named."""
+"""Choose the modules at which a cut rule cuts: read their names, reject unsuitable ones, and suggest some if none are named."""
 
 from __future__ import annotations
 
@@ -20,9 +19,9 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.cut.rule import CutRule
     from fa_bench.mechanisms.trace import Trace
 
-#: At most this many names are written out; more are abbreviated by patterns.
+#: The maximum number of names that are written out; longer lists are abbreviated by patterns.
 _MAX_NAMES = 6
-#: How many attempts a search for working options makes.
+#: The maximum number of attempts in a search for working options.
 _MAX_ATTEMPTS = 4
 
 
@@ -34,7 +33,7 @@ def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
     """
     paths = [path for path, _ in rule.model.named_modules() if path]
     declared = getattr(rule.model, rule.declared, None)
-    # A model may use this name for its own modules, which declare no cut points.
+    # A model may use this attribute for its own modules, in which case it declares no cut points.
     names_modules = isinstance(declared, (list, tuple)) and all(isinstance(name, str) for name in declared)
     patterns = rule.cuts if rule.cuts is not None else declared if names_modules else None
     if not patterns:
@@ -103,7 +102,7 @@ def _has_classes_first(rule: CutRule, trace: Trace) -> bool:
 
 
 def named_origin(rule: CutRule) -> tuple[str, ...]:
-    """The module in the option ``error_at``, if it is set.
+    """The module named in the option ``error_at``, if it is set.
 
     Raises:
         CoverageError: if the model has no such module.
@@ -138,12 +137,12 @@ def _check_origin(origin: str, trace: Trace, cuts: tuple[str, ...]) -> None:
     if late:
         raise CoverageError(
             f"error_at={origin}: the cut{'s' * (len(late) > 1)} {names(late)} run{'s' * (len(late) == 1)} after "
-            f"this module and would not get its error; omit them from the cuts"
+            f"this module and would not receive its error; omit them from the cuts"
         )
 
 
 def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
-    """The error for a model without cut points; if there is a sample to try them with, it suggests some that work."""
+    """The error for a model without cut points, which suggests cut points that work if there is a sample to try them with."""
     model, modules = rule.model, [path for path in paths if not list(rule.model.get_submodule(path).children())]
     options: dict[str, Any] = {}
     if sample_input is not None:
@@ -161,7 +160,7 @@ def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> Covera
 def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
     """Options with which the rule can be attached to its model: ``cuts``, and any others that the rule's errors suggest.
 
-    Empty if none are found.
+    The result is empty if no such options are found.
     """
     paths = [path for path, _ in rule.model.named_modules() if path]
     options: dict[str, Any] = {"cuts": patterns(_suggested_cuts(rule, sample_input), paths)}
@@ -192,7 +191,8 @@ def _suggested_cuts(rule: CutRule, sample_input: Any) -> list[str]:
         outputs = {*trace.outputs, *(path for path, consumer in trace.consumer.items() if consumer in trace.outputs)}
     else:
         outputs = set(trace.outputs)
-    # Tables that are only looked up or added need a cut between them and the first layer; within a block they do not.
+    # Tables that are only looked up or added to activations need a cut between them and the first layer, unless the rule trains
+    # whole blocks.
     tables = [] if rule.modular else [table for table in trace.tables if isinstance(table, str) or table in trace.uses.local]
     single = [
         path
@@ -216,7 +216,7 @@ def _suggested_cuts(rule: CutRule, sample_input: Any) -> list[str]:
 
 
 def patterns(chosen: Collection[str], paths: Collection[str]) -> list[str]:
-    """The names of the chosen modules or, if there are many, patterns that match these and no other of `paths`."""
+    """The names of the chosen modules or, if there are many, patterns that match these and no others among `paths`."""
     if len(chosen) <= _MAX_NAMES:
         return list(chosen)
     shortest: dict[str, None] = {}

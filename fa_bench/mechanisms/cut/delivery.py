@@ -1,8 +1,9 @@
 """The backward pass of a cut rule: once the error at the logits is known, an error is delivered to every cut.
 
-An autograd Function is applied to the model's output. It is the identity in the forward pass and takes all captured activations
-as further inputs. All parts of the model therefore belong to one graph: loss scaling, several forward passes before a backward
-pass and a plain ``loss.backward()`` work as usual, and a graph that is never differentiated is freed together with the output.
+An autograd Function is applied to the model's output. In the forward pass, this Function is the identity, with all captured
+activations as additional inputs. All parts of the model therefore belong to one graph. Loss scaling, several forward passes
+before a backward pass and a plain ``loss.backward()`` work as usual, and a graph that is never differentiated is freed together
+with the output.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Delivery:
         from fa_bench.mechanisms.cut.function import CompiledDeliverFunction, DeliverFunction
 
         self.rule, self._handle, self._compiled_function = rule, Handle(self), CompiledDeliverFunction
-        # These are read at every step; imports and properties there would slow down a small net by one per cent.
+        # These values are stored because they are read at every step, where imports and property look-ups would slow down a small
+        # network by one per cent.
         self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
         self._needs_indices = rule.needs_indices
         # If activation checkpointing contains the module in error_at, it does not run this Function again, so values that the
@@ -55,8 +57,8 @@ class Delivery:
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
         self._is_delivered = self._has_warned_of_input = False
-        #: The number of passes whose loss is still to be compared with the objective: only the first ones, because the comparison
-        #: makes an accelerator wait.
+        #: The number of passes whose loss is still to be compared with the objective. Only the first passes are compared, because
+        #: the comparison forces a synchronisation with the accelerator.
         self._unchecked = _CHECKED_PASSES if rule.learns_by_objective else 0
 
     # -------------------------------------------------------------------------------------------- forward
@@ -81,7 +83,7 @@ class Delivery:
         return output
 
     def logits_in(self, output: Any) -> Tensor:
-        """The logits in the model's output; raises the errors of `connect`."""
+        """The logits in the model's output; the errors raised are those of `connect`."""
         if isinstance(output, torch.Tensor):
             return output
         from fa_bench.mechanisms.trace import chosen_result, named_results
@@ -129,11 +131,11 @@ class Delivery:
             if captured.tensor._version != captured.version:
                 raise CoverageError(
                     f"cut '{cut}': its output was changed in place in a training pass, but not in evaluation mode, and rule "
-                    f"'{self.rule.name}' needs it as it was: use inplace=False after this module"
+                    f"'{self.rule.name}' needs the original output: use inplace=False after this module"
                 )
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
-        """Like `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
+        """The variant of `_connected` for a rule that computes the gradients of all parameters in separate passes."""
         first = self.rule.first_pass
         if first is not None and first.input_requires_grad and not self._has_warned_of_input:
             self._has_warned_of_input = True
@@ -148,16 +150,16 @@ class Delivery:
         errors = self._with_first_pass(
             functools.partial(self._gradients, parameters, activations, PassOutput(self.rule.name, logits))
         )
-        # Without the logits' graph, the activations of the first pass are freed at once.
+        # Without the logits' graph, the activations of the first pass are freed immediately.
         connected = logits if self.rule.output_learns_by_delta else logits.detach()
         return self._function.apply(errors, 0, False, connected, *parameters)
 
     def _connected_in_graph(
         self, logits: Tensor, tape: dict[str, CapturedActivation], tensors: list[Tensor], learned: list[LearnedTensor]
     ) -> Tensor:
-        """Like `_connected`, in a graph that is being compiled."""
+        """The variant of `_connected` for a graph that is being compiled."""
         cuts = repr([(cut, captured.output_shape) for cut, captured in tape.items()])
-        # A compiled graph would omit an operator without results, and the pass would count as not delivered.
+        # The compiler would remove an operator without results, and the pass would count as not delivered.
         changes_delta = self.rule.changes_delta or not tensors
         return self._compiled_function.apply(
             self._handle.key,
@@ -200,8 +202,8 @@ class Delivery:
         like, results = [*activations, *learned], others
         if changes_delta:
             like, results = [*like, delta], [*others, error]
-        # An operator must not return its arguments or tensors that are kept elsewhere. Only such tensors are copied, because most
-        # results are new and large.
+        # An operator must not return its arguments or tensors that are kept elsewhere. Only results that share memory with such
+        # tensors are copied, because most results are new and large.
         feedback = (one for tensors in self.rule.feedback.values() for one in tensors.values())
         kept = {one.untyped_storage().data_ptr() for one in (delta, *logits, *activations, *learned, *feedback)}
         return [
@@ -212,10 +214,10 @@ class Delivery:
         ]
 
     def run(self, loss: Tensor, target: Tensor | None, loss_scale: float | None) -> None:
-        """The backward pass; arguments as for `Rule.backward`."""
+        """Run the backward pass; the arguments are those of `Rule.backward`."""
         self._target, self._is_delivered = target, False
         if self.rule.scales:
-            # Rules that compute everything from the objective must make sure that the loss is this objective of the model's
+            # Rules that compute everything from the objective must verify that the loss is that objective applied to the model's
             # output.
             is_known = not self.rule.takes_numbers and is_unscaled(loss, target, self.rule.objective)
             self._loss_scale = 1.0 if loss_scale is None and is_known else loss_scale
@@ -230,7 +232,7 @@ class Delivery:
             )
 
     def _with_first_pass(self, errors: Callable[..., Any]) -> Callable[..., Any]:
-        """Bind the function to the rule's current `first_pass`, which is then kept only as long as the graph."""
+        """Bind the function to the rule's current `first_pass`, which is then kept only as long as the graph exists."""
         if not self.rule.repeats:
             return errors
         first, self.rule.first_pass = self.rule.first_pass, None
@@ -316,7 +318,7 @@ class Delivery:
     ) -> list[Tensor | None]:
         """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ.
 
-        `learned` contains each learned tensor together with its parameter in the forward pass.
+        `learned` contains each learned tensor together with the parameter that it had in the forward pass.
         """
         device = delta.device.type
         if torch.is_autocast_enabled(device):  # enabled by the caller; a backward pass has the precision of its inputs
@@ -327,7 +329,7 @@ class Delivery:
         for one, parameter in learned:
             if one.tensor is not parameter:
                 raise StateError(
-                    f"rule '{rule.name}' computes errors by its learned feedback in the backward pass, but '{one.name}' was "
+                    f"rule '{rule.name}' computes errors with its learned feedback in the backward pass, but '{one.name}' was "
                     "another tensor in the forward pass (torch.func.functional_call, or replaced since): pass only the "
                     "weights to it, and replace tensors before the forward pass"
                 )
@@ -407,5 +409,5 @@ class Delivery:
 
 
 def depends_on(result: Tensor, logits: Tensor | None) -> bool:
-    """Whether one output of a model was computed from another; True if the other is unknown."""
+    """Whether one output of a model was computed from the logits; True if the logits are unknown."""
     return logits is None or result.grad_fn is logits.grad_fn or logits.grad_fn in nodes_from([result.grad_fn])

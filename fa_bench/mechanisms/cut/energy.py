@@ -38,7 +38,7 @@ class EnergyPass:
 
 @dataclasses.dataclass(frozen=True)
 class Relaxation:
-    """The result of settling for one batch; each attribute except the loss is {cut: number}.
+    """The result of settling for one batch; each attribute except the loss maps each cut to a number.
 
     Attributes:
         energies: ½‖e_l‖², mean over the samples.
@@ -58,16 +58,16 @@ class Relaxation:
 class EnergyRule(PassRule):
     """Base class of rules that train blocks, which end at the cuts, on the errors between states and predictions.
 
-    With f_l the function of a block, s_0 the input and L the loss of a sample, the energy is
+    Let f_l be the function of a block, s_0 the input and L the loss of a sample. The energy E is then:
 
-        E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ],
+        E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ]
 
-    a sum over the samples. The states of the first pass, for which all errors are zero, settle by `steps` steps of gradient
-    descent with momentum; each step takes an additional forward pass and a backward pass to the states. In one more pass, the
-    parameters of each block get the gradient of E / N with all states fixed.
+    The outer sum runs over the samples. The states start from the first pass, for which all errors are zero, and settle by
+    `steps` steps of gradient descent with momentum. Each step takes an additional forward pass and a backward pass to the states.
+    In one more pass, the parameters of each block get the gradient of E / N with all states fixed.
     """
 
-    #: Whether the states are the variables; otherwise the errors e_l are, and s_l = f_l(s_{l-1}) + e_l.
+    #: Whether the variables are the states; otherwise, the variables are the errors e_l, and s_l = f_l(s_{l-1}) + e_l.
     moves_states: ClassVar[bool] = False
 
     within = "block"
@@ -87,7 +87,8 @@ class EnergyRule(PassRule):
 
     @property
     def path_length(self) -> float:
-        """How far the errors would move along a constant gradient of length 1: steps times rate, without momentum."""
+        """The distance that the errors would move along a constant gradient of length 1, which is steps times rate without
+        momentum."""
         total = velocity = 0.0
         for _ in range(self.steps):
             velocity = self.momentum * velocity + 1
@@ -98,13 +99,14 @@ class EnergyRule(PassRule):
         if self.path_length >= SHORT:
             return ()
         return (
-            f"steps={self.steps}, rate={self.rate:g}: the states hardly move, and each hidden layer learns by "
-            f"backpropagation's gradient times a number, {self.path_length:.2g} at the last cut: see probes=[energy].",
+            f"steps={self.steps}, rate={self.rate:g}: the states hardly move, and each hidden layer learns from the "
+            f"backpropagation gradient times a factor, {self.path_length:.2g} at the last cut: see probes=[energy].",
         )
 
     @contextmanager
     def observed(self) -> Iterator[list[Relaxation]]:
-        """A context with a list, to which every backward pass within it appends its `Relaxation`; each costs two more passes."""
+        """A context that yields a list, to which every backward pass within the context appends its `Relaxation`. Each
+        `Relaxation` costs two additional passes of the model."""
         self._observed = found = []
         try:
             yield found
@@ -127,14 +129,14 @@ class EnergyRule(PassRule):
         return list(gradients)
 
     def _count(self, target: Tensor) -> Tensor:
-        """The number of targets over which the loss is the mean, N."""
+        """N, the number of targets over which the loss is averaged."""
         from fa_bench.mechanisms.cut.positions import ignored_label
 
         count = len(target) if target.is_floating_point() else (target != ignored_label(self.objective)).sum()
         return torch.as_tensor(count).clamp(min=1)
 
     def _settled(self, target: Tensor) -> dict[str, Tensor]:
-        """Cut -> its state, or its error, after settling."""
+        """A mapping from each cut to its state or error after settling."""
         variables: dict[str, Tensor] = {}
         velocities: dict[str, Tensor] = {}
         for _ in range(self.steps):
@@ -146,8 +148,8 @@ class EnergyRule(PassRule):
         return variables
 
     def _descent(self, variables: dict[str, Tensor], target: Tensor, moves_states: bool) -> dict[str, Tensor]:
-        """Cut -> the derivative of E with respect to the cut's variable; missing variables are created with their initial
-        values."""
+        """A mapping from each cut to the derivative of E with respect to the cut's variable. Missing variables are created with
+        their initial values."""
         for variable in variables.values():
             variable.requires_grad_()
         with self._energy_pass(variables, target, moves_states) as now:
@@ -158,7 +160,7 @@ class EnergyRule(PassRule):
     def _energy_pass(
         self, variables: dict[str, Tensor], target: Tensor, moves_states: bool, local: bool = False
     ) -> Iterator[EnergyPass]:
-        """A context with a pass whose activations are given by the variables.
+        """A context that runs a pass in which the variables determine the activations at the cuts.
 
         Args:
             variables: cut -> its state or error; a cut without a variable gets one for which the error is zero.

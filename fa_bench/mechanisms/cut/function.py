@@ -1,4 +1,7 @@
-"""The autograd Function of cut rules. N batch, C classes."""
+"""The autograd Function of cut rules.
+
+Shapes: N batch, C classes.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,15 @@ from fa_bench.mechanisms.cut.capture import format_of
 
 
 class DeliverFunction(torch.autograd.Function):
-    """The identity on the logits z (N, C). Its backward pass returns the error at z, the error at each cut, and the gradients of
-    the learned feedback tensors.
+    """The identity on the logits z (N, C), whose backward pass returns the error at z, the error at each cut, and the gradients
+    of the learned feedback tensors.
 
-    Inputs: `errors`, a function of δ = ∂L/∂z and the saved cut tensors that returns all of these; `cuts`, the number of cut
-    tensors; `save_values`, whether their values are saved for `errors`; z; the cut tensors, (N, ...) each; the learned feedback
-    tensors.
+    Inputs:
+        errors: a function of δ = ∂L/∂z and the saved cut tensors that returns all of these errors and gradients.
+        cuts: the number of cut tensors.
+        save_values: whether the values of the cut tensors are saved for `errors`.
+        logits: z.
+        *tensors: the cut tensors, (N, ...) each, followed by the learned feedback tensors.
     """
 
     @staticmethod
@@ -35,11 +41,18 @@ class DeliverFunction(torch.autograd.Function):
 
 
 class CompiledDeliverFunction(torch.autograd.Function):
-    """`DeliverFunction` in a compiled graph, which calls `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`.
+    """The variant of `DeliverFunction` for compiled graphs, which calls
+    `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`.
 
-    Inputs: the key of the `Delivery`; the argument `cuts` of that method; the number of cut tensors; whether their values are
-    needed, whether the logits are, and whether an error at the logits other than δ is; z; the cut tensors; the learned feedback
-    tensors.
+    Inputs:
+        key: the key of the `Delivery`.
+        cuts: the argument `cuts` of that method.
+        count: the number of cut tensors.
+        save_values: whether the values of the cut tensors are needed.
+        save_logits: whether the values of the logits are needed.
+        changes_delta: whether the error at the logits differs from δ.
+        logits: z.
+        *tensors: the cut tensors, followed by the learned feedback tensors.
     """
 
     @staticmethod
@@ -57,7 +70,7 @@ class CompiledDeliverFunction(torch.autograd.Function):
         ctx.key, ctx.cuts, ctx.count, ctx.save_logits, ctx.changes_delta = key, cuts, count, save_logits, changes_delta
         # If only the shape of a tensor is needed, only its shape is saved.
         activations = tensors[:count] if save_values else map(stand_in, tensors[:count])
-        # The logits are copied, because in a compiled graph `PassOutput` does not notice in-place changes of the output.
+        # The logits are copied, because `PassOutput` cannot detect in-place changes of the output in a compiled graph.
         ctx.save_for_backward(*([logits.clone()] if save_logits else []), *activations, *map(stand_in, tensors[count:]))
         return logits.detach()
 
@@ -86,6 +99,6 @@ def cut_errors(
     changes_delta: bool,
     cuts: str,
 ) -> list[Tensor]:
-    """See `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`; the results are contiguous and share no memory with other
+    """Call `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`. The results are contiguous and share no memory with other
     tensors."""
     return delivery.errors_in_graph(delta, logits, activations, learned, changes_delta, cuts)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class LearnedCutRule(CutRule):
     """A cut rule whose B at each cut is a parameter of the model.
 
-    Subclasses create it with `put_learned` and implement `feedback_gradients`.
+    Subclasses create B with `put_learned` and implement `feedback_gradients`.
     """
 
     def put_learned(self, features: dict[str, tuple[int, ...]], classes: int, init: str, density: float = 1.0) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.trace import Trace
 
 
-#: Part of torch's message if batch normalisation gets only one value.
+#: Part of torch's error message for batch normalisation with only one value per channel.
 TOO_FEW = "Expected more than 1 value per channel"
 
 
@@ -34,13 +34,13 @@ class LocalRule(CutRule):
 
     No error crosses a cut, unless `crosses` is set. The auxiliary layers belong to the rule, but their parameters and buffers are
     also registered in the module at the cut, as ``feedback_auxiliary_...``. Therefore, ``model.parameters()`` and
-    ``model.state_dict()`` contain them, and they follow the model to its device and dtype. They are not registered as submodules,
-    because a container such as ``nn.Sequential`` would run them. ``rule.feedback_parameters()`` are the auxiliary parameters;
-    ``rule.feedback`` lists them under their cut. Local losses are scaled like the loss, and computed in the model's dtype under
-    autocast.
+    ``model.state_dict()`` contain these tensors, which follow the model to its device and dtype. The layers are not registered as
+    submodules, because a container such as ``nn.Sequential`` would run them. ``rule.feedback_parameters()`` returns the auxiliary
+    parameters, and ``rule.feedback`` lists them by cut. Local losses are scaled like the model's loss, and computed in the
+    model's dtype under autocast.
 
-    If the output has positions, each cut must have the same ones, and they count as samples: the auxiliary layers see activations
-    (M, F) with M = N times the number of positions.
+    If the output has positions, each cut must have the same positions, and each position counts as a sample. The auxiliary layers
+    then receive activations (M, F), where M is N times the number of positions.
     """
 
     reads_values = True
@@ -63,7 +63,7 @@ class LocalRule(CutRule):
         raise missing_method(self, "auxiliary")
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
-        """The loss at one cut, a scalar, with `loss_of`.
+        """The scalar loss at one cut, which implementations can compute with `loss_of`.
 
         Args:
             cut: the cut's module path.
@@ -74,7 +74,8 @@ class LocalRule(CutRule):
         raise missing_method(self, "local_loss")
 
     def loss_of(self, scores: Tensor, target: Tensor) -> Tensor:
-        """The objective's mean loss of scores (N, C), or (M, C) for labels (N, P...), with positions as samples."""
+        """The objective's mean loss for the scores (N, C), or (M, C) for labels (N, P...), where each position counts as a
+        sample."""
         if target.dim() > 1:
             scores = scores.unflatten(0, target.shape)
             scores = scores.movedim(-1, class_axis(scores.shape))
@@ -97,7 +98,7 @@ class LocalRule(CutRule):
         super().unwire()
 
     def auxiliary_at(self, cut: str) -> torch_nn.Module:
-        """The auxiliary layers of one cut, with the tensors that the model has now."""
+        """The auxiliary layers of one cut, with the tensors that the model currently holds."""
         return self._auxiliary[cut].net()
 
     # -------------------------------------------------------------------------------------------- training
@@ -130,15 +131,15 @@ class LocalRule(CutRule):
         return {cut: {**fixed, **dict(self.auxiliary_at(cut).named_parameters())} for cut, fixed in super().feedback.items()}
 
     def readouts(self) -> dict[str, Tensor]:
-        """Empty: no error comes from the output."""
+        """An empty dictionary, because no error comes from the output."""
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Empty: no error passes through a layer."""
+        """An empty dictionary, because no error passes through a layer."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the auxiliary layers from a state saved by an earlier version; states of the model now contain them."""
+        """Load the auxiliary layers from a state saved by an earlier version; newer versions save them in the model's state."""
         states = {cut: dict(auxiliary.net().state_dict()) for cut, auxiliary in self._auxiliary.items()} if state else {}
         self.require_entries(state, {cut: tensors for cut, tensors in states.items() if tensors})
         for cut, auxiliary in self._auxiliary.items():
@@ -151,7 +152,7 @@ class LocalRule(CutRule):
 
 
 class Auxiliary:
-    """The auxiliary layers of one cut, whose parameters and buffers are those of the module at the cut.
+    """The auxiliary layers of one cut, whose parameters and buffers are registered in the module at the cut.
 
     Args:
         cut: the cut's path.
@@ -193,7 +194,7 @@ class Auxiliary:
         self._hook = module.register_load_state_dict_pre_hook(self._accept_older_state) if had_older_states else None
 
     def net(self) -> torch_nn.Module:
-        """The layers, with the tensors that the module has now: loading a state may have replaced them."""
+        """The layers, with the tensors that the module currently holds, because loading a state may have replaced them."""
         for key, (of_module, of_net, name) in self.tensors.items():
             tensor = of_module[key]
             if of_net[name] is not tensor:
@@ -201,7 +202,7 @@ class Auxiliary:
         return self._net
 
     def load(self, state: dict[str, Any]) -> None:
-        """Load a state of the net."""
+        """Load a saved state of the network."""
         self.net().load_state_dict(state)
         self.is_missing = False
 
@@ -213,7 +214,7 @@ class Auxiliary:
             of_module.pop(key, None)
 
     def _accept_older_state(self, module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Let the model load a state without the tensors: earlier versions saved them in the rule's state."""
+        """Let the model load a state without the tensors, which earlier versions saved in the rule's state."""
         missing = [key for key in self.tensors if prefix + key not in state]
         self.is_missing = len(missing) == len(self.tensors) > 0
         if self.is_missing:
@@ -221,14 +222,15 @@ class Auxiliary:
 
 
 class ModuleRule(LocalRule):
-    """A local rule whose modules are the model's blocks, each trained as a unit; the last one is trained with the network's own
-    loss.
+    """A local rule that trains each of the model's blocks, here called modules, as a unit. The last module is trained with the
+    network's own loss.
 
-    Named blocks that feed the output layer belong to the last module.
+    Named blocks that feed the output layer are part of the last module.
     """
 
     within = "block"
-    #: For error messages: the name of an auxiliary net, and a remedy if a batch is too small for its batch normalisation.
+    #: The name of an auxiliary network, and a remedy if a batch is too small for its batch normalisation, for use in error
+    #: messages.
     net_name = "auxiliary net"
     larger_batches = "use larger batches, or drop the last incomplete one"
 
@@ -256,7 +258,7 @@ class ModuleRule(LocalRule):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global CPU generator, and restore it afterwards; generators of other devices are not touched."""
+    """Seed torch's global CPU generator and restore it on exit; the generators of other devices are not affected."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -268,8 +270,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ auxiliary layers
 def map_module(name: str, cut: str, shape: tuple[int, ...]) -> Any:
-    """The variant of a class for maps of this shape, (C, ...) with one to three spatial dimensions: ``nn.Conv2d`` if `name` is
-    Conv.
+    """The variant of a class for maps of this shape, (C, ...) with one to three spatial dimensions, such as ``nn.Conv2d`` for the
+    name Conv.
 
     Raises:
         CoverageError: for maps with more dimensions.
@@ -281,9 +283,10 @@ def map_module(name: str, cut: str, shape: tuple[int, ...]) -> Any:
 
 
 def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    """The size to which a map (C, ...) is averaged to have at most `limit` features: sizes are halved in turn and rounded up.
+    """The spatial size to which a map (C, ...) is pooled so that it has at most `limit` features. The dimensions are halved in
+    turn, rounding up.
 
-    Empty for flat activations (F,).
+    The size is empty for flat activations (F,).
     """
     channels, *size = shape
     factors, axis = [1] * len(size), 0
@@ -300,7 +303,7 @@ def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
 def linear_classifier(
     cut: str, shape: tuple[int, ...], classes: int, limit: int, init: str, bias: bool = True
 ) -> torch_nn.Module:
-    """A linear classifier for the activation of one cut; it averages maps to at most `limit` features.
+    """A linear classifier for the activation of one cut, which average-pools maps to at most `limit` features.
 
     Args:
         cut: the cut's module path.
@@ -320,7 +323,8 @@ def linear_classifier(
 
 
 def flattening(cut: str, shape: tuple[int, ...], limit: int) -> tuple[OrderedDict[str, torch_nn.Module], int]:
-    """Layers that average a map to at most `limit` features and flatten it; and the number of features they return."""
+    """Layers that average-pool a map to at most `limit` features and flatten it, together with the number of features that they
+    return."""
     layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
     size = pooled_size(shape, limit)
     if size != shape[1:]:

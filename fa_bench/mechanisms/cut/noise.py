@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class NoisyCutRule(DrawingRule, CutRule):
-    """A cut rule that adds noise p to the tangent at every cut, in an additional forward pass, and gets the tangent d at the
+    """A cut rule that adds noise p to the tangent at every cut in an additional forward pass, and obtains the tangent d at the
     logits.
 
     All cuts are perturbed in the same pass. The noise is standard normal, new for every sample and backward pass, and different
@@ -38,7 +38,7 @@ class NoisyCutRule(DrawingRule, CutRule):
     def hook_model(self) -> None:
         from fa_bench.mechanisms.tangents import check_tangents
 
-        # Checked here, because an error about uncovered weights should come first.
+        # The tangents are not checked earlier, because an error about uncovered weights should come first.
         check_tangents(self, self.tangents, self._cut_modules, self._sample)
         self._sample = None
         super().hook_model()
@@ -48,7 +48,8 @@ class NoisyCutRule(DrawingRule, CutRule):
         return delta
 
     def noise_and_tangent(self) -> tuple[dict[str, Tensor], Tensor]:
-        """{cut: p in the shape of its activation} and d with the class axis last, for this backward pass."""
+        """The noise p at each cut, in the shape of its activation, and the tangent d, with the class axis last, for this backward
+        pass."""
         from fa_bench.mechanisms.tangents import output_tangent
 
         if self._pass is None:

@@ -1,4 +1,5 @@
-"""Rules that compute the gradients of all parameters in additional forward passes, without a backward pass through the model."""
+"""Rules that compute the gradients of all parameters in additional passes of the model, without differentiating the first
+pass."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class PassRule(CutRule):
-    """A rule that learns in separate passes, which `fa_bench.mechanisms.second_pass.again` runs; subclasses implement
+    """A rule that learns in additional passes, for which it uses `fa_bench.mechanisms.second_pass`; subclasses implement
     `gradients`.
 
     The first pass, from which the loss is computed, is not differentiated. ``loss.backward()`` stops at the logits, where the
@@ -33,7 +34,7 @@ class PassRule(CutRule):
     scales = True
     learns_in_passes = True
     #: Whether the rule skips the derivatives of the nonlinearities at the cuts. A cut at a pooling layer then stands for the
-    #: nonlinearity before it; at other cuts, such as blocks, errors are delivered at the output as usual.
+    #: nonlinearity before the layer. At other cuts, such as blocks, errors are delivered at the output as usual.
     skips_nonlinearities: ClassVar[bool] = False
     #: Whether layers after the last cut learn from the gradient of the first pass's loss; `gradients` returns None for them.
     output_learns_by_delta = False
@@ -42,13 +43,14 @@ class PassRule(CutRule):
     needs_target = True
 
     def first_argument(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The positional arguments of a pass, the first of which is the model's input; raises an error if there are none."""
+        """Return the positional arguments of a pass, and raise an error if there are none, because the first one must be the
+        model's input."""
         if not args:
             raise CoverageError(f"rule '{self.name}' changes the model's input; pass it as the first positional argument")
         return args
 
     def trained_parameters(self, results: list[Tensor]) -> list[torch_nn.Parameter]:
-        """The parameters that `gradients` gets.
+        """The parameters that are passed to `gradients`.
 
         Args:
             results: the logits of the first pass, and its activations at the cuts.
@@ -63,7 +65,7 @@ class PassRule(CutRule):
         logits: Tensor,
         target: Tensor,
     ) -> list[Tensor | None]:
-        """The gradients of the parameters; called with gradients enabled and `first_pass` set.
+        """The gradients of the parameters; this method is called with gradients enabled and `first_pass` set.
 
         Args:
             parameters: the result of `trained_parameters`.
@@ -82,14 +84,14 @@ class PassRule(CutRule):
         return coverage if self.output_learns_by_delta else with_untrained(coverage, self, reached)
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
-        """Empty: no error is delivered to an activation of the first pass."""
+        """An empty dictionary, because no error is delivered to an activation of the first pass."""
         return {}
 
     def readouts(self) -> dict[str, Tensor]:
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Empty: no error passes through a layer."""
+        """An empty dictionary, because no error passes through a layer."""
         return {}
 
     # -------------------------------------------------------------------------------------------- nonlinearities

@@ -1,7 +1,7 @@
 """Outputs with positions (tokens of a sequence or pixels of a map), which are a second batch axis, and how their errors reach a
 cut.
 
-The error at an output, δ, is handled as rows: its class axis comes last, (N, C) or (N, P..., C). Shapes: N batch, C classes (or
+The error δ at an output is handled as rows, with the class axis last: (N, C) or (N, P..., C). Shapes: N batch, C classes (or
 features of the module of ``error_at``), F features of a cut, P... positions: one axis for sequences, two or three for maps.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fa_bench.objectives.base import Objective
 
 Shape = tuple[int, ...]
-#: The label of positions that are not part of the loss: torch's default.
+#: The label of positions that are excluded from the loss; this is torch's default.
 IGNORED = -100
 
 
@@ -31,7 +31,7 @@ def class_axis(shape: Shape) -> int:
 
 
 def ignored_label(objective: Objective) -> int:
-    """The label of positions that do not count."""
+    """The label that marks positions to be ignored."""
     return getattr(objective, "ignore_index", IGNORED)
 
 
@@ -93,7 +93,7 @@ def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
 
 
 def sample_losses(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
-    """The objective's loss of each sample, (N,), whose mean is `mean_loss`; the arguments are the same."""
+    """The objective's loss for each sample, (N,). The mean of these losses is `mean_loss`, which has the same arguments."""
     outputs = _classes_last(outputs, target)
     if not _is_position_a_sample(objective, outputs, target):
         return objective.loss(outputs, target, "none")
@@ -117,11 +117,11 @@ def _is_position_a_sample(objective: Objective, outputs: Tensor, target: Tensor)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The axes of a cut's activation (N, ...) if one matrix B (C, F) serves all of its positions.
+    """The axes of a cut's activation (N, ...) if one matrix B (C, F) is used at all of its positions.
 
     The positions of the cut need not be those of the error, but along each axis, one size must be a multiple of the other. If the
-    cut has fewer positions, each gets the sum of the errors that it covers; if it has more, errors are copied. A cut without
-    positions gets the sum over all positions, and an error without positions is copied to all of them.
+    cut has fewer positions, each of them gets the sum of the errors at the positions that it covers; if it has more, errors are
+    copied. A cut without positions gets the sum over all positions, and an error without positions is copied to all of them.
 
     Attributes:
         cut: the cut's path, for error messages.
@@ -132,7 +132,7 @@ class Layout:
     axis: int
 
     def rows(self, activation: Tensor) -> Tensor:
-        """An activation as (N, P..., F)."""
+        """The activation with its feature axis last, (N, P..., F)."""
         return activation.movedim(self.axis, -1)
 
     def restored(self, rows: Tensor, shape: Shape) -> Tensor:
@@ -146,8 +146,8 @@ class Layout:
         return rows.movedim(-1, self.axis)
 
     def matched(self, errors: Tensor, shape: Shape) -> Tensor:
-        """Errors (N, P..., C) summed to the positions of an activation of this shape. If the activation has more positions, they
-        are copied later, by `restored`.
+        """Errors (N, P..., C) summed to the positions of an activation of this shape. If the activation has more positions, the
+        errors are copied to them later, by `restored`.
 
         Raises:
             CoverageError: if the numbers of positions do not match.
@@ -164,7 +164,7 @@ class Layout:
     def pairs(self, errors: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
         """Errors (M, C) and activations (M, F) whose product δᵀ a is the sum over samples and positions.
 
-        Activations at positions that share an error are added up first.
+        Activations at positions that share an error are summed first.
         """
         errors = self.matched(errors, tuple(activation.shape))
         rows = summed(self.rows(activation), tuple(errors.shape[1:-1]))
@@ -172,8 +172,8 @@ class Layout:
 
 
 def summed(x: Tensor, sizes: Shape) -> Tensor:
-    """A tensor (N, P..., X) summed to `sizes` positions, over groups of neighbours along each axis that has more positions;
-    without sizes, over all positions."""
+    """Sum a tensor (N, P..., X) over groups of neighbouring positions, so that `sizes` positions remain along the axes that have
+    more. If `sizes` is empty, sum over all positions."""
     if not sizes:
         return x.flatten(1, -2).sum(1) if x.dim() > 2 else x
     for axis, size in enumerate(sizes, 1):
@@ -183,7 +183,7 @@ def summed(x: Tensor, sizes: Shape) -> Tensor:
 
 
 def matches(given: Shape, wanted: Shape) -> bool:
-    """Whether errors at the positions `given` can be brought to the positions `wanted`."""
+    """Whether errors at the positions `given` can be converted to the positions `wanted`."""
     if not given or not wanted:
         return True
     return len(given) == len(wanted) and all(
@@ -192,7 +192,7 @@ def matches(given: Shape, wanted: Shape) -> bool:
 
 
 def mismatch(cut: str, shape: Shape, positions: Shape) -> str:
-    """Why the errors of an output with these positions cannot be brought to a cut."""
+    """The reason why the errors of an output with these positions cannot be converted to the positions of a cut."""
     return (
         f"cut '{cut}' has activations of shape {tuple(shape)}, which do not fit errors at {positions} positions: the batch "
         f"comes first, and along each axis of positions one size must be a whole multiple of the other; name another module"
@@ -200,11 +200,11 @@ def mismatch(cut: str, shape: Shape, positions: Shape) -> str:
 
 
 def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shape] | None) -> int:
-    """The axis of an activation's features, (N, P..., F) or (N, F, P...).
+    """The feature axis of an activation (N, P..., F) or (N, F, P...).
 
-    It is the axis whose size is the width of the preceding layer and whose removal leaves the positions of the output. If both
-    axes satisfy this, or neither does, it is the axis on which that layer has its features: 1 for a convolution, otherwise the
-    last one.
+    The feature axis has the width of the preceding layer, and removing it leaves the positions of the output. If both candidate
+    axes satisfy this, or if neither does, the feature axis of the preceding layer is used, which is 1 for a convolution and the
+    last axis otherwise.
 
     Args:
         shape: the shape of the activation.
@@ -226,8 +226,8 @@ def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shap
 
 
 def layout_of(path: str, shape: Shape, positions: Shape, trace: Trace, layers: dict[str, WeightedLayer]) -> Layout:
-    """The layout of a watched module's output, with the arguments of `layouts_of`; `positions` are the positions of the
-    errors."""
+    """The layout of a watched module's output. The arguments are those of `layouts_of`, except that `positions` are the positions
+    of the errors."""
     before = trace.feeds.get(path)
     last = (layers[before[-1]], trace.output_shapes[before[-1]]) if before else None
     return Layout(path, feature_axis(shape, positions, last))
@@ -236,8 +236,8 @@ def layout_of(path: str, shape: Shape, positions: Shape, trace: Trace, layers: d
 def layouts_of(
     cuts: dict[str, Shape], errors: Shape, axis: int, shared: bool, same: bool, trace: Trace, layers: dict[str, WeightedLayer]
 ) -> dict[str, Layout]:
-    """{cut: layout} for the cuts at which one B (C, F) serves all positions. At a cut without a layout, B has all features of the
-    activation.
+    """A mapping from each cut at which one B (C, F) serves all positions to the layout of that cut. At a cut without a layout, B
+    has a column for each entry of a sample's activation.
 
     Args:
         cuts: cut -> shape of its activation.

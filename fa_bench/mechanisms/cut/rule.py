@@ -1,4 +1,5 @@
-"""Cut rules: the second mechanism, which cuts the graph at named modules and delivers an error to each of them directly.
+"""Cut rules, the second of the two mechanisms. A cut rule cuts the graph at named modules and delivers an error to each of them
+directly.
 
 `cut_points` determines which modules can be cut, `capture` contains the hooks that cut, and `delivery` contains the backward
 pass.
@@ -64,12 +65,13 @@ class CutRule(Rule):
         super().__post_init__()
         self.output = None if self.output is None else str(self.output)
 
-    #: Options that only some rules have: how far errors are exact (`within_option`), the module from whose output the error comes
-    #: (`error_at_option`), and whether all positions of a cut share a matrix if the error has none (`positions_option`).
+    #: Only some rules make these fields options. `within` states how far errors are exact (`within_option`), and `error_at` names
+    #: the module from whose output the error comes (`error_at_option`). `positions` states whether all positions of a cut share a
+    #: matrix if the error has no positions (`positions_option`).
     within: str = dataclasses.field(default="layer", init=False)
     error_at: str | None = dataclasses.field(default=None, init=False)
     positions: str = dataclasses.field(default="own", init=False)
-    #: Whether cuts must have the positions of the output.
+    #: Whether cuts must have the same positions as the output.
     same_positions = False
     #: Whether the errors of the layers above cross the cuts; `signal` is then added to them.
     crosses = False
@@ -83,9 +85,10 @@ class CutRule(Rule):
     #: Whether targets may be numbers (N, O), because errors are computed from the objective's loss, regardless of the kind of
     #: targets.
     takes_numbers: ClassVar[bool] = False
-    #: The option, with its value, with which the rule computes its errors without targets; empty if there is none.
+    #: The option and the value with which the rule computes its errors without targets, or an empty string if there is no such
+    #: option.
     without_target: ClassVar[str] = ""
-    #: Whether all errors are those of the objective, so that any other loss would be ignored.
+    #: Whether all errors are computed from the objective, so that any other loss would be ignored.
     learns_by_objective: ClassVar[bool] = False
     #: Whether `gradients` computes the gradients of all parameters, in separate passes; see `fa_bench.mechanisms.cut.passes`.
     learns_in_passes = False
@@ -99,28 +102,29 @@ class CutRule(Rule):
     def modular(self) -> bool:
         """Whether all layers between two cuts form one block, which learns by backpropagation within itself.
 
-        If so, not every layer needs a cut, and all weights of a block are covered.
+        In that case, not every layer needs a cut, and all weights of a block are covered.
         """
         return self.within == "block"
 
     @property
     def declared(self) -> str:
-        """The attribute of the model that names the cuts if the option `cuts` does not."""
+        """The name of the model's attribute that lists the cuts if the option `cuts` is not set."""
         return "blocks" if self.modular else "cut_points"
 
     @property
     def side(self) -> str:
-        """Whether a cut is at its module's output or at its input."""
+        """The side of its module at which a cut lies, which is the output or the input."""
         return OUTPUT
 
     @property
     def changes_delta(self) -> bool:
-        """Whether `output_error` differs from δ."""
+        """Whether `output_error` returns an error other than δ."""
         return type(self).output_error is not CutRule.output_error
 
     @property
     def logits(self) -> Tensor | None:
-        """The logits z, in the model's shape and detached, while errors are computed; None unless the rule `scales`.
+        """The logits z in the model's shape, detached. The logits are available only while errors are computed, and only for
+        rules that set `scales`; otherwise, the result is None.
 
         Raises:
             StateError: if they were changed in place after the forward pass.
@@ -173,8 +177,8 @@ class CutRule(Rule):
         return feedback_tensor(self._cut_modules[cut], name)
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        """The signal for all cuts, in the shape of δ; by default, δ itself. Computed once per backward pass; arguments as for
-        `signal`."""
+        """The signal for all cuts, in the shape of δ; by default, δ itself. This method is called once per backward pass, and its
+        arguments are like those of `signal`."""
         return delta
 
     def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
@@ -190,11 +194,11 @@ class CutRule(Rule):
         return self.project(cut, broadcast, captured)
 
     def output_error(self, delta: Tensor) -> Tensor:
-        """The error that trains the output layer: by default δ, the gradient of the loss at the logits."""
+        """The error that trains the output layer, which by default is δ, the gradient of the loss at the logits."""
         return delta
 
     def project(self, cut: str, errors: Tensor, captured: CapturedActivation) -> Tensor:
-        """The product of errors and B in the shape of the activation, with errors (N, C) or (N, P..., C), and B (C, features)."""
+        """The product of the errors, (N, C) or (N, P..., C), and B (C, features), in the shape of the activation."""
         feedback = self.matrix(cut, captured)
         if errors.dtype != feedback.dtype:
             errors = errors.to(feedback.dtype)
@@ -206,7 +210,7 @@ class CutRule(Rule):
         return self.in_shape(cut, errors.flatten(0, -2).mm(feedback).unflatten(0, errors.shape[:-1]), captured)
 
     def matrix(self, cut: str, captured: CapturedActivation) -> Tensor:
-        """B of a cut, (C, features), with the features in the order in which `in_shape` expects them.
+        """The matrix B (C, features) of a cut, with the features in the order in which `in_shape` expects them.
 
         Raises:
             ComponentError: if the cut has none.
@@ -216,7 +220,7 @@ class CutRule(Rule):
             raise missing_b(self, cut)
         if not captured.channels_last:
             return feedback
-        # Compiled convolutions store maps with their channels last. A fixed B is reordered once.
+        # Compiled convolutions store maps with their channels last. A fixed B is reordered only once.
         key, known = (feedback.data_ptr(), feedback._version), self._reordered.get(cut)
         if known is None or known[0] != key:
             ordered = feedback.unflatten(1, captured.shape[1:]).movedim(1, -1).flatten(1)
@@ -224,7 +228,7 @@ class CutRule(Rule):
         return known[1]
 
     def in_shape(self, cut: str, projected: Tensor, captured: CapturedActivation) -> Tensor:
-        """An error (N, features), or (N, P..., F) at the positions of the cut, in the shape of the activation."""
+        """Convert an error (N, features), or (N, P..., F) at the positions of the cut, to the shape of the activation."""
         if self._layouts:
             return self._layouts[cut].restored(projected, captured.shape)
         if projected.dim() == len(captured.shape):
@@ -263,13 +267,14 @@ class CutRule(Rule):
     def feedback_gradients(
         self, cut: str, captured: CapturedActivation, delta: Tensor, target: Tensor | None
     ) -> list[Tensor | None]:
-        """The gradients of the tensors of `learned_at`."""
+        """The gradients of the tensors that `learned_at` returns."""
         return []
 
     def error_and_gradients(
         self, cut: str, captured: CapturedActivation, broadcast: Tensor, delta: Tensor, target: Tensor | None, learns: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The error at one cut and, if `learns`, the gradients of its learned tensors; override it to compute both at once."""
+        """The error at one cut and, if `learns`, the gradients of its learned tensors. Override this method to compute both at
+        once."""
         error = self.signal(cut, captured, broadcast, target)
         return error, self.feedback_gradients(cut, captured, delta, target) if learns else []
 
@@ -280,7 +285,7 @@ class CutRule(Rule):
         from fa_bench.mechanisms.cut.cut_points import check_cuts, named_origin
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
-        #: The output from which errors come, while they are computed; None unless the rule `scales`.
+        #: The output from which errors are being computed; None at other times and for rules that do not set `scales`.
         self.pass_output: PassOutput | None = None
         self._cut_modules: dict[str, nn.Module] = {}
         self._layouts: dict[str, Layout] = {}
@@ -314,17 +319,18 @@ class CutRule(Rule):
         return cut_coverage(self, layers, trace, self._cut_modules)
 
     def trainable_cuts(self, trace: Trace) -> set[str]:
-        """The cuts at which tensors are learned, namely those whose error reaches something trainable."""
+        """The cuts at which tensors are learned, namely those whose error reaches a trainable parameter."""
         return self.after_first_trainable(trace) if self.crosses else trace.trainable
 
     def after_first_trainable(self, trace: Trace) -> set[str]:
-        """The first cut, in the order of execution, that depends on something trainable, and all later ones."""
+        """The first cut, in the order of execution, that depends on a trainable parameter, and all later cuts."""
         executed = [path for path in trace.output_shapes if path in self._cut_modules]
         first = next((number for number, path in enumerate(executed) if path in trace.trainable), len(executed))
         return set(executed[first:])
 
     def _lay_out(self, cuts: dict[str, tuple[int, ...]], trace: Trace, layers: dict[str, WeightedLayer]) -> int:
-        """Choose the axes of the errors and of the cuts with these shapes; returns the size of the errors' class axis, C."""
+        """Choose the axes of the errors and of the cuts with these shapes, and return C, the size of the class axis of the
+        errors."""
         shape = trace.result_shape if self.error_at is None else trace.output_shapes[self.error_at]
         axis = class_axis(shape) if self.error_at is None else layout_of(self.error_at, shape, (), trace, layers).axis
         if self.side == INPUT and len(shape) > 2:
@@ -356,7 +362,7 @@ class CutRule(Rule):
         return named_cuts(self, sample_input)
 
     def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
-        """The subset of the named cuts at which the rule cuts; `trace` has watched all of them."""
+        """The subset of the named cuts at which the rule cuts; all named cuts are watched in `trace`."""
         return cuts
 
     # -------------------------------------------------------------------------------------------- every pass
@@ -373,7 +379,7 @@ class CutRule(Rule):
         return self.connect(output, tape)
 
     def connect(self, output: Any, tape: dict[str, CapturedActivation] | None, at: str | None = None) -> Any:
-        """The output of the model, or of the module `at`, connected to the cuts if errors come from there; None otherwise."""
+        """The output of the model, or of the module `at`, connected to the cuts; None if the errors do not come from there."""
         if tape is None or output is None:
             return None
         if self.error_at != at:
@@ -384,7 +390,7 @@ class CutRule(Rule):
         return self._delivery.connect(output, tape)
 
     def logits_of(self, result: Any) -> Tensor:
-        """The output of an additional pass from which the loss is computed."""
+        """The output, in the result of an additional pass, from which the loss is computed."""
         from fa_bench.mechanisms.trace import loss_output
 
         return loss_output(result, next(iter(self._trace.results)) if self.loss_output is None else self.loss_output)
@@ -424,8 +430,8 @@ class CutRule(Rule):
         return rows, outputs
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Only the output layer can have a pair: if its output is the source of the errors, and the feedback of the last cut has
-        the shape of its weight."""
+        """Only the output layer can have a pair, which exists if the output of this layer is the source of the errors and the
+        feedback of the last cut has the shape of the layer's weight."""
         if self.error_at is not None:
             return {}
         weights = {path: self._covered[path].weight.detach() for path in self._trace.outputs}

@@ -1,4 +1,7 @@
-"""The last error of every training sample. N batch, n training samples, C classes."""
+"""The last error of every training sample.
+
+Shapes: N batch, n training samples, C classes.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from fa_bench.utils.text import format_bytes
 
 
 class SampleErrors:
-    """The last error of every training sample, and whether there is one.
+    """The last error of every training sample, and a mask of the samples that have one.
 
-    Data-parallel processes have different samples, which change from epoch to epoch: `exchange` gives all processes the same
+    Data-parallel processes have different samples, which change from epoch to epoch, so `exchange` gives all processes the same
     errors.
 
     Args:
@@ -44,36 +47,37 @@ class SampleErrors:
         return process_count() > 1
 
     def describe(self) -> str:
-        """The memory that the errors take, as text."""
+        """A text that states how much memory the errors take."""
         size = sum(one.numel() * one.element_size() for one in (self.errors, self.seen))
         return f"the last errors of {len(self.errors):,} training samples take {format_bytes(size)}"
 
     def read(self, indices: Tensor, first: Tensor) -> Tensor:
-        """The errors of the samples `indices` (N,), or `first` (N, C) for samples without one: (N, C), with the device and dtype
-        of `first`."""
+        """The errors (N, C) of the samples `indices` (N,), with the device and dtype of `first`. The row of `first` (N, C) is
+        used for a sample that has no error yet."""
         if self.errors.device != first.device or self.errors.dtype != first.dtype:  # the model was moved, or converted
             self.errors, self.seen = self.errors.to(first), self.seen.to(first.device)
         indices = indices.to(first.device, torch.int64)
         return torch.where(self.seen[indices].unsqueeze(1), self.errors[indices], first)
 
     def write(self, indices: Tensor, errors: Tensor, is_shared: bool = True) -> None:
-        """Replace the errors of the samples `indices` (N,) with `errors` (N, C), which `exchange` gives to other processes if
-        `is_shared`.
+        """Replace the errors of the samples `indices` (N,) with `errors` (N, C). If `is_shared` is true, `exchange` later sends
+        these errors to the other processes.
 
         If a sample's error is not finite, its previous one is kept, because a gradient scaler skips this update.
         """
         indices, errors = indices.to(self.errors.device, torch.int64), errors.to(self.errors.dtype)
         finite = errors.isfinite().all(1)
-        # Selecting rows would make a GPU wait.
+        # Selecting only some rows would force a synchronisation with the GPU.
         self.errors.index_copy_(0, indices, torch.where(finite.unsqueeze(1), errors, self.errors[indices]))
         self.seen.index_copy_(0, indices, finite | self.seen[indices])
         if is_shared and self.is_shared:
             self._new.append((indices[finite].cpu(), errors[finite].cpu()))
 
     def exchange(self) -> None:
-        """Give all processes the errors that were written in one of them since the last exchange; all must call this.
+        """Distribute the errors that any process has written since the last exchange to all processes, which must all call this
+        method.
 
-        If several processes have the same sample, all get the error of the last process.
+        If several processes have an error for the same sample, all processes use the one from the process with the highest rank.
         """
         if not self.is_shared:
             self._new.clear()

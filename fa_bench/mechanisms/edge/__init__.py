@@ -1,1 +1,1 @@
-"""Edge rules: a feedback pathway for every layer."""
+"""Edge rules, which give every layer a feedback pathway."""

@@ -1,6 +1,6 @@
-"""Feedback that learns from local losses that compare it with the weight, on the layer's input or on noise.
+"""Feedback that learns from local losses, which compare it with the weight on the layer's input or on noise.
 
-With z_W = x Wᵀ and z_B = x Bᵀ for the rows x of a layer's input, and means over samples and positions, the losses are:
+For the rows x of a layer's input, let z_W = x Wᵀ and z_B = x Bᵀ. With means over samples and positions, the losses are:
 
     decay    ‖W‖² + ‖B‖²
     amp      -mean Σ z_W z_B
@@ -8,9 +8,9 @@ With z_W = x Wᵀ and z_B = x Bᵀ for the rows x of a layer's input, and means 
     self     -Σ W B
     sparse   mean ‖z_W‖² + mean ‖z_B‖²
 
-For a convolution, z_W and z_B are its outputs with W and B, with one row for each sample and output position, and z_W B is the
-error that B passes to the input from z_W. No loss has a gradient at the layer's input, and none has a gradient for W unless this
-is requested.
+For a convolution, z_W and z_B are its outputs with W and B, with one row for each sample and output position. The product z_W B
+is the error that B passes from z_W to the input. No loss has a gradient at the layer's input, and the losses have a gradient for
+W only on request.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AlignmentLoss(NamedTuple):
         return bool(self.amp or self.null or self.sparse)
 
     def feedback_gradient(self, weight: Tensor, feedback: Tensor, x: Tensor, geometry: Geometry | None) -> Tensor:
-        """The gradient of B; arguments as for `LayerProducts`."""
+        """The gradient of B; `x` and `geometry` are as for `LayerProducts`."""
         gradient = 2 * self.decay * feedback - self.self_ * weight
         if not self.reads_input:
             return gradient
@@ -66,7 +66,7 @@ class AlignmentLoss(NamedTuple):
         return gradient
 
     def weight_gradient(self, weight: Tensor, feedback: Tensor, x: Tensor, geometry: Geometry | None) -> Tensor:
-        """The gradient of W; arguments as for `LayerProducts`."""
+        """The gradient of W; `x` and `geometry` are as for `LayerProducts`."""
         swapped = self._replace(null=0.0).feedback_gradient(feedback, weight, x, geometry)
         if not self.null:
             return swapped
@@ -77,7 +77,7 @@ class AlignmentLoss(NamedTuple):
 
 
 class LayerProducts(NamedTuple):
-    """The products of a layer.
+    """The matrix products, or convolutions, of one layer from which the local losses are computed.
 
     Attributes:
         x: the layer's input, (rows, I); for a convolution (N, I, ...), already padded if `Geometry` cannot describe the padding.
@@ -88,19 +88,19 @@ class LayerProducts(NamedTuple):
     geometry: Geometry | None
 
     def output(self, weight: Tensor) -> Tensor:
-        """x Wᵀ without bias, (rows, O) or (N, O, ...)."""
+        """The product x Wᵀ without the bias, (rows, O) or (N, O, ...)."""
         if self.geometry is None:
             return self.x.mm(weight.t())
         return torch.ops.aten.convolution(self.x, weight, None, *self.geometry)
 
     def input_error(self, z: Tensor, feedback: Tensor) -> Tensor:
-        """z B, in the shape of the input."""
+        """The product z B, in the shape of the input."""
         if self.geometry is None:
             return z.mm(feedback)
         return torch.ops.aten.convolution_backward(z, self.x, feedback, None, *self.geometry, [True, False, False])[0]
 
     def correlation(self, z: Tensor, x: Tensor, like: Tensor) -> Tensor:
-        """zᵀ x, in the shape of the weight `like`."""
+        """The product zᵀ x, in the shape of the weight `like`."""
         if self.geometry is None:
             return z.t().mm(x)
         from fa_bench.mechanisms.edge.ops import weight_gradient
@@ -136,7 +136,8 @@ class AlignedFeedback(FeedbackPathway):
         return feedback_tensor(layer, "B")
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
-        # The tensors of this pass: in the backward pass, the layer may have others (torch.func.functional_call).
+        # `weight` and `feedback` are the tensors of this pass; in the backward pass, the layer may have others
+        # (torch.func.functional_call).
         weight, feedback = layer.weight, layer.learned["B"].tensor
         of_input = functools.partial(self.gradient, self.loss.feedback_gradient, layer, weight, feedback)
         of_weight = functools.partial(self.gradient, self.loss.weight_gradient, layer, weight, feedback)
@@ -176,8 +177,8 @@ class AlignedFeedback(FeedbackPathway):
 class LossScale:
     """The factor by which the task's loss was scaled in the current backward pass.
 
-    The factor is kept as a tensor, so that a compiled graph can read it when it runs. Outside the rule's backward passes, it is
-    NaN.
+    The factor is kept as a tensor, so that a compiled graph can read it when it runs. The factor is NaN outside the rule's
+    backward passes.
     """
 
     def __init__(self, rule: str) -> None:
@@ -185,7 +186,7 @@ class LossScale:
         self.is_known = False
 
     def set(self, factor: float | None) -> None:
-        """Set the factor; None: the backward pass has ended."""
+        """Set the factor; None means that the backward pass has ended."""
         self.is_known = factor is not None
         if factor is not None:
             self.last = factor
@@ -209,11 +210,12 @@ class LossScale:
 class AlignmentRule(RandomFeedbackRule):
     """Base class of the rules whose feedback learns from local losses; subclasses implement `alignment_loss`.
 
-    e_in = g B. Each layer adds its local loss to the task's, multiplied by the same factor (gradient accumulation, gradient
-    scalers); the local loss has no gradient at the layer's input, and none for W unless ``update_forward`` is set. B is trained
-    by W's optimizer at ``b_lr_scale`` times its learning rate, or by its own optimizer (``optimizer@feedback_optimizer=adam``);
-    that optimizer's weight decay adds to the loss. ``b_init`` and ``linear_b_init`` are the initialisers of B. A layer that runs
-    several times in a forward pass adds its loss each time.
+    The error at a layer's input is e_in = g B. Each layer adds its local loss to the loss of the task. The local loss is
+    multiplied by the factor by which gradient accumulation or a gradient scaler has scaled the task's loss. The local loss has no
+    gradient at the layer's input, and none for W unless ``update_forward`` is set. B is trained by W's optimizer at
+    ``b_lr_scale`` times the learning rate of W, or by an optimizer of its own (``optimizer@feedback_optimizer=adam``). The weight
+    decay of the optimizer that trains B acts in addition to the local loss. ``b_init`` and ``linear_b_init`` are the initialisers
+    of B. A layer that runs several times in a forward pass adds its loss each time.
     """
 
     b_lr_scale: float = option(1.0, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
@@ -223,7 +225,7 @@ class AlignmentRule(RandomFeedbackRule):
     on_noise = False
 
     def alignment_loss(self) -> AlignmentLoss:
-        """The weights of the local losses."""
+        """The coefficients of the local losses."""
         raise missing_method(self, "alignment_loss")
 
     def wire(self, sample_input: Any) -> Coverage:
@@ -258,8 +260,9 @@ class AlignmentRule(RandomFeedbackRule):
 class InputAlignmentRule(AlignmentRule):
     """Base class of the alignment rules whose local losses depend on the layer's input.
 
-    ``signal=noise`` computes these losses on standard normal noise in the shape of the layer's input: ``noise_batch`` samples
-    that are drawn again after every update and are the same in all processes. The second moments C are then the identity.
+    With ``signal=noise``, the losses are computed on standard normal noise in the shape of the layer's input. The ``noise_batch``
+    noise samples are drawn again after every update and are the same in all processes. With noise, the second moments C are the
+    identity.
     """
 
     signal: str = option(
@@ -285,8 +288,8 @@ class InputAlignmentRule(AlignmentRule):
             for path, layer in layers.items():
                 if hasattr(layer, "kernel_size") and path not in self._shapes:
                     raise CoverageError(
-                        f"rule '{self.name}' with signal=noise needs sample_input, one input batch, to see the "
-                        f"size of what enters the convolution '{path}'"
+                        f"rule '{self.name}' with signal=noise needs sample_input, one input batch, to find the "
+                        f"input size of the convolution '{path}'"
                     )
         coverage = super().wire(sample_input)
         self._sample()
@@ -295,7 +298,7 @@ class InputAlignmentRule(AlignmentRule):
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         pathway = super().pathway(layer)
         if self.on_noise:
-            # A linear layer treats all positions alike, so its noise has none.
+            # A linear layer treats all positions alike, so its noise has no position axis.
             shape = (layer.module.weight.shape[1],) if layer.is_linear else self._shapes[layer.path]
             size, what = self.noise_batch * math.prod(shape), f"the noise of layer '{layer.path}'"
             require_option_memory("noise_batch", self.noise_batch, size, what)

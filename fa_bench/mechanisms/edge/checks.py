@@ -1,4 +1,4 @@
-"""Checks of the pathways that a rule creates; their errors name the layer, what was found and what is needed."""
+"""Checks of the pathways that a rule creates. The error messages name the layer, what was found and what is required."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fa_bench.mechanisms.feedback_tensors import feedback_tensor
 
 
 def missing_tensor(pathway: Any, layer: str, name: str) -> ComponentError:
-    """The error of a layer without the feedback tensor `name`, which its pathway uses."""
+    """The error for a layer that lacks the feedback tensor `name`, which its pathway uses."""
     return ComponentError(
         f"layer '{layer}' has no feedback tensor '{name}', which {type(pathway).__qualname__} uses; create it in the rule's "
         f"method pathway with layer.put('{name}', ...)"
@@ -24,7 +24,8 @@ def require_b(pathway: Any, layer: Any) -> None:
 
 
 def require_shape(layer: Any, what: str, feedback: Any) -> None:
-    """Require that the effective feedback of a layer is a tensor in the shape of its weight; `what` begins the description."""
+    """Require that the effective feedback of a layer is a tensor in the shape of its weight; `what` introduces the tensor in the
+    error message."""
     wanted = layer.weight.shape
     if getattr(feedback, "shape", None) != wanted:
         raise ComponentError(
@@ -33,6 +34,6 @@ def require_shape(layer: Any, what: str, feedback: Any) -> None:
 
 
 def described(value: Any) -> str:
-    """A value in a few words, on one line."""
+    """A short description of a value, on one line."""
     shape = getattr(value, "shape", None)
     return truncate(" ".join(repr(value).split()), 100) if shape is None else f"a tensor of shape {tuple(shape)}"

@@ -1,6 +1,6 @@
-"""Layers whose backward pass uses feedback in place of the weight; a layer's class is swapped in place.
+"""Layers whose backward pass uses feedback in place of the weight. A plain layer is converted in place, by changing its class.
 
-``module.__class__ = FeedbackLinear`` keeps names, hooks, optimizer references, and tied or pretrained weights.
+Assigning ``module.__class__ = FeedbackLinear`` preserves names, hooks, optimizer references, and tied or pretrained weights.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class FeedbackLayer(nn.Module):
                 else:
                     self.pathway.observe(self, x)
             return super().forward(x, *args, **kwargs)
-        # Read from the dictionary, because attribute access on a module costs as much as launching a small matrix product.
+        # The parameters are read from the dictionary, because attribute access on a module costs as much as launching a small
+        # matrix product.
         parameters = self._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
         if weight is None or "bias" not in parameters:  # a pruned or parametrized bias is not a parameter of the layer
@@ -67,7 +68,8 @@ class FeedbackLayer(nn.Module):
             return super().forward(x, *args, **kwargs)
         context = pathway.context(self, x)
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-            # Cast outside the Function, so that its backward pass sees one dtype and the casts are differentiated as usual.
+            # The tensors are cast outside the Function, so that its backward pass sees one dtype and the casts are differentiated
+            # as usual.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = _autocast(x, dtype), _autocast(weight, dtype)
             context = _autocast_context(context, self.weight.detach(), dtype)
@@ -91,7 +93,7 @@ class FeedbackLayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.pathway.materialize(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Saved in the order of creation, so that a state and its hash do not depend on which tensors are learned.
+        # The tensors are saved in the order of creation, so that a state and its hash do not depend on which of them are learned.
         for name in tensors_of(self):
             if (key := f"{prefix}{PREFIX}{name}") in destination:
                 destination[key] = destination.pop(key)
@@ -109,12 +111,13 @@ class FeedbackLayer(nn.Module):
         raise NotImplementedError
 
     def prepared(self, x: Tensor) -> tuple[Tensor, Geometry | None]:
-        """An input of the layer as its autograd Function gets it, and its geometry if the layer is a convolution."""
+        """The input x in the form that the layer's autograd Function receives, and the geometry if the layer is a convolution."""
         raise NotImplementedError
 
     @property
     def qconfig(self) -> Any:
-        """Quantisation tools set this on every module; they would silently skip this class."""
+        """Quantisation tools set this attribute on every module, but they would silently skip layers of this class. Therefore,
+        setting it raises an error."""
         raise AttributeError("qconfig")
 
     @qconfig.setter
@@ -125,13 +128,13 @@ class FeedbackLayer(nn.Module):
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`, as torch's autocast casts it: double precision is kept."""
+    """Cast the tensor to `dtype` as torch's autocast does, which leaves double precision unchanged."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def _autocast_context(context: BackwardContext, weight: Tensor, dtype: torch.dtype) -> BackwardContext:
-    """`context` with all tensors cast; feedback is derived from the weight at full precision, so that no small weight is rounded
-    to zero."""
+    """`context` with all tensors cast. Feedback is derived from the weight at full precision, so that small weights are not
+    rounded to zero."""
     derived = _autocast(context.from_weight(weight), dtype) if context.from_weight else None
     return _prepared(context, lambda value: _autocast(value, dtype))._replace(
         feedback=None if context.feedback is None else _autocast(context.feedback, dtype),
@@ -170,7 +173,7 @@ class _FeedbackLinear(FeedbackLayer):
 
 
 class _FeedbackProjection(_FeedbackLinear):
-    """One weight of a compound module, with feedback."""
+    """One weight of a compound module as a linear layer with feedback."""
 
     def apply_feedback(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, rows: slice | None = None
@@ -181,7 +184,7 @@ class _FeedbackProjection(_FeedbackLinear):
 
 
 def _rows_of(context: BackwardContext, weight: Tensor, rows: slice) -> BackwardContext:
-    """`context` for some outputs of a linear layer with the weight (O, I)."""
+    """`context`, restricted to some outputs of a linear layer with the weight (O, I)."""
     feedback = context.from_weight(weight.detach()) if context.from_weight else context.feedback
     assert feedback is not None
 
@@ -255,7 +258,8 @@ def _convolve(
     context: BackwardContext,
     prepare: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """A convolution of a prepared input; `prepare` does the same to an activation that replaces the input in a gradient."""
+    """A convolution of a prepared input; `prepare` applies the same preparation to an activation that replaces the input in a
+    gradient."""
     if context.activation is not None or context.gradients:
         context = _prepared(context, prepare)
     learned = (gradient.input for gradient in context.gradients)
@@ -265,7 +269,7 @@ def _convolve(
 def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
     """The input of a plain convolution, (N, I, ...), and its geometry.
 
-    Padding other than symmetric zeros is applied to the input, where autograd differentiates it exactly.
+    Padding other than symmetric zero padding is applied to the input, so that autograd differentiates it exactly.
     """
     dims, padding = len(conv.kernel_size), conv.padding
     if conv.padding_mode != "zeros":
@@ -282,13 +286,13 @@ def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
 
 
 def _batched(x: Tensor, dims: int) -> Tensor:
-    """The input with a batch dimension, which is added to a single sample."""
+    """The input with a batch dimension, which is added if the input is a single sample."""
     return x if x.dim() == dims + 2 else x.unsqueeze(0)
 
 
 def _with_feedback(plain: type[nn.Module]) -> type[FeedbackLayer]:
-    """The class with feedback for a plain class, such as ``FeedbackLinear``; a global of this module, so that layers can be
-    pickled."""
+    """The class with feedback for a plain class, such as ``FeedbackLinear`` for ``Linear``. The new class is a global of this
+    module, so that layers can be pickled."""
     if plain is Projection:
         mixin = _FeedbackProjection
     elif issubclass(plain, nn.Linear):
@@ -296,11 +300,11 @@ def _with_feedback(plain: type[nn.Module]) -> type[FeedbackLayer]:
     else:
         mixin = _FeedbackConvTranspose if "Transpose" in plain.__name__ else _FeedbackConv
     name = f"Feedback{plain.__name__}"
-    body = {"__module__": __name__, "__doc__": "With feedback.", "plain_class": plain}
+    body = {"__module__": __name__, "__doc__": "A layer with feedback in its backward pass.", "plain_class": plain}
     return globals().setdefault(name, type(name, (mixin, plain), body))
 
 
-#: Plain class -> its class with feedback.
+#: Maps each plain class to its class with feedback.
 SWAPS: dict[type[nn.Module], type[FeedbackLayer]] = {plain: _with_feedback(plain) for plain in WEIGHTED}
 
 
@@ -318,7 +322,7 @@ def swap_in(module: nn.Module, path: str, pathway: FeedbackPathway, mode: Mode) 
 
 
 def swap_out(module: nn.Module) -> None:
-    """Turn a feedback layer back into the plain one and drop its feedback tensors."""
+    """Turn a feedback layer back into a plain one and drop its feedback tensors."""
     cls = type(module)
     if "plain_class" in vars(cls):
         module.__class__ = cls.plain_class  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Activations that a compiled graph computes after a layer has run, and that the layer's weight gradient needs.
+"""Deliver activations that a compiled graph computes after a layer has run, but that the layer's weight gradient needs.
 
 Without compilation, a layer's backward pass looks up such an activation. A compiled graph cannot do that, but it can pass
-gradients: `receive` gives a layer an additional output, its messenger, and `send` makes the activation the gradient that the
-messenger receives in the backward pass. `send` is applied to the model's outputs, so that its backward pass is the first one.
+gradients. The function `receive` gives a layer an additional output, its messenger, and `send` makes the activation the gradient
+that the messenger receives in the backward pass. Since `send` is applied to the model's outputs, its backward pass runs first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Handle", "receive", "second_pass", "send"]
 class _ReceiveFunction(torch.autograd.Function):
     """Zeros in the shape of a layer's output y, and the messenger in the shape of its input x.
 
-    The backward pass gets the error at y and the activation, and returns the weight's gradient.
+    The backward pass receives the error at y and the activation, and returns the weight's gradient.
     """
 
     @staticmethod
@@ -48,12 +48,13 @@ class _SendFunction(torch.autograd.Function):
 
 
 def receive(layer: Any, weight: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros to be added to the output y of a layer with the input x, and the messenger of the activation for its weight."""
+    """Zeros to be added to the output y of a layer with the input x, and the messenger for the activation that the weight's
+    gradient needs."""
     return _ReceiveFunction.apply(layer, weight, x, y)
 
 
 def send(outputs: list[Tensor], messages: list[Tensor], messengers: list[Tensor]) -> tuple[Tensor, ...]:
-    """The outputs, connected so that each messenger gets its message in the backward pass."""
+    """The outputs, connected so that each messenger receives its message in the backward pass."""
     return _SendFunction.apply(len(outputs), len(messages), *outputs, *messages, *messengers)
 
 

@@ -1,19 +1,18 @@
-"""The autograd Functions of edge rules and of cut rules.
+"""The autograd Functions of edge rules.
 
-Shapes: N batch, O out features or channels, I in features or channels, K kernel positions, C classes; ``...`` any further
-dimensions. The Functions of edge rules compute the forward pass of the plain layer. Their backward pass, with g the error at the
-layer's output:
+Shapes: N batch, O out features or channels, I in features or channels, K kernel positions; ``...`` any further dimensions. The
+Functions compute the forward pass of the plain layer. With g the error at the layer's output, their backward pass computes:
 
     gradient of the weight = correlation of the true input with g       (as backpropagation)
     gradient of the bias   = g summed over batch and space              (as backpropagation)
     error at the input     = g times `feedback`                         (backpropagation uses the weight here)
 
-`feedback` has the weight's layout, so with feedback = weight the result is bitwise identical to backpropagation, without a
-transpose. A layer passes to its Function its own tensors, a `BackwardContext` and, one by one, the learned feedback tensors of
-``context.gradients``. Because these are inputs, autograd accumulates their gradients, and all code that watches gradients works
-on them. The arithmetic of a small layer takes microseconds, so wrappers are costly: Functions have few arguments, forward and
-setup in one method, and a backward that is not marked ``once_differentiable``. Second derivatives are those of the formulas
-above.
+Feedback has the weight's layout, so no transpose is needed. With feedback = weight, the result is bitwise identical to
+backpropagation. A layer passes its own tensors, a `BackwardContext` and the learned feedback tensors of ``context.gradients``,
+one by one, to its Function. Because the feedback tensors are inputs, autograd accumulates their gradients, and any code that
+monitors gradients works on them. The arithmetic of a small layer takes microseconds, so wrappers are costly. Therefore, Functions
+have few arguments, combine forward and setup in one method, and do not mark the backward pass as ``once_differentiable``. Second
+derivatives are those of the formulas above.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """(..., F) as (rows, F)."""
+    """The tensor (..., F), flattened to (rows, F)."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
@@ -77,7 +76,7 @@ class FeedbackLinearFunction(torch.autograd.Function):
 
 
 class ProductLinearFunction(torch.autograd.Function):
-    """y = x Wᵀ + b with the error e_in = ē R, where ē = g B; gradient of R = ēᵀ x.
+    """The layer y = x Wᵀ + b with the error e_in = ē R, where ē = g B; the gradient of R is ēᵀ x.
 
     Two products with the error cost less than computing B R, unless the batch is larger than the layer.
 
@@ -122,7 +121,7 @@ class FeedbackConvFunction(torch.autograd.Function):
     """A convolution of one to three dimensions, plain or transposed, whose backward pass uses `feedback`.
 
     Shapes: x (N, I, ...); weight and feedback (O, I/groups, K...), or (I, O/groups, K...) if transposed; bias (O) or None; y and
-    g (N, O, ...). e_in is the input gradient of the same convolution with `feedback` as its weight.
+    g (N, O, ...). The error e_in is the input gradient of the same convolution with `feedback` as its weight.
     """
 
     @staticmethod
@@ -167,7 +166,7 @@ class FeedbackConvFunction(torch.autograd.Function):
 
 
 def regresses(how: tuple[FeedbackGradient, ...], needed: Sequence[bool]) -> bool:
-    """Whether a gradient that is needed depends on the error at the layer's input."""
+    """Whether any of the required gradients depends on the error at the layer's input."""
     return any(is_needed and one.error_scale is not None for one, is_needed in zip(how, needed, strict=True))
 
 
@@ -218,7 +217,7 @@ def learned_gradients(
 
 
 def shared(gradient: Tensor) -> Tensor:
-    """A gradient that is already used for one tensor, for use by a second one."""
+    """A gradient that one tensor already uses, in a form that a second tensor can use as well."""
     return gradient.clone() if torch.compiler.is_compiling() else copied_when_changed(gradient)
 
 

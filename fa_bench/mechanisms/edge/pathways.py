@@ -1,4 +1,4 @@
-"""Feedback pathways: how a layer obtains the tensor that passes the error to the layer below, its effective feedback.
+"""Feedback pathways, which determine a layer's effective feedback, the tensor that passes the error to the layer below.
 
 Every effective feedback has the layout of the layer's weight: (O, I) for linear layers, (O, I/groups, K...) for convolutions. The
 forward pass asks the layer's pathway for a `BackwardContext`, which holds everything that the backward pass needs.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class FeedbackGradient(NamedTuple):
-    """How the gradient of a learned feedback tensor is computed: like the weight's, unless one of the ways below is given.
+    """Describes how the gradient of a learned feedback tensor is computed, by default in the same way as that of the weight.
 
     Attributes:
         learned: the learned tensor. It is an input of the layer's autograd Function, so that autograd accumulates its gradient,
@@ -52,7 +52,7 @@ class FeedbackGradient(NamedTuple):
 
     @property
     def input(self) -> Tensor:
-        """The tensor, or its rows, as the input of the autograd Function."""
+        """The learned tensor, or its `rows`, as an input of the autograd Function."""
         return self.learned.tensor if self.rows is None else self.learned.tensor[self.rows]
 
 
@@ -78,7 +78,7 @@ class BackwardContext(NamedTuple):
 
 
 class FeedbackPathway:
-    """How one layer obtains its effective feedback. A pathway contains only plain values; the tensors belong to the layer.
+    """Computes the effective feedback of one layer. A pathway contains only plain values; the tensors belong to the layer.
 
     Subclasses implement `effective`, or `context` and `effective` if the backward pass needs more than one tensor.
 
@@ -111,13 +111,13 @@ class FeedbackPathway:
     always_needed = False
 
     def describe(self) -> str:
-        """The tensor that the error passes through, and which tensors are learned, in a few words, for the coverage table."""
+        """A short description of the tensor that the error passes through, and of the learned tensors, for the coverage table."""
         if self.learned == (self.description,):
             return f"learned {self.description}"
         return self.description + (f" ({', '.join(self.learned)} learned)" if self.learned else "")
 
     def check(self, layer: Any) -> None:
-        """Called by `attach` after `pathway`.
+        """Check the feedback tensors of a layer; called by `attach` after `pathway`.
 
         Raises:
             ComponentError: if a tensor is missing, or if the effective feedback does not have the shape of the weight.
@@ -126,7 +126,7 @@ class FeedbackPathway:
             require_shape(layer, f"{type(self).__qualname__}.effective returned", self.effective(layer))
 
     def effective(self, layer: Any) -> Tensor:
-        """The effective feedback as it is now, in the weight's layout, detached."""
+        """The current effective feedback, in the weight's layout, detached."""
         raise missing_method(self, "effective")
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
@@ -134,17 +134,17 @@ class FeedbackPathway:
         return BackwardContext(self.effective(layer))
 
     def effective_context(self, layer: Any, x: Tensor, gradients: tuple[FeedbackGradient, ...]) -> BackwardContext:
-        """A context with `effective` as the feedback, which is not computed if the backward pass needs only the gradients."""
+        """A context with `effective` as the feedback, computed only if the backward pass needs an error at the input."""
         return BackwardContext(self.effective(layer) if x.requires_grad else layer.weight.detach(), gradients=gradients)
 
     def forward(
         self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The layer's output, with `context` in the backward pass."""
+        """The layer's output, computed so that the backward pass uses `context`."""
         return layer.apply_feedback(x, weight, bias, context, *args, **kwargs)
 
     def before_forward(self, layer: Any) -> None:
-        """Called before every call of the layer with gradients in training mode."""
+        """Called before every call of the layer in training mode with gradients enabled."""
 
     def observe(self, layer: Any, x: Tensor) -> None:
         """Called with the input of a frozen layer that runs without gradients in a training forward pass of the model."""
@@ -160,7 +160,7 @@ class FeedbackPathway:
         """Called after every update if the layer has learned tensors."""
 
     def derived(self, layer: Any) -> dict[str, Tensor]:
-        """Tensors that are computed rather than stored and still appear in ``rule.feedback``; writing to them has no effect."""
+        """Tensors that are computed rather than stored, but still appear in ``rule.feedback``; writing to them has no effect."""
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class FeedbackPathway:
 
 
 class FixedFeedback(FeedbackPathway):
-    """e_in = g B with a fixed B.
+    """The error e_in = g B with a fixed B.
 
     Examples:
         >>> import torch, fa_bench
@@ -189,7 +189,7 @@ class FixedFeedback(FeedbackPathway):
 
 
 class LearnedFeedback(FeedbackPathway):
-    """e_in = g B; the gradient of B is exactly the gradient of W.
+    """The error e_in = g B with a learned B, whose gradient is exactly the gradient of W.
 
     Examples:
         >>> import torch, fa_bench
@@ -221,8 +221,8 @@ def feedback_gradient(
     of_errors: Callable[[Tensor], Tensor] | None = None,
     of_input: Callable[[Tensor, Any, slice | None], Tensor] | None = None,
 ) -> tuple[FeedbackGradient, ...]:
-    """How the gradient of the learned feedback tensor `name` is computed; empty if it is not computed, as with
-    `Mode.freeze_random`.
+    """The way in which the gradient of the learned feedback tensor `name` is computed, or an empty tuple if it is not computed,
+    as with `Mode.freeze_random`.
 
     Raises:
         StateError: if the tensor was frozen because its weight was, and the weight is trained now.
@@ -238,7 +238,7 @@ def feedback_gradient(
 
 
 class TransposeFeedback(FeedbackPathway):
-    """e_in = g W: backpropagation through this layer."""
+    """The error e_in = g W, which is backpropagation through this layer."""
 
     description = "the weight"
 
@@ -249,7 +249,7 @@ class TransposeFeedback(FeedbackPathway):
 class WeightDerivedFeedback(FeedbackPathway):
     """B is computed from the weight in the backward pass, just before the multiplication, so that B is still in the cache.
 
-    The weight is that of the forward pass. As in backpropagation, autograd raises an error if the weight was changed in place
+    The weight of the forward pass is used. As in backpropagation, autograd raises an error if the weight was changed in place
     before the backward pass.
     """
 
@@ -275,7 +275,7 @@ def _masked(layer: Any, feedback: Tensor) -> Tensor:
 
 
 class SignFeedback(WeightDerivedFeedback):
-    """B = s sign(W) of the current weight; sign(0) is 0.
+    """B = s sign(W) for the current weight, where sign(0) is 0.
 
     Args:
         scale: s, a positive number.
@@ -294,7 +294,7 @@ class SignFeedback(WeightDerivedFeedback):
 
 
 class SignedMagnitudeFeedback(WeightDerivedFeedback):
-    """B = |M| sign(W) of the current weight.
+    """B = |M| sign(W) for the current weight.
 
     Args:
         resample: initialiser that samples a new M at every training forward pass; None keeps M.
@@ -305,7 +305,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
 
     def __init__(self, resample: str | None = None, seed: int = 0) -> None:
         self.resample, self.seed, self.draws = resample, seed, 0
-        # M is sampled only when it is read: the first layer's magnitudes carry no error.
+        # M is sampled only when it is read, so that nothing is sampled for the first layer, which passes no error on.
         self._is_due = False
         self._known_positive: tuple[int, int] | None = None
         if resample is not None:
@@ -316,7 +316,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
     def before_forward(self, layer: Any) -> None:
         if self.resample is None:
             return
-        # A recurrent layer runs in every time step: all steps of a pass share one sample.
+        # A recurrent layer runs in every time step, and all steps of a pass share one sample.
         mode = layer.mode
         is_first = not mode.training or layer.path not in mode.with_gradients
         if torch.compiler.is_compiling():
@@ -328,7 +328,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
             self.new_sample()
 
     def new_sample(self) -> None:
-        """Replace M with a new sample when it is next read."""
+        """Schedule a new sample, which replaces M the next time M is read."""
         self.draws += 1
         self._is_due = True
 
@@ -353,7 +353,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         return seed_for(self.seed, self.draws)
 
     def seed_words(self) -> tuple[int, int]:
-        """The seed of the current sample, for graphs."""
+        """The seed of the current sample as two numbers, for compiled graphs."""
         return seed_words(self._sample_seed())
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
@@ -371,8 +371,8 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
             return BackwardContext(from_weight=lambda weight: _masked(layer, torch.sign(weight).mul_(sample)))
         if recomputing():
             return BackwardContext(from_weight=refuse_reentrant(layer.mode.rule))
-        # Another forward pass may sample a new M before this one's backward pass, so B is computed now. B is not saved by
-        # autograd, because activation checkpointing would recompute a saved tensor, from another M.
+        # Another forward pass may sample a new M before this one's backward pass, so B is computed now. Autograd does not save B,
+        # because activation checkpointing would recompute a saved tensor with a different M.
         feedback = self.effective(layer)
         return BackwardContext(from_weight=lambda weight: feedback)
 
@@ -381,7 +381,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         return signs.mul_(self._magnitudes(feedback_tensor(layer, "M")))
 
     def _magnitudes(self, tensor: Tensor) -> Tensor:
-        """|M|; the absolute value is computed only if M has negative entries, which is checked after each change of M."""
+        """|M|, with absolute values computed only if M has negative entries, which is checked after each change of M."""
         if torch.compiler.is_compiling():
             return tensor.abs()
         if self._known_positive != _version(tensor):

@@ -1,7 +1,8 @@
-"""Product feedback, ē = g B and e_in = ē R, as operations on weights: the product B R, and the gradient of R.
+"""Product feedback, ē = g B and e_in = ē R, in terms of operations on weights: the product B R, and the gradient of R.
 
-In a convolution, B is the same at every pixel, so e_in is the input gradient of g with the weight B R, and the correlation of x
-with ē is Bᵀ times the correlation of x with g: the activity of the large intermediate population is never computed.
+In a convolution, B is the same at every pixel. Therefore, e_in is the input gradient of g with the weight B R, and the
+correlation of x with ē is Bᵀ times the correlation of x with g. The activity of the large intermediate population is never
+computed.
 
 Shapes, for M intermediate units per group and G groups: B (O, M), in which the rows of each group belong to that group's part of
 R; R (G M, I/G, K...), the layout of a weight with G M outputs. In a transposed convolution, the weight is (I, O/G, K...) and R is
@@ -22,14 +23,14 @@ def effective_product(first: Tensor, second: Tensor, groups: int, transposed: bo
 
 
 def gradient_of_second(first: Tensor, gradient: Tensor, groups: int, transposed: bool) -> Tensor:
-    """The gradient of R, in R's layout, from the weight's gradient."""
+    """The gradient of R, in R's layout, computed from the weight's gradient."""
     mixing = first.view(groups, len(first) // groups, -1).transpose(1, 2)
     return _mix(mixing, gradient.to(first.dtype), transposed)
 
 
 def _mix(mixing: Tensor, tensor: Tensor, transposed: bool) -> Tensor:
-    """The product A T in every group, with the mixing matrices A (G, P, Q): T is laid out like a weight with Q outputs per group,
-    and the result like one with P."""
+    """The product A T in every group, with the mixing matrices A (G, P, Q). The tensor T is laid out like a weight with Q outputs
+    per group, and the result like a weight with P outputs per group."""
     groups, outputs, inputs = mixing.shape
     if transposed:
         mixed = mixing.unsqueeze(1) @ tensor.reshape(groups, len(tensor) // groups, inputs, -1)

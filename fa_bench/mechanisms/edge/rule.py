@@ -1,4 +1,4 @@
-"""Edge rules: the first mechanism, which changes how a weighted layer passes the error to the layer below."""
+"""Edge rules, the first of the two mechanisms. An edge rule changes how a weighted layer passes the error to the layer below."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class LayerContext:
-    """One layer, for which `EdgeRule.pathway` creates the feedback.
+    """A layer for which `EdgeRule.pathway` creates the feedback.
 
     Attributes:
         path: the layer's name in the model.
@@ -48,7 +48,7 @@ class LayerContext:
 
     @functools.cached_property
     def fans(self) -> tuple[int, int]:
-        """(fan_in, fan_out) of the weight."""
+        """The pair (fan_in, fan_out) of the weight."""
         return fans(self.module.weight.shape)
 
     @property
@@ -93,7 +93,7 @@ class LayerContext:
         self._store(name, tensor.abs_() if magnitude else tensor)
 
     def put_mask(self, density: float, seeded_by: str = "mask", shape: Sequence[int] | None = None) -> None:
-        """Give the layer a sparsity mask, the feedback tensor `mask`; there is no tensor if `density` is 1.
+        """Give the layer a sparsity mask, the feedback tensor `mask`; no mask is created if `density` is 1.
 
         Args:
             density: the probability of a one.
@@ -107,7 +107,7 @@ class LayerContext:
     def _store(self, name: str, tensor: Tensor | None) -> None:
         weight = self.module.weight
         if tensor is not None and tensor.dim() in (4, 5):
-            # A tensor in another memory format than the weight would be copied at every step.
+            # A tensor whose memory format differs from that of the weight would be copied at every step.
             last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
             in_last = weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
             tensor = tensor.contiguous(memory_format=last if in_last else torch.contiguous_format)
@@ -216,8 +216,8 @@ class EdgeRule(Rule):
                 self._dual.wire(self.model, sample_input)
 
     def _trace_if_possible(self, sample_input: Any) -> Trace | None:
-        """The model's structure; None if there is no sample and zeros cannot replace it (the first training pass is checked
-        instead)."""
+        """The model's structure, or None if there is no sample and zeros cannot replace it. In that case, the first training pass
+        is checked instead."""
         try:
             return self.trace(sample_input)
         except CoverageError:
@@ -303,7 +303,7 @@ class EdgeRule(Rule):
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
         from fa_bench.mechanisms.weighted_layers import weight_parameter
 
-        # The gradient of a weight that is also used elsewhere includes all its uses.
+        # The gradient of a weight that is also used elsewhere includes the contributions of all its uses.
         parameters = list(self.model.named_parameters(remove_duplicate=False))
         uses = Counter(id(parameter) for _, parameter in parameters)
         uses.update(id(parameter) for name, parameter in parameters if name in self.coverage.uncovered)

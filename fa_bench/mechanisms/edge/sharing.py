@@ -1,9 +1,10 @@
-"""Shared activations: an earlier activation, resized to the shape of a layer's input, replaces it in gradients.
+"""Shared activations, which replace the inputs of layers in gradients. A shared activation is an earlier activation, resized to
+the shape of the input that it replaces.
 
 The activations between weighted layers are numbered in the order of execution. The stem's output is number 1. An activation that
-is the input of several layers, such as a block's first convolution and its projection, counts once. If k layers share, activation
-s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021); layers whose input is activation 1 use that
-activation itself.
+is the input of several layers, such as a block's first convolution and its projection, is counted once. If k layers share,
+activation s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021). Layers whose input is activation 1 use
+that activation itself.
 """
 
 from __future__ import annotations
@@ -92,12 +93,12 @@ class PositionsDiffer(Exception):
 def matcher(
     shape: tuple[int, ...], wanted: tuple[int, ...], kind: str, mixing: Tensor | None, features_last: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """A function that brings an activation of one shape (without the batch) to another.
+    """A function that converts activations of one shape to another shape; both shapes exclude the batch.
 
-    Copies are concatenated along channels (features) until there are enough; then the map is pooled, with kernel and stride equal
-    to the ratio of the sizes. ``random`` replaces both with one fixed random 1x1 convolution `mixing` with that stride. If the
-    number of dimensions differs, the activation is flattened first. With `features_last`, as in fully connected layers, the
-    features at every position of a sequence are matched.
+    Copies are concatenated along the channels, or features, until there are enough of them. The map is then pooled, with a kernel
+    size and a stride equal to the ratio of the sizes. ``random`` replaces both steps with a fixed random 1x1 convolution,
+    `mixing`, with the same stride. If the number of dimensions differs, the activation is flattened first. With `features_last`,
+    as in fully connected layers, the features at every position of a sequence are matched.
 
     Raises:
         ValueError: if the ratios are not whole numbers.
@@ -144,8 +145,8 @@ def _feature_matcher(have: int, want: int, kind: str, mixing: Tensor | None) -> 
 
 @dataclasses.dataclass(eq=False)
 class SharedActivationFeedback(FeedbackPathway):
-    """Wraps a pathway so that a shared activation replaces the layer's input in gradients, or so that the layer provides its
-    input to others.
+    """A wrapper for another pathway that lets a shared activation replace the layer's input in gradients, or provides the layer's
+    input to other layers.
 
     Attributes:
         inner: the pathway of the error.
@@ -179,12 +180,12 @@ class SharedActivationFeedback(FeedbackPathway):
         return self.shared(layer, context, self.source.in_backward(self.match(layer), layer.mode.rule))
 
     def match(self, layer: Any) -> Callable[[Tensor], Tensor]:
-        """A function that brings the shared activation, (N, ...), to the shape of this layer's input."""
+        """A function that converts the shared activation, (N, ...), to the shape of this layer's input."""
         match = matcher(self.shape, self.wanted, self.kind, feedback_tensor(layer, "P"), layer.weight.dim() == 2)
         return lambda activation: _batch_first(layer, match(activation), undo=True)
 
     def shared(self, layer: Any, context: BackwardContext, activation: Callable[[], Tensor]) -> BackwardContext:
-        """The context with the shared activation: in this class, it enters the weight gradient."""
+        """The context with the shared activation, which this class uses in the weight gradient."""
         return context._replace(activation=activation)
 
     def effective(self, layer: Any) -> Tensor:
@@ -193,7 +194,7 @@ class SharedActivationFeedback(FeedbackPathway):
 
 @dataclasses.dataclass(eq=False)
 class SharingRule(EdgeRule):
-    """Base class of the rules with shared activations; the pathway `sharing` determines where they are used."""
+    """Base class of the rules with shared activations; the pathway class `sharing` determines where they are used."""
 
     k: int = option(2, "how many layers share an activation (2 and 4 in the paper)", minimum=2)
     match: str = option(
@@ -275,7 +276,11 @@ class SharingRule(EdgeRule):
             raise CoverageError(
                 f"rule '{self.name}' has nothing to share in this model: after the first layer '{trace.order[0]}' it needs two "
                 f"activations that are inputs of sharing layers, but there are {len(groups)} (inputs of {sharing_layers}). "
-                + ("Pass {linear} to have fully connected layers share too" if would_suffice else "It needs a deeper model"),
+                + (
+                    "Pass {linear} so that fully connected layers share activations, too"
+                    if would_suffice
+                    else "It needs a deeper model"
+                ),
                 {"linear": "share"} if would_suffice else {},
             )
         return groups
@@ -285,7 +290,8 @@ class SharingRule(EdgeRule):
         return self.linear == "share" or (self.linear == "auto" and not convolutional)
 
     def weight_transport_layers(self, model: nn.Module) -> set[str]:
-        """The layers that pass the error through their weight: with `transport`, convolutions and layers that share."""
+        """The layers that pass the error through their weight. With `transport`, these are convolutions and layers that share;
+        otherwise, there are none."""
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         if not self.transport:
@@ -294,7 +300,7 @@ class SharingRule(EdgeRule):
         return set(weighted_layers(model)) if self.shares_linear(convolutional) else convolutional
 
     def source_of(self, number: int) -> int:
-        """The activation that replaces activation `number` ≥ 2."""
+        """The number of the activation that replaces activation `number`, which is at least 2."""
         return 1 + self.k * ((number - 2) // self.k)
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:

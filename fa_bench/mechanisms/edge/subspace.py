@@ -1,4 +1,4 @@
-"""Learning the principal subspace of a layer's errors, in groups of output channels.
+"""Learn the principal subspace of a layer's errors, in groups of output channels.
 
 Shapes: `first` is B (O, M), in which the rows of each of G groups form a separate matrix (O/G, M); `errors` are g (rows, O).
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def oja_gradient(first: Tensor, groups: int, rate: float, errors: Tensor) -> Tensor:
-    """The gradient of B by Oja's subspace rule, -rate (C B - B Bᵀ C B) with C = Σ gᵀ g / ‖g‖ over the rows, (O, M)."""
+    """The gradient (O, M) of B by Oja's subspace rule, -rate (C B - B Bᵀ C B), where C = Σ gᵀ g / ‖g‖ is a sum over the rows."""
     device = first.device.type
     if torch.is_autocast_enabled(device):  # enabled by the caller of the backward pass
         with torch.autocast(device, enabled=False):
@@ -27,7 +27,7 @@ def oja_gradient(first: Tensor, groups: int, rate: float, errors: Tensor) -> Ten
 
 
 def orthonormalized(first: Tensor, groups: int) -> Tensor:
-    """B with orthonormal columns in every group, (O, M), by Gram-Schmidt orthonormalisation starting from the first column."""
+    """B (O, M) with orthonormal columns in every group, by Gram-Schmidt orthonormalisation starting from the first column."""
     b = first.view(groups, len(first) // groups, -1)
     q, r = torch.linalg.qr(b.to(torch.promote_types(b.dtype, torch.float32)))
     return (q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)).flatten(0, 1).to(first.dtype)

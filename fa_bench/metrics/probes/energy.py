@@ -42,7 +42,7 @@ class Energy(Probe):
         "energy_gradient": Alarm(
             0.9,
             True,
-            "The states have hardly settled: hidden layers then learn from backpropagation's gradient times a number, which "
+            "The states have hardly settled: hidden layers then learn from the backpropagation gradient times a factor, which "
             "Adam removes (the threshold is this project's).",
         )
     }

@@ -81,7 +81,7 @@ def test_also_after_the_passes_in_which_a_loss_is_compared(name: str) -> None:
     logits = model(X)
     halved(logits)
     before = gradients(model)
-    with pytest.raises(StateError, match="make the change within the model, or in an objective of your own"):
+    with pytest.raises(StateError, match="make the change within the model or in an objective of your own"):
         rule.backward(F.cross_entropy(logits, Y), logits, Y, 1.0)
     assert_same(gradients(model), before)
 

@@ -423,7 +423,7 @@ def test_the_output_that_the_objective_names(name: str) -> None:
     """Errors are computed at the objective's output as if the rule named this output. If the rule names a different output, it is
     refused."""
     objective = CrossEntropy(output="two")
-    with pytest.raises(OptionError, match=r"^output=one is not output=two of the objective"):
+    with pytest.raises(OptionError, match=r"^output=one conflicts with output=two of the objective"):
         attach(Net(PACKS["dictionary"][0]), name, objective=objective, output="one")
     found = []
     for options in ({"output": "two"}, {"objective": objective}, {"objective": objective, "output": "two"}):
