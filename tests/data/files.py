@@ -105,7 +105,8 @@ TINY_ANNOTATED = ["n02", "n01", "n03", "n01"]
 
 
 def write_tiny_imagenet(root: Path) -> Path:
-    """Write three classes with 4 training images each, one of them grey, 4 annotated images, and an unlabelled one in test/."""
+    """Write three classes with 4 training images each, one of them grey, 4 annotated validation images, and one unlabelled image
+    in test/."""
     rng = np.random.default_rng(0)
     folder = root / TINY
 

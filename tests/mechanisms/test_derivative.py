@@ -209,8 +209,8 @@ class Calls(nn.Module):
 )
 @pytest.mark.parametrize("sample", [True, False])
 def test_functions_are_refused_by_name(function, name: str, sample: bool) -> None:
-    """With a sample, the function is refused by attach, otherwise in the first training pass. Without the option, the function is
-    accepted."""
+    """With a sample, attach refuses the function; without one, the first training pass refuses it. Without the option, the
+    function is accepted."""
     says = rf"rule 'fa': derivative='dual' replaces .* nn.ReLU, but this model computes {name} by functions"
     model = Calls(copy.deepcopy(function))  # a module with parameters must belong to only one model
     given = {"sample_input": X.float()} if sample else {}

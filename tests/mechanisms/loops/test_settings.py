@@ -122,7 +122,8 @@ def test_tied_weights_are_noted():
 
 @pytest.mark.parametrize("how", ["tied", "outside"])
 def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
-    """The gradient of a weight that is used twice is that of both uses, and the runner's fused step must not pass it to B."""
+    """The gradient of a weight that is used twice is the sum over both uses, and the runner's fused step must not pass this sum
+    to B."""
 
     class Twice(nn.Module):
         def __init__(self):
@@ -193,7 +194,8 @@ def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
 
 @pytest.mark.parametrize("name", ["kp", "dkp"])
 def test_an_update_by_rounding_noise_is_no_sign_that_feedback_was_left_out(name):
-    """In a net that has learned its data, for example, gradients exist, but adding them would not change any number."""
+    """In a net that has learned its data, for example, the gradients are so small that adding them would not change any
+    number."""
     for scale, fault in ((1e-13, False), (1.0, True)):
         model, rule = attached(name)
         x, y = data()

@@ -187,7 +187,8 @@ def test_sizes_that_feedback_was_not_made_for_are_named(name):
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim"])
 def test_labels_that_the_loss_leaves_out_are_not_trained_on(name):
-    """If samples are ignored, weighted or masked, the error says that the loss is not a plain one, and what to pass."""
+    """If samples are ignored, weighted or masked, the error says that the loss is not a plain mean, and which argument to
+    pass."""
     model = Net()
     rule = attach(model, name)
     logits = model(X)
