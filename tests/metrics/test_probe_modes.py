@@ -296,7 +296,7 @@ def test_weights_that_the_user_froze_stay_frozen() -> None:
         assert model.fc1.weight.grad is None
 
 
-# --- what is measured ---------------------------------------------------------------------------------------------------------
+# --- measured quantities ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -22,8 +22,8 @@ Reference = Callable[..., Tensor]
 #: The published image sizes, and 36x28, which has different sides and gives odd sizes in the third stage.
 MNIST, CIFAR, ODD, CLASSES = (1, 28, 28), (3, 32, 32), (3, 36, 28), 10
 
-#: Maps the name of a case to the architecture, its options, the shape of an image, the net by hand, and its arguments. Large nets
-#: are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
+#: Maps the name of a case to the architecture, its options, the shape of an image, the net written by hand, and its arguments.
+#: Large nets are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
 CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] = {
     "pfa_fig2": ("mlp", {"init": "xavier_uniform"}, MNIST, by_hand.mlp, {"hidden": 2}),
     "dkp_fig2": ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, by_hand.mlp, {"hidden": 4, "batch_norm": True}),

@@ -21,7 +21,7 @@ from .by_hand import ByHand
 
 VOCABULARY, LENGTH = 11, 6
 POST = {"norm": "post", "positions": "sinusoidal", "activation": "relu"}
-#: Maps a case to the architecture, its options, the net by hand, and its arguments.
+#: Maps a case to the architecture, its options, the net written by hand, and its arguments.
 TEXT: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor], dict[str, Any]]] = {
     "decoder": ("decoder", {"width": 12, "dropout": 0.0}, by_hand.decoder, {"depth": 4, "heads": 4}),
     "decoder, norm=post": (
@@ -64,7 +64,7 @@ def test_logits_of_tokens_are_those_written_out(case: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, POST], ids=["pre", "post"])
 def test_dropout_is_of_embeddings_attention_hidden_activations_and_outputs(options: dict[str, Any]) -> None:
-    """The net by hand draws the same masks in the same order."""
+    """The net written by hand samples the same masks in the same order."""
     net, x = build("decoder", width=8, depth=2, dropout=0.4, **options), tokens()
     torch.manual_seed(5)
     logits = net(x).detach()
@@ -129,8 +129,8 @@ def test_the_context_is_that_of_the_data_unless_it_is_longer() -> None:
 @pytest.mark.parametrize(
     ("options", "parameters"),
     [
-        # LightOn's net has an embedding and a head of 32,000 tokens, and six blocks of 4 d² + 2 d f weights with biases and two
-        # LayerNorms.
+        # LightOn's net has an embedding and a head of 32,000 tokens. Each of its six blocks has 4 d² + 2 d f weights with biases,
+        # and two LayerNorms.
         (
             {"depth": 6, "width": 512, "heads": 8, **POST},
             32000 * 512 + 6 * (4 * 513 * 512 + 513 * 2048 + 2049 * 512 + 4 * 512) + 513 * 32000,

@@ -66,8 +66,8 @@ def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_torchs_own_muon_agrees_but_for_its_rounding(adjust_lr: str, nesterov: bool) -> None:
-    """torch's Muon rounds to bfloat16 (8 bits), which gives a few hundredths after five iterations. The momentum of torch's Muon
-    is a mean, but the iteration removes this scale."""
+    """torch's Muon rounds to bfloat16 (8 bits), which causes relative errors of a few hundredths after five iterations. torch's
+    Muon averages the gradients instead of summing them, but the iteration removes this difference in scale."""
     for shape in ((8, 5), (5, 8)):
         ours, theirs = (nn.Parameter(random(*shape).float()) for _ in range(2))
         mine = muon.Muon([ours], 0.1, 0.9, nesterov, 5, adjust_lr, 0.2)
@@ -301,7 +301,7 @@ def test_weights_and_feedback_of_kolen_pollack_differ_by_decay_alone(name: str) 
 
 
 def test_semi_orthogonal_product_feedback_follows_and_other_product_feedback_does_not() -> None:
-    """Bᵀ commutes with the iteration only if B Bᵀ = I. The update of R is then Bᵀ times that of W, if R has as many rows."""
+    """Bᵀ commutes with the iteration only if B Bᵀ = I. If R has as many rows as W, the update of R is then Bᵀ times that of W."""
     gaps = {}
     for name in ("pfa_o", "pfa"):
         rule = attached(name, ratio=1.0)

@@ -61,8 +61,8 @@ def hashes(folder: str) -> list[str]:
 
 @pytest.mark.parametrize("step", [3, 6, 8], ids=["first epoch", "second", "within the second"])
 def test_a_resumed_run_has_the_errors_of_the_one_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights and the rule's state, which contains the errors, have the same hashes. The last batch of an epoch is dropped or
-    smaller."""
+    """The weights and the rule's state, which contains the errors, have the same hashes. In both variants of the test, the last
+    batch of an epoch is incomplete; it is either dropped or used."""
     for number, more in enumerate(([], ["drop_last=true", "accumulate=2", "algorithm.information=delayed_error_one_hot"])):
         assert main([*RUN, *more, f"hydra.run.dir=whole{number}"]) == 0
         on_step = StopOnSignal.on_step_end
