@@ -1,5 +1,5 @@
-"""Files that cameras, operating systems and notebooks leave in image folders are read, skipped and counted, or refused with a
-one-line error."""
+"""Files that cameras, operating systems and notebooks leave in image folders are either read, or skipped and counted, or refused
+with a one-line error."""
 
 from __future__ import annotations
 

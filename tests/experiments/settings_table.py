@@ -173,7 +173,7 @@ ASAP_CASES: list[Case] = [
     # [code]. Here, all rules start with the same weights, so that they can be compared [choice].
     ({}, {"architecture.init": "pytorch", "architecture.linear_init": "kaiming_uniform"}),
     # Appendix C uses crops and flips on CIFAR and Tiny ImageNet. Means and standard deviations are from the code [code], which
-    # uses those of CIFAR-10 for CIFAR-100, too. Those of Tiny ImageNet are from a derivative of the code.
+    # uses those of CIFAR-10 for CIFAR-100, too. The means and deviations of Tiny ImageNet are from a derivative of the code.
     ({}, {"dataset.augment": True}),
     ({"dataset": ("cifar10", "cifar100")}, _keys("dataset", mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010])),
     ({"dataset": "tiny_imagenet"}, _keys("dataset", mean=[0.480, 0.448, 0.398], std=[0.277, 0.269, 0.282])),
@@ -233,7 +233,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10"},
         ASAP_CASES,
     ),
-    # For ResNet-34, Table 5 contains the same accuracies.
+    # Table 5 contains the same accuracies for ResNet-34 as Table 4.
     "asap_table4": Preset(
         [
             {"algorithm": ["bp", "asap"], "optimizer.weight_decay": [0.0, 5e-6, 5e-5, 5e-4, 5e-3], "seed": [0]},
@@ -265,9 +265,9 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10", "architecture": "asap_alexnet"},
         ASAP_CASES,
     ),
-    # Appendix A.2 uses a batch size of 50 and a learning rate of 1e-4. It trains a linear net, and a net with normalisation and
-    # ReLU, both with the hidden widths 10-10-10. The net with normalisation also normalises its logits [code]. The initialisers,
-    # the 784 inputs and the three seeds are the project's choice [choice].
+    # Appendix A.2 uses a batch size of 50 and a learning rate of 1e-4. Appendix A.2 trains a linear net, and a net with
+    # normalisation and ReLU, both with the hidden widths 10-10-10. The net with normalisation also normalises its logits [code].
+    # The initialisers, the 784 inputs and the three seeds are the project's choice [choice].
     "asap_fig6": Preset(
         [
             {
@@ -389,8 +389,8 @@ DKP_CASES: list[Case] = [
     ({"algorithm": "kp"}, {"algorithm.b_init": "pytorch"}),
     ({"algorithm": "fa"}, {"algorithm.b_init": "xavier_uniform"}),
 ]
-#: For the net with two convolutions, section 3.1 uses a learning rate of 1e-2 for W. The rate of B starts at 1e-4 and is
-#: multiplied by 0.85 after each epoch, and the decay of both is 1e-6.
+#: For the net with two convolutions, section 3.1 uses a learning rate of 1e-2 for W. The learning rate of B starts at 1e-4 and is
+#: multiplied by 0.85 after each epoch. The decay of W and B is 1e-6.
 DKP_SMALL: Settings = DKP | {"optimizer.lr": 1e-2, "optimizer.weight_decay": 1e-6}
 DKP_SMALL_CASES: list[Case] = [
     *DKP_CASES,
@@ -444,8 +444,9 @@ DKP_PAPER: dict[str, Preset] = {
     ),
     # The 90 epochs, ten trials and decay 1e-4 are from the paper [paper]; the batch size, crops and normalisation are from the
     # code [code]. Section 3.2 uses a learning rate of 0.1 for backpropagation, including backpropagation in the fully connected
-    # layers only. For the other rules, it uses 0.01 on CIFAR-100 and 5e-3 on Tiny ImageNet. The baseline `frozen` trains only the
-    # output layer, with the learning rate of the other rules [choice]; the experiment does not document this choice.
+    # layers only. For the other rules, the learning rate is 0.01 on CIFAR-100 and 5e-3 on Tiny ImageNet. The baseline `frozen`
+    # trains only the output layer, with the learning rate of the other rules [choice]; the experiment does not document this
+    # choice.
     "dkp_table2": Preset(
         [{"dataset": ["cifar100", "tiny_imagenet"], "algorithm": DKP_TABLE, "seed": TEN}],
         DKP
@@ -536,7 +537,7 @@ WM_PAPER: dict[str, Preset] = {
     "wm_fig4": Preset([{"algorithm": ["wm", "kp", "usf"], "seed": [0]}], WM | {"architecture": "resnet50_imagenet"}, WM_CASES),
 }
 
-#: The project's introductory sweep, which is not from a paper. It trains on the digits dataset, which needs no download.
+#: The project's introductory sweep, which is not from a paper. The sweep uses the digits dataset, which needs no download.
 QUICKSTART = Preset(
     [{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "seed": [0, 1, 2]}],
     {
@@ -749,11 +750,11 @@ FORWARD_FORWARD = Preset(
     ],
 )
 
-#: The settings are those of deep feedback control in the repository mariacer/strong_dfc. They are from its commands for MNIST,
-#: its data and the defaults of its options, such as 0.99 for beta2 and for the beta of the feedback, and batches of 128 for
-#: backpropagation [code]. eps is halved, because its gradient is doubled. The following are our choice: the steady state in
-#: closed form, no pretraining of the feedback, one norm for the clipping of all gradients, and the settings of bp for frozen
-#: [choice].
+#: The settings are those of deep feedback control in the repository mariacer/strong_dfc. The values are from the repository's
+#: commands for MNIST, its data and the defaults of its options, such as 0.99 for beta2 and for the beta of the feedback, and
+#: batches of 128 for backpropagation [code]. eps is halved, because its gradient is doubled. The following are our choice: the
+#: steady state in closed form, no pretraining of the feedback, one norm for the clipping of all gradients, and the settings of bp
+#: for frozen [choice].
 DFC = Preset(
     [{"algorithm": ["dfc", "bp", "frozen"], "seed": [0, 1, 2]}],
     {

@@ -274,8 +274,8 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_published_are_answered(name: str, composed: list[Job]) -> None:
-    """Check that every published number of the experiment has a job in its sweep. If the number belongs to certain layers, check
-    that the net of this job has them."""
+    """Check that every published number of the experiment has a job in its sweep. If a published number belongs to certain
+    layers, check that the net of its job has them."""
     for entry in published():
         # Curves with k = 4 are from another figure, not from Table 1; algorithm=asap algorithm.k=2,4 reproduces them.
         if name not in entry.experiments or entry.where.get("algorithm.k") == 4:

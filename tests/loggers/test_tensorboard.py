@@ -123,7 +123,8 @@ def torn(file: Path) -> None:
 
 
 def beyond(file: Path) -> None:
-    """Add another file. It contains records of steps after the checkpoint, including a final number, followed by invalid data."""
+    """Add another file. The file contains records of steps after the checkpoint, including a final number, followed by invalid
+    data."""
     with another_file(file.parent) as writer:
         for step in (9, 10, 40):
             writer.add_scalar("loss/train", 99.0, step)

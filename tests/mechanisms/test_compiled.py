@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
     needs_compiler,
 ]
-#: Options that run other code than the default options, or that reduce the work if the defaults take too long.
+#: Options that run code that the default options do not run, or that reduce the work if the defaults take too long.
 VARIANTS = {
     "wm": ["wm:initial_steps=0,mirror_batch=4"],
     "usf": ["usf", "usf:density=0.5"],
@@ -225,8 +225,8 @@ def test_compiled_models_may_have_arguments_with_names(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["kp", "brsf"])
 def test_the_default_compiler_agrees(spec: str) -> None:
-    """Fused kernels round in a different order. In each step, this changes weights of about 0.1 by a relative error of 1e-7,
-    which BatchNorm amplifies."""
+    """Fused kernels round in a different order. In each step, the rounding changes weights of about 0.1 by a relative error of
+    1e-7, which BatchNorm amplifies."""
     if _no_compiler():
         pytest.skip("no C++ compiler")
     wanted = trained(*(parts := attached(spec)), call=parts[0])

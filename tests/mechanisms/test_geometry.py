@@ -83,8 +83,8 @@ def passes(model: nn.Module, x: torch.Tensor, run) -> dict[str, torch.Tensor]:
 
 
 def column_major(x: torch.Tensor) -> bool:
-    """Return True if torch treats the rows of a linear layer's input as column-major. It then sums the input error in a different
-    order."""
+    """Return True if torch treats the rows of a linear layer's input as column-major. In this case, torch sums the input error in
+    a different order."""
     rows = x.reshape(-1, x.shape[-1])
     return rows.stride() == (1, rows.shape[0])
 

@@ -130,7 +130,7 @@ def test_phases_of_rules(rule: str, backward: int, feedback: int) -> None:
 
 def test_learning_the_feedback_is_counted_separately() -> None:
     """In pfa, with ten units for each output, the error passes through the feedback matrices of two layers. The gradient of R,
-    which counts as feedback, also requires the feedback matrix of the first layer."""
+    which counts as feedback, also requires a product with a feedback matrix in the first layer."""
     own, reference = cost("pfa", ratio=10)
     hops = 10 * 12 * (12 + 16) + 10 * 4 * (4 + 12)
     assert own.forward == reference.forward

@@ -241,7 +241,7 @@ def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
         norms.append(norm**2)
         floors.append(floor**2)
     # The relative standard deviation of ‖g‖² is √(2/30), and that of its mean over 100 draws is 0.026. The gradients below repeat
-    # with a period that divides the number of groups, as may happen with sorted classes.
+    # with a period that divides the number of groups, as the classes of a dataset may.
     turns = torch.randn(4, 30, generator=generator, dtype=torch.float64).repeat(40, 1)
     _, (floor,) = norms_and_errors(turns @ weight, [weight])
     spread = (turns - turns.mean(0)).square().sum() / 159 / 160
@@ -585,7 +585,7 @@ def test_a_hidden_layer_called_input_is_not_mixed_up_with_the_images() -> None:
 
 
 def test_probes_learn_from_2000_images_and_are_scored_on_10000() -> None:
-    """The numbers of images are the upper limits that the pages of the probes document."""
+    """The documented numbers of images are upper limits."""
     subject = subject_of(mlp(), train=random_split(2001), test=random_split(10_001))
     assert (len(subject.training), len(subject.scored)) == (2000, 10_000)
 
@@ -610,7 +610,7 @@ def test_readout_of_sequences_is_of_their_mean_and_of_the_first_run_of_a_layer()
 
 
 def test_readout_of_a_recurrent_layer_is_of_its_last_state() -> None:
-    """The first input of the recurrent weight is the initial state, which is zero, so the readout uses the last input."""
+    """The first input of the recurrent weight is the initial state, which is zero, so the readout uses the last state."""
     torch.manual_seed(0)
     subject = subject_of(LSTM(width=8).build((1, 6, 6), 3))
     model: nn.Module = subject.model

@@ -90,8 +90,8 @@ def test_probes_of_a_finished_run_are_measured_by_resuming_it(in_empty_folder: N
 
 
 def test_a_run_that_starts_anew_is_measured_and_not_what_its_checkpoint_held(in_empty_folder: None) -> None:
-    """The checkpoint contains the model at the end of the run. It is loaded before the missing records are noticed, but must not
-    be used."""
+    """The checkpoint contains the model at the end of the run. The checkpoint is loaded before the missing records are noticed,
+    but must not be used."""
     command = [*TINY, ALL, "probes_epochs=1", "hydra.run.dir=run"]
 
     def probes() -> list[dict]:

@@ -1,4 +1,4 @@
-"""Measuring angles handles dropout, normalisation and the model's mode as specified, and changes none of them."""
+"""The measurement of angles handles dropout, normalisation and the model's mode as specified, and changes none of them."""
 
 from __future__ import annotations
 
@@ -171,8 +171,8 @@ def all_that_may_change(model: nn.Module, rule: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
 @pytest.mark.parametrize("name", RULES)
 def test_everything_is_as_before_after_a_measurement(name: str, mode: str) -> None:
-    """A measurement restores each module's mode, the running statistics, the gradients, only some of which exist here, and the
-    random state."""
+    """A measurement restores each module's mode, the running statistics, the gradients and the random state. In this test, only
+    some parameters have a gradient."""
     model, rule = attached(name, "Dropout")
     logits = model(batch(1)[0])
     rule.backward(F.cross_entropy(logits, batch(1)[1]), logits, batch(1)[1], indices=torch.arange(len(logits)))
@@ -315,7 +315,7 @@ def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
 
 def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -> None:
     """Only the projection shortcut propagates a wrong error; the convolution parallel to it propagates the true one. The error at
-    their input is therefore wrong only in its last step."""
+    the input of both layers is therefore wrong only in its last step."""
     model, (x, y) = nets.residual(), nets.batch("residual")
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, b_init="copy_w")
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """The published nets, written with plain tensor operations on a model's own tensors.
 
-They follow the papers' descriptions (and the authors' code where a paper is silent), not the code in ``fa_bench/models``: no
-module is called, and batch normalisation is written out.
+The functions follow the papers' descriptions, and the authors' code where a paper is silent, but not the code in
+``fa_bench/models``. No module is called, and batch normalisation is written out.
 """
 
 from __future__ import annotations

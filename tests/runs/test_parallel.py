@@ -360,8 +360,8 @@ def test_all_processes_diverge_together(inside: Any) -> None:
 
 @pytest.mark.parametrize("rule", RESUMED)
 def test_one_process_then_two_then_one_is_one_run(rule: str, inside: Any) -> None:
-    """The run is stopped within the second epoch. After a resume, a signal to the second process only stops it within the same
-    epoch again."""
+    """The run is stopped within the second epoch. After a resume, a signal that only the second process gets stops the run within
+    the same epoch again."""
     folder, of_both = f"resumed-{rule}", inside[f"resumed {rule}"]
     assert [of_both[number][0] for number in range(2)] == [143, 143], of_both
     assert "resuming after epoch 1, batch 2" in of_both[0][1]

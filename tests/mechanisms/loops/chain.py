@@ -81,7 +81,7 @@ def attach(model: nn.Module, name: str, **options: Any) -> Any:
 
 
 def same_noise(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
-    """A replacement for `Draws.normal`. Its noise is the same for every update and sample, so that batches can be compared with
+    """A replacement for `Draws.normal`. The noise is the same for every update and sample, so that batches can be compared with
     their parts."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     shape = like.shape if is_shared else like.shape[1:]

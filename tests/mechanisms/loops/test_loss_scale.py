@@ -61,9 +61,9 @@ OF_LABELS = (
 )
 #: Rules that compute even the error of the output layer from the labels.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
-#: The parts that learn from the error at the output. These are the head and, for rules with blocks, the last block, or the whole
-#: net if errors cross the cuts. In the first step of bp_deepsup, the classifiers are zero, so the hidden parts get no other
-#: error. In fdfa and grape, only the gradient of the feedback has to be scaled.
+#: Maps a rule to the parts that learn from the error at the output. By default, only the head does; with some rules, the last
+#: block does, too, or the whole net if errors cross the cuts. In the first step of bp_deepsup, the classifiers are zero, so the
+#: hidden parts get no other error. In fdfa and grape, only the gradient of the feedback has to be scaled.
 OWN: dict[str, tuple[str, ...]] = {
     **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
     **{name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")},
@@ -277,8 +277,8 @@ def test_bfloat16_autocast(variant: str, factor: float) -> None:
 
 # ------------------------------------------------------------------------------------------------ saturated logits
 def saturate(model: Chain, x: Tensor) -> Tensor:
-    """Scale the last weights up and return the predicted labels. Every probability is then 0 or 1, so the gradient at the logits
-    is 0."""
+    """Multiply the head's weight by a large factor, and return the predicted labels. Every probability is then 0 or 1, so the
+    gradient at the logits is 0."""
     with torch.no_grad():
         model.head.weight.mul_(1e6)
         return model(x).argmax(1)
@@ -384,7 +384,8 @@ def test_a_scale_belongs_to_its_own_backward_pass() -> None:
 
 
 def test_an_infinite_scale_is_what_it_is() -> None:
-    """An infinite scale is returned as infinity. It may come from an overflow, after which a gradient scaler skips the update."""
+    """An infinite scale is returned as infinity. Such a scale may come from an overflow, after which a gradient scaler skips the
+    update."""
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0])
     delta = (logits.softmax(1) - F.one_hot(labels, 3)) * math.inf
@@ -393,8 +394,8 @@ def test_an_infinite_scale_is_what_it_is() -> None:
 
 @pytest.mark.parametrize("multiple", [1.0, 0.25, 64.0])
 def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: float) -> None:
-    """In bfloat16, probabilities near 1 have a precision of 1/512. In this test, that is a third of the error δ, their difference
-    from 1."""
+    """In bfloat16, probabilities near 1 have a precision of 1/512. In this test, the error δ, which is the difference of a
+    probability from 1, is only about three times as large as this precision."""
     labels = torch.arange(256) % 3
     logits = 6 * F.one_hot(labels, 3).float() + 0.3 * torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
     delta = ((logits.softmax(1).bfloat16() - F.one_hot(labels, 3)) / 256 * multiple).bfloat16()

@@ -102,8 +102,8 @@ class Repeating(DFA):
 
 @pytest.mark.parametrize("how", HOW)
 def test_further_passes_see_what_the_first_one_saw(how: str) -> None:
-    """Additional passes reproduce the output bitwise from the first step on. This includes passes after evaluation mode, in a
-    copy, and after later changes to the buffers."""
+    """Additional passes reproduce the output bitwise from the first step on. The outputs are also reproduced after evaluation
+    mode, in a copy, and after later changes to the buffers."""
     model = net(how)
     rule = Repeating().attach(model, sample_input=X[:2])
     model.eval()

@@ -259,7 +259,8 @@ def test_the_command_line_trains_with_what_it_suggests(
 
 
 def test_patterns_mean_the_modules_that_were_chosen_and_no_others() -> None:
-    """Up to six names are written out. For more names, patterns are used, but no pattern matches any other module."""
+    """Up to six names are written out. If there are more than six names, patterns are used, but no pattern matches any other
+    module."""
     chosen = ["stem.relu", *(f"layer{stage}.{block}.relu" for stage in (1, 2, 3) for block in (0, 1))]
     paths = [*chosen, "head.relu", "layer1.0.conv", "layer1", "layer1.0"]
     written = patterns(chosen, paths)
