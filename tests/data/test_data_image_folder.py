@@ -211,7 +211,7 @@ def test_a_test_class_that_training_lacks_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 @pytest.mark.parametrize("options", [{}, {"memory_limit_gb": 0}, {"crop": "resized", "size": 4}])
 def test_the_hash_changes_with_an_image_that_is_replaced_in_place(folder: Path, part: str, options: dict[str, object]) -> None:
-    """The file is replaced by one with the same name, size in bytes and times."""
+    """The image is replaced by a file with the same name, size in bytes and timestamps."""
     shutil.copytree(folder / "test", folder / "val")
     path = folder / part / "dog" / "2.png"
     Image.new("RGB", (8, 6), (1, 2, 3)).save(path)

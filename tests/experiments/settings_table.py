@@ -63,7 +63,6 @@ def _multistep(milestones: list[int], gamma: float) -> Settings:
     return _keys("optimizer.schedule", name="multistep", milestones=milestones, gamma=gamma)
 
 
-# fmt: off: a table, with one preset in as few lines as can be compared with its paper
 CONSTANT = _keys("optimizer.schedule", name="constant")
 COSINE = _keys("optimizer.schedule", name="cosine", min_lr=0.0)
 PLAIN_MLP = _keys("architecture", activation="relu", batch_norm=False, output_norm=False)

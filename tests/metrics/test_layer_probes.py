@@ -251,7 +251,7 @@ def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
 
 
 def test_equal_samples_have_no_noise() -> None:
-    """For equal samples, rounding may leave a variance below zero, which must not matter."""
+    """For identical samples, rounding may leave a variance below zero, which must not cause an error."""
     for samples in range(2, 60):
         generator = torch.Generator().manual_seed(samples)
         weight = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -27,7 +27,8 @@ from tests.rules.helpers import QUICK
 
 
 class FunctionalDropout(nn.Module):
-    """Calls functions with rates that are stored in a layer and in attributes, like the attention of other packages."""
+    """Calls dropout functions with rates that are stored in a layer and in attributes, like the attention modules of other
+    packages."""
 
     def __init__(self, *attributes: str) -> None:
         super().__init__()
@@ -296,7 +297,7 @@ def test_weights_that_the_user_froze_stay_frozen() -> None:
         assert model.fc1.weight.grad is None
 
 
-# --- measured quantities ---------------------------------------------------------------------------------------------------------
+# --- measured quantities ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RULES)

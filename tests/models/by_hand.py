@@ -168,7 +168,7 @@ def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: b
     """The net of He et al. 2016, with the stride of a bottleneck in its 3x3 convolution, as in torchvision.
 
     With bn=after, the signals are normalised after the ReLU, as in the WM paper. The paper's appendix on blocks is not available.
-    The project reads it as convolution - ReLU - normalisation, plus the shortcut, with nothing after the sum.
+    The project assumes the order convolution - ReLU - normalisation, plus the shortcut, with nothing after the sum.
     """
 
     def activate(name: str, x: Tensor) -> Tensor:
@@ -264,8 +264,8 @@ def decoder(
     sinusoidal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The net of Launay et al. 2020 with post and sinusoidal; positions are those of Vaswani et al. 2017, section 3.5, in
-    float32."""
+    """A decoder, which is the net of Launay et al. 2020 if `post` and `sinusoidal` are set. Sinusoidal positions are those of
+    Vaswani et al. 2017, section 3.5, in float32."""
     tokens = net.tensors["embed.tokens.weight"]
     length, width = x.shape[1], tokens.shape[1]
     if sinusoidal:

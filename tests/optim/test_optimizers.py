@@ -50,7 +50,7 @@ def give_gradients(optimizers: Optimizers, make: Callable[[Tensor], Tensor]) -> 
         tensor.grad = make(tensor.detach())
 
 
-# --- single tensor ----------------------------------------------------------------------------------------------------------------
+# --- single tensor ------------------------------------------------------------------------------------------------------------
 
 
 def sgd_by_hand(w: Tensor, gradients: list[Tensor], momentum: float, nesterov: bool, decay: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tests of reports over hand-made run directories; every expected number is worked out by hand."""
+"""Tests of reports on hand-made run directories; every expected number is worked out by hand."""
 
 from __future__ import annotations
 

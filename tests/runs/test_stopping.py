@@ -1,4 +1,5 @@
-"""A callback can end a run early: when this takes effect, what is recorded, and when the run is trained further."""
+"""Tests of callbacks that end a run early: when the stop takes effect, what is recorded, and when training continues
+afterwards."""
 
 from __future__ import annotations
 

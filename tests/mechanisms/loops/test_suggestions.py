@@ -68,7 +68,7 @@ class TwoHeads(nn.Module):
 
 
 class OwnLSTM(nn.LSTM):
-    """A user's subclass, which no rule covers."""
+    """A user-defined subclass of `nn.LSTM`, which no rule covers."""
 
 
 class Recurrent(nn.Module):

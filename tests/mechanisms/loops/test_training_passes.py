@@ -95,7 +95,8 @@ def test_a_cut_that_does_not_run_in_training_is_warned_of_once(name):
 
 @pytest.mark.parametrize("name", (*EDGE, *CUT, "forward_alignment", "dgl"))
 def test_a_pass_without_gradients_beside_one_with_them_is_allowed(name):
-    """In self-distillation, for example, the same layers compute a target. The gradients are the same as without this target."""
+    """In self-distillation, for example, the same layers compute a target. A target that is computed without gradients does not
+    change the gradients."""
 
     def distils(net, x, h):
         with torch.no_grad():
