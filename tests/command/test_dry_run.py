@@ -236,8 +236,8 @@ def test_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
 # ------------------------------------------------------------------------------------------------ the counter
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if not name.startswith("as")])
 def test_counts_of_small_batches_tell_that_of_any(name: str) -> None:
-    """The predicted multiplications for a batch of 9 equal those that the rule performs, and the reference equals those of
-    backpropagation in the plain model."""
+    """The predicted number of multiplications for a batch of 9 equals the number that the rule performs, and the predicted
+    reference equals the number for backpropagation in the plain model."""
     options = {"wm": {"initial_steps": 0}, "f3": {"samples": 9}}.get(name, {})
     x, y = torch.randn(9, 1, 8, 8), torch.arange(9) % 3
 

@@ -98,7 +98,7 @@ def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = 
 
 
 TINY = "tiny-imagenet-200"
-#: The order is that of the published wnids.txt, which is not sorted.
+#: The classes are in the order of the published wnids.txt, which is not sorted.
 TINY_CLASSES = ["n03", "n01", "n02"]
 #: The class of each validation image.
 TINY_ANNOTATED = ["n02", "n01", "n03", "n01"]

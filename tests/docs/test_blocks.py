@@ -109,7 +109,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_commands_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None) -> None:
-    """Configs are composed and checked, and arguments are parsed, as the command does before it starts."""
+    """Configs are composed and checked, and arguments are parsed, in the same way as when the command starts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for path, text in FILES.get(name_of(page), {}).items():

@@ -1,6 +1,6 @@
 """The table of published settings that the experiments must reproduce, written from the papers and their official code.
 
-Marks in the comments say where each number comes from:
+Marks in the comments give the source of each number:
 
 - [paper]: the paper states it, in the section or table that the comment names.
 - [code]: only the authors' code states it.
@@ -84,7 +84,7 @@ COMPONENTS: list[Case] = [
     ({"architecture": "asap_alexnet"}, _keys("architecture", width=64, hidden=1024, output_norm=True)),
     ({"architecture": "resnet18"}, _keys("architecture", width=64, blocks=STAGES_18, shortcuts=True, output_norm=True)),
     ({"architecture": "resnet34"}, _keys("architecture", width=64, blocks=STAGES_34, shortcuts=True, output_norm=True)),
-    # The small ResNet and those for ImageNet are from He et al. 2016.
+    # The small ResNet and the ResNets for ImageNet are from He et al. 2016.
     ({"architecture": "resnet20"}, _keys("architecture", width=16, blocks=3, shortcuts=True)),
     ({"architecture": "resnet18_imagenet"}, _keys("architecture", width=64, blocks=STAGES_18, bn="before")),
     ({"architecture": "resnet50_imagenet"}, _keys("architecture", width=64, blocks=STAGES_34, bn="before")),
@@ -93,8 +93,8 @@ COMPONENTS: list[Case] = [
     ({"algorithm": "pfa"}, _keys("algorithm", ratio=10.0, r_init="xavier_uniform", density=1.0)),
     ({"algorithm": "pfa_o"}, _keys("algorithm", ratio=1.0, r_init="xavier_uniform")),
     # In section 3 of the ASAP paper, two layers share an activation, max-pooling matches shapes, and the first layer is frozen.
-    # The feedback of convolutions is sampled like torch's weights, and that of fully connected layers uniformly in [-1, 1)
-    # [code].
+    # The feedback of convolutions is sampled like torch's default weights, and that of fully connected layers is uniform in [-1,
+    # 1) [code].
     (
         {"algorithm": ASAP_RULES},
         _keys(
@@ -382,8 +382,8 @@ DKP: Settings = {
 }
 DKP_CASES: list[Case] = [
     # Section 3.1 uses Kaiming's initialisation for the feedback of DFA and DKP. The section does not mention KP and FA. The
-    # feedback of KP is sampled like the weights, and that of FA by Glorot's method [choice]; the experiment does not document the
-    # choice for FA.
+    # feedback of KP is sampled like the weights, and that of FA with Glorot's method [choice]; the experiment does not document
+    # the choice for FA.
     ({"algorithm": "dfa"}, {"algorithm.b_init": "kaiming_uniform"}),
     ({"algorithm": "kp"}, {"algorithm.b_init": "pytorch"}),
     ({"algorithm": "fa"}, {"algorithm.b_init": "xavier_uniform"}),

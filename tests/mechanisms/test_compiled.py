@@ -255,7 +255,7 @@ def test_a_layer_without_gradients_in_a_compiled_pass_is_refused() -> None:
 
 
 def test_feedback_that_a_later_update_by_hand_leaves_out_is_an_error() -> None:
-    """The first update includes the feedback and causes no error; the second one, by hand, leaves it out."""
+    """The first update includes the feedback and causes no error; the second update, which is written by hand, omits it."""
     model, rule, x, y = attached("kp", Small)
     compiled = torch.compile(model, backend="aot_eager")
     for images, labels, rate in zip(x, y, (None, 0.1), strict=False):

@@ -65,7 +65,7 @@ def test_a_small_beta_is_backpropagation_and_a_large_one_is_not(kind: type[nn.Mo
 
 
 def test_linear_nonlinearities_are_backpropagation_for_every_beta() -> None:
-    """A leaky ReLU of slope 1 is linear, so the difference of its values is exact except for rounding of 1e-16."""
+    """A leaky ReLU with a slope of 1 is linear, so the difference of its values is exact except for rounding errors of 1e-16."""
     for activation in (nn.LeakyReLU(1.0), nn.Identity()):
         model = mlp(activation)
         want = exact(model)

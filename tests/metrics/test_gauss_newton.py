@@ -56,8 +56,8 @@ def test_the_damping_is_in_proportion_to_the_jacobian() -> None:
 
 
 def test_angles_of_the_rule_and_of_backpropagation() -> None:
-    """At fc2's activation, J is the output layer's weight W. At this activation, the error of backpropagation is δ W, and that of
-    direct feedback is δ B."""
+    """At fc2's activation, J is the output layer's weight W. At fc2's activation, the error of backpropagation is δ W, and that
+    of direct feedback is δ B."""
     model = mlp()
     rule = fa_bench.attach(model, "dfa", seed=0, sample_input=X, cuts=["1", "3"])
     found = measured(model, rule)

@@ -120,7 +120,7 @@ def test_readout_reads_what_the_next_layer_takes() -> None:
 
 
 def test_readout_takes_the_mean_over_the_positions_of_what_enters_attention() -> None:
-    """The features of attention's input are on the last axis, as for a linear layer, and positions are averaged."""
+    """The features of the input to attention are on the last axis, as for a linear layer, and positions are averaged."""
 
     class Attends(nn.Module):
         def __init__(self) -> None:
@@ -334,7 +334,7 @@ def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
     with torch.no_grad():
         model[1].weight.fill_(1.0)
     # Without the first block, all images are assigned to class 0, which is correct for half of them. The second block is still
-    # the identity, as it was initially.
+    # the identity that it was initially.
     assert probes.measure(0) == {"depth_utility": {"2": 0.5, "4": 0.0}}
     assert model[1].weight.item() == 1.0
 

@@ -45,7 +45,7 @@ def counted(name: str, k: int = 0, **options: Any) -> Memory:
     ],
 )
 def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int, four: int, totals: tuple[float, ...]) -> None:
-    """P, A and A_k were counted by hand from the layers; the totals are in millions for batches of 128, rounded to two digits."""
+    """P, A and A_k were counted by hand from the layers; the totals for batches of 128 are in millions, rounded to two digits."""
     counts = [counted(name, k) for k in (0, 2, 4)]
     assert [memory.parameters for memory in counts] == [parameters] * 3
     assert [memory.activations for memory in counts] == [bp, two, four]
@@ -57,7 +57,7 @@ def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int
 
 def test_what_of_resnet18_is_kept() -> None:
     """Without sharing, all 17 maps, the pooled features and the logits are stored. With k = 2, the only stored maps are the
-    blocks' inputs, and with k = 4, those of every other block."""
+    blocks' inputs; with k = 4, only the inputs of every other block are stored."""
     inputs = [MAPS[0], MAPS[0], MAPS[0], MAPS[1], MAPS[1], MAPS[2], MAPS[2], MAPS[3]]
     assert counted("resnet18").activations == MAPS[0] + 4 * sum(MAPS) + 512 + 10
     assert counted("resnet18", 2).activations == sum(inputs) + 522

@@ -373,7 +373,7 @@ def test_weights_that_the_user_froze_have_no_true_gradient() -> None:
 
 
 def test_metrics_name_layers_in_the_order_of_execution() -> None:
-    """The order is that of execution, although the model defines its output layer first."""
+    """The layers are in the order of execution, although the model defines its output layer first."""
     (x, y), model = nets.batch("residual"), nets.residual()
     found = AlignmentMeter(fa_bench.attach(model, "fa", seed=0, sample_input=x), x, y).measure()
     order = ["stem", "a1", "a2", "b1", "down", "head"]

@@ -28,7 +28,7 @@ relu = ACTIVATIONS["relu"]
 
 
 class ByHand:
-    """The tensors of a model, by name, and functions for the layers that use them.
+    """Holds the tensors of a model by name, and provides functions for the layers that use them.
 
     Attributes:
         tensors: copies of the model's parameters and buffers. In training mode `norm` updates the running statistics.
@@ -124,7 +124,7 @@ def dkp_alexnet(net: ByHand, x: Tensor, dropout: float = 0.5, linear_norm: bool 
 def padded_shortcut(x: Tensor, channels: int) -> Tensor:
     """Option A of He et al. 2016: every second pixel, with zeros for the added channels, half of them on either side.
 
-    The split into halves is that of the PFA paper's code.
+    The split into halves is taken from the code of the PFA paper.
     """
     missing = torch.zeros_like(x[:, :, ::2, ::2]).repeat(1, (channels - x.shape[1]) // x.shape[1], 1, 1)
     first, second = missing.tensor_split(2, dim=1)

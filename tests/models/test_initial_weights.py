@@ -43,10 +43,10 @@ OTHERS: dict[str, dict[str, float]] = {
 CLASSES = 20
 
 Deviation = Callable[[int, int], float]
-#: Maps an initialiser to its standard deviation, as a function of the fans in and out (which include kernel positions), and to
-#: whether it is uniform. The method xavier_uniform is that of Glorot and Bengio 2010, which the PFA paper uses. The methods
-#: kaiming_uniform and kaiming_normal are those of He et al. 2015, with the fan in and the fan out, respectively, as in
-#: torchvision's ResNets, which the WM experiments use. The method pytorch is torch's own, uniform within 1/√fan_in.
+#: Maps an initialiser to its standard deviation, as a function of fan-in and fan-out (which include kernel positions), and to
+#: True if it is uniform. The method xavier_uniform is that of Glorot and Bengio 2010, which the PFA paper uses. The methods
+#: kaiming_uniform and kaiming_normal are those of He et al. 2015, with the fan-in and the fan-out, respectively. The latter is
+#: used in torchvision's ResNets and therefore in the WM experiments. The method pytorch is torch's own, uniform within 1/√fan_in.
 DRAWS: dict[str, tuple[Deviation, bool]] = {
     "pytorch": (lambda fan_in, fan_out: 1 / math.sqrt(3 * fan_in), True),
     "xavier_uniform": (lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)), True),

@@ -53,7 +53,7 @@ def test_iteration_by_loops(shape: tuple[int, int], steps: int) -> None:
 
 
 def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
-    """The limits are the range of the quintic for values above 1/100 of the norm, with a margin of one hundredth."""
+    """The limits are the range of the quintic polynomial for values above 1/100 of the norm, with a margin of 0.01."""
     matrix = random(20, 30)
     for scale in (1.0, 1e-30, 1e30):
         values = torch.linalg.svdvals(orthogonalized(scale * matrix, 5))
@@ -143,7 +143,7 @@ def test_weight_decay_of_vectors_is_decoupled() -> None:
 
 
 def test_half_precision_is_iterated_in_single() -> None:
-    """The only error is that of rounding the update once to bfloat16, which is at most 2^-8 of each entry."""
+    """The only error comes from rounding the update once to bfloat16; it is at most 2^-8 of each entry."""
     weight = nn.Parameter(torch.zeros(6, 9, dtype=torch.bfloat16))
     weight.grad = random(6, 9).bfloat16()
     muon.Muon([weight], 1.0, 0.0, False, 5, "original", 0.0).step()

@@ -44,7 +44,7 @@ def at(ago: float) -> str:
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A sweep with a run in every state, as it was at NOW."""
+    """A sweep with a run in every possible state at the time NOW."""
 
     def begun(rule, seed, *lines):
         run = write_begun(tmp_path, rule, seed, 0)

@@ -128,7 +128,7 @@ def evaluate_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]
 
 
 def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> list[dict[str, Any]]:
-    """Train in the same way with torch alone."""
+    """Train in the same way without the package's loop, using only torch."""
     optimizer = torch.optim.SGD(trained(rule), lr=LR, momentum=MOMENTUM, foreach=False)
     lines = []
     rule.model.train()

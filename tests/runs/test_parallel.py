@@ -435,7 +435,7 @@ def test_torchrun(kind: str, says: str, tmp_path: Path, monkeypatch: pytest.Monk
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    # torchrun adds lines of its own.
+    # torchrun adds its own lines to the output.
     assert [line for line in errors.splitlines() if line.startswith("fa-bench")] == [says], errors
     assert "Traceback" not in errors.split("torch/distributed/elastic")[0], errors
     result = result_in("run")

@@ -179,7 +179,7 @@ def load_errors(rule: Any, of: Any) -> None:
 
 @pytest.mark.parametrize("probe", [GradientNorm(), Stability()], ids=["gradient_norm", "stability"])
 def test_probes_use_the_errors_of_their_own_samples(probe: Any) -> None:
-    """With the current errors of its own samples, the rule equals dfa, and so do the probe's values. With the errors of the next
+    """With the current errors of its own samples, the rule and the probe give the same values as dfa. With the errors of the next
     samples, the values differ."""
     values = []
     for shift in (0, 1):

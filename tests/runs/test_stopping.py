@@ -188,7 +188,7 @@ def test_the_checkpoint_of_an_epoch_has_what_callbacks_did_in_it() -> None:
     @fa_bench.register_callback("counts")
     @dataclasses.dataclass(eq=False)
     class Counts(Callback):
-        """Counts epochs, and stops after the third."""
+        """Counts epochs, and stops the run after the third."""
 
         count = 0
 

@@ -29,7 +29,7 @@ from .small import STUDY, files, stored_trials
 
 
 class Killed(KeyboardInterrupt):
-    """Ends a study without a checkpoint, as a kill does."""
+    """Ends a study without a checkpoint, as if the process had been killed."""
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -61,8 +61,8 @@ OF_LABELS = (
 )
 #: Rules that compute even the error of the output layer from the labels.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
-#: Maps a rule to the parts that learn from the error at the output. By default, only the head does; with some rules, the last
-#: block does, too, or the whole net if errors cross the cuts. In the first step of bp_deepsup, the classifiers are zero, so the
+#: Maps a rule to the parts that learn from the error at the output. By default, only the head learns from this error; with some
+#: rules, the last block or the whole net learns from it, too. In the first step of bp_deepsup, the classifiers are zero, so the
 #: hidden parts get no other error. In fdfa and grape, only the gradient of the feedback has to be scaled.
 OWN: dict[str, tuple[str, ...]] = {
     **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
@@ -394,8 +394,8 @@ def test_an_infinite_scale_is_what_it_is() -> None:
 
 @pytest.mark.parametrize("multiple", [1.0, 0.25, 64.0])
 def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: float) -> None:
-    """In bfloat16, probabilities near 1 have a precision of 1/512. In this test, the error δ, which is the difference of a
-    probability from 1, is only about three times as large as this precision."""
+    """In bfloat16, probabilities near 1 have a precision of 1/512. In this test, the error δ, which is the difference between a
+    probability and 1, is only about three times as large as the rounding of the probability."""
     labels = torch.arange(256) % 3
     logits = 6 * F.one_hot(labels, 3).float() + 0.3 * torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
     delta = ((logits.softmax(1).bfloat16() - F.one_hot(labels, 3)) / 256 * multiple).bfloat16()

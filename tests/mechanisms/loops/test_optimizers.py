@@ -217,8 +217,8 @@ def together(model, optimizers):
 @pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without the call
 @pytest.mark.parametrize("name", LEARNED)
 def test_what_is_no_fault_is_not_taken_for_one(name):
-    """A learning rate of 0 as in warm-up, separate optimizers, accumulation, weights changed by hand, and skipped updates give no
-    warnings."""
+    """No warning is given for a learning rate of 0 during warm-up, separate optimizers, gradient accumulation, weights changed by
+    hand, or skipped updates."""
     model, rule = attached(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -237,7 +237,7 @@ def test_what_is_no_fault_is_not_taken_for_one(name):
 
     class Skips(torch.optim.SGD):
         def step(self, closure=None):
-            """Skip the update, as a gradient scaler does if it is not finite."""
+            """Skip the update, as a gradient scaler does if the gradients are not finite."""
 
     model, rule = attached(name)
     steps(model, rule, Skips(model.parameters(), lr=0.1), 4)

@@ -67,7 +67,7 @@ def test_groups_of_a_rule_without_a_rate_of_its_own(name):
 
 
 def test_a_decay_of_the_weights_alone_is_warned_of_where_feedback_follows():
-    """Parameters are often grouped by name, with decay only for ``weight``, so that feedback_B has no decay."""
+    """Parameters are often grouped by name, with decay only for those named ``weight``, so that feedback_B has no decay."""
     for name, warned in (("kp", True), ("pfa", False)):
         model, rule = attached(name)
         decays = [p for key, p in model.named_parameters() if key.endswith("weight")]
@@ -183,7 +183,7 @@ def test_an_empty_batch_of_more_dimensions():
 
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1 + 1e-9, False), (0.95, True), (1.01, True), (0.0, True)])
 def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
-    """A deviation of the learning rate gives a warning unless it is only rounding."""
+    """A deviation of the learning rate gives a warning unless it is due to rounding."""
     model, rule = attached("kp")
     optimizer = sgd([{"params": rule.weight_parameters()}, {"params": rule.feedback_parameters(), "lr": 0.1 * factor}])
     with warnings.catch_warnings(record=True) as caught:

@@ -107,7 +107,7 @@ def as_keywords(error: CoverageError) -> dict[str, Any]:
 
 
 def as_overrides(text: str) -> list[str]:
-    """The overrides that a reader of the command line's message would type, as the shell passes them on."""
+    """The overrides that a reader of the command's message would type, in the form in which the shell passes them on."""
     return shlex.split(" ".join(option + value for option, value in re.findall(r"(algorithm\.\w+=)('[^']*'|\w+)", text)))
 
 
