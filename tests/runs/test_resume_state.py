@@ -38,7 +38,7 @@ from fa_bench.utils.files import METRICS, RESULT
 from .test_survival import LAST, RUN, at_step, recorded
 
 Patch = pytest.MonkeyPatch
-#: A run with four batches per epoch. The net has dropout and normalisation, and the images are the smallest that it accepts.
+#: The net has dropout and normalisation; the images are the smallest that it accepts and form four batches per epoch.
 DROPOUT = [
     "dataset=synthetic",
     "dataset.samples=16",
@@ -163,8 +163,7 @@ def generators() -> Iterator[None]:
     ],
 )
 def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:
-    """After a resume, losses, weights, running statistics, feedback, both optimizers and every global generator are bitwise
-    identical."""
+    """Losses, weights, running statistics, feedback, both optimizers and every global generator are restored bitwise."""
     last, before = Path("a/last.pt"), Path("a/previous.pt")
     seed_all(1)
     whole, optimizers = make(rule)

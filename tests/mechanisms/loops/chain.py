@@ -105,7 +105,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(model: nn.Module, rule: Any, x: Tensor, y: Tensor, steps: int = 3, runs: Runs | None = None) -> dict[str, Tensor]:
-    """Make a few updates by SGD and return the gradients of the last one."""
+    """Make a few updates with SGD and return the gradients of the last one."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     last: dict[str, Tensor] = {}
     for _ in range(steps):
