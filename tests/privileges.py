@@ -12,8 +12,8 @@ import pytest
 
 
 def privileges_dropped(command: list[str], room: Path, place: Path, mode: int) -> subprocess.CompletedProcess[str]:
-    """Run a command in `room` while `place` has a mode, as a user to whom modes apply; root runs it without its right to override
-    them."""
+    """Run a command in `room` while `place` has the given file mode. If the test runs as root, the command runs without root's
+    right to override file modes."""
     if os.geteuid() == 0:
         if not shutil.which("setpriv"):
             pytest.skip("root may read everything")

@@ -1,6 +1,6 @@
 """Limitations of the older supported versions of dependencies; the affected tests expect an error or are skipped.
 
-The file names each version once, with what it changed.
+Each version is named here once, together with the change that it introduced.
 """
 
 import PIL
@@ -11,7 +11,7 @@ from fa_bench.mechanisms.compiled import too_old_to_compile
 
 
 def is_older(version: str, *first: int) -> bool:
-    """Whether a version precedes the first one with a feature."""
+    """Return True if a version is older than the first version with a feature."""
     return tuple(int(part) for part in version.split(".")[: len(first)]) < first
 
 

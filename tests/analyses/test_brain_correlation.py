@@ -1,4 +1,5 @@
-"""Tests of the brain_correlation analysis: the value for the brain, and the formula against sampled matrices."""
+"""Tests of the brain_correlation analysis: the value for the brain is checked, and the formula is compared with sampled
+matrices."""
 
 from __future__ import annotations
 

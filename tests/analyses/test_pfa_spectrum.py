@@ -1,4 +1,4 @@
-"""Tests of the pfa_spectrum analysis: the theoretical law against its moments, and samples of the rule against the law."""
+"""Tests of the pfa_spectrum analysis: the theoretical law is compared with its moments, and samples of the rule with the law."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tests of the qualitative_table analysis: each measurement on rules with a known result, and the marks at their thresholds."""
+"""Tests of the qualitative_table analysis: each measurement is checked on rules with a known result, and each mark at its
+threshold."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ def test_marks_at_the_thresholds(changes: dict, marks: tuple[str, ...]) -> None:
 
 
 def test_table_sets_measured_beside_published() -> None:
-    """Transport, phase and symmetry agree even without training; the angles of direct synapses agree only after training."""
+    """Transport, phase and symmetry agree with the published table even without training; the angles of direct synapses agree
+    only after training."""
     analysis = QualitativeTable(
         rules=["bp", "usf", "frsf"],
         architecture="mlp:widths=[8]",

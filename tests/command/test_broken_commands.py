@@ -10,7 +10,7 @@ from PIL import Image
 
 from fa_bench.cli import main
 
-#: Each case is a command line and what the message must name.
+#: Each case is a command line and the strings that the message must contain.
 BROKEN = [
     ("algorithm=faa", ["algorithm=faa", "'fa'", "available", "kp"]),
     ("architecture=mpl", ["architecture=mpl", "'mlp'"]),

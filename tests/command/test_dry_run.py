@@ -108,7 +108,8 @@ def test_learned_rule_with_an_optimizer_of_its_own(capsys: pytest.CaptureFixture
     assert row(text, "fc2", "Linear", "6x8") == "passes through learned B" and row(text, "fc2", "B").endswith("learned")
     weights, feedback = 8 * 64 + 6 * 8 + 10 * 6, 4 * (8 * 64 + 6 * 8 + 10 * 6)
     assert row(text, "feedback").startswith(f"{format_bytes(feedback)}, {format_bytes(feedback)} of it learned")
-    # The state is one momentum for each parameter, two moments for each entry of B, and the number of steps for each tensor.
+    # The optimizer state consists of one momentum for each parameter, two moments for each entry of B, and one step count for
+    # each tensor of B.
     state = 4 * (weights + 24) + 2 * feedback + 3 * 4
     assert row(text, "optimizer state") == f"{format_bytes(state)} (sgd; feedback: adam)"
     assert "unused" in said([*TINY, "algorithm=fa", "optimizer@feedback_optimizer=adam"], capsys)
@@ -235,8 +236,8 @@ def test_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
 # ------------------------------------------------------------------------------------------------ the counter
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if not name.startswith("as")])
 def test_counts_of_small_batches_tell_that_of_any(name: str) -> None:
-    """The predicted multiplications for a batch of 9 equal those that the rule performs, and the reference equals those of
-    backpropagation in the plain model."""
+    """The predicted number of multiplications for a batch of 9 equals the number that the rule performs, and the predicted
+    reference equals the number for backpropagation in the plain model."""
     options = {"wm": {"initial_steps": 0}, "f3": {"samples": 9}}.get(name, {})
     x, y = torch.randn(9, 1, 8, 8), torch.arange(9) % 3
 

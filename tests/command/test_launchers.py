@@ -122,7 +122,7 @@ def results_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The weight hashes of `SIGNALLED_SWEEP` without signals; the working directory then contains no runs."""
+    """Run `SIGNALLED_SWEEP` without signals, and return its weight hashes; the test then starts in a directory without runs."""
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "signalling.py").write_text(SIGNALLED)
@@ -149,7 +149,7 @@ def test_jobs_of_submitit_survive_preemption(uninterrupted: list[str]) -> None:
 def test_a_checkpoint_is_written_before_submitit_requeues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The handler refuses, as submitit's does if a job has been requeued too often."""
+    """The handler raises an error, as submitit's handler does if a job has been requeued too often."""
     monkeypatch.chdir(tmp_path)
     called: list[bool] = []
 

@@ -60,7 +60,7 @@ def described(loader: Any, job: list[str], mode: RunMode) -> Any:
 
 
 def flags(node: Any) -> Any:
-    """Flags and types of a config's containers, nested like the config."""
+    """The flags and types of a config's containers, nested like the config."""
     data = node._metadata
     children = node.items_ex(resolve=False) if OmegaConf.is_dict(node) else enumerate(node._iter_ex(resolve=False))
     return (

@@ -1,4 +1,5 @@
-"""Paths as people type them are accepted, or refused with a command line that works. No folder with an odd name is created."""
+"""Paths in every form that people type are accepted, or refused with a corrected command line. No folder with an odd name is
+created."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of components from plugins work like others, and mistakes in them give clear error messages."""
+"""Options of plugin components work like all other options, and mistakes in them give clear error messages."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a separate process, because only `mine` may have registered components."""
+    """Run a command in a separate process, in which no test has registered components and only the plugin `mine` adds some."""
     return subprocess.run([sys.executable, "-m", "fa_bench", *words], capture_output=True, text=True)
 
 

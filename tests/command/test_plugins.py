@@ -110,7 +110,7 @@ def test_a_signal_while_a_plugin_is_imported_is_no_fault_of_it(tmp_path: Path, c
 def test_a_rule_that_exits_ends_its_own_job_alone(
     where: str, error: str, grid: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The defaults are valid; the option on the command line makes the rule exit.
+    # The default of the option is valid; the value in the YAML file makes the rule exit.
     body = f"    y: int = option(0, 'y')\n    def {where}:\n        if self.y: raise {error}(0)\n        return None\n"
     (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + body)
     (tmp_path / "conf" / "algorithm").mkdir(parents=True)

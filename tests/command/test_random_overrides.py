@@ -1,4 +1,5 @@
-"""Random overrides of every option give a training step or a short message, and write only to the expected folders."""
+"""Any random combination of overrides either trains for a step or gives a short message, and writes only to the expected
+folders."""
 
 from __future__ import annotations
 
@@ -166,7 +167,7 @@ def keys(options: Options, prefix: str) -> Iterator[str]:
             yield from keys(value, f"{prefix}{field.name}.")
 
 
-#: Large values of these options take long by definition, or cancel the settings that keep a run short.
+#: Large values of these options always make a run slow, or cancel the settings that keep it short.
 LONG = (
     "scale",
     "device",

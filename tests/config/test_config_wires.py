@@ -107,7 +107,8 @@ TOP = {
     "scale": (BATCHES, (), "smoke"),
     "precision": (TRAINED, (), "bf16"),
 }
-#: Options that affect only the surroundings of training, or how often results are recorded; other tests cover them.
+#: Options that are not expected to change the results, except by rounding or by how often they are recorded; other tests cover
+#: them.
 NOT_NUMBERS = {
     "callbacks",
     "device",
@@ -241,7 +242,7 @@ MUON = {
     "exclude": "[fc2]",
     "adam_lr": "0.1",
 }
-#: adamw has the options of adam, because one line creates both; only the decay differs.
+#: adamw has the same options as adam, because the same line of code creates both; only the decay differs.
 CASES = [
     (name, key)
     for name in ("sgd", "adam", "adamw")
@@ -338,7 +339,7 @@ def test_options_of_rules(name: str, key: str) -> None:
 
 
 def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
-    """New options are not part of the config at their default value, so the hash equals that of a config without them."""
+    """New options with their default values are omitted from the config, so the hash equals that of a config without them."""
     job, other = composed("algorithm=dfa"), composed("algorithm=dfa", "algorithm.within=block")
     assert not {"within", "error_at", "positions"} & job.identity()["algorithm"].keys()
     assert job.plain()["algorithm"]["within"] == "layer" and other.identity()["algorithm"]["within"] == "block"

@@ -1,5 +1,5 @@
-"""Defaults and ranges of components that have no page in the docs. Changing a default changes runs, so this file repeats every
-default and range."""
+"""Tests of the defaults and ranges of components that have no page in the docs. Changing a default changes runs, so this file
+repeats every default and range."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ RECORDED = {
 
 
 def described() -> dict[str, str]:
-    """A mapping {option, default, range or choices: the components that share them}, without the choices of initialisers."""
+    """Map each option, with its default and its range or choices, to the components that share it. The choices of initialisers
+    are omitted."""
     found: dict[str, list[str]] = {}
     for registry in (OPTIMIZERS, SCHEDULES, OBJECTIVES, ARCHITECTURES):
         for name, cls in registry.items():

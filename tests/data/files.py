@@ -98,14 +98,15 @@ def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = 
 
 
 TINY = "tiny-imagenet-200"
-#: The order is that of the published wnids.txt, which is not sorted.
+#: The classes are in the order of the published wnids.txt, which is not sorted.
 TINY_CLASSES = ["n03", "n01", "n02"]
 #: The class of each validation image.
 TINY_ANNOTATED = ["n02", "n01", "n03", "n01"]
 
 
 def write_tiny_imagenet(root: Path) -> Path:
-    """Write three classes with 4 training images each, one of them grey, 4 annotated images, and an unlabelled one in test/."""
+    """Write three classes with 4 training images each, one of them grey, 4 annotated validation images, and one unlabelled image
+    in test/."""
     rng = np.random.default_rng(0)
     folder = root / TINY
 

@@ -166,7 +166,7 @@ def test_the_systems_errors_are_named() -> None:
 
 
 def test_a_class_without_a_training_image_is_named() -> None:
-    """A class has no training image, for example, if the labels count from 1 and the names from 0."""
+    """For example, a class has no training image if the labels start at 1 but the names start at 0."""
     x, notes = np.full((4, 2, 2), 200, np.uint8), []
     checked((x, np.array([1, 2, 1, 2]), x, np.array([1, 2, 1, 2]), ["a", "b", "c"]), notes)
     assert notes == ["no training image has label 0 (a)"]

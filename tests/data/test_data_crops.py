@@ -28,7 +28,7 @@ from fa_bench.errors import OptionError
 from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
-#: The float32 weights are accurate to 1e-6 of 255, and positions near a border to a few times that.
+#: The rounding of the float32 weights changes a level by up to 1e-6 of 255, and by a few times as much near a border.
 CLOSE = {"rtol": 0, "atol": 2e-3}
 
 
@@ -176,7 +176,8 @@ def test_options_that_cannot_be_are_named_before_data_is_read(dataset: str, opti
 
 
 def test_normalisation_of_a_dataset_can_be_set() -> None:
-    """A mean of 0 and a standard deviation of 1 leave pixels in 0 to 1, as in the weight-mirror paper's demonstration."""
+    """A mean of 0 and a standard deviation of 1 leave the pixels in the range 0 to 1, as in the weight-mirror paper's
+    demonstration."""
     splits = DATASETS["digits"].from_mapping({"mean": [0.0], "std": [1.0], "validation": 0}).load(Path("nowhere"), CPU)
     x, _ = next(splits.train.batches(2000))
     assert x.min() == 0 and math.isclose(float(x.max()), 1, rel_tol=1e-6)

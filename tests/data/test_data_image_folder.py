@@ -110,7 +110,7 @@ def test_streamed_order_follows_from_seed_and_epoch(folder: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(10, 20), (20, 10), (9, 9), (31, 16)])
 def test_size_brings_the_shorter_side_to_size_and_crops_the_centre(folder: Path, shape: tuple[int, int]) -> None:
-    """The image is a smooth ramp, so implementations that treat borders differently still agree, but a wrong crop differs."""
+    """The image is a smooth ramp, so implementations that treat borders differently still agree, but a wrong crop is detected."""
     ramp = np.add.outer(np.linspace(0, 120, shape[0]), np.linspace(0, 120, shape[1])).astype(np.uint8)
     for path in folder.rglob("*.png"):
         save(path, np.stack([ramp] * 3, 2))
@@ -211,7 +211,7 @@ def test_a_test_class_that_training_lacks_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 @pytest.mark.parametrize("options", [{}, {"memory_limit_gb": 0}, {"crop": "resized", "size": 4}])
 def test_the_hash_changes_with_an_image_that_is_replaced_in_place(folder: Path, part: str, options: dict[str, object]) -> None:
-    """The file is replaced by one with the same name, size in bytes and times."""
+    """The image is replaced by a file with the same name, size in bytes and timestamps."""
     shutil.copytree(folder / "test", folder / "val")
     path = folder / part / "dog" / "2.png"
     Image.new("RGB", (8, 6), (1, 2, 3)).save(path)

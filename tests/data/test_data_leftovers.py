@@ -1,4 +1,5 @@
-"""Files that cameras, systems and notebooks leave in image folders are skipped and counted, read, or refused in one line."""
+"""Files that cameras, operating systems and notebooks leave in image folders are either read, or skipped and counted, or refused
+with a one-line error."""
 
 from __future__ import annotations
 
@@ -266,7 +267,7 @@ def test_names_written_in_two_ways_are_one_class(folder: Path) -> None:
     assert splits.test.labels.tolist() == [0, 1, 2] and len(splits.classes) == 3
 
 
-# ------------------------------------------------------------------------------------------------ on the command line
+# ------------------------------------------------------------------------------------------------ command line
 def test_what_was_left_out_is_said_by_a_run_its_log_and_a_dry_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

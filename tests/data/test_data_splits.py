@@ -103,7 +103,7 @@ def test_the_augmented_parts_of_processes_are_those_of_the_whole_batch(crop: Any
 @pytest.mark.parametrize("how", [{}, {"seed": 1, "epoch": 2}, {"seed": 1, "epoch": 3, "start": 1}, {"seed": 1, "shuffle": False}])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_indices_are_those_of_the_batches(drop_last: bool, how: dict, share: Any) -> None:
-    """The labels are the positions. If the last batch has only one sample, the given share of it is empty."""
+    """The labels are the positions of the images. If the last batch has only one sample, a rank may get no part of it."""
     split = numbered(13, augment=True)
     got = list(split.batch_indices(4, drop_last=drop_last, share=share, **how))
     want = [y for _, y in split.batches(4, drop_last=drop_last, share=share, **how)]
@@ -343,7 +343,8 @@ def test_listing_the_datasets_imports_no_torch() -> None:
 
 
 def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> None:
-    """Prototypes are uniform in 0.2 to 0.8 of the full range, and consecutive samples take the classes in turn."""
+    """Prototypes are uniformly distributed from 0.2 to 0.8 of the full range, and consecutive samples cycle through the
+    classes."""
     plain, noisy = (
         DATASETS["synthetic"](samples=60, test_samples=60, classes=4, size=20, noise=noise, validation=0).load(NOWHERE, CPU)
         for noise in (0.0, 0.02)
@@ -352,13 +353,15 @@ def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> 
         assert part.labels.tolist() == other.labels.tolist() == [number % 4 for number in range(60)]
         assert torch.equal(part.images, part.images[:4].repeat(15, 1, 1, 1))
         difference = (other.images.double() - part.images) / 255
-        # Two standard errors of 24,000 numbers are 1 %. Rounding twice to 8 bits adds a variance of 2 / (12 255^2).
+        # With 24,000 numbers, two standard errors of the standard deviation are 1 %. Rounding twice to 8 bits adds a variance of
+        # 2 / (12 * 255^2).
         assert difference.std().item() == pytest.approx(math.sqrt(0.02**2 + 2 / 12 / 255**2), rel=0.03)
         assert abs(difference.mean().item()) < 5e-4
     assert torch.equal(plain.train.images[:4], plain.test.images[:4]) and not torch.equal(noisy.train.images, noisy.test.images)
     assert 51 <= plain.train.images.min() < 60 and 195 < plain.train.images.max() <= 204
     large = DATASETS["synthetic"](samples=10, size=200, noise=0.0, validation=0).load(NOWHERE, CPU).train.images
-    # The mean of 400,000 numbers with a standard deviation of 44 is the middle of the range; rounding down would lower it by 0.5.
+    # The expected mean of 400,000 numbers with a standard deviation of 44 is the middle of the range; rounding down would lower
+    # it by 0.5.
     assert large.double().mean().item() == pytest.approx(127.5, abs=0.25)
     strong = DATASETS["synthetic"](samples=60, noise=2.0).load(NOWHERE, CPU).train.images
     assert ((strong == 0) | (strong == 255)).double().mean() > 0.5, "cut off at black and white, never wrapped around"
@@ -395,7 +398,7 @@ def test_what_is_left_of_the_training_images_is_augmented_as_all_of_them_are(mon
         plain = next(splits.train.batches(len(splits.train)))[0]
         for seed in (0, 1):
             x, _ = next(splits.train.batches(len(splits.train), seed=seed))
-            # There are 81 positions and a flip, so a few of thirty images may be unchanged.
+            # Each image gets one of 81 positions and possibly a flip, so a few of thirty images may remain unchanged.
             assert same_images(x, plain).any(1).sum() < 4
 
 

@@ -1,5 +1,4 @@
-"""Tests of tables and users' own arrays: which values the model gets, which data are refused, and scaling by the training
-samples."""
+"""Tests of tables and users' own arrays: values are scaled by the training samples, and unsuitable data are refused."""
 
 from __future__ import annotations
 

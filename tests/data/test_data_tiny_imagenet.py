@@ -193,7 +193,7 @@ def test_an_interrupted_unpacking_starts_over(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(zipfile.ZipFile, "extract", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(tmp_path / "data")
-    # A second attempt starts from the checked archive.
+    # A second attempt starts from the verified archive.
     assert names(tmp_path / "data") == [f"{TINY}.zip"]
     assert (len(load(tmp_path / "data").train), len(load(tmp_path / "data").test)) == (12, 4)
 

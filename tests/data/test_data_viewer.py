@@ -1,4 +1,5 @@
-"""Models see what a person sees in an image viewer, whatever the orientation, transparency, depth or number of frames."""
+"""The model gets the same picture that an image viewer shows, for every orientation, transparency, bit depth and number of
+frames."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from fa_bench.registry.registries import DATASETS
 from tests.versions import YCBCR_IS_CUT_OFF
 
 CPU = torch.device("cpu")
-#: For each EXIF orientation (EXIF 2.32, 4.6.4 A), the rows and columns in which a camera stores the upright picture.
+#: Maps each EXIF orientation (EXIF 2.32, 4.6.4 A) to a function that stores an upright picture as the camera would.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -64,8 +65,8 @@ def load(folder: Path, limit: float = 1, **options: object):
 
 
 def png(levels: np.ndarray, bits: int, kind: int, *transparent: int) -> bytes:
-    """Encode levels (H, W, C) as a PNG that Pillow cannot write; `kind` is its colour type, `transparent` one level per
-    channel."""
+    """Encode levels (H, W, C) as a PNG that Pillow cannot write; `kind` is its colour type, and `transparent` is the transparent
+    level of each channel."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

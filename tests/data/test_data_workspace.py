@@ -1,4 +1,4 @@
-"""Downloading and unpacking write no files elsewhere and leave nothing behind, and processes wait for each other."""
+"""Downloading and unpacking write no files elsewhere and leave no temporary files, and processes wait for each other."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_silent_server_counts_as_no_network(tmp_path: Path, monkeypatch: pytes
     assert socket.getdefaulttimeout() is None and names(tmp_path) == []
 
 
-# ------------------------------------------------------------------------------------------------ left by a kill
+# ------------------------------------------------------------------------------------------------ killed processes
 def write_zip(path: Path, files: int = 3) -> Path:
     with zipfile.ZipFile(path, "w") as opened:
         for i in range(files):

@@ -62,9 +62,9 @@ FILES = {
         "plants.csv": "height,species\n" + "".join(f"{row},{row % 3}\n" for row in range(30)),
     },
 }
-#: Pages with blocks of Python that write files for the page's commands.
+#: Pages with Python blocks that write files for the page's commands.
 PREPARES = ("docs/datasets.md",)
-#: Options that reduce the runs and studies of the pages to the smallest scale.
+#: Options that reduce the runs and studies on the pages to the smallest scale.
 SMALL_RUN = {"scale": "smoke", "threads": 1, "loggers": [[]], "seed": [0]}
 SMALL_STUDY = {"scale": "smoke", "threads": 1, "algorithm": ["bp", "fa"], "budget": 1, "seeds": [0]}
 LANGUAGES = {"python", "bash", "yaml", "toml", "math"}
@@ -86,7 +86,7 @@ def python_of(page: Path) -> list[str]:
 
 
 def shrunk(function: Callable[..., Any], small: dict[str, Any]) -> Callable[..., Any]:
-    """Wrap `fa_bench.run` or `tune` so that these options replace the given ones."""
+    """Wrap `fa_bench.run` or `tune` so that the options in `small` replace those of the call."""
 
     def call(*overrides: str, **options: Any) -> Any:
         given = (each for each in overrides if each.partition("=")[0] not in small)
@@ -109,7 +109,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_commands_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None) -> None:
-    """Configs are composed and checked, and arguments are parsed, as the command does before it starts."""
+    """Configs are composed and checked, and arguments are parsed, in the same way as when the command starts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for path, text in FILES.get(name_of(page), {}).items():
@@ -127,8 +127,8 @@ def test_commands_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def check_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compose the first job, and one for every other value in the line; launcher options are left out, because they have their
-    own tests."""
+    """Compose the first job, and one further job for every other value in the command; launcher options are ignored, because they
+    have their own tests."""
     if "--help" in words:
         assert main(words) == 0
         return
@@ -153,7 +153,7 @@ def check_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_report(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the arguments on stubs of runs in the folders; no report is written."""
+    """Check the arguments with stub results in the run folders; no report is written."""
     folders = [word for word in words if word.startswith("outputs")]
     for folder in folders:
         for name in ("bp", "kp"):
@@ -168,7 +168,7 @@ def check_report(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_tune(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan is made and checked; a dry run also reads the data, so it cannot have a placeholder as the folder of its data."""
+    """Make and check the plan of the study. A dry run also reads the data, so its data folder must not be a placeholder."""
     if "--dry-run" in words:
         assert tuning.main(words) == 0
     else:
@@ -209,7 +209,7 @@ def check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_installation(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that the extras exist."""
+    """Check that the extras named in the command exist."""
     section = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]\n")[1].split("\n[")[0]
     wanted = re.fullmatch(r"install -e \.\[([\w,]+)\]", " ".join(words))
     assert wanted is not None and set(wanted[1].split(",")) <= set(re.findall(r"^(\w+) = ", section, re.M))

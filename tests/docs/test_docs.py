@@ -79,7 +79,7 @@ def test_experiments_of_the_page_are_those_there_are() -> None:
 def test_architecture_and_preset_of_contributing_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The architecture and the experiment each have one file, and no other file has to mention them."""
+    """An architecture and an experiment need only one file each; no other file has to mention them."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     architecture = re.search(r"^```python\n(.*?)^```", text, re.S | re.M)
     preset = re.search(r"^```yaml\n(# @package.*?)^```", text, re.S | re.M)

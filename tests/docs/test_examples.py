@@ -11,7 +11,7 @@ import pytest
 import fa_bench
 from fa_bench.metrics.meter import AlignmentMeter
 
-#: The public objects by name; the two names of the decorator share its example.
+#: The public objects by name; the decorator has two names, which share one example.
 PUBLIC = {name: getattr(fa_bench, name) for name in fa_bench.__all__ if name != "__version__"} | {
     "AlignmentMeter": AlignmentMeter
 }

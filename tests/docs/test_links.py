@@ -37,7 +37,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken(links: list[str], page: Path) -> list[str]:
-    """The links of a page into the repository whose targets do not exist."""
+    """The page's links into the repository that have no existing target."""
     bad = []
     for link in links:
         if "://" in link:
@@ -70,7 +70,7 @@ def test_dead_links_are_found(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ the site
 class Elements(HTMLParser):
-    """The addresses that a page of the site uses, and its anchors.
+    """Collects the addresses that a page of the site uses, and the anchors that it defines.
 
     Attributes:
         opened: addresses of links; loaded: those of scripts, styles, images and frames.

@@ -1,9 +1,9 @@
 """The table of published settings that the experiments must reproduce, written from the papers and their official code.
 
-Marks in the comments say where each number comes from:
+Marks in the comments give the source of each number:
 
-- [paper]: the paper states it, in the place that is named.
-- [code]: only the authors' code has it.
+- [paper]: the paper states it, in the section or table that the comment names.
+- [code]: only the authors' code states it.
 - [choice]: neither specifies it, so the project chose it. The experiment's YAML file documents the choice unless noted here.
 
 A setting that the table does not name must have its component's default, so no experiment can change it unnoticed.
@@ -20,7 +20,7 @@ from fa_bench.registry.registries import ALGORITHMS
 
 #: Settings by their key on the command line, such as ``optimizer.lr``.
 Settings = dict[str, Any]
-#: A case is (conditions, settings): the settings hold for the runs that meet the conditions. A tuple lists alternatives.
+#: A case is a pair (conditions, settings); the settings apply to the runs that meet the conditions. A tuple lists alternatives.
 Case = tuple[Mapping[str, Any], Settings]
 
 
@@ -39,7 +39,7 @@ class Preset:
     cases: list[Case] = dataclasses.field(default_factory=list)
 
     def runs(self) -> Iterator[tuple[Settings, list[int]]]:
-        """Yield the settings of every run, without its seed, and the seeds that it is repeated with."""
+        """Yield the settings of every run, without its seed, and the seeds with which it is repeated."""
         for part in self.sweep:
             swept = {key: values for key, values in part.items() if key != "seed"}
             for values in itertools.product(*swept.values()):
@@ -63,7 +63,6 @@ def _multistep(milestones: list[int], gamma: float) -> Settings:
     return _keys("optimizer.schedule", name="multistep", milestones=milestones, gamma=gamma)
 
 
-# fmt: off: a table, with one preset in as few lines as can be compared with its paper
 CONSTANT = _keys("optimizer.schedule", name="constant")
 COSINE = _keys("optimizer.schedule", name="cosine", min_lr=0.0)
 PLAIN_MLP = _keys("architecture", activation="relu", batch_norm=False, output_norm=False)
@@ -71,29 +70,31 @@ STAGES_18, STAGES_34 = [2, 2, 2, 2], [3, 4, 6, 3]
 ASAP_RULES = ("asap", "asfp", "asfp_lc")
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # Kingma and Ba 2014
 
-#: The settings of components that hold in every paper, unless the paper's own settings below differ.
+#: The settings of components that apply to every paper, unless the paper's own settings below differ.
 COMPONENTS: list[Case] = [
-    # The net of the PFA paper, section 3, is 784-512-512-10 with ReLU and without normalisation.
+    # In section 3 of the PFA paper, the net is 784-512-512-10, with ReLU and without normalisation.
     ({"architecture": "mlp"}, _keys("architecture", widths=[512, 512]) | PLAIN_MLP),
-    # The net of the DKP paper, Table 3, has 32 channels twice and 128 hidden neurons; the padding follows from its 6272 features.
+    # In Table 3 of the DKP paper, the net has two convolutions of 32 channels and 128 hidden neurons; its 6272 features imply the
+    # padding.
     ({"architecture": "conv2"}, _keys("architecture", channels=32, hidden=128, padding=None)),
-    # The net of the DKP paper, section 3.2, is AlexNet in torchvision's sizes with normalisation before every activation; dropout
-    # is from the code [code].
+    # In section 3.2 of the DKP paper, the net is AlexNet in torchvision's sizes with normalisation before every activation;
+    # dropout is from the code [code].
     ({"architecture": "dkp_alexnet"}, _keys("architecture", width=64, hidden=4096, linear_norm=True, dropout=0.5)),
     # The nets of the ASAP paper are from appendix C; the normalised logits are from the code [code].
     ({"architecture": "asap_alexnet"}, _keys("architecture", width=64, hidden=1024, output_norm=True)),
     ({"architecture": "resnet18"}, _keys("architecture", width=64, blocks=STAGES_18, shortcuts=True, output_norm=True)),
     ({"architecture": "resnet34"}, _keys("architecture", width=64, blocks=STAGES_34, shortcuts=True, output_norm=True)),
-    # The small ResNet and those for ImageNet are from He et al. 2016.
+    # The small ResNet and the ResNets for ImageNet are from He et al. 2016.
     ({"architecture": "resnet20"}, _keys("architecture", width=16, blocks=3, shortcuts=True)),
     ({"architecture": "resnet18_imagenet"}, _keys("architecture", width=64, blocks=STAGES_18, bn="before")),
     ({"architecture": "resnet50_imagenet"}, _keys("architecture", width=64, blocks=STAGES_34, bn="before")),
-    # The PFA paper, appendix A, has an expansion ratio of 10 and Glorot's initialisation; the ratio of PFA-o is from the code
-    # [code].
+    # In appendix A of the PFA paper, the expansion ratio is 10 and the initialisation is Glorot's; the ratio of PFA-o is from the
+    # code [code].
     ({"algorithm": "pfa"}, _keys("algorithm", ratio=10.0, r_init="xavier_uniform", density=1.0)),
     ({"algorithm": "pfa_o"}, _keys("algorithm", ratio=1.0, r_init="xavier_uniform")),
-    # In the ASAP paper, section 3, two layers share an activation, max-pooling matches shapes, and the first layer is fixed. The
-    # feedback of convolutions is sampled like torch's weights, and that of fully connected layers uniformly in [-1, 1) [code].
+    # In section 3 of the ASAP paper, two layers share an activation, max-pooling matches shapes, and the first layer is frozen.
+    # The feedback of convolutions is sampled like torch's default weights, and that of fully connected layers is uniform in [-1,
+    # 1) [code].
     (
         {"algorithm": ASAP_RULES},
         _keys(
@@ -118,17 +119,18 @@ COMPONENTS: list[Case] = [
     # Deep supervision is the project's own reference, with the classifiers of predsim and losses of equal weight [choice].
     ({"algorithm": "bp_deepsup"}, _keys("algorithm", weight=1.0, decoder_size=4096, decoder_init="zeros", cuts=None)),
     ({"algorithm": "dgl"}, _keys("algorithm", auxiliary_net="mlp_sr", cuts=None)),
-    # Every neuron has one row of feedback, at all hidden activations; PFA's runs on CIFAR-10 differ.
+    # Every neuron of every hidden activation has its own row of feedback, except in PFA's runs on CIFAR-10.
     ({"algorithm": "dfa"}, _keys("algorithm", form="neuron", cuts=None, density=1.0)),
     ({"algorithm": "fa"}, _keys("algorithm", linear_b_init=None, density=1.0, plain_last=False)),
     ({"algorithm": "kp"}, _keys("algorithm", b_lr_scale=1.0, plain_last=False)),  # W and B have the same learning rate
-    # The PFA paper uses the sign times the standard deviation of Glorot's weights [code].
+    # In the PFA paper, the feedback of USF is the sign of the weight times the standard deviation of Glorot's initialisation
+    # [code].
     ({"algorithm": "usf"}, _keys("algorithm", scale="xavier", plain_last=False, density=1.0)),
-    # The DKP paper, section 3.1, samples backward matrices with Kaiming's initialisation. The matrices of DRTP follow the code of
-    # Frenkel et al. [code].
+    # In section 3.1 of the DKP paper, backward matrices are sampled with Kaiming's initialisation. The matrices of DRTP follow
+    # the code of Frenkel et al. [code].
     ({"algorithm": "dkp"}, _keys("algorithm", b_init="kaiming_uniform", density=1.0, cuts=None)),
     ({"algorithm": "drtp"}, _keys("algorithm", b_init="kaiming_uniform", scale=1.0, error_sign=False, density=1.0, cuts=None)),
-    # Images have their stored size, 28x28, 32x32 or 64x64; ImageNet has 224x224 crops with the usual normalisation.
+    # Images keep their stored size, 28x28, 32x32 or 64x64; ImageNet is cropped to 224x224 and has the usual normalisation.
     (
         {"dataset": ("mnist", "fashion_mnist", "svhn", "cifar10", "cifar100", "tiny_imagenet")},
         _keys("dataset", crop="padded", size=None, validation_seed=0),
@@ -146,7 +148,7 @@ COMPONENTS: list[Case] = [
             validation_seed=0,
         ),
     ),
-    # All papers use SGD with momentum 0.9, and one optimizer for W and learned feedback, unless their own cases differ.
+    # All papers use SGD with momentum 0.9, and the same optimizer for W and the learned feedback, unless their own cases differ.
     ({}, {"feedback_optimizer": None, "optimizer": "sgd", "optimizer.first_epoch_weight_decay": None}),
     ({"optimizer": "sgd"}, _keys("optimizer", momentum=0.9, nesterov=False)),
     ({"optimizer": "adam"}, _keys("optimizer", **ADAM)),
@@ -154,8 +156,8 @@ COMPONENTS: list[Case] = [
 
 # --- Woo et al. 2021 (ASAP) -----------------------------------------------------------------------------------------------------
 
-#: The settings are from appendix C. All batches are used, as in the code's data loader [code]; there is no validation split
-#: [code].
+#: The settings are from appendix C. Incomplete batches are kept, as in the data loader of the code [code]; there is no validation
+#: split [code].
 ASAP: Settings = {
     "epochs": 200,
     "batch_size": 128,
@@ -166,23 +168,24 @@ ASAP: Settings = {
 }
 ASAP_CASES: list[Case] = [
     # The paper's "Kaiming" is torch's default for convolutions, U(±1/√fan_in) [code]. In the code, the nets for FA, DFA and ASAP
-    # draw fully connected weights from U(±√(6/fan_in)) and set their biases to zero; those for BP have torch's default there
+    # sample fully connected weights from U(±√(6/fan_in)) and set their biases to zero; the nets for BP use torch's default
     # [code]. Here, all rules start with the same weights, so that they can be compared [choice].
     ({}, {"architecture.init": "pytorch", "architecture.linear_init": "kaiming_uniform"}),
-    # Appendix C uses crops and flips on CIFAR and Tiny ImageNet. Means and deviations are from the code [code]; CIFAR-100 has
-    # those of CIFAR-10 there, and Tiny ImageNet has those of a derivative of the code.
+    # Appendix C uses crops and flips on CIFAR and Tiny ImageNet. Means and standard deviations are from the code [code], which
+    # uses those of CIFAR-10 for CIFAR-100, too. The means and deviations of Tiny ImageNet are from a derivative of the code.
     ({}, {"dataset.augment": True}),
     ({"dataset": ("cifar10", "cifar100")}, _keys("dataset", mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010])),
     ({"dataset": "tiny_imagenet"}, _keys("dataset", mean=[0.480, 0.448, 0.398], std=[0.277, 0.269, 0.282])),
     ({"dataset": "svhn"}, _keys("dataset", mean=[0.5], std=[0.5], augment=False)),
     ({"dataset": "mnist"}, {"dataset.augment": False}),
-    # The feedback of DFA is N(0, 1/classes) [code]. The feedback of FA is sampled like torch's weights in convolutions, and from
-    # U(-1, 1) in fully connected layers [code]. The code for KP is not public, so its feedback is sampled like the weights, in
-    # all layers [choice]. B and W are initially independent [choice].
+    # The feedback of DFA is N(0, 1/classes) [code]. The feedback of FA is sampled like torch's default weights in convolutions,
+    # and from U(-1, 1) in fully connected layers [code]. The code for KP is not public, so its feedback is sampled like the
+    # weights, in all layers [choice]. B and W are initially independent [choice].
     ({"algorithm": "dfa"}, {"algorithm.b_init": "normal_fan_out"}),
     ({"algorithm": "fa"}, _keys("algorithm", b_init="pytorch", linear_b_init="uniform_one")),
     ({"algorithm": "kp"}, _keys("algorithm", b_init="pytorch", linear_b_init="kaiming_uniform")),
-    # Learning rates are from Table 3. The floor has the rate of BP, and the variants of ASAP have that of ASAP [choice].
+    # Learning rates are from Table 3. The baseline `frozen` has the learning rate of BP, and the variants of ASAP have that of
+    # ASAP [choice].
     ({"algorithm": ("bp", "frozen", "kp")}, {"optimizer.lr": 3e-2}),
     ({"algorithm": ("fa", "dfa")}, {"optimizer.lr": 3e-3}),
     ({"algorithm": ASAP_RULES}, {"optimizer.lr": 3e-2}),
@@ -192,7 +195,7 @@ ASAP_CASES: list[Case] = [
 ]
 ASAP_TABLE1 = ["bp", "frozen", "kp", "fa", "dfa", "asap"]
 ASAP_PAPER: dict[str, Preset] = {
-    # All settings are run once.
+    # Every setting is run with one seed.
     "asap_table1": Preset(
         [
             {
@@ -229,7 +232,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10"},
         ASAP_CASES,
     ),
-    # Table 5 has the same accuracies for ResNet-34.
+    # Table 5 contains the same accuracies for ResNet-34 as Table 4.
     "asap_table4": Preset(
         [
             {"algorithm": ["bp", "asap"], "optimizer.weight_decay": [0.0, 5e-6, 5e-5, 5e-4, 5e-3], "seed": [0]},
@@ -252,7 +255,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10"},
         [*ASAP_CASES, ({"optimizer": "adam"}, {"optimizer.lr": 5e-3, "optimizer.weight_decay": 0.0})],
     ),
-    # The experiment is from appendix D.2. CIFAR-10 is our choice [choice].
+    # The experiment is from appendix D.2. CIFAR-10 is the project's choice [choice].
     "asap_fig9": Preset(
         [
             {"algorithm": ["bp", "frozen"], "seed": [0]},
@@ -261,9 +264,9 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10", "architecture": "asap_alexnet"},
         ASAP_CASES,
     ),
-    # Appendix A.2 uses a batch size of 50, a learning rate of 1e-4, a linear net, and a net with normalisation and ReLU,
-    # 10-10-10. The net with normalisation also normalises its logits [code]. The initialisers, the 784 inputs and the three seeds
-    # are our choice [choice].
+    # Appendix A.2 uses a batch size of 50 and a learning rate of 1e-4. Appendix A.2 trains a linear net, and a net with
+    # normalisation and ReLU, both with the hidden widths 10-10-10. The net with normalisation also normalises its logits [code].
+    # The initialisers, the 784 inputs and the three seeds are the project's choice [choice].
     "asap_fig6": Preset(
         [
             {
@@ -282,7 +285,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "mnist", "architecture": "mlp"},
         [
             *ASAP_CASES,
-            # Initial weights were chosen by the accuracy of backpropagation [choice].
+            # The initialiser was chosen by the accuracy of backpropagation [choice].
             ({}, {"batch_size": 50, "optimizer.lr": 1e-4, "architecture.widths": [10, 10, 10], "architecture.linear_init": None}),
             ({"algorithm": "forward_alignment"}, {"algorithm.c_init": "kaiming_uniform"}),
         ],
@@ -297,7 +300,7 @@ PFA_CASES: list[Case] = [({"algorithm": ("fa", "dfa")}, {"algorithm.b_init": "xa
 BOTH_PFA = ("pfa", "pfa_o")
 PFA_TABLE = ["bp", "frozen", "fa", "dfa", "usf", "pfa", "pfa_o"]
 FIVE = range(5)
-#: The settings are from appendix A.1. PFA's decay after the first epoch is 0.003 x 0.03 = 9e-5 [code], where the paper has 1e-4.
+#: The settings are from appendix A.1. PFA's decay after the first epoch is 0.003 x 0.03 = 9e-5 [code], but the paper states 1e-4.
 #: Curves are measured on the test set [code].
 PFA_MNIST: Settings = PFA | {
     "dataset": "mnist",
@@ -323,9 +326,9 @@ PFA_PAPER: dict[str, Preset] = {
         PFA_MNIST,
         PFA_MNIST_CASES,
     ),
-    # The settings are from appendix A.2. The code trains for 250 epochs, and holds out 5,000 images with seed 0 [code]; the paper
-    # has 200 epochs, so the last milestone, 200, would change nothing. DFA's kernels, the means and the deviations are from the
-    # code [code].
+    # The settings are from appendix A.2. The code trains for 250 epochs and holds out 5,000 images with seed 0 [code]. The paper
+    # states 200 epochs, with which the last milestone, 200, would have no effect. DFA's kernels, the means and the standard
+    # deviations are from the code [code].
     "pfa_fig4": Preset(
         [{"algorithm": PFA_TABLE, "seed": FIVE}],
         PFA
@@ -368,8 +371,8 @@ PFA_PAPER: dict[str, Preset] = {
 
 # --- "Learning the connections in direct feedback alignment" (DKP) --------------------------------------------------------------
 
-#: Section 3.1 uses SGD with Nesterov's momentum 0.9 at a constant rate. There is no validation split, all batches are used, and
-#: initial weights are torch's [code].
+#: Section 3.1 uses SGD with a Nesterov momentum of 0.9 and a constant learning rate. There is no validation split, incomplete
+#: batches are kept, and the initial weights are torch's default [code].
 DKP: Settings = {
     "architecture.init": "pytorch",
     "drop_last": False,
@@ -379,13 +382,14 @@ DKP: Settings = {
 }
 DKP_CASES: list[Case] = [
     # Section 3.1 uses Kaiming's initialisation for the feedback of DFA and DKP. The section does not mention KP and FA. The
-    # feedback of KP is sampled like the weights, and that of FA by Glorot's method [choice]; the experiment does not mention the
-    # feedback of FA.
+    # feedback of KP is sampled like the weights, and that of FA with Glorot's method [choice]; the experiment does not document
+    # the choice for FA.
     ({"algorithm": "dfa"}, {"algorithm.b_init": "kaiming_uniform"}),
     ({"algorithm": "kp"}, {"algorithm.b_init": "pytorch"}),
     ({"algorithm": "fa"}, {"algorithm.b_init": "xavier_uniform"}),
 ]
-#: For the net of two convolutions, section 3.1 uses 1e-2 for W, 1e-4 times 0.85 per epoch for B, and decay 1e-6 for both.
+#: For the net with two convolutions, section 3.1 uses a learning rate of 1e-2 for W. The learning rate of B starts at 1e-4 and is
+#: multiplied by 0.85 after each epoch. The decay of W and B is 1e-6.
 DKP_SMALL: Settings = DKP | {"optimizer.lr": 1e-2, "optimizer.weight_decay": 1e-6}
 DKP_SMALL_CASES: list[Case] = [
     *DKP_CASES,
@@ -403,7 +407,7 @@ DKP_SMALL_CASES: list[Case] = [
         ),
     ),
 ]
-#: B of AlexNet is trained by Adam at a constant rate of 5e-4, with the decay of W.
+#: In AlexNet, Adam trains B with a constant learning rate of 5e-4 and the decay of W.
 DKP_LARGE_CASES: list[Case] = [
     *DKP_CASES,
     (
@@ -438,9 +442,10 @@ DKP_PAPER: dict[str, Preset] = {
         DKP_SMALL_CASES,
     ),
     # The 90 epochs, ten trials and decay 1e-4 are from the paper [paper]; the batch size, crops and normalisation are from the
-    # code [code]. Section 3.2 uses a rate of 0.1 for backpropagation (also of the fully connected layers only); for the others,
-    # it uses 0.01 on CIFAR-100 and 5e-3 on Tiny ImageNet. The floor trains only the output layer, with the learning rate of the
-    # other rules [choice, not mentioned by the experiment].
+    # code [code]. Section 3.2 uses a learning rate of 0.1 for backpropagation, including backpropagation in the fully connected
+    # layers only. For the other rules, the learning rate is 0.01 on CIFAR-100 and 5e-3 on Tiny ImageNet. The baseline `frozen`
+    # trains only the output layer, with the learning rate of the other rules [choice]; the experiment does not document this
+    # choice.
     "dkp_table2": Preset(
         [{"dataset": ["cifar100", "tiny_imagenet"], "algorithm": DKP_TABLE, "seed": TEN}],
         DKP
@@ -458,8 +463,8 @@ DKP_PAPER: dict[str, Preset] = {
             ({"algorithm": ("bp", "bp_fc")}, {"optimizer.lr": 0.1}),
         ],
     ),
-    # The net has five layers with normalisation on MNIST; 15 epochs of batches of 50 are the figure's 18,000 iterations. Widths,
-    # batch size, learning rates and three seeds are our choice [choice].
+    # The net has five layers with normalisation and is trained on MNIST. 15 epochs with batches of 50 give the 18,000 iterations
+    # of the figure. Widths, batch size, learning rates and the three seeds are the project's choice [choice].
     "dkp_fig2": Preset(
         [{"algorithm": ["bp", "frozen", "dfa", "dkp"], "seed": [0, 1, 2]}],
         DKP_SMALL
@@ -477,10 +482,10 @@ DKP_PAPER: dict[str, Preset] = {
 
 # --- Akrout et al. 2019 (weight mirrors) ----------------------------------------------------------------------------------------
 
-#: Section 6 trains on ImageNet with normalisation after the ReLU, and cuts the rate by 90 % at epoch 32. All other settings are
-#: in an appendix that is not available. Rate, momentum, decay, batch size and initial weights are those of torchvision's
-#: reference, and there are 50 epochs [choice]. torchvision draws only convolutions in this way; its output layer has torch's
-#: default.
+#: Section 6 trains on ImageNet with normalisation after the ReLU, and reduces the learning rate by 90 % at epoch 32. All other
+#: settings are in an appendix that is not available. Learning rate, momentum, decay, batch size and initial weights are those of
+#: torchvision's reference, and there are 50 epochs [choice]. torchvision initialises only convolutions in this way; its output
+#: layer has torch's default.
 WM: Settings = {
     "dataset": "imagenet",
     "dataset.validation": 0.0,
@@ -498,8 +503,8 @@ WM_CASES: list[Case] = [
     # The feedback is sampled like the weights [choice].
     ({"algorithm": ("fa", "kp", "wm")}, {"algorithm.b_init": "kaiming_normal_fan_out"}),
     # In section 6, noise passes the ReLU, and biases are not blocked. As in the authors' numpy code, there is one mirror step per
-    # training step, and a whole epoch of 1,281,167 // 256 mirror steps before training; the rate and unit noise are our choice
-    # [choice].
+    # training step, and a whole epoch of 1,281,167 // 256 mirror steps before training. The mirror's learning rate and the unit
+    # noise are the project's choice [choice].
     (
         {"algorithm": "wm"},
         _keys(
@@ -515,7 +520,7 @@ WM_CASES: list[Case] = [
             per_tap=True,
         ),
     ),
-    # The rule of Xiao et al. 2018 has their scale, and uses the output layer's true weight [code].
+    # USF has the scale of Xiao et al. 2018, and uses the output layer's true weight [code].
     ({"algorithm": "usf"}, _keys("algorithm", scale="xiao", plain_last=True)),
 ]
 WM_NETS = ["resnet18_imagenet", "resnet50_imagenet"]
@@ -531,7 +536,7 @@ WM_PAPER: dict[str, Preset] = {
     "wm_fig4": Preset([{"algorithm": ["wm", "kp", "usf"], "seed": [0]}], WM | {"architecture": "resnet50_imagenet"}, WM_CASES),
 }
 
-#: The project's own first sweep, which is not from a paper, on digits that need no download.
+#: The project's introductory sweep, which is not from a paper. The sweep uses the digits dataset, which needs no download.
 QUICKSTART = Preset(
     [{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "seed": [0, 1, 2]}],
     {
@@ -567,9 +572,9 @@ COMPARE = Preset(
     [*QUICKSTART.cases, ({"algorithm": ("asap", "asfp", "asfp_lc")}, {"algorithm.linear": "share"})],
 )
 
-#: The settings are those of the faeval protocol, spring 2026. The optimizer, learning rate, decay, schedule, batch size, epochs,
-#: seeds, widths and depths are second-hand, from its repository's history. Validation, augmentation, normalisation and the
-#: variants of dfa are our choice [choice].
+#: The settings are those of the faeval protocol as of spring 2026. The optimizer, learning rate, decay, schedule, batch size,
+#: epochs, seeds, widths and depths are taken second-hand from the history of its repository. Validation, augmentation,
+#: normalisation and the variants of dfa are our choice [choice].
 FAEVAL_NETS, FAEVAL_SEEDS = ["residual_mlp", "vit_mini"], [42, 123, 456]
 FAEVAL = Preset(
     [
@@ -609,8 +614,8 @@ FAEVAL = Preset(
     ],
 )
 
-#: A small decoder on the built-in text, which is not from a paper. dfa has the cuts of Launay et al. 2020, their shared matrix,
-#: and the error before the vocabulary layer.
+#: A small decoder is trained on the built-in text; this experiment is not from a paper. dfa uses the cuts of Launay et al. 2020,
+#: their shared matrix, and the error before the vocabulary layer.
 LM_SEEDS, LM_CUTS = [0, 1, 2], [None, ["layers.*.norm1", "layers.*.act", "layers.*.norm2"]]
 LM_QUICKSTART = Preset(
     [
@@ -640,9 +645,10 @@ LM_QUICKSTART = Preset(
     [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})],
 )
 
-#: The settings are those of Mono-Forward in the independent code BeyondBackpropagation. The code has the widths, the rates on
-#: MNIST and CIFAR-10, the epochs of a layer, the batch size, the validation split, and torch's initial weights [code]. Training
-#: all layers at once, the rates on the other two datasets, and their use for all rules are our choice [choice].
+#: The settings are those of Mono-Forward in the independent implementation BeyondBackpropagation. The widths, the learning rates
+#: on MNIST and CIFAR-10, the number of epochs per layer, the batch size, the validation split, and torch's initial weights are
+#: from the code [code]. Training all layers at once, the learning rates on the other two datasets, and the use of the rates for
+#: all rules are our choice [choice].
 MONO_FORWARD = Preset(
     [
         {
@@ -668,8 +674,9 @@ MONO_FORWARD = Preset(
     ],
 )
 
-#: The settings are those of Høier et al. 2023. Epochs, batch size, rate, length of the warm-up, momentum, decay and the number of
-#: seeds are from the code [code]. All other settings, such as the decay of the rate, B and augmentation, are our choice [choice].
+#: The settings are those of Høier et al. 2023. Epochs, batch size, learning rate, length of the warm-up, momentum, decay and the
+#: number of seeds are from the code [code]. All other settings, such as the schedule of the learning rate, B and augmentation,
+#: are our choice [choice].
 DUAL_SEEDS = [0, 1, 2, 3, 4]
 DUAL_PROPAGATION = Preset(
     [
@@ -694,8 +701,8 @@ DUAL_PROPAGATION = Preset(
     ],
 )
 
-#: The settings are those of forward-forward in the independent code loeweX/Forward-Forward [code]. The range of the images, and
-#: the rate and decay of the other rules, are our choice [choice].
+#: The settings are those of forward-forward in the independent implementation loeweX/Forward-Forward [code]. The range of the
+#: images, and the learning rate and decay of the other rules, are our choice [choice].
 FORWARD_FORWARD = Preset(
     [{"algorithm": ["forward_forward", "bp", "frozen"], "seed": [0, 1, 2]}],
     {
@@ -742,10 +749,11 @@ FORWARD_FORWARD = Preset(
     ],
 )
 
-#: The settings are those of deep feedback control in the code mariacer/strong_dfc: its commands for MNIST, the defaults of its
-#: options (beta2 and the beta of the feedback are 0.99, backpropagation has batches of 128) and its data [code]. eps is halved,
-#: because its gradient is doubled. The closed form, no pretraining of the feedback, the common norm of all gradients, and
-#: training frozen like bp are our choice [choice].
+#: The settings are those of deep feedback control in the repository mariacer/strong_dfc. The values are from the repository's
+#: commands for MNIST, its data and the defaults of its options, such as 0.99 for beta2 and for the beta of the feedback, and
+#: batches of 128 for backpropagation [code]. eps is halved, because its gradient is doubled. The following are our choice: the
+#: steady state in closed form, no pretraining of the feedback, one norm for the clipping of all gradients, and the settings of bp
+#: for frozen [choice].
 DFC = Preset(
     [{"algorithm": ["dfc", "bp", "frozen"], "seed": [0, 1, 2]}],
     {
@@ -792,8 +800,8 @@ DFC = Preset(
     ],
 )
 
-#: Rules from outside the four papers follow the protocol of the PFA paper's MNIST runs at half its length, with validation images
-#: and the same learning rates for all rules [choice].
+#: Rules that are not from the four papers follow the protocol of the PFA paper's MNIST runs for half as many epochs, with
+#: validation images and the same learning rates for all rules [choice].
 BEYOND = [
     "bp",
     "frozen",

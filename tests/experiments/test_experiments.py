@@ -220,7 +220,7 @@ def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-#: Options that make an architecture small, where the architecture has them.
+#: Options that make an architecture small, if the architecture has them.
 SHRUNK = {"width": 4, "hidden": 8, "channels": 4, "widths": [8]}
 
 
@@ -274,10 +274,10 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_published_are_answered(name: str, composed: list[Job]) -> None:
-    """Check that every published number of the experiment has a job in its sweep and that the net of this job has the layers that
-    the number belongs to, if any."""
+    """Check that every published number of the experiment has a job in its sweep. If a published number belongs to certain
+    layers, check that the net of its job has them."""
     for entry in published():
-        # Curves with k = 4 are not in Table 1 but in another figure, from algorithm=asap algorithm.k=2,4.
+        # Curves with k = 4 are from another figure, not from Table 1; algorithm=asap algorithm.k=2,4 reproduces them.
         if name not in entry.experiments or entry.where.get("algorithm.k") == 4:
             continue
         found = []

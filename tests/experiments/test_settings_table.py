@@ -38,7 +38,7 @@ def composed_runs(name: str) -> list[tuple[Settings, Settings, list[int]]]:
 
 
 def default_settings(job: Job) -> Settings:
-    """The settings that the job would have if an experiment only chose its components."""
+    """The settings that the job would have if the experiment chose its components but set no options."""
     kinds = [group.kind for group in GROUPS]
     chosen = {key: getattr(job, key) for key in (*kinds, "feedback_optimizer")}
     parts = {key: part and {"name": part.name} | as_plain(type(part)()) for key, part in chosen.items()}
@@ -46,7 +46,7 @@ def default_settings(job: Job) -> Settings:
 
 
 def identity(settings: Settings, keys: list[str]) -> str:
-    """A name for the run within its experiment: its values of the swept keys."""
+    """Name the run within its experiment by its values of the swept keys."""
     return json.dumps({key: settings[key] for key in keys if key in settings})
 
 
@@ -99,7 +99,8 @@ def test_the_usual_components() -> None:
 
 
 def test_a_choice_is_the_component_of_its_name_with_its_defaults() -> None:
-    """``algorithm=kp`` is kp with its declared defaults, so names in an experiment mean what they say."""
+    """``algorithm=kp`` selects kp with its declared defaults, so the name of a component in an experiment determines its
+    settings."""
     register_schemas()
     composer = Composer("config", None, [])
     for group in GROUPS:

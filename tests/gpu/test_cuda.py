@@ -1,4 +1,4 @@
-"""Tests that need a GPU and are skipped without one. `scripts/gpu_check.py` checks more, and writes a page about it."""
+"""Tests that need a GPU and are skipped without one. `scripts/gpu_check.py` performs more checks and writes a page about them."""
 
 from __future__ import annotations
 

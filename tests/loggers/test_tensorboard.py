@@ -1,4 +1,4 @@
-"""A run's curves in TensorBoard are in one file, which equals that of an uninterrupted run even after interruptions."""
+"""The TensorBoard curves of a run are in one file, which equals that of an uninterrupted run even if the run was interrupted."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def read(folder: Path | str) -> Iterator[Event]:
 
 
 def curves(folder: Path | str) -> dict[str, list[tuple[int, Any]]]:
-    """The curves as {tag: [(step, value)]}; the value of a histogram is its limits and counts."""
+    """The curves as {tag: [(step, value)]}; the value of a histogram consists of its limits and counts."""
     found: dict[str, list[tuple[int, Any]]] = defaultdict(list)
     for event in read(folder):
         for value in event.summary.value:
@@ -118,12 +118,13 @@ class Stopped(KeyboardInterrupt):
 
 
 def torn(file: Path) -> None:
-    """Truncate the file as a kill in the middle of a record would."""
+    """Truncate the file, as if the process had been killed in the middle of a record."""
     os.truncate(file, file.stat().st_size - 7)
 
 
 def beyond(file: Path) -> None:
-    """Add another file, with records of steps after the checkpoint, including a final number, and invalid data after them."""
+    """Add another file. The file contains records of steps after the checkpoint, including a final number, followed by invalid
+    data."""
     with another_file(file.parent) as writer:
         for step in (9, 10, 40):
             writer.add_scalar("loss/train", 99.0, step)

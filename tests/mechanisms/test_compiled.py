@@ -1,4 +1,5 @@
-"""With torch.compile, every rule has one graph without breaks, no recompilation, and the same results as without it."""
+"""With torch.compile, every rule compiles to one graph without breaks or recompilation, and gives the same results as without
+it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
     needs_compiler,
 ]
-#: Options that run code other than that of the default options, or that reduce the work where the defaults take long.
+#: Options that run code that the default options do not run, or that reduce the work if the defaults take too long.
 VARIANTS = {
     "wm": ["wm:initial_steps=0,mirror_batch=4"],
     "usf": ["usf", "usf:density=0.5"],
@@ -224,8 +225,8 @@ def test_compiled_models_may_have_arguments_with_names(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["kp", "brsf"])
 def test_the_default_compiler_agrees(spec: str) -> None:
-    """Fused kernels round in a different order. Each step changes weights of size 0.1 by a relative 1e-7, which BatchNorm
-    amplifies."""
+    """Fused kernels round in a different order. In each step, the rounding changes weights of about 0.1 by a relative error of
+    1e-7, which BatchNorm amplifies."""
     if _no_compiler():
         pytest.skip("no C++ compiler")
     wanted = trained(*(parts := attached(spec)), call=parts[0])
@@ -254,7 +255,7 @@ def test_a_layer_without_gradients_in_a_compiled_pass_is_refused() -> None:
 
 
 def test_feedback_that_a_later_update_by_hand_leaves_out_is_an_error() -> None:
-    """The first update includes the feedback and causes no error; the second one, by hand, leaves it out."""
+    """The first update includes the feedback and causes no error; the second update, which is written by hand, omits it."""
     model, rule, x, y = attached("kp", Small)
     compiled = torch.compile(model, backend="aot_eager")
     for images, labels, rate in zip(x, y, (None, 0.1), strict=False):

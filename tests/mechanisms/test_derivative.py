@@ -65,7 +65,7 @@ def test_a_small_beta_is_backpropagation_and_a_large_one_is_not(kind: type[nn.Mo
 
 
 def test_linear_nonlinearities_are_backpropagation_for_every_beta() -> None:
-    """A leaky ReLU of slope 1 is linear, so the difference of its values is exact except for rounding of 1e-16."""
+    """A leaky ReLU with a slope of 1 is linear, so the difference of its values is exact except for rounding errors of 1e-16."""
     for activation in (nn.LeakyReLU(1.0), nn.Identity()):
         model = mlp(activation)
         want = exact(model)
@@ -209,8 +209,8 @@ class Calls(nn.Module):
 )
 @pytest.mark.parametrize("sample", [True, False])
 def test_functions_are_refused_by_name(function, name: str, sample: bool) -> None:
-    """With a sample, the function is refused by attach, otherwise in the first training pass. Without the option, the function is
-    accepted."""
+    """With a sample, attach refuses the function; without one, the first training pass refuses it. Without the option, the
+    function is accepted."""
     says = rf"rule 'fa': derivative='dual' replaces .* nn.ReLU, but this model computes {name} with functions"
     model = Calls(copy.deepcopy(function))  # a module with parameters must belong to only one model
     given = {"sample_input": X.float()} if sample else {}

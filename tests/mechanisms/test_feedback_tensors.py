@@ -1,5 +1,5 @@
-"""Feedback tensors by name: the rule gives or initialises them, they are fixed or learned, and they are stored in a single
-place."""
+"""Tests of named feedback tensors: the rule supplies or initialises them, they are fixed or learned, and each is stored in a
+single place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Property tests over layer geometry: with B = W, feedback is bitwise BP; with a random B, it is the explicit formula."""
+"""Property tests over layer geometries: with B = W, the results are bitwise identical to BP; with a random B, they agree with the
+explicit formula."""
 
 import copy
 from collections import OrderedDict
@@ -82,8 +83,8 @@ def passes(model: nn.Module, x: torch.Tensor, run) -> dict[str, torch.Tensor]:
 
 
 def column_major(x: torch.Tensor) -> bool:
-    """Whether torch reads the rows of a linear layer's input as column-major, in which case it sums the input error in a
-    different order."""
+    """Return True if torch treats the rows of a linear layer's input as column-major. In this case, torch sums the input error in
+    a different order."""
     rows = x.reshape(-1, x.shape[-1])
     return rows.stride() == (1, rows.shape[0])
 
@@ -103,7 +104,7 @@ def check(layer: nn.Module, x: torch.Tensor) -> None:
     for name in want.keys() - {"input"}:
         assert torch.equal(got[name], want[name]), f"{name} depends on the feedback"
 
-    # By the formula, the input error is that of the same layer with weight B, as torch's own autograd computes it.
+    # According to the formula, the input error is that of the same layer with the weight B, as computed by torch's own autograd.
     mirror = copy.deepcopy(plain)
     with torch.no_grad():
         mirror.layer.weight.copy_(rule.feedback["layer"]["B"])
@@ -152,7 +153,7 @@ class Sized(nn.Module):
 @pytest.mark.parametrize("kind", ["plain", "transposed", "sized"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_calls_of_convolutions(dims, kind, lead, needs_error):
-    """Inputs may lack a batch dimension, output sizes may be given, and the input may need an error or not."""
+    """Inputs may lack a batch dimension, output sizes may be given, and the input may or may not need an error."""
     torch.manual_seed(0)
     layer = (CONV if kind == "plain" else TRANSPOSED)[dims](2, 3, 3, stride=2).double()
     plain = Sized(layer, [10] * dims if kind == "sized" else None)

@@ -54,7 +54,8 @@ def noise_at(model: nn.Module, cuts: list[str], x: Tensor) -> dict[str, Tensor]:
 
 
 def moved(model: nn.Module, x: Tensor, noise: dict[str, Tensor], step: Tensor) -> Tensor:
-    """The output of a plain model with step times the noise added at the cuts; autograd can differentiate it."""
+    """The output of a plain model with `step` times the noise added at the cuts; autograd can differentiate it with respect to
+    `step`."""
     handles = [model.get_submodule(cut).register_forward_hook(lambda _, __, out, p=p: out + step * p) for cut, p in noise.items()]
     try:
         return model(x)
@@ -130,8 +131,8 @@ def test_dropout_masks_are_those_of_the_training_pass(method: str) -> None:
 
 
 def test_tangents_of_parameters() -> None:
-    """Shared parameters count wherever they are used, and frozen ones do not count. After the call, the model has its own
-    parameters again."""
+    """Every use of a shared parameter contributes to the tangent, and frozen parameters do not contribute. After the call, the
+    model has its own parameters again."""
     torch.manual_seed(0)
     shared = nn.Linear(5, 5)
     model: Any = nn.Sequential(shared, nn.Tanh(), shared, nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
@@ -175,7 +176,7 @@ def test_the_pass_has_single_precision_under_autocast() -> None:
 
 
 class Own(torch.autograd.Function):
-    """A user-defined function that has only a backward pass."""
+    """A user-defined function without a forward-mode derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ def test_an_output_that_depends_on_no_cut_is_refused() -> None:
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_attention_needs_no_fused_kernel(fast: bool) -> None:
-    """In evaluation mode without gradients, torch runs a whole encoder layer as one kernel, which has no derivative.
+    """In evaluation mode without gradients, torch runs a whole encoder layer as one kernel, which has no forward-mode derivative.
 
     The user's setting for the fast path is restored afterwards.
     """
@@ -276,7 +277,7 @@ def test_the_named_output_is_taken_without_gradients_too() -> None:
 
 
 class Plain(nn.Module):
-    """A net with one step of a plain LSTM, which runs as a fused kernel if there are no gradients."""
+    """A net with one step of PyTorch's LSTM, which runs as a fused kernel if no gradients are required."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""The cost of a step, in multiplications, bytes, peak memory and micro-batches, equals counts by hand, and is recorded in a
-result."""
+"""The cost of a step, in multiplications, bytes, peak memory and micro-batches, equals counts by hand and is recorded in the
+run's result."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def test_phases_of_rules(rule: str, backward: int, feedback: int) -> None:
 
 
 def test_learning_the_feedback_is_counted_separately() -> None:
-    """The backward pass of pfa, with ten units for each output, includes two hops. For the gradient of R, which counts as
-    feedback, the first layer takes one hop, too."""
+    """In pfa, with ten units for each output, the error passes through the feedback matrices of two layers. The gradient of R,
+    which counts as feedback, also requires a product with a feedback matrix in the first layer."""
     own, reference = cost("pfa", ratio=10)
     hops = 10 * 12 * (12 + 16) + 10 * 4 * (4 + 12)
     assert own.forward == reference.forward
@@ -174,7 +174,7 @@ def test_micro_batches_multiply_as_much_move_more_and_keep_less() -> None:
 
 
 def test_memory_of_a_large_batch_is_that_of_the_operation_that_needs_most() -> None:
-    """The predicted peak for 64 samples is exact, not an estimate, although other operations set the peak for four samples."""
+    """The predicted peak for 64 samples is exact, although other operations determine the peak for four samples."""
     model = Conv2(channels=3, hidden=200).build((1, 8, 8), 3)
     rule = fa_bench.attach(model, "bp", seed=0, sample_input=torch.randn(2, 1, 8, 8))
     predicted = step_costs(rule, (1, 8, 8), 3, 64)[0]
@@ -210,7 +210,7 @@ def test_optimizers_move_and_keep_their_state() -> None:
 
 
 def test_products_of_the_optimizer_are_counted_separately() -> None:
-    """Each of Muon's five iterations has a product of the smaller side, its square, and a product with the matrix, for B as for
+    """Each of Muon's five iterations computes X Xᵀ on the smaller side, its square, and a product with X, for B as well as for
     W."""
     model = MLP(widths=[16, 12]).build((1, 3, 3), 4)
     rule = fa_bench.attach(model, "kp", seed=0, sample_input=torch.randn(2, 1, 3, 3))

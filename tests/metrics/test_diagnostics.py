@@ -1,4 +1,5 @@
-"""Growth of the residual stream, stability of gradients and effective rank of errors agree with plain loops and closed forms."""
+"""The growth of the residual stream, the stability of gradients and the effective rank of errors agree with plain loops and
+closed forms."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def images(size: int) -> tuple[ResidentSplit, ResidentSplit]:
     return random_split(40, size), random_split(20, size, seed=1)
 
 
-# ------------------------------------------------------------------------------------------------ growth of the stream
+# ------------------------------------------------------------------------------------------------ stream growth
 def test_growth_is_the_ratio_of_mean_norms_of_output_and_input() -> None:
     subject = subject_of(residual(), "fa")
     model, stream = subject.model, [subject.model.embed(subject.meter.x.flatten(1))]
@@ -66,7 +67,8 @@ def test_growth_is_the_ratio_of_mean_norms_of_output_and_input() -> None:
 
 
 def test_growth_of_tokens_is_by_token() -> None:
-    """The class token is a hundred times longer than the others; a mean over samples would weight it by the square."""
+    """The class token has a hundred times the norm of the others, so one norm over all tokens of a sample would be dominated by
+    it."""
     subject = subject_of(vit(), "bp")
     model = subject.model
     with torch.no_grad():
@@ -234,7 +236,8 @@ def test_effective_rank_of_errors_of_the_rule_and_of_backpropagation() -> None:
             values = np.linalg.svd(expected.double().numpy(), compute_uv=False)
             shares = values[values > 0] / values.sum()
             assert found[key][layer] == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
-    # Each row of the error at the logits sums to zero, so there are two directions, and earlier layers add none.
+    # Each row of the error at the logits sums to zero, so there are two directions, and propagating the error to earlier layers
+    # adds none.
     assert max(found["effective_rank"].values()) <= 2.001
 
 
@@ -263,7 +266,7 @@ class Transposed(nn.Module):
 
 @pytest.mark.parametrize("kind", ["pixels", "tokens"])
 def test_features_of_the_logits_are_their_classes(kind: str) -> None:
-    """Maps (N, C, H, W) and tokens (N, T, C), both from a convolution, have at most as many directions as classes."""
+    """Logits as maps (N, C, H, W) or as tokens (N, T, C), both from a convolution, have at most as many directions as classes."""
     torch.manual_seed(0)
     x = torch.randn(2, 2, 4, 5) if kind == "pixels" else torch.randn(2, 2, 7)
     conv: Any = nn.Conv2d if kind == "pixels" else nn.Conv1d
@@ -282,8 +285,8 @@ def test_effective_rank_is_measured_where_the_rule_delivers_errors(rule: str) ->
     found = measured("effective_rank", subject_of(conv2(), rule, *images(8)))
     assert list(found["effective_rank"]) == ["conv1", "conv2", "fc1", "fc2"]
     assert 1 < found["effective_rank"]["conv1"] <= 3
-    # fa delivers the error of conv2 after flattening, with one row per sample; dfa delivers it at the pooling, with one row per
-    # position.
+    # With fa, the error of conv2 is delivered after flattening, with one row per sample; with dfa, it is delivered at the
+    # pooling, with one row per position.
     assert 1 < found["effective_rank"]["conv2"] <= (10 if rule == "fa" else 3)
     assert found["effective_rank"]["fc2"] == pytest.approx(found["effective_rank_bp"]["fc2"], rel=1e-6)
     assert found["effective_rank"]["fc1"] != pytest.approx(found["effective_rank_bp"]["fc1"], rel=1e-3)

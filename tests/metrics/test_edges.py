@@ -1,4 +1,5 @@
-"""A metric may have nothing to measure: zero norms, one class, one sample, an incomplete last batch, or no samples."""
+"""Tests of metrics that have little or nothing to measure: zero norms, one class, one sample, an incomplete last batch, or no
+samples."""
 
 from __future__ import annotations
 
@@ -151,7 +152,7 @@ def test_fixed_batch_is_what_the_page_says(per_class: int, size: int, first: boo
 # ------------------------------------------------------------------------------------------------ batches of one
 @dataclasses.dataclass
 class Case:
-    """A run with this number of training images, and the message if normalisation is a problem."""
+    """A run with `images` training images, and the expected message if batch normalisation cannot work with them."""
 
     images: int
     options: dict
@@ -298,7 +299,8 @@ def test_the_error_one_layer_above_passes_through_the_rows_that_a_call_used() ->
     model, x, y = CrossAttention().double(), torch.randn(5, 6, 4, dtype=torch.float64), torch.arange(5) % 3
     passes = Passes(AlignmentMeter(fa_bench.attach(model, "fa", sample_input=x), x, y))
     weight, point = model.attention.in_proj_weight.detach(), ("attention.in_proj", INPUT)
-    # The rows of the queries come first. Keys and values have the same input, whose error is the sum of both parts.
+    # The first rows of the weight are those of the queries. Keys and values have the same input, so its error is the sum of both
+    # parts.
     (before, *_), (after, *_) = passes.delivered.calls[point], passes.delivered.calls["attention.in_proj", OUTPUT]
     assert before.rows == slice(0, 8) and after.error is not None
     exact = (after.error @ weight[:8]).movedim(1, 0)

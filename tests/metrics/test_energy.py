@@ -1,5 +1,5 @@
-"""The probe of rules that settle an energy measures how far they have settled, and how much their gradients differ from
-backpropagation's."""
+"""The probe of rules that minimise an energy measures how close the states are to equilibrium, and how much the gradients differ
+from those of backpropagation."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_other_rules_have_no_energy() -> None:
 
 
 def test_without_a_gradient_there_is_no_direction() -> None:
-    """One step of the states changes only the last state, so earlier layers have no gradient and no direction."""
+    """A single update of the states changes only the last state, so earlier layers have no gradient and no direction."""
     found = measured(attach("pc", steps=1))
     assert math.isnan(found["energy_cosine"]["0"]) and found["energy_ratio"]["0"] == 0
     assert found["energy_cosine"]["4"] == pytest.approx(1)

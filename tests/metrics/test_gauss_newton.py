@@ -48,14 +48,16 @@ def test_jacobians_and_pseudo_inverses_are_those_of_torch() -> None:
 
 
 def test_the_damping_is_in_proportion_to_the_jacobian() -> None:
-    """For 1e-5 J, J⁺ δ is 1e5 times as long, so layers with small derivatives are not damped more than others."""
+    """If J is multiplied by 1e-5, J⁺ δ becomes 1e5 times as long, so layers with small derivatives are not damped more than
+    others."""
     generator = torch.Generator().manual_seed(2)
     wide, delta = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 3, 7), (4, 3)))
     torch.testing.assert_close(1e-5 * gauss_newton(1e-5 * wide, delta), gauss_newton(wide, delta), rtol=1e-9, atol=0)
 
 
 def test_angles_of_the_rule_and_of_backpropagation() -> None:
-    """At fc2's activation, J is the output layer's weight W. Backpropagation delivers δ W there, and direct feedback δ B."""
+    """At fc2's activation, J is the output layer's weight W. At fc2's activation, the error of backpropagation is δ W, and that
+    of direct feedback is δ B."""
     model = mlp()
     rule = fa_bench.attach(model, "dfa", seed=0, sample_input=X, cuts=["1", "3"])
     found = measured(model, rule)
@@ -105,8 +107,8 @@ class Parts(nn.Module):
 
 
 def test_only_activations_that_occur_once_and_carry_an_error_have_an_angle() -> None:
-    """fc2 runs twice, the second time on its own activation. The input of side2 has no error, and neither has a frozen layer's
-    activation."""
+    """fc2 runs twice, the second time on its own activation. Neither the input of side2 nor a frozen layer's activation has an
+    error."""
     rule = fa_bench.attach(Parts().double(), "bp", objective=CrossEntropy(output=0))
     assert set(measured(rule.model, rule)["gauss_newton_angle"]) == {"fc1"}
     model = mlp()

@@ -1,4 +1,4 @@
-"""Probes of layers agree with closed forms, plain autograd and hand-made nets, and restore what they change."""
+"""Layer probes agree with closed forms, plain autograd and hand-made nets, and restore everything that they change."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def test_readout_of_the_input_is_that_before_a_model_changes_it() -> None:
 
 
 def test_readout_reads_what_the_next_layer_takes() -> None:
-    """A layer is read after ReLU and pooling, and the last layer at the logits. Layers whose outputs are added have the same
-    activation."""
+    """The readout uses a layer's activation after ReLU and pooling, and the logits for the last layer. Layers whose outputs are
+    added have the same activation."""
     torch.manual_seed(0)
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
     subject = subject_of(model)
@@ -120,7 +120,7 @@ def test_readout_reads_what_the_next_layer_takes() -> None:
 
 
 def test_readout_takes_the_mean_over_the_positions_of_what_enters_attention() -> None:
-    """The features of attention's input are on the last axis, as for a linear layer, and positions are averaged."""
+    """The features of the input to attention are on the last axis, as for a linear layer, and positions are averaged."""
 
     class Attends(nn.Module):
         def __init__(self) -> None:
@@ -241,17 +241,17 @@ def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
         norms.append(norm**2)
         floors.append(floor**2)
     # The relative standard deviation of ‖g‖² is √(2/30), and that of its mean over 100 draws is 0.026. The gradients below repeat
-    # with a period that divides the number of groups, as classes may.
+    # with a period that divides the number of groups, as the classes of a dataset may.
     turns = torch.randn(4, 30, generator=generator, dtype=torch.float64).repeat(40, 1)
     _, (floor,) = norms_and_errors(turns @ weight, [weight])
     spread = (turns - turns.mean(0)).square().sum() / 159 / 160
-    # In so few directions, 16 groups give a relative standard deviation of about √(2/15) / 2.
+    # With only a few directions, 16 groups give a relative standard deviation of about √(2/15) / 2.
     assert floor == pytest.approx(spread.sqrt().item(), rel=0.4)
     assert np.mean(floors) == pytest.approx(np.mean(norms), rel=0.1) == pytest.approx(30 / 23, rel=0.1)
 
 
 def test_equal_samples_have_no_noise() -> None:
-    """For equal samples, rounding may leave a variance below zero, which must not matter."""
+    """For identical samples, rounding may leave a variance below zero, which must not cause an error."""
     for samples in range(2, 60):
         generator = torch.Generator().manual_seed(samples)
         weight = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -307,8 +307,8 @@ def test_blocks_hold_what_runs_between_their_ends() -> None:
 
 @pytest.mark.parametrize("name", ["kp", "dkp", "predsim"])
 def test_blocks_of_an_attached_net_are_those_of_the_plain_one(name: str) -> None:
-    """Learned feedback is not part of the blocks. At a cut without a preceding layer in its block, learned feedback would form a
-    separate block."""
+    """Learned feedback is not part of the blocks. Otherwise, the learned feedback at a cut without a preceding layer in its block
+    would form a separate block."""
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
     model.cut_points = model.blocks = ["act1", "act2", "pool", "act3"]
     x = torch.rand(4, 1, 6, 6)
@@ -333,8 +333,8 @@ def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
     probes = Probes(["depth_utility"], 0, subject_of(model, train=data, test=data))
     with torch.no_grad():
         model[1].weight.fill_(1.0)
-    # Without the first block, all images are assigned to class 0, which is right for half of them. The second block is still the
-    # identity, as it was initially.
+    # Without the first block, all images are assigned to class 0, which is correct for half of them. The second block is still
+    # the identity that it was initially.
     assert probes.measure(0) == {"depth_utility": {"2": 0.5, "4": 0.0}}
     assert model[1].weight.item() == 1.0
 
@@ -470,7 +470,8 @@ def test_whatever_a_probe_does_is_undone(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_draw_that_waited_is_not_taken_back() -> None:
-    """brsf samples when its values are read, so the restored values are those of this sample, not of an earlier one."""
+    """brsf samples its feedback when the feedback is read, so the restored values must be those of this sample, not of an earlier
+    one."""
     drawn = []
     for probed in (True, False):
         subject = subject_of(mlp(), "brsf")
@@ -492,8 +493,8 @@ def test_what_a_failing_probe_did_is_undone() -> None:
 
 
 def test_running_statistics_are_those_of_full_batches_without_dropout() -> None:
-    """Of 25 images in batches of 8, the last image is left out, because normalisation does not support a batch of one. Dropout in
-    the preceding layer is off."""
+    """Of 25 images in batches of 8, the last image is left out, because normalisation does not support a batch of one. The
+    dropout before the normalisation is switched off."""
     model, data = mlp(batch_norm=True), random_split(25)
     plain = copy.deepcopy(model)
     model.fc1 = nn.Sequential(model.fc1, nn.Dropout(0.5))
@@ -517,7 +518,7 @@ def test_modules_that_a_net_calls_its_blocks_name_no_blocks() -> None:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_maps_of_every_number_of_dimensions_are_averaged(dims: int) -> None:
-    """A sample has 1536 numbers, and two neighbours along the first side are averaged."""
+    """A sample has 1536 numbers, so pairs of neighbours along the first spatial axis are averaged."""
     sides = {1: [192], 2: [12, 16], 3: [12, 4, 4]}[dims]
     x = torch.rand(2, 8, *sides, generator=torch.Generator().manual_seed(0))
     assert x[0].numel() == 1536
@@ -584,7 +585,7 @@ def test_a_hidden_layer_called_input_is_not_mixed_up_with_the_images() -> None:
 
 
 def test_probes_learn_from_2000_images_and_are_scored_on_10000() -> None:
-    """The numbers of images are upper limits, as the pages of the probes say."""
+    """The documented numbers of images are upper limits."""
     subject = subject_of(mlp(), train=random_split(2001), test=random_split(10_001))
     assert (len(subject.training), len(subject.scored)) == (2000, 10_000)
 
@@ -609,7 +610,7 @@ def test_readout_of_sequences_is_of_their_mean_and_of_the_first_run_of_a_layer()
 
 
 def test_readout_of_a_recurrent_layer_is_of_its_last_state() -> None:
-    """The first input of the recurrent weight is the initial state, which is zero, so the readout uses the last one."""
+    """The first input of the recurrent weight is the initial state, which is zero, so the readout uses the last state."""
     torch.manual_seed(0)
     subject = subject_of(LSTM(width=8).build((1, 6, 6), 3))
     model: nn.Module = subject.model

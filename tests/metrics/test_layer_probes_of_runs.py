@@ -1,4 +1,4 @@
-"""Probes of layers are measured, recorded and reported in runs, and do not affect the run."""
+"""Layer probes are measured, recorded and reported in runs, and do not affect the training."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_probes_of_a_finished_run_are_measured_by_resuming_it(in_empty_folder: N
 
 
 def test_a_run_that_starts_anew_is_measured_and_not_what_its_checkpoint_held(in_empty_folder: None) -> None:
-    """The checkpoint, which contains the model at the end, is read before the records are found to be missing, but must not be
-    used."""
+    """The checkpoint contains the model at the end of the run. The checkpoint is loaded before the missing records are noticed,
+    but must not be used."""
     command = [*TINY, ALL, "probes_epochs=1", "hydra.run.dir=run"]
 
     def probes() -> list[dict]:

@@ -1,4 +1,5 @@
-"""Tests of memory accesses: counts for the nets of the activation-sharing paper, stored tensors, specs, and the analysis."""
+"""Tests of the memory accesses: the counts for the nets of the activation-sharing paper, the stored tensors, specs, and the
+analysis."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def counted(name: str, k: int = 0, **options: Any) -> Memory:
     ],
 )
 def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int, four: int, totals: tuple[float, ...]) -> None:
-    """P, A and A_k were counted by hand from the layers; the totals are in millions for batches of 128, rounded to two digits."""
+    """P, A and A_k were counted by hand from the layers; the totals for batches of 128 are in millions, rounded to two digits."""
     counts = [counted(name, k) for k in (0, 2, 4)]
     assert [memory.parameters for memory in counts] == [parameters] * 3
     assert [memory.activations for memory in counts] == [bp, two, four]
@@ -56,7 +57,7 @@ def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int
 
 def test_what_of_resnet18_is_kept() -> None:
     """Without sharing, all 17 maps, the pooled features and the logits are stored. With k = 2, the only stored maps are the
-    blocks' inputs, and with k = 4, those of every other block."""
+    blocks' inputs; with k = 4, only the inputs of every other block are stored."""
     inputs = [MAPS[0], MAPS[0], MAPS[0], MAPS[1], MAPS[1], MAPS[2], MAPS[2], MAPS[3]]
     assert counted("resnet18").activations == MAPS[0] + 4 * sum(MAPS) + 512 + 10
     assert counted("resnet18", 2).activations == sum(inputs) + 522
@@ -66,7 +67,7 @@ def test_what_of_resnet18_is_kept() -> None:
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize("options", [{}, {"shortcuts": False}])
 def test_kept_inputs_are_what_the_rule_in_the_model_keeps(k: int, options: dict[str, Any]) -> None:
-    """The test measures what is stored from outside: a layer's gradient changes with an activation only if that activation is
+    """The test infers which activations are stored: a layer's gradient changes with an activation only if that activation is
     stored."""
     torch.manual_seed(0)
     net = ARCHITECTURES["resnet18"](width=1, blocks=[2, 2], **options).build((3, 8, 8), 3)
@@ -79,7 +80,8 @@ def test_kept_inputs_are_what_the_rule_in_the_model_keeps(k: int, options: dict[
 
 
 class Branches(nn.Module):
-    """A net in which one map is both averaged and the input of a convolution, and one pooling does not change its map."""
+    """A net in which one map is averaged and is also the input of a convolution, and in which one pooling layer leaves its map
+    unchanged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ def test_averaged_maps_are_counted_once() -> None:
 
 
 def test_max_pooling_goes_with_the_layer_before() -> None:
-    """conv2 stores the input of the second convolution, the pooled map, the hidden layer's outputs, and the logits."""
+    """For conv2, the input of the second convolution, the pooled map, the hidden layer's outputs, and the logits are stored."""
     assert counted("conv2", channels=2, hidden=7).activations == 2 * 30 * 30 + 2 * 14 * 14 + 7 + 10
 
 
@@ -191,8 +193,8 @@ def test_strict_option_and_ranges() -> None:
 
 
 def test_every_kind_of_relu_has_its_bit() -> None:
-    """Functions that cut off at zero, in place or not, are counted. A hyperbolic tangent is not counted, because a sign bit does
-    not determine its derivative."""
+    """Functions that clip negative values to zero, in place or not, are counted. A hyperbolic tangent is not counted, because a
+    sign bit does not determine its derivative."""
     activations = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.ReLU(inplace=True), nn.Tanh()]
     net = nn.Sequential(*[part for activation in activations for part in (nn.Linear(6, 6), activation)], nn.Linear(6, 2))
     assert memory_of(net, (6,)).relus == 4 * 6

@@ -57,7 +57,7 @@ def batch(features: int = 7) -> tuple[Tensor, Tensor]:
 
 
 def mean_angle(u: Tensor, v: Tensor) -> float:
-    """The mean angle by its definition, sample by sample."""
+    """The mean angle, computed sample by sample from its definition."""
     degrees = []
     for a, b in zip(u, v, strict=True):
         cosine = (a * b).sum() / (a.norm() * b.norm())
@@ -66,7 +66,7 @@ def mean_angle(u: Tensor, v: Tensor) -> float:
 
 
 def errors_by_hand(model: nn.Sequential, carry: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Errors at the two hidden activations of `mlp`, propagated with the matrices in `carry` (O, I)."""
+    """The errors at the two hidden activations of `mlp`, propagated with the matrices in `carry`, of shape (O, I)."""
     a1 = x @ model[0].weight.T + model[0].bias
     h1 = a1.tanh()
     h2 = (h1 @ model[2].weight.T + model[2].bias).sigmoid()
@@ -108,7 +108,8 @@ def test_delta_angles_of_direct_feedback_are_the_formula(form: str) -> None:
 
 
 def test_one_step_equals_accumulated_where_only_one_step_differs() -> None:
-    """With true weights in all layers except the output layer, every error is one wrong step away from the true one."""
+    """All layers except the output layer propagate the error with their true weights, so every error differs from the true one by
+    a single wrong step."""
     torch.manual_seed(0)
     model = ResNet20(width=2, blocks=1).build((1, 8, 8), 3).double()
     x, y = batch(64)
@@ -205,7 +206,7 @@ def test_weight_angle_of_signs_is_thirty_degrees_for_uniform_and_thirty_seven_fo
 
 @pytest.mark.parametrize("name", ["dfa", "dkp", "drtp"])
 def test_output_angle_is_that_of_the_readout_to_the_logits(name):
-    """The angle is that between a Bᵀ and z, sample by sample (Fig. 2 of the DKP paper)."""
+    """The output angle is the angle between a Bᵀ and z for each sample (Fig. 2 of the DKP paper)."""
     model = mlp()
     rule = fa_bench.attach(model, name, seed=0)
     x, y = batch()
@@ -227,13 +228,13 @@ def test_rules_without_direct_feedback_have_no_output_angle():
 
 
 def test_layers_that_carry_an_error_and_those_of_the_output():
-    """feedback_layers are those whose input depends on a weight, and output_layers those that no weight follows, in the order of
-    execution."""
+    """`feedback_layers` contains the layers whose input depends on a weight, and `output_layers` those after which no weight is
+    used, both in the order of execution."""
     probe = AlignmentMeter(fa_bench.attach(mlp(), "fa", seed=0), *batch())
     assert (probe.feedback_layers, probe.output_layers) == (["2", "4"], ["4"])
 
     class Two(nn.Module):
-        """Two layers use the image, and two compute the logits."""
+        """A net in which two layers have the image as their input and two compute the logits."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -359,8 +360,8 @@ SHARED = [
 
 @pytest.mark.parametrize(("name", "options"), [*RULES, *SHARED, ("forward_alignment", {}), ("pfa", {}), ("mixed", {})], ids=str)
 def test_measured_gradients_are_those_of_training(name: str, options: dict) -> None:
-    """Measured gradients equal those of training for shared activations, too. brsf is measured with its current magnitudes, but
-    trained with new ones."""
+    """Measured gradients equal those of training, even with shared activations. brsf is an exception: it is measured with its
+    current magnitudes, but trained with new ones."""
     x, y = batch()
     rule = fa_bench.attach(mlp(), name, seed=0, sample_input=x, **options)
     with measurement_mode(rule):
@@ -389,7 +390,7 @@ def test_a_layer_that_feeds_the_output_and_others_is_an_output_layer() -> None:
 
 
 class TwoHeads(nn.Module):
-    """Returns two outputs in training and, by default, also in evaluation."""
+    """Returns two outputs in training mode and, by default, also in evaluation mode."""
 
     def __init__(self, in_evaluation: bool = True) -> None:
         super().__init__()

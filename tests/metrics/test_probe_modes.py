@@ -1,4 +1,4 @@
-"""A measurement of angles handles dropout, normalisation and the model's mode as specified, and changes none of them."""
+"""The measurement of angles handles dropout, normalisation and the model's mode as specified, and changes none of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tests.rules.helpers import QUICK
 
 
 class FunctionalDropout(nn.Module):
-    """Calls functions with rates that are stored in a layer and in attributes, like the attention of other packages."""
+    """Calls dropout functions with rates that are stored in a layer and in attributes, like the attention modules of other
+    packages."""
 
     def __init__(self, *attributes: str) -> None:
         super().__init__()
@@ -171,7 +172,8 @@ def all_that_may_change(model: nn.Module, rule: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
 @pytest.mark.parametrize("name", RULES)
 def test_everything_is_as_before_after_a_measurement(name: str, mode: str) -> None:
-    """A measurement restores each module's mode, running statistics, gradients (only some exist here), and the random state."""
+    """A measurement restores each module's mode, the running statistics, the gradients and the random state. In this test, only
+    some parameters have a gradient."""
     model, rule = attached(name, "Dropout")
     logits = model(batch(1)[0])
     rule.backward(F.cross_entropy(logits, batch(1)[1]), logits, batch(1)[1], indices=torch.arange(len(logits)))
@@ -261,7 +263,7 @@ def test_modules_that_override_train_are_told_of_an_evaluation_and_of_its_end(tr
     model = nn.Sequential(nn.Flatten(), Merges()).train(training)
     x, y = next(split.batches(9))
     loss = evaluate(model, CrossEntropy(), split, 4)["loss"]
-    # The sums are in float32 and in a different order.
+    # The sums are computed in float32 and in a different order.
     assert loss == pytest.approx(F.cross_entropy(2 * x.flatten(1), y).item(), rel=1e-5)
     assert model[1].factor == (1.0 if training else 2.0)
 
@@ -295,7 +297,7 @@ def test_weights_that_the_user_froze_stay_frozen() -> None:
         assert model.fc1.weight.grad is None
 
 
-# --- what is measured ---------------------------------------------------------------------------------------------------------
+# --- measured quantities ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -308,13 +310,13 @@ def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
     plain, (x, y) = net(), batch()
     F.cross_entropy(plain(x), y).backward()
     want = {path: plain.get_submodule(path).weight.grad.norm().item() for path in ("fc1", "fc2", "fc3")}
-    # The same operations are done in float64 and in a different order.
+    # Both computations perform the same float64 operations, but in a different order.
     assert got == pytest.approx(want, rel=1e-9)
 
 
 def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -> None:
-    """A projection shortcut has a wrong error, and the convolution next to it the true one, so the error is one step from the
-    truth."""
+    """Only the projection shortcut propagates a wrong error; the convolution parallel to it propagates the true one. The error at
+    the input of both layers is therefore wrong only in its last step."""
     model, (x, y) = nets.residual(), nets.batch("residual")
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, b_init="copy_w")
     with torch.no_grad():
@@ -322,7 +324,7 @@ def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -
     got = AlignmentMeter(rule, x, y).measure()
     assert got["delta_angle"]["a2"] > 1
     assert got["delta_angle_one_step"]["a2"] == pytest.approx(got["delta_angle"]["a2"], abs=1e-6)
-    # Before this layer, the last step is true again.
+    # At the layer below, the last step is correct again.
     assert got["delta_angle"]["a1"] > 1 and got["delta_angle_one_step"]["a1"] < 1e-6
 
 
@@ -330,7 +332,8 @@ def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -
 
 
 def test_void_samples_do_not_enter_the_mean() -> None:
-    """A row of zeros on either side, as from dead units, has no angle. All other rows have 90 or 0 degrees."""
+    """If one of the two vectors of a sample is zero, for example because of dead units, the sample has no angle. The angles of
+    all other samples are 90 or 0 degrees."""
     u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
     v = torch.tensor([[0.0, 3.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     assert mean_sample_angle(u, v) == pytest.approx(45.0)
@@ -338,7 +341,7 @@ def test_void_samples_do_not_enter_the_mean() -> None:
 
 
 def test_samples_are_flattened_one_by_one() -> None:
-    """Maps of shape (N, C, H, W) have one angle per sample, over all of its entries."""
+    """Maps of shape (N, C, H, W) have one angle per sample, computed over all entries of the sample."""
     u, v = torch.zeros(2, 2, 1, 2), torch.zeros(2, 2, 1, 2)
     u[0, 0, 0, 0] = v[0, 1, 0, 1] = 1.0  # orthogonal
     u[1, 0, 0, 0] = v[1, 0, 0, 0] = 100.0  # identical; large numbers count no more than small ones
@@ -370,7 +373,7 @@ def test_weights_that_the_user_froze_have_no_true_gradient() -> None:
 
 
 def test_metrics_name_layers_in_the_order_of_execution() -> None:
-    """The order is that of execution, although the model defines its output layer first."""
+    """The layers are in the order of execution, although the model defines its output layer first."""
     (x, y), model = nets.batch("residual"), nets.residual()
     found = AlignmentMeter(fa_bench.attach(model, "fa", seed=0, sample_input=x), x, y).measure()
     order = ["stem", "a1", "a2", "b1", "down", "head"]

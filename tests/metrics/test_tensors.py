@@ -1,4 +1,4 @@
-"""Tests of the tensors of a rule by name, as histograms show them."""
+"""Tests of the named tensors of a rule, which histograms show."""
 
 import torch
 from torch.nn import functional as F

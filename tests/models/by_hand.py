@@ -1,7 +1,7 @@
 """The published nets, written with plain tensor operations on a model's own tensors.
 
-They follow the papers' descriptions (and the authors' code where a paper is silent), not the code in ``fa_bench/models``: no
-module is called, and batch normalisation is written out.
+The functions follow the papers' descriptions, and the authors' code where a paper is silent, but not the code in
+``fa_bench/models``. No module is called, and batch normalisation is written out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ relu = ACTIVATIONS["relu"]
 
 
 class ByHand:
-    """The tensors of a model, by name, and functions for the layers that use them.
+    """Holds the tensors of a model by name, and provides functions for the layers that use them.
 
     Attributes:
         tensors: copies of the model's parameters and buffers. In training mode `norm` updates the running statistics.
@@ -124,7 +124,7 @@ def dkp_alexnet(net: ByHand, x: Tensor, dropout: float = 0.5, linear_norm: bool 
 def padded_shortcut(x: Tensor, channels: int) -> Tensor:
     """Option A of He et al. 2016: every second pixel, with zeros for the added channels, half of them on either side.
 
-    The split into halves is that of the PFA paper's code.
+    The split into halves is taken from the code of the PFA paper.
     """
     missing = torch.zeros_like(x[:, :, ::2, ::2]).repeat(1, (channels - x.shape[1]) // x.shape[1], 1, 1)
     first, second = missing.tensor_split(2, dim=1)
@@ -168,7 +168,7 @@ def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: b
     """The net of He et al. 2016, with the stride of a bottleneck in its 3x3 convolution, as in torchvision.
 
     With bn=after, the signals are normalised after the ReLU, as in the WM paper. The paper's appendix on blocks is not available.
-    The project reads it as convolution - ReLU - normalisation, plus the shortcut, with nothing after the sum.
+    The project assumes the order convolution - ReLU - normalisation, plus the shortcut, with nothing after the sum.
     """
 
     def activate(name: str, x: Tensor) -> Tensor:
@@ -264,8 +264,8 @@ def decoder(
     sinusoidal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The net of Launay et al. 2020 with post and sinusoidal; positions are those of Vaswani et al. 2017, section 3.5, in
-    float32."""
+    """A decoder, which is the net of Launay et al. 2020 if `post` and `sinusoidal` are set. Sinusoidal positions are those of
+    Vaswani et al. 2017, section 3.5, in float32."""
     tokens = net.tensors["embed.tokens.weight"]
     length, width = x.shape[1], tokens.shape[1]
     if sinusoidal:

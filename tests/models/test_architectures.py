@@ -32,7 +32,7 @@ ALEXNET, GAINS = 61_100_840, 2 * 1152
         ("resnet18", {"shortcuts": False}, CIFAR, 10, 11_173_982 - sum(2 * c * c + 4 * c for c in (64, 128, 256))),
         ("dkp_alexnet", {"linear_norm": False}, IMAGENET, 1000, ALEXNET + GAINS),
         ("dkp_alexnet", {}, IMAGENET, 1000, ALEXNET + GAINS + 4 * 4096),
-        # The two nets are that of the direct Kolen-Pollack paper, with five layers and batch normalisation, and that of Forward
+        # The two nets are the five-layer net with batch normalisation of the direct Kolen-Pollack paper, and the net of Forward
         # Alignment.
         ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, 10, 785 * 512 + 3 * 513 * 512 + 5130 + 8 * 512),
         ("mlp", {"widths": [10] * 3, "activation": "identity"}, MNIST, 10, 7850 + 330),

@@ -120,8 +120,8 @@ def test_cut_points_and_blocks(
 
 
 def test_cuts_of_launay_are_patterns_of_a_decoder() -> None:
-    """Launay's cuts are three in each block ("micro"), or the block's output ("macro"). With dropout, the cut at the activation
-    comes after the dropout."""
+    """The cuts of Launay et al. are three points in each block ("micro"), or the output of each block ("macro"). With dropout,
+    the cut at the activation comes after the dropout."""
     model = ARCHITECTURES["decoder"](width=4, depth=2, norm="post", dropout=0.1).build((5,), 3)
     assert matched(model, ["*.norm1", "*.act", "*.norm2"]) == [
         f"{block}.{name}" for block in LAYERS for name in ("norm1", "act", "norm2")

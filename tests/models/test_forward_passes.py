@@ -22,8 +22,8 @@ Reference = Callable[..., Tensor]
 #: The published image sizes, and 36x28, which has different sides and gives odd sizes in the third stage.
 MNIST, CIFAR, ODD, CLASSES = (1, 28, 28), (3, 32, 32), (3, 36, 28), 10
 
-#: Maps the name of a case to the architecture, its options, the shape of an image, the net by hand, and its arguments. Large nets
-#: are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
+#: Maps the name of a case to the architecture, its options, the shape of an image, the net written by hand, and its arguments.
+#: Large nets are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
 CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] = {
     "pfa_fig2": ("mlp", {"init": "xavier_uniform"}, MNIST, by_hand.mlp, {"hidden": 2}),
     "dkp_fig2": ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, by_hand.mlp, {"hidden": 4, "batch_norm": True}),
@@ -197,7 +197,7 @@ def build(architecture: str, options: dict[str, Any], shape: Shape) -> nn.Module
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_forward_pass_is_the_one_written_out(case: str, training: bool) -> None:
-    """The rounding of float64 grows to about 1e-12 over fifty layers, whereas a wrong layer changes the first digits."""
+    """Over fifty layers, the rounding errors of float64 grow to about 1e-12, whereas a wrong layer changes the first digits."""
     architecture, options, shape, reference, arguments = CASES[case]
     net = build(architecture, options, shape).train(training)
     x = torch.randn(5, *shape, dtype=torch.float64)
@@ -298,8 +298,8 @@ def test_layers_have_the_published_shapes(
 
 @pytest.mark.parametrize(("name", "options", "shape"), [case[:3] for case in PUBLISHED])
 def test_only_the_convolutions_of_residual_nets_have_no_bias(name: str, options: dict[str, Any], shape: Shape) -> None:
-    """The convolutions of residual nets have no biases in torchvision, in the code of the PFA paper and, for backpropagation, in
-    that of the ASAP paper."""
+    """The convolutions of residual nets have no biases in torchvision and in the code of the PFA paper. For backpropagation, they
+    have none in the code of the ASAP paper either."""
     with torch.device("meta"):
         net = ARCHITECTURES[name](**options).build(shape, CLASSES)
     for layer in (module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)):

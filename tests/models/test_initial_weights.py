@@ -43,10 +43,10 @@ OTHERS: dict[str, dict[str, float]] = {
 CLASSES = 20
 
 Deviation = Callable[[int, int], float]
-#: Maps an initialiser to its standard deviation, as a function of the fans in and out (which include kernel positions), and to
-#: whether it is uniform. The method xavier_uniform is that of Glorot and Bengio 2010, which the PFA paper uses. The methods
-#: kaiming_uniform and kaiming_normal are those of He et al. 2015, with the fan in and the fan out, respectively, as in
-#: torchvision's ResNets, which the WM experiments use. The method pytorch is torch's own, uniform within 1/√fan_in.
+#: Maps an initialiser to its standard deviation, as a function of fan-in and fan-out (which include kernel positions), and to
+#: True if it is uniform. The method xavier_uniform is that of Glorot and Bengio 2010, which the PFA paper uses. The methods
+#: kaiming_uniform and kaiming_normal are those of He et al. 2015, with the fan-in and the fan-out, respectively. The latter is
+#: used in torchvision's ResNets and therefore in the WM experiments. The method pytorch is torch's own, uniform within 1/√fan_in.
 DRAWS: dict[str, tuple[Deviation, bool]] = {
     "pytorch": (lambda fan_in, fan_out: 1 / math.sqrt(3 * fan_in), True),
     "xavier_uniform": (lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)), True),
@@ -68,11 +68,11 @@ def build(name: str, init: str) -> nn.Module:
 
 
 def check_draw(weight: Tensor, deviation: float, uniform: bool) -> None:
-    """Check the standard deviation and the mean up to five standard errors, and the largest value.
+    """Check the standard deviation and the mean to within five standard errors, and check the largest value.
 
-    The standard error of the standard deviation is √((κ - 1)/4n) of it, where the kurtosis κ is 9/5 for uniform and 3 for normal
-    draws. The largest of n uniform draws lies below 1 - 20/n of the bound with a probability of e^-20. A normal draw has no
-    bound: of 400 values and more, some exceed √3 standard deviations, as 8 % of all draws do.
+    The relative standard error of the standard deviation is √((κ - 1)/4n), where the kurtosis κ is 9/5 for uniform and 3 for
+    normal draws. The largest of n uniform draws lies below 1 - 20/n of the bound with a probability of e^-20. Normal draws are
+    unbounded. Of 400 or more normal draws, some exceed √3 standard deviations, because 8 % of all draws do.
     """
     n = weight.numel()
     assert n >= 400
@@ -80,7 +80,7 @@ def check_draw(weight: Tensor, deviation: float, uniform: bool) -> None:
     assert weight.std().item() == pytest.approx(deviation, rel=5 * math.sqrt((kurtosis - 1) / (4 * n)))
     assert abs(weight.mean().item()) < 5 * deviation / math.sqrt(n)
     largest = weight.abs().max().item() / (math.sqrt(3) * deviation)
-    # The bound itself is a float32, which is exact to 1e-6.
+    # The bound itself is rounded to float32, with a relative error below 1e-6.
     assert 1 - 20 / n < largest <= 1 + 1e-6 if uniform else largest > 1.2
 
 
@@ -128,7 +128,8 @@ def test_normalisation_begins_as_identity(name: str, init: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_embeddings_positions_and_recurrent_weights_have_their_own_distribution(name: str) -> None:
-    """The standard deviation is the same for every initialiser, up to five standard errors of that of a normal draw."""
+    """The weights are the same for every initialiser, and their standard deviation is correct to within five standard errors for
+    normal draws."""
     weights, other = dict(build(name, "pytorch").named_parameters()), dict(build(name, "uniform_one").named_parameters())
     for key, deviation in OTHERS[name].items():
         value = weights[key].detach()

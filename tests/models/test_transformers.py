@@ -21,7 +21,7 @@ from .by_hand import ByHand
 
 VOCABULARY, LENGTH = 11, 6
 POST = {"norm": "post", "positions": "sinusoidal", "activation": "relu"}
-#: Maps a case to the architecture, its options, the net by hand, and its arguments.
+#: Maps a case to the architecture, its options, the net written by hand, and its arguments.
 TEXT: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor], dict[str, Any]]] = {
     "decoder": ("decoder", {"width": 12, "dropout": 0.0}, by_hand.decoder, {"depth": 4, "heads": 4}),
     "decoder, norm=post": (
@@ -54,7 +54,7 @@ def tokens(samples: int = 3, length: int = LENGTH) -> Tensor:
 
 @pytest.mark.parametrize("case", TEXT)
 def test_logits_of_tokens_are_those_written_out(case: str) -> None:
-    """The tolerance is the rounding of float64, or that of the sinusoids' float32."""
+    """The tolerance covers the rounding of float64 or, for sinusoidal positions, of float32."""
     name, options, reference, arguments = TEXT[case]
     net, x = build(name, **options), tokens()
     logits, expected = net(x), reference(ByHand(net), x, **arguments)
@@ -64,7 +64,7 @@ def test_logits_of_tokens_are_those_written_out(case: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, POST], ids=["pre", "post"])
 def test_dropout_is_of_embeddings_attention_hidden_activations_and_outputs(options: dict[str, Any]) -> None:
-    """The net by hand draws the same masks in the same order."""
+    """The net written by hand samples the same masks in the same order."""
     net, x = build("decoder", width=8, depth=2, dropout=0.4, **options), tokens()
     torch.manual_seed(5)
     logits = net(x).detach()
@@ -78,7 +78,7 @@ def test_dropout_is_of_embeddings_attention_hidden_activations_and_outputs(optio
 
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_a_block_is_that_of_pytorch(post_norm: bool) -> None:
-    """The tolerance is the rounding of float64."""
+    """The tolerance covers the rounding of float64."""
     torch.manual_seed(0)
     theirs = nn.TransformerEncoderLayer(8, 2, 20, 0.0, "gelu", batch_first=True, norm_first=not post_norm).double()
     ours, x = Block(8, 2, 20, "gelu", causal=True, post_norm=post_norm).double(), torch.randn(3, 5, 8, dtype=torch.float64)
@@ -111,7 +111,7 @@ def test_a_logit_depends_on_earlier_tokens_alone_and_on_each_of_them(case: str) 
 
 @pytest.mark.parametrize("case", TEXT)
 def test_sequences_may_be_shorter_than_those_of_the_data(case: str) -> None:
-    """The logits of a shorter sequence equal the first logits of the whole sequence, up to rounding of float64."""
+    """The logits of a shorter sequence equal the first logits of the whole sequence, up to rounding in float64."""
     name, options, *_ = TEXT[case]
     net, x = build(name, **options), tokens()
     torch.testing.assert_close(net(x[:, :4]), net(x)[:, :4], rtol=0, atol=1e-12)
@@ -129,8 +129,8 @@ def test_the_context_is_that_of_the_data_unless_it_is_longer() -> None:
 @pytest.mark.parametrize(
     ("options", "parameters"),
     [
-        # LightOn's net has an embedding and a head of 32,000 tokens, and six blocks of 4 d² + 2 d f weights with biases and two
-        # LayerNorms.
+        # LightOn's net has an embedding and a head of 32,000 tokens. Each of its six blocks has 4 d² + 2 d f weights with biases,
+        # and two LayerNorms.
         (
             {"depth": 6, "width": 512, "heads": 8, **POST},
             32000 * 512 + 6 * (4 * 513 * 512 + 513 * 2048 + 2049 * 512 + 4 * 512) + 513 * 32000,
@@ -214,7 +214,8 @@ def test_no_error_passes_a_cut_of_the_stream(architecture: str, cut: str) -> Non
     """If the feedback of all other cuts is zero, the gradients of a cut's layers are bitwise identical, and other layers get
     none.
 
-    The identity path is cut, too. LayerNorms within blocks learn through the weight of the layer after them.
+    The error does not pass a cut through the identity path. LayerNorms within blocks learn through the weight of the layer after
+    them.
     """
 
     def gradients(others: bool) -> dict[str, Tensor]:

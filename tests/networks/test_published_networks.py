@@ -78,7 +78,7 @@ def logits_of(model: nn.Module, x: Any) -> Tensor:
     return model(**x).logits if isinstance(x, dict) else model(x)
 
 
-#: Networks whose maps cannot be matched by copies and pooling, as the rules with shared activations require.
+#: Networks with feature maps that cannot be matched by copies and pooling, as rules with shared activations require.
 UNSHARABLE = ("timm SE-ResNet", "timm MobileNet")
 
 

@@ -96,7 +96,7 @@ def test_a_run_trains_for_its_objective(objective: str, tmp_path: Path, monkeypa
     assert main([*RUN, f"objective={objective}", "optimizer.lr=1e-12"]) == 0
     first, last = (json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines())
     assert first["test_loss"] == pytest.approx(last["test_loss"], rel=1e-6)
-    # The ten outputs of an untrained model are about 0, so the losses are half a squared one, ten times log 2, and log 10.
+    # The ten outputs of an untrained model are about 0, so the three losses are about 1/2, 10 log 2 and log 10.
     expected = {"mse": 0.5, "sigmoid_ce": 10 * math.log(2), "cross_entropy": math.log(10)}[objective]
     assert expected * 0.8 < first["test_loss"] < expected + 1
     assert json.loads(Path("run/result.json").read_text())["objective"] == objective

@@ -1,5 +1,4 @@
-"""Scores are computed from sums over batches, whatever the batch sizes; masked tokens do not count, and scores have a
-direction."""
+"""Scores are computed from sums over batches of any size; masked tokens do not count, and each score has a direction."""
 
 from __future__ import annotations
 
@@ -102,8 +101,8 @@ def test_perplexity_that_no_float_can_hold_is_infinite() -> None:
 
 @pytest.mark.parametrize("batches", [[30], [16, 14], [1, 29]])
 def test_r2_is_that_of_the_whole_split(batches: list[int]) -> None:
-    """R² is over all outputs together, as in scikit-learn with weights by variance. In float32, the offset would cause
-    cancellation."""
+    """R² is computed over all outputs together, as by scikit-learn with multioutput="variance_weighted". In float32, the offset
+    of the targets, which is 1000, would cause cancellation."""
     generator = torch.Generator().manual_seed(1)
     target = 1000 + torch.randn(30, 2, generator=generator) * torch.tensor([1.0, 4.0])
     outputs = target + 0.5 * torch.randn(30, 2, generator=generator)

@@ -53,7 +53,7 @@ def test_iteration_by_loops(shape: tuple[int, int], steps: int) -> None:
 
 
 def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
-    """The limits are the range of the quintic for values above 1/100 of the norm, with a margin of one hundredth."""
+    """The limits are the range of the quintic polynomial for values above 1/100 of the norm, with a margin of 0.01."""
     matrix = random(20, 30)
     for scale in (1.0, 1e-30, 1e30):
         values = torch.linalg.svdvals(orthogonalized(scale * matrix, 5))
@@ -66,8 +66,8 @@ def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_torchs_own_muon_agrees_but_for_its_rounding(adjust_lr: str, nesterov: bool) -> None:
-    """torch's Muon rounds to bfloat16 (8 bits), which gives a few hundredths after five iterations. The momentum of torch's Muon
-    is a mean, but the iteration removes this scale."""
+    """torch's Muon rounds to bfloat16 (8 bits), which causes relative errors of a few hundredths after five iterations. torch's
+    Muon averages the gradients instead of summing them, but the iteration removes this difference in scale."""
     for shape in ((8, 5), (5, 8)):
         ours, theirs = (nn.Parameter(random(*shape).float()) for _ in range(2))
         mine = muon.Muon([ours], 0.1, 0.9, nesterov, 5, adjust_lr, 0.2)
@@ -143,7 +143,7 @@ def test_weight_decay_of_vectors_is_decoupled() -> None:
 
 
 def test_half_precision_is_iterated_in_single() -> None:
-    """The only error is that of rounding the update once to bfloat16, which is at most 2^-8 of each entry."""
+    """The only error comes from rounding the update once to bfloat16; it is at most 2^-8 of each entry."""
     weight = nn.Parameter(torch.zeros(6, 9, dtype=torch.bfloat16))
     weight.grad = random(6, 9).bfloat16()
     muon.Muon([weight], 1.0, 0.0, False, 5, "original", 0.0).step()
@@ -301,7 +301,7 @@ def test_weights_and_feedback_of_kolen_pollack_differ_by_decay_alone(name: str) 
 
 
 def test_semi_orthogonal_product_feedback_follows_and_other_product_feedback_does_not() -> None:
-    """Bᵀ commutes with the iteration only if B Bᵀ = I. The update of R is then Bᵀ times that of W, if R has as many rows."""
+    """Bᵀ commutes with the iteration only if B Bᵀ = I. If R has as many rows as W, the update of R is then Bᵀ times that of W."""
     gaps = {}
     for name in ("pfa_o", "pfa"):
         rule = attached(name, ratio=1.0)

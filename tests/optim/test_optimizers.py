@@ -50,7 +50,7 @@ def give_gradients(optimizers: Optimizers, make: Callable[[Tensor], Tensor]) -> 
         tensor.grad = make(tensor.detach())
 
 
-# --- one tensor, step by step -------------------------------------------------------------------------------------------------
+# --- single tensor ------------------------------------------------------------------------------------------------------------
 
 
 def sgd_by_hand(w: Tensor, gradients: list[Tensor], momentum: float, nesterov: bool, decay: float) -> Tensor:
@@ -131,7 +131,7 @@ def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict
         torch.testing.assert_close(tensor.detach(), want, rtol=1e-10, atol=1e-12)
 
 
-# --- groups and epochs --------------------------------------------------------------------------------------------------------
+# --- groups, epochs --------------------------------------------------------------------------------------------------------
 
 
 def plain(lr: float, later: float, first: float | None, **schedule: Any) -> SGD:
@@ -250,7 +250,7 @@ LEARNING = {
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", LEARNING)
 def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str, net: str, own: SGD | None) -> None:
-    """The fused update, which reads the gradient of W as that of B, also uses the gradient that the rule computed."""
+    """The fused update, which uses the gradient of W as the gradient of B, also uses the gradient that the rule computed."""
     rule = attached(name, net, **LEARNING[name])
     optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
     assert rule.feedback_parameters() and all(o.defaults["fused"] for o in optimizers.optimizers)
@@ -284,8 +284,8 @@ def test_clipping_scales_weights_and_feedback_by_their_common_norm(own: SGD | No
 
 @pytest.mark.parametrize("largest", [None, 0.05])
 def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_own(largest: float | None) -> None:
-    """Sharing has the same result even after a step in which gradients were requested and clipped; feedback then counts in the
-    norm."""
+    """Sharing has the same result even after a step in which gradients were requested and clipped; the norm then includes the
+    feedback."""
     found = []
     for shares in (False, True):
         rule, (x, y) = attached("kp"), nets.batch("mlp_tanh")
@@ -412,8 +412,8 @@ def test_feedback_without_a_gradient_of_its_own_is_not_trained_by_that_of_the_we
 
 
 def test_a_schedule_that_counts_steps_begins_at_its_first_rate() -> None:
-    """The rate is that of the right step as soon as the optimizers exist, in an epoch that starts at another step, and in each
-    step."""
+    """The learning rate is the one for the current step as soon as the optimizers exist, in an epoch that starts at another step,
+    and in each step."""
     schedule = OneCycle()
     optimizers = Optimizers(SGD(lr=0.1, schedule=schedule), attached(), 2, steps_per_epoch=5)
     assert optimizers.lr == schedule.at(0.1, 0, 10)

@@ -1,1 +1,1 @@
-"""Tests of reports over hand-made run directories."""
+"""Tests of reports on hand-made run directories."""

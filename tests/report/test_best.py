@@ -27,7 +27,7 @@ def drawn_quickly(monkeypatch):
 
 
 def chosen(root: Path, *keys: str) -> dict[str, str]:
-    """The chosen setting of each rule that has one remaining setting."""
+    """Map each rule to its chosen setting."""
     best = choose_best(in_order(runs_in(root)), keys or ["optimizer.lr"])
     return {run.result["algorithm"]: best.chosen[run.row].values for run in best.runs}
 

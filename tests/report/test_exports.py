@@ -164,7 +164,7 @@ def test_keys_are_short_in_labels_where_nothing_else_has_their_name(key, config,
 
 def test_aggregate_over_tasks_and_seeds(tmp_path):
     # fa has 50, 60 on digits (at the learning rate with the best validation accuracy) and 70, 95 on mnist. Without the lowest and
-    # the highest, the mean is (60 + 70) / 2.
+    # the highest value, the mean is (60 + 70) / 2.
     for dataset, accuracies in (("digits", (0.5, 0.6)), ("mnist", (0.7, 0.95))):
         for seed, accuracy in enumerate(accuracies):
             write_set(tmp_path, "fa", seed, accuracy, 0.8, dataset=dataset)

@@ -222,7 +222,7 @@ def test_a_divergence_is_marked_at_the_lower_edge(tmp_path):
     assert mark.get_text() == "✕" and mark.xy == (3, 0) and mark.get_color() == plot.rule_style("fa")["color"]
 
 
-# Final values against a setting.
+# Figures of final values against a setting.
 
 
 def setting_axes(root, key, metric="test_accuracy"):

@@ -31,8 +31,8 @@ def record(epoch: int, seconds: float, loss: float, val: float, test: float) -> 
 
 
 def written(directory: Path, ago: float, started: float | None = None) -> None:
-    """Set the times of the directory's files to `ago` seconds before NOW, and that of the config to `started` seconds
-    before NOW."""
+    """Set the modification times of the directory's files to `ago` seconds before NOW, and that of the config to `started`
+    seconds before NOW."""
     for file in directory.iterdir():
         since = started if started is not None and file.name == "config.yaml" else ago
         os.utime(file, (NOW - since, NOW - since))
@@ -44,7 +44,7 @@ def at(ago: float) -> str:
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A sweep with a run in every state, as it was at NOW."""
+    """A sweep with a run in every possible state at the time NOW."""
 
     def begun(rule, seed, *lines):
         run = write_begun(tmp_path, rule, seed, 0)
@@ -74,7 +74,7 @@ def sweep(tmp_path):
     ).rename(tmp_path / "dfa-seed0")
     begun("drtp", 0, record(12, 24.0, 0.2411, 0.934, 0.9312))
     with ExitStack() as stack:
-        # Ten epochs with 2.4 s of training each took 30 s in all, which is 3 s per epoch; the last one ended 1 s ago.
+        # Ten epochs with 2.4 s of training each took 30 s in total, which is 3 s per epoch; the last one ended 1 s ago.
         kp = begun("kp", 0, record(10, 24.0, 0.1021, 0.9652, 0.9631))
         stack.enter_context(at_work(kp, started=at(33.0)))
         written(kp, 1.0, started=31.0)
@@ -215,7 +215,7 @@ def test_on_a_terminal_it_is_shown_again_in_place_until_all_have_ended(tmp_path,
     out = Terminal()
     live.watch([run], out, interval=7, once=False)
     assert slept == [7]
-    # The output has four lines; then the cursor returns to the first of them and clears each.
+    # The output has four lines; then the cursor returns to the first of them, and each line is cleared.
     before, after, *_ = re.split(r"\r\x1b\[2K(?:\x1b\[1A\x1b\[2K){3}", out.getvalue())
     text = [[re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line).rstrip() for line in part.splitlines()] for part in (before, after)]
     assert [lines[2] for lines in text] == ["1 run: 1 interrupted", "1 run: 1 done"]

@@ -1,4 +1,4 @@
-"""Tests of mean curves over the seeds for TensorBoard, read back with its own readers."""
+"""Tests of mean curves over the seeds for TensorBoard, which are read back with TensorBoard's own readers."""
 
 from __future__ import annotations
 

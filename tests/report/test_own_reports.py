@@ -1,4 +1,4 @@
-"""A report replaces only files that reports have written; the same holds for a sweep that ends with a report."""
+"""A report, including the one at the end of a sweep, replaces only files that reports have written."""
 
 from __future__ import annotations
 

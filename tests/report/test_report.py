@@ -1,4 +1,4 @@
-"""Tests of reports over hand-made run directories; every expected number is worked out by hand."""
+"""Tests of reports on hand-made run directories; every expected number is worked out by hand."""
 
 from __future__ import annotations
 
@@ -210,7 +210,8 @@ def test_floor(tmp_path):
 
 
 def test_a_tie_does_not_beat_the_floor(tmp_path):
-    """Both rules have 716 of 720 images right, but the means of the two fractions differ in the last digit."""
+    """Both rules classify 716 of 720 images correctly, but the floating-point means of their accuracies differ in the last
+    digit."""
     write_group(tmp_path, "frozen", [358 / 360, 358 / 360])
     write_group(tmp_path, "fa", [359 / 360, 357 / 360])
     assert rows(tmp_path)["fa"]["floor"] is False
@@ -458,7 +459,7 @@ def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apar
 
 
 def test_rows_whose_rule_transports_weights_by_design_say_so(tmp_path):
-    """The note comes from the recorded results; the report itself does not know any rule."""
+    """The note comes from the recorded results; the report itself contains no code for individual rules."""
     write_group(tmp_path, "kp", [0.9, 0.9, 0.9], weight_transport=[])
     write_group(tmp_path, "dgl", [0.9, 0.9, 0.9], weight_transport=["within blocks", "after 'norm'"])
     table = rows(tmp_path)

@@ -48,7 +48,7 @@ def test_a_run_without_result_has_its_place_in_the_row_of_its_group_and_in_no_me
 
 
 def test_a_row_without_any_result_is_there(tmp_path):
-    # Runs are grouped by the folder of their group; otherwise, runs that differ only in the seed share a row.
+    # Runs in the folder of a group share a row; without such a folder, runs that differ only in the seed share a row.
     write_begun(tmp_path, "kp", 0, 1, folder="kp-0123abcd/seed0", scale="short")
     for rule, seed, lr in (("fa", 0, 1), ("fa", 1, 1), ("fa", 2, 2)):
         write_begun(tmp_path, rule, seed, 0, optimizer={"name": "sgd", "lr": lr})

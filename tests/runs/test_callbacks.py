@@ -116,7 +116,7 @@ def test_minutes_count_from_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch)
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, times: list[float], epoch: int = 0, **options: Any) -> tuple[Display, list[Any]]:
-    """A display without a terminal, and its lines with their levels; the epochs after `epoch` end at these times."""
+    """A display without a terminal, and its log lines with their levels; the epochs after `epoch` end at `times`."""
     now, lines = [0.0], []
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(callbacks.log, "log", lambda level, text, *values: lines.append((level, text % values)))
@@ -182,7 +182,7 @@ def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPat
 
 
 class Values(nn.Module):
-    """A model whose parameters claim to be on this device."""
+    """A model with parameters that claim to be on the given device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()

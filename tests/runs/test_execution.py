@@ -73,7 +73,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @needs_compiler
 @pytest.mark.parametrize("algorithm", ["kp", "dkp", "drtp", "brsf", "predsim"])
 def test_a_compiled_run_has_the_same_results(algorithm: str, tmp_path: Path, traced: list[tuple[int, ...]]) -> None:
-    """Measuring angles between steps and training on the smaller last batch neither use the graph nor compile another one."""
+    """Neither measuring angles between steps nor training on the smaller last batch uses the graph or compiles another one."""
     plain = trained(tmp_path / "plain", f"algorithm={algorithm}")
     assert not traced
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -95,7 +95,7 @@ def test_micro_batches_of_both_sizes_are_compiled(tmp_path: Path, traced: list[t
 
 @needs_compiler
 def test_compiled_models_draw_the_same_dropout_and_repeat_bit_for_bit() -> None:
-    """With PyTorch's own compiler, fused kernels round in a different order, which changes each number by a relative 1e-7."""
+    """With PyTorch's own compiler, fused kernels round in a different order, which causes relative errors of about 1e-7."""
     if execution._no_compiler():
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_compiled_models_draw_the_same_dropout_and_repeat_bit_for_bit() -> None:
 def test_bf16_computes_in_half_precision_and_keeps_weights_and_metrics_in_single(tmp_path: Path) -> None:
     plain, half = (trained(tmp_path / precision, "algorithm=kp", f"precision={precision}") for precision in ("fp32", "bf16"))
     assert half["weights_hash"] != plain["weights_hash"] and half["initial_weights_hash"] == plain["initial_weights_hash"]
-    # bf16 has 8 bits, so products of some hundred terms are off by 1 %.
+    # bf16 has a precision of 8 bits, so sums of a few hundred products have errors of about 1 %.
     losses = [
         json.loads(next((tmp_path / name).rglob("metrics.jsonl")).read_text().splitlines()[0])["train_loss"]
         for name in ("fp32", "bf16")
@@ -233,8 +233,8 @@ def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, c
 def test_a_rule_that_runs_the_model_again_is_not_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """compile=true is refused before training. compile=auto, where compilation would be worthwhile, explains why it is not
-    used."""
+    """compile=true is refused before training. With compile=auto, the run explains why it is not compiled although compilation
+    would be worthwhile."""
     monkeypatch.setattr(execution, "_pays", lambda *_: (True, ""))
     pepita = ["algorithm=pepita", "optimizer.lr=0.01"]
     assert main([*SMALL, *pepita, "compile=true", f"output_dir={tmp_path / 'one'}"]) == 2

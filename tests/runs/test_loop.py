@@ -38,7 +38,8 @@ BATCH, SEED, LR, GAMMA, DECAY, FIRST_DECAY, MOMENTUM = 16, 3, 0.1, 0.5, 0.02, 0.
 
 
 def load() -> Splits:
-    """Load 40 training images, so that the last batch of 16 has 8, 4 images for validation and 10 for testing."""
+    """Load 40 images for training, 4 for validation and 10 for testing. With a batch size of 16, the last training batch has 8
+    images."""
     dataset = Synthetic(samples=44, validation=4, test_samples=10, classes=3, size=2, noise=0.4)
     return dataset.load(Path(), torch.device("cpu"))
 
@@ -127,7 +128,7 @@ def evaluate_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]
 
 
 def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> list[dict[str, Any]]:
-    """Train in the same way with torch alone."""
+    """Train in the same way without the package's loop, using only torch."""
     optimizer = torch.optim.SGD(trained(rule), lr=LR, momentum=MOMENTUM, foreach=False)
     lines = []
     rule.model.train()
@@ -174,7 +175,8 @@ def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], dro
     got, want = fit(rules[0], splits, epochs, drop_last), fit_by_hand(rules[1], splits, epochs, drop_last)
     assert [line["step"] for line in got] == [2, 4, 6] if drop_last else [3, 6, 9]
     for line, expected in zip(got, want, strict=True):
-        # In float32, the fused update rounds differently, by 1e-7 a step, which normalisation amplifies over nine steps.
+        # In float32, the fused update causes rounding differences of 1e-7 per step, which normalisation amplifies over nine
+        # steps.
         assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(trained(rules[0]), trained(rules[1]), rtol=1e-4, atol=1e-5)
     # No optimizer updates the B of wm.
@@ -184,10 +186,10 @@ def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], dro
 
 @pytest.mark.parametrize(("name", "options"), [("bp", {}), ("kp", {}), ("drtp", {"cuts": ["act"]}), F3])
 def test_parts_of_a_batch_count_by_their_numbers_of_images(name: str, options: dict[str, Any]) -> None:
-    """The three parts of 16 images are 6, 5 and 5, and those of 8 images 3, 3 and 2. Without normalisation, the parts train like
-    the whole batch.
+    """A batch of 16 images is split into parts of 6, 5 and 5 images, and a batch of 8 into parts of 3, 3 and 2. Without
+    normalisation, the parts train like the whole batch.
 
-    In float32, the order of sums changes results by 1e-7 per step.
+    In float32, the order of summation changes the results by 1e-7 per step.
     """
     found = []
     for accumulate in (1, 3):

@@ -150,7 +150,7 @@ def test_a_finished_run_without_its_whole_record_is_trained_again(damage: Any, c
 
 @pytest.mark.parametrize("step", [5, 8, 12])  # within an epoch, at its end, and in the last one
 def test_record_of_a_resumed_run_is_that_of_an_uninterrupted_one(step: int, monkeypatch: Patch) -> None:
-    """Lines that the checkpoint does not include are dropped, as after a kill."""
+    """Lines that were written after the checkpoint, for example before the process was killed, are dropped."""
     command = [*RUN, "probe_every=5"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
     at_step(step, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)

@@ -27,7 +27,7 @@ COMMON = [
     "architecture.widths=[8]",
 ]
 RUN = [*COMMON, "hydra.run.dir=run"]
-#: Files that a user's folder may contain; the last ones have names like those of a run's files.
+#: Files that a user's folder may contain; the last ones have names similar to those of a run's files.
 FOREIGN = [
     "notes.txt",
     ".draft.tmp",

@@ -190,7 +190,7 @@ def write_inputs(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The folder with the runs of two processes, in 'two', and the outputs of the commands."""
+    """The folder that contains the runs of two processes, in its subfolder 'two', and the outputs of the commands."""
     folder = tmp_path_factory.mktemp("parallel")
     write_inputs(folder)
     resumed = {rule: [*MLP, "epochs=3", f"algorithm={rule}", f"hydra.run.dir=resumed-{rule}"] for rule in RESUMED}
@@ -255,8 +255,8 @@ def difference(one: str, two: str) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(name: str, inside: Any) -> None:
-    """The float32 sums of gradients have a different order, which changes them by 1e-7 per step. Later layers multiply this by a
-    small factor."""
+    """The gradients are summed in a different order in float32, which changes them by 1e-7 per step. Later layers multiply this
+    by a small factor."""
     of_case = inside[name]
     assert [of_case[number][0] for number in range(2)] == [0, 0], of_case
     assert main(command(name, "one")) == 0
@@ -360,7 +360,8 @@ def test_all_processes_diverge_together(inside: Any) -> None:
 
 @pytest.mark.parametrize("rule", RESUMED)
 def test_one_process_then_two_then_one_is_one_run(rule: str, inside: Any) -> None:
-    """The run is stopped within the second epoch and, by a signal to the second process only, within the same epoch again."""
+    """The run is stopped within the second epoch. After a resume, a signal that only the second process gets stops the run within
+    the same epoch again."""
     folder, of_both = f"resumed-{rule}", inside[f"resumed {rule}"]
     assert [of_both[number][0] for number in range(2)] == [143, 143], of_both
     assert "resuming after epoch 1, batch 2" in of_both[0][1]
@@ -434,13 +435,13 @@ def test_torchrun(kind: str, says: str, tmp_path: Path, monkeypatch: pytest.Monk
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    # torchrun adds lines of its own.
+    # torchrun adds its own lines to the output.
     assert [line for line in errors.splitlines() if line.startswith("fa-bench")] == [says], errors
     assert "Traceback" not in errors.split("torch/distributed/elastic")[0], errors
     result = result_in("run")
     assert (result["status"], result["world_size"]) == ("interrupted", 2)
     assert not Path("run/.lock").exists() and not any(map(alive, workers.values()))
-    # A run that one process resumes is stopped again by its next signal.
+    # The run is then resumed by a single process and stopped by another signal.
     assert stopped_after(result["step"] + 20, [*words, "resume=true"]) == 143
     assert re.search(r"resuming after epoch \d+", Path("run/run.log").read_text())
 

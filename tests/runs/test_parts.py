@@ -187,8 +187,8 @@ def test_options_name_what_is_allowed() -> None:
 
 
 def test_residual_net_without_shortcuts() -> None:
-    """Both nets have the same weights. A block whose last normalisation gives zero propagates its input only through a
-    shortcut."""
+    """Both nets have the same weights. If the last normalisation of a block returns zero, the block propagates its input only
+    through a shortcut."""
     torch.manual_seed(0)
     nets = [ResNet20(width=4, blocks=1, shortcuts=shortcuts).build((1, 8, 8), 3) for shortcuts in (True, False)]
     nets[1].load_state_dict(nets[0].state_dict())
@@ -245,7 +245,7 @@ def process_state() -> dict[str, Any]:
 
 
 def test_the_process_is_as_before_behind_a_run_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that a run, its model or a plugin has set is restored, because the next run of a sweep starts in the same
+    """All settings that a run, its model or a plugin has changed are restored, because the next run of a sweep starts in the same
     process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
@@ -401,8 +401,8 @@ def test_the_hash_of_the_weights_leaves_out_the_nets_of_local_losses_alone() -> 
 
 
 def test_what_a_grid_will_take_is_estimated_from_its_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Epoch 3 of 5 takes ten seconds, and two epochs of this run and four of the others are left. The estimate is logged only
-    once."""
+    """Epoch 3 of 5 takes ten seconds; two epochs of this run and four epochs of the other runs remain. The estimate is logged
+    only once."""
     said: list[str] = []
     now = [1000.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
@@ -428,7 +428,8 @@ def test_peak_memory_is_in_bytes() -> None:
 
 
 def test_the_hash_of_the_code_is_of_what_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs keep their hash if only the code of reports changes. The contents and paths of all other sources count."""
+    """Runs keep their hash if only the code of reports changes. The hash includes the contents and paths of all other source
+    files."""
 
     def hashed(**files: str) -> str:
         for name, text in files.items():

@@ -1,4 +1,4 @@
-"""Tests of locks and of the processes that runs start: none outlives its use, and none keeps another's lock."""
+"""Tests of locks and of the processes that runs start: no process outlives its use or keeps the lock of another process."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def test_workers_of_a_sweep_end_when_its_process_is_killed() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and forks")
 def test_a_worker_whose_process_is_killed_as_it_starts_ends() -> None:
-    # The parent is killed between the fork and the moment at which torch's watchdog in the worker asks for its parent, which has
-    # changed by then.
+    # The parent is killed after the fork but before torch's watchdog in the worker looks up its parent process, which is a
+    # different one by then.
     code = """
 import os, signal, time
 from pathlib import Path

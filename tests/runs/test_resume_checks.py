@@ -46,7 +46,7 @@ def lines(run: str = "run") -> list[dict[str, Any]]:
 
 
 def stopped(command: list[str], monkeypatch: Patch) -> None:
-    """Stop a command in the evaluation of its last epoch."""
+    """Stop a command during the evaluation of its last epoch."""
     evaluate, calls = loop.evaluate, []
 
     def stopping(*arguments: Any) -> Any:

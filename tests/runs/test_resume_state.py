@@ -38,7 +38,7 @@ from fa_bench.utils.files import METRICS, RESULT
 from .test_survival import LAST, RUN, at_step, recorded
 
 Patch = pytest.MonkeyPatch
-#: A run with four batches per epoch in a net with dropout and normalisation, with the smallest images that the net accepts.
+#: The net has dropout and normalisation; the images are the smallest that it accepts and form four batches per epoch.
 DROPOUT = [
     "dataset=synthetic",
     "dataset.samples=16",
@@ -71,7 +71,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize(("rule", "step"), [("kp", 3), ("dfa", 4), ("kp", 5)])  # within an epoch, at its end, in the last one
 def test_run_with_dropout_continues_bit_by_bit(rule: str, step: int, monkeypatch: Patch) -> None:
-    """Dropout masks are drawn from torch's global generator, and are those of the run that was not interrupted."""
+    """Dropout masks are sampled from torch's global generator, and equal those of an uninterrupted run."""
     command = [*DROPOUT, f"algorithm={rule}"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
     at_step(step, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
@@ -80,7 +80,7 @@ def test_run_with_dropout_continues_bit_by_bit(rule: str, step: int, monkeypatch
     assert recorded("run") == recorded("whole")
 
 
-# --- without the command line -------------------------------------------------------------------------------------------------
+# --- direct calls -----------------------------------------------------------------------------------------------------------
 
 
 class Noisy(nn.Module):
@@ -163,7 +163,7 @@ def generators() -> Iterator[None]:
     ],
 )
 def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:
-    """Losses, weights, running statistics, feedback, both optimizers and every global generator continue bitwise."""
+    """Losses, weights, running statistics, feedback, both optimizers and every global generator are restored bitwise."""
     last, before = Path("a/last.pt"), Path("a/previous.pt")
     seed_all(1)
     whole, optimizers = make(rule)
@@ -387,7 +387,7 @@ def test_callbacks_without_a_stored_state_start_anew() -> None:
 
 
 def test_the_state_of_a_rule_is_restored_after_that_of_its_model() -> None:
-    """`Rule.load_state_dict` promises that a rule may look at the restored model."""
+    """As `Rule.load_state_dict` documents, the rule's state is loaded after the model's state."""
     rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "bp")
     optimizers, weight = Optimizers(SGD(lr=0.1), rule, epochs=1), rule.model.get_parameter("0.weight")
     state = copy.deepcopy(checkpoint.capture(Progress(), rule, optimizers))

@@ -61,8 +61,8 @@ def hashes(folder: str) -> list[str]:
 
 @pytest.mark.parametrize("step", [3, 6, 8], ids=["first epoch", "second", "within the second"])
 def test_a_resumed_run_has_the_errors_of_the_one_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights and the rule's state, which contains the errors, have the same hashes. The last batch of an epoch is dropped or
-    smaller."""
+    """The weights and the rule's state, which contains the errors, have the same hashes. In both variants of the test, the last
+    batch of an epoch is incomplete; it is either dropped or used."""
     for number, more in enumerate(([], ["drop_last=true", "accumulate=2", "algorithm.information=delayed_error_one_hot"])):
         assert main([*RUN, *more, f"hydra.run.dir=whole{number}"]) == 0
         on_step = StopOnSignal.on_step_end
@@ -179,7 +179,7 @@ def load_errors(rule: Any, of: Any) -> None:
 
 @pytest.mark.parametrize("probe", [GradientNorm(), Stability()], ids=["gradient_norm", "stability"])
 def test_probes_use_the_errors_of_their_own_samples(probe: Any) -> None:
-    """With the current errors of its own samples, the rule equals dfa, and so do the probe's values. With the errors of the next
+    """With the current errors of its own samples, the rule and the probe give the same values as dfa. With the errors of the next
     samples, the values differ."""
     values = []
     for shift in (0, 1):

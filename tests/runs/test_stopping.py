@@ -1,4 +1,5 @@
-"""A callback can end a run early: when this takes effect, what is recorded, and when the run is trained further."""
+"""Tests of callbacks that end a run early: when the stop takes effect, what is recorded, and when training continues
+afterwards."""
 
 from __future__ import annotations
 
@@ -173,7 +174,8 @@ def test_a_run_that_a_further_callback_stopped_can_be_resumed_without_it(words: 
         assert (result["status"], result["epoch"], result["error"]["callback"]) == ("stopped", epochs, None)
         assert result["error"]["message"] == "enough" and result["angles"]["weight_angle"]
         assert torch.load(LAST, weights_only=True)["progress"]["epoch"] == epochs
-        # The last measurement of the stopped run, at steps 5 and 15, is recorded only where an uninterrupted run measures.
+        # The stopped runs also measure at their last steps, 5 and 15, but only steps at which an uninterrupted run measures are
+        # recorded.
         assert json.loads(recorded("run")[0]["measurements"][-1])["step"] == (3, 15)[number - 1]
     capsys.readouterr()
     assert main([*RUN, *words]) == 0 and "resuming after epoch 3" in capsys.readouterr().out
@@ -186,7 +188,7 @@ def test_the_checkpoint_of_an_epoch_has_what_callbacks_did_in_it() -> None:
     @fa_bench.register_callback("counts")
     @dataclasses.dataclass(eq=False)
     class Counts(Callback):
-        """Counts epochs, and stops after the third."""
+        """Counts epochs, and stops the run after the third."""
 
         count = 0
 

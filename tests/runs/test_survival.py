@@ -57,7 +57,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 def recorded(run: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The result with the lines of the measurements, and the lines of the epochs, both without times."""
+    """The result, including the lines of the measurements, and the lines of the epochs, all without times."""
 
     def timeless(record: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in record.items() if key not in TIMES}

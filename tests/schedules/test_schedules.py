@@ -72,8 +72,8 @@ def test_rates_are_those_of_torch(schedule: Schedule, build) -> None:
 
 
 def test_a_short_trial_shortens_everything_that_a_schedule_counts() -> None:
-    """All counts are reduced to a tenth, but at least to one. A missing warm-up stays missing, and fractions of the training do
-    not change."""
+    """All counts are reduced to a tenth, but not below one. A schedule without warm-up does not get one, and fractions of the
+    training do not change."""
     length, total = (lambda number: max(round(number / 10), 1)), 10
     for schedule, wanted in [
         (Constant(warmup=30), Constant(warmup=3)),
@@ -185,5 +185,5 @@ def test_a_run_resumed_within_its_schedule_is_bitwise_the_same(tmp_path: Path, m
     ],
 )
 def test_a_configs_schedule_shows_what_differs_from_its_defaults(schedule: Schedule, given: dict) -> None:
-    """The config shows only options that were set, so that naming another schedule is enough to select its defaults."""
+    """The config shows only options that were set, so naming another schedule selects that schedule's defaults."""
     assert {key: value for key, value in schedule.schema().items() if value is not None} == {"name": schedule.name} | given

@@ -20,7 +20,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_committed_diagrams_have_the_texts_of_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the texts are compared, because other versions of matplotlib may write other bytes."""
+    """Only the texts are compared, because other versions of matplotlib may write different bytes."""
     monkeypatch.setattr(draw, "FOLDER", tmp_path)
     assert draw.main() == 0
     made = {path.name: texts(path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()}

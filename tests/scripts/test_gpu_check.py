@@ -161,7 +161,7 @@ def test_equality_on_the_cpu_is_exact_and_a_difference_is_found(
 
 
 def test_noise_is_sampled_on_the_cpu(gpu: Callable[[str], Any]) -> None:
-    """Noise can be sampled for devices without a generator, such as meta, and the numbers are those of float64 in every dtype."""
+    """Noise can be sampled for devices without a generator, such as meta. For every dtype, the numbers are sampled in float64."""
     sampled_on_cpu, before = gpu("gpu.noise").sampled_on_cpu, (torch.Tensor.normal_, torch.Tensor.uniform_)
     with sampled_on_cpu():
         wide, narrow = (

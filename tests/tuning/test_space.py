@@ -166,8 +166,8 @@ RATE, DECAY, SCALE = "lr=interval(0,1)", "decay=0,1e-4,1e-3", "scale=tag(log,int
 
 @pytest.mark.parametrize(("sampler", "shared"), [("random", 14), ("tpe", 10), ("gp", 10)])
 def test_rules_share_the_random_values_of_the_dimensions_that_they_share(sampler: str, shared: int) -> None:
-    """The rules share their first values, because a rule could otherwise win by better random learning rates. Later trials depend
-    on the rule's results."""
+    """The rules share their first values, because a rule could otherwise win merely by luckier random learning rates. Later
+    trials depend on the rule's results."""
     bp, fa = (_proposed(rule, sampler, 14, *space) for rule, space in (("bp", [RATE, DECAY]), ("fa", [SCALE, DECAY, RATE])))
     common = [{key: values[key] for key in ("lr", "decay")} for values in fa]
     assert bp[:shared] == common[:shared]

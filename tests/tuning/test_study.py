@@ -29,7 +29,7 @@ from .small import STUDY, files, stored_trials
 
 
 class Killed(KeyboardInterrupt):
-    """Ends a study without a checkpoint, as a kill does."""
+    """Ends a study without a checkpoint, as if the process had been killed."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -186,8 +186,8 @@ def _writing_tables(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tune, "_write", killed)
 
 
-#: One trial is finished at the first kill, and four are finished at the second and third. At these later kills, the last run of a
-#: trial is the first of two.
+#: One of six trials is finished at the first kill, and four are finished at the second and third, both of which interrupt the
+#: fifth trial.
 KILLS = {
     "after ask": _after_ask(2),
     "in training": _in_run(4),

@@ -1,4 +1,4 @@
-"""A run does not end if standard output or error is closed, full, has a narrow encoding, or is read by nobody."""
+"""A run continues if standard output or standard error is closed, full, unread, or limited to a small character set."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def test_a_grid_that_nobody_reads_ends_and_is_reported(tmp_path):
 
 
 def test_a_grid_over_output_dir_reports_in_each_and_not_where_it_was_started(tmp_path):
-    # The job has a narrow encoding and a matplotlib backend that is not installed, as in a batch job started from a notebook.
+    # The job has ASCII as its output encoding and a matplotlib backend that is not installed, as in a batch job started from a
+    # notebook.
     said = shell(
         f'"$PYTHON" -m fa_bench.cli {" ".join(GRID)} output_dir=a,b',
         tmp_path,

@@ -32,8 +32,8 @@ CHANGES_INPUT = ["pepita", "forward_forward"]
 NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "fdfa", "grape", "forward_gradient"]
 #: Edge rules with local losses, which are scaled like the model's loss.
 LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirror", "information_alignment"]
-# The mirror's steps before training take time and are not tested here. dkp has one learning rate for all groups, so it needs only
-# one group.
+# The mirror steps before training are slow and are not tested here. With b_lr_scale=1, dkp has the same learning rate for all
+# parameters, so one parameter group suffices.
 _QUICK: dict[str, dict[str, Any]] = {
     "wm": {"initial_steps": 1, "mirror_batch": 2},
     "dkp": {"b_lr_scale": 1.0},
@@ -81,8 +81,8 @@ def attach(model: nn.Module, name: str, **options: Any) -> Any:
 
 
 def same_noise(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
-    """Replace `Draws.normal` by noise that does not depend on update and sample, so that batches can be compared with their
-    parts."""
+    """A replacement for `Draws.normal`. The noise is the same for every update and sample, so that batches can be compared with
+    their parts."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     shape = like.shape if is_shared else like.shape[1:]
     return torch.randn(shape, generator=generator, dtype=like.dtype).expand(like.shape).clone()
@@ -105,7 +105,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(model: nn.Module, rule: Any, x: Tensor, y: Tensor, steps: int = 3, runs: Runs | None = None) -> dict[str, Tensor]:
-    """Make a few updates by SGD and return the gradients of the last one."""
+    """Make a few updates with SGD and return the gradients of the last one."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     last: dict[str, Tensor] = {}
     for _ in range(steps):

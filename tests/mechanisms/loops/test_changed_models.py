@@ -1,4 +1,4 @@
-"""If a model is changed after attach, the rule refuses modules that it does not know, by name and before any update."""
+"""If a model is changed after attach, the rule refuses unknown modules before any update, with an error that names them."""
 
 import copy
 
@@ -156,7 +156,7 @@ def test_attach_in_inference_mode_is_refused_at_once(name):
 
 @pytest.mark.parametrize("name", ["dfa", "dkp", "dgl", "asfp_lc"])
 def test_a_replaced_cut_is_refused(name):
-    """A cut may not be replaced although it has no weights, because the error is delivered to it."""
+    """A cut must not be replaced, even if it has no weights, because the error is delivered to it."""
     model, rule = attached(name)
     model[1] = nn.ReLU()
     with pytest.raises(CoverageError, match=r"changed after attach \(1 replaced\)"):
@@ -165,7 +165,7 @@ def test_a_replaced_cut_is_refused(name):
 
 @pytest.mark.parametrize("name", ["kp", "dfa"])
 def test_what_comes_in_without_weights_of_its_own_learns(name):
-    """A new normalisation learns, because gains and biases do not need feedback."""
+    """A normalisation layer that is added after attach learns, because gains and biases do not need feedback."""
     model, rule = attached(name)
     model[3] = nn.Sequential(nn.LayerNorm(16).double(), model[3])
     before = model[3][0].bias.detach().clone()

@@ -1,5 +1,5 @@
-"""Tests with a model's output that is changed in place before the loss: the logits of a class are masked, or the logits are
-divided by a temperature."""
+"""Tests of rules with model outputs that are changed in place before the loss: the logits of a class are masked, or the logits
+are divided by a temperature."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_the_whole_model(name: str) -> None:
 @pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
 @pytest.mark.parametrize("name", RULES)
 def test_exact_passes(name: str, whole: bool) -> None:
-    """Exact passes are backpropagation, no matter which parts are recomputed."""
+    """Exact passes give the gradients of backpropagation, no matter which parts are recomputed."""
     plain, model = Chain(), Chain() if whole else Chain(checkpointed)
     rule = attach(model, name)
     F.cross_entropy(plain(X), Y).backward()
@@ -160,7 +160,7 @@ def test_dropout(name: str) -> None:
 
 
 class ConvChain(Chain):
-    """The chain with two convolutions with batch normalisation, and a third part for flat inputs."""
+    """A `Chain` whose first two parts are convolutions with batch normalisation, and whose third part flattens its input."""
 
     def __init__(self, runs: Any = None) -> None:
         super().__init__(runs)

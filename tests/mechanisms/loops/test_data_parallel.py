@@ -174,8 +174,7 @@ def on_two_ranks(store: Path) -> dict[str, dict[int, dict | str]]:
 
 
 def test_two_ranks_are_one_process(tmp_path, monkeypatch):
-    """Each rank sums over half the batch, so the results differ by rounding of 1e-16 per step, in weights, feedback and
-    buffers."""
+    """Each rank sums over half the batch, so weights, feedback and buffers differ by rounding errors of about 1e-16 per step."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     faults = []
     for case, of_rank in on_two_ranks(tmp_path / "store").items():

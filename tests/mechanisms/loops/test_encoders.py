@@ -37,7 +37,8 @@ def learn(model: nn.Module, rule: Any, x: Tensor) -> list[str]:
 
 
 def inputs() -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs with the tensor that would learn: the output of an encoder, and a leaf such as an adversarial input or a prompt."""
+    """Two inputs, each with the tensor that would learn: the output of an encoder, and a leaf such as an adversarial input or a
+    prompt."""
     torch.manual_seed(0)
     encoder, leaf = nn.Linear(8, 8), X.clone().requires_grad_()
     return {"encoder": (encoder(X), encoder.weight), "leaf": (leaf, leaf)}

@@ -326,8 +326,8 @@ def test_a_type_called_like_one_of_torch_has_its_package() -> None:
 @pytest.mark.parametrize("name", ["fa", "kp"])
 @pytest.mark.parametrize("path", ["0", "1"])
 def test_a_module_with_a_replaced_forward_method_is_named(name: str, path: str) -> None:
-    """A replaced forward method, as from tools that move weights between devices, calls the plain method, which transports the
-    weight."""
+    """A tool that moves weights between devices may replace the forward method. The new method calls the original one, which
+    transports the weight."""
     model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.Identity())
     module = model.get_submodule(path)
     plain = module.forward

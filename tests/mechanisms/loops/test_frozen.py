@@ -46,7 +46,7 @@ def test_feedback_that_requires_no_grad_stays_and_needs_no_optimizer(name: str) 
 
 
 def test_of_mixed_feedback_rests_what_follows_the_frozen_weight() -> None:
-    """K is frozen with the weight whose gradient it shares; R has its own gradient and still learns."""
+    """K is frozen together with the weight, because it shares the weight's gradient; R has its own gradient and still learns."""
     model = Chain()
     model.b.requires_grad_(False)
     rule = attach(model, "mixed")

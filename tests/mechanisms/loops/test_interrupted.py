@@ -59,7 +59,7 @@ def test_the_next_step_is_as_it_would_have_been(name):
         ]
         interrupted = interrupt(model, rule, at_call, error, functools.partial(step, model, rule, optimizers[0]))
         assert interrupted or at_call > 1
-        # Noise and indices may have been sampled, so the earlier state is loaded in both models.
+        # The interrupted step may already have sampled noise and indices, so the earlier state is loaded into both models.
         for one, of_one in ((model, rule), (expected_model, expected_rule)):
             one.load_state_dict(before)
             of_one.load_state_dict(copy.deepcopy(of_rule))
@@ -87,7 +87,7 @@ def test_evaluation_copies_and_detach_after_an_interruption(name):
 
 
 def test_a_model_that_calls_itself_is_still_told_apart():
-    """The outer pass is still running after the inner one was interrupted."""
+    """If a model calls itself, the outer pass is still running after the inner one was interrupted."""
 
     class Net(torch.nn.Sequential):
         def forward(self, x, depth=1):

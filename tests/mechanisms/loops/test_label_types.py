@@ -1,4 +1,5 @@
-"""Labels may have any integer type, and every rule treats them like 64-bit integers. Other types are refused by name."""
+"""Labels may have any integer type, and every rule treats them like 64-bit integers. Labels of other types are refused with an
+error that names the type."""
 
 from __future__ import annotations
 

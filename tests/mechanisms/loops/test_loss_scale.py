@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
 TOGETHER = ("predsim", "dgl", "asfp_lc", "grape")
 #: Rules that sample their feedback again in every forward pass.
 REDRAWN = ("brsf",)
-#: Rules whose hidden errors are computed from the labels, so that they do not have the loss's scale automatically.
+#: Rules that compute hidden errors from the labels, so that these errors do not automatically scale with the loss.
 OF_LABELS = (
     "drtp",
     "drtp sign",
@@ -59,11 +59,11 @@ OF_LABELS = (
     "grape",
     *SETTLING,
 )
-#: Rules that compute the errors of the output layer from the labels, too.
+#: Rules that compute even the error of the output layer from the labels.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
-#: The parts that learn from the output's own error are the head (and the last block, for rules with blocks), or the whole net if
-#: errors cross the cuts. In the first step of bp_deepsup, whose classifiers are zero, the hidden parts get no other error. fdfa
-#: and grape scale only the feedback.
+#: Maps a rule to the parts that learn from the error at the output. By default, only the head learns from this error; with some
+#: rules, the last block or the whole net learns from it, too. In the first step of bp_deepsup, the classifiers are zero, so the
+#: hidden parts get no other error. In fdfa and grape, only the gradient of the feedback has to be scaled.
 OWN: dict[str, tuple[str, ...]] = {
     **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
     **{name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")},
@@ -124,8 +124,8 @@ def test_the_same_batch_four_times_a_quarter(variant: str) -> None:
 @pytest.mark.parametrize("factor", [1024.0, 3.0, 2.0**-8])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_multiplied_loss_multiplies_every_gradient(variant: str, factor: float) -> None:
-    """In single precision, rounding is 1e-7 of the largest summand. If the factor is a power of two, the numbers are
-    identical."""
+    """In single precision, the rounding error is about 1e-7 of the largest summand. If the factor is a power of two, the numbers
+    are identical."""
     plain, scaled = found(variant, [(X, Y, F.cross_entropy)]), found(variant, [(X, Y, times(factor))])
     exact = factor != 3
     assert_same({key: tensor / factor for key, tensor in scaled.items()}, plain, rel=0.0 if exact else 1e-5)
@@ -235,8 +235,8 @@ def test_a_refused_loss_leaves_no_gradient(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", WHOLLY_OF_LABELS)
 def test_a_given_scale_is_taken_as_it_is_for_losses_of_the_objective(variant: str) -> None:
-    """A given scale is used even if the gradient at the logits is not finite, is zero, or belongs to no sample; the objective may
-    differ."""
+    """A given scale is used even if the gradient at the logits is zero or not finite. The rule may also have an objective other
+    than the default."""
     for factor in (1.0, 2.0**16, 0.0, float("inf")):
         model, rule = chain(variant, torch.float32)
         logits = model(X)
@@ -277,8 +277,8 @@ def test_bfloat16_autocast(variant: str, factor: float) -> None:
 
 # ------------------------------------------------------------------------------------------------ saturated logits
 def saturate(model: Chain, x: Tensor) -> Tensor:
-    """Make the model certain, and return the labels it predicts: every probability is 0 or 1, so the gradient at the logits
-    is 0."""
+    """Multiply the head's weight by a large factor, and return the predicted labels. Every probability is then 0 or 1, so the
+    gradient at the logits is 0."""
     with torch.no_grad():
         model.head.weight.mul_(1e6)
         return model(x).argmax(1)
@@ -317,7 +317,8 @@ def test_a_scale_is_found_where_most_samples_are_certain(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", OF_LABELS)
 def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None:
-    """The gradient of a mean that is written out is rounded differently at the logits, but the inferred scale is still 1."""
+    """If the mean is written out by hand, the gradient at the logits is rounded differently, but the inferred scale is still
+    1."""
 
     def by_hand(logits: Tensor, y: Tensor) -> Tensor:
         return (logits.exp().sum(1).log() - logits.gather(1, y.view(-1, 1)).squeeze(1)).mean()
@@ -339,9 +340,9 @@ def test_an_overflow_is_seen_in_every_layer(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside(variant: str) -> None:
-    """Autocast would round the products of a cut rule in the backward pass, even if the loss is exact.
+    """Inside autocast, the products that a cut rule computes in the backward pass would be rounded, even if the loss is not.
 
-    The layers' own products are bfloat16 in both cases, so there is no tolerance.
+    The layers' own products are bfloat16 in both cases, so the gradients must be identical.
     """
 
     def within(inside: bool) -> dict[str, Tensor]:
@@ -383,7 +384,8 @@ def test_a_scale_belongs_to_its_own_backward_pass() -> None:
 
 
 def test_an_infinite_scale_is_what_it_is() -> None:
-    """An infinite scale, as from an overflow in a gradient scaler that then skips the update, is returned as infinity."""
+    """An infinite scale is returned as infinity. Such a scale may come from an overflow, after which a gradient scaler skips the
+    update."""
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0])
     delta = (logits.softmax(1) - F.one_hot(labels, 3)) * math.inf
@@ -392,8 +394,8 @@ def test_an_infinite_scale_is_what_it_is() -> None:
 
 @pytest.mark.parametrize("multiple", [1.0, 0.25, 64.0])
 def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: float) -> None:
-    """In bfloat16, probabilities near 1 have a precision of 1/512, a third of their difference from 1 here, which is the
-    error δ."""
+    """In bfloat16, probabilities near 1 have a precision of 1/512. In this test, the error δ, which is the difference between a
+    probability and 1, is only about three times as large as the rounding of the probability."""
     labels = torch.arange(256) % 3
     logits = 6 * F.one_hot(labels, 3).float() + 0.3 * torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
     delta = ((logits.softmax(1).bfloat16() - F.one_hot(labels, 3)) / 256 * multiple).bfloat16()
@@ -415,7 +417,8 @@ def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: floa
     ids=str,
 )
 def test_what_is_no_multiple_is_told_from_rounding(dtype: torch.dtype, error: float, is_noticed: bool) -> None:
-    """The added error is orthogonal to that of the cross-entropy. Four times the unit roundoff of bfloat16 is about 0.01."""
+    """The added error is orthogonal to that of the cross-entropy. An added error of 0.01 is within four times the unit roundoff
+    of bfloat16, which is 0.016."""
     logits = torch.linspace(-1, 1, 36).view(12, 3)
     delta = (logits.softmax(1) - F.one_hot(Y, 3)) / 12
     other = delta.roll(1, 1)
@@ -447,7 +450,8 @@ def test_a_loss_times_zero_has_the_scale_zero() -> None:
     assert measured_scale("drtp", delta, logits.detach(), labels) == 0
 
 
-#: Losses that differ from the objective. A rule accepts such a loss without further arguments, only with the scale, or never.
+#: Losses that differ from the objective. A rule accepts such a loss without further arguments, accepts it only with the scale, or
+#: refuses it.
 OTHERS: dict[str, Loss] = {
     "mse": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).to(z)),
     "huber": lambda z, y: F.huber_loss(z, F.one_hot(y, 3).to(z)),
@@ -459,7 +463,7 @@ OTHERS: dict[str, Loss] = {
 @pytest.mark.parametrize("loss", OTHERS)
 @pytest.mark.parametrize("name", RULES)
 def test_which_rules_refuse_another_loss(name: str, loss: str) -> None:
-    """Rules accept or refuse other losses as docs/training_loops.md says."""
+    """Rules accept or refuse other losses as documented in docs/training_loops.md."""
     for scale in ({}, {"loss_scale": 1.0}):
         by_objective = name in ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
         if by_objective or (name in ("f3", "np_feedback") and not scale):

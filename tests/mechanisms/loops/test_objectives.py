@@ -1,4 +1,4 @@
-"""Rules that use the labels learn from the objective that they are attached with."""
+"""Rules that use the labels learn from the objective with which they were attached."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_older_states_load_and_go_on_alike(name):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_keys_of_states_are_those_of_before(name):
-    """Keys still have the form {layer or cut}.feedback_{name}. Only the auxiliary layers are new, under separate names."""
+    """Keys still have the form {layer or cut}.feedback_{name}. Only the auxiliary layers have new keys, under separate names."""
     model, rule = attached(name)
     local = rule._local if name == "asfp_lc" else rule
     expected = {
@@ -56,7 +56,7 @@ def test_keys_of_states_are_those_of_before(name):
 
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in AUXILIARY])
 def test_keys_of_states_have_the_order_in_which_the_tensors_were_made(name):
-    """Feedback has the same key whether it learns or not, so a state and its hash do not depend on this."""
+    """Feedback has the same key whether or not it is learned, so a state and its hash do not depend on this."""
     model, rule = attached(name)
     for place, tensors in rule.feedback.items():
         assert [key for key in model.state_dict() if key.startswith(f"{place}.feedback_")] == [

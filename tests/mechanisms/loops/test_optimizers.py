@@ -46,7 +46,7 @@ def test_the_models_own_zero_grad_is_enough(name):
 
 
 def test_clipping_the_models_parameters_scales_both_alike():
-    """With kp, W - B only decays, so the angles go to 0 although clipping acts in every step."""
+    """With kp, only the weight decay changes W - B, so the angles converge to 0 although gradients are clipped in every step."""
     model, rule = attached("kp")
     steps(
         model,
@@ -59,7 +59,7 @@ def test_clipping_the_models_parameters_scales_both_alike():
         assert weight_angle(feedback, weight) < 1e-3
 
 
-# Rules that need labels, the scale of the loss or, for orthonormal columns of B, a call of `step`.
+# Rules that need labels, the scale of the loss or, to keep the columns of B orthonormal, a call of `rule.step()`.
 CALLED = ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa", "activation_alignment")
 
 
@@ -170,7 +170,7 @@ def test_tensors_replaced_after_the_optimizer_was_made_are_an_error(name, traine
 
 @pytest.mark.parametrize("name", ["kp", "pfa", "dkp", "predsim", "dfc"])
 def test_tensors_replaced_in_training_are_noticed_without_the_rules_step(name):
-    """Replaced tensors are noticed in the backward pass, however the rule computes its gradients."""
+    """Replaced tensors are noticed in the backward pass, no matter how the rule computes its gradients."""
     model, rule = attached(name)
     optimizer = sgd(model.parameters())
     steps(model, rule, optimizer, 3, rule_step=False)
@@ -193,8 +193,8 @@ def test_assigned_state_and_a_new_optimizer_go_on_as_before(name):
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("convert", ["double", "to"])
 def test_another_dtype_after_the_optimizer_was_made(name, convert):
-    """Converting after creating the optimizer equals converting first. SGD has no state here, because torch does not convert an
-    optimizer's state."""
+    """Converting the model after creating the optimizer gives the same result as converting it first. The optimizer has no state
+    yet when the model is converted, because torch does not convert such a state."""
     one, two = attached(name, torch.float32), attached(name, torch.float32)
     optimizer = sgd(one[0].parameters())
     two[0].double()
@@ -217,8 +217,8 @@ def together(model, optimizers):
 @pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without the call
 @pytest.mark.parametrize("name", LEARNED)
 def test_what_is_no_fault_is_not_taken_for_one(name):
-    """A learning rate of 0 as in warm-up, separate optimizers, accumulation, weights changed by hand, and skipped updates give no
-    warnings."""
+    """No warning is given for a learning rate of 0 during warm-up, separate optimizers, gradient accumulation, weights changed by
+    hand, or skipped updates."""
     model, rule = attached(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -237,7 +237,7 @@ def test_what_is_no_fault_is_not_taken_for_one(name):
 
     class Skips(torch.optim.SGD):
         def step(self, closure=None):
-            """Skip the update, as a gradient scaler does if it is not finite."""
+            """Skip the update, as a gradient scaler does if the gradients are not finite."""
 
     model, rule = attached(name)
     steps(model, rule, Skips(model.parameters(), lr=0.1), 4)
@@ -258,7 +258,7 @@ def test_feedback_that_has_been_trained_may_get_an_optimizer_of_its_own(name, is
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_updates_by_hand_at_a_rate_of_zero_are_no_fault(name):
-    """An update with a rate of zero writes to every tensor, but changes no value."""
+    """An update with a learning rate of zero writes to every tensor, but changes no value."""
     model, rule = attached(name)
 
     class ByHand:
@@ -299,7 +299,7 @@ def test_averaged_copies_and_schedules_have_feedback_too(name):
         steps(model, rule, optimizer, 1)
         averaged.update_parameters(model)
         schedule.step()
-        # The first update copies the model, as in torch's average.
+        # The first update copies the model, as torch's AveragedModel does.
         now = state(model)
         want = now if averaged.n_averaged == 1 else {key: 0.5 * want[key] + 0.5 * now[key] for key in want}
     got = {key: value for key, value in averaged.module.state_dict().items()}
@@ -308,8 +308,8 @@ def test_averaged_copies_and_schedules_have_feedback_too(name):
 
 
 def test_a_frozen_weight_and_its_feedback_rest_together():
-    """A frozen layer and its feedback expect no gradient. If the weight is unfrozen, the error says that the feedback must be
-    unfrozen, too."""
+    """A frozen layer and its feedback get no gradient, which is not an error. If the weight is unfrozen, the error says that the
+    feedback must be unfrozen, too."""
     model = net()
     model[0].requires_grad_(False)
     rule = fa_bench.attach(model, "kp", seed=0)
@@ -326,8 +326,8 @@ def test_a_frozen_weight_and_its_feedback_rest_together():
 
 @pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
 def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
-    """Feedback at a cut after a frozen layer rests until the layer is trained. An input that requires a gradient makes no
-    difference."""
+    """Feedback at a cut after a frozen layer does not learn until the layer is trained, even if the model's input requires a
+    gradient."""
     model, x = net(), data()[0]
     model[0].requires_grad_(False)
     rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))

@@ -1,4 +1,5 @@
-"""Models can return more than logits: cut rules take their error from the named output, edge rules from every loss."""
+"""Models can return more than logits. Cut rules take their error from the named output, and edge rules take it from every
+loss."""
 
 from __future__ import annotations
 
@@ -201,7 +202,7 @@ def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> No
     """Rules that are linear in the errors add up the gradients of both losses.
 
     There are two exceptions. The B of ldfa learns the subspace of the errors, and the subspace of a sum is not the sum of the
-    subspaces. Local losses are added only once.
+    subspaces. The gradients of local losses are added only once.
     """
     nonlinear = name in ("ldfa", *LOCAL_LOSSES)
 
@@ -230,7 +231,7 @@ def test_a_head_without_a_loss_changes_nothing_for_edge_rules(name: str) -> None
     assert_same(both(model, attach(model, name, sample_input=X[:2]), "tuple", (0,)), want)
 
 
-# ------------------------------------------------------------------------------------------------ as transformers has it
+# ------------------------------------------------------------------------------------------------ transformers outputs
 class Classifier(Net):
     """Returns logits, hidden states if requested, and its own loss if it is given labels."""
 
@@ -350,7 +351,8 @@ def test_a_number_names_the_output_that_its_text_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_from_it(name: str) -> None:
-    """The scalar may be a penalty on a weight. If no output is named, this is unknown, so the model is refused."""
+    """A scalar next to the named output may be a penalty on a weight. If no output has the given name, the scalar may be the
+    loss, so the model is refused."""
 
     class Penalised(Chain):
         scalar, named = "weight", True
@@ -420,7 +422,7 @@ def test_cut_rules_say_that_no_output_can_be_read() -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_the_output_that_the_objective_names(name: str) -> None:
-    """Errors are computed at the objective's output as if the rule named this output. If the rule names a different output, it is
+    """Errors are computed at the objective's output as if the rule named this output. A rule that names a different output is
     refused."""
     objective = CrossEntropy(output="two")
     with pytest.raises(OptionError, match=r"^output=one conflicts with output=two of the objective"):

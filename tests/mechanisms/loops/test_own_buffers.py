@@ -27,8 +27,8 @@ HOW = ["in place", "replaced"]
 
 
 class Centred(nn.Module):
-    """Subtracts a running mean, which it updates in place or replaces, and counts its calls, possibly together with other
-    modules."""
+    """Subtracts a running mean, which it updates in place or replaces, and counts its calls, possibly in a buffer that it shares
+    with other modules."""
 
     mean: Tensor
     calls: Tensor
@@ -102,8 +102,8 @@ class Repeating(DFA):
 
 @pytest.mark.parametrize("how", HOW)
 def test_further_passes_see_what_the_first_one_saw(how: str) -> None:
-    """Additional passes reproduce the output bitwise, from the first step on, after evaluation mode, in a copy, and after later
-    changes to the buffers."""
+    """Additional passes reproduce the output bitwise from the first step on. The outputs are also reproduced after evaluation
+    mode, in a copy, and after later changes to the buffers."""
     model = net(how)
     rule = Repeating().attach(model, sample_input=X[:2])
     model.eval()
@@ -124,7 +124,7 @@ def test_further_passes_see_what_the_first_one_saw(how: str) -> None:
 
 
 def test_steps_of_a_copy_are_those_of_the_model() -> None:
-    """A copy has not seen a pass that updates buffers, but it learns in the same way."""
+    """A copy has not run a pass that updates buffers, but it learns in the same way as the original."""
     model = net("in place")
     rule = attach(model, "epc", sample_input=X[:2])
     learn(model, rule)

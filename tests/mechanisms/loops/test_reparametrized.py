@@ -1,5 +1,5 @@
-"""Pruning, parametrizing or quantising an attached model is refused by name or gives correct results, and the suggested remedies
-work."""
+"""Pruning, parametrizing or quantising an attached model gives correct results or an error that names the layer, and the
+suggested remedies work."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def unparametrize(layer: nn.Module) -> None:
     parametrize.remove_parametrizations(layer, "weight")
 
 
-#: Maps a name to a function that makes the weight a computed one, and to a function that makes it a parameter again.
+#: Maps a name to a function that replaces the weight with a computed one, and to a function that makes it a parameter again.
 HOW: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), lambda layer: prune.remove(layer, "weight")),
     "weight_norm": (parametrizations.weight_norm, unparametrize),
@@ -123,7 +123,7 @@ def test_detach_leaves_plain_layers_and_the_parametrization(name: str, how: str)
     if parametrize.is_parametrized(model.b.fc):
         assert type(model.b.fc).__name__ == "ParametrizedLinear" and "weight" in model.b.fc.parametrizations
     assert all(parameter.requires_grad for parameter in model.parameters())
-    # The reparametrization is differentiated, and the numbers are the same after its removal.
+    # The gradient passes through the reparametrization, and the values are the same after its removal.
     F.cross_entropy(model(X), Y).backward()
     assert "weight" not in dict(model.b.fc.named_parameters())
     assert any(key.startswith("b.fc") and "weight" in key for key in gradients(model))

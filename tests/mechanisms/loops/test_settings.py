@@ -67,7 +67,7 @@ def test_groups_of_a_rule_without_a_rate_of_its_own(name):
 
 
 def test_a_decay_of_the_weights_alone_is_warned_of_where_feedback_follows():
-    """Parameters are often grouped by name, with decay only for ``weight``, so that feedback_B has no decay."""
+    """Parameters are often grouped by name, with decay only for those named ``weight``, so that feedback_B has no decay."""
     for name, warned in (("kp", True), ("pfa", False)):
         model, rule = attached(name)
         decays = [p for key, p in model.named_parameters() if key.endswith("weight")]
@@ -122,7 +122,8 @@ def test_tied_weights_are_noted():
 
 @pytest.mark.parametrize("how", ["tied", "outside"])
 def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
-    """The gradient of a weight that is used twice is that of both uses, and the runner's fused step must not pass it to B."""
+    """The gradient of a weight that is used twice is the sum over both uses, and the runner's fused step must not pass this sum
+    to B."""
 
     class Twice(nn.Module):
         def __init__(self):
@@ -182,7 +183,7 @@ def test_an_empty_batch_of_more_dimensions():
 
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1 + 1e-9, False), (0.95, True), (1.01, True), (0.0, True)])
 def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
-    """A deviation of the learning rate gives a warning unless it is only rounding."""
+    """A deviation of the learning rate gives a warning unless it is due to rounding."""
     model, rule = attached("kp")
     optimizer = sgd([{"params": rule.weight_parameters()}, {"params": rule.feedback_parameters(), "lr": 0.1 * factor}])
     with warnings.catch_warnings(record=True) as caught:
@@ -193,7 +194,8 @@ def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
 
 @pytest.mark.parametrize("name", ["kp", "dkp"])
 def test_an_update_by_rounding_noise_is_no_sign_that_feedback_was_left_out(name):
-    """In a net that has learned its data, for example, gradients exist, but adding them would not change any number."""
+    """In a net that has learned its data, for example, the gradients are so small that adding them would not change any
+    number."""
     for scale, fault in ((1e-13, False), (1.0, True)):
         model, rule = attached(name)
         x, y = data()

@@ -68,7 +68,7 @@ class TwoHeads(nn.Module):
 
 
 class OwnLSTM(nn.LSTM):
-    """A user's subclass, which no rule covers."""
+    """A user-defined subclass of `nn.LSTM`, which no rule covers."""
 
 
 class Recurrent(nn.Module):
@@ -107,7 +107,7 @@ def as_keywords(error: CoverageError) -> dict[str, Any]:
 
 
 def as_overrides(text: str) -> list[str]:
-    """The overrides that a reader of the command line's message would type, as the shell passes them on."""
+    """The overrides that a reader of the command's message would type, in the form in which the shell passes them on."""
     return shlex.split(" ".join(option + value for option, value in re.findall(r"(algorithm\.\w+=)('[^']*'|\w+)", text)))
 
 
@@ -189,8 +189,8 @@ def test_the_suggested_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHARING)
 def test_the_suggested_linear_and_match(name: str) -> None:
-    """The first model has a single convolution to share, which is too few. The second model has widths that are not multiples of
-    each other."""
+    """The first model has only one convolution that can share its activation, which is too few. The second model has widths that
+    are not multiples of each other."""
     cuts = {"cuts": ["1"]} if name == "asfp_lc" else {}
     rule = attached_as_suggested(convnet, IMAGES, name, **cuts)
     assert rule.linear == "share"
@@ -259,7 +259,8 @@ def test_the_command_line_trains_with_what_it_suggests(
 
 
 def test_patterns_mean_the_modules_that_were_chosen_and_no_others() -> None:
-    """Up to six names are written out. For more, patterns are used, but none that matches another module."""
+    """Up to six names are written out. If there are more than six names, patterns are used, but no pattern matches any other
+    module."""
     chosen = ["stem.relu", *(f"layer{stage}.{block}.relu" for stage in (1, 2, 3) for block in (0, 1))]
     paths = [*chosen, "head.relu", "layer1.0.conv", "layer1", "layer1.0"]
     written = patterns(chosen, paths)

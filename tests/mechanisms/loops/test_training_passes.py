@@ -95,7 +95,8 @@ def test_a_cut_that_does_not_run_in_training_is_warned_of_once(name):
 
 @pytest.mark.parametrize("name", (*EDGE, *CUT, "forward_alignment", "dgl"))
 def test_a_pass_without_gradients_beside_one_with_them_is_allowed(name):
-    """In self-distillation, for example, the same layers compute a target. The gradients are the same as without this target."""
+    """In self-distillation, for example, the same layers compute a target. A target that is computed without gradients does not
+    change the gradients."""
 
     def distils(net, x, h):
         with torch.no_grad():
@@ -187,7 +188,8 @@ def test_sizes_that_feedback_was_not_made_for_are_named(name):
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim"])
 def test_labels_that_the_loss_leaves_out_are_not_trained_on(name):
-    """If samples are ignored, weighted or masked, the error says that the loss is not a plain one, and what to pass."""
+    """If samples are ignored, weighted or masked, the error says that the loss is not a plain mean, and which argument to
+    pass."""
     model = Net()
     rule = attach(model, name)
     logits = model(X)

@@ -164,7 +164,7 @@ def test_modules_that_learn_by_backpropagation_within_do_not_mind(name: str) -> 
     assert attach(Net(OUTSIDE["matmul"][0]), name).coverage.uncovered == {}
 
 
-# ------------------------------------------------------------------------------------------------ no uses at all
+# ------------------------------------------------------------------------------------------------ harmless uses
 #: Maps a name to a use of a weight, in a forward pass, through which no error is propagated.
 HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "dtype": lambda net, h: h[:, :8].to(net.enc.weight.dtype),
@@ -201,7 +201,7 @@ class Penalised(Net):
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ("frozen", "frozen_blocks", *COVERS_ALL)])
 def test_a_penalty_on_the_weights_adds_its_gradient(name: str) -> None:
-    """The penalty is computed outside the forward pass, or returned by it. Cut rules refuse a second output that is a number."""
+    """The penalty is computed outside the forward pass, or returned by it. Cut rules refuse a second output that is a scalar."""
     model = Net()
     want = train(model, attach(model, name), X, Y, steps=1)
     want["mid.weight"] = want["mid.weight"] + 2 * Net().mid.weight.detach()
@@ -214,7 +214,7 @@ def test_a_penalty_on_the_weights_adds_its_gradient(name: str) -> None:
         assert_same(gradients(model), want, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ layers that do not run
+# ------------------------------------------------------------------------------------------------ idle layers
 class Idle(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def test_without_a_sample_the_first_training_forward_refuses_every_time(name: st
         with pytest.raises(CoverageError, match=r"conv\.weight \(used outside its layer, by conv_transpose1d\(\)"):
             train(model, rule, X, Y)
     assert not gradients(model)
-    # brsf has sampled its magnitudes in the pass that was refused.
+    # brsf already sampled its magnitudes in the pass that was refused.
     drawn = [key for key in before if key.endswith("feedback_M")] if name == "brsf" else []
     assert_same(
         {key: tensor for key, tensor in state(model).items() if key not in drawn},
