@@ -19,7 +19,7 @@ from fa_bench.runs.readers import HEADER, inconsistency, read_config, read_measu
 from fa_bench.utils.files import ANGLES, CONFIG, METRICS, RESULT, resolved
 
 FINISHED = "finished"
-#: Keys of a result that identify the version of the code and of the data: runs that differ in them are never averaged.
+#: The keys of a result that identify the version of the code and of the data. Runs that differ in them are never averaged.
 VERSIONS = {"code_hash": "code", "data_hash": "data"}
 
 
@@ -78,8 +78,8 @@ class Run:
 
     @property
     def experiment(self) -> str | None:
-        """The experiment that the run belongs to; for older results, which do not record it, the name of the folder that is named
-        after it."""
+        """The experiment to which the run belongs. Older results do not record it; for these, it is the name of the run's folder
+        for the experiment."""
         return self.result["experiment"] if "experiment" in self.result else resolved(self.directory).parent.parent.name
 
     @property
@@ -89,17 +89,17 @@ class Run:
 
     @property
     def row(self) -> str:
-        """Key of the run's row in a report: its group, and the hashes of the code and of the data."""
+        """The key of the run's row in a report, which consists of its group and the hashes of its code and data."""
         return "@".join([self.result["group"], *(value for key in VERSIONS if (value := self.result.get(key)))])
 
     @property
     def probed(self) -> dict[str, dict[str, Any]]:
-        """Results of the run's probes at its end: {quantity: {layer or block: value}}."""
+        """The results of the run's probes at its end, as {quantity: {layer or block: value}}."""
         return self.result.get("probes") or {}
 
     @property
     def quantities(self) -> dict[str, dict[str, Any]]:
-        """All measurements of layers at the end of the run: {quantity: {layer: value}}."""
+        """All measurements of layers at the end of the run, as {quantity: {layer: value}}."""
         return {**(self.result.get("angles") or {}), **self.probed}
 
     def layers(self, quantity: str) -> dict[str, Any]:
@@ -107,9 +107,9 @@ class Run:
         return self.quantities.get(quantity) or {}
 
     def layer_mean(self, quantity: str, angles: Mapping[str, Any] | None) -> float:
-        """Mean of one quantity of an `angles` record over the layers that its metric declares, in its own unit.
+        """The mean of one quantity in an `angles` record over the layers that its metric declares, in its own unit.
 
-        NaN if no such layer has a value.
+        The mean is NaN if no such layer has a value.
         """
         by_layer = (angles or {}).get(quantity) or {}
         over = declared([quantity])[quantity].layers
