@@ -66,7 +66,7 @@ class Divergence(Callback):
 
 
 def first_nonfinite(rule: Rule, x: Tensor | None) -> str | None:
-    """Describe the first tensor that is not finite. The weights are checked first, in the model's order, followed by learned
+    """The name of the first tensor that is not finite. The weights are checked first, in the model's order, followed by the
     feedback and the outputs of layers for `x`."""
     feedback = [(f"{layer}.{name}", tensor) for layer, tensors in rule.feedback.items() for name, tensor in tensors.items()]
     weights = {id(weight) for weight in rule.weight_parameters()}
@@ -79,7 +79,7 @@ def first_nonfinite(rule: Rule, x: Tensor | None) -> str | None:
 
 @torch.no_grad()
 def first_nonfinite_output(model: torch.nn.Module, x: Tensor) -> str | None:
-    """The first module with an output for `x` in evaluation mode that is not finite; None if all outputs are finite."""
+    """The name of the first module that has a non-finite output for `x` in evaluation mode; None if all outputs are finite."""
     nonfinite: list[str] = []
 
     def make_hook(name: str) -> Callable[..., None]:

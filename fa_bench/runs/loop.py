@@ -1,4 +1,4 @@
-"""The training loop. It refers to no rule, loss, metric or logger by name."""
+"""The training loop. The loop does not refer to any rule, loss, metric or logger by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Angles = dict[str, dict[str, float]]
 
 @dataclasses.dataclass
 class Progress:
-    """The progress of a run between two updates; saved in its checkpoints.
+    """The progress of a run between two updates, which is saved in its checkpoints.
 
     Attributes:
         epoch: finished epochs.
@@ -166,9 +166,9 @@ class Trainer:
         """End the training early. Request that training stops. Hooks of callbacks call this method; calls after the first have no
         effect.
 
-        An epoch that has begun is finished: its remaining steps, its evaluation, the hooks `on_epoch_end` of all callbacks and a
-        checkpoint; then `on_fit_end` is called. A call before the first epoch prevents that epoch. A call in the last epoch has
-        no effect: the run finishes.
+        An epoch that has begun is completed, including its evaluation, the hooks `on_epoch_end` of all callbacks and a
+        checkpoint. After that, `on_fit_end` is called. A call before the first epoch prevents that epoch. A call in the last
+        epoch has no effect, because the run finishes anyway.
 
         Args:
             reason: recorded in the result, whose status is `stopped`.

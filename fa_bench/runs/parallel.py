@@ -1,7 +1,7 @@
 """Data-parallel runs: the processes that torchrun starts for one run, and the data that they exchange.
 
-Every process builds the same model with the same rule and trains on its part of every batch; DistributedDataParallel averages
-the gradients. The parts, the augmentation and the weights of the losses are chosen so that the update is that of one process
+Every process builds the same model with the same rule and trains on its part of every batch; DistributedDataParallel averages the
+gradients. The parts, the augmentation and the weights of the losses are chosen so that the update equals that of a single process
 with the whole batch. All processes perform all measurements, so that none waits for another, but only process 0 writes.
 """
 
@@ -59,7 +59,7 @@ class ProcessLost(Exception):
 
 
 class World:
-    """The processes of a run that train together. This class is for a run with a single process, and `Processes` is for one of
+    """The processes that train a run together. This class is for a run with a single process, and `Processes` is for one of
     several processes.
 
     Attributes:
@@ -85,7 +85,7 @@ class World:
         print(line, file=sys.stderr)
 
     def explained(self, error: BaseException) -> BaseException:
-        """Return the error, or a ProcessLost error if it means that another process has ended."""
+        """Return `error`, or a ProcessLost error if `error` means that another process has ended."""
         return error
 
     # -------------------------------------------------------------------------------------------- exchanges
@@ -107,7 +107,8 @@ class World:
         return progress
 
     def whole_batch(self, x: Tensor, y: Tensor, share: Callable[[int], Tensor] | None, size: int) -> tuple[Tensor, Tensor]:
-        """The whole batch of `size` samples in order, on the CPU. Each process passes the inputs and targets of its part."""
+        """Collect the whole batch of `size` samples in order, on the CPU. Each process passes the inputs and targets of its
+        part."""
         return x, y
 
     def same_buffers(self, model: torch_nn.Module) -> None:
@@ -396,9 +397,9 @@ def refuse(what: str) -> None:
 
 
 def run_together(command: Callable[[], int]) -> int:
-    """Call `command`, as one of several processes if torchrun has started this process, and return its exit code.
+    """Call `command` and return its exit code. If torchrun has started this process, first join the other processes.
 
-    Only process 0 has standard output and error; the other processes print errors with `World.report`.
+    Only process 0 writes to standard output and standard error; the other processes print errors with `World.report`.
     """
     global _world
     if not is_started_by_torchrun():

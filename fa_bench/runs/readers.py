@@ -35,9 +35,10 @@ from fa_bench.runs.schemas import (
 )
 from fa_bench.utils.files import RESULT
 
-#: The beginnings of the first and the second line of a run's config.yaml.
+#: The prefixes of the first and the second line of a run's config.yaml.
 HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
-#: The line of a config with the seed, and the seed that replaces it when configs that differ only in the seed are parsed.
+#: The line of a config that contains the seed, and the template seed that replaces it, so that configs that differ only in the
+#: seed are parsed once.
 _SEED_LINE, _TEMPLATE_SEED = re.compile(r"^seed: (0|[1-9]\d{0,17})$", re.MULTILINE), 10**17 + 3
 _COMMENTS = re.compile(r"\A(#.*\n)+")
 
@@ -226,7 +227,7 @@ def _config_but_seed(text: str) -> dict[str, Any] | None:
         return None
     body = _COMMENTS.sub("", text)  # the hashes at the top differ between seeds
     values = _parsed_template(_SEED_LINE.sub(f"seed: {_TEMPLATE_SEED}", body, count=1))
-    # If the line belongs to a longer text in the config and is not a key, the parsed seed differs from the one in the line.
+    # If the line belongs to a multi-line text in the config, the parsed seed is not the template seed.
     return values | {"seed": int(found[1])} if values and values.get("seed") == _TEMPLATE_SEED else None
 
 

@@ -99,8 +99,8 @@ def run(
 
 
 def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
-    """Log why a run must restart because resuming it would not give bitwise identical results. Always returns False, which is the
-    new value of `resume`.
+    """Log why a run must restart because resuming it would not give bitwise identical results. Return False, which is the new
+    value of `resume`.
 
     Raises:
         RunDirectoryError: if resume=true forbids restarting.
