@@ -1,1 +1,1 @@
-"""The datasets, with one module for each source of data. The registry imports all of them."""
+"""The datasets, with one module for each source of data; the registry imports all modules."""
