@@ -299,7 +299,7 @@ class ArrayDataset(ImageDataset):
     """
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
-        """Training images and labels, test images and labels, class names; see `fa_bench.data.array_checks` for valid values."""
+        """The training images and labels, the test images and labels, and the class names (see `fa_bench.data.array_checks`)."""
         raise missing_method(self, "arrays")
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:

@@ -36,12 +36,12 @@ class Tabular(VectorDataset):
     al. 2004). The table `wine` has 178 wines with 13 features in 3 classes (Aeberhard and Forina 1991), and `breast_cancer` has
     569 tumours with 30 features in 2 classes (Wolberg et al. 1993).
 
-    A CSV file has a header with the column names; all columns except the target are features and must be numeric. A target column
-    with text contains classes, and one with fractions contains values. A target column with whole numbers may contain either, so
-    set `task`. Classes are sorted alphabetically or by value. `test_seed` determines which rows form the test set. For
-    classification, the training and test sets have the same class proportions. With `standardise`, regression targets are also
-    standardised, by their mean and standard deviation over the rows that are not in the test set. The RMSE is then in units of
-    that standard deviation.
+    A CSV file has a header with the column names; all columns except the target are features and must be numeric. If the target
+    column contains text, its entries are classes; if it contains fractions, they are values to predict. Whole numbers may be
+    either, so set `task` for such a column. Classes are sorted alphabetically or by value. `test_seed` determines which rows form
+    the test set. For classification, the training and test sets have the same class proportions. With `standardise`, regression
+    targets are also standardised, by their mean and standard deviation over the rows that are not in the test set. The RMSE is
+    then in units of that standard deviation.
     """
 
     table: str = option("diabetes", "diabetes, wine, breast_cancer, or the path of a CSV file")

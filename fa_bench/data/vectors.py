@@ -32,7 +32,8 @@ class VectorDataset(Dataset):
     inputs: ClassVar[str] = FEATURES
 
     def arrays(self, data_dir: Path) -> tuple[Any, Any, Any, Any, list[str]]:
-        """Training inputs and targets, test inputs and targets, and names; see `fa_bench.data.array_checks.checked`."""
+        """The training inputs and targets, the test inputs and targets, and the names (see
+        `fa_bench.data.array_checks.checked`)."""
         raise missing_method(self, "arrays")
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Maximum number of characters in a line about a run.
 MAX_LINE = 1000
-#: Maximum number of lines of each kind below the terminal's table.
+#: The maximum number of lines of each kind that are printed below the table on the terminal.
 MAX_SHOWN = 4
 LEGEND = """\
 Accuracies are in %, their differences in percentage points, other scores and their differences in their own unit, angles in
@@ -242,7 +242,7 @@ def write_report(
 
 
 class _Gaps(NamedTuple):
-    """Lines about the gaps in a report."""
+    """The lines that describe the gaps in a report."""
 
     excluded: list[str]
     unfinished: list[str]

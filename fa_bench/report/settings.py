@@ -63,8 +63,8 @@ class Series(NamedTuple):
 
 
 def series_by_panel(groups: Groups, key: str, of: Quantity) -> dict[str, list[Series]]:
-    """For each combination of the other swept settings, its title and the series of all rules. The result is empty if no rule has
-    several values.
+    """A map from the title of each combination of the other swept settings to the series of all rules. The result is empty if no
+    rule has several values.
 
     A rule that sweeps only some of the other settings appears in every panel that matches the settings that it sweeps. If there
     are more than `MAX_PANELS` combinations, a single panel shows each rule and value at the combination with the best validation
