@@ -1,1 +1,1 @@
-"""Datasets: one file for each source of data; the registry imports them all."""
+"""The datasets, with one module for each source of data; the registry imports all modules."""

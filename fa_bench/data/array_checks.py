@@ -11,8 +11,8 @@ import numpy as np
 
 from fa_bench.registry.kinds import CLASSES, FEATURES, IMAGES, NOUNS, POSITIONS, VALUES
 
-#: Tolerance for values that rounding has moved outside of 0 to 1, and the maximum value below which 8 bits would leave at most
-#: four grey levels.
+#: The tolerance for values that rounding has moved outside the range 0 to 1, and the maximum value below which 8 bits would leave
+#: at most four grey levels.
 _ROUNDING, _ALMOST_BLACK = 1e-3, 4 / 255
 _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True and False"
 
@@ -75,7 +75,8 @@ def checked(
 
 
 def check_labels(inputs: np.ndarray, labels: np.ndarray, classes: list[str], part: str, noun: str = "image") -> None:
-    """Raise ValueError unless there is one label from 0 to len(classes) - 1 for each sample; messages call samples `noun`."""
+    """Raise a ValueError unless every sample has one label from 0 to len(classes) - 1; its message refers to a sample as
+    `noun`."""
     if len(inputs) != len(labels):
         raise ValueError(f"{len(inputs)} {part} {noun}s have {len(labels)} labels, not one label for each {noun}")
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
@@ -99,7 +100,8 @@ def _images(given: Any, part: str, notes: list[str]) -> np.ndarray:
             f"{part} images have shape {shape} (allowed: (n, channels, height, width), or (n, height, width) for grey)"
         )
     _, first, second, last = images.shape
-    # Channels probably come last if the other two axes are longer than 4 and the last one has length 3, or 1 or 4 after a square.
+    # The channels probably come last if the other two axes are longer than 4 and the last axis has length 3. A last axis of
+    # length 1 or 4 is taken for channels only if the other two axes have equal lengths.
     if first > 4 and second > 4 and (last == 3 or (last in (1, 4) and first == second)):
         raise ValueError(
             f"{part} images have shape {shape}, which looks like (n, height, width, channels); use images.transpose(0, 3, 1, 2)"
@@ -136,7 +138,7 @@ def _eight_bits(images: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
         )
         raise ValueError(f"{problem}; {_ALLOWED}; {hint}")
     notes.append(f"{what}: {images.dtype} from {low:.3g} to {high:.3g}, converted to 8 bits")
-    # One image at a time in float64, since all of them would take eight times the memory of the result.
+    # Convert one image at a time, because all images in float64 would take eight times the memory of the result.
     result = np.empty(images.shape, np.uint8)
     for source, target in zip(images, result, strict=True):
         target[...] = np.rint(source.astype(np.float64).clip(0, 1) * 255)
@@ -210,7 +212,7 @@ def _values(given: Any, part: str, outputs: int, rows: int, nouns: str) -> np.nd
 
 
 def _array(given: Any, what: str, text: str = "") -> np.ndarray:
-    """An array of real numbers or bool."""
+    """Convert `given` to an array, and raise a ValueError unless it contains real numbers or booleans."""
     try:
         array = np.asarray(given)
     except (ValueError, TypeError, RuntimeError) as error:  # rows of different lengths, or a tensor on another device

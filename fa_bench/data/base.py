@@ -29,22 +29,22 @@ T = TypeVar("T")
 
 
 def mean_option(*default: float) -> Any:
-    """The option `mean` of a dataset; the default values come from the data's source or from a paper."""
+    """The `mean` option of a dataset; its default comes from the source of the data or from a paper."""
     return option([*default], "mean of each channel in units of the full range, or one number for all", minimum=0, maximum=1)
 
 
 def std_option(*default: float) -> Any:
-    """Return the option `std`, for datasets."""
+    """Return the `std` option for a dataset."""
     return option([*default], "standard deviation of each channel in units of the full range, or one number for all", above=0)
 
 
 def augment_option(default: bool) -> Any:
-    """Return the option `augment`, for datasets."""
+    """Return the `augment` option for a dataset."""
     return option(default, "crop training images at random (see `crop`), and flip half of them horizontally")
 
 
 def crop_option(default: str) -> Any:
-    """Return the option `crop`, for datasets."""
+    """Return the `crop` option for a dataset."""
     return option(
         default,
         "padded: resize to `size`, augment by crops with 4 pixels of padding; resized: train on a random 8 to "
@@ -54,7 +54,7 @@ def crop_option(default: str) -> Any:
 
 
 def size_option(default: int | None) -> Any:
-    """Return the option `size`, for datasets."""
+    """Return the `size` option for a dataset."""
     return option(default, "height and width to which images are resized; null: as stored", minimum=1)
 
 
@@ -86,10 +86,10 @@ class Dataset(Options):
         0, "seed that determines which `samples` are chosen, the same for every run seed", minimum=0, identifying=False
     )
 
-    #: The kind of the inputs (`fa_bench.registry.kinds`).
+    #: The kind of the inputs, as defined in `fa_bench.registry.kinds`.
     inputs: ClassVar[str] = IMAGES
-    #: The kind of the targets: class indices, or the numbers (n, O) of O outputs, in which case the names of the outputs replace
-    #: those of the classes.
+    #: The kind of the targets: class indices, or values (n, O) of O outputs. For values, the names of the outputs replace the
+    #: names of the classes.
     targets: ClassVar[str] = CLASSES
     #: Whether data_dir is the dataset itself, and therefore part of a run's identity.
     content_is_data_dir: ClassVar[bool] = False
@@ -105,7 +105,7 @@ class Dataset(Options):
 
     @property
     def nouns(self) -> tuple[str, str]:
-        """The words for one sample and for several."""
+        """The singular and the plural noun for a sample of this dataset."""
         return NOUNS[self.inputs]
 
     @property
@@ -114,11 +114,11 @@ class Dataset(Options):
         return False
 
     def shape(self) -> tuple[tuple[int, ...], int] | None:
-        """The shape of a sample and the number of classes after `load`; None if unknown before reading."""
+        """The shape of a sample and the number of classes after `load`, or None if they are unknown before the data are read."""
         return None
 
     def load(self, data_dir: Path, device: torch.device, at_most: tuple[int, int] | None = None) -> Splits:
-        """Read the dataset, after downloading it if necessary and possible.
+        """Read the dataset, downloading it first if it is missing and can be downloaded.
 
         Args:
             data_dir: the folder of the datasets.
@@ -149,15 +149,15 @@ class Dataset(Options):
         return self.finished(self._reduced(splits, full))
 
     def finished(self, splits: Splits) -> Splits:
-        """The splits after the last selection of samples; overridden for steps that depend on the training samples, such as
-        scaling."""
+        """Return the splits once all samples have been selected. Override this for steps that depend on the training samples,
+        such as scaling."""
         return splits
 
     def _hold_out(self, splits: Splits, total: int) -> tuple[Splits, int]:
         """Hold out training samples for validation.
 
-        `total` is the number of training samples in the complete dataset; the returned number is `total` without the held-out
-        samples.
+        `total` is the number of training samples in the complete dataset. The returned number is how many of them a full run does
+        not hold out.
         """
         train = splits.train
         held = round(self.validation * len(train) / (1 if self.validation < 1 else total))
@@ -181,7 +181,8 @@ class Dataset(Options):
         return self.samples
 
     def _reduced(self, splits: Splits, full: int) -> Splits:
-        """Keep the number of training samples that `samples` specifies; `full` is their number in a full run."""
+        """Reduce the training split to the size that `samples` specifies; `full` is the number of training samples in a full
+        run."""
         wanted, train = self.subsample, splits.train
         if wanted is None:
             return splits
@@ -196,7 +197,7 @@ class Dataset(Options):
         return dataclasses.replace(splits, train=train.subset(chosen))
 
     def hash_of(self, data_dir: Path) -> str:
-        """The `data_hash` of `load`, computed without keeping or decoding samples.
+        """The `data_hash` that `load` would return, computed without keeping or decoding samples.
 
         Image files that this process has read before are not read again unless they have changed.
 
@@ -206,11 +207,11 @@ class Dataset(Options):
         return self._with_data_errors(lambda: self.content_hash(data_dir))
 
     def content_hash(self, data_dir: Path) -> str:
-        """The result of `hash_of`; overridden if it can be computed faster than by reading the dataset."""
+        """Compute the hash that `hash_of` returns. Override this if there is a faster way than reading the dataset."""
         return self.read(data_dir, torch.device("cpu")).data_hash
 
     def _with_data_errors(self, read: Callable[[], T]) -> T:
-        """Call `read`, and turn errors of the system, such as missing permissions, into DataError."""
+        """Call `read`, and convert operating system errors, such as missing permissions, to a DataError."""
         try:
             return read()
         except DataError:
@@ -220,20 +221,20 @@ class Dataset(Options):
             raise DataError(f"dataset={self.name}: {file}cannot be read ({error.strerror or error})") from None
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:
-        """The dataset, without a validation split unless the source has one; implemented by each dataset."""
+        """Read the dataset, without a validation split unless the source has one. Each dataset implements this method."""
         raise missing_method(self, "read")
 
 
 @dataclasses.dataclass(eq=False)
 class ImageDataset(Dataset):
-    """Base class of the datasets of images."""
+    """Base class of image datasets."""
 
     mean: list[float] = mean_option(0.5)
     std: list[float] = std_option(0.5)
 
-    #: Number of channels of the images; 0 if unknown before reading.
+    #: Number of channels of the images; 0 if it is unknown before the data are read.
     channels: int = dataclasses.field(init=False, default=0)
-    #: Height and width of the stored images and the number of classes; None if unknown before reading.
+    #: Height and width of the stored images, and the number of classes; None if they are unknown before the data are read.
     stored: ClassVar[tuple[int, int, int] | None] = None
 
     def check(self) -> None:
@@ -242,7 +243,8 @@ class ImageDataset(Dataset):
             self.per_channel(key, self.channels or max(len(getattr(self, key)), 1))
 
     def per_channel(self, key: str, channels: int) -> list[float]:
-        """The option `mean` or `std` with a number for each of `channels`; raises OptionError if it has a wrong length."""
+        """The values of the option `mean` or `std`, one for each channel; raises an OptionError if the option has the wrong
+        length."""
         values = getattr(self, key)
         if len(values) not in (1, channels):
             allowed = "1 number" if channels == 1 else f"1 or {channels} numbers, one for each channel"
@@ -250,20 +252,20 @@ class ImageDataset(Dataset):
         return [*values] * (channels // len(values))
 
     def shape(self) -> tuple[tuple[int, ...], int] | None:
-        """(C, H, W) and the number of classes after `load`; None if unknown before reading."""
+        """The shape (C, H, W) and the number of classes after `load`, or None if they are unknown before the data are read."""
         if self.stored is None:
             return None
         height, width, classes = self.stored
         return (self.channels, *self.cropping().shape(height, width)), classes
 
     def cropping(self) -> Crop:
-        """How batches are cropped and resized."""
+        """The crop that this dataset applies to its images."""
         return Crop()
 
 
 @dataclasses.dataclass(eq=False)
 class CroppedDataset(ImageDataset):
-    """Base class of the datasets whose images can be cropped, resized and augmented."""
+    """Base class of image datasets with options for cropping, resizing and augmentation."""
 
     augment: bool = augment_option(True)
     crop: str = crop_option("padded")
@@ -279,7 +281,7 @@ class CroppedDataset(ImageDataset):
 
 @dataclasses.dataclass(eq=False)
 class ArrayDataset(ImageDataset):
-    """Base class of the datasets whose images are read as arrays and fit on the device.
+    """Base class of image datasets that are read as arrays and fit on the device.
 
     Examples:
         >>> import dataclasses, numpy, torch, fa_bench
@@ -297,7 +299,7 @@ class ArrayDataset(ImageDataset):
     """
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
-        """Training images and labels, test images and labels, class names; see `fa_bench.data.array_checks` for valid values."""
+        """The training images and labels, the test images and labels, and the class names (see `fa_bench.data.array_checks`)."""
         raise missing_method(self, "arrays")
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:

@@ -16,11 +16,11 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Number of tries of a random resized crop, and the random numbers that one image needs: area and aspect ratio of each try, two
-#: for the position, and one for the flip.
+#: Number of tries for a random resized crop, and number of random numbers per image. Each try needs an area and an aspect ratio;
+#: the position needs two numbers and the flip needs one.
 TRIES = 10
 DRAWS = 2 * TRIES + 3
-#: For evaluation, the shorter side is resized to this many times the size of the crop: 256 pixels for 224.
+#: For evaluation, the shorter side is resized to this multiple of the crop's size, that is, to 256 pixels for a crop of 224.
 MARGIN = 256 / 224
 
 
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass
 class Crop:
-    """Leaves images as they are; the base of the other crops.
+    """Leaves images unchanged; the base class of the other crops.
 
     Attributes:
         size: height and width of the result; None: as stored.
@@ -51,20 +51,21 @@ class Crop:
         return (height, width) if self.size is None else (self.size, self.size)
 
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
-        """A training batch (N, C, H, W), each image augmented by random numbers from `generator` (CPU).
+        """A training batch (N, C, H, W) in which each image is augmented with random numbers from `generator`, which is on the
+        CPU.
 
-        `part` specifies which images of a batch these are (None: all); they get the same random numbers as in the whole batch.
+        `part` specifies which images of the batch are passed (None: all). They get the same random numbers as in the whole batch.
         """
         return self.fixed(images)
 
     def fixed(self, images: Tensor) -> Tensor:
-        """A batch (N, C, H, W) without augmentation; uint8, or float32 from 0 to 255."""
+        """A batch (N, C, H, W) without augmentation, as uint8 or as float32 from 0 to 255."""
         return images
 
 
 class PaddedCrop(Crop):
-    """Resizes the shorter side and crops the centre; augments with a random crop after 4 pixels of zero padding, and a horizontal
-    flip."""
+    """Resizes the shorter side and crops the centre. Augmentation pads the image with 4 pixels of zeros, crops it at a random
+    position, and flips half of the images horizontally."""
 
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
         return crop_and_flip(self.fixed(images), generator, part=part)
@@ -75,7 +76,7 @@ class PaddedCrop(Crop):
 
 
 class ResizedCrop(Crop):
-    """A random part of an image, 8 % to 100 % of its area, resized, with a horizontal flip (Szegedy et al. 2015).
+    """Crops a random part of an image, 8 % to 100 % of its area, resizes it, and flips half of the images (Szegedy et al. 2015).
 
     Without augmentation, the shorter side is resized to 256/224 of the size, and the centre is cropped.
     """
@@ -91,7 +92,7 @@ class ResizedCrop(Crop):
         return resize_and_crop(images, margin(min(target)), target)
 
     def decode_random(self, image: Any, rng: np.random.Generator) -> Any:
-        """Like `random`, for one PIL image in an 8-bit mode; computed by Pillow."""
+        """Augment one PIL image in an 8-bit mode with Pillow, as `random` augments a batch."""
         from PIL import Image
 
         draws = rng.random((1, DRAWS))
@@ -102,7 +103,7 @@ class ResizedCrop(Crop):
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[0, -1] < 0.5 else image
 
     def decode_fixed(self, image: Any) -> Any:
-        """Like `fixed`, for one PIL image in an 8-bit mode; computed by Pillow."""
+        """Resize and crop one PIL image in an 8-bit mode with Pillow, as `fixed` does with a batch."""
         from PIL import Image
 
         target = self.shape(image.height, image.width)
@@ -113,7 +114,7 @@ class ResizedCrop(Crop):
 
 
 def _of_part(draws: Tensor, part: Part | None) -> Tensor:
-    """The random numbers for the samples of a part, taken from those of the whole batch."""
+    """Select the random numbers for the samples of a part from those for the whole batch."""
     return draws if part is None else draws[part.positions]
 
 
@@ -122,17 +123,17 @@ CROPS: dict[str, type[Crop]] = {"padded": PaddedCrop, "resized": ResizedCrop}
 
 
 def margin(size: int) -> int:
-    """The length of the shorter side before `size` pixels of it are cropped for evaluation."""
+    """The length to which the shorter side is resized for evaluation before the central `size` pixels are cropped."""
     return round(size * MARGIN)
 
 
 def resized_shape(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """Height and width after resizing the shorter side to `shorter`; the longer is rounded down, as in torchvision."""
+    """Height and width after resizing the shorter side to `shorter`; the longer side is rounded down, as in torchvision."""
     return (shorter, shorter * width // height) if height <= width else (shorter * height // width, shorter)
 
 
 def centre(length: int, part: int) -> int:
-    """The start of a centred part; halves are rounded to even, as in torchvision."""
+    """The start of a centred crop of length `part`; halves are rounded to even, as in torchvision."""
     return round((length - part) / 2)
 
 
@@ -159,10 +160,10 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4, 
 
 
 def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Boxes of random resized crops: area uniform in 8 % to 100 %, aspect ratio log-uniform in 3/4 to 4/3.
+    """Boxes of random resized crops, with an area uniform in 8 % to 100 % and an aspect ratio log-uniform in 3/4 to 4/3.
 
-    Each box is the first of ten tries that fits into the image or, if none fits, the largest centred box with an aspect ratio in
-    that range.
+    Each box is the first of ten tries that fits into the image. If none fits, it is the largest centred box with an aspect ratio
+    between 3/4 and 4/3.
 
     Args:
         draws: uniform in [0, 1), (N, DRAWS); the last, for the flip, is not used here.
@@ -177,7 +178,7 @@ def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
     first, rows = fits.argmax(1), np.arange(len(draws))
     h, w = heights[rows, first], widths[rows, first]
-    # floor(u (n + 1)) is uniform on 0 to n.
+    # For u uniform in [0, 1), floor(u (n + 1)) is uniform on the integers from 0 to n.
     top = (draws[:, -3] * (height - h + 1)).astype(np.int64)
     left = (draws[:, -2] * (width - w + 1)).astype(np.int64)
     fall_h, fall_w = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
@@ -195,7 +196,7 @@ def crop_and_resize(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: 
         size: height and width of the result.
 
     Returns:
-        float32 (N, C, *size), unrounded.
+        The float32 batch (N, C, *size), whose pixel values are not rounded.
     """
     top, left, height, width = torch.from_numpy(boxes).to(images.device, torch.float32).T
     rows = _interpolation(top, height, images.shape[2], size[0], size[0])
@@ -205,7 +206,7 @@ def crop_and_resize(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: 
 
 
 def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tensor:
-    """Resize the shorter side of all images to `shorter`, bilinear with antialiasing, and crop the centre.
+    """Resize the shorter side of all images to `shorter`, with bilinear interpolation and antialiasing, and crop the centre.
 
     Args:
         images: uint8 or floating (N, C, H, W).
@@ -213,7 +214,7 @@ def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tens
         size: height and width of the result.
 
     Returns:
-        float32 (N, C, *size), unrounded.
+        The float32 batch (N, C, *size), whose pixel values are not rounded.
     """
     (height, width), zero, weights = images.shape[2:], torch.zeros(1, device=images.device), []
     for length, resized, part in zip((height, width), resized_shape(height, width, shorter), size, strict=True):
@@ -222,10 +223,11 @@ def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tens
 
 
 def _interpolation(start: Tensor, length: Tensor, total: int, resized: int, part: int, first: int = 0) -> Tensor:
-    """Interpolation weights, (N, part, total). They resize the pixels from start to start + length, both (N,), to `resized`
-    pixels, of which `part` are kept, beginning with number `first`.
+    """Interpolation weights, (N, part, total), for resizing a range of pixels and cropping the result.
 
-    The filter is a triangle as wide as two pixels of the coarser grid; pixels outside of start to start + length have no weight.
+    The pixels from start to start + length, both (N,), are resized to `resized` pixels. The weights are those of `part` of these
+    pixels, starting with the pixel `first`. The filter is a triangle as wide as two pixels of the coarser grid. All other pixels
+    have zero weight.
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / resized
@@ -237,5 +239,6 @@ def _interpolation(start: Tensor, length: Tensor, total: int, resized: int, part
 
 
 def _apply(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows @ image @ columns^T for every channel: resizing is linear in rows and in columns."""
+    """Compute rows @ image @ columns^T for every channel, which resizes the image because resizing is linear in rows and in
+    columns."""
     return rows[:, None] @ (images.to(torch.float32) @ columns[:, None].transpose(2, 3))

@@ -1,4 +1,4 @@
-"""Decode image files as a viewer shows them: upright, the first frame, transparency over a background, 8 bits per channel."""
+"""Decode image files as a viewer shows them: upright, only the first frame, on a background, and with 8 bits per channel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import numpy as np
 from fa_bench.data.crops import ResizedCrop
 from fa_bench.errors import DataError
 
-#: EXIF: the tag of the orientation, and Pillow's transposition that turns each orientation upright.
+#: The EXIF tag for the orientation, and the Pillow transposition that turns an image with each orientation upright.
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -30,14 +30,14 @@ _UPRIGHT = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-#: TIFF: the tag with the bits per channel, and the tag that tells whether 0 is white.
+#: The TIFF tag for the bits per channel, the tag for the meaning of 0, and its value if 0 is white.
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-#: PNG: the factors by which Pillow scales grey levels of 1, 2 and 4 bits. Pillow does not scale the level that marks transparent
-#: pixels, except for images of 1 bit since version 12.1.
+#: The factors by which Pillow scales the grey levels of PNG images with 1, 2 and 4 bits. Pillow does not scale the level that
+#: marks transparent pixels, except for 1-bit images since version 12.1.
 _GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 
 
-#: The possible notes on an image file, and the sentence for each.
+#: The notes that an image file may get, and the text of each.
 NOTES = {
     "rotated": "images rotated by their EXIF orientation",
     "transparent": "transparent images composited on {shade} (dataset.background)",
@@ -49,7 +49,7 @@ NOTES = {
 
 @dataclasses.dataclass
 class Decoder:
-    """Reads one image file as uint8 (C, H, W).
+    """Reads one image file into a uint8 array (C, H, W).
 
     Attributes:
         channels: 3 for colour, 1 for greyscale.
@@ -67,7 +67,8 @@ class Decoder:
     crop: ResizedCrop | None = None
 
     def __call__(self, path: Path, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Decode a file, with augmentation by `rng` if the decoder crops; raises DataError naming the file."""
+        """Decode a file, with random numbers from `rng` if the decoder crops; raises a DataError that names an unreadable
+        file."""
         with errors_named(path):
             return self._array(self._fit(self._open(path, path, Counter()), rng))
 
@@ -75,7 +76,8 @@ class Decoder:
         """Read and decode a file once.
 
         Returns:
-            The image if `keep`, else None; a count of 1 for each of `NOTES` that applies; the SHA-256 of the file.
+            The image (None unless `keep` is true), a count of 1 for each note in `NOTES` that applies, and the SHA-256 of the
+            file.
 
         Raises:
             DataError: if the file cannot be decoded; the message names it.
@@ -88,17 +90,18 @@ class Decoder:
 
     def _array(self, image: Any) -> np.ndarray:
         array = np.asarray(image)
-        # Contiguous, like resident images: batches with channels last would use other kernels, which round differently, and
-        # oneDNN's kernels for few channels write out of bounds (torch 2.15, seen with a 7x7 convolution of 4 channels at 224
-        # pixels).
+        # Make the array contiguous, like the images of a ResidentSplit. Batches with channels last would use other kernels, which
+        # round differently. In addition, oneDNN's kernels for few channels write out of bounds (torch 2.15, seen with a 7x7
+        # convolution of 4 channels at 224 pixels).
         return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
     def _open(self, path: Path, source: Path | io.BytesIO, notes: Counter[str]) -> Any:
-        """The PIL image in this decoder's channels, as a viewer shows it, at its original size; adds to `notes`."""
+        """The PIL image as a viewer shows it, with this decoder's channels and at its original size. Counts in `notes` the notes
+        that apply."""
         from PIL import Image
 
         with Image.open(source) as opened:
-            # The other frames of a camera's MPO file are a preview, or the picture for the other eye.
+            # The other frames of an MPO file from a camera are a preview or the picture for the other eye.
             notes["frames"] += int(opened.format != "MPO" and getattr(opened, "is_animated", False))
             raw, deep = _storage(opened)
             tags = getattr(opened, "tag_v2", {})  # a TIFF's tags; Pillow rotates a TIFF when it loads it
@@ -136,8 +139,8 @@ class Decoder:
             return canvas.convert(mode)
 
     def _eight_bits(self, path: Path, opened: Any, image: Any) -> tuple[Any, Any]:
-        """Reduce a grey image of more than 8 bits to 8 bits, over its whole range; returns the image, and its alpha channel or
-        None."""
+        """Reduce a grey image of more than 8 bits to 8 bits, mapping its full range to 0 to 255. Returns the image and its alpha
+        channel, if it has one."""
         from PIL import Image
 
         tags = getattr(opened, "tag_v2", {})
@@ -155,7 +158,7 @@ class Decoder:
         return Image.fromarray(grey), alpha
 
     def _fit(self, image: Any, rng: np.random.Generator | None) -> Any:
-        """The PIL image at the size of the result."""
+        """The PIL image, cropped or resized to the size of the result."""
         from PIL import Image, ImageOps
 
         if self.crop is not None:
@@ -166,14 +169,14 @@ class Decoder:
 
 
 def _storage(opened: Any) -> tuple[str, bool]:
-    """Pillow's raw mode of a file that is not loaded yet, and whether it has 16 bits per channel."""
+    """Pillow's raw mode for an opened image that is not loaded yet, and whether the image has 16 bits per channel."""
     arguments = opened.tile[0][3] if opened.tile else ""
     raw, *more = arguments if isinstance(arguments, tuple) else (arguments,)
     return str(raw), ";16" in str(raw) or (opened.format == "PPM" and more[:1] > [255])
 
 
 def upright(image: Any) -> Any:
-    """A loaded PIL image rotated by its EXIF orientation; the image itself if no orientation can be read."""
+    """A loaded PIL image rotated according to its EXIF orientation, or the same image if there is nothing to rotate."""
     from PIL import Image
 
     try:
@@ -205,7 +208,7 @@ def regular(path: Path) -> os.stat_result:
 
 
 def configure_warnings() -> None:
-    """Make Pillow refuse an image that would fill the memory (instead of warning) and ignore damaged metadata."""
+    """Make Pillow refuse images that would fill the memory, instead of only warning about them, and ignore damaged metadata."""
     from PIL import Image
 
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -213,14 +216,14 @@ def configure_warnings() -> None:
 
 
 def describe(notes: Counter[str], part: str, background: int) -> list[str]:
-    """A sentence for each of `NOTES`, with the number of images of `part` that it applies to."""
+    """One sentence for each note that applies to images of `part`, with the number of those images."""
     shade = {0: "black", 255: "white"}.get(background, f"grey {background / 255:.2g}")
     return [f"{part}: {text.format(shade=shade)}: {notes[key]:,}" for key, text in NOTES.items() if notes[key]]
 
 
 @contextlib.contextmanager
 def errors_named(path: Path) -> Iterator[None]:
-    """Turn any error of an image reader into a DataError that names the file."""
+    """Convert any error from an image reader to a DataError that names the file."""
     regular(path)
     try:
         yield

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: real images that need no download."""
+"""The handwritten digits of scikit-learn, which are real images that need no download."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fa_bench.registry.registries import DATASETS
 class Digits(ArrayDataset):
     """1,797 images of 8x8 pixels in 10 classes (Alpaydin and Kaynak 1998), bundled with scikit-learn.
 
-    The data come without a test split; a fixed fifth of every class is the test set.
+    The data have no official test split, so a fixed fifth of every class is the test set.
     """
 
     channels: int = dataclasses.field(init=False, default=1)
@@ -36,7 +36,7 @@ class Digits(ArrayDataset):
 def _table() -> tuple[np.ndarray, np.ndarray]:
     """The pixels (N, 8, 8), from 0 to 16, and the labels (N,) that `sklearn.datasets.load_digits` returns.
 
-    They are read from scikit-learn's file where possible: importing scikit-learn takes most of a second.
+    The data are read directly from scikit-learn's file if possible, because importing scikit-learn takes most of a second.
     """
     package = importlib.util.find_spec("sklearn")
     for folder in package.submodule_search_locations or () if package else ():
@@ -51,7 +51,8 @@ def _table() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of `sklearn.model_selection.train_test_split` with a fifth as the test set, stratified, and random_state=0."""
+    """The indices that `sklearn.model_selection.train_test_split` would return for a stratified test set of one fifth and
+    random_state=0."""
     generator = np.random.RandomState(0)
     counts = np.bincount(labels)
     trained = _share(counts, len(labels) - math.ceil(len(labels) / 5), generator)
@@ -65,7 +66,7 @@ def _split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _share(counts: np.ndarray, total: int, generator: np.random.RandomState) -> np.ndarray:
-    """The number of samples of each class among `total`, in proportion to `counts`; the largest remainders are rounded up."""
+    """Divide `total` samples among the classes in proportion to `counts`, rounding up the largest remainders."""
     exact = counts / counts.sum() * total
     shares = np.floor(exact)
     missing = int(total - shares.sum())

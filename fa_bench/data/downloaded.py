@@ -20,13 +20,13 @@ from fa_bench.utils.lazy import torchvision
 
 @dataclasses.dataclass(eq=False)
 class Downloaded(ArrayDataset, CroppedDataset):
-    """Base class of datasets from torchvision; `data_dir` is torchvision's root folder."""
+    """Base class of datasets from torchvision, with `data_dir` as torchvision's root folder."""
 
-    #: Name of the class in torchvision.datasets; folder in data_dir; files in that folder.
+    #: The name of the class in torchvision.datasets, the folder in data_dir, and the files in that folder.
     torchvision_name: ClassVar[str]
     folder: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
-    #: Pattern of the names of the archives in data_dir; None if the files themselves are downloaded.
+    #: Glob pattern for the archives in data_dir; None if the files are downloaded without an archive.
     archives: ClassVar[str | None] = None
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
@@ -51,7 +51,8 @@ class Downloaded(ArrayDataset, CroppedDataset):
         return train_x, train_y, test_x, test_y, classes
 
     def _download(self, data_dir: Path, missing: list[str]) -> None:
-        """Download into a temporary folder and move complete files into place, so that there is never an incomplete file."""
+        """Download into a temporary folder and move complete files into place, so that the dataset never contains an incomplete
+        file."""
         folder = data_dir / self.folder
         archives = sorted(data_dir.glob(self.archives)) if self.archives else []
         hashes = self._hashes()
@@ -61,7 +62,7 @@ class Downloaded(ArrayDataset, CroppedDataset):
             description += f" ({damaged[0]} is damaged or incomplete, delete it: its MD5 is not {hashes[damaged[0].name]})"
         with fetching(data_dir, self.name, description) as temporary:
             missing = [name for name in missing if not (folder / name).is_file()]  # another process may have downloaded some
-            # torchvision unpacks existing archives without a network.
+            # torchvision unpacks existing archives without network access.
             for archive in archives:
                 target = temporary / archive.relative_to(data_dir)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,18 +82,18 @@ class Downloaded(ArrayDataset, CroppedDataset):
         self._open(root, "train", download=True)
 
     def _open(self, root: Path, part: str, download: bool = False) -> Any:
-        """torchvision's dataset of one part, train or test."""
+        """The torchvision dataset for one part, train or test."""
         return self._torchvision(str(root), train=part == "train", download=download)
 
     def _unpack(self, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Images, uint8 (n, C, H, W), and labels of one part."""
+        """The images, uint8 (n, C, H, W), and the labels of one part."""
         raise missing_method(self, "_unpack")
 
     def _classes(self, dataset: Any) -> list[str]:
         return list(dataset.classes)
 
     def _hashes(self) -> dict[str, str]:
-        """The MD5 of archives and files, by name."""
+        """The MD5 checksums of the archives and files, by name."""
         raise missing_method(self, "_hashes")
 
     def _is_intact(self, path: Path) -> bool:
@@ -123,8 +124,11 @@ class MNIST(Downloaded):
         return dict(self._torchvision.resources)  # only the hashes of the archives
 
     def _is_intact(self, path: Path) -> bool:
-        """Whether the file has MNIST's format: two zeros, 8 (which stands for bytes), the number of axes, the length of each axis
-        in four bytes, and as many bytes as these lengths require."""
+        """Whether the file has MNIST's format.
+
+        The file starts with two zeros, the number 8 (which stands for bytes), the number of axes, and the length of each axis in
+        four bytes. Its remaining size must be what these lengths require.
+        """
         with path.open("rb") as file:
             head = file.read(16)
         axes = 3 if "idx3" in path.name else 1
@@ -150,8 +154,8 @@ class FashionMNIST(MNIST):
 class CIFAR10(Downloaded):
     """CIFAR-10: 50,000 training and 10,000 test images (colour, 32x32) in 10 classes (Krizhevsky 2009).
 
-    Mean and std are those of the training images. Papers use other values: PFA the mean [0.4914, 0.4821, 0.4465]; ASAP the std
-    that is the default of `cifar100`; DKP 0.5 for both.
+    Mean and std are those of the training images. Papers use other values. The PFA paper uses the mean [0.4914, 0.4821, 0.4465],
+    the ASAP paper uses the default std of `cifar100`, and the DKP paper uses 0.5 for both.
     """
 
     mean: list[float] = mean_option(0.4914, 0.4822, 0.4465)
@@ -181,7 +185,7 @@ class CIFAR10(Downloaded):
 @DATASETS.register("cifar100")
 @dataclasses.dataclass(eq=False)
 class CIFAR100(CIFAR10):
-    """CIFAR-100: CIFAR-10's format with 100 classes (Krizhevsky 2009); mean and std as in the code of the ASAP paper.
+    """CIFAR-100: images in CIFAR-10's format in 100 classes (Krizhevsky 2009); mean and std as in the code of the ASAP paper.
 
     For the DKP paper's AlexNet, set mean=[0.5] std=[0.5] size=224 crop=resized.
     """

@@ -16,14 +16,14 @@ from fa_bench.data.fetch import download, unpack_zip
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import DATASETS
 
-#: The parts of EMNIST and their numbers of classes.
+#: The splits of EMNIST, and the number of classes in each.
 EMNIST_SPLITS = {"balanced": 47, "byclass": 62, "bymerge": 47, "letters": 26, "digits": 10, "mnist": 10}
 
 
 @DATASETS.register("kmnist")
 @dataclasses.dataclass(eq=False)
 class KMNIST(MNIST):
-    """Kuzushiji-MNIST: MNIST's format with 10 classes of cursive Japanese characters (Clanuwat et al. 2018); mean and std 0.5."""
+    """Kuzushiji-MNIST: cursive Japanese characters in 10 classes, in MNIST's format (Clanuwat et al. 2018); mean and std 0.5."""
 
     mean: list[float] = mean_option(0.5)
     std: list[float] = std_option(0.5)
@@ -36,11 +36,11 @@ class KMNIST(MNIST):
 @DATASETS.register("emnist")
 @dataclasses.dataclass(eq=False)
 class EMNIST(MNIST):
-    """EMNIST: grey images of 28x28 pixels of handwritten letters and digits (Cohen et al. 2017), upright; mean and std 0.5.
+    """EMNIST: upright grey images (28x28) of handwritten letters and digits (Cohen et al. 2017); mean and std 0.5.
 
-    The splits and their numbers of training and test images: balanced (112,800 and 18,800 in 47 classes), byclass (697,932 and
-    116,323 in 62), bymerge (the same in 47), letters (124,800 and 20,800 in 26), digits (240,000 and 40,000 in 10), mnist (60,000
-    and 10,000 in 10).
+    The splits `byclass` (62 classes) and `bymerge` (47 classes) have 697,932 training and 116,323 test images each. The split
+    `balanced` has 112,800 and 18,800 images in 47 classes, and `letters` has 124,800 and 20,800 images in 26 classes. The split
+    `digits` has 240,000 and 40,000 images, and `mnist` has 60,000 and 10,000 images, both in 10 classes.
     """
 
     split: str = option("balanced", "which part of EMNIST", choices=list(EMNIST_SPLITS))
@@ -60,7 +60,7 @@ class EMNIST(MNIST):
 
     @property
     def stored(self) -> tuple[int, int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Height, width and number of classes."""
+        """Height, width and number of classes of the images in this split."""
         return 28, 28, EMNIST_SPLITS[self.split]
 
     def _open(self, root: Path, part: str, download: bool = False) -> Any:
@@ -78,7 +78,7 @@ class EMNIST(MNIST):
                 shutil.copyfileobj(packed, file)
 
     def _unpack(self, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-        # Images are stored with rows and columns exchanged, and the labels of letters count from 1.
+        # EMNIST stores images with rows and columns exchanged, and the labels of the split `letters` start at 1.
         labels = dataset.targets.numpy() - (self.split == "letters")
         return np.ascontiguousarray(dataset.data.numpy().transpose(0, 2, 1))[:, None], labels
 

@@ -1,7 +1,7 @@
 """Download files and unpack archives so that an interruption never leaves an incomplete dataset.
 
-torchvision downloads the files, since it has the sources and checksums of most of these datasets; pooch would replace a single
-call, and provides neither locks between processes nor checks of archive members.
+torchvision downloads the files, since it has the sources and checksums of most of these datasets. pooch would replace a single
+call, and it provides neither locks between processes nor checks of archive members.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from fa_bench.errors import DataError
 
 #: A server that has not responded for this many seconds counts as unreachable.
 _TIMEOUT = 60.0
-#: An unpacked archive of images may be at most this many times as large as the archive, plus this many bytes.
+#: The files in an archive of images may take at most the first number times the size of the archive, plus the second number in
+#: bytes.
 _MOST_GROWTH, _SMALL = 20, 1 << 24
 
 log = logging.getLogger("fa_bench")
@@ -34,7 +35,7 @@ _refuse_downloads = False
 
 @contextlib.contextmanager
 def downloads_refused() -> Iterator[None]:
-    """Raise DataError within the block instead of downloading or unpacking missing files: nothing is written."""
+    """Within the block, raise a DataError instead of downloading or unpacking missing files, so that nothing is written."""
     global _refuse_downloads
     before, _refuse_downloads = _refuse_downloads, True
     try:
@@ -45,9 +46,10 @@ def downloads_refused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
-    """A temporary folder in `data_dir` to download into; torchvision's progress bars are shown only on a terminal.
+    """Create a temporary folder in `data_dir` to download into, and show torchvision's progress bars only on a terminal.
 
-    If another process is downloading the same dataset, this waits for it: the missing files may exist within the block.
+    If another process is downloading the same dataset, this waits until that download ends, so the missing files may already
+        exist when the block starts.
 
     Args:
         data_dir: created if it does not exist.
@@ -97,14 +99,14 @@ def download(url: str, md5: str, path: Path) -> None:
 
 
 def has_md5(path: Path, md5: str) -> bool:
-    """Whether a file exists and has this MD5."""
+    """Whether a file exists and has this MD5 checksum."""
     from torchvision.datasets.utils import check_integrity
 
     return check_integrity(str(path), md5)
 
 
 def unpack_zip(archive: Path, folder: Path) -> None:
-    """Unpack the top-level folder `folder.name` of a zip archive as `folder`, which appears once it is complete.
+    """Unpack the top-level folder `folder.name` of a zip archive as `folder`, which appears only when it is complete.
 
     Raises:
         DataError: if the archive is damaged, or has members outside of the folder, links or devices, and within

@@ -1,4 +1,4 @@
-"""Datasets with one file per image: reading them before training, and splits that are streamed."""
+"""Datasets with one file per image, which are read once before training, and streamed splits."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The SHA-256 of files and a decoder's notes on them, by the files' state (sizes, times), so that unchanged files are not read
-#: again in this process.
+#: The SHA-256 of the files and a decoder's notes on them. The keys contain the state of the files (sizes and times), so that this
+#: process does not read unchanged files again.
 _contents: dict[bytes, bytes] = {}
 _inspected: dict[tuple[bytes, str], Counter[str]] = {}
 
 
 def workers_option(default: int) -> Any:
-    """Return the option `workers`, for datasets."""
+    """Return the `workers` option for a dataset."""
     return option(default, "processes that decode streamed images; 0: the run's own process", minimum=0)
 
 
 @dataclasses.dataclass(eq=False)
 class ImageFiles(CroppedDataset):
-    """Base class of the datasets with one file per image.
+    """Base class of datasets with one file per image.
 
     Datasets that fit in memory are decoded once and stay on the device; larger ones are streamed by worker processes.
     """
@@ -62,7 +62,8 @@ class ImageFiles(CroppedDataset):
             raise OptionError("size", f"=null is not possible with crop={self.crop}, which needs a number of pixels, such as 224")
 
     def listing(self, data_dir: Path) -> Listing:
-        """List the files, after downloading them if needed and possible; implemented by each dataset."""
+        """List the files, downloading them first if they are missing and can be downloaded. Each dataset implements this
+        method."""
         raise missing_method(self, "listing")
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:
@@ -104,13 +105,13 @@ class ImageFiles(CroppedDataset):
         return sum(part.size for part in parts.values()) <= self.reads_all
 
     def _decoding(self, first: Path) -> tuple[Decoder, Crop, bool]:
-        """The decoder of files, the crop of decoded batches, and whether decoded images may stay on the device."""
+        """The decoder for the files, the crop for decoded batches, and whether decoded images may stay on the device."""
         crop, background = self.cropping(), round(255 * self.background)
         if self.stored_size is not None:
             return Decoder(self.channels, self.stored_size, self.stored_size, False, background), crop, True
         height, width = (self.size, self.size) if self.size else upright_size(first)
         if isinstance(crop, ResizedCrop):
-            # A random part is cropped from the image at its original size, that is, while decoding.
+            # The random part is cropped from the image at its original size, so cropping happens during decoding.
             return Decoder(self.channels, height, width, True, background, crop), Crop(), False
         return Decoder(self.channels, height, width, self.size is not None, background), PaddedCrop(), True
 
@@ -142,7 +143,8 @@ class _Part:
     def inspect(self, decode: Decoder, pixels: np.ndarray | None) -> Counter[str]:
         """Decode and hash every file, and count the decoder's notes.
 
-        The images are stored in `pixels`; if that is None, files that have not changed since the last call are not read again.
+        The images are stored in `pixels`. If `pixels` is None, files that have not changed since the last call are not read
+        again.
         """
         key = self.state, str(dataclasses.astuple(decode))
         if pixels is None and key in _inspected:
@@ -159,7 +161,7 @@ class _Part:
         return notes
 
     def contents(self) -> bytes:
-        """The SHA-256 of the SHA-256 of each file."""
+        """The SHA-256 of the concatenated SHA-256 digests of the files."""
         if self.state not in _contents:
             digest = hashlib.sha256()
             for content in _read_all(_sha256, self.paths, f"hashing {self.root.name}"):
@@ -182,7 +184,7 @@ def _sha256(path: Path) -> bytes:
 
 
 class StreamedSplit(ImageSplit):
-    """Images that worker processes decode when they are needed.
+    """A split of images that worker processes decode when a batch needs them.
 
     Args:
         paths: the files, (n).
@@ -204,8 +206,8 @@ class StreamedSplit(ImageSplit):
         device: torch.device,
         crop: Crop,
     ) -> None:
-        # A single array, whose memory the workers share. With a million objects, the changing reference counts would make each
-        # worker copy them.
+        # Use a single array, because workers can share its memory. In a list of a million paths, changes of the reference counts
+        # would make each worker copy the list.
         self.paths = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
         self.labels, self.decode, self.workers = labels, decode, workers
         self.targets = labels
@@ -249,8 +251,8 @@ class StreamedSplit(ImageSplit):
 
 
 def _end_with_parent(worker: int) -> None:
-    """Make a worker end when its parent ends; torch's own watchdog misses a parent that was killed before the watchdog
-    started."""
+    """Make a worker process exit when its parent exits. torch's own watchdog does not notice a parent that was killed before the
+    watchdog started."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -262,14 +264,14 @@ def _end_with_parent(worker: int) -> None:
 
 
 def _start_method() -> str:
-    """How workers are started: in joblib's processes, the default is joblib's own method, which can start only joblib's
-    processes."""
+    """The start method for worker processes. In a joblib worker, the default is joblib's own method, which can start only joblib
+    workers, so it is replaced by the system's default."""
     method, known = multiprocessing.get_start_method(), multiprocessing.get_all_start_methods()
     return method if method in known else known[0]  # the system's default
 
 
 class _Files:
-    """The dataset of a DataLoader: one sample is a decoded image and its index, or an error message and the index.
+    """A map-style dataset for a DataLoader: a sample is a decoded image with its index, or an error message with the index.
 
     The augmentation of a sample depends only on `key` and its index.
     """
@@ -285,7 +287,7 @@ class _Files:
         try:
             return self.decode(Path(os.fsdecode(self.paths[index])), rng), index
         except DataError as error:
-            # An exception from a worker would have the worker's traceback in its text.
+            # If a worker raised an exception, its text would contain the worker's traceback.
             return str(error), index
 
 
@@ -297,7 +299,8 @@ def _collate(samples: list[tuple[Any, int]]) -> tuple[Any, Any]:
 
 
 def _read_all(read: Callable[[Path], Any], paths: list[Path], title: str) -> Iterator[Any]:
-    """Call `read` on every file, in order, with threads and a progress bar; stops at the first error."""
+    """Call `read` on every file in a thread pool, with a progress bar, and yield the results in order; the first error stops
+    it."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor() as pool:

@@ -1,4 +1,4 @@
-"""A user's images, in one folder for each class."""
+"""Your own images, with one folder for each class."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from fa_bench.errors import DataError, OptionError
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import DATASETS
 
-#: Names of the folder of validation images.
+#: The allowed names of the folder with the validation images.
 VALIDATION = ("val", "valid", "validation")
 
 
 @DATASETS.register("image_folder")
 @dataclasses.dataclass(eq=False)
 class ImageFolder(ImageFiles):
-    """`data_dir` contains train/ and test/ (or val/), each with one folder of images for each class; see docs/own_images.md.
+    """Your own images: `data_dir` contains train/ and test/ (or val/), each with one folder for each class; see
+    docs/own_images.md.
 
     If all three exist, val/ is the validation set. Datasets that fit in memory are decoded once and stay on the device; larger
     datasets, and all datasets with crop=resized, are streamed. Every image is decoded before training starts.

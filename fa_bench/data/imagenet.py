@@ -21,7 +21,7 @@ class ImageNet(ImageFiles):
     """ImageNet: 1,281,167 training and 50,000 validation images (colour photographs) in 1,000 classes (Russakovsky et al. 2015).
 
     `data_dir`/imagenet contains train/ and val/, each with one folder of images for each class; val/ is the test set. Subsets
-    with fewer classes also work. The data are not redistributable.
+    with fewer classes also work. The data may not be redistributed.
     """
 
     crop: str = crop_option("resized")
@@ -30,7 +30,7 @@ class ImageNet(ImageFiles):
     std: list[float] = std_option(0.229, 0.224, 0.225)
     workers: int = workers_option(8)
 
-    #: Reading all 150 GB before every run would take too long; subsets are read.
+    #: Reading all 150 GB before every run would take too long, so only subsets of up to this many bytes are read completely.
     reads_all: ClassVar[float] = 4e9
 
     def listing(self, data_dir: Path) -> Listing:

@@ -1,4 +1,4 @@
-"""List the images in folders of classes, and count the files that are skipped."""
+"""List the images in class folders, and count the files that are skipped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ EXTENSIONS = frozenset(
         ".avif",
     }
 )
-#: Folders without a leading dot that systems and network drives create for thumbnails, snapshots or deleted files.
+#: Names without a leading dot of folders that operating systems and network drives create for thumbnails, snapshots or deleted
+#: files.
 _SYSTEM = re.compile(
     r"__macosx|__pycache__|\$recycle\.bin|(?-i:RECYCLER)|system volume information|found\.\d{3}|lost\+found|"
     r"network trash folder|temporary items|[@#]recycle|@eadir|@tmp|[#~]snapshot|@recently-snapshot",
@@ -61,12 +62,12 @@ class Listing:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden or was created by an operating system, so viewers do not show it."""
+    """Whether a file or folder is hidden or belongs to the operating system, so that viewers do not show it."""
     return name.startswith(".") or _SYSTEM.fullmatch(name) is not None
 
 
 def visible_folders(root: Path, skipped: Counter[str] | None = None) -> list[Path]:
-    """The visible folders in a folder, and links to folders, sorted by name; other entries are counted in `skipped`."""
+    """The visible subfolders of a folder, including links to folders, sorted by name; other entries are counted in `skipped`."""
     counts: Counter[str] = Counter() if skipped is None else skipped
     folders, parents = [], {_identity(root), _identity(root.parent)}
     for entry in _scan(root):
@@ -114,12 +115,13 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
                 skipped["broken links"] += 1
             else:
                 skipped[suffix or "no extension"] += 1
-    # Paths are compared by their parts, because the order of Windows paths ignores case.
+    # Sort by the parts of the paths, because comparisons of Windows paths ignore case.
     return sorted(images, key=lambda path: path.parts)
 
 
 def labelled_files(folders: Iterable[Path], skipped: Counter[str]) -> list[tuple[Path, int]]:
-    """(file, label) of every image in the folders of classes, sorted by name; counts skipped files.
+    """The pairs (file, label) of all images in the class folders, sorted by name within each class. Skipped files are counted in
+    `skipped`.
 
     Raises:
         DataError: if a folder cannot be read or contains no images; the message names it.
@@ -173,7 +175,7 @@ def _evaluation(train: Path, root: Path, classes: list[str], notes: list[str]) -
     labels = {plain_name(name): label for label, name in enumerate(classes)}
     files: list[tuple[Path, int]] = []
     missing, unknown, present = list(classes), [], visible_folders(root, skipped)
-    # The folders are listed in the order of the classes of train.
+    # The folders are read in the order of the training classes.
     for folder in sorted(present, key=lambda path: labels.get(plain_name(path.name), len(labels))):
         images = images_below(folder, skipped)
         if images and plain_name(folder.name) not in labels:
@@ -201,17 +203,17 @@ def has_classes(root: Path, classes: list[str]) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A name in one Unicode form: macOS writes é as two characters, other systems as one."""
+    """Normalise a name to one Unicode form, because macOS writes é as two characters and other systems write it as one."""
     return unicodedata.normalize("NFC", name)
 
 
 def skip_notes(root: Path, skipped: Counter[str]) -> list[str]:
-    """A sentence on the files skipped in a folder; empty if none were."""
+    """A list with one sentence on the files skipped in a folder, or an empty list if none were skipped."""
     return [f"{root}: skipped {skipped.total():,} ({_counted(skipped)})"] if skipped else []
 
 
 def _hint(skipped: Counter[str]) -> str:
-    """The end of a message about a folder without images: the files that were skipped or, if there are none, the allowed
+    """The end of an error message about a folder without images, which lists the skipped files or, if there are none, the allowed
     extensions."""
     return f" (skipped {_counted(skipped)})" if skipped else f" ({', '.join(sorted(EXTENSIONS))})"
 
@@ -238,7 +240,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Device and inode of a folder."""
+    """The device and inode numbers of a folder, which identify it."""
     try:
         status = folder.stat()
     except OSError as error:

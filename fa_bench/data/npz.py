@@ -31,17 +31,17 @@ _REQUIRED, _VALIDATION = ("x_train", "y_train", "x_test", "y_test"), ("x_val", "
 @DATASETS.register("npz")
 @dataclasses.dataclass(eq=False)
 class Npz(VectorDataset):
-    """Your own arrays in an .npz file: x_train, y_train, x_test, y_test, and x_val, y_val if there is a validation set.
+    """Your own arrays in an .npz file: x_train, y_train, x_test, y_test, and optionally x_val and y_val.
 
     Inputs are images, features or tokens. Images have the shape (n, C, H, W) or (n, H, W) and are 8-bit integers, bools, or
     floats from 0 to 1. Features are floats of shape (n, F). Tokens are integers of more than 8 bits, of shape (n, T).
 
-    Targets are classes, values or, for tokens, one class per position. Classes are whole numbers from 0, of shape (n,) or
-    (n, 1), and values are floats of shape (n,) or (n, O). Classes per position are whole numbers of shape (n, T); positions
-    labelled -100 do not count.
+    Targets are classes, values or, for tokens, one class per position. Classes are whole numbers that start at 0, of shape (n,)
+    or (n, 1), and values are floats of shape (n,) or (n, O). Classes per position are whole numbers of shape (n, T); positions
+    labelled -100 are ignored.
 
-    The types and shapes of x_train and y_train determine the kind, and the other arrays must agree with them. The vocabulary
-    size is one more than the largest token in all arrays.
+    The types and shapes of x_train and y_train determine the kinds of inputs and targets, and the other arrays must match them.
+    The vocabulary size is one more than the largest token in any array.
 
     numpy.savez("my.npz", x_train=..., y_train=..., x_test=..., y_test=...) writes such a file. Files with pickled objects are
     refused, since reading them could execute code.
@@ -108,7 +108,8 @@ class Npz(VectorDataset):
         return 1 + max(int(array.max()) for array in (*(y for _, y in parts.values()), *with_tokens) if array.size)
 
     def _images(self, parts: dict[str, tuple[Any, Any]], of: list[str], device: torch.device) -> Splits:
-        """The splits of images, which are stored as 8-bit integers; the counterpart of `VectorDataset.splits_of`."""
+        """The splits of an image dataset, stored as 8-bit integers; `VectorDataset.splits_of` does the same for features and
+        tokens."""
         notes: list[str] = []
         digest, made = hashlib.sha256(), {}
         try:
@@ -149,8 +150,8 @@ class Npz(VectorDataset):
 
 @functools.lru_cache(maxsize=8)
 def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
-    """The kinds of inputs and targets of a file, determined from the headers of its arrays, which are read again only if the
-    file's `state` has changed.
+    """The kinds of the inputs and targets in a file, determined from the headers of its arrays. The headers are read again only
+    if the file's `state` has changed.
 
     Raises:
         DataError: if an array is missing, or its kind cannot be determined from its type and shape.

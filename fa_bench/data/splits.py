@@ -1,7 +1,7 @@
 """The parts of a loaded dataset, which are iterated over in batches.
 
-Shapes: N batch, n samples, C channels, H and W pixels, F features, T positions, O outputs. Images are stored as uint8 and reach
-the model normalised, as float32.
+Shapes: N batch, n samples, C channels, H and W pixels, F features, T positions, O outputs. Images are stored as uint8 and are
+normalised to float32 before they reach the model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Splits:
 
 
 class Split(abc.ABC):
-    """Samples that can be iterated over in batches."""
+    """A set of samples that can be iterated over in batches."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -59,16 +59,16 @@ class Split(abc.ABC):
 
     @abc.abstractmethod
     def subset(self, indices: Tensor) -> Split:
-        """The samples at `indices`, (n,) int64."""
+        """A split with only the samples at `indices`, (n,) int64."""
 
     @abc.abstractmethod
     def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each chunk of indices, the inputs as they are stored, and the targets, on the device.
+        """For each chunk of indices, yield the inputs as they are stored and the targets, both on the device.
 
-        `key` is the seed of everything that varies from epoch to epoch while reading; with None, nothing varies.
+        `key` is the seed for everything that varies between epochs while reading; with None, nothing varies.
         """
 
-    #: The targets of the samples, (n, ...), if they are available; used wherever classes matter.
+    #: The targets of the samples, (n, ...), for code that depends on their classes; None if they are not available.
     targets: Tensor | None = None
     #: For text, the mean number of characters per token in this split.
     characters: float | None = None
@@ -80,13 +80,15 @@ class Split(abc.ABC):
 
     @property
     def is_indexed(self) -> bool:
-        """Whether an index refers to the same sample in every epoch, and `batch_indices` gives the indices of `batches`."""
+        """Whether an index refers to the same sample in every epoch, and `batch_indices` yields the indices of the samples in
+        `batches`."""
         return type(self).batches is Split.batches
 
     def prepared(self, x: Tensor, seed: tuple[int, ...] | None, part: Part | None = None) -> Tensor:
-        """A batch of gathered inputs as the model receives it.
+        """Convert a batch of gathered inputs to the form that the model receives.
 
-        `seed` is the seed of the batch (None: nothing varies); `part` specifies which samples of the batch these are (None: all).
+        `seed` is the seed of the batch (None: no augmentation); `part` specifies which samples of the batch `x` contains (None:
+        all).
         """
         return x
 
@@ -128,7 +130,7 @@ class Split(abc.ABC):
         varies = self.varies and seed is not None
         key = seed_for("read", seed, epoch) if varies else None
         for number, ((x, y), part) in enumerate(zip(self.gather(chunks, key), parts, strict=False), start):
-            # A seed for each batch, so that a run can be resumed in the middle of an epoch.
+            # Each batch has its own seed, so that a run can be resumed in the middle of an epoch.
             seeds = (seed, epoch, number) if varies and seed is not None else None
             yield self.prepared(x, seeds) if part is None else self.prepared(x, seeds, part), y
 
@@ -155,13 +157,13 @@ class Split(abc.ABC):
         return (chunk[part.positions] for chunk, part in zip(chunks, parts, strict=False))
 
     def _parts(self, share: Callable[[int], Tensor], batch_size: int, steps: range) -> list[Part]:
-        """The wanted part of each batch that has wanted samples; the last batch may have fewer samples."""
+        """The requested part of each batch, excluding batches without requested samples; the last batch may be smaller."""
         sizes = (min(batch_size, len(self) - i * batch_size) for i in steps)
         return [part for size in sizes if len((part := Part(share(size), size)).positions)]
 
 
 class ImageSplit(Split):
-    """Images, uint8 (n, C, H, W) as they are stored."""
+    """A split of images, which are stored as uint8 (n, C, H, W)."""
 
     mean: list[float]
     std: list[float]
@@ -174,7 +176,7 @@ class ImageSplit(Split):
         return self.augment
 
     def prepared(self, x: Tensor, seed: tuple[int, ...] | None, part: Part | None = None) -> Tensor:
-        """Images as float32 (N, C, H, W), cropped and normalised."""
+        """The images as float32 (N, C, H, W), cropped and normalised."""
         scale, shift = self._normalisation
         if seed is not None:
             x = self.crop.random(x, torch.Generator().manual_seed(seed_for("augment", *seed)), part)
@@ -184,14 +186,14 @@ class ImageSplit(Split):
 
     @functools.cached_property
     def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift) for x * scale + shift, which is computed in place with two passes over the batch, for any mean."""
+        """The pair (scale, shift) for normalising images as x * scale + shift, which takes two in-place passes over the batch."""
         scale = torch.tensor([1 / (255 * s) for s in self.std], device=self.device).view(-1, 1, 1)
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=self.device).view(-1, 1, 1)
         return scale, shift
 
 
 class ResidentSplit(ImageSplit):
-    """Samples that stay on the device.
+    """A split of images that stay on the device.
 
     Args:
         images: uint8 (n, C, H, W).
@@ -232,7 +234,7 @@ class ResidentSplit(ImageSplit):
 
 
 class ArraySplit(Split):
-    """Features or tokens that stay on the device.
+    """A split of features or tokens that stay on the device.
 
     Args:
         inputs: float32 (n, F), or int64 (n, T).
@@ -258,23 +260,24 @@ class ArraySplit(Split):
 
 
 def some(split: Split, number: int) -> Split:
-    """At most `number` samples of a split, in their original order; the fixed seed makes them the same in every run."""
+    """At most `number` samples of a split, in their original order; a fixed seed makes the choice the same in every run."""
     return split if len(split) <= number else split.subset(some_indices(split, number))
 
 
 def some_indices(split: Split, number: int) -> Tensor:
-    """The indices of the samples of `some`."""
+    """The indices of the samples that `some` would choose."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_for("trial")))
     return order[:number].sort().values
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
-    """The sorted indices of `count` samples with the class proportions of `labels` (n,), up to rounding."""
+    """The sorted indices of `count` samples with the same class proportions as `labels` (n,), up to rounding."""
     labels = labels.cpu()
     classes, sizes = labels.unique(return_counts=True)
     shares = sizes.double() * count / len(labels)
     numbers = shares.floor().long()
-    # Samples left over from rounding down go to the classes with the largest remainders; in a tie, to the earlier class.
+    # Samples left over from rounding down go to the classes with the largest remainders; ties are broken in favour of the earlier
+    # class.
     order = (numbers - shares).argsort(stable=True)
     numbers[order[: count - int(numbers.sum())]] += 1
     chosen = []

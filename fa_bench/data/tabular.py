@@ -1,4 +1,4 @@
-"""Tables of numbers: three that are bundled with scikit-learn, or a CSV file."""
+"""Tables of numbers, bundled with scikit-learn or read from a CSV file."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ BUNDLED = {"diabetes": VALUES, "wine": CLASSES, "breast_cancer": CLASSES}
 _TASKS = {"regression": VALUES, "classification": CLASSES}
 #: Maximum number of column names in a message.
 _MANY = 12
-#: The names that pandas gives to columns without a name. They may be in the file, if pandas read and wrote it before.
+#: The names that pandas gives to columns without a name. A file that pandas has read and written may contain these names.
 _UNNAMED = re.compile(r"Unnamed: \d+(\.\d+)*")
 
 
 @DATASETS.register("tabular")
 @dataclasses.dataclass(eq=False)
 class Tabular(VectorDataset):
-    """A table of numbers: diabetes (regression), wine, breast_cancer (bundled with scikit-learn), or your own CSV file.
+    """A table of numbers: diabetes (regression), wine or breast_cancer, which are bundled with scikit-learn, or your own CSV
+    file.
 
-    diabetes has 442 patients with 10 features and the progression of the disease after a year (Efron et al. 2004), wine 178 wines
-    with 13 features in 3 classes (Aeberhard and Forina 1991), breast_cancer 569 tumours with 30 features in 2 classes (Wolberg et
-    al. 1993).
+    The table `diabetes` has 442 patients with 10 features; its target is the progression of the disease after a year (Efron et
+    al. 2004). The table `wine` has 178 wines with 13 features in 3 classes (Aeberhard and Forina 1991), and `breast_cancer` has
+    569 tumours with 30 features in 2 classes (Wolberg et al. 1993).
 
-    A CSV file has a header with the column names; all columns except the target are features and must be numeric. A text
-    target is a class, and a target with fractions is a number; a target with whole numbers may be either, so set `task`. Classes
-    are sorted alphabetically or by value. `test_seed` determines which rows form the test set, which has the same class
-    proportions. With `standardise`, regression targets are also standardised, with the mean and standard deviation over the rows
-    that are not in the test set, so RMSE is in units of that standard deviation.
+    A CSV file has a header with the column names; all columns except the target are features and must be numeric. If the target
+    column contains text, its entries are classes; if it contains fractions, they are values to predict. Whole numbers may be
+    either, so set `task` for such a column. Classes are sorted alphabetically or by value. `test_seed` determines which rows form
+    the test set. For classification, the training and test sets have the same class proportions. With `standardise`, regression
+    targets are also standardised, by their mean and standard deviation over the rows that are not in the test set. The RMSE is
+    then in units of that standard deviation.
     """
 
     table: str = option("diabetes", "diabetes, wine, breast_cancer, or the path of a CSV file")
@@ -131,7 +133,7 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
 
     try:
         with warnings.catch_warnings():
-            # Without `index_col`, pandas would take the first values of rows that are longer than the header as an index.
+            # Without `index_col`, pandas would use the first values of rows that are longer than the header as an index.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = pd.read_csv(path, skipinitialspace=True, index_col=False)
     except pd.errors.ParserWarning:

@@ -22,30 +22,32 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The text that is used if no path is given, and the number of bytes, which are always in the vocabulary of byte-pair encoding.
+#: The text that is used if no path is given, and the number of different bytes, all of which are in the vocabulary of byte-pair
+#: encoding.
 BUILT_IN, BYTES = Path(__file__).with_name("alice.txt"), 256
 UNKNOWN = "<unk>"
-#: A function that turns text into numbers of tokens, and the names of the tokens.
+#: A function that converts text to token indices, and the names of the tokens.
 Encoding = tuple[Callable[[str], Sequence[int]], list[str]]
 
 
 @DATASETS.register("text")
 @dataclasses.dataclass(eq=False)
 class Text(Dataset):
-    """Language modelling: predict every token of a text from the tokens before it. By default, the characters of Alice's
-    Adventures in Wonderland.
+    """Language modelling: predict every token of a text from the tokens before it. By default, the text is Alice's Adventures in
+    Wonderland, and its characters are the tokens.
 
-    The built-in text is that of Lewis Carroll's novel of 1865 (148,331 characters, 70 different ones), which is in the public
-    domain; the transcription is that of the Canterbury corpus (alice29.txt), without its title and with Unix line endings.
+    The built-in text is Lewis Carroll's novel of 1865, which is in the public domain. It has 148,331 characters, 70 of them
+    distinct. The transcription comes from the Canterbury corpus (alice29.txt), without the title and with Unix line endings.
 
-    The text is one UTF-8 file, or all .txt files of a folder in the order of their names, with Windows line endings converted.
-    Its first part is for training, the next for validation, the last for testing. A sample is a window of `context` tokens, and
-    its targets are the tokens that follow each of them. Windows do not overlap. During training, their common offset changes from
-    epoch to epoch, from 0 to `context` - 1, and they are shuffled; both depend only on the seed and the epoch.
+    A text is one UTF-8 file, or all .txt files in a folder in the order of their names. Windows line endings are converted. The
+    first part of the text is for training, the next is for validation, and the last is for testing. A sample is a window of
+    `context` tokens, and the target for each token is the token that follows it. Windows do not overlap. During training, the
+    windows are shuffled, and each epoch shifts all of them by an offset from 0 to `context` - 1. The order and the offset depend
+    only on the seed and the epoch.
 
-    With unit=characters, the vocabulary has the characters of the training part, and `<unk>` for all others, which are counted
-    in a note. With unit=bytes, it has the 256 bytes. With unit=bpe, byte-pair encoding is learned from the training part only,
-    with the tokenizers package (pip install fa_bench[text]).
+    With unit=characters, the vocabulary consists of the characters in the training part and `<unk>`, which replaces all others. A
+    note says how many were replaced. With unit=bytes, the vocabulary consists of the 256 bytes. With unit=bpe, byte-pair encoding
+    is learned from the training part only, with the tokenizers package (pip install fa_bench[text]).
     """
 
     path: str | None = option(None, "a UTF-8 file, or a folder of .txt files; null: Alice's Adventures in Wonderland")
@@ -97,7 +99,7 @@ class Text(Dataset):
         )
 
     def _encoding(self, text: str) -> Encoding:
-        """The encoding that is learned from the training part."""
+        """The encoding for the option `unit`, based on the text of the training part."""
         if self.unit == "bytes":
             return lambda part: list(part.encode()), [f"{byte:#04x}" for byte in range(BYTES)]
         if self.unit == "bpe":
@@ -108,7 +110,7 @@ class Text(Dataset):
 
 
 class WindowSplit(Split):
-    """Windows of a text, which stays on the device.
+    """A split of windows from a text that stays on the device.
 
     Args:
         tokens: int64 (L,).
@@ -154,7 +156,7 @@ class WindowSplit(Split):
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, or of all .txt files at and below a folder in the order of their names.
+    """The text of a UTF-8 file, or of all .txt files in a folder and its subfolders, in the order of their names.
 
     Raises:
         DataError: if a file is missing, empty or not UTF-8; the message names it.
@@ -181,7 +183,7 @@ def read_text(path: Path) -> str:
 
 
 def require_tokenizers() -> None:
-    """Refuse byte-pair encoding without its package; raises an OptionError that says what to install."""
+    """Raise an OptionError that says what to install if the package for byte-pair encoding is missing."""
     from importlib.util import find_spec
 
     if find_spec("tokenizers") is None:
@@ -189,7 +191,7 @@ def require_tokenizers() -> None:
 
 
 def _byte_pairs(text: str, size: int) -> Encoding:
-    """Byte-pair encoding of bytes, learned from a text; the same text gives the same tokens."""
+    """Learn a byte-level byte-pair encoding from a text; the same text always gives the same encoding."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

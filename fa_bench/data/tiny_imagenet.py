@@ -21,8 +21,8 @@ from fa_bench.registry.registries import DATASETS
 class TinyImageNet(ImageFiles):
     """Tiny ImageNet: 100,000 training and 10,000 test images (colour photographs, 64x64) in 200 classes (Le and Yang 2015).
 
-    The labelled validation images are the test set, because the labels of the test images are not public. The images are decoded
-    once and stay on the device, where they take 1.35e9 bytes, if memory_limit_gb allows it.
+    The labelled validation images are the test set, because the labels of the test images are not public. If memory_limit_gb
+    allows it, the images are decoded once and stay on the device, where they take 1.35e9 bytes.
     """
 
     mean: list[float] = mean_option(0.480, 0.448, 0.398)
@@ -41,13 +41,13 @@ class TinyImageNet(ImageFiles):
         for part in ("wnids.txt", "train", "val/images", "val/val_annotations.txt"):
             if not (root / part).exists():
                 raise DataError(f"dataset={self.name}: {root / part} is missing; delete {root} to download it again")
-        # The classes are sorted, as in datasets of class folders.
+        # The classes are sorted, as in datasets with class folders.
         classes = sorted((root / "wnids.txt").read_text(encoding="utf-8", errors="replace").split())
         train = labelled_files([root / "train" / name for name in classes], Counter())
         return Listing(classes, {"train": (root / "train", train), "test": (root / "val", annotated(root / "val", classes))})
 
     def _download(self, data_dir: Path, root: Path) -> None:
-        """Download the archive if it is missing, and unpack it; an interruption leaves the archive or nothing."""
+        """Download the archive if it is missing, and unpack it; an interruption leaves either the complete archive or nothing."""
         archive = data_dir / f"{self.folder}.zip"
         downloads = not archive.is_file()
         if downloads:
@@ -67,7 +67,8 @@ class TinyImageNet(ImageFiles):
 
 
 def annotated(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """(file, label) of the images in `folder`/images, read from `folder`/val_annotations.txt: name, class and box in each line.
+    """The pairs (file, label) of the images in `folder`/images. Each line of `folder`/val_annotations.txt has the name, class and
+    box of an image.
 
     Raises:
         DataError: if a line is invalid, or an image has no line; the message names it.

@@ -1,4 +1,4 @@
-"""The base class of datasets of features or tokens.
+"""The base class of datasets with features or tokens as inputs.
 
 Shapes: n samples, F features, T positions.
 """
@@ -21,18 +21,19 @@ from fa_bench.utils.lazy import torch
 
 
 def standardise_option() -> Any:
-    """Return the option `standardise`, for datasets of features."""
+    """Return the `standardise` option for a dataset with features."""
     return option(True, "subtract the mean of each feature over the training samples, and divide by its standard deviation")
 
 
 @dataclasses.dataclass(eq=False)
 class VectorDataset(Dataset):
-    """Base class of the datasets of features (n, F) or tokens (n, T), which are read as arrays and fit on the device."""
+    """Base class of datasets with features (n, F) or tokens (n, T) that are read as arrays and fit on the device."""
 
     inputs: ClassVar[str] = FEATURES
 
     def arrays(self, data_dir: Path) -> tuple[Any, Any, Any, Any, list[str]]:
-        """Training inputs and targets, test inputs and targets, and names; see `fa_bench.data.array_checks.checked`."""
+        """The training inputs and targets, the test inputs and targets, and the names (see
+        `fa_bench.data.array_checks.checked`)."""
         raise missing_method(self, "arrays")
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:
@@ -40,7 +41,7 @@ class VectorDataset(Dataset):
         return self.splits_of({"train": (train_x, train_y), "test": (test_x, test_y)}, names, device)
 
     def splits_of(self, parts: Mapping[str, tuple[Any, Any]], names: list[str], device: torch.device) -> Splits:
-        """The splits of checked arrays, {train, test, and possibly validation: (inputs, targets)}.
+        """Check arrays and return them as splits; `parts` maps train, test and possibly validation to (inputs, targets).
 
         Raises:
             DataError: if an array is invalid; the message names it and the problem.
@@ -81,7 +82,7 @@ def standardise(splits: Splits) -> None:
     parts = [split for split in (splits.train, splits.validation, splits.test) if isinstance(split, ArraySplit)]
     inputs = parts[0].inputs.double()
     mean, std = inputs.mean(0), inputs.std(0, correction=0)
-    # The standard deviation of equal numbers is only rounding error.
+    # The computed standard deviation of equal numbers may be a rounding error instead of 0.
     std = torch.where(std > 1e-7 * mean.abs(), std, torch.ones_like(std))
     for split in parts:
         split.inputs = ((split.inputs.double() - mean) / std).float()

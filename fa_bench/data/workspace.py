@@ -1,4 +1,4 @@
-"""A temporary folder in a shared folder: only one process uses it at a time, and files left by a killed process are removed."""
+"""A temporary folder in a shared folder. Only one process uses it at a time, and files left by a killed process are removed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _MARK = ".made-by-fa-bench"
 
 @contextlib.contextmanager
 def workspace(path: Path) -> Iterator[Path]:
-    """An empty folder at `path`, locked for this process, and removed at the end.
+    """Create an empty folder at `path` that is locked for this process and is removed at the end.
 
-    The name is fixed, so the next process removes the files that a killed process left there.
+    The path is fixed, so the next process removes the files that a killed process left there.
 
     Raises:
         DataError: if `path` or its lock was not created by fa-bench.
@@ -41,7 +41,7 @@ def workspace(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Remove the folder; raises DataError for a link, a file, or a folder that fa-bench did not create."""
+    """Remove the folder; raises a DataError for a link, a file, or a folder that fa-bench did not create."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise DataError(f"{path}: not a folder, but fa-bench downloads and unpacks there; remove or rename it")
     if path.exists():

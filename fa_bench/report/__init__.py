@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Maximum number of characters in a line about a run.
 MAX_LINE = 1000
-#: Maximum number of lines of each kind below the terminal's table.
+#: The maximum number of lines of each kind that are printed below the table on the terminal.
 MAX_SHOWN = 4
 LEGEND = """\
 Accuracies are in %, their differences in percentage points, other scores and their differences in their own unit, angles in
@@ -66,8 +66,8 @@ Ours is the mean over the finished runs in the last epoch, one per seed. Inside:
 
 
 class Report(NamedTuple):
-    """A report that was written: its table for a terminal, the paths of report.md and of the overview figure, and whether all
-    runs that were found or planned have finished or were stopped by a callback."""
+    """A report that was written: its table for a terminal, and the paths of report.md and of the overview figure. `complete` says
+    whether all runs that were found or planned have finished or were stopped by a callback."""
 
     text: str
     markdown: Path
@@ -91,10 +91,10 @@ def write_report(
     runs.csv, figures as report*.png, and report.html, which has the tables and figures on one page.
 
     Each file is replaced atomically; files of an earlier report that are not part of this one are removed. The same runs give
-    byte-identical files, in any order and in any folders, except for the directories in runs.csv. Runs that have not finished are
-    counted in their rows and listed, but excluded from the statistics. The report also lists `planned` runs that have not
-    started, missing seeds, and published rows without a run. Runs with a record that is damaged or was not written by a run are
-    excluded and listed with the problem.
+    byte-identical files, regardless of their order and their folders, except for the directories in runs.csv. Runs that have not
+    finished are counted in their rows and listed, but excluded from the statistics. The report also lists `planned` runs that
+    have not started, missing seeds, and published rows without a run. Runs with a record that is damaged or was not written by a
+    run are excluded and listed with the problem.
 
     Args:
         run_dirs: the runs' directories, with or without records.
@@ -242,7 +242,7 @@ def write_report(
 
 
 class _Gaps(NamedTuple):
-    """Lines about the gaps in a report."""
+    """The lines that describe the gaps in a report."""
 
     excluded: list[str]
     unfinished: list[str]
@@ -263,7 +263,7 @@ def _gaps(records: _Records, planned: Sequence[PlannedRun]) -> _Gaps:
 
 
 def _notes(gaps: _Gaps) -> list[str]:
-    """Lines for the terminal; if many runs have not started, only the first ones are listed."""
+    """The lines to print on the terminal; if many runs have not started, only the first ones are listed."""
     not_started = gaps.not_started
     if len(not_started) > MAX_SHOWN:
         not_started = [*not_started[: MAX_SHOWN - 1], f"{len(not_started) - MAX_SHOWN + 1} more runs not started"]
@@ -273,8 +273,8 @@ def _notes(gaps: _Gaps) -> list[str]:
 
 
 class _Records(NamedTuple):
-    """The runs in order, records that cannot be used, directories whose run cannot be identified, and directories without a
-    record."""
+    """The runs in the order of the report, the errors of unusable records, the directories with an unidentified run, and the
+    directories without a record."""
 
     runs: list[Run]
     errors: list[RecordError]
@@ -282,7 +282,7 @@ class _Records(NamedTuple):
     missing: list[Path]
 
     def only(self, directories: Iterable[Path]) -> _Records:
-        """The records of these directories."""
+        """Only the records of the given directories."""
         wanted = {resolved(Path(directory)) for directory in directories}
         return _Records(
             [run for run in self.runs if resolved(run.directory) in wanted],
@@ -327,7 +327,7 @@ def _read(directories: list[Path]) -> _Records:
     if not runs:
         raise DataError(f"nothing to report: no {RESULT} in {', '.join(map(str, directories)) or 'an empty list of runs'}")
     ordered = in_order(with_data_hash(runs))
-    # Every part of the report, whichever runs it covers, shows these labels.
+    # All parts of the report use these labels, even those that cover only some of the runs.
     labels = group_labels(group_runs(ordered))
     ordered = [dataclasses.replace(run, result=run.result | {"label": labels[run.row]}) for run in ordered]
     return _Records(ordered, errors, unidentified, missing)
@@ -349,7 +349,7 @@ def _sections(tables: Iterable[Table]) -> list[str]:
 
 
 def _link(picture: Picture) -> str:
-    """The figure in Markdown: shown in the first format that can be displayed, with links to its other files."""
+    """Markdown that shows a figure in the first format that can be displayed, and links to its other files."""
     shown, *others = sorted(picture.paths, key=lambda path: path.suffix == ".pdf")
     links = [f"[{path.name}]({path.name})" for path in others]
     return " ".join([f"{'!' * (shown.suffix != '.pdf')}[{shown.stem}]({shown.name})", *links])

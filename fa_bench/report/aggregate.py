@@ -32,11 +32,11 @@ as in rliable (Agarwal et al. 2021). If a rule has several rows in a task, the o
 
 
 def over_tasks(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str]]:
-    """One row per rule with finished runs in every task: statistics over the test accuracies (%) of all tasks and seeds.
+    """Statistics over the test accuracies (%) of all tasks and seeds, with one row per rule that has finished runs in every task.
 
     Returns:
-        The table, and a line for each task that was excluded because its score is not an accuracy, and for each rule that was
-        excluded because it lacks a task.
+        The table, and a line for each exclusion: a task is excluded if its score is not an accuracy, and a rule if it lacks a
+        finished run in some task.
     """
     groups = group_runs(runs)
     labels, left_out = group_labels(groups), []

@@ -32,7 +32,7 @@ docs/faeval.md explains the alarms.
 
 
 def declared_alarms() -> dict[str, Alarm]:
-    """{quantity: its threshold} for all metrics and probes, in the order of their names."""
+    """A map {quantity: alarm} with the thresholds that all metrics and probes declare, in the order of their names."""
     components: tuple[Mapping[str, Any], ...] = (METRICS, PROBES)
     return {name: alarm for registry in components for cls in registry.values() for name, alarm in cls.alarms.items()}
 
@@ -45,8 +45,8 @@ def alarms(runs: Sequence[Run], reference: str) -> tuple[pd.DataFrame, str]:
         reference: how the rows of floors are chosen, see `references.References`.
 
     Returns:
-        A table with the columns `ALARM_COLUMNS` and one row per group, quantity and layer with an alarm; and an explanation,
-        which says so if there was no alarm, and is empty if there was nothing to check.
+        A table with the columns `ALARM_COLUMNS` and one row per group, quantity and layer with an alarm, and an explanation. The
+        explanation says so if there was no alarm, and is empty if there was nothing to check.
     """
     groups = group_runs(runs)
     references = References(groups, reference)

@@ -1,4 +1,4 @@
-"""The best setting of each rule, chosen by the primary validation score among the values that were tried for some keys."""
+"""Choose the best setting of each rule by the primary validation score, among the values that were tried for some keys."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ UNSET = "-"
 
 
 class Chosen(NamedTuple):
-    """The choice for a rule and its remaining setting.
+    """The values chosen for a rule and its remaining setting.
 
-    `values` are the chosen values of the keys, as text; `tried` is the number of values that have any run, and `note` contains
-    remarks on the choice.
+    `values` are the chosen values of the keys, as text. `tried` is the number of values that have at least one run, and `note`
+    contains remarks on the choice.
     """
 
     values: str
@@ -48,8 +48,8 @@ class Chosen(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The runs with the chosen settings; the choices, by row; warnings about rules and settings for which nothing could be chosen
-    and about unequal budgets; and a table with one row for each value that was tried."""
+    """The runs with the chosen settings, the choices by row, warnings, and a table with one row for each value that was tried.
+    Warnings are about rules and settings for which nothing could be chosen, and about unequal budgets."""
 
     runs: list[Run]
     chosen: dict[str, Chosen]
@@ -58,7 +58,7 @@ class Best(NamedTuple):
 
 
 def parse_keys(text: str) -> list[str]:
-    """The keys of ``--best optimizer.lr,optimizer.weight_decay``, each once."""
+    """The distinct keys in the value of ``--best``, such as ``optimizer.lr,optimizer.weight_decay``."""
     return list(dict.fromkeys(word for part in text.split(",") if (word := part.strip())))
 
 
@@ -66,9 +66,9 @@ def choose_best(runs: Sequence[Run], keys: Sequence[str]) -> Best:
     """Choose the values of `keys` for each rule and remaining setting.
 
     The remaining setting consists of the other keys in which the rule's configs differ, the task, and the versions of code and
-    data. The value with the best primary validation score (last epoch, mean over the finished runs) is chosen; if several are
-    equally good, the smallest of them. A value with a run that diverged counts as tried but is never chosen. A value without that
-    score is chosen only if it is the only one.
+    data. The value with the best primary validation score (last epoch, mean over the finished runs) is chosen; ties go to the
+    smallest value. A value with a run that diverged counts as tried but is never chosen. A value without a validation score is
+    chosen only if no other value was tried.
 
     Args:
         runs: runs in the order of the report.
@@ -104,7 +104,7 @@ def choose_best(runs: Sequence[Run], keys: Sequence[str]) -> Best:
 
 
 def _swept_keys(groups: Groups) -> dict[str, list[str]]:
-    """{rule: the keys in which the rule's configs differ}."""
+    """A map from each rule to the keys in which its configs differ."""
     configs: dict[str, list[Mapping[str, Any]]] = {}
     for members in groups.values():
         configs.setdefault(members[0].result["algorithm"], []).append(members[0].config)
@@ -135,7 +135,7 @@ def _check(keys: Sequence[str], swept: Mapping[str, Sequence[str]], groups: Grou
 
 
 def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str]]) -> list[dict[str, Sequence[Run]]]:
-    """The groups of a task by rule and remaining setting; within each of these, the smallest values come first."""
+    """The groups of a task, split by rule and remaining setting; in each part, groups with smaller values come first."""
     cells: dict[str, dict[str, Sequence[Run]]] = {}
     for group, members in groups.items():
         run = members[0]
@@ -150,7 +150,8 @@ def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str
 
 
 def _choose(cell: Groups, merits: Mapping[str, float]) -> str | None:
-    """The first group with the best validation score; a single group with a finished run is chosen even without a score."""
+    """Choose the first group with the best validation score; a single group with a finished run is chosen even without a
+    score."""
     if len(cell) == 1:
         ((group, members),) = cell.items()
         diverged = any(run.result["status"] == DIVERGED for run in members)
@@ -190,7 +191,7 @@ def _nothing_chosen(cell: Groups, keys: Sequence[str], title: str) -> str:
 
 
 def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
-    """Remarks on a choice: a value at an edge of the range tried, values that diverged, unequal numbers of seeds."""
+    """Remarks on a choice: a value at the edge of the range that was tried, values that diverged, or unequal numbers of seeds."""
     remarks = []
     for key in keys:
         tried = sorted({value for members in cell.values() if is_number(value := members[0].config.get(key))})
@@ -212,7 +213,7 @@ def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
 
 
 def _budgets(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, dict[str, int]]:
-    """The numbers of values, seeds and epochs of each group: {quantity: {group: number}}."""
+    """The numbers of values, seeds and epochs of each group, as {quantity: {group: number}}."""
     return {
         "values": {group: chosen[group].tried for group in groups},
         "seeds": {group: len(finished_by_seed(members)) for group, members in groups.items()},
@@ -221,7 +222,7 @@ def _budgets(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, dict[str
 
 
 def _budget_notes(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, str]:
-    """A note for each row of a task whose rows had unequal budgets: its own budget and those of the others."""
+    """A note for each row of a task with unequal budgets, which states the row's budget and those of the other rows."""
     notes: dict[str, list[str]] = {}
     for what, counts in _budgets(groups, chosen).items():
         if len(set(counts.values())) > 1:
@@ -237,7 +238,7 @@ def _others(counts: Mapping[str, int], group: str) -> str:
 
 
 def _unequal(title: str, groups: Groups, chosen: Mapping[str, Chosen], labels: Mapping[str, str], keys: Sequence[str]) -> str:
-    """A line on the unequal budgets of the compared rows of a task; empty if the budgets are equal."""
+    """A line about unequal budgets among the compared rows of a task; empty if the budgets are equal."""
     parts = []
     for what, counts in _budgets(groups, chosen).items():
         if len(set(counts.values())) > 1:
@@ -250,6 +251,6 @@ def _unequal(title: str, groups: Groups, chosen: Mapping[str, Chosen], labels: M
 
 
 def abridged(items: Iterable[str], most: int = 6) -> str:
-    """The items as text; if there are many, only the first ones and the number of the others."""
+    """The items as text; a long list is shortened to its first items and the number of the others."""
     items = list(items)
     return names(items if len(items) <= most else [*items[: most - 1], f"{len(items) - most + 1} more"])

@@ -1,4 +1,4 @@
-"""The columns of the comparison table: how each is shown."""
+"""The columns of the comparison table, with their titles and formats."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from fa_bench.report.groups import FLOOR
 
 
 class Column(NamedTuple):
-    """How a column is shown: its title with the unit, and a number format, None for text.
+    """How to show a column: its title with the unit, and its number format (None for text).
 
-    `timing`: whether its values are measured and differ when the same runs are repeated, like seconds, memory and energy.
-    `of`: the title of the column whose spread this one shows, if any: the titles of such columns are not unique.
+    `timing`: whether the values are measurements, such as seconds, memory and energy, which differ when the same runs are
+    repeated. `of`: for a column that shows the spread of another one, the title of that column, because titles such as "std" are
+    not unique.
     """
 
     title: str
@@ -28,7 +29,7 @@ class Column(NamedTuple):
 
 
 def metric_columns(metrics: Mapping[str, type[Metric]]) -> dict[str, Column]:
-    """The columns of the alignment metrics that have one."""
+    """The table columns for those alignment metrics that have a column."""
     return {
         name: Column(f"{metric.title} ({metric.unit})" if metric.unit else metric.title, ".1f" if metric.unit else ".2f")
         for name, metric in metrics.items()
@@ -47,7 +48,7 @@ def _statistics_columns(name: str, title: str, form: str) -> dict[str, Column]:
 
 
 def score_columns(score: Score) -> dict[str, Column]:
-    """The columns of a primary score."""
+    """The table columns for a primary score."""
     unit = f" ({score.unit})" if score.unit else ""
     titles = {
         f"val_{score.name}": f"validation {score.title}",
@@ -62,7 +63,7 @@ def score_columns(score: Score) -> dict[str, Column]:
 
 
 def floor_column(score: Score) -> dict[str, Column]:
-    """The column of the floor's mean of a primary score."""
+    """The table column for the floor's mean of a primary score."""
     return {f"floor_{score.name}": Column(f"floor: {FLOOR}{f' ({score.unit})' if score.unit else ''}", score.format)}
 
 
@@ -107,17 +108,17 @@ COLUMNS = {
     "chosen": Column("chosen"),
     "note": Column("note"),
 }
-#: The columns of the table of values tried by `best.choose_best`, in addition to those of the keys.
+#: The columns in the table of the values that were tried for `best.choose_best`, in addition to those of the keys.
 TRIED_COLUMNS = {"task": Column("task"), **{name: COLUMNS[name] for name in ("label", "n", "status", "val_accuracy", "chosen")}}
 #: The columns of differences, in the unit of the row's score.
 _DIFFERENCES = ("bp_difference", "bp_difference_ci95", "bp_difference_low", "bp_difference_high")
-#: The columns that differ between two sweeps of the same runs; the rest of a report does not.
+#: The columns that differ between two sweeps of the same runs; everything else in a report is identical.
 TIMINGS = [name for name, column in COLUMNS.items() if column.timing]
 
 
 def columns_of(frame: pd.DataFrame) -> dict[str, Column]:
-    """How the frame's columns are shown, in its order: those in `COLUMNS`, settings in which rules differ, and the alignment
-    metrics of plugins."""
+    """How to show the frame's columns, in their order. These are the columns in `COLUMNS`, settings in which rules differ, and
+    alignment metrics of plugins."""
     added = metric_columns(declared(name for name in frame.attrs.get("metrics", ()) if name not in COLUMNS))
     added |= {key: Column(key) for key in frame.attrs.get("settings", ())}
     scores = primary_scores(frame)

@@ -1,4 +1,4 @@
-"""The cost of rows in a report: predicted per training step, and measured."""
+"""The cost of rows in a report, both predicted per training step and measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fa_bench.report.groups import CONTROL, finished_by_seed, task_key
 from fa_bench.report.numbers import known, mean, number
 from fa_bench.report.runs import Run
 
-#: Columns of a predicted cost: title and format.
+#: The titles and formats of the columns of predicted costs.
 PREDICTED = {
     "multiplications": ("multiplications a step", ".3g"),
     "multiplications_ratio": ("of bp's (predicted)", ".2f"),
@@ -20,7 +20,7 @@ PREDICTED = {
     "predicted_memory": ("peak memory (bytes, predicted)", ".3g"),
     "predicted_memory_ratio": ("of bp's (predicted)", ".2f"),
 }
-#: Columns of a measured cost: title and format.
+#: The titles and formats of the columns of measured costs.
 MEASURED = {
     "seconds_per_step": ("seconds per step", ".3g"),
     "time_ratio": ("of bp's (measured)", ".2f"),
@@ -28,7 +28,7 @@ MEASURED = {
     "energy_wh": ("energy (Wh)", ".3g"),
     "energy_counters": ("energy of", None),
 }
-#: Columns that a report has only if some run recorded its energy.
+#: The columns that a report has only if some run recorded its energy.
 ENERGY = ("energy_wh", "energy_counters")
 LEGEND = """\
 Predicted from shapes for one step in single precision, not compiled: multiplications in matrix products and convolutions; bytes
@@ -66,7 +66,7 @@ class Costs:
         self._reference = {setting: _median(seconds) for setting, seconds in times.items()}
 
     def of(self, members: Sequence[Run]) -> dict[str, Any]:
-        """The columns of a row; NaN, or empty text, for values that its finished runs did not record."""
+        """The cost columns of a row; values that its finished runs did not record are NaN or empty text."""
         finished = list(finished_by_seed(members).values())
         predicted = next((cost for run in finished if (cost := run.result.get("cost"))), {})
         reference = predicted.get("bp") or {}
@@ -79,7 +79,7 @@ class Costs:
             **ratios,
             "seconds_per_step": seconds,
             "time_ratio": _ratio(seconds, self._reference.get(_setting(members[0]), math.nan)),
-            # Runs on a CPU are left out: they record the peak of the whole process, including all earlier runs.
+            # Runs on a CPU are excluded, because they record the peak of the whole process, including all earlier runs.
             "peak_memory": mean(
                 run.result.get("peak_memory_bytes") for run in finished if (run.result.get("device") or "").startswith("cuda")
             ),
@@ -88,12 +88,12 @@ class Costs:
         }
 
 
-#: The entry of a result for each predicted column.
+#: For each predicted column, the key of its value in the cost record of a result.
 _PREDICTIONS = {"multiplications": "multiplications", "bytes_moved": "bytes_moved", "predicted_memory": "peak_memory"}
 
 
 def _setting(run: Run) -> Any:
-    """A key that is equal for runs whose times can be compared."""
+    """A key that is equal for runs with comparable times."""
     return task_key(run), run.result.get("device"), *(str(run.config.get(key, run.result.get(key))) for key in _EXECUTION)
 
 

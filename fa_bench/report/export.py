@@ -1,4 +1,4 @@
-"""The rows of a report for other programs: LaTeX, JSON, and a table with one row per run."""
+"""The rows of a report for other programs, as LaTeX, as JSON, and as a table with one row per run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fa_bench.report.states import reason
 from fa_bench.report.text import with_std
 from fa_bench.utils.files import resolved
 
-#: Characters with a special meaning in LaTeX; [ and * have one only after the end of a row.
+#: The characters with a special meaning in LaTeX; [ and * are special only after the end of a row.
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -40,19 +40,20 @@ _LATEX = {
 }
 _ACCURACIES = ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_at_best_val")
 _LOSSES = ("train_loss", "val_loss", "test_loss")
-#: Columns of `runs_table` that have measured seconds.
+#: The columns of `runs_table` that contain measured seconds.
 RUN_TIMINGS = ["seconds", "seconds_per_epoch"]
 
 
 def escape_latex(text: str) -> str:
-    """Arbitrary text that LaTeX prints literally, in any encoding: characters beyond ASCII become ``U+00E9``."""
+    """Escape arbitrary text so that LaTeX prints it literally in any encoding; a character beyond ASCII becomes its code, such as
+    ``U+00E9``."""
     escaped = "".join(_LATEX.get(char, char if char.isascii() else f"U+{ord(char):04X}") for char in printable(text))
     return re.sub("-(?=-)", "-{}", escaped)  # two hyphens would become a dash
 
 
 def to_latex(frame: pd.DataFrame) -> str:
-    """The main columns as a LaTeX tabular for the package booktabs, with plain ASCII text; columns that are blank in every row
-    are omitted.
+    """The main columns as a LaTeX tabular in plain ASCII text, which requires the package booktabs; columns that are blank in
+    every row are omitted.
 
     Args:
         frame: from `table.summarise`.
@@ -117,7 +118,7 @@ def _difference(row: Mapping[Any, Any]) -> str:
 
 
 def to_json(frame: pd.DataFrame) -> str:
-    """The rows as a list of objects with typed values: numbers, booleans, text, and lists of seeds; null for blank cells."""
+    """The rows as a JSON list of objects with typed values: numbers, booleans, text, and lists of seeds. Blank cells are null."""
     counts = {name for name, column in COLUMNS.items() if column.format == ".0f"}
     rows = [{name: _plain(row[name], name in counts) for name in frame} for row in frame.to_dict("records")]
     for row in rows:
@@ -145,11 +146,12 @@ def _score_keys(run: Run) -> list[str]:
 
 
 def runs_table(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
-    """One row per run, in the given order, finished or not.
+    """A table with one row per run, finished or not, in the given order.
 
-    Columns: the directory relative to `folder`, the label, status and seed, a column for each key in which the configs differ,
-    scores (accuracies in %) and losses of the last epoch, the means over layers of the alignment metrics, epochs, seconds of
-    training, and hashes. `reason` says why a run did not finish. Values that a run did not record are blank.
+    The first columns are the directory relative to `folder`, the label, the status, the seed, and each key in which the configs
+    differ. They are followed by the scores (accuracies in %) and losses of the last epoch, the means over layers of the alignment
+    metrics, the epochs, the seconds of training, and hashes. `reason` says why a run did not finish. Values that a run did not
+    record are blank.
     """
     labels = group_labels(group_runs(runs))
     names = ("algorithm", "architecture", "dataset", "optimizer", "experiment")

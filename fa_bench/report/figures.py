@@ -48,11 +48,12 @@ from fa_bench.report.quantities import (
 from fa_bench.report.runs import Run, metrics_of
 from fa_bench.report.settings import DENSITY, setting_figure
 
-#: Panels per row if there is a panel for each layer or rule.
+#: The number of panels per row if there is a panel for each layer or rule.
 COLUMNS = 4
-#: Maximum number of lines in a panel, and of settings of one rule among them; beyond these, each rule has its own panel.
+#: The maximum number of lines in a panel, and the maximum number of settings of one rule among them. If either is exceeded, each
+#: rule has its own panel.
 MAX_GROUPS, MAX_SETTINGS = 12, 4
-#: Maximum number of settings in a legend that all panels share; if the rules have more, each panel has its own legend.
+#: The maximum number of settings in a legend that all panels share. If there are more settings, each panel has its own legend.
 MAX_SHARED = 10
 BEST = "Each rule at its best setting by the validation score (last epoch); all settings are in the figures of curves."
 
@@ -72,10 +73,11 @@ def write_figures(
     selection: Selection = Selection(),  # noqa: B008
     swept: Sequence[Run] | None = None,
 ) -> list[Picture]:
-    """Write every figure that `selection` asks for and the runs have data for; the overview, `name`.png, comes first.
+    """Write every figure that `selection` includes and for which the runs have data; the overview, `name`.png, comes first.
 
-    The overview has all tasks (`groups.tasks`). Each task has its own figures of curves and layers; if there are several tasks,
-    the names of these files include the task. Final values against settings are those of `swept`, by default all `runs`.
+    The overview shows all tasks (see `groups.tasks`). Each task has its own figures of curves and layers; if there are several
+    tasks, the names of these files include the task. The figures of final values against settings show the runs in `swept`, by
+    default all `runs`.
 
     Raises:
         DataError: a part of the selection does not exist in the runs.
@@ -92,7 +94,7 @@ def write_figures(
 
 
 def report_figures(runs: Sequence[Run], selection: Selection, swept: Sequence[Run]) -> Iterator[tuple[str, str, Figure]]:
-    """(end of the file name, title, figure) of every figure of a report; the overview comes first, with an empty end."""
+    """Yield (end of the file name, title, figure) for every figure of a report; the overview comes first and has an empty end."""
     by_task, metrics = tasks(group_runs(runs)), metrics_of(runs)
     only = quantity(selection.metric, metrics, scores_in(runs)) if selection.metric else None
     x = selection.position
@@ -131,7 +133,7 @@ def task_figures(
 
 
 def curve_parts(title: str, groups: Groups, only: Quantity | None, x: str) -> list[Part]:
-    """The curves of a task: for a small one, all scores and losses side by side; for a large one, a part for each."""
+    """The curves of a task: a small task has all scores and losses side by side, and a large one has a part for each of them."""
     scores = _ordered_scores(runs_of(groups))
     curves = (
         [only]
@@ -148,13 +150,13 @@ def curve_parts(title: str, groups: Groups, only: Quantity | None, x: str) -> li
 
 
 def _ordered_scores(runs: Sequence[Run]) -> list[Score]:
-    """The scores of a task's runs, the primary one first."""
+    """The scores of a task's runs, with the primary one first."""
     first = primary(runs)
     return [first, *(score for score in scores_in(runs) if score.name != first.name)]
 
 
 def overview_quantities(metrics: Mapping[str, type[Metric]], first: Score = ACCURACY) -> list[Quantity]:
-    """The primary score of the test samples, and the mean over layers of every angle that has a column in tables."""
+    """The primary test score, and the mean over layers of every angle that has a column in tables."""
     return [
         scalar(f"test_{first.name}", [first]),
         *(layer_mean(name, metric) for name, metric in metrics.items() if metric.column and metric.unit == "°"),
@@ -164,8 +166,8 @@ def overview_quantities(metrics: Mapping[str, type[Metric]], first: Score = ACCU
 def overview(
     by_task: Mapping[str, Groups], quantities: Sequence[Quantity] | None, metrics: Mapping[str, type[Metric]], x: str
 ) -> Figure:
-    """All tasks below each other, with a panel for each quantity (None: `overview_quantities`); for large sweeps, each rule's
-    best setting is shown."""
+    """A figure of all tasks below each other, with a panel for each quantity (None: `overview_quantities`). For large sweeps, it
+    shows the best setting of each rule."""
     parts = []
     for title, groups in by_task.items():
         shown = quantities or overview_quantities(metrics, primary(runs_of(groups)))
@@ -174,15 +176,15 @@ def overview(
 
 
 def layers_parts(title: str, groups: Groups, name: str, x: str) -> list[Part]:
-    """An alignment metric, with a panel for each layer; for large sweeps, each rule's best setting is shown. Empty if there are
-    no values."""
+    """The part of a figure that shows an alignment metric, with a panel for each layer. For large sweeps, it shows the best
+    setting of each rule. The list is empty if there are no values."""
     layers = layer_quantities(groups, name)
     columns = min(COLUMNS, len(layers))
     return [lines_part(title, _chosen(groups), layers, x, columns, group_labels(groups))] if layers else []
 
 
 def layer_quantities(groups: Groups, name: str) -> list[Quantity]:
-    """The metric in every layer for which some run has a value, in the order of execution."""
+    """The metric `name` in every layer for which some run has a value, in the order of execution."""
     runs = [run for members in groups.values() for run in members]
     layers: dict[str, bool] = {}
     for run in runs:
@@ -203,12 +205,13 @@ def has_data(groups: Groups, of: Quantity) -> bool:
 
 
 def is_large(groups: Groups) -> bool:
-    """Whether one panel cannot show a line for each group."""
+    """Whether there are too many groups to show a line for each of them in one panel."""
     return len(groups) > MAX_GROUPS or any(len(members) > MAX_SETTINGS for members in by_rule(groups).values())
 
 
 def _chosen(groups: Groups) -> Groups:
-    """The groups; for a large sweep, only each rule's best one, or all if no validation score is known."""
+    """The groups to show: all of them or, for a large sweep, the best one of each rule. If no validation score of a rule is
+    known, all its groups are shown."""
     if not is_large(groups):
         return groups
     chosen: dict[str, Sequence[Run]] = {}
@@ -218,7 +221,8 @@ def _chosen(groups: Groups) -> Groups:
 
 
 def _settings(groups: Groups) -> dict[str, str]:
-    """{group: its values of the keys that some rule sweeps}, or the rest of its label if these do not distinguish the groups."""
+    """For each group, the values of the keys that some rule sweeps, or the rest of its label if these values do not distinguish
+    the groups."""
     keys, labels, settings = swept_keys(groups), group_labels(groups), {}
     for rule, members in by_rule(groups).items():
         texts = {group: label("", runs[0].config, keys).strip() for group, runs in members.items()}
@@ -233,7 +237,8 @@ def _settings(groups: Groups) -> dict[str, str]:
 def lines_part(
     title: str, groups: Groups, quantities: Sequence[Quantity], x: str, columns: int, labels: Mapping[str, str] | None = None
 ) -> Part:
-    """A panel for each quantity, with a line for each group: its rule's colour and marker, and a line style for its setting."""
+    """A part with a panel for each quantity and a line for each group. The rule determines the colour and marker of a line, and
+    the setting determines its line style."""
     rules, labels, settings = by_rule(groups), labels or group_labels(groups), _settings(groups)
     shared = sorted(set(settings.values()), key=natural_key)
     are_several = any(len(members) > 1 for members in rules.values())
@@ -255,7 +260,8 @@ def lines_part(
 
 
 def rules_part(title: str, groups: Groups, of: Quantity, x: str) -> Part:
-    """A panel for each rule with a line for each of its settings, and the best of the control and the floor as references."""
+    """A part with a panel for each rule, which has a line for each of its settings. The best settings of the control and the
+    floor are shown as references."""
     settings, rules = _settings(groups), by_rule(groups)
     shared = sorted(set(settings.values()), key=natural_key)
     references = {
@@ -285,7 +291,7 @@ def rules_part(title: str, groups: Groups, of: Quantity, x: str) -> Part:
 
 
 def _slug(title: str) -> str:
-    """A title as part of a file name, with at most 100 characters."""
+    """Convert a title to a part of a file name, with at most 100 characters."""
     words = re.sub(r"[^A-Za-z0-9._]+", "-", title).strip("-")
     return words if len(words) <= 100 else f"{words[:91]}-{_digest(title)}"
 

@@ -16,7 +16,7 @@ from fa_bench.errors import OutputError, RunDirectoryError
 from fa_bench.utils.files import check_lock, check_temporary, output_errors, write_text
 from fa_bench.utils.locks import PATIENCE, locked
 
-#: How the names of a report's files begin, and the files that every report has or may have.
+#: The prefix of the names of a report's files, and the files that a report may have in addition to its figures.
 NAME = "report"
 MARKDOWN, PAGE, RUNS = f"{NAME}.md", f"{NAME}.html", "runs.csv"
 _COMMON_FILES = (
@@ -28,7 +28,8 @@ _COMMON_FILES = (
         for end in (".csv", ".json", ".tex", "_layers.csv", "_published.csv", "_tried.csv", "_aggregate.csv", ".png")
     ),
 )
-#: The file with the record: the names of the files that reports wrote in its folder. Without it, the links in report.md are used.
+#: The file that records the names of the files that reports wrote to its folder. If this file does not exist, the links in
+#: report.md are used instead.
 RECORD, LOCK = f".{NAME}.json", f".{NAME}.lock"
 _FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|html|csv|png|svg|pdf|json|tex)|{re.escape(RUNS)}")
 _FIRST_LINE = "# Report\n"
@@ -36,7 +37,7 @@ _FIRST_LINE = "# Report\n"
 
 @contextmanager
 def report_lock(folder: Path) -> Iterator[None]:
-    """Within the block, `folder` exists, and this is the only process that writes a report into it.
+    """Create `folder` if necessary and lock it, so that within the block no other process writes a report into it.
 
     Raises:
         RunDirectoryError: another process is writing a report there.
@@ -60,7 +61,7 @@ def report_lock(folder: Path) -> Iterator[None]:
 
 
 def recorded_files(folder: Path) -> set[str]:
-    """The names of the files in `folder` that reports wrote there.
+    """The names of the files that reports wrote to `folder`.
 
     Raises:
         RunDirectoryError: the file with the record's name is not a record.
@@ -78,7 +79,7 @@ def recorded_files(folder: Path) -> set[str]:
 
 
 def covered_directories(folder: Path) -> list[Path]:
-    """The run directories of the report in `folder` that still exist, according to its runs.csv; empty without a report."""
+    """The existing run directories that the report in `folder` covers, according to its runs.csv; empty if there is no report."""
     try:
         if RUNS not in recorded_files(folder) or (folder / RUNS).is_symlink():
             return []
@@ -134,7 +135,7 @@ def check_file(path: Path, names: set[str]) -> None:
 
 
 def _linked_files(markdown: Path) -> set[str]:
-    """report.md and the tables and figures that it links to, as written by versions that kept no record."""
+    """The names of report.md and of the tables and figures that it links to, for reports by versions that kept no record."""
     if markdown.is_symlink() or not markdown.is_file():
         return set()
     text = markdown.read_text(encoding="utf-8", errors="replace")

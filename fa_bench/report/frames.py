@@ -14,7 +14,7 @@ from fa_bench.runs.checked_json import RecordError
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Keys of a result that become columns; the others are hashes, versions and nested records.
+#: The keys of a result that become columns.
 _COLUMNS = (
     "status",
     "label",
@@ -38,7 +38,7 @@ _COLUMNS = (
     "weights_hash",
     "device",
 )
-#: Columns that have a numeric type even if no run has recorded a value for them.
+#: The columns that have a numeric type even if no run has recorded a value for them.
 _NUMBERS = (
     "test_accuracy",
     "test_accuracy_at_best_val",
@@ -53,12 +53,12 @@ _NUMBERS = (
     "lr",
     "value",
 )
-#: Columns of the frame of measurements.
+#: The columns of a frame of measurements.
 _MEASURED = ("directory", "label", "seed", "step", "epoch", "metric", "layer", "value")
 
 
 def load_results(*runs: Runs, curves: bool = False, angles: bool = False) -> pd.DataFrame:
-    """Runs as a data frame.
+    """Load runs into a data frame.
 
     Args:
         *runs: directories with runs, or runs, as `fa_bench.run` returns them; each run is counted once.
@@ -111,7 +111,8 @@ def load_results(*runs: Runs, curves: bool = False, angles: bool = False) -> pd.
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with a numeric type for every column that has only numbers and blanks, and for those that always are numbers."""
+    """Give a numeric type to every column that has only numbers and blanks. The columns in `_NUMBERS` get one even if they are
+    blank."""
     for name, column in frame.items():
         present = column.dropna()
         are_numbers = all(map(is_number, present))

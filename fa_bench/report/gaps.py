@@ -1,4 +1,4 @@
-"""Gaps in a report: runs that have not finished or started, seeds that only some rows have, published rows without a run."""
+"""The gaps in a report: runs that have not finished or started, missing seeds, and published rows without a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from fa_bench.utils.files import METRICS, RESULT, resolved
 
 
 def unfinished_runs(runs: Sequence[Run]) -> list[str]:
-    """A line for each run that has not finished (stopped, diverged, failed, ...): the epochs it completed, and the reason."""
+    """A line for each run that has not finished (stopped, diverged, failed, ...), with the number of completed epochs and the
+    reason."""
     labels = group_labels(group_runs(runs))
     return [
         f"{labels[run.row]} seed {run.result['seed']}: {describe_status(run)}"
@@ -27,7 +28,7 @@ def unfinished_runs(runs: Sequence[Run]) -> list[str]:
 
 
 def unidentified_run(directory: Path) -> str:
-    """A line for a directory with records of epochs, but neither a result nor a config."""
+    """A line for a directory that has records of epochs but neither a result nor a config."""
     metrics = read_metrics(directory / METRICS)
     return f"no {RESULT}, {metrics[-1]['epoch'] if metrics else 0} epochs done ({short_path(directory)})"
 
@@ -42,7 +43,7 @@ def runs_not_started(directories: Iterable[Path], planned: Iterable[PlannedRun])
 
 
 def missing_seeds(runs: Sequence[Run], planned: Iterable[PlannedRun]) -> list[str]:
-    """A line for each row that lacks a finished run of a seed that a sweep announced for it.
+    """A line for each row that lacks a finished run for a seed that a sweep announced.
 
     The runs announced for a row are those in the row's own directories, and those in neighbouring directories without a record.
     """

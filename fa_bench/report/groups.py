@@ -1,4 +1,4 @@
-"""Groups of runs that differ only in the seed, tasks of groups that can be compared, and the order of both in reports."""
+"""Groups of runs that differ only in the seed, tasks with comparable groups, and the order of both in reports."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fa_bench.report.numbers import mean
 from fa_bench.report.runs import FINISHED, VERSIONS, Run
 from fa_bench.report.states import DIVERGED
 
-#: The control, and the floor that every row is compared with.
+#: The names of the control and of the floor, with which every row is compared.
 CONTROL, FLOOR = "bp", "frozen"
 Groups = Mapping[str, Sequence[Run]]
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
-    """The runs in an order that depends only on their records, so that a report does not depend on where they are stored.
+    """Sort runs by their records alone, so that a report does not depend on where the runs are stored.
 
-    They are sorted by dataset and architecture, then by rule (the control first, then the floors), label (numbers in it by value)
-    and seed.
+    Runs are sorted by dataset and architecture, then by rule (the control first, then the floors), label (comparing numbers by
+    value) and seed.
     """
     runs = sorted(runs, key=lambda run: (run.row, run.result["seed"], json.dumps(run.result, sort_keys=True)))
     labels = group_labels(group_runs(runs))
@@ -40,30 +40,31 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 
 
 def is_floor(rule: str) -> bool:
-    """Whether the rule declares that it is a floor; False if it is not registered because its plugin is missing."""
+    """Whether the rule declares itself a floor; False if the rule is not registered because its plugin is missing."""
     return rule in ALGORITHMS and ALGORITHMS[rule].is_floor
 
 
 def natural_key(text: str) -> list[Any]:
-    """A sort key that compares numbers in a text by value: words and numbers alternate."""
+    """A sort key that compares the numbers in a text by value; its words and numbers alternate."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", text)
     return [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def value_key(value: Any) -> tuple[int, float, list[Any]]:
-    """A sort key for the values of an option: numbers by value and before text."""
+    """A sort key for the values of an option; numbers come first and are sorted by value."""
     return (0, float(value), []) if is_number(value) else (1, 0.0, natural_key(format_value(value)))
 
 
 def nearest_key(name: str, allowed: Iterable[str]) -> str:
-    """A hint of the form ``; did you mean 'optimizer.lr'?``; it is also given for the short name that labels show, ``lr``."""
+    """A hint such as ``; did you mean 'optimizer.lr'?``, which is also given for the short name in labels, ``lr``."""
     allowed = list(allowed)
     whole = next((key for key in allowed if key.endswith(f".{name}")), None)
     return f"; did you mean '{whole}'?" if whole else nearest(name, allowed)
 
 
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each row (one config without the seed, version of the code, and data), in the order of first appearance."""
+    """The runs of each row, in the order of first appearance. The runs of a row have the same config except for the seed, the
+    same code and the same data."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.row, []).append(run)
@@ -98,9 +99,10 @@ def _duplicates(labels: Mapping[str, str]) -> list[str]:
 
 
 def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
-    """{title: groups} for each task: a dataset and an architecture with their options, and `data_dir` if it determines the data.
+    """The groups of each task, by title. A task consists of a dataset and an architecture with their options, and `data_dir` if
+    it determines the data.
 
-    A title names dataset and architecture, and the options in which tasks with the same names differ.
+    A title names the dataset and the architecture, followed by the options in which tasks with the same names differ.
     """
     by_task: dict[str, dict[str, Sequence[Run]]] = {}
     for group, members in groups.items():
@@ -120,7 +122,7 @@ def task_key(run: Run) -> str:
 
 
 def by_rule(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
-    """{rule: its groups}, in the order of first appearance."""
+    """A map from each rule to its groups, in the order of first appearance."""
     rules: dict[str, dict[str, Sequence[Run]]] = {}
     for group, members in groups.items():
         rules.setdefault(members[0].result["algorithm"], {})[group] = members
@@ -128,7 +130,7 @@ def by_rule(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
 
 
 def swept_keys(groups: Groups) -> list[str]:
-    """The keys, apart from those of the task, in which the configs of groups of the same rule differ."""
+    """The keys in which configs of the same task and rule differ."""
     keys = (
         key
         for part in tasks(groups).values()
@@ -145,17 +147,17 @@ def _task(run: Run) -> dict[str, Any]:
 
 
 def finished_by_seed(runs: Iterable[Run]) -> dict[int, Run]:
-    """The finished run of each seed; if there are several, the last one, because counting a seed twice would understate the
-    spread."""
+    """The finished run of each seed. If a seed has several, only the last one is used, because counting a seed twice would
+    understate the spread."""
     return {run.result["seed"]: run for run in runs if run.finished}
 
 
 def validation_score(members: Iterable[Run]) -> float:
-    """The primary validation score of a group, by which settings are chosen: in the last epoch, mean over the finished runs, in
-    the unit of tables (% for an accuracy).
+    """The primary validation score of a group, by which settings are chosen. It is the mean over the finished runs in the last
+    epoch, in the unit of tables (% for an accuracy).
 
-    Rounded to 10 digits, so that ties do not depend on the order of the seeds. NaN if none is known, or if a run diverged,
-    because otherwise a setting could win by the luck of its other seeds.
+    The score is rounded to 10 digits, so that ties do not depend on the order of the seeds. The score is NaN if it is unknown or
+    if a run diverged, because otherwise a setting could win through lucky seeds.
     """
     members = list(members)
     if any(run.result["status"] == DIVERGED for run in members):
@@ -164,7 +166,7 @@ def validation_score(members: Iterable[Run]) -> float:
 
 
 def validation_merit(members: Sequence[Run]) -> float:
-    """The `validation_score` of a group, negated if smaller scores are better, so that the largest merit is the best."""
+    """The `validation_score` of a group, negated if smaller scores are better, so that larger merits are always better."""
     return members[0].primary.merit(validation_score(members))
 
 

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page with the tables, figures, configs and warnings of a report."""
+"""Write report.html, a self-contained page with the tables, figures, configs and warnings of a report."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _SEEDS = {
     "test": Column("test"),
     "seconds": Column("seconds", ".1f", timing=True),
 }
-#: Columns of numbers that, like text, are not repeated in every row if they are the same in all rows.
+#: The numeric columns that, like text, are shown once above the table if they are the same in all rows.
 _COUNTS = ("epochs", "n", "runs")
 
 
 class Table(NamedTuple):
-    """A table of a report: its title (empty for the summary), rows, the format of its columns, and an explanation."""
+    """A table of a report, with its title (empty for the summary), its rows, the format of its columns, and an explanation."""
 
     title: str
     frame: pd.DataFrame
@@ -48,7 +48,7 @@ class Table(NamedTuple):
 def to_html(
     tables: Iterable[Table], lists: Mapping[str, Sequence[str]], runs: Sequence[Run], pictures: Iterable[Picture], timings: bool
 ) -> str:
-    """The text of the page, which works offline, without other files, on phones, and in light and dark mode. The same runs give a
+    """The HTML of the page, which works offline, without other files, on phones, and in light and dark mode. The same runs give a
     byte-identical page.
 
     Args:
@@ -107,7 +107,8 @@ def _figure(picture: Picture) -> str:
 
 
 def _table(table: Table) -> str:
-    """A section with the columns that are not blank in every row. Text that all rows have in common is shown above the table."""
+    """A section with a table of the columns that are not blank in every row. Text that is the same in all rows is shown above the
+    table."""
     columns: list[tuple[Column, list[str]]] = []
     common: dict[str, str] = {}
     for name, column in table.columns.items():
@@ -144,13 +145,15 @@ def _grid(columns: Sequence[tuple[Column, Sequence[str]]]) -> str:
 
 
 def _spread(column: Column) -> str:
-    """For a column with the spread of another one: attributes that name both, for the pointer and for screen readers."""
+    """For a column that shows the spread of another column, the HTML attributes that name both, as a tooltip and for screen
+    readers."""
     text = _text(f"{column.title} of {column.of}") if column.of else ""
     return f' title="{text}" aria-label="{text}"' if text else ""
 
 
 def _runs(groups: Groups, timings: bool) -> str:
-    """The configs: the common part once, and the rest for each group, with the statuses of its runs."""
+    """A section with the configs: first the options that all runs share, then the other options of each group with the statuses
+    of its runs."""
     configs = {
         group: {key: format_value(value) for key, value in result_options(runs[0].config).items()}
         for group, runs in groups.items()

@@ -1,4 +1,4 @@
-"""Measurements of every layer at the end of training, over the seeds: angles, norm ratios and results of probes."""
+"""Statistics over the seeds for the measurements of every layer at the end of training: angles, norm ratios and probe results."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ differences of accuracies (`readout`, `depth_utility`) are fractions. docs/probe
 
 
 def by_layer(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row per group, quantity and layer: mean, sample std and half the 95 % interval over the finished runs' last values.
+    """One row per group, quantity and layer, with the mean, the sample std and half the 95 % interval of the finished runs' last
+    values.
 
-    Angles are in degrees, probes' accuracies are fractions. A layer without a value has no row.
+    Angles are in degrees, and accuracies of probes are fractions. A layer without a value has no row.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
@@ -51,7 +52,7 @@ def by_layer(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def probe_table(layers: pd.DataFrame, quantities: Iterable[str]) -> tuple[pd.DataFrame, dict[str, Column]]:
-    """One row per group and layer, one column for each of `quantities`; empty if no run has any.
+    """A table with one row per group and layer and one column per quantity; empty if no run measured any of them.
 
     Args:
         layers: a frame from `by_layer`.

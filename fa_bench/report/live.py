@@ -1,4 +1,4 @@
-"""The live view of a sweep: one line per run, updated every few seconds. Nothing is written."""
+"""The live view of a sweep, with one line per run, which is updated every few seconds. Nothing is written."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
-#: State -> its colour on a terminal. The states are in the order in which they are counted, and in which runs are shown if not
-#: all fit.
+#: Maps each state to its colour on a terminal. The order is that in which states are counted, and in which runs are selected if
+#: not all of them fit.
 STATES = {
     RUNNING: "green",
     STALLED: "yellow",
@@ -79,7 +79,7 @@ class Line:
 
 
 class Watcher:
-    """Reads the runs at and below some folders, and those that their sweep.json files announce.
+    """Reads the runs in some folders and their subfolders, and the runs that sweep.json files announce there.
 
     Args:
         folders: existing folders.
@@ -91,9 +91,9 @@ class Watcher:
         self._cache: dict[Path, tuple[Any, Run, str]] = {}
 
     def look(self, now: float) -> list[Line]:
-        """A line for each run: announced ones in the order of their sweeps, then the others sorted by path.
+        """A line for each run. Announced runs come first, in the order of their sweeps, followed by the others, sorted by path.
 
-        `errors` has the sweep.json files that could not be used.
+        Afterwards, `errors` contains an error for each sweep.json file that could not be used.
 
         Args:
             now: the time, in seconds since the epoch.
@@ -119,7 +119,8 @@ class Watcher:
         return [printable(f"excluded: {error}") for error in self.errors]
 
     def _read(self, directory: Path) -> tuple[Run, str]:
-        """The records (an empty result if there is none), and the problem if one is damaged; cached until a file changes."""
+        """The records of a run, with an empty result if there is none, and the problem if a record is damaged. Both are cached
+        until a file changes."""
         stamp = [_stamp(directory / name) for name in (RESULT, METRICS, CONFIG)]
         if directory not in self._cache or self._cache[directory][0] != stamp:
             result: dict[str, Any] = {}
@@ -134,7 +135,7 @@ class Watcher:
                     raise RecordError(directory / METRICS, mismatch)
             except RecordError as error:
                 result, problem = {}, f"{error.path.name}: {error.problem}"
-            # Only the last epoch is needed: the records of a long sweep would fill the memory.
+            # Only the last epoch is kept, because all records of a long sweep would fill the memory.
             self._cache[directory] = stamp, Run(directory, result, metrics[-1:], config), problem
         return self._cache[directory][1:]
 
@@ -159,8 +160,8 @@ def _line(planned: PlannedRun, run: Run, problem: str, now: float) -> Line:
         ended = _modified(directory / METRICS)
         line.since = now - max(ended, started)
         if line.pace and ended > started:
-            # This is only the time since this start, which is too short if earlier starts trained some of the epochs, so it is
-            # raised to at least the training time.
+            # The measured time covers only the current process. It is too short if the run was resumed, so it is raised to at
+            # least the training time.
             line.overhead = max((ended - started) / epoch / line.pace, 1.0)
         quiet = now - max(map(_modified, directory.iterdir()), default=0.0)
         if quiet > (max(QUIET, QUIET_EPOCHS * line.pace * (line.overhead or 1)) if line.pace else FIRST_EPOCH):
@@ -189,7 +190,8 @@ def _modified(path: Path) -> float:
 
 
 def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
-    """Names of runs that no sweep.json lists: rule, the keys in which the rule's runs differ, and seed; otherwise the path."""
+    """Names for the runs that no sweep.json lists. A name consists of the rule, the keys in which its runs differ, and the seed;
+    without a config, it is the path."""
     rules = {path: str(config["algorithm"]) for path, config in configs.items() if "algorithm" in config}
     labels = distinct_labels(rules, configs)
     names = {
@@ -201,8 +203,8 @@ def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
 
 
 def _estimate(lines: Sequence[Line]) -> None:
-    """Fill in the remaining seconds of running and waiting runs; an unknown pace is estimated by the mean over the same row or,
-    failing that, over all runs."""
+    """Fill in the remaining seconds of running and waiting runs. If the pace of a run is unknown, it is estimated by the mean
+    over its row or, failing that, over all runs."""
     overheads = known(line.overhead for line in lines)
     overhead = mean(overheads) if overheads else 1.0
     paces: dict[str | None, list[float]] = {}
@@ -224,8 +226,8 @@ def _row(line: Line) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """The sweep in one line: the number of runs in each state, and the time left if the number of simultaneous runs stays the
-    same."""
+    """A one-line summary of the sweep: the number of runs in each state, and the time left if the number of simultaneous runs
+    stays the same."""
     counts = Counter(line.state for line in lines)
     order = [DONE, *STATES, *sorted(set(counts).difference(STATES))]
     text = f"{len(lines)} run{'s' * (len(lines) > 1)}: " + ", ".join(
@@ -244,7 +246,8 @@ def summary(lines: Sequence[Line]) -> str:
 
 
 def titles(lines: Sequence[Line]) -> tuple[str, ...]:
-    """The titles of the columns; those of the scores name the score, ``val %`` for accuracies, if all lines have the same one."""
+    """The titles of the columns. If all lines have the same score, the titles of the score columns name it, for example ``val %``
+    for accuracies."""
     found = {scores_of(line.metrics)[0] for line in lines if line.metrics} or {ACCURACY}
     first = found.pop()
     name = "" if found else " %" if first == ACCURACY else f" {first.in_unit}"
@@ -252,12 +255,12 @@ def titles(lines: Sequence[Line]) -> tuple[str, ...]:
 
 
 def plain_text(lines: Sequence[Line]) -> list[str]:
-    """The view as plain text: titles, one line per run, and the summary."""
+    """The view as plain text, with titles, one line per run, and the summary."""
     return [*align_columns([titles(lines), *map(_cells, lines)], NUMBERS), summary(lines)]
 
 
 def table(lines: Sequence[Line], width: int, height: int) -> Table:
-    """The view for a terminal.
+    """The live view as a table for a terminal.
 
     Args:
         lines: the runs.
@@ -284,7 +287,7 @@ def table(lines: Sequence[Line], width: int, height: int) -> Table:
         caption=Text("\n".join(footer), no_wrap=True, overflow="ellipsis"),
     )
     for column, title in enumerate(titles(lines)):
-        # Only the column of remarks may shrink.
+        # Only the column with the remarks may shrink.
         view.add_column(title, justify="right" if column in NUMBERS else "left", no_wrap=bool(title), overflow="ellipsis")
     size = max((width - 60) // 2, MIN_NAME)
     for line in shown:

@@ -1,8 +1,8 @@
-"""Mean curves over the seeds of each group of runs, and a table of the groups, for TensorBoard.
+"""Write the mean curves over the seeds of each group of runs, and a table of the groups, for TensorBoard.
 
 TensorBoard shows directories, but the names of run directories do not say what they contain. A sweep's folder therefore has a
-`tensorboard` folder with a directory for each group, named after its rule and settings, which contains one event file. Its
-timestamps are the steps, so the same runs give byte-identical files.
+`tensorboard` folder with a directory for each group, which is named after its rule and settings. Each directory contains one
+event file. The timestamps in the event files are the steps, so the same runs give byte-identical files.
 """
 
 # The classes of protobuf modules are created at import.
@@ -32,11 +32,11 @@ from fa_bench.utils.files import atomic, output_errors, resolved, temporary_name
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-#: The folder of the mean curves, and the names of the directory's files in it: the record of the groups, and a group's curves.
+#: The name of the folder with the mean curves, of the file in it that records the groups, and of the event file of a group.
 FOLDER, RECORD, EVENTS = "tensorboard", ".fa_bench.json", "events.out.tfevents.0000000000.fa_bench.mean"
-#: Maximum number of characters in a directory's name; file systems allow 255 bytes.
+#: The maximum number of characters in a directory's name; file systems allow 255 bytes.
 _MAX_NAME = 120
-#: The characters allowed in these names, which end with the seeds in parentheses.
+#: The characters allowed in the names of directories, which end with the seeds in parentheses.
 _CHARACTERS = r"\w.,=+()\[\]@ -"
 _GROUP_NAME = re.compile(rf"[{_CHARACTERS}]+\)")
 
@@ -75,7 +75,7 @@ def write_mean_curves(run_dirs: Iterable[Path], folder: Path) -> list[str]:
 
 
 def check_mean_curves(folder: Path) -> None:
-    """Refuse, before training, a folder into which mean curves could not be written; raises RunDirectoryError."""
+    """Raise a RunDirectoryError, before training starts, if the mean curves could not be written to this folder."""
     _recorded(folder / FOLDER)
 
 
@@ -86,7 +86,7 @@ def _logs_to_tensorboard(run: Run) -> bool:
 
 # ------------------------------------------------------------------------------------------------ content
 def _groups(runs: Sequence[Run]) -> Iterator[tuple[str, bytes]]:
-    """The name of each group's directory, and the content of its event file."""
+    """Yield the name of each group's directory and the content of its event file."""
     from fa_bench.config.labels import swept_keys
 
     groups = group_runs(runs)
@@ -147,7 +147,7 @@ def _summaries(name: str, runs: Sequence[Run], swept: Mapping[str, bool]) -> Ite
 
 
 def _curves(run: Run) -> Curves:
-    """The run's curves with the tags of its own event file."""
+    """The curves of a run, with the same tags as in the run's own event file."""
     from fa_bench.runs.record import tag_of
 
     curves: Curves = {}
@@ -167,7 +167,8 @@ def _curves(run: Run) -> Curves:
 
 
 def _statistics(curves: Sequence[Curves]) -> Curves:
-    """Means of curves, and sample standard deviations as ``std/TAG``, at the steps that all curves with the tag share."""
+    """The means of curves, and their sample standard deviations as ``std/TAG``, at the steps that all curves with the tag
+    share."""
     tags = list(dict.fromkeys(tag for each in curves for tag in each))
     means: Curves = {}
     for tag in tags:
@@ -182,7 +183,7 @@ def _statistics(curves: Sequence[Curves]) -> Curves:
 
 # ------------------------------------------------------------------------------------------------ files
 def _recorded(folder: Path) -> set[str]:
-    """The names of the groups whose directories fa_bench wrote in `folder`; raises RunDirectoryError if fa_bench did not write
+    """The names of the groups whose directories fa_bench wrote in `folder`; raises a RunDirectoryError if fa_bench did not write
     the folder."""
     record = folder / RECORD
     problem = RunDirectoryError(f"{folder}: not written by fa_bench, which writes its mean curves there; move it elsewhere")
@@ -212,7 +213,8 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
             raise RunDirectoryError(f"{directory}: not written by fa_bench, which would overwrite it; move it elsewhere")
     with output_errors(folder):
         folder.mkdir(exist_ok=True)
-        # Directories are recorded before they exist: after a kill, unrecorded ones would not be recognised.
+        # Directories are recorded before they are created, because unrecorded ones would not be recognised after the process was
+        # killed.
         write_text(folder / RECORD, json.dumps(sorted({*earlier, *contents})) + "\n")
         for name, content in contents.items():
             (folder / name).mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""Statistics over the known values; NaN if there are too few.
+"""Statistics over the known values, which are NaN if there are too few values.
 
-Paired comparisons are over the differences between two rows at the same seeds. Aggregates over tasks follow Agarwal et al. 2021,
-"Deep Reinforcement Learning at the Edge of the Statistical Precipice" (rliable).
+Paired comparisons use the differences between two rows at the same seeds. Aggregates over tasks follow Agarwal et al. 2021, "Deep
+Reinforcement Learning at the Edge of the Statistical Precipice" (rliable).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 CONFIDENCE = 0.95
-#: Minimum number of values for a t interval and a t test: with two, the 95 % interval would be 12.7 standard errors wide on
-#: either side.
+#: The minimum number of values for a t interval and a t test. With two values, the 95 % interval would extend 12.7 standard
+#: errors on either side.
 FEWEST = 3
 #: The number of resamples of a bootstrap interval, and their seed.
 RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
-#: Values whose standard deviation is below this fraction of their size count as equal: the differences are rounding errors.
+#: Differences count as equal if their standard deviation is at most this fraction of the largest value, because they then differ
+#: only by rounding errors.
 ROUNDING = 1e-12
 
 Key = TypeVar("Key", bound=Hashable)
@@ -64,8 +65,8 @@ def value_range(values: Iterable[Any]) -> tuple[float, float]:
 class Paired(NamedTuple):
     """Statistics of differences that are paired by seed.
 
-    `p` is the two-sided p value of the paired t test, `effect` is Cohen's d_z, the mean of the differences over their standard
-    deviation. Both are NaN for fewer than three pairs, and if all differences are equal.
+    `p` is the two-sided p value of the paired t test. `effect` is Cohen's d_z, the mean of the differences divided by their
+    standard deviation. `p` and `effect` are NaN for fewer than three pairs, and if all differences are equal.
     """
 
     mean: float
@@ -78,7 +79,7 @@ class Paired(NamedTuple):
 
 
 def paired(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> Paired:
-    """The differences ours - theirs for the keys (seeds) that both have, in the values' unit."""
+    """Statistics of the differences ours - theirs, in the values' unit, for the keys (seeds) that both maps have."""
     from scipy.special import stdtr
 
     differences = [value - theirs[key] for key, value in ours.items() if key in theirs]
@@ -92,9 +93,10 @@ def paired(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> Paired:
 
 
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
-    """p values with Holm's correction for as many tests as are known; NaN stays NaN.
+    """Correct p values with Holm's method, counting only the known ones as tests; NaN stays NaN.
 
-    The k-th smallest of m (k = 0, 1, ...) is multiplied by m - k; none becomes smaller than one before it, or larger than 1.
+    The k-th smallest of m p values (k = 0, 1, ...) is multiplied by m - k. No result is smaller than the previous one or larger
+    than 1.
     """
     ordered = sorted((p, index, key) for index, (key, p) in enumerate(p_values.items()) if not math.isnan(p))
     corrected, largest = dict(p_values), 0.0
@@ -105,7 +107,8 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
 
 
 def interquartile_mean(values: Iterable[Any]) -> float:
-    """The mean of the known values without the lowest and the highest quarter of them (rounded down); NaN if there are none."""
+    """The mean of the known values without the lowest and the highest quarter (their size is rounded down); NaN if there are no
+    values."""
     present = sorted(known(values))
     cut = len(present) // 4
     return mean(present[cut : len(present) - cut])
@@ -114,7 +117,7 @@ def interquartile_mean(values: Iterable[Any]) -> float:
 def bootstrap_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of the interquartile mean, with values resampled within each stratum (task).
 
-    The seed is fixed. NaN if no stratum has two values, because then nothing varies.
+    The seed is fixed. The bounds are NaN if no stratum has two values, because resampling would then change nothing.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""The style of figures: the look of rules and settings, panels of curves, readable axes, and byte-identical files."""
+"""The style of figures: the styles of rules and settings, panels of curves, readable axes, and byte-identical files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-# Figure objects are used instead of pyplot, so that the backend and figures of a notebook or script stay as they are.
+# Figure objects are used instead of pyplot, so that the backend and the figures of a notebook or script are not affected.
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -53,11 +53,11 @@ COLOURS = (
 )
 GREY = "#A8A8A8"
 STYLES = ("-", "--", ":", "-.")
-#: How markers are filled, for the line style with the same index.
+#: The fill style of the markers for the line style with the same index.
 FILLS = ("full", "none", "left", "right")
 _MARKERS = "osD^vPXp<>*"
-#: The rules whose lines are solid, dashed, long-dashed and dash-dotted; each has a colour from `COLOURS[1:]`, which related rules
-#: share.
+#: The rules with solid, dashed, long-dashed and dash-dotted lines. Each rule has a colour from `COLOURS[1:]`, which it shares
+#: with related rules.
 _SOLID = ("fa", "dfa", "kp", "wm", "usf", "pfa", "dkp", "asap", "drtp", "brsf", "frsf")
 _FLOORS = (FLOOR, "frozen_blocks")  # grey
 _DASHED = ("forward_alignment", "dgl", "local_error", "mixed", "bp_fc", "pfa_o", "predsim", "asfp", "asfp_lc")
@@ -75,21 +75,22 @@ _LONG = (
     "weight_perturbation",
 )
 _DOTTED = ("regularized_mirror", "grape", "information_alignment", "forward_gradient", "pepita", "ldrl", "epc", "pc", "dfc", "f3")
-#: For each of these tables of rules, the line style and the shift of the markers.
+#: The tables of rules, each with its line style and the shift of its markers.
 _TABLES = ((_SOLID, STYLES[0], 0), (_DASHED, STYLES[1], 5), (_LONG, (0, (9, 3)), 3), (_DOTTED, (0, (4, 1, 1, 1)), 7))
-#: Maximum number of characters in a line of a legend entry, of characters in an entry, and of entries.
+#: The maximum numbers of characters in a line of a legend entry, of characters in an entry, and of entries in a legend.
 LEGEND_WIDTH, MAX_LEGEND, MAX_ENTRIES = 40, 200, 60
-#: Maximum number of points in a line whose points all have markers, and the number of markers on a longer line.
+#: The maximum number of points in a line that has a marker at every point, and the approximate number of markers on a longer
+#: line.
 MAX_MARKED, MARKERS = 12, 8
 #: The width of a figure and the height of a line of its legend, in inches.
 WIDTH, LINE = 13, 0.2
-#: The minimum number of lines among which one can be far off, by how many interquartile ranges it must be off, and the ratio of
-#: losses above which their axis is logarithmic.
+#: The minimum number of lines in a panel for one of them to be far off, the number of interquartile ranges by which it must be
+#: off, and the ratio of losses above which the axis is logarithmic.
 TAIL, FAR, LOG = 4, 3, 50
 
 
 def rule_style(rule: str) -> dict[str, Any]:
-    """Colour, line style and marker of a rule: the same in every figure, even for rules of plugins."""
+    """The colour, line style and marker of a rule, which are the same in every figure, even for rules of plugins."""
     if rule == CONTROL:
         return {"color": COLOURS[0], "linestyle": "-", "marker": "o"}
     if rule in _FLOORS:
@@ -108,7 +109,8 @@ def rule_style(rule: str) -> dict[str, Any]:
 
 
 def setting_style(rule: str, index: int, count: int) -> dict[str, Any]:
-    """The style of one of a rule's settings: the rule's colour, light for the first and full for the last one."""
+    """The style of one of a rule's settings. Its colour is that of the rule, from light for the first setting to full for the
+    last."""
     style = rule_style(rule)
     lightness = 0 if count < 2 else 0.6 * (1 - index / (count - 1))
     red, green, blue = (channel + lightness * (1 - channel) for channel in to_rgb(style["color"]))
@@ -116,7 +118,7 @@ def setting_style(rule: str, index: int, count: int) -> dict[str, Any]:
 
 
 class Line(NamedTuple):
-    """One line of a panel: its label, runs that differ only in the seed, and its style."""
+    """One line of a panel, with its label, its runs (which differ only in the seed), and its style."""
 
     label: str
     members: Sequence[Run]
@@ -124,9 +126,10 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One panel of curves: its title, the quantity that it shows, its lines, and the position along the runs on the x axis.
+    """One panel of curves, with its title, the quantity that it shows, its lines, and the position along the runs that its x axis
+    shows.
 
-    `legend`: whether it has its own legend. `markers`: whether curves have markers; single points always have them.
+    `legend`: whether the panel has its own legend. `markers`: whether curves have markers; single points always have them.
     """
 
     title: str
@@ -138,7 +141,7 @@ class Panel(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One part of a figure: its title, panels in rows of `columns`, and the entries of its legend: labels and styles.
+    """One part of a figure, with its title, its panels in rows of `columns`, and the labels and styles in its legend.
 
     `same_axes`: whether the panels are small multiples of one quantity, with the same range and with labels only at the left and
     lower edges.
@@ -152,18 +155,17 @@ class Part(NamedTuple):
 
 
 class ReportFigure(Figure):
-    """A figure that notebooks show without pyplot."""
+    """A figure that notebooks can show without pyplot."""
 
     def _repr_png_(self) -> bytes:
         return rendered(self, "png", "")
 
 
 def curves_figure(parts: Sequence[Part], note: str = "") -> Figure:
-    """A figure of parts below each other, each with its legend beside its panels.
+    """A figure that shows parts below each other, each with a legend beside its panels.
 
     Each line is the mean over seeds, with a band of ± one sample standard deviation. Crosses at the lower edge mark the last
-    epochs of runs that diverged. Titles are shown if there are several parts, and a note on the choice is shown below the last
-    one.
+    epochs of runs that diverged. The titles of parts are shown if there are several, and `note` is shown below the last part.
     """
     heights = [_height(part) for part in parts]
     figure = new_figure(sum(heights))
@@ -190,12 +192,13 @@ def curves_figure(parts: Sequence[Part], note: str = "") -> Figure:
 
 
 def new_figure(height: float) -> Figure:
-    """A figure of the common width and a height in inches."""
+    """A figure of the standard width and a given height in inches."""
     return ReportFigure(figsize=(WIDTH, height), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.1))
 
 
 def legend_entry(label: str, members: Sequence[Run] = ()) -> str:
-    """A label, wrapped because a wide legend would make the panels narrow; with statuses if some run is unfinished."""
+    """The text of a legend entry, wrapped because a wide legend would make the panels narrow. It includes the statuses of the
+    runs if some run is unfinished."""
     lines = textwrap.wrap(truncate(escape_mathtext(label), MAX_LEGEND), LEGEND_WIDTH, break_on_hyphens=False)
     return "\n".join(lines + [f"({status_counts(members)})"] * any(not run.finished for run in members))
 
@@ -219,7 +222,7 @@ def add_legend(figure: Any, entries: Sequence[tuple[str, Mapping[str, Any]]], ti
 
 
 def save(figure: Figure, path: Path, formats: Iterable[str] = FORMATS[:1]) -> list[Path]:
-    """Write the figure atomically, in each format beside `path` with its ending; returns the paths."""
+    """Write the figure atomically in each format, to `path` with the format's extension. Returns the paths."""
     paths = [path.with_name(f"{path.name.removesuffix('.png')}.{name}") for name in formats]
     for target in paths:
         with atomic(target) as temporary:
@@ -243,38 +246,41 @@ def _quiet() -> Iterator[None]:
 
 
 def rendered(figure: Figure, form: str, name: str) -> bytes:
-    """The figure in one of `FORMATS`, without dates, versions or random ids: its bytes depend only on the figure and its name."""
-    # Text stays text in SVG, to be searched; ids depend on the name, so that one page can have several figures.
+    """The bytes of the figure in one of `FORMATS`, which depend only on the figure and its name, because they contain no dates,
+    versions or random ids."""
+    # Text in SVG stays text, so that it can be searched. Ids depend on the figure's name, so that one page can contain several
+    # figures.
     settings: Any = {"svg.hashsalt": name or "figure", "svg.fonttype": "none", "font.family": "sans-serif"}
     metadata = {"png": ("Software",), "svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer")}[form]
     buffer = io.BytesIO()
     with _quiet(), matplotlib.rc_context(settings):
-        # `savefig` is not used, because it draws each figure twice.
+        # `savefig` is not used here, because it would draw each figure twice.
         canvas: Any = {"png": FigureCanvasAgg, "svg": FigureCanvasSVG, "pdf": FigureCanvasPdf}[form](figure)
         getattr(canvas, f"print_{form}")(buffer, metadata=dict.fromkeys(metadata))
     return buffer.getvalue()
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element for a page: without the ids that no part of it refers to, which would not be unique."""
+    """The figure as an SVG element for a page. Ids to which nothing in the figure refers are removed, because they would not be
+    unique."""
     text = rendered(figure, "svg", name).decode()
     text = text[text.index("<svg") :]
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda match: match.group() if match[1] in used else "", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # A hundredth of a point is precise enough, and halves the size of a page.
+    # Coordinates are rounded to a hundredth of a point, which is precise enough and halves the size of a page.
     return re.sub(r' (d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match.group()), text)
 
 
 def style_axes(axes: Axes) -> None:
-    """The common style of axes: only the left and bottom spines, and faint horizontal grid lines behind the data."""
+    """Apply the common style of axes: only the left and bottom spines, and faint horizontal grid lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def label_edges(grid: Sequence[Axes], count: int, columns: int) -> None:
-    """Label the axes of `count` panels in rows only at the left and lower edges, with small ticks."""
+    """Label the axes of a grid of `count` panels only at its left and lower edges, with small tick labels."""
     for index, axes in enumerate(grid[:count]):
         axes.tick_params(labelsize=8)
         axes.set_ylabel(axes.get_ylabel() if index % columns == 0 else "")
@@ -282,7 +288,8 @@ def label_edges(grid: Sequence[Axes], count: int, columns: int) -> None:
 
 
 class Range(NamedTuple):
-    """A readable range of an axis, whether it is logarithmic, and the typical value beyond which it leaves out a line."""
+    """A readable range of an axis, whether the axis is logarithmic, and the limit of the typical values of lines, beyond which a
+    line is outside."""
 
     low: float
     high: float
@@ -299,10 +306,11 @@ def typical(values: Sequence[float]) -> float:
 
 
 def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], kind: str) -> Range:
-    """The axis range that covers these lines, except those far below the others (accuracies) or far above them (losses).
+    """The axis range that covers these lines, except lines far below the others (for accuracies) or far above them (for losses).
 
-    A line, whose typical value is in `centres`, is far off if that value is three interquartile ranges beyond the quartile of all
-    lines, and at least 6 points of accuracy or a factor of 30 of loss. Losses of very different sizes have a logarithmic axis.
+    The typical values of the lines are in `centres`. A line is far off if its value is at least three interquartile ranges beyond
+    the quartile of all lines, and also at least 6 points of accuracy or a factor of 30 of loss beyond it. Losses that differ by a
+    large factor get a logarithmic axis.
     """
     positive = [value for values in lines for value in values if value > 0]
     log = kind == LOSS and bool(positive) and max(positive) > LOG * min(positive)
@@ -330,7 +338,8 @@ def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], k
 
 
 def apply_range(axes: Axes, limits: Range, labels: Sequence[str], centres: Sequence[float], kind: str) -> None:
-    """Set the axis to the range, with a note on the lines that it leaves out; the lines have these labels and centres."""
+    """Set the vertical axis to the range, and add a note about the lines outside it. `labels` and `centres` belong to the
+    lines."""
     if limits.log:
         axes.set_yscale("log")
         axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")
@@ -358,7 +367,7 @@ def apply_range(axes: Axes, limits: Range, labels: Sequence[str], centres: Seque
 
 
 def cross(axes: Axes, x: Any, colour: str, shift: float = 0) -> None:
-    """Mark a divergence at `x` on the lower edge; `shift` is to the right, in points."""
+    """Mark a divergence at `x` on the lower edge, moved to the right by `shift` points."""
     axes.annotate(
         "✕",
         (x, 0),

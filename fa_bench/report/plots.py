@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plot_curves(*runs: Runs, rules: str | Sequence[str] = (), metric: str = "", x: str = "epoch") -> Figure:
-    """Scores and losses during training, or one quantity: mean ± standard deviation over the seeds.
+    """Plot scores and losses, or one quantity, during training, as the mean ± standard deviation over the seeds.
 
     Args:
         *runs: directories with runs, or runs.
@@ -27,7 +27,7 @@ def plot_curves(*runs: Runs, rules: str | Sequence[str] = (), metric: str = "", 
         x: ``epoch``, ``step`` or ``seconds``.
 
     Returns:
-        A figure that notebooks display and ``figure.savefig(path)`` writes; pyplot is not involved.
+        A figure that notebooks can display and that ``figure.savefig(path)`` writes to a file; pyplot is not involved.
 
     Raises:
         DataError: there are no runs, or the rule, metric or x does not exist in them; the message lists those that do.
@@ -53,8 +53,8 @@ def plot_curves(*runs: Runs, rules: str | Sequence[str] = (), metric: str = "", 
 
 
 def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metric: str = "") -> Figure:
-    """The final value of a quantity against a swept setting: one line per rule, with a ring at the best setting by validation
-    score.
+    """Plot the final value of a quantity against a swept setting, with one line per rule and a ring at the setting with the best
+    validation score.
 
     Args:
         *runs: directories with runs, or runs.
@@ -93,8 +93,8 @@ def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metr
 
 
 def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: str | Sequence[str] = (), x: str = "epoch") -> Figure:
-    """An alignment metric of every layer during training, with a panel for each layer; for large sweeps, each rule's best setting
-    is shown.
+    """Plot an alignment metric during training, with a panel for each layer. For large sweeps, the best setting of each rule is
+    shown.
 
     Args:
         *runs: directories with runs, or runs.
@@ -129,7 +129,7 @@ def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: str | Sequence
 
 
 def _tasks(runs: Iterable[Runs], selection: Selection) -> tuple[dict[str, Groups], list[Run]]:
-    """The groups of each task, and the runs of the selection."""
+    """The groups of each task, and the selected runs."""
     found = [run for item in runs_in(runs) if (run := item if isinstance(item, Run) else read_run(item)) is not None]
     if not found:
         raise DataError("nothing to plot: no runs with a result")

@@ -16,7 +16,7 @@ from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run
 
 FILE = Path(__file__).with_name("published.yaml")
-#: The quantity by which a row of the table is compared is the first of these that the paper reports.
+#: A row of the table is compared with a paper by the first of these quantities that the paper reports.
 ACCURACIES = ("test_accuracy", "val_accuracy")
 #: The test accuracy minus that of backpropagation on the same task, paired by seed, in percentage points.
 DIFFERENCE = "bp_difference"
@@ -70,7 +70,7 @@ class Entry:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation over the published runs; NaN if not given."""
+        """The sample standard deviation over the published runs; NaN if the paper does not give it."""
         return self.spread if self.spread_kind == "std" else math.nan
 
     def matches(self, run: Run) -> bool:
@@ -83,9 +83,10 @@ class Entry:
         )
 
     def ours(self, runs: Iterable[Run], layer: str = "") -> list[float]:
-        """The values of this quantity in the finished runs, in units of `unit`, one per seed.
+        """The values of this quantity in the finished runs, in units of `unit`, with one value per seed.
 
-        For a quantity of layers, they are those of `layer`. They are from epoch `at` or, without one, from the last epoch.
+        For a quantity that is measured per layer, the values are those of `layer`. The values are from epoch `at` or, if it is
+        None, from the last epoch.
         """
         finished = finished_by_seed(runs).values()
         if self.at is not None:
@@ -96,10 +97,10 @@ class Entry:
         return [100 * value for value in known(run.result.get(self.quantity) for run in finished)]
 
     def differences(self, runs: Iterable[Run], all_runs: Iterable[Run]) -> list[float]:
-        """The finished runs' differences to backpropagation, for `DIFFERENCE`; one per seed that both have.
+        """The differences of the finished runs to backpropagation, for the quantity `DIFFERENCE`, with one value per common seed.
 
-        The runs of backpropagation are those among `all_runs` that meet the conditions of this entry, except conditions on
-        options of the rule.
+        The runs of backpropagation are those in `all_runs` that meet the conditions of this entry, except conditions on options
+        of the rule.
         """
         where = {key: value for key, value in self.where.items() if not key.startswith("algorithm.")}
         control = dataclasses.replace(self, rule=CONTROL, where=where)
@@ -125,12 +126,12 @@ def _is_allowed(value: Any, allowed: Any) -> bool:
 
 
 def matching_entries(entries: Iterable[Entry], runs: Sequence[Run]) -> list[Entry]:
-    """The entries that a group of runs reproduces, in the file's order."""
+    """The entries that a group of runs reproduces, in the order of the file."""
     return [entry for entry in entries if any(entry.matches(run) for run in runs)]
 
 
 def headline(entries: Iterable[Entry], runs: Sequence[Run]) -> tuple[Entry | None, float]:
-    """The published accuracy with which a group is compared, and the group's own mean in %; None without a published accuracy."""
+    """The published accuracy with which a group is compared (None if there is none), and the group's own mean in %."""
     for quantity in ACCURACIES:
         candidates = [entry for entry in entries if entry.quantity == quantity and not math.isnan(entry.value)]
         for entry in [entry for entry in candidates if entry.ours(runs)] or candidates:
@@ -141,7 +142,8 @@ def headline(entries: Iterable[Entry], runs: Sequence[Run]) -> tuple[Entry | Non
 def compare(
     entry: Entry, runs: Sequence[Run], layers: Sequence[str], all_runs: Iterable[Run]
 ) -> Iterator[tuple[str, list[float]]]:
-    """(layer, our values) for each of `layers` that the entry belongs to; one pair with an empty layer for the whole network.
+    """Yield (layer, our values) for each of `layers` to which the entry applies. An entry for the whole network gives one pair,
+    with an empty layer.
 
     Args:
         entry: a published number.
@@ -190,7 +192,7 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def _entries(common: Mapping[str, Any], key: str, value: Any) -> Iterator[Entry]:
-    """The entries of one cell: key ``rule option=value ...`` and a value in one of its forms."""
+    """The entries of one cell of a table, with the key ``rule option=value ...`` and a value in one of the allowed forms."""
     from omegaconf import OmegaConf
 
     rule, *options = key.split()

@@ -1,4 +1,4 @@
-"""The data of figures: quantities in runs' records, their curves over the seeds, and a user's selection."""
+"""The data that figures show: quantities in the records of runs, their curves over the seeds, and the user's selection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fa_bench.report.numbers import known, mean, number, std
 from fa_bench.report.runs import Run
 
 ACCURACY, LOSS, ANGLE = "accuracy", "loss", "angle"
-#: The formats of figures, and the positions along a run that curves can be plotted against, with their axis labels.
+#: The formats of figures, and the positions along a run against which curves can be plotted, with their axis labels.
 FORMATS = ("png", "svg", "pdf")
 POSITIONS = {"epoch": "epoch", "step": "step", "seconds": "seconds of training"}
 #: Maps the parts of a dataset from their names in record keys to their names in titles, in the order in which figures show them.
@@ -26,10 +26,11 @@ Value = Callable[[Run, Mapping[str, Any]], float]
 
 
 class Quantity(NamedTuple):
-    """A number in the records of a run: its name, title, axis label with unit, kind, and how to read it from a record.
+    """A number in the records of a run, with its name, title, axis label (with unit) and kind, and a function that reads it from
+    a record.
 
-    `measured`: whether it is an alignment metric, and thus measured not only at the ends of epochs. `lower`: whether lower values
-    are better. `format`: the number format of its values and their standard deviations.
+    `measured`: whether the quantity is an alignment metric, which may also be measured within epochs. `lower`: whether lower
+    values are better. `format`: the number format of the values and their standard deviations.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Quantity(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The content of figures, and their formats (of `FORMATS`).
+    """What figures show, and the formats in which they are written.
 
     Attributes:
         formats: the formats of the files.
@@ -63,7 +64,7 @@ class Selection(NamedTuple):
 
     @property
     def position(self) -> str:
-        """The position that curves are plotted against."""
+        """The position along the runs against which curves are plotted."""
         return self.x if self.x in POSITIONS else "epoch"
 
     def of(self, runs: Sequence[Run]) -> list[Run]:
@@ -108,14 +109,14 @@ def measured_metrics(runs: Iterable[Run]) -> list[str]:
 
 
 def scores_in(runs: Iterable[Run]) -> list[Score]:
-    """The scores of the runs, primary ones first; accuracy if there are no runs."""
+    """The scores of the runs, with primary scores first; accuracy if there are no runs."""
     runs = list(runs)
     found = {score.name: score for score in (*(run.primary for run in runs), *(score for run in runs for score in run.scores))}
     return list(found.values()) or [ACCURACY_SCORE]
 
 
 def primary(runs: Iterable[Run]) -> Score:
-    """The primary score of most of the runs; in a tie, the one that comes first among the runs."""
+    """The primary score of most of the runs; ties go to the score that comes first among the runs."""
     counts = Counter(run.primary for run in runs)
     return max(counts, key=lambda score: counts[score], default=ACCURACY_SCORE)
 
@@ -126,12 +127,12 @@ def runs_of(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
 
 
 def scalar_names(scores: Sequence[Score]) -> list[str]:
-    """The names of scores and losses in the records of epochs, in the order of figures."""
+    """The names of the scores and losses in the records of epochs, in the order in which figures show them."""
     return [f"{part}_{name}" for name in (*(score.name for score in scores), "loss") for part in _PARTS]
 
 
 def scalar(name: str, scores: Sequence[Score] = (ACCURACY_SCORE,)) -> Quantity:
-    """A loss, or one of the scores, in the unit of tables (accuracies in %)."""
+    """A loss, or one of the given scores in the unit of tables (accuracies in %)."""
     part, _, of = name.partition("_")
     if of == "loss":
         title = f"{_PARTS[part]} loss"
@@ -166,17 +167,17 @@ def _measured(name: str, title: str, metric: type[Metric], value: Value) -> Quan
 
 
 def quantity(name: str, metrics: Mapping[str, type[Metric]], scores: Sequence[Score] = (ACCURACY_SCORE,)) -> Quantity:
-    """The quantity of this name: one of the scalars of every epoch, or one of `metrics`."""
+    """The quantity with this name, which is a score or loss of every epoch, or one of `metrics`."""
     return scalar(name, scores) if name in scalar_names(scores) else layer_mean(name, metrics[name])
 
 
 def measurements(run: Run) -> list[dict[str, Any]]:
-    """Every measurement of the alignment metrics; for runs of older versions, the last one of each epoch."""
+    """All measurements of the alignment metrics; for runs of older versions, only the last one of each epoch."""
     return run.measurements or [line for line in run.metrics if line.get("angles")]
 
 
 def curve(members: Sequence[Run], of: Quantity, x: str = "epoch") -> list[tuple[float, float, float]]:
-    """Position, mean over seeds and standard deviation, wherever some run has a value.
+    """The points of a curve: position, mean over seeds, and standard deviation, wherever some run has a value.
 
     The curve covers the finished runs of a group, or all its runs if none has finished.
     """
@@ -194,8 +195,9 @@ def curve(members: Sequence[Run], of: Quantity, x: str = "epoch") -> list[tuple[
 class Point(NamedTuple):
     """The statistics of a group of runs that share one value of a setting.
 
-    They are the mean and the sample standard deviation (NaN for a single run) over the finished runs, the merit by which
-    settings are chosen (`groups.validation_merit`), and the numbers of finished and of diverged runs.
+    `mean` and `std` are over the finished runs; `std` is the sample standard deviation, NaN for a single run. `validation` is the
+    merit by which settings are chosen (`groups.validation_merit`), and `n` and `diverged` are the numbers of finished and of
+    diverged runs.
     """
 
     x: Any
@@ -207,7 +209,7 @@ class Point(NamedTuple):
 
 
 def point(x: Any, members: Sequence[Run], of: Quantity) -> Point:
-    """The final values of a group."""
+    """The statistics of a group's final values."""
     finished = finished_by_seed(members).values()
     values = known(of.final(run) for run in finished)
     return Point(
@@ -223,7 +225,7 @@ def point(x: Any, members: Sequence[Run], of: Quantity) -> Point:
 def best(groups: Mapping[str, Sequence[Run]]) -> str | None:
     """The group with the best validation score, or the only group; None if there are several and no validation score is known.
 
-    Groups whose primary score is not that of most runs are not compared.
+    Groups are compared only if their primary score is that of most runs.
     """
     of = primary(runs_of(groups))
     merits = {

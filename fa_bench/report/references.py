@@ -10,13 +10,13 @@ from fa_bench.config.labels import differing_keys
 from fa_bench.report.groups import Groups, finished_by_seed, group_labels, task_key, validation_merit
 from fa_bench.report.runs import VERSIONS, Run
 
-#: How a reference is chosen if a task has several rows of its rule: by validation score, or by how close its settings are.
+#: The ways to choose a reference if a task has several rows of its rule: by validation score, or by similarity of settings.
 BEST, NEAREST = "best", "nearest"
 CHOICES = (BEST, NEAREST)
 
 
 class Reference(NamedTuple):
-    """The runs that a row is compared with, if any; their label; and a note on the choice."""
+    """The runs with which a row is compared, if any, with their label and a note on the choice."""
 
     runs: Sequence[Run] = ()
     label: str = ""
@@ -24,13 +24,13 @@ class Reference(NamedTuple):
 
 
 class References:
-    """The rows of bp and of the floor among some groups.
+    """Finds the rows of bp and of the floor with which other rows are compared.
 
     A reference is a row of the same task. Rows with the same code and data as the compared row are preferred; others are used
-    with a note. If there are several, `BEST` takes the one with the best primary validation score (last epoch, mean over its
-    finished runs), because a reference should be trained as well as possible. `BEST` prefers rows with the same number of epochs
-    and the same scale, and never takes a row with runs that diverged. `NEAREST` takes the row whose settings differ from those of
-    the compared row in the fewest keys; if there are several, the one with the best validation score.
+    with a note. If there are several candidates, `BEST` takes the one with the best primary validation score (last epoch, mean
+    over its finished runs), because a reference should be trained as well as possible. `BEST` prefers rows with the same number
+    of epochs and the same scale, and never takes a row with runs that diverged. `NEAREST` takes the row whose settings differ
+    from those of the compared row in the fewest keys; ties go to the best validation score.
 
     Args:
         groups: all groups that may be references.
@@ -47,7 +47,7 @@ class References:
             self._by_rule.setdefault((run.result["algorithm"], task_key(run), run.primary.name), {})[group] = members
 
     def of(self, algorithm: str, run: Run) -> Reference:
-        """The reference of the rule `algorithm` for the row of `run`; empty for a row of that rule itself."""
+        """The reference row of the rule `algorithm` for the row of `run`; empty if `run` is itself a run of that rule."""
         rows = self._by_rule.get((algorithm, task_key(run), run.primary.name), {})
         if run.result["algorithm"] == algorithm or not rows:
             return Reference()
@@ -96,7 +96,7 @@ class References:
         )
 
     def _best_scored(self, rows: Groups) -> str:
-        """The first of the rows with the best validation score."""
+        """The first row with the best validation score."""
         return max(rows, key=lambda group: self._validation[group])
 
 
@@ -117,7 +117,7 @@ def _other_length(run: Run, other: Run) -> tuple[int]:
 
 
 def _other(algorithm: str, run: Run, reference: Run) -> str:
-    """A note if the reference's runs are known to differ from `run`, which may be unfinished, in code, data or epochs."""
+    """A note if the runs of the reference are known to differ from `run` in code, data or epochs; `run` may be unfinished."""
     words = [
         word
         for key, word in VERSIONS.items()
@@ -131,7 +131,8 @@ def _other(algorithm: str, run: Run, reference: Run) -> str:
 
 
 def _distance(run: Run, other: Run) -> tuple[int, int]:
-    """The number of differences in optimizer and epochs, and the number in all keys except the rule and its options."""
+    """The number of differences in optimizer and epochs, and the number of keys that differ, not counting the rule and its
+    options."""
     keys = differing_keys(
         [{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"} for each in (run, other)]
     )

@@ -1,4 +1,4 @@
-"""The records of runs as a report reads them, finished or not."""
+"""The records of runs, finished or not, as reports read them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fa_bench.runs.readers import HEADER, inconsistency, read_config, read_measu
 from fa_bench.utils.files import ANGLES, CONFIG, METRICS, RESULT, resolved
 
 FINISHED = "finished"
-#: Keys of a result that identify the version of the code and of the data: runs that differ in them are never averaged.
+#: The keys of a result that identify the version of the code and of the data. Runs that differ in them are never averaged.
 VERSIONS = {"code_hash": "code", "data_hash": "data"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its directory, `result.json`, the lines of `metrics.jsonl` (one per epoch), and its config by command-line keys,
-    empty if there is none."""
+    """A run, with its directory, `result.json`, the lines of `metrics.jsonl` (one per epoch), and its config by command-line keys
+    (empty if there is none)."""
 
     directory: Path
     result: dict[str, Any]
@@ -40,9 +40,9 @@ class Run:
     @cached_property
     def measurements(self) -> list[dict[str, Any]]:
         """The lines of `angles.jsonl`, one per measurement of the alignment metrics: step, epoch (a fraction) and angles,
-        {metric: {layer: value}}. Empty for a run of an older version.
+        {metric: {layer: value}}. The list is empty for a run of an older version.
 
-        The file, the largest of a run's records, is read at the first access.
+        The file is read at the first access, because it is the largest of a run's records.
 
         Raises:
             RecordError: it is damaged.
@@ -78,8 +78,8 @@ class Run:
 
     @property
     def experiment(self) -> str | None:
-        """The experiment that the run belongs to; for older results, which do not record it, the name of the folder that is named
-        after it."""
+        """The experiment to which the run belongs. Older results do not record it; for these, it is the name of the run's folder
+        for the experiment."""
         return self.result["experiment"] if "experiment" in self.result else resolved(self.directory).parent.parent.name
 
     @property
@@ -89,17 +89,17 @@ class Run:
 
     @property
     def row(self) -> str:
-        """Key of the run's row in a report: its group, and the hashes of the code and of the data."""
+        """The key of the run's row in a report, which consists of its group and the hashes of its code and data."""
         return "@".join([self.result["group"], *(value for key in VERSIONS if (value := self.result.get(key)))])
 
     @property
     def probed(self) -> dict[str, dict[str, Any]]:
-        """Results of the run's probes at its end: {quantity: {layer or block: value}}."""
+        """The results of the run's probes at its end, as {quantity: {layer or block: value}}."""
         return self.result.get("probes") or {}
 
     @property
     def quantities(self) -> dict[str, dict[str, Any]]:
-        """All measurements of layers at the end of the run: {quantity: {layer: value}}."""
+        """All measurements of layers at the end of the run, as {quantity: {layer: value}}."""
         return {**(self.result.get("angles") or {}), **self.probed}
 
     def layers(self, quantity: str) -> dict[str, Any]:
@@ -107,9 +107,9 @@ class Run:
         return self.quantities.get(quantity) or {}
 
     def layer_mean(self, quantity: str, angles: Mapping[str, Any] | None) -> float:
-        """Mean of one quantity of an `angles` record over the layers that its metric declares, in its own unit.
+        """The mean of one quantity in an `angles` record over the layers that its metric declares, in its own unit.
 
-        NaN if no such layer has a value.
+        The mean is NaN if no such layer has a value.
         """
         by_layer = (angles or {}).get(quantity) or {}
         over = declared([quantity])[quantity].layers
@@ -137,7 +137,7 @@ def read_run(directory: Path) -> Run | None:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run directories at and below `paths`, with or without a result, each once, sorted.
+    """The sorted and distinct run directories in `paths` and their subfolders, with or without a result.
 
     Raises:
         DataError: one of `paths` is not a directory.
@@ -157,7 +157,8 @@ Runs = str | os.PathLike[str] | Run | Iterable["str | os.PathLike[str] | Run"]
 
 
 def runs_in(sources: Iterable[Runs]) -> list[Run | Path]:
-    """The runs and the run directories at and below directories, each once, in the order given.
+    """The runs in `sources`, and the run directories in its directories and their subfolders, without duplicates and in the given
+    order.
 
     Raises:
         DataError: a directory does not exist.
@@ -190,12 +191,12 @@ def _is_a_runs_config(config: Path) -> bool:
 
 
 def short_path(directory: Path) -> str:
-    """The last three folders of a run directory's path, usually experiment, rule and seed, which do not depend on where it is
+    """The last three parts of a run directory's path, usually experiment, rule and seed, which do not depend on where it is
     stored."""
     return "/".join(resolved(directory).parts[-3:])
 
 
 def metrics_of(runs: Iterable[Run]) -> dict[str, type[Metric]]:
-    """All registered alignment metrics, and any others that some of the runs measured, by name and in their order."""
+    """All registered alignment metrics, and any others that some of the runs measured, by name."""
     measured = {name for run in runs for line in (run.result, *run.metrics) for name in line.get("angles") or ()}
     return declared({*registries.METRICS, *measured})

@@ -1,4 +1,4 @@
-"""The figure of a final quantity against a swept setting: one line per rule, with the best setting of each."""
+"""The figure of a final quantity against a swept setting, with one line per rule and a mark at the best setting of each rule."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ from fa_bench.utils.text import escape_mathtext
 
 DENSITY = "algorithm.density"
 _NAMES = {DENSITY: "density of the feedback", "optimizer.lr": "learning rate (optimizer.lr)"}
-#: With more rules, each rule has its own panel; with more combinations of other settings, only the best ones are shown.
+#: The maximum number of rules in a panel, and of panels for combinations of other settings. With more rules, each rule has its
+#: own panel; with more combinations, only the best ones are shown.
 MAX_RULES, MAX_PANELS = 12, 6
-#: Maximum number of values in a row of panels that has ranks above the values, and of values with a label.
+#: The maximum number of values in a row of panels for ranks to be shown above them, and the maximum number of labelled values.
 MAX_RANKED, MAX_TICKS = 8, 14
-#: The ratio of values from which an axis is logarithmic, and the smallest gap between two values as a fraction of a linear axis.
+#: The ratio of values from which an axis is logarithmic, and the smallest allowed gap between two values as a fraction of a
+#: linear axis.
 LOGARITHMIC, CLOSEST = 8, 0.05
 RANKS = ("1st", "2nd", "3rd")
 LEGEND = "mean ± std over seeds\nring: best by validation\n✕: some run diverged"
@@ -45,7 +47,7 @@ CHOSEN = "the other settings chosen by validation"
 
 
 class Series(NamedTuple):
-    """The points of one rule in order of the setting; a rule without the setting has one point, whose x is None.
+    """The points of one rule in the order of the setting. A rule without the setting has a single point with x = None.
 
     A null value of the setting is represented by the text ``null``.
     """
@@ -61,11 +63,12 @@ class Series(NamedTuple):
 
 
 def series_by_panel(groups: Groups, key: str, of: Quantity) -> dict[str, list[Series]]:
-    """{title: the series of all rules} for each combination of the other swept settings; empty if no rule has several values.
+    """A map from the title of each combination of the other swept settings to the series of all rules. The result is empty if no
+    rule has several values.
 
-    A rule that does not sweep some of the other settings appears in every panel that agrees with the settings that it does sweep.
-    If there are more than `MAX_PANELS` combinations, there is one panel, which shows each rule and value at the combination with
-    the best validation score.
+    A rule that sweeps only some of the other settings appears in every panel that matches the settings that it sweeps. If there
+    are more than `MAX_PANELS` combinations, a single panel shows each rule and value at the combination with the best validation
+    score.
     """
     rows: list[tuple[str, str, Any, dict[str, str]]] = []
     values: dict[str, set[str]] = {}
@@ -77,7 +80,7 @@ def series_by_panel(groups: Groups, key: str, of: Quantity) -> dict[str, list[Se
             others = {short_key(name, config): format_value(config[name]) for name in keys if name in config} | {
                 VERSIONS[name]: str(groups[group][0].result.get(name))[:8] for name in versions
             }
-            # A null value is a category like text; only a rule without the key has no place on the axis.
+            # A null value is a category, like text. Only a rule without the key has no position on the axis.
             x = "null" if key in config and config[key] is None else config.get(key)
             rows.append((rule, group, x, others))
             values.setdefault(rule, set()).add(repr(config.get(key)))
@@ -112,9 +115,9 @@ def _series(rows: Sequence[tuple[str, str, Any, dict[str, str]]], groups: Groups
 
 
 def setting_figure(by_task: Mapping[str, Groups], key: str, of: Quantity) -> Figure | None:
-    """The final values of a quantity against the swept option `key`; None if no rule ran with several values of it.
+    """Plot the final values of a quantity against the swept option `key`; returns None if no rule ran with several values of it.
 
-    There is a panel for each task and combination of other settings, with one line per rule; if there are many rules, each has
+    There is a panel for each task and combination of other settings, with one line per rule. If there are many rules, each has
     its own panel, in which the other rules are grey.
     """
     panels = [
@@ -156,7 +159,7 @@ def setting_figure(by_task: Mapping[str, Groups], key: str, of: Quantity) -> Fig
 
 
 def _summary(series: Series, of: Quantity) -> str:
-    """The rule, and the value of its best setting: ``kp: 97.10 ± 0.20 at 0.05``."""
+    """The rule and the value at its best setting, such as ``kp: 97.10 ± 0.20 at 0.05``."""
     chosen = series.best
     if chosen is None or math.isnan(chosen.mean):
         return truncate(series.rule, 40)
@@ -170,7 +173,7 @@ def _text(x: Any) -> str:
 
 
 def _plot(axes: Axes, key: str, of: Quantity, series: Sequence[Series], background: Sequence[Series], columns: int) -> int:
-    """Plot one panel; returns the number of rows of ranks above it, none if `columns` is 0."""
+    """Plot one panel, and return the number of rows of ranks above it, which is 0 if `columns` is 0."""
     style_axes(axes)
     axes.set(xlabel=_NAMES.get(key, key), ylabel=of.axis)
     every = [*series, *background]
@@ -198,8 +201,8 @@ def _plot(axes: Axes, key: str, of: Quantity, series: Sequence[Series], backgrou
 
 
 def _are_crowded(ordered: Sequence[float]) -> bool:
-    """Whether values would overlap on a linear axis, and a logarithmic axis cannot show them because some are not
-    positive, such as weight decays of 0, 1e-5 and 1e-3."""
+    """Whether values would overlap on a linear axis but cannot be shown on a logarithmic axis, because some are not positive.
+    Weight decays of 0, 1e-5 and 1e-3 are an example."""
     gaps = [high - low for low, high in itertools.pairwise(ordered)]
     positive = [value for value in ordered if value > 0]
     return (
@@ -236,8 +239,8 @@ def _draw(
     limits: Range,
     is_background: bool,
 ) -> None:
-    """Draw one rule, moved sideways by `shift` points so that bars do not overlap; a rule without the setting is a horizontal
-    line."""
+    """Draw one rule, moved sideways by `shift` points so that error bars do not overlap. A rule without the setting is drawn as a
+    horizontal line."""
     figure: Any = axes.figure
     moved = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
     bars = {"elinewidth": 1, "capsize": 2, "markersize": 4.5}
@@ -275,7 +278,7 @@ def _draw(
 
 
 def _rank(axes: Axes, series: Sequence[Series], places: Mapping[str, float], of: Quantity) -> int:
-    """Above each value, list the rules with the best means at that value, without those that do not have the setting. Returns the
+    """Above each value of the setting, list the rules with the best means. Rules without the setting are not listed. Returns the
     number of rows."""
     sign = 1 if of.lower else -1
     rows = min(len(RANKS), sum(any(each.x is not None for each in line.points) for line in series))

@@ -1,6 +1,7 @@
 """The current status of runs, including those that have not written a result or were resumed after it.
 
-`fa_bench.runs.rundir` determines how a given job can be resumed; here a directory is described without knowing its job.
+`fa_bench.runs.rundir` determines how a given job can be resumed, whereas this module describes a directory without knowing its
+job.
 """
 
 from __future__ import annotations
@@ -22,35 +23,36 @@ from fa_bench.runs.readers import read_config, read_metrics
 from fa_bench.utils.files import CONFIG, METRICS, resolved
 
 RUNNING, INTERRUPTED, DIVERGED, STOPPED = "running", "interrupted", "diverged", "stopped"
-#: Maximum number of characters of the reason for a failure; the run's log has the full text.
+#: The maximum number of characters in the reason for a failure; the run's log has the full text.
 MAX_REASON = 300
 
 
 def current_status(directory: Path, result: Mapping[str, Any]) -> str:
-    """The status in a run's result, or `interrupted` without a result; `running` if the run has not finished and its directory is
-    locked.
+    """The status in a run's result, or `interrupted` if there is no result. If the run has not finished and its directory is
+    locked, the status is `running`.
 
-    Testing the lock neither creates nor keeps it.
+    Checking the lock neither creates nor holds it.
     """
     status = result.get("status", INTERRUPTED)
     return RUNNING if status != FINISHED and lock_holder(directory) is not None else status
 
 
 def epochs_of(config: dict[str, Any]) -> int | None:
-    """The epochs that a run with this config trains at its scale; None if the config does not say."""
+    """The number of epochs that a run with this config trains at its scale; None if the config does not contain it."""
     epochs, scale = config.get("epochs"), SCALES.get(str(config.get("scale", "full")))
     return epochs if epochs is None or scale is None else scale.epochs_of(epochs)
 
 
 def with_current_status(run: Run) -> Run:
-    """The run, with the status `running` if it had not finished and has been resumed."""
+    """Return the run, with the status `running` if it had not finished and has been resumed."""
     if current_status(run.directory, run.result) != RUNNING:
         return run
     return dataclasses.replace(run, result=run.result | {"status": RUNNING, "error": None})
 
 
 def with_data_hash(runs: Sequence[Run]) -> list[Run]:
-    """The runs; a run that ended before its data hash was recorded gets the hash of the other runs in its row, if they agree."""
+    """Return the runs. A run that ended before its data hash was recorded gets the hash of the other runs in its row, if they all
+    have the same one."""
 
     def without(run: Run) -> str:
         return dataclasses.replace(run, result=run.result | {"data_hash": None}).row
@@ -68,9 +70,10 @@ def with_data_hash(runs: Sequence[Run]) -> list[Run]:
 
 
 def run_without_result(directory: Path, others: Sequence[Run]) -> Run | None:
-    """A run that has written no result, described by its config; None without a config.
+    """A run that has not written a result, described by its config; None if there is no config.
 
-    It is `running` or `interrupted`, and belongs to the same group as the runs in `others` that differ from it only in the seed.
+    The run's status is `running` or `interrupted`. Its group is that of the runs in `others` that differ from it only in the
+    seed.
 
     Raises:
         RecordError: a record is damaged or was not written by a run.
@@ -97,13 +100,14 @@ def _group(directory: Path, config: dict[str, Any], others: Sequence[Run]) -> st
     for run in others:
         if result_options(run.config) == relevant:
             return run.result["group"]
-    # This is not the real name of the group, which only a checked config determines, but it is the same for all such runs of a
-    # rule.
+    # This is not the group's real name, which only a checked config determines. However, all such runs of a rule with the same
+    # options get the same name.
     return f"{rule}-{hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:8]}"
 
 
 def reason(result: Mapping[str, Any]) -> str:
-    """Why a run did not finish: where it diverged, ``in epoch 3, first in fc1``, why it was stopped, or its exception.
+    """The reason why a run did not finish: where it diverged (``in epoch 3, first in fc1``), why it was stopped, or its
+    exception.
 
     Empty if not recorded.
     """
@@ -115,7 +119,7 @@ def reason(result: Mapping[str, Any]) -> str:
 
 
 def describe_status(run: Run) -> str:
-    """The status of an unfinished run with its epochs and reason: ``diverged in epoch 3, first in fc1``."""
+    """The status of an unfinished run with its epochs and the reason, such as ``diverged in epoch 3, first in fc1``."""
     status, why = run.result["status"], reason(run.result)
     if _diverged_in_known_epoch(run.result):
         return f"{status} {why}"

@@ -1,4 +1,4 @@
-"""The comparison table: one row per group of runs that differ in the seed only."""
+"""The comparison table, with one row per group of runs that differ only in the seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fa_bench.report.references import BEST, Reference, References
 from fa_bench.report.runs import VERSIONS, Run, metrics_of
 from fa_bench.report.states import describe_status
 
-#: A training loss that ends above this many times its first epoch's mean is noted.
+#: A note is added if the training loss of the last epoch is more than this many times that of the first epoch.
 _RISE = 2
 
 
@@ -30,15 +30,17 @@ def summarise(
     context: Sequence[Run] | None = None,
     chosen: Mapping[str, Chosen] | None = None,
 ) -> pd.DataFrame:
-    """One row per group, in order of first appearance: a column for each key in which the configs differ, and `COLUMNS`.
+    """A table with one row per group, in the order of first appearance. Its columns are `COLUMNS` and the keys in which the
+    configs differ.
 
-    Accuracies are in %, their differences in percentage points, angles in degrees, times in seconds of training. A primary score
-    other than accuracy has columns like those of accuracy, with its name and in its unit. Statistics cover the `n` finished runs,
-    one per seed. `runs` and `status` count all runs; `unfinished` describes the others (stopped, diverged, failed, interrupted,
-    running), which are excluded from the statistics. `*_std` is the sample standard deviation, `*_ci95` half the width of the 95
-    % Student t interval of the mean, NaN for fewer than three seeds; `*_low` and `*_high` are the lowest and the highest value,
-    NaN for one seed. A group is compared with the groups of `bp` (`bp_row`) and `frozen` (`floor_row`) that
-    `references.References` chooses. Columns of references and published numbers are blank if there are none.
+    Accuracies are in %, their differences are in percentage points, angles are in degrees, and times are in seconds of training.
+    A primary score other than accuracy has columns like those of accuracy, with its name and in its unit. The statistics cover
+    the `n` finished runs, one per seed. `runs` and `status` count all runs; `unfinished` describes the others (stopped, diverged,
+    failed, interrupted, running), which are excluded from the statistics. `*_std` is the sample standard deviation. `*_ci95` is
+    half the width of the 95 % Student t interval of the mean, NaN for fewer than three seeds. `*_low` and `*_high` are the lowest
+    and the highest value, NaN for a single seed. A group is compared with the groups of `bp` (`bp_row`) and `frozen`
+    (`floor_row`) that `references.References` chooses. The columns of references and of published numbers are blank if a group
+    has none.
 
     Args:
         runs: the runs.
@@ -98,7 +100,7 @@ def _is_in_labels(key: str, groups: Groups, labels: Mapping[str, str]) -> bool:
 
 
 class _Comparison(NamedTuple):
-    """A row's references, and its paired differences to bp in percentage points."""
+    """A row's references, and the statistics of its paired differences to bp, in the unit of tables."""
 
     control: Reference
     floor: Reference
@@ -185,8 +187,8 @@ def _pairs_note(final: Mapping[int, float], control: Reference, difference: Pair
 
 
 def _rise_note(finished: Mapping[int, Run]) -> str:
-    """A note if training ended with a loss above `_RISE` times that of its first epoch: activations or weights grew without
-    bound, but stayed finite."""
+    """A note if training ended with a loss above `_RISE` times that of the first epoch, because activations or weights grew
+    without bound but stayed finite."""
     risen = {}
     for seed, run in sorted(finished.items()):
         losses = known(line.get("train_loss") for line in run.metrics)
@@ -207,13 +209,13 @@ def _missing_note(members: Sequence[Run], key: str) -> str:
 
 
 def _unfinished(runs: Sequence[Run]) -> str:
-    """The runs that have not finished: ``1 of 3: seed 2 diverged in epoch 3, first in fc1``."""
+    """A description of the runs that have not finished, such as ``1 of 3: seed 2 diverged in epoch 3, first in fc1``."""
     unfinished = [f"seed {run.result['seed']} {describe_status(run)}" for run in runs if not run.finished]
     return f"{len(unfinished)} of {len(runs)}: {'; '.join(unfinished)}" if unfinished else ""
 
 
 def _scores(runs: Sequence[Run], key: str) -> dict[int, float]:
-    """The finished runs' known values of a score by seed, in the unit of tables."""
+    """The known values of a score in the finished runs, by seed, in the unit of tables."""
     return {seed: value for seed, run in finished_by_seed(runs).items() for value in known([run.score(key)])}
 
 

@@ -16,7 +16,7 @@ from fa_bench.report.runs import FINISHED
 from fa_bench.utils.text import align_columns, escape_markdown
 
 BLANK = "-"
-#: Maximum number of characters of a cell in text and Markdown; the CSV has the full text.
+#: The maximum number of characters in a cell of text or Markdown tables; the CSV has the full text.
 MAX_CELL = 500
 #: The maximum width of the terminal's table in characters, if possible, and the maximum number of lines of notes below it.
 WIDTH, MAX_NOTES = 120, 12
@@ -25,9 +25,9 @@ _ENDS = ("_low", "_high")
 
 
 def to_text(frame: pd.DataFrame) -> str:
-    """The table for a terminal, one line per group, and the groups' notes below it.
+    """The table for a terminal, with one line per group, followed by the notes on the groups.
 
-    Numbers of runs and statuses are shown only if some group needs them. If the table would be wider than `WIDTH`, titles are
+    Numbers of runs and statuses are shown only if some run has not finished. If the table would be wider than `WIDTH`, titles are
     shortened, and then settings and statuses are omitted.
     """
     formats = columns_of(frame)
@@ -97,7 +97,7 @@ def _aligned(columns: Sequence[_TextColumn]) -> list[str]:
 
 
 def _notes(frame: pd.DataFrame) -> list[str]:
-    """The rows' notes, each once with the labels of its rows."""
+    """The notes on the rows, in which each distinct note is listed once with the labels of its rows."""
     labels: dict[str, list[str]] = {}
     for label, note in zip(frame["label"], frame["note"], strict=True):
         for part in note.split("; ") if note else ():
@@ -109,8 +109,8 @@ def _notes(frame: pd.DataFrame) -> list[str]:
 
 
 def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) -> str:
-    """The table in Markdown, with those of `columns` that are not blank in every row; for two values, their range is shown in
-    place of the interval."""
+    """The table in Markdown, with those `columns` that are not blank in every row. If a row has only two values, their range
+    replaces the interval."""
     shown = {
         name: _with_ranges(frame, name, columns)
         if f"{name.removesuffix('_ci95')}_low" in frame and name.endswith("_ci95")
@@ -132,9 +132,9 @@ def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) ->
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """The frame as CSV with ten digits per number and text on one line, byte-identical on every platform.
+    """The frame as CSV, which is byte-identical on every platform. Numbers have ten digits, and each text is on one line.
 
-    Values of configs are written as they are typed on the command line.
+    Values of configs are written as a user would type them on the command line.
     """
     swept = frame.attrs.get("swept", ())
     plain = pd.DataFrame({printable(name): column.map(_typed if name in swept else _one_line) for name, column in frame.items()})
@@ -150,7 +150,7 @@ def _typed(value: Any) -> Any:
 
 
 def with_std(frame: pd.DataFrame, name: str) -> list[str]:
-    """The cells of a score, such as ``97.13 ± 0.16``; without the standard deviation for one seed."""
+    """The cells of a score, such as ``97.13 ± 0.16``; the standard deviation is omitted for a single seed."""
     columns = columns_of(frame)
     means, stds = _cells(frame, name, columns), _cells(frame, f"{name}_std", columns)
     width = max(map(len, means), default=0)

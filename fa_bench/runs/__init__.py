@@ -1,1 +1,1 @@
-"""Runs: training, records, checkpoints, stopping and resuming."""
+"""Runs: how they train, are recorded, save checkpoints, stop and resume."""

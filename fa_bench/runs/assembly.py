@@ -1,4 +1,4 @@
-"""The parts of a run: data, model, rule, optimizers, and the objects that measure them."""
+"""Build the parts of a run: the data, model, rule and optimizers, and the objects that measure them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load(job: Job, device: torch.device) -> Splits:
 
 @within_memory()
 def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Parts:
-    """Load the data, build the model and attach the rule; the rule's phase before training is not run yet.
+    """Load the data, build the model and attach the rule. The rule's initial phase has not run yet.
 
     Args:
         job: the job as it is trained, see `fa_bench.config.scale.scaled`.
@@ -101,7 +101,7 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
 
 
 def _with_output(job: Job, rule: Rule, model: torch.nn.Module, x: torch.Tensor) -> Objective:
-    """The job's objective with the name of the output that is trained, which may be an option of the rule.
+    """Add to the job's objective the name of the output that is trained, which may be an option of the rule.
 
     Raises:
         OptionError: if the model has several outputs and none is named, or if the named output does not exist.
@@ -131,7 +131,7 @@ def prepare(job: Job) -> torch.device:
     Raises:
         ConfigError: if the device is not available.
     """
-    # Large logits give probabilities below 1e-38, and arithmetic on such denormal numbers is many times slower on a CPU. The
+    # Large logits give probabilities below 1e-38, and a CPU computes with such denormal numbers many times more slowly. The
     # setting must be made before torch starts its worker threads, which inherit it.
     torch.set_flush_denormal(True)
     torch.set_default_dtype(torch.float32)
@@ -139,7 +139,8 @@ def prepare(job: Job) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     set_deterministic(job.run.deterministic)
     torch.backends.cudnn.benchmark = not job.run.deterministic
-    # By default, torch computes convolutions on CUDA devices with the ten bits of TF32; here, this requires precision=tf32.
+    # By default, torch computes convolutions on CUDA devices with the ten-bit mantissa of TF32, whereas a run does so only with
+    # precision=tf32.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(job.run.threads or torch.get_num_threads())
@@ -154,7 +155,8 @@ def prepare(job: Job) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices (allowed: auto, cpu)")
-        # torch reads this variable only once in a process, at the first product, and a deterministic run may come later.
+        # torch reads this variable only once in a process, at the first matrix product, and a later run in the process may be
+        # deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum of a tensor over all processes; the gradient is the sum of the gradients of all processes."""
+    """Sums a tensor over all processes in the forward pass, and its gradient over all processes in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -28,7 +28,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation whose statistics in training are those of the samples of all processes."""
+    """Batch normalisation that uses the statistics of the samples in all processes during training."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -39,7 +39,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         axes, shape = [0, *range(2, input.dim())], [1, -1, *[1] * (input.dim() - 2)]
-        # Computed in double precision, because the difference of two sums of squares loses digits.
+        # Compute this in double precision, because the difference of two sums of squares loses digits.
         wide = input.double()
         count = wide.new_tensor([wide.numel() // wide.shape[1]])
         sums, squares, (total,) = _AllReduce.apply(torch.cat([wide.sum(axes), wide.square().sum(axes), count])).split(  # type: ignore[union-attr]
@@ -63,9 +63,9 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise(model: nn.Module) -> nn.Module:
-    """Make every batch normalisation in the model use the batches of all processes; returns the model."""
+    """Make every batch normalisation in the model use the batches of all processes, and return the model."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            # Only the class changes, so attributes and references to the module stay as they are.
+            # Only the class is changed, so attributes of the module and references to it remain valid.
             module.__class__ = SynchronisedBatchNorm  # pyright: ignore[reportAttributeAccessIssue]
     return model

@@ -1,4 +1,4 @@
-"""The batch that alignment metrics are measured on, and checks that all targets and batches can be trained and measured on."""
+"""The batch on which alignment metrics are measured, and checks that the targets and batches of a run can be used."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch that alignment metrics are measured on: at most `size` training samples, not augmented, with their targets and
-    indices.
+    """The batch on which alignment metrics are measured. It contains at most `size` training samples without augmentation, with
+    their targets and indices.
 
-    The batch consists of the first samples in stored order. If these contain fewer than half as many classes as possible, because
-    the data are stored class by class, it is a random selection with a fixed seed instead.
+    The batch consists of the first samples in stored order. If the data are stored class by class, these samples may contain
+    fewer than half as many classes as possible. In that case, the batch is a random selection with a fixed seed.
     """
     from fa_bench.data.splits import some_indices
 
@@ -100,11 +100,12 @@ def _check_positions(rule: Rule, labels: Tensor, where: str) -> None:
 
 
 def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: int = 1) -> None:
-    """Refuse a run in which a process would have no sample of a batch, or batch normalisation would have only one sample.
+    """Refuse a run in which some process would get no sample of a batch, or in which batch normalisation would get a single
+    sample.
 
-    A single sample has no statistics, so batch normalisation in the model or in the rule's auxiliary nets raises an error. If
-    such a batch would occur, the nets are tried with one; those that accept it, because their normalised maps have several
-    pixels, pass the check.
+    Batch statistics need several values, so batch normalisation in the model or in the rule's auxiliary nets may raise an error
+    for a single sample. If such a batch would occur, the nets are run with a single sample. Nets that accept it, because their
+    normalised maps have several pixels, pass the check.
 
     Args:
         rule: after `attach`.

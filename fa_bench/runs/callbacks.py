@@ -23,19 +23,20 @@ if TYPE_CHECKING:
     from fa_bench.utils.energy import EnergyMeter
     from fa_bench.utils.stopping import StopRequest
 
-#: Seconds between two lines of a run whose output is not a terminal.
+#: The minimum number of seconds between two lines if the output is not a terminal.
 LINE_EVERY = 10.0
-#: Seconds between two readings of the machine's energy counters.
+#: The number of seconds between two readings of the machine's energy counters.
 ENERGY_EVERY = 60.0
-#: The minimum number of automatic measurements in a run with at least as many steps, and the maximum number of steps between two
-#: of them.
+#: The minimum number of automatic measurements in a run that has at least this many steps, and the maximum number of steps
+#: between two of them.
 MEASUREMENTS, MAX_INTERVAL = 20, 500
 
 
 def probe_interval(probe_every: int | None, steps: int) -> int:
-    """The steps between two measurements in a run of `steps` steps, given the run's option `probe_every` (None: automatic).
+    """The number of steps between two measurements in a run of `steps` steps, given the run's option `probe_every` (None:
+    automatic).
 
-    The automatic interval gives 20 to 40 measurements, or more if they would be further apart than `MAX_INTERVAL` steps.
+    The automatic interval gives 20 to 40 measurements, or more if they would otherwise be more than `MAX_INTERVAL` steps apart.
     """
     return min(max(steps // MEASUREMENTS, 1), MAX_INTERVAL) if probe_every is None else probe_every
 
@@ -66,8 +67,8 @@ class Alignment(Callback):
         if progress.stopped is not None and progress.probed != progress.step:
             self.measure(trainer)
         elif progress.probed != progress.step or not progress.angles:
-            # A run that was resumed after its last epoch, or stopped by a callback outside of its config, must not record
-            # measurements that an uninterrupted run would not make.
+            # A run must not record measurements that an uninterrupted run would not make. This concerns runs that were resumed
+            # after their last epoch, or were stopped by a callback outside of their config.
             progress.angles = self.meter.measure()
 
     def measure(self, trainer: Trainer) -> None:
@@ -80,7 +81,8 @@ class Alignment(Callback):
 
 @dataclasses.dataclass(eq=False)
 class Energy(Callback):
-    """Adds up the energy that the machine uses while a run trains; a run that was started without counters has no value."""
+    """Adds up the energy that the machine uses while a run trains. A run that was started without energy counters has no
+    value."""
 
     meter: EnergyMeter
 
@@ -91,7 +93,8 @@ class Energy(Callback):
         self._read = time.monotonic()
 
     def on_step_end(self, trainer: Trainer) -> None:
-        # Read often enough that no counter can wrap around twice; RAPL's counters wrap around within minutes.
+        # The counters are read so often that none can wrap around twice between two readings; RAPL's counters wrap around within
+        # minutes.
         if time.monotonic() - self._read >= ENERGY_EVERY:
             self._add(trainer)
 
@@ -125,7 +128,7 @@ class Histograms(Callback):
 class Checkpoints(Callback):
     """Calls `save` every `epochs` epochs, after the last epoch, and every `minutes` minutes within an epoch (0: never).
 
-    It must come after all callbacks that may request a stop in `on_epoch_end`.
+    This callback must come after all callbacks that may request a stop in `on_epoch_end`.
     """
 
     save: Callable[[], None]
@@ -151,7 +154,7 @@ class Checkpoints(Callback):
 
 @dataclasses.dataclass(eq=False)
 class Display(Callback):
-    """A progress bar on a terminal; otherwise a line at most every `LINE_EVERY` seconds.
+    """Shows a progress bar on a terminal. Otherwise, it prints a line at most every `LINE_EVERY` seconds.
 
     Attributes:
         title: the title of the run.

@@ -1,7 +1,7 @@
-"""Reading JSON that may be damaged, edited or forged: every value is checked before it is used.
+"""Read JSON that may be damaged, edited or forged, and check every value before it is used.
 
-A check is called with the key and the value, and raises if the value is not allowed. An error names the file, the key, its value
-and the allowed values.
+A check is a function of the key and the value that raises an error if the value is not allowed. An error names the file, the key,
+its value and the allowed values.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from fa_bench.errors import DataError, FaBenchError, names, nearest, printable, truncate
 
-#: Limits on the nesting depth, the bytes of a file, and the characters of a value in a message.
+#: The limits on the nesting depth, on the size of a file in bytes, and on the number of characters of a value in a message.
 MAX_DEPTH, MAX_BYTES, MAX_VALUE = 20, 2**30, 60
-#: The largest finite number allowed in a record. No run measures larger numbers, which would make the statistics and axes of a
+#: The largest finite number allowed in a record. No run measures larger numbers, and they would make the statistics and axes of a
 #: report overflow.
 MAX_NUMBER = 1e100
 
@@ -39,7 +39,7 @@ class _InvalidValue(Exception):
 
 
 def value_of(allowed: str, is_valid: Callable[[Any], bool]) -> Check:
-    """A check of one value; `allowed` describes the valid values in words."""
+    """A check of a single value; `allowed` describes the valid values in words."""
 
     def check(key: str, value: Any) -> None:
         if not is_valid(value):
@@ -49,7 +49,7 @@ def value_of(allowed: str, is_valid: Callable[[Any], bool]) -> Check:
 
 
 def one_of(choices: Collection[str]) -> Check:
-    """A check that a value is one of the choices; its error names the nearest one."""
+    """A check that a value is one of the choices; its error message suggests the closest choice."""
 
     def check(key: str, value: Any) -> None:
         if value not in choices:
@@ -102,7 +102,7 @@ def mapping_of(checks: Mapping[str, Check]) -> Check:
 
 
 def complete(check: Check, required: tuple[str, ...]) -> Check:
-    """The check of a mapping, which also requires some keys."""
+    """A check of a mapping that also requires some keys to be present."""
 
     def check_complete(key: str, value: Any) -> None:
         check(key, value)
@@ -114,8 +114,8 @@ def complete(check: Check, required: tuple[str, ...]) -> Check:
 
 
 def is_int(value: Any, minimum: int = -(2**63)) -> bool:
-    """Whether a value is a whole number from `minimum`, of at most 64 bits."""
-    # Larger integers, of hundreds of digits, cannot be converted to a float.
+    """Whether a value is a whole number of at most 64 bits that is at least `minimum`."""
+    # Integers with hundreds of digits cannot be converted to a float.
     return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**63
 
 
@@ -125,7 +125,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_fraction(value: Any) -> bool:
-    """Whether a value is from 0 to 1, or not finite."""
+    """Whether a value is a number from 0 to 1 or a non-finite number."""
     return is_number(value) and (0 <= value <= 1 or not math.isfinite(value))
 
 
@@ -161,7 +161,7 @@ def read_bytes(path: Path) -> bytes | None:
 
 
 def parse_json(text: bytes, path: Path) -> Any:
-    """The value of a text in JSON.
+    """Parse a text in JSON and return its value.
 
     Raises:
         RecordError: if it is not JSON, or is nested too deeply.

@@ -57,7 +57,7 @@ def save(
     Raises:
         OutputError: if it cannot be written; the earlier checkpoints are unchanged.
     """
-    # Into memory first, because torch.save does not report a full disk clearly, whereas a plain write does.
+    # The checkpoint is first saved to memory, because torch.save does not report a full disk clearly, whereas a plain write does.
     buffer = io.BytesIO()
     torch.save(
         {
@@ -70,8 +70,8 @@ def save(
     )
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
-        # `write_bytes` is not used: if it fails, its frame keeps the buffer in use, and Python 3.13 complains about this in a
-        # garbage collection.
+        # `write_bytes` is not used, because its frame would keep the buffer in use after a failure, and Python 3.13 would warn
+        # about this during garbage collection.
         with temporary.open("wb") as file, buffer.getbuffer() as content:
             file.write(content)
         if path.exists():
@@ -101,7 +101,7 @@ def restore(state: dict[str, Any], rule: Rule, optimizers: Optimizers, callbacks
 
 
 def _link(path: Path, name: Path) -> None:
-    """Give a file a second name, which replaces any other file of that name."""
+    """Give a file a second name, replacing any other file with that name."""
     link = name.with_name(temporary_name(name.name))
     link.unlink(missing_ok=True)
     try:
@@ -119,7 +119,7 @@ def load(
     warn: Callable[[str], Any],
     callbacks: Iterable[Callback] = (),
 ) -> Progress:
-    """Restore a rule, its model and its optimizers from the first usable checkpoint of `paths`; returns the run's progress.
+    """Restore a rule, its model and its optimizers from the first usable checkpoint in `paths`, and return the run's progress.
 
     Args:
         paths: the checkpoint files, newest first; missing ones are skipped.
@@ -152,7 +152,7 @@ def load(
 
 
 def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
-    """The saved progress of a run; raises TypeError or ValueError for values that no run saves."""
+    """The saved progress of a run; raises a TypeError or ValueError for values that no run would save."""
     progress = Progress(**saved)
 
     def is_count(value: Any, maximum: float = math.inf) -> bool:
@@ -206,7 +206,7 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
 
 
 def read(path: Path, config_hash: str, device: torch.device | str) -> dict[str, Any]:
-    """The content of a checkpoint, with its tensors on `device`. The file is read as data: it cannot execute code.
+    """The content of a checkpoint, with its tensors on `device`. The file is read as pure data, so it cannot execute code.
 
     Raises:
         RunDirectoryError: if the file is corrupt, cannot be read or belongs to another config.

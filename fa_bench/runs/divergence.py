@@ -1,4 +1,4 @@
-"""Detection of training that diverges, and of the first tensor that is not finite."""
+"""Detect that training diverges, and find the first tensor that is not finite."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fa_bench.mechanisms.rule import Rule
 if TYPE_CHECKING:
     from fa_bench.runs.loop import Trainer
 
-#: Steps between two checks of the loss on an accelerator, because each check waits for the device.
+#: The number of steps between two checks of the loss on an accelerator, where each check has to wait for the device.
 CHECK_EVERY = 50
 
 
 class Diverged(Exception):
-    """The loss, or a trained tensor, is not finite."""
+    """The error that is raised if the loss or a trained tensor is not finite."""
 
     def __init__(self, epoch: int, step: int, layer: str | None) -> None:
         where = f" (first in {layer})" if layer else ""
@@ -43,7 +43,7 @@ class Divergence(Callback):
         progress = trainer.progress
         assert progress.loss_sum is not None
         if progress.step % self._every == 0 and not math.isfinite(trainer.world.sum(progress.loss_sum).item()):
-            # Find the layer before the update, which would spread non-finite values to all layers.
+            # The layer is determined before the update, because the update would spread non-finite values to all layers.
             self._diverged(trainer, x)
 
     def on_batches_end(self, trainer: Trainer) -> None:
@@ -55,7 +55,7 @@ class Divergence(Callback):
         progress = trainer.progress
         if progress.diverged is not None:
             return
-        # Outputs may be non-finite in only one process's part of the batch.
+        # The outputs may be non-finite for the samples of a single process only.
         layers = trainer.world.gather(first_nonfinite(trainer.rule, x))
         order = [name for name, _ in trainer.model.named_modules()]
         layer = min(filter(None, layers), key=lambda name: order.index(name) if name in order else -1, default=None)
@@ -66,7 +66,8 @@ class Divergence(Callback):
 
 
 def first_nonfinite(rule: Rule, x: Tensor | None) -> str | None:
-    """The first tensor that is not finite: a weight, in the model's order, learned feedback, or a layer's output for `x`."""
+    """The name of the first tensor that is not finite. The weights are checked first, in the model's order, followed by the
+    feedback and the outputs of layers for `x`."""
     feedback = [(f"{layer}.{name}", tensor) for layer, tensors in rule.feedback.items() for name, tensor in tensors.items()]
     weights = {id(weight) for weight in rule.weight_parameters()}
     named = [(name, tensor) for name, tensor in rule.model.named_parameters() if id(tensor) in weights]
@@ -78,7 +79,7 @@ def first_nonfinite(rule: Rule, x: Tensor | None) -> str | None:
 
 @torch.no_grad()
 def first_nonfinite_output(model: torch.nn.Module, x: Tensor) -> str | None:
-    """The first module whose output for `x` is not finite, in evaluation mode; None if all are finite."""
+    """The name of the first module that has a non-finite output for `x` in evaluation mode; None if all outputs are finite."""
     nonfinite: list[str] = []
 
     def make_hook(name: str) -> Callable[..., None]:

@@ -1,4 +1,5 @@
-"""How a run computes: precision, memory layout, compilation. Rules, models and losses do not depend on any of this."""
+"""The execution of a run: its precision, memory layout and compilation. Rules, models and losses do not depend on these
+settings."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from fa_bench.errors import ConfigError, first_line
 from fa_bench.mechanisms.compiled import too_old_to_compile
 from fa_bench.runs.logs import log
 
-#: The minimum number of steps of a run for compile=auto: a graph of resnet20 takes some 30 s to compile and saves 15 ms a step.
+#: The minimum number of steps in a run for which compile=auto compiles. A graph of resnet20 takes about 30 s to compile and saves
+#: 15 ms per step.
 ENOUGH_STEPS = 2000
 
 
 class Execution:
-    """How the forward passes of a run compute.
+    """The way in which a run executes its forward passes.
 
     Args:
         options: the run's options `compile`, `graphs`, `precision` and `channels_last`.
@@ -48,11 +50,12 @@ class Execution:
             _require_compiler(device)
 
     def products(self) -> AbstractContextManager[Any]:
-        """A context in which products have the precision of training; outside it, for metrics, they have single precision."""
+        """A context in which matrix products and convolutions have the precision of training. Outside it, where metrics are
+        computed, they have single precision."""
         return _tf32() if self.options.precision == "tf32" else _NOTHING
 
     def placed(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model on the device, in the memory format of the run; before a rule is attached."""
+        """Move the model to the device and to the run's memory format. This must happen before a rule is attached."""
         model = model.to(self.device)
         if self._channels_last == "auto":
             self._channels_last = self.device.type == "cpu" and _has_convolutions(model)
@@ -67,9 +70,10 @@ class Execution:
     def forward(
         self, function: Callable[..., Any], model: torch.nn.Module, steps: int, processes: int = 1, repeats: bool = False
     ) -> Callable[..., Any]:
-        """A forward pass, ``function(x, y)``, as the run executes it: compiled for full batches.
+        """Return a forward pass, ``function(x, y)``, in the form in which the run executes it. With compilation, it is compiled
+        for full batches.
 
-        Other batches run without compilation: a smaller last batch would need its own graph.
+        Other batches run without compilation, because a smaller last batch would need its own graph.
 
         Args:
             function: computes outputs and loss from a batch (N, ...) or a micro-batch.
@@ -93,7 +97,7 @@ class Execution:
         # Each run needs its own code object, because torch limits the number of graphs per code object in a process.
         own: Any = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
         mode = {"triton.cudagraphs": True} if self.options.graphs is True else {}
-        # Dropout draws the same numbers as without compilation.
+        # With this setting, dropout draws the same random numbers as without compilation.
         compiled = torch.compile(own, dynamic=False, options={"fallback_random": True, **mode})
         size, parts = self.options.batch_size, self.options.accumulate
         self._pending = {-(-size // parts), size // parts}
@@ -141,7 +145,7 @@ def _require_compiler(device: torch.device) -> None:
 
 
 def _no_compiler() -> str:
-    """Why torch finds no C++ compiler; empty if it finds one."""
+    """The reason why torch does not find a C++ compiler; empty if it finds one."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
@@ -152,7 +156,7 @@ def _no_compiler() -> str:
 
 
 def _pays(model: torch.nn.Module, device: torch.device, steps: int) -> tuple[bool, str]:
-    """Whether compilation is known to be faster (docs/performance.md), and why."""
+    """Whether compilation is known to be faster (see docs/performance.md), and the reason."""
     if device.type != "cpu":
         return False, f"not measured on {device.type}"
     if not _has_convolutions(model):

@@ -1,4 +1,4 @@
-"""Hashes for comparing runs: of the code, of weights and other state, and of training batches."""
+"""Hashes of the code, of weights and other state, and of training batches, by which runs are compared."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: Hexadecimal digits of every hash.
+#: The number of hexadecimal digits in every hash.
 DIGITS = 16
-#: Packages that only read runs: changing them makes no run stale.
+#: The packages that only read runs, so that changes to them do not invalidate any run.
 READERS = ("report", "analyses")
-#: Data hashes computed by this process, so that the finished runs of a sweep read their data only once.
+#: The data hashes that this process has computed. They are kept so that the data of a sweep's finished runs are read only once.
 _data_hashes: dict[str, str] = {}
 clear_cache = _data_hashes.clear
 
 
 def code_hash(plugins: Iterable[str] = (), classes: Iterable[type] = ()) -> str:
-    """A hash of the code that determines a run's results: of this package, of plugins and of the user's own classes.
+    """A hash of the code that determines a run's results, which is that of this package, of plugins and of the user's own
+    classes.
 
     Args:
         plugins: names of modules, which are imported.
@@ -66,7 +67,7 @@ def state_hash(state: Any) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """The `state_hash` of a model: weights, buffers and feedback, without the auxiliary nets of local losses."""
+    """The `state_hash` of a model's weights, buffers and feedback, without the auxiliary nets of local losses."""
     return state_hash({key: tensor for key, tensor in model.state_dict().items() if AUXILIARY_PREFIX not in key})
 
 
@@ -87,8 +88,8 @@ def _update(digest: Any, value: Any) -> None:
 
 
 def chained(previous: str, *tensors: Tensor) -> str:
-    """The hash of a sequence of tensors to which `tensors` are appended; `previous` is the hash of the sequence so far, empty at
-    first."""
+    """The hash of a sequence of tensors after `tensors` are appended to it. `previous` is the hash of the sequence before that,
+    or empty at the start."""
     digest = hashlib.sha256(previous.encode())
     for tensor in tensors:
         digest.update(_bytes(tensor))
@@ -102,7 +103,7 @@ def _bytes(tensor: Tensor) -> Any:
 def compare_data(job: Job, result: dict[str, Any], read_hash: Callable[[], str]) -> tuple[bool, str]:
     """Whether a finished run's result is valid for the current data, and a remark for the log (possibly empty).
 
-    Data that cannot be read do not invalidate a result; the remark then says so.
+    A result stays valid if the data cannot be read; the remark then says so.
 
     Args:
         job: the run.

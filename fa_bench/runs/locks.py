@@ -23,7 +23,7 @@ from fa_bench.utils.locks import locked
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Hold the lock of a run directory, which is created if it does not exist.
+    """Hold the lock of a run directory within the block; the directory is created if it does not exist.
 
     Raises:
         DirectoryLockedError: if another process holds the lock; the message names it.
@@ -59,7 +59,8 @@ def lock_directory(directory: Path) -> Iterator[None]:
 
 
 def lock_holder(directory: Path) -> dict[str, Any] | None:
-    """The process that holds a run directory's lock: pid, host, command, started; None if the directory is not locked."""
+    """A description of the process that holds a run directory's lock (pid, host, command, started); None if the directory is not
+    locked."""
     path = directory / LOCK
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -75,7 +76,7 @@ def lock_holder(directory: Path) -> dict[str, Any] | None:
 
 
 def _read_holder(directory: Path) -> dict[str, Any]:
-    """The description that the lock's holder has written of itself; empty if it has not been written yet."""
+    """The description that the holder of the lock has written about itself; empty if it has not written one yet."""
     try:
         about = json.loads((directory / HOLDER).read_bytes())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The log of a run: complete in its own file, abbreviated on the terminal."""
+"""The log of a run, which is complete in a file and abbreviated on the terminal."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class _Console(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore a full disk, which would otherwise print a traceback for every line; it is reported when other files are
+        """Ignore a full disk, which would otherwise cause a traceback for every line. The error is reported when other files are
         written."""
 
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Within the block, the complete log is written to a file; raises OutputError if it cannot be opened."""
+    """Within the block, write the complete log to a file; raises an OutputError if the file cannot be opened."""
     with output_errors(path):
         handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -47,7 +47,7 @@ def log_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def console_log() -> Iterator[None]:
-    """Within the block, the abbreviated log is shown on the terminal."""
+    """Within the block, show the abbreviated log on the terminal."""
     previous = log.level, log.propagate
     console = None if any(isinstance(handler, _Console) for handler in log.handlers) else _Console(level=logging.INFO)
     if console:
@@ -64,7 +64,7 @@ def console_log() -> Iterator[None]:
 
 @contextmanager
 def preserve_root_logger() -> Iterator[None]:
-    """Restore the root logger after the block, in which a config of Hydra may change its handlers and level."""
+    """Restore the root logger's handlers and level after the block, in which Hydra may change them."""
     root = logging.getLogger()
     previous, level = list(root.handlers), root.level
     try:

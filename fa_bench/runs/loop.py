@@ -1,4 +1,4 @@
-"""The training loop. It refers to no rule, loss, metric or logger by name."""
+"""The training loop. The loop does not refer to any rule, loss, metric or logger by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Angles = dict[str, dict[str, float]]
 
 @dataclasses.dataclass
 class Progress:
-    """The progress of a run between two updates; saved in its checkpoints.
+    """The progress of a run between two updates, which is saved in its checkpoints.
 
     Attributes:
         epoch: finished epochs.
@@ -75,12 +75,12 @@ class Progress:
     def begin_epoch(self, device: torch.device) -> None:
         """Reset the attributes of the current epoch."""
         self.batch, self.samples, self.sums, self.angles = 0, 0, {}, None
-        # The sums stay on the device: reading them would synchronise every step.
+        # The sums stay on the device, because reading them would synchronise every step.
         self.loss_sum = torch.zeros((), device=device)
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss over the current epoch's batches; 0 if no target counted."""
+        """The mean loss over the batches of the current epoch; 0 if no target counted towards it."""
         assert self.loss_sum is not None
         return (self.loss_sum / (self.samples if isinstance(self.samples, int) else self.samples.clamp(min=1))).item()
 
@@ -130,7 +130,7 @@ class Trainer:
         self.model, self.objective = rule.model, rule.objective
         self.scores = tuple(self.objective.scores[splits.targets])
         self.callbacks, self.progress = list(callbacks), progress or Progress()
-        # Only overridden hooks are called: a step of a small net takes only a few hundred microseconds.
+        # Only overridden hooks are called, because a step of a small net takes only a few hundred microseconds.
         self._hooks = {
             name: [
                 (callback, getattr(callback, name))
@@ -163,11 +163,12 @@ class Trainer:
         self._call("on_fit_end")
 
     def stop(self, reason: str) -> None:
-        """End the training early. Called by a callback's hook; calls after the first have no effect.
+        """End the training early. Request that training stops. Hooks of callbacks call this method; calls after the first have no
+        effect.
 
-        An epoch that has begun is finished: its remaining steps, its evaluation, the hooks `on_epoch_end` of all callbacks and a
-        checkpoint; then `on_fit_end` is called. A call before the first epoch prevents that epoch. A call in the last epoch has
-        no effect: the run finishes.
+        An epoch that has begun is completed, including its evaluation, the hooks `on_epoch_end` of all callbacks and a
+        checkpoint. After that, `on_fit_end` is called. A call before the first epoch prevents that epoch. A call in the last
+        epoch has no effect, because the run finishes anyway.
 
         Args:
             reason: recorded in the result, whose status is `stopped`.
@@ -184,8 +185,8 @@ class Trainer:
 
     @property
     def stop_request(self) -> dict[str, Any] | None:
-        """The reason to stop, and the callback that requested it (None: not part of the config). Callbacks of the config take
-        precedence."""
+        """The reason to stop, and the callback that requested it, or None if that callback is not part of the config. Callbacks
+        of the config take precedence."""
         return self.progress.stopped or self._external_stop
 
     def agree_on_stop(self) -> None:
@@ -195,9 +196,9 @@ class Trainer:
         self.progress.stopped, self._external_stop = next(filter(None, stopped), None), next(filter(None, external), None)
 
     def train_step(self, x: Tensor, y: Tensor, indices: Tensor | None = None) -> None:
-        """One update of weights and learned feedback with this process's part of a batch, inputs `x` and targets `y`.
+        """Update weights and learned feedback with this process's part of a batch, which has the inputs `x` and the targets `y`.
 
-        `indices` are the indices of these samples, see `Rule.backward`.
+        `indices` are the indices of these samples in the training data (see `Rule.backward`).
         """
         self.optimizers.begin_step(self.progress.step)
         end = 0
@@ -223,7 +224,7 @@ class Trainer:
         return outputs, self.objective.loss(outputs, y)
 
     def evaluate(self, split: Split | None) -> dict[str, float]:
-        """Loss and scores of a split, see `fa_bench.metrics.evaluation.evaluate`."""
+        """The loss and the scores of a split (see `fa_bench.metrics.evaluation.evaluate`)."""
         with self.execution.autocast():
             return evaluate(
                 self.model,
@@ -297,7 +298,7 @@ class Trainer:
 
     @property
     def _samples(self) -> int:
-        """The number of samples in the current batch, in all processes together."""
+        """The total number of samples in the current batch over all processes."""
         size = self.options.batch_size
         return min(size, len(self.splits.train) - self.progress.batch * size)
 

@@ -29,7 +29,7 @@ from fa_bench.utils.stopping import Interrupted
 def recording_outcome(
     result: dict[str, Any], job: Job, parts: Parts, recorder: Recorder, trainer: Trainer, save: Any
 ) -> Iterator[None]:
-    """Complete `result` and write it, however the training in the block ends."""
+    """Complete `result` and write it at the end of the block, whether training finishes or fails."""
     progress, complete, raised = trainer.progress, False, None
     try:
         yield
@@ -50,7 +50,7 @@ def recording_outcome(
         error = raised = _explain(error, job)
         if isinstance(error, Interrupted) and trainer.world.stops_together:
             save()
-        # A process that was lost without giving a reason was killed or stopped.
+        # A process that ended without reporting an error was killed or stopped.
         is_stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, ProcessLost) and not error.reason)
         status = "interrupted" if is_stopped else "failed"
         result |= {"status": status, "error": _error(error)}
@@ -94,8 +94,8 @@ def _stopped(progress: Progress, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: BaseException, job: Job) -> BaseException:
-    """The error; ProcessLost if it means that another process has ended, or a ConfigError if torch found a nondeterministic
-    operation."""
+    """Return the error, or a more specific one. This is a ProcessLost error if another process has ended, and a ConfigError if
+    torch found a nondeterministic operation."""
     error = parallel.current().explained(error)
     operation = re.match(r"(\S+) does not have a deterministic implementation", str(error))
     if isinstance(error, RuntimeError) and operation and job.run.deterministic:
@@ -107,9 +107,9 @@ def _explain(error: BaseException, job: Job) -> BaseException:
 
 
 def record_failure(job: Job, directory: Path, error: BaseException, experiment: str | None = None) -> None:
-    """Log why a run failed, with the traceback, and write its result unless the run has already written one.
+    """Log why a run failed, with the traceback, and write its result if the run has not already written one.
 
-    Files of another run are not touched, and those of earlier attempts, such as checkpoints, are kept.
+    Files of another run are not touched. Files of earlier attempts, such as checkpoints, are kept.
     """
     run_dir = RunDirectory(directory, job)
     run_dir.check()

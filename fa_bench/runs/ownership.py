@@ -1,5 +1,5 @@
-"""Find the files in a directory that belong to a run. They are recognised by their full names, never by a pattern,
-and never through a link."""
+"""Find the files in a directory that belong to a run. Files are recognised by their full names, never by a pattern, and links are
+never followed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ LOCK, HOLDER = ".lock", ".holder.json"
 _WRITTEN = (CONFIG, METRICS, ANGLES, CURVES, RESULT, HOLDER, EVENTS)
 TEMPORARIES = (NEW_EVENTS, *map(temporary_name, _WRITTEN))
 CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
-#: Files other than the lock that may remain from a run that was killed before it wrote its config, and how each begins.
+#: The files other than the lock that may remain from a run that was killed before it wrote its config, with the first bytes of
+#: each.
 _EARLY_FILES = {HOLDER: b'{"pid"', temporary_name(HOLDER): b'{"pid"', temporary_name(CONFIG): HEADER.encode()}
-#: Files of Hydra (on request), file managers and fa-bench-report, which a run neither touches nor refuses.
+#: Files of Hydra, file managers and fa-bench-report, which a run neither touches nor refuses.
 IGNORED = re.compile(
     r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|"
     r"\.{0,2}report([_.][\w.-]+)?\.(md|csv|png|json|lock)(\.tmp)?"
@@ -35,8 +36,8 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 
 def removable_files(directory: Path, resume: bool) -> Iterator[Path]:
-    """The files that a run removes when it starts. Checkpoints come first, because checkpoints of other code must not outlive the
-    config.
+    """Yield the files that a run removes when it starts. Checkpoints are removed first, because checkpoints of other code must
+    not remain after the config is removed.
 
     Args:
         directory: the run's directory.
@@ -52,7 +53,7 @@ def removable_files(directory: Path, resume: bool) -> Iterator[Path]:
 
 
 def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
-    """Refuse a directory that contains anything but a run's files, or a link in place of one.
+    """Refuse a directory that contains anything other than a run's files, or a link in place of such a file.
 
     Args:
         directory: an existing directory.
@@ -92,7 +93,7 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
 
 
 def _may_precede_config(path: Path) -> bool:
-    """Whether a directory without a config may contain this file, because a run writes it before the config."""
+    """Whether a directory without a config may contain this file because a run writes the file before its config."""
     if path.name in (LOCK, CONFIG):  # `check_lock` checks the text of the lock; a link named CONFIG was refused above
         return True
     prefix = _EARLY_FILES.get(path.name)

@@ -1,7 +1,7 @@
 """Data-parallel runs: the processes that torchrun starts for one run, and the data that they exchange.
 
-Every process builds the same model with the same rule and trains on its part of every batch; DistributedDataParallel averages
-the gradients. The parts, the augmentation and the weights of the losses are chosen so that the update is that of one process
+Every process builds the same model with the same rule and trains on its part of every batch; DistributedDataParallel averages the
+gradients. The parts, the augmentation and the weights of the losses are chosen so that the update equals that of a single process
 with the whole batch. All processes perform all measurements, so that none waits for another, but only process 0 writes.
 """
 
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
     from fa_bench.runs.loop import Progress, Trainer
 
-#: The longest time that a process waits for another one that has neither ended nor answered. If a process ends, this is noticed
-#: at once.
+#: The longest time for which a process waits for another process that has neither ended nor answered. The end of a process is
+#: noticed immediately.
 TIMEOUT = timedelta(minutes=10)
-#: Seconds between two checks for a message from process 0 before training.
+#: The number of seconds between two checks for a message from process 0 before training.
 _INTERVAL = 0.05
 #: The environment variables that torchrun sets for each process.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-#: Keys of the store that the processes share.
+#: The keys in the store that the processes share.
 _MESSAGE, _REPORTED, _ERROR = "fa_bench/message", "fa_bench/reported", "fa_bench/error"
-#: Parts of the messages with which torch says that another process has ended, or does not answer.
+#: Parts of the error messages that torch raises if another process has ended or does not answer.
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|Socket Timeout", re.IGNORECASE)
 
 
@@ -59,7 +59,8 @@ class ProcessLost(Exception):
 
 
 class World:
-    """The processes of a run. This class stands for a single process; `Processes` for one of several.
+    """The processes that train a run together. This class is for a run with a single process, and `Processes` is for one of
+    several processes.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -76,29 +77,29 @@ class World:
         """Send a message, which must be JSON, from process 0 to the processes that `listen`."""
 
     def listen(self) -> Any:
-        """Wait for the next message of process 0, for as long as it takes."""
+        """Wait for the next message from process 0, without a time limit."""
         raise NotImplementedError
 
     def report(self, line: str) -> None:
-        """Print an error on standard error; with several processes, only the first one that has an error does so."""
+        """Print an error on standard error. If several processes have errors, only the first one prints its error."""
         print(line, file=sys.stderr)
 
     def explained(self, error: BaseException) -> BaseException:
-        """The error, or ProcessLost if it means that another process has ended."""
+        """Return `error`, or a ProcessLost error if `error` means that another process has ended."""
         return error
 
     # -------------------------------------------------------------------------------------------- exchanges
     # Every process must call these at the same point.
     def from_main(self, value: Any) -> Any:
-        """The value that process 0 passed to this method."""
+        """Return the value that process 0 passed to this method."""
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order."""
+        """The values of all processes, in the order of the processes."""
         return [value]
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of the tensors of all processes."""
+        """The sum of a tensor over all processes."""
         return value
 
     def totals(self, progress: Progress) -> Progress:
@@ -106,15 +107,16 @@ class World:
         return progress
 
     def whole_batch(self, x: Tensor, y: Tensor, share: Callable[[int], Tensor] | None, size: int) -> tuple[Tensor, Tensor]:
-        """The whole batch of `size` samples, in order, on the CPU; each process passes the inputs and targets of its part."""
+        """Collect the whole batch of `size` samples in order, on the CPU. Each process passes the inputs and targets of its
+        part."""
         return x, y
 
     def same_buffers(self, model: torch_nn.Module) -> None:
-        """Give all processes the running statistics of process 0."""
+        """Copy the running statistics of process 0 to all processes."""
 
     def due(self, wanted: bool) -> bool:
-        """Whether all processes now take an action that one of them has requested: immediately with one process, one step later
-        with several."""
+        """Whether all processes now take an action that one of them has requested. A single process takes it immediately, and
+        several processes take it one step later."""
         return wanted
 
     def check(self, stop: StopRequest) -> None:
@@ -123,11 +125,11 @@ class World:
 
     # -------------------------------------------------------------------------------------------- training
     def device(self, name: str) -> str:
-        """The device of this process, given the run's option `device`, which must not be auto."""
+        """The device of this process for the run's option `device`, which must not be auto."""
         return name
 
     def share(self, accumulate: int = 1) -> Callable[[int], Tensor] | None:
-        """The positions of this process's samples in a batch of the given size; None: all."""
+        """The positions of this process's samples in a batch of the given size, or None if it has all of them."""
         return None
 
     def begin_step(self, seed: int, step: int) -> None:
@@ -140,7 +142,7 @@ class World:
     def micro_batches(
         self, x: Tensor, y: Tensor, size: int, accumulate: int, objective: Objective
     ) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The micro-batches of this process's part of a batch of `size` samples, each with the weight of its loss.
+        """Yield the micro-batches in this process's part of a batch of `size` samples, each with the weight of its loss.
 
         The mean over the processes of the sums of the weighted losses is the mean loss of the batch over the targets that count.
         """
@@ -157,7 +159,7 @@ class World:
         return model
 
     def notes(self, model: torch_nn.Module, synchronised: bool, notes: tuple[str, ...]) -> list[str]:
-        """Reasons why the results differ from those of one process, given the notes of the rule's coverage."""
+        """The reasons why the results differ from those of a single process, given the notes on the rule's coverage."""
         return []
 
 
@@ -209,7 +211,7 @@ class Processes(World):
         return self._lost() if is_lost else error
 
     def _lost(self) -> ProcessLost:
-        """ProcessLost, with the error that another process has reported, if any."""
+        """A ProcessLost error, with the error that another process has reported, if there is one."""
         self.has_lost, reason = True, ""
         with suppress(RuntimeError):
             if self._store.check([_ERROR]):
@@ -218,7 +220,7 @@ class Processes(World):
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """Within the block, turn errors of torch into ProcessLost: they mean that another process has ended."""
+        """Within the block, convert torch's errors to ProcessLost, because they mean that another process has ended."""
         try:
             yield
         except RuntimeError:
@@ -302,7 +304,8 @@ class Processes(World):
         return f"cuda:{self.local_rank}"
 
     def parts(self, size: int, accumulate: int) -> list[Tensor]:
-        """The positions of this process's samples in a batch, by micro-batch: each micro-batch is divided among the processes."""
+        """The positions of this process's samples in a batch, for each micro-batch. Each micro-batch is divided among the
+        processes."""
         return [part.tensor_split(self.size)[self.rank] for part in torch.arange(size).tensor_split(min(accumulate, size))]
 
     def share(self, accumulate: int = 1) -> Callable[[int], Tensor] | None:
@@ -314,7 +317,7 @@ class Processes(World):
 
     def wrapped(self, model: torch_nn.Module) -> Any:
         wrapper: Any = nn.parallel.DistributedDataParallel
-        # Buffers are either equal in all processes, or shared before they are read, by `same_buffers`.
+        # Buffers are either equal in all processes or are copied by `same_buffers` before they are read.
         renamed = "forward_sync_buffers" in inspect.signature(wrapper).parameters
         with self._talking():
             self._wrapped = wrapper(model, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
@@ -357,8 +360,8 @@ class Processes(World):
 
 
 class SameStop(Callback):
-    """Turns a callback's request to stop in one process into a request in all processes; must come after all callbacks that may
-    request a stop."""
+    """Turns a callback's request to stop in one process into a request in all processes. This callback must come after all
+    callbacks that may request a stop."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
         trainer.agree_on_stop()
@@ -394,9 +397,9 @@ def refuse(what: str) -> None:
 
 
 def run_together(command: Callable[[], int]) -> int:
-    """Call `command`, as one of several processes if torchrun has started this process, and return its exit code.
+    """Call `command` and return its exit code. If torchrun has started this process, first join the other processes.
 
-    Only process 0 has standard output and error; the other processes print errors with `World.report`.
+    Only process 0 writes to standard output and standard error; the other processes print errors with `World.report`.
     """
     global _world
     if not is_started_by_torchrun():

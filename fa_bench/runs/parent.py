@@ -8,7 +8,7 @@ import threading
 import time
 from multiprocessing.connection import wait
 
-#: Seconds between two checks of the parent, if there is no sentinel to wait for.
+#: The number of seconds between two checks of the parent if there is no sentinel to wait for.
 _INTERVAL = 0.2
 _watching: set[int] = set()
 
@@ -16,8 +16,8 @@ _watching: set[int] = set()
 def exit_with_parent(starter: int) -> None:
     """Exit this process as soon as its parent has ended.
 
-    Does nothing in the process that started the sweep, and in a process that multiprocessing did not start, such as a Slurm
-    job. The process ends as if it had been killed: the next start resumes from the last checkpoint.
+    This has no effect in the process that started the sweep, or in a process that multiprocessing did not start, such as a Slurm
+    job. The process ends as if it had been killed, and the next start resumes from the last checkpoint.
 
     Args:
         starter: the pid of the process that started the sweep.

@@ -1,4 +1,4 @@
-"""The predicted cost of a run's training step, for its result."""
+"""Predict the cost of a run's training step, which is recorded in its result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.runs.logs import log
 from fa_bench.utils.process import random_state, restore_random_state
 
-#: Predictions of this process: the runs of a sweep that differ in their seed or rates cost the same.
+#: The predictions that this process has made, because the runs of a sweep that differ only in their seeds or rates have the same
+#: cost.
 _KNOWN: dict[Any, dict[str, Any]] = {}
 
 
@@ -36,7 +37,7 @@ def rule_for(job: Job, splits: Splits) -> Rule:
 
 
 def step_costs_of(job: Job, rule: Rule, splits: Splits) -> tuple[Cost, Cost]:
-    """The costs of a training step of a job as it is trained: with the rule, and with backpropagation.
+    """The costs of a training step of a job, with its rule and with backpropagation.
 
     Args:
         job: see `fa_bench.config.scale.scaled`.
@@ -57,10 +58,11 @@ def step_costs_of(job: Job, rule: Rule, splits: Splits) -> tuple[Cost, Cost]:
 
 
 def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objective) -> dict[str, Any] | None:
-    """The cost of a training step for a run's result: {quantity: number}, with that of backpropagation as ``bp``.
+    """The cost of a training step for a run's result, as {quantity: number}, with the cost of backpropagation under the key
+    ``bp``.
 
-    The cost is counted with a separate model and rule, in single precision on the CPU; nothing that the run depends on changes.
-    Returns None if the step fails; the run itself then reports the error.
+    The cost is counted with a separate model and rule, in single precision on the CPU, so that the run is not affected. Returns
+    None if the step fails; the run itself then reports the error.
 
     Args:
         job: the job as it is trained, see `fa_bench.config.scale.scaled`.
@@ -96,7 +98,7 @@ def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objectiv
     return _KNOWN[key]
 
 
-#: The keys of a config that a step's cost depends on.
+#: The keys of a config on which the cost of a step depends.
 _PARTS = (
     "algorithm",
     "architecture",

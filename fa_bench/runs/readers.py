@@ -1,4 +1,4 @@
-"""Readers of a run's files, which may be damaged, edited or forged: every value is checked before it is used.
+"""Read the files of a run. They may be damaged, edited or forged, so every value is checked before it is used.
 
 There is one reader for each file. An error names the file, the key, its value and the allowed values. Unknown keys are
 ignored, so that records of later versions can be read.
@@ -35,22 +35,23 @@ from fa_bench.runs.schemas import (
 )
 from fa_bench.utils.files import RESULT
 
-#: The beginnings of the first and the second line of a run's config.yaml.
+#: The prefixes of the first and the second line of a run's config.yaml.
 HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
-#: The line of a config with the seed, and the seed that replaces it when configs that differ only in the seed are parsed.
+#: The line of a config that contains the seed, and the template seed that replaces it, so that configs that differ only in the
+#: seed are parsed once.
 _SEED_LINE, _TEMPLATE_SEED = re.compile(r"^seed: (0|[1-9]\d{0,17})$", re.MULTILINE), 10**17 + 3
 _COMMENTS = re.compile(r"\A(#.*\n)+")
 
 
 class Config(NamedTuple):
-    """A run's config, flattened to the keys of the command line (empty without a config), and the hash of its code."""
+    """A run's config, flattened to the keys of the command line (empty if there is no config), and the hash of its code."""
 
     values: dict[str, Any]
     code_hash: str | None
 
 
 class PlannedRun(NamedTuple):
-    """One run of a sweep: its directory, its label, and the number of epochs to train."""
+    """One run of a sweep, with its directory, its label, and the number of epochs to train."""
 
     directory: Path
     label: str
@@ -58,7 +59,7 @@ class PlannedRun(NamedTuple):
 
 
 def scalar_keys(record: Any) -> list[str]:
-    """The keys in the record of every epoch, in addition to the epoch's number; they depend on the scores that the record
+    """The keys in the record of every epoch in addition to the epoch's number. They depend on the scores that the record
     declares."""
     return [*score_keys(scores_of(record)), "lr"]
 
@@ -90,7 +91,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a run's `metrics.jsonl`, one per epoch and in order; empty if there is no such file.
 
-    An incomplete last line is ignored; if an epoch was trained again, its last record counts.
+    An incomplete last line is ignored. If an epoch was trained again, its last record is used.
 
     Raises:
         RecordError: a line before the last is not an epoch's record, a value is invalid, or the file cannot be read.
@@ -139,7 +140,7 @@ def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]
 def read_measurements(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's `angles.jsonl`, one per measurement in the order of steps; empty if there is no such file.
 
-    Each line has the keys step, epoch (step / steps per epoch) and angles, {metric: {layer: value}}; undefined values are None.
+    Each line has the keys step, epoch (step / steps per epoch) and angles ({metric: {layer: value}}). Undefined values are None.
 
     Raises:
         RecordError: a line is not a measurement, a value is invalid, the steps do not increase, or the file cannot be read.
@@ -160,7 +161,8 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
 
 
 def recorded_measurements(path: Path, count: int, step: int | None) -> list[str]:
-    """The first `count` lines of a run's `angles.jsonl`, which a resumed run continues; the last of them must be that of `step`.
+    """The first `count` lines of a run's `angles.jsonl`, which a resumed run continues; the last of these lines must be for
+    `step`.
 
     Raises:
         RecordError: as in `read_measurements`, and if lines are missing or are not those that the run wrote.
@@ -215,17 +217,17 @@ def _flat_config(text: str, source: str) -> dict[str, Any] | None:
 
 
 def _config_but_seed(text: str) -> dict[str, Any] | None:
-    """The config in a text, parsed once for all seeds, because parsing takes most of the time of a report on many runs.
+    """The config in a text, parsed only once for all seeds, because parsing takes most of the time for a report on many runs.
 
-    None if the text has no line with a seed, or cannot be parsed. The text itself must then be parsed, so that errors name the
-    right line.
+    The result is None if the text has no line with a seed or cannot be parsed. In that case, the caller must parse the text
+    itself, so that errors name the right line.
     """
     found = _SEED_LINE.search(text)
     if found is None:
         return None
     body = _COMMENTS.sub("", text)  # the hashes at the top differ between seeds
     values = _parsed_template(_SEED_LINE.sub(f"seed: {_TEMPLATE_SEED}", body, count=1))
-    # If that line is not a key of the config but part of a longer text in it, the config's seed is a different one.
+    # If the line belongs to a multi-line text in the config, the parsed seed is not the template seed.
     return values | {"seed": int(found[1])} if values and values.get("seed") == _TEMPLATE_SEED else None
 
 
@@ -261,9 +263,10 @@ def read_sweep(path: Path) -> list[PlannedRun]:
 
 
 def inconsistency(result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> str:
-    """How the `result.json` and `metrics.jsonl` of a finished or stopped run contradict each other; empty if they do not.
+    """A description of how the `result.json` and `metrics.jsonl` of a finished or stopped run contradict each other; empty if
+    they agree.
 
-    A result without its number of epochs is not compared.
+    A result that does not record the number of epochs is not compared.
     """
     epochs, status = result.get("epoch"), result["status"]
     if status not in SUCCESSES or not epochs:

@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl, angles.jsonl, result.json, and curves, which its loggers write."""
+"""Write the records of a run: metrics.jsonl, angles.jsonl, result.json, and the curves for its loggers."""
 
 from __future__ import annotations
 
@@ -65,18 +65,18 @@ class Recorder(Callback):
             logger.open(directory, job, progress.step)
 
     def measured(self, step: int, angles: Quantities) -> None:
-        """Record a measurement of the alignment metrics, {metric: {layer: value}}, at a step."""
+        """Record a measurement of the alignment metrics at a step, as {metric: {layer: value}}."""
         self.measurements.append(dump_json({"step": step, "epoch": step / self.steps, "angles": angles}))
         self.layers(step, angles)
 
     def layers(self, step: int, quantities: Quantities) -> None:
-        """Record values of layers, {quantity: {layer: value}}, at a step."""
+        """Record values of layers at a step, as {quantity: {layer: value}}."""
         values = {f"{quantity}/{layer}": value for quantity, layers in quantities.items() for layer, value in layers.items()}
         for logger in self.loggers:
             logger.scalars(values, step)
 
     def histograms(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Record distributions of tensors at a step."""
+        """Record the distributions of tensors at a step."""
         for logger in self.loggers:
             logger.histograms(tensors, step)
 
@@ -92,13 +92,13 @@ class Recorder(Callback):
             logger.scalars(values, progress.step)
 
     def flush(self) -> None:
-        """Return when all records are on disk; must be called before a checkpoint is written."""
+        """Wait until all records are on disk. This must be called before a checkpoint is written."""
         self._write_measurements()
         for logger in self.loggers:
             logger.flush()
 
     def measure_probes(self, progress: Progress) -> Quantities:
-        """Measure and record the probes of the run's option `probes`: {quantity: {layer: value}}."""
+        """Measure and record the probes in the run's option `probes`, and return the values as {quantity: {layer: value}}."""
         quantities = self.probes.measure(progress.step)
         self.layers(progress.step, {f"probe/{quantity}": layers for quantity, layers in quantities.items()})
         return quantities
@@ -107,7 +107,8 @@ class Recorder(Callback):
         self._write(METRICS, "".join(line + "\n" for line in self.lines))
 
     def _write_measurements(self) -> None:
-        """Write angles.jsonl; called once an epoch and before a checkpoint, as measurements may be only a few steps apart."""
+        """Write angles.jsonl. This is called only once per epoch and before a checkpoint, because measurements may be only a few
+        steps apart."""
         if self._written != len(self.measurements):
             self._write(ANGLES, "".join(line + "\n" for line in self.measurements))
             self._written = len(self.measurements)
@@ -120,7 +121,7 @@ class Recorder(Callback):
         """Write result.json, and pass the run's final status and metrics to the loggers."""
         try:
             self._write_measurements()
-            # The loggers finish before the result is written, which marks the run as complete.
+            # The loggers finish before the result is written, because the result marks the run as complete.
             for logger in self.loggers:
                 logger.finish(result["status"], {key: result[key] for key in final_values(self.scores)}, result["step"])
         finally:
@@ -132,7 +133,7 @@ class Recorder(Callback):
             logger.close()
 
     def last_metrics(self) -> dict[str, Any]:
-        """The last epoch's record; empty if no epoch has been recorded."""
+        """The record of the last epoch; empty if no epoch has been recorded."""
         return json.loads(self.lines[-1]) if self.lines else {}
 
 
@@ -149,7 +150,7 @@ def make_loggers(job: Job) -> list[Logger]:
 
 
 def tag_of(key: str) -> str:
-    """The tag of a metric: loss/train for train_loss."""
+    """The tag of a metric, such as loss/train for train_loss."""
     part, _, metric = key.partition("_")
     return f"{metric}/{part}" if part in PARTS else key
 
@@ -157,7 +158,7 @@ def tag_of(key: str) -> str:
 def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
     """The result of a run that has not trained yet, with every key that a result has.
 
-    The experiment's name is recorded here and not in the config, so equal configs are the same run even if they belong to
+    The name of the experiment is recorded here and not in the config, so that equal configs identify the same run even in
     different experiments.
     """
     return {
@@ -206,7 +207,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
 
 
 def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMeter, complete: bool) -> dict[str, Any]:
-    """The entries of a result that depend on training; `complete` tells whether training ended, with a last measurement."""
+    """The entries of a result that depend on training; `complete` says whether training ended with a last measurement."""
     last = recorder.last_metrics()
     return {
         "epoch": progress.epoch,
@@ -226,7 +227,7 @@ def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMete
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak memory so far, in bytes: that of the accelerator's allocator, or of this process; None on Windows."""
+    """The peak memory so far, in bytes, of the accelerator's allocator or of this process; None for a process on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -246,7 +247,7 @@ def device_name(device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Versions of the packages that results depend on."""
+    """The versions of the packages on which results depend."""
     from importlib.metadata import version
 
     packages = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf")
@@ -255,7 +256,7 @@ def versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def git_state() -> dict[str, Any]:
-    """The commit of the checkout that fa_bench runs from, and whether it has changes; both None if it is installed."""
+    """The commit of the checkout from which fa_bench runs, and whether it has changes. Both are None if fa_bench is installed."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:

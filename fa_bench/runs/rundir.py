@@ -1,4 +1,4 @@
-"""The directory of one run: which run it belongs to, and how far that run has come."""
+"""The directory of a run, which determines to which run it belongs and how far that run has got."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RunDirectory:
 
     @property
     def state(self) -> RunState:
-        """The state of this config's run in the directory; `check` refuses a directory of another config."""
+        """The state of the run with this config in the directory; `check` refuses a directory that belongs to another config."""
         try:
             lines = (self.path / CONFIG).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
@@ -58,9 +58,10 @@ class RunDirectory:
         return RunState.UNFINISHED if self.checkpoint.exists() or self.previous.exists() else RunState.NEW
 
     def _is_complete(self) -> bool:
-        """Whether the result and records of a run that must not be trained further exist.
+        """Whether the directory has the result and records of a run that must not be trained further.
 
-        Such a run trained to its last epoch, diverged, or was stopped by a callback of its config, which the result then names.
+        Such a run has trained to its last epoch, has diverged, or was stopped by a callback of its config. In the last case, the
+        result names the callback.
         """
         try:
             result = read_result(self.path / RESULT)
@@ -74,14 +75,14 @@ class RunDirectory:
             return True
         if not measurements or measurements[-1]["step"] != result.get("step"):
             return False
-        # Probes that were added to the config are measured without training.
+        # Probes that were added to the config are measured without training again.
         has_probes = set(self.job.run.probes) <= set(result.get("probes") or ())
         if result["status"] == "stopped":
             return has_probes and (result.get("error") or {}).get("callback") is not None
         return has_probes and result["status"] == "finished" and result.get("epoch") == scaled(self.job).run.epochs
 
     def check(self) -> None:
-        """Refuse a directory that belongs to another config's run, or contains files that are not this run's.
+        """Refuse a directory that belongs to a run with another config or contains files that do not belong to this run.
 
         Raises:
             RunDirectoryError: if the directory is refused; the message names the directory and what differs.
@@ -107,7 +108,7 @@ class RunDirectory:
         refuse_foreign_files(self.path, is_own_run)
 
     def _difference(self, text: str) -> str:
-        """How the config in `text` differs from this run's."""
+        """A description of how the config in `text` differs from that of this run."""
         try:
             there, here = flatten(OmegaConf.to_container(parse_yaml(text, CONFIG))), flatten(self.job.plain())  # type: ignore[arg-type]
         except Exception:  # a foreign file may make the parser raise anything
@@ -117,7 +118,8 @@ class RunDirectory:
         return "; ".join(differences) + ("; ..." if len(keys) > 2 else "") if differences else "an older format"
 
     def start(self, resume: bool) -> None:
-        """Begin the run: write its config, and remove the files of its earlier attempts, or only some of them if it is resumed.
+        """Begin the run by writing its config. The files of earlier attempts are removed; if the run is resumed, only some of
+        them are.
 
         The result and half-written files are removed in either case.
 

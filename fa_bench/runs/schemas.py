@@ -1,4 +1,4 @@
-"""The allowed values in a run's files. Unknown keys are ignored, so that records of later versions can be read."""
+"""The values that are allowed in the files of a run. Unknown keys are ignored, so that records of later versions can be read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fa_bench.runs.checked_json import (
     value_of,
 )
 
-#: How a run may have ended.
+#: The statuses with which a run may have ended.
 STATUSES = ("finished", "stopped", "diverged", "failed", "interrupted")
 #: The statuses of runs that ended well: after their last epoch, or because a callback stopped them.
 SUCCESSES = STATUSES[:2]
@@ -94,9 +94,9 @@ RESULT_FILE = mapping_of(
         ),
     }
 )
-#: The keys that each result has.
+#: The keys that every result has.
 REQUIRED = ("status", "label", "group", "algorithm", "seed")
-#: A line of a run's metrics.jsonl.
+#: The check of a line in a run's metrics.jsonl.
 EPOCH_RECORD = mapping_of(
     {
         "epoch": _EPOCH,
@@ -108,7 +108,7 @@ EPOCH_RECORD = mapping_of(
         "scores": _SCORES,
     }
 )
-#: A line of a run's angles.jsonl.
+#: The check of a line in a run's angles.jsonl.
 MEASUREMENT = mapping_of(
     {
         "step": value_of("a whole number >= 0", lambda value: is_int(value, 0)),
@@ -116,7 +116,7 @@ MEASUREMENT = mapping_of(
         "angles": _QUANTITIES,
     }
 )
-#: The keys that each measurement has.
+#: The keys that every measurement has.
 MEASUREMENT_KEYS = ("step", "epoch", "angles")
 #: A run's config.yaml.
 CONFIG = mapping_of(
@@ -127,5 +127,5 @@ CONFIG = mapping_of(
         **dict.fromkeys(("algorithm", "architecture", "dataset", "optimizer"), _NAME),
     }
 )
-#: A run in a sweep's sweep.json.
+#: The check of a run in a sweep's sweep.json.
 PLANNED = mapping_of({"directory": value_of("a path", is_path), "label": _NAME, "epochs": _EPOCH})

@@ -1,4 +1,5 @@
-"""sweep.json lists the runs of a sweep; the sweep writes it to their common directory before the first run starts."""
+"""The file sweep.json lists the runs of a sweep. The sweep writes it to the common directory of the runs before the first run
+starts."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from fa_bench.utils.files import check_temporary, dump_json, output_errors, reso
 from fa_bench.utils.locks import PATIENCE, locked
 
 SWEEP, SWEEP_LOCK = "sweep.json", ".sweep.json.lock"
-#: Maximum depth of a run directory below the common directory of its sweep: experiment, rule, seed.
+#: The maximum depth of a run directory below the common directory of its sweep (experiment, rule, seed).
 DEPTH = 3
 
 
 def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[PlannedRun]) -> None:
     """Add `runs` to the sweep.json of `folder`, which is created if it does not exist; the file is replaced atomically.
 
-    Runs of earlier sweeps stay; a run with the same directory is replaced, and so is `command`.
+    Runs of earlier sweeps are kept, except that a run with the same directory is replaced. The `command` is also replaced.
 
     Raises:
         RunDirectoryError: another sweep holds the file's lock, or fa_bench did not write the file, which is left unchanged.
@@ -45,10 +46,10 @@ def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[PlannedRun]
 
 
 def find_planned_runs(folders: Iterable[Path], faults: list[RecordError]) -> list[PlannedRun]:
-    """The runs at and below `folders` that are listed in sweep.json files, each once; the files may be in these folders, below
-    them, or up to three levels above them.
+    """The distinct runs in `folders` and their subfolders that sweep.json files list. These files may be in the folders, in their
+    subfolders, or up to three levels above them.
 
-    Files that cannot be read, or were not written by fa_bench, are skipped and added to `faults`.
+    Files that cannot be read or were not written by fa_bench are skipped, and their errors are added to `faults`.
     """
     planned: dict[Path, PlannedRun] = {}
     for folder in map(Path, folders):

@@ -1,4 +1,4 @@
-"""One run: build, attach, train, record."""
+"""Build the parts of one run, attach the rule, train, and record the result."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(
         brief: print fewer lines; see `fa_bench.runs.callbacks.Display`.
 
     Returns:
-        The result, as in result.json; its status is finished, diverged or stopped.
+        The content of result.json, with the status finished, diverged or stopped.
 
     Raises:
         FaBenchError: if the input cannot be run, or another process has locked the directory.
@@ -99,7 +99,8 @@ def run(
 
 
 def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
-    """Log why a run must restart: resuming it would not give bitwise identical results. Returns False, the new value of `resume`.
+    """Log why a run must restart because resuming it would not give bitwise identical results. Return False, which is the new
+    value of `resume`.
 
     Raises:
         RunDirectoryError: if resume=true forbids restarting.
@@ -113,7 +114,7 @@ def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
 
 
 def _is_readable(run_dir: RunDirectory) -> bool:
-    """False if a finished run has a checkpoint that cannot be read."""
+    """Whether the checkpoint of a finished run can be read, if it has one."""
     if run_dir.checkpoint.exists():
         try:
             checkpoint.read(run_dir.checkpoint, run_dir.job.config_hash, "cpu")
@@ -219,7 +220,7 @@ def _run(
 
 
 def _load(run_dir: RunDirectory, job: Job, parts: Parts, warnings: list[str]) -> Progress:
-    """Restore the newest usable checkpoint; raises RecordError or RunDirectoryError if there is none."""
+    """Restore the newest usable checkpoint; raises a RecordError or a RunDirectoryError if there is none."""
     steps = parts.splits.train.steps(job.run.batch_size, job.run.drop_last)
     expected = checkpoint.Expected(run_dir.job.config_hash, parts.splits.data_hash, job.run.epochs, steps)
     progress = checkpoint.load(

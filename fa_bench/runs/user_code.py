@@ -1,4 +1,5 @@
-"""The user's code that a run's results depend on: the files of plugins, the files that they import, and classes of notebooks."""
+"""Find the user's code on which the results of a run depend: the files of plugins, the files that these import, and classes in
+notebooks."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-#: Values whose `repr` is the same in every process.
+#: The types of values that have the same `repr` in every process.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def source_files(modules: Iterable[str]) -> list[Path]:
-    """The files of these imported modules and of all modules that they import, directly or indirectly.
+    """The source files of the given modules, and of all modules that these import, directly or indirectly.
 
-    Imports are read from the sources, including those within functions. Modules of fa_bench, of the standard library and of
-    installed distributions are left out, except modules of the packages in `modules`.
+    The imports are read from the source code, including imports within functions. Modules of fa_bench, of the standard library
+    and of installed distributions are excluded, unless they belong to the packages in `modules`.
     """
     modules = list(modules)
     own = {name.partition(".")[0] for name in modules}
@@ -64,7 +65,7 @@ def _imports(source: bytes, package: str) -> tuple[str, ...]:
 
 
 def _file_of(name: str) -> Path | None:
-    """The source file of a module, which is not imported; None for a module without a source file."""
+    """Find the source file of a module without importing it; returns None for a module without a source file."""
     spec, path = None, None
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
@@ -99,8 +100,8 @@ def _installed() -> set[Path]:
 
 
 def class_parts(classes: Iterable[type]) -> Iterator[str]:
-    """Text that changes with the code of classes without a source file, such as those of a notebook, and of the functions,
-    classes and plain values of the same module that this code uses."""
+    """A text that changes with the code of classes without a source file, such as classes in a notebook. It includes the
+    functions, classes and plain values that this code uses from the same module."""
     seen: set[int] = set()
     for cls in classes:
         if not hasattr(sys.modules.get(cls.__module__), "__file__"):
