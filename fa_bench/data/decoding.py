@@ -123,7 +123,7 @@ class Decoder:
                 image, alpha = self._eight_bits(path, opened, image)
             if not self.resize and image.size != (self.width, self.height):
                 raise DataError(
-                    f"{path}: {image.height}x{image.width} pixels, others have {self.height}x{self.width}; "
+                    f"{path}: {image.height}x{image.width} pixels, but the other images have {self.height}x{self.width}; "
                     "set dataset.size to resize all images"
                 )
             mode = "RGB" if self.channels == 3 else "L"

@@ -24,7 +24,7 @@ class Synthetic(ArrayDataset):
     samples: int = option(  # pyright: ignore[reportIncompatibleVariableOverride]
         2048, "number of training images, including those for validation", minimum=1
     )
-    test_samples: int = option(512, "test images", minimum=1)
+    test_samples: int = option(512, "number of test images", minimum=1)
     classes: int = option(10, "number of classes", minimum=2)
     channels: int = option(1, "channels of an image", minimum=1, maximum=4096)
     size: int = option(8, "height and width in pixels", minimum=1)

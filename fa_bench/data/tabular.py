@@ -145,7 +145,8 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
     if unnamed := [number for number, name in enumerate(columns, 1) if _UNNAMED.fullmatch(name)]:
         listed = f"{names(unnamed[:_MANY])}{', ...' * (len(unnamed) > _MANY)}"
         raise DataError(
-            f"{path}: column{'s' * (len(unnamed) > 1)} {listed} of {len(columns)} without a name in the header, such as an index "
+            f"{path}: {'columns' if len(unnamed) > 1 else 'column'} {listed} of {len(columns)} "
+            f"{'have' if len(unnamed) > 1 else 'has'} no name in the header, such as an index "
             "that pandas wrote; write the file with to_csv(..., index=False), or name the column if it is a feature"
         )
     target = columns[-1] if target is None else target

@@ -36,13 +36,13 @@ Accuracies are in %, their differences in percentage points, other scores and th
 degrees, times in seconds of training. Choose settings by their validation score and compare the chosen ones by their test score.
 The statistics of a row cover its n finished runs, one per seed. Runs that diverged, failed, were stopped by a callback, were
 interrupted or are still running are listed in their row but excluded from the statistics.
-std is the sample standard deviation; ± 95 % is half the width of the Student t interval of the mean, for two seeds the range of
-the values instead. Weight angle and norm ratio are means over the layers whose feedback carries an error; the delta angle is a
+std is the sample standard deviation; ± 95 % is half the width of the Student t interval of the mean; for two seeds, it is the
+range of the values. Weight angle and norm ratio are means over the layers whose feedback carries an error; the delta angle is a
 mean over all layers but the output layers. A rule beats the floor if its mean is better than that of `frozen`, which trains only
 the output layer: higher accuracies and R², lower errors, perplexities and bits. Differences to bp are paired by seed. Cohen's d_z
-is their mean divided by their standard deviation. p is that of the two-sided paired t test; p (Holm) is corrected by Holm's
-method for all rows of the task, without those of bp and of floors. All three need three pairs. Differences to published numbers
-are between means.
+is their mean divided by their standard deviation. p is the p-value of the two-sided paired t test; p (Holm) is corrected by
+Holm's method for all rows of the task, without those of bp and of floors. All three need three pairs. Differences to published
+numbers are between means.
 """
 _REFERENCES = {
     BEST: """\

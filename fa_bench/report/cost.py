@@ -13,9 +13,9 @@ from fa_bench.report.runs import Run
 
 #: The titles and formats of the columns of predicted costs.
 PREDICTED = {
-    "multiplications": ("multiplications a step", ".3g"),
+    "multiplications": ("multiplications per step", ".3g"),
     "multiplications_ratio": ("of bp's (predicted)", ".2f"),
-    "bytes_moved": ("bytes moved a step", ".3g"),
+    "bytes_moved": ("bytes moved per step", ".3g"),
     "bytes_moved_ratio": ("of bp's (predicted)", ".2f"),
     "predicted_memory": ("peak memory (bytes, predicted)", ".3g"),
     "predicted_memory_ratio": ("of bp's (predicted)", ".2f"),
@@ -26,16 +26,17 @@ MEASURED = {
     "time_ratio": ("of bp's (measured)", ".2f"),
     "peak_memory": ("peak memory (bytes, measured)", ".3g"),
     "energy_wh": ("energy (Wh)", ".3g"),
-    "energy_counters": ("energy of", None),
+    "energy_counters": ("energy measured for", None),
 }
 #: The columns that a report has only if some run recorded its energy.
 ENERGY = ("energy_wh", "energy_counters")
 LEGEND = """\
-Predicted from shapes for one step in single precision, not compiled: multiplications in matrix products and convolutions; bytes
-of the inputs and outputs of all operations, as if none were fused; the peak number of bytes of tensors. Their ratios are to
-backpropagation in the same model. Measured: the median of seconds per step over the finished runs, without evaluation and
-compilation, and its ratio to bp's with the same task, batch size, device, threads and way of execution; peak memory on GPUs,
-with resident data and evaluation; energy of the whole machine during training and evaluation, where it counts it.
+Predicted costs are computed from shapes, for one uncompiled step in single precision. They are the multiplications in matrix
+products and convolutions, the bytes of the inputs and outputs of all operations, as if none were fused, and the peak number of
+bytes of tensors. Their ratios are relative to backpropagation in the same model. The measured time is the median of the seconds
+per step over the finished runs, without evaluation and compilation; its ratio is relative to bp with the same task, batch size,
+device, threads and way of execution. The measured peak memory is that of GPUs and includes resident data and evaluation. The
+measured energy is that of the whole machine during training and evaluation, if the machine counts it.
 """
 #: The options that the time of a step depends on, in addition to the task, the rule and the device.
 _EXECUTION = (

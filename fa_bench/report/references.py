@@ -126,7 +126,7 @@ def _other(algorithm: str, run: Run, reference: Run) -> str:
     notes = [f"the runs of {algorithm} used different {' and '.join(words)}"] if words else []
     epochs = reference.result.get("epochs")
     if epochs and run.result.get("epochs") and epochs != run.result["epochs"]:
-        notes.append(f"{algorithm} trained {epochs} epochs, this row {run.result['epochs']}")
+        notes.append(f"{algorithm} was trained for {epochs} epochs, but this row for {run.result['epochs']}")
     return "; ".join(notes)
 
 

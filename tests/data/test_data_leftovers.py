@@ -219,7 +219,10 @@ def test_folders_of_other_names_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: (image(f / "val/cat/0.png"), image(f / "valid/cat/0.png")), r"contains val/ and valid/, which mean the same"),
+        (
+            lambda f: (image(f / "val/cat/0.png"), image(f / "valid/cat/0.png")),
+            r"contains val/ and valid/, both of which name the validation set",
+        ),
         (lambda f: (f / "test").rename(f / "Test"), r"contains no test/ or val/ folder, only Test/, train/"),
         (lambda f: (f / "test/cat").rename(f / "test/Cat"), r"contains classes that .*train does not: Cat; did you mean 'cat'\?"),
         (lambda f: (f / "train/bird").mkdir(), r"train/bird: contains no images \(\.apng, "),

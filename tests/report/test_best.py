@@ -129,7 +129,7 @@ def test_unequal_budgets_are_said_in_the_rows_and_in_a_warning(tmp_path):
     table = rows(tmp_path)
     assert table["bp lr=0.1"]["note"] == "unequal budgets: 3 values (others 1 to 3), 3 seeds (others 2 to 3), 4 epochs (others 2)"
     assert table["fa lr=0.1"]["note"] == (
-        "bp trained 4 epochs, this row 2; 1 to 2 finished seeds per value; "
+        "bp was trained for 4 epochs, but this row for 2; 1 to 2 finished seeds per value; "
         f"unequal budgets: 3 values (others 1 to 3), 2 seeds (others 3), 2 epochs (others 2 to 4); {TWO_SEEDS}"
     )
     assert "1 value (others 3)" in table["kp"]["note"]
@@ -240,7 +240,7 @@ def test_references_have_the_same_code_and_preferably_as_many_epochs(tmp_path):
     }
     assert [table[key][1:] for key in (("a", 2), ("a", 5), ("c", 2))] == [
         (-10, ""),
-        (-50, "bp trained 9 epochs, this row 5"),
+        (-50, "bp was trained for 9 epochs, but this row for 5"),
         (-59, "the runs of bp used different code"),
     ]
 

@@ -94,7 +94,7 @@ def test_report_has_a_table_of_costs_if_runs_predicted_any(tmp_path: Path, monke
     put(tmp_path / "old", "kp", 0, 2.0, cost=None)
     write_report(find_runs([tmp_path / "runs"]), tmp_path / "with")
     summary, costs = (tmp_path / "with" / "report.md").read_text().split("## Cost\n\n")
-    assert "multiplications a step" not in summary and "| kp | mlp | digits | 150 | 1.50 | 3e+03 | 3.00 | 5.5e+03 |" in costs
+    assert "multiplications per step" not in summary and "| kp | mlp | digits | 150 | 1.50 | 3e+03 | 3.00 | 5.5e+03 |" in costs
     assert json.loads((tmp_path / "with" / "report.json").read_text())[1]["time_ratio"] == 2
     assert "of bp&#x27;s (measured)" in (tmp_path / "with" / "report.html").read_text().replace("&#39;", "&#x27;")
     write_report(find_runs([tmp_path / "runs"]), tmp_path / "bare", timings=False)
