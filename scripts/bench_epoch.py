@@ -2,7 +2,7 @@
 
     python scripts/bench_epoch.py --data-dir FOLDER [--samples 60000] [--rounds 5] [--threads 2]
 
-Without --data-dir, random images of MNIST's shape are used: the arithmetic is the same.
+Without --data-dir, random images of MNIST's shape are used; the arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BATCH = 64
 
 
 def load(data_dir: str | None, samples: int) -> ResidentSplit:
-    """MNIST's training images, or random images."""
+    """MNIST's training images, or random images if `data_dir` is None."""
     if data_dir is not None:
         split = DATASETS["mnist"](validation=0.0).load(Path(data_dir), torch.device("cpu")).train
         assert isinstance(split, ResidentSplit)
@@ -41,7 +41,7 @@ def load(data_dir: str | None, samples: int) -> ResidentSplit:
 
 
 def bare(split: ResidentSplit) -> float:
-    """Seconds of an epoch that trains on slices of shuffled float tensors and does nothing else."""
+    """The duration in seconds of an epoch in a loop that only trains on slices of shuffled float tensors."""
     x, y = next(split.batches(len(split)))
     model = MLP().build((1, 28, 28), 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
@@ -56,7 +56,7 @@ def bare(split: ResidentSplit) -> float:
 
 
 def ours(split: ResidentSplit, probe_every: int) -> float:
-    """Seconds of an epoch in fa_bench's loop, with measurements of alignment but without evaluation."""
+    """The duration in seconds of an epoch in fa_bench's loop, with alignment measurements but without evaluation."""
     model = MLP().build((1, 28, 28), 10)
     rule = fa_bench.attach(model, "bp")
     x, y = next(split.batches(128))

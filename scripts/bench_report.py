@@ -1,7 +1,9 @@
-"""Times a report on many runs, part by part, with its peak memory; the runs' records are made by hand, nothing is trained.
+"""Times each part of a report on many runs, and measures the peak memory.
 
-The records are those of a sweep: every rule at every learning rate with every seed, with curves and angles of every epoch and
-layer. Each part is timed in the process that also writes the report, in CPU seconds: other processes hardly change them.
+The script generates the records of the runs and does not train anything.
+
+The records resemble those of a sweep over rules, learning rates and seeds, with the metrics of every epoch and the angles of
+every layer. Each part is timed in CPU seconds, which other processes hardly affect.
 
     python scripts/bench_report.py [--rules 10] [--settings 10] [--seeds 10] [--epochs 20] [--layers 5] [--folder DIR]
 """
@@ -29,7 +31,7 @@ QUANTITIES = ("weight_angle", "delta_angle", "norm_ratio", "delta_angle_one_step
 
 
 def write_runs(folder: Path, rules: int, settings: int, seeds: int, epochs: int, layers: int) -> int:
-    """Write the records of runs below `folder`; returns their number."""
+    """Write the records of the runs below `folder`, and return the number of runs."""
     register_schemas()
     generator = random.Random(0)
     names = [f"fc{number}" for number in range(1, layers + 1)]
@@ -94,7 +96,7 @@ def _write(directory: Path, config: dict[str, Any], group: str, epochs: int, lay
 
 
 def measure(folder: Path, out_dir: Path) -> None:
-    """Print the seconds that a report on the runs below `folder` takes, for each part and in total, and the peak memory."""
+    """Print the CPU time of each part of a report on the runs below `folder`, the total, and the peak memory."""
     from fa_bench.report import references, write_report
     from fa_bench.report.best import choose_best
     from fa_bench.report.export import runs_table, to_json, to_latex

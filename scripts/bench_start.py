@@ -1,4 +1,6 @@
-"""Time from a command to its first training step, each in a separate process: one run, a sweep of many jobs, and the help.
+"""Measures the time from a command to its first training step, for one run and for a sweep of many jobs.
+
+The script also times the help and the import of torch. Each command runs in a separate process.
 
 python scripts/bench_start.py --jobs 1000
 """
@@ -13,7 +15,7 @@ import tempfile
 import time
 
 RULES = ("bp", "fa", "kp", "dfa", "usf", "frsf", "wm", "dkp", "pfa", "drtp")
-#: Runs the command line, but ends the process where the training would begin.
+#: Code that runs the command line, but ends the process when training would begin.
 START = """
 import os, sys
 from fa_bench import cli
@@ -33,7 +35,11 @@ cli.main(sys.argv[1:])
 
 
 def seconds(*arguments: str, expected: int = 0) -> float:
-    """The time of a Python process in an empty folder; raises RuntimeError if its exit code is not `expected`."""
+    """The seconds that a Python process takes in an empty folder.
+
+    Raises:
+        RuntimeError: if the exit code is not `expected`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         ended = subprocess.run([sys.executable, *arguments], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -1,15 +1,17 @@
 """Compares the time of one training step of every rule with that of plain backpropagation, in one process.
 
-Each round times one block of steps of every rule in turn, so that a drift of the machine's speed affects all of them. Ratios are
-computed for each round; the table shows their medians and quartiles. The row A/A compares backpropagation with itself; the rows
-"written out" are the MLP's forward pass in a dozen lines without fa_bench: the cost of the rule in eager PyTorch. A step zeroes
-the gradients and calls the model, the loss, rule.backward, optimizer.step and rule.step; one column excludes the optimizer. The
-column "arithmetic" is the ratio of the multiplications in matrix products and convolutions of the same step.
+Each round times one block of steps of every rule in turn, so that changes in the machine's speed affect all rules alike. Ratios
+are computed for each round, and the table shows their medians and quartiles. The row A/A compares backpropagation with itself.
+The rows "written out" time an MLP that is implemented in a dozen lines without fa_bench; they show the cost of the rule in eager
+PyTorch. A step zeroes the gradients and calls the model, the loss, rule.backward, optimizer.step and rule.step; one column
+excludes the optimizer. The column "arithmetic" compares the number of multiplications in matrix products and convolutions with
+that of backpropagation.
 
-With --compile, model and loss are compiled as with the runner's option compile=true, for backpropagation too. As in the runner, W
-and B share one gradient and one update for rules in which these are equal.
+With --compile, the model and the loss are compiled as with the runner's option compile=true. Backpropagation is compiled, too. As
+in the runner, W and B share one gradient and one update if the rule gives both the same gradient.
 
-On a GPU a block has more steps, and the clock is read when the device has finished; products have single precision, without TF32.
+On a GPU, a block has more steps, and the clock is read after the device has finished. Products are computed in single precision
+without TF32.
 
     python scripts/bench_step.py [--nets mlp conv2 resnet20] [--rules fa kp wm:mirror_steps=0 ...] [--rounds 30] [--threads 2]
         [--compile] [--batch 64] [--device cpu]
@@ -50,7 +52,10 @@ PLAIN, AGAIN = "bp (plain)", "bp (A/A)"
 def make_step(
     net: str, rule_name: str | None, batch: int, with_optimizer: bool, compiled: bool = False, device: torch.device = CPU
 ) -> Callable[[], None]:
-    """A function that performs one training step; if `rule_name` is None, it trains the plain model with loss.backward()."""
+    """A function that performs one training step.
+
+    If `rule_name` is None, the step uses the plain model and loss.backward().
+    """
     torch.manual_seed(0)
     shape = NETS[net]
     model = ARCHITECTURES[net]().build(shape, 10).to(device)
@@ -88,7 +93,7 @@ def make_step(
 
 
 def make_written_out(rule: str, batch: int, device: torch.device = CPU) -> Callable[[], None]:
-    """One step of the default MLP without optimizer and without fa_bench: the shortest possible time of bp, fa or dfa."""
+    """A function that performs one step of bp, fa or dfa on the default MLP, without an optimizer or fa_bench."""
     torch.manual_seed(0)
     model = ARCHITECTURES["mlp"]().build(NETS["mlp"], 10).to(device)
     first, second, last = weighted_layers(model).values()
@@ -119,14 +124,14 @@ def make_written_out(rule: str, batch: int, device: torch.device = CPU) -> Calla
 
 
 def measure(steps: dict[str, Callable[[], None]], rounds: int, block: int, device: torch.device = CPU) -> dict[str, list[float]]:
-    """Seconds per step of every entry, one number per round."""
+    """The seconds per step of every entry, with one number per round."""
     for step in steps.values():
         for _ in range(3):
             step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for number in range(rounds):
-        # The order is reversed in every other round, so that it favours no entry.
+        # The order is reversed in every other round, so that no entry has an advantage.
         for name in order if number % 2 == 0 else reversed(order):
             start = clock(device)
             for _ in range(block):
@@ -136,14 +141,14 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int, block: int, devic
 
 
 def clock(device: torch.device) -> float:
-    """The time in seconds, read when the device has finished its work."""
+    """The time in seconds, read after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def compare(steps: dict[str, Callable[[], None]], rounds: int, block: int, device: torch.device = CPU) -> dict[str, list[float]]:
-    """Ratios of every entry's time to that of PLAIN, one per round."""
+    """The ratio of every entry's time to that of PLAIN, for each round."""
     seconds = measure(steps, rounds, block, device)
     return {name: [own / plain for own, plain in zip(times, seconds[PLAIN], strict=True)] for name, times in seconds.items()}
 
@@ -174,7 +179,7 @@ def main() -> None:
 
 
 def bench(net: str, arguments: argparse.Namespace) -> None:
-    """Print the rows of one net."""
+    """Print the table rows for one net."""
     device: torch.device = arguments.device
     block = 20 if device.type == "cuda" else 8 if net == "mlp" else 1
     columns: list[dict[str, list[float]]] = []
@@ -191,7 +196,7 @@ def bench(net: str, arguments: argparse.Namespace) -> None:
         if net == "mlp" and not with_optimizer and not arguments.compile:
             steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch, device) for rule in ("bp", "fa", "dfa")}
         if not with_optimizer:
-            # The products in a compiled step cannot be counted, so those of the eager step are.
+            # The products in a compiled step cannot be counted, so those of the eager step are counted.
             counts = {
                 label: multiplications(
                     make_step(net, rules[label], arguments.batch, False, device=device) if arguments.compile else step
@@ -212,7 +217,10 @@ def _text(ratios: list[float]) -> str:
 
 
 def reexec_with_malloc_settings() -> None:
-    """Restart with glibc configured to keep freed memory: otherwise page faults rather than arithmetic determine the ratios."""
+    """Restart the script with glibc configured to keep freed memory.
+
+    Otherwise, page faults rather than arithmetic would determine the ratios.
+    """
     settings = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
     if any(os.environ.get(key) != value for key, value in settings.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})

@@ -1,10 +1,11 @@
-"""Build the package, check it, and use the wheel from an empty folder.
+"""Build the package, check it, and run the wheel's commands in an empty folder.
 
     python scripts/check_package.py [--out DIR]
 
-The script builds sdist and wheel (in this environment, without network), checks them with twine, and installs the wheel without
-its dependencies into a temporary folder. There it runs a single run, a sweep, a report, a tuning study and an analysis, with only
-the installed code. It needs the extras `package` and `tune`. `--out` keeps the built files.
+The script builds the sdist and the wheel in the current environment without network access, checks them with twine, and installs
+the wheel without its dependencies into a temporary folder. In an empty folder, the script then performs a single run, a sweep, a
+report, a tuning study and an analysis with the installed code. The extras `package` and `tune` are required. With `--out`, the
+script keeps the built files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: The first commands that a user runs, and a file that each of them must write.
+#: The first commands that a user runs, each with a file that it must write, if any.
 COMMANDS: list[tuple[list[str], str | None]] = [
     (["fa-bench", "--version"], None),
     (["fa-bench", "algorithm=kp", "epochs=1"], "outputs/digits-mlp/kp-*/seed0/result.json"),
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def build(dist: Path) -> tuple[Path, Path]:
-    """Build sdist and wheel (the wheel from the sdist), and check their metadata and contents.
+    """Build the sdist, build the wheel from it, and check the metadata and contents of both.
 
     Raises:
         SystemExit: if a file is missing in one of them.
@@ -69,7 +70,7 @@ def build(dist: Path) -> tuple[Path, Path]:
 
 
 def use(installed: Path, empty: Path) -> None:
-    """Run the commands in an empty folder with the code in `installed`, and check what they write.
+    """Run the commands in an empty folder with the code in `installed`, and check that they write the expected files.
 
     Raises:
         SystemExit: if other code is imported, or a command fails or leaves no file.

@@ -1,11 +1,11 @@
-"""Compares two versions of the code by hashes and metrics of short deterministic runs of every rule and experiment.
+"""Compares two versions of the code by the hashes and metrics of short deterministic runs of every rule and experiment.
 
     python scripts/compare_runs.py record before.json [--data-dir DIR] [--rules-only]
     python scripts/compare_runs.py compare before.json after.json
 
-`record` trains every rule on an MLP (SGD and Adam), a small convolutional net and a narrow ResNet-20, and every experiment at
-``scale=smoke`` with seed 0, using the version of fa_bench that Python imports. Experiments whose dataset is not in DIR are
-recorded as failed. `compare` prints every run that differs and exits with 1 if there is one.
+`record` trains every rule on an MLP (with SGD and with Adam), a small convolutional net and a narrow ResNet-20. It also runs
+every experiment at ``scale=smoke`` with seed 0. All runs use the version of fa_bench that Python imports. Experiments whose
+dataset is not in DIR are recorded as failed. `compare` prints every run that differs, and its exit code is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HASHES = ("status", "initial_weights_hash", "batches_hash", "weights_hash", "fee
 
 
 def record(data_dir: str, rules_only: bool) -> dict[str, Any]:
-    """{run: its hashes and metrics}."""
+    """The hashes and metrics of every run, by the name of the run."""
     runs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for setting, overrides in SETTINGS.items():
@@ -72,7 +72,7 @@ def _read(directory: Path) -> Any:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """A line for each run that differs."""
+    """A line for each run that differs between the two records."""
     lines = [f"{run}: only {'before' if run in before else 'after'}" for run in sorted(before.keys() ^ after.keys())]
     for run in sorted(before.keys() & after.keys()):
         old, new = before[run], after[run]

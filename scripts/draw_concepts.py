@@ -1,4 +1,4 @@
-"""Draws the diagrams of docs/concepts.md: one network, and the path of the error under three kinds of rules.
+"""Draws the diagrams of docs/concepts.md, which show the path of the error in one network under three kinds of rules.
 
     python scripts/draw_concepts.py
 
@@ -19,15 +19,15 @@ from matplotlib.patches import FancyBboxPatch
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "diagrams"
 TEXT, FORWARD, EXACT, REPLACED, CUT = "#1f2328", "#6e7781", "#0550ae", "#bc4c00", "#cf222e"
-#: Horizontal positions of the parts of the network, whose boxes are at height 0.
+#: Horizontal positions of the network's boxes, which are centred at height 0.
 INPUT, LAYERS, ACTIVATIONS, OUTPUT, LOGITS, LOSS = 0.0, (1.15, 3.75), (2.45, 5.05), 6.35, 7.65, 8.85
 BELOW = -0.75
-#: Settings that make the files the same on every machine, with text that can be selected and searched.
+#: Settings with which the files are the same on every machine, and their text can be selected and searched.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fa_bench", "font.family": "sans-serif", "font.size": 11}
 
 
 def box(axes: Axes, x: float, y: float, text: str, edge: str = FORWARD, width: float = 0.84, height: float = 0.56) -> None:
-    """A box with a text, centred at (x, y)."""
+    """Draw a box with text, centred at (x, y)."""
     shape = FancyBboxPatch(
         (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.1", fc="white", ec=edge, lw=1.3
     )
@@ -44,7 +44,7 @@ def arrow(
     bend: float = 0.0,
     lift: float = 0.0,
 ) -> None:
-    """An arrow, with its label at the distance `lift` above the arrow's midpoint."""
+    """Draw an arrow, with its label at the distance `lift` above its midpoint."""
     style = {"arrowstyle": "-|>", "color": colour, "lw": 1.5, "shrinkA": 0, "shrinkB": 0, "connectionstyle": f"arc3,rad={bend}"}
     axes.annotate("", xy=end, xytext=start, arrowprops=style)
     if label:
@@ -53,13 +53,13 @@ def arrow(
 
 
 def cut(axes: Axes, x: float, y: float) -> None:
-    """The mark of a path that no error passes."""
+    """Draw the mark that shows that no error is propagated along a path."""
     axes.plot([x - 0.09, x + 0.09], [y - 0.13, y + 0.13], color=CUT, lw=2)
     axes.plot([x + 0.03, x + 0.21], [y - 0.13, y + 0.13], color=CUT, lw=2)
 
 
 def network(axes: Axes) -> None:
-    """The forward pass, the same in every diagram."""
+    """Draw the network and its forward pass, which are the same in every diagram."""
     places = [INPUT, LAYERS[0], ACTIVATIONS[0], LAYERS[1], ACTIVATIONS[1], OUTPUT, LOGITS, LOSS]
     for x, text in zip(places, ("x", "W₁", "a₁", "W₂", "a₂", "W₃", "z", "loss"), strict=True):
         box(axes, x, 0, text)
@@ -73,12 +73,12 @@ def exact_error_at_logits(axes: Axes) -> None:
 
 
 def to_weights(axes: Axes, start: float, layer: float) -> None:
-    """The exact error from an activation down to the weights before it."""
+    """Draw an arrow for the exact error from an activation to the weights before it."""
     arrow(axes, (start - 0.16, BELOW), (layer + 0.05, -0.31), EXACT, bend=-0.3)
 
 
 def edge(axes: Axes) -> None:
-    """Each layer passes the error on through its own feedback."""
+    """Draw the errors of an edge rule: each layer propagates the error through its own feedback."""
     exact_error_at_logits(axes)
     to_weights(axes, LOGITS - 0.05, OUTPUT)
     for above, below, name in ((LOGITS - 0.2, ACTIVATIONS[1], "B₃"), (ACTIVATIONS[1] - 0.1, ACTIVATIONS[0], "B₂")):
@@ -96,7 +96,7 @@ def edge(axes: Axes) -> None:
 
 
 def direct(axes: Axes) -> None:
-    """The error at the logits is projected to every activation."""
+    """Draw the errors of a cut rule: the error at the logits is projected to every activation."""
     exact_error_at_logits(axes)
     to_weights(axes, LOGITS - 0.05, OUTPUT)
     for place, (activation, layer, layer_above, name) in enumerate(
@@ -112,7 +112,7 @@ def direct(axes: Axes) -> None:
 
 
 def local(axes: Axes) -> None:
-    """Every activation has its own classifier and loss."""
+    """Draw the errors of a local rule: every activation has its own classifier and loss."""
     arrow(axes, (LOSS, -0.3), (OUTPUT + 0.05, -0.31), EXACT, bend=-0.35)
     axes.text(LOGITS, BELOW - 0.1, "δ", ha="center", va="center_baseline", color=EXACT)
     for activation, layer, layer_above, name in (
@@ -126,7 +126,7 @@ def local(axes: Axes) -> None:
 
 
 def figure(kind: str) -> Figure:
-    """The diagram of a kind of rules: a key of `KINDS`."""
+    """The diagram of one kind of rule, where `kind` is a key of `KINDS`."""
     draw, bottom, legend = KINDS[kind]
     top = 0.75
     drawing = Figure(figsize=(7.8, 0.78 * (top - bottom)), facecolor="#f6f8fa")
@@ -143,7 +143,8 @@ def figure(kind: str) -> Figure:
     return drawing
 
 
-#: Name of the file -> how the error is drawn, the lower end of the drawing, and the entries of its legend after the first two.
+#: Name of the file -> the function that draws the error, the lower end of the drawing, and the legend entries after the first
+#: two.
 KINDS = {
     "edge_rule": (edge, -2.0, [("replaced: the feedback B of a layer", REPLACED)]),
     "cut_rule": (direct, -2.75, [("replaced: direct feedback", REPLACED), ("no error passes", CUT)]),

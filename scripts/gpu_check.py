@@ -1,14 +1,15 @@
-"""Checks fa_bench on a GPU in one go, and writes a page about it: gpu_check.md and gpu_check.json.
+"""Checks fa_bench on a GPU, and writes the results to gpu_check.md and gpu_check.json.
 
     python scripts/gpu_check.py --data-dir FOLDER --output-dir FOLDER [--minutes 9] [--device cuda] [--only PART,...]
 
-Every part runs in a separate process and has a share of the time; later parts get the time that earlier ones have left, and a
-part is skipped, with a note on the page, if too little is left for it. Errors, crashes and hangs end only their own part. The
-page is written after every row. gpu_check.log has the output of the parts. The exit code is 1 if a check failed or a part had
-an error.
+Every part runs in a separate process and has a share of the time. Later parts get the time that earlier parts did not use. A part
+is skipped, with a note on the page, if too little time is left for it. An error, a crash or a hang ends only the part in which it
+occurs. The page is written after every row. The output of the parts is in gpu_check.log. The exit code is 1 if a check failed or
+a part had an error.
 
---data-dir contains MNIST (as torchvision stores it) and CIFAR-10: cifar-10-batches-py, cifar10_jpeg.tar.xz, or train/ and test/
-with a folder of images for each class. Without them, these parts are skipped. --device cpu tests the logic of the script.
+The folder that --data-dir names contains MNIST (as torchvision stores it) and CIFAR-10. CIFAR-10 may be cifar-10-batches-py,
+cifar10_jpeg.tar.xz, or train/ and test/ with a folder of images for each class. Parts whose data are missing are skipped. With
+--device cpu, only the logic of the script is tested.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ from gpu.parts import Context, Part, run_all, run_here, run_in_process  # noqa: 
 
 
 def _part(module: str, function: str) -> Any:
-    """A part's function, imported when it is called, because the process that starts the parts does not need torch."""
+    """A function that imports and calls the function of a part.
+
+    The import is delayed because the process that starts the parts does not need torch.
+    """
 
     def run(context: Context, section: Section) -> None:
         import importlib
@@ -55,7 +59,7 @@ PARTS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the check, or one part of it; returns the exit code."""
+    """Run the check or one part of it, and return the exit code."""
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["--worker"]:
         from gpu.steps import work
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(arguments: argparse.Namespace, given: list[str]) -> int:
-    """Run the chosen parts, each in a process, and write the page; returns the exit code."""
+    """Run each of the chosen parts in its own process, write the page, and return the exit code."""
     start = time.time()
     parts = [part for part in PARTS if not arguments.only or part.name in arguments.only]
     sections = [Section(part.name, part.title) for part in parts]
@@ -152,7 +156,7 @@ def parse(given: list[str]) -> argparse.Namespace:
 
 
 def header(arguments: argparse.Namespace, given: list[str]) -> dict[str, str]:
-    """The information about the machine and the code at the head of the page."""
+    """The information about the machine and the code that appears at the top of the page."""
     from importlib.metadata import version
 
     from fa_bench.runs.hashes import code_hash
@@ -171,7 +175,7 @@ def header(arguments: argparse.Namespace, given: list[str]) -> dict[str, str]:
 
 
 def device_and_driver(device: str) -> str:
-    """Name, driver and memory of the GPUs, as nvidia-smi prints them."""
+    """The name, driver and memory of each GPU, as printed by nvidia-smi."""
     if device == "cpu":
         return f"cpu ({platform.machine()}): the logic of the check only"
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]

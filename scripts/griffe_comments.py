@@ -1,6 +1,6 @@
-"""An extension of griffe for the site's reference, which documents attributes with text from the code.
+"""A griffe extension that documents attributes in the site's reference with text from the code.
 
-The text comes from comments above the attributes that begin with ``#:`` and, for options, from the help in their declaration.
+The text comes from comments that begin with ``#:`` above an attribute, or, for an option, from the help in its declaration.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import griffe
 
 
 class Comments(griffe.Extension):
-    """Gives attributes without a docstring the text of their comment or of their option's help."""
+    """Documents attributes that have no docstring with their option's help or with their comment."""
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
-        """Called by griffe for every attribute that it has read."""
+        """Document an attribute; griffe calls this method for every attribute that it has read."""
         if attr.docstring is None and (text := _option_help(node) or _comment(attr)):
             attr.docstring = griffe.Docstring(text, parent=attr, lineno=attr.lineno)
 
 
 def _option_help(node: Any) -> str:
-    """The help of ``option(default, "help", ...)``; empty for anything else."""
+    """The help text in ``option(default, "help", ...)``, or an empty string for any other value."""
     value = getattr(node, "value", None)
     if not isinstance(value, ast.Call) or getattr(value.func, "id", "") != "option" or len(value.args) < 2:
         return ""
@@ -34,7 +34,7 @@ def _option_help(node: Any) -> str:
 
 
 def _comment(attr: griffe.Attribute) -> str:
-    """The text of the comment lines that begin with ``#:`` right above an attribute; empty if there are none."""
+    """The text of the comment lines that begin with ``#:`` directly above an attribute, or an empty string."""
     if attr.lineno is None or isinstance(attr.filepath, list):  # a list, for packages without a file
         return ""
     lines, text = attr.lines_collection[attr.filepath], []

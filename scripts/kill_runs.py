@@ -1,11 +1,11 @@
-"""Kills runs and sweeps at random moments, restarts them, and compares the results with uninterrupted runs.
+"""Kills runs and sweeps at random moments, restarts them, and compares the results with those of uninterrupted runs.
 
     python scripts/kill_runs.py --kills 100 --seed 0
 
-Every trial starts a command in an empty folder, kills it after a random time (SIGKILL, SIGTERM or SIGINT) and starts the same
-command again, until it ends without being killed. The script compares the hashes of weights, feedback, optimizer state and
-batches, the lines of metrics.jsonl and angles.jsonl, the result without timings, and all points of the curves in TensorBoard's
-file. It exits with 1 if any differ.
+Every trial starts a command in an empty folder and kills it after a random time (with SIGKILL, SIGTERM or SIGINT). The same
+command is started again until it ends without being killed. The script compares the hashes of weights, feedback, optimizer state
+and batches, the lines of metrics.jsonl and angles.jsonl, the result without timings, and all points of the curves in
+TensorBoard's file. The exit code is 1 if there are any differences.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COMMON = [
     "checkpoint_minutes=0.001",
     "threads=1",
 ]
-#: Rules with additional state: a separate optimizer for B, masks, a phase before training.
+#: Rules with additional state: a separate optimizer for B, masks, or a phase before training.
 RULES = {
     "kp": ["optimizer@feedback_optimizer=adam", "feedback_optimizer.lr=0.001"],
     "pfa": ["algorithm.density=0.5", "algorithm.ratio=2", "optimizer.first_epoch_weight_decay=0.01"],
@@ -51,13 +51,14 @@ RULES = {
 }
 SINGLE = {name: [f"algorithm={name}", *options, *COMMON, "hydra.run.dir=run"] for name, options in RULES.items()}
 COMMANDS = {**SINGLE, "sweep": ["-m", "algorithm=kp,brsf,wm", "seed=0,1", *COMMON, "hydra.sweep.dir=sweep"]}
-#: Keys that may differ between bitwise identical runs; `git` is one of them because the checkout may change while they run.
+#: Keys that may differ between runs with bitwise identical results, including `git`, because the checkout may change during the
+#: trials.
 MAY_DIFFER = ("seconds", "peak_memory_bytes", "energy_wh", "git")
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
 
 
 def start(command: list[str], folder: Path) -> int:
-    """Start a command in a folder in a new process; returns the process number."""
+    """Start a command in a folder in a new process, and return the process ID."""
     pid = os.fork()
     if pid:
         return pid
@@ -76,7 +77,7 @@ def start(command: list[str], folder: Path) -> int:
 
 
 def wait_for(pid: int, seconds: float) -> int | None:
-    """The exit status of a process that ends within some seconds, or None."""
+    """The exit status of a process, or None if the process does not end within the given number of seconds."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -88,7 +89,7 @@ def wait_for(pid: int, seconds: float) -> int | None:
 
 
 def records(folder: Path) -> dict[str, Any]:
-    """All records of the runs below a folder, without timings."""
+    """The records of all runs below a folder, without timings."""
     runs: dict[str, Any] = {}
     for path in sorted(folder.rglob(RESULT)):
         run = path.parent
@@ -121,7 +122,11 @@ def differences(expected: Any, actual: Any, path: str = "") -> list[str]:
 
 
 def trial(command: list[str], folder: Path, seconds: float, kills: int, rng: random.Random, signals: Counter[str]) -> None:
-    """Run a command to its end, killing it at most `kills` times; raises RuntimeError if it fails without being killed."""
+    """Run a command until it completes, killing it at most `kills` times.
+
+    Raises:
+        RuntimeError: if the command fails, or does not end as expected after a signal.
+    """
     while True:
         pid = start(command, folder)
         status = wait_for(pid, rng.uniform(0, seconds) if kills else 600)
@@ -134,7 +139,7 @@ def trial(command: list[str], folder: Path, seconds: float, kills: int, rng: ran
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 raise RuntimeError(f"{signal.Signals(number).name} did not end the process in 20 s")
-            # The process may have ended just before, and SIGTERM may arrive before or after the command handles it.
+            # The process may have ended just before the signal, and SIGTERM may arrive while the command does not handle it.
             allowed = {signal.SIGKILL: (-9, 0), signal.SIGTERM: (143, -15, 0), signal.SIGINT: (130, 0)}[number]
             if (code := os.waitstatus_to_exitcode(status)) not in allowed:
                 raise RuntimeError(f"exit code {code} after {signal.Signals(number).name}")
@@ -145,7 +150,7 @@ def trial(command: list[str], folder: Path, seconds: float, kills: int, rng: ran
 
 
 def run_trials(name: str, kills: int, rng: random.Random, bar: tqdm[Any]) -> dict[str, Any]:
-    """Trials of one command until it has been killed `kills` times.
+    """Perform trials of one command until it has been killed `kills` times.
 
     Returns:
         The numbers of trials and kills, the kills by signal, and the differences.
@@ -178,7 +183,7 @@ def run_trials(name: str, kills: int, rng: random.Random, bar: tqdm[Any]) -> dic
 
 
 def main() -> int:
-    """Run from the command line."""
+    """Perform the trials of all chosen commands, and print a table of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="total number, spread over the commands")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments and signals")

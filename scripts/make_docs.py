@@ -1,8 +1,10 @@
-"""Writes docs/rules, with one page per rule from its docstring and options and an index, and the tables in docs/add_a_rule.md.
+"""Writes the pages in docs/rules and the tables in docs/add_a_rule.md.
+
+The folder docs/rules has an index and one page per rule, which is generated from the rule's docstring and options.
 
     python scripts/make_docs.py
 
-A test compares the committed pages with the output; run the script after changing a docstring or an option.
+A test compares the committed pages with the output, so run the script after changing a docstring or an option.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ from fa_bench.utils.sampling import INITIALISERS
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "rules"
 GUIDE = ROOT / "docs" / "add_a_rule.md"
-#: Separates the handwritten part of GUIDE from the tables.
+#: The line that separates the handwritten part of GUIDE from the tables.
 MARK = "<!-- The rest is written by scripts/make_docs.py. -->\n"
-#: Public methods that are meant to be called, not overridden.
+#: Public methods of rules that are meant to be called, not overridden.
 FINAL = {
     "attach",
     "detach",
@@ -62,16 +64,17 @@ FINAL = {
     "loss_output",
     "derivatives_of",
 }
-#: The line below the equations of a rule's page.
+#: The line below the equations on a rule's page.
 NOTATION = "∇ is the gradient that the optimizer receives; the text below and the [glossary](../glossary.md) define the symbols."
-#: Tuning studies of docs/results.md -> the task.
+#: Name of a tuning study in docs/results.md -> the description of its task.
 TUNED = {
     "compare_digits": "digits, 64-512-512-10, tuned, 20 epochs",
     "compare_mnist": "MNIST, 784-512-512-10, tuned, 5 epochs",
     "compare_mnist_conv2": "MNIST, `conv2`, tuned, 5 epochs",
     "compare_cifar10_conv2": "CIFAR-10 (JPEG), `conv2`, tuned, 3 epochs",
 }
-#: Older tables of docs/results.md with a row for each rule: files in docs/data/archived, task, column of the score.
+#: Older tables of docs/results.md with a row for each rule: the files in docs/data/archived, the task, and the column with the
+#: score.
 ARCHIVED = (
     (("tuned_mnist",), "MNIST, 784-512-512-10, tuned, 20 epochs", "test accuracy"),
     (("pfa_fig2", "pfa_fig2_others"), "MNIST, 784-512-512-10, 40 epochs", "test accuracy"),
@@ -79,7 +82,7 @@ ARCHIVED = (
     (("pfa_fig4_short",), "CIFAR-10 (JPEG), ResNet-20, 20 epochs of 9,000 images, one seed", "test"),
     (("faeval",), "CIFAR-10 (JPEG), residual MLP, 10 epochs", "test accuracy"),
 )
-#: Kinds of rules, more specific ones first, and how they differ from backpropagation.
+#: The kinds of rules, with the more specific kinds first, and how they differ from backpropagation.
 KINDS: tuple[tuple[type[Rule], str], ...] = (
     (ModuleRule, "blocks with separate losses"),
     (LocalRule, "a loss at every hidden activation"),
@@ -91,7 +94,7 @@ KINDS: tuple[tuple[type[Rule], str], ...] = (
 
 
 def pages() -> dict[str, str]:
-    """File name in docs/rules -> text."""
+    """The text of each page in docs/rules, by file name."""
     return {"README.md": _index(), **{f"{name}.md": _page(name) for name in ALGORITHMS}}
 
 
@@ -113,8 +116,8 @@ def _index() -> str:
     lines += [
         "## Initialisers",
         "",
-        "They apply to weights (`architecture.init`, `linear_init`, `output_init`) and to feedback (`algorithm.b_init` and the "
-        "like). U(a) is uniform in [-a, a), and N(0, v) is normal with variance v; the fans include kernel positions. With "
+        "They apply to weights (`architecture.init`, `linear_init`, `output_init`) and to feedback (`algorithm.b_init` and "
+        "similar options). U(a) is uniform in [-a, a), and N(0, v) is normal with variance v; the fans include kernel positions. With "
         "`copy_w`, which edge rules accept, feedback starts as a copy of the weight.",
         "",
         "| initialiser | distribution |",
@@ -126,14 +129,14 @@ def _index() -> str:
 
 
 def guide() -> str:
-    """The text of docs/add_a_rule.md, with tables of the methods that a rule may override."""
+    """The text of docs/add_a_rule.md, including the tables of methods that a rule may override."""
     lines = [MARK, "## Methods that a rule may override", ""]
     for cls, when in (
         (Rule, "Every rule"),
         (EdgeRule, "Edge rules"),
         (CutRule, "Cut rules"),
         (LocalRule, "Local rules"),
-        (PassRule, "Rules that learn in passes of their own"),
+        (PassRule, "Rules that learn in separate passes"),
         (FeedbackPathway, "The feedback pathway of a layer"),
     ):
         inherited = {name for base in cls.__mro__[1:] for name in vars(base)}
@@ -188,7 +191,7 @@ def _page(name: str) -> str:
 
 
 def _measured(name: str) -> list[str]:
-    """A table of the rule's results in docs/results.md, beside those of backpropagation."""
+    """The Markdown lines of a table with the rule's results in docs/results.md, next to those of backpropagation."""
     found = [
         f"| {task} | {scores[name].strip('*')} | {scores.get('bp', '-').strip('*')} |"
         for task, scores in _scores().items()
@@ -208,7 +211,7 @@ def _measured(name: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _scores() -> dict[str, dict[str, str]]:
-    """The scores of the rules, by task."""
+    """The scores of all rules, grouped by task."""
     tasks = {task: make_results.Study.named(study).tuned_scores() for study, task in TUNED.items()}
     for files, task, column in ARCHIVED:
         tasks[task] = {}
@@ -219,7 +222,10 @@ def _scores() -> dict[str, dict[str, str]]:
 
 
 def _equations(cls: type[Rule]) -> list[str]:
-    """The rule's own equations, typeset by GitHub and, in the site, by scripts/site_hooks.py."""
+    """The Markdown lines of the rule's equations, which GitHub typesets.
+
+    On the site, scripts/site_hooks.py typesets the equations.
+    """
     rows = vars(cls).get("equations", ())
     if not rows:
         return []
@@ -228,7 +234,7 @@ def _equations(cls: type[Rule]) -> list[str]:
 
 
 def _markdown(docstring: str) -> str:
-    """The docstring as Markdown: code in single backticks, and no backticks in equations on separate lines."""
+    """The docstring as Markdown, with single backticks around code and no backticks in displayed equations."""
     return "\n".join(
         line.replace("``", "") if line.startswith("    ") else re.sub(r"``(.+?)``", r"`\1`", line)
         for line in docstring.splitlines()
@@ -244,7 +250,7 @@ def _kind(name: str) -> type[Rule]:
 
 
 def _experiments(name: str) -> str:
-    """The experiments whose grid names the rule."""
+    """A list of the experiments whose grid contains the rule, as text."""
     experiments = []
     for path in sorted((conf_dir() / "experiment").glob("*.yaml")):
         config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -272,7 +278,7 @@ def _rows(cls: type[Options]) -> list[str]:
 
 
 def main() -> int:
-    """Write the pages, and remove those of rules that no longer exist."""
+    """Write the pages, and delete the pages of rules that no longer exist."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     texts = pages()
     for path in FOLDER.glob("*.md"):

@@ -1,8 +1,8 @@
-"""Runs the README's first command, and updates the results that the README shows: docs/quickstart.png and the table.
+"""Runs the README's first command, and updates the table and docs/quickstart.png, which the README shows.
 
     python scripts/make_quickstart.py
 
-The picture is the report's own overview, with fewer colours so that the file stays small.
+The picture is the overview of the report, with fewer colours so that the file stays small.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "quickstart.png"
-#: The table is between these lines of the README.
+#: The lines of the README before and after the table.
 START, END = "<!-- quickstart -->\n", "<!-- end of quickstart -->"
 COLOURS = 128
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def replace_table(readme: str, output: str) -> str:
-    """The README with the table that ends `output`, the text that the sweep prints.
+    """The README with the table from `output`, the text that the sweep printed.
 
     Raises:
         SystemExit: if the output has no table, or the README has no place for it.

@@ -1,13 +1,15 @@
-"""Writes docs/results.md and the README's results from the files in docs/data, and adds results of finished sweeps to docs/data.
+"""Writes docs/results.md and the README's results from the files in docs/data, and adds the results of finished sweeps to
+docs/data.
 
     python scripts/make_results.py
     python scripts/make_results.py collect [--commits] NAME "COMMAND" DIR...
 
 `collect` writes a report on the runs in DIR and keeps its tables as docs/data/NAME/report.csv, runs.csv, layers.csv and
-published.csv, beside about.yaml: the command, the commit, versions and the machine. For DIR/tuned of a tuning study, it also
-keeps the study's tables of rules and trials, tune.csv and trials.csv. It refuses runs of several commits unless `--commits` is
-given, and runs of modified code. The templates, docs/data/*.jinja, contain the prose; every number in a table, and every number
-that the prose takes from a run, comes from the files. A test compares the committed page with the output.
+published.csv. It also writes about.yaml, which names the command, the commit, the versions and the machine. If DIR is the folder
+`tuned` of a tuning study, `collect` also keeps the study's tables of rules and trials (tune.csv and trials.csv). Runs of modified
+code are refused, and so are runs of several commits unless `--commits` is given. The prose is in the templates,
+docs/data/*.jinja. Every number in a table, and every number that the prose takes from a run, comes from the files in docs/data. A
+test compares the committed page with the output.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ DATA = ROOT / "docs" / "data"
 TEMPLATE = "results.md.jinja"
 PAGE = ROOT / "docs" / "results.md"
 README, README_TEMPLATE = ROOT / "README.md", "readme.md.jinja"
-#: The README's results are between these lines.
+#: The lines of the README before and after the results.
 START, END = "<!-- results -->\n", "<!-- end of results -->"
 #: Tables of a report -> their names in docs/data/NAME.
 KEPT = {
@@ -43,12 +45,12 @@ KEPT = {
     "report_layers.csv": "layers.csv",
     "report_published.csv": "published.csv",
 }
-#: Columns that are not kept: the location of a run on the machine, and errors of trials, which may also contain it.
+#: Columns that are not kept, because they contain the location of a run on the machine or may mention it in an error.
 _LOCAL = ("directory", "reason")
-#: Tables of a tuning study.
+#: The tables of a tuning study that are kept.
 TUNED = ("tune.csv", "trials.csv")
 _COMPARED = ["label", "quantity", "ours", "ours_std", "published", "difference", "source"]
-#: Statuses of runs that the statistics of reports cover.
+#: The statuses of runs that are included in the statistics of reports.
 _FINISHED = ("finished", "stopped")
 
 
@@ -69,7 +71,7 @@ class Study:
         self.name = name
         self.about: dict[str, Any] = yaml.safe_load((folder / "about.yaml").read_text(encoding="utf-8"))
         report = pd.read_csv(folder / "report.csv").set_index("label", drop=False)
-        # Columns that are blank in every row are not kept.
+        # Columns that are blank in every row are not stored, so they are added here.
         self.report = report.reindex(columns=list(dict.fromkeys([*report.columns, *REPORT_COLUMNS])))
         self.runs = pd.read_csv(folder / "runs.csv")
         self.layers, self.published, self.tuned = (
@@ -83,12 +85,12 @@ class Study:
         return cls(name, DATA / name)
 
     def tuned_scores(self) -> dict[str, str]:
-        """Rule -> accuracy and interval, the most accurate first, if the runs are the final ones of a tuning study."""
+        """The accuracy and confidence interval of each rule of a tuning study, with the most accurate rule first."""
         ordered = self.tuned.sort_values("test_accuracy", ascending=False, kind="stable")
         return {str(row["rule"]): _interval(row) for _, row in ordered.iterrows()}
 
     def header(self) -> str:
-        """The command, followed by the commit, versions, machine and seeds in one sentence."""
+        """The command, followed by a sentence that names the commit, versions, machine and seeds."""
         about = self.about
         seeds = sorted(self.runs["seed"].unique())
         listed = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
@@ -100,15 +102,18 @@ class Study:
         )
 
     def value(self, label: str, column: str, digits: int = 2) -> str:
-        """One number of the report."""
+        """A number from the report, as text."""
         return f"{self.report.at[label, column]:.{digits}f}"
 
     def run(self, label: str, seed: int, column: str, form: str = ".2f") -> str:
-        """One number of a single run."""
+        """A number from a single run, as text."""
         return format(self.runs.set_index(["label", "seed"]).at[(label, seed), column], form)
 
     def angles(self, label: str, quantity: str, digits: int = 1, std: bool = True, layer: str | None = None) -> str:
-        """A quantity of one layer, or of all in the order of the report: means, with the standard deviation of several seeds."""
+        """The mean of a quantity in one layer, or in each layer in the order of the report.
+
+        The standard deviation follows the mean if there are several seeds.
+        """
         chosen = self.layers["layer"].notna() if layer is None else self.layers["layer"] == layer
         rows = self.layers[(self.layers["label"] == label) & (self.layers["quantity"] == quantity) & chosen]
         return ", ".join(
@@ -117,7 +122,7 @@ class Study:
         )
 
     def comparison(self, digits: int = 2) -> str:
-        """A Markdown table of the published numbers, beside those of the runs."""
+        """A Markdown table that compares the published numbers with those of the runs."""
         rows = [
             [
                 str(row["label"]),
@@ -132,9 +137,10 @@ class Study:
         return _markdown(["rule", "quantity", "ours", "published", "difference", "published in"], rows)
 
     def by_setting(self, key: str, column: str = "val_accuracy", digits: int = 2) -> str:
-        """A Markdown table of single runs: a row for each rule, a column for each value of a swept key; the best in bold.
+        """A Markdown table of single runs, with a row for each rule and a column for each value of a swept key.
 
-        A run that has not finished has its status in place of a number; "-" means that there is no such run.
+        The best number of each rule is in bold. If a run has not finished, the cell has its status instead of a number. The text
+        "-" means that there is no such run.
 
         Raises:
             ValueError: if a rule has several runs with one value.
@@ -153,13 +159,16 @@ class Study:
         return _markdown(["rule", *(f"{value:g}" for value in values)], rows)
 
     def tuned_table(self) -> str:
-        """A Markdown table of a tuning study, the most accurate rule first, with the chosen values in three digits."""
+        """A Markdown table of a tuning study, with the most accurate rule first.
+
+        The chosen values are rounded to three significant digits.
+        """
         frame = self.tuned.sort_values("test_accuracy", ascending=False, na_position="last", kind="stable")
         rows = [[text(row) for text in TUNED_COLUMNS.values()] for _, row in frame.iterrows()]
         return _markdown(list(TUNED_COLUMNS), rows)
 
     def table(self, *columns: str, labels: list[str] | None = None, sort: str | None = None) -> str:
-        """A Markdown table of the report.
+        """A Markdown table with some columns of the report.
 
         Args:
             *columns: names in `COLUMNS`, or columns of report.csv.
@@ -206,7 +215,7 @@ def _number(column: str, digits: int = 2, sign: str = "") -> Any:
     return lambda row: "-" if _is_blank(row[column]) else f"{row[column]:{sign}.{digits}f}"
 
 
-#: Heading -> the cell's text, from a row of report.csv.
+#: Column heading -> a function that returns the cell's text for a row of report.csv.
 COLUMNS: dict[str, Any] = {
     "rule": lambda row: row["label"],
     "test accuracy (%)": _score,
@@ -222,12 +231,12 @@ COLUMNS: dict[str, Any] = {
     "difference": _number("published_difference", sign="+"),
     "delta angle (°)": _number("delta_angle", 1),
     "weight angle (°)": _number("weight_angle", 1),
-    "seconds an epoch": _number("seconds_per_epoch", 1),
+    "seconds per epoch": _number("seconds_per_epoch", 1),
 }
 
 
 def _interval(row: pd.Series) -> str:
-    """The accuracy and its interval, in bold if the rule does not beat the floor."""
+    """The accuracy and its confidence interval, in bold if the rule does not beat the floor."""
     if _is_blank(row["n"]) or row["n"] < 1 or _is_blank(row["test_accuracy"]):
         return "did not train"
     interval = "" if _is_blank(row["test_accuracy_ci95"]) else f" ± {row['test_accuracy_ci95']:.2f}"
@@ -236,7 +245,7 @@ def _interval(row: pd.Series) -> str:
 
 
 def _chosen(row: pd.Series) -> str:
-    """The chosen values, numbers in three digits."""
+    """The chosen values, with numbers rounded to three significant digits."""
     if _is_blank(row["chosen"]):
         return "-"
     pairs = (text.partition("=")[::2] for text in str(row["chosen"]).split())
@@ -250,7 +259,7 @@ def _short(value: str) -> str:
         return value
 
 
-#: Heading -> the cell's text, from a row of tune.csv.
+#: Column heading -> a function that returns the cell's text for a row of tune.csv.
 TUNED_COLUMNS: dict[str, Any] = {
     "rule": lambda row: row["rule"],
     "test accuracy (%), 95 %": _interval,
@@ -262,7 +271,9 @@ TUNED_COLUMNS: dict[str, Any] = {
 
 
 def compared(studies: Mapping[str, str | None], common: bool = False) -> str:
-    """A Markdown table of several tuning studies: a row for each rule, the most accurate in the first study first.
+    """A Markdown table of several tuning studies, with a row for each rule.
+
+    The rules are ordered by their accuracy in the first study.
 
     Args:
         studies: {heading: name of the study}, None for one that has not run, whose column is empty.
@@ -282,7 +293,9 @@ def _cell(row: pd.Series, column: str) -> str:
 
 
 def archived(name: str, columns: Sequence[str] = ()) -> str:
-    """A table as it was published here before results were kept as files: docs/data/archived/NAME.csv, cell by cell.
+    """A table from docs/data/archived/NAME.csv, cell by cell.
+
+    These tables were published before results were kept as files.
 
     Args:
         name: the file.
@@ -302,7 +315,7 @@ def render(template: str = TEMPLATE) -> str:
     """The text of docs/results.md, or of another template in docs/data.
 
     Raises:
-        jinja2.UndefinedError: for a study or number that does not exist.
+        jinja2.UndefinedError: if the template uses an undefined name.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DATA), undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
@@ -311,13 +324,13 @@ def render(template: str = TEMPLATE) -> str:
 
 
 def render_readme() -> str:
-    """README.md with the results of its template between the marks."""
+    """The text of README.md, with the results between the marks replaced by the rendered template."""
     before, rest = README.read_text(encoding="utf-8").split(START)
     return f"{before}{START}{render(README_TEMPLATE)}{END}{rest.split(END)[1]}"
 
 
 def collect(name: str, command: str, folders: list[Path], commits: bool = False) -> Path:
-    """Keep the tables of a report on the runs in `folders` as docs/data/NAME.
+    """Store the tables of a report on the runs in `folders` in docs/data/NAME.
 
     Args:
         name: the name of the study.
@@ -340,7 +353,7 @@ def collect(name: str, command: str, folders: list[Path], commits: bool = False)
         **_machine(_one("device", {result["device"] for result in results})),
     }
     if any(result["git"]["dirty"] for result in results):
-        raise SystemExit("some runs are of code with uncommitted changes")
+        raise SystemExit("some runs used code with uncommitted changes")
     target = DATA / name
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run([sys.executable, "-m", "fa_bench.report.cli", *map(str, folders), "--out", scratch], check=False)
@@ -354,7 +367,7 @@ def collect(name: str, command: str, folders: list[Path], commits: bool = False)
 
 
 def _keep(source: Path, target: Path) -> None:
-    """Copy a table, if there is one, without blank and local columns."""
+    """Copy a table if it exists, without blank columns and without columns about the local machine."""
     if source.exists():
         frame = pd.read_csv(source, dtype=str, keep_default_na=False)
         columns = [column for column in frame.columns if column not in _LOCAL and frame[column].ne("").any()]
@@ -368,7 +381,7 @@ def _one(what: str, values: set[Any]) -> Any:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """The header's text for a run's `device`: a GPU's model, or a CPU's model and the number of threads."""
+    """The entries of about.yaml for a run's `device`: the model of a GPU, or the model of a CPU and the number of threads."""
     kind, name = device.removesuffix(")").split(" (", maxsplit=1)
     return {"processor": name} if kind == "cuda" else {"processor": _processor(), "threads": int(name.split(", ")[1].split()[0])}
 

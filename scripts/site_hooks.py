@@ -1,8 +1,9 @@
-"""Hooks of mkdocs.yml: pages made from other files of the repository, links, the navigation of the rules, and equations.
+"""Hooks for mkdocs.yml that add pages from other files of the repository, adapt links, list the rules and typeset equations.
 
-Markdown in the repository has links that work on GitHub. In the site, README.md, CONTRIBUTING.md, CHANGELOG.md and the notebook
-are also pages. Every other file outside of docs/ that a page links to has a page with its listing, and links lead to these pages.
-Equations (fences of the language ``math``) become MathML, which browsers show without scripts.
+Links in the Markdown files of the repository work on GitHub. On the site, README.md, CONTRIBUTING.md, CHANGELOG.md and the
+notebook are also pages. Every other file outside docs/ that a page links to has a page with its listing. The hooks change links
+so that they lead to these pages. Equations (fenced blocks of the language ``math``) become MathML, which browsers show without
+scripts.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Page of the site -> the file in the repository that it shows; other pages show the file of docs/ with their name.
+#: Page of the site -> the file in the repository that it shows. All other pages show the file of the same name in docs/.
 ORIGINS = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "notebook.md": "docs/notebook.ipynb",
 }
-#: The line below the title of the notebook's page. It is HTML, because a Markdown link to the file would lead to this page.
+#: The line below the title of the notebook's page. The link is HTML, because a Markdown link to the file would lead to this page.
 DOWNLOAD = '<a href="notebook.ipynb" download>Download the notebook</a>'
 PAGES = {origin: page for page, origin in ORIGINS.items()}
-#: A link or image of Markdown: text, target without anchor, anchor.
+#: Matches a Markdown link or image; the groups are the text, the target without its anchor, and the anchor.
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
 MATHML = "http://www.w3.org/1998/Math/MathML"
 INDEX_OF_RULES = "rules/README.md"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add settings that YAML cannot express plainly: functions, and the rules in the navigation."""
+    """Add functions, which YAML cannot express plainly, to the settings, and add the rules to the navigation."""
     config.mdx_configs["toc"]["slugify"] = slugify(case="lower")  # as on GitHub, so that anchors work in both
     config.mdx_configs.setdefault("pymdownx.superfences", {})["custom_fences"] = [
         {"name": "math", "class": "math", "format": _format_math}
@@ -54,13 +55,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def _rules_by_kind(index: str) -> list[dict[str, list[str]]]:
-    """The sections of the index of rules, with their pages."""
+    """The sections of the index of rules, each with its pages."""
     sections = ((part.split("\n", 1)[0], re.findall(r"^- \[`\w+`\]\((\w+\.md)\)", part, re.M)) for part in index.split("\n## "))
     return [{title: [f"rules/{page}" for page in pages]} for title, pages in sections if pages]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are not files of docs/."""
+    """Add the pages that do not come from Markdown files in docs/."""
     for page, origin in ORIGINS.items():
         text = (ROOT / origin).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=_notebook(text) if origin.endswith(".ipynb") else text))
@@ -74,7 +75,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links between files of the repository lead to the pages of the site."""
+    """Change links between files of the repository so that they lead to pages of the site."""
     here = page.file.src_uri
 
     def replaced(match: re.Match[str]) -> str:
@@ -92,7 +93,7 @@ def _links(markdown: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _in_repository(page: str, target: str) -> str | None:
-    """The path in the repository of a relative link on a page; None for an address, and for a link that leads nowhere."""
+    """The path in the repository of a relative link's target, or None for a URL or a broken link."""
     if "://" in target:
         return None
     path = posixpath.normpath(posixpath.join(posixpath.dirname(ORIGINS.get(page, f"docs/{page}")), target))
@@ -107,14 +108,14 @@ def _page_of(path: str) -> str:
 
 
 def _listing(path: str) -> str:
-    """The page with the listing of a file of the repository."""
+    """The Markdown of a page with the listing of a file of the repository."""
     code = (ROOT / path).read_text(encoding="utf-8")
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", code)), 3)
     return f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n{fence}{Path(path).suffix[1:]}\n{code.rstrip()}\n{fence}\n"
 
 
 def _notebook(text: str) -> str:
-    """A notebook as Markdown; outputs are not committed."""
+    """A notebook as Markdown, without outputs, because these are not committed."""
     parts = []
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
@@ -125,7 +126,7 @@ def _notebook(text: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ equations
 def _format_math(source: str, *arguments: Any, **options: Any) -> str:
-    """The HTML of a fence with the language ``math``."""
+    """The HTML of a fenced block of the language ``math``."""
     return f'<div class="math">{mathml(source)}</div>'
 
 
@@ -133,7 +134,7 @@ def mathml(latex: str) -> str:
     r"""A displayed equation, or the rows of ``\begin{aligned}...\end{aligned}``, as MathML.
 
     Raises:
-        PluginError: for a command that latex2mathml does not know, which it would leave as text.
+        PluginError: if latex2mathml does not know a command, and has left it as text.
     """
     latex = latex.strip()
     aligned = re.fullmatch(r"\\begin\{aligned\}(.*)\\end\{aligned\}", latex, re.S)
@@ -148,7 +149,7 @@ def mathml(latex: str) -> str:
 
 
 def _cell(latex: str, first: bool) -> str:
-    """One cell: the first of a row is aligned to the right, others to the left."""
+    """The MathML of one cell; the first cell of a row is aligned to the right, and the others to the left."""
     root = ElementTree.fromstring(convert(latex.strip(), display="block"))
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{MATHML}}}")

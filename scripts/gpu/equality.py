@@ -1,4 +1,4 @@
-"""Gradients and weights of every rule on the device and on the CPU, from the same seeds."""
+"""Compares the gradients and weights of every rule on the device with those on the CPU, for the same seeds."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .page import Section
 from .parts import Context
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-#: The tolerance in float32, relative to the difference between float32 and float64 on the CPU, if that gives a larger one: some
+#: In float32, the tolerance is at least this multiple of the difference between float32 and float64 on the CPU, because some
 #: rules divide a small difference of losses by a small number.
 ROUNDING = 10.0
 STEPS, BATCH, CLASSES = 3, 16, 10
-#: Differences are relative to the largest entry of their tensor, but at least to this fraction of the largest entry in the model:
-#: smaller tensors are sums whose terms cancel, such as the gradient of a bias before batch normalisation.
+#: Differences are relative to the largest entry of the tensor, or to this fraction of the largest entry in the model if that is
+#: larger. Tensors with smaller entries are sums of terms that cancel, such as the gradient of a bias before batch normalisation.
 _FLOOR = 1e-4
 
 
 def mlp() -> tuple[nn.Module, tuple[int, ...]]:
-    """A multilayer perceptron with 784-64-64-10 units."""
+    """A multilayer perceptron with layers of 784, 64, 64 and 10 units."""
     return MLP(widths=[64, 64]).build((1, 28, 28), CLASSES), (1, 28, 28)
 
 
 def convnet() -> tuple[nn.Module, tuple[int, ...]]:
-    """Three convolutions, the second and third with a stride, and two linear layers."""
+    """A net with three convolutions, the second and third with stride 2, and two linear layers."""
     model: Any = nn.Sequential()
     channels = [3, 8, 8, 16]
     for number in (1, 2, 3):
@@ -49,15 +49,15 @@ def convnet() -> tuple[nn.Module, tuple[int, ...]]:
     return model, (3, 16, 16)
 
 
-#: Options of rules that need some, or that would otherwise take long.
+#: Options of rules that require them or would otherwise take a long time.
 OPTIONS: dict[str, dict[str, Any]] = {"wm": {"initial_steps": 2, "mirror_batch": 8}, "f3": {"samples": BATCH}}
 NETS = {"mlp": mlp, "convnet": convnet}
 
 
 def trained(rule_name: str, net: str, dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The gradients of the first step, and parameters and feedback after the last one, by name, on the CPU.
+    """The gradients of the first step, and the parameters, feedback and buffers after the last step, by name, on the CPU.
 
-    Model, data, feedback and noise are sampled on the CPU, and are the same in every dtype except for rounding.
+    The model, data, feedback and noise are sampled on the CPU, and are the same in every dtype except for rounding.
     """
     torch.manual_seed(0)
     model, shape = NETS[net]()
@@ -85,9 +85,9 @@ def _trained(rule_name: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[di
 
 
 def largest_difference(given: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative difference of two tensors of the same name, in the maximum norm, and the name.
+    """The largest relative difference between two tensors of the same name, in the maximum norm, and that name.
 
-    Infinite if one side lacks a tensor or has entries that are not finite.
+    The difference is infinite if one side lacks a tensor or has entries that are not finite.
     """
     if given.keys() != expected.keys():
         return float("inf"), ", ".join(sorted(given.keys() ^ expected.keys()))
@@ -104,7 +104,7 @@ def largest_difference(given: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 
 def run(context: Context, section: Section) -> None:
-    """Add a row for each rule and net."""
+    """Add a row for each net and rule to the section."""
     torch.backends.cudnn.allow_tf32 = False
     section.notes = [
         f"The device compared with the CPU: {STEPS} steps of SGD with momentum on one batch of {BATCH}, with the same seeds and "
@@ -139,7 +139,7 @@ def run(context: Context, section: Section) -> None:
 
 
 def compared(name: str, net: str, device: str) -> tuple[list[str], bool]:
-    """The differences of a rule in gradients and in weights, for each dtype, and whether all of them are small."""
+    """The differences of a rule in gradients and in weights for each dtype, and whether all are within the tolerance."""
     wide, narrow = (trained(name, net, dtype, "cpu") for dtype in (torch.float64, torch.float32))
     cells, passed = [], True
     for dtype, on_cpu in ((torch.float64, wide), (torch.float32, narrow)):

@@ -1,4 +1,4 @@
-"""Runs of fa_bench within a part of the GPU check."""
+"""Performs runs of fa_bench within a part of the GPU check."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _numbers = itertools.count()
 
 
 class RunFailed(Exception):
-    """A run that did not finish; the message says why."""
+    """Raised if a run does not finish; the message gives the reason."""
 
 
 def train(context: Context, *overrides: str) -> dict[str, Any]:
-    """The result of a run in its own folder, with the metrics of its last epoch.
+    """The result of a run in its own folder, including the metrics of the last epoch.
 
     Raises:
-        RunFailed: if it does not finish.
+        RunFailed: if the run does not finish.
     """
     folder = context.scratch / f"run{next(_numbers)}"
     try:
@@ -37,7 +37,7 @@ def train(context: Context, *overrides: str) -> dict[str, Any]:
 
 
 def can_compile(section: Section) -> bool:
-    """Whether this version of torch compiles every rule; if it does not, the section gets a note about it."""
+    """Whether this version of torch can compile every rule; if not, the function adds a note to the section."""
     if problem := too_old_to_compile():
         section.notes.append(f"Nothing was compiled: {problem}.")
     return not problem

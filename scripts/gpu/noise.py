@@ -13,9 +13,9 @@ from torch import Tensor
 def sampled_on_cpu() -> Iterator[None]:
     """A context in which a seed gives the same numbers on every device and in every dtype.
 
-    The generators of two devices give different numbers for the same seed. Here, `Tensor.normal_` and `Tensor.uniform_` with a
-    generator sample in float64 on the CPU with its seed, copy the numbers to the tensor, and increase the seed. Calls without a
-    generator do not change.
+    Without it, generators on two devices give different numbers for the same seed. In this context, `Tensor.normal_` and
+    `Tensor.uniform_` sample in float64 on the CPU with the seed of the given generator, copy the numbers to the tensor, and
+    increment the seed. Calls without a generator are not affected.
     """
     normal, uniform = Tensor.normal_, Tensor.uniform_
     Tensor.normal_, Tensor.uniform_ = _on_cpu(normal), _on_cpu(uniform)  # type: ignore[method-assign]

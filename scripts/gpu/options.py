@@ -1,4 +1,4 @@
-"""Compare runs with the runner's options to a plain run on the same device, and check determinism."""
+"""Compares runs with the runner's options to a plain run on the same device, and checks determinism."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .jobs import RunFailed, can_compile, train
 from .page import Section
 from .parts import Context
 
-#: The net of each rule: asap needs three layers that share activations, and conv2 has too few.
+#: The net for each rule; asap needs three layers that share activations, and conv2 has too few.
 RULES = {
     "fa": "conv2",
     "kp": "conv2",
@@ -26,7 +26,7 @@ OF_NET = {
     "resnet_cifar_small": ["architecture.depth=8", "architecture.width=4"],
 }
 COMMON = ["dataset=digits", "epochs=1", "optimizer.lr=0.01", "batch_size=64", "threads=1", "seed=0"]
-#: Name -> overrides, tolerance of the losses, seconds that a run is expected to take on a GPU.
+#: Name -> overrides, tolerance of the losses, and expected seconds of a run on a GPU.
 VARIANTS: dict[str, tuple[list[str], float, float]] = {
     "again": ([], 2e-3, 6),
     "channels_last": (["channels_last=true"], 2e-3, 6),
@@ -38,38 +38,41 @@ VARIANTS: dict[str, tuple[list[str], float, float]] = {
     "graphs, accumulate=2": (["compile=true", "graphs=true", "accumulate=2"], 2e-3, 45),
 }
 ONLY_ON_CUDA = ("tf32", "graphs", "graphs, accumulate=2")
-#: Slow variants, and the rules that are run with them.
+#: Slow variants -> the rules that are run with them.
 SOME = {"compile, bf16": ["fa", "brsf", "dfa"], "graphs, accumulate=2": ["fa"]}
 HASHES = ("weights_hash", "feedback_hash", "optimizer_hash")
 DETERMINISTIC = ["fa", "kp", "brsf", "dfa", "predsim", "wm", "dkp"]
 
 
 def setting(rule: str) -> list[str]:
-    """The overrides of a small run of a rule."""
+    """The overrides for a small run of a rule."""
     net = RULES.get(rule, "conv2")
     shorter = ["algorithm.initial_steps=5", "algorithm.mirror_batch=16"] if rule == "wm" else []
     return [*COMMON, f"algorithm={rule}", f"architecture={net}", *OF_NET[net], *shorter]
 
 
 def some(rules: dict[str, Any], context: Context) -> dict[str, Any]:
-    """All rules, but only two on a CPU, where only the logic of the check is tested."""
+    """All rules; on a CPU, only the first two, because only the logic of the check is tested."""
     return rules if context.device != "cpu" else dict(itertools.islice(rules.items(), 2))
 
 
 def losses(result: dict[str, Any]) -> tuple[float, float]:
-    """The losses of a run on training and test samples."""
+    """The training loss and the test loss of a run."""
     return result["train_loss"], result["test_loss"]
 
 
 def skipped_graphs() -> int:
-    """How often torch has skipped capturing a CUDA graph in this process so far."""
+    """The number of times that torch has skipped capturing a CUDA graph in this process."""
     from torch._dynamo.utils import counters
 
     return counters["inductor"]["cudagraph_skips"]
 
 
 def run(context: Context, section: Section) -> None:
-    """Add a row for each rule and option; fast options come first, so that compilation uses the remaining time."""
+    """Add a row for each option and rule.
+
+    Fast options come first, so that compilation uses the remaining time.
+    """
     section.notes = [
         f"Runs of {' '.join(COMMON)}, compared with the same run without the option on the same device (row plain: the "
         f"reference). The relative difference of the training loss in the last epoch must be within the tolerance, because 22 "
@@ -128,7 +131,7 @@ def run(context: Context, section: Section) -> None:
 def compare(
     context: Context, section: Section, name: str, rule: str, overrides: list[str], reference: dict[str, Any], tolerance: float
 ) -> None:
-    """Add the row of one rule with one option."""
+    """Add the row for one rule with one option."""
     net, before = RULES[rule], skipped_graphs()
     try:
         if "accumulate=2" in overrides:
@@ -153,7 +156,7 @@ def compare(
 
 
 def determinism(context: Context, section: Section) -> None:
-    """Add a row for each rule, first for eager and then for compiled runs."""
+    """Add a row for each rule, first for eager runs and then for compiled runs."""
     section.notes = [
         "Two runs with deterministic=true and the same seed in one process; the hashes of weights, feedback and the "
         "optimizer's state must be equal."

@@ -1,4 +1,4 @@
-"""The page of a GPU check: sections with one table each, as Markdown and as JSON."""
+"""Writes the page of a GPU check, with a section and a table for each part, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PASSED, FAILED, ERROR, MEASURED, SKIPPED = "passed", "FAILED", "ERROR", "measure
 
 @dataclasses.dataclass
 class Section:
-    """The section of one part on the page.
+    """The section of the page that describes one part of the check.
 
     Attributes:
         name, title: the name and title of the part.
@@ -43,14 +43,17 @@ class Section:
     path: Path | None = None
 
     def add(self, *cells: Any, passed: bool | None = None) -> None:
-        """Add a row, and save the section; `passed` says whether it is a check that passed (None: it is not a check)."""
+        """Add a row, and save the section.
+
+        `passed` says whether the check in this row passed; None means that the row is not a check.
+        """
         self.checks += passed is not None
         self.misses += passed is False
         self.rows.append([*map(str, cells), *([] if passed is None else ["pass" if passed else "**FAIL**"])])
         self.save()
 
     def end(self) -> None:
-        """Set the status according to the rows and the error."""
+        """Derive the status from the rows and the error, and save the section."""
         self.status = (
             ERROR if self.error else FAILED if self.misses else PASSED if self.checks else MEASURED if self.rows else SKIPPED
         )
@@ -62,11 +65,11 @@ class Section:
             write_text(self.path, json.dumps(self.plain()))
 
     def plain(self) -> dict[str, Any]:
-        """The section as plain values."""
+        """The section as a dictionary of plain values."""
         return {**dataclasses.asdict(self), "path": None}
 
     def update(self, path: Path) -> None:
-        """Take over the section that another process has saved to `path`."""
+        """Replace the content of this section with the section that another process saved to `path`."""
         if path.exists():
             for key, value in json.loads(path.read_text(encoding="utf-8")).items():
                 if key not in ("path", "budget", "seconds"):

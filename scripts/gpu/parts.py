@@ -1,4 +1,4 @@
-"""Parts of a GPU check, each in its own process, so that an error, a crash or a hang ends only that part."""
+"""Runs each part of a GPU check in its own process, so that an error, a crash or a hang ends only that part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from .page import ERROR, OUT_OF_TIME, RUNNING, SKIPPED, Section
 
-#: Seconds reserved for writing the page after the last part, and seconds of its budget in which a part can still end normally.
+#: Seconds reserved for writing the page after the last part, and seconds that each part reserves to end before it is killed.
 _END, _RESERVE = 3.0, 3.0
 
 
@@ -37,17 +37,17 @@ class Context:
     deadline: float
 
     def left(self) -> float:
-        """Seconds until the part must end."""
+        """The number of seconds until the part must end."""
         return self.deadline - time.time() - _RESERVE
 
     def fits(self, seconds: float) -> bool:
-        """Whether there is time left for something that takes this many seconds."""
+        """Whether a task that takes this many seconds fits into the remaining time."""
         return seconds < self.left()
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part of the check.
+    """One part of the GPU check.
 
     Attributes:
         name, title: the name and title of the part's section.
@@ -64,8 +64,10 @@ class Part:
 
 
 def budget(remaining: Sequence[Part], seconds: float) -> float:
-    """Seconds for the first of the remaining parts. They share the time that is left, including time that earlier parts did not
-    use."""
+    """The seconds available to the first of the remaining parts.
+
+    The remaining parts share the time that is left, including time that earlier parts did not use.
+    """
     return seconds * remaining[0].weight / sum(part.weight for part in remaining)
 
 
@@ -77,7 +79,7 @@ def run_all(
     changed: Callable[[], None],
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Run the parts in order until `deadline`, which is a time of `clock`.
+    """Run the parts in order until `deadline`, a time as given by `clock`.
 
     Args:
         parts: the parts, in order.
@@ -93,7 +95,7 @@ def run_all(
         section.budget = max(budget(parts[number:], left), 0.0)
         if section.budget < part.minimum:
             section.status = SKIPPED
-            section.notes.append(f"Skipped: {section.budget:.0f} s were left for it, and it needs {part.minimum:.0f} s.")
+            section.notes.append(f"Skipped: only {section.budget:.0f} s were left, but the part needs {part.minimum:.0f} s.")
         else:
             section.status = RUNNING
             changed()
@@ -108,7 +110,9 @@ def run_all(
 def run_in_process(
     command: Sequence[str], section: Section, file: Path, log: Path, until: float, changed: Callable[[], None]
 ) -> None:
-    """Run a part's process, which saves its section to `file`; it is killed at `until`, with all processes that it started.
+    """Run a part in a process that saves its section to `file`.
+
+    At the time `until`, the process is killed together with all processes that it started.
 
     Args:
         command: the command that runs the part.
@@ -149,14 +153,17 @@ def run_in_process(
 
 
 def _kill_group(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads its process group, and the rest of the group."""
+    """Kill all processes in the process group that a process leads."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def run_here(part: Part, context: Context, section: Section) -> int:
-    """Run a part in this process; an error is recorded in its section. Returns 0, the exit code."""
+    """Run a part in this process, and record any error in its section.
+
+    The exit code is always 0.
+    """
     section.status = RUNNING
     section.save()
     try:

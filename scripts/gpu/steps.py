@@ -1,4 +1,4 @@
-"""The time of a training step, as `bench_step.py` measures it, and the speed of several processes on one device."""
+"""Measures the time of a training step as `bench_step.py` does, and the speed of several processes on one device."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .parts import Context
 
 RULES = ["fa", "kp", "frsf", "usf", "brsf", "dfa"]
 NETS, BATCHES = ("mlp", "conv2", "resnet20"), (64, 512)
-#: The rules whose steps are compiled, by net; some nets take half a minute per rule to compile.
+#: The rules with compiled steps, by net; some nets take half a minute per rule to compile.
 COMPILED = {"mlp": RULES, "conv2": RULES, "resnet20": ["fa", "kp", "dfa"]}
-#: Numbers of processes, and the seconds for which they train together.
+#: Numbers of processes, and the seconds for which the processes train at the same time.
 PROCESSES, SECONDS = (1, 2, 4, 8), 4.0
 
 
 def run(context: Context, section: Section) -> None:
-    """Add a row for each net, batch size and rule; eager steps come first."""
+    """Add a row for each net, batch size and rule, first for eager steps and then for compiled steps."""
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True  # as in runs
     torch.set_num_threads(2)
     device = torch.device(context.device)
@@ -38,7 +38,7 @@ def run(context: Context, section: Section) -> None:
         f"{block} steps, single precision without TF32. Milliseconds per step, and the ratio to plain backpropagation in the "
         f"same round: median [quartiles]. Compiled steps are compared with compiled backpropagation."
     ]
-    section.columns = ["mode", "net", "batch", "rule", "ms per step", "of plain bp"]
+    section.columns = ["mode", "net", "batch", "rule", "ms per step", "ratio to plain bp"]
     for is_compiled in (False, True) if can_compile(section) else (False,):
         for net in NETS:
             for batch in BATCHES:
@@ -62,7 +62,7 @@ def measure(
     rounds: int,
     block: int,
 ) -> None:
-    """Add the rows of one net with one batch size."""
+    """Add the rows for one net with one batch size."""
     steps: dict[str, Callable[[], None]] = {}
     for label, rule in {bench_step.PLAIN: None, bench_step.AGAIN: None, **{rule: rule for rule in rules}}.items():
         try:
@@ -93,7 +93,7 @@ def processes(context: Context, section: Section) -> None:
         f"the same time for {SECONDS:g} s, after a warm-up: steps per second of all together, and their ratio to one process. "
         f"They are started as separate Python processes with CUDA_VISIBLE_DEVICES=0."
     ]
-    section.columns = ["processes", "steps per second", "of one", "slowest process", "fastest process"]
+    section.columns = ["processes", "steps per second", "ratio to one process", "slowest process", "fastest process"]
     alone = None
     for count in PROCESSES:
         if not context.fits(20 + 2 * count + SECONDS):
@@ -105,7 +105,7 @@ def processes(context: Context, section: Section) -> None:
 
 
 def rates_together(count: int, context: Context, seconds: float = SECONDS) -> list[float]:
-    """Steps per second of each of `count` processes that train at the same time.
+    """The steps per second of each of `count` processes that train at the same time.
 
     Raises:
         RuntimeError: if a process ends early; the message contains its last line.
@@ -135,7 +135,10 @@ def rates_together(count: int, context: Context, seconds: float = SECONDS) -> li
 
 
 def _line_of(worker: subprocess.Popen[str], first: str) -> str:
-    """The worker's next line that begins with the word `first`; warnings of torch may come before it."""
+    """The worker's next line that begins with the word `first`.
+
+    Other lines, such as warnings from torch, are skipped.
+    """
     assert worker.stdout is not None
     last = ""
     for line in worker.stdout:
@@ -146,7 +149,10 @@ def _line_of(worker: subprocess.Popen[str], first: str) -> str:
 
 
 def work(device_name: str, seconds: str) -> None:
-    """A process of `rates_together`: it reports that it is ready, waits for a line, trains, and reports its rate."""
+    """Report that the process is ready, wait for a line, train, and report the rate.
+
+    This function runs in each process that `rates_together` starts.
+    """
     device = torch.device(device_name)
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False

@@ -1,4 +1,4 @@
-"""Training on MNIST and CIFAR-10, as long as the time allows."""
+"""Trains on MNIST and CIFAR-10 for as long as the time allows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .jobs import RunFailed, train
 from .page import Section
 from .parts import Context
 
-#: The rules in the figure, which are trained first.
+#: The rules in the paper's figure, which are trained first.
 FIGURE = ["bp", "frozen", "fa", "dfa", "usf", "pfa", "pfa_o"]
 CIFAR_NETS, CIFAR_RULES = ("resnet20", "resnet18"), ("bp", "fa", "kp", "dfa")
 
@@ -40,7 +40,8 @@ def figure2(context: Context, section: Section) -> None:
     section.notes = [
         f"The protocol of experiment=pfa_fig2 (784-512-512-10, SGD, batches of 64) with **{epochs} epochs instead of 40** and "
         f"one seed instead of five, so that all rules fit; the milestones of the learning rate are at the same fractions. The "
-        f"figure has {', '.join(FIGURE)}; the other rules have its settings, chosen for none of them. Not the paper's figure."
+        f"figure has {', '.join(FIGURE)}; the other rules use the same settings, which were not tuned for them. This is not the "
+        "paper's figure."
     ]
     slowest = usual * epochs
     for rule in rules:
@@ -58,7 +59,7 @@ def figure2(context: Context, section: Section) -> None:
 
 
 def _outcome(result: dict[str, Any]) -> list[str]:
-    """Test accuracy, training loss, seconds of training and peak memory of a run."""
+    """The test accuracy, training loss, training time and peak memory of a run."""
     return [
         f"{100 * result['test_accuracy']:.2f}",
         f"{result['train_loss']:.4f}",
@@ -81,7 +82,10 @@ def _figure2(context: Context, rule: str, epochs: int) -> list[str]:
 
 
 def cifar(context: Context, section: Section) -> None:
-    """Add a row for each net and rule: first with one epoch each, then with twice as many each time, while the time allows it."""
+    """Add a row for each net and rule, first with one epoch.
+
+    The number of epochs is doubled as long as the time allows.
+    """
     section.columns = ["net", "rule", "epochs", "test accuracy (%)", "training loss", "seconds of training", "peak memory (MB)"]
     try:
         label, data = cifar_data(context)
@@ -129,7 +133,7 @@ def cifar_data(context: Context) -> tuple[str, list[str]]:
     """A description of the data, and the overrides that select them.
 
     Raises:
-        FileNotFoundError: if there are none.
+        FileNotFoundError: if the folder has no CIFAR-10 data.
     """
     folder = context.data_dir
     if (folder / "cifar-10-batches-py").is_dir():
@@ -149,7 +153,7 @@ def cifar_data(context: Context) -> tuple[str, list[str]]:
 
 
 def arrays(images: Path) -> dict[str, np.ndarray]:
-    """The images of train/ and test/, (n, 3, H, W) of 8 bits, and their classes, in the order of the folders' names."""
+    """The images of train/ and test/ as 8-bit arrays (n, 3, H, W), and their classes in the order of the folder names."""
     from PIL import Image
 
     result: dict[str, np.ndarray] = {}

@@ -70,7 +70,7 @@ def test_a_part_with_too_little_time_is_skipped_and_the_page_says_so(gpu: Callab
     section, ran = page.Section("a", "A"), []
     parts.run_all([parts.Part("a", "A", None, 1, 30)], [section], 20.0, lambda *_: ran.append(1), lambda: None, lambda: 0.0)
     assert not ran and section.status == page.SKIPPED
-    assert "Skipped: 17 s were left for it, and it needs 30 s." in page.markdown({}, [section])
+    assert "Skipped: only 17 s were left, but the part needs 30 s." in page.markdown({}, [section])
 
 
 def test_the_page_hides_no_miss(gpu: Callable[[str], Any], tmp_path: Path) -> None:
