@@ -161,5 +161,5 @@ def test_every_public_name_is_in_the_reference(parsed: dict[Path, Elements]) -> 
 
 def test_attributes_are_documented_by_their_comments_and_options_by_their_help(site: Path) -> None:
     text = (site / "reference" / "components.html").read_text(encoding="utf-8")
-    assert "that its models are made for.</p>" in text  # the comment on Architecture.tasks
+    assert "that the architecture supports.</p>" in text  # the comment on Architecture.tasks
     assert "<p>Weight decay per unit of learning rate.</p>" in text
