@@ -148,7 +148,7 @@ def sweep_summary(jobs: list[Job], *directories: Path) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A duration as text: ``14 s``, ``3 min``, ``2 h 05 min``."""
+    """A duration as text, such as ``14 s``, ``3 min`` or ``2 h 05 min``."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.2g} s"

@@ -1,4 +1,4 @@
-"""Optuna's samplers and pruners by name. Optuna is an optional dependency, which is imported only when a study is created."""
+"""Optuna's samplers and pruners, by name. Optuna is an optional dependency and is imported only when a study is created."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ NO_PRUNER = "none"
 
 
 def require_optuna(sampler: str) -> None:
-    """Refuse to tune without optuna, or without the package that the sampler needs.
+    """Refuse to tune if optuna or the package that the sampler needs is not installed.
 
     Raises:
         ConfigError: if a package is missing; the message says what to install.

@@ -51,7 +51,7 @@ class Workers:
                 os.environ[_NO_BARS] = before
 
     def start(self, worker: int, trial: TrialRun) -> None:
-        """Let a worker run a trial."""
+        """Send a trial to a worker, which runs it."""
         self._connections[worker].send(trial)
 
     def results(self, busy: list[int]) -> Iterator[tuple[int, Outcome]]:
@@ -99,7 +99,7 @@ def workers(count: int, threads: int) -> Iterator[Workers]:
 
 
 def _work(connection: Connection, starter: int, threads: int) -> None:
-    """Run the trials that arrive, until the connection is closed."""
+    """Run the trials that arrive until the connection is closed."""
     try:
         with interrupt_on_signals():
             exit_with_parent(starter)
