@@ -31,7 +31,7 @@ from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import check_writable, refuse_root
 from fa_bench.utils.shell import expansion_problem
 
-#: The name that Hydra gives to jobs of `fa_bench.cli`. A path in a config can contain this name as ``${hydra.job.name}``.
+#: The name that Hydra gives to jobs of `fa_bench.cli`, which paths in a config can contain as ``${hydra.job.name}``.
 JOB_NAME = "cli"
 
 
@@ -268,7 +268,8 @@ def folder_of(config: DictConfig, key: str) -> str:
 def _parse_all(overrides: list[str]) -> list[Override]:
     """Parse overrides. Raises ConfigError for overrides that Hydra would misread or would refuse only after the start.
 
-    Hydra refuses sweeps over its own options. If an override lists several components, Hydra would merge their configs.
+    Hydra refuses sweeps over its own options only after the start. An override that lists several components is refused, because
+    Hydra would merge the configs of these components.
     """
     parsed = [parse(text) for text in overrides]
     kinds = [group.kind for group in GROUPS]
@@ -306,7 +307,7 @@ def _override(where: str, key: str, value: str) -> str:
 
 
 def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
-    """The parts of an experiment's sweep: for each part, the values by key, as they would be typed on the command line."""
+    """The parts of an experiment's sweep. Each part maps keys to values as they would be typed on the command line."""
     grid = _read(config, GRID, where)
     if grid is None:
         return []

@@ -37,8 +37,8 @@ from fa_bench.utils.files import CONFIG, METRICS
 from fa_bench.utils.process import isolated
 from fa_bench.utils.text import align_columns, format_bytes, format_count, format_shape, indent
 
-#: Maximum number of configs of a sweep that are shown; configs that differ only in the seed count once. For a larger sweep, only
-#: the first config is shown.
+#: Maximum number of a sweep's configs that a dry run shows; configs that differ only in the seed count once. If a sweep has more
+#: configs, a dry run shows only the first one.
 MOST_CONFIGS = 6
 _HEAD = "Dry run: nothing is trained or written."
 _CPU = torch.device("cpu")

@@ -68,7 +68,7 @@ def explain(
                         if not hint and key not in hydra_groups and key != "experiment":
                             hint = "; if a plugin provides it, pass plugins=[MODULE]"
                         return ConfigError(f"{key}={truncate(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
-        # Keys are looked up in the config with the chosen groups.
+        # Keys are looked up in the config that is composed with the chosen groups.
         chosen = [
             f"{o.get_key_element()}={values_of(o)[0]}" if o.is_sweep_override() else o.input_line or ""
             for o in parsed

@@ -11,7 +11,8 @@ from fa_bench.config.job import Job
 from fa_bench.errors import ConfigError, CoverageError, OptionError
 from fa_bench.registry.kinds import TOKENS
 
-#: Time limit in seconds. If a config has not been checked by then, a rule that does not fit raises an error only in its own job.
+#: Time limit in seconds. If the time runs out before a config has been checked, a rule that does not fit raises an error only
+#: when the job of that config runs.
 MOST_SECONDS = 15.0
 
 
@@ -23,7 +24,7 @@ def check_fit(jobs: Iterable[Job], loaded: Shape | None = None) -> None:
     """Attach each rule to its network on the meta device, once per config, starting with one config for each pair of rule and
     architecture.
 
-    All other errors are raised only when the job runs.
+    The check raises only the errors listed below. A job raises all other errors when it runs.
 
     Args:
         jobs: the jobs.

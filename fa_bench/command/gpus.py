@@ -35,7 +35,7 @@ class GpuPool:
         """Make only one device visible to this process, before torch initialises CUDA. The run's config still contains
         ``device=auto`` or ``device=cuda``.
 
-        Does nothing in processes that multiprocessing did not start: Slurm and Ray choose devices themselves.
+        Nothing is done in processes that multiprocessing did not start, because Slurm and Ray choose devices themselves.
         """
         if not _claimed and multiprocessing.current_process().name != "MainProcess":
             os.environ[_VISIBLE] = self.claim()

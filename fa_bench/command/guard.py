@@ -1,8 +1,8 @@
 """Before Hydra runs, refuse configs that would make it run arbitrary code, because configs must be plain data.
 
 Hydra instantiates launcher, sweeper and callbacks from the classes that ``_target_`` names, imports the packages in its search
-path, and passes its logging sections to `logging.config`, which calls the functions that they name. A downloaded config could
-therefore run any code.
+path, and passes its logging sections to `logging.config`, which calls the functions that they name. Without these checks, a
+downloaded config could run arbitrary code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Hydra reads every file through the source that is registered for files, and offers no public way to replace it.
+# Hydra reads every file through the source that is registered for files, and it offers no public way to replace that source.
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
@@ -36,7 +36,8 @@ SWEEPER = "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"
 #: The sections that Hydra instantiates, and the logging sections.
 _INSTANTIATED = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks")
 _LOGS = ("hydra.job_logging", "hydra.hydra_logging")
-#: The only interpolations allowed in these sections: names and folders, which are plain text in every config.
+#: The only interpolations allowed in instantiated and logging sections are names and folders, which are plain text in every
+#: config.
 _TEXT = re.compile(r"\$\{hydra\.(job|sweep|run|runtime)\.(name|id|num|dir|subdir|output_dir|override_dirname)\}")
 #: The values allowed for certain logging keys, and the allowed logging values that have a scheme, such as ``ext://``.
 _LOG_VALUES = {
@@ -51,7 +52,7 @@ _REFERENCE = re.compile(r"\$\{\s*(?:oc\.[\w.]+\s*:\s*)?((?:hydra\s*:\s*)?[\w.\[\
 
 
 class _FileResult(ConfigResult):
-    """The config of one file.
+    """The config that was loaded from one file.
 
     Hydra 1.3 would merge a file with the ConfigStore's entry of the same path (automatic schema matching, removed in Hydra 1.4).
     """

@@ -30,7 +30,8 @@ def errors_named(config: DictConfig, name: str) -> Iterator[None]:
 
 
 def check_sections(config: DictConfig) -> None:
-    """Check the sections that Hydra reads only when it runs a job. Raises ConfigError, naming the section.
+    """Check the sections that Hydra reads only when it runs a job. Raises ConfigError, naming the section, if a section is
+    invalid.
 
     Args:
         config: as composed by Hydra, with the node ``hydra``.

@@ -145,6 +145,6 @@ class _Kept:
         return self._unpickler(io.BytesIO(self._content)).load()
 
 
-#: The caches of the loader that was unpickled last. These caches are shared because a launcher's process unpickles the same
-#: loader for each of its jobs.
+#: The caches of the loader that was unpickled last. A launcher's process unpickles the same loader for each of its jobs, so these
+#: jobs share the loader's caches.
 _latest: dict[str, Any] = {}

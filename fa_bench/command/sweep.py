@@ -160,7 +160,7 @@ def _earlier_runs(jobs: Jobs) -> str:
 
 
 def _stop_jobs(run_dirs: Iterable[Path]) -> None:
-    """Ask jobs in other processes on this machine to write their checkpoints, and wait until they have."""
+    """Ask jobs in other processes on this machine to write their checkpoints, and wait for these processes to end."""
     run_dirs, deadline = list(run_dirs), time.monotonic() + SHUTDOWN_SECONDS
     asked: set[int] = set()
     while time.monotonic() < deadline:

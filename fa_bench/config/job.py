@@ -44,8 +44,7 @@ if TYPE_CHECKING:
     from fa_bench.optim.base import OptimizerOptions
 
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
-#: The keys under which an experiment sets its sweep, its options for rules and its tuning. These keys are not part of a run's
-#: config.
+#: The keys of an experiment that are not part of a run's config: its sweep, its options for rules and its tuning.
 GRID, RULES, TUNE = "grid", "rules", "tune"
 #: torch crashes when it starts about ten thousand threads.
 MAX_THREADS = 1024
@@ -340,7 +339,7 @@ def import_plugins(modules: Any) -> None:
 
 
 def conf_dir() -> Path:
-    """The folder of the shipped configs: inside an installed package, or next to the package in a checkout."""
+    """The folder of the shipped configs, which is inside an installed package or next to the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return next(path for path in (package / "conf", package.parent / "conf") if path.is_dir())
 

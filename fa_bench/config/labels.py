@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 NAME = ".name"
 #: The option that determines the data of some datasets; for others, it only gives the location of the data.
 DATA_DIR = "data_dir"
-#: The groups whose options have short keys in labels, and the options of the run itself. A short key must not be the name of such
-#: an option.
+#: The groups whose options have short keys in labels, and the options of the run itself. A short key must not equal the name of
+#: an option of the run.
 _SHORTENED = ("algorithm", "optimizer")
 _RUN_OPTIONS = {field.name for field in dataclasses.fields(RunOptions)}
 Flat = Mapping[str, Any]
@@ -110,10 +110,10 @@ def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
 
 
 def distinct_labels(names: Mapping[Key, str], configs: Mapping[Key, Flat]) -> dict[Key, str]:
-    """The names as labels. If several names are equal, the values of the keys in which their configs differ are added.
+    """The names as labels. If several names are equal, the values of the keys in which their configs differ are appended.
 
     Reports, figures, the live view and the log of a sweep all use these labels for compared runs. Keys that differ only between
-    runs with different names are not added.
+    runs with different names are not appended.
     """
     by_name: dict[str, list[Key]] = {}
     for key, name in names.items():

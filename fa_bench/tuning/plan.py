@@ -343,8 +343,8 @@ def _check(plan: Plan) -> None:
 
 
 def _whole(one: Dimension, plan: RulePlan) -> str:
-    """A hint on how to write a range of whole numbers. The hint is empty unless the option takes whole numbers and the range has
-    other ends."""
+    """A hint on how to write a range of whole numbers. The hint is empty unless the option takes whole numbers and the range
+    includes other numbers."""
     is_range = not one.choices and one.step is None and not isinstance(one.low, int)
     if not is_range or type(plan.default[one.key]) is not int:
         return ""

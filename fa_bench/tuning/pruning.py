@@ -63,7 +63,8 @@ class Judge:
         self._trial = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
 
     def is_hopeless(self, step: int, value: float) -> bool:
-        """Whether the trial should end, given its latest validation score. `step` counts the epochs of all its seeds so far."""
+        """Whether the trial should end, given its latest validation score. `step` counts the epochs that all seeds of the trial
+        have trained so far."""
         self._trial.report(value, step)
         return self._trial.should_prune()
 

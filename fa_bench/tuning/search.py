@@ -101,7 +101,7 @@ def progress(plan: Plan, studies: Sequence[RuleStudy]) -> Iterator[Report]:
     """Show a progress bar over all trials on a terminal, and print one line for each trial."""
     total = plan.options.budget * len(studies)
     done = sum(len(study.finished) for study in studies)
-    # The bar is drawn on standard error. A line that is written through the bar stays above it.
+    # The progress bar is drawn on standard error. A line that is written through the progress bar stays above the bar.
     with tqdm(total=total, initial=done, desc="trials", unit="trial", disable=None, leave=False, dynamic_ncols=True) as bar:
 
         def report(study: RuleStudy, finished: Finished) -> None:

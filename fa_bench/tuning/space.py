@@ -202,7 +202,7 @@ def _logged(result: Dimension, tags: set[str], typed: str) -> Dimension:
         return result
     if result.low <= 0:
         raise ConfigError(f"{typed}: a logarithmic range needs numbers above 0")
-    # A logarithmic range has no steps; optuna supports it for whole numbers with a step of 1.
+    # A logarithmic range has no steps, except that optuna supports a step of 1 for whole numbers.
     if result.step not in (None, 1) or (result.step is not None and not isinstance(result.low, int)):
         raise ConfigError(
             f"{typed}: a logarithmic range has no steps; write {result.key}=tag(log,interval({result.low},{result.high}))"

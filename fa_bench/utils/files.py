@@ -43,8 +43,8 @@ def output_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder as `path`. The file written there replaces `path` if the block ends without an
-    error.
+    """Yield a temporary path in the same folder as `path`. A file written to the temporary path replaces `path` if the block ends
+    without an error.
 
     The temporary name depends only on the name of `path`, so a file left by a killed process is replaced. Only one process at a
     time may write to `path`.
@@ -76,8 +76,8 @@ def resolved(path: Path) -> Path:
 
 
 def check_lock(path: Path) -> None:
-    """Refuse a path that is not a lock file. Locking truncates the file, so it must not have any other content or other hard
-    links."""
+    """Refuse a path that is not a lock file. Locking truncates the file, so the file must not have any other content or any other
+    hard links."""
     try:
         status = path.lstat()
         if status.st_nlink == 0:  # the lock holder is removing it right now

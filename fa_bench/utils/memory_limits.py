@@ -14,8 +14,8 @@ from fa_bench.utils.text import format_bytes, format_shape
 
 #: Allocations up to this size in bytes are not checked.
 _MIN_CHECKED = 1 << 24
-#: No machine has enough memory for a tensor with this many entries or more. For some of these sizes, torch would raise errors of
-#: other kinds.
+#: No machine has enough memory for a tensor with this many entries or more, and for some of these sizes torch would raise errors
+#: of other kinds.
 _NEVER = 1 << 60
 #: The torch functions with which modules and rules allocate a tensor of a given size.
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "eye")
@@ -102,8 +102,8 @@ def describe_failure(error: BaseException) -> str:
 def within_memory() -> Iterator[None]:
     """Within the block or the decorated function, raise a ConfigError if the parts of a run do not fit into memory.
 
-    A model or feedback that is too large is refused before it is allocated. For anything else, the error is raised when the
-    allocation fails.
+    A model or feedback that is too large is refused before it is allocated. If any other part is too large, the error is raised
+    when an allocation fails.
     """
     from torch.overrides import TorchFunctionMode
 

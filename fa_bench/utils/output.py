@@ -33,7 +33,7 @@ ASCII = {
     "Ø": "O",
 }
 _ERRORS = "fa_bench.plain"
-#: Errors after which a reader still wants the lost output. After any other error, such as a broken pipe, nobody reads the output.
+#: Errors after which a reader still wants the lost output. After a broken pipe, for example, nobody reads the output.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -75,7 +75,7 @@ def resilient_output() -> Iterator[Callable[[], str]]:
     Output to a closed stream is discarded, and characters that the encoding lacks are replaced according to `ASCII`. Streams that
     another program has installed, such as those of a notebook, are not changed.
 
-    Yields: A function that returns the reason why text on standard output was lost, or an empty text if no text was lost that a
+    Yields: A function that returns the reason why text on standard output was lost, or an empty string if no text was lost that a
     reader still wants.
     """
     original = sys.stdout, sys.stderr

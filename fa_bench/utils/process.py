@@ -128,8 +128,7 @@ def isolated() -> Iterator[None]:
         np.seterr(**error_state)
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-        # A model and its rule refer to each other. If they were not collected, they would count towards the next run's peak
-        # memory.
+        # A model and its rule refer to each other and would count towards the next run's peak memory if they were not collected.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -81,8 +81,7 @@ INITIALISERS: dict[str, Initialiser] = {
     ),
 }
 
-#: The initialisers that can be used for weights. If the signs of feedback are given, only magnitudes are sampled, and the same
-#: initialisers can be used.
+#: The initialisers for weights, and for feedback with given signs, which needs samples only of its magnitudes.
 CONTINUOUS = [name for name, initialiser in INITIALISERS.items() if initialiser.fill is None]
 
 
@@ -168,8 +167,8 @@ def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
 
 
 def magnitudes(words: Tensor, shape: Sequence[int], init: str, dtype: torch.dtype) -> Tensor:
-    """The absolute values of a sample of the initialiser `init`. They can be computed on any device, and a compiler can fuse the
-    computation.
+    """The absolute values of a sample of the initialiser `init`. The values can be computed on any device, and a compiler can
+    fuse the computation.
 
     Entry i depends only on the seed and i, so every device and every compiler gives the same sample, except for rounding. The
     generators of torch differ between devices and are slow on CPUs.
@@ -199,9 +198,9 @@ def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tupl
     return values if initialiser.is_uniform else torch.erfinv(values, out=out).mul_(math.sqrt(2) * scale)
 
 
-# The numbers are the upper 23 bits of a hash of index and seed. The hash is a Weyl sequence in the index that starts at one half
-# of the seed and is mixed by the finaliser of MurmurHash3. The other half of the seed is mixed in between the two steps of the
-# finaliser.
+# The numbers from `_hashed` are the upper 23 bits of a hash of the index and the seed. The hash begins with a Weyl sequence in
+# the index, which starts at the first half of the seed. The finaliser of MurmurHash3 mixes the Weyl sequence. Between the two
+# steps of the finaliser, the second half of the seed is combined with the hash by XOR.
 _WEYL, _MIX1, _MIX2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 #: The number of values that are hashed at a time on a CPU, chosen so that they stay in its cache.
 _PART = 65536

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-#: SIGHUP is sent when the terminal is closed. It does not exist on Windows.
+#: SIGHUP, which is sent when the terminal is closed, does not exist on Windows.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 #: The requeue signal of submitit is USR2, unless SUBMITIT_PREEMPT_SIGNAL names USR1.
@@ -59,7 +59,7 @@ def _is_own(handler: Any) -> bool:
 
 @contextmanager
 def deferred_signals() -> Iterator[StopRequest]:
-    """Within the block, the first signal only sets the StopRequest; a second SIGINT raises Interrupted immediately.
+    """Within the block, the first signal is only recorded in the StopRequest, but a second SIGINT raises Interrupted immediately.
 
     If the block does not check the request, Interrupted is raised at its end.
     """
@@ -104,7 +104,7 @@ def _signal_handler(handle: Callable[[int, FrameType | None], None]) -> Iterator
         # another way.
         yield
         return
-    # Under nohup, SIGHUP is ignored. It remains ignored, because the run should outlive its terminal.
+    # If SIGHUP is ignored, as under nohup, it remains ignored, because the run should outlive its terminal.
     handled = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
     # Before submitit requeues a job, its run must write a checkpoint.
     handled += [number for number in _REQUEUE_SIGNALS if requeue_handler(number) or _is_own(signal.getsignal(number))]

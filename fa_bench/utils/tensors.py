@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def copied_when_changed(tensor: Tensor) -> Tensor:
-    """A tensor with the same values, which are copied only when one of the two tensors is first written to.
+    """A lazy copy of `tensor`. The values are copied only when one of the two tensors is first written to.
 
-    This function serves for gradients that two tensors share. Writes to such gradients are rare (SGD with Nesterov momentum,
+    The function is used for gradients that two tensors share. Writes to such gradients are rare (SGD with Nesterov momentum,
     clipping, gradient scalers), but a write to one tensor must not change the other, as it would with an alias. On the MLP, a
     copy at every step would take 2.7 MB and a tenth of the step's time.
     """

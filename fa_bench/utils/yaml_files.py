@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from fa_bench.errors import ConfigError, first_line
 
-#: Limits on the bytes of a file, the nesting depth, and the nodes after aliases are expanded. No real config comes close to these
-#: limits.
+#: Limits, far above any real config, on the bytes of a file, the nesting depth, and the number of nodes after aliases are
+#: expanded.
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 500_000, 40, 20_000
 _PLAIN = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge"))
 
