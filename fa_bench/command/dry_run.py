@@ -38,7 +38,7 @@ from fa_bench.utils.process import isolated
 from fa_bench.utils.text import align_columns, format_bytes, format_count, format_shape, indent
 
 #: Maximum number of a sweep's configs that a dry run shows; configs that differ only in the seed count once. If a sweep has more
-#: configs, a dry run shows only the first one.
+#: than this number of configs, a dry run shows only the first one.
 MOST_CONFIGS = 6
 _HEAD = "Dry run: nothing is trained or written."
 _CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from fa_bench.utils.stopping import interrupt_on_signals
 
 #: Seconds to wait for the workers' checkpoints after a signal.
 SHUTDOWN_SECONDS = 10.0
-#: This variable, which tqdm reads when it is imported, turns off progress bars, because those of several processes would
-#: overwrite each other.
+#: tqdm reads this environment variable when it is imported; it turns off the workers' progress bars, which would overwrite each
+#: other.
 _NO_BARS = "TQDM_DISABLE"
 
 
