@@ -1,4 +1,4 @@
-"""The sweeper as a Hydra plugin: Hydra looks for plugins in this package only.
+"""The sweeper as a Hydra plugin. Hydra looks for plugins only in the package `hydra_plugins`.
 
 Every program that uses Hydra in this environment imports this module, so fa_bench itself is imported only when a sweep starts.
 """
@@ -27,7 +27,7 @@ class FaBenchSweeper(Sweeper):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the sweep over `arguments`, the overrides; returns the exit code."""
+        """Run the sweep over the overrides in `arguments`, and return the exit code."""
         from fa_bench.command.sweep import sweep
 
         assert self.hydra_context is not None and self.config is not None

@@ -31,7 +31,7 @@ from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import check_writable, refuse_root
 from fa_bench.utils.shell import expansion_problem
 
-#: Hydra's name for the jobs of `fa_bench.cli`; `hydra.job.name` may be part of a path.
+#: The name that Hydra gives to jobs of `fa_bench.cli`, which paths in a config can contain as ``${hydra.job.name}``.
 JOB_NAME = "cli"
 
 
@@ -98,8 +98,8 @@ class Composer:
         return [job for line in lines for job in self._jobs(line, self.compose(line, RunMode.MULTIRUN))]
 
     def _jobs(self, overrides: list[str], config: DictConfig) -> list[list[str]]:
-        """The overrides of every job, given at most one experiment; `config` is composed from the overrides with a single
-        value."""
+        """The overrides of every job if at most one experiment is selected. `config` must be composed from those overrides that
+        are not sweeps."""
         where = f"experiment={config.hydra.runtime.choices.get('experiment')}"
         grid, rule_options = _read_grid(config, where), _read_rules(config, where)
         if grid and not self._multirun:
@@ -116,10 +116,10 @@ class Composer:
         return jobs
 
     def _parts(self, grid: list[dict[str, str]], overrides: list[str]) -> list[list[str]]:
-        """The parts of an experiment's sweep as overrides; values on the command line replace the experiment's.
+        """The parts of an experiment's sweep as overrides. Values on the command line replace those of the experiment.
 
-        If the parts differ in a component, such as the rule, each part keeps only the command line's values that it lists itself.
-        A part that lists none of them is dropped; values that no part lists go to the first part.
+        If the parts differ in a component, such as the rule, each part keeps only those values of the command line that it lists
+        itself. A part that lists none of the command line's values is dropped. Values that no part lists go to the first part.
         """
         given = self.chosen()
         kinds = [group.kind for group in GROUPS if group.kind in given and any(group.kind in part for part in grid)]
@@ -145,7 +145,7 @@ class Composer:
         return {override.key_or_group: values_of(override) for override in self.parsed}
 
     def component(self, kind: str, choice: str) -> dict[str, Any]:
-        """The options of a choice of one group, with the component's name; raises ConfigError if the choice names no
+        """The options of one choice in a group, including the component's name. Raises ConfigError if the choice does not name a
         component."""
         values: Any = self.compose([f"{kind}={choice}"])[kind]
         plain = OmegaConf.to_container(values, resolve=False) if OmegaConf.is_config(values) else values
@@ -195,10 +195,10 @@ class Composer:
         return [(job, run_dir) for run_dir, job in checked.items()]
 
     def compose(self, overrides: list[str] | None = None, mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The config of one job or, with `RunMode.MULTIRUN`, the config of a sweep, composed from the overrides with a single
-        value.
+        """The config of one job. With `RunMode.MULTIRUN`, the result is the config of a sweep, composed from those overrides that
+        are not sweeps.
 
-        Without `overrides`, the config of the whole command line.
+        If `overrides` is None, all overrides of the command line are used.
         """
         overrides = self.overrides if overrides is None else overrides
         try:
@@ -217,7 +217,7 @@ class Composer:
 
 
 def _loader(folder: Path | None) -> ConfigLoader:
-    """A config loader for the shipped configs and a user's folder."""
+    """A config loader for the shipped configs and those in a user's folder."""
     setup_globals()
     version.setbase("1.3")
     JobRuntime.instance().set("name", JOB_NAME)
@@ -229,7 +229,7 @@ def _loader(folder: Path | None) -> ConfigLoader:
 
 @contextmanager
 def _as_hydra_config(config: DictConfig) -> Iterator[None]:
-    """Within the block, resolve ``${hydra:...}`` in this config as Hydra does while it runs the config."""
+    """Within the block, resolve ``${hydra:...}`` in this config as Hydra does when it runs a job with the config."""
     current: Any = HydraConfig.instance()
     before = current.cfg
     current.cfg = config  # not with set_config, which copies it and makes it read-only
@@ -246,7 +246,7 @@ def _hydra_folders(config: DictConfig, multirun: bool) -> dict[str, str]:
 
 
 def folder_of(config: DictConfig, key: str) -> str:
-    """The folder name under `key`; raises ConfigError if it is missing, empty or has shell variables."""
+    """The folder name under `key`. Raises ConfigError if the name is missing, is empty or contains shell variables."""
     try:
         value = OmegaConf.select(config, key)
     except FaBenchError:
@@ -266,9 +266,10 @@ def folder_of(config: DictConfig, key: str) -> str:
 
 
 def _parse_all(overrides: list[str]) -> list[Override]:
-    """Parse overrides; raises ConfigError for overrides that Hydra would refuse only after the start, or misread.
+    """Parse overrides. Raises ConfigError for overrides that Hydra would misread or would refuse only after the start.
 
-    Hydra refuses sweeps over its own options, and it would merge the configs of a list of components.
+    Hydra refuses sweeps over its own options only after the start. An override that lists several components is refused, because
+    Hydra would merge the configs of these components.
     """
     parsed = [parse(text) for text in overrides]
     kinds = [group.kind for group in GROUPS]
@@ -288,7 +289,7 @@ def _parse_all(overrides: list[str]) -> list[Override]:
 
 
 def _read(config: DictConfig, key: str, where: str) -> Any:
-    """An experiment's setting `key` as plain containers."""
+    """The value of `key` in an experiment, as plain containers."""
     try:
         value = config.get(key)
     except OmegaConfBaseException as error:
@@ -297,7 +298,7 @@ def _read(config: DictConfig, key: str, where: str) -> Any:
 
 
 def _override(where: str, key: str, value: str) -> str:
-    """An experiment's setting as an override; raises ConfigError, naming the experiment, if it cannot be parsed."""
+    """An experiment's setting as an override. Raises ConfigError, naming the experiment, if the override cannot be parsed."""
     try:
         parse(text := f"{key}={value}")
     except ConfigError as error:
@@ -306,7 +307,7 @@ def _override(where: str, key: str, value: str) -> str:
 
 
 def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
-    """The parts of an experiment's sweep: for each part, the values by key, as they would be typed on the command line."""
+    """The parts of an experiment's sweep. Each part maps keys to values as they would be typed on the command line."""
     grid = _read(config, GRID, where)
     if grid is None:
         return []
@@ -322,7 +323,7 @@ def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
 
 
 def _read_rules(config: DictConfig, where: str) -> dict[str, dict[str, str]]:
-    """The overrides that an experiment sets for single rules, by rule and key."""
+    """The overrides that an experiment sets for individual rules, by rule and key."""
     rules = _read(config, RULES, where)
     if rules is None:
         return {}

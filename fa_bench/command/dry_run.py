@@ -1,4 +1,4 @@
-"""``fa-bench --dry-run``: show what a command would run and its costs, without training or writing anything."""
+"""``fa-bench --dry-run``: show what a command would run and what it would cost, without training or writing anything."""
 
 from __future__ import annotations
 
@@ -37,19 +37,21 @@ from fa_bench.utils.files import CONFIG, METRICS
 from fa_bench.utils.process import isolated
 from fa_bench.utils.text import align_columns, format_bytes, format_count, format_shape, indent
 
-#: Maximum number of configs of a sweep, not counting seeds, that are shown; if there are more, only the first one is shown.
+#: Maximum number of a sweep's configs that a dry run shows; configs that differ only in the seed count once. If a sweep has more
+#: than this number of configs, a dry run shows only the first one.
 MOST_CONFIGS = 6
 _HEAD = "Dry run: nothing is trained or written."
 _CPU = torch.device("cpu")
-#: The items in a dataset's list of names, by the kind of targets.
+#: The term for the items in `Splits.classes`, by the kind of targets.
 _OUTPUTS = {CLASSES: "classes", VALUES: "outputs", POSITIONS: "tokens"}
 
 
 def dry_run(config_name: str, config_dir: str | None, overrides: list[str], multirun: bool) -> str:
     """Describe what a command line would run.
 
-    For a run: its config, model, feedback, sizes and costs, data and directory. For a sweep: an overview, its directories, and
-    the same details of every config, not counting seeds, or of the first one if there are more than `MOST_CONFIGS`.
+    For a run, the text shows the config, model, feedback, sizes, costs, data and directory. For a sweep, the text shows an
+    overview and the run directories, followed by the same details of every config. Configs that differ only in the seed are shown
+    once. If there are more than `MOST_CONFIGS` configs, only the first one is shown.
 
     Args:
         config_name, config_dir, overrides: as for `fa_bench.command.compose.Composer`.
@@ -93,7 +95,7 @@ def _sweep(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
 
 
 def _title(job: Job, jobs: Sequence[Job]) -> str:
-    """The rule, and the values in which its configs differ."""
+    """A title that names the rule and the values in which its configs differ."""
     rule = job.algorithm.name
     keys = differing_keys(flatten(other.plain()) for other in jobs if other.algorithm.name == rule)
     return label(rule, flatten(job.plain()), keys)
@@ -130,7 +132,7 @@ def _config(job: Job) -> list[str]:
 
 
 def _details(job: Job, cache: dict[str, Splits]) -> list[str]:
-    """Model, feedback, costs and data of one config, as trained at its scale."""
+    """The model, feedback, costs and data of one config, after its scale has been applied."""
     prepare(job)  # raises if the device does not exist
     trained = scaled(job)
     splits = _load(trained, cache)
@@ -144,7 +146,7 @@ def _details(job: Job, cache: dict[str, Splits]) -> list[str]:
 
 
 def _uncovered(rule: Rule) -> list[str]:
-    """Counts of modules with parameters that are not covered, such as normalisation layers."""
+    """The numbers of modules that have parameters but are not covered by the rule, such as normalisation layers."""
     covered = {entry.layer for entry in rule.coverage.covered}
     sizes_of: dict[tuple[str, bool], list[int]] = {}
     learned = {id(tensor) for tensor in rule.feedback_parameters()}
@@ -160,7 +162,7 @@ def _uncovered(rule: Rule) -> list[str]:
 
 
 def _without_error(parts: Parts) -> list[str]:
-    """A line about layers with feedback that need not pass an error on, because no layer before them learns."""
+    """A line that names the layers with feedback that send no error back, because no layer before them learns."""
     reached, pairs = parts.meter.trace.reached, parts.rule.weight_pairs()
     first = [path for path in parts.meter.trace.order if path in pairs and path not in reached]
     return [f"{names(first)} sends no error back: nothing before it learns"] if first else []
@@ -274,7 +276,7 @@ def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:
 
 # ------------------------------------------------------------------------------------------------ directories
 def describe(run_dir: Path, job: Job) -> str:
-    """The state of a run directory as text: empty, finished, unfinished, or of another config."""
+    """The state of a run directory as text, for example ``empty``, ``finished: ...`` or ``unfinished: ...``."""
     try:
         RunDirectory(run_dir, job).check()
     except RunDirectoryError as error:

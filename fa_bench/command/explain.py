@@ -1,4 +1,4 @@
-"""Explain why a command line cannot be composed, in one line."""
+"""Explain in one line why a command line cannot be composed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fa_bench.command.overrides import parse, values_of
 from fa_bench.config.job import GRID, RULES, TUNE
 from fa_bench.errors import ConfigError, names, nearest, truncate
 
-#: Choices of Hydra's own groups that need another package.
+#: Choices in Hydra's own groups that require an additional package.
 _PACKAGES = {
     "hydra/launcher": {
         "joblib": "hydra-joblib-launcher",
@@ -28,7 +28,7 @@ _PACKAGES = {
 }
 
 
-#: Other libraries' names for options.
+#: The names that other libraries use for options of fa-bench.
 _SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "wd": "weight_decay", "bs": "batch_size"}
 
 
@@ -68,7 +68,7 @@ def explain(
                         if not hint and key not in hydra_groups and key != "experiment":
                             hint = "; if a plugin provides it, pass plugins=[MODULE]"
                         return ConfigError(f"{key}={truncate(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
-        # Keys are looked up in the config with the chosen groups.
+        # Keys are looked up in the config that is composed with the chosen groups.
         chosen = [
             f"{o.get_key_element()}={values_of(o)[0]}" if o.is_sweep_override() else o.input_line or ""
             for o in parsed
@@ -145,7 +145,7 @@ def _same_name_hint(last: str, config: DictConfig) -> str:
 
 
 def _install_hint(group: str, name: str) -> str:
-    """A hint on the package to install for a choice of one of Hydra's groups; empty if nothing is missing."""
+    """A hint on the package to install for a choice in one of Hydra's groups; empty if no additional package is needed."""
     package = _PACKAGES.get(group, {}).get(name)
     return f"; provided by another package: pip install {package}" if package else ""
 

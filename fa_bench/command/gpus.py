@@ -1,4 +1,4 @@
-"""A sweep's jobs on several CUDA devices: each worker process of a launcher gets one."""
+"""Distribute the jobs of a sweep over several CUDA devices, so that each worker process of a launcher gets one device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GpuPool:
     """CUDA devices for the worker processes of a sweep.
 
     A worker claims the lowest free slot by locking a file; the lock is released when the worker ends, even if it is killed. Slots
-    alternate between the devices, so as long as all workers run, the numbers of workers on two devices differ by at most one.
+    are assigned to the devices in turn. As long as all workers run, the numbers of workers on two devices differ by at most one.
 
     Attributes:
         devices: as in CUDA_VISIBLE_DEVICES.
@@ -32,16 +32,16 @@ class GpuPool:
     folder: Path
 
     def enter(self) -> None:
-        """Make only one device visible to this process, before torch initialises CUDA. The run's config keeps `device=auto` or
-        `cuda`.
+        """Make only one device visible to this process, before torch initialises CUDA. The run's config still contains
+        ``device=auto`` or ``device=cuda``.
 
-        Does nothing in processes that multiprocessing did not start: Slurm and Ray choose devices themselves.
+        Nothing is done in processes that multiprocessing did not start, because Slurm and Ray choose devices themselves.
         """
         if not _claimed and multiprocessing.current_process().name != "MainProcess":
             os.environ[_VISIBLE] = self.claim()
 
     def claim(self) -> str:
-        """A device for this process."""
+        """Claim a device for this process, and return its name."""
         for slot in itertools.count():
             lock = FileLock(self.folder / f"gpu-slot-{slot}.lock")
             try:
@@ -54,20 +54,20 @@ class GpuPool:
 
 
 def visible_devices(count: int, environment: Mapping[str, str]) -> list[str]:
-    """Names of the `count` CUDA devices that torch finds, for the CUDA_VISIBLE_DEVICES of a process that should see only one of
-    them."""
+    """The names of the `count` CUDA devices that torch finds. To see only one of these devices, a process sets
+    CUDA_VISIBLE_DEVICES to the name of that device."""
     listed = [name.strip() for name in environment.get(_VISIBLE, "").split(",")]
     return listed[:count] if len(listed) >= count and listed[0] else [str(index) for index in range(count)]
 
 
 def shares_devices(requested: Collection[str]) -> bool:
-    """Whether jobs with these values of `device` may be given any CUDA device, because none of them names a device by its
-    number."""
+    """Whether jobs with these values of `device` can run on any CUDA device, because none of them specifies a device number."""
     return bool({"auto", "cuda"}.intersection(requested)) and set(requested) <= {"auto", "cuda", "cpu"}
 
 
 def jobs_at_a_time(jobs: int | None, devices: int, jobs_per_gpu: int) -> tuple[int | None, str]:
-    """The number of jobs that run at a time on these devices, and a line about it, which is empty if the number does not change.
+    """The number of jobs that run at a time on these devices, and a line of text about it; the line is empty if there is nothing
+    to report.
 
     Args:
         jobs: the number requested from the launcher (`hydra.launcher.n_jobs`); -1 for its default, None for a launcher without

@@ -1,8 +1,8 @@
-"""Configs are data: a config that would make Hydra run code of the config's choice is refused before Hydra runs.
+"""Before Hydra runs, refuse configs that would make it run arbitrary code, because configs must be plain data.
 
 Hydra instantiates launcher, sweeper and callbacks from the classes that ``_target_`` names, imports the packages in its search
-path, and passes its logging sections to `logging.config`, which calls the functions that they name. A downloaded config could
-therefore run any code.
+path, and passes its logging sections to `logging.config`, which calls the functions that they name. Without these checks, a
+downloaded config could run arbitrary code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Hydra reads every file through the source that is registered for files, and offers no public way to replace it.
+# Hydra reads every file through the source that is registered for files, and it offers no public way to replace that source.
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
@@ -36,22 +36,23 @@ SWEEPER = "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"
 #: The sections that Hydra instantiates, and the logging sections.
 _INSTANTIATED = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks")
 _LOGS = ("hydra.job_logging", "hydra.hydra_logging")
-#: The only interpolations allowed in these sections: names and folders, which are plain text in every config.
+#: The only interpolations allowed in instantiated and logging sections are names and folders, which are plain text in every
+#: config.
 _TEXT = re.compile(r"\$\{hydra\.(job|sweep|run|runtime)\.(name|id|num|dir|subdir|output_dir|override_dirname)\}")
-#: Allowed values of logging keys, and of any logging value with a scheme, such as ext://.
+#: The values allowed for certain logging keys, and the allowed logging values that have a scheme, such as ``ext://``.
 _LOG_VALUES = {
     "class": ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter"),
     "()": (),
     "filename": ("${hydra.runtime.output_dir}/${hydra.job.name}.log",),
 }
 _LOG_SCHEMES = ("ext://sys.stdout", "ext://sys.stderr")
-#: Maximum number of characters of a value with its interpolations resolved, and of interpolations followed one after another.
+#: Maximum number of characters in a value after its interpolations are resolved, and maximum length of a chain of interpolations.
 _MOST_TEXT, _MOST_STEPS = 100_000, 100
 _REFERENCE = re.compile(r"\$\{\s*(?:oc\.[\w.]+\s*:\s*)?((?:hydra\s*:\s*)?[\w.\[\]@/-]+)")
 
 
 class _FileResult(ConfigResult):
-    """The config of one file.
+    """The config that was loaded from one file.
 
     Hydra 1.3 would merge a file with the ConfigStore's entry of the same path (automatic schema matching, removed in Hydra 1.4).
     """
@@ -60,7 +61,7 @@ class _FileResult(ConfigResult):
 
 
 class CheckedFiles(FileConfigSource):
-    """Hydra's source of config files, which reads them as plain data of a bounded size."""
+    """Hydra's source for config files, modified to read them as plain data of a bounded size."""
 
     def __init__(self, provider: str, path: str) -> None:
         super().__init__(provider, path)
@@ -81,7 +82,7 @@ class CheckedFiles(FileConfigSource):
 
 
 class CheckedPackages(ImportlibResourcesConfigSource):
-    """Hydra's source of configs in Python packages. Hydra imports these packages, so the search path must not name any."""
+    """Hydra's source for configs in Python packages. Hydra imports these packages, so the search path must not name any."""
 
     def __init__(self, provider: str, path: str) -> None:
         if provider.startswith("hydra.searchpath"):
@@ -103,8 +104,8 @@ class CheckedPackages(ImportlibResourcesConfigSource):
 
 
 class SharedStore(StructuredConfigSource):
-    """Hydra's source of the ConfigStore that copies only the entries it loads: Hydra itself would copy the whole store for every
-    config."""
+    """Hydra's source for the ConfigStore, modified to copy only the entries that it loads. Hydra itself would copy the whole
+    store for every config."""
 
     def __deepcopy__(self, memo: Any) -> SharedStore:
         return self
@@ -123,7 +124,7 @@ def install() -> None:
 
 
 def check_config(config: DictConfig, plugins: list[str]) -> None:
-    """Refuse a composed config that would make Hydra run code, or jobs other than those that were checked.
+    """Refuse a composed config that would make Hydra run arbitrary code or run jobs that have not been checked.
 
     Args:
         config: as composed by Hydra, with the node ``hydra``.
@@ -190,7 +191,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
 
 
 def _check_lengths(plain: Any) -> None:
-    """Refuse chains of interpolations whose resolved values would fill the memory."""
+    """Refuse chains of interpolations that would exhaust the memory when they are resolved."""
     values = {path: value for path, _, value in _walk(plain)}
     lengths: dict[str, int] = {}
 
@@ -205,7 +206,7 @@ def _check_lengths(plain: Any) -> None:
         elif isinstance(value, str):
             total += len(value)
             for match in _REFERENCE.finditer(value):
-                # ${hydra:job.num} means ${hydra.job.num}; leading dots are relative to this value's parents.
+                # ${hydra:job.num} means ${hydra.job.num}; leading dots make the name relative to the parents of this value.
                 name = re.sub(r"\s*:\s*", ".", match[1]).replace("[", ".").replace("]", "")
                 target = name.lstrip(".")
                 if dots := len(name) - len(target):
@@ -221,7 +222,7 @@ def _check_lengths(plain: Any) -> None:
 
 
 def _walk(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(full key, last key, value) of every value in nested dicts and lists."""
+    """Yield (full key, last key, value) for every value in nested dicts and lists."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield f"{prefix}{key}", key, item
         yield from _walk(item, f"{prefix}{key}.")
@@ -229,7 +230,7 @@ def _walk(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 @functools.cache
 def _hydra_classes() -> list[str]:
-    """The launchers, sweepers and callbacks that Hydra and its plugins define, as configs name them."""
+    """The import paths of the launchers, sweepers and callbacks that Hydra and its plugins define."""
     import hydra.experimental.callbacks  # noqa: F401  (defines Hydra's own)
 
     classes: list[type] = [*Plugins.instance().discover(Launcher), *Plugins.instance().discover(Sweeper), Callback]

@@ -1,4 +1,5 @@
-"""Check Hydra's own sections before anything is written: with wrong values, Hydra would fail in the middle of a sweep."""
+"""Check Hydra's own sections before anything is written, because invalid values would make Hydra fail in the middle of a
+sweep."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def errors_named(config: DictConfig, name: str) -> Iterator[None]:
 
 
 def check_sections(config: DictConfig) -> None:
-    """Check the sections that Hydra only reads in its jobs; raises ConfigError, naming the section.
+    """Check the sections that Hydra reads only when it runs a job. Raises ConfigError, naming the section, if a section is
+    invalid.
 
     Args:
         config: as composed by Hydra, with the node ``hydra``.
@@ -42,7 +44,7 @@ def check_sections(config: DictConfig) -> None:
         OmegaConf.is_list(verbose) and all(isinstance(name, str) for name in verbose)
     ):
         raise ConfigError(f"hydra.verbose={verbose}: must be true, false or a list of loggers")
-    # Launchers with several processes, such as joblib's, would refuse an invalid number only after the sweep has started.
+    # Launchers with several processes, such as joblib's, would refuse an invalid number of jobs only after the sweep has started.
     jobs = OmegaConf.select(config, "hydra.launcher.n_jobs")
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0):
         raise ConfigError(f"hydra.launcher.n_jobs={jobs}: must be a whole number >= 1, or -1 for one job per core")

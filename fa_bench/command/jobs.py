@@ -1,4 +1,4 @@
-"""One job, called by Hydra's launchers in this process or in another."""
+"""The task that Hydra's launchers run for each job, in this process or in another one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Task:
         """Run one job; in a sweep, its errors do not affect the other jobs.
 
         Returns:
-            0; 1 if the run failed, 2 for invalid input.
+            0 for success, 1 if the run failed, 2 for invalid input.
         """
         if self.epochs and os.getpid() != self.parent_pid:
             self._set_up_worker()
@@ -104,7 +104,7 @@ class Task:
             if isinstance(error, FaBenchError) and self.errors is not None:
                 self.errors.append(error)
                 return 2
-            # A failed run is recorded in its directory, unless another process is writing there, or nothing has started.
+            # A failed run is recorded in its directory unless another process is writing there or the run has not started.
             unrecorded = isinstance(error, DirectoryLockedError) or (is_known and not self.epochs) or parallel.current().rank > 0
             logged = unrecorded or _record(job, directory, error, experiment)
             where = f"traceback: {directory / LOG}" if logged else f"in {directory}, where no log can be written"
@@ -115,10 +115,11 @@ class Task:
         return 2 if is_known else 1
 
     def _stopped(self, error: KeyboardInterrupt, prefix: str) -> int:
-        """End a job whose run a signal has stopped; raises `error` unless a launcher can handle it.
+        """End a job after a signal has stopped its run. Raises `error` unless a launcher can handle the signal.
 
         submitit requeues the job after the signal that Slurm sends before the job's time limit. After SIGTERM, Slurm itself may
-        requeue the job, so there must be no result yet; nothing requeues the jobs of submitit_local.
+        requeue the job, so the job must not return a result. Jobs of submitit_local are never requeued, so they return an exit
+        code.
         """
         requeue = requeue_handler(error.number) if isinstance(error, Interrupted) else None
         if requeue is not None and isinstance(error, Interrupted):
@@ -145,12 +146,12 @@ class Task:
 
 
 def job_name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
-    """The display name of a job: its rule, the values in which the rule's jobs differ, and its seed."""
+    """The display name of a job, which consists of its rule, the values in which the rule's jobs differ, and its seed."""
     return f"{label(job.algorithm.name, flatten(job.plain()), keys.get(job.algorithm.name, ()))} seed {job.run.seed}"
 
 
 def report_interrupt(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt) -> int:
-    """Print how to resume interrupted jobs; returns the exit code."""
+    """Print a message that says how to resume interrupted jobs, and return the exit code."""
     world = parallel.current()
     if not (world.rank and world.stops_together):  # otherwise process 0 saves the checkpoint and prints the message
         # torchrun also sends SIGTERM to the processes that remain after one has ended.
@@ -159,19 +160,21 @@ def report_interrupt(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt)
 
 
 def resume_hint(jobs: Sequence[tuple[Job, Path]]) -> str:
-    """How to resume interrupted jobs."""
+    """A message that says how to resume interrupted jobs."""
     saved = any(RunDirectory(run_dir, job).checkpoint.exists() for job, run_dir in jobs)
     without = " without resume=false" if any(job.run.resume is False for job, _ in jobs) else ""
     return f"Checkpoint saved; rerun the same command{without} to resume" if saved else "No checkpoint was saved yet"
 
 
 def exit_code_of(error: KeyboardInterrupt) -> int:
-    """The exit code of a process stopped by a signal, as in shells: 130 after SIGINT, 143 after SIGTERM."""
+    """The exit code of a process that was stopped by a signal, by the convention of shells: 130 after SIGINT, 143 after
+    SIGTERM."""
     return error.code if isinstance(error, Interrupted) else 130
 
 
 def _record(job: Job, directory: Path, error: BaseException, experiment: str | None) -> bool:
-    """Record a failure; returns whether that succeeded. If the disk is full, the other jobs continue."""
+    """Record a failure, and return whether that succeeded. If the record cannot be written, for example because the disk is full,
+    the other jobs continue."""
     from fa_bench.runs.outcome import record_failure
 
     try:

@@ -19,16 +19,17 @@ from omegaconf import DictConfig
 from fa_bench.command.overrides import parse_override
 from fa_bench.config.job import registered_components
 
-#: Maximum number of configs that a loader keeps, about 20 kB each.
+#: Maximum number of configs that a loader keeps in memory; each config takes about 20 kB.
 _MOST_CONFIGS = 512
 _SEARCH_PATH = "hydra.searchpath"
 
 
 class JobLoader(ConfigLoaderImpl):
-    """A config loader that composes one config for all jobs with the same components, and sets the other options in copies of it.
+    """A config loader that composes one config for all jobs with the same components and sets the other options in copies of that
+    config.
 
-    Hydra itself composes every job from some twenty files and schemas, which takes most of the time needed to check a sweep. The
-    files of a command are read once: create a loader for each command, so that the next command sees changed files. The resulting
+    Hydra itself composes every job from some twenty files and schemas, which takes most of the time needed to check a sweep. A
+    loader reads each file only once. Create a new loader for each command, so that changed files are read again. The resulting
     configs are the same as Hydra's.
     """
 
@@ -38,9 +39,9 @@ class JobLoader(ConfigLoaderImpl):
         self._forget()
 
     def _forget(self) -> None:
-        #: Configs with the chosen components.
+        #: The composed configs, by primary config, overrides and registered components.
         self._configs: dict[Any, _Kept] = {}
-        #: Whether a key is a group, by primary config and search path.
+        #: Records which keys are config groups, by primary config, search path and key.
         self._is_group: dict[tuple[Any, ...], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class JobLoader(ConfigLoaderImpl):
         return self._is_group[key]
 
     def _compose(self, config_name: str | None, overrides: list[str], run_mode: RunMode) -> DictConfig:
-        """A new config with these components and options of Hydra."""
+        """A new config with the components and the Hydra options that `overrides` selects."""
         # The registered components may have changed since the last call, because checking a job imports its plugins.
         key = (config_name, tuple(overrides), registered_components())
         if (stored := self._configs.get(key)) is None:
@@ -109,7 +110,8 @@ class JobLoader(ConfigLoaderImpl):
             except Exception:
                 if run_mode is RunMode.RUN:
                     raise
-                # Compose the config without the components that have no default, which the sweep's jobs choose.
+                # The jobs of the sweep choose the components that have no default, so the config is composed without these
+                # components.
                 return super()._load_configuration_impl(config_name, overrides, run_mode, from_shell=False)
             if len(self._configs) >= _MOST_CONFIGS:
                 del self._configs[next(iter(self._configs))]
@@ -143,5 +145,6 @@ class _Kept:
         return self._unpickler(io.BytesIO(self._content)).load()
 
 
-#: The caches of the loader that was unpickled last: a launcher's process unpickles the same loader for each of its jobs.
+#: The caches of the loader that was unpickled last. A launcher's process unpickles the same loader for each of its jobs, so these
+#: jobs share the loader's caches.
 _latest: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Parse and expand overrides before Hydra does, with a suggestion for those that cannot be parsed."""
+"""Parse and expand overrides before Hydra does, and suggest a correction for those that cannot be parsed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from fa_bench.errors import ConfigError, first_line, truncate
 from fa_bench.utils.shell import expansion_problem, hydra_quote, shell_quote
 
-#: Maximum number of jobs in a sweep and of characters in an override, far above anything in practical use.
+#: Maximum number of jobs in a sweep and maximum number of characters in an override, both far above anything in practical use.
 MOST_JOBS, MOST_TEXT = 10_000, 20_000
 
 
@@ -25,7 +25,7 @@ def values_of(override: Override) -> list[str]:
 
 @functools.lru_cache(maxsize=4096)  # the jobs of a sweep share most of their overrides
 def parse_override(text: str) -> Override:
-    """Hydra's parsed override, which must not be changed; raises Hydra's errors."""
+    """An override as parsed by Hydra. The result is cached, so callers must not modify it. Hydra's errors are not caught."""
     return OverridesParser.create().parse_override(text)
 
 

@@ -1,4 +1,4 @@
-"""A sweep: check every job, pass all jobs to the launcher at once, and write a report."""
+"""Run a sweep: check every job, pass all jobs to the launcher at once, and write a report."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         check_mean_curves(folder)
     assert composer.config is not None
     folder_of(config, "hydra.sweep.dir")  # a launcher may write its own files there before the first job
-    # ${now:...} is the same time in all jobs.
+    # ${now:...} must resolve to the same time in all jobs.
     OmegaConf.copy_cache(from_config=composer.config, to_config=config)
     config.hydra.sweep.dir = composer.config.hydra.sweep.dir
     configs: dict[str, list[dict[str, Any]]] = {}
@@ -134,7 +134,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
 
 
 def oversubscribed(jobs: int | None, threads: int, available: int) -> str:
-    """A line if a launcher's jobs compete for the cores; empty if they do not.
+    """A warning if a launcher's jobs compete for CPU cores; empty if they do not.
 
     The number of threads is not reduced, because it changes rounding, and results must not depend on the launcher.
 
@@ -160,7 +160,7 @@ def _earlier_runs(jobs: Jobs) -> str:
 
 
 def _stop_jobs(run_dirs: Iterable[Path]) -> None:
-    """Ask jobs in other processes of this machine to write their checkpoints, and wait for them."""
+    """Ask jobs in other processes on this machine to write their checkpoints, and wait for these processes to end."""
     run_dirs, deadline = list(run_dirs), time.monotonic() + SHUTDOWN_SECONDS
     asked: set[int] = set()
     while time.monotonic() < deadline:
@@ -205,9 +205,10 @@ def _status(run_dir: Path) -> str:
 def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
     """The folders for sweep.json and the report, each with its run directories.
 
-    There is one folder for each `output_dir`, so nothing is written outside the folders that the user has chosen. It is the
-    folder of the experiment, or of dataset and architecture, however many groups of runs it has; if the sweep spans several of
-    these folders, it is `output_dir` itself. For directories with a different layout, it is the lowest common folder.
+    There is one folder for each `output_dir`, so nothing is written outside the folders that the user has chosen. In the default
+    layout, the report goes to the folder of the experiment, or of the dataset and architecture if there is no experiment. If the
+    sweep spans several of these folders, the report goes to `output_dir` itself. In any other layout, the report goes to the
+    lowest folder that contains all run directories.
     """
     by_output: dict[str, list[tuple[Job, Path]]] = {}
     for job, run_dir in jobs:
@@ -225,7 +226,7 @@ def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
 
 
 def _is_standard(job: Job, run_dir: Path) -> bool:
-    """Whether the directory has the layout of the default config, `output_dir`/collection/group/seed."""
+    """Whether the directory has the layout of the default config, which is `output_dir`/collection/group/seed."""
     return (
         (run_dir.name, run_dir.parent.name) == (f"seed{job.run.seed}", job.group)
         and len(run_dir.parents) > 2

@@ -1,4 +1,4 @@
-"""The text of ``fa-bench --help``, from the declarations of the components."""
+"""The text of ``fa-bench --help``, generated from the declarations of the components."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ _WIDTH = 100
 
 
 def usage(composer: Composer, topics: Sequence[str]) -> str:
-    """Help on each topic (a group or ``run``) and on the choices of the command line; without any, an overview.
+    """The help text on each topic, such as a group or ``run``, and on each choice of the command line. If there are no topics and
+    no choices, the text is an overview.
 
-    Components of plugins and configs of a user's folder are included.
+    Components of plugins and configs in a user's folder are included.
 
     Raises:
         ConfigError: for an unknown topic or choice.
@@ -69,7 +70,7 @@ def usage(composer: Composer, topics: Sequence[str]) -> str:
         )
     for kind, group in kinds.items():
         for name in chosen.get(kind, ()):
-            # A choice that is not a component is a config that sets one up: show its values instead of the defaults.
+            # A choice that is not a component is a config that sets one up, so its values are shown instead of the defaults.
             values = {"name": name} if name in group else composer.component(kind, name)
             component = group[values.pop("name")]
             title = f"{kind}={name}" + (f" ({component.name})" if component.name != name else "")
@@ -121,8 +122,8 @@ def _components(registry: Registry) -> Iterator[str]:
 
 
 def _own_options(registry: Registry, name: str) -> Iterator[str]:
-    """The options of a component that is selected by an option; those of schedules have their own keys, those of other components
-    are written after the name."""
+    """The options of a component that is selected by an option. Options of schedules have their own keys; options of other
+    components are written after the component's name."""
     prefix = "optimizer.schedule." if registry is SCHEDULES else f"{name}:"
     for field in option_fields(registry[name]):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

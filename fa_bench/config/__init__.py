@@ -1,1 +1,1 @@
-"""From YAML to a checked job, its identity and its label."""
+"""Turn a YAML config into a checked job with an identity and a label."""

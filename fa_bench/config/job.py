@@ -1,4 +1,4 @@
-"""Jobs: schemas for Hydra, checks of composed configs, identity and output directory of a run."""
+"""Jobs: schemas for Hydra, checks of composed configs, and the identity and output directory of a run."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from fa_bench.optim.base import OptimizerOptions
 
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
-#: The keys of an experiment's sweep, of its options for rules and of its tuning; not part of a run's config.
+#: The keys of an experiment that are not part of a run's config: its sweep, its options for rules and its tuning.
 GRID, RULES, TUNE = "grid", "rules", "tune"
 #: torch crashes when it starts about ten thousand threads.
 MAX_THREADS = 1024
-#: Allowed devices; torch limits their index to seven bits.
+#: Allowed devices. The index of a device has at most seven bits in torch.
 DEVICE = r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?|1[01][0-9]|12[0-7]))?"
 
 
@@ -234,7 +234,7 @@ class Job:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """The scores of runs of this job; the first is the primary score."""
+        """The scores of this job's runs, with the primary score first."""
         return tuple(self.objective.scores[self.dataset.targets])
 
     def plain(self) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def import_plugins(modules: Any) -> None:
 
 
 def conf_dir() -> Path:
-    """The folder of the shipped configs: inside an installed package, or next to the package in a checkout."""
+    """The folder of the shipped configs, which is inside an installed package or next to the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return next(path for path in (package / "conf", package.parent / "conf") if path.is_dir())
 
@@ -350,7 +350,8 @@ _registered: dict[str, Any] = {}
 def register_schemas() -> None:
     """Add every component to its config group, and as ``/_schema/KIND/NAME`` for configs that extend it.
 
-    Does nothing if the components have not changed since the last call, because this is called for every job of a sweep.
+    If the components have not changed since the last call, the function does nothing, because it is called for every job of a
+    sweep.
 
     Raises:
         ConfigError: for a component without usable defaults, which is dropped.
@@ -389,12 +390,13 @@ def register_schemas() -> None:
 
 
 def registered_components() -> Any:
-    """The components that `register_schemas` registered last; as long as this value is equal, so are the schemas."""
+    """The components that `register_schemas` registered last. As long as this value does not change, the schemas do not change
+    either."""
     return _registered.get("known")
 
 
 def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: DictConfig) -> Any:
-    """The entry of an experiment's table for the selected component: ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``.
+    """The entry for the selected component in an experiment's table, for example ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``.
 
     Raises:
         ConfigError: for an unknown group, or a component that does not exist.
@@ -407,13 +409,14 @@ def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: D
     return table.get(OmegaConf.select(_root_, f"{group}.name"), otherwise)
 
 
-#: A config and its job.
+#: The config and the job of the innermost `known_job` block, if any.
 _known: tuple[DictConfig | None, Job | None] = None, None
 
 
 @contextmanager
 def known_job(config: DictConfig, job: Job) -> Iterator[None]:
-    """Within the block, use the directory of `job` for `config`, which must not change, instead of checking it again."""
+    """Within the block, take the run directory of `config` from `job` instead of checking the config again. The config must not
+    change."""
     global _known
     before = _known
     _known = config, job

@@ -1,4 +1,4 @@
-"""Labels of runs that are compared: the rule, and the options in which their configs differ."""
+"""Labels of compared runs, which consist of the rule and the options in which the configs differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 NAME = ".name"
 #: The option that determines the data of some datasets; for others, it only gives the location of the data.
 DATA_DIR = "data_dir"
-#: Groups whose options have short keys in labels, and the run's own options, with which short keys must not be confused.
+#: The groups whose options have short keys in labels, and the options of the run itself. A short key must not equal the name of
+#: an option of the run.
 _SHORTENED = ("algorithm", "optimizer")
 _RUN_OPTIONS = {field.name for field in dataclasses.fields(RunOptions)}
 Flat = Mapping[str, Any]
@@ -26,7 +27,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config with the keys of the command line, ``optimizer.lr``; the key of a component's name is its group, ``optimizer``."""
+    """A config with flat keys as on the command line, for example ``optimizer.lr``. The name of a component has its group as the
+    key, for example ``optimizer``."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         path = f"{prefix}.{key}" if prefix else str(key)
@@ -41,7 +43,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def result_options(config: Flat) -> dict[str, Any]:
-    """The options of a config that determine its results, except the seed; with `data_dir` if it determines the data."""
+    """The options of a config that determine its results, except for the seed. The option `data_dir` is included only if it
+    determines the data."""
     dataset = config.get("dataset")
     includes_data_dir = dataset in DATASETS and DATASETS[str(dataset)].content_is_data_dir
     return {
@@ -54,14 +57,15 @@ def result_options(config: Flat) -> dict[str, Any]:
 def differing_keys(configs: Iterable[Flat]) -> list[str]:
     """The keys of `result_options` in which these configs differ.
 
-    An option counts only if it differs between configs with the same component: sgd and adam differ only in ``optimizer``.
+    An option counts only if it differs between configs with the same component. For example, sgd and adam differ only in
+    ``optimizer``.
     """
     configs = [result_options(config) for config in configs]
     return [key for key in dict.fromkeys(key for config in configs for key in config) if _differs(key, configs)]
 
 
 def swept_keys(configs: Iterable[Flat]) -> dict[str, bool]:
-    """The keys in which configs differ, and whether all configs that have the key have a number there."""
+    """The keys in which configs differ. Each key is mapped to whether its value is a number in every config that has the key."""
     configs = list(configs)
     return {key: all(is_number(config[key]) for config in configs if key in config) for key in differing_keys(configs)}
 
@@ -81,7 +85,7 @@ def _differs(key: str, configs: Iterable[Flat]) -> bool:
 
 
 def _component_keys(key: str) -> list[str]:
-    """The keys that select the components that have the option `key`."""
+    """The keys that select the components to which the option `key` belongs."""
     parts = key.split(".")
     groups = [".".join(parts[:depth]) for depth in range(1, len(parts))]
     return [name for name in (group if "." not in group else group + NAME for group in groups) if name != key]
@@ -100,16 +104,16 @@ def short_key(key: str, config: Flat) -> str:
 
 
 def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
-    """The rule and the config's values of `keys`: ``kp lr=0.05``."""
+    """The rule and the config's values of `keys`, for example ``kp lr=0.05``."""
     options = result_options(config)
     return " ".join([rule, *(f"{short_key(key, config)}={format_value(options[key])}" for key in keys if key in options)])
 
 
 def distinct_labels(names: Mapping[Key, str], configs: Mapping[Key, Flat]) -> dict[Key, str]:
-    """The names; if several are equal, the values of the keys in which their configs differ are added.
+    """The names as labels. If several names are equal, the values of the keys in which their configs differ are appended.
 
-    All labels of compared runs have this form: in reports, figures, the live view and the log of a sweep. Keys in which only runs
-    with other names differ are not added.
+    Reports, figures, the live view and the log of a sweep all use these labels for compared runs. Keys that differ only between
+    runs with different names are not appended.
     """
     by_name: dict[str, list[Key]] = {}
     for key, name in names.items():
@@ -144,7 +148,7 @@ def sweep_summary(jobs: list[Job], *directories: Path) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A duration as text: ``14 s``, ``3 min``, ``2 h 05 min``."""
+    """A duration as text, such as ``14 s``, ``3 min`` or ``2 h 05 min``."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.2g} s"

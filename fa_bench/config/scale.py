@@ -1,4 +1,4 @@
-"""Scales: shortened runs of a config, with fewer epochs and less data."""
+"""Scales, which shorten the runs of a config to fewer epochs and less data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How a run is reduced.
+    """The factors and limits by which a run is shortened.
 
     Attributes:
         epochs: fraction of the epochs (at least one remains), of the lengths in schedules and of a rule's phase before training.
@@ -39,7 +39,7 @@ SCALES: dict[str, Scale | None] = {
 
 
 def scaled(job: Job) -> Job:
-    """The job as it is trained at its scale; the job itself if the scale is ``full``."""
+    """The job after its scale has been applied; the job itself if the scale is ``full``."""
     scale = SCALES[job.run.scale]
     if scale is None:
         return job

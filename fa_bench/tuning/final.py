@@ -1,4 +1,4 @@
-"""The final runs: the best config of every rule as an experiment, which is run as a normal sweep."""
+"""Write an experiment with the best config of every rule, and run it as a normal sweep."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fa_bench.utils.files import output_errors, write_text
 
 #: The first lines of the experiment, which mark it as written by a study.
 _HEAD = "# @package _global_\n# Written by fa-bench-tune: "
-#: Keys that a config file must not or need not set.
+#: Keys that are left out of the experiment, because a config file must not or need not set them.
 _OMITTED = (SEED, OUTPUT, "plugins", "resume")
 _GROUPS = tuple(group.kind for group in GROUPS if group.kind != ALGORITHM)
 
 
 def experiment_text(plan: Plan, jobs: Mapping[str, Job], directory: Path) -> str:
-    """The experiment that runs the jobs with the final seeds in `directory`.
+    """The text of an experiment that runs the jobs in `directory` with the final seeds.
 
     Args:
         plan: the plan of the study.
@@ -45,7 +45,7 @@ def experiment_text(plan: Plan, jobs: Mapping[str, Job], directory: Path) -> str
         for key in first
         if key.split(".")[0] != ALGORITHM and all(key in config and config[key] == first[key] for config in flat.values())
     ]
-    # If rules have different components of a group, no option of that group can be set for all.
+    # If rules use different components of a group, no option of that group can be set for all rules.
     shared = [key for key in shared if (group := key.split(".")[0]) not in _GROUPS or group in shared]
     settings: dict[str, Any] = {}
     for key in shared:
@@ -67,7 +67,7 @@ def experiment_text(plan: Plan, jobs: Mapping[str, Job], directory: Path) -> str
 
 
 def _flat(job: Job) -> dict[str, Any]:
-    """The config by key; the optimizer of the feedback, which may be null, is one value."""
+    """The config as a flat mapping. The feedback optimizer is kept as one value, because it may be null."""
     plain = job.plain()
     feedback = plain.pop(FEEDBACK_OPTIMIZER)
     flat = {key: value for key, value in flatten(plain).items() if key not in _OMITTED}
@@ -81,7 +81,7 @@ def _put(settings: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def check_final(plan: Plan) -> None:
-    """Check, before the first trial, that the final runs will be the configs that were tuned.
+    """Check, before the first trial, that the final runs will use exactly the tuned configs.
 
     Raises:
         ConfigError: if not; the message names the rule.
@@ -106,7 +106,8 @@ def check_final(plan: Plan) -> None:
 
 
 def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
-    """Write the experiment into the study's folder; raises RunDirectoryError if a foreign file is in the way."""
+    """Write the experiment into the study's folder. Raises RunDirectoryError if a file that no study wrote would be
+    overwritten."""
     path = plan.directory / EXPERIMENT / f"{FINAL}.yaml"
     with output_errors(path):
         path.parent.mkdir(exist_ok=True)
@@ -117,7 +118,7 @@ def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
 
 
 def run_final(plan: Plan) -> tuple[int, list[Path]]:
-    """Run the experiment of the final runs as a sweep; returns its exit code and the directories of the runs.
+    """Run the experiment of the final runs as a sweep, and return its exit code and the directories of the runs.
 
     With several jobs, the sweep uses Hydra's joblib launcher if it is installed and the command line names no other launcher.
 
@@ -138,7 +139,7 @@ def run_final(plan: Plan) -> tuple[int, list[Path]]:
 
 
 def final_arguments(plan: Plan) -> list[str]:
-    """The arguments of the command ``fa-bench`` that runs, or continues, the final runs."""
+    """The arguments of the ``fa-bench`` command that starts or resumes the final runs."""
     return ["-m", "--config-dir", str(plan.directory), *_overrides(plan)]
 
 
@@ -156,6 +157,6 @@ def _composer(plan: Plan, folder: Path, launcher: Sequence[str] = ()) -> Compose
 
 
 def tuned_job(plan: Plan, rule: RulePlan, values: Mapping[str, Any]) -> Job:
-    """The checked config of a rule's final runs with the chosen values, but with a seed of the trials."""
+    """The checked config of a rule's final runs with the chosen values, but with the first seed of the trials."""
     final = {} if plan.options.final_epochs is None else {"epochs": plan.options.final_epochs}
     return plan.trial(rule, {**values, **final}, plan.options.trial_seeds[0])[0]

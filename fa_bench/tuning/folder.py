@@ -1,4 +1,4 @@
-"""The folder of a study: which study it belongs to, and which files are its own."""
+"""The folder of a study, with checks that it belongs to the study and contains only files that a study wrote."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fa_bench.tuning.plan import TRIALS, Plan
 from fa_bench.tuning.store import JOURNAL
 from fa_bench.utils.files import dump_json, temporary_name, write_text
 
-#: The description of the study, which marks the folder as one.
+#: The file that describes the study and marks the folder as that of a study.
 STUDY = "tune.json"
-#: The experiment of the final runs, and their folder.
+#: The folder of the experiment with the final runs, and the name of this experiment, which is also the folder of the final runs.
 EXPERIMENT, FINAL = "experiment", "tuned"
 #: Tables and figures.
 MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR = (
@@ -41,7 +41,8 @@ _EARLY = (LOCK, HOLDER, temporary_name(HOLDER), temporary_name(STUDY))
 
 
 def identity(plan: Plan, data_hash: str) -> dict[str, Any]:
-    """Everything that the trials of a study depend on; the budget and the final runs may change."""
+    """Everything that the trials of a study depend on. The budget and the options of the final runs are not included, because
+    they may change."""
     import optuna
 
     options = plan.options
@@ -69,7 +70,7 @@ def _config(job: Job) -> dict[str, Any]:
 
 @contextmanager
 def study_folder(plan: Plan, study: Mapping[str, Any]) -> Iterator[None]:
-    """Lock the folder of a study, which is created if it does not exist, while the block runs.
+    """Hold the lock on a study's folder while the block runs. The folder is created if it does not exist.
 
     Args:
         plan: the plan of the study.
@@ -88,7 +89,7 @@ def study_folder(plan: Plan, study: Mapping[str, Any]) -> Iterator[None]:
 
 
 def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
-    """Refuse a folder of another study, or with files that no study wrote.
+    """Refuse a folder that belongs to another study or that contains files that no study wrote.
 
     Raises:
         RunDirectoryError: if the folder is refused; the message names the key that differs, with both values, or the files.
@@ -130,9 +131,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The first key in which two studies differ, with both values; empty if they are equal."""
+    """The first key in which two studies differ, with both values; empty if the studies are equal."""
     old, new = flatten(there), flatten(json.loads(dump_json(here)))
-    # Keys that the user chose come before keys that follow from them.
+    # Keys that the user chose are compared before keys that are derived from them.
     order = [*new, *(key for key in old if key not in new)]
     late = ("code", "data", "optuna")
     for key in sorted(order, key=lambda key: (key in late, order.index(key))):
@@ -143,7 +144,7 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def _readable(key: str) -> str:
-    """A key of the description as the user knows it: ``fa: optimizer.lr`` for ``rules.fa.space.optimizer.lr``."""
+    """A key of the description as users know it, for example ``fa: optimizer.lr`` for ``rules.fa.space.optimizer.lr``."""
     parts = key.split(".", 3)
     return f"{parts[1]}: {parts[3]}" if parts[0] == "rules" and len(parts) == 4 else key
 

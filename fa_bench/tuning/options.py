@@ -1,4 +1,4 @@
-"""The options of a study: those of the command line, and those of an experiment's ``tune`` section."""
+"""The options of a study, which come from the command line and from an experiment's ``tune`` section."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fa_bench.registry.options import Options, option, option_fields
 from fa_bench.tuning.optuna_parts import PRUNERS, SAMPLERS
 
 SPACE = "space"
-#: How the values of a search can begin if they are not a plain list.
+#: The beginning of search values that are written with a function instead of as a plain list.
 _FUNCTION = re.compile(r"\s*(tag|interval|range|int|float|choice|sort|shuffle)\(")
 
 
@@ -79,7 +79,7 @@ OWN_KEYS = tuple(field.name for field in option_fields(TuneOptions))
 
 
 def parse_override(text: str) -> Override:
-    """Parse an override, which may be a range of values; other commands do not accept ranges.
+    """Parse an override, which may be a range of values. Other commands do not accept ranges.
 
     Raises:
         ConfigError: as in `fa_bench.command.overrides.parse`.
@@ -101,7 +101,7 @@ def parse_override(text: str) -> Override:
 
 
 def plain_value(override: Override) -> Any:
-    """The value of an override as plain Python; for a sweep, the list of its values."""
+    """The value of an override as plain Python objects; for a sweep, the list of its values."""
     value = list(override.sweep_iterator()) if override.is_sweep_override() else override.value()
 
     def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Optuna's samplers and pruners by name. Optuna is an optional dependency, which is imported only when a study is created."""
+"""Optuna's samplers and pruners, by name. Optuna is an optional dependency and is imported only when a study is created."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sampler(NamedTuple):
     package: str = ""
 
 
-#: Number of random trials before `tpe` and `gp` use the results; optuna's default.
+#: Number of random trials before `tpe` and `gp` use the results, as in optuna by default.
 _STARTUP = 10
 SAMPLERS = {
     "tpe": Sampler("TPESampler", {"n_startup_trials": _STARTUP}, _STARTUP),
@@ -52,7 +52,7 @@ NO_PRUNER = "none"
 
 
 def require_optuna(sampler: str) -> None:
-    """Refuse to tune without optuna, or without the package that the sampler needs.
+    """Refuse to tune if optuna or the package that the sampler needs is not installed.
 
     Raises:
         ConfigError: if a package is missing; the message says what to install.

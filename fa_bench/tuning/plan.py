@@ -27,10 +27,11 @@ from fa_bench.tuning.space import Dimension, as_typed, declared, dimension, valu
 from fa_bench.utils.files import check_writable, refuse_root
 
 ALGORITHM, SEED, OUTPUT = "algorithm", "seed", "output_dir"
-#: Keys that cannot be searched, and the dataset's keys that can be searched, because they affect only the training images.
+#: Keys that cannot be searched. The only keys of a dataset that can be searched are those of augmentation, because they affect
+#: only the training images.
 _SAME = ("epochs", "scale", "device", *VOLATILE)
 _AUGMENTATION = ("dataset.augment",)
-#: Folder of the trials' runs within that of the study.
+#: Name of the folder, within the study's folder, that contains the runs of the trials.
 TRIALS = "trials"
 
 
@@ -84,7 +85,7 @@ class Plan:
         return self.rules[0].job.run.epochs
 
     def trial(self, plan: RulePlan, values: Mapping[str, Any], seed: int) -> tuple[Job, Path]:
-        """The run of one trial with one seed: the checked config, and its directory within the study's folder.
+        """The checked config of one trial with one seed, and the run's directory within the study's folder.
 
         Raises:
             FaBenchError: if the config cannot be run.
@@ -103,7 +104,7 @@ class Plan:
 
 
 def make_plan(overrides: Sequence[str], config_dir: str | None, config_name: str = "config") -> Plan:
-    """Read and check a study; nothing is written or trained.
+    """Read and check a study without writing or training anything.
 
     Args:
         overrides: the overrides of the command line, with the study's own keys.
@@ -190,7 +191,7 @@ def _refuse(overrides: Sequence[Override]) -> None:
 
 
 def _known(overrides: Sequence[Override], groups: Collection[str]) -> None:
-    """Refuse an unknown key without a dot, which may be meant for fa-bench or for the study."""
+    """Refuse unknown keys without a dot, which could be misspelled keys of fa-bench or of the study."""
     known = [*OWN_KEYS, *(field.name for field in option_fields(RunOptions)), *groups, "experiment", GRID, RULES, TUNE]
     for override in overrides:
         key = override.key_or_group
@@ -202,7 +203,7 @@ def _known(overrides: Sequence[Override], groups: Collection[str]) -> None:
 
 
 def _searchable(overrides: Sequence[Override]) -> None:
-    """Refuse to search keys that must be equal for all trials, or that do not affect results."""
+    """Refuse to search keys that must be equal for all trials or that do not affect results."""
     for override in overrides:
         key = _key(override)
         # Scores on different data cannot be compared.
@@ -211,7 +212,7 @@ def _searchable(overrides: Sequence[Override]) -> None:
 
 
 def _section(config: Any) -> dict[str, Any]:
-    """The experiment's ``tune`` section as plain containers; empty without one."""
+    """The experiment's ``tune`` section as plain containers; empty if there is no such section."""
     section = config.get(TUNE)
     plain = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
     if plain is None:
@@ -224,7 +225,7 @@ def _section(config: Any) -> dict[str, Any]:
 
 
 def _space_of_file(section: Mapping[str, Any], experiment: Any) -> tuple[list[Override], list[Override]]:
-    """The single values and the dimensions that an experiment's section lists."""
+    """The single values and the dimensions that an experiment's ``tune`` section lists."""
     overrides = []
     for key, value in (section.get(SPACE) or {}).items():
         text = ",".join(map(as_typed, value)) if isinstance(value, list) else format_value(value)
@@ -268,7 +269,7 @@ def _of_rule(name: str, overrides: Sequence[Override]) -> list[str]:
 
 
 def _of_rule_or_common(name: str, overrides: Sequence[Override]) -> list[Override]:
-    """The overrides whose key the rule has; options of rules apply only to the rules that have them."""
+    """The overrides that apply to the rule. An override of a rule's option applies only to the rules that have this option."""
     options = [field.name for field in option_fields(ALGORITHMS[name])] if name in ALGORITHMS else None
     return [
         override
@@ -308,7 +309,7 @@ def _directory(options: TuneOptions, job: Job, experiment: Any) -> Path:
 
 
 def _check(plan: Plan) -> None:
-    """Check the default config of each rule, the ends of its space, and the folder.
+    """Check the default config of each rule, the ends of its search space, and the study's folder.
 
     Raises:
         FaBenchError: if one of them cannot be used; the message names the key.
@@ -342,8 +343,8 @@ def _check(plan: Plan) -> None:
 
 
 def _whole(one: Dimension, plan: RulePlan) -> str:
-    """A hint on how to write a range of whole numbers, if the option takes whole numbers and the range does not consist of them;
-    otherwise empty."""
+    """A hint on how to write a range of whole numbers. The hint is empty unless the option takes whole numbers and the range
+    includes other numbers."""
     is_range = not one.choices and one.step is None and not isinstance(one.low, int)
     if not is_range or type(plan.default[one.key]) is not int:
         return ""

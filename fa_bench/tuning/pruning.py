@@ -1,4 +1,4 @@
-"""Pruning: a trial ends early if optuna's pruner finds it worse than the others."""
+"""End a trial early if optuna's pruner finds it worse than the others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Rivals:
 
 
 class Judge:
-    """Decides whether one trial should end. It works on a copy of the trial's study, so that it can run in another process.
+    """Decides whether one trial should end. A judge works on a copy of the trial's study, so it can run in another process.
 
     Args:
         rivals: the trials before this one.
@@ -63,7 +63,8 @@ class Judge:
         self._trial = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
 
     def is_hopeless(self, step: int, value: float) -> bool:
-        """Whether the trial should end, given this validation score after this number of epochs, counted over all its seeds."""
+        """Whether the trial should end, given its latest validation score. `step` counts the epochs that all seeds of the trial
+        have trained so far."""
         self._trial.report(value, step)
         return self._trial.should_prune()
 
@@ -87,7 +88,7 @@ class Pruning(Callback):
         self._judge, self._directory, self._before = judge, directory, before
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        # Judge the epochs that an interrupted process trained: perhaps the run should have stopped after the last of them.
+        # Judge the epochs that an interrupted process trained, because the run may have to stop after the last of them.
         for epoch, value in enumerate(recorded_scores(self._directory, trainer.progress.epoch), start=1):
             self._decide(trainer, epoch, value)
 
@@ -100,7 +101,7 @@ class Pruning(Callback):
 
 
 def recorded_scores(directory: Path, epochs: int) -> list[float]:
-    """The primary validation scores of a run's first epochs, as recorded; NaN for one that is not known."""
+    """The recorded primary validation scores of a run's first epochs, with NaN for scores that are not known."""
     records = map(json.loads, recorded_lines(directory / METRICS, epochs))
     return [_known(record[f"val_{scores_of(record)[0].name}"]) for record in records]
 

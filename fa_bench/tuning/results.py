@@ -26,12 +26,12 @@ from fa_bench.tuning.store import RuleStudy
 from fa_bench.tuning.trials import DIVERGED, DONE, FAILED, PRUNED
 from fa_bench.utils.text import align_columns, escape_markdown
 
-#: Columns that this table shares with that of the report, in addition to those of the score.
+#: Columns that are taken from the report's table, in addition to those of the score.
 _FROM_REPORT = ("n", "bp_difference", "bp_difference_ci95", "floor")
 
 
 def columns(score: Score) -> dict[str, Column]:
-    """The columns of the table, for rules that are compared by a score."""
+    """The columns of the table, by name, for rules that are compared by `score`."""
     unit, form = f" ({score.unit})" if score.unit else "", score.format
     return {
         "rule": Column("rule"),
@@ -73,8 +73,8 @@ The final runs can be repeated, or continued, with
 
 
 def trial_table(plan: Plan, studies: Sequence[RuleStudy]) -> pd.DataFrame:
-    """One row per trial: rule, number, state, the values of every key of the space, validation score (accuracies in %), epochs,
-    seconds of training, and why it diverged or failed."""
+    """One row per trial, with the rule, number, state, validation score (accuracies in %), epochs, training time in seconds, and
+    the reason if the trial diverged or failed. Each key of the search spaces also has a column."""
     keys = dict.fromkeys(key for study in studies for key in study.plan.space)
     rows = [
         {
@@ -94,7 +94,8 @@ def trial_table(plan: Plan, studies: Sequence[RuleStudy]) -> pd.DataFrame:
 
 
 def result_table(plan: Plan, studies: Sequence[RuleStudy], tuned: Mapping[str, Job], runs: Sequence[Run]) -> pd.DataFrame:
-    """One row per rule, with the columns of `columns`; `chosen` has the values as typed on the command line.
+    """One row per rule, with the columns that `columns` lists. The column `chosen` contains the values as typed on the command
+    line.
 
     Args:
         plan: the plan of the study.
@@ -148,7 +149,7 @@ def _notes(plan: Plan, study: RuleStudy, job: Job | None) -> list[str]:
 
 
 def to_text(table: pd.DataFrame) -> str:
-    """The table for a terminal, with the notes below it."""
+    """The table as text for a terminal, followed by its notes."""
     score = table.attrs["scores"][0]
     formats = columns(score)
     shown = (
@@ -184,7 +185,7 @@ def _cell(value: Any, form: str | None) -> str:
 
 
 def short(table: pd.DataFrame, studies: Sequence[RuleStudy]) -> pd.DataFrame:
-    """The table with the chosen values in three digits, for reading."""
+    """The table with the chosen values rounded to three significant digits for readability."""
     texts = [
         " ".join(f"{key}={shown(value)}" for key, value in study.best.values.items()) if study.best else "" for study in studies
     ]

@@ -1,4 +1,4 @@
-"""The search: asks for trials, runs them in this process or in workers, and counts them."""
+"""The search, which asks for trials, runs them in this process or in workers, and counts them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ Report = Callable[[RuleStudy, Finished], None]
 
 
 def search(plan: Plan, studies: Sequence[RuleStudy], report: Report) -> None:
-    """Run trials until each rule has used up its budget. A rule's trials follow one another, regardless of the number of jobs.
+    """Run trials until each rule has used up its budget. The trials of a rule always run one after another, regardless of the
+    number of jobs.
 
     Args:
         plan: the plan of the study.
@@ -86,7 +87,7 @@ def trial_run(plan: Plan, study: RuleStudy, values: dict[str, Any]) -> TrialRun:
 
 
 def _discard_checkpoints(plan: Plan, trial: TrialRun) -> None:
-    """Delete the checkpoints of a stored trial, which is never resumed, unless the study keeps them."""
+    """Delete the checkpoints of a finished trial unless the study keeps them. A finished trial is never resumed."""
     if plan.options.keep_checkpoints:
         return
     for _, directory in trial.configs:
@@ -97,10 +98,10 @@ def _discard_checkpoints(plan: Plan, trial: TrialRun) -> None:
 
 @contextmanager
 def progress(plan: Plan, studies: Sequence[RuleStudy]) -> Iterator[Report]:
-    """A progress bar over all trials on a terminal, and one line for each trial."""
+    """Show a progress bar over all trials on a terminal, and print one line for each trial."""
     total = plan.options.budget * len(studies)
     done = sum(len(study.finished) for study in studies)
-    # Bars are drawn on standard error; a line that is written through the bar stays above it.
+    # The progress bar is drawn on standard error. A line that is written through the progress bar stays above the bar.
     with tqdm(total=total, initial=done, desc="trials", unit="trial", disable=None, leave=False, dynamic_ncols=True) as bar:
 
         def report(study: RuleStudy, finished: Finished) -> None:

@@ -1,4 +1,4 @@
-"""The search space: dimensions, written like Hydra's sweeps on the command line."""
+"""The search space, whose dimensions are written like Hydra's sweeps on the command line."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from fa_bench.config.job import Job
 
 LOG = "log"
-#: A value within this fraction of the range from one of its ends is at the edge.
+#: A value counts as being at the edge if its distance from one end of the range is at most this fraction of the range.
 EDGE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Dimension:
-    """One key and its values: `choices`, or the numbers from `low` to `high`.
+    """One key and its possible values, which are `choices` or the numbers from `low` to `high`.
 
     Attributes:
         key: the key as on the command line.
@@ -49,7 +49,7 @@ class Dimension:
 
     @property
     def text(self) -> str:
-        """The values as typed on the command line, by which spaces are compared."""
+        """The values as typed on the command line. Search spaces are compared by this text."""
         if self.choices:
             listed = ",".join(map(as_typed, self.choices))  # functions such as choice(...) do not accept null
             return listed if len(self.choices) > 1 else f"choice({listed})"
@@ -89,7 +89,7 @@ class Dimension:
     def at(self, u: float) -> Any:
         """The value at the position `u` (0 <= u < 1) of the range or of the choices.
 
-        If `u` is uniform, so is the value or, for a logarithmic range, its logarithm.
+        If `u` is uniformly distributed, so is the value or, for a logarithmic range, its logarithm.
         """
         if self.choices:
             return self.choices[int(u * len(self.choices))]
@@ -105,7 +105,7 @@ class Dimension:
         return self.low + step * int(u * (math.floor((self.high - self.low) / step + 1e-9) + 1))
 
     def contains(self, value: Any) -> bool:
-        """Whether a value can be proposed."""
+        """Whether a search over this dimension can propose the value."""
         if self.choices:
             return any(choice == value and is_number(choice) == is_number(value) for choice in self.choices)
         if not is_number(value) or not self.low <= value <= self.high:
@@ -115,11 +115,12 @@ class Dimension:
         return is_whole and abs(steps - round(steps)) < 1e-9
 
     def extremes(self) -> list[Any]:
-        """Values to check before a study starts: all choices, or both ends of the range."""
+        """The values to check before a study starts, which are all choices or both ends of the range."""
         return list(self.choices) or [self.low, self.high]
 
     def edge(self, value: Any, allowed: Mapping[str, float]) -> tuple[str, str] | None:
-        """The edge of the range at which a value lies, ``upper`` or ``lower``, and an override with a wider range.
+        """The edge of the range at which a value lies (``upper`` or ``lower``), and an override that widens the range at this
+        edge.
 
         Args:
             value: the value of a trial.
@@ -201,7 +202,7 @@ def _logged(result: Dimension, tags: set[str], typed: str) -> Dimension:
         return result
     if result.low <= 0:
         raise ConfigError(f"{typed}: a logarithmic range needs numbers above 0")
-    # A logarithmic range has no steps; optuna supports it for whole numbers with a step of 1.
+    # A logarithmic range has no steps, except that optuna supports a step of 1 for whole numbers.
     if result.step not in (None, 1) or (result.step is not None and not isinstance(result.low, int)):
         raise ConfigError(
             f"{typed}: a logarithmic range has no steps; write {result.key}=tag(log,interval({result.low},{result.high}))"
@@ -227,17 +228,17 @@ def as_typed(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for tables: numbers with three digits."""
+    """A value as shown in tables; floating-point numbers are rounded to three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else format_value(value)
 
 
 def value_at(job: Job, key: str) -> Any:
-    """The value of a key of a checked config; raises KeyError if the config does not have the key."""
+    """The value of a key in a checked config. Raises KeyError if the config does not have the key."""
     return functools.reduce(lambda node, part: node[part], key.split("."), job.plain())
 
 
 def limits_at(job: Job, key: str) -> dict[str, float]:
-    """The limits of an option, by its key."""
+    """The limits of the option with this key."""
     *path, name = key.split(".")
     node: Any = job if path else job.run
     for part in path:

@@ -1,8 +1,8 @@
-"""One optuna study for each rule: the trial that it proposes next, and its finished trials on disk.
+"""One optuna study for each rule, which proposes the next trial and stores the finished trials on disk.
 
-Only finished trials are stored. A study that is started again repeats optuna's proposals from the first trial, with the same seed
-and the stored results, and thus returns to its earlier state. If the process was killed, it proposes the same values again, and
-their runs resume from their checkpoints. No trial can be counted twice or lost.
+Only finished trials are stored. When a study is restarted, it repeats optuna's proposals from the first trial, with the same seed
+and the stored results, and thus returns to its earlier state. If the process was killed during a trial, the study proposes the
+values of that trial again, and the runs resume from their checkpoints. No trial can be counted twice or lost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 JOURNAL = "study.journal"
-#: The magnitude of the value of a trial that diverged or failed, if the score has no worst value and no other trial has a score.
+#: Magnitude of the value assigned to a trial that diverged or failed, if the score has no worst value and no other trial has a
+#: score.
 HUGE = 1e6
 
 
@@ -86,11 +87,12 @@ class RuleStudy:
         default, number = self.plan.default, len(self.finished)
         distributions = self._distributions
         if number == 0:
-            # Default values outside of the space are not passed to the sampler, which could not have proposed them.
+            # Default values outside the search space are not passed to the sampler, because it could not have proposed them.
             distributions = {key: each for key, each in distributions.items() if self.plan.space[key].contains(default[key])}
             self._study.enqueue_trial({key: default[key] for key in distributions})
         elif self._startup is None or number < self._startup:
-            # Random values that depend on nothing but the key: dimensions that rules share get the same values in all of them.
+            # The random values depend only on the study's seed, the key and the trial's number, so a dimension that several rules
+            # share gets the same values for all of these rules.
             numbers = {key: random.Random(seed_for("tune", self._seed, key, number)).random() for key in distributions}
             self._study.enqueue_trial({key: self.plan.space[key].at(u) for key, u in numbers.items()})
         with warnings.catch_warnings():
@@ -101,14 +103,14 @@ class RuleStudy:
 
     @property
     def rivals(self) -> Rivals:
-        """The finished trials, with which a pruner compares the next one."""
+        """The finished trials with which a pruner compares the next trial."""
         from optuna.trial import TrialState
 
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         return Rivals(self._pruner, self.plan.rule, self._study.get_trials(states=ended), self.score.direction)
 
     def tell(self, trial: Trial, values: Mapping[str, Any], outcome: Outcome) -> Finished:
-        """Count a trial as finished, and store it."""
+        """Count a trial as finished, store it, and return it."""
         from optuna.trial import TrialState
 
         state = TrialState.PRUNED if outcome.state == PRUNED else TrialState.COMPLETE
@@ -134,14 +136,15 @@ class RuleStudy:
 
     @property
     def worst(self) -> float:
-        """The value of a trial that diverged or failed: 0 for an accuracy; for other scores, the worst of the finished trials."""
+        """The value assigned to a trial that diverged or failed, which is 0 for an accuracy and the worst value of the finished
+        trials for any other score."""
         if self.score.unit == "%" and self.score.higher_is_better:
             return 0.0
         known = [trial.outcome.value for trial in self.finished if trial.outcome.value is not None]
         return min(known, key=self.score.merit, default=-self.score.merit(HUGE))
 
     def _repeat(self, stored: FrozenTrial) -> None:
-        """Propose and count a stored trial again.
+        """Propose a stored trial again, and count it as finished.
 
         Raises:
             RunDirectoryError: if the stored trial is not the one that the study proposes.
@@ -160,8 +163,8 @@ class RuleStudy:
 
     @property
     def best(self) -> Finished | None:
-        """The trial with the best validation score (in a tie, the earlier one); None if all trials diverged, failed or were
-        pruned."""
+        """The trial with the best validation score; in a tie, the earlier trial. The value is None if all trials diverged, failed
+        or were pruned."""
         usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
         return max(usable, key=lambda trial: (self.score.merit(trial.outcome.value or 0.0), -trial.number), default=None)
 
@@ -198,9 +201,9 @@ def _frozen(told: FrozenTrial, state: Any, attributes: dict[str, Any]) -> Frozen
 
 
 def open_journal(directory: Path) -> JournalStorage:
-    """The storage of a study, which only this process writes, because it holds the lock of the study's folder.
+    """The storage of a study. Only the process that holds the lock on the study's folder writes to the storage.
 
-    A last line that was cut short by a full disk is removed, and its trial runs again.
+    If a full disk cut the last line short, that line is removed, and its trial runs again.
     """
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend

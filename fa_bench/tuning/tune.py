@@ -1,4 +1,4 @@
-"""A study from its command line to its tables."""
+"""Run a study, from reading its command line to writing its tables."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def prepared(overrides: Sequence[str], config_dir: str | None) -> Plan:
 
 
 def check_data(plan: Plan) -> str:
-    """Load the study's data, check that all rules and architectures fit them, and return their hash.
+    """Load the study's data, check that all rules and architectures fit the data, and return the hash of the data.
 
     Raises:
         DataError: if the data cannot be read, or have no validation split.

@@ -18,7 +18,8 @@ from fa_bench.utils.stopping import interrupt_on_signals
 
 #: Seconds to wait for the workers' checkpoints after a signal.
 SHUTDOWN_SECONDS = 10.0
-#: tqdm reads this variable when it is imported; the bars of several processes would overwrite each other.
+#: tqdm reads this environment variable when it is imported; it turns off the workers' progress bars, which would overwrite each
+#: other.
 _NO_BARS = "TQDM_DISABLE"
 
 
@@ -51,7 +52,7 @@ class Workers:
                 os.environ[_NO_BARS] = before
 
     def start(self, worker: int, trial: TrialRun) -> None:
-        """Let a worker run a trial."""
+        """Send a trial to a worker, which runs it."""
         self._connections[worker].send(trial)
 
     def results(self, busy: list[int]) -> Iterator[tuple[int, Outcome]]:
@@ -99,7 +100,7 @@ def workers(count: int, threads: int) -> Iterator[Workers]:
 
 
 def _work(connection: Connection, starter: int, threads: int) -> None:
-    """Run the trials that arrive, until the connection is closed."""
+    """Run the trials that arrive until the connection is closed."""
     try:
         with interrupt_on_signals():
             exit_with_parent(starter)

@@ -1,1 +1,1 @@
-"""Utilities shared by the other packages; they do not depend on learning rules."""
+"""Utilities that are shared by the other packages and do not depend on learning rules."""

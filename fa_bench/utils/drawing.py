@@ -1,4 +1,5 @@
-"""Matplotlib with its default settings, regardless of those of a notebook, a shell or a matplotlibrc; figures are never shown."""
+"""Matplotlib with its default settings, regardless of the settings of a notebook, a shell or a matplotlibrc file. Figures are
+never shown."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Within the block, figures look the same on every machine; the process's settings and backend are restored afterwards.
+    """Within the block, figures look the same on every machine. The process's settings and backend are restored afterwards.
 
-    Modules that import matplotlib at their top must be imported within the block, or after it.
+    Modules that import matplotlib at the top level must not be imported before the block begins.
     """
     _load()
     import matplotlib.style
@@ -22,7 +23,7 @@ def default_style() -> Iterator[None]:
 
 
 def _load() -> None:
-    """Import matplotlib even if MPLBACKEND names a backend that is not installed, in which case a plain import would fail."""
+    """Import matplotlib even if MPLBACKEND names a backend that is not installed, which would make a plain import fail."""
     if "matplotlib" in sys.modules:
         return
     backend = os.environ.pop("MPLBACKEND", None)

@@ -1,4 +1,4 @@
-"""Energy counters of the machine: RAPL for processors, NVML for NVIDIA GPUs."""
+"""The energy counters of the machine, which are RAPL for processors and NVML for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-#: Where Linux lists the counters of the processors' packages, their parts, and memory.
+#: The directory in which Linux lists the counters of processor packages, their parts, and memory.
 POWERCAP = Path("/sys/class/powercap")
 _WH = 3600.0  # joules
 
@@ -23,7 +23,8 @@ class Counter(Protocol):
 
 
 class Rapl:
-    """The counter of one RAPL domain: a processor package or its memory. It counts the energy used by all processes.
+    """The counter of one RAPL domain, which is a processor package or its memory. The counter includes the energy used by all
+    processes.
 
     Raises:
         OSError: the counter cannot be read; on most systems, only root can do so.
@@ -36,7 +37,7 @@ class Rapl:
         self._last, self._turns = int(self._file.read_text()), 0
 
     def joules(self) -> float:
-        """The energy so far; correct if it is read more often than the counter wraps around."""
+        """The energy so far. The value is correct if this method is called more often than the counter wraps around."""
         now = int(self._file.read_text())
         self._turns += now < self._last
         self._last = now
@@ -44,7 +45,7 @@ class Rapl:
 
 
 class Nvml:
-    """The counter of one GPU, from the package nvidia-ml-py.
+    """The energy counter of one GPU, read through the package nvidia-ml-py.
 
     Raises:
         ImportError: the package is missing.
@@ -63,7 +64,7 @@ class Nvml:
 
 
 class EnergyMeter:
-    """Measures the energy between two readings of counters.
+    """Measures the energy that is used between two readings of counters.
 
     Args:
         counters: by name; at least one.
@@ -75,8 +76,9 @@ class EnergyMeter:
 
     @classmethod
     def of(cls, device: torch.device) -> EnergyMeter | None:
-        """The meter of a run on a device: the processors' packages and their memory, if they are counted, and the GPU; None if
-        the processors (or, for a run on a GPU, the GPU) are not counted."""
+        """An energy meter for a run on this device. The meter reads the counters of the processor packages, of their memory if
+        available, and of the GPU if the run uses one. The result is None if the processors or the GPU used by the run have no
+        readable counter."""
         counters = rapl()
         if device.type == "cuda":
             import torch
@@ -93,11 +95,11 @@ class EnergyMeter:
         return list(self._counters)
 
     def start(self) -> None:
-        """Begin a measurement; energy used before is not counted."""
+        """Begin a measurement. Energy that was used earlier is not counted."""
         self.used_wh()
 
     def used_wh(self) -> float | None:
-        """The energy since the last call in watt-hours; None if a counter failed."""
+        """The energy used since the last call, in watt-hours; None if a counter failed."""
         try:
             now = sum(counter.joules() for counter in self._counters.values())
         except Exception:  # NVML raises many kinds of errors
@@ -109,8 +111,8 @@ class EnergyMeter:
 def rapl() -> dict[str, Counter]:
     """The counters of all packages and of their memory, by name, such as ``package-0``; empty if one of them cannot be read.
 
-    Other domains are left out so that nothing is counted twice: that of the whole system (psys) contains the packages, and the
-    packages contain the cores and the graphics.
+    Other domains are left out so that nothing is counted twice. The domain of the whole system (psys) contains the packages, and
+    the packages contain the cores and the graphics.
     """
     try:
         domains = {domain: (domain / "name").read_text().strip() for domain in sorted(POWERCAP.glob("intel-rapl:*"))}

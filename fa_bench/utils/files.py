@@ -1,5 +1,5 @@
-"""Atomic writes, so that a reader sees either the old file or the new one, never an incomplete one; checks of the places where
-runs may write."""
+"""Write files atomically, so that a reader sees either the old file or the new one but never an incomplete one. Check paths
+before runs write to them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from typing import Any
 
 from fa_bench.errors import FaBenchError, OutputError, RunDirectoryError, printable, truncate
 
-#: Files of a run directory.
+#: The files in a run directory.
 CONFIG, LOG, METRICS, CURVES, RESULT = "config.yaml", "run.log", "metrics.jsonl", "curves.csv", "result.json"
 ANGLES = "angles.jsonl"
 
-#: Content of a lock file: empty, or the lock holder, which filelock writes on file systems without locks.
+#: The allowed content of a lock file: nothing, or the record of the lock holder that filelock writes on file systems without
+#: locks.
 _LOCK_TEXT = re.compile(rb"\Z|\d+\r?\n[^\n]+\n\d+\r?\n\Z")
 
 
 def temporary_name(name: str) -> str:
-    """The name of a file while it is being written."""
+    """The temporary name of a file while it is being written."""
     return f".{name}.tmp"
 
 
@@ -42,10 +43,11 @@ def output_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it replaces `path` when the block ends without an error.
+    """Yield a temporary path in the same folder as `path`. A file written to the temporary path replaces `path` if the block ends
+    without an error.
 
-    Its name depends only on that of `path`, so a file left by a killed process is replaced; only one process at a time may write
-    `path`.
+    The temporary name depends only on the name of `path`, so a file left by a killed process is replaced. Only one process at a
+    time may write to `path`.
 
     Raises:
         OutputError: if the file cannot be written; the old file is unchanged.
@@ -74,7 +76,8 @@ def resolved(path: Path) -> Path:
 
 
 def check_lock(path: Path) -> None:
-    """Refuse a path that is not a lock file: locking truncates the file, which must not have other content or further links."""
+    """Refuse a path that is not a lock file. Locking truncates the file, so the file must not have any other content or any other
+    hard links."""
     try:
         status = path.lstat()
         if status.st_nlink == 0:  # the lock holder is removing it right now
@@ -129,7 +132,7 @@ def check_writable(path: Path) -> None:
         path.resolve()  # raises an error for circular links
         for part in (path, *path.parents):
             if part.is_dir():
-                # The system checks the lengths of names only in existing directories.
+                # The operating system checks the length of a name only if its parent directory exists.
                 longest = os.pathconf(part, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
                 if any(len(os.fsencode(name)) > longest for name in path.relative_to(part).parts):
                     raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -148,12 +151,12 @@ def check_writable(path: Path) -> None:
 
 
 def write_failure(error: OSError) -> str:
-    """One line about an operating system's error: the path and the reason."""
+    """A one-line message about an error of the operating system, with the path and the reason."""
     return f"{error.filename or 'output'}: cannot be written ({error.strerror or error})"
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
-    """JSON in which numbers that are not finite are null, since JSON has no NaN."""
+    """The value as JSON text, with null for numbers that are not finite, because JSON has no NaN."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

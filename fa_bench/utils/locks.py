@@ -1,6 +1,6 @@
-"""A lock on a file for one process at a time, which is released when the process ends, even if it is killed.
+"""A lock file that one process at a time can hold. The lock is released when the process ends, even if the process is killed.
 
-The lock is filelock's; processes forked by its holder, such as data workers, do not inherit it.
+The lock is implemented by filelock. Processes forked by the lock's holder, such as data workers, do not inherit the lock.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from fa_bench.utils.files import check_lock
 
-#: Seconds to wait for a lock: a process that checks a lock holds it for a moment, and a killed process takes a moment to end.
+#: Seconds to wait for a lock. A process that only checks a lock holds it for a moment, and a killed process takes a moment to
+#: end.
 PATIENCE = 3.0
 log = logging.getLogger("fa_bench")
 
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file at `path`, whose folder exists; the file is removed at the end.
+    """Hold the lock file at `path` within the block. The folder of `path` must exist. The file is removed at the end.
 
     Args:
         path: the lock file.
@@ -38,8 +39,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     lock, end, warned = FileLock(path, poll_interval=0.02), time.monotonic() + PATIENCE, False
     while True:
         # Between opening and locking, another process may remove the file, and a third one may create it again. If the inode is
-        # the same before and after, this did not happen, because an inode cannot be reused while the file is open here. A soft
-        # lock, for systems without locks on files, is held by the process that created the file.
+        # the same before and after locking, the file was not replaced, because an inode cannot be reused while the file is open
+        # here. On file systems without locks, filelock uses a soft lock, which is held by the process that created the file.
         with nullcontext() if isinstance(lock, SoftFileLock) else _opened(path) as before:
             try:
                 lock.acquire(timeout=(-1 if warned else 0) if wait else max(end - time.monotonic(), 0))

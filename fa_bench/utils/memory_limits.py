@@ -1,4 +1,4 @@
-"""Memory limits: refuse anything that does not fit before it is allocated, because Linux overcommits memory."""
+"""Refuse allocations that do not fit into memory before they are made, because Linux overcommits memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from typing import Any
 from fa_bench.errors import ConfigError, FaBenchError, OptionError, describe_error, first_line
 from fa_bench.utils.text import format_bytes, format_shape
 
-#: Requests up to this size (bytes) are not checked.
+#: Allocations up to this size in bytes are not checked.
 _MIN_CHECKED = 1 << 24
-#: A tensor with at least this many entries fits into no memory; for some such sizes, torch would raise errors of other kinds.
+#: No machine has enough memory for a tensor with this many entries or more, and for some of these sizes torch would raise errors
+#: of other kinds.
 _NEVER = 1 << 60
 #: The torch functions with which modules and rules allocate a tensor of a given size.
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "eye")
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that this process may still allocate, on its machine and in its container; None if unknown."""
+    """The number of bytes that this process can still allocate within the limits of its machine and its container; None if
+    unknown."""
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -92,15 +94,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_failure(error: BaseException) -> str:
-    """An error in one line: its type and the first line of its message, or a note that memory ran out."""
+    """A one-line description of an error, with its type and the first line of its message, or a note that memory ran out."""
     return "out of memory; make batch_size or the architecture smaller" if is_out_of_memory(error) else describe_error(error)
 
 
 @contextmanager
 def within_memory() -> Iterator[None]:
-    """Within the block, or a decorated function, raise a ConfigError if the parts of a run do not fit into memory.
+    """Within the block or the decorated function, raise a ConfigError if the parts of a run do not fit into memory.
 
-    A model or feedback that is too large is refused before it is allocated; anything else is refused when its allocation fails.
+    A model or feedback that is too large is refused before it is allocated. If any other part is too large, the error is raised
+    when an allocation fails.
     """
     from torch.overrides import TorchFunctionMode
 

@@ -1,4 +1,4 @@
-"""Muon as a torch optimizer; it is separate from its options, so that reading them does not import torch."""
+"""The Muon optimizer for torch. The optimizer's options are defined elsewhere, so that torch is not imported to read them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
 
 
 def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
-    """The matrix with its singular values moved close to 1 by Newton-Schulz iterations; zero stays zero.
+    """The matrix with its singular values moved close to 1 by Newton-Schulz iterations; a zero matrix stays zero.
 
     Args:
         matrix: (rows, columns), in single or double precision.
@@ -36,7 +36,7 @@ def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose direction is orthogonalised, with decoupled weight decay: see `fa_bench.optim.muon`.
+    """Momentum with an orthogonalised update direction and decoupled weight decay, as described in `fa_bench.optim.muon`.
 
     Args:
         params: tensors with two or more dimensions, or groups of them; all dimensions after the first are flattened into one.

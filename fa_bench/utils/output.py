@@ -1,4 +1,4 @@
-"""Standard output and error that never end a run, even if they are closed or full, or their encoding lacks characters."""
+"""Standard output and standard error that never end a run, even if they are closed or full or cannot encode a character."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-#: ASCII replacements for symbols that an encoding lacks. Letters lose their accents, Greek letters are spelled out, and other
-#: characters are escaped.
+#: ASCII replacements for symbols that are missing in an encoding. Letters lose their accents, Greek letters are spelled out, and
+#: other characters are escaped.
 ASCII = {
     "±": "+/-",
     "°": "deg",
@@ -33,12 +33,12 @@ ASCII = {
     "Ø": "O",
 }
 _ERRORS = "fa_bench.plain"
-#: Errors in which output is lost that is still wanted; after other errors, such as a broken pipe, nobody reads the output.
+#: Errors after which a reader still wants the lost output. After a broken pipe, for example, nobody reads the output.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class _ResilientFile(io.FileIO):
-    """A file descriptor whose writes never fail: after the first error, they are discarded.
+    """A file descriptor on which writes never fail. After the first error, all output is discarded.
 
     Attributes:
         failure: the error that caused a loss of wanted output; None if none was lost.
@@ -70,13 +70,13 @@ class _UnclosableStream(io.TextIOWrapper):
 
 @contextmanager
 def resilient_output() -> Iterator[Callable[[], str]]:
-    """Within the block, standard output and error accept any text, and writing to them never fails.
+    """Within the block, standard output and standard error accept any text, and writing to them never fails.
 
     Output to a closed stream is discarded, and characters that the encoding lacks are replaced according to `ASCII`. Streams that
-    another program has installed, such as a notebook's, are left alone.
+    another program has installed, such as those of a notebook, are not changed.
 
-    Yields:
-        A function that returns why wanted text on standard output was lost; empty if none was.
+    Yields: A function that returns the reason why text on standard output was lost, or an empty string if no text was lost that a
+    reader still wants.
     """
     original = sys.stdout, sys.stderr
     streams = [_resilient(stream, number) for number, stream in enumerate(original, start=1)]
@@ -90,7 +90,8 @@ def resilient_output() -> Iterator[Callable[[], str]]:
 
 
 def exit_code(command: str, run: Callable[[], int]) -> int:
-    """Call `run` under `resilient_output` and return its exit code, or 2 if wanted output was lost; errors name `command`."""
+    """Call `run` under `resilient_output` and return its exit code, or 2 if output was lost that a reader still wants. The error
+    message begins with `command`."""
     with resilient_output() as failure:
         code = run()
         if reason := failure():
@@ -112,7 +113,7 @@ def _raw(stream: TextIO) -> Any:
 
 
 def _resilient(stream: TextIO | None, number: int) -> TextIO:
-    # The console of Windows has its own stream class, in which pipes cannot break and no character is missing.
+    # The Windows console has its own stream class, which supports every character and is not a pipe that could break.
     if stream is not None and (type(_raw(stream)) is not io.FileIO or not _is_descriptor(stream, number)):
         return stream
     if stream is None:  # it was closed when Python started

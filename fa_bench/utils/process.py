@@ -1,4 +1,4 @@
-"""Process-wide state that runs share, such as random generators: restored after each run."""
+"""Process-wide state, such as random generators, that runs share and that is restored after each run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def seed_everything(seed: int) -> None:
 def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
     """Make torch refuse nondeterministic operations, or only warn about them.
 
-    Does nothing if that is the current setting, because torch imports its compiler to change it, which takes a second.
+    Nothing is done if the setting is already in effect, because a change makes torch import its compiler, which takes a second.
     """
     if (enabled, warn_only) != (
         torch.are_deterministic_algorithms_enabled(),
@@ -58,7 +58,7 @@ def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -66,11 +66,13 @@ _jobs = 0
 
 
 def freeze_before_second_job() -> None:
-    """Exempt all loaded objects from garbage collection when this process begins its second job; call this before each job.
+    """Exempt all loaded objects from garbage collection when this process begins its second job. Call this function before each
+    job.
 
-    Every run ends with a garbage collection, which would otherwise traverse all of torch's modules and take longer than a small
-    run trains. The first job has imported everything that later jobs need, and its model no longer exists. Call this only in
-    processes of the command; in a user's program, the user's objects would be exempt, too.
+    Every run ends with a garbage collection. Without the exemption, the collection would traverse all of torch's modules and take
+    longer than the training of a small run. The first job has imported everything that later jobs need, and its model no longer
+    exists. Call this function only in processes of the command, because in a user's program it would also exempt the user's
+    objects.
     """
     global _jobs
     _jobs += 1
@@ -91,8 +93,8 @@ def _flushes_denormals() -> bool:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Restore the state of the process after the block: random state, precision, threads, determinism, hooks, memory, and
-    the working directory, to which the run directories of a sweep are relative.
+    """After the block, restore the process's random state, precision, threads, determinism, hooks and working directory, and free
+    unused memory. The run directories of a sweep are relative to the working directory.
     """
     state, folder = random_state(), os.getcwd()
     hooks = {name: _MODULES[name].copy() for name in _HOOKS}
@@ -126,7 +128,7 @@ def isolated() -> Iterator[None]:
         np.seterr(**error_state)
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-        # A model and its rule refer to each other; uncollected, they would count towards the next run's peak memory.
+        # A model and its rule refer to each other and would count towards the next run's peak memory if they were not collected.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Random tensors: the table of initialisers, and seeds derived from names."""
+"""Sample random tensors with a table of initialisers and with seeds derived from names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Initialiser(NamedTuple):
 
 
 def _one_of(*values: float) -> Callable[[Tensor, torch.Generator | None], Tensor]:
-    """Fills tensors with independent entries, each of which takes one of the values with equal probability."""
+    """A function that fills a tensor with independent entries, each of which takes one of the values with equal probability."""
 
     def fill(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
         chosen = torch.randint(len(values), tensor.shape, generator=generator, device=tensor.device)
@@ -48,7 +48,8 @@ def _one(fan_in: int, fan_out: int) -> float:
 
 
 def _identities(sign: int) -> Callable[[Tensor, torch.Generator | None], Tensor]:
-    """Fills tensors (O, ...) with identity matrices (O, O) side by side, every second one multiplied by `sign`."""
+    """A function that fills a tensor (O, ...) with identity matrices (O, O) side by side, where every second one is multiplied by
+    `sign`."""
 
     def fill(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
         rows = torch.arange(tensor.shape[0], device=tensor.device).unsqueeze(1)
@@ -59,8 +60,8 @@ def _identities(sign: int) -> Callable[[Tensor, torch.Generator | None], Tensor]
     return fill
 
 
-#: The initialisers of weights and feedback. Fans count kernel positions; U(a) is uniform in [-a, a), N(0, v) normal of variance
-#: v.
+#: The initialisers of weights and feedback. Fans count kernel positions. U(a) is the uniform distribution on [-a, a), and N(0, v)
+#: is the normal distribution with variance v.
 INITIALISERS: dict[str, Initialiser] = {
     "xavier_uniform": Initialiser(True, lambda i, o: math.sqrt(6 / (i + o)), "U(√(6 / (fan_in + fan_out)))"),
     "xavier_normal": Initialiser(False, lambda i, o: math.sqrt(2 / (i + o)), "N(0, 2 / (fan_in + fan_out))"),
@@ -80,7 +81,7 @@ INITIALISERS: dict[str, Initialiser] = {
     ),
 }
 
-#: The initialisers of weights, and of feedback whose signs are given, so that only its magnitudes are sampled.
+#: The initialisers for weights, and for feedback with given signs, which needs samples only of its magnitudes.
 CONTINUOUS = [name for name, initialiser in INITIALISERS.items() if initialiser.fill is None]
 
 
@@ -105,18 +106,20 @@ def initialiser_of(name: str, what: str = "", others: Sequence[str] = ()) -> Ini
 
 
 def fans(shape: Sequence[int]) -> tuple[int, int]:
-    """(fan_in, fan_out) of a weight of this shape; kernel positions are counted, as in torch."""
+    """The pair (fan_in, fan_out) for a weight of this shape. Kernel positions are counted, as in torch."""
     kernel = math.prod(shape[2:])
     return shape[1] * kernel, shape[0] * kernel
 
 
 def seed_for(*parts: Any) -> int:
-    """A seed derived from a run's seed and names, such as a layer's path and a tensor's name, independent of order and rank."""
+    """A seed derived from a run's seed and from names, such as a layer's path and a tensor's name. The result does not depend on
+    the order of calls or on the rank of the process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
 def sample(shape: Sequence[int], init: str, seed: int, density: float = 1.0) -> Tensor:
-    """A float32 tensor on the CPU, sampled by the initialiser `init`; with `density` below 1, multiplied by a Bernoulli mask.
+    """A float32 tensor on the CPU, sampled by the initialiser `init`. If `density` is below 1, the tensor is multiplied by a
+    Bernoulli mask.
 
     The mask does not rescale the remaining entries.
     """
@@ -125,7 +128,8 @@ def sample(shape: Sequence[int], init: str, seed: int, density: float = 1.0) -> 
 
 
 def fill(tensor: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
-    """Overwrite `tensor` with a sample of the initialiser `init` and return it; `generator` defaults to torch's global one."""
+    """Overwrite `tensor` with a sample of the initialiser `init`, and return it. If `generator` is None, torch's global generator
+    is used."""
     initialiser = initialiser_of(init)
     scale = initialiser.scale(*fans(tensor.shape))
     with torch.no_grad():
@@ -145,7 +149,7 @@ def sample_mask(shape: Sequence[int], density: float, seed: int) -> Tensor:
 def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
     """Overwrite `out` with the absolute values of a new sample of the initialiser `init`, on the device of `out`.
 
-    The sample is the same as that of `magnitudes`, except for rounding.
+    The sample is the same as the result of `magnitudes`, except for rounding.
     """
     words = seed_words(seed)
     if out.device.type != "cpu":
@@ -163,10 +167,11 @@ def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
 
 
 def magnitudes(words: Tensor, shape: Sequence[int], init: str, dtype: torch.dtype) -> Tensor:
-    """The absolute values of a sample of the initialiser `init`, on any device and in graphs that a compiler fuses.
+    """The absolute values of a sample of the initialiser `init`. The values can be computed on any device, and a compiler can
+    fuse the computation.
 
-    Entry i depends only on the seed and i, so every device and every compiler gives the same sample, except for rounding. torch's
-    generators differ between devices and are slow on CPUs.
+    Entry i depends only on the seed and i, so every device and every compiler gives the same sample, except for rounding. The
+    generators of torch differ between devices and are slow on CPUs.
 
     Args:
         words: `seed_words` of the seed, int32, (2,), on the device.
@@ -184,7 +189,8 @@ def seed_words(seed: int) -> tuple[int, int]:
 
 
 def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tuple[int, int], out: Tensor | None = None) -> Tensor:
-    """Map uniform numbers from -2^22 to 2^22 - 1 to magnitudes, so that none is zero, and the mean of U is exact."""
+    """Map uniformly distributed integers from -2^22 to 2^22 - 1 to magnitudes. No magnitude is zero, and the mean is exact for
+    uniform distributions."""
     initialiser = initialiser_of(init)
     scale = initialiser.scale(*fan_in_out)
     step = (scale if initialiser.is_uniform else 1.0) / 2**23
@@ -192,16 +198,17 @@ def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tupl
     return values if initialiser.is_uniform else torch.erfinv(values, out=out).mul_(math.sqrt(2) * scale)
 
 
-# The numbers are the upper 23 bits of a hash of index and seed. The hash is a Weyl sequence in the index, starting at one half of
-# the seed; the finaliser of MurmurHash3 mixes it, and the other half of the seed enters between the finaliser's two steps.
+# The numbers from `_hashed` are the upper 23 bits of a hash of the index and the seed. The hash begins with a Weyl sequence in
+# the index, which starts at the first half of the seed. The finaliser of MurmurHash3 mixes the Weyl sequence. Between the two
+# steps of the finaliser, the second half of the seed is combined with the hash by XOR.
 _WEYL, _MIX1, _MIX2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
-#: Numbers that are hashed at a time on a CPU, so that they stay in its cache.
+#: The number of values that are hashed at a time on a CPU, chosen so that they stay in its cache.
 _PART = 65536
 _buffers = threading.local()
 
 
 def _hashed(words: Tensor, count: int) -> Tensor:
-    """(count,) numbers from -2^22 to 2^22 - 1, int32."""
+    """An int32 tensor (count,) of hashed integers from -2^22 to 2^22 - 1."""
     x = torch.arange(count, dtype=torch.int32, device=words.device) * _signed(_WEYL) + words[0]
     x = x ^ ((x >> 16) & 0xFFFF)
     x = (x * _signed(_MIX1)) ^ words[1]
@@ -211,8 +218,8 @@ def _hashed(words: Tensor, count: int) -> Tensor:
 
 
 def _hashed_part(start: int, count: int, first: int, second: int) -> np.ndarray:
-    """The numbers of `_hashed` from index `start` on, in a buffer that the thread's next call overwrites. NumPy computes them,
-    because this runs at every step, and torch has no unsigned shifts."""
+    """The numbers of `_hashed` from index `start` on, in a buffer that the thread's next call overwrites. NumPy is used because
+    this function runs at every step and torch has no unsigned shifts."""
     if not hasattr(_buffers, "of_thread"):
         _buffers.of_thread = np.arange(_PART, dtype=np.uint32) * np.uint32(_WEYL), *np.empty((2, _PART), np.uint32)
     weyl, x, shifted = (buffer[:count] for buffer in _buffers.of_thread)

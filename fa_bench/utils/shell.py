@@ -1,4 +1,4 @@
-"""Quoting values of a command line, which the shell parses first and Hydra second."""
+"""Quote the values of a command line, which is parsed first by the shell and then by Hydra."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def hydra_quote(value: str) -> str:
 
 
 def expansion_problem(key: str, path: str) -> str:
-    """A message that says why a path that begins with ``~`` or contains ``$NAME`` is refused; empty for any other path.
+    """A message about why a path is refused if it begins with ``~`` or contains ``$NAME``; empty for any other path.
 
-    A quoted ``~`` reaches fa-bench unexpanded and would become a folder of that name.
+    A quoted ``~`` reaches fa-bench unexpanded and would become the name of a folder.
     """
     expanded = os.path.expanduser(os.path.expandvars(path))
     if expanded == path and not path.startswith("~"):

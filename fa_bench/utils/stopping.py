@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP during a run: handled once the run's state is consistent, or turned into an exception."""
+"""Handle SIGINT, SIGTERM and SIGHUP during a run, either by raising an exception or once the run's state is consistent."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-#: SIGHUP is sent when the terminal is closed; Windows lacks it.
+#: SIGHUP, which is sent when the terminal is closed, does not exist on Windows.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-#: submitit uses one of these signals: USR2, unless SUBMITIT_PREEMPT_SIGNAL names the other.
+#: The requeue signal of submitit is USR2, unless SUBMITIT_PREEMPT_SIGNAL names USR1.
 _REQUEUE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal requested a stop."""
+    """Raised when a signal has requested a stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -25,7 +25,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def code(self) -> int:
-        """The exit code by the convention of shells: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP."""
+        """The exit code by the convention of shells, which is 130 after SIGINT, 143 after SIGTERM and 129 after SIGHUP."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a signal has requested a stop.
+    """Records whether a signal has requested a stop.
 
     Attributes:
         number: the first signal received; None if there was none.
@@ -59,7 +59,7 @@ def _is_own(handler: Any) -> bool:
 
 @contextmanager
 def deferred_signals() -> Iterator[StopRequest]:
-    """Within the block, the first signal only sets the StopRequest; a second SIGINT raises Interrupted immediately.
+    """Within the block, the first signal is only recorded in the StopRequest, but a second SIGINT raises Interrupted immediately.
 
     If the block does not check the request, Interrupted is raised at its end.
     """
@@ -79,7 +79,8 @@ def deferred_signals() -> Iterator[StopRequest]:
 def interrupt_on_signals(on_signal: Callable[[int], Any] = lambda number: None) -> Iterator[None]:
     """Within the block, each of `SIGNALS` raises Interrupted, after `on_signal` has been called with its number.
 
-    Any error after a signal also becomes Interrupted: interrupted code, such as an import, may fail in unexpected ways.
+    Any error after a signal is also converted to Interrupted, because interrupted code, such as an import, may fail in unexpected
+    ways.
     """
     request = StopRequest()
 
@@ -99,10 +100,11 @@ def interrupt_on_signals(on_signal: Callable[[int], Any] = lambda number: None) 
 @contextmanager
 def _signal_handler(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        # Python sets handlers in the main thread only; a program that runs jobs in other threads stops them by other means.
+        # Python can set signal handlers only in the main thread. A program that runs jobs in other threads must stop them in
+        # another way.
         yield
         return
-    # Under nohup, SIGHUP is ignored and stays so, because the run should outlive its terminal.
+    # If SIGHUP is ignored, as under nohup, it remains ignored, because the run should outlive its terminal.
     handled = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
     # Before submitit requeues a job, its run must write a checkpoint.
     handled += [number for number in _REQUEUE_SIGNALS if requeue_handler(number) or _is_own(signal.getsignal(number))]

@@ -1,4 +1,4 @@
-"""Numbers, shapes and tables as plain text; arbitrary text escaped for Markdown and figures."""
+"""Format numbers, shapes and tables as plain text, and escape arbitrary text for Markdown and figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 
 
 def align_columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """One line per row, with columns separated by two spaces; the columns whose indices are in `right` are right-aligned."""
+    """One line per row, with columns separated by two spaces. The columns with indices in `right` are right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
@@ -28,12 +28,12 @@ def indent(lines: Iterable[str], by: int = 2) -> list[str]:
 
 
 def format_shape(shape: Iterable[int]) -> str:
-    """A shape as text, ``512x784``; ``1`` for a scalar."""
+    """A shape as text, such as ``512x784``; ``1`` for a scalar."""
     return "x".join(map(str, shape)) or "1"
 
 
 def format_bytes(size: float) -> str:
-    """A size in bytes with a decimal unit: ``0 B``, ``2.68 MB``."""
+    """A size in bytes with a decimal unit, such as ``0 B`` or ``2.68 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if round(size, 2 if size < 10 else 1 if size < 100 else 0) < 1000:
             return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
@@ -42,7 +42,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_count(number: float) -> str:
-    """A number for humans: ``1,797``, ``25.7 million``."""
+    """A number in a readable form, such as ``1,797`` or ``25.7 million``."""
     for unit, name in _NAMES:
         if number >= unit:
             return f"{number / unit:.3g} {name}"
@@ -50,7 +50,7 @@ def format_count(number: float) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Arbitrary text for one line, or one table cell, of Markdown, where it is rendered literally.
+    """The text escaped so that Markdown renders it literally in one line or one table cell.
 
     Control characters, HTML, emphasis, links, code, formulas, headings and lists are escaped.
     """
@@ -60,5 +60,5 @@ def escape_markdown(text: str) -> str:
 
 
 def escape_mathtext(text: str) -> str:
-    """Arbitrary text for a figure: one line in which matplotlib finds no formula."""
+    """The text as one line for a figure, escaped so that matplotlib does not parse any part as a formula."""
     return printable(text).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Reading untrusted YAML: plain data of a bounded size, or an error in one line."""
+"""Read untrusted YAML, which must be plain data of a bounded size. Any other input raises an error with a one-line message."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from omegaconf import OmegaConf
 
 from fa_bench.errors import ConfigError, first_line
 
-#: Limits on the bytes of a file, the nesting depth, and the nodes after aliases are expanded: far above any real config.
+#: Limits, far above any real config, on the bytes of a file, the nesting depth, and the number of nodes after aliases are
+#: expanded.
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 500_000, 40, 20_000
 _PLAIN = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge"))
 
-#: libyaml's parser where PyYAML has it, which saves a third of the time of reading the configs of many runs.
+#: The parser of libyaml is used if PyYAML includes it, which saves a third of the time needed to read the configs of many runs.
 _FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -51,7 +52,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Like `read_yaml`, for a text; errors name it `source`."""
+    """Parse YAML text with the same checks as `read_yaml`. Error messages refer to the text as `source`."""
     return copy.deepcopy(_parse(text, source))
 
 
@@ -75,9 +76,10 @@ def _parse(text: str, source: str) -> Any:
 
 
 def _check(text: str, source: str, loader: Any) -> None:
-    """Check the parser's events, which take time and memory in proportion to the text, before anything is built from them."""
+    """Check the parser's events before anything is built from them, because the events take time and memory only in proportion to
+    the text."""
     sizes: dict[str, int | None] = {}
-    #: The anchor of every open collection, and the number of nodes before it.
+    #: The anchor of every open collection, and the number of nodes before the collection.
     open_collections: list[tuple[str | None, int]] = []
     nodes = 0
     for event in yaml.parse(text, Loader=loader):
