@@ -151,7 +151,7 @@ class Composer:
         plain = OmegaConf.to_container(values, resolve=False) if OmegaConf.is_config(values) else values
         if not isinstance(plain, dict) or plain.get("name") not in next(group for group in GROUPS if group.kind == kind):
             raise ConfigError(
-                f"{kind}={choice}: does not set up a {kind}; its file needs `defaults: [NAME]`, a registered {kind}"
+                f"{kind}={choice}: does not set up a {kind}; its file needs `defaults: [NAME]`, where NAME is a registered {kind}"
             )
         return {str(key): value for key, value in plain.items()}
 

@@ -165,7 +165,7 @@ def _without_error(parts: Parts) -> list[str]:
     """A line that names the layers with feedback that send no error back, because no layer before them learns."""
     reached, pairs = parts.meter.trace.reached, parts.rule.weight_pairs()
     first = [path for path in parts.meter.trace.order if path in pairs and path not in reached]
-    return [f"{names(first)} sends no error back: nothing before it learns"] if first else []
+    return [f"{names(first)} sends no error back, because no earlier layer learns"] if first else []
 
 
 def _feedback(rule: Rule) -> list[str]:
@@ -228,7 +228,7 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
 
 
 def _compared(of_rule: int, of_backprop: int, text: Callable[[int], str]) -> str:
-    return f"{text(of_rule)} a step, {of_rule / of_backprop:.2f} of backpropagation's {text(of_backprop)}"
+    return f"{text(of_rule)} per step, {of_rule / of_backprop:.2f} times backpropagation's {text(of_backprop)}"
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -248,7 +248,7 @@ def _accesses(job: Job, model: torch.nn.Module, splits: Splits, batch: int) -> l
     assert reference is not None
     if of_rule is None:
         undefined = "" if type(job.algorithm) is BP else f"; not defined for {job.algorithm.name}"
-        return [("memory accesses", f"{format_count(reference)} a step for backpropagation{undefined}")]
+        return [("memory accesses", f"{format_count(reference)} per step for backpropagation{undefined}")]
     return [("memory accesses", _compared(of_rule, reference, format_count))]
 
 
@@ -262,7 +262,7 @@ def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:
             f"{counts}; {format_shape(splits.input_shape)}, {len(splits.classes)} {_OUTPUTS[splits.targets]}",
         ),
         *(("data", note) for note in splits.notes),
-        ("steps", f"{steps:,} an epoch, {steps * epochs:,} in {epochs} epoch{'s' * (epochs > 1)}"),
+        ("steps", f"{steps:,} per epoch, {steps * epochs:,} in {epochs} epoch{'s' * (epochs > 1)}"),
     ]
     if job.run.scale != "full":
         keys = ("epochs", "batch_size", "probe_size")

@@ -98,8 +98,8 @@ def _unknown_in_some(loader: ConfigLoader, config_name: str, key: str, swept: li
     if not having or not lacking:
         return ""
     return (
-        f"{key}: {group}={','.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no such option. Sweep it in a command of "
-        f"its own, with {group}={','.join(having)}, and run {','.join(lacking)} in another one"
+        f"{key}: {group}={','.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no such option. Sweep it in a separate "
+        f"command with {group}={','.join(having)}, and run {','.join(lacking)} in another command"
     )
 
 

@@ -173,7 +173,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
             )
     if hydra["job"].get("env_set"):
         raise ConfigError(
-            "hydra.job.env_set: not supported; set environment variables in the shell, so that they hold for the whole run"
+            "hydra.job.env_set: not supported; set environment variables in the shell, so that they apply to the whole run"
         )
     if hydra["mode"] is not None:
         raise ConfigError(f"hydra.mode={hydra['mode']}: not supported; pass -m (--multirun) for a sweep")
@@ -200,7 +200,9 @@ def _check_lengths(plain: Any) -> None:
             return lengths[path]
         value, total = values[path], 1
         if steps > _MOST_STEPS:
-            raise ConfigError(f"{path}={truncate(str(value), 80)}: refers to itself, or through more than {_MOST_STEPS} others")
+            raise ConfigError(
+                f"{path}={truncate(str(value), 80)}: refers to itself, or through a chain of more than {_MOST_STEPS} other values"
+            )
         if isinstance(value, (dict, list)):
             total += sum(length(f"{path}.{key}", steps + 1) for key in (value if isinstance(value, dict) else range(len(value))))
         elif isinstance(value, str):

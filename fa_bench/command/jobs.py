@@ -80,7 +80,7 @@ class Task:
         title = f"{prefix}{job_name(job, self.keys)}"
         marker = self.failure_marker if job.run.on_error == "stop" else None
         if marker and marker.exists():
-            print(f"fa-bench: {title} skipped: a job failed, on_error=stop", file=sys.stderr)
+            print(f"fa-bench: {title} skipped because another job failed (on_error=stop)", file=sys.stderr)
             return 1
         try:
             with resilient_output(), console_log(), interrupt_on_signals():

@@ -115,7 +115,7 @@ def _choices(composer: Composer, kind: str, choices: Sequence[str]) -> Iterator[
 def _components(registry: Registry) -> Iterator[str]:
     """The components of a registry that is not a config group, with their options."""
     if not registry:
-        yield "  none is registered; pass plugins=[MODULE] to list those of a module"
+        yield "  none registered; pass plugins=[MODULE] to include those of a module"
     for name, cls in registry.items():
         yield f"  {name:22s} {textwrap.shorten(summary(cls), _WIDTH, placeholder=' ...')}"
         yield from _own_options(registry, name)

@@ -90,7 +90,8 @@ class RunOptions(Options):
     deterministic: bool = option(False, "refuse nondeterministic operations")
     compile: bool | str = option(
         False,
-        "compile forward and backward pass with torch.compile; auto: where measurements show that it is faster; changes rounding",
+        "compile forward and backward pass with torch.compile; auto: enabled where measurements show that it is faster; changes "
+        "rounding",
         choices=["auto", True, False],
         identifying=False,
     )
@@ -108,7 +109,8 @@ class RunOptions(Options):
     )
     channels_last: bool | str = option(
         False,
-        "store images and kernels with their channels last; auto: where measurements show that it is faster; changes rounding",
+        "store images and kernels with their channels last; auto: enabled where measurements show that it is faster; changes "
+        "rounding",
         choices=["auto", True, False],
         identifying=False,
     )

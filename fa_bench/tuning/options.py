@@ -40,7 +40,7 @@ class TuneOptions(Options):
     )
     keep_checkpoints: bool = option(False, "keep the checkpoints of finished trials (those of the final runs are always kept)")
     name: str | None = option(  # type: ignore[assignment, misc]
-        None, "folder of the study in output_dir; null: the experiment, or dataset and architecture, and '-tune'"
+        None, "folder of the study in output_dir; null: the name of the experiment (or of dataset and architecture) and '-tune'"
     )
 
     def check(self) -> None:
@@ -56,14 +56,14 @@ class TuneOptions(Options):
             raise OptionError(
                 "tune_seeds",
                 f"={format_value(self.tune_seeds)}: seed {overlap[0]} is one of `seeds`; values must "
-                "not be chosen by the seeds of the final runs (write "
+                "not be chosen with the seeds of the final runs (write "
                 f"tune_seeds=[{max(self.seeds) + 1}])",
             )
         if self.name is not None and (not re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]*", self.name) or not self.name.strip(".")):
             raise OptionError(
                 "name",
-                f"={truncate(self.name, 100)}: write a folder's name of letters, digits, '.', '_' and "
-                "'-', which does not begin with '-'",
+                f"={truncate(self.name, 100)}: use a folder name of letters, digits, '.', '_' and "
+                "'-' that does not begin with '-'",
             )
 
     @property

@@ -180,7 +180,7 @@ def dimension(key: str, override: Override, source: str) -> Dimension:
     if isinstance(value, RangeSweep):
         numbers: list[Any] = list(override.sweep_iterator())
         if len(numbers) < 2:
-            raise ConfigError(f"{typed}: a range of one value; write a single value to fix the key")
+            raise ConfigError(f"{typed}: the range contains only one value; write that value to fix the key")
         low, high = min(numbers), max(numbers)
         return _logged(Dimension(key, low=low, high=high, step=abs(value.step), source=source), value.tags, typed)
     if not isinstance(value, ChoiceSweep):

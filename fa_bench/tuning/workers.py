@@ -68,7 +68,7 @@ class Workers:
             except (EOFError, OSError):
                 self._processes[worker].join(SHUTDOWN_SECONDS)
                 raise StateError(
-                    f"a worker ended (exit code {self._processes[worker].exitcode}), perhaps for lack of memory; "
+                    f"a worker ended (exit code {self._processes[worker].exitcode}), perhaps because memory ran out; "
                     "rerun the same command to resume, with fewer jobs if necessary"
                 ) from None
             if isinstance(result, BaseException):

@@ -57,7 +57,7 @@ BROKEN = [
     ("algorithm=bp,fa", ["algorithm=bp,fa", "-m"]),
     (
         "-m algorithm=fa,kp,bp,dkp algorithm.b_lr_scale=0.1,1",
-        ["algorithm=fa,bp have no such option", "with algorithm=kp,dkp", "run fa,bp in another one"],
+        ["algorithm=fa,bp have no such option", "with algorithm=kp,dkp", "run fa,bp in another command"],
     ),
     ("-m optimizer=sgd,adam optimizer.momentum=0,0.9", ["optimizer=adam has no such option", "with optimizer=sgd"]),
     ("-m algorithm=fa,bp algorithm.b_lr_scale=0.1,1", ["unknown key b_lr_scale in algorithm", "allowed"]),

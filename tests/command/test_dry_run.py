@@ -75,7 +75,7 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fa covers 3 layers, every weight\n" in text
     assert row(text, "fc1", "Linear") == "8x64 frozen passes through fixed B"
     assert row(text, "fc2", "Linear", "6x8") == "passes through fixed B"
-    assert "\n  fc1 sends no error back: nothing before it learns" in text
+    assert "\n  fc1 sends no error back, because no earlier layer learns" in text
     assert row(text, "fc2", "B") == "6x8 192 B fixed"
     parameters = 8 * 65 + 6 * 9 + 10 * 7
     assert row(text, "parameters") == f"{parameters}, {parameters - 8 * 65} of them trained"
@@ -85,9 +85,9 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     # All three layers have a forward pass, two propagate the error, and two have gradients, because the first layer is frozen.
     forward, errors, gradients = 8 * 64 + 6 * 8 + 10 * 6, 6 * 8 + 10 * 6, 6 * 8 + 10 * 6
     own, whole = 16 * (forward + 10 * 6 + gradients), 16 * (forward + errors + forward)
-    counted = f"{format_count(own)} a step, {own / whole:.2f} of backpropagation's {format_count(whole)} (batch of 16)"
+    counted = f"{format_count(own)} per step, {own / whole:.2f} times backpropagation's {format_count(whole)} (batch of 16)"
     assert row(text, "multiplications") == counted
-    assert row(text, "steps") == "4 an epoch, 8 in 2 epochs"
+    assert row(text, "steps") == "4 per epoch, 8 in 2 epochs"
     assert row(text, "images") == "72 training, 8 validation, 16 test; 1x8x8, 10 classes"
     assert re.search(r"^output\n  outputs/synthetic-mlp/fa-\w{8}/seed0: empty$", text, re.M)
 
@@ -99,7 +99,7 @@ def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sends no error back" not in text
     assert row(text, "act2", "B") == "10x6 240 B fixed"
     own = 16 * (8 * 64 + 6 * 8 + 10 * 6) * 2 + 16 * 10 * (8 + 6)
-    assert row(text, "multiplications").startswith(f"{format_count(own)} a step")
+    assert row(text, "multiplications").startswith(f"{format_count(own)} per step")
     assert row(text, "memory accesses").endswith("for backpropagation; not defined for dfa")
 
 
@@ -120,7 +120,7 @@ def test_asap_on_resnet20(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(text, "conv1", "Conv2d").startswith("4x3x3x3 frozen")
     assert row(text, "stages.layer1.0.conv2", "Conv2d", "4x4x3x3").endswith("shares the input of stages.layer1.0.conv1")
     assert row(text, "and 7 BatchNorm2d with") == "120 parameters"
-    ratio = re.fullmatch(r"\S+ a step, (0\.\d\d) of backpropagation's \S+", row(text, "memory accesses"))
+    ratio = re.fullmatch(r"\S+ per step, (0\.\d\d) times backpropagation's \S+", row(text, "memory accesses"))
     assert ratio is not None and float(ratio.group(1)) < 0.9
 
 
@@ -131,7 +131,7 @@ def test_feedback_that_is_made_of_the_weight_takes_no_memory(capsys: pytest.Capt
 
 def test_scale_is_respected(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "scale=smoke", "algorithm=wm"], capsys)
-    assert row(text, "steps") == "2 an epoch, 2 in 1 epoch" and "(batch of 8)" in row(text, "multiplications")
+    assert row(text, "steps") == "2 per epoch, 2 in 1 epoch" and "(batch of 8)" in row(text, "multiplications")
     smaller = "epochs=1, batch_size=8, probe_size=4, algorithm.initial_steps=0"
     assert row(text, "scale=smoke") == f"trains with {smaller}; all numbers above are for this shortened run"
     assert "B, which learns W from noise" in row(text, "fc2", "Linear")

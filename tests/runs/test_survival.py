@@ -309,7 +309,7 @@ def test_on_error_stop_leaves_the_others_out(monkeypatch: Patch, capsys: Capture
     sweep = ["-m", *COMMON, "algorithm=kp,bp", "seed=0,1", "on_error=stop"]
     assert main(sweep) == 1
     said = capsys.readouterr().err
-    assert said.count("skipped: a job failed, on_error=stop") == 3 and "failed: out of memory" in said
+    assert said.count("skipped because another job failed (on_error=stop)") == 3 and "failed: out of memory" in said
     (result,) = Path("outputs").rglob(RESULT)
     assert json.loads(result.read_text())["error"] == {"type": "MemoryError", "message": "no memory left"}
     assert "Traceback" in (result.parent / "run.log").read_text()

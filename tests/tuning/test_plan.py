@@ -123,7 +123,7 @@ def test_an_experiment_has_a_section_and_the_command_line_wins() -> None:
         (["seeds=0,1", "tune_seeds=1,2"], "seed 1 is one of `seeds`"),
         (["seeds=0,0"], "lists 0 twice"),
         (["tune_seeds=0"], "at least one seed"),
-        (["name=a/b"], "name=a/b: write a folder's name"),
+        (["name=a/b"], "name=a/b: use a folder name"),
         (["optimizer.lr=interval(-1,1)"], "optimizer.lr=-1.0"),
         (["optimizer.rate=interval(0,1)"], "optimizer.rate"),
         (["epochs=1,2"], "epochs cannot be searched"),
