@@ -118,8 +118,8 @@ class Composer:
     def _parts(self, grid: list[dict[str, str]], overrides: list[str]) -> list[list[str]]:
         """The parts of an experiment's sweep as overrides; values on the command line replace the experiment's.
 
-        If the parts differ in a component, such as the rule, each part keeps only the command line's values that it lists itself.
-        A part that lists none of them is dropped; values that no part lists go to the first part.
+        If the parts differ in a component, such as the rule, each part keeps only those values of the command line that it lists
+        itself. A part that lists none of these values is dropped. Values that no part lists go to the first part.
         """
         given = self.chosen()
         kinds = [group.kind for group in GROUPS if group.kind in given and any(group.kind in part for part in grid)]
@@ -198,7 +198,7 @@ class Composer:
         """The config of one job or, with `RunMode.MULTIRUN`, the config of a sweep, composed from the overrides with a single
         value.
 
-        Without `overrides`, the config of the whole command line.
+        Without `overrides`, this is the config of the whole command line.
         """
         overrides = self.overrides if overrides is None else overrides
         try:
@@ -229,7 +229,7 @@ def _loader(folder: Path | None) -> ConfigLoader:
 
 @contextmanager
 def _as_hydra_config(config: DictConfig) -> Iterator[None]:
-    """Within the block, resolve ``${hydra:...}`` in this config as Hydra does while it runs the config."""
+    """Within the block, resolve ``${hydra:...}`` in this config as Hydra does when it runs the config."""
     current: Any = HydraConfig.instance()
     before = current.cfg
     current.cfg = config  # not with set_config, which copies it and makes it read-only
@@ -266,9 +266,9 @@ def folder_of(config: DictConfig, key: str) -> str:
 
 
 def _parse_all(overrides: list[str]) -> list[Override]:
-    """Parse overrides; raises ConfigError for overrides that Hydra would refuse only after the start, or misread.
+    """Parse overrides; raises ConfigError for those that Hydra would misread, or would refuse only after the run has started.
 
-    Hydra refuses sweeps over its own options, and it would merge the configs of a list of components.
+    Hydra refuses sweeps over its own options, and it would merge the configs if it were given a list of components.
     """
     parsed = [parse(text) for text in overrides]
     kinds = [group.kind for group in GROUPS]
@@ -297,7 +297,7 @@ def _read(config: DictConfig, key: str, where: str) -> Any:
 
 
 def _override(where: str, key: str, value: str) -> str:
-    """An experiment's setting as an override; raises ConfigError, naming the experiment, if it cannot be parsed."""
+    """An experiment's setting as an override; if it cannot be parsed, raises a ConfigError that names the experiment."""
     try:
         parse(text := f"{key}={value}")
     except ConfigError as error:
@@ -322,7 +322,7 @@ def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
 
 
 def _read_rules(config: DictConfig, where: str) -> dict[str, dict[str, str]]:
-    """The overrides that an experiment sets for single rules, by rule and key."""
+    """The overrides that an experiment sets for individual rules, by rule and key."""
     rules = _read(config, RULES, where)
     if rules is None:
         return {}

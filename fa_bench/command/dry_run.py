@@ -41,15 +41,16 @@ from fa_bench.utils.text import align_columns, format_bytes, format_count, forma
 MOST_CONFIGS = 6
 _HEAD = "Dry run: nothing is trained or written."
 _CPU = torch.device("cpu")
-#: The items in a dataset's list of names, by the kind of targets.
+#: Words for the items in a dataset's list of names, by the kind of targets.
 _OUTPUTS = {CLASSES: "classes", VALUES: "outputs", POSITIONS: "tokens"}
 
 
 def dry_run(config_name: str, config_dir: str | None, overrides: list[str], multirun: bool) -> str:
     """Describe what a command line would run.
 
-    For a run: its config, model, feedback, sizes and costs, data and directory. For a sweep: an overview, its directories, and
-    the same details of every config, not counting seeds, or of the first one if there are more than `MOST_CONFIGS`.
+    For a run, this shows its config, model, feedback, sizes and costs, data and directory. For a sweep, it shows an overview, the
+    directories, and the same details of every config, not counting seeds. If there are more than `MOST_CONFIGS` configs, it shows
+    the details of the first one only.
 
     Args:
         config_name, config_dir, overrides: as for `fa_bench.command.compose.Composer`.
@@ -93,7 +94,7 @@ def _sweep(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
 
 
 def _title(job: Job, jobs: Sequence[Job]) -> str:
-    """The rule, and the values in which its configs differ."""
+    """The config's label: the rule, and the values in which the rule's configs differ."""
     rule = job.algorithm.name
     keys = differing_keys(flatten(other.plain()) for other in jobs if other.algorithm.name == rule)
     return label(rule, flatten(job.plain()), keys)
@@ -130,7 +131,7 @@ def _config(job: Job) -> list[str]:
 
 
 def _details(job: Job, cache: dict[str, Splits]) -> list[str]:
-    """Model, feedback, costs and data of one config, as trained at its scale."""
+    """The model, feedback, costs and data of one config, as trained at its scale."""
     prepare(job)  # raises if the device does not exist
     trained = scaled(job)
     splits = _load(trained, cache)
@@ -144,7 +145,7 @@ def _details(job: Job, cache: dict[str, Splits]) -> list[str]:
 
 
 def _uncovered(rule: Rule) -> list[str]:
-    """Counts of modules with parameters that are not covered, such as normalisation layers."""
+    """The numbers of modules that have parameters but are not covered by the rule, such as normalisation layers."""
     covered = {entry.layer for entry in rule.coverage.covered}
     sizes_of: dict[tuple[str, bool], list[int]] = {}
     learned = {id(tensor) for tensor in rule.feedback_parameters()}

@@ -11,7 +11,7 @@ from fa_bench.config.job import Job
 from fa_bench.errors import ConfigError, CoverageError, OptionError
 from fa_bench.registry.kinds import TOKENS
 
-#: Time limit in seconds. Configs that are not checked within it fail only in their own job if the rule does not fit.
+#: Time limit in seconds. A config that is not checked within this time fails only in its own job if the rule does not fit.
 MOST_SECONDS = 15.0
 
 
@@ -23,7 +23,7 @@ def check_fit(jobs: Iterable[Job], loaded: Shape | None = None) -> None:
     """Attach each rule to its network on the meta device, once per config, starting with one config for each pair of rule and
     architecture.
 
-    Other errors are left to the job.
+    Errors of other kinds are left for the job itself to report.
 
     Args:
         jobs: the jobs.
@@ -60,7 +60,7 @@ def _attach(job: Job, shape: Shape) -> None:
         rule.expect_samples(1)  # the number of samples is not known until the data are loaded
         rule.attach(model, seed=job.run.seed, sample_input=sample, initial_phase=False, objective=job.objective)
     except (CoverageError, OptionError, ConfigError) as error:
-        # An option that attach refuses may be right for the job, whose data are not placeholders.
+        # An option that attach refuses here may be valid in the job, which has real data instead of placeholders.
         if part == "architecture" or isinstance(error, CoverageError):
             raise (error if isinstance(error, ConfigError) else error.with_prefix(part)) from None
     except KeyboardInterrupt:

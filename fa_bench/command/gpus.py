@@ -1,4 +1,4 @@
-"""A sweep's jobs on several CUDA devices: each worker process of a launcher gets one."""
+"""Distributes a sweep's jobs over several CUDA devices; each worker process of a launcher gets one device."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class GpuPool:
             os.environ[_VISIBLE] = self.claim()
 
     def claim(self) -> str:
-        """A device for this process."""
+        """Claim a slot for this process, and return its device."""
         for slot in itertools.count():
             lock = FileLock(self.folder / f"gpu-slot-{slot}.lock")
             try:
@@ -54,8 +54,8 @@ class GpuPool:
 
 
 def visible_devices(count: int, environment: Mapping[str, str]) -> list[str]:
-    """Names of the `count` CUDA devices that torch finds, for the CUDA_VISIBLE_DEVICES of a process that should see only one of
-    them."""
+    """The names of the `count` CUDA devices that torch finds; a process that should see only one of them gets its name in
+    CUDA_VISIBLE_DEVICES."""
     listed = [name.strip() for name in environment.get(_VISIBLE, "").split(",")]
     return listed[:count] if len(listed) >= count and listed[0] else [str(index) for index in range(count)]
 

@@ -1,4 +1,4 @@
-"""Configs are data: a config that would make Hydra run code of the config's choice is refused before Hydra runs.
+"""Refuses configs that would make Hydra run code of their choice, before Hydra runs: configs are data.
 
 Hydra instantiates launcher, sweeper and callbacks from the classes that ``_target_`` names, imports the packages in its search
 path, and passes its logging sections to `logging.config`, which calls the functions that they name. A downloaded config could
@@ -45,13 +45,13 @@ _LOG_VALUES = {
     "filename": ("${hydra.runtime.output_dir}/${hydra.job.name}.log",),
 }
 _LOG_SCHEMES = ("ext://sys.stdout", "ext://sys.stderr")
-#: Maximum number of characters of a value with its interpolations resolved, and of interpolations followed one after another.
+#: Maximum number of characters in a value after interpolation, and maximum length of a chain of interpolations.
 _MOST_TEXT, _MOST_STEPS = 100_000, 100
 _REFERENCE = re.compile(r"\$\{\s*(?:oc\.[\w.]+\s*:\s*)?((?:hydra\s*:\s*)?[\w.\[\]@/-]+)")
 
 
 class _FileResult(ConfigResult):
-    """The config of one file.
+    """The config read from one file.
 
     Hydra 1.3 would merge a file with the ConfigStore's entry of the same path (automatic schema matching, removed in Hydra 1.4).
     """
@@ -111,7 +111,7 @@ class SharedStore(StructuredConfigSource):
 
 
 _SOURCES = {CheckedFiles: FileConfigSource, CheckedPackages: ImportlibResourcesConfigSource, SharedStore: StructuredConfigSource}
-# Hydra later registers its own sources again, also in launchers' processes, but keeps an existing source of the same name.
+# Hydra later registers its own sources again, including in launchers' processes, but keeps an existing source of the same name.
 for _source, _replaced in _SOURCES.items():
     _source.__name__ = _replaced.__name__
 
@@ -221,7 +221,7 @@ def _check_lengths(plain: Any) -> None:
 
 
 def _walk(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(full key, last key, value) of every value in nested dicts and lists."""
+    """Yields (full key, last key, value) for every value in nested dicts and lists."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield f"{prefix}{key}", key, item
         yield from _walk(item, f"{prefix}{key}.")

@@ -16,7 +16,7 @@ from fa_bench.runs.logs import preserve_root_logger
 
 @contextlib.contextmanager
 def errors_named(config: DictConfig, name: str) -> Iterator[None]:
-    """Raise ConfigError, naming Hydra's section `name`, if Hydra cannot use that section within the block."""
+    """Raise a ConfigError that names Hydra's section `name` if Hydra cannot use that section within the block."""
     try:
         with preserve_root_logger(), contextlib.redirect_stderr(io.StringIO()):
             yield
@@ -29,7 +29,7 @@ def errors_named(config: DictConfig, name: str) -> Iterator[None]:
 
 
 def check_sections(config: DictConfig) -> None:
-    """Check the sections that Hydra only reads in its jobs; raises ConfigError, naming the section.
+    """Check the sections that Hydra reads only in its jobs; raises a ConfigError that names the section.
 
     Args:
         config: as composed by Hydra, with the node ``hydra``.

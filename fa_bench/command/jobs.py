@@ -1,4 +1,4 @@
-"""One job, called by Hydra's launchers in this process or in another."""
+"""The task function of a job, which Hydra's launchers call in this process or in another."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ class Task:
     def __call__(self, config: DictConfig) -> int:
         """Run one job; in a sweep, its errors do not affect the other jobs.
 
-        Returns:
-            0; 1 if the run failed, 2 for invalid input.
+        Returns: 0 if the run succeeded, 1 if it failed, 2 for invalid input.
         """
         if self.epochs and os.getpid() != self.parent_pid:
             self._set_up_worker()
@@ -104,7 +103,7 @@ class Task:
             if isinstance(error, FaBenchError) and self.errors is not None:
                 self.errors.append(error)
                 return 2
-            # A failed run is recorded in its directory, unless another process is writing there, or nothing has started.
+            # A failed run is recorded in its directory, unless another process is writing there or no run has started.
             unrecorded = isinstance(error, DirectoryLockedError) or (is_known and not self.epochs) or parallel.current().rank > 0
             logged = unrecorded or _record(job, directory, error, experiment)
             where = f"traceback: {directory / LOG}" if logged else f"in {directory}, where no log can be written"
@@ -118,7 +117,7 @@ class Task:
         """End a job whose run a signal has stopped; raises `error` unless a launcher can handle it.
 
         submitit requeues the job after the signal that Slurm sends before the job's time limit. After SIGTERM, Slurm itself may
-        requeue the job, so there must be no result yet; nothing requeues the jobs of submitit_local.
+        requeue the job, so no result may be written yet. Nothing requeues the jobs of submitit_local.
         """
         requeue = requeue_handler(error.number) if isinstance(error, Interrupted) else None
         if requeue is not None and isinstance(error, Interrupted):
@@ -159,7 +158,7 @@ def report_interrupt(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt)
 
 
 def resume_hint(jobs: Sequence[tuple[Job, Path]]) -> str:
-    """How to resume interrupted jobs."""
+    """A message on how to resume interrupted jobs."""
     saved = any(RunDirectory(run_dir, job).checkpoint.exists() for job, run_dir in jobs)
     without = " without resume=false" if any(job.run.resume is False for job, _ in jobs) else ""
     return f"Checkpoint saved; rerun the same command{without} to resume" if saved else "No checkpoint was saved yet"

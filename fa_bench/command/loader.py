@@ -25,11 +25,11 @@ _SEARCH_PATH = "hydra.searchpath"
 
 
 class JobLoader(ConfigLoaderImpl):
-    """A config loader that composes one config for all jobs with the same components, and sets the other options in copies of it.
+    """A config loader that composes one config for all jobs with the same components and sets the other options in copies.
 
-    Hydra itself composes every job from some twenty files and schemas, which takes most of the time needed to check a sweep. The
-    files of a command are read once: create a loader for each command, so that the next command sees changed files. The resulting
-    configs are the same as Hydra's.
+    Hydra itself composes every job from some twenty files and schemas, which takes most of the time needed to check a sweep. A
+    loader reads each file only once, so every command needs a new loader to see files that have changed. The resulting configs
+    are the same as Hydra's.
     """
 
     def __init__(self, config_search_path: Any) -> None:
@@ -100,7 +100,7 @@ class JobLoader(ConfigLoaderImpl):
         return self._is_group[key]
 
     def _compose(self, config_name: str | None, overrides: list[str], run_mode: RunMode) -> DictConfig:
-        """A new config with these components and options of Hydra."""
+        """A newly composed config with these components and Hydra options."""
         # The registered components may have changed since the last call, because checking a job imports its plugins.
         key = (config_name, tuple(overrides), registered_components())
         if (stored := self._configs.get(key)) is None:

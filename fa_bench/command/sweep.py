@@ -203,11 +203,12 @@ def _status(run_dir: Path) -> str:
 
 
 def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
-    """The folders for sweep.json and the report, each with its run directories.
+    """The folders for sweep.json and the report, and the run directories that belong to each.
 
-    There is one folder for each `output_dir`, so nothing is written outside the folders that the user has chosen. It is the
-    folder of the experiment, or of dataset and architecture, however many groups of runs it has; if the sweep spans several of
-    these folders, it is `output_dir` itself. For directories with a different layout, it is the lowest common folder.
+    There is one folder for each `output_dir`, so nothing is written outside the folders that the user has chosen. By default,
+    this is the folder of the experiment, or that of the dataset and architecture, which may contain several groups of runs. If
+    the sweep spans several such folders, it is `output_dir` itself. If the run directories have a different layout, it is their
+    lowest common folder.
     """
     by_output: dict[str, list[tuple[Job, Path]]] = {}
     for job, run_dir in jobs:

@@ -42,7 +42,7 @@ _WIDTH = 100
 
 
 def usage(composer: Composer, topics: Sequence[str]) -> str:
-    """Help on each topic (a group or ``run``) and on the choices of the command line; without any, an overview.
+    """Help on each topic (a group or ``run``) and on the choices of the command line, or an overview if there are neither.
 
     Components of plugins and configs of a user's folder are included.
 
@@ -121,8 +121,8 @@ def _components(registry: Registry) -> Iterator[str]:
 
 
 def _own_options(registry: Registry, name: str) -> Iterator[str]:
-    """The options of a component that is selected by an option; those of schedules have their own keys, those of other components
-    are written after the name."""
+    """The options of a component that is selected by an option. A schedule's options have their own keys; those of other
+    components are written after the component's name."""
     prefix = "optimizer.schedule." if registry is SCHEDULES else f"{name}:"
     for field in option_fields(registry[name]):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -1,1 +1,1 @@
-"""From YAML to a checked job, its identity and its label."""
+"""Turns YAML configs into checked jobs, and defines their identities and labels."""

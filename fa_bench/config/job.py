@@ -407,13 +407,14 @@ def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: D
     return table.get(OmegaConf.select(_root_, f"{group}.name"), otherwise)
 
 
-#: A config and its job.
+#: The config of the current `known_job` block, and its job.
 _known: tuple[DictConfig | None, Job | None] = None, None
 
 
 @contextmanager
 def known_job(config: DictConfig, job: Job) -> Iterator[None]:
-    """Within the block, use the directory of `job` for `config`, which must not change, instead of checking it again."""
+    """Within the block, use the run directory of `job` for `config` instead of checking the config again; `config` must not
+    change."""
     global _known
     before = _known
     _known = config, job

@@ -26,7 +26,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config with the keys of the command line, ``optimizer.lr``; the key of a component's name is its group, ``optimizer``."""
+    """A flat config with keys as on the command line, such as ``optimizer.lr``; the key of a component's name is its group, such
+    as ``optimizer``."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         path = f"{prefix}.{key}" if prefix else str(key)
@@ -41,7 +42,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def result_options(config: Flat) -> dict[str, Any]:
-    """The options of a config that determine its results, except the seed; with `data_dir` if it determines the data."""
+    """The options of a config that determine its results, except the seed; `data_dir` is included if it determines the data."""
     dataset = config.get("dataset")
     includes_data_dir = dataset in DATASETS and DATASETS[str(dataset)].content_is_data_dir
     return {
@@ -100,16 +101,16 @@ def short_key(key: str, config: Flat) -> str:
 
 
 def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
-    """The rule and the config's values of `keys`: ``kp lr=0.05``."""
+    """The rule and the config's values of `keys`, for example ``kp lr=0.05``."""
     options = result_options(config)
     return " ".join([rule, *(f"{short_key(key, config)}={format_value(options[key])}" for key in keys if key in options)])
 
 
 def distinct_labels(names: Mapping[Key, str], configs: Mapping[Key, Flat]) -> dict[Key, str]:
-    """The names; if several are equal, the values of the keys in which their configs differ are added.
+    """The names; equal names are extended by the values of the keys in which their configs differ.
 
-    All labels of compared runs have this form: in reports, figures, the live view and the log of a sweep. Keys in which only runs
-    with other names differ are not added.
+    Labels of compared runs have this form everywhere: in reports, figures, the live view and the log of a sweep. Keys in which
+    only runs with other names differ are not added.
     """
     by_name: dict[str, list[Key]] = {}
     for key, name in names.items():

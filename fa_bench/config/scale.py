@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How a run is reduced.
+    """The fraction of the epochs and the maximum sizes to which a run is reduced.
 
     Attributes:
         epochs: fraction of the epochs (at least one remains), of the lengths in schedules and of a rule's phase before training.

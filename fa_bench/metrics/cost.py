@@ -27,8 +27,8 @@ from fa_bench.registry.kinds import CLASSES, IMAGES, TOKENS, VALUES
 #: Sizes of the batches that are run to determine the counts at any batch size.
 _BATCHES = (2, 3, 4)
 _ATEN = torch.ops.aten
-#: Attention on the CPU, which is missing from torch's table. Its backward pass computes the scores again: five products, not
-#: four.
+#: Attention on the CPU, which is missing from torch's table. The backward pass of attention computes the scores again, so it
+#: takes five products instead of four.
 _ATTENTION: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query.shape, key.shape, value.shape
@@ -122,14 +122,14 @@ class Counter(TorchDispatchMode):
 def _convolution_backward(
     g: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *others: Any
 ) -> int:
-    """The multiplications of the gradients of a convolution: as many for each as in the forward pass, even with groups, for which
-    torch's own count is too high."""
+    """The multiplications of the gradients of a convolution. Each gradient takes as many as the forward pass, even with groups,
+    for which torch's own count is too high."""
     needs_x, needs_weight, _ = others[-1]
     return (int(needs_x) + int(needs_weight)) * (x if transposed else g).numel() * weight[0].numel()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values and in lists of them."""
+    """The tensors among these values and in lists of values."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -138,13 +138,14 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _mutated(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation changes in place; it may return them or not."""
+    """The tensors that an operation changes in place, whether or not it returns them."""
     given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
     return list(_tensors(given[argument.name] for argument in schema.arguments if argument.is_write and argument.name in given))
 
 
 def _size(tensor: Tensor) -> int:
-    """The bytes that a tensor occupies: fewer than its values would need, if it repeats values without copying them."""
+    """The bytes that a tensor occupies. A tensor that repeats values without copying them occupies fewer bytes than its values
+    would."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
@@ -152,8 +153,8 @@ def _size(tensor: Tensor) -> int:
 def counting() -> Iterator[Counter]:
     """A context that counts the operations within it.
 
-    Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed when the last reference to
-    them ends, never by the garbage collector, whose timing would make the count depend on earlier code.
+    Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed as soon as the last
+    reference to them is gone. The garbage collector is off, because its timing would make the count depend on earlier code.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -173,10 +174,11 @@ def multiplications(step: Callable[[], None]) -> int:
 
 
 def at_batch(counts: Sequence[int], batch: int) -> int:
-    """The count for a batch of `batch` samples, from those for 2, 3 and 4.
+    """The count for a batch of `batch` samples, extrapolated from the counts for 2, 3 and 4 samples.
 
-    Exact if the count is a polynomial in the batch size of degree at most two: products that involve the batch grow linearly with
-    it, similarities between samples grow quadratically, and learning from noise that the rule generates is constant.
+    This is exact if the count is a polynomial of degree at most two in the batch size. Products that involve the batch grow
+    linearly with its size, similarities between samples grow quadratically, and learning from noise that the rule generates has a
+    constant cost.
     """
     two, three, four = counts
     beyond = batch - _BATCHES[0]
@@ -210,8 +212,8 @@ def step_costs(
 ) -> tuple[Cost, Cost]:
     """The costs of one training step: with the rule, and with backpropagation in the same model.
 
-    This runs small steps on random inputs, which change gradients, running statistics, random feedback and, with `optimizers`,
-    the weights, so pass a rule that will not be trained further.
+    This runs small steps on random inputs. They change gradients, running statistics, random feedback and, with `optimizers`, the
+    weights, so pass a rule that will not be trained further.
 
     Args:
         rule: an attached rule.

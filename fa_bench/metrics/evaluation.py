@@ -13,7 +13,7 @@ from fa_bench.mechanisms.contexts import evaluating
 from fa_bench.mechanisms.trace import loss_output
 from fa_bench.objectives.base import Objective
 
-#: Minimum batch size of evaluation: it keeps no activations, so larger batches hardly need more memory.
+#: Minimum batch size of evaluation, which keeps no activations, so larger batches hardly need more memory.
 EVALUATION_BATCH = 512
 
 

@@ -30,13 +30,13 @@ from fa_bench.tuning.trials import DONE
 from fa_bench.utils.text import escape_mathtext
 
 LR = "optimizer.lr"
-#: The number of panels in a row, and how far the panels of learning rates extend below the best trials: this many points of
-#: accuracy or, for other scores, this many times the range of the best trials.
+#: The number of panels in a row, and the distance that the panels of learning rates extend below the best trials. The distance is
+#: given in points of accuracy or, for other scores, as a multiple of the range of the best trials.
 COLUMNS, SHOWN, RANGES = 4, 10.0, 3.0
 
 
 def write_figure(studies: Sequence[RuleStudy], path: Path) -> None:
-    """Write the figure as PNG, and as SVG beside it; the same trials give byte-identical files."""
+    """Write the figure as PNG and, in the same folder, as SVG; the same trials give byte-identical files."""
     with_lr = [study for study in studies if LR in study.plan.space]
     rows, columns = -(-(len(with_lr) + 1) // COLUMNS), min(len(with_lr) + 1, COLUMNS)
     figure = new_figure(max(4.0, 2.6 * rows, 0.8 + LINE * len(studies)))
@@ -66,8 +66,8 @@ def write_figure(studies: Sequence[RuleStudy], path: Path) -> None:
 
 
 def _plot_rates(axes: Axes, study: RuleStudy, limits: Range, reference: float | None) -> None:
-    """Plot all trials of a rule against the learning rate; the chosen trial has a ring, and trials outside of the axis are
-    triangles at its edge."""
+    """Plot all trials of a rule against the learning rate; the chosen trial is marked with a ring, and trials outside the axis
+    are drawn as triangles at its edge."""
     style_axes(axes)
     axes.set_title(escape_mathtext(truncate(study.plan.rule, 40)), fontsize=11)
     axes.set(xlabel="learning rate", ylabel=_quantity(study.score).axis, xscale="log")
@@ -109,7 +109,7 @@ def _plot_rates(axes: Axes, study: RuleStudy, limits: Range, reference: float | 
 
 
 def _best_so_far(study: RuleStudy) -> tuple[list[int], list[float]]:
-    """Numbers of trials, and the best validation score up to each of them, from the first that has one."""
+    """The numbers of trials and the best validation score up to each of them, starting with the first trial that has a score."""
     numbers, best = list[int](), list[float]()
     for trial in study.finished:
         value = _shown(study, trial) if trial.outcome.state == DONE and trial.outcome.value is not None else None

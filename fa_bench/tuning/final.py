@@ -67,7 +67,7 @@ def experiment_text(plan: Plan, jobs: Mapping[str, Job], directory: Path) -> str
 
 
 def _flat(job: Job) -> dict[str, Any]:
-    """The config by key; the optimizer of the feedback, which may be null, is one value."""
+    """The config as a flat mapping; the optimizer of the feedback, which may be null, is a single value."""
     plain = job.plain()
     feedback = plain.pop(FEEDBACK_OPTIMIZER)
     flat = {key: value for key, value in flatten(plain).items() if key not in _OMITTED}
@@ -106,7 +106,7 @@ def check_final(plan: Plan) -> None:
 
 
 def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
-    """Write the experiment into the study's folder; raises RunDirectoryError if a foreign file is in the way."""
+    """Write the experiment into the study's folder; raises RunDirectoryError if another file has its name."""
     path = plan.directory / EXPERIMENT / f"{FINAL}.yaml"
     with output_errors(path):
         path.parent.mkdir(exist_ok=True)

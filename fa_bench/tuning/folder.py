@@ -143,7 +143,7 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def _readable(key: str) -> str:
-    """A key of the description as the user knows it: ``fa: optimizer.lr`` for ``rules.fa.space.optimizer.lr``."""
+    """A key of the description in the form that the user knows: ``fa: optimizer.lr`` for ``rules.fa.space.optimizer.lr``."""
     parts = key.split(".", 3)
     return f"{parts[1]}: {parts[3]}" if parts[0] == "rules" and len(parts) == 4 else key
 

@@ -18,7 +18,7 @@ from fa_bench.registry.options import Options, option, option_fields
 from fa_bench.tuning.optuna_parts import PRUNERS, SAMPLERS
 
 SPACE = "space"
-#: How the values of a search can begin if they are not a plain list.
+#: The text with which the values of a search can begin if they are not a plain list.
 _FUNCTION = re.compile(r"\s*(tag|interval|range|int|float|choice|sort|shuffle)\(")
 
 

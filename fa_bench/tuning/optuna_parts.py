@@ -31,7 +31,7 @@ class Sampler(NamedTuple):
     package: str = ""
 
 
-#: Number of random trials before `tpe` and `gp` use the results; optuna's default.
+#: Number of random trials before `tpe` and `gp` use the results; the value is optuna's default.
 _STARTUP = 10
 SAMPLERS = {
     "tpe": Sampler("TPESampler", {"n_startup_trials": _STARTUP}, _STARTUP),

@@ -27,7 +27,7 @@ from fa_bench.tuning.space import Dimension, as_typed, declared, dimension, valu
 from fa_bench.utils.files import check_writable, refuse_root
 
 ALGORITHM, SEED, OUTPUT = "algorithm", "seed", "output_dir"
-#: Keys that cannot be searched, and the dataset's keys that can be searched, because they affect only the training images.
+#: Keys that cannot be searched, and the keys of the dataset that can be searched because they affect only the training images.
 _SAME = ("epochs", "scale", "device", *VOLATILE)
 _AUGMENTATION = ("dataset.augment",)
 #: Folder of the trials' runs within that of the study.
@@ -211,7 +211,7 @@ def _searchable(overrides: Sequence[Override]) -> None:
 
 
 def _section(config: Any) -> dict[str, Any]:
-    """The experiment's ``tune`` section as plain containers; empty without one."""
+    """The experiment's ``tune`` section as plain containers; empty if there is none."""
     section = config.get(TUNE)
     plain = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
     if plain is None:

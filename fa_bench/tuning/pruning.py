@@ -87,7 +87,7 @@ class Pruning(Callback):
         self._judge, self._directory, self._before = judge, directory, before
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        # Judge the epochs that an interrupted process trained: perhaps the run should have stopped after the last of them.
+        # Judge the epochs that an interrupted process trained, because the run may have to stop after the last of them.
         for epoch, value in enumerate(recorded_scores(self._directory, trainer.progress.epoch), start=1):
             self._decide(trainer, epoch, value)
 
@@ -100,7 +100,7 @@ class Pruning(Callback):
 
 
 def recorded_scores(directory: Path, epochs: int) -> list[float]:
-    """The primary validation scores of a run's first epochs, as recorded; NaN for one that is not known."""
+    """The primary validation scores of a run's first epochs, as recorded; unknown scores are NaN."""
     records = map(json.loads, recorded_lines(directory / METRICS, epochs))
     return [_known(record[f"val_{scores_of(record)[0].name}"]) for record in records]
 

@@ -74,7 +74,7 @@ The final runs can be repeated, or continued, with
 
 def trial_table(plan: Plan, studies: Sequence[RuleStudy]) -> pd.DataFrame:
     """One row per trial: rule, number, state, the values of every key of the space, validation score (accuracies in %), epochs,
-    seconds of training, and why it diverged or failed."""
+    seconds of training, and the reason if it diverged or failed."""
     keys = dict.fromkeys(key for study in studies for key in study.plan.space)
     rows = [
         {

@@ -23,7 +23,7 @@ Report = Callable[[RuleStudy, Finished], None]
 
 
 def search(plan: Plan, studies: Sequence[RuleStudy], report: Report) -> None:
-    """Run trials until each rule has used up its budget. A rule's trials follow one another, regardless of the number of jobs.
+    """Run trials until each rule has used up its budget. A rule's trials run one after another, regardless of the number of jobs.
 
     Args:
         plan: the plan of the study.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fa_bench.config.job import Job
 
 LOG = "log"
-#: A value within this fraction of the range from one of its ends is at the edge.
+#: A value is at an edge if its distance from an end of the range is at most this fraction of the range.
 EDGE = 0.05
 
 
@@ -201,7 +201,7 @@ def _logged(result: Dimension, tags: set[str], typed: str) -> Dimension:
         return result
     if result.low <= 0:
         raise ConfigError(f"{typed}: a logarithmic range needs numbers above 0")
-    # A logarithmic range has no steps; optuna supports it for whole numbers with a step of 1.
+    # Optuna supports no steps in logarithmic ranges, except a step of 1 for whole numbers.
     if result.step not in (None, 1) or (result.step is not None and not isinstance(result.low, int)):
         raise ConfigError(
             f"{typed}: a logarithmic range has no steps; write {result.key}=tag(log,interval({result.low},{result.high}))"

@@ -86,11 +86,11 @@ class RuleStudy:
         default, number = self.plan.default, len(self.finished)
         distributions = self._distributions
         if number == 0:
-            # Default values outside of the space are not passed to the sampler, which could not have proposed them.
+            # Default values outside the space are not passed to the sampler, which could not have proposed them.
             distributions = {key: each for key, each in distributions.items() if self.plan.space[key].contains(default[key])}
             self._study.enqueue_trial({key: default[key] for key in distributions})
         elif self._startup is None or number < self._startup:
-            # Random values that depend on nothing but the key: dimensions that rules share get the same values in all of them.
+            # Random values that depend only on the key, so that dimensions shared by rules get the same values in all of them.
             numbers = {key: random.Random(seed_for("tune", self._seed, key, number)).random() for key in distributions}
             self._study.enqueue_trial({key: self.plan.space[key].at(u) for key, u in numbers.items()})
         with warnings.catch_warnings():
@@ -200,7 +200,7 @@ def _frozen(told: FrozenTrial, state: Any, attributes: dict[str, Any]) -> Frozen
 def open_journal(directory: Path) -> JournalStorage:
     """The storage of a study, which only this process writes, because it holds the lock of the study's folder.
 
-    A last line that was cut short by a full disk is removed, and its trial runs again.
+    If a full disk cut the last line short, this line is removed, and its trial runs again.
     """
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend

@@ -122,5 +122,5 @@ def _state(result: dict[str, Any]) -> tuple[str, str]:
     error = result["error"] or {}
     if result["status"] == "stopped" and error.get("callback") is None:
         return PRUNED, f"after epoch {result['epoch']}"
-    # A callback of the config may stop a run early: this is part of what is tuned.
+    # A callback of the config may stop a run early, which is part of what is tuned.
     return (DONE, "") if result["status"] in SUCCESSES else (DIVERGED, str(error.get("message") or ""))

@@ -1,4 +1,4 @@
-"""A study from its command line to its tables."""
+"""Runs a complete study, from its command line to its tables."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-#: Where Linux lists the counters of the processors' packages, their parts, and memory.
+#: The folder in which Linux lists the counters of the processors' packages, their parts, and memory.
 POWERCAP = Path("/sys/class/powercap")
 _WH = 3600.0  # joules
 
@@ -36,7 +36,7 @@ class Rapl:
         self._last, self._turns = int(self._file.read_text()), 0
 
     def joules(self) -> float:
-        """The energy so far; correct if it is read more often than the counter wraps around."""
+        """The energy since an arbitrary time; it is correct if this is called more often than the counter wraps around."""
         now = int(self._file.read_text())
         self._turns += now < self._last
         self._last = now
@@ -75,8 +75,8 @@ class EnergyMeter:
 
     @classmethod
     def of(cls, device: torch.device) -> EnergyMeter | None:
-        """The meter of a run on a device: the processors' packages and their memory, if they are counted, and the GPU; None if
-        the processors (or, for a run on a GPU, the GPU) are not counted."""
+        """The meter of a run on a device. It covers the processors' packages and their memory, if these are counted, and the GPU
+        of a run on a GPU. None if the energy of the device cannot be measured."""
         counters = rapl()
         if device.type == "cuda":
             import torch
@@ -109,8 +109,8 @@ class EnergyMeter:
 def rapl() -> dict[str, Counter]:
     """The counters of all packages and of their memory, by name, such as ``package-0``; empty if one of them cannot be read.
 
-    Other domains are left out so that nothing is counted twice: that of the whole system (psys) contains the packages, and the
-    packages contain the cores and the graphics.
+    Other domains are left out so that nothing is counted twice. The domain of the whole system (psys) contains the packages, and
+    the packages contain the cores and the graphics unit.
     """
     try:
         domains = {domain: (domain / "name").read_text().strip() for domain in sorted(POWERCAP.glob("intel-rapl:*"))}

@@ -1,5 +1,5 @@
-"""Atomic writes, so that a reader sees either the old file or the new one, never an incomplete one; checks of the places where
-runs may write."""
+"""Atomic writes, so that a reader sees either the old file or the new one, never an incomplete one, and checks of the places
+where runs may write."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def write_failure(error: OSError) -> str:
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
-    """JSON in which numbers that are not finite are null, since JSON has no NaN."""
+    """The value as JSON, in which numbers that are not finite become null, because JSON has no NaN."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

@@ -1,7 +1,7 @@
 """Slow modules, imported at their first use.
 
-The command line reads the options of rules, architectures and datasets from the files that implement them. Those files take torch
-from here, so ``--help`` and the checks of a command do not wait seconds for its import.
+The command line reads the options of rules, architectures and datasets from the files that implement them. Those files import
+torch through this module, so that ``--help`` and the checks of a command do not wait seconds for torch to be imported.
 """
 
 from __future__ import annotations

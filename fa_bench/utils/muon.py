@@ -19,7 +19,7 @@ ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
 
 
 def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
-    """The matrix with its singular values moved close to 1 by Newton-Schulz iterations; zero stays zero.
+    """The matrix with its singular values moved close to 1 by Newton-Schulz iterations; a zero matrix stays zero.
 
     Args:
         matrix: (rows, columns), in single or double precision.

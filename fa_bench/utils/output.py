@@ -33,7 +33,7 @@ ASCII = {
     "Ø": "O",
 }
 _ERRORS = "fa_bench.plain"
-#: Errors in which output is lost that is still wanted; after other errors, such as a broken pipe, nobody reads the output.
+#: Errors after which the lost output is still wanted; after other errors, such as a broken pipe, nobody reads the output.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -75,8 +75,8 @@ def resilient_output() -> Iterator[Callable[[], str]]:
     Output to a closed stream is discarded, and characters that the encoding lacks are replaced according to `ASCII`. Streams that
     another program has installed, such as a notebook's, are left alone.
 
-    Yields:
-        A function that returns why wanted text on standard output was lost; empty if none was.
+    Yields: A function that returns the reason why text on standard output was lost, or an empty string if none that was still
+        wanted was lost.
     """
     original = sys.stdout, sys.stderr
     streams = [_resilient(stream, number) for number, stream in enumerate(original, start=1)]
@@ -112,7 +112,7 @@ def _raw(stream: TextIO) -> Any:
 
 
 def _resilient(stream: TextIO | None, number: int) -> TextIO:
-    # The console of Windows has its own stream class, in which pipes cannot break and no character is missing.
+    # The console of Windows has its own stream class, which supports every character and cannot have a broken pipe.
     if stream is not None and (type(_raw(stream)) is not io.FileIO or not _is_descriptor(stream, number)):
         return stream
     if stream is None:  # it was closed when Python started

@@ -69,8 +69,8 @@ def freeze_before_second_job() -> None:
     """Exempt all loaded objects from garbage collection when this process begins its second job; call this before each job.
 
     Every run ends with a garbage collection, which would otherwise traverse all of torch's modules and take longer than a small
-    run trains. The first job has imported everything that later jobs need, and its model no longer exists. Call this only in
-    processes of the command; in a user's program, the user's objects would be exempt, too.
+    run trains. By then, the first job has imported everything that later jobs need, and its model no longer exists. Call this
+    only in processes of the command; in a user's program, the user's objects would also be exempt.
     """
     global _jobs
     _jobs += 1
@@ -91,8 +91,8 @@ def _flushes_denormals() -> bool:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Restore the state of the process after the block: random state, precision, threads, determinism, hooks, memory, and
-    the working directory, to which the run directories of a sweep are relative.
+    """Restore the state of the process after the block: random state, precision, threads, determinism, hooks, memory, and the
+    working directory (the run directories of a sweep are relative to it).
     """
     state, folder = random_state(), os.getcwd()
     hooks = {name: _MODULES[name].copy() for name in _HOOKS}

@@ -48,7 +48,7 @@ def _one(fan_in: int, fan_out: int) -> float:
 
 
 def _identities(sign: int) -> Callable[[Tensor, torch.Generator | None], Tensor]:
-    """Fills tensors (O, ...) with identity matrices (O, O) side by side, every second one multiplied by `sign`."""
+    """Fills tensors (O, ...) with identity matrices (O, O) side by side; every second matrix is multiplied by `sign`."""
 
     def fill(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
         rows = torch.arange(tensor.shape[0], device=tensor.device).unsqueeze(1)
@@ -165,8 +165,8 @@ def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
 def magnitudes(words: Tensor, shape: Sequence[int], init: str, dtype: torch.dtype) -> Tensor:
     """The absolute values of a sample of the initialiser `init`, on any device and in graphs that a compiler fuses.
 
-    Entry i depends only on the seed and i, so every device and every compiler gives the same sample, except for rounding. torch's
-    generators differ between devices and are slow on CPUs.
+    Entry i depends only on the seed and i, so every device and every compiler gives the same sample, except for rounding. The
+    generators of torch are not used, because they differ between devices and are slow on CPUs.
 
     Args:
         words: `seed_words` of the seed, int32, (2,), on the device.
@@ -184,7 +184,8 @@ def seed_words(seed: int) -> tuple[int, int]:
 
 
 def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tuple[int, int], out: Tensor | None = None) -> Tensor:
-    """Map uniform numbers from -2^22 to 2^22 - 1 to magnitudes, so that none is zero, and the mean of U is exact."""
+    """Map uniform numbers from -2^22 to 2^22 - 1 to magnitudes, so that none is zero and the mean of a uniform distribution is
+    exact."""
     initialiser = initialiser_of(init)
     scale = initialiser.scale(*fan_in_out)
     step = (scale if initialiser.is_uniform else 1.0) / 2**23
@@ -192,16 +193,17 @@ def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tupl
     return values if initialiser.is_uniform else torch.erfinv(values, out=out).mul_(math.sqrt(2) * scale)
 
 
-# The numbers are the upper 23 bits of a hash of index and seed. The hash is a Weyl sequence in the index, starting at one half of
-# the seed; the finaliser of MurmurHash3 mixes it, and the other half of the seed enters between the finaliser's two steps.
+# The numbers are the upper 23 bits of a hash of index and seed. The hash starts from a Weyl sequence in the index, with one half
+# of the seed as its offset. The finaliser of MurmurHash3 mixes this sequence, and the other half of the seed enters between the
+# finaliser's two steps.
 _WEYL, _MIX1, _MIX2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
-#: Numbers that are hashed at a time on a CPU, so that they stay in its cache.
+#: The number of values hashed at a time on a CPU, few enough to stay in its cache.
 _PART = 65536
 _buffers = threading.local()
 
 
 def _hashed(words: Tensor, count: int) -> Tensor:
-    """(count,) numbers from -2^22 to 2^22 - 1, int32."""
+    """Hashed numbers from -2^22 to 2^22 - 1, (count,) in int32."""
     x = torch.arange(count, dtype=torch.int32, device=words.device) * _signed(_WEYL) + words[0]
     x = x ^ ((x >> 16) & 0xFFFF)
     x = (x * _signed(_MIX1)) ^ words[1]
@@ -211,8 +213,8 @@ def _hashed(words: Tensor, count: int) -> Tensor:
 
 
 def _hashed_part(start: int, count: int, first: int, second: int) -> np.ndarray:
-    """The numbers of `_hashed` from index `start` on, in a buffer that the thread's next call overwrites. NumPy computes them,
-    because this runs at every step, and torch has no unsigned shifts."""
+    """The numbers of `_hashed` from index `start` on, in a buffer that the thread's next call overwrites. They are computed with
+    NumPy, because this runs at every step and torch has no unsigned shifts."""
     if not hasattr(_buffers, "of_thread"):
         _buffers.of_thread = np.arange(_PART, dtype=np.uint32) * np.uint32(_WEYL), *np.empty((2, _PART), np.uint32)
     weyl, x, shifted = (buffer[:count] for buffer in _buffers.of_thread)

@@ -35,7 +35,7 @@ def hydra_quote(value: str) -> str:
 def expansion_problem(key: str, path: str) -> str:
     """A message that says why a path that begins with ``~`` or contains ``$NAME`` is refused; empty for any other path.
 
-    A quoted ``~`` reaches fa-bench unexpanded and would become a folder of that name.
+    A quoted ``~`` reaches fa-bench unexpanded and would be used as the name of a folder.
     """
     expanded = os.path.expanduser(os.path.expandvars(path))
     if expanded == path and not path.startswith("~"):

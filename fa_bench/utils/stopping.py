@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a signal has requested a stop.
+    """Records whether a signal has requested a stop.
 
     Attributes:
         number: the first signal received; None if there was none.

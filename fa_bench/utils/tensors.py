@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
 
 def copied_when_changed(tensor: Tensor) -> Tensor:
-    """The same values for a second owner, copied when either owner first writes to them.
+    """A tensor with the same values for a second owner; the values are copied when either owner first writes to them.
 
-    For gradients that two tensors share: writes are rare (SGD with Nesterov momentum, clipping, gradient scalers), but must not
-    reach both, as they would with an alias. A copy at every step would take 2.7 MB and a tenth of a step on the MLP.
+    This is meant for gradients that two tensors share. Writes to them are rare (SGD with Nesterov momentum, clipping, gradient
+    scalers), but must not reach both tensors, as they would with an alias. On the MLP, a copy at every step would take 2.7 MB and
+    a tenth of the step's time.
     """
     return torch._lazy_clone(tensor)  # pyright: ignore[reportPrivateImportUsage]
