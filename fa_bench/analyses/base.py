@@ -36,7 +36,8 @@ class Analysis(Options):
     def write(self, directory: Path) -> tuple[pd.DataFrame, Path, Path]:
         """Compute the table and write NAME.csv and NAME.png to `directory`; the same options give byte-identical files.
 
-        Returns: The table and the two paths.
+        Returns:
+            The table and the two paths.
         """
         table = self.table()
         directory.mkdir(parents=True, exist_ok=True)

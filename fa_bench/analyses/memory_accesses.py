@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class MemoryAccesses(Analysis):
     """External memory accesses of one training step (eqs 48 and 49, Fig. 11 of Woo et al. 2021).
 
-    There is one row per architecture, rule and batch size b. It has the parameters P, the activations A stored per sample, the
-    reads 2P + A b, the writes P + A b, their total 3P + 2 A b, and the ratio of this total to that of backpropagation. The paper
-    does not state its batch size. In a net with few layers, asap may store the same activations for a value of k as for a smaller
-    one; the larger value then has no row. There is no row for asap in nets in which it has nothing to share. The method of
-    resizing a shared activation does not affect the counts.
+    There is one row per architecture, rule and batch size b. Each row has the parameters P, the activations A stored per sample,
+    the reads 2P + A b, the writes P + A b, their total 3P + 2 A b, and the ratio of this total to that of backpropagation. The
+    paper does not state its batch size. In a net with few layers, asap may store the same activations for a value of k as for a
+    smaller one; the larger value then has no row. There is no row for asap in nets in which it has nothing to share. The method
+    of resizing a shared activation does not affect the counts.
     """
 
     architectures: list[str] = option(

@@ -111,7 +111,7 @@ class PFASpectrum(Analysis):
         return torch.linalg.eigvalsh(product).numpy(), weight_angle(product @ weight, weight)
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """All rows except the bins."""
+        """All rows of the table except those of the bins."""
         return table.loc[table["quantity"] != "density"].drop(columns="eigenvalue")
 
     def plot(self, figure: Figure, table: pd.DataFrame) -> None:

@@ -66,8 +66,8 @@ class QualitativeTable(Analysis):
       most ``aligned``, "reduced" if it is below ``apart``, and "yes" otherwise or if the rule has no direct synapses.
 
     - accurate approximation of BP: the measure is the mean angle between effective feedback and W over the paths of hidden
-      errors. For a path that does not pass through a single W (direct feedback), it is the delta angle of the error. The mark is
-      "yes" if the mean is at most ``aligned``.
+      errors. For a path that does not pass through a single W (direct feedback), the measure is the delta angle of the error. The
+      mark is "yes" if the mean is at most ``aligned``.
 
     - BP-level performance: the mark is "yes" if the test accuracy is less than ``gap`` points below that of bp. Otherwise, it is
       "between" if the accuracy is above those of fa and dfa, and "no" if it is not.

@@ -48,9 +48,9 @@ _OUTPUTS = {CLASSES: "classes", VALUES: "outputs", POSITIONS: "tokens"}
 def dry_run(config_name: str, config_dir: str | None, overrides: list[str], multirun: bool) -> str:
     """Describe what a command line would run.
 
-    For a run, this shows its config, model, feedback, sizes and costs, data and directory. For a sweep, it shows an overview, the
-    directories, and the same details of every config, not counting seeds. If there are more than `MOST_CONFIGS` configs, it shows
-    the details of the first one only.
+    For a run, the description shows its config, model, feedback, sizes and costs, data and directory. For a sweep, the
+    description shows an overview, the directories, and the same details of every config, not counting seeds. If there are more
+    than `MOST_CONFIGS` configs, only the first one is shown in detail.
 
     Args:
         config_name, config_dir, overrides: as for `fa_bench.command.compose.Composer`.

@@ -1,4 +1,4 @@
-"""Refuses configs that would make Hydra run code of their choice, before Hydra runs: configs are data.
+"""Refuses, before Hydra runs, any config that would make Hydra run arbitrary code.
 
 Hydra instantiates launcher, sweeper and callbacks from the classes that ``_target_`` names, imports the packages in its search
 path, and passes its logging sections to `logging.config`, which calls the functions that they name. A downloaded config could

@@ -55,7 +55,8 @@ class Task:
     def __call__(self, config: DictConfig) -> int:
         """Run one job; in a sweep, its errors do not affect the other jobs.
 
-        Returns: 0 if the run succeeded, 1 if it failed, 2 for invalid input.
+        Returns:
+            0 if the run succeeded, 1 if it failed, 2 for invalid input.
         """
         if self.epochs and os.getpid() != self.parent_pid:
             self._set_up_worker()

@@ -205,10 +205,10 @@ def _status(run_dir: Path) -> str:
 def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
     """The folders for sweep.json and the report, and the run directories that belong to each.
 
-    There is one folder for each `output_dir`, so nothing is written outside the folders that the user has chosen. By default,
-    this is the folder of the experiment, or that of the dataset and architecture, which may contain several groups of runs. If
-    the sweep spans several such folders, it is `output_dir` itself. If the run directories have a different layout, it is their
-    lowest common folder.
+    There is one folder for each `output_dir`, so nothing is written outside the folders that the user has chosen. By default, the
+    folder is that of the experiment, or that of the dataset and architecture, which may contain several groups of runs. If the
+    sweep spans several such folders, `output_dir` itself is used. If the run directories have a different layout, their lowest
+    common folder is used.
     """
     by_output: dict[str, list[tuple[Job, Path]]] = {}
     for job, run_dir in jobs:

@@ -1,4 +1,4 @@
-"""Check that the components and options of a run fit together, as far as this can be seen from the config."""
+"""Check that the components and options of a run are compatible, as far as this can be seen from the config."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
 def distinct_labels(names: Mapping[Key, str], configs: Mapping[Key, Flat]) -> dict[Key, str]:
     """The names; equal names are extended by the values of the keys in which their configs differ.
 
-    Labels of compared runs have this form everywhere: in reports, figures, the live view and the log of a sweep. Keys in which
-    only runs with other names differ are not added.
+    Labels of compared runs have this form everywhere: in reports, figures, the live view and the log of a sweep. A key is not
+    added if only runs with other names differ in it.
     """
     by_name: dict[str, list[Key]] = {}
     for key, name in names.items():

@@ -54,8 +54,8 @@ class Logger(Options):
         """Called before a checkpoint is written; must return only when everything is on disk."""
 
     def finish(self, status: str, numbers: Mapping[str, float | None], step: int) -> None:
-        """Called when the run ends. `status` is finished, stopped, diverged, interrupted or failed; `numbers` contains the final
-        accuracies and the seconds of training."""
+        """Called at the end of the run. `status` is finished, stopped, diverged, interrupted or failed; `numbers` contains the
+        final accuracies and the seconds of training."""
 
     def close(self) -> None:
         """Release all resources; also called after an error."""

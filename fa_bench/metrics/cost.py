@@ -74,7 +74,7 @@ class Cost:
 class Counter(TorchDispatchMode):
     """Counts multiplications, bytes moved and bytes of new tensors for all operations, including those of a backward pass.
 
-    It replaces torch's FlopCounterMode, which hooks modules and fails if gradients are computed in a backward pass.
+    This class replaces torch's FlopCounterMode, which hooks modules and fails if gradients are computed in a backward pass.
 
     Attributes:
         multiplications, moved: the numbers of multiplications and of bytes moved so far.
@@ -176,7 +176,7 @@ def multiplications(step: Callable[[], None]) -> int:
 def at_batch(counts: Sequence[int], batch: int) -> int:
     """The count for a batch of `batch` samples, extrapolated from the counts for 2, 3 and 4 samples.
 
-    This is exact if the count is a polynomial of degree at most two in the batch size. Products that involve the batch grow
+    The result is exact if the count is a polynomial of degree at most two in the batch size. Products that involve the batch grow
     linearly with its size, similarities between samples grow quadratically, and learning from noise that the rule generates has a
     constant cost.
     """
@@ -212,8 +212,8 @@ def step_costs(
 ) -> tuple[Cost, Cost]:
     """The costs of one training step: with the rule, and with backpropagation in the same model.
 
-    This runs small steps on random inputs. They change gradients, running statistics, random feedback and, with `optimizers`, the
-    weights, so pass a rule that will not be trained further.
+    The function runs small steps on random inputs. The steps change gradients, running statistics, random feedback and, with
+    `optimizers`, the weights, so pass a rule that will not be trained further.
 
     Args:
         rule: an attached rule.
@@ -331,8 +331,8 @@ def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
 def _peak(new: Sequence[Sequence[int]], batch: int) -> int:
     """The peak number of bytes of new tensors in a batch of `batch` samples.
 
-    The operation at which the peak occurs depends on the batch size, so each operation has its own polynomial. If the number of
-    operations depends on the batch size, a single polynomial is fitted to the peaks.
+    The operation at which the peak occurs depends on the batch size, so a polynomial is fitted for each operation. If the number
+    of operations depends on the batch size, a single polynomial is fitted to the peaks.
     """
     at_a_time = zip(*new, strict=True) if len(set(map(len, new))) == 1 else [[max(series) for series in new]]
     return max(at_batch(counts, batch) for counts in at_a_time)

@@ -44,8 +44,9 @@ class Memory:
         """The (reads, writes) of one step, which are 2P + A b and P + A b.
 
         The forward pass reads P and writes A b (eq 48), and the backward pass reads P + A b and writes P (eq 49), so the total is
-        3P + 2 A b. `strict` adds accesses that the paper omits. These are reading B, writing its learned part, and one bit for
-        every output of a ReLU, which is written in the forward pass and read in the backward pass; 32 bits count as one value.
+        3P + 2 A b. `strict` adds accesses that the paper omits. The additional accesses are reading B, writing its learned part,
+        and one bit for every output of a ReLU. This bit is written in the forward pass and read in the backward pass; 32 bits
+        count as one value.
         """
         reads, writes = 2 * self.parameters + self.activations * batch, self.parameters + self.activations * batch
         if not strict:

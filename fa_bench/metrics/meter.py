@@ -1,8 +1,8 @@
 """Measures how far a rule's errors are from those of backpropagation, on a fixed batch and without side effects.
 
-The error of a layer is taken at its activation, where the rule delivers it: for edge rules at the input of the next weighted
-layer, for cut rules at the cut. Batch normalisation uses the statistics of the batch and does not update its running statistics;
-dropout is off.
+The error of a layer is taken at its activation, where the rule delivers the error. For edge rules, this is the input of the next
+weighted layer; for cut rules, it is the cut. Batch normalisation uses the statistics of the batch and does not update its running
+statistics; dropout is off.
 """
 
 from __future__ import annotations
@@ -266,8 +266,8 @@ class Call:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors of several calls as one tensor. Its shape is (N, features) if each call has all samples, and (rows, features)
-    otherwise."""
+    """The tensors of several calls as one tensor. The tensor's shape is (N, features) if each call has all samples, and (rows,
+    features) otherwise."""
     if len(tensors) == 1:
         return tensors[0]
     if len({len(tensor) for tensor in tensors}) == 1:
@@ -355,7 +355,7 @@ def measurement_mode(rule: Rule) -> Iterator[None]:
     """A context for passes without side effects: training mode with the batch's statistics, without dropout and without sampling
     new random tensors.
 
-    Gradients are None within it. Afterwards, gradients, modes of modules and running statistics are as before.
+    Gradients are None within the context. Afterwards, gradients, modes of modules and running statistics are restored.
     """
     model = rule.model
     with (

@@ -41,7 +41,7 @@ class Rivals:
 
 
 class Judge:
-    """Decides whether one trial should end. It works on a copy of the trial's study, so that it can run in another process.
+    """Decides whether one trial should end. A judge works on a copy of the trial's study, so that it can run in another process.
 
     Args:
         rivals: the trials before this one.

@@ -118,7 +118,7 @@ def run_trial(trial: TrialRun) -> Outcome:
 
 
 def _state(result: dict[str, Any]) -> tuple[str, str]:
-    """The state of a trial after one of its runs has ended, and why it ends with that run, if it does."""
+    """The state of a trial after one of its runs has ended, and the reason if the trial ends with that run."""
     error = result["error"] or {}
     if result["status"] == "stopped" and error.get("callback") is None:
         return PRUNED, f"after epoch {result['epoch']}"

@@ -23,7 +23,7 @@ class Counter(Protocol):
 
 
 class Rapl:
-    """The counter of one RAPL domain: a processor package or its memory. It counts the energy used by all processes.
+    """The counter of one RAPL domain: a processor package or its memory. The counter includes the energy used by all processes.
 
     Raises:
         OSError: the counter cannot be read; on most systems, only root can do so.
@@ -75,8 +75,8 @@ class EnergyMeter:
 
     @classmethod
     def of(cls, device: torch.device) -> EnergyMeter | None:
-        """The meter of a run on a device. It covers the processors' packages and their memory, if these are counted, and the GPU
-        of a run on a GPU. None if the energy of the device cannot be measured."""
+        """The meter of a run on a device. The meter covers the processors' packages and their memory, if these are counted, and
+        the GPU of a run on a GPU. None if the energy of the device cannot be measured."""
         counters = rapl()
         if device.type == "cuda":
             import torch

@@ -44,8 +44,8 @@ def output_errors(path: Path) -> Iterator[None]:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it replaces `path` when the block ends without an error.
 
-    Its name depends only on that of `path`, so a file left by a killed process is replaced; only one process at a time may write
-    `path`.
+    The temporary name depends only on the name of `path`, so a file left by a killed process is replaced. Only one process at a
+    time may write `path`.
 
     Raises:
         OutputError: if the file cannot be written; the old file is unchanged.

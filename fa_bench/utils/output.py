@@ -75,8 +75,8 @@ def resilient_output() -> Iterator[Callable[[], str]]:
     Output to a closed stream is discarded, and characters that the encoding lacks are replaced according to `ASCII`. Streams that
     another program has installed, such as a notebook's, are left alone.
 
-    Yields: A function that returns the reason why text on standard output was lost, or an empty string if none that was still
-        wanted was lost.
+    Yields:
+        A function that returns the reason why wanted text on standard output was lost, or an empty string if none was lost.
     """
     original = sys.stdout, sys.stderr
     streams = [_resilient(stream, number) for number, stream in enumerate(original, start=1)]

@@ -213,8 +213,8 @@ def _hashed(words: Tensor, count: int) -> Tensor:
 
 
 def _hashed_part(start: int, count: int, first: int, second: int) -> np.ndarray:
-    """The numbers of `_hashed` from index `start` on, in a buffer that the thread's next call overwrites. They are computed with
-    NumPy, because this runs at every step and torch has no unsigned shifts."""
+    """The numbers of `_hashed` from index `start` on, in a buffer that the thread's next call overwrites. The numbers are
+    computed with NumPy, because this runs at every step and torch has no unsigned shifts."""
     if not hasattr(_buffers, "of_thread"):
         _buffers.of_thread = np.arange(_PART, dtype=np.uint32) * np.uint32(_WEYL), *np.empty((2, _PART), np.uint32)
     weyl, x, shifted = (buffer[:count] for buffer in _buffers.of_thread)

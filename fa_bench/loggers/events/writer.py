@@ -1,9 +1,9 @@
 """A run's curves for TensorBoard: one event file in the run's directory, in which every reader finds each point exactly once.
 
-torch's SummaryWriter cannot fulfil the guarantees of docs/reliability.md. It writes from a thread, so a full disk is not
-reported, and points that a checkpoint counts as written may be lost if the process is killed. With SummaryWriter, a resumed run
-would also add a second file, and each reader would have to discard the steps after the checkpoint. Here, a resumed run copies the
-valid events of its old files to a new file, which replaces them, and appends to the new file.
+torch's SummaryWriter cannot fulfil the guarantees of docs/reliability.md. SummaryWriter writes from a thread, so a full disk is
+not reported, and points that a checkpoint counts as written may be lost if the process is killed. With SummaryWriter, a resumed
+run would also add a second file, and each reader would have to discard the steps after the checkpoint. Here, a resumed run copies
+the valid events of its old files to a new file, which replaces them, and appends to the new file.
 """
 
 # The classes of protobuf modules are created at import.

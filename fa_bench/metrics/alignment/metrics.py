@@ -83,7 +83,7 @@ def _delta_angles(passes: Passes, reference: Mapping[Point, Tensor]) -> dict[str
 @METRICS.register("true_gradient_norm")
 @dataclasses.dataclass(eq=False)
 class TrueGradientNorm(Metric):
-    """Frobenius norm of the exact gradient of the weight: if it is near 0, the angles at this layer are meaningless."""
+    """Frobenius norm of the exact gradient of the weight; if this norm is near 0, the angles at the layer are meaningless."""
 
     title, column, plot, order = "true gradient norm", False, False, 5
     alarms = {
@@ -105,7 +105,8 @@ class OutputAngle(Metric):
     """Angle in degrees between the logits and a Bᵀ, where a is the activation at a cut and B (C, features) is the direct feedback
     there.
 
-    This is the angle in Fig. 2 of the paper on direct Kolen-Pollack learning. It is measured only for rules with direct feedback.
+    The angle is that in Fig. 2 of the paper on direct Kolen-Pollack learning, and is measured only for rules with direct
+    feedback.
     """
 
     title, unit, column, plot, order = "output angle", "°", False, False, 6

@@ -157,8 +157,8 @@ class Probes:
 def state_restored(rule: Rule) -> Iterator[None]:
     """A context whose changes to an attached model and to global random numbers are undone afterwards.
 
-    It restores parameters (including learned feedback), buffers, gradients, ``requires_grad``, the modes of all modules, and
-    every global random generator. Within it, gradients are None and ``rule.mode.freeze_random`` is set.
+    The context restores parameters (including learned feedback), buffers, gradients, ``requires_grad``, the modes of all modules,
+    and every global random generator. Within the context, gradients are None and ``rule.mode.freeze_random`` is set.
     """
     from fa_bench.mechanisms.contexts import modes_of, restore_modes, set_temporarily
     from fa_bench.utils.process import random_state, restore_random_state

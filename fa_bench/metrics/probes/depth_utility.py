@@ -27,11 +27,11 @@ class DepthUtility(Probe):
     model's cut points. Modules after the last end, such as the output layer, belong to no block. Initial values are those before
     training.
 
-    The running statistics of batch normalisation are estimated again for every accuracy, including that of the trained net. They
-    are the plain mean over at most 2,000 training images, without augmentation, in batches of the run's size. The statistics of
-    another net would reduce the accuracy for reasons other than the weights. Accuracies are measured on at most 10,000 validation
-    images, or test images if there is no validation split. For tasks without classes, the utility is the deterioration of the
-    primary score in its own unit, such as the decrease in R² or the increase in perplexity.
+    The running statistics of batch normalisation are estimated again for every accuracy, including that of the trained net. The
+    statistics are the plain mean over at most 2,000 training images, without augmentation, in batches of the run's size.
+    Statistics of another net would reduce the accuracy for reasons other than the weights. Accuracies are measured on at most
+    10,000 validation images, or test images if there is no validation split. For tasks without classes, the utility is the
+    deterioration of the primary score in its own unit, such as the decrease in R² or the increase in perplexity.
 
     The layers after the block were trained on its trained output, so this is an upper bound on the contribution of the block's
     training. A value near 0 means that this training contributed nothing.

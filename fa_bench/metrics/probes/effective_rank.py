@@ -23,7 +23,7 @@ class EffectiveRank(Probe):
     """Effective rank of the matrix of errors at a layer's activation, with one row for each sample or position.
 
     - ``effective_rank``: exp(-Σ p log p) with p = σ / Σ σ, where σ are the singular values of the rule's errors (Roy and Vetterli
-      2007). It lies between 1 and the number of rows or of features, whichever is smaller.
+      2007). The value lies between 1 and the number of rows or of features, whichever is smaller.
 
     - ``effective_rank_bp``: the effective rank of backpropagation's errors at the same place, with the same weights.
 
@@ -63,8 +63,8 @@ class EffectiveRank(Probe):
 def last_is_features(error: Tensor, model: torch_nn.Module, trace: Trace, layer: str) -> bool:
     """Whether the features of an error at the layer's activation are its last dimension, as for tokens, rather than its second.
 
-    This depends on the next layer, which takes the activation as its input, or, if the error does not have the shape of that
-    input, on the layer itself.
+    The answer depends on the next layer, which takes the activation as its input. If the error does not have the shape of that
+    input, the answer depends on the layer itself.
     """
     consumer = trace.consumer.get(layer, layer)
     takes = error.shape[1:] == trace.input_shapes[consumer][1:]

@@ -38,8 +38,8 @@ class GradientNorm(Probe):
 
         s² = Σ wₖ² ‖gₖ - g‖² / (1 - Σ wₖ²).
 
-    For equal groups, this is Σ ‖gₖ - g‖² / (K (K - 1)). For independent samples, its expectation is E‖g - E g‖², even for unequal
-    groups. Batch normalisation couples the samples, which s neglects. For a batch of one sample, s is NaN.
+    For equal groups, s² is Σ ‖gₖ - g‖² / (K (K - 1)). For independent samples, the expectation of s² is E‖g - E g‖², even for
+    unequal groups. Batch normalisation couples the samples, which s neglects. For a batch of one sample, s is NaN.
     """
 
     def measure(self, subject: Subject) -> Quantities:

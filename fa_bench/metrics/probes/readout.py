@@ -38,8 +38,8 @@ class Readout(Probe):
     pooling. The activation of the output layer is the logits. Layers whose outputs are added share one activation. The model is
     in evaluation mode.
 
-    The classifier (`fit`) is trained on at most 2,000 training images without augmentation. It is scored on at most 10,000
-    validation images, or test images if there is no validation split. It takes at most 1024 features (`bounded`).
+    The classifier (`fit`) is trained on at most 2,000 training images without augmentation. The classifier is scored on at most
+    10,000 validation images, or test images if there is no validation split. At most 1024 features are used (`bounded`).
     """
 
     def require(self, subject: Subject) -> None:
