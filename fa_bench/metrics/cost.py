@@ -313,8 +313,8 @@ def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None
 
 
 def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
-    """The cost of a step, from the counts for a few samples, the sizes of the micro-batches, and the bytes in use throughout the
-    step."""
+    """The cost of a step, computed from the counts for a few samples, the sizes of the micro-batches, and the bytes in use
+    throughout the step."""
     *products, of_optimizer, products_after = zip(*(step.multiplications for step in steps), strict=True)
     *moved, moved_after = zip(*(step.moved for step in steps), strict=True)
     forward, backward, feedback = (sum(at_batch(counts, size) for size in sizes) for counts in products)

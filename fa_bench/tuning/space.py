@@ -1,4 +1,4 @@
-"""The search space: dimensions, written like Hydra's sweeps on the command line."""
+"""The dimensions of the search space, which are written like Hydra's sweeps on the command line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A lock on a file for one process at a time, which is released when the process ends, even if it is killed.
 
-The lock is filelock's; processes forked by its holder, such as data workers, do not inherit it.
+The lock is implemented by the package filelock; processes forked by its holder, such as data workers, do not inherit it.
 """
 
 from __future__ import annotations
