@@ -1,4 +1,4 @@
-"""The base class of analyses: options, a table, a figure."""
+"""The base class of analyses: each one has options, and produces a table and a figure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Analysis(Options):
         raise missing_method(self, "table")
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The part of the table to show in the terminal: all of it, unless there are many rows."""
+        """The part of the table to show in the terminal; by default, the whole table."""
         return table
 
     def plot(self, figure: Figure, table: pd.DataFrame) -> None:
@@ -34,10 +34,10 @@ class Analysis(Options):
         raise missing_method(self, "plot")
 
     def write(self, directory: Path) -> tuple[pd.DataFrame, Path, Path]:
-        """Compute the table, and write NAME.csv and NAME.png to `directory`; the same options give byte-identical files.
+        """Compute the table and write NAME.csv and NAME.png to `directory`; the same options give byte-identical files.
 
         Returns:
-            The table, and the two paths.
+            The table and the two paths.
         """
         table = self.table()
         directory.mkdir(parents=True, exist_ok=True)

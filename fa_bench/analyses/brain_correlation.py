@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 @ANALYSES.register("brain_correlation")
 @dataclasses.dataclass(eq=False)
 class BrainCorrelation(Analysis):
-    """Angle between forward and feedback weights for a fraction of reciprocal pairs (appendix B of Li and Benna 2024).
+    """Angle between forward and feedback weights if only some pairs of neurons are reciprocal (appendix B of Li and Benna 2024).
 
-    A fraction p of the connected pairs of neurons is connected in both directions, and the weights of these pairs have the
-    correlation R; for the other pairs the feedback weight is zero. For weights with mean zero, the correlation over all pairs is
-    R √p, and
+    A fraction p of the connected pairs of neurons is connected in both directions, and the weights of these pairs have
+    correlation R. For the other pairs, the feedback weight is zero. For weights with mean zero, the correlation over all pairs is
+    R √p, so the angle satisfies
 
         cos(angle) = R √p        [derived: the covariance is p R, and the variance of the feedback is multiplied by p]
 
     The paper sampled matrices with p = 0.31 and R = 0.36, as measured in cortex, and found a correlation of 0.2 and 78 degrees,
-    in agreement with the formula. We also sample matrices: W is Gaussian, and F = R W + √(1 - R²) noise where a Bernoulli mask
-    with probability p is one, and 0 elsewhere. For weights with nonzero mean, such as synapses of one sign, the angle differs.
+    in agreement with the formula. We also sample matrices. W is Gaussian; the feedback is R W + √(1 - R²) N with Gaussian noise N
+    where a Bernoulli mask with probability p is one, and zero elsewhere. The formula does not hold for weights with a nonzero
+    mean, such as synapses of one sign.
 
-    The rule `mixed` reaches the same point with three kinds of synapses: p = k + f and R = k / (k + f) for its fractions k of KP
-    and f of FA. The row of `mixed` uses the rule's defaults.
+    The rule `mixed`, which has three kinds of synapses, corresponds to p = k + f and R = k / (k + f), where k and f are its
+    fractions of KP and FA synapses. The row for `mixed` uses the rule's defaults.
     """
 
     size: ClassVar[tuple[float, float]] = (10, 4)
@@ -109,7 +110,7 @@ class BrainCorrelation(Analysis):
 
 
 def sample_pair(pairs: int, reciprocal: float, correlation: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Forward and feedback weights of `pairs` connected pairs of neurons, (pairs,) each; 0 for missing feedback."""
+    """The forward and feedback weights of `pairs` connected pairs of neurons, (pairs,) each; missing feedback weights are 0."""
     generator = np.random.default_rng(seed)
     forward, noise = generator.standard_normal((2, pairs))
     feedback = correlation * forward + math.sqrt(1 - correlation**2) * noise

@@ -1,4 +1,4 @@
-"""Runs one analysis: a table as CSV and a figure as PNG.
+"""Runs one analysis, which writes a table as CSV and a figure as PNG.
 
 fa-bench-analyse                              # lists the analyses
 fa-bench-analyse NAME --help                  # its options
@@ -32,7 +32,8 @@ def _parsed(options: list[str]) -> DictConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``fa-bench-analyse``; returns the exit code: 2 for invalid input, with a one-line error message."""
+    """Entry point of ``fa-bench-analyse``; returns the exit code, which is 2 for invalid input (with a one-line error
+    message)."""
     return exit_code("fa-bench-analyse", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
 

@@ -34,9 +34,11 @@ class Linear(NamedTuple):
 
 
 def trajectory(net: Linear, lr: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield W and A before each of infinitely many updates; an update is the mean over inputs x with mean zero and covariance Σ.
+    """Yield W and A before each update; the sequence is infinite. Each update is averaged over inputs x with mean zero and
+    covariance Σ.
 
-    W <- W + η E Σ Cᵀ and A <- A + η Wᵀ E Σ with E = T - W A (eqs 26 and 27 of Woo et al. 2021; with Σ = I eqs 28 and 29).
+    The update is W <- W + η E Σ Cᵀ and A <- A + η Wᵀ E Σ with E = T - W A (eqs 26 and 27 of Woo et al. 2021; with Σ = I eqs 28
+    and 29).
     """
     w, a = net.w, net.a
     while True:
@@ -50,21 +52,31 @@ def trajectory(net: Linear, lr: float) -> Iterator[tuple[np.ndarray, np.ndarray]
 class ForwardAlignmentTheorem(Analysis):
     """‖E‖ over time in the linear net of the theorem (appendix A.1 of Woo et al. 2021, eqs 25-38).
 
-    y = W A x learns y = T x, with E = T - W A and the continuous dynamics Ẇ = E Cᵀ, Ȧ = Wᵀ E. The theorem states that E → 0 as
-    t → ∞ (t → 0 in print) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column rank, and the input is white. The Lyapunov function of
-    the proof is V = ‖E Cᵀ‖². All cases have the same T, C and initial values, except for the condition that they violate:
+    y = W A x learns y = T x, with E = T - W A and the continuous dynamics Ẇ = E Cᵀ, Ȧ = Wᵀ E. The theorem states that E → 0 as t
+    → ∞ (misprinted as t → 0) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column rank, and the input is white. The Lyapunov function
+    of the proof is V = ‖E Cᵀ‖². Every case uses the same T, C and initial values, except for the change that violates its
+    condition:
 
-    - theorem: all conditions hold. W = M Cᵀ with a small random M, and A = ½ C Mᵀ M, so that k = 0 [derived];
-    - k_random: Gaussian numbers are added to A; k_negative: A - ``k`` C, which inverts the sign of the hidden activation C x;
-    - rank_enough: C has rank O, less than the inputs; rank_small: C has rank O - 1;
-    - coloured: a covariance Σ with eigenvalues between 1 and ``condition``, divided by their mean; Ẇ = E Σ Cᵀ, Ȧ = Wᵀ E Σ.
+    - theorem: all conditions hold. W = M Cᵀ with a small random M, and A = ½ C Mᵀ M, so that k = 0 [derived].
 
-    [derived] The proof needs only the symmetric part of k to be zero, and only this part is conserved. The symmetric part,
-    sym(A Cᵀ) - ½ Wᵀ W, is constant for every Σ (add the transposes to both sides of eq. 32); the antisymmetric part is not
-    (eq. 33 requires WᵀẆ to be symmetric). If W starts in the row space of Cᵀ, it stays there, so an error remains if the rank of
-    C is lower than that of T.
+    - k_random: Gaussian numbers are added to A.
 
-    Rows: case, seed, time t = steps x ``lr``, ‖E‖ / ‖T‖, V / V(0), norms of the symmetric and antisymmetric parts of k.
+    - k_negative: ``k`` C is subtracted from A, which inverts the sign of the hidden activation C x.
+
+    - rank_enough: C has rank O, which is less than the number of inputs.
+
+    - rank_small: C has rank O - 1.
+
+    - coloured: the covariance Σ has eigenvalues between 1 and ``condition``, divided by their mean, and the dynamics are Ẇ = E Σ
+      Cᵀ and Ȧ = Wᵀ E Σ.
+
+    [derived] The proof needs only the symmetric part of k to be zero, and only this part is conserved. The symmetric part, sym(A
+    Cᵀ) - ½ Wᵀ W, is constant for every Σ, as adding the transposes to both sides of eq. 32 shows. The antisymmetric part is not
+    constant, because eq. 33 requires WᵀẆ to be symmetric. If W starts in the row space of Cᵀ, it stays there, so an error remains
+    if the rank of C is lower than that of T.
+
+    Each row has the case, the seed, the time t = steps x ``lr``, ‖E‖ / ‖T‖, V / V(0), and the norms of the symmetric and
+    antisymmetric parts of k.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4)

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 class MemoryAccesses(Analysis):
     """External memory accesses of one training step (eqs 48 and 49, Fig. 11 of Woo et al. 2021).
 
-    One row per architecture, rule and batch size b: parameters P, activations A stored per sample, reads 2P + A b, writes
-    P + A b, their total 3P + 2 A b, and the ratio of the total to that of backpropagation. The paper does not state its batch
-    size. In a net with few layers, a value of k may store the same activations as a smaller value; it then has no row. Nets in
-    which asap has nothing to share have no row either. How a shared activation is resized makes no difference.
+    There is one row per architecture, rule and batch size b. Each row has the parameters P, the activations A stored per sample,
+    the reads 2P + A b, the writes P + A b, their total 3P + 2 A b, and the ratio of this total to that of backpropagation. The
+    paper does not state its batch size. In a net with few layers, asap may store the same activations for a value of k as for a
+    smaller one; the larger value then has no row. There is no row for asap in nets in which it has nothing to share. The method
+    of resizing a shared activation does not affect the counts.
     """
 
     architectures: list[str] = option(

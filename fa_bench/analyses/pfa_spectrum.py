@@ -1,4 +1,4 @@
-"""The first step of product feedback alignment: spectrum of B Bᵀ, and angle of B Bᵀ W to W."""
+"""The first step of product feedback alignment: the spectrum of B Bᵀ, and the angle between B Bᵀ W and W."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 @ANALYSES.register("pfa_spectrum")
 @dataclasses.dataclass(eq=False)
 class PFASpectrum(Analysis):
-    """Eigenvalues of B Bᵀ for several expansion ratios, and the angle of B Bᵀ W to W (Fig. 3 of Li and Benna 2024).
+    """Eigenvalues of B Bᵀ for several expansion ratios, and the angle between B Bᵀ W and W (Fig. 3 of Li and Benna 2024).
 
-    B (O, M) is sampled by the rule: M = ratio x O intermediate units, entries of variance 1/M. With λ = O/M, for large O and M
-    the eigenvalues v of B Bᵀ have the Marchenko-Pastur density (eq. 8, with the square roots that are missing in print)
+    B (O, M) is sampled as in the rule, with M = ratio x O intermediate units and entries of variance 1/M. Let λ = O/M. For large
+    O and M, the eigenvalues v of B Bᵀ have the Marchenko-Pastur density (eq. 8, with the square roots that are missing in print)
 
         μ(v) = √((λ₊ - v)(v - λ₋)) / (2π λ v) on [λ₋, λ₊], λ± = (1 ± √λ)²
 
-    with mean 1 and standard deviation √λ; for λ > 1 a fraction 1 - 1/λ of them is zero [derived]. W learns by gᵀ x and R by
-    Bᵀ gᵀ x, so B R becomes B Bᵀ W. If W (O, I) is independent of B, the angle of B Bᵀ W to W is arctan √λ [derived: tr(B Bᵀ)/O is
-    1, and tr((B Bᵀ)²)/O is 1 + λ]. A new W is sampled with every B.
+    Their mean is 1 and their standard deviation √λ; for λ > 1, a fraction 1 - 1/λ of them is zero [derived]. W learns by gᵀ x and
+    R by Bᵀ gᵀ x, so B R becomes B Bᵀ W. If W (O, I) is independent of B, the angle between B Bᵀ W and W is arctan √λ [derived:
+    tr(B Bᵀ)/O is 1, and tr((B Bᵀ)²)/O is 1 + λ]. A new W is sampled with every B.
 
-    The table is in long format: quantity, ratio, λ, and for the density the middle of the bin; the measured mean and standard
-    deviation over all samples (and eigenvalues), and the prediction.
+    The table is in long format. Each row has the quantity, the ratio, λ, the middle of the bin (only for the density), the
+    measured mean and standard deviation over all samples (and eigenvalues), and the prediction.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4)
@@ -101,7 +101,8 @@ class PFASpectrum(Analysis):
         return pd.DataFrame(rows)
 
     def _measure(self, rule: Any, between: int, number: int) -> tuple[np.ndarray, float]:
-        """Eigenvalues of B Bᵀ, ascending, (O,), and the angle of B Bᵀ W to W in degrees, for one sample of B and W."""
+        """The eigenvalues of B Bᵀ in ascending order, (O,), and the angle in degrees between B Bᵀ W and W, for one sample of B
+        and W."""
         from fa_bench.metrics.angles import weight_angle
 
         first: Tensor = rule.first(self.outputs, between, seed_for(self.seed, number, "B")).double()
@@ -110,7 +111,7 @@ class PFASpectrum(Analysis):
         return torch.linalg.eigvalsh(product).numpy(), weight_angle(product @ weight, weight)
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """All rows except the bins."""
+        """All rows of the table except those of the bins."""
         return table.loc[table["quantity"] != "density"].drop(columns="eigenvalue")
 
     def plot(self, figure: Figure, table: pd.DataFrame) -> None:
@@ -139,13 +140,14 @@ class PFASpectrum(Analysis):
             axes.legend(frameon=False, fontsize=8)
 
 
-#: In double precision, an eigenvalue of B Bᵀ below this is zero up to rounding.
+#: In double precision, an eigenvalue of B Bᵀ below this threshold is zero up to rounding.
 ZERO = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class MarchenkoPastur:
-    """Limiting distribution of the eigenvalues of B Bᵀ, B (O, M) with independent entries of variance 1/M, O/M = `ratio`."""
+    """The limiting distribution of the eigenvalues of B Bᵀ, where B (O, M) has independent entries of variance 1/M and O/M is
+    `ratio`."""
 
     ratio: float
 
@@ -167,7 +169,8 @@ class MarchenkoPastur:
     def below(self, v: np.ndarray) -> np.ndarray:
         """The integral of μ up to v, without the point mass at zero.
 
-        Computed over θ with v = 1 + λ - 2 √λ cos θ, where the integrand 2 sin² θ / (π v) has no singularity, even for λ = 1.
+        The integral is computed over θ with v = 1 + λ - 2 √λ cos θ; its integrand, 2 sin² θ / (π v), has no singularity, even for
+        λ = 1.
         """
         theta = np.linspace(0, math.pi, 4097)
         middle = (theta[1:] + theta[:-1]) / 2

@@ -48,26 +48,32 @@ PUBLISHED = {
 @ANALYSES.register("qualitative_table")
 @dataclasses.dataclass(eq=False)
 class QualitativeTable(Analysis):
-    """Table 1 of Li and Benna 2024 from runs: each mark is measured on trained nets and compared with the published one.
+    """Table 1 of Li and Benna 2024, with each mark measured on trained nets and compared with the published one.
 
-    The paper gives marks without procedures; the procedures are ours. The feedback consists of all feedback tensors and the
+    The paper gives marks without procedures; the procedures are ours. Below, the feedback means all feedback tensors and the
     effective feedback of all layers. The following is measured on each trained net and averaged over seeds:
 
-    - no sign transport: invert the sign of all W between two updates; the fraction of feedback values whose sign changes as a
-      result is at most ``changed``.
-    - no magnitude transport: double all W; the relative change of the feedback is at most ``changed``.
-    - no separate feedback phase: call ``rule.step()``, which does mirror steps, between two updates, without data, loss or
-      gradients; the relative change of the feedback is at most ``changed``.
+    - no sign transport: the signs of all W are inverted between two updates. The mark is "yes" if the fraction of feedback values
+      that change sign as a result is at most ``changed``.
+
+    - no magnitude transport: all W are doubled. The mark is "yes" if the relative change of the feedback is at most ``changed``.
+
+    - no separate feedback phase: ``rule.step()``, which does mirror steps, is called between two updates, without data, loss or
+      gradients. The mark is "yes" if the relative change of the feedback is at most ``changed``.
+
     - no explicit symmetry after training: direct synapses are the feedback tensors with one value per weight, in the layout of
       the weight, or the effective feedback of a rule without feedback tensors. The mark is "no" if their mean angle to W is at
       most ``aligned``, "reduced" if it is below ``apart``, and "yes" otherwise or if the rule has no direct synapses.
-    - accurate approximation of BP: the mean angle of effective feedback to W over the paths of hidden errors; for a path that
-      does not pass through a single W (direct feedback), the delta angle of the error. The mark is "yes" up to ``aligned``.
-    - BP-level performance: "yes" if the test accuracy is less than ``gap`` points below that of bp; otherwise "between" if it is
-      above those of fa and dfa, and "no" if it is not.
 
-    PAL, the paper's eighth column, is not implemented. A published "unclear" counts as a disagreement with every mark.
-    Rows: rule, property, measured mark and value, published mark, and whether they agree.
+    - accurate approximation of BP: the measure is the mean angle between effective feedback and W over the paths of hidden
+      errors. For a path that does not pass through a single W (direct feedback), the measure is the delta angle of the error. The
+      mark is "yes" if the mean is at most ``aligned``.
+
+    - BP-level performance: the mark is "yes" if the test accuracy is less than ``gap`` points below that of bp. Otherwise, it is
+      "between" if the accuracy is above those of fa and dfa, and "no" if it is not.
+
+    PAL, the paper's eighth column, is not implemented. A published "unclear" counts as a disagreement with every mark. Each row
+    has the rule, the property, the measured mark and value, the published mark, and whether the marks agree.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4.5)
@@ -159,7 +165,7 @@ class QualitativeTable(Analysis):
         return pd.DataFrame(rows)
 
     def measure(self, job: Job) -> dict[str, float]:
-        """Train one run and measure it."""
+        """Train one net and measure its properties."""
         from fa_bench.runs.assembly import assemble, prepare
 
         last: dict[str, Any] = {}
@@ -176,7 +182,7 @@ class QualitativeTable(Analysis):
         }
 
     def judge(self, measured: dict[str, float], accuracy: dict[str, float]) -> list[tuple[str, float, str]]:
-        """(mark, value, unit) of each property, by the thresholds."""
+        """The (mark, value, unit) of each property, according to the thresholds."""
         direct, difference = measured["direct"], measured["accuracy"] - accuracy["bp"]
         symmetry = "no" if direct <= self.aligned else "reduced" if direct < self.apart else "yes"  # NaN: yes
         others = [accuracy[name] for name in ("fa", "dfa") if name in accuracy]
@@ -238,10 +244,11 @@ def feedback_of(rule: Rule) -> dict[str, Tensor]:
 
 
 def transport(rule: Rule) -> dict[str, float]:
-    """How much the feedback changes between two updates if the weights change, and in the rule's own step.
+    """Measures how much the feedback changes between two updates if the weights change, and in the rule's own step.
 
-    ``sign``: largest fraction of feedback values whose sign changes if all weights are negated; ``magnitude``: largest relative
-    change if they are doubled; ``phase``: largest relative change in ``rule.step()``. The rule's model does not change.
+    ``sign`` is the largest fraction of feedback values that change sign if all weights are negated. ``magnitude`` is the largest
+    relative change if the weights are doubled, and ``phase`` the largest relative change in ``rule.step()``. The rule's model is
+    left unchanged.
     """
     from fa_bench import attached_rule
     from fa_bench.mechanisms.weighted_layers import weighted_layers

@@ -1,5 +1,5 @@
-"""Why shortcuts help activation sharing: angles between the weight changes of asap and of backpropagation, with and without
-shortcuts."""
+"""The effect of shortcuts on activation sharing: the angles between the weight changes of asap and of backpropagation, with and
+without shortcuts."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ if TYPE_CHECKING:
 @ANALYSES.register("shortcut_effect")
 @dataclasses.dataclass(eq=False)
 class ShortcutEffect(Analysis):
-    """The shortcut effect, measured (appendix E of Woo et al. 2021, eqs 43-47).
+    """Measures the shortcut effect (appendix E of Woo et al. 2021, eqs 43-47).
 
-    Layer l + 3 has the input h_{l+2} = φ(W_{l+2} h_{l+1} + b_{l+2}), plus h_l if there is a shortcut, so backpropagation changes
-    its weight by δ φ(...), plus δ h_l if there is a shortcut. ASAP shares h_l and changes the weight by δ h_l in both nets; with
-    a shortcut, this is part of backpropagation's change. The paper illustrates this with a sketch; here it is measured. Both nets
-    are trained by ASAP. Between epochs, the gradients of ASAP and of backpropagation are computed for the same batch and weights,
-    and the angles between them in each layer:
+    The input of layer l + 3 is h_{l+2} = φ(W_{l+2} h_{l+1} + b_{l+2}), plus h_l if there is a shortcut. Backpropagation therefore
+    changes the layer's weight by δ φ(...), plus δ h_l if there is a shortcut. ASAP shares h_l and changes the weight by δ h_l in
+    both nets; with a shortcut, this is part of backpropagation's change. The paper illustrates this with a sketch; here it is
+    measured. Both nets are trained by ASAP. Between epochs, the gradients of ASAP and of backpropagation are computed for the
+    same batch and weights, and two angles between them are measured in each layer:
 
-    - ``whole``: ASAP as in training, whose δ passes through B;
-    - ``sharing``: ASAP with backpropagation's δ (``transport``, including in fully connected layers), as compared in eqs 44, 46
-      and 47.
+    - ``whole``: the gradient of ASAP as in training, with a δ that passes through B.
+
+    - ``sharing``: the gradient of ASAP with backpropagation's δ (``transport``, including in fully connected layers), as compared
+      in eqs 44, 46 and 47.
 
     The effect occurs in layers whose input is the sum of a block, such as the first convolution of the next block, and not in
     those inside a block. ``shares`` marks layers whose shared activation is not their own input; for other layers, sharing has no
-    effect. Layers that ASAP does not train (the stem) have no row. Rows: net, seed, epoch, layer, the two angles in degrees, and
-    the test accuracy in % at that time.
+    effect. Layers that ASAP does not train (the stem) have no row. Each row has the net, the seed, the epoch, the layer, the two
+    angles in degrees, and the test accuracy in % at that time.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4.5)
@@ -70,7 +71,7 @@ class ShortcutEffect(Analysis):
             raise OptionError("rule", f"={self.rule} has no option transport (asap has one)")
 
     def job(self, net: str, seed: int) -> Job:
-        """The job of one net; `net` is the name of the option that gives the net."""
+        """The job of one net; `net` is the name of the option that specifies it."""
         keys = {"algorithm": "rule", "architecture": net, "dataset": "dataset", "optimizer": "optimizer"}
         return make_job(
             {group: (key, getattr(self, key)) for group, key in keys.items()},
@@ -115,7 +116,7 @@ class ShortcutEffect(Analysis):
         return rows
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Final means over the seeds: one row per layer, one column per net and angle."""
+        """The final means over the seeds, with one row per layer and one column per net and angle."""
         last = table[(table["epoch"] == table["epoch"].max()) & table["shares"]]
         wide = last.pivot_table(index="layer", columns="net", values=["sharing", "whole"], sort=False)
         wide.columns = [f"{angle}_{net}" for angle, net in wide.columns]
@@ -151,10 +152,10 @@ class ShortcutEffect(Analysis):
 
 
 def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
-    """{layer: the angles between the weight gradients of the rule and of backpropagation} on the fixed batch.
+    """The angles between the weight gradients of the rule and of backpropagation on the fixed batch, by layer.
 
-    The angles are in degrees: ``whole`` is that of the rule as it is, ``sharing`` that of the rule with transport. ``shares``
-    indicates whether sharing changes the layer's gradient at all. The model does not change.
+    The angles are in degrees: ``whole`` is that of the unmodified rule, and ``sharing`` that of the rule with transport.
+    ``shares`` indicates whether sharing changes the layer's gradient at all. The model is left unchanged.
     """
     from fa_bench import attached_rule
     from fa_bench.mechanisms.edge.pathways import FixedFeedback
@@ -181,12 +182,12 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     return angles
 
 
-#: In degrees: a smaller angle between two gradients in single precision is rounding error.
+#: An angle in degrees: a smaller one between two gradients in single precision is rounding error.
 ROUNDING = 0.1
 
 
 def gradients(rule: Rule, x: Tensor, y: Tensor, exact: bool = False) -> dict[str, Tensor]:
-    """{layer: weight gradient} for one batch, by the rule or by backpropagation, without side effects."""
+    """The weight gradient of each layer for one batch, by the rule or by backpropagation, without side effects."""
     from contextlib import nullcontext
 
     from fa_bench.mechanisms.weighted_layers import weighted_layers

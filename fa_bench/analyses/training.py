@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
-    """Create a job from one string for each config group, ``NAME:OPTION=VALUE,...``.
+    """Create a job from one string per config group, each written as ``NAME:OPTION=VALUE,...``.
 
     Args:
         texts: config group -> (the analysis's option, its value).

@@ -112,7 +112,7 @@ class SharedStore(StructuredConfigSource):
 
 
 _SOURCES = {CheckedFiles: FileConfigSource, CheckedPackages: ImportlibResourcesConfigSource, SharedStore: StructuredConfigSource}
-# Hydra later registers its own sources again, also in launchers' processes, but keeps an existing source of the same name.
+# Hydra later registers its own sources again, including in launchers' processes, but keeps an existing source of the same name.
 for _source, _replaced in _SOURCES.items():
     _source.__name__ = _replaced.__name__
 

@@ -17,7 +17,7 @@ from fa_bench.runs.logs import preserve_root_logger
 
 @contextlib.contextmanager
 def errors_named(config: DictConfig, name: str) -> Iterator[None]:
-    """Raise ConfigError, naming Hydra's section `name`, if Hydra cannot use that section within the block."""
+    """Raise a ConfigError that names Hydra's section `name` if Hydra cannot use that section within the block."""
     try:
         with preserve_root_logger(), contextlib.redirect_stderr(io.StringIO()):
             yield

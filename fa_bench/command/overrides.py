@@ -82,7 +82,7 @@ def expand(overrides: list[Override]) -> list[list[str]]:
 
 
 def _quoting_hint(text: str) -> str:
-    """The message for an override whose value needs quotes; empty if missing quotes are not the problem."""
+    """The message for an override with a value that needs quotes; empty if missing quotes are not the problem."""
     key, found, value = text.partition("=")
     if not found or not re.fullmatch(r"\+{0,2}[\w./@-]+", key) or not value.isprintable() or re.match(r"\s*[\[{'\"]", value):
         return ""

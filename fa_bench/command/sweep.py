@@ -203,7 +203,7 @@ def _status(run_dir: Path) -> str:
 
 
 def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
-    """The folders for sweep.json and the report, each with its run directories.
+    """The folders for sweep.json and the report, and the run directories that belong to each.
 
     There is one folder for each `output_dir`, so nothing is written outside the folders that the user has chosen. In the default
     layout, the report goes to the folder of the experiment, or of the dataset and architecture if there is no experiment. If the

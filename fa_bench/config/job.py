@@ -274,7 +274,7 @@ class Job:
 
     @property
     def group(self) -> str:
-        """The name shared by the runs that differ from this one only in the seed."""
+        """The name shared by all runs that differ only in the seed."""
         identity = self.identity()
         del identity["seed"]
         return f"{self.algorithm.name}-{_hash(identity)[:8]}"

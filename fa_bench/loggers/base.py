@@ -41,7 +41,8 @@ class Logger(Options):
         """Called before training. If the logger cannot work, raise a ConfigError that says what to install."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
-        """Start logging to the run's directory, which exists. A run resumes from `step`; discard values logged after it."""
+        """Start logging to the run's directory, which exists. A resumed run continues from `step`, so discard all values logged
+        after this step."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers at a step, with tags such as ``loss/train`` or ``weight_angle/fc1``. After a resume, steps may repeat."""
@@ -53,8 +54,8 @@ class Logger(Options):
         """Called before a checkpoint is written; must return only when everything is on disk."""
 
     def finish(self, status: str, numbers: Mapping[str, float | None], step: int) -> None:
-        """Called when the run ends. `status` is finished, stopped, diverged, interrupted or failed; `numbers` contains the final
-        accuracies and the seconds of training."""
+        """Called at the end of the run. `status` is finished, stopped, diverged, interrupted or failed; `numbers` contains the
+        final accuracies and the seconds of training."""
 
     def close(self) -> None:
         """Release all resources; also called after an error."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @LOGGERS.register("wandb")
 @dataclasses.dataclass(eq=False)
 class Wandb(Logger):
-    """Weights & Biases: one W&B run for each run, even if resumed; configured by WANDB_PROJECT, WANDB_MODE and the like."""
+    """Weights & Biases: one W&B run for each run, even if it is resumed; configured by WANDB_PROJECT, WANDB_MODE and the like."""
 
     run: Any = dataclasses.field(init=False, default=None)
 

@@ -1,4 +1,4 @@
-"""Angles and norm ratios. All norms are Frobenius norms of flattened tensors, all angles in degrees."""
+"""Angles and norm ratios. All norms are Frobenius norms of flattened tensors, and all angles are in degrees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NORM_FLOOR = 1e-12
 
 
 def angles(u: Tensor, v: Tensor) -> Tensor:
-    """Angles between the rows of two (N, F) tensors, (N,) in double precision; NaN for a norm below `NORM_FLOOR`.
+    """Angles between the rows of two (N, F) tensors, (N,) in double precision; NaN if either norm is below `NORM_FLOOR`.
 
     2 atan2(‖û - v̂‖, ‖û + v̂‖) is precise near 0 and 180 degrees, where the arc cosine loses half of the digits.
     """
@@ -33,11 +33,11 @@ def weight_angle(feedback: Tensor, weight: Tensor) -> float:
 
 
 def norm_ratio(feedback: Tensor, weight: Tensor) -> float:
-    """‖effective feedback‖ / ‖weight‖; NaN for a zero weight."""
+    """The ratio ‖effective feedback‖ / ‖weight‖; NaN for a zero weight."""
     norm = weight.double().norm().item()
     return feedback.double().norm().item() / norm if norm > NORM_FLOOR else math.nan
 
 
 def mean_sample_angle(errors: Tensor, true_errors: Tensor) -> float:
-    """Angle between two errors (N, ...) of each sample, flattened; mean over the samples for which it is defined."""
+    """The angle between the two flattened errors (N, ...) of each sample, averaged over the samples for which it is defined."""
     return angles(errors.flatten(1), true_errors.flatten(1)).nanmean().item()

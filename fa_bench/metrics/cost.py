@@ -27,8 +27,8 @@ from fa_bench.registry.kinds import CLASSES, IMAGES, TOKENS, VALUES
 #: Sizes of the batches that are run to determine the counts at any batch size.
 _BATCHES = (2, 3, 4)
 _ATEN = torch.ops.aten
-#: Attention on the CPU, which is missing from torch's table. Its backward pass computes the scores again: five products, not
-#: four.
+#: Attention on the CPU, which is missing from torch's table. The backward pass of attention computes the scores again, so it
+#: takes five products instead of four.
 _ATTENTION: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query.shape, key.shape, value.shape
@@ -74,7 +74,7 @@ class Cost:
 class Counter(TorchDispatchMode):
     """Counts multiplications, bytes moved and bytes of new tensors for all operations, including those of a backward pass.
 
-    It replaces torch's FlopCounterMode, which hooks modules and fails if gradients are computed in a backward pass.
+    This class replaces torch's FlopCounterMode, which hooks modules and fails if gradients are computed in a backward pass.
 
     Attributes:
         multiplications, moved: the numbers of multiplications and of bytes moved so far.
@@ -122,14 +122,14 @@ class Counter(TorchDispatchMode):
 def _convolution_backward(
     g: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *others: Any
 ) -> int:
-    """The multiplications of the gradients of a convolution: as many for each as in the forward pass, even with groups, for which
-    torch's own count is too high."""
+    """The multiplications of the gradients of a convolution. Each gradient takes as many as the forward pass, even with groups,
+    for which torch's own count is too high."""
     needs_x, needs_weight, _ = others[-1]
     return (int(needs_x) + int(needs_weight)) * (x if transposed else g).numel() * weight[0].numel()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values and in lists of them."""
+    """The tensors among these values and in lists of values."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -138,13 +138,14 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _mutated(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation changes in place; it may return them or not."""
+    """The tensors that an operation changes in place, whether or not it returns them."""
     given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
     return list(_tensors(given[argument.name] for argument in schema.arguments if argument.is_write and argument.name in given))
 
 
 def _size(tensor: Tensor) -> int:
-    """The bytes that a tensor occupies: fewer than its values would need, if it repeats values without copying them."""
+    """The bytes that a tensor occupies. A tensor that repeats values without copying them occupies fewer bytes than its values
+    would."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
@@ -152,8 +153,8 @@ def _size(tensor: Tensor) -> int:
 def counting() -> Iterator[Counter]:
     """A context that counts the operations within it.
 
-    Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed when the last reference to
-    them ends, never by the garbage collector, whose timing would make the count depend on earlier code.
+    Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed as soon as the last
+    reference to them is gone. The garbage collector is off, because its timing would make the count depend on earlier code.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -173,10 +174,11 @@ def multiplications(step: Callable[[], None]) -> int:
 
 
 def at_batch(counts: Sequence[int], batch: int) -> int:
-    """The count for a batch of `batch` samples, from those for 2, 3 and 4.
+    """The count for a batch of `batch` samples, extrapolated from the counts for 2, 3 and 4 samples.
 
-    Exact if the count is a polynomial in the batch size of degree at most two: products that involve the batch grow linearly with
-    it, similarities between samples grow quadratically, and learning from noise that the rule generates is constant.
+    The result is exact if the count is a polynomial of degree at most two in the batch size. Products that involve the batch grow
+    linearly with its size, similarities between samples grow quadratically, and learning from noise that the rule generates has a
+    constant cost.
     """
     two, three, four = counts
     beyond = batch - _BATCHES[0]
@@ -210,8 +212,8 @@ def step_costs(
 ) -> tuple[Cost, Cost]:
     """The costs of one training step: with the rule, and with backpropagation in the same model.
 
-    This runs small steps on random inputs, which change gradients, running statistics, random feedback and, with `optimizers`,
-    the weights, so pass a rule that will not be trained further.
+    The function runs small steps on random inputs. The steps change gradients, running statistics, random feedback and, with
+    `optimizers`, the weights, so pass a rule that will not be trained further.
 
     Args:
         rule: an attached rule.
@@ -311,8 +313,8 @@ def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None
 
 
 def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
-    """The cost of a step, from the counts for a few samples, the sizes of the micro-batches, and the bytes in use throughout the
-    step."""
+    """The cost of a step, computed from the counts for a few samples, the sizes of the micro-batches, and the bytes in use
+    throughout the step."""
     *products, of_optimizer, products_after = zip(*(step.multiplications for step in steps), strict=True)
     *moved, moved_after = zip(*(step.moved for step in steps), strict=True)
     forward, backward, feedback = (sum(at_batch(counts, size) for size in sizes) for counts in products)
@@ -329,8 +331,8 @@ def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
 def _peak(new: Sequence[Sequence[int]], batch: int) -> int:
     """The peak number of bytes of new tensors in a batch of `batch` samples.
 
-    The operation at which the peak occurs depends on the batch size, so each operation has its own polynomial. If the number of
-    operations depends on the batch size, a single polynomial is fitted to the peaks.
+    The operation at which the peak occurs depends on the batch size, so a polynomial is fitted for each operation. If the number
+    of operations depends on the batch size, a single polynomial is fitted to the peaks.
     """
     at_a_time = zip(*new, strict=True) if len(set(map(len, new))) == 1 else [[max(series) for series in new]]
     return max(at_batch(counts, batch) for counts in at_a_time)

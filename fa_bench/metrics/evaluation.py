@@ -13,7 +13,7 @@ from fa_bench.mechanisms.contexts import evaluating
 from fa_bench.mechanisms.trace import loss_output
 from fa_bench.objectives.base import Objective
 
-#: Minimum batch size of evaluation: it keeps no activations, so larger batches hardly need more memory.
+#: Minimum batch size of evaluation, which keeps no activations, so larger batches hardly need more memory.
 EVALUATION_BATCH = 512
 
 
@@ -72,6 +72,6 @@ def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 
 
 def with_scores(loss: float, objective: Objective, sums: Mapping[str, Tensor], count: int, split: Split) -> dict[str, float]:
-    """The mean loss and the scores, by name, from sums over `count` targets of a split."""
+    """The mean loss and the scores by name, computed from sums over `count` targets of a split."""
     values = {name: value.tolist() for name, value in sums.items()}
     return {"loss": loss, **(objective.scored(values, loss, count, split.characters) if count else {})}

@@ -41,11 +41,12 @@ class Memory:
     relus: int = 0
 
     def accesses(self, batch: int, strict: bool = False) -> tuple[int, int]:
-        """(reads, writes) of one step: 2P + A b and P + A b.
+        """The (reads, writes) of one step, which are 2P + A b and P + A b.
 
-        The forward pass reads P and writes A b (eq 48), the backward pass reads P + A b and writes P (eq 49): 3P + 2 A b.
-        `strict` adds accesses that the paper omits: reading B, writing its learned part, and one bit for every output of a ReLU
-        (32 bits count as one value), written in the forward pass and read in the backward pass.
+        The forward pass reads P and writes A b (eq 48), and the backward pass reads P + A b and writes P (eq 49), so the total is
+        3P + 2 A b. `strict` adds accesses that the paper omits. The additional accesses are reading B, writing its learned part,
+        and one bit for every output of a ReLU. This bit is written in the forward pass and read in the backward pass; 32 bits
+        count as one value.
         """
         reads, writes = 2 * self.parameters + self.activations * batch, self.parameters + self.activations * batch
         if not strict:
@@ -57,13 +58,14 @@ class Memory:
 def memories(
     model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None = None, inputs: str = IMAGES
 ) -> tuple[Memory, Memory | None]:
-    """Counts for backpropagation in a plain model, and for a rule if it defines `step_memory`.
+    """The counts for backpropagation in a plain model, and for a rule if it defines `step_memory`.
 
-    The counts come from one forward pass of one sample on the model's device; this is cheap on the device ``meta``.
+    The counts come from one forward pass of one sample on the model's device, which is cheap on the device ``meta``.
 
-    Backpropagation keeps the output of every layer, counted once: for a weighted layer the activation after normalisation,
-    nonlinearity, addition and max-pooling, which is the input of the next layers; for average pooling, which counts as a layer,
-    its input; and the logits. The image is not counted. A rule keeps the inputs that its `step_memory` lists, and the logits.
+    Backpropagation keeps the output of every layer, which is counted once. The output of a weighted layer is the activation after
+    normalisation, nonlinearity, addition and max-pooling, which is the input of the next layers. Average pooling counts as a
+    layer that keeps its input. The logits are also counted, but the image is not. A rule keeps the inputs that its `step_memory`
+    lists, and the logits.
 
     Args:
         model: a plain model.
@@ -103,7 +105,7 @@ class _Watch(TorchDispatchMode):
         self._alive: list[Tensor] = []
 
     def averaged(self) -> int:
-        """Values in maps that are averaged and are not inputs of a convolution."""
+        """The number of values in maps that are averaged and are not inputs of a convolution."""
         return sum(size for storage, size in self._averaged.items() if storage not in self._convolved)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,8 +1,8 @@
 """Measures how far a rule's errors are from those of backpropagation, on a fixed batch and without side effects.
 
-The error of a layer is taken at its activation, where the rule delivers it: for edge rules at the input of the next weighted
-layer, for cut rules at the cut. Batch normalisation uses the statistics of the batch and does not update its running statistics;
-dropout is off.
+The error of a layer is taken at its activation, where the rule delivers the error. For edge rules, this is the input of the next
+weighted layer; for cut rules, it is the cut. Batch normalisation uses the statistics of the batch and does not update its running
+statistics; dropout is off.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class AlignmentMeter:
         return self.x.clone()
 
     def measure(self) -> dict[str, dict[str, float]]:
-        """{metric: {layer: value}}, the layers in the order of execution; NaN for an undefined value."""
+        """The values as {metric: {layer: value}}, with the layers in the order of execution; undefined values are NaN."""
         with measurement_mode(self.rule):
             passes = Passes(self)
             values = {metric.name: metric.measure(passes) for metric in self.metrics}
@@ -123,17 +123,17 @@ class Passes:
 
     @property
     def gradients(self) -> dict[str, Tensor | None]:
-        """{layer: the gradient that the rule computes for its weight}."""
+        """The gradient that the rule computes for the weight of each layer."""
         return self.delivered.gradients
 
     @property
     def exact_gradients(self) -> dict[str, Tensor | None]:
-        """{layer: the gradient of its weight by backpropagation}."""
+        """The gradient of each layer's weight by backpropagation."""
         return self.exact.gradients
 
     @functools.cached_property
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{layer: (effective feedback, weight)}, computed once for all metrics."""
+        """The pair (effective feedback, weight) of each layer, computed once for all metrics."""
         return self.rule.weight_pairs()
 
     @property
@@ -182,9 +182,9 @@ class Passes:
         return errors
 
     def _one_step_at_input(self, layer: str) -> Tensor:
-        """The rule's error, with the part that each consumer of this tensor contributes replaced by its exact part.
+        """The rule's error, with the part contributed by each consumer of this tensor replaced by the exact one.
 
-        Parts that reach the tensor in other ways, such as through an identity shortcut, are exact already.
+        Parts that reach the tensor in other ways, such as through an identity shortcut, are already exact.
         """
         rule, delivered, delta = self.rule, self.delivered, self.delivered.errors[LOGITS]
 
@@ -266,8 +266,8 @@ class Call:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors of several calls as one tensor: (N, features) if each call has all samples, (N, ...), and otherwise (rows,
-    features)."""
+    """The tensors of several calls as one tensor. The tensor's shape is (N, features) if each call has all samples, and (rows,
+    features) otherwise."""
     if len(tensors) == 1:
         return tensors[0]
     if len({len(tensor) for tensor in tensors}) == 1:
@@ -277,7 +277,7 @@ def joined(tensors: list[Tensor]) -> Tensor:
 
 @dataclasses.dataclass
 class Record:
-    """One pass: tensors and their gradients at (module, side), and the gradients of the weights by layer.
+    """The record of one pass: tensors and their gradients by (module, side), and the gradients of the weights by layer.
 
     A module may run several times in a pass, such as the layer of a recurrent module in every time step.
     """
@@ -288,7 +288,7 @@ class Record:
 
     @functools.cached_property
     def tensors(self) -> dict[Point, Tensor]:
-        """{point: the tensors of all calls that require gradients, joined}."""
+        """The tensors that require gradients at each point, joined over all calls."""
         found = {
             point: [call.by_sample(call.tensor) for call in calls if call.tensor.requires_grad]
             for point, calls in self.calls.items()
@@ -297,14 +297,14 @@ class Record:
 
     @functools.cached_property
     def errors(self) -> dict[Point, Tensor]:
-        """{point: the gradients that the pass has computed there, joined}."""
+        """The gradients that the pass has computed at each point, joined over all calls."""
         found = {
             point: [call.by_sample(call.error) for call in calls if call.error is not None] for point, calls in self.calls.items()
         }
         return {point: joined(errors) for point, errors in found.items() if errors}
 
     def watch(self, point: Point, tensor: Tensor, module: nn.Module, rows: slice | None = None) -> None:
-        """Record a tensor, and its gradient once the backward pass has accumulated it."""
+        """Record a tensor now, and its gradient once the backward pass has accumulated it."""
         outputs = getattr(module, "out_features", 0)
         call = Call(tensor, None, sample_axis(module, tensor.dim()), rows, outputs, tensor._version)
         self.calls.setdefault(point, []).append(call)
@@ -325,7 +325,7 @@ class Record:
 
 
 def measured_output(rule: Rule, result: Any) -> Tensor:
-    """The output of an attached model whose loss is measured, from the result of a pass with gradients.
+    """The output on which an attached model's loss is measured, taken from the result of a pass with gradients.
 
     Raises:
         CoverageError: if there are several, and neither the rule nor its objective names one.
@@ -352,9 +352,10 @@ def _require_one(rule: Rule, results: Collection[str]) -> None:
 
 @contextmanager
 def measurement_mode(rule: Rule) -> Iterator[None]:
-    """A context for passes without side effects: training mode with the batch's statistics, without dropout or new samples.
+    """A context for passes without side effects: training mode with the batch's statistics, without dropout and without sampling
+    new random tensors.
 
-    Gradients are None within it. Afterwards, gradients, modes of modules and running statistics are as before.
+    Gradients are None within the context. Afterwards, gradients, modes of modules and running statistics are restored.
     """
     model = rule.model
     with (

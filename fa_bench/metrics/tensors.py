@@ -11,7 +11,7 @@ from fa_bench.mechanisms.weighted_layers import weighted_layers
 
 
 def named_tensors(rule: Rule) -> dict[str, Tensor]:
-    """{name: tensor} of an attached rule, not copied; includes gradients between a backward pass and the update.
+    """The tensors of an attached rule by name, not copied. Gradients are included only between a backward pass and the update.
 
     Names are ``weight/<layer>``, ``feedback/<layer or cut>/<tensor>`` and ``gradient/<layer>``, the gradient of the weight.
     """

@@ -1,11 +1,12 @@
 """The kinds of inputs and targets, which determine which datasets, architectures and objectives fit together.
 
-Shapes: N batch, T positions of a sequence, F features, O outputs; C channels, H and W pixels of images.
+In shapes, N is the batch size, T the length of a sequence, F the number of features, O the number of outputs, and C, H and W the
+channels, height and width of images.
 """
 
 from __future__ import annotations
 
-#: Kinds of inputs: float32 (N, C, H, W); float32 (N, F); int64 (N, T), numbers of a vocabulary's tokens.
+#: Kinds of inputs: float32 (N, C, H, W); float32 (N, F); int64 (N, T), indices of tokens in a vocabulary.
 IMAGES, FEATURES, TOKENS = "images", "features", "tokens"
 #: Kinds of targets: class indices, int64 (N,); real numbers, float32 (N, O); a class for each position, int64 (N, T).
 CLASSES, VALUES, POSITIONS = "classes", "values", "positions"

@@ -94,7 +94,7 @@ class Options:
         self.check()
 
     def check(self) -> None:
-        """Override to check combinations of options; raise OptionError."""
+        """Override this to check combinations of options; raise OptionError if they are invalid."""
 
     def schema(self) -> dict[str, Any]:
         """The default values of these options, for a component that is nested in another one."""
@@ -153,7 +153,7 @@ def option_fields(cls: type[Options]) -> list[dataclasses.Field[Any]]:
 
 
 def defaults(cls: type[Options]) -> dict[str, Any]:
-    """The plain default values for Hydra's schema, nested options as nested dicts."""
+    """The plain default values for Hydra's schema, with nested options as nested dicts."""
 
     def plain(value: Any) -> Any:
         return value.schema() if isinstance(value, Options) else copy.deepcopy(value)
@@ -207,7 +207,7 @@ def _is_union(hint: Any) -> bool:
 _WRONG = object()
 #: Integers from here on are refused, because 64 bits would leave no room for arithmetic with them.
 _LARGEST = 10**18
-#: How the bounds of a range are written and compared.
+#: The symbol and the comparison of each kind of bound.
 _BOUNDS = {
     "minimum": (">=", operator.ge),
     "above": (">", operator.gt),
@@ -217,7 +217,8 @@ _BOUNDS = {
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """The value as the annotated type, or _WRONG. Integers are converted to float if necessary; nothing else is converted."""
+    """The value converted to the annotated type, or _WRONG. Integers are converted to floats if necessary; nothing else is
+    converted."""
     if _is_union(hint):
         for arg in get_args(hint):
             if (converted := _convert(value, arg)) is not _WRONG:

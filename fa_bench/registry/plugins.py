@@ -1,4 +1,4 @@
-"""Imports plugins: modules named on the command line, and those of installed distributions. Importing them may raise any
+"""Imports plugins: modules named on the command line, and those of installed distributions. Importing a plugin may raise any
 exception."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Registries that look up components by name, with an error that lists the available names."""
+"""Registries that look up components by name; the error for an unknown name lists the available ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fa_bench.registry.options import Options
 from fa_bench.registry.plugins import import_installed
 
 T = TypeVar("T", bound=Options)
-#: A registered class, which the decorator returns unchanged, with its own type.
+#: The type of a registered class, which the decorator returns unchanged.
 C = TypeVar("C", bound="type[Options]")
 
 

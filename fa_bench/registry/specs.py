@@ -17,7 +17,7 @@ T = TypeVar("T", bound=Options)
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """The name and the options of ``resnet18:width=8,blocks=[1,1]``; values are read as on the command line.
+    """The name and the options of a spec such as ``resnet18:width=8,blocks=[1,1]``; values are read as on the command line.
 
     Raises:
         ConfigError: for an option without a value, or an option that does not follow the name of a component.

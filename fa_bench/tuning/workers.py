@@ -56,7 +56,7 @@ class Workers:
         self._connections[worker].send(trial)
 
     def results(self, busy: list[int]) -> Iterator[tuple[int, Outcome]]:
-        """Wait for one of the busy workers, and return the outcomes of those that have finished.
+        """Wait until at least one of the busy workers has finished, and return the outcomes of those that have.
 
         Raises:
             FaBenchError: raised by a trial, or if a worker has ended.

@@ -27,8 +27,8 @@ HYPERPARAMETERS = {
 }
 #: The hyperparameters that the table shows by default, in addition to the keys in which the runs of a sweep differ.
 _DEFAULT_COLUMNS = ("algorithm", "architecture", "dataset", "optimizer.lr", "seed")
-#: The status of a run in TensorBoard. An interrupted run has none, because it may be resumed, and a running TensorBoard keeps the
-#: first status that it reads.
+#: The status of a run in TensorBoard. An interrupted run has no status, because it may be resumed, and a running TensorBoard
+#: keeps the first status that it reads.
 STATUS = {
     "finished": api_pb2.STATUS_SUCCESS,
     "stopped": api_pb2.STATUS_SUCCESS,

@@ -1,9 +1,9 @@
-"""A run's curves for TensorBoard: one event file in its directory, in which every reader finds each point once.
+"""A run's curves for TensorBoard: one event file in the run's directory, in which every reader finds each point exactly once.
 
-torch's SummaryWriter cannot fulfil the guarantees of docs/reliability.md. It writes from a thread, so a full disk is not
-reported, and points that a checkpoint counts as written may be lost in a kill. With it, a resumed run would also add a second
-file, and each reader would have to purge the steps after the checkpoint. Here, a resumed run copies the valid events of its old
-files to a new file, which replaces them, and appends to the new file.
+torch's SummaryWriter cannot fulfil the guarantees of docs/reliability.md. SummaryWriter writes from a thread, so a full disk is
+not reported, and points that a checkpoint counts as written may be lost if the process is killed. With SummaryWriter, a resumed
+run would also add a second file, and each reader would have to discard the steps after the checkpoint. Here, a resumed run copies
+the valid events of its old files to a new file, which replaces them, and appends to the new file.
 """
 
 # The classes of protobuf modules are created at import.
@@ -46,8 +46,8 @@ _BINS = 64
 
 
 def final_values(scores: Sequence[Score]) -> tuple[str, ...]:
-    """The keys under which a result has the final values of a run, which are not points of a curve; they depend on the primary
-    score."""
+    """The keys under which a result stores the final values of a run, which are not points of a curve. The keys depend on the
+    primary score."""
     return f"test_{scores[0].name}", f"test_{scores[0].name}_at_best_val", "seconds"
 
 
@@ -91,12 +91,13 @@ class EventFile:
             finally:
                 temporary.unlink(missing_ok=True)
             _sync_directory(directory)
-            # Emptied now and removed later: TensorBoard's Python reader never gets past a file that is removed while it is open.
+            # The old files are emptied now and removed later, because TensorBoard's Python reader never gets past a file that is
+            # removed while it is open.
             self._emptied, self._since = old, time.monotonic()
             for path in old:
                 if path.stat().st_nlink == 1:  # otherwise a user has linked it elsewhere
                     os.truncate(path, 0)
-            # Unbuffered: a buffer would retry a write that failed on a full disk.
+            # The file is unbuffered, because a buffer would retry a write that failed on a full disk.
             self._file = self.path.open("ab", buffering=0)
         self._writer = RecordWriter(self._file)
 
@@ -226,8 +227,8 @@ def chart_groups(tags: Iterable[str]) -> list[str]:
 def chart_layout(groups: Iterable[str], scores: Sequence[Score]) -> dict[str, dict[str, list[Any]]]:
     """The custom layout: for each metric a chart with all layers, and for the loss and each score a chart with all splits.
 
-    Charts select tags by a pattern, because TensorBoard merges the layouts of all runs: with lists of layers, there would be a
-    chart of the same name for every rule and architecture.
+    Charts select tags by a pattern because TensorBoard merges the layouts of all runs. With lists of layers instead, there would
+    be a chart of the same name for every rule and architecture.
     """
     layout: dict[str, dict[str, list[Any]]] = {"training": {}, "layers": {}}
     titles = {"loss": "loss", **{score.name: score.title for score in scores}}
@@ -239,13 +240,13 @@ def chart_layout(groups: Iterable[str], scores: Sequence[Score]) -> dict[str, di
 
 
 def _name(old: Iterable[Path]) -> str:
-    """A name that sorts after the old ones, since a running TensorBoard reads the files in the order of their names."""
+    """A name that sorts after those of the old files, because a running TensorBoard reads files in the order of their names."""
     times = [int(match[1]) for path in old if (match := re.search(r"tfevents\.(\d+)", path.name))]
     return f"events.out.tfevents.{max([int(time.time()), *(at + 1 for at in times)]):010d}.{socket.gethostname()}.{os.getpid()}.0"
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make a rename durable, on systems on which directories can be opened."""
+    """Make a rename durable, on systems that can open directories."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError:

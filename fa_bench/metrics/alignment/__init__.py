@@ -1,1 +1,1 @@
-"""How well a rule's errors and feedback agree with those of backpropagation."""
+"""Metrics of the agreement between a rule's errors and feedback and those of backpropagation."""

@@ -1,4 +1,4 @@
-"""The base class of alignment metrics: one number for each layer, measured on a fixed batch, and how reports show it."""
+"""The base class of alignment metrics: it measures one number per layer on a fixed batch, and defines how reports show it."""
 
 from __future__ import annotations
 
@@ -48,22 +48,23 @@ class Metric(Options):
     unit: ClassVar[str] = ""
     #: The layers that a report averages over: FEEDBACK, HIDDEN or ALL.
     layers: ClassVar[str] = ALL
-    #: Whether reports have a column for the mean over layers, whether they plot the values by layer, and the metric's rank among
-    #: all.
+    #: Whether reports have a column for the mean over layers, whether they plot the values by layer, and the metric's position
+    #: among all metrics.
     column: ClassVar[bool] = True
     plot: ClassVar[bool] = True
     order: ClassVar[int] = 100
-    #: {its name: the threshold that reports check its values against}.
+    #: The threshold that reports check the metric's values against, by the metric's name.
     alarms: ClassVar[Mapping[str, Alarm]] = {}
 
     def measure(self, passes: Passes) -> dict[str, float]:
-        """{layer: value}, NaN if undefined; `passes` has the errors and gradients of the rule and of backpropagation."""
+        """The value of each layer, NaN if undefined; `passes` holds the errors and gradients of the rule and of
+        backpropagation."""
         raise missing_method(self, "measure")
 
 
 def declared(names: Iterable[str]) -> dict[str, type[Metric]]:
-    """The metrics with these names, in their order; a metric that is not registered, because its plugin is missing, has its name
-    as its title."""
+    """The metrics with these names, in the order of reports; a metric that is not registered, because its plugin is missing, has
+    its name as its title."""
     metrics = {
         name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")}) for name in names
     }

@@ -1,4 +1,5 @@
-"""The alignment metrics: how well a rule's feedback and errors agree with the weights and errors of backpropagation."""
+"""The alignment metrics, which measure how well a rule's feedback and errors agree with the weights and the errors of
+backpropagation."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class NormRatio(Metric):
 @METRICS.register("delta_angle_one_step")
 @dataclasses.dataclass(eq=False)
 class OneStepDeltaAngle(Metric):
-    """Angle between the rule's error and the one that exact derivatives give from the rule's errors one layer above."""
+    """Angle between the rule's error and the error that exact derivatives give if they start from the rule's errors one layer
+    above."""
 
     title, unit, layers, column, plot, order = "delta angle, one step", "°", HIDDEN, False, False, 4
 
@@ -69,11 +71,11 @@ class OneStepDeltaAngle(Metric):
 
 
 def _delta_angles(passes: Passes, reference: Mapping[Point, Tensor]) -> dict[str, float]:
-    """{layer: degrees}: 0 at the output layers, where every rule has the exact error."""
+    """The angle of each layer in degrees; 0 at the output layers, where every rule has the exact error."""
     angles = {layer: 0.0 for layer in passes.trace.outputs}
     for layer, point in passes.points.items():
         if point in passes.delivered.errors and point in passes.exact.errors:
-            # NaN if the gradient is only rounding noise: the angle would be noise, too.
+            # NaN if the gradient is only rounding noise, because the angle would also be noise.
             angles[layer] = mean_sample_angle(passes.delivered.errors[point], reference[point])
     return angles
 
@@ -81,7 +83,7 @@ def _delta_angles(passes: Passes, reference: Mapping[Point, Tensor]) -> dict[str
 @METRICS.register("true_gradient_norm")
 @dataclasses.dataclass(eq=False)
 class TrueGradientNorm(Metric):
-    """Frobenius norm of the exact gradient of the weight: if it is near 0, the angles at this layer are meaningless."""
+    """Frobenius norm of the exact gradient of the weight; if this norm is near 0, the angles at the layer are meaningless."""
 
     title, column, plot, order = "true gradient norm", False, False, 5
     alarms = {
@@ -100,10 +102,11 @@ class TrueGradientNorm(Metric):
 @METRICS.register("output_angle")
 @dataclasses.dataclass(eq=False)
 class OutputAngle(Metric):
-    """Angle between the logits and a Bᵀ, with a the activation at a cut and B (C, features) the direct feedback there, in
-    degrees.
+    """Angle in degrees between the logits and a Bᵀ, where a is the activation at a cut and B (C, features) is the direct feedback
+    there.
 
-    Fig. 2 of the paper on direct Kolen-Pollack learning; only for rules with direct feedback.
+    The angle is that in Fig. 2 of the paper on direct Kolen-Pollack learning, and is measured only for rules with direct
+    feedback.
     """
 
     title, unit, column, plot, order = "output angle", "°", False, False, 6

@@ -1,4 +1,4 @@
-"""The base class of probes, and how a run measures the probes that its option ``probes`` names, without side effects."""
+"""The base class of probes, and the measurement of the probes that a run's option ``probes`` names, without side effects."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.metrics.meter import AlignmentMeter
 
-#: Maximum numbers of training images that a probe may learn from and of images that it is scored on, in both cases a fixed
-#: subset.
+#: Maximum number of training images that a probe may learn from, and of images that it is scored on; both are fixed subsets.
 TRAINING_IMAGES, SCORED_IMAGES = 2_000, 10_000
 
 Quantities = dict[str, dict[str, float]]
@@ -95,14 +94,15 @@ class Probe(Options):
 
     #: Whether it needs ``subject.initial``.
     needs_initial: ClassVar[bool] = False
-    #: {quantity: the threshold that reports check its values against}.
+    #: The threshold that reports check each quantity's values against, by quantity.
     alarms: ClassVar[Mapping[str, Alarm]] = {}
 
     def require(self, subject: Subject) -> None:
         """Called before training; raises ConfigError with a remedy if the probe cannot measure the subject."""
 
     def measure(self, subject: Subject) -> Quantities:
-        """{quantity: {layer or block: value}}; one quantity has the probe's name, and the names of all others begin with it.
+        """The values as {quantity: {layer or block: value}}; one quantity has the probe's name, and the names of all others begin
+        with it.
 
         Changes to the model, gradients, modes and global random numbers are undone afterwards. ``rule.mode.freeze_random`` is
         set, so that forward passes sample nothing new.
@@ -111,7 +111,7 @@ class Probe(Options):
 
 
 class Probes:
-    """The probes of a run.
+    """Measures the probes of a run.
 
     Args:
         names: names of probes.
@@ -132,7 +132,7 @@ class Probes:
             except ConfigError as error:
                 raise ConfigError(f"probes=[{probe.name}]: {error}") from None
         if any(probe.needs_initial for probe in self.probes):
-            # Kept on the CPU, because an accelerator's memory is for training.
+            # The values are kept on the CPU, because an accelerator's memory is for training.
             subject.initial = {
                 name: parameter.detach().to("cpu", copy=True)
                 for name, parameter in subject.model.named_parameters(remove_duplicate=False)
@@ -143,7 +143,7 @@ class Probes:
         return bool(self.probes) and self.every > 0 and epoch % self.every == 0
 
     def measure(self, step: int) -> Quantities:
-        """The values of all probes after update number `step`; measured once for each step."""
+        """The values of all probes after update number `step`; each step is measured only once."""
         if self._last is None or self._last[0] != step:
             values: Quantities = {}
             for probe in self.probes:
@@ -157,8 +157,8 @@ class Probes:
 def state_restored(rule: Rule) -> Iterator[None]:
     """A context whose changes to an attached model and to global random numbers are undone afterwards.
 
-    It restores parameters, including learned feedback, buffers, gradients (None within it), ``requires_grad``, the modes of all
-    modules, and every global random generator; ``rule.mode.freeze_random`` is set within it.
+    The context restores parameters (including learned feedback), buffers, gradients, ``requires_grad``, the modes of all modules,
+    and every global random generator. Within the context, gradients are None and ``rule.mode.freeze_random`` is set.
     """
     from fa_bench.mechanisms.contexts import modes_of, restore_modes, set_temporarily
     from fa_bench.utils.process import random_state, restore_random_state

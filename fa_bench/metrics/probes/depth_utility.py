@@ -1,4 +1,4 @@
-"""How much training each block of a net contributes to its accuracy."""
+"""The contribution of each block's training to the accuracy of a net."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 class DepthUtility(Probe):
     """Accuracy (a fraction) that is lost when a block of the trained net is reset to its initial values, one block at a time.
 
-    The model declares its blocks: a block reaches from the end of the previous one to its own end, in the order of execution, and
-    contains all parameters in between, including those of normalisation layers. Without ``model.blocks`` the model's cut points
-    end the blocks. Modules after the last end, such as the output layer, belong to no block. Initial values are those before
+    The model declares its blocks. A block reaches from the end of the previous one to its own end, in the order of execution, and
+    contains all parameters in between, including those of normalisation layers. Without ``model.blocks``, the blocks end at the
+    model's cut points. Modules after the last end, such as the output layer, belong to no block. Initial values are those before
     training.
 
-    The running statistics of batch normalisation are estimated again for every accuracy, including that of the trained net, as
-    the plain mean over at most 2,000 training images, without augmentation, in batches of the run's size. The statistics of
-    another net would reduce the accuracy for reasons other than the weights. Accuracies are measured on at most 10,000 validation
-    images, or test images if there is no validation split. For tasks without classes, the utility is how much the primary score
-    worsens, in its unit: by how much R² falls or perplexity rises.
+    The running statistics of batch normalisation are estimated again for every accuracy, including that of the trained net. The
+    statistics are the plain mean over at most 2,000 training images, without augmentation, in batches of the run's size.
+    Statistics of another net would reduce the accuracy for reasons other than the weights. Accuracies are measured on at most
+    10,000 validation images, or test images if there is no validation split. For tasks without classes, the utility is the
+    deterioration of the primary score in its own unit, such as the decrease in R² or the increase in perplexity.
 
-    The layers after the block were trained on its trained output, so this is an upper bound on the contribution of training the
-    block: a value near 0 means that this training contributed nothing.
+    The layers after the block were trained on its trained output, so this is an upper bound on the contribution of the block's
+    training. A value near 0 means that this training contributed nothing.
     """
 
     needs_initial = True
@@ -52,7 +52,7 @@ class DepthUtility(Probe):
         from fa_bench.mechanisms.blocks import blocks_of
 
         model, training, scored = subject.model, subject.training, subject.scored
-        # The name of the trained output may also come from the rule.
+        # The rule may also name the output that is trained.
         objective = dataclasses.replace(subject.rule.objective, output=subject.rule.loss_output)
         primary = objective.scores[subject.splits.targets][0]
         blocks, parameters = blocks_of(model, subject.meter.x[:2]), dict(model.named_parameters(remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""The number of directions that the errors delivered by a rule span."""
+"""The number of directions spanned by the errors that a rule delivers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 @PROBES.register("effective_rank")
 @dataclasses.dataclass(eq=False)
 class EffectiveRank(Probe):
-    """Effective rank of the matrix of the errors at a layer's activation, one row for each sample or position.
+    """Effective rank of the matrix of errors at a layer's activation, with one row for each sample or position.
 
     - ``effective_rank``: exp(-Σ p log p) with p = σ / Σ σ, where σ are the singular values of the rule's errors (Roy and Vetterli
-      2007). It lies between 1 and the number of rows or of features, whichever is smaller.
+      2007). The value lies between 1 and the number of rows or of features, whichever is smaller.
+
     - ``effective_rank_bp``: the effective rank of backpropagation's errors at the same place, with the same weights.
+
     - ``effective_rank_stable``: the stable rank of the rule's errors, Σ σ² / max σ², which small singular values hardly change.
 
-    Errors are taken at the same points as for `delta_angle`, on the fixed batch of N samples: an error (N, F) unchanged, tokens
-    (N, T, F) as N T rows, and maps (N, C, H, W) as N H W rows of C features. At the output layer, it is the error of the logits.
-    Values are NaN if all errors are zero or one is not finite.
+    Errors are taken at the same points as for `delta_angle`, on the fixed batch of N samples; at the output layer, the error is
+    that of the logits. An error (N, F) is used unchanged, tokens (N, T, F) give N T rows, and maps (N, C, H, W) give N H W rows
+    of C features. Values are NaN if all errors are zero or any error is not finite.
     """
 
     def measure(self, subject: Subject) -> Quantities:
@@ -59,10 +61,10 @@ class EffectiveRank(Probe):
 
 
 def last_is_features(error: Tensor, model: torch_nn.Module, trace: Trace, layer: str) -> bool:
-    """Whether the features of an error at the layer's activation are its last dimension, as for tokens, not the second.
+    """Whether the features of an error at the layer's activation are its last dimension, as for tokens, rather than its second.
 
-    This depends on the next layer, which takes the activation as its input, or, if the error does not have the shape of that
-    input, on the layer itself.
+    The answer depends on the next layer, which takes the activation as its input. If the error does not have the shape of that
+    input, the answer depends on the layer itself.
     """
     consumer = trace.consumer.get(layer, layer)
     takes = error.shape[1:] == trace.input_shapes[consumer][1:]
@@ -77,7 +79,7 @@ def rows(error: Tensor, features_last: bool) -> Tensor:
 
 
 def ranks(matrix: Tensor) -> tuple[float, float]:
-    """(effective rank, stable rank) of a matrix; NaN if it is zero or not finite."""
+    """The (effective rank, stable rank) of a matrix; NaN if it is zero or not finite."""
     values = torch.linalg.svdvals(matrix.double()) if torch.isfinite(matrix).all() else matrix.new_zeros(1)
     largest = values.max().item()
     if largest == 0:

@@ -1,4 +1,5 @@
-"""How far rules that minimise an energy have settled, and how much their gradients differ from backpropagation's."""
+"""Measures how far rules that minimise an energy have settled, and how much their gradients differ from those of
+backpropagation."""
 
 from __future__ import annotations
 
@@ -22,20 +23,26 @@ LOSS = "(loss)"
 @PROBES.register("energy")
 @dataclasses.dataclass(eq=False)
 class Energy(Probe):
-    """The energy after settling, the distance from equilibrium, and how the resulting gradients compare with backpropagation's.
+    """The energy after settling, the distance from equilibrium, and a comparison of the resulting gradients with
+    backpropagation's.
 
-    For `fa_bench.mechanisms.cut.energy.EnergyRule`, with e_l the error between state and prediction at cut l:
+    The probe is for subclasses of `fa_bench.mechanisms.cut.energy.EnergyRule`. With e_l the error between state and prediction at
+    cut l, its quantities are:
 
     - ``energy``: the parts of the energy after settling, ½‖e_l‖² of every cut and, in the ``(loss)`` row, the loss, all as means
       over the samples.
+
     - ``energy_gradient``: ‖∂E/∂e_l‖ after settling, where the states after l change with e_l, divided by its value before
-      settling, which is the norm of backpropagation's error at the cut: 1 if nothing has settled, 0 at equilibrium.
+      settling, which is the norm of backpropagation's error at the cut. The ratio is 1 if nothing has settled and 0 at
+      equilibrium.
+
     - ``energy_cosine``: for each layer, the cosine between the weight's gradient and that of backpropagation.
+
     - ``energy_ratio``: for each layer, the norm of the weight's gradient divided by that of backpropagation.
 
-    All are measured on the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. Values are NaN where
-    a norm is zero or a weight does not learn. The probe costs a step of the rule, two more steps of settling, and a backward
-    pass.
+    All quantities are measured on the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. Values
+    are NaN if a norm is zero or a weight does not learn. The probe costs a step of the rule, two more steps of settling, and a
+    backward pass.
     """
 
     alarms = {

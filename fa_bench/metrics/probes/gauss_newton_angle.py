@@ -1,4 +1,4 @@
-"""How far the errors that a rule delivers are from those of the Gauss-Newton method."""
+"""Measures how far the errors that a rule delivers are from those of the Gauss-Newton method."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ DAMPING = 1e-6
 @PROBES.register("gauss_newton_angle")
 @dataclasses.dataclass(eq=False)
 class GaussNewtonAngle(Probe):
-    """Angle between the errors at a layer's activation and J⁺ δ, the change of the activation that a Gauss-Newton step takes.
+    """Angle between the errors at a layer's activation and J⁺ δ, the change in the activation in a Gauss-Newton step.
 
-    J = ∂z/∂a (C, F) is the derivative of the logits of a sample with respect to its activation a, δ the gradient of the loss at
-    its logits, and J⁺ = Jᵀ (J Jᵀ + ε I)⁻¹ with ε a millionth of the mean of the diagonal of J Jᵀ. Backpropagation's error is Jᵀ
-    δ.
+    J = ∂z/∂a (C, F) is the derivative of the logits of a sample with respect to its activation a, and δ is the gradient of the
+    loss at its logits. J⁺ is Jᵀ (J Jᵀ + ε I)⁻¹, where ε is a millionth of the mean of the diagonal of J Jᵀ. Backpropagation's
+    error is Jᵀ δ.
 
-    - ``gauss_newton_angle``: the angle between the rule's errors and J⁺ δ, mean over the batch, in degrees.
-    - ``gauss_newton_angle_bp``: the same angle for backpropagation's errors with the same weights; a rule is nearer to
-      Gauss-Newton if its angle is smaller.
+    - ``gauss_newton_angle``: the angle in degrees between the rule's errors and J⁺ δ, averaged over the batch.
+
+    - ``gauss_newton_angle_bp``: the same angle for backpropagation's errors with the same weights. A rule is closer to
+      Gauss-Newton than backpropagation if its angle is smaller.
 
     The rule's angle to backpropagation is `delta_angle`.
 
-    Errors are taken at the same points as for `delta_angle`, on the fixed batch. Values are NaN where an error is zero. With
-    batch normalisation, J also contains the effect of a sample on the logits of the others. The probe costs C backward passes per
+    Errors are taken at the same points as for `delta_angle`, on the fixed batch. Values are NaN if an error is zero. With batch
+    normalisation, J also contains the effect of a sample on the logits of the others. The probe costs C backward passes per
     layer.
     """
 
@@ -68,7 +69,8 @@ class GaussNewtonAngle(Probe):
 
 
 def edges_at(rule: Rule, points: set[Point], x: Tensor) -> tuple[Tensor, dict[Point, GradientEdge]]:
-    """The logits of an exact forward pass, and the graph edge of the tensor at each of these points that occurs exactly once.
+    """The logits of an exact forward pass, and the graph edge of the tensor at each of these points that the pass reaches exactly
+    once.
 
     Edges are returned rather than tensors, because later modules may change a tensor in place, which moves it to another place in
     the graph.
@@ -112,7 +114,7 @@ def jacobian(logits: Tensor, activation: Tensor | GradientEdge) -> Tensor:
 
 
 def gauss_newton(jacobian: Tensor, delta: Tensor) -> Tensor:
-    """J⁺ δ (N, F), damped, for J (N, C, F) and δ (N, C), in double precision."""
+    """The damped J⁺ δ (N, F) for J (N, C, F) and δ (N, C), in double precision."""
     wide = jacobian.double()
     gram = wide @ wide.mT
     size = gram.diagonal(dim1=1, dim2=2).mean(1)

@@ -1,4 +1,4 @@
-"""Whether the gradient at each weight is larger than noise."""
+"""Measures whether the gradient of each weight is larger than noise."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ GROUPS = 16
 class GradientNorm(Probe):
     """Norms of the true gradient of each weight and of the rule's gradient, and the norm that noise alone would have.
 
-    All are measured on the fixed batch of N samples with the objective's mean loss L; batch normalisation uses the batch's
-    statistics and dropout is off. Norms are Frobenius norms.
+    All norms are measured on the fixed batch of N samples with the objective's mean loss L. Batch normalisation uses the batch's
+    statistics, and dropout is off. Norms are Frobenius norms.
 
     - ``gradient_norm``: ‖g‖, g = ∂L/∂W by exact backpropagation.
+
     - ``gradient_norm_update``: the norm of the gradient that the rule gives the optimizer instead of g, before momentum, weight
       decay and learning rate; 0 for a weight that does not learn.
+
     - ``gradient_norm_floor``: the standard error s of g over samples. If the true gradient were zero on average, the root mean
-      square of ‖g‖ would be s: a norm near s cannot be distinguished from zero, but one several times as large can.
+      square of ‖g‖ would be s. A norm near s therefore cannot be distinguished from zero, but one several times as large can.
 
-    For s the samples are dealt, in a random order with a fixed seed, to K = min(16, N) groups of size nₖ; with gₖ the gradient of
-    the group's mean loss in the same forward pass and wₖ = nₖ/N, so that g = Σ wₖ gₖ,
+    To compute s, the samples are dealt, in a random order with a fixed seed, to K = min(16, N) groups of size nₖ. Let gₖ be the
+    gradient of the group's mean loss in the same forward pass, and wₖ = nₖ/N, so that g = Σ wₖ gₖ. Then
 
-        s² = Σ wₖ² ‖gₖ - g‖² / (1 - Σ wₖ²),
+        s² = Σ wₖ² ‖gₖ - g‖² / (1 - Σ wₖ²).
 
-    which for equal groups is Σ ‖gₖ - g‖² / (K (K - 1)). For independent samples its expectation is E‖g - E g‖², even for unequal
-    groups. Batch normalisation couples the samples, which s neglects. For a batch of one sample, s is NaN.
+    For equal groups, s² is Σ ‖gₖ - g‖² / (K (K - 1)). For independent samples, the expectation of s² is E‖g - E g‖², even for
+    unequal groups. Batch normalisation couples the samples, which s neglects. For a batch of one sample, s is NaN.
     """
 
     def measure(self, subject: Subject) -> Quantities:
@@ -75,7 +77,7 @@ def norms_and_errors(losses: Tensor, weights: list[Tensor]) -> tuple[list[float]
     weighted_means = [torch.zeros_like(mean) for mean in means]  # Σ wₖ² gₖ
     squares = [0.0] * len(weights)  # Σ wₖ² ‖gₖ‖²
     for number, share in enumerate(shares):
-        # Accumulated immediately, so that only one group's gradients are in memory.
+        # The sums are accumulated immediately, so that only one group's gradients are in memory.
         gradients = torch.autograd.grad(losses[number::count].mean(), weights, retain_graph=number + 1 < count, allow_unused=True)
         for index, gradient in enumerate(gradients):
             if gradient is not None:

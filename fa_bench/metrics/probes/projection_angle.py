@@ -1,4 +1,4 @@
-"""Whether feedback and weight agree on a layer's inputs."""
+"""Measures whether feedback and weight agree on a layer's inputs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class ProjectionAngle(Probe):
     """Angle between x Wᵀ and x Eᵀ, the outputs of a layer with its weight and with its effective feedback, in degrees.
 
-    Kunin et al. 2020. x is the layer's input (N, ...) on the fixed batch, and the outputs have no biases. The angle is between
-    the outputs of each sample, flattened over positions, and the value is the mean over the samples for which it is defined. For
-    a layer that runs several times, the angle is measured in the first run. Batch normalisation uses the batch's statistics and
-    dropout is off.
+    The source is Kunin et al. 2020. The layer's input on the fixed batch is x (N, ...), and the outputs have no biases. The angle
+    is measured between the outputs of each sample, flattened over positions, and averaged over the samples for which it is
+    defined. For a layer that runs several times, the angle is measured in the first run. Batch normalisation uses the batch's
+    statistics and dropout is off.
 
-    The angle is 0 where feedback equals the weight, up to a positive factor, on the span of the inputs, even if the two differ
+    The angle is 0 if the feedback equals the weight, up to a positive factor, on the span of the inputs. The two may differ
     elsewhere; only `weight_angle` shows such differences. Layers of attention and recurrent modules have no angle, and neither do
     layers for which the rule has no feedback in the weight's shape.
     """

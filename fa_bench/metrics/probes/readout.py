@@ -1,4 +1,4 @@
-"""How well a linear classifier reads the classes from each layer."""
+"""Measures how well a linear classifier can read the classes from each layer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from fa_bench.data.splits import Split
     from fa_bench.mechanisms.trace import Trace
 
-#: The row of the raw images: a layer that is no better has learned nothing useful.
+#: The row of the raw images; a layer whose accuracy is no higher has learned nothing useful.
 FLOOR = "input"
-#: The maximum number of features that the readout uses of an activation, and its regularisation; see `fit`.
+#: The maximum number of features of an activation that the readout uses, and the strength of the regularisation; see `fit`.
 FEATURES, RIDGE = 1024, 0.01
-#: Where activations are read in addition to the inputs of layers: at the model's input and output. No layer can have these paths.
+#: Points where activations are read in addition to the inputs of layers: the model's input and output. No layer can have these
+#: paths.
 MODEL_INPUT, MODEL_OUTPUT = ".", ""
 
 
@@ -33,11 +34,12 @@ MODEL_INPUT, MODEL_OUTPUT = ".", ""
 class Readout(Probe):
     """Accuracy (a fraction) of a linear classifier of each layer's activation, and of the raw images, ``input``.
 
-    A layer's activation is the input of the next layer: after the layer's normalisation, nonlinearity, addition and pooling; for
-    the output layer it is the logits. Layers whose outputs are added share one activation. The model is in evaluation mode.
+    A layer's activation is the input of the next layer, which comes after the layer's normalisation, nonlinearity, addition and
+    pooling. The activation of the output layer is the logits. Layers whose outputs are added share one activation. The model is
+    in evaluation mode.
 
-    The classifier (`fit`) is trained on at most 2,000 training images, not augmented, and scored on at most 10,000 validation
-    images, or test images if there is no validation split. It takes at most 1024 features (`bounded`).
+    The classifier (`fit`) is trained on at most 2,000 training images without augmentation. The classifier is scored on at most
+    10,000 validation images, or test images if there is no validation split. At most 1024 features are used (`bounded`).
     """
 
     def require(self, subject: Subject) -> None:
@@ -66,7 +68,7 @@ class Readout(Probe):
 
 
 def activation_points(trace: Trace) -> dict[str, str]:
-    """{layer: the layer whose input is its activation}, in the order of execution; MODEL_OUTPUT for output layers."""
+    """For each layer, in the order of execution, the layer that takes its activation as input; MODEL_OUTPUT for output layers."""
     return {
         layer: trace.consumer.get(layer, MODEL_OUTPUT)
         for layer in trace.order
@@ -75,7 +77,7 @@ def activation_points(trace: Trace) -> dict[str, str]:
 
 
 def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """({point: features (n, F)}, labels (n,)) of each batch."""
+    """Yields ({point: features (n, F)}, labels (n,)) for each batch."""
     from fa_bench.mechanisms.compound.projection import Projection
     from fa_bench.mechanisms.contexts import set_temporarily
     from fa_bench.mechanisms.trace import loss_output
@@ -87,8 +89,8 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
 
     def recorder(point: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            # If a layer runs several times, its first input is taken, except in a recurrent module, where this is the initial
-            # state and the last input is taken instead.
+            # If a layer runs several times, its first input is taken. In a recurrent module, the first input is the initial
+            # state, so the last input is taken instead.
             in_compound = isinstance(module, Projection)
             if point not in activations or in_compound:
                 x = args[0].movedim(sample_axis(module, args[0].dim()), 0)
@@ -123,8 +125,8 @@ def _array(features: Tensor) -> np.ndarray:
 def bounded(x: Tensor, features_last: bool = False) -> Tensor:
     """An activation (N, ...) as (N, F) with F at most `FEATURES`.
 
-    Maps (N, C, ...) are averaged over space down to a size that fits. With `features_last`, (N, ..., F), the mean over all
-    positions is taken. If there are still too many features, neighbouring ones are averaged.
+    Maps (N, C, ...) are averaged over space down to a size that fits. With `features_last`, the shape is (N, ..., F), and the
+    mean over all positions is taken. If there are still too many features, neighbouring ones are averaged.
     """
     from fa_bench.mechanisms.cut.local import pooled_size
 
@@ -154,8 +156,8 @@ class Linear(NamedTuple):
 def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Linear:
     """Ridge regression of one-hot targets, in double precision by a Cholesky factorisation, without random numbers.
 
-    W minimises ‖Y - X W - 1 bᵀ‖² + λ ‖W‖² with b not regularised and λ = 0.01 n v for n samples and v the mean variance of the
-    features, so that the scale of an activation does not matter. Constant features give W = 0 and the most frequent class.
+    W minimises ‖Y - X W - 1 bᵀ‖² + λ ‖W‖²; b is not regularised. For n samples, λ is 0.01 n v, where v is the mean variance of
+    the features, so that the scale of an activation does not matter. Constant features give W = 0 and the most frequent class.
 
     Args:
         features: X, (n, F).

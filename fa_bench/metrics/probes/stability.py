@@ -1,4 +1,4 @@
-"""Whether a rule's gradient depends on the batch."""
+"""Measures whether a rule's gradient depends on the batch."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Stability(Probe):
     size, or contain an eighth of the training images that probes may learn from if these are too few. The mean is over all pairs
     of batches:
 
-        c = (‖Σ uₖ‖² - K) / (K (K - 1)),
+        c = (‖Σ uₖ‖² - K) / (K (K - 1)).
 
-    where uₖ is the gradient on batch k divided by its norm, and K is the number of batches with a norm of at least 1e-12. The
+    Here, uₖ is the gradient on batch k divided by its norm, and K is the number of batches with a norm of at least 1e-12. The
     value is NaN for a weight with fewer than two such batches, such as one that does not learn. Batch normalisation uses the
     batch's statistics, and dropout is off.
 
-    If the value is near 0, the gradients are mostly noise, as late in training. If it is near 1, the weight drifts: it moves in
-    the same direction regardless of the data.
+    If the value is near 0, the gradients are mostly noise, as is common late in training. If it is near 1, the weight drifts: it
+    moves in the same direction regardless of the data.
     """
 
     alarms = {
@@ -53,7 +53,8 @@ class Stability(Probe):
         rule, data = subject.rule, subject.training
         layers = weighted_layers(subject.model)
         directions: dict[str, Directions] = {path: Directions() for path in subject.meter.trace.order}
-        # Shuffled here, because data may be sorted by class; `batches` would also augment them if it got a seed.
+        # The data are shuffled here, because they may be sorted by class; `batches` would also augment them if it were given a
+        # seed.
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
         data, indices = data.subset(order), subject.training_indices[order]
         size = max(2, min(subject.batch_size, len(data) // BATCHES))

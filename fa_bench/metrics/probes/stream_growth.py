@@ -1,4 +1,4 @@
-"""How much the activation grows from block to block."""
+"""Measures how much the activation grows from block to block."""
 
 from __future__ import annotations
 
