@@ -72,6 +72,7 @@ TUNED = {
     "compare_mnist": "MNIST, 784-512-512-10, tuned, 5 epochs",
     "compare_mnist_conv2": "MNIST, `conv2`, tuned, 5 epochs",
     "compare_cifar10_conv2": "CIFAR-10 (JPEG), `conv2`, tuned, 3 epochs",
+    "compare_cifar10_resnet20": "CIFAR-10 (JPEG), `resnet20`, tuned, 2 epochs",
 }
 #: Older tables of docs/results.md with a row for each rule: the files in docs/data/archived, the task, and the column with the
 #: score.

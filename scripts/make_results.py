@@ -270,16 +270,16 @@ TUNED_COLUMNS: dict[str, Any] = {
 }
 
 
-def compared(studies: Mapping[str, str | None], common: bool = False) -> str:
+def compared(studies: Mapping[str, str], common: bool = False) -> str:
     """A Markdown table of several tuning studies, with a row for each rule.
 
     The rules are ordered by their accuracy in the first study.
 
     Args:
-        studies: {heading: name of the study}, None for one that has not run, whose column is empty.
+        studies: {heading: name of the study}.
         common: whether to show only the rules that all studies have.
     """
-    columns = {heading: Study.named(name).tuned_scores() if name else {} for heading, name in studies.items()}
+    columns = {heading: Study.named(name).tuned_scores() for heading, name in studies.items()}
     rules = dict.fromkeys(rule for column in columns.values() for rule in column)
     shown = [rule for rule in rules if not common or all(rule in column for column in columns.values())]
     return _markdown(["rule", *columns], [[rule, *(column.get(rule, "") for column in columns.values())] for rule in shown])

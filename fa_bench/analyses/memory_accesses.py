@@ -46,7 +46,7 @@ class MemoryAccesses(Analysis):
             raise OptionError("input_shape", f"={self.input_shape} is not [channels, height, width]")
         for key in ("architectures", "k", "batch"):
             if not getattr(self, key):
-                raise OptionError(key, "=[] lists nothing to count")
+                raise OptionError(key, "=[] is empty; list at least one value")
 
     def table(self) -> pd.DataFrame:
         import pandas as pd

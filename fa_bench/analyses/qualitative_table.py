@@ -119,7 +119,7 @@ class QualitativeTable(Analysis):
     def check(self) -> None:
         jobs = [self.job(rule, 0) for rule in self.rules]
         if "bp" not in (known := [job.algorithm.name for job in jobs]):
-            raise OptionError("rules", f"={', '.join(known)} lacks bp, the reference of the others")
+            raise OptionError("rules", f"={', '.join(known)} must include bp, the reference for the others")
 
     def job(self, rule: str, seed: int) -> Job:
         """The job of one rule."""

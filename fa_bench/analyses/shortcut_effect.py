@@ -146,8 +146,8 @@ class ShortcutEffect(Analysis):
                     )
             axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
             axes.axhline(90, color="0.6", lw=1, ls=(0, (1, 3)))
-        panels[0].set(title="Sharing alone: backpropagation's δ", ylabel="weight change to backpropagation's (degrees)")
-        panels[1].set(title="Whole: δ through B")
+        panels[0].set(title="Sharing only (backpropagation's δ)", ylabel="angle to backpropagation's weight change (degrees)")
+        panels[1].set(title="Whole rule (δ through B)")
         panels[0].legend(frameon=False, fontsize=8)
 
 

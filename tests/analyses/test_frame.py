@@ -68,7 +68,7 @@ def test_same_options_give_the_same_bytes(tmp_path: Path) -> None:
         (["shortcut_effect", "rule=fa"], "fa-bench-analyse: rule=fa has no option transport"),
         (["shortcut_effect", "rule=asap:j=3"], "fa-bench-analyse: rule.asap.j: unknown option of asap"),
         (["shortcut_effect", "device=gpu"], "fa-bench-analyse: device=gpu is not one of auto"),
-        (["qualitative_table", "rules=[fa]"], "fa-bench-analyse: rules=fa lacks bp"),
+        (["qualitative_table", "rules=[fa]"], "fa-bench-analyse: rules=fa must include bp"),
         (["qualitative_table", "optimizer=sdg"], "fa-bench-analyse: optimizer=sdg: no such optimizer; did you mean 'sgd'?"),
         (
             ["qualitative_table", "rules=[bp]", "optimizer=sgd:lr=1e30", "epochs=1"],
