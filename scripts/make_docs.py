@@ -155,7 +155,9 @@ def guide() -> str:
 def _signature(name: str, member: Any) -> str:
     if isinstance(member, property):
         return f"`{name}` (property)"
-    return f"`{name}({', '.join(list(inspect.signature(member).parameters)[1:])})`"
+    _, *parameters = inspect.signature(member).parameters.values()
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return f"`{name}({', '.join(stars.get(one.kind, '') + one.name for one in parameters)})`"
 
 
 def _first_sentence(member: Any) -> str:

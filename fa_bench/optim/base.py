@@ -34,7 +34,9 @@ class OptimizerOptions(Options):
 
     lr: float = option(0.05, "learning rate", above=0)
     weight_decay: float = option(0.0, "weight decay per unit of learning rate", minimum=0)
-    first_epoch_weight_decay: float | None = option(None, "weight decay in the first epoch; null: the same", minimum=0)
+    first_epoch_weight_decay: float | None = option(
+        None, "weight decay in the first epoch; null: the same as weight_decay", minimum=0
+    )
     schedule: Schedule = option(Constant(), "how the learning rate changes during training")
 
     def check(self) -> None:

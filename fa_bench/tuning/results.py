@@ -163,7 +163,7 @@ def to_text(table: pd.DataFrame) -> str:
         "chosen",
         DONE,
     )
-    titles = {**{name: formats[name].title for name in shown}, "bp_difference": f"- tuned {CONTROL}", DONE: "trials done"}
+    titles = {**{name: formats[name].title for name in shown}, "bp_difference": f"difference to {CONTROL}", DONE: "trials done"}
     cells = [[title, *(_cell(value, formats[name].format) for value in table[name])] for name, title in titles.items()]
     rows = list(zip(*([column[0], "-" * max(map(len, column)), *column[1:]] for column in cells), strict=True))
     numbers = [index for index, name in enumerate(titles) if formats[name].format is not None]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -91,12 +91,15 @@ def _discard_checkpoints(plan: Plan, trial: TrialRun) -> None:
     if plan.options.keep_checkpoints:
         return
     for _, directory in trial.configs:
-        for path in checkpoint_files(directory):
+        files = checkpoint_files(directory)
+        for path in files:
             with output_errors(path):
                 path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be missing or contain other files
+            files[0].parent.rmdir()
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(plan: Plan, studies: Sequence[RuleStudy]) -> Iterator[Report]:
     """Show a progress bar over all trials on a terminal, and print one line for each trial."""
     total = plan.options.budget * len(studies)

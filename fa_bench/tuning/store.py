@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import warnings
@@ -34,6 +35,8 @@ JOURNAL = "study.journal"
 #: Magnitude of the value assigned to a trial that diverged or failed, if the score has no worst value and no other trial has a
 #: score.
 HUGE = 1e6
+#: The relative difference up to which two scores are a tie.
+_TIE = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +169,9 @@ class RuleStudy:
         """The trial with the best validation score; in a tie, the earlier trial. The value is None if all trials diverged, failed
         or were pruned."""
         usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
-        return max(usable, key=lambda trial: (self.score.merit(trial.outcome.value or 0.0), -trial.number), default=None)
+        merits = {trial.number: self.score.merit(trial.outcome.value or 0.0) for trial in usable}
+        # Means of the same scores in another order differ by rounding, so they count as a tie.
+        return next((trial for trial in usable if math.isclose(merits[trial.number], max(merits.values()), rel_tol=_TIE)), None)
 
 
 def stored_studies(plan: Plan) -> list[RuleStudy]:

@@ -145,16 +145,21 @@ def test_declared_spaces_are_of_options_and_contain_the_defaults() -> None:
     assert found > 6
 
 
-def _proposed(rule: str, sampler: str, count: int, *texts: str, seed: int = 0) -> list[dict]:
-    """The values of a rule's trials, whose results depend on the rule."""
+def _study(rule: str, sampler: str, *texts: str, seed: int = 0, score: Score = ACCURACY) -> RuleStudy:
+    """An empty study of a rule with the given space."""
     space = {one.key: one for one in map(parsed, texts)}
     plan: Any = SimpleNamespace(
         rule=rule,
         space=space,
-        job=SimpleNamespace(scores=[ACCURACY]),
+        job=SimpleNamespace(scores=[score]),
         default={key: one.at(0.5) for key, one in space.items()},
     )
-    study = RuleStudy(plan, TuneOptions(sampler=sampler, study_seed=seed), optuna.storages.InMemoryStorage())
+    return RuleStudy(plan, TuneOptions(sampler=sampler, study_seed=seed), optuna.storages.InMemoryStorage())
+
+
+def _proposed(rule: str, sampler: str, count: int, *texts: str, seed: int = 0) -> list[dict]:
+    """The values of a rule's trials, whose results depend on the rule."""
+    study = _study(rule, sampler, *texts, seed=seed)
     for _ in range(count):
         trial, values = study.ask()
         study.tell(trial, values, Outcome("done", value=abs(values["lr"] - (0.1 if rule == "bp" else 0.9))))
@@ -204,3 +209,22 @@ def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pr
     assert study.best is None
     study.finished, study.score = [], ACCURACY
     assert study.worst == 0
+
+
+@pytest.mark.parametrize(
+    ("score", "values", "best"),
+    [
+        (ACCURACY, [0.5, (41 / 48 + 39 / 48) / 2, (40 / 48 + 40 / 48) / 2, 0.1], 1),
+        (ACCURACY, [0.5, 0.75, 0.75 + 1e-6], 2),
+        (ACCURACY, [0.0, 0.0], 0),
+        (Score("mse", "mean squared error", higher_is_better=False, unit=""), [0.4, 0.1 + 0.2, 0.3], 1),
+    ],
+)
+def test_means_that_differ_only_by_rounding_are_a_tie_which_the_earlier_trial_wins(
+    score: Score, values: list[float], best: int
+) -> None:
+    study = _study("bp", "random", RATE, score=score)
+    for value in values:
+        trial, proposed = study.ask()
+        study.tell(trial, proposed, Outcome("done", value=value))
+    assert study.best is not None and study.best.number == best

@@ -247,6 +247,7 @@ def test_checkpoints_of_finished_trials_are_kept_on_request(jobs: int, monkeypat
     monkeypatch.chdir(tmp_path)
     assert main([*STUDY, "budget=1", f"jobs={jobs}"]) == 0
     assert checkpoints(Path("outputs/study/trials")) == []
+    assert not list(Path("outputs/study/trials").rglob("checkpoints"))  # no empty folders
     assert main([*STUDY, "budget=1", f"jobs={jobs}", "keep_checkpoints=true", "name=kept"]) == 0
     assert [path.name for path in checkpoints(Path("outputs/kept/trials"))] == ["last.pt", "previous.pt"] * 2
 
