@@ -103,7 +103,7 @@ def test_architecture_and_preset_of_contributing_work(
 
 
 def _check_random_signs() -> None:
-    """The guide's third rule has feedback of the magnitude of W, samples its signs after every second update, and can be resumed."""
+    """The guide's third rule has feedback of W's magnitude, samples new signs after every second update, and can be resumed."""
     first, second = (nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 3)) for _ in range(2))
     rule = fa_bench.attach(first, "randsign", every=2)
     signs = [rule.feedback["2"]["S"].clone()]
