@@ -335,5 +335,5 @@ def _dual(plain: type[nn.Module]) -> type[DualModule]:
     return globals().setdefault(name, type(name, (mixin, plain), body))
 
 
-#: Maps each plain class to its class with the finite difference.
+#: Maps each plain class to its variant whose derivative is a finite difference.
 SWAPS: dict[type[nn.Module], type[DualModule]] = {plain: _dual(plain) for plain in NONLINEAR}

@@ -136,8 +136,8 @@ class Rule(Options):
         expand(model, self.mode)
         self._frozen, self._handles = [], []
         self._structure, self._uses_outside = None, {}
-        #: The last training pass, if the rule repeats passes. While errors or gradients are being computed, this is the pass to
-        #: which they belong.
+        #: The most recent training pass, if the rule repeats passes. While errors or gradients are being computed, this is the
+        #: pass to which they belong.
         self.first_pass: FirstPass | None = None
         self.indices: Tensor | None = None
         self._passes, self._uses_watch, self._uses_unchecked = [], None, True

@@ -102,8 +102,8 @@ class UsesOfWeights(TorchFunctionMode):
         self._running: list[tuple[str, nn.Module]] = []
         #: The autograd nodes that the owners of each weight have created.
         self._nodes_of: dict[int, set[Any]] = defaultdict(set)
-        #: Each entry (layer, description, node) stands for a function that used the layer's weight. The functions in the second
-        #: list used the weight's entries without differentiation.
+        #: Each entry (layer, description, node) stands for a function that used the layer's weight. The second list has the
+        #: functions that used the weight's values but pass no gradient to the weight.
         self._used: list[tuple[str, str, Any]] = []
         self._detached: list[tuple[str, str, Any]] = []
         self._handles: list[Any] = []

@@ -239,8 +239,8 @@ def _draw(
     limits: Range,
     is_background: bool,
 ) -> None:
-    """Draw one rule, moved sideways by `shift` points so that error bars do not overlap. A rule without the setting is drawn as a
-    horizontal line."""
+    """Draw the results of one rule, shifted sideways by `shift` typographic points so that the error bars of rules do not
+    overlap. A rule without the setting is drawn as a horizontal line."""
     figure: Any = axes.figure
     moved = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
     bars = {"elinewidth": 1, "capsize": 2, "markersize": 4.5}

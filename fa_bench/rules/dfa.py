@@ -34,8 +34,8 @@ class DFA(CutRule):
 
     - kernel: the error is delivered at the input of each layer. For a linear layer, the error is δ B with B of shape (C, I). For
       a convolution, δ is copied to every output pixel, and the error is the input gradient of a convolution with B of shape (C,
-      I, K...). Identity shortcuts still add the error from the layers above, so the rule is a hybrid in residual networks, as in
-      the code of Li and Benna 2024.
+      I, K...). Identity shortcuts still add the error from the layers above, so in residual networks the rule mixes direct
+      feedback with errors from the layers above, as in the code of Li and Benna 2024.
 
     - shared: all cuts share one matrix of shape (C, features of the largest cut), which is uniform in [-1, 1). Each cut uses the
       first columns of this matrix; `normalise` divides them by √(features of the largest cut) (Launay et al. 2020).

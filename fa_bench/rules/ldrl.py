@@ -124,7 +124,7 @@ class LDRL(DrawingRule, LocalRule):
     def connect(self, output: Any, tape: dict[str, CapturedActivation] | None, at: str | None = None) -> Any:
         if tape and len(tape) < len(self._next) and not recomputing():  # blocks may have been frozen after `attach`
             outputs = {cut: captured.tensor for cut, captured in tape.items() if captured.tensor is not None}
-            # A block whose input requires a gradient is not trainable for that reason alone.
+            # An input that requires a gradient does not make a block trainable.
             self._require_none_frozen([cut for cut, output in outputs.items() if self._capture.depends_on_parameters(output)])
         return super().connect(output, tape, at)
 

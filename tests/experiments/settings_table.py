@@ -77,10 +77,10 @@ COMPONENTS: list[Case] = [
     # In Table 3 of the DKP paper, the net has two convolutions of 32 channels and 128 hidden neurons; its 6272 features imply the
     # padding.
     ({"architecture": "conv2"}, _keys("architecture", channels=32, hidden=128, padding=None)),
-    # In section 3.2 of the DKP paper, the net is AlexNet in torchvision's sizes with normalisation before every activation;
-    # dropout is from the code [code].
+    # In section 3.2 of the DKP paper, the net is AlexNet with torchvision's layer sizes and normalisation before every
+    # activation. The dropout rate is given only in the code [code].
     ({"architecture": "dkp_alexnet"}, _keys("architecture", width=64, hidden=4096, linear_norm=True, dropout=0.5)),
-    # The nets of the ASAP paper are from appendix C; the normalised logits are from the code [code].
+    # The nets of the ASAP paper are from appendix C; the normalised logits are from the released code [code].
     ({"architecture": "asap_alexnet"}, _keys("architecture", width=64, hidden=1024, output_norm=True)),
     ({"architecture": "resnet18"}, _keys("architecture", width=64, blocks=STAGES_18, shortcuts=True, output_norm=True)),
     ({"architecture": "resnet34"}, _keys("architecture", width=64, blocks=STAGES_34, shortcuts=True, output_norm=True)),
@@ -171,7 +171,7 @@ ASAP_CASES: list[Case] = [
     # sample fully connected weights from U(±√(6/fan_in)) and set their biases to zero; the nets for BP use torch's default
     # [code]. Here, all rules start with the same weights, so that they can be compared [choice].
     ({}, {"architecture.init": "pytorch", "architecture.linear_init": "kaiming_uniform"}),
-    # Appendix C uses crops and flips on CIFAR and Tiny ImageNet. Means and standard deviations are from the code [code], which
+    # Appendix C uses crops and flips on CIFAR and Tiny ImageNet. Means and standard deviations are from the released code [code], which
     # uses those of CIFAR-10 for CIFAR-100, too. The means and deviations of Tiny ImageNet are from a derivative of the code.
     ({}, {"dataset.augment": True}),
     ({"dataset": ("cifar10", "cifar100")}, _keys("dataset", mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010])),
@@ -328,7 +328,7 @@ PFA_PAPER: dict[str, Preset] = {
     ),
     # The settings are from appendix A.2. The code trains for 250 epochs and holds out 5,000 images with seed 0 [code]. The
     # paper states 200 epochs, but then the last milestone, 200, would have no effect. DFA's kernels, the means and the standard
-    # deviations are from the code [code].
+    # deviations are from the released code [code].
     "pfa_fig4": Preset(
         [{"algorithm": PFA_TABLE, "seed": FIVE}],
         PFA
@@ -647,7 +647,7 @@ LM_QUICKSTART = Preset(
 
 #: The settings are those of Mono-Forward in the independent implementation BeyondBackpropagation. The widths, the learning rates
 #: on MNIST and CIFAR-10, the number of epochs per layer, the batch size, the validation split, and torch's initial weights are
-#: from the code [code]. Training all layers at once, the learning rates on the other two datasets, and the use of the rates for
+#: from the released code [code]. Training all layers at once, the learning rates on the other two datasets, and the use of the rates for
 #: all rules are our choice [choice].
 MONO_FORWARD = Preset(
     [
@@ -675,7 +675,7 @@ MONO_FORWARD = Preset(
 )
 
 #: The settings are those of Høier et al. 2023. Epochs, batch size, learning rate, length of the warm-up, momentum, decay and the
-#: number of seeds are from the code [code]. All other settings, such as the schedule of the learning rate, B and augmentation,
+#: number of seeds are from the released code [code]. All other settings, such as the schedule of the learning rate, B and augmentation,
 #: are our choice [choice].
 DUAL_SEEDS = [0, 1, 2, 3, 4]
 DUAL_PROPAGATION = Preset(

@@ -216,7 +216,7 @@ def test_dropout_of_a_model_in_evaluation_mode_stays_off_after_a_measurement(nam
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_mode_of_the_model_changes_no_angle(name: str) -> None:
-    """In both modes, normalisation uses the statistics of the batch, not the running ones."""
+    """During a measurement, normalisation uses the statistics of the batch in both modes, not the running ones."""
     found = []
     for training in (True, False):
         model, rule = attached(name)

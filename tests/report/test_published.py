@@ -177,8 +177,8 @@ def test_numbers_beside_ours(tmp_path) -> None:
 
 
 def test_a_published_difference_to_bp_is_compared_with_pairs_of_runs(tmp_path) -> None:
-    """Differences are computed separately for each seed. There is a run of bp for seeds 0 and 1, with options that need not
-    match, but none for seed 2 or for the other dataset."""
+    """Differences are computed separately for each seed. On digits, bp has runs for seeds 0 and 1 but none for seed 2, so the run
+    with seed 2 has no partner. The runs of bp on the other dataset are ignored."""
     write_group(tmp_path, "bp", [0.97, 0.95])
     write_group(tmp_path, "predsim", [0.98, 0.97, 0.1])
     write_group(tmp_path / "other", "bp", [0.5, 0.5, 0.5], dataset="mnist")

@@ -181,7 +181,7 @@ def test_noise_at_every_cut_and_sample_is_its_own() -> None:
 def test_measuring_moves_nothing() -> None:
     """Measuring changes neither the gradient of B nor the noise of the next step.
 
-    The weight angle compares B with the weight of the output layer.
+    Only the B of the last cut has a weight angle, which compares this B with the weight of the output layer.
     """
     model, rule, x, y = attached(b_init="kaiming_uniform")
     state = rule.state_dict()

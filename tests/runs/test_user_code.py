@@ -33,7 +33,7 @@ USED = sorted(set(FILES) - {"my_other.py", "my_package/unused.py"})
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write the files to the working directory; `my_plugin` counts as imported."""
+    """A working directory with the files; `my_plugin` is in `sys.modules`, as if it had been imported."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

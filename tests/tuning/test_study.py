@@ -48,7 +48,7 @@ def what_other_tests_cover_is_left_out() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of an uninterrupted study."""
+    """The working directory of an uninterrupted study, whose results are in outputs/study."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -225,7 +225,7 @@ class ModuleRule(LocalRule):
     """A local rule that trains each of the model's blocks, here called modules, as a unit. The last module is trained with the
     network's own loss.
 
-    Named blocks that feed the output layer are part of the last module.
+    If `cuts` or ``model.blocks`` names a block that feeds the output layer, the block gets no cut and is part of the last module.
     """
 
     within = "block"

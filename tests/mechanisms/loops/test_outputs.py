@@ -161,8 +161,8 @@ def test_cut_rules_ask_which_output_and_suggest_one(name: str, kind: str) -> Non
 @pytest.mark.parametrize("kind", PACKS)
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, number: int) -> None:
-    """The gradients equal those of a model that returns only the named output. A loss on the other output trains only its own
-    head."""
+    """The gradients equal those of a model that returns only the named output. With most rules, a loss on the other output trains
+    only that output's head."""
     reference = single(number)
     want = only(reference, attach(reference, name), number)
     model = Net(PACKS[kind][0])
