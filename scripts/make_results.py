@@ -221,7 +221,7 @@ COLUMNS: dict[str, Any] = {
     "test accuracy (%)": _score,
     "95 %": _number("test_accuracy_ci95"),
     "validation accuracy (%)": _number("val_accuracy"),
-    "difference to bp": _number("bp_difference", sign="+"),
+    "difference from bp": _number("bp_difference", sign="+"),
     "95 % of the difference": _number("bp_difference_ci95"),
     "beats the floor": _floor,
     "not finished": _unfinished,
@@ -263,7 +263,7 @@ def _short(value: str) -> str:
 TUNED_COLUMNS: dict[str, Any] = {
     "rule": lambda row: row["rule"],
     "test accuracy (%), 95 %": _interval,
-    "difference to bp": _number("bp_difference", sign="+"),
+    "difference from bp": _number("bp_difference", sign="+"),
     "95 % of the difference": _number("bp_difference_ci95"),
     "trials that diverged": lambda row: f"{row['diverged']} of {row['trials']}",
     "chosen": _chosen,

@@ -38,7 +38,7 @@ class Logger(Options):
     swept: Mapping[str, bool] = dataclasses.field(init=False, default_factory=dict)
 
     def require(self) -> None:
-        """Called before training. If the logger cannot work, raise a ConfigError that says what to install."""
+        """Called before training; if a required package is missing, raise a ConfigError that says what to install."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
         """Start logging to the run's directory, which exists. A resumed run continues from `step`, so discard all values logged

@@ -294,7 +294,7 @@ def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None
     x, y = data
     indices = torch.arange(len(y)) % (rule.sample_count or len(y))
     rule.model.zero_grad()
-    # If there are several processes, only one of them counts.
+    # In a data-parallel run, only one process executes this step, so it must not wait for the others.
     with set_temporarily([rule.mode], "alone", True), counting() as counter:
         logits = loss_output(rule.model(x), rule.loss_output)
         loss = rule.objective.loss(logits, y)

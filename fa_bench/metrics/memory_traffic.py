@@ -24,7 +24,7 @@ _BITS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Numbers of values (not bytes) that a training step reads from and writes to memory.
+    """The sizes, in values rather than bytes, that determine how much a training step reads from and writes to memory.
 
     Attributes:
         parameters: P, the size of ``model.parameters()``.

@@ -18,7 +18,7 @@ ENTRY_POINTS = "fa_bench.plugins"
 
 
 def import_modules(modules: Iterable[str]) -> None:
-    """Import modules, including those in the working directory.
+    """Import the named modules, which may also be in the working directory.
 
     Raises:
         ConfigError: if a module cannot be imported; the message gives the file and the line of the error.

@@ -39,9 +39,9 @@ interrupted or are still running are listed in their row but excluded from the s
 std is the sample standard deviation; ± 95 % is half the width of the Student t interval of the mean; for two seeds, it is the
 range of the values. Weight angle and norm ratio are means over the layers whose feedback carries an error; the delta angle is a
 mean over all layers but the output layers. A rule beats the floor if its mean is better than that of `frozen`, which trains only
-the output layer: higher accuracies and R², lower errors, perplexities and bits. Differences to bp are paired by seed. Cohen's d_z
-is their mean divided by their standard deviation. p is the p-value of the two-sided paired t test; p (Holm) is corrected by
-Holm's method for all rows of the task, without those of bp and of floors. All three need three pairs. Differences to published
+the output layer: higher accuracies and R², lower errors, perplexities and bits. Differences from bp are paired by seed. Cohen's
+d_z is their mean divided by their standard deviation. p is the p-value of the two-sided paired t test; p (Holm) is corrected by
+Holm's method for all rows of the task, without those of bp and of floors. All three need three pairs. Differences from published
 numbers are between means.
 """
 _REFERENCES = {

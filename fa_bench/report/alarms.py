@@ -45,8 +45,8 @@ def alarms(runs: Sequence[Run], reference: str) -> tuple[pd.DataFrame, str]:
         reference: how the rows of floors are chosen, see `references.References`.
 
     Returns:
-        A table with the columns `ALARM_COLUMNS` and one row per group, quantity and layer with an alarm, and an explanation. The
-        explanation says so if there was no alarm, and is empty if there was nothing to check.
+        A table with the columns `ALARM_COLUMNS` and one row per group, quantity and layer with an alarm, and an explanation. If
+        there was no alarm, the explanation says so; if there was nothing to check, it is empty.
     """
     groups = group_runs(runs)
     references = References(groups, reference)

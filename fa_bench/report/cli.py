@@ -17,7 +17,7 @@ from fa_bench.utils.files import resolved
 from fa_bench.utils.output import exit_code
 
 _DESCRIPTION = """\
-Compare the runs in folders: mean, standard deviation and 95 % interval per rule over the seeds, paired differences to bp, the
+Compare the runs in folders: mean, standard deviation and 95 % interval per rule over the seeds, paired differences from bp, the
 floor, angles, and the published numbers of the experiments, as report.md, report.csv, .json, .tex and .png, with further tables
 and figures; runs.csv has one row per run. A sweep may be incomplete: the report lists what is missing. With --live, watch a
 running sweep; nothing is written.

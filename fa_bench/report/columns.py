@@ -67,7 +67,7 @@ def floor_column(score: Score) -> dict[str, Column]:
     return {f"floor_{score.name}": Column(f"floor: {FLOOR}{f' ({score.unit})' if score.unit else ''}", score.format)}
 
 
-_DIFFERENCE, _PUBLISHED = "paired difference to bp (points)", "published (%)"
+_DIFFERENCE, _PUBLISHED = "paired difference from bp (points)", "published (%)"
 COLUMNS = {
     "label": Column("rule"),
     "group": Column("group"),
@@ -102,7 +102,7 @@ COLUMNS = {
     **{name: Column(*column, timing=True) for name, column in MEASURED.items()},
     "published": Column(_PUBLISHED, ".2f"),
     "published_std": Column("std", ".2f", of=_PUBLISHED),
-    "published_difference": Column("difference to published (points)", "+.2f"),
+    "published_difference": Column("difference from published (points)", "+.2f"),
     "published_source": Column("published in"),
     "tried": Column("values tried", ".0f"),
     "chosen": Column("chosen"),

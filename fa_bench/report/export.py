@@ -73,7 +73,7 @@ def to_latex(frame: pd.DataFrame) -> str:
                 )
             )
         },
-        "difference to bp": ("r", [_difference(row) for row in frame.to_dict("records")]),
+        "difference from bp": ("r", [_difference(row) for row in frame.to_dict("records")]),
         r"$p$ (Holm)": ("r", [_number(value, ".2g") for value in frame["bp_difference_p_holm"]]),
         "beats floor": ("l", ["--" if pd.isna(beats) else "yes" if beats else "no" for beats in frame["floor"]]),
     }

@@ -100,7 +100,7 @@ def _is_in_labels(key: str, groups: Groups, labels: Mapping[str, str]) -> bool:
 
 
 class _Comparison(NamedTuple):
-    """A row's references, and the statistics of its paired differences to bp, in the unit of tables."""
+    """A row's references, and the statistics of its paired differences from bp, in the unit of tables."""
 
     control: Reference
     floor: Reference

@@ -18,7 +18,7 @@ from fa_bench.utils.text import align_columns, escape_markdown
 BLANK = "-"
 #: The maximum number of characters in a cell of text or Markdown tables; the CSV has the full text.
 MAX_CELL = 500
-#: The maximum width of the terminal's table in characters, if possible, and the maximum number of lines of notes below it.
+#: The width in characters that the table on a terminal exceeds only if necessary, and the maximum number of notes below it.
 WIDTH, MAX_NOTES = 120, 12
 #: The ends of ranges, which tables show in place of the intervals of two values.
 _ENDS = ("_low", "_high")

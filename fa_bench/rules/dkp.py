@@ -80,6 +80,7 @@ def _product(delta: Tensor, activation: Tensor) -> Tensor:
     """The product δᵀ a (C, F) of δ (N, C) and an activation a (N, ...) with F features."""
     if activation.dim() != 4 or activation.is_contiguous():
         return delta.t().mm(activation.flatten(1))
-    # Compilers store maps with their channels last. Since a map is many times larger than the product, the product is reordered.
+    # Compiled graphs may store feature maps with their channels last. The product is reordered, because a map is many times
+    # larger.
     last = activation.movedim(1, -1)
     return delta.t().mm(last.flatten(1)).unflatten(1, last.shape[1:]).movedim(-1, 1).flatten(1)

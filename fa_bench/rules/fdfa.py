@@ -33,9 +33,10 @@ class FDFA(JacobianRule):
     cuts. The output layer learns from its true gradient.
 
     As in the code, an optimizer updates B with this gradient. This optimizer is either the optimizer of W, with its learning rate
-    times `b_lr_scale`, or a separate one, as with ``optimizer@feedback_optimizer=adam``. The code uses batches of 64 and Adam at
-    1e-4 without decay for both, and it multiplies the learning rate of W by 0.95 per epoch. In the paper, the update is B ← (1 -
-    α) B + α mean d_n ⊗ p_n (from memory, not checked against the paper). This update is plain SGD at the learning rate α:
+    times `b_lr_scale`, or a separate one, as with ``optimizer@feedback_optimizer=adam``. The code uses batches of 64. It trains
+    both W and B with Adam at 1e-4 without decay, and multiplies the learning rate of W by 0.95 per epoch. In the paper, the
+    update is B ← (1 - α) B + α mean d_n ⊗ p_n (from memory, not checked against the paper). This update is plain SGD at the
+    learning rate α:
     ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a learning rate of 0, the
     rule is direct feedback alignment.
 

@@ -100,7 +100,7 @@ class LDRL(DrawingRule, LocalRule):
         if frozen := next((cut for cut in above if cut not in learning), None):
             raise CoverageError(
                 f"rule '{self.name}' sends errors through the block that ends at '{frozen}', whose weights "
-                f"are frozen, and its map would not learn; merge it with the next block by leaving '{frozen}' "
+                f"are frozen, so its feedback map would not learn; merge it with the next block by leaving '{frozen}' "
                 f"out of cuts, or freeze only blocks below all others"
             )
 

@@ -96,7 +96,7 @@ RESULT_FILE = mapping_of(
 )
 #: The keys that every result has.
 REQUIRED = ("status", "label", "group", "algorithm", "seed")
-#: The check of a line in a run's metrics.jsonl.
+#: The check for a line of a run's metrics.jsonl.
 EPOCH_RECORD = mapping_of(
     {
         "epoch": _EPOCH,
@@ -108,7 +108,7 @@ EPOCH_RECORD = mapping_of(
         "scores": _SCORES,
     }
 )
-#: The check of a line in a run's angles.jsonl.
+#: The check for a line of a run's angles.jsonl.
 MEASUREMENT = mapping_of(
     {
         "step": value_of("a whole number >= 0", lambda value: is_int(value, 0)),
@@ -127,5 +127,5 @@ CONFIG = mapping_of(
         **dict.fromkeys(("algorithm", "architecture", "dataset", "optimizer"), _NAME),
     }
 )
-#: The check of a run in a sweep's sweep.json.
+#: The check for a run in a sweep's sweep.json.
 PLANNED = mapping_of({"directory": value_of("a path", is_path), "label": _NAME, "epochs": _EPOCH})

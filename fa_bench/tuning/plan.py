@@ -161,7 +161,7 @@ def make_plan(overrides: Sequence[str], config_dir: str | None, config_name: str
 
 
 def _is_dimension(override: Override) -> bool:
-    """Whether an override is a sweep over values rather than over components."""
+    """Whether an override is a sweep that a study searches: one over values of an option, not over components or seeds."""
     key = override.key_or_group
     return (
         override.is_sweep_override()

@@ -38,7 +38,7 @@ def columns(score: Score) -> dict[str, Column]:
         "n": Column("n", ".0f"),
         f"test_{score.name}": Column(f"test {score.title}{unit}", form),
         f"test_{score.name}_ci95": Column("± 95 %", form),
-        "bp_difference": Column(f"paired difference to tuned {CONTROL}{' (points)' if unit else ''}", f"+{form}"),
+        "bp_difference": Column(f"paired difference from tuned {CONTROL}{' (points)' if unit else ''}", f"+{form}"),
         "bp_difference_ci95": Column("± 95 %", form),
         f"floor_{score.name}": Column(f"floor: tuned {FLOOR}{unit}", form),
         "floor": Column("beats floor"),
@@ -61,7 +61,7 @@ with the best validation {title} after the last epoch (mean over its seeds; in a
 failed count as trials, with {worst}. The test set was not used to choose anything.
 
 The chosen config of each rule was then trained for {final_epochs} epochs with {seeds}, which no trial used, and tested once. n is
-the number of its finished runs; ± 95 % is half the width of the Student t confidence interval of the mean. Differences to the
+the number of its finished runs; ± 95 % is half the width of the Student t confidence interval of the mean. Differences from the
 tuned `{control}` are paired by seed. A rule beats the floor if its mean is better than that of the tuned `{floor}`, which trains
 only the output layer. The validation {title} of the best trial is the best of many and therefore too
 optimistic: compare rules by the {title} of the test samples.
@@ -163,7 +163,7 @@ def to_text(table: pd.DataFrame) -> str:
         "chosen",
         DONE,
     )
-    titles = {**{name: formats[name].title for name in shown}, "bp_difference": f"difference to {CONTROL}", DONE: "trials done"}
+    titles = {**{name: formats[name].title for name in shown}, "bp_difference": f"difference from {CONTROL}", DONE: "trials done"}
     cells = [[title, *(_cell(value, formats[name].format) for value in table[name])] for name, title in titles.items()]
     rows = list(zip(*([column[0], "-" * max(map(len, column)), *column[1:]] for column in cells), strict=True))
     numbers = [index for index, name in enumerate(titles) if formats[name].format is not None]

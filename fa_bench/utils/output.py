@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-#: ASCII replacements for symbols that are missing in an encoding. Letters lose their accents, Greek letters are spelled out, and
+#: ASCII replacements for symbols that an encoding lacks. Letters lose their accents, Greek letters are spelled out, and
 #: other characters are escaped.
 ASCII = {
     "±": "+/-",

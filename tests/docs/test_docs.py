@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,16 +102,35 @@ def test_architecture_and_preset_of_contributing_work(
     assert out.startswith("Running 5 jobs (5 epochs); output: outputs/myfigure\n  algorithm: bp, frozen, kp, fa\n")
 
 
+def _check_random_signs() -> None:
+    """The guide's third rule has feedback of W's magnitude, samples new signs after every second update, and can be resumed."""
+    first, second = (nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 3)) for _ in range(2))
+    rule = fa_bench.attach(first, "randsign", every=2)
+    signs = [rule.feedback["2"]["S"].clone()]
+    for _ in range(3):
+        rule.step()
+        signs.append(rule.feedback["2"]["S"].clone())
+    assert torch.equal(rule.effective_feedback("2").abs(), first[2].weight.abs())
+    assert [torch.equal(*pair) for pair in itertools.pairwise(signs)] == [True, False, True]
+    resumed = fa_bench.attach(second, "randsign", every=2)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(rule.state_dict())
+    for each in (rule, resumed):
+        each.step()
+    assert torch.equal(rule.feedback["2"]["S"], resumed.feedback["2"]["S"])
+    assert not torch.equal(rule.feedback["2"]["S"], signs[-1])
+
+
 def test_rules_of_the_guide_work(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "add_a_rule.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     known = dict(ALGORITHMS._entries)
     module = ModuleType("guide")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     try:
         for code in blocks:
-            exec(compile(re.sub(r"^    ", "", code, flags=re.M), "add_a_rule.md", "exec"), module.__dict__)
+            exec(compile(textwrap.dedent(code), "add_a_rule.md", "exec"), module.__dict__)
         model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3))
         rule = fa_bench.attach(model, "myrule", density=0.3)
         zeros = (rule.effective_feedback("0") == 0).float().mean()
@@ -125,6 +146,7 @@ def test_rules_of_the_guide_work(monkeypatch: pytest.MonkeyPatch) -> None:
         error = (delta @ rule.feedback["1"]["B"]).view(2, 2, 2, 2)
         slope = 1 - model[0](x).detach().tanh() ** 2
         torch.testing.assert_close(model[0].bias.grad, (error * slope).sum((0, 2, 3)))
+        _check_random_signs()
     finally:
         ALGORITHMS._entries.clear()
         ALGORITHMS._entries.update(known)

@@ -62,7 +62,7 @@ def test_every_cell_of_the_notebook_runs(
     assert len(variables["runs"]) == 4 and all(run.finished for run in variables["runs"])
     assert variables["accuracy"] > 0.9 and max(variables["measured"][5].values()) < 60
     assert "0.02" in shown["best"] or "0.10" in shown["best"]
-    assert "difference to bp" in shown["tune"] and (tmp_path / "weight_angles.png").is_file()
+    assert "difference from bp" in shown["tune"] and (tmp_path / "weight_angles.png").is_file()
     printed = capsys.readouterr().out
     assert "lr: unknown key; did you mean 'optimizer.lr'?" in printed
     assert len(printed.splitlines()) < 100

@@ -326,8 +326,8 @@ PFA_PAPER: dict[str, Preset] = {
         PFA_MNIST,
         PFA_MNIST_CASES,
     ),
-    # The settings are from appendix A.2. The code trains for 250 epochs and holds out 5,000 images with seed 0 [code]. The paper
-    # states 200 epochs, with which the last milestone, 200, would have no effect. DFA's kernels, the means and the standard
+    # The settings are from appendix A.2. The code trains for 250 epochs and holds out 5,000 images with seed 0 [code]. The
+    # paper states 200 epochs, but then the last milestone, 200, would have no effect. DFA's kernels, the means and the standard
     # deviations are from the code [code].
     "pfa_fig4": Preset(
         [{"algorithm": PFA_TABLE, "seed": FIVE}],

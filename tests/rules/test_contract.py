@@ -275,7 +275,7 @@ def test_autocast_to_float16_is_to_float16(name, net):
 
 
 def test_second_derivatives_are_those_of_the_formulas():
-    """The first loss is Σ y²/2 with y = W x, and the second is Σ e with the input error e = gᵀ B.
+    """The test differentiates twice: first the loss Σ y²/2 with y = W x and g = y, and then Σ e with the input error e = gᵀ B.
 
     The derivative of the second loss with respect to g is B 1, which propagates to W and, through B, to x.
     """

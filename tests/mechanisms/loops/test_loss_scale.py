@@ -124,8 +124,8 @@ def test_the_same_batch_four_times_a_quarter(variant: str) -> None:
 @pytest.mark.parametrize("factor", [1024.0, 3.0, 2.0**-8])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_multiplied_loss_multiplies_every_gradient(variant: str, factor: float) -> None:
-    """In single precision, the rounding error is about 1e-7 of the largest summand. If the factor is a power of two, the numbers
-    are identical."""
+    """In single precision, the rounding error is about 1e-7 of the largest summand. If the factor is a power of two, the
+    gradients divided by it are identical to those of the loss without the factor."""
     plain, scaled = found(variant, [(X, Y, F.cross_entropy)]), found(variant, [(X, Y, times(factor))])
     exact = factor != 3
     assert_same({key: tensor / factor for key, tensor in scaled.items()}, plain, rel=0.0 if exact else 1e-5)
