@@ -171,7 +171,7 @@ ASAP_CASES: list[Case] = [
     # sample fully connected weights from U(±√(6/fan_in)) and set their biases to zero; the nets for BP use torch's default
     # [code]. Here, all rules start with the same weights, so that they can be compared [choice].
     ({}, {"architecture.init": "pytorch", "architecture.linear_init": "kaiming_uniform"}),
-    # Appendix C uses crops and flips on CIFAR and Tiny ImageNet. Means and standard deviations are from the released code [code], which
+    # Appendix C uses crops and flips on CIFAR and Tiny ImageNet. Means and standard deviations are from the code [code], which
     # uses those of CIFAR-10 for CIFAR-100, too. The means and deviations of Tiny ImageNet are from a derivative of the code.
     ({}, {"dataset.augment": True}),
     ({"dataset": ("cifar10", "cifar100")}, _keys("dataset", mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010])),
@@ -647,7 +647,7 @@ LM_QUICKSTART = Preset(
 
 #: The settings are those of Mono-Forward in the independent implementation BeyondBackpropagation. The widths, the learning rates
 #: on MNIST and CIFAR-10, the number of epochs per layer, the batch size, the validation split, and torch's initial weights are
-#: from the released code [code]. Training all layers at once, the learning rates on the other two datasets, and the use of the rates for
+#: from the code [code]. Training all layers at once, the learning rates on the other two datasets, and the use of the rates for
 #: all rules are our choice [choice].
 MONO_FORWARD = Preset(
     [
@@ -675,7 +675,7 @@ MONO_FORWARD = Preset(
 )
 
 #: The settings are those of Høier et al. 2023. Epochs, batch size, learning rate, length of the warm-up, momentum, decay and the
-#: number of seeds are from the released code [code]. All other settings, such as the schedule of the learning rate, B and augmentation,
+#: number of seeds are from the code [code]. All other settings, such as the schedule of the learning rate, B and augmentation,
 #: are our choice [choice].
 DUAL_SEEDS = [0, 1, 2, 3, 4]
 DUAL_PROPAGATION = Preset(
