@@ -26,7 +26,7 @@ class Analysis(Options):
         raise missing_method(self, "table")
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The part of the table that is printed in the terminal. By default, this is the whole table."""
+        """The part of the table that is printed in the terminal. By default, the whole table is printed."""
         return table
 
     def plot(self, figure: Figure, table: pd.DataFrame) -> None:

@@ -19,7 +19,7 @@ class Alarm(NamedTuple):
     meaning: str
 
     def fires(self, value: float) -> bool:
-        """Whether a value is on the wrong side of the threshold. An undefined value (NaN) never is."""
+        """Whether a value is on the wrong side of the threshold. An undefined value (NaN) never fires the alarm."""
         return value > self.threshold if self.above else value < self.threshold
 
     @property

@@ -124,7 +124,7 @@ def _convolution_backward(
     g: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *others: Any
 ) -> int:
     """The number of multiplications that the gradients of a convolution take. Each gradient takes as many multiplications as the
-    forward pass. This also holds for grouped convolutions, for which torch's own count is too high."""
+    forward pass. For grouped convolutions, torch's own count is too high."""
     needs_x, needs_weight, _ = others[-1]
     return (int(needs_x) + int(needs_weight)) * (x if transposed else g).numel() * weight[0].numel()
 

@@ -61,12 +61,13 @@ def memories(
 ) -> tuple[Memory, Memory | None]:
     """The counts for backpropagation in a plain model, and for a rule if the rule defines `step_memory`.
 
-    The counts are obtained from a forward pass of one sample on the model's device. This pass is cheap on the device ``meta``.
+    The counts are obtained from a forward pass of one sample on the model's device. On the device ``meta``, this forward pass is
+    cheap.
 
-    Backpropagation keeps the output of every layer, which is counted once. Here, the output of a weighted layer means the
-    activation after normalisation, nonlinearity, addition and max-pooling, that is, the input of the next layers. Average pooling
-    counts as a layer that keeps its input. The logits are also counted, but the input of the model is not. A rule keeps the
-    logits and the inputs that its `step_memory` lists.
+    Backpropagation keeps the output of every layer, which is counted once. In this count, the output of a weighted layer means
+    the activation after normalisation, nonlinearity, addition and max-pooling, that is, the input of the next layers. Average
+    pooling counts as a layer that keeps its input. The logits are also counted, but the input of the model is not. A rule keeps
+    the logits and the inputs that its `step_memory` lists.
 
     Args:
         model: a plain model.

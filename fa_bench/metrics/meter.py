@@ -65,7 +65,7 @@ class AlignmentMeter:
 
     @property
     def feedback_layers(self) -> list[str]:
-        """Layers whose feedback propagates an error. These are all layers, including projection shortcuts, except those whose
+        """Layers whose feedback propagates an error, that is, all layers (including projection shortcuts) except those whose
         input is the image."""
         return self.trace.reached
 

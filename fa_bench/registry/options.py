@@ -129,7 +129,7 @@ def summary(cls: type) -> str:
 def require_dataclass(cls: type[Options]) -> None:
     """Require that the options that a class declares are fields of a dataclass.
 
-    This cannot be checked when the class is registered, because the dataclass decorator may be applied afterwards.
+    The check cannot run when the class is registered, because the dataclass decorator may be applied afterwards.
 
     Raises:
         ComponentError: if the class, or a base class, was not decorated.

@@ -75,7 +75,7 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
         del self._entries[name]
 
     def __getitem__(self, name: str) -> type[T]:
-        """The component called `name`. If there is none, a ConfigError suggests the nearest name."""
+        """The component called `name`. If no component has this name, a ConfigError suggests the nearest one."""
         if name not in self:
             raise ConfigError(
                 f"{self.kind}={truncate(str(name), 100)}: no such {self.kind}{nearest(name, self._entries)} "

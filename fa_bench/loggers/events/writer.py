@@ -4,8 +4,8 @@ once.
 torch's SummaryWriter cannot provide the guarantees of docs/reliability.md. SummaryWriter writes from a background thread, so a
 full disk is not reported, and points that a checkpoint counts as written may be lost if the process is killed. With
 SummaryWriter, a resumed run would also add a second file, and each reader would have to discard the steps after the checkpoint.
-Here, a resumed run copies the valid events of its old files to a new file, which replaces the old ones, and appends new events to
-it.
+With `EventFile`, a resumed run copies the valid events of its old files to a new file, which replaces the old ones, and appends
+new events to it.
 """
 
 # Protobuf modules create their classes at import.

@@ -23,8 +23,8 @@ FEEDBACK, HIDDEN, ALL = "feedback", "hidden", "all"
 class Metric(Options):
     """Base class of alignment metrics, registered in `fa_bench.registry.registries.METRICS`.
 
-    A run measures its metrics every ``probe_every`` steps and at the end. It records every metric under its registered name in
-    metrics.jsonl and result.json, and passes it to the loggers.
+    A run measures its metrics every ``probe_every`` steps and at the end. Every metric is recorded under its registered name in
+    metrics.jsonl and result.json, and is passed to the loggers.
 
     Examples:
         >>> import dataclasses, torch, fa_bench

@@ -75,7 +75,7 @@ def _delta_angles(passes: Passes, reference: Mapping[Point, Tensor]) -> dict[str
     angles = {layer: 0.0 for layer in passes.trace.outputs}
     for layer, point in passes.points.items():
         if point in passes.delivered.errors and point in passes.exact.errors:
-            # The angle is NaN if the gradient is only rounding noise, because it would also be noise.
+            # The angle is NaN if the gradient is only rounding noise, because the angle would also be noise.
             angles[layer] = mean_sample_angle(passes.delivered.errors[point], reference[point])
     return angles
 
@@ -105,8 +105,8 @@ class OutputAngle(Metric):
     """Angle in degrees between the logits and ``a Bᵀ``, where ``a`` is the activation at a cut and B (C, features) is the direct
     feedback at that cut.
 
-    This angle is shown in Fig. 2 of the paper on direct Kolen-Pollack learning. It is measured only for rules with direct
-    feedback.
+    The angle is the one shown in Fig. 2 of the paper on direct Kolen-Pollack learning. Only rules with direct feedback have an
+    output angle.
     """
 
     title, unit, column, plot, order = "output angle", "°", False, False, 6

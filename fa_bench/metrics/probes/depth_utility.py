@@ -80,7 +80,7 @@ class DepthUtility(Probe):
 def estimate_running_statistics(model: torch_nn.Module, split: Split, batch_size: int) -> None:
     """Replace the running statistics of batch normalisation with their mean over the batches of one pass over `split`.
 
-    Dropout is off. The model is left in evaluation mode. If it has no running statistics, nothing else changes.
+    Dropout is off. The model is left in evaluation mode. If the model has no running statistics, nothing else changes.
     """
     from fa_bench.mechanisms.contexts import set_temporarily
 

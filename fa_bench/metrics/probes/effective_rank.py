@@ -79,7 +79,7 @@ def rows(error: Tensor, features_last: bool) -> Tensor:
 
 
 def ranks(matrix: Tensor) -> tuple[float, float]:
-    """The (effective rank, stable rank) of a matrix. Both are NaN if the matrix is zero or not finite."""
+    """The (effective rank, stable rank) of a matrix. Both ranks are NaN if the matrix is zero or not finite."""
     values = torch.linalg.svdvals(matrix.double()) if torch.isfinite(matrix).all() else matrix.new_zeros(1)
     largest = values.max().item()
     if largest == 0:
