@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Linear(NamedTuple):
     """A linear net y = W A x that learns the mapping y = T x by Forward Alignment with the matrix C.
 
-    Shapes: T (O, I), W (O, H), A and C (H, I), Σ (I, I).
+    The shapes are T (O, I), W (O, H), A (H, I), C (H, I) and Σ (I, I).
     """
 
     teacher: np.ndarray

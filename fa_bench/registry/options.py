@@ -164,7 +164,7 @@ def defaults(cls: type[Options]) -> dict[str, Any]:
 
 
 def as_plain(options: Options) -> dict[str, Any]:
-    """The options as plain containers; nested components include their name."""
+    """The options as plain containers. Nested components include their name."""
 
     def plain(value: Any) -> Any:
         named = {"name": value.name} if isinstance(value, Options) and value.name else {}

@@ -18,7 +18,7 @@ C = TypeVar("C", bound="type[Options]")
 
 
 class Registry(Mapping[str, "type[T]"], Generic[T]):
-    """The components of one config group, loaded by importing a package and the installed plugins.
+    """The components of one config group, which are loaded by importing a package and the installed plugins.
 
     Args:
         kind: the config group, for example ``algorithm``.

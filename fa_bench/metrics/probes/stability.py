@@ -24,7 +24,8 @@ class Stability(Probe):
     """Mean cosine between the gradients that the rule gives a weight on two different batches.
 
     The gradients are those of the objective's mean loss on 8 batches, without augmentation. Each batch has the run's batch size
-    or, if there are too few training images that probes may learn from, an eighth of them. The mean is over all pairs of batches:
+    or, if there are too few training images that probes may learn from, an eighth of them. The mean is taken over all pairs of
+    batches:
 
         c = (‖Σ uₖ‖² - K) / (K (K - 1)).
 
