@@ -1,1 +1,1 @@
-"""Analyses that do not train benchmark runs, one file each; ``fa-bench-analyse`` runs them."""
+"""Analyses that are independent of benchmark runs. Each analysis has its own module, and ``fa-bench-analyse`` runs it."""

@@ -1,4 +1,4 @@
-"""The base class of analyses: each one has options, and produces a table and a figure."""
+"""The base class of analyses. An analysis has options and produces a table and a figure."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Analysis(Options):
     size: ClassVar[tuple[float, float]] = (10, 4.5)
 
     def table(self) -> pd.DataFrame:
-        """The results, which become the CSV."""
+        """The results, which `write` saves as a CSV file."""
         raise missing_method(self, "table")
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The part of the table to show in the terminal; by default, the whole table."""
+        """The part of the table that is printed in the terminal. By default, the whole table is printed."""
         return table
 
     def plot(self, figure: Figure, table: pd.DataFrame) -> None:
-        """Plot the table in an empty figure."""
+        """Plot the table on an empty figure."""
         raise missing_method(self, "plot")
 
     def write(self, directory: Path) -> tuple[pd.DataFrame, Path, Path]:
-        """Compute the table and write NAME.csv and NAME.png to `directory`; the same options give byte-identical files.
+        """Compute the table and write NAME.csv and NAME.png to `directory`. Identical options give byte-identical files.
 
         Returns:
             The table and the two paths.
@@ -49,6 +49,6 @@ class Analysis(Options):
 
             figure = Figure(figsize=self.size, dpi=120, layout="constrained")
             self.plot(figure, table)
-            # Leave out matplotlib's version, so that identical figures are byte-identical.
+            # Omit matplotlib's version from the metadata, so that identical figures give byte-identical files.
             figure.savefig(temporary, format="png", metadata={"Software": None})
         return table, csv, png

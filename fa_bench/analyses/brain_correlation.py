@@ -1,4 +1,4 @@
-"""The correlation of forward and feedback weights in the brain, as an angle."""
+"""The correlation between forward and feedback weights in the brain, expressed as an angle."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 @ANALYSES.register("brain_correlation")
 @dataclasses.dataclass(eq=False)
 class BrainCorrelation(Analysis):
-    """Angle between forward and feedback weights if only some pairs of neurons are reciprocal (appendix B of Li and Benna 2024).
+    """Angle between forward and feedback weights if only some pairs of neurons are reciprocally connected (appendix B of Li and
+    Benna 2024).
 
-    A fraction p of the connected pairs of neurons is connected in both directions, and the weights of these pairs have
-    correlation R. For the other pairs, the feedback weight is zero. For weights with mean zero, the correlation over all pairs is
-    R √p, so the angle satisfies
+    A fraction p of the connected pairs of neurons is connected in both directions, and the forward and feedback weights of these
+    pairs have correlation R. For the other pairs, the feedback weight is zero. For weights with mean zero, the correlation over
+    all pairs is R √p, so the angle satisfies
 
         cos(angle) = R √p        [derived: the covariance is p R, and the variance of the feedback is multiplied by p]
 
-    The paper sampled matrices with p = 0.31 and R = 0.36, as measured in cortex, and found a correlation of 0.2 and 78 degrees,
-    in agreement with the formula. We also sample matrices. W is Gaussian; the feedback is R W + √(1 - R²) N with Gaussian noise N
-    where a Bernoulli mask with probability p is one, and zero elsewhere. The formula does not hold for weights with a nonzero
-    mean, such as synapses of one sign.
+    The paper sampled matrices with p = 0.31 and R = 0.36, as measured in cortex, and found a correlation of 0.2 and an angle of
+    78 degrees, in agreement with the formula. We also sample matrices. W is Gaussian. The feedback is R W + √(1 - R²) N, with
+    Gaussian noise N, multiplied by a Bernoulli mask that is one with probability p. The formula does not hold for weights with a
+    nonzero mean, such as synapses of one sign.
 
     The rule `mixed`, which has three kinds of synapses, corresponds to p = k + f and R = k / (k + f), where k and f are its
     fractions of KP and FA synapses. The row for `mixed` uses the rule's defaults.
@@ -110,7 +111,8 @@ class BrainCorrelation(Analysis):
 
 
 def sample_pair(pairs: int, reciprocal: float, correlation: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The forward and feedback weights of `pairs` connected pairs of neurons, (pairs,) each; missing feedback weights are 0."""
+    """The forward and feedback weights of `pairs` connected pairs of neurons, each of shape (pairs,). Missing feedback weights
+    are 0."""
     generator = np.random.default_rng(seed)
     forward, noise = generator.standard_normal((2, pairs))
     feedback = correlation * forward + math.sqrt(1 - correlation**2) * noise

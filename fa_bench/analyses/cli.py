@@ -32,8 +32,7 @@ def _parsed(options: list[str]) -> DictConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``fa-bench-analyse``; returns the exit code, which is 2 for invalid input (with a one-line error
-    message)."""
+    """Run ``fa-bench-analyse`` and return its exit code. Invalid input prints a one-line error message and gives exit code 2."""
     return exit_code("fa-bench-analyse", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
 

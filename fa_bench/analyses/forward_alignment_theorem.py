@@ -1,4 +1,4 @@
-"""The theorem of Forward Alignment: the error of a linear net over time, with and without the theorem's conditions."""
+"""The error of a linear net over time, with and without the conditions of the Forward Alignment theorem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Linear(NamedTuple):
     """A linear net y = W A x that learns the mapping y = T x by Forward Alignment with the matrix C.
 
-    Shapes: T (O, I), W (O, H), A and C (H, I), Σ (I, I).
+    The shapes are T (O, I), W (O, H), A (H, I), C (H, I) and Σ (I, I).
     """
 
     teacher: np.ndarray
@@ -34,11 +34,10 @@ class Linear(NamedTuple):
 
 
 def trajectory(net: Linear, lr: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield W and A before each update; the sequence is infinite. Each update is averaged over inputs x with mean zero and
-    covariance Σ.
+    """Yield W and A before each update, indefinitely. Each update is averaged over inputs x with mean zero and covariance Σ.
 
-    The update is W <- W + η E Σ Cᵀ and A <- A + η Wᵀ E Σ with E = T - W A (eqs 26 and 27 of Woo et al. 2021; with Σ = I eqs 28
-    and 29).
+    The update is W <- W + η E Σ Cᵀ and A <- A + η Wᵀ E Σ with E = T - W A (eqs 26 and 27 of Woo et al. 2021, or eqs 28 and 29 if
+    Σ = I).
     """
     w, a = net.w, net.a
     while True:
@@ -50,32 +49,32 @@ def trajectory(net: Linear, lr: float) -> Iterator[tuple[np.ndarray, np.ndarray]
 @ANALYSES.register("forward_alignment_theorem")
 @dataclasses.dataclass(eq=False)
 class ForwardAlignmentTheorem(Analysis):
-    """‖E‖ over time in the linear net of the theorem (appendix A.1 of Woo et al. 2021, eqs 25-38).
+    """The error ‖E‖ over time in the linear net of the Forward Alignment theorem (appendix A.1 of Woo et al. 2021, eqs 25-38).
 
-    y = W A x learns y = T x, with E = T - W A and the continuous dynamics Ẇ = E Cᵀ, Ȧ = Wᵀ E. The theorem states that E → 0 as t
-    → ∞ (misprinted as t → 0) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column rank, and the input is white. The Lyapunov function
-    of the proof is V = ‖E Cᵀ‖². Every case uses the same T, C and initial values, except for the change that violates its
-    condition:
+    The net y = W A x learns the mapping y = T x. The error is E = T - W A, and the continuous dynamics are Ẇ = E Cᵀ and Ȧ = Wᵀ E.
+    The theorem states that E → 0 as t → ∞ (misprinted in the paper as t → 0) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column
+    rank, and the input is white. The Lyapunov function of the proof is V = ‖E Cᵀ‖². Every case uses the same T, C and initial
+    values, except for the change that violates one of the conditions:
 
     - theorem: all conditions hold. W = M Cᵀ with a small random M, and A = ½ C Mᵀ M, so that k = 0 [derived].
 
-    - k_random: Gaussian numbers are added to A.
+    - k_random: Gaussian noise with standard deviation ``k`` is added to A.
 
-    - k_negative: ``k`` C is subtracted from A, which inverts the sign of the hidden activation C x.
+    - k_negative: ``k`` C is subtracted from A, so that the hidden activation A x is approximately -``k`` C x.
 
     - rank_enough: C has rank O, which is less than the number of inputs.
 
     - rank_small: C has rank O - 1.
 
-    - coloured: the covariance Σ has eigenvalues between 1 and ``condition``, divided by their mean, and the dynamics are Ẇ = E Σ
-      Cᵀ and Ȧ = Wᵀ E Σ.
+    - coloured: the covariance Σ of the input has eigenvalues from 1 to ``condition``, divided by their mean. The dynamics are Ẇ =
+      E Σ Cᵀ and Ȧ = Wᵀ E Σ.
 
     [derived] The proof needs only the symmetric part of k to be zero, and only this part is conserved. The symmetric part, sym(A
     Cᵀ) - ½ Wᵀ W, is constant for every Σ, as adding the transposes to both sides of eq. 32 shows. The antisymmetric part is not
-    constant, because eq. 33 requires WᵀẆ to be symmetric. If W starts in the row space of Cᵀ, it stays there, so an error remains
-    if the rank of C is lower than that of T.
+    constant in general, because eq. 33 holds only if WᵀẆ is symmetric. If W starts in the row space of Cᵀ, it stays there, so an
+    error remains if the rank of C is lower than that of T.
 
-    Each row has the case, the seed, the time t = steps x ``lr``, ‖E‖ / ‖T‖, V / V(0), and the norms of the symmetric and
+    Each row contains the case, the seed, the time t = steps x ``lr``, ‖E‖ / ‖T‖, V / V(0), and the norms of the symmetric and
     antisymmetric parts of k.
     """
 
@@ -104,7 +103,7 @@ class ForwardAlignmentTheorem(Analysis):
             raise OptionError("time", f"={self.time:g} is less than one step of lr={self.lr:g}")
 
     def net(self, case: str, seed: int) -> Linear:
-        """T, Σ, C and the initial W and A of a case."""
+        """The net of a case, which consists of T, Σ, C and the initial W and A."""
         generator = np.random.default_rng(seed_for("forward_alignment_theorem", seed))
         teacher = generator.standard_normal((self.outputs, self.inputs))
         c = generator.standard_normal((self.hidden, self.inputs)) / math.sqrt(self.inputs)
@@ -149,7 +148,8 @@ class ForwardAlignmentTheorem(Analysis):
         return pd.DataFrame(rows)
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """For each case, the final error, the highest V, and the first and last norms of the parts of k."""
+        """One row for each case, with the smallest and largest final error, the highest V / V(0), and, for the first seed, the
+        first and last norms of the parts of k."""
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
@@ -188,7 +188,7 @@ class ForwardAlignmentTheorem(Analysis):
 
 
 def of_rank(matrix: np.ndarray, rank: int) -> np.ndarray:
-    """The closest matrix with this rank."""
+    """The closest matrix of the given rank."""
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
     s[rank:] = 0
     return u * s @ v

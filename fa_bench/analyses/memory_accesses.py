@@ -1,4 +1,4 @@
-"""External memory accesses of backpropagation and of asap (Figure 11 of the activation-sharing paper)."""
+"""External memory accesses of backpropagation and asap (Fig. 11 of Woo et al. 2021)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class MemoryAccesses(Analysis):
     """External memory accesses of one training step (eqs 48 and 49, Fig. 11 of Woo et al. 2021).
 
-    There is one row per architecture, rule and batch size b. Each row has the parameters P, the activations A stored per sample,
-    the reads 2P + A b, the writes P + A b, their total 3P + 2 A b, and the ratio of this total to that of backpropagation. The
-    paper does not state its batch size. In a net with few layers, asap may store the same activations for a value of k as for a
-    smaller one; the larger value then has no row. There is no row for asap in nets in which it has nothing to share. The method
-    of resizing a shared activation does not affect the counts.
+    There is one row per architecture, rule and batch size b. Each row contains the number of parameters P, the number of
+    activations A stored per sample, the reads 2P + A b, the writes P + A b, their total 3P + 2 A b, and the ratio of this total
+    to that of backpropagation. The paper does not state its batch size. In a net with few layers, asap may store the same
+    activations for two values of k; the larger value then has no row. A net in which asap has nothing to share has no row for
+    asap. The counts do not depend on how a shared activation is resized.
     """
 
     architectures: list[str] = option(

@@ -1,4 +1,4 @@
-"""The first step of product feedback alignment: the spectrum of B Bᵀ, and the angle between B Bᵀ W and W."""
+"""The spectrum of B Bᵀ in product feedback alignment, and the angle between B Bᵀ W and W after the first step."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ if TYPE_CHECKING:
 class PFASpectrum(Analysis):
     """Eigenvalues of B Bᵀ for several expansion ratios, and the angle between B Bᵀ W and W (Fig. 3 of Li and Benna 2024).
 
-    B (O, M) is sampled as in the rule, with M = ratio x O intermediate units and entries of variance 1/M. Let λ = O/M. For large
-    O and M, the eigenvalues v of B Bᵀ have the Marchenko-Pastur density (eq. 8, with the square roots that are missing in print)
+    B (O, M) is sampled as in the rule `pfa`, with M = ratio x O intermediate units and entries of variance 1/M. Let λ = O/M. For
+    large O and M, the eigenvalues v of B Bᵀ have the Marchenko-Pastur density (eq. 8, with the square roots that are missing in
+    the paper)
 
         μ(v) = √((λ₊ - v)(v - λ₋)) / (2π λ v) on [λ₋, λ₊], λ± = (1 ± √λ)²
 
-    Their mean is 1 and their standard deviation √λ; for λ > 1, a fraction 1 - 1/λ of them is zero [derived]. W learns by gᵀ x and
-    R by Bᵀ gᵀ x, so B R becomes B Bᵀ W. If W (O, I) is independent of B, the angle between B Bᵀ W and W is arctan √λ [derived:
-    tr(B Bᵀ)/O is 1, and tr((B Bᵀ)²)/O is 1 + λ]. A new W is sampled with every B.
+    The eigenvalues have mean 1 and standard deviation √λ; if λ > 1, a fraction 1 - 1/λ of them is zero [derived]. W is updated by
+    gᵀ x and R by Bᵀ gᵀ x, so B R becomes B Bᵀ W. If W (O, I) is independent of B, the angle between B Bᵀ W and W is arctan √λ
+    [derived: tr(B Bᵀ)/O is 1, and tr((B Bᵀ)²)/O is 1 + λ]. A new W is sampled for every B.
 
-    The table is in long format. Each row has the quantity, the ratio, λ, the middle of the bin (only for the density), the
-    measured mean and standard deviation over all samples (and eigenvalues), and the prediction.
+    The table is in long format. Each row contains the quantity, the ratio, λ, the middle of the bin (for the density only), the
+    measured mean and standard deviation, and the prediction. For eigenvalues, the mean and the standard deviation are taken over
+    all eigenvalues of all samples; for the angle, they are taken over all samples.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4)
@@ -101,8 +103,8 @@ class PFASpectrum(Analysis):
         return pd.DataFrame(rows)
 
     def _measure(self, rule: Any, between: int, number: int) -> tuple[np.ndarray, float]:
-        """The eigenvalues of B Bᵀ in ascending order, (O,), and the angle in degrees between B Bᵀ W and W, for one sample of B
-        and W."""
+        """The eigenvalues (O,) of B Bᵀ in ascending order, and the angle in degrees between B Bᵀ W and W, for one sample of B and
+        W."""
         from fa_bench.metrics.angles import weight_angle
 
         first: Tensor = rule.first(self.outputs, between, seed_for(self.seed, number, "B")).double()
@@ -111,7 +113,7 @@ class PFASpectrum(Analysis):
         return torch.linalg.eigvalsh(product).numpy(), weight_angle(product @ weight, weight)
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """All rows of the table except those of the bins."""
+        """All rows of the table except those of the density."""
         return table.loc[table["quantity"] != "density"].drop(columns="eigenvalue")
 
     def plot(self, figure: Figure, table: pd.DataFrame) -> None:
@@ -163,14 +165,14 @@ class MarchenkoPastur:
 
     @property
     def zero_fraction(self) -> float:
-        """The fraction of zero eigenvalues: B has at most M independent rows."""
+        """The fraction of eigenvalues that are zero, because the rank of B is at most M."""
         return max(0.0, 1 - 1 / self.ratio)
 
     def below(self, v: np.ndarray) -> np.ndarray:
         """The integral of μ up to v, without the point mass at zero.
 
-        The integral is computed over θ with v = 1 + λ - 2 √λ cos θ; its integrand, 2 sin² θ / (π v), has no singularity, even for
-        λ = 1.
+        The integral is computed over θ with v = 1 + λ - 2 √λ cos θ. The integrand, 2 sin² θ / (π v), then has no singularity,
+        even for λ = 1.
         """
         theta = np.linspace(0, math.pi, 4097)
         middle = (theta[1:] + theta[:-1]) / 2

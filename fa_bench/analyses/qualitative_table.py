@@ -1,4 +1,4 @@
-"""The qualitative comparison of rules, with measured marks."""
+"""The qualitative comparison of rules in Table 1 of Li and Benna 2024, with measured marks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ PROPERTIES = (
     "BP-level performance",
 )
 
-#: Table 1 of Li and Benna 2024 by rule, in the order of PROPERTIES; ✽ is "reduced", ✦ "between", ✛ "unclear".
+#: Table 1 of Li and Benna 2024 by rule, in the order of PROPERTIES. The paper's ✽ is written "reduced", ✦ "between" and ✛
+#: "unclear".
 PUBLISHED = {
     "bp": ("no", "no", "yes", "no", "yes", "yes"),
     "fa": ("yes", "yes", "yes", "reduced", "no", "no"),
@@ -50,30 +51,32 @@ PUBLISHED = {
 class QualitativeTable(Analysis):
     """Table 1 of Li and Benna 2024, with each mark measured on trained nets and compared with the published one.
 
-    The paper gives marks without procedures; the procedures are ours. Below, the feedback means all feedback tensors and the
-    effective feedback of all layers. The following is measured on each trained net and averaged over seeds:
+    The paper does not state how its marks were determined, so the procedures are ours. In the following, the feedback comprises
+    all feedback tensors and the effective feedback of all layers. The following properties are measured on each trained net and
+    averaged over seeds:
 
     - no sign transport: the signs of all W are inverted between two updates. The mark is "yes" if the fraction of feedback values
       that change sign as a result is at most ``changed``.
 
     - no magnitude transport: all W are doubled. The mark is "yes" if the relative change of the feedback is at most ``changed``.
 
-    - no separate feedback phase: ``rule.step()``, which does mirror steps, is called between two updates, without data, loss or
-      gradients. The mark is "yes" if the relative change of the feedback is at most ``changed``.
+    - no separate feedback phase: ``rule.step()``, which performs mirror steps, is called between two updates, without data, a
+      loss or gradients. The mark is "yes" if the relative change of the feedback is at most ``changed``.
 
-    - no explicit symmetry after training: direct synapses are the feedback tensors with one value per weight, in the layout of
-      the weight, or the effective feedback of a rule without feedback tensors. The mark is "no" if their mean angle to W is at
-      most ``aligned``, "reduced" if it is below ``apart``, and "yes" otherwise or if the rule has no direct synapses.
+    - no explicit symmetry after training: the direct synapses are the feedback tensors of the same shape as the weight or, for a
+      rule without feedback tensors, the effective feedback. The mark is "no" if the mean angle between the direct synapses and W
+      is at most ``aligned``, and "reduced" if the angle is larger but below ``apart``. Otherwise, or if the rule has no direct
+      synapses, the mark is "yes".
 
     - accurate approximation of BP: the measure is the mean angle between effective feedback and W over the paths of hidden
       errors. For a path that does not pass through a single W (direct feedback), the measure is the delta angle of the error. The
       mark is "yes" if the mean is at most ``aligned``.
 
-    - BP-level performance: the mark is "yes" if the test accuracy is less than ``gap`` points below that of bp. Otherwise, it is
-      "between" if the accuracy is above those of fa and dfa, and "no" if it is not.
+    - BP-level performance: the mark is "yes" if the test accuracy is less than ``gap`` points below that of bp. Otherwise, the
+      mark is "between" if the accuracy is above those of fa and dfa, and "no" if it is not.
 
     PAL, the paper's eighth column, is not implemented. A published "unclear" counts as a disagreement with every mark. Each row
-    has the rule, the property, the measured mark and value, the published mark, and whether the marks agree.
+    contains the rule, the property, the measured mark and value, the published mark, and whether the marks agree.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4.5)
@@ -122,7 +125,7 @@ class QualitativeTable(Analysis):
             raise OptionError("rules", f"={', '.join(known)} must include bp, the reference for the others")
 
     def job(self, rule: str, seed: int) -> Job:
-        """The job of one rule."""
+        """The job that trains one rule with one seed."""
         same = {key: (key, getattr(self, key)) for key in ("architecture", "dataset", "optimizer")}
         return make_job(
             {"algorithm": ("rules", rule), **same},
@@ -244,11 +247,11 @@ def feedback_of(rule: Rule) -> dict[str, Tensor]:
 
 
 def transport(rule: Rule) -> dict[str, float]:
-    """Measures how much the feedback changes between two updates if the weights change, and in the rule's own step.
+    """Measure how much the feedback changes if the weights change between two updates, and in ``rule.step()``.
 
-    ``sign`` is the largest fraction of feedback values that change sign if all weights are negated. ``magnitude`` is the largest
-    relative change if the weights are doubled, and ``phase`` the largest relative change in ``rule.step()``. The rule's model is
-    left unchanged.
+    All values are maxima over the feedback tensors. ``sign`` is the fraction of values that change sign if all weights are
+    negated. ``magnitude`` is the relative change if the weights are doubled, and ``phase`` is the relative change in
+    ``rule.step()``. The rule's model is not changed.
     """
     from fa_bench import attached_rule
     from fa_bench.mechanisms.weighted_layers import weighted_layers
@@ -279,7 +282,7 @@ def transport(rule: Rule) -> dict[str, float]:
 
 
 def direct_angles(parts: Parts) -> list[float]:
-    """Angles in degrees between the direct synapses and W, one for each hidden activation with such synapses."""
+    """Angles in degrees between the direct synapses and W, one for each hidden activation that has direct synapses."""
     from fa_bench.mechanisms.weighted_layers import weighted_layers
     from fa_bench.metrics.angles import weight_angle
 

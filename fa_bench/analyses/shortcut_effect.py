@@ -1,5 +1,5 @@
-"""The effect of shortcuts on activation sharing: the angles between the weight changes of asap and of backpropagation, with and
-without shortcuts."""
+"""The effect of shortcuts on activation sharing, measured by the angles between the weight changes of asap and of
+backpropagation."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class ShortcutEffect(Analysis):
 
     The input of layer l + 3 is h_{l+2} = φ(W_{l+2} h_{l+1} + b_{l+2}), plus h_l if there is a shortcut. Backpropagation therefore
     changes the layer's weight by δ φ(...), plus δ h_l if there is a shortcut. ASAP shares h_l and changes the weight by δ h_l in
-    both nets; with a shortcut, this is part of backpropagation's change. The paper illustrates this with a sketch; here it is
-    measured. Both nets are trained by ASAP. Between epochs, the gradients of ASAP and of backpropagation are computed for the
-    same batch and weights, and two angles between them are measured in each layer:
+    both nets; with a shortcut, this is part of backpropagation's change. The paper illustrates this effect with a sketch; this
+    analysis measures it. Both nets are trained with ASAP. Between epochs, the gradients of ASAP and of backpropagation are
+    computed for the same batch and weights, and two angles between them are measured in each layer:
 
-    - ``whole``: the gradient of ASAP as in training, with a δ that passes through B.
+    - ``whole``: the angle of ASAP's gradient as in training, where δ is propagated through B.
 
-    - ``sharing``: the gradient of ASAP with backpropagation's δ (``transport``, including in fully connected layers), as compared
-      in eqs 44, 46 and 47.
+    - ``sharing``: the angle of ASAP's gradient with backpropagation's δ (option ``transport``, also in fully connected layers),
+      as in eqs 44, 46 and 47.
 
-    The effect occurs in layers whose input is the sum of a block, such as the first convolution of the next block, and not in
-    those inside a block. ``shares`` marks layers whose shared activation is not their own input; for other layers, sharing has no
-    effect. Layers that ASAP does not train (the stem) have no row. Each row has the net, the seed, the epoch, the layer, the two
-    angles in degrees, and the test accuracy in % at that time.
+    The effect occurs in layers that take the sum at the end of a block as input, such as the first convolution of the next block,
+    but not in layers inside a block. The column ``shares`` marks layers whose shared activation is not their own input; for other
+    layers, sharing has no effect. Layers that ASAP does not train (the stem) have no row. Each row contains the net, the seed,
+    the epoch, the layer, the two angles in degrees, and the test accuracy in % after that epoch.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4.5)
@@ -71,7 +71,7 @@ class ShortcutEffect(Analysis):
             raise OptionError("rule", f"={self.rule} has no option transport (asap has one)")
 
     def job(self, net: str, seed: int) -> Job:
-        """The job of one net; `net` is the name of the option that specifies it."""
+        """The job that trains one net; `net` is the name of the option that specifies the net."""
         keys = {"algorithm": "rule", "architecture": net, "dataset": "dataset", "optimizer": "optimizer"}
         return make_job(
             {group: (key, getattr(self, key)) for group, key in keys.items()},
@@ -95,7 +95,7 @@ class ShortcutEffect(Analysis):
         return pd.DataFrame(rows)
 
     def _train(self, net: str, seed: int, bar: Any) -> list[dict[str, Any]]:
-        """Train one net and measure it between epochs."""
+        """Train one net and measure the angles between epochs."""
         from fa_bench.runs.assembly import assemble, prepare
 
         job = self.job(net, seed)
@@ -116,7 +116,7 @@ class ShortcutEffect(Analysis):
         return rows
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The final means over the seeds, with one row per layer and one column per net and angle."""
+        """The means over the seeds after the last epoch, with one row per layer and one column per net and angle."""
         last = table[(table["epoch"] == table["epoch"].max()) & table["shares"]]
         wide = last.pivot_table(index="layer", columns="net", values=["sharing", "whole"], sort=False)
         wide.columns = [f"{angle}_{net}" for angle, net in wide.columns]
@@ -154,8 +154,8 @@ class ShortcutEffect(Analysis):
 def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     """The angles between the weight gradients of the rule and of backpropagation on the fixed batch, by layer.
 
-    The angles are in degrees: ``whole`` is that of the unmodified rule, and ``sharing`` that of the rule with transport.
-    ``shares`` indicates whether sharing changes the layer's gradient at all. The model is left unchanged.
+    The angles are in degrees. ``whole`` is the angle for the unmodified rule, and ``sharing`` is the angle for the rule with the
+    option ``transport``. ``shares`` indicates whether sharing changes the layer's gradient at all. The model is not changed.
     """
     from fa_bench import attached_rule
     from fa_bench.mechanisms.edge.pathways import FixedFeedback
@@ -166,7 +166,7 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     rule, x, y = parts.rule, parts.meter.x, parts.meter.y
     assert isinstance(rule, SharingRule)
     whole, true = gradients(rule, x, y), gradients(rule, x, y, exact=True)
-    # A copy of the plain model with the same sharing, in which the error passes through the weights.
+    # A copy of the plain model with the same sharing, in which errors are propagated through the weights.
     copied = attached_rule(copy.deepcopy(rule.model))
     assert copied is not None
     plain = copied.detach()
@@ -182,12 +182,12 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     return angles
 
 
-#: An angle in degrees: a smaller one between two gradients in single precision is rounding error.
+#: If the angle in degrees between two single-precision gradients is smaller than this, it is only rounding error.
 ROUNDING = 0.1
 
 
 def gradients(rule: Rule, x: Tensor, y: Tensor, exact: bool = False) -> dict[str, Tensor]:
-    """The weight gradient of each layer for one batch, by the rule or by backpropagation, without side effects."""
+    """The weight gradient of each layer for one batch, computed by the rule or by backpropagation, without side effects."""
     from contextlib import nullcontext
 
     from fa_bench.mechanisms.weighted_layers import weighted_layers

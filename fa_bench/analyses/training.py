@@ -1,4 +1,4 @@
-"""Runs that an analysis trains in its own process, without a run directory."""
+"""Trains the nets of an analysis in its own process, without a run directory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
 
 
 def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], None]) -> dict[str, dict[str, float]]:
-    """Train to the last epoch; returns the final alignment metrics.
+    """Train to the last epoch and return the final alignment metrics.
 
     Raises:
         ConfigError: the run diverged.

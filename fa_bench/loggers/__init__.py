@@ -1,1 +1,1 @@
-"""Loggers of a run's curves, one file each."""
+"""Loggers of a run's curves, each in its own module."""

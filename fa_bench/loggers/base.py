@@ -34,35 +34,37 @@ class Logger(Options):
         the run has finished...
     """
 
-    #: The keys in which the runs of the sweep differ, and whether they are numbers; set before `open`, empty for a single run.
+    #: The keys in which the runs of the sweep differ, each with whether its values are numbers. The mapping is set before `open`
+    #: is called, and is empty for a single run.
     swept: Mapping[str, bool] = dataclasses.field(init=False, default_factory=dict)
 
     def require(self) -> None:
-        """Called before training; if a required package is missing, raise a ConfigError that says what to install."""
+        """Called before training. If a required package is missing, raise a ConfigError that says what to install."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
-        """Start logging to the run's directory, which exists. A resumed run continues from `step`, so discard all values logged
-        after this step."""
+        """Start logging to the run's directory, which already exists. A resumed run continues from `step`, so discard all values
+        logged after this step."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers at a step, with tags such as ``loss/train`` or ``weight_angle/fc1``. After a resume, steps may repeat."""
+        """Log numbers at a step under tags such as ``loss/train`` or ``weight_angle/fc1``. Steps may repeat after a run has been
+        resumed."""
 
     def histograms(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Log distributions of tensors at a step."""
 
     def flush(self) -> None:
-        """Called before a checkpoint is written; must return only when everything is on disk."""
+        """Called before a checkpoint is written. Return only after everything logged so far is on disk."""
 
     def finish(self, status: str, numbers: Mapping[str, float | None], step: int) -> None:
         """Called at the end of the run. `status` is finished, stopped, diverged, interrupted or failed; `numbers` contains the
-        final accuracies and the seconds of training."""
+        final scores and the training time in seconds."""
 
     def close(self) -> None:
-        """Release all resources; also called after an error."""
+        """Release all resources. This method is also called after an error."""
 
 
 def require_package(logger: str, package: str) -> None:
-    """Refuse a logger whose package is not installed; raises ConfigError with the command that installs it."""
+    """Raise a ConfigError with the installation command if the package that a logger needs is not installed."""
     from importlib.util import find_spec
 
     if find_spec(package) is None:

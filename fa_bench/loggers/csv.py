@@ -1,4 +1,4 @@
-"""Curves in a CSV file."""
+"""A logger that writes curves to a CSV file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @LOGGERS.register("csv")
 @dataclasses.dataclass(eq=False)
 class CSV(Logger):
-    """``curves.csv`` in the run's directory: one row per value, with the columns step, tag and value."""
+    """The file ``curves.csv`` in the run's directory, with one row per value and the columns step, tag and value."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
         self.path, self.values = directory / CURVES, {}

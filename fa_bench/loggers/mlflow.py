@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @LOGGERS.register("mlflow")
 @dataclasses.dataclass(eq=False)
 class MLflow(Logger):
-    """MLflow tracking: one MLflow run for each start of a run; configured by MLFLOW_TRACKING_URI and similar variables."""
+    """MLflow tracking, configured by environment variables such as MLFLOW_TRACKING_URI. Every start of a run, including a resume,
+    creates a new MLflow run."""
 
     client: Any = dataclasses.field(init=False, default=None)
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 @LOGGERS.register("tensorboard")
 @dataclasses.dataclass(eq=False)
 class TensorBoard(Logger):
-    """One event file in the run's directory: curves, histograms, hyperparameters; ``tensorboard --logdir outputs``."""
+    """One event file in the run's directory, with curves, histograms and hyperparameters. View it with ``tensorboard --logdir
+    outputs``."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
         from fa_bench.loggers.events.writer import EventFile

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 @LOGGERS.register("wandb")
 @dataclasses.dataclass(eq=False)
 class Wandb(Logger):
-    """Weights & Biases: one W&B run for each run, even if it is resumed; configured by WANDB_PROJECT, WANDB_MODE and the like."""
+    """Weights & Biases, configured by environment variables such as WANDB_PROJECT and WANDB_MODE. A resumed run continues the
+    same W&B run."""
 
     run: Any = dataclasses.field(init=False, default=None)
 
@@ -27,7 +28,7 @@ class Wandb(Logger):
     def open(self, directory: Path, job: Job, step: int) -> None:
         import wandb
 
-        # wandb drops steps that repeat after a resume, with a warning; they have the same values.
+        # wandb drops steps that repeat after a resume and prints a warning; the repeated steps have the same values.
         self.run = wandb.init(  # pyright: ignore[reportAttributeAccessIssue]
             id=f"{job.config_hash}-{job.run.seed}",
             resume="allow",

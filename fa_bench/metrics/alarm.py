@@ -1,4 +1,4 @@
-"""Thresholds that metrics and probes declare for their values and that reports check."""
+"""Thresholds for the values of metrics and probes, which reports check."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Alarm(NamedTuple):
     meaning: str
 
     def fires(self, value: float) -> bool:
-        """Whether a value is on the wrong side of the threshold; an undefined value (NaN) is not."""
+        """Whether a value is on the wrong side of the threshold. An undefined value (NaN) never fires the alarm."""
         return value > self.threshold if self.above else value < self.threshold
 
     @property

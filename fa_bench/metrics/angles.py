@@ -10,14 +10,15 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: A float32 gradient with a norm below this is rounding noise, and its angle is meaningless.
+#: A float32 gradient with a norm below this value is rounding noise, and its angle to any other tensor is meaningless.
 NORM_FLOOR = 1e-12
 
 
 def angles(u: Tensor, v: Tensor) -> Tensor:
-    """Angles between the rows of two (N, F) tensors, (N,) in double precision; NaN if either norm is below `NORM_FLOOR`.
+    """The angles (N,) between the rows of two (N, F) tensors, in double precision. An angle is NaN if either norm is below
+    `NORM_FLOOR`.
 
-    2 atan2(‖û - v̂‖, ‖û + v̂‖) is precise near 0 and 180 degrees, where the arc cosine loses half of the digits.
+    The formula 2 atan2(‖û - v̂‖, ‖û + v̂‖) is precise near 0 and 180 degrees, where the arc cosine loses half of its digits.
     """
     u, v = u.double(), v.double()
     norm_u, norm_v = u.norm(dim=1, keepdim=True), v.norm(dim=1, keepdim=True)
@@ -28,7 +29,8 @@ def angles(u: Tensor, v: Tensor) -> Tensor:
 
 
 def weight_angle(feedback: Tensor, weight: Tensor) -> float:
-    """Angle between effective feedback and weight, both in the weight's layout (metric 1 of Li and Benna 2024, Fig. 2)."""
+    """Angle between the effective feedback and the weight, both in the layout of the weight (metric 1 of Li and Benna 2024, Fig.
+    2)."""
     return angles(feedback.reshape(1, -1), weight.reshape(1, -1)).item()
 
 

@@ -1,6 +1,7 @@
-"""The cost of a training step: multiplications, bytes moved and peak memory, counted in steps on a few samples.
+"""The multiplications, bytes moved and peak memory of a training step, counted by running steps on a few samples.
 
-The counts depend only on shapes. Steps with two, three and four samples on the CPU determine the counts for any batch size.
+The counts depend only on the shapes of tensors. Steps with batches of two, three and four samples on the CPU determine the counts
+for any batch size.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from fa_bench.mechanisms.trace import loss_output
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.registry.kinds import CLASSES, IMAGES, TOKENS, VALUES
 
-#: Sizes of the batches that are run to determine the counts at any batch size.
+#: Sizes of the batches that are run to determine the counts for any batch size.
 _BATCHES = (2, 3, 4)
 _ATEN = torch.ops.aten
-#: Attention on the CPU, which is missing from torch's table. The backward pass of attention computes the scores again, so it
-#: takes five products instead of four.
+#: Formulas for attention on the CPU, which torch's table lacks. The backward pass of attention recomputes the scores, so it takes
+#: five matrix products instead of four.
 _ATTENTION: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query.shape, key.shape, value.shape
@@ -63,11 +64,11 @@ class Cost:
 
     @property
     def multiplications(self) -> int:
-        """The multiplications of the whole step."""
+        """The total number of multiplications in the step."""
         return self.forward + self.backward + self.feedback + self.optimizer
 
     def record(self) -> dict[str, int]:
-        """The entries of a result."""
+        """The costs as the entries of a run's result."""
         return {"multiplications": self.multiplications, **dataclasses.asdict(self)}
 
 
@@ -122,14 +123,14 @@ class Counter(TorchDispatchMode):
 def _convolution_backward(
     g: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *others: Any
 ) -> int:
-    """The multiplications of the gradients of a convolution. Each gradient takes as many as the forward pass, even with groups,
-    for which torch's own count is too high."""
+    """The number of multiplications that the gradients of a convolution take. Each gradient takes as many multiplications as the
+    forward pass. For grouped convolutions, torch's own count is too high."""
     needs_x, needs_weight, _ = others[-1]
     return (int(needs_x) + int(needs_weight)) * (x if transposed else g).numel() * weight[0].numel()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among these values and in lists of values."""
+    """The tensors among these values, including those in nested lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -144,17 +145,18 @@ def _mutated(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[T
 
 
 def _size(tensor: Tensor) -> int:
-    """The bytes that a tensor occupies. A tensor that repeats values without copying them occupies fewer bytes than its values
-    would."""
+    """The number of bytes that a tensor occupies. An expanded tensor, which repeats values without copying them, occupies only
+    the bytes of its storage."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 @contextmanager
 def counting() -> Iterator[Counter]:
-    """A context that counts the operations within it.
+    """A context manager that counts the operations in its body.
 
-    Recurrent modules run as the operations of their cells, not as one opaque kernel. Tensors are freed as soon as the last
-    reference to them is gone. The garbage collector is off, because its timing would make the count depend on earlier code.
+    Recurrent modules run as the individual operations of their cells, not as one opaque kernel. Tensors are freed as soon as the
+    last reference to them is gone. The garbage collector is disabled, because its timing would make the count depend on earlier
+    code.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -186,7 +188,7 @@ def at_batch(counts: Sequence[int], batch: int) -> int:
 
 
 class _Step(NamedTuple):
-    """The counts of one step.
+    """The counts of operations in one step.
 
     Attributes:
         multiplications: in the forward pass, in the backward pass, for learning the feedback in the backward pass, in the
@@ -210,7 +212,7 @@ def step_costs(
     optimizers: Callable[[], Optimizers] | None = None,
     accumulate: int = 1,
 ) -> tuple[Cost, Cost]:
-    """The costs of one training step: with the rule, and with backpropagation in the same model.
+    """The costs of one training step with the rule, and of one with backpropagation in the same model.
 
     The function runs small steps on random inputs. The steps change gradients, running statistics, random feedback and, with
     `optimizers`, the weights, so pass a rule that will not be trained further.
@@ -271,7 +273,7 @@ def step_costs(
 
 
 def optimizer_states(optimizers: Optimizers | None) -> list[Tensor]:
-    """The tensors that optimizers keep for their parameters; there are none without optimizers or before their first step."""
+    """The tensors that optimizers keep for their parameters. The list is empty without optimizers and before their first step."""
     return [
         value
         for optimizer in (optimizers.optimizers if optimizers is not None else ())
@@ -290,7 +292,7 @@ def _samples(device: torch.device, shape: tuple[int, ...], classes: int, inputs:
 
 
 def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None, exact: bool) -> _Step:
-    """Run and count one step; the gradients of earlier steps are removed first."""
+    """Run one step and count its operations. The gradients of earlier steps are removed first."""
     x, y = data
     indices = torch.arange(len(y)) % (rule.sample_count or len(y))
     rule.model.zero_grad()
@@ -329,7 +331,7 @@ def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
 
 
 def _peak(new: Sequence[Sequence[int]], batch: int) -> int:
-    """The peak number of bytes of new tensors in a batch of `batch` samples.
+    """The peak number of bytes of new tensors in a step with `batch` samples.
 
     The operation at which the peak occurs depends on the batch size, so a polynomial is fitted for each operation. If the number
     of operations depends on the batch size, a single polynomial is fitted to the peaks.

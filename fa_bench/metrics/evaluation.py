@@ -1,4 +1,4 @@
-"""Loss and scores over a whole split."""
+"""Computes the loss and the scores over a whole split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fa_bench.mechanisms.contexts import evaluating
 from fa_bench.mechanisms.trace import loss_output
 from fa_bench.objectives.base import Objective
 
-#: Minimum batch size of evaluation, which keeps no activations, so larger batches hardly need more memory.
+#: Minimum batch size of evaluation. Evaluation keeps no activations, so larger batches need hardly any more memory.
 EVALUATION_BATCH = 512
 
 
@@ -28,7 +28,8 @@ def evaluate(
     gather: Callable[[Any], list[Any]] = lambda value: [value],
     predict: Callable[..., Any] | None = None,
 ) -> dict[str, float]:
-    """Mean loss and scores over a whole split in evaluation mode, by name: ``loss``, ``accuracy`` (a fraction).
+    """The mean loss and the scores over a whole split in evaluation mode, by name, such as ``loss`` and ``accuracy`` (a
+    fraction).
 
     The result is empty if there are no samples.
 

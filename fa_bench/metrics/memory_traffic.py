@@ -24,7 +24,8 @@ _BITS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """The sizes, in values rather than bytes, that determine how much a training step reads from and writes to memory.
+    """The sizes that determine how many values a training step reads from and writes to memory; all sizes are in values, not
+    bytes.
 
     Attributes:
         parameters: P, the size of ``model.parameters()``.
@@ -44,8 +45,8 @@ class Memory:
         """The (reads, writes) of one step, which are 2P + A b and P + A b.
 
         The forward pass reads P and writes A b (eq 48), and the backward pass reads P + A b and writes P (eq 49), so the total is
-        3P + 2 A b. `strict` adds accesses that the paper omits. The additional accesses are reading B, writing its learned part,
-        and one bit for every output of a ReLU. This bit is written in the forward pass and read in the backward pass; 32 bits
+        3P + 2 A b. If `strict` is set, the counts include accesses that the paper omits: reading B, writing the learned part of
+        B, and one bit for every output of a ReLU. This bit is written in the forward pass and read in the backward pass; 32 bits
         count as one value.
         """
         reads, writes = 2 * self.parameters + self.activations * batch, self.parameters + self.activations * batch
@@ -58,14 +59,15 @@ class Memory:
 def memories(
     model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None = None, inputs: str = IMAGES
 ) -> tuple[Memory, Memory | None]:
-    """The counts for backpropagation in a plain model, and for a rule if it defines `step_memory`.
+    """The counts for backpropagation in a plain model, and for a rule if the rule defines `step_memory`.
 
-    The counts come from one forward pass of one sample on the model's device, which is cheap on the device ``meta``.
+    The counts are obtained from a forward pass of one sample on the model's device. On the device ``meta``, this forward pass is
+    cheap.
 
-    Backpropagation keeps the output of every layer, which is counted once. The output of a weighted layer is the activation after
-    normalisation, nonlinearity, addition and max-pooling, which is the input of the next layers. Average pooling counts as a
-    layer that keeps its input. The logits are also counted, but the image is not. A rule keeps the inputs that its `step_memory`
-    lists, and the logits.
+    Backpropagation keeps the output of every layer, which is counted once. In this count, the output of a weighted layer means
+    the activation after normalisation, nonlinearity, addition and max-pooling, that is, the input of the next layers. Average
+    pooling counts as a layer that keeps its input. The logits are also counted, but the input of the model is not. A rule keeps
+    the logits and the inputs that its `step_memory` lists.
 
     Args:
         model: a plain model.
@@ -95,7 +97,8 @@ def _inputs(trace: Trace, layers: list[str]) -> int:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts values that the inputs of layers do not show: maps that are averaged, and outputs of ReLUs."""
+    """Counts values that cannot be derived from the inputs of layers: the values in maps that are averaged, and the outputs of
+    ReLUs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class _Watch(TorchDispatchMode):
         self._alive: list[Tensor] = []
 
     def averaged(self) -> int:
-        """The number of values in maps that are averaged and are not inputs of a convolution."""
+        """The number of values in maps that are averaged but are not the input of a convolution."""
         return sum(size for storage, size in self._averaged.items() if storage not in self._convolved)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,8 +1,8 @@
 """Measures how far a rule's errors are from those of backpropagation, on a fixed batch and without side effects.
 
-The error of a layer is taken at its activation, where the rule delivers the error. For edge rules, this is the input of the next
-weighted layer; for cut rules, it is the cut. Batch normalisation uses the statistics of the batch and does not update its running
-statistics; dropout is off.
+The error of a layer is taken at its activation, where the rule delivers the error. Edge rules deliver the error at the input of
+the next weighted layer, and cut rules deliver it at the cut point. Batch normalisation uses the statistics of the batch and does
+not update its running statistics; dropout is off.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class AlignmentMeter:
 
     @property
     def feedback_layers(self) -> list[str]:
-        """Layers whose feedback propagates an error, including projection shortcuts: all except those whose input is the
-        image."""
+        """Layers whose feedback propagates an error, that is, all layers (including projection shortcuts) except those whose
+        input is the image."""
         return self.trace.reached
 
     @property
@@ -75,7 +75,7 @@ class AlignmentMeter:
         return self.trace.outputs
 
     def inputs(self) -> Tensor:
-        """A copy of `x` for one pass of the model, which may change it in place."""
+        """A copy of `x` for one pass, because the model may change its input in place."""
         return self.x.clone()
 
     def measure(self) -> dict[str, dict[str, float]]:
@@ -110,13 +110,13 @@ class Passes:
 
     @functools.cached_property
     def delivered(self) -> Record:
-        """Errors and tensors of a pass with the rule."""
+        """The errors and tensors of a pass with the rule."""
         with self.rule.of_samples(self._meter.indices):
             return self._pass(lambda loss, logits: self.rule.deliver(loss, logits, self._meter.y))
 
     @functools.cached_property
     def exact(self) -> Record:
-        """Errors and tensors of a pass with backpropagation."""
+        """The errors and tensors of a pass with backpropagation."""
         _ = self.delivered  # the pass with the rule comes first, as in training
         with self.rule.exact():
             return self._pass(lambda loss, logits: loss.backward())
@@ -128,7 +128,7 @@ class Passes:
 
     @property
     def exact_gradients(self) -> dict[str, Tensor | None]:
-        """The gradient of each layer's weight by backpropagation."""
+        """The gradient that backpropagation computes for the weight of each layer."""
         return self.exact.gradients
 
     @functools.cached_property
@@ -142,8 +142,8 @@ class Passes:
         return self.delivered.tensors[LOGITS].detach()
 
     def _pass(self, backward: Callable[[Tensor, Tensor], Any]) -> Record:
-        """Run one forward and one backward pass; record the tensors at the points and, if points are inputs of layers, all
-        layers' outputs."""
+        """Run one forward and one backward pass, and record the tensors at the points. If any point is the input of a layer, the
+        inputs and outputs of all layers are also recorded."""
         record, model = Record(), self.rule.model
         modules = dict(model.named_modules())
         cuts = {module for module, side in self.points.values() if side == OUTPUT}
@@ -159,8 +159,8 @@ class Passes:
                 record.watch(LOGITS, logits, modules[""])
                 backward(mean_loss(self.rule.objective, logits, self._meter.y), logits)
         finally:
-            # The tensors and the record would keep each other alive through the tensors' hooks, which the garbage collector does
-            # not see.
+            # The hooks are removed, because they would make the tensors and the record keep each other alive in a cycle that the
+            # garbage collector cannot detect.
             for handle in handles + record.handles:
                 handle.remove()
         record.gradients = {path: weight_gradient(layer) for path, layer in weighted_layers(model).items()}
@@ -170,7 +170,7 @@ class Passes:
 
     @functools.cached_property
     def one_step(self) -> dict[Point, Tensor]:
-        """The errors that exact derivatives would give at the points, starting from the rule's errors one layer above."""
+        """The errors at the points that exact backpropagation computes from the rule's errors one layer above."""
         _, delivered = self.exact, self.delivered
         errors = {
             point: self._one_step_at_input(point[0])
@@ -182,9 +182,10 @@ class Passes:
         return errors
 
     def _one_step_at_input(self, layer: str) -> Tensor:
-        """The rule's error, with the part contributed by each consumer of this tensor replaced by the exact one.
+        """The rule's error at a layer's input, with the contribution of each consumer of this tensor replaced by the exact
+        contribution.
 
-        Parts that reach the tensor in other ways, such as through an identity shortcut, are already exact.
+        Contributions that reach the tensor in other ways, such as through an identity shortcut, are already exact.
         """
         rule, delivered, delta = self.rule, self.delivered, self.delivered.errors[LOGITS]
 
@@ -204,7 +205,8 @@ class Passes:
         return joined([call.by_sample(of_call(call)) for call in delivered.calls[layer, INPUT] if call.error is not None])
 
     def _one_step_at_outputs(self) -> dict[Point, Tensor]:
-        """One exact backward pass through all parts between cuts, each starting from the rule's errors at its upper end."""
+        """The errors at the cuts from one exact backward pass through the segments between cuts. Each segment starts from the
+        rule's errors at its output."""
         delivered, modules = self.delivered, dict(self.rule.model.named_modules())
         leaves: dict[Point, tuple[Tensor, Tensor]] = {}
 
@@ -249,11 +251,11 @@ class Call:
     version: int = 0
 
     def is_same(self, other: Call) -> bool:
-        """Whether another call has the same tensor with the same value."""
+        """Whether another call has the same tensor in the same version."""
         return self.tensor is other.tensor and self.version == other.version
 
     def by_sample(self, tensor: Tensor) -> Tensor:
-        """A tensor of this call's shape with the samples along its first axis."""
+        """A tensor of this call's shape, with the axis of the samples moved to the front."""
         return tensor.movedim(self.batch_axis, 0) if self.batch_axis else tensor
 
     def of_all_outputs(self, g: Tensor) -> Tensor:
@@ -277,7 +279,7 @@ def joined(tensors: list[Tensor]) -> Tensor:
 
 @dataclasses.dataclass
 class Record:
-    """The record of one pass: tensors and their gradients by (module, side), and the gradients of the weights by layer.
+    """The tensors recorded in one pass and their gradients by (module, side), and the gradients of the weights by layer.
 
     A module may run several times in a pass, such as the layer of a recurrent module in every time step.
     """
@@ -304,7 +306,7 @@ class Record:
         return {point: joined(errors) for point, errors in found.items() if errors}
 
     def watch(self, point: Point, tensor: Tensor, module: nn.Module, rows: slice | None = None) -> None:
-        """Record a tensor now, and its gradient once the backward pass has accumulated it."""
+        """Record a tensor immediately, and its gradient once the backward pass has computed it."""
         outputs = getattr(module, "out_features", 0)
         call = Call(tensor, None, sample_axis(module, tensor.dim()), rows, outputs, tensor._version)
         self.calls.setdefault(point, []).append(call)
@@ -316,16 +318,16 @@ class Record:
             self.handles.append(tensor.register_hook(hook))
 
     def inputs(self, path: str) -> Any:
-        """A forward pre-hook that watches a module's input."""
+        """A forward pre-hook that records a module's input."""
         return lambda module, args, kwargs: self.watch((path, INPUT), args[0], module, kwargs.get("rows"))
 
     def outputs(self, path: str) -> Any:
-        """A forward hook that watches a module's output."""
+        """A forward hook that records a module's output."""
         return lambda module, args, output: self.watch((path, OUTPUT), next(tensors_in(output)), module)
 
 
 def measured_output(rule: Rule, result: Any) -> Tensor:
-    """The output on which an attached model's loss is measured, taken from the result of a pass with gradients.
+    """The output from which an attached model's loss is computed, selected from the result of a forward pass.
 
     Raises:
         CoverageError: if there are several, and neither the rule nor its objective names one.
@@ -352,8 +354,8 @@ def _require_one(rule: Rule, results: Collection[str]) -> None:
 
 @contextmanager
 def measurement_mode(rule: Rule) -> Iterator[None]:
-    """A context for passes without side effects: training mode with the batch's statistics, without dropout and without sampling
-    new random tensors.
+    """A context manager for passes without side effects. The model is in training mode and uses the batch's statistics, but
+    dropout is off and no new random tensors are sampled.
 
     Gradients are None within the context. Afterwards, gradients, modes of modules and running statistics are restored.
     """

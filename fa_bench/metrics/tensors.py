@@ -11,9 +11,11 @@ from fa_bench.mechanisms.weighted_layers import weighted_layers
 
 
 def named_tensors(rule: Rule) -> dict[str, Tensor]:
-    """The tensors of an attached rule by name, not copied. Gradients are included only between a backward pass and the update.
+    """The tensors of an attached rule by name, without copying them. Gradients are included only between a backward pass and the
+    update.
 
-    Names are ``weight/<layer>``, ``feedback/<layer or cut>/<tensor>`` and ``gradient/<layer>``, the gradient of the weight.
+    The names are ``weight/<layer>``, ``feedback/<layer or cut>/<tensor>`` and, for the gradient of a weight,
+    ``gradient/<layer>``.
     """
     weights: dict[str, Any] = {path: layer.weight for path, layer in weighted_layers(rule.model).items()}
     return {

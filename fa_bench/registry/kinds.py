@@ -10,5 +10,5 @@ from __future__ import annotations
 IMAGES, FEATURES, TOKENS = "images", "features", "tokens"
 #: Kinds of targets: class indices, int64 (N,); real numbers, float32 (N, O); a class for each position, int64 (N, T).
 CLASSES, VALUES, POSITIONS = "classes", "values", "positions"
-#: The words for one sample and for several, by the kind of inputs.
+#: The singular and the plural noun for samples, by the kind of inputs.
 NOUNS = {IMAGES: ("image", "images"), FEATURES: ("sample", "samples"), TOKENS: ("sequence", "sequences")}

@@ -1,4 +1,5 @@
-"""Options of a component, declared once as a dataclass whose fields have a type, a default, a range and a help text.
+"""The options of a component, which are declared once as the fields of a dataclass with a type, a default, a range and a help
+text.
 
 The same declaration provides the Python signature, the Hydra schema (`fa_bench/config/job.py` registers its defaults), the
 validation of every value, and the text of ``fa-bench --help``.
@@ -75,7 +76,7 @@ def option(
 
 @dataclasses.dataclass(eq=False)
 class Options:
-    """Base class of all components: checks types, choices and ranges of the fields when a component is created.
+    """Base class of all components, which checks the types, choices and ranges of the fields when a component is created.
 
     Raises:
         OptionError: for an invalid value; the message names the option, the value and the allowed values.
@@ -84,7 +85,7 @@ class Options:
     name: ClassVar[str] = ""
     #: The allowed names if this component is nested in another one.
     kinds: ClassVar[Collection[str]] = ()
-    #: The values that fa-bench-tune searches by default: option -> a sweep as on the command line, such as ``choice(0,1e-4)``.
+    #: The sweeps that fa-bench-tune searches by default, by option and in command-line syntax, such as ``choice(0,1e-4)``.
     search_space: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
@@ -102,7 +103,7 @@ class Options:
 
     @classmethod
     def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
-        """Build from a plain mapping.
+        """Create a component from a plain mapping.
 
         Raises:
             OptionError: for an unknown name (with the nearest one) or an invalid value.
@@ -128,13 +129,13 @@ def summary(cls: type) -> str:
 def require_dataclass(cls: type[Options]) -> None:
     """Require that the options that a class declares are fields of a dataclass.
 
-    This cannot be checked when the class is registered, because the decorator of dataclasses may follow.
+    The check cannot run when the class is registered, because the dataclass decorator may be applied afterwards.
 
     Raises:
         ComponentError: if the class, or a base class, was not decorated.
     """
     for each in cls.__mro__:
-        # The decorator replaces fields with their default values.
+        # The dataclass decorator would have replaced such fields with their default values.
         if declared := [name for name, value in vars(each).items() if isinstance(value, dataclasses.Field)]:
             raise ComponentError(
                 f"class {each.__qualname__} ({each.__module__}) declares options ({names(declared)}) but is no dataclass; write "
@@ -143,7 +144,7 @@ def require_dataclass(cls: type[Options]) -> None:
 
 
 def option_fields(cls: type[Options]) -> list[dataclasses.Field[Any]]:
-    """The declared options of a component, base class first.
+    """The declared options of a component, with those of the base class first.
 
     Raises:
         ComponentError: if the class declares options but is no dataclass.
@@ -163,7 +164,7 @@ def defaults(cls: type[Options]) -> dict[str, Any]:
 
 
 def as_plain(options: Options) -> dict[str, Any]:
-    """The options as plain containers; nested components include their name."""
+    """The options as plain containers. Nested components include their name."""
 
     def plain(value: Any) -> Any:
         named = {"name": value.name} if isinstance(value, Options) and value.name else {}
@@ -173,7 +174,7 @@ def as_plain(options: Options) -> dict[str, Any]:
 
 
 def identifying(options: Options) -> dict[str, Any]:
-    """Like `as_plain`, but without options that, at their default value, are not part of a run's identity."""
+    """The options as in `as_plain`, except those that are left at a default value that is not part of a run's identity."""
     plain = as_plain(options)
     for field in option_fields(type(options)):
         value = getattr(options, field.name)
@@ -205,7 +206,7 @@ def _is_union(hint: Any) -> bool:
 
 
 _WRONG = object()
-#: Integers from here on are refused, because 64 bits would leave no room for arithmetic with them.
+#: Integers of this magnitude or more are refused, because arithmetic with them could overflow 64 bits.
 _LARGEST = 10**18
 #: The symbol and the comparison of each kind of bound.
 _BOUNDS = {
@@ -217,8 +218,8 @@ _BOUNDS = {
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """The value converted to the annotated type, or _WRONG. Integers are converted to floats if necessary; nothing else is
-    converted."""
+    """The value converted to the annotated type, or _WRONG if it has another type. Integers are converted to floats if necessary;
+    nothing else is converted."""
     if _is_union(hint):
         for arg in get_args(hint):
             if (converted := _convert(value, arg)) is not _WRONG:
@@ -271,13 +272,14 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
 
 
 def _name_suggestion(value: Any, hint: Any) -> str:
-    """``.name=VALUE`` if the value of a nested component is the name of one of its kinds, otherwise empty."""
+    """``.name=VALUE`` if the value of a nested component is the name of one of its kinds, and an empty string otherwise."""
     is_kind = isinstance(value, str) and isinstance(hint, type) and issubclass(hint, Options) and value in hint.kinds
     return f".name={value}" if is_kind else ""
 
 
 def limits_text(field: dataclasses.Field[Any]) -> str:
-    """The allowed values of an option, ``one of a, b`` or ``> 0 and <= 1``; empty if its type implies them."""
+    """The allowed values of an option as text, such as ``one of a, b`` or ``> 0 and <= 1``. The text is empty if only the type
+    restricts the values."""
     choices, limits = field.metadata["choices"], field.metadata["limits"]
     return "; ".join(filter(None, [choices and f"one of {names(map(format_value, choices))}", _range_text(limits)]))
 

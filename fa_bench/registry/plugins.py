@@ -1,5 +1,5 @@
-"""Imports plugins: modules named on the command line, and those of installed distributions. Importing a plugin may raise any
-exception."""
+"""Imports plugins, which are modules named on the command line or provided by installed distributions. Importing a plugin may
+raise any exception."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from fa_bench.errors import ConfigError, describe_error, truncate
 from fa_bench.utils.stopping import Interrupted
 
-#: The entry points of an installed distribution's plugins: ``[project.entry-points."fa_bench.plugins"]``.
+#: The entry-point group in which a distribution declares its plugins (``[project.entry-points."fa_bench.plugins"]``).
 ENTRY_POINTS = "fa_bench.plugins"
 
 

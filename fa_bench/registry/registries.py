@@ -1,4 +1,4 @@
-"""The registries of components: one for each config group, and one for each kind of component that options name."""
+"""The registries of components, with one for each config group and one for each kind of component that options select by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ CALLBACKS: Registry[Callback] = Registry("callback", "fa_bench.callbacks", "fa_b
 LOGGERS: Registry[Logger] = Registry("logger", "fa_bench.loggers", "fa_bench.loggers.base:Logger")
 PROBES: Registry[Probe] = Registry("probe", "fa_bench.metrics.probes", "fa_bench.metrics.probes.base:Probe")
 ANALYSES: Registry[Analysis] = Registry("analysis", "fa_bench.analyses", "fa_bench.analyses.base:Analysis")
-#: Components named by an option, such as ``metrics=[weight_angle]`` or ``optimizer.schedule.name=cosine``.
+#: Registries of components that an option selects by name, such as ``metrics=[weight_angle]`` or
+#: ``optimizer.schedule.name=cosine``.
 NAMED: tuple[Registry, ...] = (SCHEDULES, METRICS, PROBES, CALLBACKS, LOGGERS)
 
 register_rule, register_architecture, register_dataset = ALGORITHMS.register, ARCHITECTURES.register, DATASETS.register

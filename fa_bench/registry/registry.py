@@ -1,4 +1,4 @@
-"""Registries that look up components by name; the error for an unknown name lists the available ones."""
+"""Registries that look up components by name. The error for an unknown name lists the available components."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ C = TypeVar("C", bound="type[Options]")
 
 
 class Registry(Mapping[str, "type[T]"], Generic[T]):
-    """The components of one config group, loaded by importing a package and the installed plugins.
+    """The components of one config group, which are loaded by importing a package and the installed plugins.
 
     Args:
         kind: the config group, for example ``algorithm``.
@@ -75,7 +75,7 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
         del self._entries[name]
 
     def __getitem__(self, name: str) -> type[T]:
-        """The component called `name`; raises ConfigError with the nearest name if there is none."""
+        """The component called `name`. If no component has this name, a ConfigError suggests the nearest one."""
         if name not in self:
             raise ConfigError(
                 f"{self.kind}={truncate(str(name), 100)}: no such {self.kind}{nearest(name, self._entries)} "

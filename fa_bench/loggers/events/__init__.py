@@ -1,1 +1,1 @@
-"""TensorBoard event files: the writer, and the record of a run's files."""
+"""Writes TensorBoard event files and records which files belong to a run."""

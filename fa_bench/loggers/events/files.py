@@ -1,4 +1,4 @@
-"""The record of a run's event files, which allows the run to recognise them."""
+"""The record of a run's event files, which allows a resumed run to recognise them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fa_bench.utils.files import write_text
 
 #: The file with the record, which is needed because TensorBoard requires a unique name for every event file.
 EVENTS = ".events.json"
-#: An event file that is being written; its name lacks "tfevents", which TensorBoard looks for.
+#: An event file that is being written; its name does not contain "tfevents", so TensorBoard ignores it.
 NEW_EVENTS = ".events.tmp"
 EVENT_NAME = re.compile(r"events\.out\.tfevents\.\d{10,}\.[^/\\]+\.\d+\.0")
 

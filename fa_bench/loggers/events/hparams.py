@@ -1,6 +1,6 @@
 """The data that TensorBoard's HParams tab shows for a run: its hyperparameters, the table's columns, and how the run ended."""
 
-# The classes of protobuf modules are created at import.
+# Protobuf modules create their classes at import.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
 from fa_bench.errors import format_value
 
-#: Hyperparameters that every run has, by command-line key, and whether they are numbers.
+#: The hyperparameters that every run has, by command-line key, and whether each of them is a number.
 HYPERPARAMETERS = {
     "algorithm": False,
     "architecture": False,
@@ -27,8 +27,8 @@ HYPERPARAMETERS = {
 }
 #: The hyperparameters that the table shows by default, in addition to the keys in which the runs of a sweep differ.
 _DEFAULT_COLUMNS = ("algorithm", "architecture", "dataset", "optimizer.lr", "seed")
-#: The status of a run in TensorBoard. An interrupted run has no status, because it may be resumed, and a running TensorBoard
-#: keeps the first status that it reads.
+#: The TensorBoard status for each status of a run. An interrupted run has no status, because it may be resumed, and a running
+#: TensorBoard keeps the first status that it reads.
 STATUS = {
     "finished": api_pb2.STATUS_SUCCESS,
     "stopped": api_pb2.STATUS_SUCCESS,
@@ -40,7 +40,7 @@ STATUS = {
 def start_of_session(
     name: str, values: Mapping[str, Any], keys: Mapping[str, bool], metrics: Iterable[str], start: float
 ) -> Iterator[Summary]:
-    """The summaries that begin a run's session.
+    """The summaries at the start of a run's session.
 
     Args:
         name: the name of the run in the table; runs with the same name share a row.
@@ -72,7 +72,7 @@ def start_of_session(
 
 
 def end_of_session(status: str, end: float) -> Summary:
-    """The summary that ends a session, with one of the statuses in `STATUS`, at a time in seconds."""
+    """The summary at the end of a session, with a status that is a key of `STATUS` and the end time in seconds."""
     info = plugin_data_pb2.SessionEndInfo(status=STATUS[status], end_time_secs=end)
     return _summary(metadata.SESSION_END_INFO_TAG, session_end_info=info)
 

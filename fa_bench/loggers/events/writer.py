@@ -1,12 +1,14 @@
-"""A run's curves for TensorBoard: one event file in the run's directory, in which every reader finds each point exactly once.
+"""Writes a run's curves for TensorBoard to one event file in the run's directory, in which every reader finds each point exactly
+once.
 
-torch's SummaryWriter cannot fulfil the guarantees of docs/reliability.md. SummaryWriter writes from a thread, so a full disk is
-not reported, and points that a checkpoint counts as written may be lost if the process is killed. With SummaryWriter, a resumed
-run would also add a second file, and each reader would have to discard the steps after the checkpoint. Here, a resumed run copies
-the valid events of its old files to a new file, which replaces them, and appends to the new file.
+torch's SummaryWriter cannot provide the guarantees of docs/reliability.md. SummaryWriter writes from a background thread, so a
+full disk is not reported, and points that a checkpoint counts as written may be lost if the process is killed. With
+SummaryWriter, a resumed run would also add a second file, and each reader would have to discard the steps after the checkpoint.
+With `EventFile`, a resumed run copies the valid events of its old files to a new file, which replaces the old ones, and appends
+new events to it.
 """
 
-# The classes of protobuf modules are created at import.
+# Protobuf modules create their classes at import.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ from fa_bench.metrics.alignment.base import declared
 from fa_bench.objectives.scores import Score
 from fa_bench.utils.files import output_errors
 
-#: The content of a file's first event.
+#: The file version, which is the content of a file's first event.
 FILE_VERSION = "brain.Event:2"
-#: Seconds after which a running TensorBoard, which reloads every five seconds by default, has finished with an emptied file.
+#: Seconds after which a running TensorBoard, which reloads every five seconds by default, has finished reading an emptied file.
 _PATIENCE = 60
 _BINS = 64
 
@@ -52,7 +54,7 @@ def final_values(scores: Sequence[Score]) -> tuple[str, ...]:
 
 
 def table_metrics(scores: Sequence[Score]) -> tuple[str, ...]:
-    """The tags of the columns that the HParams table has for metrics: the latest values of curves, and the final values."""
+    """The tags of the metric columns in the HParams table, which show the latest values of curves and the final values."""
     first = scores[0].name
     return f"{first}/val", f"{first}/test", "loss/train", *(f"final/{key}" for key in final_values(scores))
 
@@ -71,13 +73,14 @@ class EventFile:
         self._scores = job.scores
         old = [path for name in recorded_events(directory) if (path := directory / name).exists()]
         points = _read_points(old, step) if step else {}
-        #: The last step of every tag; the points are in the order of their steps.
+        #: The last step of every tag. The points are sorted by step, so the last point of a tag determines its value here.
         self._last = {tag: at for at, tag in points}
         self._groups = chart_groups(tag for (_, tag), (_, value) in points.items() if value.HasField("simple_value"))
         start = min((wall for wall, _ in points.values()), default=time.time())
         self.path = directory / _name(old)
         temporary = directory / NEW_EVENTS
-        # The name is recorded before the file exists: after a kill, an unrecorded file would not be recognised as this run's.
+        # The name is recorded before the file exists, because after a kill, an unrecorded file would not be recognised as this
+        # run's.
         record_events(directory, [*(path.name for path in old), self.path.name])
         with output_errors(self.path):
             try:
@@ -102,7 +105,8 @@ class EventFile:
         self._writer = RecordWriter(self._file)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step, in the order given. Tags that already have this step, or a later one, are skipped."""
+        """Record numbers at a step, in the order given. Tags that already have a value at this step or a later one are
+        skipped."""
         new = self._new(values, step)
         groups = dict.fromkeys([*self._groups, *chart_groups(new)])
         if len(groups) > len(self._groups):
@@ -119,7 +123,8 @@ class EventFile:
                 self._write(histogram(tag, numbers, bins=_BINS), step)
 
     def _new(self, values: Iterable[str], step: int) -> list[str]:
-        """The tags that do not have this step yet; a step repeated after a resume has the same values."""
+        """The tags that do not have a value at this step or a later one yet. Steps that repeat after a resume have the same
+        values and are skipped."""
         new = [tag for tag in values if step > self._last.get(tag, -1)]
         self._last.update(dict.fromkeys(new, step))
         return new
@@ -130,7 +135,7 @@ class EventFile:
                 self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
     def flush(self) -> None:
-        """Return when everything recorded is on disk; must be called before a checkpoint is written."""
+        """Write everything recorded to disk. This method must be called before a checkpoint is written."""
         with output_errors(self.path):
             os.fsync(self._file.fileno())
             if self._emptied and time.monotonic() - self._since > _PATIENCE:
@@ -187,7 +192,8 @@ def _read_points(paths: Iterable[Path], step: int) -> Points:
 
 
 def _read(path: Path) -> Iterator[Event]:
-    """The events of a file up to the first damaged record, which a kill may have left incomplete."""
+    """The events of a file up to the first damaged record, such as a record that was left incomplete when the process was
+    killed."""
     for record in RawEventFileLoader(str(path)).Load():
         try:
             yield Event.FromString(record)
@@ -201,7 +207,7 @@ def _is_point(value: Any) -> bool:
 
 
 def _head(job: Job, swept: Mapping[str, bool], start: float, groups: list[str]) -> Iterator[Event]:
-    """The first events of a file; the session start at step 0 makes a running TensorBoard discard earlier files."""
+    """The first events of a file. The session start at step 0 makes a running TensorBoard discard earlier files."""
     config = flatten(job.plain())
     # The name includes the group, because runs of other sweeps may have the same label.
     name = f"{label(job.algorithm.name, config, [key for key in swept if key != 'algorithm'])} seed {job.run.seed} ({job.group})"
@@ -214,7 +220,7 @@ def _head(job: Job, swept: Mapping[str, bool], start: float, groups: list[str]) 
 
 
 def _events(points: Points) -> Iterator[Event]:
-    """One event for all points with the same step and time."""
+    """One event for each group of points that share a step and a time."""
     for (step, wall), group in itertools.groupby(points.items(), key=lambda item: (item[0][0], item[1][0])):
         yield Event(wall_time=wall, step=step, summary=Summary(value=[value for _, (_, value) in group]))
 
@@ -225,10 +231,11 @@ def chart_groups(tags: Iterable[str]) -> list[str]:
 
 
 def chart_layout(groups: Iterable[str], scores: Sequence[Score]) -> dict[str, dict[str, list[Any]]]:
-    """The custom layout: for each metric a chart with all layers, and for the loss and each score a chart with all splits.
+    """The layout of TensorBoard's custom scalars, with a chart of all layers for each metric, and a chart of all splits for the
+    loss and for each score.
 
-    Charts select tags by a pattern because TensorBoard merges the layouts of all runs. With lists of layers instead, there would
-    be a chart of the same name for every rule and architecture.
+    Charts select tags by a pattern because TensorBoard merges the layouts of all runs. If charts listed their layers instead,
+    there would be another chart of the same name for every rule and architecture.
     """
     layout: dict[str, dict[str, list[Any]]] = {"training": {}, "layers": {}}
     titles = {"loss": "loss", **{score.name: score.title for score in scores}}
@@ -246,7 +253,7 @@ def _name(old: Iterable[Path]) -> str:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make a rename durable, on systems that can open directories."""
+    """Make a rename in a directory durable on systems that can open directories."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError:

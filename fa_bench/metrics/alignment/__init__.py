@@ -1,1 +1,1 @@
-"""Metrics of the agreement between a rule's errors and feedback and those of backpropagation."""
+"""Metrics that compare a rule's errors and feedback with those of backpropagation."""

@@ -1,4 +1,5 @@
-"""The base class of alignment metrics: it measures one number per layer on a fixed batch, and defines how reports show it."""
+"""The base class of alignment metrics. A metric measures one number per layer on a fixed batch and defines how reports show
+it."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ FEEDBACK, HIDDEN, ALL = "feedback", "hidden", "all"
 class Metric(Options):
     """Base class of alignment metrics, registered in `fa_bench.registry.registries.METRICS`.
 
-    A run measures it every ``probe_every`` steps and at the end, and records it under its registered name in metrics.jsonl,
-    result.json and its loggers.
+    A run measures its metrics every ``probe_every`` steps and at the end. Every metric is recorded under its registered name in
+    metrics.jsonl and result.json, and is passed to the loggers.
 
     Examples:
         >>> import dataclasses, torch, fa_bench
@@ -43,7 +44,7 @@ class Metric(Options):
         ['0', '1']
     """
 
-    #: The metric's heading in tables and figures, and its unit: ``°`` or empty.
+    #: The metric's heading in tables and figures, and its unit, which is ``°`` or empty.
     title: ClassVar[str] = ""
     unit: ClassVar[str] = ""
     #: The layers that a report averages over: FEEDBACK, HIDDEN or ALL.
@@ -53,18 +54,18 @@ class Metric(Options):
     column: ClassVar[bool] = True
     plot: ClassVar[bool] = True
     order: ClassVar[int] = 100
-    #: The threshold that reports check the metric's values against, by the metric's name.
+    #: The thresholds that reports check the metric's values against, by metric name.
     alarms: ClassVar[Mapping[str, Alarm]] = {}
 
     def measure(self, passes: Passes) -> dict[str, float]:
-        """The value of each layer, NaN if undefined; `passes` holds the errors and gradients of the rule and of
+        """The value of each layer, or NaN if it is undefined. `passes` holds the errors and gradients of the rule and of
         backpropagation."""
         raise missing_method(self, "measure")
 
 
 def declared(names: Iterable[str]) -> dict[str, type[Metric]]:
-    """The metrics with these names, in the order of reports; a metric that is not registered, because its plugin is missing, has
-    its name as its title."""
+    """The metrics with these names, in the order of reports. If a metric is not registered because its plugin is missing, its
+    name is used as its title."""
     metrics = {
         name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")}) for name in names
     }

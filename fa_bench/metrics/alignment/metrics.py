@@ -25,7 +25,7 @@ GRADIENT_FLOOR = 1e-7
 @METRICS.register("weight_angle")
 @dataclasses.dataclass(eq=False)
 class WeightAngle(Metric):
-    """Angle between the effective feedback and the weight (metric 1 of Li and Benna 2024, Fig. 2), in degrees."""
+    """Angle in degrees between the effective feedback and the weight (metric 1 of Li and Benna 2024, Fig. 2)."""
 
     title, unit, layers, order = "weight angle", "°", FEEDBACK, 1
 
@@ -36,7 +36,7 @@ class WeightAngle(Metric):
 @METRICS.register("delta_angle")
 @dataclasses.dataclass(eq=False)
 class DeltaAngle(Metric):
-    """Angle between the rule's error at a layer's activation and that of backpropagation, mean over the batch, in degrees.
+    """Angle in degrees between the rule's error at a layer's activation and that of backpropagation, averaged over the batch.
 
     The reference is the error of a full exact backward pass on the same batch and weights.
     """
@@ -61,8 +61,8 @@ class NormRatio(Metric):
 @METRICS.register("delta_angle_one_step")
 @dataclasses.dataclass(eq=False)
 class OneStepDeltaAngle(Metric):
-    """Angle between the rule's error and the error that exact derivatives give if they start from the rule's errors one layer
-    above."""
+    """Angle in degrees between the rule's error and the error obtained by exact backpropagation of the rule's errors from one
+    layer above."""
 
     title, unit, layers, column, plot, order = "delta angle, one step", "°", HIDDEN, False, False, 4
 
@@ -71,11 +71,11 @@ class OneStepDeltaAngle(Metric):
 
 
 def _delta_angles(passes: Passes, reference: Mapping[Point, Tensor]) -> dict[str, float]:
-    """The angle of each layer in degrees; 0 at the output layers, where every rule has the exact error."""
+    """The angle of each layer in degrees. The angle is 0 at the output layers, where every rule has the exact error."""
     angles = {layer: 0.0 for layer in passes.trace.outputs}
     for layer, point in passes.points.items():
         if point in passes.delivered.errors and point in passes.exact.errors:
-            # NaN if the gradient is only rounding noise, because the angle would also be noise.
+            # The angle is NaN if the gradient is only rounding noise, because the angle would also be noise.
             angles[layer] = mean_sample_angle(passes.delivered.errors[point], reference[point])
     return angles
 
@@ -83,7 +83,7 @@ def _delta_angles(passes: Passes, reference: Mapping[Point, Tensor]) -> dict[str
 @METRICS.register("true_gradient_norm")
 @dataclasses.dataclass(eq=False)
 class TrueGradientNorm(Metric):
-    """Frobenius norm of the exact gradient of the weight; if this norm is near 0, the angles at the layer are meaningless."""
+    """Frobenius norm of the exact gradient of the weight. If this norm is near 0, the angles at the layer are meaningless."""
 
     title, column, plot, order = "true gradient norm", False, False, 5
     alarms = {
@@ -102,11 +102,11 @@ class TrueGradientNorm(Metric):
 @METRICS.register("output_angle")
 @dataclasses.dataclass(eq=False)
 class OutputAngle(Metric):
-    """Angle in degrees between the logits and a Bᵀ, where a is the activation at a cut and B (C, features) is the direct feedback
-    there.
+    """Angle in degrees between the logits and ``a Bᵀ``, where ``a`` is the activation at a cut and B (C, features) is the direct
+    feedback at that cut.
 
-    The angle is that in Fig. 2 of the paper on direct Kolen-Pollack learning, and is measured only for rules with direct
-    feedback.
+    The angle is the one shown in Fig. 2 of the paper on direct Kolen-Pollack learning. Only rules with direct feedback have an
+    output angle.
     """
 
     title, unit, column, plot, order = "output angle", "°", False, False, 6

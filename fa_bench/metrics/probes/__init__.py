@@ -1,1 +1,1 @@
-"""Optional measurements of a trained net's layers: one file per probe; `base` defines the interface."""
+"""Optional measurements of a trained net's layers. Each probe has its own module, and `base` defines the interface."""

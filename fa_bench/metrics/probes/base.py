@@ -1,4 +1,4 @@
-"""The base class of probes, and the measurement of the probes that a run's option ``probes`` names, without side effects."""
+"""The base class of probes, and a class that measures the probes listed in a run's option ``probes`` without side effects."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Subject:
 
     @property
     def training(self) -> Split:
-        """The training images that a probe may learn from: the same for every run on these data."""
+        """The training images that a probe may learn from, which are the same for every run on the same data."""
         from fa_bench.data.splits import some
 
         return some(self.splits.train, TRAINING_IMAGES)
@@ -94,24 +94,24 @@ class Probe(Options):
 
     #: Whether it needs ``subject.initial``.
     needs_initial: ClassVar[bool] = False
-    #: The threshold that reports check each quantity's values against, by quantity.
+    #: The thresholds that reports check the probe's values against, by quantity.
     alarms: ClassVar[Mapping[str, Alarm]] = {}
 
     def require(self, subject: Subject) -> None:
         """Called before training; raises ConfigError with a remedy if the probe cannot measure the subject."""
 
     def measure(self, subject: Subject) -> Quantities:
-        """The values as {quantity: {layer or block: value}}; one quantity has the probe's name, and the names of all others begin
-        with it.
+        """The values as {quantity: {layer or block: value}}. One quantity has the probe's name, and the names of all others begin
+        with that name.
 
-        Changes to the model, gradients, modes and global random numbers are undone afterwards. ``rule.mode.freeze_random`` is
+        Changes to the model, gradients, modes and the global random state are undone afterwards. ``rule.mode.freeze_random`` is
         set, so that forward passes sample nothing new.
         """
         raise missing_method(self, "measure")
 
 
 class Probes:
-    """Measures the probes of a run.
+    """Computes the values of a run's probes.
 
     Args:
         names: names of probes.
@@ -132,7 +132,7 @@ class Probes:
             except ConfigError as error:
                 raise ConfigError(f"probes=[{probe.name}]: {error}") from None
         if any(probe.needs_initial for probe in self.probes):
-            # The values are kept on the CPU, because an accelerator's memory is for training.
+            # The initial values are kept on the CPU to save the accelerator's memory for training.
             subject.initial = {
                 name: parameter.detach().to("cpu", copy=True)
                 for name, parameter in subject.model.named_parameters(remove_duplicate=False)
@@ -143,7 +143,7 @@ class Probes:
         return bool(self.probes) and self.every > 0 and epoch % self.every == 0
 
     def measure(self, step: int) -> Quantities:
-        """The values of all probes after update number `step`; each step is measured only once."""
+        """The values of all probes after update number `step`. Each step is measured only once."""
         if self._last is None or self._last[0] != step:
             values: Quantities = {}
             for probe in self.probes:
@@ -155,10 +155,10 @@ class Probes:
 
 @contextmanager
 def state_restored(rule: Rule) -> Iterator[None]:
-    """A context whose changes to an attached model and to global random numbers are undone afterwards.
+    """A context manager that undoes all changes to an attached model and to the global random state when it exits.
 
-    The context restores parameters (including learned feedback), buffers, gradients, ``requires_grad``, the modes of all modules,
-    and every global random generator. Within the context, gradients are None and ``rule.mode.freeze_random`` is set.
+    The context manager restores parameters (including learned feedback), buffers, gradients, ``requires_grad``, the modes of all
+    modules, and every global random generator. Within the context, gradients are None and ``rule.mode.freeze_random`` is set.
     """
     from fa_bench.mechanisms.contexts import modes_of, restore_modes, set_temporarily
     from fa_bench.utils.process import random_state, restore_random_state

@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 class DepthUtility(Probe):
     """Accuracy (a fraction) that is lost when a block of the trained net is reset to its initial values, one block at a time.
 
-    The model declares its blocks. A block reaches from the end of the previous one to its own end, in the order of execution, and
-    contains all parameters in between, including those of normalisation layers. Without ``model.blocks``, the blocks end at the
-    model's cut points. Modules after the last end, such as the output layer, belong to no block. Initial values are those before
-    training.
+    The model declares its blocks. In the order of execution, a block extends from the end of the previous block to its own end. A
+    block contains all parameters in between, including those of normalisation layers. Without ``model.blocks``, the blocks end at
+    the model's cut points. Modules after the end of the last block, such as the output layer, belong to no block. The initial
+    values are those before training.
 
-    The running statistics of batch normalisation are estimated again for every accuracy, including that of the trained net. The
-    statistics are the plain mean over at most 2,000 training images, without augmentation, in batches of the run's size.
-    Statistics of another net would reduce the accuracy for reasons other than the weights. Accuracies are measured on at most
-    10,000 validation images, or test images if there is no validation split. For tasks without classes, the utility is the
-    deterioration of the primary score in its own unit, such as the decrease in R² or the increase in perplexity.
+    The running statistics of batch normalisation are re-estimated for every accuracy, including that of the trained net. The
+    statistics are the plain mean over at most 2,000 training images, without augmentation, in batches of the run's size. If the
+    statistics of a net with other weights were used, the accuracy would drop for reasons unrelated to the reset block. Accuracies
+    are measured on at most 10,000 validation images, or test images if there is no validation split. For tasks without classes,
+    the utility is the deterioration of the primary score in its own unit, such as the decrease in R² or the increase in
+    perplexity.
 
-    The layers after the block were trained on its trained output, so this is an upper bound on the contribution of the block's
-    training. A value near 0 means that this training contributed nothing.
+    The layers after the block were trained on its trained output, so the utility is an upper bound on the contribution of the
+    block's training. A value near 0 means that the block's training contributed nothing.
     """
 
     needs_initial = True
@@ -52,7 +53,7 @@ class DepthUtility(Probe):
         from fa_bench.mechanisms.blocks import blocks_of
 
         model, training, scored = subject.model, subject.training, subject.scored
-        # The rule may also name the output that is trained.
+        # The trained output may be named by the rule instead of the objective.
         objective = dataclasses.replace(subject.rule.objective, output=subject.rule.loss_output)
         primary = objective.scores[subject.splits.targets][0]
         blocks, parameters = blocks_of(model, subject.meter.x[:2]), dict(model.named_parameters(remove_duplicate=False))
@@ -79,7 +80,7 @@ class DepthUtility(Probe):
 def estimate_running_statistics(model: torch_nn.Module, split: Split, batch_size: int) -> None:
     """Replace the running statistics of batch normalisation with their mean over the batches of one pass over `split`.
 
-    Dropout is off. The model is left in evaluation mode, unchanged if it has no running statistics.
+    Dropout is off. The model is left in evaluation mode. If the model has no running statistics, nothing else changes.
     """
     from fa_bench.mechanisms.contexts import set_temporarily
 
@@ -91,7 +92,7 @@ def estimate_running_statistics(model: torch_nn.Module, split: Split, batch_size
     model.eval()
     if not norms:
         return
-    # Without a momentum, the statistics are a plain mean.
+    # If the momentum is None, the statistics are a plain mean.
     with torch.no_grad(), set_temporarily(norms, "momentum", None), set_temporarily(norms, "training", True):
         for norm in norms:
             norm.reset_running_stats()

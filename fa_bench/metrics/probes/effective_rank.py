@@ -1,4 +1,4 @@
-"""The number of directions spanned by the errors that a rule delivers."""
+"""Measures the number of directions spanned by the errors that a rule delivers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EffectiveRank(Probe):
 
     - ``effective_rank_bp``: the effective rank of backpropagation's errors at the same place, with the same weights.
 
-    - ``effective_rank_stable``: the stable rank of the rule's errors, Σ σ² / max σ², which small singular values hardly change.
+    - ``effective_rank_stable``: the stable rank of the rule's errors, Σ σ² / max σ², which small singular values hardly affect.
 
     Errors are taken at the same points as for `delta_angle`, on the fixed batch of N samples; at the output layer, the error is
     that of the logits. An error (N, F) is used unchanged, tokens (N, T, F) give N T rows, and maps (N, C, H, W) give N H W rows
@@ -72,14 +72,14 @@ def last_is_features(error: Tensor, model: torch_nn.Module, trace: Trace, layer:
 
 
 def rows(error: Tensor, features_last: bool) -> Tensor:
-    """The error (N, ...) as a matrix of samples or positions by features."""
+    """The error (N, ...) as a matrix with one row per sample or position and one column per feature."""
     if error.dim() < 3:
         return error.reshape(len(error), -1)
     return error.flatten(0, -2) if features_last else error.movedim(1, -1).flatten(0, -2)
 
 
 def ranks(matrix: Tensor) -> tuple[float, float]:
-    """The (effective rank, stable rank) of a matrix; NaN if it is zero or not finite."""
+    """The (effective rank, stable rank) of a matrix. Both ranks are NaN if the matrix is zero or not finite."""
     values = torch.linalg.svdvals(matrix.double()) if torch.isfinite(matrix).all() else matrix.new_zeros(1)
     largest = values.max().item()
     if largest == 0:

@@ -16,7 +16,7 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The row of the loss in the quantity ``energy``.
+#: The name of the row for the loss in the quantity ``energy``.
 LOSS = "(loss)"
 
 
@@ -26,14 +26,14 @@ class Energy(Probe):
     """The energy after settling, the distance from equilibrium, and a comparison of the resulting gradients with
     backpropagation's.
 
-    The probe is for subclasses of `fa_bench.mechanisms.cut.energy.EnergyRule`. With e_l the error between state and prediction at
-    cut l, its quantities are:
+    The probe is for subclasses of `fa_bench.mechanisms.cut.energy.EnergyRule`. Let e_l be the error between the state and its
+    prediction at cut l. The quantities of the probe are:
 
-    - ``energy``: the parts of the energy after settling, ½‖e_l‖² of every cut and, in the ``(loss)`` row, the loss, all as means
-      over the samples.
+    - ``energy``: the parts of the energy after settling, averaged over the samples. Each cut has a row with ½‖e_l‖², and the row
+      ``(loss)`` contains the loss.
 
-    - ``energy_gradient``: ‖∂E/∂e_l‖ after settling, where the states after l change with e_l, divided by its value before
-      settling, which is the norm of backpropagation's error at the cut. The ratio is 1 if nothing has settled and 0 at
+    - ``energy_gradient``: ‖∂E/∂e_l‖ after settling, divided by its value before settling, which is the norm of backpropagation's
+      error at the cut. In this derivative, the states after cut l change with e_l. The ratio is 1 if nothing has settled and 0 at
       equilibrium.
 
     - ``energy_cosine``: for each layer, the cosine between the weight's gradient and that of backpropagation.

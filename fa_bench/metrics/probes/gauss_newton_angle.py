@@ -26,16 +26,16 @@ DAMPING = 1e-6
 class GaussNewtonAngle(Probe):
     """Angle between the errors at a layer's activation and J⁺ δ, the change in the activation in a Gauss-Newton step.
 
-    J = ∂z/∂a (C, F) is the derivative of the logits of a sample with respect to its activation a, and δ is the gradient of the
-    loss at its logits. J⁺ is Jᵀ (J Jᵀ + ε I)⁻¹, where ε is a millionth of the mean of the diagonal of J Jᵀ. Backpropagation's
-    error is Jᵀ δ.
+    J = ∂z/∂a (C, F) is the derivative of a sample's logits with respect to the sample's activation a, and δ is the gradient of
+    the loss with respect to the logits. J⁺ is Jᵀ (J Jᵀ + ε I)⁻¹, where ε is a millionth of the mean of the diagonal of J Jᵀ.
+    Backpropagation's error is Jᵀ δ.
 
     - ``gauss_newton_angle``: the angle in degrees between the rule's errors and J⁺ δ, averaged over the batch.
 
-    - ``gauss_newton_angle_bp``: the same angle for backpropagation's errors with the same weights. A rule is closer to
-      Gauss-Newton than backpropagation if its angle is smaller.
+    - ``gauss_newton_angle_bp``: the same angle for backpropagation's errors with the same weights. A rule whose angle is smaller
+      than backpropagation's is closer to Gauss-Newton than backpropagation is.
 
-    The rule's angle to backpropagation is `delta_angle`.
+    The angle between the rule's errors and those of backpropagation is measured by `delta_angle`.
 
     Errors are taken at the same points as for `delta_angle`, on the fixed batch. Values are NaN if an error is zero. With batch
     normalisation, J also contains the effect of a sample on the logits of the others. The probe costs C backward passes per

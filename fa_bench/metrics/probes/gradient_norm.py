@@ -20,26 +20,28 @@ GROUPS = 16
 @PROBES.register("gradient_norm")
 @dataclasses.dataclass(eq=False)
 class GradientNorm(Probe):
-    """Norms of the true gradient of each weight and of the rule's gradient, and the norm that noise alone would have.
+    """Norms of the true gradient and of the rule's gradient for each weight, and the norm that is expected from noise alone.
 
     All norms are measured on the fixed batch of N samples with the objective's mean loss L. Batch normalisation uses the batch's
     statistics, and dropout is off. Norms are Frobenius norms.
 
-    - ``gradient_norm``: ‖g‖, g = ∂L/∂W by exact backpropagation.
+    - ``gradient_norm``: ‖g‖, where g = ∂L/∂W is computed by exact backpropagation.
 
-    - ``gradient_norm_update``: the norm of the gradient that the rule gives the optimizer instead of g, before momentum, weight
-      decay and learning rate; 0 for a weight that does not learn.
+    - ``gradient_norm_update``: the norm of the gradient that the rule passes to the optimizer instead of g, before momentum,
+      weight decay and the learning rate are applied. The norm is 0 for a weight that does not learn.
 
     - ``gradient_norm_floor``: the standard error s of g over samples. If the true gradient were zero on average, the root mean
-      square of ‖g‖ would be s. A norm near s therefore cannot be distinguished from zero, but one several times as large can.
+      square of ‖g‖ would be s. A norm near s therefore cannot be distinguished from zero, but a norm several times as large as s
+      can.
 
-    To compute s, the samples are dealt, in a random order with a fixed seed, to K = min(16, N) groups of size nₖ. Let gₖ be the
-    gradient of the group's mean loss in the same forward pass, and wₖ = nₖ/N, so that g = Σ wₖ gₖ. Then
+    To compute s, the samples are split at random, with a fixed seed, into K = min(16, N) groups of sizes nₖ. Let gₖ be the
+    gradient of the mean loss of group k in the same forward pass, and wₖ = nₖ/N, so that g = Σ wₖ gₖ. Then
 
         s² = Σ wₖ² ‖gₖ - g‖² / (1 - Σ wₖ²).
 
     For equal groups, s² is Σ ‖gₖ - g‖² / (K (K - 1)). For independent samples, the expectation of s² is E‖g - E g‖², even for
-    unequal groups. Batch normalisation couples the samples, which s neglects. For a batch of one sample, s is NaN.
+    unequal groups. Batch normalisation couples the samples, but s does not take this into account. For a batch of one sample, s
+    is NaN.
     """
 
     def measure(self, subject: Subject) -> Quantities:
@@ -67,10 +69,12 @@ class GradientNorm(Probe):
 
 
 def norms_and_errors(losses: Tensor, weights: list[Tensor]) -> tuple[list[float], list[float]]:
-    """‖g‖ and s of each weight, as defined in `GradientNorm`; `losses` are those of the samples, (N,), with their graph."""
+    """‖g‖ and s of each weight, as defined in `GradientNorm`; `losses` (N,) contains the loss of each sample with its autograd
+    graph."""
     samples = len(losses)
     count = min(GROUPS, samples)
-    # In their stored order, samples with alternating classes would give groups that differ more than random ones.
+    # The samples are shuffled, because if their classes alternate, groups in the stored order would differ more than random
+    # groups.
     losses = losses[torch.randperm(samples, generator=torch.Generator().manual_seed(0)).to(losses.device)]
     shares = [len(range(number, samples, count)) / samples for number in range(count)]
     means = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]  # Σ wₖ gₖ = g

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 @PROBES.register("projection_angle")
 @dataclasses.dataclass(eq=False)
 class ProjectionAngle(Probe):
-    """Angle between x Wᵀ and x Eᵀ, the outputs of a layer with its weight and with its effective feedback, in degrees.
+    """Angle in degrees between x Wᵀ and x Eᵀ, the outputs of a layer with its weight W and with its effective feedback E.
 
-    The source is Kunin et al. 2020. The layer's input on the fixed batch is x (N, ...), and the outputs have no biases. The angle
-    is measured between the outputs of each sample, flattened over positions, and averaged over the samples for which it is
-    defined. For a layer that runs several times, the angle is measured in the first run. Batch normalisation uses the batch's
-    statistics and dropout is off.
+    The measure is taken from Kunin et al. 2020. Here, x (N, ...) is the layer's input on the fixed batch, and the outputs do not
+    include biases. The angle is measured between the outputs of each sample, flattened over positions, and averaged over the
+    samples for which it is defined. For a layer that runs several times, the angle is measured in the first run. Batch
+    normalisation uses the batch's statistics and dropout is off.
 
-    The angle is 0 if the feedback equals the weight, up to a positive factor, on the span of the inputs. The two may differ
-    elsewhere; only `weight_angle` shows such differences. Layers of attention and recurrent modules have no angle, and neither do
-    layers for which the rule has no feedback in the weight's shape.
+    The angle is 0 if the feedback equals the weight, up to a positive factor, on the span of the inputs. Outside this span, the
+    feedback and the weight may differ; only `weight_angle` shows such differences. Layers of attention and recurrent modules have
+    no angle, and neither do layers for which the rule has no feedback in the weight's shape.
     """
 
     def measure(self, subject: Subject) -> Quantities:

@@ -1,4 +1,4 @@
-"""Measures how well a linear classifier can read the classes from each layer."""
+"""Measures how well a linear classifier can predict the classes from each layer's activation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fa_bench.data.splits import Split
     from fa_bench.mechanisms.trace import Trace
 
-#: The row of the raw images; a layer whose accuracy is no higher has learned nothing useful.
+#: The row for the raw images. A layer whose accuracy is no higher than this row's has learned nothing useful.
 FLOOR = "input"
 #: The maximum number of features of an activation that the readout uses, and the strength of the regularisation; see `fit`.
 FEATURES, RIDGE = 1024, 0.01
@@ -32,14 +32,16 @@ MODEL_INPUT, MODEL_OUTPUT = ".", ""
 @PROBES.register("readout")
 @dataclasses.dataclass(eq=False)
 class Readout(Probe):
-    """Accuracy (a fraction) of a linear classifier of each layer's activation, and of the raw images, ``input``.
+    """Accuracy (a fraction) of a linear classifier trained on each layer's activation and, in the row ``input``, on the raw
+    images.
 
-    A layer's activation is the input of the next layer, which comes after the layer's normalisation, nonlinearity, addition and
-    pooling. The activation of the output layer is the logits. Layers whose outputs are added share one activation. The model is
-    in evaluation mode.
+    A layer's activation is the input of the next layer, that is, the output after normalisation, nonlinearity, addition and
+    pooling. For the output layer, the logits are used. Layers whose outputs are added share one activation. The model is in
+    evaluation mode.
 
     The classifier (`fit`) is trained on at most 2,000 training images without augmentation. The classifier is scored on at most
-    10,000 validation images, or test images if there is no validation split. At most 1024 features are used (`bounded`).
+    10,000 validation images, or test images if there is no validation split. Activations are reduced to at most 1024 features
+    (`bounded`).
     """
 
     def require(self, subject: Subject) -> None:
@@ -68,7 +70,8 @@ class Readout(Probe):
 
 
 def activation_points(trace: Trace) -> dict[str, str]:
-    """For each layer, in the order of execution, the layer that takes its activation as input; MODEL_OUTPUT for output layers."""
+    """A mapping from each layer, in the order of execution, to the layer that takes its activation as input. Output layers are
+    mapped to MODEL_OUTPUT."""
     return {
         layer: trace.consumer.get(layer, MODEL_OUTPUT)
         for layer in trace.order
@@ -77,7 +80,7 @@ def activation_points(trace: Trace) -> dict[str, str]:
 
 
 def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Yields ({point: features (n, F)}, labels (n,)) for each batch."""
+    """Yield ({point: features (n, F)}, labels (n,)) for each batch."""
     from fa_bench.mechanisms.compound.projection import Projection
     from fa_bench.mechanisms.contexts import set_temporarily
     from fa_bench.mechanisms.trace import loss_output
@@ -89,8 +92,8 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
 
     def recorder(point: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            # If a layer runs several times, its first input is taken. In a recurrent module, the first input is the initial
-            # state, so the last input is taken instead.
+            # If a layer runs several times, its first input is used. In a recurrent module, the first input is the initial state,
+            # so the last input is used instead.
             in_compound = isinstance(module, Projection)
             if point not in activations or in_compound:
                 x = args[0].movedim(sample_axis(module, args[0].dim()), 0)
@@ -118,15 +121,15 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
 
 
 def _array(features: Tensor) -> np.ndarray:
-    """A copy, because the model may change its input, or that of a layer, in place."""
+    """A copy of the features, because the model may change its own input or a layer's input in place."""
     return features.to("cpu", torch.float32, copy=True).numpy()
 
 
 def bounded(x: Tensor, features_last: bool = False) -> Tensor:
-    """An activation (N, ...) as (N, F) with F at most `FEATURES`.
+    """An activation (N, ...) reduced to a matrix (N, F), where F is at most `FEATURES`.
 
-    Maps (N, C, ...) are averaged over space down to a size that fits. With `features_last`, the shape is (N, ..., F), and the
-    mean over all positions is taken. If there are still too many features, neighbouring ones are averaged.
+    Maps (N, C, ...) are reduced to a size that fits by average pooling. With `features_last`, the shape is (N, ..., F), and the
+    mean over all positions is taken. If there are still too many features, neighbouring features are averaged.
     """
     from fa_bench.mechanisms.cut.local import pooled_size
 
@@ -142,7 +145,8 @@ def bounded(x: Tensor, features_last: bool = False) -> Tensor:
 
 
 class Linear(NamedTuple):
-    """A fitted classifier: scores are x W + b, W (F, C) and b (C,); `void` is set if the features were not finite."""
+    """A fitted classifier with the scores x W + b, where W is (F, C) and b is (C,). `void` is set if the features were not
+    finite."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -154,7 +158,8 @@ class Linear(NamedTuple):
 
 
 def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Linear:
-    """Ridge regression of one-hot targets, in double precision by a Cholesky factorisation, without random numbers.
+    """Ridge regression of one-hot targets in double precision. The solver is a Cholesky factorisation, which uses no random
+    numbers.
 
     W minimises ‖Y - X W - 1 bᵀ‖² + λ ‖W‖²; b is not regularised. For n samples, λ is 0.01 n v, where v is the mean variance of
     the features, so that the scale of an activation does not matter. Constant features give W = 0 and the most frequent class.

@@ -23,18 +23,18 @@ BATCHES, MIN_NORM = 8, 1e-12
 class Stability(Probe):
     """Mean cosine between the gradients that the rule gives a weight on two different batches.
 
-    The gradients are those of the objective's mean loss on 8 batches, without augmentation. The batches have the run's batch
-    size, or contain an eighth of the training images that probes may learn from if these are too few. The mean is over all pairs
-    of batches:
+    The gradients are those of the objective's mean loss on 8 batches, without augmentation. Each batch has the run's batch size
+    or, if there are too few training images that probes may learn from, an eighth of them. The mean is taken over all pairs of
+    batches:
 
         c = (‖Σ uₖ‖² - K) / (K (K - 1)).
 
-    Here, uₖ is the gradient on batch k divided by its norm, and K is the number of batches with a norm of at least 1e-12. The
-    value is NaN for a weight with fewer than two such batches, such as one that does not learn. Batch normalisation uses the
-    batch's statistics, and dropout is off.
+    Here, uₖ is the gradient on batch k divided by its norm, and K is the number of batches whose gradient has a norm of at least
+    1e-12. The value is NaN for a weight with fewer than two such batches, such as a weight that does not learn. Batch
+    normalisation uses the batch's statistics, and dropout is off.
 
-    If the value is near 0, the gradients are mostly noise, as is common late in training. If it is near 1, the weight drifts: it
-    moves in the same direction regardless of the data.
+    If the value is near 0, the gradients are mostly noise, as is common late in training. If the value is near 1, the weight
+    drifts, that is, it moves in the same direction regardless of the data.
     """
 
     alarms = {
@@ -70,7 +70,7 @@ class Stability(Probe):
 
 
 class Directions:
-    """The sum of unit vectors, from which their mean pairwise cosine follows."""
+    """The sum of unit vectors, from which their mean pairwise cosine is computed."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -86,7 +86,7 @@ class Directions:
 
     @property
     def mean_cosine(self) -> float:
-        """The mean over all pairs; NaN for fewer than two vectors."""
+        """The mean cosine over all pairs of vectors, or NaN for fewer than two vectors."""
         if self.total is None or self.count < 2:
             return math.nan
         return (self.total.square().sum().item() - self.count) / (self.count * (self.count - 1))

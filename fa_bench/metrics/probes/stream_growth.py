@@ -1,4 +1,4 @@
-"""Measures how much the activation grows from block to block."""
+"""Measures how much the norm of the activation grows from block to block."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 @PROBES.register("stream_growth")
 @dataclasses.dataclass(eq=False)
 class StreamGrowth(Probe):
-    """Mean norm of a block's output divided by that of its input: the growth of the residual stream.
+    """Mean norm of a block's output divided by that of its input, which measures the growth of the residual stream.
 
-    Norms are Euclidean norms of each sample's activation or, for tokens (N, T, D), of each token's; means are over the fixed
-    batch. Batch normalisation uses the batch's statistics and dropout is off.
+    The norm is the Euclidean norm of each sample's activation or, for tokens (N, T, D), of each token's activation. Means are
+    taken over the fixed batch. Batch normalisation uses the batch's statistics and dropout is off.
 
-    The model declares its blocks (``model.blocks`` or, without it, ``model.cut_points``). If the module that ends a block has
-    parameters, as a residual block does, the input of the block is that of this module; otherwise, it is the output of the
-    previous block. Feedback that the rule stores in the module does not count. A first block that ends in a module without
-    parameters, such as the stem of a convolutional net, has no row, because its input is the image. Values are NaN if the input
-    is zero.
+    The model declares its blocks in ``model.blocks`` or, if that is missing, in ``model.cut_points``. If the module that ends a
+    block has parameters, as a residual block does, the input of the block is the input of this module. Otherwise, the input of
+    the block is the output of the previous block. Feedback that the rule stores in the module does not count as a parameter. A
+    first block that ends in a module without parameters, such as the stem of a convolutional net, has no row, because its input
+    is the image. Values are NaN if the input is zero.
     """
 
     alarms = {
