@@ -418,7 +418,7 @@ _known: tuple[DictConfig | None, Job | None] = None, None
 @contextmanager
 def known_job(config: DictConfig, job: Job) -> Iterator[None]:
     """Within the block, take the run directory of `config` from `job` instead of checking the config again. The config must not
-    change."""
+    change within the block."""
     global _known
     before = _known
     _known = config, job

@@ -101,7 +101,7 @@ def _images(given: Any, part: str, notes: list[str]) -> np.ndarray:
         )
     _, first, second, last = images.shape
     # The channels probably come last if the other two axes are longer than 4 and the last axis has length 3. A last axis of
-    # length 1 or 4 is taken for channels only if the other two axes have equal lengths.
+    # length 1 or 4 is assumed to hold the channels only if the two axes before it have equal lengths.
     if first > 4 and second > 4 and (last == 3 or (last in (1, 4) and first == second)):
         raise ValueError(
             f"{part} images have shape {shape}, which looks like (n, height, width, channels); use images.transpose(0, 3, 1, 2)"

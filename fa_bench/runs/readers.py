@@ -217,7 +217,8 @@ def _flat_config(text: str, source: str) -> dict[str, Any] | None:
 
 
 def _config_but_seed(text: str) -> dict[str, Any] | None:
-    """The config in a text, parsed only once for all seeds, because parsing takes most of the time for a report on many runs.
+    """The config parsed from `text`. Configs that differ only in the seed are parsed once, because parsing would otherwise take
+    most of the time of a report on many runs.
 
     The result is None if the text has no line with a seed or cannot be parsed. In that case, the caller must parse the text
     itself, so that errors name the right line.

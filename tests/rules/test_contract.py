@@ -165,7 +165,8 @@ def test_channels_last(net):
 
 
 def test_seed_gives_the_same_numbers_in_both_memory_formats():
-    """Sampling depends only on seed and shape, so a model may be converted to channels_last before or after attach."""
+    """The sampled feedback does not depend on the memory format, so a model may be converted to channels_last before or after
+    attach."""
     before, after = nets.residual().to(memory_format=torch.channels_last), nets.residual()
     one, two = (fa_bench.attach(model, "fa", seed=0) for model in (before, after))
     after.to(memory_format=torch.channels_last)

@@ -478,7 +478,7 @@ def test_a_tensor_that_is_put_again_is_replaced_and_dropped_once():
 
 @pytest.mark.parametrize(("name", "keys"), [("pfa", ["B", "R"]), ("kp", ["B"]), ("fa", ["B"])])
 def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
-    """Parameters and buffers have one common order, so the hash of a state does not depend on which of them learn."""
+    """Learned and fixed feedback tensors have one common order, so the hash of a state does not depend on which of them learn."""
     layer = fa_bench.attach(nets.mlp(), name, seed=0).model.fc2
     found = [key.removeprefix("feedback_") for key in layer.state_dict() if key.startswith("feedback_")]
     assert found == keys

@@ -180,7 +180,7 @@ class Capture:
         return output.detach().clone() if cut in self._changed_in_place else output.detach()
 
     def _at_origin(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Connect the output of the module in ``error_at`` to the cuts before it."""
+        """Connect the output of the module that ``error_at`` names to the cuts before it."""
         tape = self.tape
         if tape is None:
             # A repeated pass must save the same tensors as the first one, in which this output required a gradient.
