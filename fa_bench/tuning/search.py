@@ -16,7 +16,7 @@ from fa_bench.tuning.optuna_parts import NO_PRUNER
 from fa_bench.tuning.plan import Plan
 from fa_bench.tuning.space import shown
 from fa_bench.tuning.store import Finished, RuleStudy
-from fa_bench.tuning.trials import DONE, TrialRun, run_trial
+from fa_bench.tuning.trials import DONE, Outcome, TrialRun, run_trial
 from fa_bench.utils.files import output_errors
 
 Report = Callable[[RuleStudy, Finished], None]
@@ -41,9 +41,7 @@ def search(plan: Plan, studies: Sequence[RuleStudy], report: Report) -> None:
             while len(study.finished) < plan.options.budget:
                 trial, values = study.ask()
                 runs = trial_run(plan, study, values)
-                finished = study.tell(trial, values, run_trial(runs))
-                _discard_checkpoints(plan, runs)
-                report(study, finished)
+                _finish(plan, study, trial, values, runs, run_trial(runs), report)
         return
     _in_workers(plan, unfinished, report)
 
@@ -65,9 +63,7 @@ def _in_workers(plan: Plan, unfinished: list[RuleStudy], report: Report) -> None
                 started.start(worker, runs)
             for worker, outcome in started.results(list(running)):
                 study, trial, values, runs = running.pop(worker)
-                finished = study.tell(trial, values, outcome)
-                _discard_checkpoints(plan, runs)
-                report(study, finished)
+                _finish(plan, study, trial, values, runs, outcome, report)
                 idle.append(worker)
                 if len(study.finished) < plan.options.budget:
                     waiting.append(study)
@@ -86,10 +82,17 @@ def trial_run(plan: Plan, study: RuleStudy, values: dict[str, Any]) -> TrialRun:
     )
 
 
-def _discard_checkpoints(plan: Plan, trial: TrialRun) -> None:
-    """Delete the checkpoints of a finished trial unless the study keeps them. A finished trial is never resumed."""
-    if plan.options.keep_checkpoints:
-        return
+def _finish(
+    plan: Plan, study: RuleStudy, trial: Any, values: dict[str, Any], runs: TrialRun, outcome: Outcome, report: Report
+) -> None:
+    """Store and report a trial that has ended. Its checkpoints are deleted, because a stored trial is never resumed."""
+    finished = study.tell(trial, values, outcome)
+    if not plan.options.keep_checkpoints:
+        _discard_checkpoints(runs)
+    report(study, finished)
+
+
+def _discard_checkpoints(trial: TrialRun) -> None:
     for _, directory in trial.configs:
         files = checkpoint_files(directory)
         for path in files:

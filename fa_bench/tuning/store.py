@@ -169,9 +169,12 @@ class RuleStudy:
         """The trial with the best validation score; in a tie, the earlier trial. The value is None if all trials diverged, failed
         or were pruned."""
         usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
-        merits = {trial.number: self.score.merit(trial.outcome.value or 0.0) for trial in usable}
+        merits = [self.score.merit(trial.outcome.value or 0.0) for trial in usable]
+        highest = max(merits, default=0.0)
         # Means of the same scores in another order differ by rounding, so they count as a tie.
-        return next((trial for trial in usable if math.isclose(merits[trial.number], max(merits.values()), rel_tol=_TIE)), None)
+        return next(
+            (trial for trial, merit in zip(usable, merits, strict=True) if math.isclose(merit, highest, rel_tol=_TIE)), None
+        )
 
 
 def stored_studies(plan: Plan) -> list[RuleStudy]:
