@@ -152,6 +152,7 @@ def write_report(
         "Runs that have not finished": gaps.unfinished,
         "Runs that have not started": gaps.not_started,
         "Missing seeds": gaps.seeds,
+        "Missing references": gaps.references,
         "Published rows without a finished run": without_run,
     }
     of_cost = [name for name in (*PREDICTED, *MEASURED) if name in frame]
@@ -248,16 +249,18 @@ class _Gaps(NamedTuple):
     unfinished: list[str]
     not_started: list[str]
     seeds: list[str]
+    references: list[str]
 
 
 def _gaps(records: _Records, planned: Sequence[PlannedRun]) -> _Gaps:
-    from fa_bench.report.gaps import missing_seeds, runs_not_started, unfinished_runs, unidentified_run
+    from fa_bench.report.gaps import missing_references, missing_seeds, runs_not_started, unfinished_runs, unidentified_run
 
     lines = (
         sorted(map(_describe, records.errors)),
         [*sorted(map(unidentified_run, records.unidentified)), *unfinished_runs(records.runs)],
         runs_not_started(records.missing, planned),
         missing_seeds(records.runs, planned),
+        [] if records.missing else missing_references(records.runs),
     )
     return _Gaps(*([truncate(line, MAX_LINE) for line in of_kind] for of_kind in lines))
 
@@ -267,7 +270,13 @@ def _notes(gaps: _Gaps) -> list[str]:
     not_started = gaps.not_started
     if len(not_started) > MAX_SHOWN:
         not_started = [*not_started[: MAX_SHOWN - 1], f"{len(not_started) - MAX_SHOWN + 1} more runs not started"]
-    kinds = (("excluded", gaps.excluded), ("not finished", gaps.unfinished), ("missing", not_started), ("missing", gaps.seeds))
+    kinds = (
+        ("excluded", gaps.excluded),
+        ("not finished", gaps.unfinished),
+        ("missing", not_started),
+        ("missing", gaps.seeds),
+        ("missing", gaps.references),
+    )
     notes = [f"{kind}: {line}" for kind, lines in kinds for line in lines]
     return ["Means are over the finished runs only.", *notes] if gaps.unfinished or gaps.excluded else notes
 

@@ -35,6 +35,7 @@ from fa_bench.report.quantities import (
     Quantity,
     Selection,
     best,
+    curve,
     in_layer,
     layer_mean,
     measurements,
@@ -238,7 +239,7 @@ def lines_part(
     title: str, groups: Groups, quantities: Sequence[Quantity], x: str, columns: int, labels: Mapping[str, str] | None = None
 ) -> Part:
     """A part with a panel for each quantity and a line for each group. The rule determines the colour and marker of a line, and
-    the setting determines its line style."""
+    the setting determines its line style. The legend lists the lines that have points, and the groups with unfinished runs."""
     rules, labels, settings = by_rule(groups), labels or group_labels(groups), _settings(groups)
     shared = sorted(set(settings.values()), key=natural_key)
     are_several = any(len(members) > 1 for members in rules.values())
@@ -255,7 +256,11 @@ def lines_part(
         title,
         [Panel(each.title, each, lines, x) for each in quantities],
         columns,
-        [(legend_entry(line.label, line.members), line.style) for line in lines],
+        [
+            (legend_entry(line.label, line.members), line.style)
+            for line in lines
+            if any(not run.finished for run in line.members) or any(curve(line.members, each, x) for each in quantities)
+        ],
     )
 
 
@@ -265,7 +270,9 @@ def rules_part(title: str, groups: Groups, of: Quantity, x: str) -> Part:
     settings, rules = _settings(groups), by_rule(groups)
     shared = sorted(set(settings.values()), key=natural_key)
     references = {
-        rule: rules[rule][group] for rule in (CONTROL, FLOOR) if rule in rules and (group := best(rules[rule])) is not None
+        rule: rules[rule][group]
+        for rule in (CONTROL, FLOOR)
+        if rule in rules and (group := best(rules[rule])) is not None and curve(rules[rule][group], of, x)
     }
     thin = {
         rule: rule_style(rule) | {"linewidth": 0.9, "marker": "", "color": "0.35" if rule == CONTROL else "0.66"}

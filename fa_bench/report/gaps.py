@@ -1,4 +1,5 @@
-"""The gaps in a report: runs that have not finished or started, missing seeds, and published rows without a run."""
+"""The gaps in a report: runs that have not finished or started, missing seeds, missing references, and published rows without a
+run."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fa_bench.report.groups import finished_by_seed, group_labels, group_runs
+from fa_bench.report.groups import CONTROL, FLOOR, by_rule, finished_by_seed, group_labels, group_runs, is_floor, tasks
 from fa_bench.report.published import Entry
 from fa_bench.report.runs import Run, short_path
 from fa_bench.report.states import describe_status
@@ -67,6 +68,23 @@ def missing_seeds(runs: Sequence[Run], planned: Iterable[PlannedRun]) -> list[st
         for group, of_group in missing.items()
         if of_group
     ]
+
+
+def missing_references(runs: Sequence[Run]) -> list[str]:
+    """A line if `bp` was not trained on every task that has several rules, and another line if no floor was trained on some."""
+    rules = {task: set(by_rule(groups)) for task, groups in tasks(group_runs(runs)).items()}
+    compared = {task: of_task for task, of_task in rules.items() if len(of_task) > 1}
+    without = {
+        (CONTROL, "compare the rules with backpropagation"): [task for task in compared if CONTROL not in rules[task]],
+        (FLOOR, "see whether the rules beat this floor"): [task for task in compared if not any(map(is_floor, rules[task]))],
+    }
+    lines = []
+    for (reference, purpose), lacking in without.items():
+        if lacking:
+            where = "" if len(lacking) == len(rules) else f" for {lacking[0]}"
+            more = f" and {len(lacking) - 1} other tasks" if where and len(lacking) > 1 else ""
+            lines.append(f"no run of {reference}{where}{more}; add it to algorithm to {purpose}")
+    return lines
 
 
 def published_without_run(entries: Iterable[Entry], runs: Sequence[Run]) -> list[str]:

@@ -204,7 +204,9 @@ def legend_entry(label: str, members: Sequence[Run] = ()) -> str:
 
 
 def add_legend(figure: Any, entries: Sequence[tuple[str, Mapping[str, Any]]], title: str = "mean ± std over seeds") -> None:
-    """Add the legend beside the panels of a figure or subfigure, with one line per entry."""
+    """Add the legend, if it has any entry, beside the panels of a figure or subfigure."""
+    if not entries:
+        return
     shown = list(entries[:MAX_ENTRIES])
     if len(entries) > len(shown):
         shown.append((f"and {len(entries) - len(shown)} more", {"color": "none"}))

@@ -173,6 +173,26 @@ def test_few_settings_share_a_panel_many_have_one_for_each_rule(tmp_path):
     assert len(limits) == 1  # the same limits, so panels can be compared by eye
 
 
+def test_the_legend_omits_finished_groups_without_data(tmp_path):
+    angles = [epoch_record(1, 0.9, {"delta_angle": {"fc1": 60.0}})]
+    for lr in (0.1, 0.2):
+        for rule, metrics in (("fa", angles), ("frozen", [epoch_record(1, lr, {})])):
+            write_run(tmp_path, rule, 0, lr, metrics, group=f"{rule}-{lr}", label=f"{rule} lr={lr}", val_accuracy=lr)
+    write_run(tmp_path, "kp", 0, None, metrics=[], status="failed")
+    groups = groups_in(tmp_path)
+
+    def labels(part) -> list[str]:
+        return [label for label, _ in part.legend]
+
+    (layers,) = figures.layers_parts("a", groups, "delta_angle", "epoch")
+    assert labels(layers) == ["fa lr=0.1", "fa lr=0.2", "kp\n(1 failed)"]
+    scores = figures.lines_part("a", groups, [scalar("test_accuracy")], "epoch", 1)
+    assert labels(scores) == ["frozen lr=0.1", "frozen lr=0.2", *labels(layers)]
+    (fc1,) = figures.layer_quantities(groups, "delta_angle")
+    assert "frozen (best setting)" in labels(figures.rules_part("a", groups, scalar("test_accuracy"), "epoch"))
+    assert "frozen (best setting)" not in labels(figures.rules_part("a", groups, fc1, "epoch"))
+
+
 def test_overview_of_many_settings_shows_the_best_by_validation(tmp_path):
     for lr, test, validation in ((0.1, 0.9, 0.5), (0.2, 0.8, 0.6), (0.3, 0.7, 0.4), (0.4, 0.6, 0.3), (0.5, 0.5, 0.2)):
         write_setting(tmp_path, "kp", [test], validation=validation, optimizer={"lr": lr})

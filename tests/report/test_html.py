@@ -71,7 +71,8 @@ def test_the_page_has_the_tables_figures_configs_and_statuses(tmp_path):
             )
     write_run(tmp_path / "runs", "fa", 0, None, status="diverged", error={"epoch": 3, "layer": "fc1"}, metrics=[])
     page, _ = page_of(tmp_path)
-    assert page.of("h1", "h2") == ["Report", "Runs that have not finished (1)", "Summary", "Figures", "Configs and runs"]
+    before, after = ["Runs that have not finished (1)", "Missing references (2)"], ["Figures", "Configs and runs"]
+    assert page.of("h1", "h2") == ["Report", *before, "Summary", *after]
     assert "3 rows, 5 runs: 4 finished, 1 diverged." in page.of("p")
     assert page.of("figcaption") == [
         "Overview",

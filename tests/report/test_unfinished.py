@@ -179,3 +179,44 @@ def test_a_damaged_list_is_named_and_left_as_it_is(tmp_path, text):
     with pytest.raises(RunDirectoryError, match="move it elsewhere"):
         write_sweep(tmp_path, [], [PlannedRun(tmp_path / "a", "a", 1)])
     assert (tmp_path / "sweep.json").read_text() == text
+
+
+def test_a_report_names_the_references_that_a_comparison_lacks(tmp_path):
+    no_floor = "missing: no run of frozen; add it to algorithm to see whether the rules beat this floor"
+    no_bp = "missing: no run of bp; add it to algorithm to compare the rules with backpropagation"
+
+    def lines(*rules: str, folder: str) -> list[str]:
+        for rule in rules:
+            write_group(tmp_path / folder, rule, [0.9, 0.8])
+        report = write_report(find_runs([tmp_path / folder]), tmp_path / folder)
+        missing = [line for line in report.text.splitlines() if line.startswith("missing: no run of")]
+        text = report.markdown.read_text()
+        assert [line for line in text.splitlines() if line.startswith("- no run of")] == [f"- {line[9:]}" for line in missing]
+        assert report.complete
+        return missing
+
+    assert lines("fa", folder="one") == []
+    assert lines("fa", "kp", folder="two") == [no_bp, no_floor]
+    assert lines("bp", "kp", folder="bp") == [no_floor]
+    assert lines("frozen", "kp", folder="floor") == [no_bp]
+    assert lines("bp", "frozen_blocks", folder="other floor") == []
+    assert lines("bp", "frozen", "kp", folder="both") == []
+
+
+def test_missing_references_are_listed_for_each_task(tmp_path):
+    for rule in ("bp", "frozen", "kp"):
+        write_group(tmp_path, rule, [0.9])
+    for number in range(3):
+        for rule in ("bp", "fa"):
+            write_run(tmp_path / str(number), rule, 0, 0.9, group=f"{rule}-{number}", dataset=f"set{number}")
+    write_run(tmp_path / "single", "fa", 0, 0.9, group="fa-single", dataset="single")
+    text = write_report(find_runs([tmp_path]), tmp_path).text
+    assert "missing: no run of frozen for set0, mlp and 2 other tasks; add it to algorithm" in text and "run of bp" not in text
+
+
+def test_missing_references_are_not_named_while_runs_have_not_started(tmp_path):
+    write_group(tmp_path, "bp", [0.9])
+    write_group(tmp_path, "fa", [0.8])
+    directory = tmp_path / "frozen" / "seed0"
+    directory.mkdir(parents=True)
+    assert "no run of" not in write_report([*find_runs([tmp_path]), directory], tmp_path).text
