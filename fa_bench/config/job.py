@@ -64,8 +64,8 @@ class RunOptions(Options):
     accumulate: int = option(1, "micro-batches that a batch is split into to save memory; their gradients are summed", minimum=1)
     clip_norm: float | None = option(
         None,
-        "maximum norm of the gradients of weights and learned feedback together; gradients with a larger norm are scaled down, so "
-        "learned feedback can make weight steps smaller; null: no clipping",
+        "maximum norm of the gradients of weights and learned feedback together; gradients with a larger norm are scaled down, "
+        "so learned feedback can make weight steps smaller; null: no clipping",
         above=0,
     )
     device: str = option("auto", "auto (an accelerator if available), cpu, cuda, cuda:1, mps")
@@ -171,8 +171,8 @@ class RunOptions(Options):
                 raise OptionError(key, f"lists {repeated[0]} twice")
 
 
-#: Keys that are not part of a run's identity. They do not affect its results, except that `threads` changes rounding and that
-#: `data_dir` determines the data of some datasets, for which it is part of the identity.
+#: Keys that are not part of a run's identity, because they do not affect its results. There are two exceptions: `threads` changes
+#: rounding, and `data_dir` is part of the identity if it determines the data.
 VOLATILE = (
     "resume",
     "output_dir",

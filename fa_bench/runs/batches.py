@@ -104,8 +104,8 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: in
     sample.
 
     Batch statistics need several values, so batch normalisation in the model or in the rule's auxiliary nets may raise an error
-    for a single sample. If such a batch would occur, the nets are run with a single sample. Nets that accept it, for
-    example because their normalised maps have several pixels, pass the check.
+    for a single sample. If such a batch would occur, the nets are run with a single sample. Nets that accept it, for example
+    because their normalised maps have several pixels, pass the check.
 
     Args:
         rule: after `attach`.

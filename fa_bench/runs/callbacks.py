@@ -36,8 +36,8 @@ def probe_interval(probe_every: int | None, steps: int) -> int:
     """The number of steps between two measurements in a run of `steps` steps, given the run's option `probe_every` (None:
     automatic).
 
-    In a run of at least 20 steps, the automatic interval results in 20 to 40 measurements, or more if they would otherwise be more
-    than `MAX_INTERVAL` steps apart.
+    In a run of at least 20 steps, the automatic interval results in 20 to 40 measurements, or more if they would otherwise be
+    more than `MAX_INTERVAL` steps apart.
     """
     return min(max(steps // MEASUREMENTS, 1), MAX_INTERVAL) if probe_every is None else probe_every
 

@@ -16,8 +16,8 @@ from fa_bench.errors import ConfigError, first_line
 from fa_bench.mechanisms.compiled import too_old_to_compile
 from fa_bench.runs.logs import log
 
-#: The minimum number of steps that a run must have for compile=auto to compile it. A graph of resnet20 takes about 30 s to compile and saves
-#: 15 ms per step.
+#: The minimum number of steps that a run must have for compile=auto to compile it. A graph of resnet20 takes about 30 s to
+#: compile and saves 15 ms per step.
 ENOUGH_STEPS = 2000
 
 

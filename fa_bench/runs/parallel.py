@@ -144,8 +144,8 @@ class World:
     ) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Yield the micro-batches in this process's part of a batch of `size` samples, each with the weight of its loss.
 
-        Summed over the micro-batches and averaged over the processes, the weighted losses are the mean loss of the batch over the
-        targets that count.
+        Summed over the micro-batches and averaged over the processes, the weighted losses amount to the mean loss of the batch
+        over the targets that count.
         """
         count = min(accumulate, len(y))
         if count == 1:

@@ -256,8 +256,8 @@ def versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def git_state() -> dict[str, Any]:
-    """The commit of the checkout from which fa_bench runs, and whether it has uncommitted changes. Both are None if fa_bench does not run
-    from a git checkout."""
+    """The commit of the checkout from which fa_bench runs, and whether it has uncommitted changes. Both are None if fa_bench does
+    not run from a git checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:

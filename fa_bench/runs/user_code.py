@@ -23,8 +23,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 def source_files(modules: Iterable[str]) -> list[Path]:
     """The source files of the given modules, and of all modules that these import, directly or indirectly.
 
-    The imports are read from the source code, including imports within functions. Imported modules of fa_bench
-    are excluded, as are those of the standard library and of installed distributions, except for the packages in `modules`.
+    The imports are read from the source code, including imports within functions. Imported modules of fa_bench are excluded, as
+    are those of the standard library and of installed distributions, except for the packages in `modules`.
     """
     modules = list(modules)
     own = {name.partition(".")[0] for name in modules}
