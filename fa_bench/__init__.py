@@ -4,7 +4,7 @@
     runs = fa_bench.run("algorithm=kp", "dataset=digits", seed=[0, 1, 2])     # in the runner
     study = fa_bench.tune("algorithm=bp,kp", "dataset=digits", budget=20)     # a hyperparameter search
 
-This module provides everything that a plugin needs: base classes, `option` to declare options, and a decorator for each kind of
+This module also provides what most plugins need: base classes, `option` to declare options, and a decorator for each kind of
 component.
 """
 

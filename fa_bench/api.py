@@ -27,12 +27,13 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
 
     Returns:
         The runs in the order of the jobs, each with its directory, its result, its config, and the metrics of every epoch. No
-        exception is raised if a run fails or diverges; check ``run.finished`` and ``run.result["status"]``. The file ``run.log``
-        in the run's directory contains the traceback. Runs without a result, such as those that ``on_error=stop`` skipped, are
-        omitted. Finished runs are not trained again.
+        exception other than a FaBenchError is raised if a run fails or diverges; check ``run.finished`` and
+        ``run.result["status"]``. The file ``run.log`` in the run's directory contains the traceback. Runs without a result, such
+        as those that ``on_error=stop`` skipped, are omitted. Finished runs are not trained again.
 
     Raises:
-        FaBenchError: for invalid input, before any training.
+        FaBenchError: for invalid input, before any training. A call that is not a sweep also raises such an error if the run
+            encounters it during training, for example because the disk is full.
         KeyboardInterrupt: after a signal; the same call resumes.
 
     Examples:
@@ -59,7 +60,7 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
         is_sweep = any(override.is_sweep_override() or override.key_or_group == "experiment" for override in composer.parsed)
         clear_cache()
         errors: list[FaBenchError] = []
-        # A sweep records the errors of its jobs; an error in one job does not affect the others.
+        # Errors in the jobs of a sweep are printed and recorded, but not raised.
         task = Task(["fa-bench", *(["-m"] if is_sweep else []), *arguments], errors=None if is_sweep else errors)
         code = cli.sweep(composer, task) if is_sweep else cli.run(composer, task)
         for error in errors:
@@ -77,11 +78,11 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
         config_dir: a folder of additional configs, as with ``--config-dir``.
         **options: overrides as keywords, such as ``budget=20`` or ``seeds=[0, 1, 2]``; pass a key with a dot as
             ``**{"optimizer.lr": [0.1, 0.01]}``, where a list holds the values to choose from. With ``jobs`` above 1, a script
-            must call this under ``if __name__ == "__main__":``, because it starts processes.
+            must call this function under ``if __name__ == "__main__":``, because the function starts processes.
 
     Returns:
-        The study, which prints as its table. The study's attribute `table` is a data frame with one row per rule, and `trials` is
-        one with one row per trial; `directory` is the study's folder.
+        The study, which prints as its table. Its attribute `table` is a data frame with one row per rule, `trials` is a data
+        frame with one row per trial, and `directory` is the study's folder.
 
     Raises:
         FaBenchError: for invalid input, before any training.

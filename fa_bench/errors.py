@@ -1,6 +1,7 @@
 """Errors that users can fix, and helpers that format names, values and other errors for one-line messages.
 
-Each message names the key, layer or file concerned, the value given, the allowed values, and the most similar valid name.
+A message names the key, layer or file concerned and, where they apply, the value given, the allowed values and the most similar
+valid name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 
 class FaBenchError(Exception):
-    """Base class of all errors caused by the input; the command line prints them without a traceback.
+    """Base class of the errors that users can fix; the command line prints them without a traceback.
 
     Examples:
         >>> import fa_bench
@@ -79,11 +80,11 @@ class CoverageError(FaBenchError, ValueError):
 
 
 class DataError(FaBenchError, OSError):
-    """A dataset is missing, unreadable or incompatible with its options."""
+    """A dataset is missing, unreadable or unusable with the given options, or a file of a run is damaged."""
 
 
 class RunDirectoryError(FaBenchError, OSError):
-    """An output directory belongs to another run, or this run cannot use the checkpoint in it."""
+    """An output directory cannot be used, for example because it belongs to another run or its checkpoint is damaged."""
 
 
 class DirectoryLockedError(RunDirectoryError):
@@ -91,12 +92,12 @@ class DirectoryLockedError(RunDirectoryError):
 
 
 class OutputError(FaBenchError, OSError):
-    """A file cannot be written: the disk is full, or the location is read-only."""
+    """A file cannot be written, for example because the disk is full or the location is read-only."""
 
 
 class StateError(FaBenchError, ValueError):
-    """A saved state does not match the rule and its model, or the tensors of the model are not in the state that the rule
-    requires."""
+    """A saved state does not match the rule and its model, the tensors of the model are not in the state that the rule
+    requires, or a worker process of a study has failed."""
 
 
 #: The maximum lengths of a message on the terminal and of a part quoted from another program or library.

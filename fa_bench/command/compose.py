@@ -251,7 +251,7 @@ def folder_of(config: DictConfig, key: str) -> str:
         value = OmegaConf.select(config, key)
     except FaBenchError:
         raise
-    except Exception as error:  # an interpolation of any kind
+    except Exception as error:  # an interpolation may raise any type of error
         text: Any = OmegaConf.to_container(config, resolve=False)
         for part in key.split("."):
             text = text.get(part)

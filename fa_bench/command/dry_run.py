@@ -50,8 +50,8 @@ def dry_run(config_name: str, config_dir: str | None, overrides: list[str], mult
     """Describe what a command line would run.
 
     For a run, the text shows the config, model, feedback, sizes, costs, data and directory. For a sweep, the text shows an
-    overview and the run directories, followed by the same details of every config. Configs that differ only in the seed are shown
-    once. If there are more than `MOST_CONFIGS` configs, only the first one is shown.
+    overview, the run directories and the first config, with the model, feedback, sizes, costs and data of every config. Configs
+    that differ only in the seed are shown once. If there are more than `MOST_CONFIGS` configs, only the first one is shown.
 
     Args:
         config_name, config_dir, overrides: as for `fa_bench.command.compose.Composer`.
@@ -113,7 +113,7 @@ def _nothing_written() -> Iterator[None]:
 
 
 def _load(job: Job, cache: dict[str, Splits]) -> Splits:
-    """The job's dataset; `cache` holds the last one, so that a sweep loads each dataset once but never has two in memory."""
+    """The job's dataset. `cache` holds only the last one: consecutive configs share it, and no two are in memory at once."""
     plain = job.plain()
     key = json.dumps([plain[part] for part in ("dataset", "data_dir", "scale")], sort_keys=True)
     if key not in cache:
@@ -280,7 +280,7 @@ def describe(run_dir: Path, job: Job) -> str:
     try:
         RunDirectory(run_dir, job).check()
     except RunDirectoryError as error:
-        return f"belongs to another config; fa-bench would refuse it ({str(error).removeprefix(f'{run_dir}: ')})"
+        return f"cannot be used ({str(error).removeprefix(f'{run_dir}: ')})"
     try:
         run, epochs = read_run(run_dir), len(read_metrics(run_dir / METRICS))
     except DataError as error:

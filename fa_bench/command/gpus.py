@@ -21,7 +21,8 @@ class GpuPool:
     """CUDA devices for the worker processes of a sweep.
 
     A worker claims the lowest free slot by locking a file; the lock is released when the worker ends, even if it is killed. Slots
-    are assigned to the devices in turn. As long as all workers run, the numbers of workers on two devices differ by at most one.
+    are assigned to the devices in turn. As long as all workers run, the numbers of workers on any two devices differ by at most
+    one.
 
     Attributes:
         devices: as in CUDA_VISIBLE_DEVICES.
@@ -32,8 +33,8 @@ class GpuPool:
     folder: Path
 
     def enter(self) -> None:
-        """Make only one device visible to this process, before torch initialises CUDA. The run's config still contains
-        ``device=auto`` or ``device=cuda``.
+        """Make only one device visible to this process, before torch initialises CUDA. The option `device` of the run is not
+        changed.
 
         Nothing is done in processes that multiprocessing did not start, because Slurm and Ray choose devices themselves.
         """

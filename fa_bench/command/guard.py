@@ -1,8 +1,7 @@
 """Before Hydra runs, refuse configs that would make it run arbitrary code, because configs must be plain data.
 
 Hydra instantiates launcher, sweeper and callbacks from the classes that ``_target_`` names, imports the packages in its search
-path, and passes its logging sections to `logging.config`, which calls the functions that they name. Without these checks, a
-downloaded config could run arbitrary code.
+path, and passes its logging sections to `logging.config`, which calls the functions that they name.
 """
 
 from __future__ import annotations
@@ -54,7 +53,8 @@ _REFERENCE = re.compile(r"\$\{\s*(?:oc\.[\w.]+\s*:\s*)?((?:hydra\s*:\s*)?[\w.\[\
 class _FileResult(ConfigResult):
     """The config that was loaded from one file.
 
-    Hydra 1.3 would merge a file with the ConfigStore's entry of the same path (automatic schema matching, removed in Hydra 1.4).
+    It is marked as coming from a schema source. Otherwise, Hydra 1.3 would merge the file with the ConfigStore's entry of the
+    same path (automatic schema matching, removed in Hydra 1.4).
     """
 
     is_schema_source = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]

@@ -29,15 +29,15 @@ class Task:
     Attributes:
         command: the command line, for the record of a sweep.
         epochs: the number of epochs of every job of the sweep; empty for a single run.
-        keys: by rule, the keys in which its jobs differ.
-        swept: the keys in which all jobs differ, and whether they are numbers.
+        keys: the keys in which the jobs of each rule differ, by rule.
+        swept: the keys in which the jobs of the sweep differ, each mapped to whether its values are numbers.
         threads: CPU threads of the process that started the sweep; their number changes rounding.
         parent_pid: the pid of that process.
         failure_marker: a file that exists once a job has failed.
         gpus: CUDA devices that worker processes share; None if each process uses the devices that it sees.
         directories: the run directories of the checked jobs.
         errors: a list that collects the errors of invalid input, for a run within a user's program; if None, they are printed.
-        owns_process: whether this process is that of the command or of a launcher, not a user's program.
+        owns_process: whether this process belongs to the command or a launcher, and not to a user's program.
     """
 
     command: Sequence[str]
@@ -53,7 +53,7 @@ class Task:
     owns_process: bool = False
 
     def __call__(self, config: DictConfig) -> int:
-        """Run one job; in a sweep, its errors do not affect the other jobs.
+        """Run one job. In a sweep, an error in one job does not prevent the others from running, unless on_error=stop is set.
 
         Returns:
             0 for success, 1 if the run failed, 2 for invalid input.

@@ -28,9 +28,9 @@ class JobLoader(ConfigLoaderImpl):
     """A config loader that composes one config for all jobs with the same components and sets the other options in copies of that
     config.
 
-    Hydra itself composes every job from some twenty files and schemas, which takes most of the time needed to check a sweep. A
-    loader reads each file only once. Create a new loader for each command, so that changed files are read again. The resulting
-    configs are the same as Hydra's.
+    Hydra itself composes every job from some twenty files and schemas, which takes most of the time needed to check a sweep. This
+    loader reads the files only once for each choice of components. Create a new loader for each command, so that changed files
+    are read again. The resulting configs are the same as Hydra's.
     """
 
     def __init__(self, config_search_path: Any) -> None:

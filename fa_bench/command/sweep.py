@@ -55,7 +55,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         arguments: the overrides, without those of Hydra's own options.
 
     Returns:
-        0 if every run finished or was stopped by a callback, else 1; 130 or more after a signal.
+        0 if every run finished or was stopped by a callback, else 1; after a signal, 128 plus the number of the signal.
 
     Raises:
         FaBenchError: before the first job starts, if one of them cannot be run.

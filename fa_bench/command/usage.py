@@ -45,7 +45,7 @@ def usage(composer: Composer, topics: Sequence[str]) -> str:
     """The help text on each topic, such as a group or ``run``, and on each choice of the command line. If there are no topics and
     no choices, the text is an overview.
 
-    Components of plugins and configs in a user's folder are included.
+    The components of plugins are included, and so are the configs in a user's folder.
 
     Raises:
         ConfigError: for an unknown topic or choice.

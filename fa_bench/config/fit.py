@@ -21,9 +21,10 @@ def require_fit(run: RunOptions, components: Mapping[str, Any]) -> None:
         components: the component of each group.
 
     Raises:
-        ConfigError: if the objective or the architecture does not support the dataset, or if the rule cannot be compiled.
-        OptionError: if rule and objective name different outputs, or if the rule computes errors from labels, and the targets are
-            numbers.
+        ConfigError: if the objective or the architecture does not support the dataset, or if compile=true and the rule
+            cannot be compiled.
+        OptionError: if rule and objective name different outputs, or if the rule computes errors from labels although the targets
+            are numbers.
     """
     dataset, objective, rule = components["dataset"], components["objective"], components["algorithm"]
     if dataset.targets not in objective.targets:

@@ -64,8 +64,8 @@ class RunOptions(Options):
     accumulate: int = option(1, "micro-batches that a batch is split into to save memory; their gradients are summed", minimum=1)
     clip_norm: float | None = option(
         None,
-        "maximum norm of the gradients of weights and learned feedback together, which are scaled down if necessary, so rules "
-        "with learned feedback take smaller weight steps; null: no clipping",
+        "maximum norm of the gradients of weights and learned feedback together; gradients with a larger norm are scaled down, "
+        "so learned feedback can make weight steps smaller; null: no clipping",
         above=0,
     )
     device: str = option("auto", "auto (an accelerator if available), cpu, cuda, cuda:1, mps")
@@ -144,7 +144,7 @@ class RunOptions(Options):
     scale: str = option(
         "full",
         "full, or a shortened run of the same config: short (a tenth of the epochs, at most 10,000 training "
-        "samples) or smoke (one epoch of 24)",
+        "samples) or smoke (one epoch of 24 samples)",
         choices=list(SCALES),
     )
     plugins: list[str] = option([], "modules to import first, such as one that registers your own rules")
@@ -171,7 +171,8 @@ class RunOptions(Options):
                 raise OptionError(key, f"lists {repeated[0]} twice")
 
 
-#: Keys that do not affect a run's results and are not part of its identity.
+#: Keys that are not part of a run's identity, because they do not affect its results. There are two exceptions: `threads` changes
+#: rounding, and `data_dir` is part of the identity if it determines the data.
 VOLATILE = (
     "resume",
     "output_dir",
@@ -352,8 +353,7 @@ _registered: dict[str, Any] = {}
 def register_schemas() -> None:
     """Add every component to its config group, and as ``/_schema/KIND/NAME`` for configs that extend it.
 
-    If the components have not changed since the last call, the function does nothing, because it is called for every job of a
-    sweep.
+    The function is called for every job of a sweep, so it does nothing if the components have not changed since the last call.
 
     Raises:
         ConfigError: for a component without usable defaults, which is dropped.

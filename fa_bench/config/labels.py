@@ -1,4 +1,4 @@
-"""Labels of compared runs, which consist of the rule and the options in which the configs differ."""
+"""Labels of compared runs. A label consists of the rule and the options in which the configs differ."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
 
 
 def _with_output(job: Job, rule: Rule, model: torch.nn.Module, x: torch.Tensor) -> Objective:
-    """Add to the job's objective the name of the output that is trained, which may be an option of the rule.
+    """The job's objective with the name of the output that is trained, which may come from an option of the rule.
 
     Raises:
         OptionError: if the model has several outputs and none is named, or if the named output does not exist.

@@ -39,7 +39,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         axes, shape = [0, *range(2, input.dim())], [1, -1, *[1] * (input.dim() - 2)]
-        # Compute this in double precision, because the difference of two sums of squares loses digits.
+        # The statistics are computed in double precision, because subtracting the squared mean from the mean square loses digits.
         wide = input.double()
         count = wide.new_tensor([wide.numel() // wide.shape[1]])
         sums, squares, (total,) = _AllReduce.apply(torch.cat([wide.sum(axes), wide.square().sum(axes), count])).split(  # type: ignore[union-attr]

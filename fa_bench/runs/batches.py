@@ -60,8 +60,8 @@ def check_targets(rule: Rule, splits: Splits, dataset: str) -> None:
         splits: the splits of the dataset with the name `dataset`.
 
     Raises:
-        DataError: if all numbers of an output are equal or outside the range that the objective accepts; if no position counts;
-            or if there is a negative label other than `ignore_index`.
+        DataError: if all training samples have the same numbers as targets; if a number is outside the range that the objective
+            accepts; if no position counts; or if there is a negative label other than `ignore_index`.
     """
     for part, split in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if split is None or split.targets is None:
@@ -104,8 +104,8 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: in
     sample.
 
     Batch statistics need several values, so batch normalisation in the model or in the rule's auxiliary nets may raise an error
-    for a single sample. If such a batch would occur, the nets are run with a single sample. Nets that accept it, because their
-    normalised maps have several pixels, pass the check.
+    for a single sample. If such a batch would occur, the nets are run with a single sample. Nets that accept it, for example
+    because their normalised maps have several pixels, pass the check.
 
     Args:
         rule: after `attach`.

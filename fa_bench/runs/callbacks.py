@@ -1,4 +1,4 @@
-"""The callbacks of every run: measurements, checkpoints, the progress bar, and stopping on a signal."""
+"""The runner's own callbacks, such as those for measurements, checkpoints, the progress bar, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fa_bench.utils.energy import EnergyMeter
     from fa_bench.utils.stopping import StopRequest
 
-#: The minimum number of seconds between two lines if the output is not a terminal.
+#: The minimum number of seconds between two progress lines if the output is not a terminal; the last epoch always has a line.
 LINE_EVERY = 10.0
 #: The number of seconds between two readings of the machine's energy counters.
 ENERGY_EVERY = 60.0
@@ -36,7 +36,8 @@ def probe_interval(probe_every: int | None, steps: int) -> int:
     """The number of steps between two measurements in a run of `steps` steps, given the run's option `probe_every` (None:
     automatic).
 
-    The automatic interval gives 20 to 40 measurements, or more if they would otherwise be more than `MAX_INTERVAL` steps apart.
+    In a run of at least 20 steps, the automatic interval results in 20 to 40 measurements, or more if they would otherwise be
+    more than `MAX_INTERVAL` steps apart.
     """
     return min(max(steps // MEASUREMENTS, 1), MAX_INTERVAL) if probe_every is None else probe_every
 
@@ -68,7 +69,7 @@ class Alignment(Callback):
             self.measure(trainer)
         elif progress.probed != progress.step or not progress.angles:
             # A run must not record measurements that an uninterrupted run would not make. This concerns runs that were resumed
-            # after their last epoch, or were stopped by a callback outside of their config.
+            # after their last epoch, or were stopped by a callback outside their config.
             progress.angles = self.meter.measure()
 
     def measure(self, trainer: Trainer) -> None:
@@ -81,8 +82,8 @@ class Alignment(Callback):
 
 @dataclasses.dataclass(eq=False)
 class Energy(Callback):
-    """Adds up the energy that the machine uses while a run trains. A run that was started without energy counters has no
-    value."""
+    """Adds up the energy that the machine uses while a run trains. The value remains None if the run was started without energy
+    counters."""
 
     meter: EnergyMeter
 
@@ -154,7 +155,8 @@ class Checkpoints(Callback):
 
 @dataclasses.dataclass(eq=False)
 class Display(Callback):
-    """Shows a progress bar on a terminal. Otherwise, it prints a line at most every `LINE_EVERY` seconds.
+    """Shows a progress bar on a terminal. Otherwise, it prints a line at most every `LINE_EVERY` seconds and after the last
+    epoch.
 
     Attributes:
         title: the title of the run.

@@ -161,10 +161,10 @@ def read_bytes(path: Path) -> bytes | None:
 
 
 def parse_json(text: bytes, path: Path) -> Any:
-    """Parse a text in JSON and return its value.
+    """Parse JSON text and return its value.
 
     Raises:
-        RecordError: if it is not JSON, or is nested too deeply.
+        RecordError: if the text is not JSON, or is nested too deeply.
     """
     too_deep = RecordError(path, f"nested deeper than {MAX_DEPTH} levels")
     try:

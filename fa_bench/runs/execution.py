@@ -16,8 +16,8 @@ from fa_bench.errors import ConfigError, first_line
 from fa_bench.mechanisms.compiled import too_old_to_compile
 from fa_bench.runs.logs import log
 
-#: The minimum number of steps in a run for which compile=auto compiles. A graph of resnet20 takes about 30 s to compile and saves
-#: 15 ms per step.
+#: The minimum number of steps that a run must have for compile=auto to compile it. A graph of resnet20 takes about 30 s to
+#: compile and saves 15 ms per step.
 ENOUGH_STEPS = 2000
 
 
@@ -25,11 +25,12 @@ class Execution:
     """The way in which a run executes its forward passes.
 
     Args:
-        options: the run's options `compile`, `graphs`, `precision` and `channels_last`.
+        options: the run's options.
         device: the run's device.
 
     Raises:
-        ConfigError: if the device does not support an option.
+        ConfigError: if the device or the installed software does not support an option, or if graphs=true is set without
+            compile=true.
     """
 
     def __init__(self, options: RunOptions, device: torch.device) -> None:
@@ -50,8 +51,8 @@ class Execution:
             _require_compiler(device)
 
     def products(self) -> AbstractContextManager[Any]:
-        """A context in which matrix products and convolutions have the precision of training. Outside it, where metrics are
-        computed, they have single precision."""
+        """A context in which matrix products and convolutions use TF32 if the run's precision is tf32. Outside it, where
+        metrics are computed, they use single precision."""
         return _tf32() if self.options.precision == "tf32" else _NOTHING
 
     def placed(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -117,7 +118,7 @@ class Execution:
         return run
 
     def step_compiled(self) -> bool:
-        """Whether a graph was compiled since the last call."""
+        """Whether a graph has been compiled since the last call."""
         has_compiled, self._has_compiled = self._has_compiled, False
         return has_compiled
 

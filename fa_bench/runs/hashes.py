@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: The number of hexadecimal digits in every hash.
 DIGITS = 16
-#: The packages that only read runs, so that changes to them do not invalidate any run.
+#: The packages that only read runs, so changes to them do not invalidate any run.
 READERS = ("report", "analyses")
 #: The data hashes that this process has computed. They are kept so that the data of a sweep's finished runs are read only once.
 _data_hashes: dict[str, str] = {}
@@ -29,8 +29,7 @@ clear_cache = _data_hashes.clear
 
 
 def code_hash(plugins: Iterable[str] = (), classes: Iterable[type] = ()) -> str:
-    """A hash of the code that determines a run's results, which is that of this package, of plugins and of the user's own
-    classes.
+    """A hash of the code that determines a run's results: this package, the plugins and the user's own classes.
 
     Args:
         plugins: names of modules, which are imported.

@@ -40,9 +40,9 @@ class Progress:
         compile_seconds: the duration of steps in which torch.compile compiled.
         energy_wh: energy that the machine has used so far, including evaluation and measurements; None if it was not always
             counted.
-        loss_sum, sums, samples: sums over the current epoch's batches: of the loss, of the objective's sums for scores, and of
-            the number of targets that count. They are on the device, except for a number that is known without reading the
-            targets.
+        loss_sum, sums, samples: totals over the current epoch's batches, namely the summed loss, the sums from which the
+            objective computes scores, and the number of targets that count. They are on the device, except that `samples` is an
+            int if it is known without reading the targets.
         probed: the step of the last recorded measurement of alignment metrics.
         measurements: the number of recorded measurements.
         angles: the result of the last measurement, if it was made in the current epoch.
@@ -105,7 +105,7 @@ class Trainer:
         optimizers: the optimizers of the weights and the learned feedback.
         splits: the data.
         options: the run's options: epochs, batch size, seed, ...
-        callbacks: called in this order by each hook of `fa_bench.callbacks.base.Callback`.
+        callbacks: see `fa_bench.callbacks.base.Callback`; their hooks are called in this order.
         progress: the progress of the run, which may be within an epoch.
         external: those of `callbacks` that are not part of the run's config. A stop that they request is not saved in
             checkpoints, so that the run can be resumed without them.
@@ -163,8 +163,7 @@ class Trainer:
         self._call("on_fit_end")
 
     def stop(self, reason: str) -> None:
-        """End the training early. Request that training stops. Hooks of callbacks call this method; calls after the first have no
-        effect.
+        """Request that training ends early. Hooks of callbacks call this method; calls after the first have no effect.
 
         An epoch that has begun is completed, including its evaluation, the hooks `on_epoch_end` of all callbacks and a
         checkpoint. After that, `on_fit_end` is called. A call before the first epoch prevents that epoch. A call in the last
@@ -185,12 +184,12 @@ class Trainer:
 
     @property
     def stop_request(self) -> dict[str, Any] | None:
-        """The reason to stop, and the callback that requested it, or None if that callback is not part of the config. Callbacks
-        of the config take precedence."""
+        """The reason to stop, with the callback that requested it (None if that callback is not part of the config); None if no
+        callback has requested a stop. Requests by callbacks of the config take precedence."""
         return self.progress.stopped or self._external_stop
 
     def agree_on_stop(self) -> None:
-        """Make all processes agree on the first request to stop, in the order of the processes."""
+        """Make all processes adopt the same request to stop, which is that of the first process that has one."""
         requests = self.world.gather((self.progress.stopped, self._external_stop))
         stopped, external = zip(*requests, strict=True)
         self.progress.stopped, self._external_stop = next(filter(None, stopped), None), next(filter(None, external), None)

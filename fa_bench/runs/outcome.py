@@ -57,7 +57,7 @@ def recording_outcome(
         raise error
     finally:
         result |= progress_result(recorder, progress, parts.meter, complete)
-        if raised is None and not trainer.world.rank:  # not after a signal or failure, which must not wait
+        if raised is None and not trainer.world.rank:  # after a signal or failure, the run must end quickly
             result |= {"cost": predicted_cost(job, parts.splits, parts.meter.x[:2], parts.rule.objective)}
         result |= {
             "batches_hash": progress.batches_hash,

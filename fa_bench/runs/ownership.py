@@ -37,7 +37,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 def removable_files(directory: Path, resume: bool) -> Iterator[Path]:
     """Yield the files that a run removes when it starts. Checkpoints are removed first, because checkpoints of other code must
-    not remain after the config is removed.
+    not remain after the config has been replaced.
 
     Args:
         directory: the run's directory.
@@ -57,8 +57,8 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
 
     Args:
         directory: an existing directory.
-        is_own_run: whether the config in it is that of the run; if not, it may contain only files that a run writes before its
-            config.
+        is_own_run: whether the config in the directory is that of the run; if not, the directory may contain only files that a
+            run writes before its config.
 
     Raises:
         RunDirectoryError: if the directory is refused; the message names the files that are not the run's.

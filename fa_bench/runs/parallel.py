@@ -59,8 +59,8 @@ class ProcessLost(Exception):
 
 
 class World:
-    """The processes that train a run together. This class is for a run with a single process, and `Processes` is for one of
-    several processes.
+    """The processes that train a run together. This class is for a run with a single process; its subclass `Processes` is for
+    one of several processes.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -74,14 +74,14 @@ class World:
 
     # -------------------------------------------------------------------------------------------- messages
     def announce(self, message: Any) -> None:
-        """Send a message, which must be JSON, from process 0 to the processes that `listen`."""
+        """Send a message, which must be serialisable as JSON, from process 0 to the processes that `listen`."""
 
     def listen(self) -> Any:
         """Wait for the next message from process 0, without a time limit."""
         raise NotImplementedError
 
     def report(self, line: str) -> None:
-        """Print an error on standard error. If several processes have errors, only the first one prints its error."""
+        """Print an error on standard error. If several processes report errors, only the first report is printed."""
         print(line, file=sys.stderr)
 
     def explained(self, error: BaseException) -> BaseException:
@@ -89,7 +89,7 @@ class World:
         return error
 
     # -------------------------------------------------------------------------------------------- exchanges
-    # Every process must call these at the same point.
+    # Every process must call the methods of this section at the same point.
     def from_main(self, value: Any) -> Any:
         """Return the value that process 0 passed to this method."""
         return value
@@ -144,7 +144,8 @@ class World:
     ) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Yield the micro-batches in this process's part of a batch of `size` samples, each with the weight of its loss.
 
-        The mean over the processes of the sums of the weighted losses is the mean loss of the batch over the targets that count.
+        Summed over the micro-batches and averaged over the processes, the weighted losses amount to the mean loss of the batch
+        over the targets that count.
         """
         count = min(accumulate, len(y))
         if count == 1:
@@ -297,7 +298,7 @@ class Processes(World):
         if self.local_rank >= torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise ConfigError(
-                f"device=cuda: this machine has {count} CUDA devices, one for each process; use "
+                f"device=cuda: each process needs its own CUDA device, but this machine has {count}; use "
                 f"--nproc-per-node={max(count, 1)}, or device=cpu"
             )
         torch.cuda.set_device(self.local_rank)
@@ -392,7 +393,7 @@ def refuse(what: str) -> None:
     if is_started_by_torchrun():
         raise ConfigError(
             f"{what} cannot be started by torchrun, which trains one run in {os.environ['WORLD_SIZE']} processes: "
-            "start it without torchrun, or each of its runs by torchrun --nproc-per-node=N -m fa_bench"
+            "start it without torchrun, or start each of its runs with torchrun --nproc-per-node=N -m fa_bench"
         )
 
 

@@ -17,8 +17,8 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.runs.logs import log
 from fa_bench.utils.process import random_state, restore_random_state
 
-#: The predictions that this process has made, because the runs of a sweep that differ only in their seeds or rates have the same
-#: cost.
+#: The predictions that this process has made. They are reused, because runs of a sweep that differ only in their seeds have the
+#: same cost.
 _KNOWN: dict[Any, dict[str, Any]] = {}
 
 
@@ -40,7 +40,7 @@ def step_costs_of(job: Job, rule: Rule, splits: Splits) -> tuple[Cost, Cost]:
     """The costs of a training step of a job, with its rule and with backpropagation.
 
     Args:
-        job: see `fa_bench.config.scale.scaled`.
+        job: the job as it is trained, see `fa_bench.config.scale.scaled`.
         rule: a rule attached to a model on the CPU that will not be trained; see `fa_bench.metrics.cost.step_costs`.
         splits: the job's data.
     """

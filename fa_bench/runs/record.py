@@ -227,7 +227,7 @@ def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMete
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The peak memory so far, in bytes, of the accelerator's allocator or of this process; None for a process on Windows."""
+    """The peak memory so far, in bytes, of the CUDA allocator or of this process; None for a process on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -256,8 +256,8 @@ def versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def git_state() -> dict[str, Any]:
-    """The commit of the checkout from which fa_bench runs, and whether it has changes. Both are None if fa_bench does not run
-    from a git checkout."""
+    """The commit of the checkout from which fa_bench runs, and whether it has uncommitted changes. Both are None if fa_bench does
+    not run from a git checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The directory of a run, which determines to which run it belongs and how far that run has got."""
+"""The directory of a run, whose files show which run it belongs to and how far that run has got."""
 
 from __future__ import annotations
 
@@ -118,10 +118,8 @@ class RunDirectory:
         return "; ".join(differences) + ("; ..." if len(keys) > 2 else "") if differences else "an older format"
 
     def start(self, resume: bool) -> None:
-        """Begin the run by writing its config. The files of earlier attempts are removed; if the run is resumed, only some of
-        them are.
-
-        The result and half-written files are removed in either case.
+        """Begin the run: remove the files of earlier attempts, and write the config. If the run is resumed, only the result and
+        half-written files are removed.
 
         Raises:
             RunDirectoryError: as in `check`.

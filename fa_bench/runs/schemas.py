@@ -22,7 +22,7 @@ from fa_bench.runs.checked_json import (
     value_of,
 )
 
-#: The statuses with which a run may have ended.
+#: The statuses with which a run may end.
 STATUSES = ("finished", "stopped", "diverged", "failed", "interrupted")
 #: The statuses of runs that ended well: after their last epoch, or because a callback stopped them.
 SUCCESSES = STATUSES[:2]
@@ -45,7 +45,7 @@ _QUANTITIES = nullable(mapping_to(nullable(mapping_to(NUMBER))))
 _LAYERS = nullable(list_of(_TEXT))
 _SCORE = mapping_of(
     {
-        "name": value_of("a name of letters, digits and _, not 'loss'", _is_score_name),
+        "name": value_of("a name of lower-case letters, digits and _ other than 'loss'", _is_score_name),
         "title": _NAME,
         "unit": _TEXT,
         "higher_is_better": value_of("true or false", lambda value: isinstance(value, bool)),

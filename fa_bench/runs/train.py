@@ -69,7 +69,7 @@ def run(
     Raises:
         FaBenchError: if the input cannot be run, or another process has locked the directory.
         Interrupted: after SIGINT or SIGTERM, once a checkpoint and a result with the status interrupted have been written.
-        ProcessLost: if another process that trains the run has ended; it can be resumed from its last checkpoint.
+        ProcessLost: if another process that trains the run has ended; the run can be resumed from its last checkpoint.
     """
     run_dir, world = RunDirectory(directory, job), parallel.current()
     if world.rank:  # process 0 decides, and writes
@@ -99,8 +99,7 @@ def run(
 
 
 def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
-    """Log why a run must restart because resuming it would not give bitwise identical results. Return False, which is the new
-    value of `resume`.
+    """Log why a run restarts instead of resuming, and return False, the new value of `resume`.
 
     Raises:
         RunDirectoryError: if resume=true forbids restarting.

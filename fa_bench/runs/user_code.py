@@ -23,8 +23,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 def source_files(modules: Iterable[str]) -> list[Path]:
     """The source files of the given modules, and of all modules that these import, directly or indirectly.
 
-    The imports are read from the source code, including imports within functions. Modules of fa_bench, of the standard library
-    and of installed distributions are excluded, unless they belong to the packages in `modules`.
+    The imports are read from the source code, including imports within functions. Imported modules of fa_bench are excluded, as
+    are those of the standard library and of installed distributions, except for the packages in `modules`.
     """
     modules = list(modules)
     own = {name.partition(".")[0] for name in modules}
@@ -100,7 +100,7 @@ def _installed() -> set[Path]:
 
 
 def class_parts(classes: Iterable[type]) -> Iterator[str]:
-    """A text that changes with the code of classes without a source file, such as classes in a notebook. It includes the
+    """Yield strings that change with the code of classes without a source file, such as classes in a notebook. They cover the
     functions, classes and plain values that this code uses from the same module."""
     seen: set[int] = set()
     for cls in classes:

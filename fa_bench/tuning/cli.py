@@ -25,7 +25,8 @@ usage: fa-bench-tune [key=value ...]
   fa-bench-tune --config-dir FOLDER ...       add a folder of configs
 
 Every rule gets the same number of trials, optuna chooses values by the validation score, and the best config of each rule is
-trained with new seeds and tested once. The other keys are those of fa-bench. Values to search are written as Hydra's sweeps:
+trained with new seeds and tested once. Keys other than those of the study (see below) are those of
+fa-bench. Values to search are written as Hydra's sweeps:
 
   optimizer.lr='tag(log,interval(1e-3,1))'    a logarithmic range
   optimizer.momentum='interval(0,0.99)'       a range
@@ -40,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``fa-bench-tune``.
 
     Returns:
-        The exit code: 0 if every final run finished; 1 if one failed or diverged; 2 for invalid input, with one or two lines on
-        standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
+        The exit code: 0 if every final run finished or was stopped by a callback; 1 if one failed or diverged, or if there was
+        none; 2 for invalid input, with one or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM,
+        129 after SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     return exit_code(

@@ -36,7 +36,7 @@ COLUMNS, SHOWN, RANGES = 4, 10.0, 3.0
 
 
 def write_figure(studies: Sequence[RuleStudy], path: Path) -> None:
-    """Write the figure as PNG and, in the same folder, as SVG. The same trials always give byte-identical files."""
+    """Write the figure as PNG and, in the same folder, as SVG. The same trials always produce byte-identical files."""
     with_lr = [study for study in studies if LR in study.plan.space]
     rows, columns = -(-(len(with_lr) + 1) // COLUMNS), min(len(with_lr) + 1, COLUMNS)
     figure = new_figure(max(4.0, 2.6 * rows, 0.8 + LINE * len(studies)))

@@ -84,7 +84,7 @@ def check_final(plan: Plan) -> None:
     """Check, before the first trial, that the final runs will use exactly the tuned configs.
 
     Raises:
-        ConfigError: if not; the message names the rule.
+        ConfigError: if a final run would use another config; the message names the rule.
         FaBenchError: if a final run could not start.
     """
     epochs = plan.options.final_epochs or plan.epochs

@@ -36,7 +36,7 @@ MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR = (
 REPORTS = (MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR)
 _FILES = (STUDY, JOURNAL, *REPORTS)
 _FOLDERS = (TRIALS, EXPERIMENT, FINAL)
-#: Files left by a process that was killed before it wrote `STUDY`.
+#: Files that may be left by a process that was killed before it wrote `STUDY`.
 _EARLY = (LOCK, HOLDER, temporary_name(HOLDER), temporary_name(STUDY))
 
 
@@ -133,7 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """The first key in which two studies differ, with both values; empty if the studies are equal."""
     old, new = flatten(there), flatten(json.loads(dump_json(here)))
-    # Keys that the user chose are compared before keys that are derived from them.
+    # Keys that the user chose are compared before the hashes of code and data and the version of optuna.
     order = [*new, *(key for key in old if key not in new)]
     late = ("code", "data", "optuna")
     for key in sorted(order, key=lambda key: (key in late, order.index(key))):

@@ -79,7 +79,7 @@ OWN_KEYS = tuple(field.name for field in option_fields(TuneOptions))
 
 
 def parse_override(text: str) -> Override:
-    """Parse an override, which may be a range of values. Other commands do not accept ranges.
+    """Parse an override, whose value may be an interval. Other commands do not accept intervals.
 
     Raises:
         ConfigError: as in `fa_bench.command.overrides.parse`.

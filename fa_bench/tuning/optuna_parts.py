@@ -22,7 +22,7 @@ class Sampler(NamedTuple):
         arguments: further arguments of the class.
         startup: the number of trials after which the sampler first uses the results of earlier ones; None if it uses none, and 0
             if it chooses the first trials by a method of its own.
-        package: the package that it needs.
+        package: the additional package that it needs; empty if there is none.
     """
 
     cls: str

@@ -27,8 +27,8 @@ from fa_bench.tuning.space import Dimension, as_typed, declared, dimension, valu
 from fa_bench.utils.files import check_writable, refuse_root
 
 ALGORITHM, SEED, OUTPUT = "algorithm", "seed", "output_dir"
-#: Keys that cannot be searched. The only keys of a dataset that can be searched are those of augmentation, because they affect
-#: only the training images.
+#: Keys that cannot be searched. The only key of a dataset that can be searched is that of augmentation, because it affects only
+#: the training images.
 _SAME = ("epochs", "scale", "device", *VOLATILE)
 _AUGMENTATION = ("dataset.augment",)
 #: Name of the folder, within the study's folder, that contains the runs of the trials.
@@ -309,7 +309,7 @@ def _directory(options: TuneOptions, job: Job, experiment: Any) -> Path:
 
 
 def _check(plan: Plan) -> None:
-    """Check the default config of each rule, the ends of its search space, and the study's folder.
+    """Check the default config of each rule, the extremes of its search space, and the study's folder.
 
     Raises:
         FaBenchError: if one of them cannot be used; the message names the key.

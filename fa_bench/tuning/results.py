@@ -1,4 +1,4 @@
-"""The tables of a study: one row per rule, and one row per trial."""
+"""The tables of a study, one with a row per rule and one with a row per trial."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def markdown(plan: Plan, studies: Sequence[RuleStudy], table: pd.DataFrame) -> s
         f"- {escape_markdown(study.plan.rule)}: "
         + ", ".join(
             f"`{key}={one.text}` (default `{as_typed(default := study.plan.default[key])}`"
-            f"{'' if one.contains(default) else ', outside of the range'})"
+            f"{'' if one.contains(default) else ', outside the range'})"
             for key, one in study.plan.space.items()
         )
         for study in studies

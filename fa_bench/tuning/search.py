@@ -1,4 +1,4 @@
-"""The search, which asks for trials, runs them in this process or in workers, and counts them."""
+"""Run the trials of a study, in this process or in workers, and store their outcomes."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def progress(plan: Plan, studies: Sequence[RuleStudy]) -> Iterator[Report]:
     """Show a progress bar over all trials on a terminal, and print one line for each trial."""
     total = plan.options.budget * len(studies)
     done = sum(len(study.finished) for study in studies)
-    # The progress bar is drawn on standard error. A line that is written through the progress bar stays above the bar.
+    # The bar is drawn on standard error, and `tqdm.write` keeps the printed lines above it.
     with tqdm(total=total, initial=done, desc="trials", unit="trial", disable=None, leave=False, dynamic_ncols=True) as bar:
 
         def report(study: RuleStudy, finished: Finished) -> None:

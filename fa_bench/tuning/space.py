@@ -63,7 +63,7 @@ class Dimension:
 
     @property
     def distribution(self) -> BaseDistribution:
-        """As optuna's distribution."""
+        """The dimension as an optuna distribution."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choices:
@@ -233,7 +233,7 @@ def shown(value: Any) -> str:
 
 
 def value_at(job: Job, key: str) -> Any:
-    """The value of a key in a checked config. Raises KeyError if the config does not have the key."""
+    """The value of a key in a checked config. Raises KeyError or TypeError if the config does not have the key."""
     return functools.reduce(lambda node, part: node[part], key.split("."), job.plain())
 
 

@@ -35,7 +35,7 @@ JOURNAL = "study.journal"
 #: Magnitude of the value assigned to a trial that diverged or failed, if the score has no worst value and no other trial has a
 #: score.
 HUGE = 1e6
-#: The relative difference up to which two scores are a tie.
+#: The relative difference up to which two scores count as a tie.
 _TIE = 1e-9
 
 
@@ -171,7 +171,7 @@ class RuleStudy:
         usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
         merits = [self.score.merit(trial.outcome.value or 0.0) for trial in usable]
         highest = max(merits, default=0.0)
-        # Means of the same scores in another order differ by rounding, so they count as a tie.
+        # Means of the same scores in a different order may differ by rounding, so they count as a tie.
         return next(
             (trial for trial, merit in zip(usable, merits, strict=True) if math.isclose(merit, highest, rel_tol=_TIE)), None
         )
@@ -224,7 +224,7 @@ def open_journal(directory: Path) -> JournalStorage:
             file.truncate(content.rfind(b"\n") + 1)
             os.fsync(file.fileno())
         if lines := content[: content.rfind(b"\n") + 1].splitlines():
-            json.loads(lines[-1])  # optuna ignores a last line that is not JSON, but cannot read lines that it adds after it
+            json.loads(lines[-1])  # optuna ignores a last line that is not JSON, but could not read lines appended to it
     return JournalStorage(JournalFileBackend(str(path), lock_obj=_NoLock()))  # type: ignore[arg-type]
 
 

@@ -31,7 +31,7 @@ class Outcome:
         epochs: number of epochs trained, over all seeds.
         seconds: training time in seconds, over all seeds.
         reason: why it diverged or failed, or was pruned.
-        reported: the validation scores after each epoch, if they were given to a pruner.
+        reported: the validation scores after each epoch, if they were reported to a pruner.
         system: the attributes that the pruner recorded in the trial.
     """
 

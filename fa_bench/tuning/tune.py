@@ -38,7 +38,7 @@ class TuneResult:
         trials: one row per trial, as in trials.csv, with the training time in seconds.
         directory: the study's folder.
         text: the table for a terminal.
-        code: the exit code: 0 if all final runs finished, else 1.
+        code: the exit code, which is 0 if there are final runs and all of them finished or were stopped by a callback, else 1.
     """
 
     table: pd.DataFrame
@@ -52,7 +52,7 @@ class TuneResult:
 
 
 def tune(overrides: Sequence[str], config_dir: str | None = None) -> TuneResult:
-    """Tune, train the best configs with the final seeds, and write the tables.
+    """Tune, train the best configs with the final seeds, and write the tables and the figure.
 
     Args:
         overrides: the overrides of the command line.

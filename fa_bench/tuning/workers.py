@@ -18,7 +18,7 @@ from fa_bench.utils.stopping import interrupt_on_signals
 
 #: Seconds to wait for the workers' checkpoints after a signal.
 SHUTDOWN_SECONDS = 10.0
-#: tqdm reads this environment variable when it is imported; it turns off the workers' progress bars, which would overwrite each
+#: tqdm reads this environment variable at import. Setting it turns off the workers' progress bars, which would overwrite each
 #: other.
 _NO_BARS = "TQDM_DISABLE"
 
@@ -28,7 +28,8 @@ class Workers:
 
     Args:
         count: the number of processes.
-        threads: CPU threads per process: as many as in the process that starts them, because their number changes rounding.
+        threads: CPU threads of the process that starts the workers. Each worker uses the same number if it has enough cores,
+            because the number changes rounding.
     """
 
     def __init__(self, count: int, threads: int) -> None:
@@ -56,7 +57,7 @@ class Workers:
         self._connections[worker].send(trial)
 
     def results(self, busy: list[int]) -> Iterator[tuple[int, Outcome]]:
-        """Wait until at least one of the busy workers has finished, and return the outcomes of those that have.
+        """Wait until at least one of the busy workers has finished, and yield each worker that has, with its outcome.
 
         Raises:
             FaBenchError: raised by a trial, or if a worker has ended.

@@ -164,7 +164,8 @@ def test_directories_say_what_is_in_them(capsys: pytest.CaptureFixture[str]) -> 
     assert main([*TINY, "hydra.run.dir=run"]) == 0
     assert re.search(r"\n  run: finished: test accuracy \d+\.\d\d%$", said([*TINY, "hydra.run.dir=run"], capsys).rstrip())
     other = said([*TINY, "hydra.run.dir=run", "optimizer.lr=0.3"], capsys)
-    assert "\n  run: belongs to another config" in other and "optimizer.lr=0.05 there, 0.3 here" in other
+    assert "\n  run: cannot be used (belongs to a run with another config" in other
+    assert "optimizer.lr=0.05 there, 0.3 here" in other
 
 
 def test_states_of_a_directory() -> None:
@@ -181,7 +182,7 @@ def test_states_of_a_directory() -> None:
     (place / RESULT).write_text("{")
     assert describe(place, job).startswith("unfinished: run/result.json: unreadable")
     (place / CONFIG).unlink()
-    assert describe(place, job).startswith("belongs to another config; fa-bench would refuse it (contains metrics.jsonl")
+    assert describe(place, job).startswith("cannot be used (contains metrics.jsonl")
 
 
 def test_grid_counts_its_directories(capsys: pytest.CaptureFixture[str]) -> None:
