@@ -22,16 +22,16 @@ class ActivationAlignment(InputAlignmentRule):
         gradient of B = (2 α B - β W) C,  C = mean xᵀ x
 
     With β = 2 α, the gradient is 2 α (B - W) C, and the fixed point on the span of the layer's inputs x is W. With other values,
-    the fixed point on this span is (β / 2 α) W. Outside this span, B never changes.
+    the fixed point on this span is (β / 2 α) W. Outside this span, the gradient of B is zero.
 
     Means are over samples and, for convolutions and tokens, over output positions. We did not verify how the paper normalises
     over positions. For a convolution, x Bᵀ is the output of the convolution with the kernel B.
 
     The options ``alpha`` and ``beta``, which set α and β, default to the values in the released code. With ``update_forward``,
-    the loss also trains W, with the gradient (2 α W - β B) C. The options ``signal`` and ``noise_batch`` replace x with noise. B
-    changes slowly with the code's α and β; ``b_lr_scale`` raises its learning rate relative to that of W. The code's centred and
-    normalised activations, delays and alternating steps are not implemented. The paper's tuned settings are not public, so none
-    of our results reproduces the paper.
+    the loss also trains W, with the gradient (2 α W - β B) C. With ``signal=noise``, ``noise_batch`` samples of noise replace x.
+    B changes slowly with the code's α and β; ``b_lr_scale`` raises its learning rate relative to that of W. The code's centred
+    and normalised activations, delays and alternating steps are not implemented. The paper's tuned settings are not public, so
+    none of our results reproduces the paper.
     """
 
     equations = (

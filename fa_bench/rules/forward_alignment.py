@@ -190,7 +190,8 @@ class ForwardAlignment(EdgeRule):
         Args:
             given: the model's arguments, with keyword arguments last.
             true: the inputs of the layers in the first pass.
-            count: how many of these layers, counted from the first, need their inputs in the second pass, which are returned.
+            count: how many of these layers, counted from the first, need their inputs in the second pass; these inputs are
+            returned.
             names: the ``repr`` of the layers and the names of the keyword arguments.
         """
         paths, keywords = ast.literal_eval(names)
@@ -200,7 +201,7 @@ class ForwardAlignment(EdgeRule):
         return [current.random[path].clone(memory_format=torch.contiguous_format) for path in paths[:count]]
 
     def _run_second_pass(self, current: Pass, args: Any, kwargs: Any) -> None:
-        """Run a second forward pass in which every layer gets its input from the first pass and uses C instead of its weight."""
+        """Run a second forward pass in which the layers with a C get their inputs from the first pass and use C as the weight."""
         from fa_bench.mechanisms.contexts import set_temporarily, without_side_effects
         from fa_bench.mechanisms.weighted_layers import bias_name, weight_name, weight_parameter
 

@@ -31,7 +31,7 @@ class PredSim(LocalRule):
 
     Every hidden activation a has the following loss:
 
-        (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples,
+        (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples.
 
     Here β is the option `beta`, D a linear decoder, and y the one-hot labels. K is a 3x3 convolution without bias that keeps the
     number of channels or, for flat activations, a linear layer that keeps the number of features. S computes the cosines between
@@ -41,9 +41,9 @@ class PredSim(LocalRule):
     ``loss=predsim``, the error of the output layer is (1-β) times the true error; otherwise, it is the true error.
 
     D averages maps to at most `decoder_size` features. The weight of D is initially zero (`decoder_init`); its bias, which
-    `decoder_bias=false` removes, has PyTorch's default. These values, the divisor of the standard deviation (positions minus one)
-    and β are those of the paper's code. The paper uses leaky ReLU, dropout, no decay and Adam at 5e-4, multiplied by 0.25 at 50,
-    75, 88 and 94 % of the epochs.
+    `decoder_bias=false` removes, has PyTorch's default initial values. These values, the divisor of the standard deviation
+    (positions minus one) and β are those of the paper's code. The paper uses leaky ReLU, dropout, no decay and Adam at 5e-4,
+    multiplied by 0.25 at 50, 75, 88 and 94 % of the epochs.
 
     ``loss=pred decoder_init=pytorch decoder_bias=false`` is Mono-Forward (Gong, Li and Abdulla 2025, arXiv 2501.09238) with all
     layers trained simultaneously. D is their goodness matrix M (C, features), with scores a Mᵀ. ``experiment=mono_forward`` lists
