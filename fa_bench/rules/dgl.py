@@ -55,7 +55,7 @@ class DGL(ModuleRule):
         r"e_{a_m} &= \frac{\partial \mathcal{L}_m}{\partial a_m}",
     )
 
-    larger_batches = "use larger batches, drop the last incomplete one, or use auxiliary_net=linear, which has no batch normalisation"
+    larger_batches = "use larger batches, drop the last incomplete one, or use auxiliary_net=linear (no batch normalisation)"
     auxiliary_net: str = option("mlp_sr", "the auxiliary nets", choices=["mlp_sr", "mlp", "linear"])
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
