@@ -12,8 +12,8 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("activation_alignment")
 @dataclasses.dataclass(eq=False)
 class ActivationAlignment(InputAlignmentRule):
-    """Activation alignment: a local loss on the outputs of a layer's weights and of its feedback pulls the feedback towards the
-    weights.
+    """Activation alignment: a local loss that compares the outputs of feedback and weights for the layer's inputs pulls the
+    feedback towards the weights.
 
     The rule combines the primitives sparse and amp of Kunin et al. 2020 (arXiv 2003.01513) and of the code released with that
     paper.

@@ -79,8 +79,8 @@ class ASFPLC(ASFP):
 
     No code was published, so the following are our choices. The blocks are those that the model declares (``model.blocks``), such
     as the stem and the residual blocks, or those that end with the modules in ``cuts``. The stem has its own classifier, which
-    trains its normalisation; after a frozen stem without normalisation, the classifier does not learn. Activations are shared
-    across blocks as in `asfp`. Local classifiers are used only in training, so their batch normalisation always uses batch
+    trains the stem's normalisation; after a frozen stem without normalisation, the classifier does not learn. Activations are
+    shared across blocks as in `asfp`. Local classifiers are used only in training, so their batch normalisation always uses batch
     statistics. Batch normalisation therefore rejects a batch of one sample, and each data-parallel rank has its own statistics.
     """
 
@@ -97,7 +97,7 @@ class ASFPLC(ASFP):
 
     def wire(self, sample_input: Any) -> Coverage:
         local: Any = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
-        # This rule and the classifiers share one mode, so that a measurement covers both.
+        # This rule and the classifiers share one mode, so that `exact` and measurements apply to both.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
         local.objective, local._frozen, local._structure, local._uses_outside = self.objective, self._frozen, None, {}
         local.first_pass = None

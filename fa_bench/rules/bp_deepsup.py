@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("bp_deepsup")
 @dataclasses.dataclass(eq=False)
 class BPDeepSup(LocalRule):
-    """Backpropagation with deep supervision: every hidden activation has a classifier, and its loss is added to that of the
+    """Backpropagation with deep supervision: every hidden activation has a classifier, whose loss is added to that of the
     network.
 
     This rule is the reference for rules with local losses (Chen 2026, arXiv 2606.06539). Deep supervision is due to Lee et

@@ -32,7 +32,7 @@ class BRSF(FRSF):
     )
 
     def notes(self) -> tuple[str, ...]:
-        return ("M is sampled at every training forward pass: each micro-batch has its own M.",)
+        return ("M is sampled in every training forward pass, so each micro-batch has its own M.",)
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         super().pathway(layer)

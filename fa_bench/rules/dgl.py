@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 class DGL(ModuleRule):
     """Decoupled greedy learning: each block learns from its own auxiliary classifier.
 
-    The rule is due to Belilovsky, Eickenberg and Oyallon 2020. All modules are trained simultaneously.
+    The rule is due to Belilovsky, Eickenberg and Oyallon 2020. All blocks are trained simultaneously.
 
     The network is a chain of modules, which are the blocks that the model declares. Each module except the last is followed by an
     auxiliary network A, and both learn by exact backpropagation of the objective's loss, such as CE(A(a), labels), where a is the
     module's output. No error passes from one module to another. The last module learns from the network's own classifier and
     loss. For a map a with C channels and size H x W, `auxiliary_net` selects A as follows:
 
-    - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉ is followed by three stages, each with a 1x1 convolution from C to C channels
-      without bias, batch normalisation and ReLU. Average pooling to 2x2 is followed by three more stages, each with a linear
-      layer from 4C to 4C features, batch normalisation and ReLU, and by a linear layer to the classes.
+    - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉ is followed by three stages, each with a bias-free 1x1 convolution from C to C
+      channels, batch normalisation and ReLU. Average pooling to 2x2 is followed by three more stages, each with a linear layer
+      from 4C to 4C features, batch normalisation and ReLU, and by a linear layer to the classes.
 
     - mlp: the same layers without the three convolutional stages.
 

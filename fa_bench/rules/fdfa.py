@@ -46,7 +46,7 @@ class FDFA(JacobianRule):
     positions.
 
     B starts at zero, as in the code (``b_init``). The gradient of B is multiplied by the factor by which the loss was scaled, so
-    that micro-batches and gradient scalers give the right mean. Gradient clipping includes the gradient of B in the norm. Each
+    that the mean is right with micro-batches and gradient scalers. Gradient clipping includes the gradient of B in the norm. Each
     sample has its own noise, which changes if a batch is split into micro-batches or across data-parallel ranks; all ranks hold
     the same B. In the code, only the optimizer of W has a schedule.
     """

@@ -59,7 +59,7 @@ class RandomForward(TransposeFeedback):
                 self.observe(layer, x)
             return BackwardContext(self.effective(layer))
         if recomputing():
-            # This context must contain the same tensors as the one from the first pass, which includes the activation.
+            # This context must contain the same tensors as that of the first pass, including the activation.
             return BackwardContext(self.effective(layer), activation=None if self.first else refuse_reentrant(self.rule.name))
         if current is None and layer.mode.freeze_random:
             return BackwardContext(self.effective(layer))  # a metric runs only this layer
@@ -142,7 +142,7 @@ class ForwardAlignment(EdgeRule):
         """The input of a layer for use after the pass; this is a copy if the model changes the input in place."""
         return x.clone() if path in self._changed_in_place else x
 
-    # A second pass is started neither by the second pass itself nor by a pass that activation checkpointing repeats.
+    # Neither the second pass itself nor a pass that activation checkpointing repeats starts a second pass.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
         if self.mode.training and not recomputing():

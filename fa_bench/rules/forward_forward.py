@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: This number is added to the root mean square of an activation before the activation is divided by it, as in the code that the
-#: docstring names.
+#: Added to the root mean square by which an activation is divided, as in the code that the docstring names.
 _TINY = 1e-8
 #: The momentum of the running mean of a unit's activity, and the initial value of this mean; both are from the same code.
 _MOMENTUM, _START = 0.9, 0.5
@@ -183,7 +182,7 @@ class ForwardForward(DrawingRule, PassRule):
         return output if connected is None else connected
 
     def _marked(self, x: Tensor, label: Tensor) -> Tensor:
-        """The inputs (N, ...), with the row of the label, (N, C) or (1, C), as their first values, normalised."""
+        """The inputs (N, ...), in which the row of the label, (N, C) or (1, C), replaces the first values, normalised afterwards."""
         marked = x.flatten(1).clone()
         marked[:, : self._classes] = label * self.label_scale
         return _normalised(marked).view(x.shape)

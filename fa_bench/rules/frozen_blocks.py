@@ -67,8 +67,8 @@ class FrozenBlocks(BP):
         blocks = blocks_of(self.model, sample_input, self.blocks)
         if not blocks:
             raise CoverageError(
-                f"rule '{self.name}': no module that ends a block was called in a forward pass, or none has "
-                f"parameters before its end (blocks: {names(sorted(block_ends(self.model, self.blocks)))})"
+                f"rule '{self.name}': no module that ends a block was called in a forward pass, or no block has "
+                f"parameters (blocks: {names(sorted(block_ends(self.model, self.blocks)))})"
             )
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         learns = {id(parameters[name]) for name in embedding_of(self.model, blocks)}

@@ -29,7 +29,7 @@ class Regression:
         noise: layer -> the noise at its input in each of its calls.
         slopes: the effect of the noise on each sample's loss, (N,); None before the backward pass.
         scale: N over the scale of the loss.
-        calls: layer -> its calls in the first pass so far.
+        calls: layer -> the number of its calls so far in the first pass.
     """
 
     def __init__(self) -> None:

@@ -25,10 +25,10 @@ class PC(EnergyRule):
 
         v_l ← μ v_l + ∂E/∂s_l,    ∂E/∂s_l = e_l - (∂f_{l+1}/∂s_l)ᵀ e_{l+1},    s_l ← s_l - η v_l.
 
-    For the last state, the gradient of L at the output replaces -e_{l+1}. A state depends only on its neighbours, so errors move
-    by one block per step; with fewer steps than states, the first blocks do not learn. Then every block learns from the gradient
-    of E / N with the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient of the loss at the
-    final state. `epc` has the same minima, and its errors reach all blocks in the first step.
+    For the last state, the gradient of L at the output replaces -e_{l+1}. The update of a state depends only on its neighbours,
+    so errors move by one block per step; with fewer steps than states, the first blocks do not learn. Then every block learns
+    from the gradient of E / N with the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient
+    of the loss at the final state. `epc` has the same minima, and its errors reach all blocks in the first step.
 
     **When this is backpropagation.** After a few small steps without momentum, the error d blocks before the last cut is -(T
     choose d + 1) η^(d + 1) times the error of backpropagation, to leading order in η, where T is the number of steps. Each hidden
@@ -48,9 +48,9 @@ class PC(EnergyRule):
 
     The equations come from the code and a derivation; we did not check them against a paper. Nudged outputs, weight updates in
     every step (iPC) and the scaling of μPC are not implemented. The default of 20 steps of 0.1 without momentum is our choice.
-    The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and its VGG-5 in the code of the `epc` paper uses 8 steps
-    of 0.0266. E is a sum over samples, so the optimisation of the states does not depend on the batch size. If the output has
-    positions, E is also a sum over positions.
+    The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and the VGG-5 of PCX uses 8 steps of 0.0266 in the code of
+    the `epc` paper. E is a sum over samples, so the optimisation of the states does not depend on the batch size. If the output
+    has positions, E is also a sum over positions.
 
     Since the rule delivers no errors at activations, there are no delta angles; ``probes=[energy]`` compares gradients instead.
 

@@ -53,8 +53,8 @@ class ProductFeedback(FeedbackPathway):
 
 @dataclasses.dataclass(eq=False)
 class ProductRule(EdgeRule):
-    """Base class of rules with product feedback. Subclasses define the number of intermediate units in `between` and sample B in
-    `first`."""
+    """Base class of rules with product feedback. Subclasses define the number of intermediate units with `between` and sample B
+    with `first`."""
 
     r_init: str = init_option("R")
 

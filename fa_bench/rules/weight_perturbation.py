@@ -27,7 +27,7 @@ class WeightPerturbation(DrawingRule, PassRule):
     2305.17333, official code). Let θ be all trained parameters, v standard normal noise with the shape of θ, ε the option
     `epsilon`, and L the loss of the batch. Then
 
-        gradient of θ = c v,    c = (L(θ + εv) - L(θ - εv)) / 2ε,
+        gradient of θ = c v,    c = (L(θ + εv) - L(θ - εv)) / 2ε.
 
     This estimate of the gradient is unbiased up to O(ε²), and c is an exact directional derivative if L is quadratic. The
     expected cosine to the true gradient decreases like 1/√P with the number P of parameters, so the rule is a baseline for
