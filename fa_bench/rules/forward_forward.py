@@ -182,7 +182,7 @@ class ForwardForward(DrawingRule, PassRule):
         return output if connected is None else connected
 
     def _marked(self, x: Tensor, label: Tensor) -> Tensor:
-        """The inputs (N, ...) after the row of the label, (N, C) or (1, C), has replaced their first values; then normalised."""
+        """The inputs (N, ...), normalised after the row of the label, (N, C) or (1, C), has replaced their first values."""
         marked = x.flatten(1).clone()
         marked[:, : self._classes] = label * self.label_scale
         return _normalised(marked).view(x.shape)
