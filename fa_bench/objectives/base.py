@@ -155,7 +155,7 @@ def reduce(losses: Tensor, reduction: str) -> Tensor:
 
 def one_hot(target: Tensor, like: Tensor) -> Tensor:
     """The targets with the shape and dtype of the outputs `like`, (N, C); class indices become one-hot rows, and real-valued
-    targets are kept."""
+    targets keep their values."""
     if target.is_floating_point():
         return target.to(like.dtype)
     return like.new_zeros(like.shape).scatter_(1, target.unsqueeze(1), 1)

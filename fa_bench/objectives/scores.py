@@ -12,7 +12,7 @@ PARTS = ("train", "val", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One score.
+    """A score of a task.
 
     Attributes:
         name: the name in keys of records, which have one key for each part of the dataset: ``val_accuracy``.

@@ -32,10 +32,10 @@ class Muon(OptimizerOptions):
         X <- X / ‖X‖, then five times (``ns_steps``) X <- a X + (b A + c A²) X,  A = X Xᵀ, (a, b, c) = (3.4445, -4.7750, 2.0315)
         W <- (1 - lr λ) W - lr s X,  s = √max(1, rows / columns) (``adjust_lr``)
 
-    The update does not depend on the norm of G. Learned feedback with the gradient of W gets the same update as W, so only the
-    decoupled decay changes W - B, as with AdamW: ‖W - B‖ = ‖W(0) - B(0)‖ Π (1 - lr λ). Without weight decay, the feedback of `kp`
-    therefore does not align. In `pfa_o` with its ratio of 1, only the decoupled decay changes W - B R, too. In `pfa`, W - B R
-    changes in other ways as well, because the update is not linear in the gradient.
+    Scaling all gradients by the same factor does not change the updates. Learned feedback with the gradient of W gets the same
+    update as W, so only the decoupled decay changes W - B, as with AdamW: ‖W - B‖ = ‖W(0) - B(0)‖ Π (1 - lr λ). Without weight
+    decay, the feedback of `kp` therefore does not align. In `pfa_o` with its ratio of 1, only the decoupled decay changes
+    W - B R, too. In `pfa`, W - B R changes in other ways as well, because the update is not linear in the gradient.
 
     ``layers=hidden`` leaves the first and the last layer to AdamW, as the usual recipes do. ``exclude`` lists further layers that
     AdamW trains together with their feedback. AdamW also trains biases, normalisation layers, embeddings and position tables. The

@@ -1,4 +1,4 @@
-"""The pair of optimizers that trains weights and learned feedback."""
+"""The optimizers that train weights and learned feedback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Optimizers:
-    """Trains the weights and the learned feedback, in the same parameter group or with separate optimizers.
+    """Trains the weights and the learned feedback, with the same optimizer or with separate ones.
 
     Args:
         options: the optimizer of the weights.
@@ -74,8 +74,8 @@ class Optimizers:
     def share_gradients(self) -> None:
         """Stop backward passes from computing a separate gradient for learned feedback that has the same gradient as a weight.
 
-        The method has an effect only for fused optimizers and for training by a single process; in all other cases, nothing
-        changes.
+        The method has no effect unless all optimizers are fused. It must not be called in data-parallel training, where every
+        process waits for the gradients of all parameters.
         """
         if all(optimizer.defaults.get("fused") for optimizer in self.optimizers):
             self._shared = self._rule.shared_gradients()

@@ -40,7 +40,8 @@ def option(
     Args:
         default: lists and nested options are copied for each instance.
         help: one sentence for ``--help``, with units.
-        choices: the allowed strings; for a list, the strings allowed as items. A registry is read only when a value is checked.
+        choices: the allowed strings; for a list, the strings allowed as items. If this is a registry, it is
+            read only when a value is checked.
         with_options: whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``.
         minimum: the smallest allowed value; for a list, the smallest allowed item.
         above: exclusive lower bound.
@@ -85,7 +86,7 @@ class Options:
     name: ClassVar[str] = ""
     #: The allowed names if this component is nested in another one.
     kinds: ClassVar[Collection[str]] = ()
-    #: The sweeps that fa-bench-tune searches by default, by option and in command-line syntax, such as ``choice(0,1e-4)``.
+    #: Option -> the values that fa-bench-tune searches by default, in command-line syntax, such as ``choice(0,1e-4)``.
     search_space: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:

@@ -1,5 +1,4 @@
-"""Imports plugins, which are modules named on the command line or provided by installed distributions. Importing a plugin may
-raise any exception."""
+"""Imports plugins, which are modules named on the command line or provided by installed distributions."""
 
 from __future__ import annotations
 

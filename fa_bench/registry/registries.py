@@ -1,4 +1,5 @@
-"""The registries of components, with one for each config group and one for each kind of component that options select by name."""
+"""The registries of components: one for each config group, one for each kind of component that an option selects by name, and one
+for analyses."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ C = TypeVar("C", bound="type[Options]")
 
 
 class Registry(Mapping[str, "type[T]"], Generic[T]):
-    """The components of one config group, which are loaded by importing a package and the installed plugins.
+    """The components of one kind, which are loaded by importing a package and the installed plugins.
 
     Args:
-        kind: the config group, for example ``algorithm``.
+        kind: the kind, such as ``algorithm`` or ``schedule``, for messages.
         package: the package (or module) that contains the components; imported at the first lookup.
         base: the base class of the components, as ``module:Class``; imported when the first one is registered.
     """

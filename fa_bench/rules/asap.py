@@ -22,16 +22,16 @@ class ASAP(SharingRule):
 
     The rule is Algorithm 1 of Woo et al. 2021 (eqs 39-42).
 
-    The rule computes e_in = g B; gradient of W = gradient of B = gᵀ h̃ (for convolutions, the weight gradient of h̃ and g). The
-    activation h̃ comes from an earlier layer and is shared by ``k`` layers; ``match`` resizes it to the shape of the true input
-    x. Activations are counted from the stem's output, and activation s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2. Layers
-    whose input is activation 1 use their own input, so they learn by Kolen-Pollack. Biases and normalisation layers learn as
-    usual.
+    The rule computes e_in = g B; gradient of W = gradient of B = gᵀ h̃ (for convolutions, the weight gradient for the input h̃
+    and the error g). The activation h̃ comes from an earlier layer and is shared by ``k`` layers; ``match`` resizes it to the
+    shape of the true input x. Activations are counted from the stem's output, and activation s = 1 + k ⌊(p - 2)/k⌋ replaces
+    activation p ≥ 2. Layers whose input is activation 1 use their own input, so they learn by Kolen-Pollack. Biases and
+    normalisation layers learn as usual.
 
     B (``b_init``) learns with the optimizer, learning rate, momentum and decay of W. The first layer keeps its random weights
-    (``freeze_stem``), but its normalisation learns. As in the paper's code, fully connected layers use their own input and a
-    fixed B that is uniform in [-1, 1) (``linear=fa``, ``linear_b_init``). ``match=random`` replaces copying and pooling with a
-    fixed random 1x1 convolution P.
+    (``freeze_stem``), but the normalisation after it learns. In networks with convolutions, fully connected layers use their own
+    input and a fixed B that is uniform in [-1, 1), as in the paper's code (``linear=fa``, ``linear_b_init``). ``match=random``
+    replaces copying and pooling with a fixed random 1x1 convolution P.
 
     ``transport=true`` replaces B with W in all convolutions and in every layer that uses a shared activation. As in the paper's
     code, fully connected layers that use their own input keep their fixed B. To replace B with W in these layers as well, list

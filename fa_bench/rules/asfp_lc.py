@@ -70,18 +70,18 @@ class ASFPLC(ASFP):
 
     The rule is "ASFP + LC" in Table 2 of Woo et al. 2021.
 
-    The model is a chain of blocks, and no error passes between blocks. Every block except the last learns from CE(s, labels) with
-    a local classifier s = BN(V p + c), where p is the block's activation, averaged to ``pool`` x ``pool`` and flattened. The last
-    block uses the network's own classifier. A local classifier learns by feedback alignment: the error at p is g B, where B is
-    fixed and uniform in [-1, 1) (``linear_b_init``), and V, c and BN learn with the optimizer of W. Within a block, the rule is
-    `asfp` with its options `k`, `match`, `linear` and `b_init`: e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the
-    shared activation h̃.
+    The model is a chain of blocks, and no error passes between blocks. Every block except the last learns from the objective's
+    loss, such as CE(s, labels), of a local classifier s = BN(V p + c), where p is the block's activation, averaged to ``pool`` x
+    ``pool`` and flattened. The last block uses the network's own classifier. A local classifier learns by feedback alignment: the
+    error at p is g B, where B is fixed and uniform in [-1, 1) (``linear_b_init``), and V, c and BN learn with the optimizer of W.
+    Within a block, the rule is `asfp` with its options `k`, `match`, `linear` and `b_init`: e_in = g B; gradient of W = gᵀ x;
+    gradient of B = gᵀ h̃ with the shared activation h̃.
 
     No code was published, so the following are our choices. The blocks are those that the model declares (``model.blocks``), such
     as the stem and the residual blocks, or those that end with the modules in ``cuts``. The stem has its own classifier, which
-    trains its normalisation; a frozen stem without normalisation has no classifier. Activations are shared across blocks as in
-    `asfp`. Local classifiers are used only in training, so their batch normalisation always uses batch statistics. Batch
-    normalisation therefore rejects a batch of one sample, and each data-parallel rank has its own statistics.
+    trains the stem's normalisation; after a frozen stem without normalisation, the classifier does not learn. Activations are
+    shared across blocks as in `asfp`. Local classifiers are used only in training, so their batch normalisation always uses batch
+    statistics. Batch normalisation therefore rejects a batch of one sample, and each data-parallel rank has its own statistics.
     """
 
     equations = (
@@ -97,7 +97,7 @@ class ASFPLC(ASFP):
 
     def wire(self, sample_input: Any) -> Coverage:
         local: Any = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
-        # This rule and the classifiers share one mode, so that a measurement covers both.
+        # This rule and the classifiers share one mode, so that `exact` and measurements apply to both.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
         local.objective, local._frozen, local._structure, local._uses_outside = self.objective, self._frozen, None, {}
         local.first_pass = None

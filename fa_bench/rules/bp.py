@@ -1,4 +1,4 @@
-"""Backpropagation, the reference for every metric."""
+"""Backpropagation, the reference for all other rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("bp")
 @dataclasses.dataclass(eq=False)
 class BP(Rule):
-    """Backpropagation, which is the reference for every metric.
+    """Backpropagation, the reference with which all other rules are compared.
 
     The rule computes e_in = g W; gradient of W = gᵀ x; gradient of b = Σ g (Rumelhart, Hinton and Williams 1986; eqs 1-2 of
     Akrout et al. 2019).
@@ -31,7 +31,7 @@ class BP(Rule):
     )
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
-        """A dict {id of a frozen parameter: the reason}."""
+        """A dict {id of a frozen parameter: the text about its error in the coverage table}."""
         return {}
 
     def wire(self, sample_input: Any) -> Coverage:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("bp_deepsup")
 @dataclasses.dataclass(eq=False)
 class BPDeepSup(LocalRule):
-    """Backpropagation with deep supervision: every hidden activation has a classifier, and its loss is added to that of the
+    """Backpropagation with deep supervision: every hidden activation has a classifier, whose loss is added to that of the
     network.
 
     This rule is the reference for rules with local losses (Chen 2026, arXiv 2606.06539). Deep supervision is due to Lee et
     al. 2015. The loss is
 
-        loss = L(z) + w Σ L(D_l(a_l)),    the sum over the cuts l,
+        loss = L(z) + w Σ L(D_l(a_l)),    where the sum is over the cuts l.
 
     Here L is the objective's mean loss, z the logits, a_l the activation at a cut, D_l a linear classifier, and w the option
     `weight`. All weights learn from the exact gradient of this sum. Errors pass through the weights and across the cuts, so this
@@ -37,7 +37,7 @@ class BPDeepSup(LocalRule):
 
     The cuts and the classifiers are those of `predsim` with ``loss=pred``. D_l averages maps to at most `decoder_size` features,
     has weights that are initially zero (`decoder_init`), and learns with the optimizer of the network's weights. The difference
-    in accuracy between `bp_deepsup` and `predsim` shows how much is lost by stopping errors at the cuts.
+    in accuracy between `bp_deepsup` and this form of `predsim` shows how much is lost by stopping errors at the cuts.
 
     We did not check the form and the weights of the auxiliary losses against the papers. Lee et al. reduce the auxiliary losses
     during training, whereas w is constant here. If the model's output has positions, such as tokens, every cut must have the same

@@ -16,7 +16,7 @@ from fa_bench.utils.lazy import nn
 class BPFullyConnected(BP):
     """Floor for convolutional networks: fully connected layers learn by backpropagation, and convolutions stay random.
 
-    The rule is "BP (FC only)" in section 3.2 of the DKP paper.
+    The rule is "BP (FC only)" in section 3.2 of the paper that introduces `dkp`.
 
     The paper does not specify the following choices. The gains and biases of normalisation layers that follow a convolution are
     frozen as well, but these layers stay in training mode. Frozen tensors do not decay. All fully connected layers learn,

@@ -17,8 +17,8 @@ class BRSF(FRSF):
 
     The rule is due to Liao et al. 2016.
 
-    The rule computes e_in = g B with B = |M| sign(W) of the current W, where sign(0) = 0. A new M is sampled in every training
-    forward pass, and none during evaluation; ``rule.feedback`` contains the latest M.
+    The rule computes e_in = g B with B = |M| sign(W), where W is the current weight and sign(0) = 0. A new M is sampled in every
+    training forward pass, and none during evaluation; ``rule.feedback`` contains the latest M.
 
     Our choices: M is Xavier-uniform (``m_init``), and if ``density`` is below 1, one fixed mask sets entries of B to zero. The
     k-th sample of M for a layer depends only on (seed, layer, k). Sampling M therefore affects no other random numbers, and a
@@ -32,7 +32,7 @@ class BRSF(FRSF):
     )
 
     def notes(self) -> tuple[str, ...]:
-        return ("M is sampled at every training forward pass: each micro-batch has its own M.",)
+        return ("M is sampled in every training forward pass, so each micro-batch has its own M.",)
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         super().pathway(layer)

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("ddtp_linear")
 @dataclasses.dataclass(eq=False)
 class DDTPLinear(DrawingRule, DKP):
-    """Linear direct difference target propagation: direct feedback that learns to invert the network from noise.
+    """Linear direct difference target propagation: direct feedback learns from noise to invert the layers above each cut.
 
     The rule is DDTP-linear with the difference reconstruction loss (Meulemans et al. 2020, arXiv 2006.14331).
 
-    The target of the logits z is z - η δ, with δ = ∂L/∂z (N, C). The target of the activation h at a cut is h plus Q times this
-    change in z, so the gradient of half the squared distance to the target is η δ Qᵀ. The error at a cut is therefore δ B with B
-    = Qᵀ, of shape (C, features of the cut), as in `dkp`. The factor η is omitted, because it scales the errors of all hidden
-    layers equally.
+    The target of the logits z is z - η δ, with δ = ∂L/∂z (N, C). The target of the activation h at a cut is h plus Q times the
+    change -η δ in z, so the gradient of half the squared distance to the target is η δ Qᵀ. The error at a cut is therefore δ B
+    with B = Qᵀ, of shape (C, features of the cut), as in `dkp`. The factor η is omitted, because it scales the errors of all
+    hidden layers equally.
 
     B minimises the loss ‖Δz B - σ ε‖² / σ², averaged over the samples. Here σ ε is Gaussian noise added to h in an additional
     forward pass, in which nothing else changes, and Δz is the resulting change in the logits:
@@ -37,12 +37,12 @@ class DDTPLinear(DrawingRule, DKP):
 
     Let J be ∂z/∂h, averaged over the samples, and λ the weight decay. For small σ (``sigma``), B converges to the transpose of Jᵀ
     (J Jᵀ + λ/2)⁻¹, the damped pseudo-inverse of J. The update of h is then a Gauss-Newton update, and its angle to the update of
-    backpropagation is not supposed to be zero. The probe ``gauss_newton_angle`` measures the angles of the rule and of
-    backpropagation to this update.
+    backpropagation is not supposed to be zero. The probe ``gauss_newton_angle`` measures the angles between this update and those
+    of the rule and of backpropagation.
 
     According to its code, the paper trains networks with five hidden layers of 256 tanh units on MNIST, by Adam at lr 2e-5 and
-    with σ = 0.09. The feedback is trained by Adam at lr 1.6e-4 with decay 5.8e-7, which ``optimizer@feedback_optimizer=adam``
-    allows here.
+    with σ = 0.09. The feedback is trained by Adam at lr 1.6e-4 with decay 5.8e-7; here, ``optimizer@feedback_optimizer=adam``
+    gives B an optimizer of its own.
 
     Deviations from the code: B learns in every step, whereas the code trains it for six epochs before training and for one epoch
     after every epoch. The output layer learns from its true gradient, whereas the code includes the softmax in the last layer and

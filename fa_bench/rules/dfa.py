@@ -70,7 +70,7 @@ class DFA(CutRule):
     form: str = option("neuron", "how the output error is projected", choices=["neuron", "kernel", "shared"])
     b_init: str = init_option("B (forms neuron and kernel)")
     density: float = density_option()
-    normalise: bool = option(True, "divide the shared projection by the square root of its size (form shared)")
+    normalise: bool = option(True, "divide the shared matrix by the square root of its number of columns (form shared)")
     within: str = within_option()
     error_at: str | None = error_at_option()
     positions: str = positions_option()

@@ -70,18 +70,18 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     steady state for a sample with r_0 = x, where v_l are the voltages before the nonlinearities φ and u (C,) is the controller's
     output:
 
-        v_l = W_l r_{l-1} + b_l + Q_l u,    r_l = φ(v_l),    α u = z* - z,    z* = z⁻ - λ ∂L/∂z⁻,
+        v_l = W_l r_{l-1} + b_l + Q_l u,    r_l = φ(v_l),    α u = z* - z,    z* = z⁻ - λ ∂L/∂z⁻.
 
     Here z⁻ is the output without control, L the sample's loss, λ the step to the target (`target_stepsize`) and α the
     controller's leak (`alpha`). Every layer, including the output layer, has a Q_l (F_l, C). Let J (C, ΣF) be the Jacobian of z
-    with respect to all voltages. The following equations give the steady state, linearised around the forward pass:
+    with respect to all voltages. Linearised around the forward pass, the steady state is:
 
         u = (J Q + α I)⁻¹ (z* - z⁻),    Δv = Q u.
 
-    A final pass propagates the activities with Δv added, so r_{l-1} is controlled as well. The gradient follows from v⁻_l = W_l
-    r_{l-1} + b_l:
+    A final forward pass adds Δv to the voltages, so r_{l-1} is controlled as well. The gradient follows from v⁻_l = W_l r_{l-1} +
+    b_l:
 
-        gradient of W_l = -1/N Σ_n (φ(v⁻_l + Δv_l) - φ(v⁻_l)) r_{l-1}ᵀ,
+        gradient of W_l = -1/N Σ_n (φ(v⁻_l + Δv_l) - φ(v⁻_l)) r_{l-1}ᵀ.
 
     With ``learning_rule=voltage_difference``, Δv_l replaces the difference. The output layer has no nonlinearity, and its voltage
     is z. For small λ, gradients are proportional to λ. The size of the gradients does not affect Adam, but SGD needs a learning
@@ -106,14 +106,15 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     Weight transport: the dynamics, which are the biological process in the paper, do not require weight transport. The closed
     form requires it, because J is computed by C backward passes through the weights.
 
-    Deviations from the paper and its code: we do not simulate the dynamics. In the published runs on MNIST (without ``ss`` or
-    ``ssa`` in their commands), updates are averages over 500 Euler steps from rest, and Q learns from the correlations over 44
-    steps with noise in the apical compartments, far from the steady state. Strong-DFC, which uses the label as the target, is not
-    implemented. The published code has no closed form for it, because the linearisation is not valid there. Q learns in every
-    step together with W, whereas the code first trains only Q for 20 epochs and then for one epoch before every epoch. The code's
-    gradient has an additional factor of 2, and its voltage difference has the wrong sign in the steady state. The code does not
-    divide by σ² if σ² is below 0.01². The values α = 0.001 and α_fb = 0.5 are defaults of the code, whereas λ = 0.1 and σ = 0.1
-    are our choices. We did not check the equations against the text of the papers and have not reproduced any result.
+    Deviations from the paper and its code: we do not simulate the dynamics. In the published runs on MNIST, whose commands
+    contain neither ``ss`` nor ``ssa``, updates are averages over 500 Euler steps from rest, and Q learns from the correlations
+    over 44 steps with noise in the apical compartments, far from the steady state. Strong-DFC, which uses the label as the
+    target, is not implemented. The published code has no closed form for it, because the linearisation is not valid for such a
+    target. Q learns in every step together with W, whereas the code trains Q alone for 20 epochs before training and for one
+    epoch before every epoch. The code's gradient has an additional factor of 2, and its voltage difference has the wrong sign in
+    the steady state. The code does not divide by σ² if σ² is below 0.01². The values α = 0.001 and α_fb = 0.5 are defaults of the
+    code, whereas λ = 0.1 and σ = 0.1 are our choices. We did not check the equations against the text of the papers and have not
+    reproduced any result.
 
     Frozen layers before the first trainable layer (``freeze_stem``) are not controlled, and their output is the input r_0. A
     frozen layer after a trainable one is controlled, and its B learns.
@@ -164,7 +165,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         coverage = super().wire(sample_input)
         before = {path for path in self._cut_modules if path not in self.trainable_cuts(self._trace)}
         covered = tuple(
-            dataclasses.replace(entry, feedback="is not computed: the controller acts only on layers after the frozen ones")
+            dataclasses.replace(entry, feedback="is not computed: the controller acts from the first trainable layer on")
             if before & {cut for cut in self._cut_modules if entry.layer in self._trace.feeds[cut]}
             else entry
             for entry in coverage.covered

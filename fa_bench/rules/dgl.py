@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 class DGL(ModuleRule):
     """Decoupled greedy learning: each block learns from its own auxiliary classifier.
 
-    The rule is due to Belilovsky, Eickenberg and Oyallon 2020. All modules are trained simultaneously.
+    The rule is due to Belilovsky, Eickenberg and Oyallon 2020. All blocks are trained simultaneously.
 
     The network is a chain of modules, which are the blocks that the model declares. Each module except the last is followed by an
-    auxiliary network A, and both learn by exact backpropagation of CE(A(a), labels), where a is the module's output. No error
-    passes from one module to another. The last module learns from the network's own classifier and loss. For a map a with C
-    channels and size H x W, `auxiliary_net` selects A as follows:
+    auxiliary network A, and both learn by exact backpropagation of the objective's loss, such as CE(A(a), labels), where a is the
+    module's output. No error passes from one module to another. The last module learns from the network's own classifier and
+    loss. For a map a with C channels and size H x W, `auxiliary_net` selects A as follows:
 
-    - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉ is followed by three stages, each with a 1x1 convolution from C to C channels
-      without bias, batch normalisation and ReLU. Average pooling to 2x2 is followed by three more stages, each with a linear
-      layer from 4C to 4C features, batch normalisation and ReLU, and by a linear layer to the classes.
+    - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉ is followed by three stages, each with a bias-free 1x1 convolution from C to C
+      channels, batch normalisation and ReLU. Average pooling to 2x2 is followed by three more stages, each with a linear layer
+      from 4C to 4C features, batch normalisation and ReLU, and by a linear layer to the classes.
 
-    - mlp: the same layers without the convolutions.
+    - mlp: the same layers without the three convolutional stages.
 
     - linear: only the two pooling layers and the last linear layer.
 
@@ -46,8 +46,8 @@ class DGL(ModuleRule):
 
     Our choices: average pooling never enlarges a map, so a map of a single pixel has C features instead of 4C. A is used only in
     training, so its batch normalisation always uses batch statistics. A therefore rejects a batch of one sample, except with
-    ``auxiliary_net=linear``, and each data-parallel rank has its own statistics. ``cuts`` and ``model.blocks`` name the last
-    layer of each module. A module that feeds the output layer is part of the last module.
+    ``auxiliary_net=linear``, and each data-parallel rank has its own statistics. ``cuts``, or else ``model.blocks``, names where
+    each module ends. A module that feeds the output layer is part of the last module.
     """
 
     equations = (
@@ -55,7 +55,7 @@ class DGL(ModuleRule):
         r"e_{a_m} &= \frac{\partial \mathcal{L}_m}{\partial a_m}",
     )
 
-    larger_batches = "use larger batches, drop the last incomplete one, or use auxiliary_net=linear, which has none"
+    larger_batches = "use larger batches, drop the last incomplete one, or use auxiliary_net=linear (no batch normalisation)"
     auxiliary_net: str = option("mlp_sr", "the auxiliary nets", choices=["mlp_sr", "mlp", "linear"])
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:

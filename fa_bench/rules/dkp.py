@@ -25,7 +25,7 @@ class DKP(LearnedCutRule):
     δ = ∂L/∂z of shape (N, C) is the error at the logits. The error at a cut is δ B, as in direct feedback alignment, with B of
     shape (C, features of the cut), and B learns from the following gradient:
 
-        gradient of B = δᵀ a,    a (N, features) the activation at the cut, flattened.
+        gradient of B = δᵀ a,    where a (N, features) is the flattened activation at the cut.
 
     B is thus a linear readout of the activation a, trained on the network's output error, and a Bᵀ aligns with the logits. At the
     last hidden activation, the gradient of B is that of the output layer's weight.
@@ -80,7 +80,7 @@ def _product(delta: Tensor, activation: Tensor) -> Tensor:
     """The product δᵀ a (C, F) of δ (N, C) and an activation a (N, ...) with F features."""
     if activation.dim() != 4 or activation.is_contiguous():
         return delta.t().mm(activation.flatten(1))
-    # Compiled graphs may store feature maps with their channels last. The product is reordered, because a map is many times
-    # larger.
+    # Compiled graphs may store feature maps with their channels last. The product is reordered instead of the map, which is many
+    # times larger.
     last = activation.movedim(1, -1)
     return delta.t().mm(last.flatten(1)).unflatten(1, last.shape[1:]).movedim(-1, 1).flatten(1)

@@ -34,14 +34,14 @@ class DRTP(CutRule):
     rounded to zero.
 
     If the model's output has positions (tokens, pixels), each label is projected to its own position. All positions share one B
-    (C, F), and N is the number of labels, because positions labelled -100 are excluded from the loss and get no error. At a cut
-    with fewer positions, each position gets the sum of the errors that it covers. As in `dfa`, ``within=block`` places cuts only
-    at the ends of the model's blocks, and the layers of each block learn by backpropagation from its end. There is no option
+    (C, F), and N is the number of positions with a label. Positions whose label is ignored (-100) get no error. At a cut with
+    fewer positions, each position gets the sum of the errors that it covers. As in `dfa`, ``within=block`` places cuts only at
+    the ends of the model's blocks, and the layers of each block learn by backpropagation from its end. There is no option
     ``error_at``, because labels exist only at the output.
 
     Our choices: the error is divided by N, like the error of the output layer. The paper's code divides only the error of the
-    output layer by N, which corresponds to ``scale`` = N here. The sign of the error is that of the code; it makes no difference,
-    because the distribution of B is symmetric about zero. B is Kaiming-uniform, with the number of the cut's features as the fan
+    output layer by N, which corresponds to ``scale`` = N here. The sign of the error is that of the code; it makes no difference
+    if the distribution of B is symmetric about zero. B is Kaiming-uniform, with the number of the cut's features as the fan
     (``b_init``); if ``density`` is below 1, one fixed mask sets entries of B to zero. If the loss is scaled, the error is scaled
     by the same factor.
 

@@ -18,23 +18,24 @@ class DualPropagation(EdgeRule):
     The rule is due to Høier, Staudt and Zach 2023 (arXiv 2302.01228); its form is that of the authors' code for convolutional
     networks.
 
-    e_in = g W. A nonlinearity φ with the input a and the error g at its output passes the following error to its input:
+    The rule computes e_in = g W. A nonlinearity φ with the input a and the error g at its output passes the following error to
+    its input:
 
         g_in = (φ(a + β s g) - φ(a - β s g)) / (2 β s),    s = N / c
 
     Here N is the number of samples, and the loss is c times the mean of their losses, so s g is the error of a sample's own loss.
-    The gradients of W and b are those of backpropagation with these errors. Pooling, normalisation and softmax have exact
-    derivatives. For ``beta`` → 0, and for linear φ with any ``beta``, this is backpropagation. For ReLU and β s |g| ≥ |a|, the
-    slope tends to 1/2 on both sides.
+    The gradients of W and b are those of backpropagation with these errors. Pooling, normalisation and softmax keep their exact
+    derivatives. For ``beta`` → 0, and for linear φ with any ``beta``, this is backpropagation. For ReLU, the slope g_in / g lies
+    between 0 and 1 where β s |g| > |a|, and tends to 1/2 for large ``beta``.
 
     In every rule that passes errors through separate feedback in each layer, ``derivative=dual`` replaces the derivatives in the
     same way; ``kp`` with this option is KP-DP. With ``derivative=exact``, this rule is `bp`.
 
     In contrast to this rule, the code differentiates the mean loss with β = 1 and without s, so its finite difference depends on
     the batch size. This setting corresponds to ``beta`` = 1/N here, and the default is the value for the code's batches of 100.
-    The rule covers every elementwise module of torch.nn, not only ReLU, and rejects nonlinear functions outside of modules, such
-    as those in `nn.LSTM`. We took the equations from the code, did not compare them with the paper, and have not reproduced the
-    paper's accuracies.
+    The rule covers every elementwise module of torch.nn without parameters or random numbers, not only ReLU. It rejects other
+    elementwise nonlinear functions, such as those in `nn.LSTM`. We took the equations from the code, did not compare them with
+    the paper, and have not reproduced the paper's accuracies.
     """
 
     equations = (

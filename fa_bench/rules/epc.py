@@ -22,20 +22,21 @@ class EPC(EnergyRule):
     The errors start from e = 0, where E is the loss, and take `steps` gradient steps with step size η (`rate`) and momentum μ
     (`momentum`):
 
-        v_l ← μ v_l + ∂E/∂e_l,    e_l ← e_l - η v_l;
+        v_l ← μ v_l + ∂E/∂e_l,    e_l ← e_l - η v_l.
 
     The derivative ∂E/∂e_l is e_l plus the error that backpropagation passes from the loss to s_l through all later blocks, so
     each step needs exact reverse-mode differentiation of the whole network. Then every block learns from the gradient of E / N
     with the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient of the loss at the final
     state. In `pc`, the states are optimised instead of the errors; the minima are the same.
 
-    **When this is backpropagation.** After a few small steps, e_l = -T η ∂L/∂s_l + O(η²), where T is the number of steps. Every
-    hidden layer then learns from the gradient of backpropagation times T η, and the output layer from the unscaled gradient. With
-    T = 5 and η = 0.001, the values in the paper's code for CIFAR-10, the factor is 0.005, which Adam cancels. Such a run is
-    backpropagation except for Adam's ε and the relative learning rate of the output layer. With ``steps=1 rate=1``, the gradient
-    of the first block is exactly that of backpropagation. Coverage includes a note if T η is below 0.1. ``probes=[energy]``
-    measures how far the errors have converged, and the cosine between each layer's gradient and that of backpropagation.
-    Accuracies close to those of `bp` mean nothing without these measurements.
+    **When this is backpropagation.** After a few small steps without momentum, e_l = -T η ∂L/∂s_l + O(η²), where T is the number
+    of steps. Every hidden layer then learns from the gradient of backpropagation times T η, and the output layer from the
+    unscaled gradient. With T = 5 and η = 0.001, the values in the paper's code for CIFAR-10, the factor is 0.005, which Adam
+    cancels. Such a run is backpropagation except for Adam's ε and the relative learning rate of the output layer. With
+    ``steps=1 rate=1``, the gradient of the first block is exactly that of backpropagation. Coverage includes a note if T η (with
+    momentum, the corresponding path length) is below 0.1. ``probes=[energy]`` measures how far the errors have converged, and the
+    cosine between each layer's gradient and that of backpropagation. Accuracies close to those of `bp` mean nothing without these
+    measurements.
 
     The blocks are those that the model declares, or those that end at `cuts`. The rule uses weight transport within every block
     and, because each step differentiates the whole network, also between blocks.

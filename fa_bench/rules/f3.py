@@ -26,7 +26,8 @@ _DELAYED, _SOFTMAX, _ONE_HOT = "delayed_", "_softmax", "_one_hot"
 @ALGORITHMS.register("f3")
 @dataclasses.dataclass(eq=False)
 class F3(CutRule):
-    """Feed-forward with delayed feedback: the error of each sample in the previous epoch is projected to every hidden activation.
+    """Feed-forward with delayed feedback: each sample's output error from the previous epoch is projected to every hidden
+    activation.
 
     The rule is due to Flügel et al. 2024 (arXiv 2304.13372); the equations are those of the authors' code.
 
@@ -57,10 +58,10 @@ class F3(CutRule):
 
     The stored errors (training samples, C) are part of the rule's state and of checkpoints, but not of the model's
     ``state_dict``. Each backward pass needs the indices of the samples in the training set:
-    ``rule.backward(loss, logits, y, indices=indices)``. ``samples`` must be the size of the training set; the runner sets it.
-    Call ``rule.step()`` after every update, because it exchanges the errors between the processes of ``torch.distributed``, which
-    must train the same model. If samples are augmented, the stored error is that of the last augmented version. Errors that are
-    not finite are not stored. Each sample must have exactly one label; outputs with positions, such as tokens, are rejected.
+    ``rule.backward(loss, logits, y, indices=indices)``. ``samples`` must be at least the size of the training set; the runner
+    sets it. Call ``rule.step()`` after every update, because it exchanges the errors between the processes of
+    ``torch.distributed``, which must train the same model. If samples are augmented, the stored error is that of the last
+    augmented version. Errors that are not finite are not stored. Outputs with positions, such as tokens, are rejected.
 
     The paper uses the following initialisers for B: PyTorch's default (``b_init=pytorch``, also the default of the code),
     ``trinomial`` with entries -1, 0 or 1, ``binomial`` with entries 0 or 1, and ``identity_pm``. The last three initialisers do

@@ -40,12 +40,13 @@ class FDFA(JacobianRule):
     ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a learning rate of 0, the
     rule is direct feedback alignment.
 
-    `tangents` selects how d is computed. ``forward`` is exact but rejects operations that have no forward-mode derivative. For
-    such operations, ``difference`` computes (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001. `within` and `positions` are those of
-    `dfa`. Positions, such as tokens, count as samples, and B (C, F) is the mean Jacobian between corresponding positions.
+    `tangents` selects how d is computed. ``forward`` is exact but rejects operations that have no forward-mode derivative.
+    ``difference``, which accepts such operations, computes (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001. `within` and `positions`
+    are those of `dfa`. Positions, such as tokens, count as samples, and B (C, F) is the mean Jacobian between corresponding
+    positions.
 
     B starts at zero, as in the code (``b_init``). The gradient of B is multiplied by the factor by which the loss was scaled, so
-    that micro-batches and gradient scalers give the right mean. Gradient clipping includes the gradient of B in the norm. Each
+    that the mean is right with micro-batches and gradient scalers. Gradient clipping includes the gradient of B in the norm. Each
     sample has its own noise, which changes if a batch is split into micro-batches or across data-parallel ranks; all ranks hold
     the same B. In the code, only the optimizer of W has a schedule.
     """

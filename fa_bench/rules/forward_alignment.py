@@ -59,7 +59,7 @@ class RandomForward(TransposeFeedback):
                 self.observe(layer, x)
             return BackwardContext(self.effective(layer))
         if recomputing():
-            # This context must contain the same tensors as the one from the first pass, which includes the activation.
+            # This context must contain the same tensors as that of the first pass, including the activation.
             return BackwardContext(self.effective(layer), activation=None if self.first else refuse_reentrant(self.rule.name))
         if current is None and layer.mode.freeze_random:
             return BackwardContext(self.effective(layer))  # a metric runs only this layer
@@ -142,7 +142,7 @@ class ForwardAlignment(EdgeRule):
         """The input of a layer for use after the pass; this is a copy if the model changes the input in place."""
         return x.clone() if path in self._changed_in_place else x
 
-    # A second pass is started neither by the second pass itself nor by a pass that activation checkpointing repeats.
+    # Neither the second pass itself nor a pass that activation checkpointing repeats starts a second pass.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
         if self.mode.training and not recomputing():
@@ -190,7 +190,8 @@ class ForwardAlignment(EdgeRule):
         Args:
             given: the model's arguments, with keyword arguments last.
             true: the inputs of the layers in the first pass.
-            count: how many of these layers, counted from the first, need their inputs in the second pass, which are returned.
+            count: how many of these layers, counted from the first, need their inputs in the second pass; these inputs are
+            returned.
             names: the ``repr`` of the layers and the names of the keyword arguments.
         """
         paths, keywords = ast.literal_eval(names)
@@ -200,7 +201,7 @@ class ForwardAlignment(EdgeRule):
         return [current.random[path].clone(memory_format=torch.contiguous_format) for path in paths[:count]]
 
     def _run_second_pass(self, current: Pass, args: Any, kwargs: Any) -> None:
-        """Run a second forward pass in which every layer gets its input from the first pass and uses C instead of its weight."""
+        """Run a second forward pass in which the layers with a C get their inputs from the first pass and use C as the weight."""
         from fa_bench.mechanisms.contexts import set_temporarily, without_side_effects
         from fa_bench.mechanisms.weighted_layers import bias_name, weight_name, weight_parameter
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: This number is added to the root mean square of an activation before the activation is divided by it, as in the code that the
-#: docstring names.
+#: Added to the root mean square by which an activation is divided, as in the code that the docstring names.
 _TINY = 1e-8
 #: The momentum of the running mean of a unit's activity, and the initial value of this mean; both are from the same code.
 _MOMENTUM, _START = 0.9, 0.5
@@ -45,7 +44,7 @@ class ForwardForward(DrawingRule, PassRule):
     negative pass with wrong labels that are sampled uniformly from the other classes. In both passes, each hidden layer learns
     from its own loss, a function of its goodness G = Σ h² for each sample:
 
-        ½ softplus(θ - G) for positive samples, ½ softplus(G - θ) for negative ones, mean over the batch,
+        ½ softplus(θ - G) for positive samples, ½ softplus(G - θ) for negative ones, averaged over the batch.
 
     Here θ is the number of values in the layer's activation, unless `theta` is given. No error passes between cuts. With
     ``full_gradient=true``, the derivative of the nonlinearity is replaced by 1, so that inactive units can also learn. To prevent
@@ -56,8 +55,8 @@ class ForwardForward(DrawingRule, PassRule):
     classifier are the activations for a neutral image, in which all labels are marked with 1/C. The output layer classifies the
     last activation. Learned matrices M (C, features), initially zero, classify the earlier activations except the first, and
     their scores are added to the logits; with ``all_layers=false``, there are no such matrices. ``prediction=goodness`` instead
-    scores each label by the goodness of all cuts except the first for the image with that label, which needs C passes. Training
-    still reports the accuracy of the classifier.
+    scores each label by the goodness of the image with that label, summed over all cuts except the first; this needs C passes.
+    Training still reports the accuracy of the classifier.
 
     The classifier consists of all M and the output layer; ``rule.feedback_parameters()`` returns its parameters. These parameters
     are trained by the feedback's optimizer if there is one (``optimizer@feedback_optimizer=sgd``), and otherwise by the optimizer
@@ -110,8 +109,8 @@ class ForwardForward(DrawingRule, PassRule):
         size = math.prod(args[0].shape[1:]) if args and isinstance(args[0], torch.Tensor) else 0
         if size < self._classes or not args[0].is_floating_point():
             raise CoverageError(
-                f"rule '{self.name}' writes the label into the model's first argument, which must be a tensor of "
-                f"at least {self._classes} numbers for each sample"
+                f"rule '{self.name}' writes the label into the model's first argument, which must be a floating-point "
+                f"tensor with at least {self._classes} values for each sample"
             )
         if self.error_dims != 2:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
@@ -183,7 +182,7 @@ class ForwardForward(DrawingRule, PassRule):
         return output if connected is None else connected
 
     def _marked(self, x: Tensor, label: Tensor) -> Tensor:
-        """The inputs (N, ...), with the row of the label, (N, C) or (1, C), as their first values, normalised."""
+        """The inputs (N, ...), normalised after the row of the label, (N, C) or (1, C), has replaced their first values."""
         marked = x.flatten(1).clone()
         marked[:, : self._classes] = label * self.label_scale
         return _normalised(marked).view(x.shape)

@@ -30,11 +30,11 @@ class FrozenBlocks(BP):
     model and not to a submodule also learn.
 
     The embedding is the part of the first block before the module that ends this block. In residual_mlp, vit_mini and decoder, it
-    is everything that precedes the first residual block. If the module that ends the first block has no parameters, the embedding
-    is the whole first block. Examples are mlp, conv2 and convolutional residual networks, where the first block is the stem.
+    is everything that precedes the first residual block. If the module that ends the first block has no parameters, as in mlp,
+    conv2 and convolutional residual networks, the embedding is the whole first block.
 
-    The protocol does not specify what happens to batch normalisation in blocks. Here, batch normalisation in blocks stays in
-    training mode; its gains and biases are frozen, but its running statistics are updated.
+    The protocol does not specify what happens to batch normalisation in blocks. Here, it stays in training mode; its gains and
+    biases are frozen, but its running statistics are updated.
     """
 
     equations = (
@@ -67,8 +67,8 @@ class FrozenBlocks(BP):
         blocks = blocks_of(self.model, sample_input, self.blocks)
         if not blocks:
             raise CoverageError(
-                f"rule '{self.name}': no module that ends a block was called in a forward pass, or none has "
-                f"parameters before its end (blocks: {names(sorted(block_ends(self.model, self.blocks)))})"
+                f"rule '{self.name}': no module that ends a block was called in a forward pass, or no block has "
+                f"parameters (blocks: {names(sorted(block_ends(self.model, self.blocks)))})"
             )
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         learns = {id(parameters[name]) for name in embedding_of(self.model, blocks)}
@@ -76,8 +76,8 @@ class FrozenBlocks(BP):
         fixed = {key: why for key, why in fixed.items() if key not in learns}
         if not fixed:
             raise CoverageError(
-                f"rule '{self.name}' has no block to keep random: {model} has the single block "
-                f"'{next(iter(blocks))}', its embedding; use rule 'frozen', or a deeper model"
+                f"rule '{self.name}' has no block to keep random: {model} has only the block "
+                f"'{next(iter(blocks))}', which is its embedding; use rule 'frozen', or a deeper model"
             )
         return fixed
 

@@ -17,10 +17,10 @@ class FRSF(EdgeRule):
 
     The rule is due to Liao et al. 2016.
 
-    The rule computes e_in = g B with B = |M| sign(W) of the current W, where sign(0) = 0. M is sampled once.
+    The rule computes e_in = g B with B = |M| sign(W), where W is the current weight and sign(0) = 0. M is sampled once.
 
     Our choices: M is Xavier-uniform (``m_init``), and if ``density`` is below 1, one fixed mask sets entries of B to zero.
-    Metrics use |M| sign(W), because the angle between |M| and W is 90 degrees.
+    Metrics use |M| sign(W), because the angle between |M| and W is about 90 degrees.
     """
 
     equations = (

@@ -25,7 +25,7 @@ class KP(RandomFeedbackRule):
 
     Our choices: B is sampled as in FA (``b_init``, and ``linear_b_init`` for fully connected layers). The B of the first layer
     propagates no error but is trained anyway. If ``b_lr_scale`` is not 1, B has its own learning rate, and the difference no
-    longer vanishes exactly.
+    longer decays to zero.
     """
 
     equations = (

@@ -89,5 +89,5 @@ class LDFA(SemiOrthogonalRule):
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         pathway = super().pathway(layer)
         rows, columns = feedback_tensor(layer.module, "B").shape
-        is_whole = rows == columns * getattr(layer.module, "groups", 1)  # there is nothing to choose
+        is_whole = rows == columns * getattr(layer.module, "groups", 1)  # no subspace to learn
         return pathway if is_whole or not self.b_rate else SubspaceFeedback(self.b_rate)

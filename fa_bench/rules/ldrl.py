@@ -29,8 +29,7 @@ OUTPUT_OF_MODEL = ""
 @ALGORITHMS.register("ldrl")
 @dataclasses.dataclass(eq=False)
 class LDRL(DrawingRule, LocalRule):
-    """Target propagation through blocks with feedback maps that learn from noise, by the local difference reconstruction loss
-    (L-DRL).
+    """Target propagation through blocks: feedback maps learn from noise by the local difference reconstruction loss (L-DRL).
 
     The rule is due to Ernoult et al. 2022, "Towards scaling difference target propagation with backprop targets".
 
@@ -45,7 +44,7 @@ class LDRL(DrawingRule, LocalRule):
     of half the squared distance to the target, which means that e is propagated back. This backpropagation is weight transport
     within blocks. G minimises
 
-        loss = (-2 σε · (g(f(h + σε)) - g(f(h))) + ‖g(f(h) + σε') - g(f(h))‖²) / σ², mean over the samples,
+        loss = (-2 σε · (g(f(h + σε)) - g(f(h))) + ‖g(f(h) + σε') - g(f(h))‖²) / σ², averaged over the samples.
 
     Here ε and ε' are Gaussian noise, and σ is ``sigma``. For small σ, G converges to Jᵀ, the transpose of J = ∂h'/∂h averaged
     over the samples. The targets are then those of backpropagation through a linear block.
@@ -59,8 +58,8 @@ class LDRL(DrawingRule, LocalRule):
     for every batch. The loss is divided by σ², so that the learning rate does not depend on σ. The step size of the target (β =
     0.7 in the code) is omitted, because it scales all errors equally if g is linear.
 
-    Every block costs one additional forward pass through the whole model, and there is another pass without noise. We derived the
-    equations from the code and have not reproduced any result of the paper.
+    Every feedback map costs one additional forward pass through the whole model, and there is another pass without noise. We
+    derived the equations from the code and have not reproduced any result of the paper.
     """
 
     equations = (
@@ -101,7 +100,7 @@ class LDRL(DrawingRule, LocalRule):
             raise CoverageError(
                 f"rule '{self.name}' sends errors through the block that ends at '{frozen}', whose weights "
                 f"are frozen, so its feedback map would not learn; merge it with the next block by leaving '{frozen}' "
-                f"out of cuts, or freeze only blocks below all others"
+                f"out of cuts, or freeze only the first blocks"
             )
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:

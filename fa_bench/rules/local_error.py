@@ -27,7 +27,7 @@ class LocalError(LocalRule):
     Every hidden activation a has a fixed random linear classifier M (C, features) and learns from the cross-entropy of this
     classifier:
 
-        s = a Mᵀ,    error at a = (softmax(s) - y) M / N,    y the one-hot labels.
+        s = a Mᵀ,    error at a = (softmax(s) - y) M / N,    where y are the one-hot labels.
 
     The error passes through the layer's nonlinearity and normalisation to its weights but no further. The output layer learns
     from its true gradient. M neither learns nor decays. With ``separate=true``, the local error uses |K| ∘ sign(M) instead of M,

@@ -83,9 +83,8 @@ class Mixed(ExpandingRule):
 
         cos = (k + f ρ r) / √(k + f r²)
 
-    The method `direct_feedback` returns the direct synapses of a layer. Strictly speaking, p, f and k in these formulas are the
-    shares of ‖W‖² of each kind. These shares deviate from the fractions of entries if W becomes larger where the feedback is
-    accurate.
+    The method `direct_feedback` returns the direct synapses of a layer. Strictly speaking, p, f and k in these formulas are each
+    kind's share of ‖W‖². These shares deviate from the fractions of entries if W becomes larger where the feedback is accurate.
 
     The paper gives no fractions. The defaults follow from appendix B of the paper, for r = 1 and ρ = 0. According to this
     appendix, 31 % of connected pairs are connected in both directions, with a correlation of k / (k + f) = 0.36. The correlation

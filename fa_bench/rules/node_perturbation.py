@@ -24,7 +24,7 @@ class NodePerturbation(DrawingRule, CutRule):
     forward passes, in which ±σξ is added to these activations, give the losses L± of each sample n. The following equations give
     the error at an activation:
 
-        d_n ξ_n / N,    d_n = (L⁺_n - L⁻_n) / 2σ,
+        d_n ξ_n / N,    d_n = (L⁺_n - L⁻_n) / 2σ.
 
     As an estimate of ∂L/∂a, this error is unbiased up to O(σ²), and d_n is an exact directional derivative if L is quadratic.
     Dalm, van Gerven and Ahmad, arXiv 2310.00965, describe the principle; we did not check the text of their paper. The two-sided
@@ -37,8 +37,8 @@ class NodePerturbation(DrawingRule, CutRule):
     gradient.
 
     Dropout masks are the same in all three passes. Batch normalisation uses the statistics of each pass, which include the noise,
-    and updates its running statistics in the first pass. Every update samples new noise, which depends only on the seed and the
-    number of the update. An update needs two additional forward passes.
+    and updates its running statistics in the first pass. Every backward pass samples new noise, which depends only on the seed,
+    the number of the pass and the data-parallel rank. An update needs two additional forward passes.
 
     The authors also normalise by the actual change of activity and decorrelate inputs; neither is implemented.
     """

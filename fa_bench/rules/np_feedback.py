@@ -29,7 +29,7 @@ class Regression:
         noise: layer -> the noise at its input in each of its calls.
         slopes: the effect of the noise on each sample's loss, (N,); None before the backward pass.
         scale: N over the scale of the loss.
-        calls: layer -> its calls in the first pass so far.
+        calls: layer -> the number of its calls so far in the first pass.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
     estimated with noise. Let ξ be standard normal noise at the input of every layer, and σ the option `sigma`. Two additional
     forward passes, in which ±σξ is added to these inputs, give the losses L± of each sample n. Then
 
-        d_n = (L⁺_n - L⁻_n) / 2σ,    gradient of B = 1/N Σ_n ĝ_nᵀ (ĝ_n B - d_n ξ_n),
+        d_n = (L⁺_n - L⁻_n) / 2σ,    gradient of B = 1/N Σ_n ĝ_nᵀ (ĝ_n B - d_n ξ_n).
 
     Here ĝ_n, which is N times g, is the error of sample n at the layer's output. The product d ξ is an unbiased estimate of
     ∂L_n/∂x up to O(σ²), so B learns W in a linear network. B has its own learning rate, which is `b_lr_scale` times that of W (0
@@ -98,8 +98,8 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
     the code has squared errors and sigmoids. B is sampled by `b_init` and ``linear_b_init``, whereas the code samples weights and
     feedback from N(0, 2/fan). The B of the first layer propagates no error but is trained anyway.
 
-    If the padding of a convolution is not zero, or differs between the two sides (``same`` with an even kernel), B learns from
-    the errors at the padded input, including its border. In this case, B learns W only approximately.
+    If a convolution pads its input with anything other than zeros, or pads the two sides differently (``same`` with an even
+    kernel), B learns from the errors at the padded input, including its border. In this case, B learns W only approximately.
 
     Dropout masks are the same in all three passes. Batch normalisation uses the statistics of each pass and updates its running
     statistics in the first pass. An update needs two additional forward passes and the computation of the gradient of B.

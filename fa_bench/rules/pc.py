@@ -23,18 +23,18 @@ class PC(EnergyRule):
     The states start from those of the forward pass, where E is the loss, and take `steps` gradient steps with step size η
     (`rate`) and momentum μ (`momentum`), where e_l = s_l - f_l(s_{l-1}):
 
-        v_l ← μ v_l + ∂E/∂s_l,    ∂E/∂s_l = e_l - (∂f_{l+1}/∂s_l)ᵀ e_{l+1},    s_l ← s_l - η v_l;
+        v_l ← μ v_l + ∂E/∂s_l,    ∂E/∂s_l = e_l - (∂f_{l+1}/∂s_l)ᵀ e_{l+1},    s_l ← s_l - η v_l.
 
-    For the last state, the error of the loss replaces -e_L. A state depends only on its neighbours, so errors move by one block
-    per step; with fewer steps than blocks, the first blocks do not learn. Then every block learns from the gradient of E / N with
-    the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient of the loss at the final state.
-    `epc` has the same minima, and its errors reach all blocks in the first step.
+    For the last state, the gradient of L at the output replaces -e_{l+1}. The update of a state depends only on its neighbours,
+    so errors move by one block per step; with fewer steps than states, the first blocks do not learn. Then every block learns
+    from the gradient of E / N with the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from the gradient
+    of the loss at the final state. `epc` has the same minima, and its errors reach all blocks in the first step.
 
-    **When this is backpropagation.** After a few small steps, the error d blocks before the last cut is -(T choose d + 1)
-    η^(d + 1) times the error of backpropagation, to leading order in η, where T is the number of steps. Each hidden layer
-    then learns from the gradient of backpropagation times a constant factor, which Adam cancels, as in `epc`. Coverage
-    includes a note if T η is below 0.1. ``probes=[energy]`` measures how far the states have converged, and the cosine
-    between each layer's gradient and that of backpropagation.
+    **When this is backpropagation.** After a few small steps without momentum, the error d blocks before the last cut is -(T
+    choose d + 1) η^(d + 1) times the error of backpropagation, to leading order in η, where T is the number of steps. Each hidden
+    layer then learns from the gradient of backpropagation times a constant factor, which Adam cancels, as in `epc`. Coverage
+    includes a note if T η (with momentum, the corresponding path length) is below 0.1. ``probes=[energy]`` measures how far the
+    states have converged, and the cosine between each layer's gradient and that of backpropagation.
 
     Far from the last cut, these errors can fall below the rounding error of the states, which is 1e-7 relative to the states in
     single precision. We measured this with four hidden layers of 128 GELU units, initial weights and random data, for 5 steps of
@@ -48,9 +48,9 @@ class PC(EnergyRule):
 
     The equations come from the code and a derivation; we did not check them against a paper. Nudged outputs, weight updates in
     every step (iPC) and the scaling of μPC are not implemented. The default of 20 steps of 0.1 without momentum is our choice.
-    The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and its VGG-5 in the code of the `epc` paper uses 8 steps
-    of 0.0266. E is a sum over samples, so the optimisation of the states does not depend on the batch size. If the output has
-    positions, E is also a sum over positions.
+    The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and the VGG-5 of PCX uses 8 steps of 0.0266 in the code of
+    the `epc` paper. E is a sum over samples, so the optimisation of the states does not depend on the batch size. If the output
+    has positions, E is also a sum over positions.
 
     Since the rule delivers no errors at activations, there are no delta angles; ``probes=[energy]`` compares gradients instead.
 
@@ -71,4 +71,4 @@ class PC(EnergyRule):
     search_space = {"steps": "choice(5,20,80)", "rate": "tag(log,interval(0.01,0.5))", "momentum": "choice(0,0.5)"}
 
     moves_states = True
-    learns_beside_output = True  # states there do not change at once with those before them
+    learns_beside_output = True  # a state beside the output lags behind its prediction, so it has an error

@@ -78,7 +78,7 @@ class Pepita(PassRule):
         if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
             raise CoverageError(
                 f"rule '{self.name}' adds a projection of the error to the model's first argument, which must be "
-                f"a tensor of numbers (N, ...)"
+                f"a floating-point tensor (N, ...)"
             )
         if self.error_dims != 2:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")

@@ -35,7 +35,8 @@ class ProductFeedback(FeedbackPathway):
         first, second = feedback_tensor(layer, "B"), layer.learned["R"].tensor
         if second.dim() == 2:
             return BackwardContext(first, second_hop=second, gradients=feedback_gradient(layer, "R"))
-        # In a convolution, the product is computed once and not for every pixel, which is ten times less work at a ratio of ten.
+        # In a convolution, the product is computed once instead of for every pixel; at a ratio of ten, this is ten times less
+        # work.
         return self.effective_context(layer, x, feedback_gradient(layer, "R", first_hop=first))
 
     def effective(self, layer: Any) -> Tensor:
@@ -52,8 +53,8 @@ class ProductFeedback(FeedbackPathway):
 
 @dataclasses.dataclass(eq=False)
 class ProductRule(EdgeRule):
-    """Base class of rules with product feedback. Subclasses define the number of intermediate units in `between` and sample B in
-    `first`."""
+    """Base class of rules with product feedback. Subclasses define the number of intermediate units with `between` and sample B
+    with `first`."""
 
     r_init: str = init_option("R")
 
@@ -131,11 +132,12 @@ class PFA(ExpandingRule):
 
     With ē = g B and e_in = ē R, the error reaches the layer's input through a population of M = ``ratio`` x O units. B (O, M) is
     fixed, random and uniform with variance 1/M, so that E[B Bᵀ] = I. R (M, I, K...; ``r_init``) learns with the optimizer,
-    learning rate, momentum and decay of W from its own local gradient ēᵀ x (for convolutions, the weight gradient of x and ē).
-    This gradient is Bᵀ times the gradient of W, so W approaches B R as the initial values decay, for example because of a large
-    weight decay in the first epoch (``optimizer.first_epoch_weight_decay``). The angle between W and B R is then arctan
-    √(1/ratio), and the ratio of their norms is √(1 + 1/ratio). If ``density`` d is below 1, fixed masks set entries of B and R to
-    zero. The variance of B then becomes 1/(M d), whereas that of R is not compensated, and the angle is arctan √(1/(ratio d)).
+    learning rate, momentum and decay of W from its own local gradient ēᵀ x (for convolutions, the weight gradient for the input x
+    and the error ē). This gradient is Bᵀ times the gradient of W, so W approaches B R as the initial values decay, for example
+    because of a large weight decay in the first epoch (``optimizer.first_epoch_weight_decay``). The angle between W and B R is
+    then arctan √(1/ratio), and the ratio of their norms is √(1 + 1/ratio). If ``density`` d is below 1, fixed masks set entries
+    of B and R to zero. The variance of B then becomes 1/(M d), whereas that of R is not compensated, and the angle is arctan
+    √(1/(ratio d)).
 
     Our choices: the paper's formula for the gain of B lacks a square root, which we add. As in the paper's code, the mask of R is
     reapplied after every update, to R but not to its momentum.

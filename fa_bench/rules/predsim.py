@@ -31,19 +31,19 @@ class PredSim(LocalRule):
 
     Every hidden activation a has the following loss:
 
-        (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples,
+        (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples.
 
     Here β is the option `beta`, D a linear decoder, and y the one-hot labels. K is a 3x3 convolution without bias that keeps the
     number of channels or, for flat activations, a linear layer that keeps the number of features. S computes the cosines between
-    the rows of its argument, after subtracting from each row its mean. For a map with more than 3 channels and more than one row,
-    S uses the standard deviation of each channel over space; for other maps, it uses all values. D and K learn with the optimizer
-    of W, and no error crosses a cut. ``loss=pred`` uses only CE(D(a), labels), and ``loss=sim`` uses only the similarity. With
+    the rows of its argument, after subtracting each row's mean. For a map with more than 3 channels and more than one row, S uses
+    the standard deviation of each channel over space; for other maps, it uses all values. D and K learn with the optimizer of W,
+    and no error crosses a cut. ``loss=pred`` uses only CE(D(a), labels), and ``loss=sim`` uses only the similarity. With
     ``loss=predsim``, the error of the output layer is (1-β) times the true error; otherwise, it is the true error.
 
     D averages maps to at most `decoder_size` features. The weight of D is initially zero (`decoder_init`); its bias, which
-    `decoder_bias=false` removes, has PyTorch's default. These values, the divisor of the standard deviation (positions minus one)
-    and β are those of the paper's code. The paper uses leaky ReLU, dropout, no decay and Adam at 5e-4, multiplied by 0.25 at 50,
-    75, 88 and 94 % of the epochs.
+    `decoder_bias=false` removes, has PyTorch's default initial values. These values, the divisor of the standard deviation
+    (positions minus one) and β are those of the paper's code. The paper uses leaky ReLU, dropout, no decay and Adam at 5e-4,
+    multiplied by 0.25 at 50, 75, 88 and 94 % of the epochs.
 
     ``loss=pred decoder_init=pytorch decoder_bias=false`` is Mono-Forward (Gong, Li and Abdulla 2025, arXiv 2501.09238) with all
     layers trained simultaneously. D is their goodness matrix M (C, features), with scores a Mᵀ. ``experiment=mono_forward`` lists
@@ -52,9 +52,9 @@ class PredSim(LocalRule):
     M.
 
     Our choices: if the pooling of the decoder does not divide the size of a map, the windows overlap. A sample with a constant K
-    a has similarity 0 to all other samples and no gradient, whereas the paper's code divides by zero. In half precision, the
-    cosines are computed in single precision. A projection shortcut learns from the loss of the activation after the addition.
-    Dropout after a cut does not affect the loss at this cut.
+    a has similarity 0 to all other samples and no gradient, whereas the paper's code divides by zero. The cosines of a
+    half-precision model are computed in single precision. A projection shortcut learns from the loss of the activation after the
+    addition. Dropout after a cut does not affect the loss at this cut.
 
     If the model's output has positions, such as tokens, each position has its own label and its own loss from D. The similarity
     loss needs one label per sample, so ``loss=pred`` is then the only choice.

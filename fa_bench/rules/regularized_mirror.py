@@ -28,7 +28,7 @@ class RegularizedMirror(InputAlignmentRule):
     over positions. For a convolution, x Bᵀ is the output of the convolution with the kernel B.
 
     The options ``alpha`` and ``beta``, which set α and β, default to the values in the released code. With ``update_forward``,
-    the loss also trains W, with the gradient 2 α W - β B C. The options ``signal`` and ``noise_batch`` replace x with noise. B
+    the loss also trains W, with the gradient 2 α W - β B C. With ``signal=noise``, ``noise_batch`` samples of noise replace x. B
     changes slowly with the code's α and β; ``b_lr_scale`` raises its learning rate relative to that of W. The code's centred and
     normalised activations, delays and alternating steps are not implemented. The paper's tuned settings are not public, so none
     of our results reproduces the paper.

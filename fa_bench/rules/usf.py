@@ -29,10 +29,9 @@ class USF(EdgeRule):
 
     The rule is due to Liao et al. 2016 and Xiao et al. 2018; it is SF in Li and Benna 2024.
 
-    The rule computes e_in = g B with B = s sign(W) of the current W, where sign(0) = 0. The option `scale` selects s:
-    √(2/(fan_in + fan_out)) for xavier, 1/√(3 fan_in) for pytorch, and 1 for none. For xiao, s is √(2/fan_out) in convolutions
-    and 1/√fan_in in linear layers. Both fans include kernel positions. B is computed from the weight used in the forward pass
-    that is differentiated.
+    The rule computes e_in = g B with B = s sign(W), where sign(0) = 0. The option `scale` selects s: √(2/(fan_in + fan_out)) for
+    xavier, 1/√(3 fan_in) for pytorch, and 1 for none. For xiao, s is √(2/fan_out) in convolutions and 1/√fan_in in linear layers.
+    Both fans include kernel positions. B is computed from the weight used in the forward pass that is differentiated.
 
     Li and Benna write B = sign(W) without s, which makes training diverge; their figures were computed with s = xavier. If
     ``density`` is below 1, one fixed mask sets entries of B to zero. With ``plain_last``, the output layer uses its true weight,

@@ -27,16 +27,17 @@ class WeightPerturbation(DrawingRule, PassRule):
     2305.17333, official code). Let θ be all trained parameters, v standard normal noise with the shape of θ, ε the option
     `epsilon`, and L the loss of the batch. Then
 
-        gradient of θ = c v,    c = (L(θ + εv) - L(θ - εv)) / 2ε,
+        gradient of θ = c v,    c = (L(θ + εv) - L(θ - εv)) / 2ε.
 
     This estimate of the gradient is unbiased up to O(ε²), and c is an exact directional derivative if L is quadratic. The
     expected cosine to the true gradient decreases like 1/√P with the number P of parameters, so the rule is a baseline for
     learning without any backward pass. Users of MeZO report that it does not learn CIFAR-10 from scratch.
 
     All parameters that require gradients belong to θ, even those that do not affect the loss; their estimates are noise around
-    zero. The noise v is not stored but regenerated from the seed and the number of the update each time it is used. All processes
-    of a data-parallel run use the same v, so their gradients are those of one process with the full batch. Every micro-batch has
-    its own v. The weights are restored exactly. An update needs two additional forward passes and no backward pass.
+    zero. The noise v is not stored but regenerated from the seed and the number of the backward pass each time it is used. All
+    processes of a data-parallel run use the same v, so their gradients are those of one process with the full batch. Every
+    micro-batch has its own v. The weights are restored exactly. An update needs two additional forward passes and no backward
+    pass.
 
     Dropout masks are the same in all passes. Batch normalisation uses the statistics of each pass and updates its running
     statistics in the first pass.

@@ -1,4 +1,4 @@
-"""The base class of schedules, which give the learning rate as a function of the completed epochs or steps."""
+"""The base class of schedules, which compute the learning rate as a function of the completed epochs or steps."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Schedule(Options):
 
         Args:
             lr: the optimizer's learning rate.
-            done: finished epochs (or steps), from 0.
-            total: epochs (or steps) of the whole run.
+            done: the number of finished epochs (or steps).
+            total: the number of epochs (or steps) of the whole run.
         """
         raise missing_method(self, "rate")
 

@@ -13,7 +13,7 @@ from fa_bench.schedules.base import Schedule
 
 @dataclasses.dataclass(eq=False)
 class _Decay(Schedule):
-    min_lr: float = option(0.0, "learning rate that the schedule approaches after the last epoch (or step)", minimum=0)
+    min_lr: float = option(0.0, "learning rate that the schedule would reach after the last epoch (or step)", minimum=0)
 
     def check_rate(self, lr: float) -> None:
         if self.min_lr > lr:

@@ -467,7 +467,7 @@ def test_the_coverage_says_which_layers_are_not_controlled(options: dict[str, An
     rule = fa_bench.attach(model, "dfc", sample_input=x, cuts=CUTS, freeze_stem=True, **options)
     plain = fa_bench.attach(reference, "dfc", sample_input=x, cuts=CUTS, **options)
     rows = {entry.layer: entry.feedback for entry in rule.coverage.covered}
-    assert rows["fc1"] == "is not computed: the controller acts only on layers after the frozen ones"
+    assert rows["fc1"] == "is not computed: the controller acts from the first trainable layer on"
     assert {path: rows[path] for path in ("fc2", "fc3")} == {
         entry.layer: entry.feedback for entry in plain.coverage.covered if entry.layer != "fc1"
     }

@@ -251,7 +251,7 @@ def test_frozen_blocks_without_blocks_suggests_what_works():
 
 def test_frozen_blocks_refuses_a_net_that_is_all_embedding_and_a_missing_sample():
     model, x, _ = registered("mlp", widths=[6])
-    with pytest.raises(CoverageError, match="single block 'act1', its embedding; use rule 'frozen'"):
+    with pytest.raises(CoverageError, match="only the block 'act1', which is its embedding; use rule 'frozen'"):
         fa_bench.attach(model, "frozen_blocks", sample_input=x)
     with pytest.raises(CoverageError, match="needs sample_input"):
         fa_bench.attach(registered("conv2")[0], "frozen_blocks")

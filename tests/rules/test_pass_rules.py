@@ -777,7 +777,7 @@ def test_peer_normalisation_evens_out_the_activity() -> None:
 @pytest.mark.parametrize(
     ("model", "x", "text"),
     [
-        (nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(2, 2), "at least 3 numbers for each sample"),
+        (nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(2, 2), "at least 3 values for each sample"),
         (
             nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)),
             torch.zeros(2, 6),
