@@ -51,7 +51,7 @@ class Attends(nn.Module):
 
 
 class Recurs(nn.Module):
-    """A model with a 4-5 linear layer, a recurrent module with `width` outputs, and a linear layer at its outputs."""
+    """A model with a 4-5 linear layer, a recurrent module with `width` outputs, and a linear layer to 2 features."""
 
     def __init__(self, core: nn.Module, width: int = 3) -> None:
         super().__init__()
