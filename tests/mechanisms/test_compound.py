@@ -28,7 +28,7 @@ def layerwise(module: nn.Module) -> nn.Module:
 
 
 def outcome(module: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The outputs of a call with the seed 3, and the gradients of the sum of the outputs' products with fixed random numbers."""
+    """The outputs of a call with seed 3, and the gradients of their inner product with fixed random numbers."""
     module.zero_grad()
     torch.manual_seed(3)
     outputs = [y for y in tensors_in(call(module)) if y.is_floating_point()]

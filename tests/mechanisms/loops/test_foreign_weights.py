@@ -1,4 +1,4 @@
-"""Tests of modules whose weights most rules do not cover: refusals, the advice in the error, and weights that pass on no error."""
+"""Tests of modules whose weights most rules do not cover: refusals, the advice in errors, and weights that propagate no error."""
 
 from __future__ import annotations
 
