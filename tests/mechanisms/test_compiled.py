@@ -1,5 +1,7 @@
-"""With torch.compile, every rule compiles to one graph without breaks or recompilation, and gives the same results as without
-it."""
+"""With torch.compile, a rule compiles to one graph without breaks or recompilation and gives the same results as without it.
+
+Rules that run the model again in the backward pass refuse compilation.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ SPECS = [spec for name in ALGORITHMS for spec in VARIANTS.get(name, [name]) if n
 
 
 class Net(nn.Module):
-    """Two blocks of convolution, normalisation and activation, one with a shortcut and one transposed, and two linear layers."""
+    """A net with a convolution, a normalised convolution with a shortcut, a transposed convolution, and two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()

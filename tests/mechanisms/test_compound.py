@@ -28,7 +28,7 @@ def layerwise(module: nn.Module) -> nn.Module:
 
 
 def outcome(module: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The outputs of a call with the seed 3, and the gradients of the sum of the outputs' products with fixed random numbers."""
+    """The outputs of a call with seed 3, and the gradients of their inner product with fixed random numbers."""
     module.zero_grad()
     torch.manual_seed(3)
     outputs = [y for y in tensors_in(call(module)) if y.is_floating_point()]
@@ -38,7 +38,10 @@ def outcome(module: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, Tens
 
 
 def require_equal(module: nn.Module, call: Call, rounding: float) -> None:
-    """Require the outputs and gradients of PyTorch's module, bitwise if `rounding` is 0, else relative to the largest entry."""
+    """Require that the layerwise copy of a module has the outputs and gradients of the module itself.
+
+    The results must be bitwise equal if `rounding` is 0. Otherwise, they may differ by `rounding` times the largest entry.
+    """
     composed = layerwise(module)
     called: list[str] = []
     for path, child in composed.named_modules():
@@ -173,7 +176,7 @@ def test_recurrent_modules(cls: Any, options: dict[str, Any]) -> None:
         h = randn(*size, options.get("proj_size", 6), seed=1)
         return (h, randn(*size, 6, seed=2)) if cls is nn.LSTM else h
 
-    # The fused kernels of an LSTM add up in a different order.
+    # PyTorch's fused kernels sum in a different order.
     batch, rounding = 3 if options.get("batch_first") else 5, 1e-5
     require_equal(module, lambda m: m(x), rounding)
     require_equal(module, lambda m: m(x, initial(batch)), rounding)

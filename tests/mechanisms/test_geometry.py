@@ -38,7 +38,7 @@ def convolutions(draw):
     if transposed:
         options["padding"] = tuple(draw(st.integers(0, d * (k - 1))) for k, d in zip(kernel, dilation, strict=True))
         options["output_padding"] = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
-        smallest = [5] * dims  # the output keeps at least a pixel: (5 - 1) stride + dilation (kernel - 1) >= 2 padding
+        smallest = [5] * dims  # the output has at least one pixel: (5 - 1) stride + dilation (kernel - 1) >= 2 padding
     else:
         options["padding_mode"] = draw(st.sampled_from(["zeros", "zeros", "circular", "reflect", "replicate"]))
         options["padding"] = draw(st.sampled_from(["same", "valid", "numbers", "numbers", "numbers"]))

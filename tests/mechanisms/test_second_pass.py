@@ -16,7 +16,7 @@ from fa_bench.rules.dfa import DFA
 
 @dataclasses.dataclass(eq=False)
 class Repeating(DFA):
-    """An unregistered rule that stores the outputs of additional passes in the backward pass."""
+    """An unregistered rule that runs additional passes in the backward pass and stores their outputs."""
 
     name = "repeating"
     repeats = True

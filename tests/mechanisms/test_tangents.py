@@ -1,4 +1,4 @@
-"""Tangents at the output are exact on any model, computed in the state of the training pass, and refused if PyTorch has none."""
+"""Tangents at the output match autograd, use the state of the training pass, and are refused if PyTorch cannot compute them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def by_autograd(model: nn.Module, x: Tensor, noise: dict[str, Tensor]) -> Tensor
 @pytest.mark.parametrize("net", NETS)
 def test_the_tangent_is_the_derivative_along_the_noise(net: str, method: str) -> None:
     """The nets have in-place ReLUs, shortcuts and batch statistics. Away from kinks, the error of central differences is
-    proportional to the square of 0.001."""
+    proportional to the square of the step, which is 0.001."""
     build: Any = nets.NETS.get(net, nets.residual)
     x, _ = nets.batch(net)
     noise = noise_at(build(), NETS[net], x)

@@ -15,7 +15,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from . import nets
 
 EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp", "wm", "mixed")
-# Maps each rule with stored feedback to the name of one of its feedback tensors.
+# Maps some of the rules with stored feedback to the name of one of their feedback tensors.
 STORED = {
     "fa": "B",
     "kp": "B",
@@ -139,7 +139,7 @@ def assert_bitwise(got: dict, want: dict) -> None:
     for name in want:
         assert (got[name] is None) == (want[name] is None), f"{name}: got {got[name]}, wanted {want[name]}"
     wrong = [name for name in want if want[name] is not None and not torch.equal(got[name], want[name])]
-    assert not wrong, f"differ from backpropagation: {wrong}"
+    assert not wrong, f"these tensors differ: {wrong}"
 
 
 def state_of(rule) -> tuple[dict, dict]:

@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Stage:
-    """One module of the chain: its name and kind, the geometry of a convolution, and the output size of a pooling layer."""
+    """One module of the chain, with the geometry of a convolution, the eps of a BatchNorm, and the output size of a pooling."""
 
     name: str
     kind: str
@@ -137,7 +137,7 @@ def _windows(shape, size):
 
 
 def pool_forward(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """y[n,c,p,q] is the mean of x[n,c] over rows from floor(pH/h) to ceil((p+1)H/h) - 1 and over the corresponding columns."""
+    """y[n,i,p,q] is the mean of x[n,i] over rows from floor(pH/h) to ceil((p+1)H/h) - 1 and over the corresponding columns."""
     y = np.zeros((*x.shape[:2], *size))
     for p, q, rows, columns in _windows(x.shape, size):
         y[:, :, p, q] = x[:, :, rows, columns].mean((2, 3))
@@ -233,14 +233,14 @@ def gradients(
     output=1.0,
     dual=None,
 ) -> Arrays:
-    """The gradients of all parameters, with options that change how the error is propagated.
+    """The gradients of all parameters, by backpropagation with the changes that the options specify.
 
     carry: layer -> the tensor that replaces its weight in the backward pass. Layers without an entry use their weight, as in BP.
     inject: stage -> a matrix (classes, features), whose product with delta_out replaces the error at the stage's output.
     deliver: layer -> a tensor (classes, C_in, kh, kw) or (classes, in) that maps delta_out to the error at the layer's input. For
     a convolution, delta_out is repeated at every output pixel, and groups are ignored.
     given: stage -> an error with the shape of the stage's output, which replaces the error from later stages.
-    added: stage -> an error that is added to the one from later stages at the stage's output.
+    added: stage -> an error that is added, at the stage's output, to the error from later stages.
     activations: layer -> the activation that replaces the layer's true input in its weight gradient.
     errors: a dictionary that receives the error at the output of every stage and, under "", the error at the chain's input.
     output: the factor by which the error at the logits is multiplied.
@@ -310,7 +310,7 @@ def dual_error(kind: str, a: np.ndarray, g: np.ndarray, beta: float) -> np.ndarr
 
 
 def sgd_step(params: Arrays, velocity: Arrays, grads: Arrays, *, lr: float, momentum: float, decay: float, nesterov=False):
-    """Update all parameters that have a gradient by SGD: d = g + decay p; v = momentum v + d; p -= lr v.
+    """Apply SGD to all parameters that have a gradient: d = g + decay p; v = momentum v + d; p -= lr v.
 
     With Nesterov momentum, the last step is p -= lr (d + momentum v).
     """

@@ -50,7 +50,7 @@ Rows = tuple[Layer, range]
 
 
 def packed(layer: Layer) -> list[Rows]:
-    """The projections of queries, keys and values when they share one weight of shape (3E, E)."""
+    """The projections of queries, keys and values, which share one weight of shape (3F, F) for F features."""
     size = len(layer.weight) // 3
     return [(layer, range(number * size, (number + 1) * size)) for number in range(3)]
 
@@ -67,8 +67,8 @@ def attention(
     """The errors at queries, keys and values, computed from the errors at the outputs of attention without masks.
 
     Args:
-        projections: those of queries, keys and values, with E rows each.
-        output: the output projection, W (E, E).
+        projections: those of queries, keys and values, with F rows each.
+        output: the output projection, W (F, F).
     """
     features = len(output.weight)
     size = features // heads

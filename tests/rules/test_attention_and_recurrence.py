@@ -51,7 +51,7 @@ class Attends(nn.Module):
 
 
 class Recurs(nn.Module):
-    """A model with a 4-5 linear layer, a recurrent module with `width` outputs, and a linear output layer for every time step."""
+    """A model with a 4-5 linear layer, a recurrent module with `width` outputs, and a linear layer to 2 features."""
 
     def __init__(self, core: nn.Module, width: int = 3) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ def test_the_weights_as_feedback_are_backpropagation(name: str, kind: str) -> No
     plain = gradients(rule.detach())
     assert found.keys() == exact.keys() == plain.keys() == {name for name, _ in model.named_parameters()}
     for key, gradient in found.items():
-        # The result is bitwise identical to an exact pass, but the fused kernels of the plain module sum in another order.
+        # The result is bitwise identical to that of an exact pass, but fused kernels in the plain module sum in another order.
         assert torch.equal(gradient, exact[key])
         assert (gradient - plain[key]).abs().max() <= 1e-5 * plain[key].abs().max() + 1e-7
 

@@ -214,13 +214,13 @@ def test_suggested_cuts_work_on_a_transformer(name: str):
     model, (x, _) = transformer(), words()
     with pytest.raises(CoverageError, match="needs cut points") as refused:
         fa_bench.attach(model, name, sample_input=x)
-    assert "within" not in refused.value.settings, "a cut at every layer does"
+    assert "within" not in refused.value.settings, "a cut at every layer suffices"
     rule = fa_bench.attach(model, name, sample_input=x, **refused.value.settings)
     assert not rule.coverage.uncovered and all(grad is not None for grad in train(model, rule).values())
 
 
 class Functional(Transformer):
-    """A transformer that multiplies activations by an additional parameter, which no rule covers."""
+    """A transformer that also multiplies activations by a parameter outside of all layers and by the weight of a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ def test_functional_uses_after_the_module_are_no_fault(layer: bool):
 
 
 def test_a_weight_that_functions_use_before_a_cut_and_after_the_module_is_not_covered():
-    """If the weight were used only after the module, it would learn by backpropagation like the layers there."""
+    """A weight that is used only after the module is covered, because it learns by backpropagation like the layers after it."""
 
     class Net(nn.Module):
         def __init__(self, below: bool) -> None:

@@ -25,7 +25,7 @@ def attached(name: str):
 
 @pytest.mark.parametrize("name", [*CUT_RULES, "forward_alignment"])
 def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
-    """Only calls with gradients are refused, because evaluating a part of the model or differentiating it exactly is harmless."""
+    """The call is allowed if the rule has no effect on it: without gradients, and within `rule.exact()`."""
     model, rule, x, y = attached(name)
     want = rule_grads(model, rule, x, y)
     with pytest.raises(CoverageError, match=r"'(act1|fc1)' ran outside a forward pass of the attached model; call the model"):
@@ -52,7 +52,7 @@ def test_a_loss_from_no_training_pass_of_the_model_is_refused(name, loss):
     assert rule_grads(model, rule, x, y)["fc1.weight"].any()
 
 
-@pytest.mark.parametrize("name", [name for name in CUT_RULES if name != "dgl"])  # dgl has a complete module between two cuts
+@pytest.mark.parametrize("name", [name for name in CUT_RULES if name != "dgl"])  # with a single cut, dgl raises another error
 def test_a_cut_that_runs_twice_or_never_is_refused(name):
     class Twice(nn.Module):
         def __init__(self):

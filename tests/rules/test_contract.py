@@ -1,4 +1,4 @@
-"""Tests of properties that all rules share, for many kinds of layers, dtypes and memory formats.
+"""Tests of properties that many rules share, for many kinds of layers, dtypes and memory formats.
 
 If the feedback equals the weights, the gradients must be bitwise identical to those of backpropagation.
 """
@@ -89,7 +89,7 @@ def test_feedback_equal_to_the_weight_is_backpropagation(name, layer):
     assert torch.equal(y, want_y), "the forward pass is the plain one"
     assert_bitwise(*({key: value for key, value in grads.items() if key != "input"} for grads in (random, want)))
     other = (random["input"] - want["input"]).abs().max()
-    assert other > 1e-2 * want["input"].abs().max(), "random feedback carries another error"
+    assert other > 1e-2 * want["input"].abs().max(), "random feedback propagates a different error"
     copy_weights_into_feedback(plain, rule)
     y, got = one_layer_pass(plain, x, lambda loss, y: backward(rule, loss, y))
     assert torch.equal(y, want_y)

@@ -1,7 +1,4 @@
-"""Tests of dkp, drtp and the rules with local losses on the registered models.
-
-With update unlocking, gradients do not depend on later layers.
-"""
+"""Tests of dkp, drtp and the rules with local losses on the registered models."""
 
 import copy
 

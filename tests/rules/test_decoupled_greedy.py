@@ -59,7 +59,7 @@ def test_modules_of_the_users_own_by_their_ends():
 
 
 def test_what_is_inside_a_module_is_covered_whatever_it_is():
-    """Attention stores its weights outside linear layers, but within a module these weights learn like any others."""
+    """Attention stores its input projections outside linear layers, but within a module these weights learn like any others."""
 
     class Attention(nn.Module):
         def __init__(self):

@@ -60,7 +60,7 @@ ALL = torch.arange(SAMPLES)
 
 
 def orders(epochs: int) -> list[Tensor]:
-    """The shuffled batches of all epochs, with 3, 3 and 1 samples in each epoch."""
+    """The shuffled batches of all epochs; every epoch has batches of 3, 3 and 1 samples."""
     return [
         batch
         for epoch in range(epochs)
@@ -156,7 +156,7 @@ def test_identity_feedback_shows_the_delayed_errors(init: str) -> None:
 def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
     """For sigmoid_ce and mse, delayed_loss and delayed_error are the same.
 
-    As in the authors' code, the softmax is applied to the outputs, for example to those of the sigmoid.
+    As in the authors' code, the kinds with softmax apply it to the outputs, for example to those of the sigmoid.
     """
     onehot = F.one_hot(Y, 3).double()
     found = {}

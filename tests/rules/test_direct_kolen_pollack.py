@@ -106,7 +106,7 @@ def test_decay_acts_on_b(own):
 
 
 def test_optimizer_and_schedule_of_its_own():
-    """The learning rate of B falls by a factor of 0.85 per epoch, while that of W is constant.
+    """The learning rate of B is multiplied by 0.85 after each epoch, while that of W is constant.
 
     The decoupled decay of AdamW uses the learning rate of B.
     """
@@ -211,7 +211,7 @@ def alignment(name: str, steps: int = 300, **options) -> list[float]:
 
 
 def test_its_readouts_align_with_the_logits():
-    """At the last hidden layer, the angle falls from near 90 degrees to 6 degrees.
+    """At the last hidden layer, the angle between a Bᵀ and the logits falls from near 90 degrees to 6 degrees.
 
     With dfa, the activations also turn towards the fixed B, but only to 21 degrees.
     """

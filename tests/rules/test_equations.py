@@ -99,7 +99,7 @@ def test_plain_last_transports_the_true_weights_of_the_output_layer_only():
     assert distance(got["fc1.weight"], exact["fc1.weight"]) > 1e-2
 
 
-# Nesterov momentum is tested with only one fixed and one learned feedback, because the optimizer itself is torch's.
+# Nesterov momentum is tested only with one rule for fixed and one for learned feedback, because the optimizer is torch's.
 SCHEDULES = [(case, False) for case in CASES] + [("fa", True), ("kp", True)]
 
 

@@ -17,11 +17,11 @@ from .helpers import EDGE_RULES, LOUD, layer_names
 
 
 class OwnAttention(nn.MultiheadAttention):
-    """A user-defined subclass of attention, which no rule covers."""
+    """A user-defined subclass of attention, which edge rules do not cover."""
 
 
 class Attentive(nn.Module):
-    """A model with an embedding and a user-defined attention layer that no rule covers."""
+    """A model with an embedding and an `OwnAttention` layer."""
 
     def __init__(self) -> None:
         super().__init__()

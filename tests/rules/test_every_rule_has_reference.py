@@ -1,4 +1,4 @@
-"""Tests that no rule can be added without a reference."""
+"""Tests that every rule has a reference implementation and documents its options."""
 
 import inspect
 import re

@@ -270,7 +270,7 @@ def test_frozen_blocks_suggests_recurrent_modules_as_a_whole_and_names_ends_that
     assert {key.split(".")[0] for key, p in model.named_parameters() if p.requires_grad} == {"read", "head"}
     with pytest.raises(CoverageError, match=r"list the modules that end them in the option blocks, or set") as caught:
         fa_bench.attach(torch.nn.LSTM(4, 5, 2), "frozen_blocks", sample_input=torch.zeros(2, 3, 4))
-    assert not caught.value.settings, "the model itself is no module that can be named"
+    assert not caught.value.settings, "the model itself has no path that could be suggested"
     idle = nets.mlp()
     idle.spare = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2)})
     idle.forward = lambda x: idle.fc3(idle.fc2(idle.fc1(x)))

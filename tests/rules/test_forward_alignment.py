@@ -97,7 +97,10 @@ def test_layer_that_runs_twice_is_refused():
 
 
 def tied(what: str) -> nn.Sequential:
-    """A 5-4-4-4-4-3 net whose second and third layers share the parameters named in `what`."""
+    """A 5-4-4-4-4-3 net whose second and third layers share the parameters named in `what`.
+
+    If `what` contains "three", the fourth layer has the same weight, too.
+    """
     torch.manual_seed(0)
     layers = [nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)]
     model = nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())][:-1]).double()

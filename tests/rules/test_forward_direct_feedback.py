@@ -64,7 +64,7 @@ def mean_estimates(rule: Any, x: Tensor, y: Tensor, draws: int) -> dict[str, Ten
 @pytest.mark.parametrize("method", ["forward", "difference"])
 @pytest.mark.parametrize("net", ["mlp_relu", "conv"])
 def test_the_estimate_is_the_mean_jacobian_on_average(net: str, method: str) -> None:
-    """In the mean over 600 draws of 16 samples, each of the other perturbed values contributes an error of 1/√9600."""
+    """In the mean over 600 draws for 16 samples, each of the other perturbed values adds noise of about 1/√9600 to an entry."""
     _, rule, x, y = attached(net, size=16, tangents=method)
     got, want = mean_estimates(rule, x, y, 600), jacobians(net, x)
     for cut, jacobian in want.items():

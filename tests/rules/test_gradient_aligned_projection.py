@@ -40,7 +40,7 @@ def train(model: nn.Module, rule: Any, steps: int, feedback_lr: float = 0.1) -> 
 
 
 def test_the_gradient_is_that_of_the_cosine_and_orthogonal_to_b() -> None:
-    """The gradient rotates B and keeps its norm, unlike that of the paper's 2024 version, which rescales B."""
+    """The gradient is orthogonal to B, so it rotates B, whereas the paper's 2024 version only rescales B."""
     rule, generator = GrAPE(), torch.Generator().manual_seed(0)
     b, estimate = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     leaf = b.clone().requires_grad_(True)

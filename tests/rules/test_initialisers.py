@@ -209,7 +209,7 @@ def test_old_name_is_the_same_choice():
 def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, linear_init):
     """The linear weights have the bound of their own distribution, and convolution weights have that of `init`.
 
-    Biases are zero. With init=pytorch, weights and biases are those that torch itself samples.
+    Layers with the initialiser pytorch have the weights and biases that torch itself samples. All other biases are zero.
     """
     model, plain = layers_of(built(net, init=init, linear_init=linear_init)), layers_of(built(net))
     for path, layer in model.items():

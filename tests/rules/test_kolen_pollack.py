@@ -113,7 +113,7 @@ def test_adamw_keeps_the_cancellation():
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
 def test_b_lr_scale_scales_the_step_of_b_only(scale):
-    """The option b_lr_scale scales the learning rate that the caller passes to B's parameter group.
+    """The caller multiplies the learning rate of B's parameter group by b_lr_scale.
 
     Scaling the gradient instead would have no effect with Adam.
     """
@@ -133,7 +133,6 @@ def test_b_lr_scale_scales_the_step_of_b_only(scale):
 
 
 def test_without_the_optimizer_feedback_does_not_move():
-    """Only the optimizer changes feedback."""
     model, rule = attached()
     before = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
     for tensor in rule.feedback_parameters():

@@ -319,7 +319,6 @@ def test_cut_rules_under_bfloat16_autocast(variant):
 
 
 def test_rule_object_works_like_its_name():
-    """The function attach accepts either a name or a rule object."""
     x, y = nets.batch("mlp")
     by_name, by_object = nets.mlp(), nets.mlp()
     one = fa_bench.attach(by_name, "fa", seed=0)
@@ -425,7 +424,7 @@ def assert_same_state(got, want):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(variant):
-    """As the README says, model.state_dict contains the feedback, and rule.state_dict contains the rest of the rule's state."""
+    """``model.state_dict()`` contains the feedback, and ``rule.state_dict()`` contains the rest of the rule's state."""
     model, rule, x, y = start(variant, seed=0)
     rule_grads(model, rule, x, y)
     saved = copy.deepcopy((model.state_dict(), rule.state_dict()))

@@ -234,12 +234,12 @@ LARGE = {
     ids=str,
 )
 def test_larger_maps_equal_the_reference(name, options, net):
-    """Maps of 9 x 10 and 4 x 4 pixels are averaged with overlapping windows.
+    """The maps have 9 x 10 and 4 x 4 pixels, and the larger ones are averaged with overlapping windows.
 
-    Maps with 5, 3 and 2 channels cover both ways of comparing maps.
+    Maps with 5, 3 and 2 channels cover both ways in which predsim compares maps.
 
-    In one of the nets, one sample activates no unit. For dgl, only the first activation is a cut, and its auxiliary net averages
-    maps of 9 x 10 pixels to 3 x 3 and then to 2 x 2.
+    In one of the nets, one sample activates no unit of the first layer. For dgl, only the first activation is a cut, and its
+    auxiliary net averages maps of 9 x 10 pixels to 3 x 3 and then to 2 x 2.
     """
     model = LARGE[net]()
     chain, params = describe(model), arrays(model)
@@ -374,7 +374,7 @@ def test_magnitudes_of_a_separate_carrier_belong_to_their_cut():
 
 
 def test_auxiliary_layers_are_drawn_on_the_cpu_whatever_torchs_default_device():
-    """If sampled on an accelerator, the numbers would differ.
+    """Numbers sampled on an accelerator would differ.
 
     The meta device, on which nothing is sampled, stands in for an accelerator.
     """

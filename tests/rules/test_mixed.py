@@ -79,7 +79,7 @@ def test_every_layer_carries_its_mixture_and_learns_as_pfa_and_kp(layer):
     assert torch.equal(y, fa_y)
     assert_bitwise(got, want)
     tensors, theirs = mixed.feedback["layer"], pfa.feedback["layer"]
-    assert torch.equal(tensors["B"], theirs["B"]) and torch.equal(tensors["R"], theirs["R"]), "drawn as pfa's"
+    assert torch.equal(tensors["B"], theirs["B"]) and torch.equal(tensors["R"], theirs["R"]), "sampled as in pfa"
     assert distance(tensors["R"].grad, array(theirs["R"].grad)) < 1e-12
     assert torch.equal(tensors["K"].grad, got["layer.weight"])
     assert tensors["K"].grad.data_ptr() != mixed.model.layer.weight.grad.data_ptr()
@@ -296,7 +296,7 @@ def test_fractions_for_the_78_degrees_of_the_brain(fractions, path, which):
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     assert measured(rule, path)[which] == pytest.approx(78, abs=2)
     if which:
-        assert measured(rule, path)[0] < 45, "while the error as a whole is carried well"
+        assert measured(rule, path)[0] < 45, "the error as a whole is still propagated accurately"
 
 
 def test_fractions_may_be_rounded():

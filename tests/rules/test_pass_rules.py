@@ -173,7 +173,7 @@ OF_OBJECTIVE = ["node_perturbation", "weight_perturbation", "np_feedback", "pepi
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
 def test_a_loss_of_other_logits_or_of_another_kind_is_refused(name: str) -> None:
     """Perturbation rules and PEPITA evaluate the objective on the model's output themselves, so they must refuse a loss that is
-    not a multiple of it."""
+    not a multiple of the objective."""
     for loss in (
         lambda z: F.cross_entropy(z / 5, Y),
         lambda z: F.cross_entropy(z.flip(1), Y),
@@ -465,7 +465,7 @@ def test_np_feedback_needs_its_own_logits() -> None:
     other = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(ValueError, match="the loss was not computed by a training forward pass of the attached model"):
         rule.backward(F.cross_entropy(other, Y), other, Y)
-    copied = logits.clone()  # the original logits are deleted on the next line
+    copied = logits.clone()
     del logits
     rule.backward(F.cross_entropy(copied, Y), copied, Y)
     assert rule.model[0].feedback_B.grad.abs().sum() > 0

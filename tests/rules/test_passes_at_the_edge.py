@@ -1,4 +1,4 @@
-"""Tests of rules that run extra forward passes with unusual sizes, indices and frozen weights."""
+"""Tests of dfc with frozen weights, of forward_forward with unusual sizes, and of f3 with indices of the wrong type."""
 
 from __future__ import annotations
 

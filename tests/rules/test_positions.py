@@ -269,7 +269,7 @@ def pixels(size: tuple[int, int] = (4, 6)) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", ["weight_perturbation", "drtp"])
 def test_wrong_labels_of_pixels_are_named_by_the_number_of_classes(name: str):
-    """Label 4 is out of range for three classes, although it would be a valid index into the six columns."""
+    """Label 4 is out of range for three classes, although it would be a valid index of one of the six columns of pixels."""
     x, y = pixels()
     y[1, 2, 3] = 4
     rule = fa_bench.attach(pixel_net(), name, sample_input=x)

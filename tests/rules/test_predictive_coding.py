@@ -141,8 +141,8 @@ def test_linear_nets_rest_where_the_closed_form_says(name: str) -> None:
 
 
 def test_both_forms_rest_at_the_same_place() -> None:
-    """Both forms must reach the same states, because the nonlinear net has only one minimum near the states of the forward
-    pass."""
+    """The rules epc and pc must reach the same states, because the nonlinear net has only one minimum near the states of the
+    forward pass."""
     errors, states = (learn(attach(name, steps=500, rate=0.3)) for name in RULES)
     for key, value in errors.items():
         torch.testing.assert_close(states[key], value, rtol=1e-5, atol=1e-12)
@@ -406,8 +406,8 @@ def test_coverage_says_that_weights_are_transported(name: str) -> None:
     ],
 )
 def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any], length: float | None) -> None:
-    """Three steps with momentum 0.5 have a path length of 0.01 (1 + 1.5 + 1.75) = 0.0425. A path length of exactly SHORT gives no
-    warning."""
+    """Three steps with momentum 0.5 have a path length of 0.01 (1 + 1.5 + 1.75) = 0.0425. A path length of exactly SHORT
+    causes no warning."""
     notes = attach("epc", **options).coverage.notes
     if length is None:
         assert notes == ()

@@ -117,8 +117,7 @@ def test_decoder_without_a_bias_as_torch_draws_it():
 
 
 def test_options_of_the_decoder_leave_the_similarity_alone():
-    """The similarity's K is sampled after the decoder's D. K must not depend on the decoder's options and must equal the K of
-    earlier versions."""
+    """The similarity's K is sampled after the decoder's D, but must not depend on the decoder's options."""
     kernels = [
         registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
         for options in ({}, {"decoder_init": "pytorch"})
@@ -199,7 +198,6 @@ def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, sha
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", ROWS)
 def test_similarity_in_single_and_double_precision_is_the_plain_formula(rows, dtype):
-    """The similarity must be bitwise equal to the result of the plain formula."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((5,), (5, 3, 4)):
         x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype)
@@ -236,8 +234,8 @@ def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
 
 
 def test_the_loss_of_a_model_in_double_precision_is_in_double_precision():
-    """Single precision would round the label similarities of four classes, which are -1/3, so they must be computed in double
-    precision."""
+    """With four classes, the similarity of different labels is -1/3, which single precision would round, so it must be
+    computed in double precision."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
     rule = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], loss="sim")

@@ -61,8 +61,10 @@ def equal_layers() -> nn.Sequential:
 
 
 def random_tensors(name: str, seed: int, forwards: int = 1, **options) -> dict[tuple[str, str], torch.Tensor]:
-    """The feedback tensors that are not filled with a single value after `forwards` training forward passes, as {(layer or cut,
-    name): tensor}."""
+    """The feedback tensors after `forwards` training forward passes, as {(layer or cut, name): tensor}.
+
+    Tensors that are filled with a single value are left out.
+    """
     model, x = equal_layers(), torch.ones(4, 6, dtype=torch.float64)
     rule = fa_bench.attach(model, name, seed=seed, sample_input=x, **cut_options(name, model, OPTIONS.get(name, {}) | options))
     for _ in range(forwards):

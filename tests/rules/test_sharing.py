@@ -118,7 +118,7 @@ def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
 
 
 def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
-    """If the replacement equals the true input and B = W, the gradients are those of backpropagation, except in the stem."""
+    """If the replacement equals the true input and B = W, the gradients are those of backpropagation."""
     x, y = data(True)
     model, plain = chain_net(True), chain_net(True)
     rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, match="random", freeze_stem=False)
@@ -261,7 +261,7 @@ def test_activation_changed_in_place_is_noticed():
             for layer in self.layers[:3]:
                 x = torch.tanh(layer(x)) * 1
             y = torch.tanh(self.layers[3](x))
-            x.add_(1)  # activation 3, which the layer that uses it does not save
+            x.add_(1)  # the input of layers[3], which that layer does not save and layers[4] shares
             return self.layers[4](y)
 
     model, x = Changed(), torch.randn(2, 4)

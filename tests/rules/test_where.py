@@ -87,8 +87,7 @@ def test_the_output_layer_is_the_one_that_runs_last_not_the_one_defined_last(nam
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
 def test_without_a_sample_the_output_layer_is_the_one_defined_last(name):
-    """Without a sample, layers are taken in the order of their definition, even if the layer defined last runs first. The
-    convolutional network is attached without a sample, so its image size is unknown."""
+    """Without a sample, layers are taken in the order of their definition, even if the layer defined last runs first."""
     rule = fa_bench.attach(nets.convnet(batch_norm=True), name, seed=0, plain_last=True)
     assert [path for path, (effective, weight) in rule.weight_pairs().items() if torch.equal(effective, weight)] == ["fc2"]
 

@@ -1,4 +1,4 @@
-"""Helpers shared by the training scripts in this folder: a small net in parts, its data, and one training loop for every rule."""
+"""Helpers shared by the tests in this folder: a small net in parts, its data, and one training loop for every rule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ RULES = list(ALGORITHMS)
 COVERS_ALL = ["weight_perturbation"]
 #: Rules that cut the graph and take their error from one output of the model.
 CUT_RULES = [name for name, rule in ALGORITHMS.items() if issubclass(rule, CutRule) and name not in COVERS_ALL] + ["asfp_lc"]
-#: Edge rules that compute their error from any loss; np_feedback is excluded because it needs the labels.
+#: Edge rules, bp, and the rules that freeze layers, all of which learn from any loss. The rule np_feedback is excluded because it
+#: needs the labels.
 EDGE_RULES = [name for name in RULES if name not in (*CUT_RULES, *COVERS_ALL, "np_feedback")]
 #: Rules that settle the states between whole blocks.
 SETTLING = ["epc", "pc"]
@@ -28,12 +29,12 @@ SETTLING = ["epc", "pc"]
 COVERS_BLOCKS = ["dgl", "ldrl", *SETTLING]
 #: Rules that change the model's first argument, which must therefore be a floating-point tensor.
 CHANGES_INPUT = ["pepita", "forward_forward"]
-#: Rules that sample noise for every update.
+#: Some of the rules that sample noise for every update.
 NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "fdfa", "grape", "forward_gradient"]
 #: Edge rules with local losses, which are scaled like the model's loss.
 LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirror", "information_alignment"]
-# The mirror steps before training are slow and are not tested here. With b_lr_scale=1, dkp has the same learning rate for all
-# parameters, so one parameter group suffices.
+# The mirror steps before training are slow and are not tested here. With b_lr_scale=1, dkp and ldrl have the same learning rate
+# for all parameters, so one parameter group suffices.
 _QUICK: dict[str, dict[str, Any]] = {
     "wm": {"initial_steps": 1, "mirror_batch": 2},
     "dkp": {"b_lr_scale": 1.0},

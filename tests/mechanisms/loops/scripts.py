@@ -1,4 +1,4 @@
-"""Helpers shared by the tests of other people's training loops: a small net, data that can be learned, and a loop."""
+"""Helpers shared by the tests of user-defined training loops: a small net, data that can be learned, and a loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""If a model is changed after attach, the rule refuses unknown modules before any update, with an error that names them."""
+"""If a model is changed after attach in a way that its rule does not support, an error is raised before any update."""
 
 import copy
 

@@ -24,7 +24,7 @@ INDICES = torch.arange(len(Y))
 #: Rules that compute the losses of additional passes with the objective, so that a change between output and loss would be
 #: ignored.
 OF_OBJECTIVE = [name for name, rule in ALGORITHMS.items() if getattr(rule, "learns_by_objective", False)] + ["np_feedback"]
-#: Rules that compute their errors from outputs and labels, and always measure their scale.
+#: Rules that compute their errors from outputs and labels, and measure the scale of the loss unless it is given.
 ALWAYS_MEASURED = ["f3"]
 
 
@@ -65,8 +65,6 @@ def test_which_rules_learn_by_the_objective() -> None:
 @pytest.mark.parametrize("change", [masked, halved])
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
 def test_rules_that_learn_by_the_objective_refuse_it(name: str, change: Change, scale: float | None) -> None:
-    """Rules that learn from the objective refuse an output that was changed in place. A change in a copy is refused, too, because
-    the first passes compare the loss with the objective."""
     with pytest.raises(StateError, match=rf"rule '{name}' learns from the model's output as the forward pass returned it"):
         learn(name, change, True, scale=scale)
 

@@ -56,7 +56,7 @@ def test_parts_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("late", [False, True], ids=["before attach", "after attach"])
 @pytest.mark.parametrize("name", BY_TANGENTS)
 def test_central_differences_where_checkpoints_have_no_tangents(name: str, late: bool) -> None:
-    """Older versions of torch give an error that recommends central differences, which give correct results with every
+    """Older versions of torch raise an error that recommends central differences, which give correct results with every
     version."""
 
     def of_parts(**options: Any) -> dict[str, Tensor]:
@@ -241,8 +241,8 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
         model = Chain(runs)
         model.a.requires_grad_(False)
         last = train(model, attach(model, name), X, Y)
-        # Some feedback learns from the inputs and outputs of its layer even if the weight is frozen; no error is propagated
-        # there.
+        # Some feedback learns from its layer's input and output error even if the weight is frozen, but not if the layer runs
+        # without gradients.
         own = ("a.fc.feedback_R", "a.fc.feedback_B" if name in ("ldfa", "np_feedback", *LOCAL_LOSSES) else None)
         found.append({key: gradient for key, gradient in last.items() if key not in own})
     assert_same(*found)

@@ -1,5 +1,6 @@
-"""For every rule, two ranks under DistributedDataParallel train in the same way as one process with the whole batch.
+"""Two ranks under DistributedDataParallel train in the same way as one process with the whole batch.
 
+The exceptions are rules with values that depend on the batch, or with noise that each rank samples for itself.
 Both ranks are separate processes that communicate through gloo. Every rule trains in the same two processes, because starting
 them is slow.
 """
@@ -21,7 +22,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from .chain import draw_the_same_for_every_sample
 from .scripts import data, net, sgd
 
-# Options that avoid values that depend on the whole batch, such as similarities between samples and batch normalisation.
+# Options that the rules need here, or that avoid values that depend on the whole batch, such as similarities between samples.
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"},
     "dgl": {"auxiliary_net": "linear"},
@@ -64,8 +65,8 @@ CASES |= {
     "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
     "grape anchors": ("grape", {"anchor_period": 2}),
 }
-#: Cases in which values depend on the whole batch. The results differ from those of one process, but the ranks agree with each
-#: other.
+#: Cases in which values depend on the whole batch, or in which each rank samples its own noise. The results differ from those of
+#: one process, but the ranks agree with each other.
 DIFFER = (
     "asfp_lc learning stem",
     "predsim whole",
@@ -184,7 +185,7 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
             continue
         want = train(case, slice(None))
         assert one.keys() == two.keys() == want.keys()
-        faults += [f"{case}: {key} is another on the other rank" for key in one if (one[key] != two[key]).any()]
+        faults += [f"{case}: {key} differs between the ranks" for key in one if (one[key] != two[key]).any()]
         apart = max(float(abs(one[key] - want[key].numpy()).max()) for key in one)
         if (apart > 1e-6) if case in DIFFER else (apart < 1e-12):
             continue

@@ -1,4 +1,4 @@
-"""Tests of modules whose weights no rule covers: which are refused, what the error advises, and which propagate no error."""
+"""Tests of modules whose weights most rules do not cover: refusals, the advice in errors, and weights that propagate no error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARING = ("asap", "asfp", "asfp_lc")
 
 
 def own(cls: type[nn.Module]) -> Any:
-    """A user's subclass of a module; no rule covers its weights, because its forward pass is unknown."""
+    """A user's subclass of a module; most rules do not cover its weights, because its forward pass is unknown."""
     return type(f"Own{cls.__name__}", (cls,), {})
 
 
@@ -138,7 +138,7 @@ def test_embeddings_and_position_tables_carry_no_error(name: str) -> None:
     assert "looked up" in rule.coverage.local["emb.weight"] and "only added" in rule.coverage.local["pos"]
     assert "propagates no error" in str(rule.coverage) and "every weight" in str(rule.coverage)
     found = learn(model, rule)
-    if name not in SHARING:  # sharing rules freeze the first layer; the error still reaches the modules before it
+    if name not in SHARING:  # sharing rules freeze the first layer
         assert found["emb.weight"].abs().sum() > 0 and found["pos"].abs().sum() > 0
 
 

@@ -1,5 +1,4 @@
-"""Tests with parts that do not learn: a frozen first part, an input that requires a gradient, and feedback that is to stay
-fixed."""
+"""Tests with a frozen first part, an input that requires a gradient, and feedback that is to stay fixed."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_evaluation_copies_and_detach_after_an_interruption(name):
 
 
 def test_a_model_that_calls_itself_is_still_told_apart():
-    """If a model calls itself, the outer pass is still running after the inner one was interrupted."""
+    """If a model calls itself, the outer pass is still running when the inner one begins, and must not count as interrupted."""
 
     class Net(torch.nn.Sequential):
         def forward(self, x, depth=1):

@@ -1,5 +1,7 @@
-"""Labels may have any integer type, and every rule treats them like 64-bit integers. Labels of other types are refused with an
-error that names the type."""
+"""Labels may have any integer type, and every rule treats them like 64-bit integers.
+
+Rules that use the labels refuse labels that do not fit, with an error that names the cause.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def test_labels_that_do_not_fit_are_refused_by_name_where_they_are_used(name: st
     except ValueError as error:
         assert not gradients(model)
         needs_target = "requires labels" in str(error) and "class indices of shape (N,)" in str(error)
-        not_theirs = "is not a multiple of that of the mean cross-entropy" in str(error)  # other labels
+        not_theirs = "is not a multiple of that of the mean cross-entropy" in str(error)  # because the loss is that of Y
         assert f"rule '{name}'" in str(error)
         assert needs_target or not_theirs or re.search(message, str(error)), error
 

@@ -191,8 +191,8 @@ def true_head(loss: Loss) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("variant", [*OF_LABELS, "fa", "kp", "dfa", "dkp", "wm"])
 def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, kind: str) -> None:
-    """The output layer learns from the loss itself. Errors computed from labels are those of the mean cross-entropy times its
-    scale."""
+    """The output layer learns from the loss itself. Errors computed from labels are those of the mean cross-entropy times the
+    scale of the loss."""
     loss, factor = LOSSES[kind]
     try:
         got, scale = found(variant, [(X, Y, loss)]), factor or 1.0
@@ -417,8 +417,8 @@ def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: floa
     ids=str,
 )
 def test_what_is_no_multiple_is_told_from_rounding(dtype: torch.dtype, error: float, is_noticed: bool) -> None:
-    """The added error is orthogonal to that of the cross-entropy. An added error of 0.01 is within four times the unit roundoff
-    of bfloat16, which is 0.016."""
+    """The added error is orthogonal to that of the cross-entropy. An added error of 0.01 is less than four times the unit
+    roundoff of bfloat16, that is, 0.016."""
     logits = torch.linspace(-1, 1, 36).view(12, 3)
     delta = (logits.softmax(1) - F.one_hot(Y, 3)) / 12
     other = delta.roll(1, 1)

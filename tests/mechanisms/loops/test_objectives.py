@@ -64,7 +64,9 @@ CLASSIFIERS = {
 @pytest.mark.parametrize("objective", [MSE(), SigmoidCE(), CrossEntropy(label_smoothing=0.6)], ids=lambda one: one.name)
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_trained_classifiers_learn_by_the_objective_with_its_options(name, objective):
-    """The gradient of a bias b of the scores s is the batch mean of dL/ds, which is z - t, σ(z) - t or softmax(z) - q.
+    """The gradient of a bias b of the scores s is the batch mean of dL/ds, which is s - t, σ(s) - t or softmax(s) - q.
+
+    Here t is the one-hot target, and q is the smoothed target.
 
     In double precision, sums of eight numbers are exact to about 1e-15.
     """

@@ -56,7 +56,7 @@ def test_keys_of_states_are_those_of_before(name):
 
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in AUXILIARY])
 def test_keys_of_states_have_the_order_in_which_the_tensors_were_made(name):
-    """Feedback has the same key whether or not it is learned, so a state and its hash do not depend on this."""
+    """Learned and fixed feedback have one common order of keys, so the hash of a state does not depend on which tensors learn."""
     model, rule = attached(name)
     for place, tensors in rule.feedback.items():
         assert [key for key in model.state_dict() if key.startswith(f"{place}.feedback_")] == [

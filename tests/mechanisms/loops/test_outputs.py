@@ -171,7 +171,7 @@ def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, n
     assert_same(both(model, rule, kind, (number,), number), want)
     model.zero_grad()
     if name in ("pepita", "weight_perturbation", "dfc", *SETTLING):
-        return  # these rules refuse a second loss, because its output is detached
+        return  # these rules compute all gradients in their own passes, so the other loss has no effect
     rule.load_state_dict(state)  # so that the noise is the same again
     found = both(model, rule, kind, (0, 1), number)
     other = ("two", "one")[number]
@@ -310,8 +310,7 @@ def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
-    """An output on which no loss depends, such as a scale or a mask, need not be distinguished from the logits, even if it comes
-    first."""
+    """An output that requires no gradient, such as a mask, need not be distinguished from the logits, even if it comes first."""
 
     class Beside(Chain):
         def forward(self, x: Tensor) -> Any:

@@ -89,7 +89,7 @@ def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str
     logits = model(X)
     rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     found = {key: gradient for key, gradient in gradients(model).items() if key.startswith("b.fc") and "feedback" not in key}
-    # The bias's gradient is the sum of the error at the layer's output; the weight's gradient is compared by hand.
+    # The gradients must equal those that the layer without a rule computes from the same error at its output.
     errors: list[Tensor] = []
     handle = model.b.fc.register_forward_hook(
         lambda module, args, output: void(output.requires_grad and output.register_hook(errors.append))

@@ -1,5 +1,4 @@
-"""The rule notices optimizers that train learned feedback with settings other than those it requires, or that are created
-later."""
+"""Rules notice optimizers that train learned feedback with unsuitable settings or leave it out, and models that share modules."""
 
 import re
 import warnings
@@ -116,7 +115,7 @@ def test_tied_weights_are_noted():
     fixed = net()
     fixed[4] = nn.Linear(16, 16).double()
     fixed[4].weight = fixed[2].weight
-    assert "shares its weight" not in str(fa_bench.attach(fixed, "fa").coverage), "nothing follows it"
+    assert "shares its weight" not in str(fa_bench.attach(fixed, "fa").coverage), "fixed feedback does not follow the weight"
     assert "each micro-batch has its own M" in str(attached("brsf")[1].coverage)
 
 
@@ -183,7 +182,7 @@ def test_an_empty_batch_of_more_dimensions():
 
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1 + 1e-9, False), (0.95, True), (1.01, True), (0.0, True)])
 def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
-    """A deviation of the learning rate gives a warning unless it is due to rounding."""
+    """A deviation of the learning rate causes a warning unless it is due to rounding."""
     model, rule = attached("kp")
     optimizer = sgd([{"params": rule.weight_parameters()}, {"params": rule.feedback_parameters(), "lr": 0.1 * factor}])
     with warnings.catch_warnings(record=True) as caught:
@@ -195,7 +194,7 @@ def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
 @pytest.mark.parametrize("name", ["kp", "dkp"])
 def test_an_update_by_rounding_noise_is_no_sign_that_feedback_was_left_out(name):
     """In a net that has learned its data, for example, the gradients are so small that adding them would not change any
-    number."""
+    weight."""
     for scale, fault in ((1e-13, False), (1.0, True)):
         model, rule = attached(name)
         x, y = data()
@@ -241,6 +240,6 @@ class SignDescent(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_an_optimizer_without_rates_has_no_wrong_ones(name):
-    """An optimizer without learning rates gives no warnings, which would be errors in this test."""
+    """An optimizer without learning rates causes no warnings, which would be errors in this test."""
     model, rule = attached(name)
     steps(model, rule, SignDescent(model.parameters()), 2)

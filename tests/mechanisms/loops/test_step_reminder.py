@@ -1,4 +1,4 @@
-"""A loop that never calls `rule.step()` gives a warning only if the rule needs the call."""
+"""A loop that never calls `rule.step()` causes a warning only if the rule needs the call."""
 
 import copy
 import warnings

@@ -56,7 +56,7 @@ def convnet() -> nn.Module:
 
 
 class TwoHeads(nn.Module):
-    """Returns two outputs, the auxiliary logits first, as some models do."""
+    """Returns two outputs in a dictionary; the loss is computed from the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class TwoHeads(nn.Module):
 
 
 class OwnLSTM(nn.LSTM):
-    """A user-defined subclass of `nn.LSTM`, which no rule covers."""
+    """A user-defined subclass of `nn.LSTM`, whose weights most rules do not cover."""
 
 
 class Recurrent(nn.Module):
@@ -130,7 +130,7 @@ def attached_as_suggested(make: Callable[[], nn.Module], x: Tensor, name: str, *
         learning = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
         assert not {key for key in learning - set(gradients(model)) if not key.startswith("two.")}
         return rule
-    raise AssertionError("three suggestions did not do")
+    raise AssertionError("three suggestions were not enough")
 
 
 @pytest.mark.parametrize(

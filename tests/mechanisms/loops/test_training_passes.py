@@ -211,8 +211,8 @@ def test_labels_that_the_loss_leaves_out_are_not_trained_on(name):
 
 @pytest.mark.parametrize("name", ["dfa", "drtp"])
 def test_a_cut_that_was_without_gradients_once_is_only_missed_later(name):
-    """Each pass is checked separately: a cut that runs without gradients is refused, and one that does not run gives a
-    warning."""
+    """Each pass is checked separately: a cut that runs without gradients is refused, and one that does not run causes
+    a warning."""
 
     class Sometimes(Net):
         how = ""

@@ -27,7 +27,7 @@ from tests.mechanisms.loops.chain import (
 )
 
 X, Y = batch()
-# Rules that leave the model unchanged, or cover whole modules.
+# Rules whose errors pass through the weights themselves, so that weights may be used in any way.
 FREE = ("bp", "bp_deepsup", "bp_fc", "frozen", "frozen_blocks")
 COVERING = [name for name in RULES if name not in (*FREE, *COVERS_ALL, *COVERS_BLOCKS)]
 
@@ -267,7 +267,7 @@ def test_without_a_sample_the_first_training_forward_refuses_every_time(name: st
     rule = attach(model, name)
     before = state(model)
     with torch.no_grad():
-        model(X)  # an evaluation does not affect it
+        model(X)  # a pass without gradients is not refused
     for _ in range(2):  # as if a notebook cell were run twice
         with pytest.raises(CoverageError, match=r"conv\.weight \(used outside its layer, by conv_transpose1d\(\)"):
             train(model, rule, X, Y)
@@ -299,7 +299,6 @@ class TrainingOnly(nn.Module):
 
 @pytest.mark.parametrize("name", COVERING)
 def test_a_use_that_only_training_has_is_refused_by_the_first_training_pass(name: str) -> None:
-    """A use that occurs only in training is refused by the first training pass."""
     model = TrainingOnly()
     rule = attach(model, name, freeze_stem=False)
     with pytest.raises(CoverageError, match=r"enc\.weight \(used outside its layer, by linear\(\) in the model"):

@@ -61,7 +61,7 @@ def jacobians(chain, params, x, cuts) -> Arrays:
     for c in range(classes):
         unit, at = np.zeros((len(x), classes)), {}
         unit[:, c] = 1.0
-        flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
+        flat = Stage("flat", "flatten")  # `gradients` needs 2-D logits for its loss, whose error `given` replaces
         gradients([*chain, flat], params, x, np.zeros(len(x), dtype=int), given={names[-1]: unit}, errors=at)
         found[OUTPUT][:, c, c] = 1.0
         for cut in cuts:
@@ -101,7 +101,7 @@ def pushed(q, u) -> np.ndarray:
 
 
 def of_part(part, params, x, error) -> Arrays:
-    flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
+    flat = Stage("flat", "flatten")  # `gradients` needs 2-D logits for its loss, whose error `given` replaces
     return gradients([*part, flat], params, x, np.zeros(len(x), dtype=int), given={part[-1].name: error})
 
 

@@ -74,7 +74,7 @@ def output_delta(parts, params, states, y) -> np.ndarray:
 def through(part, params, start, error) -> tuple[Arrays, np.ndarray]:
     """The gradients of a part's parameters and the error at its input, computed from the error at its output."""
     at: Arrays = {}
-    flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
+    flat = Stage("flat", "flatten")  # `gradients` needs 2-D logits for its loss, whose error `given` replaces
     found = gradients([*part, flat], params, start, np.zeros(len(start), dtype=int), given={part[-1].name: error}, errors=at)
     return found, at[""]
 

@@ -1,4 +1,4 @@
-"""Reference of Forward Alignment."""
+"""Reference implementation of Forward Alignment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..reference import Arrays, conv_forward, forward, gradients, inputs, linear
 def forward_alignment(chain, params, feedback, x, y, c_init="xavier_uniform", plain_last=False) -> Arrays:
     """The gradient of W_l is computed from the true g and phi(C_{l-1} h_{l-2}).
 
-    The first layer's gradient is computed from the image.
+    The first layer's gradient is computed from the network's input.
     """
     own, layers, stand_ins = inputs(chain, params, x), weighted(chain), {}
     stages = {stage.name: stage for stage in chain}

@@ -27,7 +27,7 @@ EPS = 1e-5  # torch's default for BatchNorm
 
 
 def flattening(shape: tuple[int, ...], limit: int) -> list[Stage]:
-    """Stages that average a map until it has at most `limit` features, and then flatten it.
+    """Stages that average a map until it has at most `limit` features or a single pixel, and then flatten it.
 
     The numbers of rows and columns are halved in turn and rounded up.
     """
@@ -193,8 +193,8 @@ def bp_deepsup(chain, params, feedback, x, y, weight=1.0, decoder_size=4096, **_
 def auxiliary_net(shape: tuple[int, ...], kind: str) -> list[Stage]:
     """The stages of an auxiliary net.
 
-    Maps are averaged to a quarter of their side lengths and then to 2x2 pixels, with three 1x1 convolutions in between if the
-    kind is mlp_sr. Three linear layers follow, except for the kind linear. The last stage is an output layer.
+    Maps are averaged to a quarter of their side lengths and then to at most 2x2 pixels, with three 1x1 convolutions in
+    between if the kind is mlp_sr. Three linear layers follow, except for the kind linear. The last stage is an output layer.
     """
     chain = []
     if len(shape) == 3:

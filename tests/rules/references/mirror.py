@@ -39,7 +39,8 @@ def mirror_step(
 ) -> np.ndarray:
     """B after one step: (1 - λ) B + η (1 / (N σ² φ' n_pos)) Σ yᵀ x, with y = φ(W x + b).
 
-    The inputs x are the given noise, and λ defaults to η.
+    The inputs x are the given noise, and λ defaults to η. For each kernel tap, n_pos is the number of output positions at which
+    the tap reads the input instead of padding. Without `per_tap`, all taps have the largest of these numbers.
     """
     decay = rate if decay is None else decay
     phi, slope = PHI[activation]

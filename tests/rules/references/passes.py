@@ -100,14 +100,15 @@ def _softmax_error(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _of_part(part, params, x, error) -> Arrays:
-    flat = Stage("flat", "flatten")  # for the loss, whose error `given` replaces
+    flat = Stage("flat", "flatten")  # `gradients` needs 2-D logits for its loss, whose error `given` replaces
     return gradients([*part, flat], params, x, np.zeros(len(x), dtype=int), given={part[-1].name: error})
 
 
 def np_feedback(chain, params, feedback, x, y, sigma=1e-2, draws=None, **_) -> Arrays:
     """The gradients of fa, plus gradB = 1/N sum_n ghat_n^T (ghat_n B - d_n xi_n) with ghat = N g.
 
-    The noise xi is added to the input of every layer.
+    The noise xi is added to the input of every layer, and d_n is the derivative of the loss along it, as in
+    `node_perturbation`.
     """
     carry, errors = {layer: tensors["B"] for layer, tensors in feedback.items()}, {}
     grads = gradients(chain, params, x, y, carry=carry, errors=errors)

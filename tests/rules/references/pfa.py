@@ -1,4 +1,4 @@
-"""Reference implementations of product feedback alignment, which compute the two hops one after the other in plain loops."""
+"""Reference implementations of product feedback alignment and of ldfa, which compute the product B R in plain loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""References of target propagation. Feedback that learns from noise is tested in tests/rules/test_target_propagation.py."""
+"""Reference implementations of target propagation.
+
+Feedback that learns from noise is tested in tests/rules/test_target_propagation.py.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ def through_map(weight: np.ndarray, above: np.ndarray, shape: tuple[int, ...]) -
 
 
 def ldrl(chain, params, feedback, x, y, **_) -> Arrays:
-    """The error at a cut is e = G e', computed from the logits backwards. Within a block, errors are exact."""
+    """The error at a cut is e = G e', where e' is the error at the next cut or, after the last cut, at the logits.
+
+    Within a block, errors are propagated exactly.
+    """
     values = forward(chain, params, x)
     outputs = dict(zip((stage.name for stage in chain), values[1:], strict=True))
     given, error = {}, output_error(values[-1], y)
