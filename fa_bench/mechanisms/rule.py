@@ -113,7 +113,7 @@ class Rule(Options):
             sample_input: one input batch (N, ...), or a tuple or dictionary of several arguments; for rules that depend on the
                 order of the layers.
             initial_phase: whether to run the rule's initial phase now; otherwise, the caller runs the method `initial_phase`.
-            objective: the objective that the model is trained with, for rules that use the labels, or its name; None:
+            objective: the objective that the model is trained with, or its name, for rules that use the labels; None:
                 cross-entropy.
 
         Raises:
@@ -367,7 +367,7 @@ class Rule(Options):
             return
         self._check_structure()
         if target is not None and not target.is_floating_point():
-            target = target.long()  # of any integer type
+            target = target.long()  # labels may have any integer type
         if self.needs_indices:
             with self.of_samples(indices):
                 self.deliver(loss, logits, target, loss_scale)
@@ -530,8 +530,8 @@ class Rule(Options):
         return {}
 
     def readouts(self) -> dict[str, Tensor]:
-        """The direct feedback B (C, features) of each cut, detached, for which a Bᵀ estimates the logits from the cut's
-        activation a."""
+        """The direct feedback B (C, features) of each cut, detached. With the cut's activation a, the product a Bᵀ estimates the
+        logits."""
         return {}
 
     def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -558,7 +558,8 @@ class Rule(Options):
             return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
 
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory | None:
-        """The tensors of the plain model that a training step of the rule keeps in memory, or None if it does not define them."""
+        """The tensors of the plain model that a training step of the rule keeps in memory, or None if the rule does not define
+        them."""
         return None
 
     # -------------------------------------------------------------------------------------------- structure

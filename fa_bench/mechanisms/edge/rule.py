@@ -97,7 +97,7 @@ class LayerContext:
 
         Args:
             density: the probability of a one.
-            seeded_by: the name of a tensor: the mask is the one by which `put` multiplies that tensor.
+            seeded_by: the name of a tensor; the mask is then the one by which `put` multiplies that tensor.
             shape: the mask's shape; default: the shape of the weight.
         """
         weight = self.module.weight
@@ -193,7 +193,7 @@ class EdgeRule(Rule):
         """The result of `pathway`.
 
         Raises:
-            ComponentError: if it is not a pathway, or if the layer lacks a tensor that it learns.
+            ComponentError: if it is not a pathway, or if the layer lacks a tensor that the pathway learns.
         """
         pathway: Any = self.pathway(layer)
         if not isinstance(pathway, FeedbackPathway):
@@ -236,8 +236,8 @@ class EdgeRule(Rule):
         learning = {path: weight_parameter(layer) for path, layer in self._layers.items() if layer.pathway.follows}
         tied = {path: [other for other in owners[id(weight)] if other != path] for path, weight in learning.items()}
         return tuple(
-            f"'{path}' shares its weight with {names(others)}: the weight's gradient is the sum of theirs, and learned "
-            f"feedback follows the layer's own part."
+            f"'{path}' shares its weight with {names(others)}: the gradient of the weight is the sum over all of them, and the "
+            f"learned feedback of '{path}' follows only the part from '{path}'."
             for path, others in tied.items()
             if others
         )
