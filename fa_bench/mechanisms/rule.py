@@ -350,10 +350,10 @@ class Rule(Options):
         Args:
             loss: the scalar loss, possibly scaled.
             logits: the output of the model from which the loss was computed, (N, C), or (N, T, C) or (N, C, H, W) if it has
-                positions; for cut rules.
+                positions; some edge rules need it to infer the scale of the loss.
             target: the labels, (N,), or one for each position; for rules that compute their errors from labels.
-            loss_scale: the factor by which gradient accumulation or a gradient scaler has scaled the loss; None: rules that
-                compute their errors from the labels infer it, if the loss is the objective's mean times a number.
+            loss_scale: the factor by which gradient accumulation or a gradient scaler has scaled the loss; None: rules that need
+                it infer it, if the loss is the objective's mean times a number.
             indices: the indices of the batch's samples in the training set, integers (N,) from 0, which must be the same in every
                 epoch; for rules with `needs_indices`.
 
@@ -475,8 +475,8 @@ class Rule(Options):
         return [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
 
     def matrices(self) -> dict[str, list[Tensor]]:
-        """A mapping from each layer or cut to its weight and its learned feedback with two or more dimensions, with the model's
-        layers first."""
+        """A mapping from each layer or cut to its weight and to those of its learned tensors that have at least two dimensions.
+        The model's layers come first."""
         from fa_bench.mechanisms.weighted_layers import weight_parameter, weighted_layers
 
         weights = {path: weight_parameter(layer) for path, layer in weighted_layers(self.model).items()}

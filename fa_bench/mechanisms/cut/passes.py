@@ -25,9 +25,9 @@ class PassRule(CutRule):
     """A rule that learns in additional passes, for which it uses `fa_bench.mechanisms.second_pass`; subclasses implement
     `gradients`.
 
-    ``loss.backward()`` stops at the logits, where the gradients that `gradients` returns are added to ``.grad``, like those of a
-    backward pass. The first pass, from which the loss is computed, is not differentiated, and other outputs of the model are
-    detached, unless `output_learns_by_delta` is set.
+    When ``loss.backward()`` reaches the logits, the gradients that `gradients` returns are added to ``.grad``, like those of a
+    backward pass. Unless `output_learns_by_delta` is set, the backward pass stops there: the first pass is not differentiated,
+    and other outputs of the model are detached.
     """
 
     repeats = True

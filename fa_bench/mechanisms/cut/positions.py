@@ -249,7 +249,8 @@ def layouts_of(
         layers: the model's weighted layers.
 
     Raises:
-        CoverageError: if the errors cannot be brought to the positions of a cut.
+        CoverageError: if the errors cannot be converted to the positions of a cut, or if `same` is set and these positions
+            differ.
     """
     positions, layouts = positions_of(errors, axis), {}
     if not positions and not shared:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class CutRule(Rule):
-    """A rule that delivers an error directly to each cut; subclasses implement `make_feedback` and `signal`.
+    """A rule that delivers an error directly to each cut; subclasses implement `make_feedback` and may override `signal`.
 
     The cuts are the modules named in the option `cuts` or, if it is not set, in the model's attribute ``cut_points`` (``blocks``
     for rules that train whole blocks).
@@ -84,8 +84,8 @@ class CutRule(Rule):
     #: are then multiplied by `loss_factor`, the factor by which the loss was scaled.
     scales = False
     loss_factor = 1.0
-    #: Whether targets may be numbers (N, O), because errors are computed from the objective's loss, regardless of the kind of
-    #: targets.
+    #: Whether targets may be numbers in the shape of the output, because errors are computed from the objective's loss, whatever
+    #: its targets are.
     takes_numbers: ClassVar[bool] = False
     #: The option and the value with which the rule computes its errors without targets, or an empty string if there is no such
     #: option.

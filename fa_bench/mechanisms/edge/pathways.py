@@ -81,7 +81,7 @@ class BackwardContext(NamedTuple):
 class FeedbackPathway:
     """Computes the effective feedback of one layer. The feedback tensors belong to the layer, not to its pathway.
 
-    Subclasses implement `effective`, or `context` and `effective` if the backward pass needs more than one tensor.
+    Subclasses implement `effective`, or both `context` and `effective` if the backward pass needs more than one tensor.
 
     Attributes:
         description: the tensor that the error passes through, in a few words, for the coverage table.

@@ -38,7 +38,8 @@ class LayerContext:
         path: the layer's name in the model.
         module: the layer, which still has its plain class.
         seed: the seed passed to `attach`.
-        is_output: whether the layer feeds the model's output.
+        is_output: whether the layer feeds the model's output or, if `attach` got no sample, is the last one that the model
+            defines.
     """
 
     path: str
@@ -67,7 +68,7 @@ class LayerContext:
 
         Args:
             name: the tensor's name, which is ``feedback_NAME`` in the model's state_dict.
-            value: an initialiser, ``copy_w`` for a copy of the weight, or the tensor itself, which is moved to the weight's
+            value: an initialiser, ``copy_w`` for a copy of the weight, or the tensor itself, which is converted to the weight's
                 device and dtype; the arguments below are for initialisers.
             density: fraction of the entries that are not masked.
             magnitude: take the absolute values.
@@ -339,7 +340,7 @@ class EdgeRule(Rule):
 
 @dataclasses.dataclass(eq=False)
 class RandomFeedbackRule(EdgeRule):
-    """Base class of the rules that start from one random B for every layer."""
+    """Base class of the rules in which each layer starts with its own B (``b_init``)."""
 
     b_init: str = init_option("B", can_copy=True)
     linear_b_init: str | None = init_option("B in fully connected layers; null: b_init", None, can_copy=True)

@@ -333,8 +333,8 @@ class SharingRule(EdgeRule):
             return inner if provides is None else self.sharing(inner, None, provides, wanted, wanted, self.match)
         except ValueError as error:
             raise CoverageError(
-                f"rule '{self.name}' cannot resize the activation shared by '{self._first[source]}' to the shape "
-                f"of the input of '{layer.path}': {error}"
+                f"rule '{self.name}' cannot resize the shared activation, the input of '{self._first[source]}', to the "
+                f"shape of the input of '{layer.path}': {error}"
                 + ("" if self.match == "random" else "; {match} can resize activations to any number of channels or features"),
                 {} if self.match == "random" else {"match": "random"},
             ) from None
