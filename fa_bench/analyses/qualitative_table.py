@@ -81,7 +81,9 @@ class QualitativeTable(Analysis):
 
     size: ClassVar[tuple[float, float]] = (13, 4.5)
 
-    rules: list[str] = option(list(PUBLISHED), "rules, which must include bp; NAME or NAME:OPTION=VALUE,... (in quotes within a list)")
+    rules: list[str] = option(
+        list(PUBLISHED), "rules, which must include bp; NAME or NAME:OPTION=VALUE,... (in quotes within a list)"
+    )
     architecture: str = option(
         "mlp:widths=[64,64],init=xavier_uniform", "net, NAME:OPTION=VALUE,...; two hidden layers, as in the paper on MNIST"
     )
