@@ -29,7 +29,7 @@ def unfinished_runs(runs: Sequence[Run]) -> list[str]:
 
 
 def unidentified_run(directory: Path) -> str:
-    """A line for a directory that has records of epochs but neither a result nor a config."""
+    """A line for a directory that has no result and no config that identifies its run."""
     metrics = read_metrics(directory / METRICS)
     return f"no {RESULT}, {metrics[-1]['epoch'] if metrics else 0} epochs done ({short_path(directory)})"
 

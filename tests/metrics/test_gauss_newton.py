@@ -128,5 +128,5 @@ def test_outputs_with_positions_are_refused() -> None:
     model = mlp()
     rule = fa_bench.attach(model, "bp")
     subject = SimpleNamespace(rule=rule, model=model, meter=AlignmentMeter(rule, X.view(5, 1, 7), Y.view(5, 1)))
-    with pytest.raises(ConfigError, match=r"needs outputs of shape \(N, C\), not \(2, 1, 3\)"):
+    with pytest.raises(ConfigError, match=r"the probe needs outputs of shape \(N, C\), not \(2, 1, 3\)"):
         GaussNewtonAngle().require(subject)

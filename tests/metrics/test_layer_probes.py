@@ -636,7 +636,7 @@ def test_weights_that_the_user_froze_have_a_gradient_norm_and_no_update() -> Non
 @pytest.mark.parametrize(
     ("name", "y", "message"),
     [
-        ("readout", torch.zeros(10, 4, dtype=torch.long), "one class per sample, .* classes of positions"),
+        ("readout", torch.zeros(10, 4, dtype=torch.long), "one class per sample, .* one class per position"),
         ("readout", torch.zeros(10, 3), "one class per sample, .* numbers"),
     ],
 )

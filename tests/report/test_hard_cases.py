@@ -104,8 +104,8 @@ def test_a_foreign_file_is_refused_before_figures_are_written(tmp_path):
     ("flags", "message"),
     [
         (["--x", "lr"], "did you mean 'optimizer.lr'?"),
-        (["--rules", ","], "--rules: no rule, such as --rules bp,kp"),
-        (["--rules", ""], "--rules: no rule, such as --rules bp,kp"),
+        (["--rules", ","], "--rules: no rule given; an example is --rules bp,kp"),
+        (["--rules", ""], "--rules: no rule given; an example is --rules bp,kp"),
     ],
 )
 def test_flags_that_name_nothing_are_refused(tmp_path, capsys, flags, message):

@@ -188,7 +188,7 @@ def test_regression_is_scored_by_r2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_probes_that_need_classes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["dataset=tabular", "objective=mse", "architecture.widths=[8]", "epochs=1", "threads=1", "hydra.run.dir=run"]
     assert main([*command, "probes=[readout]"]) == 2
-    assert "probes=[readout]: it needs one class per sample" in capsys.readouterr().err
+    assert "probes=[readout]: the probe needs one class per sample" in capsys.readouterr().err
     assert main([*command, "probes=[depth_utility,gradient_norm]"]) == 0
     assert json.loads(Path("run/result.json").read_text())["probes"]["depth_utility"].keys() == {"act1"}
 
