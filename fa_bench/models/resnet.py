@@ -93,7 +93,7 @@ class ResNet18(StagedArchitecture):
     it.
     """
 
-    shortcuts: bool = option(True, "add shortcuts to the blocks' convolutions")
+    shortcuts: bool = option(True, "add a shortcut around the convolutions of each block")
     output_norm: bool = option(True, "batch normalisation of the logits, as in all nets of the paper")
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
