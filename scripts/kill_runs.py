@@ -4,8 +4,8 @@
 
 Every trial starts a command in an empty folder and kills it after a random time (with SIGKILL, SIGTERM or SIGINT). The same
 command is started again until it ends without being killed. The script compares the hashes of weights, feedback, optimizer state
-and batches, the lines of metrics.jsonl and angles.jsonl, the result without timings, and all points of the curves in
-TensorBoard's file. The exit code is 1 if there are any differences.
+and batches, the lines of metrics.jsonl and angles.jsonl, the rest of the result, and all points of the curves in TensorBoard's
+file, but not timings, memory and energy. The exit code is 1 if there are any differences.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def wait_for(pid: int, seconds: float) -> int | None:
 
 
 def records(folder: Path) -> dict[str, Any]:
-    """The records of all runs below a folder, without timings."""
+    """The records of all runs below a folder, without the keys in `MAY_DIFFER`."""
     runs: dict[str, Any] = {}
     for path in sorted(folder.rglob(RESULT)):
         run = path.parent

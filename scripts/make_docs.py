@@ -117,8 +117,8 @@ def _index() -> str:
     lines += [
         "## Initialisers",
         "",
-        "They apply to weights (`architecture.init`, `linear_init`, `output_init`) and to feedback (`algorithm.b_init` and "
-        "similar options). U(a) is uniform in [-a, a), and N(0, v) is normal with variance v; the fans include kernel positions. "
+        "Initialisers apply to weights (`architecture.init`, `linear_init`, `output_init`) and to feedback (`algorithm.b_init` "
+        "and similar options). U(a) is uniform in [-a, a), and N(0, v) is normal with variance v; the fans include kernel positions. "
         "With `copy_w`, which edge rules accept, feedback starts as a copy of the weight.",
         "",
         "| initialiser | distribution |",
@@ -182,7 +182,7 @@ def _page(name: str) -> str:
         "",
         "## Options",
         "",
-        "Set them with `algorithm.NAME=VALUE` on the command line, or as keyword arguments of `attach` in Python.",
+        "Set options with `algorithm.NAME=VALUE` on the command line, or as keyword arguments of `attach` in Python.",
         "",
         "| option | default | allowed | meaning |",
         "|---|---|---|---|",
@@ -205,8 +205,8 @@ def _measured(name: str) -> list[str]:
     head = [
         "## Measured",
         "",
-        "The numbers are test accuracies in %. After ±, tuned rules have half the width of the 95 % confidence interval, and "
-        "others the standard deviation. [Results](../results.md) has the commands and seeds.",
+        "The numbers are test accuracies in %. The number after ± is half the width of the 95 % confidence interval for tuned "
+        "rules, and the standard deviation for others. [Results](../results.md) has the commands and seeds.",
         "",
     ]
     return [*head, f"| task | `{name}` | `bp` |", "|---|---|---|", *found, ""]

@@ -11,8 +11,8 @@ import numpy as np
 
 from fa_bench.registry.kinds import CLASSES, FEATURES, IMAGES, NOUNS, POSITIONS, VALUES
 
-#: Rounding may move values outside the range 0 to 1 by up to the first number. With 8 bits, images whose maximum is below the second
-#: number would have at most five grey levels.
+#: Rounding may move values outside the range 0 to 1 by up to the first number. With 8 bits, images whose maximum is below the
+#: second number would have at most five grey levels.
 _ROUNDING, _ALMOST_BLACK = 1e-3, 4 / 255
 _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True and False"
 

@@ -109,8 +109,8 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     """Unpack the top-level folder `folder.name` of a zip archive as `folder`, which appears only when it is complete.
 
     Raises:
-        DataError: if the archive is damaged, unpacks to too much data, lacks the folder, or contains links, devices or members that
-            would be unpacked elsewhere; always within `downloads_refused`. The message names the archive.
+        DataError: if the archive is damaged, unpacks to too much data, lacks the folder, or contains links, devices or members
+            that would be unpacked elsewhere; always within `downloads_refused`. The message names the archive.
     """
     if _refuse_downloads:
         raise DataError(f"{archive}: not unpacked yet, and a dry run writes nothing; unpack it, or start a run to do so")

@@ -43,8 +43,8 @@ def workers_option(default: int) -> Any:
 class ImageFiles(CroppedDataset):
     """Base class of datasets with one file per image.
 
-    Datasets of up to `memory_limit_gb` are decoded once and stay on the device; larger ones are streamed. Datasets with crop=resized
-    are always streamed, unless all of their images are known to have the same size.
+    Datasets of up to `memory_limit_gb` are decoded once and stay on the device; larger ones are streamed. With crop=resized,
+    datasets are always streamed, unless all of their images are known to have the same size.
     """
 
     memory_limit_gb: float = option(2.0, "largest decoded size, in units of 1e9 bytes, that is kept on the device", minimum=0)

@@ -90,8 +90,9 @@ def processes(context: Context, section: Section) -> None:
     """Add a row for each number of processes that train at the same time."""
     section.notes = [
         f"Processes that train the MLP (feedback alignment, batch 64, single precision, one CPU thread each) on one device at "
-        f"the same time for {SECONDS:g} s, after a warm-up: steps per second of all together, and their ratio to one process. "
-        f"They are started as separate Python processes with CUDA_VISIBLE_DEVICES=0."
+        f"the same time for {SECONDS:g} s, after a warm-up. The columns have the steps per second of all processes together, the "
+        f"ratio of this number to that of one process, and the steps per second of the slowest and the fastest process. With "
+        f"CUDA_VISIBLE_DEVICES, all processes see only the same GPU."
     ]
     section.columns = ["processes", "steps per second", "ratio to one process", "slowest process", "fastest process"]
     alone = None
