@@ -118,8 +118,8 @@ def _index() -> str:
         "## Initialisers",
         "",
         "Initialisers apply to weights (`architecture.init`, `linear_init`, `output_init`) and to feedback (`algorithm.b_init` "
-        "and similar options). U(a) is uniform in [-a, a), and N(0, v) is normal with variance v; the fans include kernel positions. "
-        "With `copy_w`, which edge rules accept, feedback starts as a copy of the weight.",
+        "and similar options). U(a) is uniform in [-a, a), and N(0, v) is normal with variance v; the fans include kernel "
+        "positions. With `copy_w`, which edge rules accept, feedback starts as a copy of the weight.",
         "",
         "| initialiser | distribution |",
         "|---|---|",

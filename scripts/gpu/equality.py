@@ -112,8 +112,9 @@ def run(context: Context, section: Section) -> None:
         f"without TF32. Each cell is the largest relative difference of a tensor, max |a - b| / max |b|, with the tensor's name "
         f"in brackets. The columns 'gradients' compare the gradients of the first step, and the columns 'weights' compare the "
         f"weights, feedback and buffers after the last step. Tolerance: 1e-9 in float64; in float32, 1e-4 or {ROUNDING:g} times "
-        f"the difference between float32 and float64 on the CPU, whichever is larger. If the entries of a tensor are below {_FLOOR:g} of the model's largest entry, differences are relative to that "
-        f"value. The noise of all rules is sampled on the CPU."
+        f"the difference between float32 and float64 on the CPU, whichever is larger. If the entries of a tensor are below "
+        f"{_FLOOR:g} of the model's largest entry, differences are relative to that value. The noise of all rules is sampled on "
+        f"the CPU."
     ]
     section.columns = [
         "net",

@@ -91,8 +91,8 @@ def processes(context: Context, section: Section) -> None:
     section.notes = [
         f"Processes that train the MLP (feedback alignment, batch 64, single precision, one CPU thread each) on one device at "
         f"the same time for {SECONDS:g} s, after a warm-up. The columns have the steps per second of all processes together, the "
-        f"ratio of this number to that of one process, and the steps per second of the slowest and the fastest process. With "
-        f"CUDA_VISIBLE_DEVICES, all processes see only the same GPU."
+        f"ratio of this number to that of one process, and the steps per second of the slowest and the fastest process. "
+        f"CUDA_VISIBLE_DEVICES is set so that all processes see the same single GPU."
     ]
     section.columns = ["processes", "steps per second", "ratio to one process", "slowest process", "fastest process"]
     alone = None
