@@ -185,8 +185,8 @@ def run_trials(name: str, kills: int, rng: random.Random, bar: tqdm[Any]) -> dic
 def main() -> int:
     """Perform the trials of all chosen commands, and print a table of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="total number, spread over the commands")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and signals")
+    parser.add_argument("--kills", type=int, default=100, help="total number of kills, spread over the commands")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times and signals")
     parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     arguments = parser.parse_args()
     rng, names = random.Random(arguments.seed), arguments.only

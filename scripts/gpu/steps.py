@@ -34,9 +34,10 @@ def run(context: Context, section: Section) -> None:
     device = torch.device(context.device)
     block, rounds = (20, 7) if device.type == "cuda" else (2, 3)
     section.notes = [
-        f"As scripts/bench_step.py --device {context.device} measures them: whole steps with the optimizer, {rounds} rounds of "
-        f"{block} steps, single precision without TF32. Milliseconds per step, and the ratio to plain backpropagation in the "
-        f"same round: median [quartiles]. Compiled steps are compared with compiled backpropagation."
+        f"Whole steps with the optimizer, timed as by scripts/bench_step.py --device {context.device}, in {rounds} rounds of "
+        f"{block} steps, in single precision without TF32. The last two columns have the median time of a step, and the median "
+        f"[quartiles] of its ratio to plain backpropagation in the same round. Compiled steps are compared with compiled "
+        f"backpropagation."
     ]
     section.columns = ["mode", "net", "batch", "rule", "ms per step", "ratio to plain bp"]
     for is_compiled in (False, True) if can_compile(section) else (False,):
