@@ -36,9 +36,9 @@ class Npz(VectorDataset):
     Inputs are images, features or tokens. Images have the shape (n, C, H, W) or (n, H, W) and are 8-bit integers, bools, or
     floats from 0 to 1. Features are floats of shape (n, F). Tokens are integers of more than 8 bits, of shape (n, T).
 
-    Targets are classes, values or, for tokens, one class per position. Classes are whole numbers that start at 0, of shape (n,)
-    or (n, 1), and values are floats of shape (n,) or (n, O). Classes per position are whole numbers of shape (n, T); positions
-    labelled -100 are ignored.
+    Targets are classes, values (not for tokens) or, for tokens, one class per position. Classes are whole numbers that start at
+    0, of shape (n,) or (n, 1), and values are floats of shape (n,) or (n, O). Classes per position are whole numbers of shape (n,
+    T); positions labelled -100 are ignored.
 
     The types and shapes of x_train and y_train determine the kinds of inputs and targets, and the other arrays must match them.
     The vocabulary size is one more than the largest token in any array.

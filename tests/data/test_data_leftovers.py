@@ -221,7 +221,7 @@ def test_folders_of_other_names_are_named(folder: Path) -> None:
     [
         (
             lambda f: (image(f / "val/cat/0.png"), image(f / "valid/cat/0.png")),
-            r"contains val/ and valid/, both of which name the validation set",
+            r"contains val/ and valid/, but only one folder may contain the validation set",
         ),
         (lambda f: (f / "test").rename(f / "Test"), r"contains no test/ or val/ folder, only Test/, train/"),
         (lambda f: (f / "test/cat").rename(f / "test/Cat"), r"contains classes that .*train does not: Cat; did you mean 'cat'\?"),

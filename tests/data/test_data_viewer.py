@@ -238,7 +238,7 @@ def test_16_bits_of_colour_with_a_transparent_one_are_refused(tmp_path: Path) ->
     deep = np.random.default_rng(0).integers(0, 65536, (6, 8, 3))
     only(tmp_path, Image.fromarray(picture()))
     (tmp_path / "train/a/0.png").write_bytes(png(deep, 16, 2, *deep[0, 0]))
-    with pytest.raises(DataError, match=r"train/a/0\.png: colours of 16 bits.*convert it"):
+    with pytest.raises(DataError, match=r"train/a/0\.png: 16-bit colours.*convert it"):
         load(tmp_path)
 
 
