@@ -159,7 +159,12 @@ def _tokens(given: Any, part: str, vocabulary: int) -> np.ndarray:
     tokens = _array(given, f"{part} tokens")
     if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype.kind not in "iu":
         raise ValueError(f"{part} tokens are {tokens.dtype} of shape {tokens.shape} (allowed: whole numbers (n, length))")
-    _in_vocabulary(tokens, part, vocabulary, 0)
+    wrong = np.argwhere((tokens < 0) | (tokens >= vocabulary))
+    if len(wrong):
+        row, column = wrong[0]
+        raise ValueError(
+            f"{part} sequence {row} has token {tokens[row, column]} at position {column} (allowed: 0 to {vocabulary - 1})"
+        )
     return np.ascontiguousarray(tokens.astype(np.int64))
 
 
@@ -169,17 +174,13 @@ def _positions(given: Any, part: str, vocabulary: int, shape: tuple[int, ...]) -
         raise ValueError(
             f"{part} targets are {targets.dtype} of shape {targets.shape}, not a whole number for each token {shape}"
         )
-    _in_vocabulary(targets, part, vocabulary, -np.inf)
-    return np.ascontiguousarray(targets.astype(np.int64))
-
-
-def _in_vocabulary(tokens: np.ndarray, part: str, vocabulary: int, low: float) -> None:
-    wrong = np.argwhere((tokens < low) | (tokens >= vocabulary))
+    wrong = np.argwhere(targets >= vocabulary)
     if len(wrong):
         row, column = wrong[0]
         raise ValueError(
-            f"{part} sequence {row} has token {tokens[row, column]} at position {column} (allowed: 0 to {vocabulary - 1})"
+            f"{part} sequence {row} has target {targets[row, column]} at position {column} (allowed: at most {vocabulary - 1})"
         )
+    return np.ascontiguousarray(targets.astype(np.int64))
 
 
 def _labels(given: Any, part: str, classes: int, noun: str) -> np.ndarray:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from fa_bench.registry.kinds import CLASSES, IMAGES, NOUNS
 from fa_bench.registry.options import Options, option
 from fa_bench.utils.lazy import torch
 from fa_bench.utils.sampling import seed_for
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 

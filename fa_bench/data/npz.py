@@ -154,7 +154,7 @@ def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
     if the file's `state` has changed.
 
     Raises:
-        DataError: if an array is missing, or its kind cannot be determined from its type and shape.
+        DataError: if an array is missing, its type and shape do not determine its kind, or the targets of tokens are values.
     """
     where = f"dataset.path={printable(str(path))}"
     with zipfile.ZipFile(path) as archive:
@@ -177,6 +177,11 @@ def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
         raise DataError(
             f"{where}: x_train is {dtype} of shape {shape} (allowed: images (n, C, H, W) or (n, H, W); features, "
             "floats (n, F); tokens, whole numbers of more than 8 bits (n, T))"
+        )
+    if type_of_y.kind == "f" and inputs == TOKENS:
+        raise DataError(
+            f"{where}: x_train is {dtype} of shape {shape}, which are tokens, but y_train is {type_of_y}; values are "
+            "not allowed as targets of tokens (if x_train contains features, store them as floats)"
         )
     if type_of_y.kind == "f":
         targets = VALUES

@@ -23,10 +23,9 @@ _COMMON_FILES = (
     MARKDOWN,
     PAGE,
     RUNS,
-    *(
-        f"{NAME}{end}"
-        for end in (".csv", ".json", ".tex", "_layers.csv", "_published.csv", "_tried.csv", "_aggregate.csv", ".png")
-    ),
+    f"{NAME}.png",
+    *(f"{NAME}.{end}" for end in ("csv", "json", "tex")),
+    *(f"{NAME}_{table}.csv" for table in ("layers", "published", "tried", "alarms", "aggregate")),
 )
 #: The file that records the names of the files that reports wrote to its folder, and the lock file. If there is no record, the
 #: links in report.md are used instead.

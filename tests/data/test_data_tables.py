@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fa_bench.data.array_checks import checked
 from fa_bench.data.npz import Npz
 from fa_bench.data.tabular import Tabular
 from fa_bench.errors import DataError, FaBenchError, OptionError
@@ -141,6 +142,14 @@ def test_own_validation_set_is_used(tmp_path: Path) -> None:
     assert without.validation is None and "x_val: skipped" in without.notes[0]
 
 
+def test_targets_of_positions_may_be_negative_but_not_larger_than_the_vocabulary() -> None:
+    ignored, large, vocabulary = np.where(TOKENS > 7, -100, TOKENS), np.where(TOKENS > 7, 9, TOKENS), list("abcdefghi")
+    *_, targets, _ = checked((TOKENS, TOKENS, TOKENS, ignored, vocabulary), [], "tokens", "positions")
+    assert targets.tolist() == ignored.tolist()
+    with pytest.raises(ValueError, match=r"test sequence \d+ has target 9 at position \d \(allowed: at most 8\)"):
+        checked((TOKENS, TOKENS, TOKENS, large, vocabulary), [], "tokens", "positions")
+
+
 @pytest.mark.parametrize(
     ("x", "y", "more", "problem"),
     [
@@ -152,6 +161,7 @@ def test_own_validation_set_is_used(tmp_path: Path) -> None:
         (np.where(FLOATS > 5, np.nan, FLOATS), LABELS, {}, "not a finite number"),
         (FLOATS, LABELS - 1, {}, "training sample 0 has label -1"),
         (TOKENS - 1, TOKENS, {}, "has token -1"),
+        (TOKENS, FLOATS[:, 0], {}, "values are not allowed as targets of tokens"),
     ],
 )
 def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, x: Any, y: Any, more: dict, problem: str) -> None:

@@ -11,6 +11,7 @@ from fa_bench.errors import DataError, RunDirectoryError, truncate
 from fa_bench.report import write_report
 from fa_bench.report.cli import main
 from fa_bench.report.export import escape_latex
+from fa_bench.report.files import check_folder
 from fa_bench.report.groups import group_runs
 from fa_bench.report.quantities import scalar
 from fa_bench.report.runs import find_runs, read_run
@@ -98,6 +99,14 @@ def test_a_foreign_file_is_refused_before_figures_are_written(tmp_path):
     with pytest.raises(RunDirectoryError, match=r"report\.csv: not written by a report"):
         write_report(find_runs([tmp_path / "runs"]), out_dir)
     assert not list(out_dir.glob("*.png")) and (out_dir / "report.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "report.tex", "report_alarms.csv", "report_aggregate.csv"])
+def test_a_sweep_refuses_a_folder_with_a_foreign_table(tmp_path, name):
+    check_folder(tmp_path)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunDirectoryError, match=rf"{name}: not written by a report"):
+        check_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
