@@ -43,7 +43,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int 
 
 # ------------------------------------------------------------------------------------------------ images
 def png(path: Path, side: int) -> None:
-    """Write a black image of side x side pixels, which takes only a few kilobytes."""
+    """Write a PNG that claims to have side x side pixels but contains no pixel data."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
