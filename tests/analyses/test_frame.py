@@ -47,7 +47,7 @@ def test_writes_table_and_figure(name: str, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.endswith(f"{tmp_path / name}.csv\n{tmp_path / name}.png\n")
     table = pd.read_csv(tmp_path / f"{name}.csv")
     assert len(table) > 1 and not table.isna().all(axis=None)
-    assert imread(tmp_path / f"{name}.png").std() > 0.05, "the picture is empty"
+    assert imread(tmp_path / f"{name}.png").std() > 0.05, "the picture is not empty"
 
 
 def test_same_options_give_the_same_bytes(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ LEARNING = {
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", LEARNING)
 def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str, net: str, own: SGD | None) -> None:
-    """The fused update, which uses the gradient of W as the gradient of B, also uses the gradient that the rule computed."""
+    """The fused update of every tensor uses the gradient that the rule computed for it."""
     rule = attached(name, net, **LEARNING[name])
     optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
     assert rule.feedback_parameters() and all(o.defaults["fused"] for o in optimizers.optimizers)

@@ -186,7 +186,7 @@ def test_what_records_say_is_shown_and_does_nothing(tmp_path, capsys):
         assert "\x1b" not in shown and "\u202e" not in shown and r"\x1b" in shown
     assert "<script>" not in report and "&lt;script&gt;" in report and "\n# Heading" not in report and "[a](" not in report
     bars = {line.count("|") - line.count(r"\|") for line in report.split("\n\n")[1].splitlines()}
-    assert len(bars) == 1  # every row has the same cells
+    assert len(bars) == 1  # every row has the same number of cells
 
 
 def test_marks_of_markdown_and_of_formulas_are_escaped():
@@ -301,7 +301,7 @@ def test_a_difference_to_runs_of_other_code_is_noted(tmp_path):
 
 
 def test_nothing_is_noted_of_data_that_are_not_known_yet(tmp_path):
-    """A run that has not ended has no result, so the hash of its data is unknown."""
+    """A run that was interrupted before it read its data has no hash of them."""
     write_run(tmp_path, "bp", 0, 0.9, data_hash="a" * 64)
     write_run(tmp_path, "fa", 0, 0.8, data_hash=None, status="interrupted")
     main([str(tmp_path)])
@@ -363,7 +363,7 @@ def test_a_run_that_ended_before_its_data_were_known_is_in_the_row_of_the_others
         ("# config hash: 0a\n# code hash: c0de\nseed: 3\nepochs: 2\n", {"seed": 3, "epochs": 2}),
         ("# config hash: 0b\n# code hash: c0de\nseed: 14\nepochs: 2\n", {"seed": 14, "epochs": 2}),
         ("epochs: 2\nseed: 0\n", {"epochs": 2, "seed": 0}),
-        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # the second "seed" is part of a text
+        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # the first "seed" is part of a text
         ('label: "a\nseed: 5\nb"\n', {"label": "a seed: 5 b"}),
         ("seed: 012\n", {"seed": 10}),  # octal in YAML
     ],
