@@ -103,7 +103,7 @@ def test_the_augmented_parts_of_processes_are_those_of_the_whole_batch(crop: Any
 @pytest.mark.parametrize("how", [{}, {"seed": 1, "epoch": 2}, {"seed": 1, "epoch": 3, "start": 1}, {"seed": 1, "shuffle": False}])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_indices_are_those_of_the_batches(drop_last: bool, how: dict, share: Any) -> None:
-    """The labels are the positions of the images. If the last batch has only one sample, a rank may get no part of it."""
+    """The labels are the positions of the images. If the last batch has only one sample, a share of it may be empty."""
     split = numbered(13, augment=True)
     got = list(split.batch_indices(4, drop_last=drop_last, share=share, **how))
     want = [y for _, y in split.batches(4, drop_last=drop_last, share=share, **how)]
@@ -360,8 +360,8 @@ def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> 
     assert torch.equal(plain.train.images[:4], plain.test.images[:4]) and not torch.equal(noisy.train.images, noisy.test.images)
     assert 51 <= plain.train.images.min() < 60 and 195 < plain.train.images.max() <= 204
     large = DATASETS["synthetic"](samples=10, size=200, noise=0.0, validation=0).load(NOWHERE, CPU).train.images
-    # The expected mean of 400,000 numbers with a standard deviation of 44 is the middle of the range; rounding down would lower
-    # it by 0.5.
+    # The mean of 400,000 pixels with a standard deviation of 44 should be the middle of the range; rounding down would lower it
+    # by 0.5.
     assert large.double().mean().item() == pytest.approx(127.5, abs=0.25)
     strong = DATASETS["synthetic"](samples=60, noise=2.0).load(NOWHERE, CPU).train.images
     assert ((strong == 0) | (strong == 255)).double().mean() > 0.5, "clipped at black and white, not wrapped around"

@@ -380,7 +380,7 @@ def test_an_exploded_stream_is_seen_in_growth_and_in_the_gradient_below_it() -> 
     vanish = {layer for layer, value in norms.items() if TrueGradientNorm.alarms["true_gradient_norm"].fires(value)}
     assert "layers.0" in grows
     assert vanish == {f"layers.{number}.fc2" for number in range(3)}, "the large weights multiply the errors at fc1 and embed"
-    assert subject.meter.measure()["delta_angle"]["layers.1.fc2"] > 0, "the angle is recorded all the same"
+    assert subject.meter.measure()["delta_angle"]["layers.1.fc2"] > 0, "the angle is recorded nevertheless"
 
 
 def test_a_net_of_one_layer() -> None:

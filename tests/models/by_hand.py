@@ -66,7 +66,7 @@ class ByHand:
         return normalised * self.tensors[f"{name}.weight"].view(shape) + self.tensors[f"{name}.bias"].view(shape)
 
     def dropout(self, x: Tensor, rate: float) -> Tensor:
-        """Inverted dropout, which draws the same masks as torch's modules if it is called in the same order."""
+        """Inverted dropout, which samples the same masks as torch's modules if it is called in the same order."""
         return F.dropout(x, rate) if self.training else x
 
 

@@ -1,5 +1,4 @@
-"""Initial weights of every architecture have the exact bounds or standard deviations of their distribution, and biases are
-zero."""
+"""Initial weights of every architecture have the bounds or standard deviations of their distribution, and biases are zero."""
 
 from __future__ import annotations
 

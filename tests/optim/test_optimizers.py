@@ -108,7 +108,7 @@ ADAMS = [
     ids=str,
 )
 def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict[str, Any], of: str) -> None:
-    """Three steps of the weights' optimizer and of the feedback optimizer depend on every option."""
+    """Three steps of the weights' optimizer or of the feedback optimizer equal the formulas, whatever the options."""
     rule, made = attached("pfa"), cls(lr=LR, **options)
     other = SGD(lr=0.7, momentum=0.3)
     optimizers = Optimizers(made, rule, 1, other) if of == "weights" else Optimizers(other, rule, 1, made)

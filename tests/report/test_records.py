@@ -51,7 +51,7 @@ DAMAGED = {
         r"result\.json: test_accuracy='high' \(allowed: a number from 0 to 1, or null\)",
     ),
     "an accuracy in per cent": (keys(val_accuracy=97), r"result\.json: val_accuracy=97 \(allowed: a number from 0 to 1"),
-    "an accuracy that is true": (keys(test_accuracy=True), r"test_accuracy=True"),
+    "an accuracy that is a boolean": (keys(test_accuracy=True), r"test_accuracy=True"),
     "a status": (
         keys(status="finsihed"),
         r"status='finsihed' \(allowed: finished, stopped, diverged, failed, interrupted\); did you mean 'finished'\?",
@@ -63,24 +63,24 @@ DAMAGED = {
         keys(angles={"weight_angle": {"fc1": "steep"}}),
         r"angles\.weight_angle\.fc1='steep' \(allowed: a number of at most 1e\+100, or null\)",
     ),
-    "no number a float holds": (keys(angles={"weight_angle": {"fc1": 10**400}}), r"angles\.weight_angle\.fc1=1000"),
+    "a number that no float can hold": (keys(angles={"weight_angle": {"fc1": 10**400}}), r"angles\.weight_angle\.fc1=1000"),
     "layers": (keys(feedback_layers=["fc1", 2]), r"feedback_layers\[1\]=2 \(allowed: text\)"),
     "an error": (
         keys(status="diverged", error={"epoch": "third"}),
         r"error\.epoch='third' \(allowed: a whole number >= 0, or null\)",
     ),
     "deep nesting": (text("result.json", NESTED), r"result\.json: nested deeper than 20 levels"),
-    "nesting that JSON takes": (
+    "nesting that JSON allows": (
         text("result.json", '{"a":' * 30 + "1" + "}" * 30),
         r"result\.json: nested deeper than 20 levels",
     ),
     "no JSON": (text("result.json", "{"), r"result\.json: unreadable"),
     "a list": (text("result.json", "[]"), r"result\.json: \[\] \(allowed: a mapping\)"),
-    "epochs that are not there": (
+    "missing epochs": (
         keys(epoch=7),
         r"metrics\.jsonl: has records of 2 epochs, but result\.json says that the run finished 7",
     ),
-    "another epoch than the last": (
+    "a wrong number of the last epoch": (
         lambda run: (keys(epoch=2)(run), lines(epoch_record(1, 0.5, None), epoch_record(10**18, 0.5, None))(run)),
         r"records of 2 epochs, the last of epoch 10+, but result\.json says that the run finished 2",
     ),

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged or started twice give the same result as uninterrupted runs."""
+"""Runs that are stopped, killed, damaged or started twice have the same results as uninterrupted runs."""
 
 from __future__ import annotations
 
