@@ -74,7 +74,7 @@ LEFT = {
     "a link to itself": (lambda f: (f / "train/cat/more").symlink_to("more"), "broken links: 1"),
     "a link to its own folder": (lambda f: (f / "train/cat/more").symlink_to("."), "links to a folder already read: 1"),
     "a link to all classes": (lambda f: (f / "train/cat/more").symlink_to(".."), "links to a folder already read: 1"),
-    "a class that is all classes": (lambda f: (f / "train/more").symlink_to("."), "links to a parent folder: 1"),
+    "a class that links to all classes": (lambda f: (f / "train/more").symlink_to("."), "links to a parent folder: 1"),
     "in test/": (lambda f: (f / "test/cat/.DS_Store").write_bytes(b"x"), "hidden or system: 1"),
 }
 

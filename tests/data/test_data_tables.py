@@ -1,4 +1,5 @@
-"""Tests of tables and users' own arrays: values are scaled by the training samples, and unsuitable data are refused."""
+"""Tests of tables and users' own arrays: features are scaled with the statistics of the training samples, and unsuitable data are
+refused."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def test_own_csv_file(tmp_path: Path) -> None:
     path = write_csv(tmp_path, "a,b,c\n" + "".join(f"{i},{i % 3},{'yes' if i % 2 else 'no'}\n" for i in range(40)))
     splits = Tabular(table=path, validation=0).load(Path(), CPU)
     assert (splits.targets, splits.classes, splits.input_shape) == ("classes", ["no", "yes"], (2,))
-    assert whole(splits.test)[1].bincount().tolist() == [4, 4], "of each class as many as in all"
+    assert whole(splits.test)[1].bincount().tolist() == [4, 4], "the test set is stratified by class"
     with pytest.raises(OptionError, match=r"dataset.task=null: column 'b' has whole numbers.*dataset.task=classification"):
         _ = Tabular(table=write_csv(tmp_path, "a,b\n1,2\n3,4\n5,6\n")).targets
     assert Tabular(table=str(tmp_path / "my.csv"), task="regression").targets == "values"

@@ -1,5 +1,4 @@
-"""The model gets the same picture that an image viewer shows, for every orientation, transparency, bit depth and number of
-frames."""
+"""The model gets the picture that an image viewer shows: tests of orientation, transparency, bit depths and several frames."""
 
 from __future__ import annotations
 
@@ -304,7 +303,7 @@ def test_a_cut_off_image_is_named_before_training(tmp_path: Path, kind: str, opt
 
 def test_more_pixels_than_pillow_opens_are_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(tmp_path, Image.fromarray(picture()))
-    for most in (40, 10):  # Pillow warns about larger images, and refuses those with twice as many pixels
+    for most in (40, 10):  # Pillow warns about larger images, and refuses those with more than twice as many pixels
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
         with pytest.raises(DataError, match=r"more pixels than Pillow allows.*make it smaller"):
             load(tmp_path)

@@ -71,7 +71,7 @@ def test_each_rule_has_the_value_with_the_best_validation_accuracy(tmp_path, cap
     said = capsys.readouterr().out
     assert "note: fa lr=0.02: optimizer.lr=0.02 is the smallest" in said and "warning" not in said
     assert "## Values tried: optimizer.lr\n" in (tmp_path / "report.md").read_text()
-    assert len(rows(tmp_path, "runs.csv")) == 6  # all runs are listed, chosen or not
+    assert len(rows(tmp_path, "runs.csv")) == 6  # every setting is listed, chosen or not
     assert main([str(tmp_path)]) == 0 and not (tmp_path / "report_tried.csv").exists()
 
 

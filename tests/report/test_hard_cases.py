@@ -61,7 +61,7 @@ def test_a_rule_without_the_setting_is_still_a_level_line(tmp_path):
     [
         ((0.0, 1e-6, 1e-5, 1e-3), [0, 1, 2, 3]),  # on a linear axis, the first three would coincide
         ((0.0, 0.5, 1.0), [0.0, 0.5, 1.0]),
-        ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # they are a tenth of the axis apart
+        ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # 0 and 0.1 are a tenth of the axis apart
     ],
 )
 def test_values_with_zero_do_not_cover_each_other(tmp_path, values, places):

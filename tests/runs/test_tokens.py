@@ -109,7 +109,8 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_equals_an_uninterrupted_one(mon
 
 
 def test_micro_batches_weigh_by_the_targets_that_count() -> None:
-    """Most targets in the first half of every batch are masked, but the gradients are those of the whole batch."""
+    """Most targets of every second sample are masked, but training with micro-batches of one sample equals that with whole
+    batches."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 7, (64, 4))
     y = (x + 1) % 7
