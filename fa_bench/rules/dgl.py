@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dgl")
 @dataclasses.dataclass(eq=False)
 class DGL(ModuleRule):
-    """Decoupled greedy learning: each block learns from its own auxiliary classifier.
+    """Decoupled greedy learning: each block except the last learns from its own auxiliary classifier.
 
     The rule is due to Belilovsky, Eickenberg and Oyallon 2020. All blocks are trained simultaneously.
 

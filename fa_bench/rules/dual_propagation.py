@@ -13,7 +13,8 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("dual_propagation")
 @dataclasses.dataclass(eq=False)
 class DualPropagation(EdgeRule):
-    """Dual propagation: errors pass through the weights, and a finite difference replaces the derivative of every nonlinearity.
+    """Dual propagation: errors pass through the weights, and a finite difference replaces the derivative of every elementwise
+    nonlinearity.
 
     The rule is due to Høier, Staudt and Zach 2023 (arXiv 2302.01228); its form is that of the authors' code for convolutional
     networks.

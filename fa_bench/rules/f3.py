@@ -87,7 +87,8 @@ class F3(CutRule):
     information: str = option(
         "delayed_loss",
         "what is projected: from the sample's previous epoch, the derivative of its loss or its error (output minus target), as "
-        "it is, with a softmax of the output, or times the target; the current error (as in dfa); or minus the target (as in drtp)",
+        "it is, with a softmax of the output, or times the target; the current error (as in dfa); or minus the target (as in "
+        "drtp)",
         choices=[
             "delayed_loss",
             "delayed_error",
