@@ -82,13 +82,13 @@ class FrozenBlocks(BP):
         return fixed
 
     def _inner_modules(self) -> list[str]:
-        """The names of all layers except the first and the last. A layer that stands for one weight of a recurrent or attention
-        module is replaced by that module."""
+        """The names of all layers except the first and the last. Attention and recurrent modules replace their layers, which are
+        not called on their own."""
         from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 
-        called = (nn.Linear, *CONVOLUTIONS)
-        paths = [
-            path if isinstance(self.model.get_submodule(path), called) else path.rpartition(".")[0]
-            for path in list(self._layers)[1:-1]
-        ]
-        return list(dict.fromkeys(filter(None, paths)))
+        def called_part(path: str) -> str:
+            parent = path.rpartition(".")[0]
+            is_called = isinstance(self.model.get_submodule(path), (nn.Linear, *CONVOLUTIONS))
+            return path if is_called and not isinstance(self.model.get_submodule(parent), nn.MultiheadAttention) else parent
+
+        return list(dict.fromkeys(filter(None, map(called_part, list(self._layers)[1:-1]))))

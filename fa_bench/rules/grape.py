@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.errors import OptionError
 from fa_bench.mechanisms.cut.jacobian import JacobianRule
 from fa_bench.mechanisms.cut.rule import CapturedActivation
 from fa_bench.mechanisms.feedback_options import init_option, positions_option, within_option
@@ -75,6 +76,11 @@ class GrAPE(JacobianRule):
             return coverage
         which = "every update" if self.anchor_period == 1 else f"one of {self.anchor_period} updates, by exact backpropagation"
         return dataclasses.replace(coverage, transport=(*coverage.transport, f"in {which}"))
+
+    def check(self) -> None:
+        super().check()
+        if self.b_init == "zeros":
+            raise OptionError("b_init", "=zeros: B cannot be turned towards the Jacobian; use another initialiser")
 
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
         self.put_learned(features, classes, self.b_init)

@@ -249,6 +249,25 @@ def test_frozen_blocks_without_blocks_suggests_what_works():
     assert {key for key, p in model.named_parameters() if not p.requires_grad} == {"fc2.weight", "fc2.bias"}
 
 
+def test_frozen_blocks_suggests_attention_without_its_layers():
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.fc = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+            self.attn = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = torch.nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.embed(x)
+            return self.head(self.fc(h + self.attn(h, h, h, need_weights=False)[0]).mean(1))
+
+    for blocks in (["attn"], ["attn", "fc"]):
+        model, x = Net(), torch.randn(2, 5, 8)
+        with pytest.raises(CoverageError, match=r"blocks=\['fc', 'attn'\], or set"):
+            fa_bench.attach(model, "frozen_blocks", sample_input=x)
+        fa_bench.attach(model, "frozen_blocks", sample_input=x, blocks=blocks)
+
+
 def test_frozen_blocks_refuses_a_net_that_is_all_embedding_and_a_missing_sample():
     model, x, _ = registered("mlp", widths=[6])
     with pytest.raises(CoverageError, match="only the block 'act1', which is its embedding; use rule 'frozen'"):

@@ -22,6 +22,12 @@ def attached(name: str = "grape", **options: Any) -> tuple[nn.Module, Any, Tenso
     return model, fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1", "act2"], **options), x, y
 
 
+def test_zeros_are_refused_because_they_have_no_direction() -> None:
+    with pytest.raises(fa_bench.FaBenchError, match="b_init=zeros: B cannot be turned"):
+        attached(b_init="zeros")
+    attached("fdfa", b_init="zeros")
+
+
 def train(model: nn.Module, rule: Any, steps: int, feedback_lr: float = 0.1) -> list[tuple[dict, dict]]:
     """Train for the given number of steps and return the gradients of the weights and the exact gradients of every step."""
     groups = [{"params": rule.weight_parameters(), "lr": 0.1}, {"params": rule.feedback_parameters(), "lr": feedback_lr}]
@@ -145,6 +151,6 @@ def test_coverage_says_how_often_weights_are_transported(period: int, where: tup
 
 
 def test_options() -> None:
-    rule = attached(b_lr_scale=0.3, b_init="zeros")[1]
-    assert rule.feedback_lr_scale == 0.3 and not rule.feedback["act1"]["B"].any()
+    rule = attached(b_lr_scale=0.3, b_init="identity")[1]
+    assert rule.feedback_lr_scale == 0.3 and set(rule.feedback["act1"]["B"].unique().tolist()) == {0.0, 1.0}
     assert attached()[1].feedback_lr_scale == 1.0
