@@ -87,8 +87,8 @@ def _parameter_name(path: str, layer: nn.Module, name: str) -> str:
 
 
 def sample_axis(layer: nn.Module, dims: int) -> int:
-    """The axis of the samples in a layer's input or output of `dims` dimensions. In the layers of attention and recurrent modules,
-    positions come first."""
+    """The axis of the samples in a layer's input or output of `dims` dimensions. In attention and recurrent modules, positions
+    come first."""
     return getattr(layer, "batch_axis", 0) if dims > 2 else 0
 
 
