@@ -40,7 +40,7 @@ class Coverage:
 
     Attributes:
         rule: the rule's name.
-        covered: the covered layers, in the order of the model.
+        covered: the covered layers, in the order of definition or, for a cut rule, of execution.
         uncovered: weight name -> why it is not covered. Such a weight learns from its local gradient. An error that passes
             through the layer is multiplied by the weight itself, which is weight transport.
         local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn from

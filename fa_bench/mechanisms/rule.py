@@ -531,8 +531,8 @@ class Rule(Options):
         return {}
 
     def readouts(self) -> dict[str, Tensor]:
-        """A mapping from each cut with direct feedback B (C, features) to B, detached. Metrics compare the product a Bᵀ, with the
-        cut's activation a, with the logits."""
+        """A mapping from each cut with direct feedback B (C, features) to B, detached. Metrics compare the product a Bᵀ, where a
+        is the cut's activation, with the logits."""
         return {}
 
     def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

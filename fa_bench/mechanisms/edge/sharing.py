@@ -290,8 +290,8 @@ class SharingRule(EdgeRule):
         return self.linear == "share" or (self.linear == "auto" and not convolutional)
 
     def weight_transport_layers(self, model: nn.Module) -> set[str]:
-        """The layers that pass the error through their weight. With `transport`, these are convolutions and layers that share;
-        otherwise, there are none."""
+        """The layers that pass the error through their weight. With `transport`, these are all layers if fully connected layers
+        share activations, and only the convolutions otherwise; without it, there are none."""
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         if not self.transport:
