@@ -26,14 +26,14 @@ def block_ends(model: nn.Module, blocks: Iterable[str] | None = None) -> set[str
         CoverageError: if a name matches no module.
     """
     declared = [getattr(model, name, None) for name in ("blocks", "cut_points")] if blocks is None else [list(blocks)]
-    # Other values are ignored, because a user's model may use these attributes for its own modules.
+    # Values other than lists and tuples are ignored, because a user's model may use these attributes for its own modules.
     patterns = next((value for value in declared if isinstance(value, (list, tuple)) and value), ())
     return matching(patterns, [path for path, _ in model.named_modules() if path], "blocks")
 
 
 def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None) -> dict[str, list[str]]:
-    """A mapping from the end of each block to the names of its parameters, in the order of execution. Blocks without parameters
-    are left out.
+    """A mapping from the end of each block to the names of the block's parameters, in the order of execution. Blocks without
+    parameters are left out.
 
     A block extends from the end of the previous block to its own end.
 
@@ -52,7 +52,7 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
     seen: set[str] = set()
 
     def add(path: str, recurse: bool) -> None:
-        # `named_parameters` is not used, because wrappers override it.
+        # `named_parameters` is not used, because modules such as `Projection` override it.
         parts = modules[path].named_modules(prefix=path, remove_duplicate=False) if recurse else [(path, modules[path])]
         names = [
             f"{where}.{name}"
@@ -87,8 +87,7 @@ def embedding_of(model: nn.Module, blocks: dict[str, list[str]]) -> list[str]:
     """The names of the parameters of the model's embedding, which is the part of the first block before the module that ends the
     block.
 
-    If this module has no parameters, like the nonlinearity that ends the first block of `mlp`, the embedding is the whole first
-    block.
+    If that module has no parameters, as when a nonlinearity ends the first block, the embedding is the whole first block.
 
     Args:
         model: an attached or plain model.

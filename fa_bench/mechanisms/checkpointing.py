@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def recomputing() -> bool:
-    """Whether this forward pass repeats an earlier one inside a backward pass, as activation checkpointing does. The result is
+    """Whether this forward pass runs inside a backward pass, as it does when activation checkpointing repeats it. The result is
     False while a graph is being compiled."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
-    """A placeholder for functions that exist only in the first forward pass. The placeholder is used in the `BackwardContext` of
-    a repeated pass, and calling it raises an error.
+    """A placeholder for functions that exist only in the first forward pass, for example in the `BackwardContext` of a repeated
+    pass. Calling the placeholder raises an error.
 
     The placeholder is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole
     model. In that case, the first pass ran without gradients and looked like an evaluation.
@@ -28,7 +28,7 @@ def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
 
     def refuse(*_: Any) -> Tensor:
         raise CoverageError(
-            f"rule '{rule}' cannot train by a forward pass that runs within a backward pass: activation "
+            f"rule '{rule}' cannot train with a forward pass that runs within a backward pass: activation "
             f"checkpointing needs use_reentrant=False"
         )
 

@@ -1,9 +1,9 @@
 """Operators through which a graph compiled by ``torch.compile`` calls a rule's own code.
 
-Most of a rule is traced into the graph unchanged. Parts that cannot be traced (local losses, labels that are known only in the
-backward pass, samples that depend on a step's number) run as they would without compilation, inside an operator that the graph
-treats as a black box. Each operator receives tensors, numbers and the key of a `Handle`, with which it looks up the object that
-it belongs to.
+Most of a rule is traced into the graph unchanged. Parts that cannot be traced (local losses, errors that depend on the labels,
+random samples that depend on a counter) run as they would without compilation, inside an operator that the graph treats as a
+black box. The last argument of each operator is the key of a `Handle`, with which the operator looks up the object that it works
+on.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., A
 
 
 def _tags(name: str) -> tuple[torch.Tag, ...]:
-    """A tuple with the operator tag of this name, which is empty if this version of torch does not have the tag."""
+    """A tuple with the operator tag of this name, or an empty tuple if this version of torch does not have the tag."""
     tag = getattr(torch.Tag, name, None)
     return () if tag is None else (tag,)
 
@@ -137,7 +137,7 @@ def new_sample(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
     """Request a new sample of a layer's random magnitudes, which are overwritten the next time they are read.
 
     Returns:
-        The seed of the sample, for `fa_bench.utils.sampling.magnitudes`.
+        The seed of the sample as a tensor of two numbers, for `fa_bench.utils.sampling.magnitudes`.
     """
     pathway.new_sample()
     return torch.tensor(pathway.seed_words(), dtype=torch.int32).to(magnitudes.device, non_blocking=True)

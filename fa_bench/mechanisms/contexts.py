@@ -80,10 +80,10 @@ _DROPOUT_RATES = ("dropout", "dropout_p", "attention_dropout", "activation_dropo
 
 @contextmanager
 def without_side_effects(model: nn.Module) -> Iterator[None]:
-    """A context in which dropout is off, batches are normalised with their own statistics, and running statistics are not
-    updated.
+    """A context in which dropout is off, and normalisation in training mode uses the batch's statistics without updating its
+    running statistics.
 
-    On exit, the state of the random generators is restored.
+    On exit, all other buffers and the state of the random generators are restored.
     """
     dropouts = [
         m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"
@@ -101,8 +101,8 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
 
 
 def own_buffers(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
-    """The buffers that a forward pass may update even within `without_running_statistics`, such as the running means of a
-    user-defined normalisation layer. The buffers of rules are not included."""
+    """Pairs (place, buffer) for the buffers that a forward pass may update even within `without_running_statistics`, such as the
+    running means of a user-defined normalisation layer. The buffers of rules are not included."""
     for module in model.modules():
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             for key, buffer in module._buffers.items():
@@ -134,7 +134,7 @@ def without_running_statistics(model: nn.Module) -> Iterator[None]:
     """A context in which normalisation in training mode uses the batch's statistics and leaves the running statistics
     unchanged."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    # Instance normalisation ignores this attribute and updates its running statistics; with momentum 0, they do not change.
+    # Instance normalisation ignores this attribute and updates its running statistics, but with momentum 0 they do not change.
     instances = [m for m in norms if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
     with set_temporarily(norms, "track_running_stats", False), set_temporarily(instances, "momentum", 0.0):
         yield
@@ -142,6 +142,6 @@ def without_running_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_randomness(model: nn.Module) -> Iterator[None]:
-    """A context that restores the state of the random generators, for models with sources of randomness other than dropout."""
+    """A context that, on exit, restores the state of the random generators of the CPU and of the GPUs that the model uses."""
     with torch.random.fork_rng({parameter.device for parameter in model.parameters() if parameter.is_cuda}):
         yield

@@ -40,7 +40,7 @@ class Coverage:
 
     Attributes:
         rule: the rule's name.
-        covered: the covered layers, in the order of the model.
+        covered: the covered layers, in the order of definition or, for a cut rule, of execution.
         uncovered: weight name -> why it is not covered. Such a weight learns from its local gradient. An error that passes
             through the layer is multiplied by the weight itself, which is weight transport.
         local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn from
@@ -57,8 +57,8 @@ class Coverage:
     transport: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """A table of the covered layers, with their weights and a description of their errors, and of the uncovered weights, with
-        the reasons."""
+        """A report that lists the covered layers with their errors, the weights that propagate no error, the uncovered weights
+        with the reasons, and the notes."""
         covered, uncovered = len(self.covered), len(self.uncovered)
         missing = f"{uncovered} weight{'s' * (uncovered != 1)} not covered" if uncovered else "every weight"
         lines = [f"{self.rule} covers {covered} layer{'s' * (covered != 1)}, {missing}"]
@@ -94,7 +94,7 @@ class Coverage:
             model: the model, to explain why nothing is covered.
 
         Raises:
-            CoverageError: in these cases; the message names the weights.
+            CoverageError: in either case; in the second, the message names the weights.
         """
         if not self.covered:
             raise CoverageError(f"rule '{self.rule}' covers no layer of this model: {not_coverable(model)}")
@@ -200,8 +200,8 @@ def is_weight(name: str, parameter: Any) -> bool:
 
 
 def _kind(module: Any) -> str:
-    """The type of a module, with a remark if its forward method was replaced. The package is included if torch has a module class
-    of the same name, as it does for timm's Linear."""
+    """The type of a module, with a remark if its forward method was replaced. For a class outside of torch that shares its name
+    with one of torch.nn, such as timm's Linear, the import path is included."""
     cls = type(module)
     is_other = cls.__name__ in vars(torch.nn) and not cls.__module__.startswith("torch.")
     name = f"{cls.__module__}.{cls.__name__}" if is_other else cls.__name__

@@ -56,8 +56,8 @@ NONLINEAR: tuple[type[nn.Module], ...] = (
     nn.Hardswish,
     nn.Hardsigmoid,
 )
-#: The names, without "Backward", of the autograd nodes of elementwise nonlinear functions and of kernels that contain such
-#: functions.
+#: Maps the name of an autograd node, without "Backward", to the name of the function that created it. The functions are
+#: elementwise and nonlinear, or kernels that contain such functions.
 _FUNCTIONS = {
     name: name.lower()
     for name in (
@@ -118,7 +118,7 @@ class Dual:
                 compiled.
 
         Raises:
-            CoverageError: if the model calls nonlinear functions outside of modules.
+            CoverageError: if, with the sample, the model calls nonlinear functions outside of `NONLINEAR` modules.
         """
         found: dict[str, Any] = {
             path: module
@@ -152,7 +152,8 @@ class Dual:
         self._samples = next((tensor.shape[0] for tensor in tensors_in((args, kwargs)) if tensor.dim()), None)
 
     def end(self, roots: Callable[[], Iterable[Any]] | None) -> None:
-        """Called after every forward pass of the model; `roots` returns the nodes of its outputs if it was a training pass.
+        """Called after every forward pass of the model. After a training pass, `roots` returns the autograd nodes of the outputs;
+        otherwise, it is None.
 
         Raises:
             CoverageError: if the first training pass called nonlinear functions outside of the modules.
@@ -182,10 +183,11 @@ class Dual:
     def delivering(
         self, rule: Rule, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None
     ) -> Iterator[None]:
-        """A context for the backward pass, in which c is known; the arguments are those of `Rule.backward`.
+        """A context for the backward pass, in which the scale c of the loss is known. The arguments after `rule` are those of
+        `Rule.backward`.
 
         Raises:
-            ValueError: if c is not given, is not 1, and cannot be inferred.
+            ValueError: if c is not given and cannot be inferred.
         """
         if loss_scale is None and is_unscaled(loss, target, rule.objective):
             loss_scale = 1.0
@@ -193,8 +195,8 @@ class Dual:
         if loss_scale is None:
             if logits is None or logits.grad_fn is None:
                 raise ValueError(
-                    f"rule '{self.rule}': derivative=dual needs the scale of the loss: rule.backward(loss, logits, "
-                    f"target), or loss_scale=1.0, or loss_scale=1 / 4 for loss / 4"
+                    f"rule '{self.rule}': derivative=dual needs the scale of the loss; call rule.backward(loss, "
+                    f"logits, target), or pass loss_scale=1.0, or loss_scale=1 / 4 for loss / 4"
                 )
 
             def measure(delta: Tensor) -> None:
@@ -229,7 +231,8 @@ class Dual:
         if found:
             raise CoverageError(
                 f"rule '{self.rule}': {{derivative}} replaces the derivative of modules such as nn.ReLU, but "
-                f"this model computes {names(found)} with functions; use modules of torch.nn instead",
+                f"this model computes {names(found)} outside of supported modules; use nn.ReLU, nn.Tanh or another "
+                f"supported module instead",
                 {"derivative": "dual"},
             )
 
@@ -295,8 +298,8 @@ class DualModule(nn.Module):
 
 class _DualReLU(DualModule):
     def difference(self, a: Tensor, d: Tensor) -> Tensor:
-        # This formula avoids subtracting nearly equal numbers. The result is 2 d if both arguments are positive and 0 if both are
-        # negative.
+        # This formula avoids subtracting nearly equal numbers. The result is 2 d if a + d and a - d are both positive, and 0 if
+        # both are negative.
         size = d.abs()
         return torch.minimum((a + size).clamp_min(0), 2 * size).copysign(d)
 

@@ -1,4 +1,4 @@
-"""Rules that draw random numbers for every update."""
+"""Rules that draw random numbers for every backward pass."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class DrawingRule(Rule):
-    """Base class of rules that draw new random numbers for every update. In the list of bases, this class must precede the class
-    of the mechanism. The rule's state contains the number of updates."""
+    """Base class of rules that draw new random numbers for every backward pass. In the list of bases, this class must precede the
+    class of the mechanism. The rule's state contains the number of backward passes."""
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.second_pass import Draws
@@ -24,7 +24,8 @@ class DrawingRule(Rule):
         return super().wire(sample_input)
 
     def next_draws(self) -> None:
-        """Draw new random numbers for this backward pass, unless the pass belongs to a measurement."""
+        """Use new random numbers in this backward pass. If the pass belongs to a measurement, the previous numbers are used
+        again."""
         if not self.mode.freeze_random:
             self._draws.number += 1
 

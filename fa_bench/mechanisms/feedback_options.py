@@ -80,7 +80,7 @@ def output_option() -> Any:
     return option(
         None,
         "the output from which the errors come, if the model returns several: a key, or an index into a tuple; "
-        "other outputs train only the layers after the last cut",
+        "errors from other outputs stop at the cuts, unless the rule lets errors cross them",
     )
 
 

@@ -1,7 +1,7 @@
-"""The factor by which the loss was scaled, for rules that compute errors from the labels or do not learn from errors.
+"""The factor by which the loss was scaled, for rules whose errors or gradients do not scale with the loss by themselves.
 
-Gradient accumulation divides the loss of a micro-batch, and a gradient scaler multiplies it. An error computed from δ, the
-gradient at the logits, scales automatically; one computed from the labels must be multiplied by the same factor.
+Gradient accumulation divides the loss of a micro-batch, and a gradient scaler multiplies it. An error that is linear in δ, the
+gradient at the logits, scales with the loss; one computed from the labels must be multiplied by the same factor.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
     return not 0 <= ignored < 1 << 62 or not bool((target == ignored).any())
 
 
-#: Remedies in the error messages of rules that compute errors from the labels, and of rules that learn only from the objective.
+#: Remedies in error messages: the first for rules that need the scale of the loss, the second for rules that learn only from the
+#: objective.
 PASS_SCALE = "Pass the scale: rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
 PASS_OBJECTIVE = (
     "It learns only from the objective, regardless of the loss; attach it with the objective that you train, objective=..."
@@ -137,7 +138,7 @@ def measured_scale(
         mend: a remedy, for the error message if δ is not such a multiple.
 
     Raises:
-        ValueError: if δ is not a multiple of that gradient, or if the labels do not fit the logits.
+        ValueError: if δ is not a multiple of the objective's gradient, or if the labels do not fit the logits.
     """
     objective, given = objective or CrossEntropy(), delta.double()
     try:
@@ -154,7 +155,7 @@ def measured_scale(
         return scale  # a gradient scaler will skip this update
     if (given - scale * unit).norm().item() > tolerance * given.norm().item() + abs(scale) * _rounding(delta):
         raise ValueError(f"rule '{rule}' needs the scale of the loss and cannot infer it: {not_a_multiple(objective)}. {mend}")
-    # Scales are usually powers of two, so rounding to the nearest one makes the result exact.
+    # Scales are usually powers of two, so a result that is close to a power of two is rounded to it.
     power = 2.0 ** round(math.log2(scale)) if scale > 0 else 0.0
     return power if power and abs(scale / power - 1) < tolerance else scale
 
@@ -163,7 +164,7 @@ def is_other_loss(delta: Tensor, logits: Tensor, target: Tensor, objective: Obje
     """Whether δ is not a multiple of the gradient of the objective's mean loss, as a scalar tensor on the device; False if δ is
     not finite.
 
-    The arguments are as for `measured_scale`, but this function does not force a synchronisation with the accelerator.
+    The arguments are as for `measured_scale`.
     """
     unit, given = _unit(delta, logits, target, objective), delta.double()
     scale = (given * unit).sum() / unit.square().sum()
@@ -190,8 +191,8 @@ def _tolerance(delta: Tensor) -> float:
 
 
 def _rounding(delta: Tensor) -> float:
-    """The norm of the rounding error of δ for a loss of scale 1, if the entries of δ were rounded before the division by the
-    number of samples."""
+    """An estimate of the norm of the rounding error of δ for a loss of scale 1, if the entries of δ were rounded before the
+    division by the number of samples."""
     from fa_bench.mechanisms.cut.positions import class_axis
 
     samples = max(delta.numel() // delta.shape[class_axis(delta.shape)], 1)

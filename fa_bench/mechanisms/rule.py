@@ -36,7 +36,7 @@ INPUT, OUTPUT = "input", "output"
 class Rule(Options):
     """A learning rule; its dataclass fields are its options.
 
-    `attach` wires a rule into one model, and `detach` removes it. `EdgeRule` and `CutRule` implement the two kinds of mechanism.
+    `attach` wires a rule into one model, and `detach` removes it. `EdgeRule` and `CutRule` implement the two mechanisms.
 
     Examples:
         >>> import torch, fa_bench
@@ -105,11 +105,11 @@ class Rule(Options):
         initial_phase: bool = True,
         objective: str | Objective | None = None,
     ) -> R:
-        """Attach the rule to `model`, in place.
+        """Attach the rule to `model`, in place, and return the rule.
 
         Args:
             model: a plain module, neither wrapped for data-parallel training nor compiled, and without a rule.
-            seed: seed of the feedback; every tensor is sampled from (seed, layer, name).
+            seed: seed of the feedback; every tensor is sampled from (seed, layer or cut, name).
             sample_input: one input batch (N, ...), or a tuple or dictionary of several arguments; for rules that depend on the
                 order of the layers.
             initial_phase: whether to run the rule's initial phase now; otherwise, the caller runs the method `initial_phase`.
@@ -117,7 +117,7 @@ class Rule(Options):
                 cross-entropy.
 
         Raises:
-            CoverageError: if the rule cannot be attached; the message names the layers.
+            CoverageError: if the rule cannot be attached; the message states the reason.
             OptionError: if the rule and the objective name different outputs of the model, or if `objective` is not an objective.
         """
         from fa_bench.mechanisms.compound.expansion import expand
@@ -136,7 +136,7 @@ class Rule(Options):
         expand(model, self.mode)
         self._frozen, self._handles = [], []
         self._structure, self._uses_outside = None, {}
-        #: The most recent training pass, if the rule repeats passes. While errors or gradients are being computed, this is the
+        #: If the rule repeats passes, the training pass that is running or, while errors or gradients are being computed, the
         #: pass to which they belong.
         self.first_pass: FirstPass | None = None
         self.indices: Tensor | None = None
@@ -319,7 +319,8 @@ class Rule(Options):
             self._structure.check(bool(self.allow_uncovered))
 
     def check_uses(self, outside: dict[str, str]) -> None:
-        """Refuse weights that the first training pass uses outside their layers; `attach` traced only an evaluation pass."""
+        """Refuse weights that the first training pass uses outside their layers, unless they may be uncovered. `attach` traced
+        only an evaluation pass."""
         new = {self._weight_name(path): outside_text(use) for path, use in outside.items()}
         if new.keys() - self.coverage.uncovered.keys():
             coverage = dataclasses.replace(self.coverage, uncovered=self.coverage.uncovered | new)
@@ -530,13 +531,13 @@ class Rule(Options):
         return {}
 
     def readouts(self) -> dict[str, Tensor]:
-        """The direct feedback B (C, features) of each cut, detached. With the cut's activation a, the product a Bᵀ estimates the
-        logits."""
+        """A mapping from each cut with direct feedback B (C, features) to B, detached. Metrics compare the product a Bᵀ, where a
+        is the cut's activation, with the logits."""
         return {}
 
     def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows a (M, features) of a cut's activation and the logits (M, C) that a Bᵀ estimates, with one row for each sample
-        and position."""
+        """The rows a (M, features) of a cut's activation and the logits (M, C) with which a Bᵀ is compared, with one row for each
+        sample and position."""
         return activation.flatten(1), logits
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
@@ -558,8 +559,8 @@ class Rule(Options):
             return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
 
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory | None:
-        """The tensors of the plain model that a training step of the rule keeps in memory, or None if the rule does not define
-        them."""
+        """The layers of the plain model whose tensors a training step of the rule keeps or reads, or None if the rule does not
+        define them."""
         return None
 
     # -------------------------------------------------------------------------------------------- structure

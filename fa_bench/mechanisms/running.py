@@ -1,7 +1,8 @@
 """Determine whether a forward pass that has begun is still running.
 
-PyTorch calls the hooks at the end of a forward pass after an ``Exception``, but not after a KeyboardInterrupt or another
-BaseException. Therefore, rules check for themselves whether a pass that has not ended is still running.
+If a forward pass raises an ``Exception``, PyTorch still calls the hooks that are registered with ``always_call``. It does not
+call them after other exceptions, such as KeyboardInterrupt. Therefore, rules check for themselves whether a pass whose end they
+have not seen is still running.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ class RunningPass:
 
     Args:
         training: the value of ``mode.training`` before the pass.
+        frame: the frame of the function that calls the model's forward method; None for a pass that is not running.
 
     Attributes:
         training: as given.

@@ -1,10 +1,10 @@
 """Additional forward passes of an attached model, with the same arguments and the same randomness, but with changes that a rule
 requests.
 
-A rule that sets `Rule.repeats` receives the `FirstPass` of every training pass. With `again`, the rule can rerun the model with
-noise at cuts, with another input, or for forward-mode differentiation. Dropout masks are those of the first pass. Batch
-normalisation in training mode uses the statistics of the pass's own batch, and updates its running statistics only in the first
-pass. In additional passes, other buffers that the first pass has updated, such as the running means of a user-defined
+A rule that sets `Rule.repeats` receives the `FirstPass` of every training pass. With `again` or `repeated`, the rule can rerun
+the model with noise at cuts, with another input, or for forward-mode differentiation. Dropout masks are those of the first pass.
+Batch normalisation in training mode uses the statistics of the pass's own batch, and updates its running statistics only in the
+first pass. In additional passes, other buffers that the first pass has updated, such as the running means of a user-defined
 normalisation layer, start from the values that they had before the first pass. Afterwards, their values from the end of the first
 pass are restored.
 """
@@ -36,8 +36,8 @@ from fa_bench.utils.sampling import seed_for
 Change = Callable[[Tensor], "Tensor | None"]
 
 
-#: For each model, and for whether any part of it is in training mode, the buffers that passes were seen to update. Only the
-#: buffers listed here are copied before a pass. Before the first pass, all buffers are copied.
+#: For each model, the buffers that earlier passes updated, listed separately for passes with and without a module in training
+#: mode. Only these buffers are copied before a pass. Before the first pass of each kind, all buffers are copied.
 _updated: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[tuple[int, str]]]] = weakref.WeakKeyDictionary()
 
 
@@ -51,7 +51,7 @@ class FirstPass:
 
     Attributes:
         note: data of this pass that the rule needs in its backward pass.
-        output: the output from which errors come, detached; None if the rule delivers none to cuts.
+        output: the output from which errors come, detached; None if the rule delivers no errors to cuts.
     """
 
     output: Tensor | None = None
@@ -95,7 +95,7 @@ class FirstPass:
         """A context that restores the random state, the modes and buffers of the modules, and the precision of the pass.
 
         Args:
-            precise: whether autocast is off, because small differences would be lost.
+            precise: whether autocast is off, for passes whose small differences would be lost in half precision.
 
         Raises:
             StateError: if an argument or a parameter was changed in place after the pass.
@@ -149,7 +149,7 @@ class EarlierBuffers:
     def values(self) -> list[tuple[Place, Tensor]]:
         """The buffers that the pass updated or replaced, with their earlier values; called after the pass.
 
-        Unless this is the model's first pass, only the buffers that previous passes updated are copied. If another buffer was
+        Unless this is the model's first pass, only the buffers that previous passes updated were copied. If another buffer was
         changed in place nevertheless, its current value is returned.
         """
         if self._values is None:
@@ -211,7 +211,7 @@ def repeated(
 
 
 def again(model: nn.Module, mode: Any, first: FirstPass, **changes: Any) -> Any:
-    """The result of another forward pass that is not differentiated; the arguments are those of `repeated`."""
+    """The result of another forward pass, which records no gradients; the arguments are those of `repeated`."""
     with torch.no_grad(), repeated(model, mode, first, **changes) as result:
         return result
 
@@ -239,8 +239,8 @@ def _at_output(change: Change) -> Any:
 
 
 class Draws:
-    """The random tensors of an attached rule, which are new for every update. Each depends on the seed, the number of the update
-    and a name.
+    """The random tensors of an attached rule, which are new for every backward pass. Each depends on the seed, the number of the
+    backward pass and a name.
 
     Data-parallel processes have different samples. Therefore, their random tensors also depend on the rank, unless a tensor is
     requested as shared.
@@ -249,15 +249,15 @@ class Draws:
         seed: seed of the rule.
 
     Attributes:
-        number: the number of the current update.
+        number: the number of the current backward pass, counted from 1; passes of measurements are not counted.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed, self.number = seed, 0
 
     def generator(self, name: str, device: torch.device, is_shared: bool = False) -> torch.Generator:
-        """A generator whose seed depends on the rule's seed, the number of the update, the name and, unless it is shared, the
-        rank.
+        """A generator whose seed depends on the rule's seed, the number of the backward pass, the name and, unless it is shared,
+        the rank.
 
         Args:
             name: a name, for example that of a cut.

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Structure:
     """The modules of an attached model, and the parameters that the rule froze.
 
-    `check` runs before every training forward pass. Unless a module was added or removed, the check costs one comparison of lists
-    for each module that has children.
+    `check` runs before every training forward pass and in `Rule.backward`. Unless a module was added or removed, the check costs
+    one comparison of lists for each module that has children, and one look-up for each frozen parameter.
 
     Args:
         rule: the rule's name.
@@ -128,7 +128,7 @@ def check_model(model: Any) -> None:
     Raises:
         TypeError: if `model` is not a module.
         CoverageError: for a model that is compiled or wrapped for data-parallel training, that has layers without a weight yet,
-            or that already has a rule.
+            or of which a part already has a rule or feedback.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"attach needs an nn.Module, not {type(model).__name__}")
@@ -152,7 +152,7 @@ def check_model(model: Any) -> None:
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 #: The attribute in which an attached model keeps its rule, so that a deep copy of the model has a copy of the rule.
 RULE_ATTRIBUTE = "_fa_bench_rule"
-#: The attribute in which each module of an attached model keeps the number of its `Structure`.
+#: The attribute in which each module of an attached model keeps the number of the model's `Structure`, and its own id.
 PART_ATTRIBUTE = "_fa_bench_part_of"
 _attached: weakref.WeakValueDictionary[int, Structure] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)

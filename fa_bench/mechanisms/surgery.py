@@ -1,4 +1,4 @@
-"""Attach a rule to a model, and look up the rule that is attached to one."""
+"""Attach a rule to a model, and look up the rule that is attached to a model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def attach(
     """Attach a learning rule to a model, in place.
 
     Args:
-        model: any module; its linear, convolutional, attention, recurrent and bilinear layers are covered. Move the model to its
-            device first, so that the optimizer gets the final feedback tensors.
+        model: any module; rules can cover its linear, convolutional, attention, recurrent and bilinear layers. Move the model to
+            its device first.
         rule: a rule's name, such as ``"kp"``, or a rule object that is not attached yet.
-        seed: seed of the feedback tensors, which are sampled from (seed, layer, name); the global random state is not touched.
+        seed: seed of the feedback tensors, which are sampled from (seed, layer, name); the global random state is left unchanged.
         sample_input: one input batch (N, ...); needed by rules that depend on the order of the layers, such as those that cut the
             graph, unless the first layer is fully connected.
         objective: the objective that the model is trained with, for rules that compute errors or local losses from the labels: a

@@ -1,11 +1,10 @@
 """Compute derivatives of a model's output along given directions with additional forward passes, without propagating errors back
 through the model.
 
-The passes repeat the training pass (`fa_bench.mechanisms.second_pass`), so dropout masks and the statistics of normalisation are
-the same, and running statistics are not updated. The values of forward-mode passes are those of the training pass, except that
-autocast is off. Attention and recurrent modules run as compositions of operations that have a forward-mode derivative, and this
-changes rounding. If the fused kernel of the training pass contains dropout, as it does for LSTMs with several layers, the dropout
-mask differs.
+The passes repeat the training pass (`fa_bench.mechanisms.second_pass`), so dropout masks are the same, and running statistics are
+not updated. Autocast is off, and attention and recurrent modules run as compositions of operations that have a forward-mode
+derivative. Apart from the rounding that this changes, the values of forward-mode passes are those of the training pass. If the
+fused kernel of the training pass contains dropout, as it does for LSTMs with several layers, the dropout mask may differ.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
 #: The ways to compute a derivative: exactly, by forward-mode differentiation, or by central differences of two passes.
 FORWARD, DIFFERENCE = "forward", "difference"
 METHODS = (FORWARD, DIFFERENCE)
-#: The relative step of central differences. The truncation error of the derivative is proportional to the square of the step, and
-#: its rounding error to the inverse of the step.
+#: The step ε of central differences, in which tensors are shifted by ε and -ε times their tangents. The truncation error of the
+#: derivative is proportional to ε², and its rounding error to 1/ε.
 STEP = 1e-3
 #: Maps the path of a module to a function that takes the tensor at the module's output and returns the tangent to be added there,
 #: in the same shape.
@@ -55,7 +54,8 @@ def output_tangent(
         parameters: parameter -> its tangent, in its shape.
 
     Raises:
-        CoverageError: if an operation has no forward-mode derivative, or if the output does not depend on any of the directions.
+        CoverageError: in forward mode, if an operation has no forward-mode derivative, or if the output does not depend on any of
+            the directions.
     """
     with torch.no_grad(), _without_fused_kernels(rule.mode):
         if method == FORWARD:

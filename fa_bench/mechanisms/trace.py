@@ -35,12 +35,13 @@ class Trace:
         order: weighted layers in the order of execution.
         outputs: weighted layers that feed the output for the loss, or that feed another output and no other layer.
         reached: weighted layers whose input depends on a parameter, so that an error has to pass through them.
-        consumer: layer -> the first executed layer whose input is its activation; absent for output layers.
+        consumer: layer -> the first executed layer whose input it feeds; absent if it feeds none.
         inputs: weighted layers grouped by their input, in the order of execution. All layers whose input depends on no parameter
             form one group.
-        calls: how often each watched module ran.
+        calls: how often each watched module, weighted layer or embedding ran.
         feeds: watched module -> weighted layers that feed its output.
-        feeds_alone: watched module, in the order of execution -> `feeds` as it would be if no other module were watched.
+        feeds_alone: watched module, in the order of execution -> the weighted layers and the entries of `tables` that would feed
+            its output if no other module were watched. Empty unless `trace_model` is called with ``alone``.
         same_output: watched module -> an earlier watched module with the same output tensor, such as a block's last module.
         through_weights: weighted layers whose error comes, at least in part, through the weight of another layer.
         through_below, through_beyond: like `through_weights`, but including paths of embeddings and ids of parameters that belong
@@ -49,8 +50,9 @@ class Trace:
         beyond: weighted layers between the outputs and the watched modules.
         beyond_leaves, below_leaves: ids of the parameters between the outputs and the watched modules, and of those below the
             watched modules, without the weights of embeddings.
-        after_tables: watched modules whose output depends on an embedding with no layer in between.
-        tables: paths of embeddings and ids of parameters that belong to no layer.
+        after_tables: watched modules whose output depends, with no layer in between, on an embedding or on a weight that is only
+            added or looked up.
+        tables: paths of embeddings and ids of weights that belong to no layer.
         kinds: watched module -> type of its output if it is not a tensor.
         output_shapes, input_shapes: watched module or layer -> shape of its output or input.
         trainable: watched modules whose output depends on a trainable parameter, without passing the output of another watched
@@ -361,10 +363,11 @@ def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def chosen_result(results: dict[str, Tensor], output: str | int | None) -> Tensor:
-    """The output named `output`, or the first output if `output` is None.
+    """The output named `output`, or the first output if `output` is None. If the model returned a single tensor, the result is
+    that tensor for any `output`.
 
     Raises:
-        CoverageError: if there is none.
+        CoverageError: if there is no such output.
     """
     if results and (output is None or list(results) == [""]):  # a model may return several outputs only in training
         return next(iter(results.values()))
@@ -385,7 +388,7 @@ def loss_output(result: Any, output: str | int | None) -> Tensor:
 
 
 class _Call(NamedTuple):
-    """The last call of a watched module in the forward pass of the sample; the nodes are those of the autograd graph."""
+    """The last call of a module in the forward pass of the sample; the nodes are those of the autograd graph."""
 
     input: Tensor
     input_shape: tuple[int, ...]

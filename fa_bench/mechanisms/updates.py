@@ -229,8 +229,8 @@ class StepReminder:
             self._version = self._weight._version
 
     def is_missed(self) -> bool:
-        """Called before every training pass. The result is True only once, when the number of updates without ``rule.step()`` has
-        reached `_MISSED`."""
+        """Called before every training pass. The result is True only in the call in which the number of updates since the last
+        ``rule.step()`` reaches `_MISSED`."""
         if self._weight is None or self._weight._version == self._version:
             return False
         self._version = self._weight._version
@@ -327,6 +327,6 @@ class _Snapshot:
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    """A copy of a few thousand entries of a tensor."""
+    """A copy of at most a few thousand entries of a tensor."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // 4096)].clone()

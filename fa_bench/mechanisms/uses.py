@@ -46,7 +46,8 @@ _MOVES = {
     "Split",
     "Unbind",
 }
-#: Nodes whose derivative with respect to another input does not depend on the tensor: sums, concatenations, look-ups.
+#: Nodes that combine tensors so that the derivative with respect to one does not depend on the values of another: sums,
+#: concatenations, look-ups.
 _ADDS = {"Add", "Sub", "Rsub", "Cat", "Stack", "Embedding", "EmbeddingBag", "Where", "Copy", "CopySlices"}
 #: Nodes that scale their input by a factor that is not differentiated.
 _SCALES = {"Mul", "Div"}
@@ -60,7 +61,8 @@ class Uses:
     """The ways in which a forward pass used parameters.
 
     Attributes:
-        outside: weighted layer -> the function that used its weight outside the layer, and the module in which it was called.
+        outside: weighted layer -> a description of a function that used its weight outside the layer, and of where it was
+            called.
         local: ids of the parameters that were only added, concatenated or looked up: no error passes through them.
         seen: ids of all parameters that the output depends on.
     """
@@ -80,7 +82,7 @@ class UsesOfWeights(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, layers: dict[str, WeightedLayer]) -> None:
         super().__init__()
-        # A weight that is computed, by pruning or a parametrization, is a new tensor each time it is used.
+        # A weight that is computed, by pruning or a parametrization, is a new tensor each time it is used, so it is not watched.
         weights = {path: weight for path, layer in layers.items() if (weight := weight_parameter(layer)) is not None}
         self._layer_of = {id(weight): path for path, weight in weights.items()}
         self._stored_at = {at: id(weight) for weight in weights.values() if (at := _storage(weight))}

@@ -53,7 +53,7 @@ def is_weighted(module: nn.Module) -> TypeGuard[WeightedLayer]:
     # modules have the attribute `batch_axis`.
     is_used = plain is not nn.modules.linear.NonDynamicallyQuantizableLinear or "batch_axis" in module.__dict__
     if plain not in WEIGHTED or not is_used or "forward" in module.__dict__:
-        return False  # this module's forward method was replaced and may use the weight in any way
+        return False  # a forward method that was replaced may use the weight in any way
     weight = weight_parameter(module)
     return isinstance(weight, nn.Parameter) and not weight.is_complex()
 
@@ -64,7 +64,7 @@ def weight_parameter(layer: nn.Module) -> nn.Parameter | None:
 
 
 def weight_gradient(layer: WeightedLayer) -> Tensor | None:
-    """The gradient of a layer's weight, in the weight's shape."""
+    """The gradient of a layer's weight, in the weight's shape, or None if the weight has none."""
     parameter = weight_parameter(layer)
     return None if parameter is None or parameter.grad is None else parameter.grad.view_as(layer.weight)
 
@@ -87,12 +87,13 @@ def _parameter_name(path: str, layer: nn.Module, name: str) -> str:
 
 
 def sample_axis(layer: nn.Module, dims: int) -> int:
-    """The axis of the samples in a layer's input or output of `dims` dimensions. In attention, positions come first."""
+    """The axis of the samples in a layer's input or output of `dims` dimensions. In attention and recurrent modules, positions
+    come first."""
     return getattr(layer, "batch_axis", 0) if dims > 2 else 0
 
 
 def kind_of(layer: nn.Module) -> str:
-    """The type of a layer as it appears in coverage tables; for a layer of a compound module, this is the type of that module."""
+    """The type of a layer as it appears in coverage tables; for a `Projection`, this is the type of the compound module."""
     plain = _plain_class(type(layer.owner if isinstance(layer, Projection) else layer))
     return "Linear" if issubclass(plain, nn.Linear) else plain.__name__
 

@@ -1,2 +1,1 @@
-"""Modules with several weights, such as attention, which are expanded into compositions of linear layers while a rule is
-attached."""
+"""Attention, recurrent and bilinear modules, which are expanded into compositions of linear layers while a rule is attached."""

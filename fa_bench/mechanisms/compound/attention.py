@@ -20,8 +20,8 @@ from fa_bench.mechanisms.compound.projection import Projection
 class AttentionLayers(Compound):
     """Attention with the layers ``in_proj`` (or ``q_proj``, ``k_proj`` and ``v_proj``) and ``out_proj``.
 
-    Self-attention projects its input once with the whole ``in_proj_weight``; cross-attention projects each argument with its own
-    rows of this weight.
+    With ``in_proj``, self-attention projects its input once, with the whole weight; cross-attention projects each argument with
+    its own rows of the weight.
     """
 
     batch_axis = 1

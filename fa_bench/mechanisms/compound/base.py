@@ -20,7 +20,8 @@ COMPOUNDS: dict[type[nn.Module], type[Compound]] = {}
 
 
 class Compound(nn.Module):
-    """Mixin for a plain module with several weights; subclasses implement `projections` and `layerwise_forward`.
+    """Mixin for a plain module that can run as a composition of linear layers. Subclasses implement `layerwise_forward` and, if
+    the module has weights of its own, `projections`.
 
     If ``rule_mode.layerwise`` is set, the forward pass calls one layer for each weight, provided that gradients are enabled or
     that ``rule_mode.training`` or ``rule_mode.always_layerwise`` is set. Otherwise, the forward pass of the plain class runs,

@@ -20,8 +20,8 @@ class Projection(nn.Module):
 
     Args:
         owner: the compound module.
-        weight: the name of its weight, (O, I); a weight with more dimensions, (O, I1, I2), is flattened to (O, I1 I2).
-        bias: the name of its bias, (O,); None without a bias.
+        weight: the name of the owner's weight, (O, I); a weight with more dimensions, (O, I1, I2), is flattened to (O, I1 I2).
+        bias: the name of the owner's bias; None for a layer without a bias.
         bias_rows: the part of the bias that belongs to this weight; None for all of it.
     """
 

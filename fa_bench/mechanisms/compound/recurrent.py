@@ -1,7 +1,6 @@
 """Recurrent and bilinear modules as compositions of linear layers.
 
-Shapes: N batch, T steps, I inputs, H hidden units, G the number of gates times H; R the sum of the lengths of all sequences in a
-batch.
+Shapes: N batch, T steps, I inputs, H hidden units; R the sum of the lengths of all sequences in a batch.
 """
 
 from __future__ import annotations
@@ -114,7 +113,8 @@ class RecurrentLayers(Compound):
         return x, *(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _direction(self, step: Step, x: Tensor, sizes: list[int] | None, initial: State, suffix: str) -> tuple[Tensor, State]:
-        """Run one layer in one direction; sequences end or begin where the number of sequences changes."""
+        """Run one layer in one direction. Where the number of sequences changes from one step to the next, sequences end or
+        begin."""
         module: Any = self
         ih, hh, hr = (getattr(module, f"{part}_{suffix}", None) for part in ("ih", "hh", "hr"))
         assert ih is not None and hh is not None

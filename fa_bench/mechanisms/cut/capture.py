@@ -61,7 +61,7 @@ class Capture:
         rule: the rule.
         modules: cut -> module.
         trace: the model's structure, traced with the cuts as watched modules.
-        frozen: cut -> learned tensors there that are frozen because nothing trainable precedes the cut.
+        frozen: cut -> learned tensors at the cut that were frozen because nothing trainable precedes it.
 
     Attributes:
         tape: cut -> activation captured in the current forward pass; None outside a training pass.

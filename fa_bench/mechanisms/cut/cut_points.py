@@ -43,7 +43,8 @@ def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
 
 
 def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
-    """Check that the rule can take its error from the model's output and can cut at these modules.
+    """Check that the rule can take its error from the model's output, or from the module in ``error_at``, and can cut at these
+    modules.
 
     Args:
         rule: the rule, which is being attached.
@@ -102,7 +103,7 @@ def _has_classes_first(rule: CutRule, trace: Trace) -> bool:
 
 
 def named_origin(rule: CutRule) -> tuple[str, ...]:
-    """The module named in the option ``error_at``, if it is set.
+    """The module named in the option ``error_at``, as a tuple that is empty if the option is not set.
 
     Raises:
         CoverageError: if the model has no such module.

@@ -1,9 +1,9 @@
 """The backward pass of a cut rule: once the error at the logits is known, an error is delivered to every cut.
 
 An autograd Function is applied to the model's output. In the forward pass, this Function is the identity, with all captured
-activations as additional inputs. All parts of the model therefore belong to one graph. Loss scaling, several forward passes
-before a backward pass and a plain ``loss.backward()`` work as usual, and a graph that is never differentiated is freed together
-with the output.
+activations as additional inputs. All parts of the model therefore belong to one graph. Loss scaling and several forward passes
+before a backward pass work as usual, as does a plain ``loss.backward()`` for rules that need neither labels nor indices. A graph
+that is never differentiated is freed together with the output.
 """
 
 from __future__ import annotations

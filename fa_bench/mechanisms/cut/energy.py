@@ -62,9 +62,9 @@ class EnergyRule(PassRule):
 
         E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ]
 
-    The outer sum runs over the samples. The states start from the first pass, for which all errors are zero, and settle in
-    `steps` steps of gradient descent with momentum. Each step takes an additional forward pass and a backward pass to the states.
-    In one more pass, the parameters of each block get the gradient of E / N with all states fixed.
+    The outer sum runs over the samples. The states start at the activations of the first pass, where all errors are zero, and
+    settle in `steps` steps of gradient descent with momentum. Each step takes an additional forward pass and a backward pass to
+    the states. In one more pass, the parameters of each block get the gradient of E / N with all states fixed.
     """
 
     #: Whether the variables are the states; otherwise, the variables are the errors e_l, and s_l = f_l(s_{l-1}) + e_l.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class JacobianRule(NoisyCutRule, LearnedCutRule):
-    """A rule whose B learns from rank-one estimates of the Jacobian; subclasses implement `gradient_of`.
+    """A rule whose B learns from estimates of the Jacobian; subclasses implement `gradient_of`.
 
     With the noise p at a cut and the tangent d at the logits, the estimate is the mean of d ⊗ p over samples, (C, features). Its
     expectation is the mean Jacobian of the logits. Positions count as samples, so the mean is taken over all pairs of

@@ -47,7 +47,8 @@ class LocalRule(CutRule):
     same_positions = True
     scales = True
     needs_target = True
-    #: Whether earlier versions saved the auxiliary layers in the rule's state, so that the model accepts a state without them.
+    #: Whether earlier versions of the rule saved the auxiliary layers in the rule's state. The model then accepts a state without
+    #: them.
     had_older_states: ClassVar[bool] = True
 
     # -------------------------------------------------------------------------------------------- for subclasses
@@ -224,7 +225,7 @@ class Auxiliary:
 
 class ModuleRule(LocalRule):
     """A local rule that trains each of the model's blocks, here called modules, as a unit. The last module is trained with the
-    network's own loss.
+    model's own loss.
 
     If `cuts` or ``model.blocks`` names a block that feeds the output layer, the block gets no cut and is part of the last module.
     """

@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class NoisyCutRule(DrawingRule, CutRule):
-    """A cut rule that adds noise p to the tangent at every cut in an additional forward pass, and obtains the tangent d at the
-    logits.
+    """A cut rule that computes the tangent d at the logits along noise p at the cuts, in additional forward passes.
 
-    All cuts are perturbed in the same pass. The noise is standard normal, new for every sample and backward pass, and different
+    All cuts are perturbed at once. The noise is standard normal, new for every sample and backward pass, and different
     on data-parallel ranks.
 
     Attributes:

@@ -1,5 +1,5 @@
-"""Rules that compute the gradients of all parameters in additional passes of the model, without differentiating the first
-pass."""
+"""Rules that compute the gradients of their trained parameters in additional passes of the model, without differentiating the
+first pass."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ IGNORED = -100
 
 
 def class_axis(shape: Shape) -> int:
-    """The class axis of an output: (N, C), sequences (N, T, C), maps (N, C, H, W) and (N, C, D, H, W)."""
+    """The class axis of an output (N, C), a sequence (N, T, C), or a map (N, C, H, W) or (N, C, D, H, W)."""
     return 2 if len(shape) == 3 else 1
 
 
@@ -236,8 +236,8 @@ def layout_of(path: str, shape: Shape, positions: Shape, trace: Trace, layers: d
 def layouts_of(
     cuts: dict[str, Shape], errors: Shape, axis: int, shared: bool, same: bool, trace: Trace, layers: dict[str, WeightedLayer]
 ) -> dict[str, Layout]:
-    """A mapping from each cut at which one B (C, F) serves all positions to the layout of that cut. At a cut without a layout, B
-    has a column for each entry of a sample's activation.
+    """A mapping from each cut to its layout, by which one B (C, F) serves all positions. If the errors have no positions and
+    `shared` is false, the mapping is empty, and B has a column for each entry of a sample's activation.
 
     Args:
         cuts: cut -> shape of its activation.

@@ -139,7 +139,7 @@ class CutRule(Rule):
 
         Args:
             features: cut -> shape of its activation without the batch; (F,) if all positions share a matrix.
-            classes: C, the width of the logits.
+            classes: C, the number of columns of the errors.
         """
 
     def put(
@@ -222,7 +222,7 @@ class CutRule(Rule):
             raise missing_b(self, cut)
         if not captured.channels_last:
             return feedback
-        # Compiled convolutions store maps with their channels last. A fixed B is reordered only once.
+        # On CPUs, compiled graphs store feature maps with their channels last. A fixed B is reordered only once.
         key, known = (feedback.data_ptr(), feedback._version), self._reordered.get(cut)
         if known is None or known[0] != key:
             ordered = feedback.unflatten(1, captured.shape[1:]).movedim(1, -1).flatten(1)

@@ -1,6 +1,7 @@
-"""Feedback that learns from local losses, which compare it with the weight on the layer's input or on noise.
+"""Feedback that learns from local losses of a layer's weight and feedback. Some of these losses also depend on the layer's input.
 
-For the rows x of a layer's input, let z_W = x Wᵀ and z_B = x Bᵀ. With means over samples and positions, the losses are:
+For the rows x of a layer's input, or of noise in its place, let z_W = x Wᵀ and z_B = x Bᵀ. With means over samples and positions,
+the losses are:
 
     decay    ‖W‖² + ‖B‖²
     amp      -mean Σ z_W z_B

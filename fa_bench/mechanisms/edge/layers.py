@@ -80,7 +80,7 @@ class FeedbackLayer(nn.Module):
         """The weight and the bias of a layer that does not have both as its own parameters.
 
         Raises:
-            CoverageError: if the weight is computed.
+            CoverageError: if the weight is computed from other parameters.
         """
         if weight_parameter(self) is None:
             raise CoverageError(
@@ -267,7 +267,7 @@ def _convolve(
 
 
 def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
-    """The input of a plain convolution, (N, I, ...), and its geometry.
+    """The input (N, I, ...) of a convolution that is not transposed, padded if necessary, and the convolution's geometry.
 
     Padding other than symmetric zero padding is applied to the input, so that autograd differentiates it exactly.
     """

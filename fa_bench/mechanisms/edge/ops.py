@@ -3,15 +3,16 @@
 Shapes: N batch, O out features or channels, I in features or channels, K kernel positions; ``...`` any further dimensions. The
 Functions compute the forward pass of the plain layer. With g the error at the layer's output, their backward pass computes:
 
-    gradient of the weight = correlation of the true input with g       (as backpropagation)
+    gradient of the weight = correlation of the input with g            (as backpropagation)
     gradient of the bias   = g summed over batch and space              (as backpropagation)
     error at the input     = g times `feedback`                         (backpropagation uses the weight here)
 
 Feedback has the weight's layout, so no transpose is needed. With feedback = weight, the result is bitwise identical to
-backpropagation. A layer calls its Function with its own tensors, a `BackwardContext` and, as separate arguments, the learned
-feedback tensors of ``context.gradients``. Because the feedback tensors are inputs, autograd accumulates their gradients, and any
-code that monitors gradients works for them. The arithmetic of a small layer takes microseconds, so wrappers are costly.
-Therefore, Functions have few arguments, combine forward and setup in one method, and do not mark the backward pass as
+backpropagation. If the layer's pathway requests it, another activation replaces the input in the gradient of the weight, or a
+term is added to this gradient. A layer calls its Function with its own tensors, a `BackwardContext` and, as separate arguments,
+the learned feedback tensors of ``context.gradients``. Because the feedback tensors are inputs, autograd accumulates their
+gradients, and any code that monitors gradients works for them. The arithmetic of a small layer takes microseconds, so wrappers
+are costly. Therefore, Functions have few arguments, combine forward and setup in one method, and do not mark the backward pass as
 ``once_differentiable``. Second derivatives are those of the formulas above.
 """
 
@@ -141,7 +142,7 @@ class FeedbackConvFunction(torch.autograd.Function):
         needs, needs_learned = ctx.needs_input_grad[:3], ctx.needs_input_grad[5:]
         if context.from_weight and needs[0]:
             feedback = context.from_weight(feedback)
-        # The weight gradient depends only on the shape of the weight argument, and the error only on the shape of the input, so
+        # Of the weight argument, the weight gradient uses only the shape; of the input, the error uses only the shape. Therefore,
         # one call computes both together with the bias gradient.
         x = context.activation() if context.activation else saved[0]
         through_product = any(

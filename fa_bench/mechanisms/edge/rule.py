@@ -69,7 +69,7 @@ class LayerContext:
         Args:
             name: the tensor's name, which is ``feedback_NAME`` in the model's state_dict.
             value: an initialiser, ``copy_w`` for a copy of the weight, or the tensor itself, which is converted to the weight's
-                device and dtype; the arguments below are for initialisers.
+                device and dtype; the arguments below do not apply to a tensor.
             density: fraction of the entries that are not masked.
             magnitude: take the absolute values.
             shape: the tensor's shape; default: the shape of the weight.
@@ -340,11 +340,11 @@ class EdgeRule(Rule):
 
 @dataclasses.dataclass(eq=False)
 class RandomFeedbackRule(EdgeRule):
-    """Base class of the rules in which each layer starts with its own B (``b_init``)."""
+    """Base class of the rules in which each layer has its own B, whose initialiser is an option."""
 
     b_init: str = init_option("B", can_copy=True)
     linear_b_init: str | None = init_option("B in fully connected layers; null: b_init", None, can_copy=True)
 
     def put_feedback(self, layer: LayerContext, density: float = 1.0) -> None:
-        """Sample the layer's B."""
+        """Create the layer's B."""
         layer.put("B", self.linear_b_init if layer.is_linear and self.linear_b_init is not None else self.b_init, density)

@@ -59,7 +59,7 @@ class SharedActivation:
         return self._captured is None
 
     def clear(self) -> None:
-        """Called before and after every forward pass, because an activation belongs to a single pass."""
+        """Discard the activation; called before and after every forward pass, because an activation belongs to a single pass."""
         self._captured = None
 
     def in_backward(self, match: Callable[[Tensor], Tensor], rule: str) -> Callable[[], Tensor]:
@@ -96,9 +96,9 @@ def matcher(
     """A function that converts activations of one shape to another shape; both shapes exclude the batch.
 
     The activation is concatenated with copies of itself until it has enough channels, or features. A map is then pooled, with a
-    kernel size and a stride equal to the ratio of the sizes, rounded up. ``random`` replaces both steps with a fixed random 1x1
-    convolution, `mixing`, with the same stride. If the number of dimensions differs, the activation is flattened first. With
-    `features_last`, as in fully connected layers, the features at every position of a sequence are matched.
+    kernel size and a stride equal to the ratio of the sizes, rounded up; features are pooled if there are too many. ``random``
+    replaces both steps with a fixed random 1x1 convolution, `mixing`, with the same stride. If the wanted shape is flat, a map is
+    flattened first. With `features_last`, as in fully connected layers, the features at every position of a sequence are matched.
 
     Raises:
         ValueError: if no whole number of copies, or no whole stride, yields the wanted shape.
@@ -290,8 +290,8 @@ class SharingRule(EdgeRule):
         return self.linear == "share" or (self.linear == "auto" and not convolutional)
 
     def weight_transport_layers(self, model: nn.Module) -> set[str]:
-        """The layers that pass the error through their weight. With `transport`, these are convolutions and layers that share;
-        otherwise, there are none."""
+        """The layers that pass the error through their weight. With `transport`, these are all layers if fully connected layers
+        share activations, and only the convolutions otherwise; without it, there are none."""
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         if not self.transport:
