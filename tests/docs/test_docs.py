@@ -74,7 +74,7 @@ def test_calls_of_the_readme_run_and_tune(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_experiments_of_the_page_are_those_there_are() -> None:
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
-    listed = page.split("Select an experiment with `experiment=NAME`:")[1].split("An experiment lists")[0]
+    listed = page.split("Select an experiment with `experiment=NAME`:")[1].split("Before the first job of an experiment")[0]
     assert set(re.findall(r"`(\w+)`", listed)) == {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}
 
 
