@@ -75,7 +75,8 @@ def group_labels(groups: Groups) -> dict[str, str]:
     """A distinct label for each group.
 
     Groups with the same label are distinguished by the keys in which their configs differ, then by the hashes of code and data.
-    If neither distinguishes a group, because its config is missing or empty, its label is its group name.
+    If neither distinguishes a group, for example because its config is missing, its label is its group name or, if other groups
+    have the same name, its key in `groups`.
     """
     labels = distinct_labels(
         {group: runs[0].result["label"] for group, runs in groups.items()},
@@ -156,8 +157,8 @@ def validation_score(members: Iterable[Run]) -> float:
     """The primary validation score of a group, by which settings are chosen. It is the mean over the finished runs in the last
     epoch, in the unit of tables (% for an accuracy).
 
-    The score is rounded to 10 digits, so that ties do not depend on the order of the seeds. The score is NaN if it is unknown or
-    if a run diverged, because otherwise a setting could win through lucky seeds.
+    The score is rounded to 10 decimal places, so that ties do not depend on the order of the seeds. The score is NaN if it is
+    unknown. It is also NaN if a run diverged, because otherwise a setting could win through lucky seeds.
     """
     members = list(members)
     if any(run.result["status"] == DIVERGED for run in members):
