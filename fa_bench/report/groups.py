@@ -16,7 +16,7 @@ from fa_bench.report.numbers import mean
 from fa_bench.report.runs import FINISHED, VERSIONS, Run
 from fa_bench.report.states import DIVERGED
 
-#: The names of the control and of the floor, with which every row is compared.
+#: The names of the control and of the floor with which the rows of other rules are compared.
 CONTROL, FLOOR = "bp", "frozen"
 Groups = Mapping[str, Sequence[Run]]
 

@@ -119,8 +119,8 @@ class Watcher:
         return [printable(f"excluded: {error}") for error in self.errors]
 
     def _read(self, directory: Path) -> tuple[Run, str]:
-        """The records of a run, with an empty result if there is none, and the problem if a record is damaged (otherwise empty).
-        They are read again only if a file of the run has changed."""
+        """The records of a run, with an empty result if there is none, and a description of the problem, which is empty if no
+        record is damaged. The files are read again only if one of them has changed."""
         stamp = [_stamp(directory / name) for name in (RESULT, METRICS, CONFIG)]
         if directory not in self._cache or self._cache[directory][0] != stamp:
             result: dict[str, Any] = {}

@@ -50,7 +50,7 @@ def write_mean_curves(run_dirs: Iterable[Path], folder: Path) -> list[str]:
     Each file is replaced atomically, and groups that no longer exist are removed. Nothing is written if there is no such run.
 
     Returns:
-        Lines for the user: where the curves are, and which runs are left out because of a damaged `angles.jsonl`.
+        Lines for the user: where the curves are, and which runs are left out because a record is damaged.
 
     Raises:
         RunDirectoryError: files that fa_bench did not write are in the way, or another process is writing a report.

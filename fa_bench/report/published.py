@@ -16,7 +16,7 @@ from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run
 
 FILE = Path(__file__).with_name("published.yaml")
-#: A row of the table is compared with a paper by the first of these quantities that the paper reports.
+#: A row of the comparison table is compared with a published number of the first of these quantities for which there is one.
 ACCURACIES = ("test_accuracy", "val_accuracy")
 #: The test accuracy minus that of backpropagation on the same task, paired by seed, in percentage points.
 DIFFERENCE = "bp_difference"

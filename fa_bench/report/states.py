@@ -51,8 +51,8 @@ def with_current_status(run: Run) -> Run:
 
 
 def with_data_hash(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs. A run that ended before its data hash was recorded gets the hash of the other runs in its row, if they all
-    have the same one."""
+    """The runs, in which a run without a data hash gets the hash of the other runs in its row, if all that have one have the same.
+    A run has none if it ended before the hash was recorded."""
 
     def without(run: Run) -> str:
         return dataclasses.replace(run, result=run.result | {"data_hash": None}).row

@@ -36,11 +36,10 @@ def summarise(
     Accuracies are in %, their differences are in percentage points, angles are in degrees, and times are in seconds of training.
     A primary score other than accuracy has columns like those of accuracy, with its name and in its unit. The statistics cover
     the `n` finished runs, one per seed. `runs` and `status` count all runs; `unfinished` describes those that are not finished
-    (stopped, diverged, failed, interrupted, running). `*_std` is the sample standard deviation. `*_ci95` is
-    half the width of the 95 % Student t interval of the mean, NaN for fewer than three seeds. `*_low` and `*_high` are the lowest
-    and the highest value, NaN for a single seed. A group is compared with the groups of `bp` (`bp_row`) and `frozen`
-    (`floor_row`) that `references.References` chooses. The columns of references and of published numbers are blank if a group
-    has none.
+    (stopped, diverged, failed, interrupted, running). `*_std` is the sample standard deviation. `*_ci95` is half the width of the
+    95 % Student t interval of the mean, NaN for fewer than three seeds. `*_low` and `*_high` are the lowest and the highest
+    value, NaN for a single seed. A group is compared with the groups of `bp` (`bp_row`) and `frozen` (`floor_row`) that
+    `references.References` chooses. The columns of references and of published numbers are blank if a group has none.
 
     Args:
         runs: the runs.

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.metrics.meter import AlignmentMeter
 
-#: Maximum number of training images that a probe may learn from, and of images that it is scored on; both are fixed subsets.
+#: Maximum number of training images that a probe may learn from, and of images on which it measures accuracies. The same images
+#: are chosen in every run on the same data.
 TRAINING_IMAGES, SCORED_IMAGES = 2_000, 10_000
 
 Quantities = dict[str, dict[str, float]]
