@@ -59,12 +59,13 @@ class Memory:
 def memories(
     model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None = None, inputs: str = IMAGES
 ) -> tuple[Memory, Memory | None]:
-    """The counts for backpropagation in a plain model, and for a rule; None for a rule that does not define `step_memory`.
+    """The counts for backpropagation in a plain model, and those for a rule (None without a rule or if it defines no
+    `step_memory`).
 
     The counts are obtained from a forward pass of one sample on the model's device. On the device ``meta``, this forward pass is
     cheap.
 
-    Backpropagation keeps the output of every layer, and each output is counted once. The output of a weighted layer is here the
+    Backpropagation keeps the output of every layer, and each output is counted once. Here, the output of a weighted layer is the
     activation after normalisation, nonlinearity, addition and max-pooling, that is, the input of the next layers. Average pooling
     counts as a layer that keeps its input. The logits are also counted, but the input of the model is not. A rule keeps the
     logits and the inputs that its `step_memory` lists.

@@ -109,8 +109,7 @@ def write_report(
         timings: whether to include measured seconds, memory and energy, which differ if the same runs are repeated.
         unusable: additional damaged records to list.
         best: keys whose values are chosen by the validation score for each rule; the chosen rows are compared. See `best`.
-        reference: how the rows of bp and of the floor with which other rows are compared are chosen, `references.BEST` or
-            `references.NEAREST`.
+        reference: how the reference rows of bp and of floors are chosen, `references.BEST` or `references.NEAREST`.
         aggregate: whether to compare the rules over all tasks, see `aggregate`.
         shown: the directories of the runs in the terminal's table; all if None.
         selection: the content and the formats of the figures; the tables are complete.

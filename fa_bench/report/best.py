@@ -191,7 +191,8 @@ def _nothing_chosen(cell: Groups, keys: Sequence[str], title: str) -> str:
 
 
 def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
-    """Remarks on a choice: a value at the edge of the range that was tried, values that diverged, or unequal numbers of seeds."""
+    """Remarks on a choice: whether the value is the smallest or largest one tried, how many values diverged, and whether the
+    numbers of seeds are unequal."""
     remarks = []
     for key in keys:
         tried = sorted({value for members in cell.values() if is_number(value := members[0].config.get(key))})

@@ -139,8 +139,8 @@ def check_file(path: Path, names: set[str]) -> None:
 
 
 def _linked_files(markdown: Path) -> set[str]:
-    """The names of report.md and of the tables and figures that it links to, for reports by versions of fa_bench without a
-    record."""
+    """The names of report.md and of the tables and figures that it links to, for reports by versions of fa_bench that
+    wrote no record."""
     if markdown.is_symlink() or not markdown.is_file():
         return set()
     text = markdown.read_text(encoding="utf-8", errors="replace")

@@ -45,7 +45,7 @@ def is_floor(rule: str) -> bool:
 
 
 def natural_key(text: str) -> list[Any]:
-    """A sort key that compares the numbers in a string by value; its words and numbers alternate."""
+    """A sort key that compares the numbers in a string by value. It alternates between text and numbers."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", text)
     return [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
@@ -56,7 +56,7 @@ def value_key(value: Any) -> tuple[int, float, list[Any]]:
 
 
 def nearest_key(name: str, allowed: Iterable[str]) -> str:
-    """A hint such as ``; did you mean 'optimizer.lr'?``, which is also returned for the short name that labels use, ``lr``."""
+    """A hint such as ``; did you mean 'optimizer.lr'?``, also for the short name ``lr`` that labels use; empty without a hint."""
     allowed = list(allowed)
     whole = next((key for key in allowed if key.endswith(f".{name}")), None)
     return f"; did you mean '{whole}'?" if whole else nearest(name, allowed)

@@ -51,8 +51,8 @@ def with_current_status(run: Run) -> Run:
 
 
 def with_data_hash(runs: Sequence[Run]) -> list[Run]:
-    """The runs, in which a run without a data hash gets the hash of the other runs in its row, if all that have one have the same.
-    A run has none if it ended before the hash was recorded."""
+    """The runs. A run that ended before its data hash was recorded gets the hash that the other runs of its row have, if it is
+    the same in all of them."""
 
     def without(run: Run) -> str:
         return dataclasses.replace(run, result=run.result | {"data_hash": None}).row
@@ -73,7 +73,8 @@ def run_without_result(directory: Path, others: Sequence[Run]) -> Run | None:
     """A run that has not written a result, described by its config; None if there is no config with a rule and a seed.
 
     The run's status is `running` or `interrupted`. Its group is the name of its parent folder, if this is the name of a group of
-    its rule, or else the group of the runs in `others` that differ from it only in the seed.
+    its rule, or else the group of the runs in `others` that differ from it only in the seed. If there are none, a name is derived
+    from its rule and options.
 
     Raises:
         RecordError: a record is damaged or was not written by a run.

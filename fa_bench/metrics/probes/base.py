@@ -144,7 +144,7 @@ class Probes:
         return bool(self.probes) and self.every > 0 and epoch % self.every == 0
 
     def measure(self, step: int) -> Quantities:
-        """The values of all probes after update number `step`. Each step is measured only once."""
+        """The values of all probes after update number `step`. Another call for the same step returns the same values."""
         if self._last is None or self._last[0] != step:
             values: Quantities = {}
             for probe in self.probes:
