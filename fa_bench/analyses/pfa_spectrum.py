@@ -156,12 +156,12 @@ class MarchenkoPastur:
 
     @property
     def low(self) -> float:
-        """λ₋, the smallest nonzero eigenvalue."""
+        """λ₋, the lower end of the density."""
         return (1 - math.sqrt(self.ratio)) ** 2
 
     @property
     def high(self) -> float:
-        """λ₊, the largest eigenvalue."""
+        """λ₊, the upper end of the density and the largest eigenvalue."""
         return (1 + math.sqrt(self.ratio)) ** 2
 
     @property

@@ -1,4 +1,4 @@
-"""Trains the nets of an analysis in its own process, without a run directory."""
+"""Trains the nets of an analysis in the process of the analysis, without a run directory."""
 
 from __future__ import annotations
 

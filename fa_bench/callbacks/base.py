@@ -19,7 +19,8 @@ class Callback(Options):
 
     A callback may read and change every attribute of the trainer, such as ``rule``, ``model``, ``optimizers``, ``splits``,
     ``options`` and ``progress`` (finished epochs, steps, seconds). ``trainer.stop(reason)`` ends the run after the current epoch,
-    with the status ``stopped``. An exception ends the run immediately, with the status ``failed``.
+    with the status ``stopped`` unless that epoch is the last one. An exception ends the run immediately, with the status
+    ``failed``.
 
     Examples:
         >>> import dataclasses, fa_bench
@@ -40,7 +41,7 @@ class Callback(Options):
         """Called before the first step; also called when a run is resumed."""
 
     def on_epoch_start(self, trainer: Trainer) -> None:
-        """Called before the first step of an epoch in this process; ``trainer.progress.epoch`` counts from 0."""
+        """Called at the start of an epoch and when a run is resumed within an epoch; ``trainer.progress.epoch`` counts from 0."""
 
     def on_loss(self, trainer: Trainer, x: Tensor) -> None:
         """Called between the forward pass on `x` and the backward pass; ``trainer.progress.loss_sum`` already includes the

@@ -57,7 +57,7 @@ class Logger(Options):
 
     def finish(self, status: str, numbers: Mapping[str, float | None], step: int) -> None:
         """Called at the end of the run. `status` is finished, stopped, diverged, interrupted or failed; `numbers` contains the
-        final scores and the training time in seconds."""
+        final test scores and the training time in seconds."""
 
     def close(self) -> None:
         """Release all resources. This method is also called after an error."""

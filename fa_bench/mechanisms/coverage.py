@@ -180,10 +180,10 @@ def batch_note(what: str) -> str:
 
 
 def noise_note() -> str:
-    """A note for a rule that draws noise for every sample."""
+    """A note for a rule that samples random numbers, such as noise, for every sample."""
     return (
-        "Each sample has its own noise, so results on data-parallel ranks and on micro-batches differ from those of one pass "
-        "over the whole batch."
+        "Each sample has its own random numbers, so results on data-parallel ranks and on micro-batches differ from those of "
+        "one pass over the whole batch."
     )
 
 

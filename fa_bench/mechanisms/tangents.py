@@ -120,8 +120,9 @@ def _by_forward_mode(
             ) from error
         tangent = forward_ad.unpack_dual(rule.logits_of(result)).tangent
         if tangent is None:
+            of = "cuts" if directions else "parameters"
             raise CoverageError(
-                f"rule '{rule.name}': the model's output depends on none of its cuts in a way that can be differentiated"
+                f"rule '{rule.name}': the model's output depends on none of its {of} in a way that can be differentiated"
             )
         return tangent
 

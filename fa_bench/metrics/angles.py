@@ -18,7 +18,8 @@ def angles(u: Tensor, v: Tensor) -> Tensor:
     """The angles (N,) between the rows of two (N, F) tensors, in double precision. An angle is NaN if either norm is below
     `NORM_FLOOR`.
 
-    The formula 2 atan2(‖û - v̂‖, ‖û + v̂‖) is precise near 0 and 180 degrees, where the arc cosine loses half of its digits.
+    For unit vectors û and v̂, the formula 2 atan2(‖û - v̂‖, ‖û + v̂‖) is precise near 0 and 180 degrees, where the arc cosine
+    loses half of its digits.
     """
     u, v = u.double(), v.double()
     norm_u, norm_v = u.norm(dim=1, keepdim=True), v.norm(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
 """The multiplications, bytes moved and peak memory of a training step, counted by running steps on a few samples.
 
-The counts depend only on the shapes of tensors. Steps with batches of two, three and four samples on the CPU determine the counts
-for any batch size.
+The counts depend only on the shapes of tensors. Steps with batches of two, three and four samples determine the counts for any
+batch size.
 """
 
 from __future__ import annotations
@@ -332,8 +332,8 @@ def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
 def _peak(new: Sequence[Sequence[int]], batch: int) -> int:
     """The peak number of bytes of new tensors in a step with `batch` samples.
 
-    The operation at which the peak occurs depends on the batch size, so a polynomial is fitted for each operation. If the number
-    of operations depends on the batch size, a single polynomial is fitted to the peaks.
+    The operation at which the peak occurs may depend on the batch size, so a polynomial is fitted for each operation. If the
+    number of operations depends on the batch size, a single polynomial is fitted to the peaks.
     """
     at_a_time = zip(*new, strict=True) if len(set(map(len, new))) == 1 else [[max(series) for series in new]]
     return max(at_batch(counts, batch) for counts in at_a_time)

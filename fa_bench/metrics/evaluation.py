@@ -13,7 +13,7 @@ from fa_bench.mechanisms.contexts import evaluating
 from fa_bench.mechanisms.trace import loss_output
 from fa_bench.objectives.base import Objective
 
-#: Minimum batch size of evaluation. Evaluation keeps no activations, so larger batches need hardly any more memory.
+#: Minimum batch size of evaluation, which may exceed that of training, because evaluation keeps no activations in memory.
 EVALUATION_BATCH = 512
 
 

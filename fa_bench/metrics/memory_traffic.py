@@ -45,9 +45,9 @@ class Memory:
         """The (reads, writes) of one step with a batch of b samples, which are 2P + A b and P + A b.
 
         The forward pass reads P and writes A b (eq 48), and the backward pass reads P + A b and writes P (eq 49), so the total is
-        3P + 2 A b. If `strict` is set, the counts include accesses that the paper omits: reading B, writing the learned part of
-        B, and one bit for every output of a ReLU. This bit is written in the forward pass and read in the backward pass; 32 bits
-        count as one value.
+        3P + 2 A b. If `strict` is set, the counts include accesses that the paper omits: reading the feedback, writing its
+        learned part, and one bit for every output of a ReLU. This bit is written in the forward pass and read in the backward
+        pass; 32 bits count as one value.
         """
         reads, writes = 2 * self.parameters + self.activations * batch, self.parameters + self.activations * batch
         if not strict:
@@ -59,12 +59,13 @@ class Memory:
 def memories(
     model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None = None, inputs: str = IMAGES
 ) -> tuple[Memory, Memory | None]:
-    """The counts for backpropagation in a plain model, and for a rule if the rule defines `step_memory`.
+    """The counts for backpropagation in a plain model, and those for a rule (None without a rule or if it defines no
+    `step_memory`).
 
     The counts are obtained from a forward pass of one sample on the model's device. On the device ``meta``, this forward pass is
     cheap.
 
-    Backpropagation keeps the output of every layer, and each output is counted once. The output of a weighted layer is here the
+    Backpropagation keeps the output of every layer, and each output is counted once. Here, the output of a weighted layer is the
     activation after normalisation, nonlinearity, addition and max-pooling, that is, the input of the next layers. Average pooling
     counts as a layer that keeps its input. The logits are also counted, but the input of the model is not. A rule keeps the
     logits and the inputs that its `step_memory` lists.

@@ -1,8 +1,8 @@
 """Measures how far a rule's errors are from those of backpropagation, on a fixed batch and without side effects.
 
 The error of a layer is taken at its activation, where the rule delivers the error. Edge rules deliver the error at the input of
-the next weighted layer, and cut rules deliver it at the cut point. Batch normalisation uses the statistics of the batch and does
-not update its running statistics; dropout is off.
+the next weighted layer, and most cut rules deliver it at the output of a cut module. Batch normalisation uses the statistics of
+the batch and does not update its running statistics; dropout is off.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class Call:
     Attributes:
         batch_axis: the axis of the samples.
         rows, outputs: which of the layer's outputs the call computed, if not all, and how many outputs the layer has.
-        version: the tensor's version in that call, because later modules may change it in place.
+        version: the tensor's version in that call; it increases if a later module changes the tensor in place.
     """
 
     tensor: Tensor
@@ -268,8 +268,8 @@ class Call:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors of several calls as one tensor. The tensor's shape is (N, features) if each call has all samples, and (rows,
-    features) otherwise."""
+    """The tensors of several calls as one tensor of shape (N, features) if each call has all samples, and (rows, features)
+    otherwise. The tensor of a single call is returned unchanged."""
     if len(tensors) == 1:
         return tensors[0]
     if len({len(tensor) for tensor in tensors}) == 1:

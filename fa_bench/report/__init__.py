@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from fa_bench.report.runs import Run
     from fa_bench.runs.sweep import PlannedRun
 
-#: Maximum number of characters in a line about a run.
+#: The maximum number of characters in a line about a gap in the report.
 MAX_LINE = 1000
-#: The maximum number of lines below the table on the terminal about runs that have not started.
+#: The maximum number of lines about runs that have not started, below the table on the terminal.
 MAX_SHOWN = 4
 LEGEND = """\
 Accuracies are in %, their differences in percentage points, other scores and their differences in their own unit, angles in
@@ -38,28 +38,29 @@ The statistics of a row cover its n finished runs, one per seed. Runs that diver
 interrupted or are still running are listed in their row but excluded from the statistics.
 std is the sample standard deviation. ± 95 % is half the width of the Student t interval of the mean; for two seeds, the range
 of the values is shown instead. Weight angle and norm ratio are means over the layers whose feedback carries an error; the delta
-angle is a mean over all layers but the output layers. A rule beats the floor if its mean is better than that of `frozen`, which
-trains only the output layer. Accuracies and R² are better if they are higher; errors, perplexities and bits are better if they
-are lower. Differences from bp are paired by seed. Cohen's d_z is their mean divided by their standard deviation. p is the
-p-value of the two-sided paired t test; p (Holm) is corrected by Holm's method for all rows of the task except those of bp and
-of floors. d_z and the p-values need at least three pairs. Differences from published numbers are between means.
+angle is a mean over all layers but the output layers. A rule beats the floor if its mean test score is better than that of
+`frozen`, which trains only the output layer. Accuracies and R² are better if they are higher; errors, perplexities and bits are
+better if they are lower. Differences from bp are paired by seed. Cohen's d_z is their mean divided by their standard deviation. p
+is the p-value of the two-sided paired t test; p (Holm) is corrected by Holm's method for all rows of the task except those of bp
+and of floors. d_z and the p-values need at least three pairs. Differences from published numbers are between means.
 """
 _REFERENCES = {
     BEST: """\
-If a task has several rows of bp, each other row is compared with the row of bp that has the best validation score (last epoch,
-mean over its finished runs). Rows with the same code and data, the same number of epochs and the same scale are preferred. A row
-with runs that diverged is chosen only if no other row can be. Rows of `frozen` are chosen in the same way.
+If a task has several rows of bp, the rows of other rules are compared with the row of bp that has the best validation score (last
+epoch, mean over its finished runs). Rows with the same code and data are preferred and, among these, rows with the same number of
+epochs and the same scale. If several rows are equally similar in code and data, a row with runs that diverged is chosen only if
+none of the others can be. Rows of `frozen` are chosen in the same way.
 """,
     NEAREST: """\
-If a task has several rows of bp, each other row is compared with the row of bp with the most similar settings: the fewest
-differences in optimizer and epochs and, among such rows, the fewest keys that differ. If several rows of bp are equally similar,
-the one with the best validation score (last epoch, mean over its finished runs) is used. Rows of `frozen` are chosen in the same
-way.
+If a task has several rows of bp, the rows of other rules are compared with the row of bp with the most similar settings. Rows
+with the same code and data are preferred, then rows with the fewest differences in optimizer and epochs, then rows with the
+fewest keys that differ. If several rows of bp are equally similar, the one with the best validation score (last epoch, mean over
+its finished runs) is used. Rows of `frozen` are chosen in the same way.
 """,
 }
 _BEST_LEGEND = """\
-For each rule and remaining setting, the value with the best validation score (last epoch, mean over the finished runs) was
-chosen; in a tie, the smallest. Values with runs that diverged count as tried, but are not chosen.
+For each rule and each combination of its other settings, the value with the best validation score (last epoch, mean over the
+finished runs) was chosen; in a tie, the smallest. Values with runs that diverged count as tried, but are not chosen.
 """
 _PUBLISHED_LEGEND = """\
 The column `ours` gives the mean over the finished runs, one per seed, in the last epoch or in the epoch to which the published
@@ -68,8 +69,11 @@ number belongs. The column `inside` says whether this mean is in the published r
 
 
 class Report(NamedTuple):
-    """A report that was written: its table for a terminal, and the paths of report.md and of the overview figure. `complete` says
-    whether all runs that were found or planned have finished or were stopped by a callback."""
+    """A report that was written: its table and notes as text for a terminal, and the paths of report.md and of the overview.
+
+    `complete`: whether all runs that were found or planned have finished or were stopped by a callback, and no record was
+    excluded.
+    """
 
     text: str
     markdown: Path
@@ -102,18 +106,17 @@ def write_report(
         run_dirs: the runs' directories, with or without records.
         out_dir: where the report is written; created if necessary.
         planned: the runs that sweeps announced, see `fa_bench.runs.sweep`.
-        timings: whether to include measured seconds, memory and energy, which are the only differences between two sweeps of the
-            same runs.
+        timings: whether to include measured seconds, memory and energy, which differ if the same runs are repeated.
         unusable: additional damaged records to list.
         best: keys whose values are chosen by the validation score for each rule; the chosen rows are compared. See `best`.
-        reference: how rows of bp and the floor are chosen, `references.BEST` or `references.NEAREST`.
+        reference: how the reference rows of bp and of floors are chosen, `references.BEST` or `references.NEAREST`.
         aggregate: whether to compare the rules over all tasks, see `aggregate`.
         shown: the directories of the runs in the terminal's table; all if None.
         selection: the content and the formats of the figures; the tables are complete.
 
     Raises:
-        DataError: no directory has a run to report on, `best` has a key that is unknown or does not differ, or the selection does
-            not exist in the runs.
+        DataError: no directory has a run to report on, `best` has a key that is unknown or does not differ, no value of the keys
+            can be chosen, or a part of the selection does not exist in the runs.
         RunDirectoryError: a file that no report wrote is in the way, or another process is writing a report there.
     """
     from fa_bench.report.against import COLUMNS, against_published
@@ -346,7 +349,7 @@ def _read(directories: list[Path]) -> _Records:
 
 
 def _describe(error: RecordError) -> str:
-    """A line about a damaged record that does not depend on where the record is stored."""
+    """A line about a damaged record, with a short path that does not depend on where the run is stored."""
     return f"{short_path(error.path.parent)}/{error.path.name}: {error.problem}"
 
 
@@ -361,7 +364,7 @@ def _sections(tables: Iterable[Table]) -> list[str]:
 
 
 def _link(picture: Picture) -> str:
-    """Markdown that shows a figure in the first format that can be displayed, and links to its other files."""
+    """Markdown that shows the figure in its first format other than PDF, if it has one, and links to its other files."""
     shown, *others = sorted(picture.paths, key=lambda path: path.suffix == ".pdf")
     links = [f"[{path.name}]({path.name})" for path in others]
     return " ".join([f"{'!' * (shown.suffix != '.pdf')}[{shown.stem}]({shown.name})", *links])

@@ -32,7 +32,7 @@ finished runs, accuracies in %. docs/faeval.md explains the alarms.
 
 
 def declared_alarms() -> dict[str, Alarm]:
-    """A map {quantity: alarm} with the thresholds that all metrics and probes declare, in the order of their names."""
+    """A map {quantity: alarm} with the thresholds that metrics and probes declare; those of metrics come first."""
     components: tuple[Mapping[str, Any], ...] = (METRICS, PROBES)
     return {name: alarm for registry in components for cls in registry.values() for name, alarm in cls.alarms.items()}
 

@@ -36,7 +36,7 @@ UNSET = "-"
 
 
 class Chosen(NamedTuple):
-    """The values chosen for a rule and its remaining setting.
+    """The values that `choose_best` chose for one rule and remaining setting.
 
     `values` are the chosen values of the keys, as text. `tried` is the number of values that have at least one run, and `note`
     contains remarks on the choice.
@@ -150,8 +150,8 @@ def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str
 
 
 def _choose(cell: Groups, merits: Mapping[str, float]) -> str | None:
-    """Choose the first group with the best validation score. A single group is chosen even without a score if it has a finished
-    run and no run that diverged."""
+    """The first group with the best validation score; None if no group has one. A single group needs no score, but a finished run
+    and no run that diverged."""
     if len(cell) == 1:
         ((group, members),) = cell.items()
         diverged = any(run.result["status"] == DIVERGED for run in members)
@@ -191,7 +191,8 @@ def _nothing_chosen(cell: Groups, keys: Sequence[str], title: str) -> str:
 
 
 def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
-    """Remarks on a choice: a value at the edge of the range that was tried, values that diverged, or unequal numbers of seeds."""
+    """Remarks on a choice: whether the value is the smallest or largest one tried, how many values diverged, and whether the
+    numbers of seeds are unequal."""
     remarks = []
     for key in keys:
         tried = sorted({value for members in cell.values() if is_number(value := members[0].config.get(key))})

@@ -23,8 +23,8 @@ The report consists of report.md, .html, .csv, .json, .tex and .png, and of furt
 run. A sweep may be incomplete: the report lists what is missing. With --live, a running sweep is shown and nothing is written.
 """
 _CODES = """\
-exit code: 0 if all runs have finished or were stopped by a callback; 1 if some have not, or are excluded from the report; 2 if
-there is nothing to report.
+exit code: 0 if all runs have finished or were stopped by a callback; 1 if some have not, or are excluded from the report; 2 after
+an error, for example if there is nothing to report.
 The live view exits with 0 regardless of the states of the runs, even after Ctrl-C.
 """
 INTERVAL, MIN_INTERVAL, MAX_INTERVAL = 5.0, 0.5, 3600.0  # seconds between two updates of the live view

@@ -34,10 +34,10 @@ LEGEND = """\
 Predicted costs are computed from shapes, for one uncompiled step in single precision. They are the multiplications in matrix
 products and convolutions, the bytes of the inputs and outputs of all operations, as if none were fused, and the peak number of
 bytes of tensors. Their ratios are relative to backpropagation in the same model. The measured time is the median of the seconds
-per step over the finished runs, without evaluation and compilation; its ratio is relative to bp with the same task, batch size,
-device, threads and way of execution. The measured peak memory is that of GPUs and includes resident data and evaluation. The
-energy is measured for the components that the table names, during training and evaluation, and includes that of other
-processes.
+per step over the finished runs, without evaluation and compilation; its ratio is relative to bp with the same task, optimizer,
+batch size, device, threads, precision and other options of execution. The measured peak memory is that of GPUs and includes
+resident data and evaluation. The energy is measured for the components that the table names, during training and evaluation, and
+includes that of other processes.
 """
 #: The options that the time of a step depends on, in addition to the task, the rule and the device.
 _EXECUTION = (

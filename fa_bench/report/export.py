@@ -127,7 +127,7 @@ def to_json(frame: pd.DataFrame) -> str:
 
 
 def _plain(value: Any, is_count: bool) -> Any:
-    if hasattr(value, "item"):  # a number of numpy
+    if hasattr(value, "item"):  # a NumPy scalar
         value = value.item()
     if isinstance(value, (list, tuple)):
         return [_plain(item, is_count=False) for item in value]

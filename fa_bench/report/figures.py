@@ -49,10 +49,10 @@ from fa_bench.report.quantities import (
 from fa_bench.report.runs import Run, metrics_of
 from fa_bench.report.settings import DENSITY, setting_figure
 
-#: The number of panels per row if there is a panel for each layer or rule.
+#: The maximum number of panels per row if there is a panel for each layer or rule.
 COLUMNS = 4
 #: The maximum number of lines in a panel, and the maximum number of settings of one rule among them. If either is exceeded, each
-#: rule has its own panel.
+#: rule has its own panel of curves, and the other figures show only the best setting of each rule.
 MAX_GROUPS, MAX_SETTINGS = 12, 4
 #: The maximum number of settings in a legend that all panels share. If there are more settings, each panel has its own legend.
 MAX_SHARED = 10
@@ -74,7 +74,8 @@ def write_figures(
     selection: Selection = Selection(),  # noqa: B008
     swept: Sequence[Run] | None = None,
 ) -> list[Picture]:
-    """Write every figure that `selection` includes and for which the runs have data; the overview, `name`.png, comes first.
+    """Write every figure that `selection` includes and for which the runs have data, and return the figures. The overview, such
+    as `name`.png, comes first.
 
     The overview shows all tasks (see `groups.tasks`). Each task has its own figures of curves and layers; if there are several
     tasks, the names of these files include the task. The figures of final values against settings show the runs in `swept`, by
@@ -122,7 +123,8 @@ def report_figures(runs: Sequence[Run], selection: Selection, swept: Sequence[Ru
 def task_figures(
     title: str, groups: Groups, metrics: Mapping[str, type[Metric]], only: Quantity | None, x: str
 ) -> Iterator[tuple[str, str, Figure]]:
-    """The figures of one task: its curves, and each alignment metric by layer."""
+    """Yield (kind, title, figure) for the figures of one task, which show its curves and its alignment metrics by layer; the kind
+    becomes a part of the file name."""
     if only is None or is_large(groups):  # otherwise, the overview already shows the only curves
         for part in curve_parts(title, groups, only, x):
             of = part.panels[0].quantity
@@ -134,7 +136,10 @@ def task_figures(
 
 
 def curve_parts(title: str, groups: Groups, only: Quantity | None, x: str) -> list[Part]:
-    """The curves of a task: a small task has all scores and losses side by side, and a large one has a part for each of them."""
+    """The parts of figures that show the curves of a task: those of `only` or, if it is None, of all scores and losses with data.
+
+    A small task has one part, in which the quantities are side by side; a large one has a part for each quantity.
+    """
     scores = _ordered_scores(runs_of(groups))
     curves = (
         [only]
@@ -167,7 +172,7 @@ def overview_quantities(metrics: Mapping[str, type[Metric]], first: Score = ACCU
 def overview(
     by_task: Mapping[str, Groups], quantities: Sequence[Quantity] | None, metrics: Mapping[str, type[Metric]], x: str
 ) -> Figure:
-    """A figure of all tasks, one below the other, with a panel for each quantity (None: `overview_quantities`). For large sweeps,
+    """A figure of all tasks, one below the other, with a panel for each quantity (None: `overview_quantities`). For a large task,
     it shows the best setting of each rule."""
     parts = []
     for title, groups in by_task.items():
@@ -177,8 +182,8 @@ def overview(
 
 
 def layers_parts(title: str, groups: Groups, name: str, x: str) -> list[Part]:
-    """The part of a figure that shows an alignment metric, with a panel for each layer. For large sweeps, it shows the best
-    setting of each rule. The list is empty if there are no values."""
+    """A list of one part of a figure, which shows an alignment metric with a panel for each layer; empty if there are no values.
+    For a large task, the part shows the best setting of each rule."""
     layers = layer_quantities(groups, name)
     columns = min(COLUMNS, len(layers))
     return [lines_part(title, _chosen(groups), layers, x, columns, group_labels(groups))] if layers else []
@@ -206,13 +211,13 @@ def has_data(groups: Groups, of: Quantity) -> bool:
 
 
 def is_large(groups: Groups) -> bool:
-    """Whether there are too many groups to show a line for each of them in one panel."""
+    """Whether there are too many groups, or too many of one rule, to show a line for each of them in one panel."""
     return len(groups) > MAX_GROUPS or any(len(members) > MAX_SETTINGS for members in by_rule(groups).values())
 
 
 def _chosen(groups: Groups) -> Groups:
-    """The groups to show: all of them or, for a large sweep, the best one of each rule. If no validation score of a rule is
-    known, all its groups are shown."""
+    """The groups to show: all of them or, for a large task, the best one of each rule. If no validation score of a rule is known,
+    all its groups are shown."""
     if not is_large(groups):
         return groups
     chosen: dict[str, Sequence[Run]] = {}
@@ -222,8 +227,8 @@ def _chosen(groups: Groups) -> Groups:
 
 
 def _settings(groups: Groups) -> dict[str, str]:
-    """For each group, the values of the keys that some rule sweeps, or the rest of its label if these values do not distinguish
-    the groups."""
+    """For each group, the values of the keys that some rule sweeps, or the label without the rule if these values do not
+    distinguish the groups of its rule."""
     keys, labels, settings = swept_keys(groups), group_labels(groups), {}
     for rule, members in by_rule(groups).items():
         texts = {group: label("", runs[0].config, keys).strip() for group, runs in members.items()}
@@ -238,8 +243,12 @@ def _settings(groups: Groups) -> dict[str, str]:
 def lines_part(
     title: str, groups: Groups, quantities: Sequence[Quantity], x: str, columns: int, labels: Mapping[str, str] | None = None
 ) -> Part:
-    """A part with a panel for each quantity and a line for each group. The rule determines the colour and marker of a line, and
-    the setting determines its line style. The legend lists the lines that have points, and the groups with unfinished runs."""
+    """A part with a panel for each quantity and a line for each group. The legend lists the lines that have points, and the
+    groups with unfinished runs.
+
+    The rule determines the colour, marker and line style of a line. If some rule has several groups, the setting determines the
+    line style instead, and how markers are filled.
+    """
     rules, labels, settings = by_rule(groups), labels or group_labels(groups), _settings(groups)
     shared = sorted(set(settings.values()), key=natural_key)
     are_several = any(len(members) > 1 for members in rules.values())
@@ -265,8 +274,8 @@ def lines_part(
 
 
 def rules_part(title: str, groups: Groups, of: Quantity, x: str) -> Part:
-    """A part with a panel for each rule, which has a line for each of its settings. The best settings of the control and the
-    floor are shown as references."""
+    """A part with a panel for each rule and, in it, a line for each setting of the rule. The best settings of the control and the
+    floor are shown in the other panels as references."""
     settings, rules = _settings(groups), by_rule(groups)
     shared = sorted(set(settings.values()), key=natural_key)
     references = {

@@ -1,4 +1,4 @@
-"""Record the files that reports write to a folder. A report may replace only the files that are listed in this record."""
+"""The record of the files that reports wrote to a folder. A report may replace only files that are listed in the record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fa_bench.errors import OutputError, RunDirectoryError
 from fa_bench.utils.files import check_lock, check_temporary, output_errors, write_text
 from fa_bench.utils.locks import PATIENCE, locked
 
-#: The prefix of the names of a report's files, and the files whose names do not depend on the runs.
+#: The prefix of the names of a report's files except runs.csv, and the files whose names do not depend on the runs.
 NAME = "report"
 MARKDOWN, PAGE, RUNS = f"{NAME}.md", f"{NAME}.html", "runs.csv"
 _COMMON_FILES = (
@@ -86,7 +86,7 @@ def covered_directories(folder: Path) -> list[Path]:
             return []
         with (folder / RUNS).open(encoding="utf-8", newline="") as file:
             directories = [folder / row["directory"] for row in csv.DictReader(file) if row.get("directory")]
-    except (OSError, ValueError, csv.Error):  # not readable: the report is written again
+    except (OSError, ValueError, csv.Error):  # an unreadable report may be replaced
         return []
     return [directory for directory in directories if directory.is_dir()]
 
@@ -111,7 +111,7 @@ def write_record(folder: Path, names: set[str]) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder into which a report could not be written, before the runs that it should cover start.
+    """Refuse a folder into which a report could not be written. This is checked before the runs start.
 
     Raises:
         RunDirectoryError: a file that no report wrote is in the way.
@@ -138,7 +138,8 @@ def check_file(path: Path, names: set[str]) -> None:
 
 
 def _linked_files(markdown: Path) -> set[str]:
-    """The names of report.md and of the tables and figures that it links to, for reports by versions that kept no record."""
+    """The names of report.md and of the tables and figures that it links to, for reports by versions of fa_bench that
+    wrote no record."""
     if markdown.is_symlink() or not markdown.is_file():
         return set()
     text = markdown.read_text(encoding="utf-8", errors="replace")

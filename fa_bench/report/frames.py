@@ -67,7 +67,7 @@ def load_results(*runs: Runs, curves: bool = False, angles: bool = False) -> pd.
 
     Returns:
         One row per run: its directory, status, components, seed, scores (accuracies as fractions), seconds, the mean over layers
-        of every alignment metric, and every option of its config by command-line key, such as ``optimizer.lr``. With `curves`,
+        of every alignment metric, and the options of its config by command-line key, such as ``optimizer.lr``. With `curves`,
         the run's directory, label and seed, and its record of the epoch: losses, scores, learning rate, seconds so far, and the
         means of the alignment metrics that were measured. With `angles`, the run's directory, label and seed, step, epoch
         (possibly fractional), metric, layer and value (NaN if undefined). Columns of numbers have a numeric type, with NaN for

@@ -17,8 +17,8 @@ from fa_bench.utils.files import METRICS, RESULT, resolved
 
 
 def unfinished_runs(runs: Sequence[Run]) -> list[str]:
-    """A line for each run that has not finished (stopped, diverged, failed, ...), with the number of completed epochs and the
-    reason."""
+    """A line for each run that has not finished (stopped, diverged, failed, ...), with its status, epochs and reason, see
+    `states.describe_status`."""
     labels = group_labels(group_runs(runs))
     return [
         f"{labels[run.row]} seed {run.result['seed']}: {describe_status(run)}"
@@ -36,7 +36,7 @@ def unidentified_run(directory: Path) -> str:
 
 
 def runs_not_started(directories: Iterable[Path], planned: Iterable[PlannedRun]) -> list[str]:
-    """A line for each run that a sweep announced and that has no record yet."""
+    """A line for each of `directories`, whose runs have no record yet; it names the run if the run is in `planned`."""
     labels = {resolved(run.directory): run.label for run in planned}
     return [
         f"{f'{label}: ' if (label := labels.get(resolved(directory))) else ''}not started ({short_path(directory)})"
@@ -47,7 +47,8 @@ def runs_not_started(directories: Iterable[Path], planned: Iterable[PlannedRun])
 def missing_seeds(runs: Sequence[Run], planned: Iterable[PlannedRun]) -> list[str]:
     """A line for each row that lacks a finished run for a seed that a sweep announced.
 
-    The runs announced for a row are those in the row's own directories, and those in neighbouring directories without a record.
+    An announced run belongs to the row of the run in its directory. If there is no run in its directory yet, it belongs to the
+    row of the runs in the directories beside it, provided that these runs are all in one row.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
@@ -72,7 +73,7 @@ def missing_seeds(runs: Sequence[Run], planned: Iterable[PlannedRun]) -> list[st
 
 
 def missing_references(runs: Sequence[Run]) -> list[str]:
-    """A line if `bp` was not trained on every task that has several rules, and another line if no floor was trained on some."""
+    """A line if a task with several rules has no run of `bp`, and a line if a task with several rules has no run of a floor."""
     rules = {task: set(by_rule(groups)) for task, groups in tasks(group_runs(runs)).items()}
     compared = {task: of_task for task, of_task in rules.items() if len(of_task) > 1}
     without = {
@@ -83,7 +84,7 @@ def missing_references(runs: Sequence[Run]) -> list[str]:
     for (reference, purpose), lacking in without.items():
         if lacking:
             where = "" if len(lacking) == len(rules) else f" for {lacking[0]}"
-            more = f" and {len(lacking) - 1} other tasks" if where and len(lacking) > 1 else ""
+            more = f" and {len(lacking) - 1} other task{'s' * (len(lacking) > 2)}" if where and len(lacking) > 1 else ""
             lines.append(f"no run of {reference}{where}{more}; add it to algorithm to {purpose}")
     return lines
 

@@ -16,7 +16,7 @@ from fa_bench.report.numbers import mean
 from fa_bench.report.runs import FINISHED, VERSIONS, Run
 from fa_bench.report.states import DIVERGED
 
-#: The names of the control and of the floor, with which every row is compared.
+#: The names of the control and of the floor with which the rows of other rules are compared.
 CONTROL, FLOOR = "bp", "frozen"
 Groups = Mapping[str, Sequence[Run]]
 
@@ -45,7 +45,7 @@ def is_floor(rule: str) -> bool:
 
 
 def natural_key(text: str) -> list[Any]:
-    """A sort key that compares the numbers in a string by value; its words and numbers alternate."""
+    """A sort key that compares the numbers in a string by value. It alternates between text and numbers."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", text)
     return [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
@@ -56,7 +56,7 @@ def value_key(value: Any) -> tuple[int, float, list[Any]]:
 
 
 def nearest_key(name: str, allowed: Iterable[str]) -> str:
-    """A hint such as ``; did you mean 'optimizer.lr'?``, which is also returned for the short name that labels use, ``lr``."""
+    """A hint such as ``; did you mean 'optimizer.lr'?``, also for the short name ``lr`` that labels use; empty without a hint."""
     allowed = list(allowed)
     whole = next((key for key in allowed if key.endswith(f".{name}")), None)
     return f"; did you mean '{whole}'?" if whole else nearest(name, allowed)
@@ -75,7 +75,8 @@ def group_labels(groups: Groups) -> dict[str, str]:
     """A distinct label for each group.
 
     Groups with the same label are distinguished by the keys in which their configs differ, then by the hashes of code and data.
-    If neither distinguishes a group, because its config is missing or empty, its label is its group name.
+    If neither distinguishes a group, for example because its config is missing, its label is its group name or, if other groups
+    have the same name, its key in `groups`.
     """
     labels = distinct_labels(
         {group: runs[0].result["label"] for group, runs in groups.items()},
@@ -156,8 +157,8 @@ def validation_score(members: Iterable[Run]) -> float:
     """The primary validation score of a group, by which settings are chosen. It is the mean over the finished runs in the last
     epoch, in the unit of tables (% for an accuracy).
 
-    The score is rounded to 10 digits, so that ties do not depend on the order of the seeds. The score is NaN if it is unknown or
-    if a run diverged, because otherwise a setting could win through lucky seeds.
+    The score is rounded to 10 decimal places, so that ties do not depend on the order of the seeds. The score is NaN if it is
+    unknown. It is also NaN if a run diverged, because otherwise a setting could win through lucky seeds.
     """
     members = list(members)
     if any(run.result["status"] == DIVERGED for run in members):

@@ -1,4 +1,4 @@
-"""Write report.html, a self-contained page with the tables, figures, configs and warnings of a report."""
+"""The content of report.html, a self-contained page with the tables, figures, configs and warnings of a report."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def _figure(picture: Picture) -> str:
 
 
 def _table(table: Table) -> str:
-    """A section with a table of the columns that are not blank in every row. Text that is the same in all rows is shown above the
-    table."""
+    """A section with a table of the columns that are not blank in every row. Text and counts that are the same in all rows are
+    shown above the table."""
     columns: list[tuple[Column, list[str]]] = []
     common: dict[str, str] = {}
     for name, column in table.columns.items():

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
-#: Maps each state to its colour on a terminal. If not all runs fit, those with earlier states are shown. The summary counts the
-#: states in this order, except that DONE comes first.
+#: Maps each state to its colour on a terminal. If not all runs fit, those whose states come first are shown. The summary counts
+#: the states in this order, except that DONE comes first.
 STATES = {
     RUNNING: "green",
     STALLED: "yellow",
@@ -119,8 +119,8 @@ class Watcher:
         return [printable(f"excluded: {error}") for error in self.errors]
 
     def _read(self, directory: Path) -> tuple[Run, str]:
-        """The records of a run, with an empty result if there is none, and the problem if a record is damaged. Both are cached
-        until a file changes."""
+        """The records of a run, with an empty result if there is none, and a description of the problem, which is empty if no
+        record is damaged. The files are read again only if one of them has changed."""
         stamp = [_stamp(directory / name) for name in (RESULT, METRICS, CONFIG)]
         if directory not in self._cache or self._cache[directory][0] != stamp:
             result: dict[str, Any] = {}
@@ -190,8 +190,8 @@ def _modified(path: Path) -> float:
 
 
 def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
-    """Names for the runs that no sweep.json lists. A name consists of the rule, the keys in which its runs differ, and the seed;
-    without a config, it is the path."""
+    """Names for the runs that no sweep.json lists. A name consists of the rule, the values of the keys in which the rule's runs
+    differ, and the seed. A run without a config is named by its path, and the path is added to names that are not unique."""
     rules = {path: str(config["algorithm"]) for path, config in configs.items() if "algorithm" in config}
     labels = distinct_labels(rules, configs)
     names = {
@@ -266,7 +266,7 @@ def table(lines: Sequence[Line], width: int, height: int) -> Table:
         lines: the runs.
         width: columns of the terminal. Long names are shortened in the middle, because rule and seed are at the ends; remarks are
             truncated.
-        height: total number of lines. If not all runs fit, those that need the least attention are only counted.
+        height: total number of lines. If not all runs fit, those whose states come last in `STATES` are only counted.
     """
     from rich.table import Table
     from rich.text import Text

@@ -1,8 +1,8 @@
 """Write the mean curves over the seeds of each group of runs, and a table of the groups, for TensorBoard.
 
-TensorBoard lists runs by their directories, but the names of run directories do not say what they contain. A sweep's folder
-therefore has a `tensorboard` folder with a directory for each group, which is named after its rule and settings. Each directory
-contains one event file. The timestamps in the event files are the steps, so the same runs give byte-identical files.
+TensorBoard lists runs by their directories, but the names of run directories do not say what they contain. Therefore, a folder
+`tensorboard` is added to the folder of a sweep. It has a directory for each group, which is named after the group's rule and
+settings and contains one event file. The timestamps in the event files are the steps, so the same runs give byte-identical files.
 """
 
 # The classes of protobuf modules are created at import.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 FOLDER, RECORD, EVENTS = "tensorboard", ".fa_bench.json", "events.out.tfevents.0000000000.fa_bench.mean"
 #: The maximum number of characters in a directory's name; file systems allow 255 bytes.
 _MAX_NAME = 120
-#: The characters allowed in the names of directories, which end with the seeds in parentheses.
+#: The characters allowed in the names of directories, which end with the seed or the number of seeds in parentheses.
 _CHARACTERS = r"\w.,=+()\[\]@ -"
 _GROUP_NAME = re.compile(rf"[{_CHARACTERS}]+\)")
 
@@ -45,13 +45,12 @@ Curves = dict[str, dict[int, float]]
 
 
 def write_mean_curves(run_dirs: Iterable[Path], folder: Path) -> list[str]:
-    """Write the mean curves of the finished runs in `run_dirs` to the `tensorboard` folder in `folder`.
+    """Write the mean curves of those finished runs in `run_dirs` that log to TensorBoard to the `tensorboard` folder in `folder`.
 
-    Each file is replaced atomically, and groups that no longer exist are removed. Nothing is written if no run logs to
-    TensorBoard.
+    Each file is replaced atomically, and groups that no longer exist are removed. Nothing is written if there is no such run.
 
     Returns:
-        Lines for the user: where the curves are, and which runs are left out because of a damaged `angles.jsonl`.
+        Lines for the user: where the curves are, and which runs are left out because a record is damaged.
 
     Raises:
         RunDirectoryError: files that fa_bench did not write are in the way, or another process is writing a report.
@@ -98,7 +97,7 @@ def _groups(runs: Sequence[Run]) -> Iterator[tuple[str, bytes]]:
         count = f"mean of {len(by_seed)} seeds" if len(by_seed) > 1 else f"seed {next(iter(by_seed))}"
         label = re.sub(rf"[^{_CHARACTERS}]", "_", labels[group])
         name = f"{label} ({count})"
-        if len(name) > _MAX_NAME or name in names:  # the group's name is unique and short
+        if len(name) > _MAX_NAME or name in names:  # part of the group's key makes it unique
             name = f"{label[: _MAX_NAME // 2]} {re.sub(rf'[^{_CHARACTERS}]', '_', group)[-40:]} ({count})"
         names.add(name)
         yield name, _event_file(name, list(by_seed.values()), swept)
@@ -213,7 +212,7 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
             raise RunDirectoryError(f"{directory}: not written by fa_bench, which would overwrite it; move it elsewhere")
     with output_errors(folder):
         folder.mkdir(exist_ok=True)
-        # Directories are recorded before they are created, because unrecorded ones would not be recognised after the process was
+        # Directories are recorded before they are created, because unrecorded ones would not be recognised if the process was
         # killed.
         write_text(folder / RECORD, json.dumps(sorted({*earlier, *contents})) + "\n")
         for name, content in contents.items():

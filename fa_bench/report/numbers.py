@@ -30,7 +30,7 @@ def number(value: Any) -> float:
 
 
 def known(values: Iterable[Any]) -> list[float]:
-    """The recorded values without null and non-finite ones."""
+    """The recorded values that are finite numbers, as floats."""
     return [value for value in map(number, values) if not math.isnan(value)]
 
 

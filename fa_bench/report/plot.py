@@ -312,7 +312,8 @@ def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], k
 
     The typical values of the lines are in `centres`. A line is far off if its typical value is more than three interquartile
     ranges beyond the nearer quartile of all lines, and also beyond this quartile by more than 6 points of accuracy or a factor of
-    about 30 of loss. Losses that differ by a large factor get a logarithmic axis.
+    about 30 of loss. Losses that differ by a large factor get a logarithmic axis; only on such an axis can a loss be far off, and
+    the interquartile range is then that of the logarithms.
     """
     positive = [value for values in lines for value in values if value > 0]
     log = kind == LOSS and bool(positive) and max(positive) > LOG * min(positive)

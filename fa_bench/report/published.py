@@ -16,7 +16,7 @@ from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run
 
 FILE = Path(__file__).with_name("published.yaml")
-#: A row of the table is compared with a paper by the first of these quantities that the paper reports.
+#: A row of the comparison table is compared with a published number of the first of these quantities for which there is one.
 ACCURACIES = ("test_accuracy", "val_accuracy")
 #: The test accuracy minus that of backpropagation on the same task, paired by seed, in percentage points.
 DIFFERENCE = "bp_difference"
@@ -29,7 +29,7 @@ class Entry:
     Attributes:
         paper, table: where the number was published; `row` is the name of its row in the table, the paper's name or ours.
         dataset, architecture: descriptions.
-        rule: name of the algorithm here.
+        rule: the name that the rule has in fa_bench.
         quantity: a key of result.json (test_accuracy, val_accuracy, train_accuracy) or of its angles, or `DIFFERENCE`.
         value: the value in `unit`; NaN if only a range is known. Accuracies are in %.
         low, high: the range; infinite if open, NaN without a range.
@@ -113,7 +113,8 @@ class Entry:
         ]
 
     def remark(self, runs: Iterable[Run]) -> str:
-        """Known differences between the finished runs and those of the paper; empty if there are none."""
+        """Remarks on finished runs that were shortened or trained for another number of epochs than the paper's; empty if there
+        are none."""
         runs = list(finished_by_seed(runs).values())
         scales = {str(run.config.get("scale", "full")) for run in runs} - {"full"}
         remarks = [f"a shortened run: scale={scale}" for scale in sorted(scales)]

@@ -116,7 +116,7 @@ def scores_in(runs: Iterable[Run]) -> list[Score]:
 
 
 def primary(runs: Iterable[Run]) -> Score:
-    """The primary score of most of the runs; ties go to the score that comes first among the runs."""
+    """The most common primary score of the runs; in a tie, the one that comes first. Accuracy if there are no runs."""
     counts = Counter(run.primary for run in runs)
     return max(counts, key=lambda score: counts[score], default=ACCURACY_SCORE)
 
@@ -225,7 +225,7 @@ def point(x: Any, members: Sequence[Run], of: Quantity) -> Point:
 def best(groups: Mapping[str, Sequence[Run]]) -> str | None:
     """The group with the best validation score, or the only group; None if there are several and no validation score is known.
 
-    Groups are compared only if their primary score is that of most runs.
+    Only groups whose primary score is the most common one are compared.
     """
     of = primary(runs_of(groups))
     merits = {

@@ -10,7 +10,7 @@ from fa_bench.config.labels import differing_keys
 from fa_bench.report.groups import Groups, finished_by_seed, group_labels, task_key, validation_merit
 from fa_bench.report.runs import VERSIONS, Run
 
-#: The ways to choose a reference if a task has several rows of its rule: by validation score, or by similarity of settings.
+#: The ways to choose a reference among several rows of a rule: by validation score, or by similarity of settings.
 BEST, NEAREST = "best", "nearest"
 CHOICES = (BEST, NEAREST)
 
@@ -48,7 +48,8 @@ class References:
             self._by_rule.setdefault((run.result["algorithm"], task_key(run), run.primary.name), {})[group] = members
 
     def of(self, algorithm: str, run: Run) -> Reference:
-        """The reference row of the rule `algorithm` for the row of `run`; empty if `run` is itself a run of that rule."""
+        """The reference row of the rule `algorithm` for the row of `run`; empty if `run` is itself a run of that rule, or if no
+        row can be chosen."""
         rows = self._by_rule.get((algorithm, task_key(run), run.primary.name), {})
         if run.result["algorithm"] == algorithm or not rows:
             return Reference()

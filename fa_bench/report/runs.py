@@ -85,7 +85,7 @@ class Run:
 
     @property
     def epochs(self) -> int | None:
-        """The number of epochs that the run trained or, if this is not recorded, was supposed to train."""
+        """The number of epochs that the run trained or, if it recorded none, was supposed to train."""
         return self.result.get("epoch") or self.result.get("epochs")
 
     @property

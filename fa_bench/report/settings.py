@@ -36,7 +36,8 @@ _NAMES = {DENSITY: "density of the feedback", "optimizer.lr": "learning rate (op
 #: The maximum number of rules in a panel, and of panels for combinations of other settings. With more rules, each rule has its
 #: own panel; with more combinations, only the best ones are shown.
 MAX_RULES, MAX_PANELS = 12, 6
-#: The maximum number of values in a row of panels for ranks to be shown above them, and the maximum number of labelled values.
+#: The maximum number of values in a row of panels for ranks to be shown above them, and the maximum number of labelled values in
+#: a panel.
 MAX_RANKED, MAX_TICKS = 8, 14
 #: The ratio of values from which an axis is logarithmic, and the smallest allowed gap between two values as a fraction of a
 #: linear axis.
@@ -63,8 +64,8 @@ class Series(NamedTuple):
 
 
 def series_by_panel(groups: Groups, key: str, of: Quantity) -> dict[str, list[Series]]:
-    """A map from the title of each combination of the other swept settings to the series of all rules. The result is empty if no
-    rule has several values.
+    """A map from the title of each combination of the other swept settings to the series of the rules. The result is empty if no
+    rule has several values of `key`.
 
     A rule that sweeps only some of the other settings appears in every panel that matches the settings that it sweeps. If there
     are more than `MAX_PANELS` combinations, a single panel shows each rule and value at the combination with the best validation
@@ -118,7 +119,7 @@ def setting_figure(by_task: Mapping[str, Groups], key: str, of: Quantity) -> Fig
     """Plot the final values of a quantity against the swept option `key`; returns None if no rule ran with several values of it.
 
     There is a panel for each task and combination of other settings, with one line per rule. If there are many rules, each has
-    its own panel, in which the other rules are grey.
+    its own panel, in which the other rules except bp are grey.
     """
     panels = [
         (" | ".join(filter(None, (task * (len(by_task) > 1), title))), series)

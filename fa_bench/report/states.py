@@ -1,4 +1,4 @@
-"""The current status of runs, including those that have not written a result or were resumed after it.
+"""The current status of runs, including runs without a result and runs that were resumed after they had written one.
 
 `fa_bench.runs.rundir` determines how a given job can be resumed, whereas this module describes a directory without knowing its
 job.
@@ -31,7 +31,7 @@ def current_status(directory: Path, result: Mapping[str, Any]) -> str:
     """The status in a run's result, or `interrupted` if there is no result. If the run has not finished and its directory is
     locked, the status is `running`.
 
-    Checking the lock neither creates nor holds it.
+    Checking the lock does not create it.
     """
     status = result.get("status", INTERRUPTED)
     return RUNNING if status != FINISHED and lock_holder(directory) is not None else status
@@ -51,8 +51,8 @@ def with_current_status(run: Run) -> Run:
 
 
 def with_data_hash(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs. A run that ended before its data hash was recorded gets the hash of the other runs in its row, if they all
-    have the same one."""
+    """The runs. A run that ended before its data hash was recorded gets the hash that the other runs of its row have, if it is
+    the same in all of them."""
 
     def without(run: Run) -> str:
         return dataclasses.replace(run, result=run.result | {"data_hash": None}).row
@@ -70,10 +70,11 @@ def with_data_hash(runs: Sequence[Run]) -> list[Run]:
 
 
 def run_without_result(directory: Path, others: Sequence[Run]) -> Run | None:
-    """A run that has not written a result, described by its config; None if there is no config.
+    """A run that has not written a result, described by its config; None if there is no config with a rule and a seed.
 
-    The run's status is `running` or `interrupted`. Its group is that of the runs in `others` that differ from it only in the
-    seed.
+    The run's status is `running` or `interrupted`. Its group is the name of its parent folder, if this is the name of a group of
+    its rule, or else the group of the runs in `others` that differ from it only in the seed. If there are none, a name is derived
+    from its rule and options.
 
     Raises:
         RecordError: a record is damaged or was not written by a run.

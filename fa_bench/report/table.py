@@ -30,17 +30,16 @@ def summarise(
     context: Sequence[Run] | None = None,
     chosen: Mapping[str, Chosen] | None = None,
 ) -> pd.DataFrame:
-    """A table with one row per group, in the order of first appearance. Its columns are `COLUMNS` and the keys in which the
-    configs differ.
+    """A table with one row per group, in the order of first appearance. Its columns are `COLUMNS` (those of energy only if it was
+    recorded), the keys in which the configs differ, and alignment metrics that are not in `COLUMNS`.
 
     Accuracies are in %, their differences are in percentage points, angles are in degrees, and times are in seconds of training.
     A primary score other than accuracy has columns like those of accuracy, with its name and in its unit. The statistics cover
-    the `n` finished runs, one per seed. `runs` and `status` count all runs; `unfinished` describes the others (stopped, diverged,
-    failed, interrupted, running), which are excluded from the statistics. `*_std` is the sample standard deviation. `*_ci95` is
-    half the width of the 95 % Student t interval of the mean, NaN for fewer than three seeds. `*_low` and `*_high` are the lowest
-    and the highest value, NaN for a single seed. A group is compared with the groups of `bp` (`bp_row`) and `frozen`
-    (`floor_row`) that `references.References` chooses. The columns of references and of published numbers are blank if a group
-    has none.
+    the `n` finished runs, one per seed. `runs` and `status` count all runs; `unfinished` describes those that are not finished
+    (stopped, diverged, failed, interrupted, running). `*_std` is the sample standard deviation. `*_ci95` is half the width of the
+    95 % Student t interval of the mean, NaN for fewer than three seeds. `*_low` and `*_high` are the lowest and the highest
+    value, NaN for a single seed. A group is compared with the groups of `bp` (`bp_row`) and `frozen` (`floor_row`) that
+    `references.References` chooses. The columns of references and of published numbers are blank if a group has none.
 
     Args:
         runs: the runs.
@@ -180,7 +179,7 @@ def _row(
 
 
 def _pairs_note(final: Mapping[int, float], control: Reference, difference: Paired) -> str:
-    """A note if only some of the row's seeds are paired."""
+    """A note if not all of the row's seeds are paired."""
     if not final or difference.n == len(final) or not finished_by_seed(control.runs):
         return ""
     return f"{difference.n} of {len(final)} seeds are paired with {control.label}"
@@ -188,7 +187,7 @@ def _pairs_note(final: Mapping[int, float], control: Reference, difference: Pair
 
 def _rise_note(finished: Mapping[int, Run]) -> str:
     """A note if training ended with a loss above `_RISE` times that of the first epoch. This happens if activations or weights
-    grow without bound but stay finite."""
+    keep growing but stay finite."""
     risen = {}
     for seed, run in sorted(finished.items()):
         losses = known(line.get("train_loss") for line in run.metrics)

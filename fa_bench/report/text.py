@@ -20,15 +20,15 @@ BLANK = "-"
 MAX_CELL = 500
 #: The width in characters that the table on a terminal exceeds only if necessary, and the maximum number of notes below it.
 WIDTH, MAX_NOTES = 120, 12
-#: The ends of ranges, which tables show in place of the intervals of two values.
+#: The suffixes of the columns with the ends of a range, which tables show in place of the interval of two values.
 _ENDS = ("_low", "_high")
 
 
 def to_text(frame: pd.DataFrame) -> str:
     """The table for a terminal, with one line per group, followed by the notes on the groups.
 
-    Numbers of runs and statuses are shown only if some run has not finished. If the table would be wider than `WIDTH`, titles are
-    shortened, and then settings and statuses are omitted.
+    The total numbers of runs and the statuses are shown only if some run has not finished. If the table would be wider than
+    `WIDTH`, titles are shortened. If that is not enough, settings are omitted, and then statuses.
     """
     formats = columns_of(frame)
     incomplete = any(status.partition(" ")[2] != FINISHED for status in frame["status"])

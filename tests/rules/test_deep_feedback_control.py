@@ -510,7 +510,10 @@ def test_what_it_refuses() -> None:
 def test_what_it_says() -> None:
     _, rule = attached(b_lr_scale=0.5)
     said = str(rule.coverage)
-    assert "Each sample has its own noise" in said and "Weight transport in the Jacobian that gives the steady state." in said
+    assert (
+        "Each sample has its own random numbers" in said
+        and "Weight transport in the Jacobian that gives the steady state." in said
+    )
     assert [entry.feedback for entry in rule.coverage.covered][-1] == "comes from the controller"
     assert rule.coverage.covered[0].feedback == "comes from the cut at act1"
     assert [group["lr"] for group in rule.parameter_groups(0.1)] == [0.1, 0.05]

@@ -146,7 +146,7 @@ def test_measuring_sees_the_rule_and_not_the_anchor() -> None:
 def test_coverage_says_how_often_weights_are_transported(period: int, where: tuple[str, ...]) -> None:
     _, rule, *_ = attached(anchor_period=period)
     assert rule.coverage.transport == where
-    assert "its own noise" in str(rule.coverage)
+    assert "its own random numbers" in str(rule.coverage)
     assert ("Weight transport" in str(rule.coverage)) == (period > 0)
 
 

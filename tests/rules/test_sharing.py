@@ -495,3 +495,17 @@ def test_a_refused_model_keeps_no_feedback_of_the_layer_that_was_refused():
     with pytest.raises(fa_bench.errors.CoverageError, match="input of '4': 3 channels are not a multiple of 2"):
         fa_bench.attach(model, "asap", seed=0, sample_input=torch.zeros(2, 1, 9, 9))
     assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("match", ["max_pool", "avg_pool", "random"])
+@pytest.mark.parametrize("name", ["asap", "asfp"])
+def test_an_activation_is_not_resized_to_a_map_with_more_or_fewer_dimensions(name, match):
+    flat_to_map = nn.Sequential(
+        nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 36), nn.Unflatten(1, (4, 3, 3)), nn.Conv2d(4, 3, 3), nn.Flatten()
+    )
+    plane_to_line = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 4, 3), nn.Flatten(2), nn.Conv1d(4, 3, 3), nn.Flatten()
+    )
+    for model, sample in ((flat_to_map, torch.zeros(2, 8)), (plane_to_line, torch.zeros(2, 1, 7, 7))):
+        with pytest.raises(fa_bench.errors.CoverageError, match=r"input of '4': .*cannot be resized to a map of shape \(4, "):
+            fa_bench.attach(model, name, linear="share", match=match, sample_input=sample)

@@ -250,7 +250,7 @@ def test_maps_converge_to_transposed_blocks() -> None:
 def test_maps_say_what_they_transport_and_refuse_positions() -> None:
     model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
     rule = fa_bench.attach(model, "ldrl", sample_input=x, cuts=["act2"], b_lr_scale=0.5)
-    assert rule.coverage.transport == ("within blocks",) and "Each sample has its own noise" in str(rule.coverage)
+    assert rule.coverage.transport == ("within blocks",) and "Each sample has its own random numbers" in str(rule.coverage)
     assert [group["lr"] for group in rule.parameter_groups(0.1)] == [0.1, 0.05]
     calls = []
     model.fc3.register_forward_hook(lambda *_: calls.append(1))
@@ -325,7 +325,7 @@ def test_tokens_and_error_at() -> None:
 def test_what_it_says() -> None:
     x, _ = nets.batch("mlp_tanh")
     rule = fa_bench.attach(nets.NETS["mlp_tanh"](), "ddtp_linear", sample_input=x, cuts=["act1", "act2"], b_lr_scale=0.5)
-    assert "Each sample has its own noise" in str(rule.coverage)
+    assert "Each sample has its own random numbers" in str(rule.coverage)
     assert rule.readouts() == {} and rule.weight_pairs() == {}
     assert [group["lr"] for group in rule.parameter_groups(0.1)] == [0.1, 0.05]
     assert rule.sigma == 0.1

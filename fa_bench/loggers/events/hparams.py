@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
 from fa_bench.errors import format_value
 
-#: The hyperparameters that every run has, by command-line key, and whether each of them is a number.
+#: The hyperparameters that the table has for all runs, by command-line key, and whether each of them is a number.
 HYPERPARAMETERS = {
     "algorithm": False,
     "architecture": False,

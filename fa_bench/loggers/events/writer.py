@@ -146,8 +146,8 @@ class EventFile:
 
         Args:
             status: finished, stopped, diverged, interrupted or failed.
-            numbers: the `final_values`. They are written only if training has ended, because a run that is resumed would write
-                them again.
+            numbers: the `final_values`. They are written only for a run that has finished or was stopped by a callback, because a
+                run that is resumed would write them again.
             step: the last step.
         """
         if status in ("finished", "stopped"):

@@ -109,6 +109,8 @@ def matcher(
             raise PositionsDiffer
         return _feature_matcher(shape[-1], wanted[-1], kind, mixing)
     if len(shape) != len(wanted):
+        if len(wanted) > 1:
+            raise ValueError(f"an activation of shape {shape} cannot be resized to a map of shape {wanted}")
         inner = matcher((math.prod(shape),), wanted, kind, mixing)
         return lambda x: inner(x.flatten(1))
     dims = len(shape) - 1

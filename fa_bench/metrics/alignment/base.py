@@ -23,8 +23,9 @@ FEEDBACK, HIDDEN, ALL = "feedback", "hidden", "all"
 class Metric(Options):
     """Base class of alignment metrics, registered in `fa_bench.registry.registries.METRICS`.
 
-    A run measures its metrics every ``probe_every`` steps and at the end. Every metric is recorded under its registered name in
-    angles.jsonl, metrics.jsonl and result.json, and is passed to the loggers.
+    A run measures its metrics at the end and, unless ``probe_every`` is 0, before the first step and every ``probe_every`` steps.
+    Every metric is recorded under its registered name in angles.jsonl, metrics.jsonl and result.json, and is passed to the
+    loggers.
 
     Examples:
         >>> import dataclasses, torch, fa_bench

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.metrics.meter import AlignmentMeter
 
-#: Maximum number of training images that a probe may learn from, and of images that it is scored on; both are fixed subsets.
+#: Maximum number of training images that a probe may learn from, and of images on which it measures accuracies. The same images
+#: are chosen in every run on the same data.
 TRAINING_IMAGES, SCORED_IMAGES = 2_000, 10_000
 
 Quantities = dict[str, dict[str, float]]
@@ -143,7 +144,7 @@ class Probes:
         return bool(self.probes) and self.every > 0 and epoch % self.every == 0
 
     def measure(self, step: int) -> Quantities:
-        """The values of all probes after update number `step`. Each step is measured only once."""
+        """The values of all probes after update number `step`. Another call for the same step returns the same values."""
         if self._last is None or self._last[0] != step:
             values: Quantities = {}
             for probe in self.probes:

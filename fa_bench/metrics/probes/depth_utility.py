@@ -34,7 +34,7 @@ class DepthUtility(Probe):
     the utility is the deterioration of the primary score in its own unit, such as the decrease in R² or the increase in
     perplexity.
 
-    The layers after the block were trained on the output of the trained block, so the utility is an upper bound on the
+    The layers after the block were trained on the output of the trained block, so the utility tends to overestimate the
     contribution of the block's training. A value near 0 means that the block's training contributed nothing.
     """
 

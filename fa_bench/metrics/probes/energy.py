@@ -40,9 +40,9 @@ class Energy(Probe):
 
     - ``energy_ratio``: for each layer, the norm of the weight's gradient divided by that of backpropagation.
 
-    All quantities are measured on the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. Values
-    are NaN if a norm is zero or a weight does not learn. The probe costs a step of the rule, two more steps of settling, and a
-    backward pass.
+    All quantities are measured on the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. A
+    ratio is NaN if its denominator is zero, a cosine is NaN if either norm is zero, and each is NaN for a weight that does not
+    learn. The probe costs a step of the rule, two more passes of the model, and a step of backpropagation.
     """
 
     alarms = {

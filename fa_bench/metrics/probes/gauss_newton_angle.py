@@ -37,9 +37,9 @@ class GaussNewtonAngle(Probe):
 
     The angle between the rule's errors and those of backpropagation is measured by `delta_angle`.
 
-    Errors are taken at the same points as for `delta_angle`, on the fixed batch. Values are NaN if an error is zero. With batch
-    normalisation, J also contains the effect of a sample on the logits of the others. The probe costs C backward passes per
-    layer.
+    Errors are taken at the same points as for `delta_angle`, on the fixed batch. Samples with a zero error are excluded from the
+    averages, which are NaN if no samples are left. With batch normalisation, J also contains the effect of a sample on the logits
+    of the others. The probe costs C backward passes per layer.
     """
 
     def require(self, subject: Subject) -> None:

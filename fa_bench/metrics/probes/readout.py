@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fa_bench.data.splits import Split
     from fa_bench.mechanisms.trace import Trace
 
-#: The row for the raw images. A layer whose accuracy is no higher than this row's has learned nothing useful.
+#: The row for the raw images. A layer whose accuracy is no higher than this row's makes the classes no easier to separate.
 FLOOR = "input"
 #: The maximum number of features of an activation that the readout uses, and the strength of the regularisation; see `fit`.
 FEATURES, RIDGE = 1024, 0.01
@@ -158,11 +158,11 @@ class Linear(NamedTuple):
 
 
 def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Linear:
-    """Ridge regression of one-hot targets in double precision. The solver is a Cholesky factorisation, which uses no random
+    """Ridge regression of the one-hot targets Y in double precision. The solver is a Cholesky factorisation, which uses no random
     numbers.
 
-    W minimises ‖Y - X W - 1 bᵀ‖² + λ ‖W‖²; b is not regularised. For n samples, λ is 0.01 n v, where v is the mean variance of
-    the features, so that the scale of an activation does not matter. Constant features give W = 0 and the most frequent class.
+    W and b minimise ‖Y - X W - 1 bᵀ‖² + λ ‖W‖²; b is not regularised. For n samples, λ is 0.01 n v, where v is the mean variance
+    of the features, so that the scale of an activation does not matter. Constant features give W = 0 and the most frequent class.
 
     Args:
         features: X, (n, F).

@@ -23,9 +23,9 @@ BATCHES, MIN_NORM = 8, 1e-12
 class Stability(Probe):
     """Mean cosine between the gradients that the rule computes for a weight on two different batches.
 
-    The gradients are those of the objective's mean loss on 8 batches, without augmentation. The batches have the run's batch size
-    or, if this is smaller, an eighth of the training images that probes may learn from, but at least two samples. The mean is
-    taken over all pairs of batches:
+    The gradients are those for the objective's mean loss on up to 8 batches, without augmentation. A batch has the run's batch
+    size, but at most an eighth of the training images that probes may learn from, and at least two samples. The mean is taken
+    over all pairs of batches:
 
         c = (‖Σ uₖ‖² - K) / (K (K - 1)).
 
@@ -77,7 +77,7 @@ class Directions:
         self.count = 0
 
     def add(self, vector: Tensor) -> None:
-        """Add the direction of a vector of any shape, unless it is zero or not finite."""
+        """Add the direction of a vector of any shape, unless its norm is below `MIN_NORM` or not finite."""
         vector = vector.detach().double()
         norm = vector.norm().item()
         if MIN_NORM <= norm < math.inf:

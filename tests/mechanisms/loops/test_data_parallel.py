@@ -212,4 +212,4 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
 def test_coverage_says_what_depends_on_the_batch(case, says):
     name, options = CASES[case]
     text = str(fa_bench.attach(model_of(case), name, sample_input=data(2)[0], **options).coverage)
-    assert (("depends on the batch" in text), ("its own noise" in text)) == (says == "batch", says == "noise"), text
+    assert (("depends on the batch" in text), ("its own random numbers" in text)) == (says == "batch", says == "noise"), text
