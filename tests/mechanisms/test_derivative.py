@@ -119,7 +119,9 @@ def test_beta_does_not_depend_on_the_scale_or_the_size_of_the_batch(name: str) -
     for factor, call in ((1024.0, {}), (0.3, {}), (0.3, {"loss_scale": 0.3}), (-2.0, {"loss_scale": -2.0})):
         assert apart(gradients(model, rule, factor=factor, **call), [factor * one for one in want]) < 1e-9
     for call in ({}, {"loss_scale": 0.0}):
-        assert not any(one.any() for one in gradients(model, rule, factor=0.0, **call)), "a loss of zero must give gradients of zero, not NaN"
+        assert not any(one.any() for one in gradients(model, rule, factor=0.0, **call)), (
+            "a loss of zero must give gradients of zero, not NaN"
+        )
     wrong = gradients(model, rule, loss_scale=0.1)
     assert apart(wrong[:1], want[:1]) > 1e-3, "a wrong scale does not change the errors"
     if name != "asfp_lc":  # the classifiers of asfp_lc normalise over the batch

@@ -71,7 +71,7 @@ def test_gradients_do_not_depend_on_later_weights(form):
         model.fc2.weight.mul_(-3.0).add_(0.5)
     last = gradients(model, rule)
     assert torch.equal(last["fc1.weight"], before["fc1.weight"]) and torch.equal(last["fc1.bias"], before["fc1.bias"])
-    assert not torch.equal(last["fc3.weight"], before["fc3.weight"]), "fc3's own input did change"
+    assert not torch.equal(last["fc3.weight"], before["fc3.weight"]), "the gradient of fc3 does not depend on its input"
 
     control = nets.mlp()
     edge = fa_bench.attach(control, "fa", seed=0)
@@ -79,7 +79,7 @@ def test_gradients_do_not_depend_on_later_weights(form):
     with torch.no_grad():
         control.fc2.weight.mul_(-3.0).add_(0.5)
     assert not torch.equal(gradients(control, edge)["fc1.weight"], before["fc1.weight"]), (
-        "FA depends on later weights, so this test can fail"
+        "not even the gradients of FA depend on later weights, so this test proves nothing"
     )
 
 
@@ -157,7 +157,7 @@ def test_shared_matrix_is_uniform_from_minus_one_to_one():
 
 
 def test_normalise_divides_by_the_root_of_the_widest_cut():
-    """Both models sample the same matrix, so their gradients differ by a factor of sqrt(6), even at the cut with 5 features."""
+    """Both models sample the same matrix, so the gradients of hidden layers differ by a factor of √6, even at 5 features."""
     x, y = nets.batch("mlp")
     (one, raw), (two, scaled) = attached("shared", normalise=False), attached("shared")
     raw_grads, scaled_grads = rule_grads(one, raw, x, y), rule_grads(two, scaled, x, y)
@@ -253,7 +253,7 @@ def test_kernel_form_follows_the_geometry_of_the_layer(layer):
 
 
 def test_kernel_form_refuses_a_transposed_convolution_or_trains_it():
-    """If attach accepts the model, it must train without an error. If attach refuses the model, the error must name the layer."""
+    """If attach accepts the model, all its parameters must get gradients. If attach refuses the model, the error must name the layer."""
     torch.manual_seed(0)
     stages = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(495, 3)]
     model, (x, y) = nn.Sequential(*stages).double(), nets.batch("conv")

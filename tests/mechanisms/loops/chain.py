@@ -20,7 +20,7 @@ RULES = list(ALGORITHMS)
 COVERS_ALL = ["weight_perturbation"]
 #: Rules that cut the graph and take their error from one output of the model.
 CUT_RULES = [name for name, rule in ALGORITHMS.items() if issubclass(rule, CutRule) and name not in COVERS_ALL] + ["asfp_lc"]
-#: Edge rules, bp, and the rules that freeze layers, except np_feedback and asfp_lc, which need the labels. All of these rules learn
+#: Edge rules, bp, and the rules that freeze layers, except np_feedback and asfp_lc, which need the labels. All these rules learn
 #: from any loss.
 EDGE_RULES = [name for name in RULES if name not in (*CUT_RULES, *COVERS_ALL, "np_feedback")]
 #: Rules that settle the states between whole blocks.

@@ -115,7 +115,9 @@ def test_tied_weights_are_noted():
     fixed = net()
     fixed[4] = nn.Linear(16, 16).double()
     fixed[4].weight = fixed[2].weight
-    assert "shares its weight" not in str(fa_bench.attach(fixed, "fa").coverage), "shared weights are noted for fixed feedback, which does not follow them"
+    assert "shares its weight" not in str(fa_bench.attach(fixed, "fa").coverage), (
+        "a shared weight is noted although the feedback is fixed"
+    )
     assert "each micro-batch has its own M" in str(attached("brsf")[1].coverage)
 
 

@@ -1,4 +1,4 @@
-"""Reference implementations of direct feedback and of the rules that propagate errors with one tensor per layer."""
+"""Reference implementations of bp and its floors, of dfa, and of the rules that propagate errors with one tensor per layer."""
 
 from __future__ import annotations
 
