@@ -253,7 +253,7 @@ def test_kernel_form_follows_the_geometry_of_the_layer(layer):
 
 
 def test_kernel_form_refuses_a_transposed_convolution_or_trains_it():
-    """If attach accepts the model, all its parameters must get gradients. If attach refuses the model, the error must name the layer."""
+    """If attach accepts the model, all parameters must get gradients. If attach refuses it, the error must name the layer."""
     torch.manual_seed(0)
     stages = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(495, 3)]
     model, (x, y) = nn.Sequential(*stages).double(), nets.batch("conv")

@@ -90,7 +90,7 @@ def test_error_of_the_output_layer(loss, share):
     ids=str,
 )
 def test_similarity_reads_deviations_of_maps_with_more_than_three_channels_and_one_row(shape, deviations):
-    """Maps with at most three channels or only one row are compared by all of their values, as in the published code of predsim."""
+    """Maps with at most three channels or only one row are compared by all of their values, as in predsim's code."""
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     want = np.corrcoef(array(x.flatten(2).std(2) if deviations else x.flatten(1)))
     assert distance(similarity(x), want) < 1e-12
