@@ -145,7 +145,7 @@ def test_cut_before_the_activation():
 
 
 def test_shared_matrix_is_uniform_from_minus_one_to_one():
-    """The 3 x 4000 entries nearly reach ±1, and their mean and variance are within 5 standard errors of 0 and 1/3."""
+    """The 3 x 4000 entries nearly reach ±1, their mean and mean square are within 5 standard errors of 0 and 1/3."""
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 50), nn.Tanh(), nn.Linear(50, 3))
     x = torch.zeros(2, 7)
     rule = fa_bench.attach(model, "dfa", seed=0, form="shared", cuts=["1", "3"], sample_input=x)

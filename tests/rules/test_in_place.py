@@ -29,7 +29,7 @@ INPUTS, CLASSES, SAMPLES = 7, 4, 16
 #: Cuts before modules that work in place: nonlinearities, an addition, and dropout, which is active only in training.
 CUTS = ["norm1", "norm2", "fc3", "norm4"]
 OPTIONS: dict[str, dict[str, Any]] = QUICK | {"f3": {"samples": SAMPLES}, "frozen_blocks": {"blocks": ["norm1"]}}
-#: Variants of rules, which store other tensors than the default options do.
+#: Options with which the rules store other tensors than with the default options.
 FORMS = [
     ("ddtp_linear", {"error_at": "norm4", "cuts": CUTS[:-1]}),
     ("dkp", {"error_at": "norm4", "cuts": CUTS[:-1]}),

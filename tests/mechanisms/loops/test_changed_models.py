@@ -97,7 +97,7 @@ def test_new_weights_may_come_in_where_uncovered_ones_are_allowed():
 
 @pytest.mark.parametrize("name", ["kp", "dfa", "dgl", "asfp_lc"])
 def test_modules_without_weights_may_come_and_go(name):
-    """These modules include wrappers, provided that the wrapped layer is still in the model."""
+    """Wrappers may be added, too, provided that the wrapped layer is still in the model."""
     model, rule = attached(name)
     model.append(nn.LayerNorm(3, elementwise_affine=False))  # its parameters are None
     steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 1)

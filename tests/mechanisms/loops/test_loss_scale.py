@@ -341,8 +341,8 @@ def test_an_overflow_is_seen_in_every_layer(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside(variant: str) -> None:
-    """The products that a rule computes in the backward pass must not be rounded because the backward pass is called inside
-    autocast. The forward pass runs inside autocast in both cases."""
+    """Calling the backward pass inside autocast must not round the products that a rule computes in it. The forward pass runs
+    inside autocast in both cases."""
 
     def within(inside: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -416,8 +416,8 @@ def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: floa
     ids=str,
 )
 def test_what_is_no_multiple_is_told_from_rounding(dtype: torch.dtype, error: float, is_noticed: bool) -> None:
-    """The added error is orthogonal to that of the cross-entropy. Relative to the total, up to 0.05 in half precision and up to
-    1e-3 otherwise are attributed to rounding."""
+    """The added error is orthogonal to that of the cross-entropy. A relative error of up to 0.05 in half precision, and of
+    up to 1e-3 otherwise, is attributed to rounding."""
     logits = torch.linspace(-1, 1, 36).view(12, 3)
     delta = (logits.softmax(1) - F.one_hot(Y, 3)) / 12
     other = delta.roll(1, 1)

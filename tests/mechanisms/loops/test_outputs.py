@@ -199,7 +199,7 @@ def test_a_wrong_output_names_the_nearest(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", PACKS)
 @pytest.mark.parametrize("name", [name for name in EDGE_RULES if name != "dual_propagation"])
 def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> None:
-    """Rules that are linear in the errors add up the gradients of both losses.
+    """Edge rules other than dual_propagation are linear in the errors, so the gradients of both losses add up.
 
     There are two exceptions. The B of ldfa learns the subspace of the errors, and the subspace of a sum is not the sum of the
     subspaces. The gradients of local losses are added only once.
