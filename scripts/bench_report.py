@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rules", 10), ("settings", 10), ("seeds", 10), ("epochs", 20), ("layers", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--folder", type=Path, help="a new folder, in which the records and the reports stay")
+    parser.add_argument("--folder", type=Path, help="a new folder, in which the records and the reports are kept")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)

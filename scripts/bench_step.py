@@ -2,10 +2,10 @@
 
 Each round times one block of steps of every rule in turn, so that changes in the machine's speed affect all rules alike. Ratios
 are computed for each round, and the table shows their medians and quartiles. The row A/A compares backpropagation with itself.
-The rows "written out" time an MLP that is implemented in a dozen lines without fa_bench; they show the cost of the rule in eager
-PyTorch. A step zeroes the gradients and calls the model, the loss, rule.backward, optimizer.step and rule.step; one column
-excludes the optimizer. The column "arithmetic" compares the number of multiplications in matrix products and convolutions with
-that of backpropagation.
+The rows "written out" time an MLP whose forward pass is written in a dozen lines, with only the autograd Functions of fa_bench;
+they show the cost of the rule in eager PyTorch. A step zeroes the gradients and calls the model, the loss, rule.backward,
+optimizer.step and rule.step; one column excludes the optimizer. The column "arithmetic" compares the number of multiplications in
+matrix products and convolutions with that of backpropagation.
 
 With --compile, the model and the loss are compiled as with the runner's option compile=true. Backpropagation is compiled, too. As
 in the runner, W and B share one gradient and one update if the rule gives both the same gradient.
@@ -93,7 +93,7 @@ def make_step(
 
 
 def make_written_out(rule: str, batch: int, device: torch.device = CPU) -> Callable[[], None]:
-    """A function that performs one step of bp, fa or dfa on the default MLP, without an optimizer or fa_bench."""
+    """A function that performs one step of bp, fa or dfa on the default MLP, without an optimizer or an attached rule."""
     torch.manual_seed(0)
     model = ARCHITECTURES["mlp"]().build(NETS["mlp"], 10).to(device)
     first, second, last = weighted_layers(model).values()

@@ -21,7 +21,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: The first commands that a user runs, each with a file that it must write, if any.
+#: Commands that a new user would run, each with a file that it must write, if any.
 COMMANDS: list[tuple[list[str], str | None]] = [
     (["fa-bench", "--version"], None),
     (["fa-bench", "algorithm=kp", "epochs=1"], "outputs/digits-mlp/kp-*/seed0/result.json"),
@@ -32,7 +32,7 @@ COMMANDS: list[tuple[list[str], str | None]] = [
 ]
 #: Files that must be in the wheel, in addition to the code.
 IN_WHEEL = ["fa_bench/conf/config.yaml", "fa_bench/py.typed", "fa_bench/report/published.yaml", "hydra_plugins/"]
-#: Files that must be in the sdist, so that a distribution can build and test from it.
+#: Files that must be in the sdist, so that packagers can build and test from it.
 IN_SDIST = ["conf/config.yaml", "tests/", "scripts/", "docs/", "CITATION.cff", "CHANGELOG.md", "LICENSE", "pyproject.toml"]
 
 
@@ -73,7 +73,8 @@ def use(installed: Path, empty: Path) -> None:
     """Run the commands in an empty folder with the code in `installed`, and check that they write the expected files.
 
     Raises:
-        SystemExit: if other code is imported, or a command fails or leaves no file.
+        SystemExit: if other code is imported, or a command is missing or does not write its file.
+        CalledProcessError: if a command fails.
     """
     empty.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}

@@ -39,7 +39,7 @@ def record(data_dir: str, rules_only: bool) -> dict[str, Any]:
     runs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for setting, overrides in SETTINGS.items():
-            for rule in ALGORITHMS:  # in separate runs, because some refuse a network
+            for rule in ALGORITHMS:  # in separate runs, because some rules do not support every net
                 out = Path(scratch, setting.replace(" ", "-"), rule)
                 _run([f"algorithm={rule}", *overrides, "epochs=2", f"output_dir={out}", *COMMON])
                 results = list(out.rglob("result.json"))

@@ -141,7 +141,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     def minutes(text: str) -> float:
         value = float(text)
         if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: a number above 0")
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
         return value
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

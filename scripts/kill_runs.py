@@ -4,8 +4,8 @@
 
 Every trial starts a command in an empty folder and kills it after a random time (with SIGKILL, SIGTERM or SIGINT). The same
 command is started again until it ends without being killed. The script compares the hashes of weights, feedback, optimizer state
-and batches, the lines of metrics.jsonl and angles.jsonl, the result without timings, and all points of the curves in
-TensorBoard's file. The exit code is 1 if there are any differences.
+and batches, the lines of metrics.jsonl and angles.jsonl, the rest of the result, and all points of the curves in TensorBoard's
+file, but not timings, memory and energy. The exit code is 1 if there are any differences.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def wait_for(pid: int, seconds: float) -> int | None:
 
 
 def records(folder: Path) -> dict[str, Any]:
-    """The records of all runs below a folder, without timings."""
+    """The records of all runs below a folder, without the keys in `MAY_DIFFER`."""
     runs: dict[str, Any] = {}
     for path in sorted(folder.rglob(RESULT)):
         run = path.parent
@@ -185,8 +185,8 @@ def run_trials(name: str, kills: int, rng: random.Random, bar: tqdm[Any]) -> dic
 def main() -> int:
     """Perform the trials of all chosen commands, and print a table of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="total number, spread over the commands")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and signals")
+    parser.add_argument("--kills", type=int, default=100, help="total number of kills, spread over the commands")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times and signals")
     parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     arguments = parser.parse_args()
     rng, names = random.Random(arguments.seed), arguments.only

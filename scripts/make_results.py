@@ -336,10 +336,11 @@ def collect(name: str, command: str, folders: list[Path], commits: bool = False)
         name: the name of the study.
         command: the command that produced the runs, as shown above the table.
         folders: the folders of runs or sweeps.
-        commits: accept runs of several commits, whose results were compared; all are then named above the table.
+        commits: accept runs of several commits, which are all named above the table. Compare the results of the commits first.
 
     Raises:
-        SystemExit: for runs of several commits (without `commits`), versions or numbers of threads, or with uncommitted changes.
+        SystemExit: if there are no runs, or if they are of several commits (without `commits`), versions or devices, or of code
+            with uncommitted changes.
     """
     results = [json.loads(path.read_text(encoding="utf-8")) for folder in folders for path in folder.rglob("seed*/result.json")]
     if not results:

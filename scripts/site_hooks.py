@@ -43,7 +43,7 @@ INDEX_OF_RULES = "rules/README.md"
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add functions, which YAML cannot express plainly, to the settings, and add the rules to the navigation."""
-    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")  # as on GitHub, so that anchors work in both
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")  # as on GitHub, so that anchors work there and on the site
     config.mdx_configs.setdefault("pymdownx.superfences", {})["custom_fences"] = [
         {"name": "math", "class": "math", "format": _format_math}
     ]

@@ -9,7 +9,8 @@ import torch
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen_modules():
-    """Exclude imported and collected objects from later garbage collections, because every run performs a full one."""
+    """Exclude all objects that exist before a module's tests from later garbage collections, because every run performs a full
+    collection."""
     gc.collect()
     gc.freeze()
 

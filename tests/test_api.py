@@ -1,4 +1,4 @@
-"""Tests of the command line as functions: their arguments, results and messages in a notebook."""
+"""Tests of the functions that correspond to the commands: their arguments, results and messages."""
 
 from __future__ import annotations
 

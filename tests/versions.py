@@ -15,7 +15,7 @@ def is_older(version: str, *first: int) -> bool:
     return tuple(int(part) for part in version.split(".")[: len(first)]) < first
 
 
-#: Compilation is refused, see `fa_bench.mechanisms.compiled.COMPILING_TORCH`.
+#: With older versions, compilation is refused; see `fa_bench.mechanisms.compiled.COMPILING_TORCH`.
 needs_compiler = pytest.mark.skipif(too_old_to_compile() != "", reason=too_old_to_compile())
 #: The function with which torch's checkpoints save their inputs has no forward-mode derivative.
 CHECKPOINTS_LACK_TANGENTS = is_older(torch.__version__, 2, 12)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Linear(NamedTuple):
     """A linear net y = W A x that learns the mapping y = T x by Forward Alignment with the matrix C.
 
-    The shapes are T (O, I), W (O, H), A (H, I), C (H, I) and Σ (I, I).
+    The shapes are T (O, I), W (O, H), A (H, I), C (H, I) and, for the covariance of the inputs, Σ (I, I).
     """
 
     teacher: np.ndarray
@@ -53,8 +53,8 @@ class ForwardAlignmentTheorem(Analysis):
 
     The net y = W A x learns the mapping y = T x. The error is E = T - W A, and the continuous dynamics are Ẇ = E Cᵀ and Ȧ = Wᵀ E.
     The theorem states that E → 0 as t → ∞ (misprinted in the paper as t → 0) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column
-    rank, and the input is white. The Lyapunov function of the proof is V = ‖E Cᵀ‖². Every case uses the same T, C and initial
-    values, except for the change that violates one of the conditions:
+    rank, and the input is white. The Lyapunov function of the proof is V = ‖E Cᵀ‖². For each seed, all cases use the same T, C
+    and initial values, except for a change that violates one of the conditions:
 
     - theorem: all conditions hold. W = M Cᵀ with a small random M, and A = ½ C Mᵀ M, so that k = 0 [derived].
 
@@ -69,8 +69,8 @@ class ForwardAlignmentTheorem(Analysis):
     - coloured: the covariance Σ of the input has eigenvalues from 1 to ``condition``, divided by their mean. The dynamics are Ẇ =
       E Σ Cᵀ and Ȧ = Wᵀ E Σ.
 
-    [derived] The proof needs only the symmetric part of k to be zero, and only this part is conserved. The symmetric part, sym(A
-    Cᵀ) - ½ Wᵀ W, is constant for every Σ, as adding the transposes to both sides of eq. 32 shows. The antisymmetric part is not
+    [derived] The proof needs only the symmetric part of k to be zero, and only this part is conserved. To see that the symmetric
+    part, sym(A Cᵀ) - ½ Wᵀ W, is constant for every Σ, add the transposes to both sides of eq. 32. The antisymmetric part is not
     constant in general, because eq. 33 holds only if WᵀẆ is symmetric. If W starts in the row space of Cᵀ, it stays there, so an
     error remains if the rank of C is lower than that of T.
 
@@ -94,7 +94,7 @@ class ForwardAlignmentTheorem(Analysis):
     lr: float = option(0.01, "η: the step of the discrete dynamics, in units of time", above=0)
     time: float = option(100.0, "duration of each run", above=0)
     records: int = option(100, "maximum number of rows per run, equally spaced in the logarithm of time", minimum=2)
-    seeds: int = option(5, "seeds of T, C, M and all other random numbers", minimum=1)
+    seeds: int = option(5, "number of seeds; T, C, M and all other random numbers depend on the seed", minimum=1)
 
     def check(self) -> None:
         if not self.outputs < self.inputs <= self.hidden:

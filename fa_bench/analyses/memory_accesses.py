@@ -35,7 +35,7 @@ class MemoryAccesses(Analysis):
     architectures: list[str] = option(
         ["asap_alexnet", "resnet18", "resnet34"], "NAME or NAME:OPTION=VALUE,..., in quotes within the list if it has commas"
     )
-    k: list[int] = option([2, 4], "layers that share an activation in asap", minimum=2)
+    k: list[int] = option([2, 4], "numbers of layers that share an activation in asap", minimum=2)
     batch: list[int] = option([1, 128], "batch sizes", minimum=1)
     input_shape: list[int] = option([3, 32, 32], "channels, height and width of an image", minimum=1)
     classes: int = option(10, "number of classes", minimum=2)

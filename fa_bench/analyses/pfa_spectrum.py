@@ -1,4 +1,4 @@
-"""The spectrum of B Bᵀ in product feedback alignment, and the angle between B Bᵀ W and W after the first step."""
+"""The spectrum of B Bᵀ in product feedback alignment, and the angle between B Bᵀ W and W."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class PFASpectrum(Analysis):
 
         μ(v) = √((λ₊ - v)(v - λ₋)) / (2π λ v) on [λ₋, λ₊], λ± = (1 ± √λ)²
 
-    The eigenvalues have mean 1 and standard deviation √λ; if λ > 1, a fraction 1 - 1/λ of them is zero [derived]. W is updated by
-    gᵀ x and R by Bᵀ gᵀ x, so B R becomes B Bᵀ W. If W (O, I) is independent of B, the angle between B Bᵀ W and W is arctan √λ
-    [derived: tr(B Bᵀ)/O is 1, and tr((B Bᵀ)²)/O is 1 + λ]. A new W is sampled for every B.
+    The eigenvalues have mean 1 and standard deviation √λ; if λ > 1, a fraction 1 - 1/λ of them is zero [derived]. With the error
+    g and the input x, the rule updates W by gᵀ x and R by Bᵀ gᵀ x, so B R approaches B Bᵀ W as the initial values decay. If W (O,
+    I) is independent of B, the angle between B Bᵀ W and W is arctan √λ [derived: tr(B Bᵀ)/O is 1, and tr((B Bᵀ)²)/O is 1 + λ]. A
+    new W is sampled for every B.
 
     The table is in long format. Each row contains the quantity, the ratio, λ, the middle of the bin (for the density only), the
-    measured mean and standard deviation, and the prediction. For eigenvalues, the mean and the standard deviation are taken over
-    all eigenvalues of all samples; for the angle, they are taken over all samples.
+    measured value, its standard deviation (for means only), and the prediction. Statistics of the eigenvalues are taken over all
+    eigenvalues of all samples, and those of the angle over all samples.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4)

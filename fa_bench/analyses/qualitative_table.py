@@ -51,9 +51,9 @@ PUBLISHED = {
 class QualitativeTable(Analysis):
     """Table 1 of Li and Benna 2024, with each mark measured on trained nets and compared with the published one.
 
-    The paper does not state how its marks were determined, so the procedures are ours. In the following, the feedback comprises
-    all feedback tensors and the effective feedback of all layers. The following properties are measured on each trained net and
-    averaged over seeds:
+    The paper does not state how its marks were determined, so the procedures are ours. Here, "feedback" means all feedback
+    tensors and the effective feedback of all layers, and its changes are maxima over these tensors. The following properties are
+    measured on each trained net and averaged over seeds:
 
     - no sign transport: the signs of all W are inverted between two updates. The mark is "yes" if the fraction of feedback values
       that change sign as a result is at most ``changed``.
@@ -81,7 +81,9 @@ class QualitativeTable(Analysis):
 
     size: ClassVar[tuple[float, float]] = (13, 4.5)
 
-    rules: list[str] = option(list(PUBLISHED), "rules including bp, NAME or NAME:OPTION=VALUE,... (in quotes within a list)")
+    rules: list[str] = option(
+        list(PUBLISHED), "rules, which must include bp; NAME or NAME:OPTION=VALUE,... (in quotes within a list)"
+    )
     architecture: str = option(
         "mlp:widths=[64,64],init=xavier_uniform", "net, NAME:OPTION=VALUE,...; two hidden layers, as in the paper on MNIST"
     )
@@ -89,31 +91,31 @@ class QualitativeTable(Analysis):
     data_dir: str = option("data", "folder of datasets")
     optimizer: str = option(
         "sgd:lr=0.05,momentum=0.9,weight_decay=0.003",
-        "optimizer of all rules; initial values need time to "
-        "decay: steps x lr x decay / (1 - momentum) = 2 leaves a factor of exp(-2)",
+        "optimizer of all rules; the initial values decay by a factor of exp(-steps x lr x weight_decay / (1 - momentum)), "
+        "which is about exp(-2) by default",
     )
     epochs: int = option(60, "epochs of training", minimum=1)
     batch_size: int = option(64, "batch size", minimum=1)
     seeds: int = option(2, "seeds, from 0", minimum=1)
     changed: float = option(
         1e-4,
-        "relative change, or fraction of values, that is ignored: above rounding (1e-7), far below "
-        "a transport (1) or a mirror step (0.01)",
+        "largest relative change, or fraction of values, that is ignored; it exceeds rounding errors (1e-7), but is far below "
+        "the effect of weight transport (1) or of a mirror step (0.01)",
         minimum=0,
     )
     aligned: float = option(
         25.0,
-        "degrees up to which two weights count as aligned: between pfa's arctan √0.1 = 17.5 and the 30 "
-        "of the signs of uniform weights",
+        "largest angle in degrees at which feedback and weight count as aligned; it lies between that of pfa, arctan √0.1 = "
+        "17.5, and that between uniform weights and their signs, 30",
         minimum=0,
         maximum=90,
     )
     apart: float = option(
-        78.0, "degrees from which direct synapses count as no more symmetric than the brain's", minimum=0, maximum=90
+        78.0, "degrees from which direct synapses count as no more symmetric than those of the brain", minimum=0, maximum=90
     )
     gap: float = option(
         1.3,
-        "points of test accuracy below bp that still count as BP-level: two standard errors of the "
+        "points of test accuracy below bp from which a rule is no longer BP-level; the default is two standard errors of the "
         "difference if two nets disagree on 3 % of 2 x 360 test images",
         minimum=0,
     )
@@ -282,7 +284,7 @@ def transport(rule: Rule) -> dict[str, float]:
 
 
 def direct_angles(parts: Parts) -> list[float]:
-    """Angles in degrees between the direct synapses and W, one for each hidden activation that has direct synapses."""
+    """The smallest angle in degrees between direct synapses and W, for each hidden activation that has direct synapses."""
     from fa_bench.mechanisms.weighted_layers import weighted_layers
     from fa_bench.metrics.angles import weight_angle
 

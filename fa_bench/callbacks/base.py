@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Callback(Options):
     """Base class of callbacks, registered in `fa_bench.registry.registries.CALLBACKS`; all methods are optional.
 
-    A callback may read and change every attribute of the trainer: ``trainer.rule``, its ``model``, ``optimizers``, ``splits``,
+    A callback may read and change every attribute of the trainer, such as ``rule``, ``model``, ``optimizers``, ``splits``,
     ``options`` and ``progress`` (finished epochs, steps, seconds). ``trainer.stop(reason)`` ends the run after the current epoch,
     with the status ``stopped``. An exception ends the run immediately, with the status ``failed``.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import ConfigError, OptionError, names
-from fa_bench.registry.kinds import VALUES
+from fa_bench.registry.kinds import CLASSES, TOKENS, VALUES
 from fa_bench.registry.registries import ARCHITECTURES, OBJECTIVES
 
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ def require_fit(run: RunOptions, components: Mapping[str, Any]) -> None:
     architecture, task = components["architecture"], (dataset.inputs, dataset.targets)
     if task not in architecture.tasks:
         allowed = [name for name, cls in ARCHITECTURES.items() if task in cls.tasks]
+        hint = "; whole numbers that are features must be stored as floats" if task == (TOKENS, CLASSES) else ""
         raise ConfigError(
             f"architecture={architecture.name} does not support dataset={dataset.name}, whose inputs are "
             f"{dataset.inputs} and whose targets are {dataset.targets} (allowed architectures: "
-            f"{names(allowed) or 'none'})"
+            f"{names(allowed) or 'none'}){hint}"
         )
     output, of_rule = objective.output, getattr(rule, "output", None)
     if output is not None and of_rule is not None and str(output) != str(of_rule):

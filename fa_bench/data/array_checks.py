@@ -11,8 +11,8 @@ import numpy as np
 
 from fa_bench.registry.kinds import CLASSES, FEATURES, IMAGES, NOUNS, POSITIONS, VALUES
 
-#: The tolerance for values that rounding has moved outside the range 0 to 1, and the maximum value below which 8 bits would leave
-#: at most four grey levels.
+#: Rounding may move values outside the range 0 to 1 by up to the first number. With 8 bits, images whose maximum is below the
+#: second number would have at most five grey levels.
 _ROUNDING, _ALMOST_BLACK = 1e-3, 4 / 255
 _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True and False"
 
@@ -26,8 +26,8 @@ def checked(
         arrays: these five arrays. Images are whole numbers from 0 to 255, floats from 0 to 1, or bool, (n, C, H, W) or (n, H, W);
             features are finite numbers, (n, F); tokens are whole numbers from 0 to the number of names - 1, (n, T). Labels are
             whole numbers from 0, which may be stored as floats or as (n, 1); values are finite numbers, (n,) or (n, O); positions
-            are labels for each token, (n, T), where negative ones do not count.
-        notes: a sentence on each conversion is appended to this list.
+            are labels for each token, (n, T), and may be negative for tokens that the objective ignores.
+        notes: a sentence is appended to this list for each conversion, and for labels that no training sample has.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
 
     Returns:
@@ -35,7 +35,7 @@ def checked(
         values float32 (n, O).
 
     Raises:
-        ValueError: if an array is invalid; the message names it, its value and the allowed values.
+        ValueError: if an array is invalid; the message names the array and the problem.
     """
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 5:
         raise ValueError(
@@ -159,7 +159,12 @@ def _tokens(given: Any, part: str, vocabulary: int) -> np.ndarray:
     tokens = _array(given, f"{part} tokens")
     if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype.kind not in "iu":
         raise ValueError(f"{part} tokens are {tokens.dtype} of shape {tokens.shape} (allowed: whole numbers (n, length))")
-    _in_vocabulary(tokens, part, vocabulary, 0)
+    wrong = np.argwhere((tokens < 0) | (tokens >= vocabulary))
+    if len(wrong):
+        row, column = wrong[0]
+        raise ValueError(
+            f"{part} sequence {row} has token {tokens[row, column]} at position {column} (allowed: 0 to {vocabulary - 1})"
+        )
     return np.ascontiguousarray(tokens.astype(np.int64))
 
 
@@ -169,17 +174,13 @@ def _positions(given: Any, part: str, vocabulary: int, shape: tuple[int, ...]) -
         raise ValueError(
             f"{part} targets are {targets.dtype} of shape {targets.shape}, not a whole number for each token {shape}"
         )
-    _in_vocabulary(targets, part, vocabulary, -np.inf)
-    return np.ascontiguousarray(targets.astype(np.int64))
-
-
-def _in_vocabulary(tokens: np.ndarray, part: str, vocabulary: int, low: float) -> None:
-    wrong = np.argwhere((tokens < low) | (tokens >= vocabulary))
+    wrong = np.argwhere(targets >= vocabulary)
     if len(wrong):
         row, column = wrong[0]
         raise ValueError(
-            f"{part} sequence {row} has token {tokens[row, column]} at position {column} (allowed: 0 to {vocabulary - 1})"
+            f"{part} sequence {row} has target {targets[row, column]} at position {column} (allowed: at most {vocabulary - 1})"
         )
+    return np.ascontiguousarray(targets.astype(np.int64))
 
 
 def _labels(given: Any, part: str, classes: int, noun: str) -> np.ndarray:

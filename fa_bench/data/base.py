@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from fa_bench.registry.kinds import CLASSES, IMAGES, NOUNS
 from fa_bench.registry.options import Options, option
 from fa_bench.utils.lazy import torch
 from fa_bench.utils.sampling import seed_for
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
@@ -88,8 +85,8 @@ class Dataset(Options):
 
     #: The kind of the inputs, as defined in `fa_bench.registry.kinds`.
     inputs: ClassVar[str] = IMAGES
-    #: The kind of the targets: class indices, or values (n, O) of O outputs. For values, the names of the outputs replace the
-    #: names of the classes.
+    #: The kind of the targets, as defined in `fa_bench.registry.kinds`. For values, the names of the outputs replace the names of
+    #: the classes.
     targets: ClassVar[str] = CLASSES
     #: Whether data_dir is the dataset itself, and therefore part of a run's identity.
     content_is_data_dir: ClassVar[bool] = False
@@ -197,9 +194,10 @@ class Dataset(Options):
         return dataclasses.replace(splits, train=train.subset(chosen))
 
     def hash_of(self, data_dir: Path) -> str:
-        """The `data_hash` that `load` would return, computed without keeping or decoding samples.
+        """The `data_hash` that `load` would return.
 
-        Image files that this process has read before are not read again unless they have changed.
+        Image files are hashed without decoding them, and files that this process has read before are not read again unless they
+        have changed.
 
         Raises:
             FaBenchError: see `load`.

@@ -226,8 +226,8 @@ def _interpolation(start: Tensor, length: Tensor, total: int, resized: int, part
     """Interpolation weights, (N, part, total), for resizing a range of pixels and cropping the result.
 
     The pixels from start to start + length, both (N,), are resized to `resized` pixels. The weights are those of `part` of these
-    pixels, starting with the pixel `first`. The filter is a triangle as wide as two pixels of the coarser grid. All other pixels
-    have zero weight.
+    pixels, starting with the pixel `first`. The filter is a triangle as wide as two pixels of the coarser grid. Pixels outside of
+    the range have zero weight.
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / resized

@@ -19,7 +19,7 @@ import numpy as np
 from fa_bench.data.crops import ResizedCrop
 from fa_bench.errors import DataError
 
-#: The EXIF tag for the orientation, and the Pillow transposition that turns an image with each orientation upright.
+#: The EXIF tag for the orientation, and for each orientation, the Pillow transposition that turns the image upright.
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -54,9 +54,9 @@ class Decoder:
     Attributes:
         channels: 3 for colour, 1 for greyscale.
         height, width: the height and width of the result.
-        resize: whether images of other sizes are resized; otherwise they are refused.
+        resize: whether images of other sizes are cropped to the right aspect ratio and resized; otherwise they are refused.
         background: grey level, 0 to 255, behind transparent pixels.
-        crop: read a random part of each image, or its centre, resized; None: the whole image.
+        crop: how to crop and resize each image; None: as specified by `resize`.
     """
 
     channels: int
@@ -110,8 +110,8 @@ class Decoder:
             if opened.format == "PNG" and "transparency" in opened.info:
                 if deep and opened.mode == "RGB":
                     raise DataError(
-                        f"{path}: colours of 16 bits, one of which is transparent, which Pillow cannot read; "
-                        "convert it to 8 bits, or to an alpha channel"
+                        f"{path}: 16-bit colours with one colour marked as transparent, which Pillow cannot read; "
+                        "convert it to 8 bits, or use an alpha channel"
                     )
                 if raw in _GREY_STEPS:
                     opened.info["transparency"] = min(255, opened.info["transparency"] * _GREY_STEPS[raw])

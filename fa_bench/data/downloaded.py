@@ -154,8 +154,8 @@ class FashionMNIST(MNIST):
 class CIFAR10(Downloaded):
     """CIFAR-10: 50,000 training and 10,000 test images (colour, 32x32) in 10 classes (Krizhevsky 2009).
 
-    Mean and std are those of the training images. Papers use other values. The PFA paper uses the mean [0.4914, 0.4821, 0.4465],
-    the ASAP paper uses the default std of `cifar100`, and the DKP paper uses 0.5 for both.
+    Mean and std are those of the training images. Three papers use other values: the PFA paper has the mean [0.4914, 0.4821,
+    0.4465], the ASAP paper has the default std of `cifar100`, and the DKP paper has 0.5 for both.
     """
 
     mean: list[float] = mean_option(0.4914, 0.4822, 0.4465)

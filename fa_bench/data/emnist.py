@@ -1,4 +1,4 @@
-"""Datasets in the format of MNIST: cursive Japanese characters, and handwritten letters."""
+"""Datasets in the format of MNIST: cursive Japanese characters, and handwritten letters and digits."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
     """Create a temporary folder in `data_dir` to download into, and show torchvision's progress bars only on a terminal.
 
     If another process is downloading the same dataset, this waits until that download ends, so the missing files may already
-        exist when the block starts.
+    exist when the block starts.
 
     Args:
         data_dir: created if it does not exist.
@@ -57,7 +57,7 @@ def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
         missing: the missing files and where they belong, as text.
 
     Raises:
-        DataError: if the block fails because there is no network or no space, or because of a wrong checksum, and within
+        DataError: if the block fails, for example without a network, on a full disk or for a wrong checksum; always within
             `downloads_refused`.
     """
     if _refuse_downloads:
@@ -87,7 +87,7 @@ def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
 
 
 def download(url: str, md5: str, path: Path) -> None:
-    """Download one file with a progress bar, within `fetching`.
+    """Download one file; call this function within `fetching`.
 
     Raises:
         OSError, HTTPException: if the server cannot be reached, refuses or stops responding.
@@ -109,8 +109,8 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     """Unpack the top-level folder `folder.name` of a zip archive as `folder`, which appears only when it is complete.
 
     Raises:
-        DataError: if the archive is damaged, or has members outside of the folder, links or devices, and within
-            `downloads_refused`; the message names it.
+        DataError: if the archive is damaged, unpacks to too much data, lacks the folder, or contains links, devices or members
+            that would be unpacked elsewhere; always within `downloads_refused`. The message names the archive.
     """
     if _refuse_downloads:
         raise DataError(f"{archive}: not unpacked yet, and a dry run writes nothing; unpack it, or start a run to do so")
@@ -149,9 +149,10 @@ def unpack_tar(archive: Path, folder: Path) -> None:
     """Unpack a tar archive, compressed or not, into `folder`; links and devices are refused even if the checksum is right.
 
     Raises:
-        DataError: if the archive has members outside of the folder, links or devices; the message names it.
-        OSError: if it cannot be read or its members cannot be written.
-        ValueError: if it is damaged.
+        DataError: if the archive has members outside of the folder, links or devices, or if this Python is too old to check them;
+            the message names the archive.
+        OSError: if the archive cannot be read or its members cannot be written.
+        ValueError: if the archive is damaged.
     """
     if not hasattr(tarfile, "data_filter"):
         raise DataError(

@@ -43,7 +43,8 @@ def workers_option(default: int) -> Any:
 class ImageFiles(CroppedDataset):
     """Base class of datasets with one file per image.
 
-    Datasets that fit in memory are decoded once and stay on the device; larger ones are streamed by worker processes.
+    Datasets of up to `memory_limit_gb` are decoded once and stay on the device; larger ones are streamed. With crop=resized,
+    datasets are always streamed, unless all of their images are known to have the same size.
     """
 
     memory_limit_gb: float = option(2.0, "largest decoded size, in units of 1e9 bytes, that is kept on the device", minimum=0)
@@ -299,8 +300,8 @@ def _collate(samples: list[tuple[Any, int]]) -> tuple[Any, Any]:
 
 
 def _read_all(read: Callable[[Path], Any], paths: list[Path], title: str) -> Iterator[Any]:
-    """Call `read` on every file in a thread pool, with a progress bar, and yield the results in order; the first error stops
-    it."""
+    """Call `read` on every file in a thread pool, with a progress bar, yield the results in order, and stop at the first
+    error."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor() as pool:

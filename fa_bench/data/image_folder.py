@@ -50,8 +50,8 @@ class ImageFolder(ImageFiles):
             )
         if len(present) > 1:
             raise DataError(
-                f"data_dir={data_dir}: contains {' and '.join(f'{name}/' for name in present)}, both of which name "
-                "the validation set; merge or rename them"
+                f"data_dir={data_dir}: contains {' and '.join(f'{name}/' for name in present)}, but only one folder "
+                "may contain the validation set; merge or rename them"
             )
         train, notes = data_dir / "train", skip_notes(data_dir, skipped)
         classes = [folder.name for folder in train_classes(train, Counter())]

@@ -34,8 +34,8 @@ EXTENSIONS = frozenset(
         ".avif",
     }
 )
-#: Names without a leading dot of folders that operating systems and network drives create for thumbnails, snapshots or deleted
-#: files.
+#: The names of folders that operating systems and network drives create, for example for thumbnails, snapshots or deleted files.
+#: Names with a leading dot are hidden anyway.
 _SYSTEM = re.compile(
     r"__macosx|__pycache__|\$recycle\.bin|(?-i:RECYCLER)|system volume information|found\.\d{3}|lost\+found|"
     r"network trash folder|temporary items|[@#]recycle|@eadir|@tmp|[#~]snapshot|@recently-snapshot",

@@ -36,9 +36,9 @@ class Npz(VectorDataset):
     Inputs are images, features or tokens. Images have the shape (n, C, H, W) or (n, H, W) and are 8-bit integers, bools, or
     floats from 0 to 1. Features are floats of shape (n, F). Tokens are integers of more than 8 bits, of shape (n, T).
 
-    Targets are classes, values or, for tokens, one class per position. Classes are whole numbers that start at 0, of shape (n,)
-    or (n, 1), and values are floats of shape (n,) or (n, O). Classes per position are whole numbers of shape (n, T); positions
-    labelled -100 are ignored.
+    Targets are classes, values (not for tokens) or, for tokens, one class per position. Classes are whole numbers that start at
+    0, of shape (n,) or (n, 1), and values are floats of shape (n,) or (n, O). Classes per position are whole numbers of shape (n,
+    T); positions labelled -100 are ignored.
 
     The types and shapes of x_train and y_train determine the kinds of inputs and targets, and the other arrays must match them.
     The vocabulary size is one more than the largest token in any array.
@@ -154,7 +154,7 @@ def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
     if the file's `state` has changed.
 
     Raises:
-        DataError: if an array is missing, or its kind cannot be determined from its type and shape.
+        DataError: if an array is missing, its type and shape do not determine its kind, or the targets of tokens are values.
     """
     where = f"dataset.path={printable(str(path))}"
     with zipfile.ZipFile(path) as archive:
@@ -177,6 +177,11 @@ def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
         raise DataError(
             f"{where}: x_train is {dtype} of shape {shape} (allowed: images (n, C, H, W) or (n, H, W); features, "
             "floats (n, F); tokens, whole numbers of more than 8 bits (n, T))"
+        )
+    if type_of_y.kind == "f" and inputs == TOKENS:
+        raise DataError(
+            f"{where}: x_train is {dtype} of shape {shape}, which are tokens, but y_train is {type_of_y}; values are "
+            "not allowed as targets of tokens (if x_train contains features, store them as floats)"
         )
     if type_of_y.kind == "f":
         targets = VALUES

@@ -29,7 +29,7 @@ class Splits:
 
     Attributes:
         train, validation, test: the splits; validation is None if nothing is held out.
-        classes: the names of the classes; for tokens, the vocabulary; for numbers, the names of the outputs.
+        classes: the names of the classes; for tokens, the vocabulary; for values, the names of the outputs.
         input_shape: the shape of one sample: (C, H, W), (F,) or (T,).
         data_hash: the hash of all inputs and targets as stored, before the validation split.
         notes: a printable sentence on each part of the source that is skipped or changed.

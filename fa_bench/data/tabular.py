@@ -127,7 +127,7 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
 
     Raises:
         DataError: if a column or row cannot be used; the message names it.
-        OptionError: if the target does not exist, or may be either a class or a number.
+        OptionError: if there is no such target, it does not fit `task`, or it may be either a class or a number.
     """
     import pandas as pd
 
@@ -146,7 +146,7 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
         listed = f"{names(unnamed[:_MANY])}{', ...' * (len(unnamed) > _MANY)}"
         raise DataError(
             f"{path}: {'columns' if len(unnamed) > 1 else 'column'} {listed} of {len(columns)} "
-            f"{'have' if len(unnamed) > 1 else 'has'} no name in the header, such as an index "
+            f"{'have' if len(unnamed) > 1 else 'has'} no name in the header, perhaps an index "
             "that pandas wrote; write the file with to_csv(..., index=False), or name the column if it is a feature"
         )
     target = columns[-1] if target is None else target

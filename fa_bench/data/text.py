@@ -87,7 +87,7 @@ class Text(Dataset):
                     f"={self.context}: the {name} part has only {len(tokens)} tokens; use a shorter context or a longer text",
                 )
             if self.unit == "characters" and (unknown := int((tokens == 0).sum())):
-                notes.append(f"{name} part: {unknown} characters that are not in the training part, as {UNKNOWN}")
+                notes.append(f"{name} part: {unknown} characters that are not in the training part, read as {UNKNOWN}")
         return Splits(
             splits["train"],
             splits["validation"] if self.validation else None,
@@ -159,7 +159,7 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, or of all .txt files in a folder and its subfolders, in the order of their names.
 
     Raises:
-        DataError: if a file is missing, empty or not UTF-8; the message names it.
+        DataError: if a file is missing or not UTF-8, or if there is no text; the message names the file or folder.
     """
     if path.is_dir():
         files = sorted(filter(Path.is_file, path.rglob("*.txt")), key=lambda file: file.relative_to(path).as_posix())
@@ -191,7 +191,7 @@ def require_tokenizers() -> None:
 
 
 def _byte_pairs(text: str, size: int) -> Encoding:
-    """Learn a byte-level byte-pair encoding from a text; the same text always gives the same encoding."""
+    """Learn a byte-level byte-pair encoding from a text; the same text always yields the same encoding."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -41,13 +41,13 @@ def workspace(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Remove the folder; raises a DataError for a link, a file, or a folder that fa-bench did not create."""
+    """Remove the folder; raises a DataError for a link, a file, or a folder with contents that fa-bench did not create."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise DataError(f"{path}: not a folder, but fa-bench downloads and unpacks there; remove or rename it")
     if path.exists():
         if not (path / _MARK).exists() and any(path.iterdir()):
             raise DataError(f"{path}: contains other files, but fa-bench downloads and unpacks there; remove or rename it")
-        for entry in path.iterdir():  # the mark is removed last, so that a killed removal leaves a marked folder
+        for entry in path.iterdir():  # the mark is removed last, so that an interrupted removal leaves a marked folder
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif entry.name != _MARK:

@@ -34,7 +34,7 @@ class Logger(Options):
         the run has finished...
     """
 
-    #: The keys in which the runs of the sweep differ, each with whether its values are numbers. The mapping is set before `open`
+    #: Maps each key in which the runs of the sweep differ to whether all its values are numbers. The mapping is set before `open`
     #: is called, and is empty for a single run.
     swept: Mapping[str, bool] = dataclasses.field(init=False, default_factory=dict)
 

@@ -30,8 +30,9 @@ class Handle:
         owner: the object.
 
     Attributes:
-        key: the name. Graphs contain it, so a graph compiled for one owner is never run for another. It is the smallest unused
-            number, so repeating a run gives identical graphs, which compilers find in their cache.
+        key: the name. Graphs contain it, so a graph compiled for one owner is not run for another that exists at the same time.
+            The key is the smallest unused number, so repeating a run produces identical graphs, which compilers find in their
+            cache.
     """
 
     def __init__(self, owner: Any) -> None:

@@ -46,7 +46,7 @@ class Coverage:
         local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn from
             their local gradient and need no feedback.
         notes: additional notes on the rule in this model.
-        transport: where errors that the rule itself defines pass through weights: ``within blocks``, ``after 'norm'``.
+        transport: where errors that the rule itself defines pass through weights, such as ``within blocks`` or ``after 'norm'``.
     """
 
     rule: str
@@ -127,7 +127,7 @@ def not_coverable(model: Any) -> str:
 
 
 def computed_weights(model: Any) -> str:
-    """A sentence that names the layers whose weight is computed from other parameters, or an empty string if there are no such
+    """A clause that names the layers whose weight is computed from other parameters, or an empty string if there are no such
     layers."""
     paths = [
         path

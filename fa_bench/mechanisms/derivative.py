@@ -114,8 +114,8 @@ class Dual:
 
         Args:
             model: the model, in its rule's ``exact`` context.
-            sample: one input batch, as for `attach`; None: functions are looked for in the first training pass
-                that is not compiled.
+            sample: one input batch, as for `attach`; None: functions are looked for only in the first training pass that is not
+                compiled.
 
         Raises:
             CoverageError: if the model calls nonlinear functions outside of modules.
@@ -247,7 +247,8 @@ def _functions(model: nn.Module, modules: Iterable[nn.Module], sample: Any) -> l
     inputs: list[Any] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs[:] = (tensor.grad_fn for tensor in tensors_in((args, kwargs)))  # before it is changed in place
+        # The nodes are stored now, because the module may change its input in place.
+        inputs[:] = (tensor.grad_fn for tensor in tensors_in((args, kwargs)))
 
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
         inside.update(nodes_from([output.grad_fn], inputs))

@@ -15,7 +15,7 @@ def init_option(tensor: str, default: str | None = "xavier_uniform", can_copy: b
     """The option for the initialiser of a feedback tensor.
 
     Args:
-        tensor: the tensor, as the help calls it.
+        tensor: what the help text calls the tensor.
         default: the default initialiser.
         can_copy: whether the tensor may be a copy of the weight.
         continuous: whether its entries must have a continuous distribution (or be zero).

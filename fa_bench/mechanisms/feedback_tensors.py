@@ -1,4 +1,4 @@
-"""Access to the feedback tensors of a module by name; only this file knows where a module stores them.
+"""Access to the feedback tensors of a module by name.
 
 The tensor `B` of a module is its buffer ``feedback_B`` if it is fixed and its parameter ``feedback_B`` if it is learned.
 Therefore, ``state_dict``, ``.to()``, memory formats and deepcopy treat the tensor like a weight. If the tensor is learned,
@@ -35,9 +35,9 @@ def feedback_tensor(module: torch_nn.Module, name: str) -> Any:
 
 
 def fixed_tensor_reader(name: str) -> Any:
-    """A function that returns the fixed feedback tensor `name` of a given module.
+    """A method for pathway classes that returns the fixed feedback tensor `name` of a layer.
 
-    Code that runs at every step uses such a reader, which costs only one dictionary look-up, whereas ``module.feedback_B`` costs
+    Code that runs at every step uses such a method, which costs only one dictionary look-up, whereas ``layer.feedback_B`` costs
     as much as launching a small matrix product.
     """
     key = PREFIX + name

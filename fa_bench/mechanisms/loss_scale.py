@@ -39,7 +39,8 @@ _MEAN = 1
 def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None = None) -> bool:
     """Whether `loss` is the unscaled mean of one of torch's losses over all samples, judging by its autograd graph.
 
-    The result is False if the objective is not the plain cross-entropy, because torch's losses may differ from it by a factor.
+    The result is False if the objective is not the plain cross-entropy, because torch's losses may differ from other objectives
+    by a factor.
 
     Args:
         loss: the loss.
@@ -129,11 +130,11 @@ def measured_scale(
         rule: the rule's name, for the error message.
         delta: δ, the gradient of the loss at the logits, in their shape.
         logits: (N, C), or with positions (N, T, C), (N, C, H, W) or (N, C, D, H, W).
-        target: the labels (N,) or (N, P...); None: the class with the lowest δ of each sample or position, which for a
-            cross-entropy is the only negative δ.
-        last: the previous result, returned if δ is zero because every label has probability 1.
+        target: the labels (N,) or (N, P...); None: for each sample or position, the class with the lowest δ. For a cross-entropy,
+            only the δ of the label is negative.
+        last: the previous result, returned if the gradient of the objective is zero, as when every label has probability 1.
         objective: the objective of the training; None: the mean cross-entropy.
-        mend: a remedy for the error message, if δ is something else.
+        mend: a remedy, for the error message if δ is not such a multiple.
 
     Raises:
         ValueError: if δ is not a multiple of that gradient, or if the labels do not fit the logits.

@@ -113,7 +113,7 @@ class Rule(Options):
             sample_input: one input batch (N, ...), or a tuple or dictionary of several arguments; for rules that depend on the
                 order of the layers.
             initial_phase: whether to run the rule's initial phase now; otherwise, the caller runs the method `initial_phase`.
-            objective: the objective that the model is trained with, for rules that use the labels, or its name; None:
+            objective: the objective that the model is trained with, or its name, for rules that use the labels; None:
                 cross-entropy.
 
         Raises:
@@ -350,10 +350,10 @@ class Rule(Options):
         Args:
             loss: the scalar loss, possibly scaled.
             logits: the output of the model from which the loss was computed, (N, C), or (N, T, C) or (N, C, H, W) if it has
-                positions; for cut rules.
+                positions; some edge rules need it to infer the scale of the loss.
             target: the labels, (N,), or one for each position; for rules that compute their errors from labels.
-            loss_scale: the factor by which gradient accumulation or a gradient scaler has scaled the loss; None: rules that
-                compute their errors from the labels infer it, if the loss is the objective's mean times a number.
+            loss_scale: the factor by which gradient accumulation or a gradient scaler has scaled the loss; None: rules that need
+                it infer it, if the loss is the objective's mean times a number.
             indices: the indices of the batch's samples in the training set, integers (N,) from 0, which must be the same in every
                 epoch; for rules with `needs_indices`.
 
@@ -367,7 +367,7 @@ class Rule(Options):
             return
         self._check_structure()
         if target is not None and not target.is_floating_point():
-            target = target.long()  # of any integer type
+            target = target.long()  # labels may have any integer type
         if self.needs_indices:
             with self.of_samples(indices):
                 self.deliver(loss, logits, target, loss_scale)
@@ -475,8 +475,8 @@ class Rule(Options):
         return [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
 
     def matrices(self) -> dict[str, list[Tensor]]:
-        """A mapping from each layer or cut to its weight and its learned feedback with two or more dimensions, with the model's
-        layers first."""
+        """A mapping from each layer or cut to its weight and to those of its learned tensors that have at least two dimensions.
+        The model's layers come first."""
         from fa_bench.mechanisms.weighted_layers import weight_parameter, weighted_layers
 
         weights = {path: weight_parameter(layer) for path, layer in weighted_layers(self.model).items()}
@@ -530,8 +530,8 @@ class Rule(Options):
         return {}
 
     def readouts(self) -> dict[str, Tensor]:
-        """The direct feedback B (C, features) of each cut, detached, for which a Bᵀ estimates the logits from the cut's
-        activation a."""
+        """The direct feedback B (C, features) of each cut, detached. With the cut's activation a, the product a Bᵀ estimates the
+        logits."""
         return {}
 
     def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -558,7 +558,8 @@ class Rule(Options):
             return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
 
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory | None:
-        """The tensors of the plain model that a training step of the rule keeps in memory, or None if it does not define them."""
+        """The tensors of the plain model that a training step of the rule keeps in memory, or None if the rule does not define
+        them."""
         return None
 
     # -------------------------------------------------------------------------------------------- structure

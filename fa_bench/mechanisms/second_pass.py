@@ -85,9 +85,9 @@ class FirstPass:
         for path, of_module, key, parameter, _ in self._weights:
             if of_module.get(key) is not parameter:
                 raise StateError(
-                    f"rule '{self.rule}' runs the model again in the backward pass, but '{_name(path, key)}' was another tensor "
-                    "in the forward pass (torch.func.functional_call, or replaced since): copy the values into the model's own "
-                    "parameters, then call the model"
+                    f"rule '{self.rule}' runs the model again in the backward pass, but '{_name(path, key)}' was a different "
+                    "tensor in the forward pass: copy new values into the model's own parameters before calling the model, "
+                    "instead of replacing parameters or using torch.func.functional_call"
                 )
 
     @contextmanager
@@ -130,11 +130,11 @@ class FirstPass:
 
 
 class EarlierBuffers:
-    """The values, from before a pass, of the buffers that the pass updates. The object must be created when the pass starts.
+    """The values that buffers had before a pass that updates them. The object must be created when the pass starts.
 
     Args:
         model: the model.
-        trains: whether something in it is in training mode.
+        trains: whether any of its modules is in training mode.
     """
 
     def __init__(self, model: nn.Module, trains: bool) -> None:
@@ -149,8 +149,8 @@ class EarlierBuffers:
     def values(self) -> list[tuple[Place, Tensor]]:
         """The buffers that the pass updated or replaced, with their earlier values; called after the pass.
 
-        A buffer is copied only if previous passes updated it. If an uncopied buffer was changed in place nevertheless, its
-        current value is returned.
+        Unless this is the model's first pass, only the buffers that previous passes updated are copied. If another buffer was
+        changed in place nevertheless, its current value is returned.
         """
         if self._values is None:
             updated = [
@@ -188,8 +188,8 @@ def repeated(
         mode: `Rule.mode`.
         first: the pass that is repeated.
         args: replaces the positional arguments.
-        inputs, outputs: module's path -> change of the tensor at the module's input, or output. A change that keeps the tensor
-            for later must keep its `value_of`.
+        inputs, outputs: module's path -> change of the tensor at the module's input, or output. A change that stores the tensor
+            for later must store its `value_of`.
         precise: whether autocast is off.
     """
     handles = []
@@ -239,10 +239,11 @@ def _at_output(change: Change) -> Any:
 
 
 class Draws:
-    """The random tensors of an attached rule, which are new for every update; each depends only on the seed, the number of the
-    update and a name.
+    """The random tensors of an attached rule, which are new for every update. Each depends on the seed, the number of the update
+    and a name.
 
-    Processes of a data-parallel run have different samples, and therefore draw different noise for them.
+    Data-parallel processes have different samples. Therefore, their random tensors also depend on the rank, unless a tensor is
+    requested as shared.
 
     Args:
         seed: seed of the rule.
@@ -255,7 +256,8 @@ class Draws:
         self.seed, self.number = seed, 0
 
     def generator(self, name: str, device: torch.device, is_shared: bool = False) -> torch.Generator:
-        """A generator whose seed depends on the rule's seed, the number of the update and the name.
+        """A generator whose seed depends on the rule's seed, the number of the update, the name and, unless it is shared, the
+        rank.
 
         Args:
             name: a name, for example that of a cut.

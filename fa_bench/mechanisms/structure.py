@@ -49,13 +49,13 @@ class Structure:
         self._children = [(module._modules, list(module._modules.values())) for module in self._known if module._modules]
 
     def check(self, allow_new: bool) -> None:
-        """Raise an error if the model's layers have changed since `attach`.
+        """Raise an error if the model's layers, or the parameters that the rule froze, have changed since `attach`.
 
         Args:
             allow_new: whether modules with weights may have been added.
 
         Raises:
-            CoverageError: in this case; the message names the change and a remedy.
+            CoverageError: in this case; the message names the change and the remedy.
         """
         for children, known in self._children:
             if list(children.values()) != known:
@@ -99,7 +99,7 @@ class Structure:
             module.__dict__.pop(PART_ATTRIBUTE, None)
 
     def current_parameters(self) -> list[Any]:
-        """The model's current frozen parameters; under a reparametrization, these are the parameters from which they are
+        """The frozen parameters that the model has now or, under pruning or a parametrization, the parameters from which they are
         computed."""
         return [parameter for _, module, key in self._frozen for parameter in _underlying(module, key)]
 

@@ -27,11 +27,12 @@ def attach(
     """Attach a learning rule to a model, in place.
 
     Args:
-        model: any module; its Linear, Conv and ConvTranspose layers are covered. Move it to its device first, so that the
-            optimizer gets the final feedback tensors.
+        model: any module; its linear, convolutional, attention, recurrent and bilinear layers are covered. Move the model to its
+            device first, so that the optimizer gets the final feedback tensors.
         rule: a rule's name, such as ``"kp"``, or a rule object that is not attached yet.
         seed: seed of the feedback tensors, which are sampled from (seed, layer, name); the global random state is not touched.
-        sample_input: one input batch (N, ...); needed by rules that cut the graph, unless the first layer is fully connected.
+        sample_input: one input batch (N, ...); needed by rules that depend on the order of the layers, such as those that cut the
+            graph, unless the first layer is fully connected.
         objective: the objective that the model is trained with, for rules that compute errors or local losses from the labels: a
             name, such as ``"mse"``, or an objective with options.
         **options: the rule's options, if `rule` is a name.

@@ -64,7 +64,7 @@ def output_tangent(
 
 
 def check_tangents(rule: CutRule, method: str, cuts: Mapping[str, nn.Module], sample: Any) -> None:
-    """Compute one tangent for a sample in evaluation mode, to check while a rule is being attached that tangents can be computed.
+    """Check, while a rule is being attached, that tangents can be computed, by computing one for a sample in evaluation mode.
 
     Args:
         rule: the rule, after `CutRule.wire`.

@@ -36,7 +36,8 @@ class Trace:
         outputs: weighted layers that feed the output for the loss, or that feed another output and no other layer.
         reached: weighted layers whose input depends on a parameter, so that an error has to pass through them.
         consumer: layer -> the first executed layer whose input is its activation; absent for output layers.
-        inputs: weighted layers grouped by their input, in the order of execution; those whose input is the image come first.
+        inputs: weighted layers grouped by their input, in the order of execution. All layers whose input depends on no parameter
+            form one group.
         calls: how often each watched module ran.
         feeds: watched module -> weighted layers that feed its output.
         feeds_alone: watched module, in the order of execution -> `feeds` as it would be if no other module were watched.

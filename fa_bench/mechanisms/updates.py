@@ -159,7 +159,7 @@ class LearnedTensor:
         self._known, self._trained, self._fault = self.tensor, True, ""
 
     def on_optimizer_step(self, groups: dict[int, dict[str, Any]]) -> None:
-        """Called after a step of an optimizer, which may train this tensor.
+        """Called after a step of an optimizer, whether or not it trains this tensor.
 
         Args:
             groups: id of each tensor that the optimizer trains -> its parameter group.

@@ -60,7 +60,7 @@ class Uses:
     """The ways in which a forward pass used parameters.
 
     Attributes:
-        outside: weighted layer -> the function that used its weight outside the layer, and its module.
+        outside: weighted layer -> the function that used its weight outside the layer, and the module in which it was called.
         local: ids of the parameters that were only added, concatenated or looked up: no error passes through them.
         seen: ids of all parameters that the output depends on.
     """

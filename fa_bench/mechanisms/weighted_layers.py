@@ -49,8 +49,8 @@ class Mode:
 def is_weighted(module: nn.Module) -> TypeGuard[WeightedLayer]:
     """Whether the module is a layer that can have feedback, or one that already has it."""
     plain = _plain_class(type(module))
-    # Only attention modules have a layer of this class, which they call only if they are compound modules. Compound modules give
-    # their layers this attribute.
+    # Only attention modules have a layer of this class, which they call only if they are compound modules. The layers of compound
+    # modules have the attribute `batch_axis`.
     is_used = plain is not nn.modules.linear.NonDynamicallyQuantizableLinear or "batch_axis" in module.__dict__
     if plain not in WEIGHTED or not is_used or "forward" in module.__dict__:
         return False  # this module's forward method was replaced and may use the weight in any way

@@ -1,4 +1,4 @@
-"""Thresholds for the values of metrics and probes, which reports check."""
+"""Thresholds against which reports check the values of metrics and probes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Alarm(NamedTuple):
     Attributes:
         threshold: the threshold in the quantity's unit.
         above: whether values above the threshold are reported, rather than those below it.
-        meaning: a sentence about the meaning of such a value and the source of the threshold.
+        meaning: what a value beyond the threshold means, in one sentence, which may name the source of the threshold.
     """
 
     threshold: float

@@ -45,12 +45,12 @@ class Cost:
     """The cost of one training step.
 
     Attributes:
-        forward, backward, feedback: multiplications (each with its addition) in matrix products and convolutions: in the forward
-            pass, which includes the loss; in the backward pass; and for learning the feedback, during the backward pass or after
-            it.
+        forward, backward, feedback: multiplications (each with its addition) in matrix products and convolutions. They are
+            counted separately for the forward pass (including the loss), for the backward pass, and for learning the feedback,
+            during the backward pass or after it.
         optimizer: multiplications of the optimizer, if it was counted; most optimizers have none.
-        bytes_moved: bytes of the inputs and outputs of all operations, as if none were fused and nothing stayed in a cache;
-            including the optimizer, if it was counted.
+        bytes_moved: bytes of the inputs and outputs of all operations, as if none were fused and nothing stayed in a cache. The
+            optimizer's bytes are included if it was counted.
         peak_memory: the largest number of bytes that tensors occupy at any time: parameters, buffers, feedback, states of the
             optimizer, the batch, activations and gradients; excluding memory that a single operation allocates temporarily.
     """
@@ -154,9 +154,8 @@ def _size(tensor: Tensor) -> int:
 def counting() -> Iterator[Counter]:
     """A context manager that counts the operations in its body.
 
-    Recurrent modules run as the individual operations of their cells, not as one opaque kernel. Tensors are freed as soon as the
-    last reference to them is gone. The garbage collector is disabled, because its timing would make the count depend on earlier
-    code.
+    Recurrent modules run as the individual operations of their cells, not as one opaque kernel. The garbage collector is
+    disabled, because its timing would make the count depend on earlier code.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -178,9 +177,9 @@ def multiplications(step: Callable[[], None]) -> int:
 def at_batch(counts: Sequence[int], batch: int) -> int:
     """The count for a batch of `batch` samples, extrapolated from the counts for 2, 3 and 4 samples.
 
-    The result is exact if the count is a polynomial of degree at most two in the batch size. Products that involve the batch grow
-    linearly with its size, similarities between samples grow quadratically, and learning from noise that the rule generates has a
-    constant cost.
+    The result is exact if the count is a polynomial of degree at most two in the batch size. The cost of products that involve
+    the batch is linear in its size, that of similarities between samples is quadratic, and that of learning from noise that the
+    rule generates is constant.
     """
     two, three, four = counts
     beyond = batch - _BATCHES[0]

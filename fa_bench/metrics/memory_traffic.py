@@ -42,7 +42,7 @@ class Memory:
     relus: int = 0
 
     def accesses(self, batch: int, strict: bool = False) -> tuple[int, int]:
-        """The (reads, writes) of one step, which are 2P + A b and P + A b.
+        """The (reads, writes) of one step with a batch of b samples, which are 2P + A b and P + A b.
 
         The forward pass reads P and writes A b (eq 48), and the backward pass reads P + A b and writes P (eq 49), so the total is
         3P + 2 A b. If `strict` is set, the counts include accesses that the paper omits: reading B, writing the learned part of
@@ -64,16 +64,16 @@ def memories(
     The counts are obtained from a forward pass of one sample on the model's device. On the device ``meta``, this forward pass is
     cheap.
 
-    Backpropagation keeps the output of every layer, which is counted once. In this count, the output of a weighted layer means
-    the activation after normalisation, nonlinearity, addition and max-pooling, that is, the input of the next layers. Average
-    pooling counts as a layer that keeps its input. The logits are also counted, but the input of the model is not. A rule keeps
-    the logits and the inputs that its `step_memory` lists.
+    Backpropagation keeps the output of every layer, and each output is counted once. The output of a weighted layer is here the
+    activation after normalisation, nonlinearity, addition and max-pooling, that is, the input of the next layers. Average pooling
+    counts as a layer that keeps its input. The logits are also counted, but the input of the model is not. A rule keeps the
+    logits and the inputs that its `step_memory` lists.
 
     Args:
         model: a plain model.
         input_shape: shape of one input, without the batch.
         rule: a rule that is not attached.
-        inputs: their kind (`fa_bench.registry.kinds`).
+        inputs: the kind of the inputs (`fa_bench.registry.kinds`).
 
     Raises:
         CoverageError: if the rule cannot be attached to the model.

@@ -66,7 +66,7 @@ class AlignmentMeter:
     @property
     def feedback_layers(self) -> list[str]:
         """Layers whose feedback propagates an error, that is, all layers (including projection shortcuts) except those whose
-        input is the image."""
+        input does not depend on any parameter, such as the first layer."""
         return self.trace.reached
 
     @property
@@ -170,7 +170,7 @@ class Passes:
 
     @functools.cached_property
     def one_step(self) -> dict[Point, Tensor]:
-        """The errors at the points that exact backpropagation computes from the rule's errors one layer above."""
+        """The error that exact backpropagation computes at each point from the rule's errors one layer above."""
         _, delivered = self.exact, self.delivered
         errors = {
             point: self._one_step_at_input(point[0])
@@ -330,7 +330,7 @@ def measured_output(rule: Rule, result: Any) -> Tensor:
     """The output from which an attached model's loss is computed, selected from the result of a forward pass.
 
     Raises:
-        CoverageError: if there are several, and neither the rule nor its objective names one.
+        CoverageError: if there are several outputs, and neither the rule nor its objective names one.
     """
     if not isinstance(result, Tensor):
         _require_one(rule, named_results(result))
@@ -346,9 +346,9 @@ def _require_one(rule: Rule, results: Collection[str]) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value != defaults[name])
     raise CoverageError(
-        f"rule '{rule.name}' is measured by the loss of one output, but this model returns {names(results)}: attach the rule "
-        f"with the one that is trained, for example objective={kind.__name__}({given}), with {kind.__name__} from "
-        f"{kind.__module__}"
+        f"rule '{rule.name}' is measured by the loss of one output, but this model returns {names(results)}: name the "
+        f"output that is trained when you attach the rule, for example objective={kind.__name__}({given}), with "
+        f"{kind.__name__} from {kind.__module__}"
     )
 
 
@@ -357,7 +357,7 @@ def measurement_mode(rule: Rule) -> Iterator[None]:
     """A context manager for passes without side effects. The model is in training mode and uses the batch's statistics, but
     dropout is off and no new random tensors are sampled.
 
-    Gradients are None within the context. Afterwards, gradients, modes of modules and running statistics are restored.
+    Gradients are None at the start of the context. Afterwards, gradients, modes of modules and running statistics are restored.
     """
     model = rule.model
     with (

@@ -22,9 +22,9 @@ class ASAPAlexNet(Architecture):
     (appendix C and published code of Woo et al. 2021).
 
     The convolutions have 64, 128 and 256 channels, 5x5 kernels and padding 2. Batch normalisation and ReLU follow every hidden
-    layer, and the logits are also batch-normalised. Pooling rounds up, so 28x28 and 32x32 images both give 256 x 4 x 4 features.
-    The network is that of the published code; the text of the paper gives 3x3 kernels, which are inconsistent with its 4096
-    features.
+    layer, and the logits are also batch-normalised. Pooling rounds up, so 28x28 and 32x32 images both lead to 256 x 4 x 4
+    features. The network is that of the published code; the text of the paper states 3x3 kernels, which are inconsistent with its
+    4096 features.
     """
 
     width: int = option(64, "channels of the first convolution; the others have two and four times as many", minimum=1)

@@ -23,9 +23,8 @@ class Conv2(Architecture):
 
     The layers are conv1 - bn1 - act1 - conv2 - bn2 - act2 - pool - fc1 - bn3 - act3 - fc2 (Table 3 of the DKP paper).
 
-    The convolutions have 3x3 kernels and stride 1, and the max-pooling window is 2x2. To obtain the paper's 6272 features (32 x
-    14 x 14), ``padding=null`` selects padding 1 for 28x28 images and padding 0 for 32x32 images. For all other sizes,
-    ``padding=null`` selects padding 1.
+    The convolutions have 3x3 kernels and stride 1, and the max-pooling window is 2x2. ``padding=null`` selects padding 0 for
+    32x32 images and padding 1 for all others, so 28x28 and 32x32 images both lead to the paper's 6272 features (32 x 14 x 14).
     """
 
     channels: int = option(32, "channels of both convolutions", minimum=1)

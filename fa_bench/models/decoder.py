@@ -29,9 +29,10 @@ class Decoder(TransformerArchitecture):
     differ from those of Launay et al.: in their code, the embedding and the head are initialised uniformly, and all blocks start
     with the same weights.
 
-    Token embeddings and learned positions are initialised from N(0, 0.02²), as in GPT-2. If positions are sinusoidal, token
-    embeddings are initialised from N(0, 1) (Vaswani et al. 2017, section 3.5). `init` and `linear_init` apply to all linear
-    layers, including q, k, v and out in the attention. The embedding and the head do not share weights.
+    Learned positions and the token embeddings that they are added to are initialised from N(0, 0.02²), as in GPT-2. With
+    sinusoidal positions, token embeddings are initialised from N(0, 1) (Vaswani et al. 2017, section 3.5). `init` and
+    `linear_init` apply to all linear layers, including q, k, v and out in the attention. The embedding and the head do not share
+    weights.
 
     The modules of a block are attn (with q, k, v, out), norm1, fc1, act, fc2, norm2. With ``norm=post``, the paper's cuts are
     ``[*.norm1,*.act,*.norm2]`` ("micro") and ``[*.norm2]`` ("macro"). The model declares the outputs of embed, q, k, v and act as

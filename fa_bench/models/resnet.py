@@ -88,12 +88,12 @@ class ResNet18(StagedArchitecture):
 
     The stem has stride 1, padding 1 and no pooling. Blocks have two 3x3 convolutions, and their shortcuts are 1x1 convolutions
     with batch normalisation where the shape changes. Global average pooling precedes the linear layer, and the logits are
-    batch-normalised. ``shortcuts=false`` removes all shortcuts, as in the paper's "nsc" networks. Convolutions have no bias, as
+    batch-normalised. Without shortcuts, the networks are the paper's "nsc" networks. Convolutions have no bias, as
     in the paper's networks for backpropagation; in its networks for the other rules, they have one, but the normalisation cancels
     it.
     """
 
-    shortcuts: bool = option(True, "add shortcuts to the blocks' convolutions")
+    shortcuts: bool = option(True, "add a shortcut around the convolutions of each block")
     output_norm: bool = option(True, "batch normalisation of the logits, as in all nets of the paper")
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:

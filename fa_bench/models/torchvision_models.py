@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("torchvision")
 @dataclasses.dataclass(eq=False)
 class Torchvision(Architecture):
-    """Any classification model of torchvision, selected by name, such as architecture.model=resnet18.
+    """Any classification model of torchvision, selected by its name, for example architecture.model=resnet18.
 
     The model has random weights, `classes` outputs and no auxiliary heads.
 

@@ -28,8 +28,8 @@ CONVOLUTIONS = {
 class VGG(Architecture):
     """VGG-5, VGG-7 and VGG-9 from the predictive-coding papers, and VGG-16 with one linear layer.
 
-    The networks have 3x3 convolutions with bias, activations, max-pooling by 2, and one linear layer; `depth` counts the layers
-    with weights.
+    The networks have 3x3 convolutions with bias, activations, max-pooling by 2, and one linear layer. `depth` is the number of
+    layers with weights, except that the network of depth 16 has 14 of them, as explained below.
 
     The networks of depth 5, 7 and 9 have 128 to 512 channels and GELU, as in the published code of ePC (Goemaere et al. 2025,
     arXiv 2505.20137). The code of the PCX benchmark (Pinchetti et al. 2025, arXiv 2407.01163) has the same VGG-5 and VGG-7. The
@@ -41,7 +41,7 @@ class VGG(Architecture):
     every activation. A single linear layer and batch normalisation are common practice for CIFAR but are not in the paper.
     """
 
-    depth: int = option(5, "number of layers with weights: 5, 7, 9 or 16")
+    depth: int = option(5, "the number in the name of the network: 5, 7, 9 or 16")
     width: int | None = option(None, "channels of the first convolution; null: 128 (64 for depth 16)", minimum=1)
     activation: str | None = option(None, "activation function; null: gelu (relu for depth 16)", choices=list(ACTIVATIONS))
     batch_norm: bool = option(False, "batch normalisation before every activation")

@@ -49,7 +49,9 @@ class Objective(Options):
         return False
 
     output: str | int | None = option(
-        None, "the output of the model that is trained, if it returns several: a key, or an index into a tuple", identifying=False
+        None,
+        "the output from which the loss is computed, if the model returns several: a key, or an index into a tuple",
+        identifying=False,
     )
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -58,16 +60,16 @@ class Objective(Options):
         Args:
             outputs: the outputs of the network, (N, C), (N, O) or (N, T, C).
             target: class indices (N,), numbers (N, O) or class indices of positions (N, T), depending on `targets`.
-            reduction: ``mean`` or ``sum`` over the targets that count, for a scalar; ``none`` for the loss of each sample, (N,),
-                whose mean is the result of ``mean``.
+            reduction: ``mean`` or ``sum`` reduces the losses of the targets that count to a scalar; ``none`` returns the loss of
+                each sample, (N,), and the mean of these losses is the result of ``mean``.
         """
         raise missing_method(self, "loss")
 
     def check_data(self, characters: float | None) -> None:
-        """Checks the data before training. Override this method to reject data by raising an OptionError.
+        """Called by the runner before training; override this method to raise an OptionError for unsuitable data.
 
         Args:
-            characters: for text, the mean number of characters per training token.
+            characters: for text, the mean number of characters per training token; None for other data.
         """
 
     def counted(self, target: Tensor) -> int | Tensor:
@@ -85,7 +87,7 @@ class Objective(Options):
     def sums(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Sums over the counted targets of a batch; `scored` computes the scores from their totals over all batches.
 
-        The trainer sums the loss and the number of targets itself, so they need not be included.
+        The caller sums the loss and the number of counted targets itself, so the result need not include them.
         """
         if (correct := self.correct(outputs, target)) is not None:
             return {"correct": correct.sum()}

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class MSE(Objective):
     """Half the squared error, L = ½ Σ_k (z_k - t_k)², where t is the real-valued target or the one-hot row of the label.
 
-    Because of the sum over outputs and the factor ½, the gradient at the outputs is z - t, which has the same scale as the
-    gradient of the cross-entropy. The scores for real-valued targets are R² and RMSE (see `Objective.scored`), and the score for
-    labels is the accuracy.
+    Because of the sum over outputs and the factor ½, the gradient of L at the outputs is z - t, just as that of the cross-entropy
+    is softmax(z) - t. The scores for real-valued targets are R² and RMSE (see `Objective.scored`), and the score for labels is
+    the accuracy.
     """
 
     targets = (CLASSES, VALUES)

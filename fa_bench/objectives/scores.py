@@ -15,7 +15,7 @@ class Score:
     """A score of a task.
 
     Attributes:
-        name: the name in keys of records, which have one key for each part of the dataset: ``val_accuracy``.
+        name: the name in the keys of records; there is one key for each split, such as ``val_accuracy``.
         title: the title in tables and figures.
         unit: ``%`` for a score that records contain as a fraction; empty if it has none.
         higher_is_better: whether larger values are better.
@@ -59,7 +59,7 @@ class Score:
         return value if self.higher_is_better else -value
 
     def is_better(self, value: float, other: float) -> bool:
-        """Whether one mean is better than another; means that differ only by rounding count as equal."""
+        """Whether the mean `value` is better than the mean `other`; means that differ only by rounding count as equal."""
         return self.merit(value) - self.merit(other) > 1e-9 * max(abs(value), abs(other))
 
     def text(self, value: float) -> str:
@@ -77,8 +77,8 @@ def score_keys(scores: Sequence[Score]) -> list[str]:
 
 
 def final_keys(scores: Sequence[Score]) -> list[str]:
-    """The keys of the scores in the result of a run; the first score is the primary one, which is also given at the best
-    epoch."""
+    """The keys of the scores in the result of a run. For the first score, which is the primary one, they include the test score
+    at the best epoch."""
     first = scores[0].name
     return [
         f"test_{first}",

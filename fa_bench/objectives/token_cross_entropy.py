@@ -75,7 +75,7 @@ class TokenCrossEntropy(Objective):
         return (target != self.ignore_index).sum()
 
     def correct(self, outputs: Tensor, target: Tensor) -> Tensor:
-        # The second condition matters if `ignore_index` is not negative, because it is then also the index of a class.
+        # The second condition matters if `ignore_index` is also the index of a class.
         return (outputs.argmax(-1) == target) & (target != self.ignore_index)
 
     def scored(self, sums: Mapping[str, Any], loss: float, count: int, characters: float | None = None) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""Optimizers, and the pair of optimizers that trains weights and learned feedback."""
+"""Optimizers, and the class that trains weights and learned feedback with one or several of them."""

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class OptimizerOptions(Options):
-    """Base class of optimizers. Weight decay applies to all trained tensors: weights, biases, parameters of normalisation layers,
-    and learned feedback.
+    """Base class of optimizers. Weight decay applies to every tensor that the optimizer trains, including biases, the parameters
+    of normalisation layers, and learned feedback.
 
     Examples:
         >>> import dataclasses, torch, fa_bench
@@ -50,8 +50,8 @@ class OptimizerOptions(Options):
         raise missing_method(self, "build")
 
     def optimizers(self, groups: list[dict[str, Any]], rule: Rule) -> list[torch.optim.Optimizer]:
-        """The PyTorch optimizers for the parameter groups. Override this method if different layers of the rule's model need
-        different optimizers; by default, there is only the one from `build`.
+        """The PyTorch optimizers for the parameter groups; by default, only the one from `build`. Override this method to train
+        different parameters of the rule's model with different optimizers.
 
         Raises:
             OptionError: if the options do not fit the model.

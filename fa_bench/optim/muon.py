@@ -25,17 +25,17 @@ class Muon(OptimizerOptions):
     alignment, because orthogonal updates raise the rank of the errors. We do not know the settings of that paper, so our results
     are not a reproduction.
 
-    The update of a matrix W with gradient G and momentum μ is as follows; for convolution kernels, all dimensions after the first
-    are flattened into one:
+    The update of a matrix W with gradient G, momentum μ and weight decay λ is as follows; for convolution kernels, all dimensions
+    after the first are flattened into one:
 
         M <- μ M + G;  X = M or, with ``nesterov``, G + μ M
         X <- X / ‖X‖, then five times (``ns_steps``) X <- a X + (b A + c A²) X,  A = X Xᵀ, (a, b, c) = (3.4445, -4.7750, 2.0315)
         W <- (1 - lr λ) W - lr s X,  s = √max(1, rows / columns) (``adjust_lr``)
 
-    Scaling all gradients by the same factor does not change the updates. Learned feedback with the gradient of W gets the same
-    update as W, so only the decoupled decay changes W - B, as with AdamW: ‖W - B‖ = ‖W(0) - B(0)‖ Π (1 - lr λ). Without weight
-    decay, the feedback of `kp` therefore does not align. In `pfa_o` with its ratio of 1, only the decoupled decay changes
-    W - B R, too. In `pfa`, W - B R changes in other ways as well, because the update is not linear in the gradient.
+    Multiplying all gradients by the same positive number does not change these updates. Learned feedback with the gradient of W
+    gets the same update as W, so only the decoupled decay changes W - B, as with AdamW: ‖W - B‖ = ‖W(0) - B(0)‖ Π (1 - lr λ).
+    Without weight decay, the feedback of `kp` therefore comes no closer to the weights. The same holds for W - B R in `pfa_o`
+    with its default ratio of 1, but not in `pfa`, where B times the update of R differs from the update of W.
 
     ``layers=hidden`` leaves the first and the last layer to AdamW, as the usual recipes do. ``exclude`` lists further layers that
     AdamW trains together with their feedback. AdamW also trains biases, normalisation layers, embeddings and position tables. The
@@ -57,13 +57,14 @@ class Muon(OptimizerOptions):
     ns_steps: int = option(5, "Newton-Schulz iterations", minimum=1)
     adjust_lr: str = option(
         "original",
-        "factor s of the learning rate: √max(1, rows / columns) (original) or 0.2 √max(rows, "
-        "columns), which makes updates as large as AdamW's",
+        "factor s of the learning rate: √max(1, rows / columns) (original), or 0.2 √max(rows, columns), which makes "
+        "updates about as large as AdamW's (match_rms_adamw)",
         choices=["original", "match_rms_adamw"],
     )
     layers: str = option(
         "all",
-        "layers whose matrices are orthogonalised: all, or hidden: all except the first and the last one that the model defines",
+        "layers whose updates are orthogonalised: all of them (all), or all but the first and the last that the model defines "
+        "(hidden)",
         choices=["all", "hidden"],
     )
     exclude: list[str] = option(

@@ -24,7 +24,7 @@ class Optimizers:
         rule: an attached rule, which may have learned feedback.
         epochs: length of the run, for the schedules.
         feedback_options: the optimizer of the learned feedback; None: that of the weights.
-        steps_per_epoch: for schedules that count steps.
+        steps_per_epoch: the number of steps in an epoch, for schedules that count steps.
 
     Raises:
         OptionError: if an optimizer's options do not fit the model.
@@ -111,8 +111,11 @@ class Optimizers:
             self._set_rates(step=step)
 
     def _set_rates(self, **done: int) -> None:
-        """Set the learning rates of the schedules that count ``epoch`` or ``step``, given how many of them have been
-        completed."""
+        """Set the learning rates of the schedules whose unit is given.
+
+        Args:
+            **done: the unit, ``epoch`` or ``step`` -> how many of these have been completed.
+        """
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
             if (unit := part.schedule.per) in done:
                 for group in optimizer.param_groups:
@@ -130,7 +133,7 @@ class Optimizers:
         torch.nn.utils.clip_grad_norm_(self.trained(), max_norm)
 
     def step(self) -> None:
-        """Update the weights, then the learned feedback."""
+        """Update the weights and the learned feedback."""
         for feedback, weight in self._shared:
             if feedback.grad is None and not self._is_filled:
                 feedback.grad = weight.grad

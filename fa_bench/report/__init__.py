@@ -29,31 +29,32 @@ if TYPE_CHECKING:
 
 #: Maximum number of characters in a line about a run.
 MAX_LINE = 1000
-#: The maximum number of lines of each kind that are printed below the table on the terminal.
+#: The maximum number of lines below the table on the terminal about runs that have not started.
 MAX_SHOWN = 4
 LEGEND = """\
 Accuracies are in %, their differences in percentage points, other scores and their differences in their own unit, angles in
 degrees, times in seconds of training. Choose settings by their validation score and compare the chosen ones by their test score.
 The statistics of a row cover its n finished runs, one per seed. Runs that diverged, failed, were stopped by a callback, were
 interrupted or are still running are listed in their row but excluded from the statistics.
-std is the sample standard deviation; ± 95 % is half the width of the Student t interval of the mean; for two seeds, it is the
-range of the values. Weight angle and norm ratio are means over the layers whose feedback carries an error; the delta angle is a
-mean over all layers but the output layers. A rule beats the floor if its mean is better than that of `frozen`, which trains only
-the output layer: higher accuracies and R², lower errors, perplexities and bits. Differences from bp are paired by seed. Cohen's
-d_z is their mean divided by their standard deviation. p is the p-value of the two-sided paired t test; p (Holm) is corrected by
-Holm's method for all rows of the task, without those of bp and of floors. All three need three pairs. Differences from published
-numbers are between means.
+std is the sample standard deviation. ± 95 % is half the width of the Student t interval of the mean; for two seeds, the range
+of the values is shown instead. Weight angle and norm ratio are means over the layers whose feedback carries an error; the delta
+angle is a mean over all layers but the output layers. A rule beats the floor if its mean is better than that of `frozen`, which
+trains only the output layer. Accuracies and R² are better if they are higher; errors, perplexities and bits are better if they
+are lower. Differences from bp are paired by seed. Cohen's d_z is their mean divided by their standard deviation. p is the
+p-value of the two-sided paired t test; p (Holm) is corrected by Holm's method for all rows of the task except those of bp and
+of floors. d_z and the p-values need at least three pairs. Differences from published numbers are between means.
 """
 _REFERENCES = {
     BEST: """\
-If a task has several rows of bp, all its rows are compared with the one that has the best validation score (last epoch, mean
-over its finished runs) among those with the same code and data as the row, preferably with as many epochs and at the same scale.
-Rows with runs that diverged are not chosen. Rows of `frozen` are chosen in the same way.
+If a task has several rows of bp, each other row is compared with the row of bp that has the best validation score (last epoch,
+mean over its finished runs). Rows with the same code and data, the same number of epochs and the same scale are preferred. A row
+with runs that diverged is chosen only if no other row can be. Rows of `frozen` are chosen in the same way.
 """,
     NEAREST: """\
-If a task has several rows of bp, a row is paired with the one whose settings differ from its own in the fewest keys; among
-several such rows, the one with the best validation score (last epoch, mean over its finished runs) is used. Rows of `frozen`
-are chosen in the same way.
+If a task has several rows of bp, each other row is compared with the row of bp with the most similar settings: the fewest
+differences in optimizer and epochs and, among such rows, the fewest keys that differ. If several rows of bp are equally similar,
+the one with the best validation score (last epoch, mean over its finished runs) is used. Rows of `frozen` are chosen in the same
+way.
 """,
 }
 _BEST_LEGEND = """\
@@ -61,7 +62,8 @@ For each rule and remaining setting, the value with the best validation score (l
 chosen; in a tie, the smallest. Values with runs that diverged count as tried, but are not chosen.
 """
 _PUBLISHED_LEGEND = """\
-Ours is the mean over the finished runs in the last epoch, one per seed. Inside: whether it is in the published range.
+The column `ours` gives the mean over the finished runs, one per seed, in the last epoch or in the epoch to which the published
+number belongs. The column `inside` says whether this mean is in the published range.
 """
 
 
@@ -88,19 +90,20 @@ def write_report(
     selection: Selection = Selection(),  # noqa: B008
 ) -> Report:
     """Write a report on the runs in `run_dirs` to `out_dir`: report.md, tables as report*.csv, report.json, report.tex and
-    runs.csv, figures as report*.png, and report.html, which has the tables and figures on one page.
+    runs.csv, figures as report*.png or in the selected formats, and report.html, which has the tables and figures on one page.
 
     Each file is replaced atomically; files of an earlier report that are not part of this one are removed. The same runs give
     byte-identical files, regardless of their order and their folders, except for the directories in runs.csv. Runs that have not
     finished are counted in their rows and listed, but excluded from the statistics. The report also lists `planned` runs that
-    have not started, missing seeds, and published rows without a run. Runs with a record that is damaged or was not written by a
-    run are excluded and listed with the problem.
+    have not started, missing seeds, and published rows without a finished run. Runs with a record that is damaged or was not
+    written by a run are excluded and listed with the problem.
 
     Args:
         run_dirs: the runs' directories, with or without records.
         out_dir: where the report is written; created if necessary.
         planned: the runs that sweeps announced, see `fa_bench.runs.sweep`.
-        timings: whether to include measured seconds, which are the only difference between two sweeps of the same runs.
+        timings: whether to include measured seconds, memory and energy, which are the only differences between two sweeps of the
+            same runs.
         unusable: additional damaged records to list.
         best: keys whose values are chosen by the validation score for each rule; the chosen rows are compared. See `best`.
         reference: how rows of bp and the floor are chosen, `references.BEST` or `references.NEAREST`.
@@ -237,7 +240,7 @@ def write_report(
     if len(raised):
         notes.append(f"{len(raised)} alarm{'s' * (len(raised) > 1)} ({names(raised['quantity'].unique())}): see {markdown.name}")
     if without_run:
-        notes.append(f"{len(without_run)} published rows of the experiment have no finished run yet: see {markdown.name}")
+        notes.append(f"published rows of the experiment without a finished run: {len(without_run)} (see {markdown.name})")
     notes = [printable(note) for note in notes]
     return Report("\n".join([to_text(frame), *([""] if notes else []), *notes]), markdown, pictures[0].paths[0], complete)
 

@@ -38,7 +38,8 @@ COLUMNS = {
 
 
 def against_published(entries: Sequence[Entry], runs: Sequence[Run]) -> pd.DataFrame:
-    """One row per group, published number and layer, in the order of the groups and of the file, with the columns `COLUMNS`.
+    """One row per group, published number and layer, in the order of the groups and of `published.yaml`, with the columns
+    `COLUMNS`.
 
     If there are several numbers for one quantity, layer and epoch, the first one in the file is used. If the paper gives a range,
     `inside` says whether our mean lies in it, and `difference` is NaN.

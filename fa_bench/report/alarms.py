@@ -25,9 +25,9 @@ ALARM_COLUMNS = {
     "meaning": Column("meaning"),
 }
 LEGEND = """\
-Thresholds are those that the metrics and probes declare, for values at the end of training; the value is the most extreme one of
-the finished runs, and runs are those beyond the threshold. Scores are means over the finished runs, accuracies in %.
-docs/faeval.md explains the alarms.
+The thresholds are declared by the metrics and probes and apply to values at the end of training. The column `value` gives the
+most extreme value of the finished runs, and `runs` gives the number of runs beyond the threshold. Scores are means over the
+finished runs, accuracies in %. docs/faeval.md explains the alarms.
 """
 
 

@@ -128,7 +128,7 @@ def _check(keys: Sequence[str], swept: Mapping[str, Sequence[str]], groups: Grou
                 dict.fromkeys(format_value(members[0].config[key]) for members in groups.values() if key in members[0].config)
             )
             same = f"{key}={values[0]} in all runs" if len(values) == 1 else "it differs only between rules"
-            raise DataError(f"--best {key}: nothing to choose, {same}; {there}")
+            raise DataError(f"--best {key}: nothing to choose, because {same}; {there}")
         if key not in differing:
             hint = nearest_key(key, [*differing, *all_keys])
             raise DataError(f"--best {key}: no run has this key{hint}{f' K{there[1:]}' if hint else f'; {there}'}")
@@ -150,8 +150,8 @@ def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str
 
 
 def _choose(cell: Groups, merits: Mapping[str, float]) -> str | None:
-    """Choose the first group with the best validation score; a single group with a finished run is chosen even without a
-    score."""
+    """Choose the first group with the best validation score. A single group is chosen even without a score if it has a finished
+    run and no run that diverged."""
     if len(cell) == 1:
         ((group, members),) = cell.items()
         diverged = any(run.result["status"] == DIVERGED for run in members)

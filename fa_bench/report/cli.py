@@ -17,10 +17,10 @@ from fa_bench.utils.files import resolved
 from fa_bench.utils.output import exit_code
 
 _DESCRIPTION = """\
-Compare the runs in folders: mean, standard deviation and 95 % interval per rule over the seeds, paired differences from bp, the
-floor, angles, and the published numbers of the experiments, as report.md, report.csv, .json, .tex and .png, with further tables
-and figures; runs.csv has one row per run. A sweep may be incomplete: the report lists what is missing. With --live, watch a
-running sweep; nothing is written.
+Compare the rules of the runs in some folders. For each rule, the report has the mean, standard deviation and 95 % interval over
+the seeds, the paired difference from bp, the comparison with the floor, the angles, and the published numbers of the experiment.
+The report consists of report.md, .html, .csv, .json, .tex and .png, and of further tables and figures; runs.csv has one row per
+run. A sweep may be incomplete: the report lists what is missing. With --live, a running sweep is shown and nothing is written.
 """
 _CODES = """\
 exit code: 0 if all runs have finished or were stopped by a callback; 1 if some have not, or are excluded from the report; 2 if
@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 if all runs that were found or announced have finished or were stopped by a callback; 1 if some have not,
-        or are excluded; 2 if there is nothing to report or it cannot be written, with one line on standard error; 130 after an
-        interrupt. The live view returns 0, even after an interrupt, which is the normal way to end it; it returns 2 as above.
+        or are excluded; 2 if there is nothing to report or the report cannot be written, with one line on standard error; 130
+        after an interrupt. The live view returns 0, even after an interrupt, which is the normal way to end it, or 2 if there is
+        nothing to show.
     """
     return exit_code("fa-bench-report", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
@@ -70,7 +71,7 @@ def _main(argv: list[str]) -> int:
         "--best",
         metavar="KEY[,KEY]",
         help="choose the values of these keys by their validation score for each rule, and compare the chosen "
-        "ones: --best optimizer.lr",
+        "ones, for example --best optimizer.lr",
     )
     parser.add_argument(
         "--reference",
@@ -105,7 +106,7 @@ def _main(argv: list[str]) -> int:
     parser.add_argument(
         "--tensorboard",
         action="store_true",
-        help="also write mean curves over the seeds for TensorBoard: in the tensorboard folder next to the report",
+        help="also write mean curves over the seeds for TensorBoard to the tensorboard folder next to the report",
     )
     live = parser.add_argument_group("a running sweep")
     live.add_argument(
@@ -194,7 +195,7 @@ def _check(arguments: argparse.Namespace) -> None:
         if given and not arguments.live:
             raise DataError(f"{flag} requires --live")
     if arguments.best is not None and not arguments.best.replace(",", " ").split():
-        raise DataError("--best: no key, such as --best optimizer.lr")
+        raise DataError("--best: no key given; an example is --best optimizer.lr")
     selects = {
         "--format": arguments.format != FORMATS[:1],
         "--rules": arguments.rules is not None,
@@ -215,7 +216,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if not arguments.format:
         raise DataError(f"--format is empty (allowed: {names(FORMATS)})")
     if arguments.rules == ():
-        raise DataError("--rules: no rule, such as --rules bp,kp")
+        raise DataError("--rules: no rule given; an example is --rules bp,kp")
     if arguments.x == "seconds" and arguments.no_timings:
         raise DataError("--x seconds cannot be combined with --no-timings, which omits them")
     if arguments.interval is not None and not MIN_INTERVAL <= arguments.interval <= MAX_INTERVAL:

@@ -36,7 +36,8 @@ products and convolutions, the bytes of the inputs and outputs of all operations
 bytes of tensors. Their ratios are relative to backpropagation in the same model. The measured time is the median of the seconds
 per step over the finished runs, without evaluation and compilation; its ratio is relative to bp with the same task, batch size,
 device, threads and way of execution. The measured peak memory is that of GPUs and includes resident data and evaluation. The
-measured energy is that of the whole machine during training and evaluation, if the machine counts it.
+energy is measured for the components that the table names, during training and evaluation, and includes that of other
+processes.
 """
 #: The options that the time of a step depends on, in addition to the task, the rule and the device.
 _EXECUTION = (

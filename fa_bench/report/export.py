@@ -45,8 +45,8 @@ RUN_TIMINGS = ["seconds", "seconds_per_epoch"]
 
 
 def escape_latex(text: str) -> str:
-    """Escape arbitrary text so that LaTeX prints it literally in any encoding; a character beyond ASCII becomes its code, such as
-    ``U+00E9``."""
+    """Escape arbitrary text so that LaTeX prints it literally. A character beyond ASCII is replaced by its code, such as
+    ``U+00E9``, so that the text works in any encoding."""
     escaped = "".join(_LATEX.get(char, char if char.isascii() else f"U+{ord(char):04X}") for char in printable(text))
     return re.sub("-(?=-)", "-{}", escaped)  # two hyphens would become a dash
 
@@ -148,10 +148,10 @@ def _score_keys(run: Run) -> list[str]:
 def runs_table(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
     """A table with one row per run, finished or not, in the given order.
 
-    The first columns are the directory relative to `folder`, the label, the status, the seed, and each key in which the configs
-    differ. They are followed by the scores (accuracies in %) and losses of the last epoch, the means over layers of the alignment
-    metrics, the epochs, the seconds of training, and hashes. `reason` says why a run did not finish. Values that a run did not
-    record are blank.
+    The first columns are the directory relative to `folder`, the label, the status, the seed, the names of the components and the
+    experiment, and each other key in which the configs differ. These columns are followed by the scores (accuracies in %) and
+    losses of the last epoch, the means over layers of the alignment metrics, the epochs, the seconds of training, and hashes.
+    `reason` says why a run did not finish. Values that a run did not record are blank.
     """
     labels = group_labels(group_runs(runs))
     names = ("algorithm", "architecture", "dataset", "optimizer", "experiment")

@@ -167,8 +167,8 @@ def overview_quantities(metrics: Mapping[str, type[Metric]], first: Score = ACCU
 def overview(
     by_task: Mapping[str, Groups], quantities: Sequence[Quantity] | None, metrics: Mapping[str, type[Metric]], x: str
 ) -> Figure:
-    """A figure of all tasks below each other, with a panel for each quantity (None: `overview_quantities`). For large sweeps, it
-    shows the best setting of each rule."""
+    """A figure of all tasks, one below the other, with a panel for each quantity (None: `overview_quantities`). For large sweeps,
+    it shows the best setting of each rule."""
     parts = []
     for title, groups in by_task.items():
         shown = quantities or overview_quantities(metrics, primary(runs_of(groups)))
@@ -249,7 +249,7 @@ def lines_part(
             style = rule_style(members[group][0].result["algorithm"])
             if are_several:
                 number = shared.index(settings[group]) if len(shared) <= len(STYLES) else index
-                number %= len(STYLES)  # there may be more if no setting of a rule has a score
+                number %= len(STYLES)  # there may be more settings than styles if none has a score
                 style |= {"linestyle": STYLES[number], "fillstyle": FILLS[number]}
             lines.append(Line(labels[group], groups[group], style))
     return Part(

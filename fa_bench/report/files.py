@@ -16,20 +16,19 @@ from fa_bench.errors import OutputError, RunDirectoryError
 from fa_bench.utils.files import check_lock, check_temporary, output_errors, write_text
 from fa_bench.utils.locks import PATIENCE, locked
 
-#: The prefix of the names of a report's files, and the files that a report may have in addition to its figures.
+#: The prefix of the names of a report's files, and the files whose names do not depend on the runs.
 NAME = "report"
 MARKDOWN, PAGE, RUNS = f"{NAME}.md", f"{NAME}.html", "runs.csv"
 _COMMON_FILES = (
     MARKDOWN,
     PAGE,
     RUNS,
-    *(
-        f"{NAME}{end}"
-        for end in (".csv", ".json", ".tex", "_layers.csv", "_published.csv", "_tried.csv", "_aggregate.csv", ".png")
-    ),
+    f"{NAME}.png",
+    *(f"{NAME}.{end}" for end in ("csv", "json", "tex")),
+    *(f"{NAME}_{table}.csv" for table in ("layers", "published", "tried", "alarms", "aggregate")),
 )
-#: The file that records the names of the files that reports wrote to its folder. If this file does not exist, the links in
-#: report.md are used instead.
+#: The file that records the names of the files that reports wrote to its folder, and the lock file. If there is no record, the
+#: links in report.md are used instead.
 RECORD, LOCK = f".{NAME}.json", f".{NAME}.lock"
 _FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|html|csv|png|svg|pdf|json|tex)|{re.escape(RUNS)}")
 _FIRST_LINE = "# Report\n"
@@ -49,7 +48,9 @@ def report_lock(folder: Path) -> Iterator[None]:
     try:
         lock.__enter__()
     except Timeout:
-        raise RunDirectoryError(f"{folder}: another report has been written there for {PATIENCE:g} s; try again") from None
+        raise RunDirectoryError(
+            f"{folder}: another process is still writing a report there after {PATIENCE:g} s; try again"
+        ) from None
     except RunDirectoryError:
         raise
     except OSError as error:
@@ -123,15 +124,17 @@ def check_folder(folder: Path) -> None:
 
 
 def check_file(path: Path, names: set[str]) -> None:
-    """Refuse to replace `path` if it exists and is not among the report's files `names`.
+    """Refuse to replace `path` if it exists, unless it is a regular file and among the report's files `names`.
 
     Raises:
-        RunDirectoryError: if it does; the message names the file.
+        RunDirectoryError: `path` must not be replaced; the message names the file.
     """
     if path.name not in names:
         check_temporary(path, b"")
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.name not in names):
-        raise RunDirectoryError(f"{path}: not written by a report of fa-bench, which would overwrite it; move it elsewhere")
+        raise RunDirectoryError(
+            f"{path}: not written by a report of fa-bench, but a report would overwrite it; move it elsewhere"
+        )
 
 
 def _linked_files(markdown: Path) -> set[str]:

@@ -29,9 +29,10 @@ def unfinished_runs(runs: Sequence[Run]) -> list[str]:
 
 
 def unidentified_run(directory: Path) -> str:
-    """A line for a directory that has records of epochs but neither a result nor a config."""
+    """A line for a directory that has no result and no config that identifies its run."""
     metrics = read_metrics(directory / METRICS)
-    return f"no {RESULT}, {metrics[-1]['epoch'] if metrics else 0} epochs done ({short_path(directory)})"
+    epochs = metrics[-1]["epoch"] if metrics else 0
+    return f"no {RESULT}, {epochs} epoch{'s' * (epochs != 1)} done ({short_path(directory)})"
 
 
 def runs_not_started(directories: Iterable[Path], planned: Iterable[PlannedRun]) -> list[str]:

@@ -45,7 +45,7 @@ def is_floor(rule: str) -> bool:
 
 
 def natural_key(text: str) -> list[Any]:
-    """A sort key that compares the numbers in a text by value; its words and numbers alternate."""
+    """A sort key that compares the numbers in a string by value; its words and numbers alternate."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", text)
     return [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
@@ -56,7 +56,7 @@ def value_key(value: Any) -> tuple[int, float, list[Any]]:
 
 
 def nearest_key(name: str, allowed: Iterable[str]) -> str:
-    """A hint such as ``; did you mean 'optimizer.lr'?``, which is also given for the short name in labels, ``lr``."""
+    """A hint such as ``; did you mean 'optimizer.lr'?``, which is also returned for the short name that labels use, ``lr``."""
     allowed = list(allowed)
     whole = next((key for key in allowed if key.endswith(f".{name}")), None)
     return f"; did you mean '{whole}'?" if whole else nearest(name, allowed)
@@ -117,7 +117,7 @@ def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
 
 
 def task_key(run: Run) -> str:
-    """A text that is the same for all runs of a task."""
+    """A string that is the same for all runs of a task."""
     return repr(sorted(_task(run).items(), key=str))
 
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
-#: Maps each state to its colour on a terminal. The order is that in which states are counted, and in which runs are selected if
-#: not all of them fit.
+#: Maps each state to its colour on a terminal. If not all runs fit, those with earlier states are shown. The summary counts the
+#: states in this order, except that DONE comes first.
 STATES = {
     RUNNING: "green",
     STALLED: "yellow",
@@ -40,7 +40,7 @@ STATES = {
     STOPPED: "blue",
     DONE: "blue",
 }
-#: The states of runs that will not change unless they are started again.
+#: The states in which a run has ended. Interrupted runs are not included, because they may be resumed.
 ENDED = {DONE, STOPPED, FAILED, DIVERGED}
 #: A run counts as stalled if it has written nothing for the duration of QUIET_EPOCHS epochs and for at least QUIET seconds. In
 #: the first epoch, whose duration is unknown, the limit is FIRST_EPOCH seconds.

@@ -1,8 +1,8 @@
 """Write the mean curves over the seeds of each group of runs, and a table of the groups, for TensorBoard.
 
-TensorBoard shows directories, but the names of run directories do not say what they contain. A sweep's folder therefore has a
-`tensorboard` folder with a directory for each group, which is named after its rule and settings. Each directory contains one
-event file. The timestamps in the event files are the steps, so the same runs give byte-identical files.
+TensorBoard lists runs by their directories, but the names of run directories do not say what they contain. A sweep's folder
+therefore has a `tensorboard` folder with a directory for each group, which is named after its rule and settings. Each directory
+contains one event file. The timestamps in the event files are the steps, so the same runs give byte-identical files.
 """
 
 # The classes of protobuf modules are created at import.

@@ -56,8 +56,8 @@ STYLES = ("-", "--", ":", "-.")
 #: The fill style of the markers for the line style with the same index.
 FILLS = ("full", "none", "left", "right")
 _MARKERS = "osD^vPXp<>*"
-#: The rules with solid, dashed, long-dashed and dash-dotted lines. Each rule has a colour from `COLOURS[1:]`, which it shares
-#: with related rules.
+#: The rules with solid, dashed, long-dashed and dash-dotted lines. The colour of a rule is that in `COLOURS[1:]` at the rule's
+#: position in its table, so rules of different tables share colours.
 _SOLID = ("fa", "dfa", "kp", "wm", "usf", "pfa", "dkp", "asap", "drtp", "brsf", "frsf")
 _FLOORS = (FLOOR, "frozen_blocks")  # grey
 _DASHED = ("forward_alignment", "dgl", "local_error", "mixed", "bp_fc", "pfa_o", "predsim", "asfp", "asfp_lc")
@@ -162,7 +162,7 @@ class ReportFigure(Figure):
 
 
 def curves_figure(parts: Sequence[Part], note: str = "") -> Figure:
-    """A figure that shows parts below each other, each with a legend beside its panels.
+    """A figure that shows parts one below the other, each with a legend beside its panels.
 
     Each line is the mean over seeds, with a band of ± one sample standard deviation. Crosses at the lower edge mark the last
     epochs of runs that diverged. The titles of parts are shown if there are several, and `note` is shown below the last part.
@@ -270,7 +270,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda match: match.group() if match[1] in used else "", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Coordinates are rounded to a hundredth of a point, which is precise enough and halves the size of a page.
+    # Coordinates are truncated to hundredths of a point, which is precise enough and halves the size of a page.
     return re.sub(r' (d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match.group()), text)
 
 
@@ -310,9 +310,9 @@ def typical(values: Sequence[float]) -> float:
 def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], kind: str) -> Range:
     """The axis range that covers these lines, except lines far below the others (for accuracies) or far above them (for losses).
 
-    The typical values of the lines are in `centres`. A line is far off if its value is at least three interquartile ranges beyond
-    the quartile of all lines, and also at least 6 points of accuracy or a factor of 30 of loss beyond it. Losses that differ by a
-    large factor get a logarithmic axis.
+    The typical values of the lines are in `centres`. A line is far off if its typical value is more than three interquartile
+    ranges beyond the nearer quartile of all lines, and also beyond this quartile by more than 6 points of accuracy or a factor of
+    about 30 of loss. Losses that differ by a large factor get a logarithmic axis.
     """
     positive = [value for values in lines for value in values if value > 0]
     log = kind == LOSS and bool(positive) and max(positive) > LOG * min(positive)

@@ -67,7 +67,7 @@ def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metr
         See `plot_curves`.
 
     Raises:
-        DataError: as in `plot_curves`; no or several settings are swept and `x` is empty.
+        DataError: as in `plot_curves`, or `x` is empty and several settings or none are swept.
 
     Examples:
         >>> import fa_bench
@@ -80,7 +80,9 @@ def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metr
     by_task, found = _tasks(runs, Selection(rules=_names(rules), metric=metric))
     keys = swept_keys(group_runs(found))
     if x not in keys and (x or len(keys) != 1):
-        problem = f"x={x!r} is not swept" if x else f"choose x: {'several settings are' if keys else 'no setting is'} swept"
+        problem = (
+            f"x={x!r} is not swept" if x else "choose x, because several settings are swept" if keys else "no setting is swept"
+        )
         raise DataError(f"{problem} (swept within a rule: {names(keys) or 'none'}){nearest_key(x, keys) if x else ''}")
     with default_style():
         from fa_bench.report.settings import setting_figure
@@ -106,7 +108,7 @@ def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: str | Sequence
         See `plot_curves`.
 
     Raises:
-        DataError: as in `plot_curves`; the metric has no values by layer.
+        DataError: as in `plot_curves`, or the metric has no values by layer.
 
     Examples:
         >>> import fa_bench

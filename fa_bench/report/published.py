@@ -74,7 +74,7 @@ class Entry:
         return self.spread if self.spread_kind == "std" else math.nan
 
     def matches(self, run: Run) -> bool:
-        """Whether `run` reproduces this number."""
+        """Whether `run` has the rule, experiment and settings of this number."""
         config = {key: run.result.get(key) for key in ("dataset", "architecture", "optimizer")} | run.config
         return (
             run.experiment in self.experiments
@@ -97,7 +97,8 @@ class Entry:
         return [100 * value for value in known(run.result.get(self.quantity) for run in finished)]
 
     def differences(self, runs: Iterable[Run], all_runs: Iterable[Run]) -> list[float]:
-        """The differences of the finished runs to backpropagation, for the quantity `DIFFERENCE`, with one value per common seed.
+        """The test accuracies of the finished runs minus those of backpropagation, as in `DIFFERENCE`, with one value per common
+        seed.
 
         The runs of backpropagation are those in `all_runs` that meet the conditions of this entry, except conditions on options
         of the rule.
@@ -126,7 +127,7 @@ def _is_allowed(value: Any, allowed: Any) -> bool:
 
 
 def matching_entries(entries: Iterable[Entry], runs: Sequence[Run]) -> list[Entry]:
-    """The entries that a group of runs reproduces, in the order of the file."""
+    """The entries with which a group of runs is compared, in the order of the file."""
     return [entry for entry in entries if any(entry.matches(run) for run in runs)]
 
 
@@ -142,7 +143,7 @@ def headline(entries: Iterable[Entry], runs: Sequence[Run]) -> tuple[Entry | Non
 def compare(
     entry: Entry, runs: Sequence[Run], layers: Sequence[str], all_runs: Iterable[Run]
 ) -> Iterator[tuple[str, list[float]]]:
-    """Yield (layer, our values) for each of `layers` to which the entry applies. An entry for the whole network gives one pair,
+    """Yield (layer, our values) for each of `layers` to which the entry applies. An entry for the whole network yields one pair,
     with an empty layer.
 
     Args:
@@ -170,7 +171,7 @@ def read_entries(path: Path) -> list[Entry]:
     """The entries of a file in the format that the head of `published.yaml` explains.
 
     Raises:
-        DataError: it cannot be read, or a row has an unknown key or lacks a key.
+        DataError: the file cannot be read, or a row has an unknown key or lacks a key.
     """
     from omegaconf import OmegaConf
 

@@ -29,8 +29,9 @@ class References:
     A reference is a row of the same task. Rows with the same code and data as the compared row are preferred; others are used
     with a note. If there are several candidates, `BEST` takes the one with the best primary validation score (last epoch, mean
     over its finished runs), because a reference should be trained as well as possible. `BEST` prefers rows with the same number
-    of epochs and the same scale, and never takes a row with runs that diverged. `NEAREST` takes the row whose settings differ
-    from those of the compared row in the fewest keys; ties go to the best validation score.
+    of epochs and the same scale, and takes a row with runs that diverged only if no other row can be chosen. `NEAREST` takes the
+    row with the fewest differences from the compared row in optimizer and epochs and, among these, with the fewest differing
+    keys; ties go to the best validation score.
 
     Args:
         groups: all groups that may be references.

@@ -45,7 +45,7 @@ class Run:
         The file is read at the first access, because it is the largest of a run's records.
 
         Raises:
-            RecordError: it is damaged.
+            RecordError: the file is damaged.
         """
         return read_measurements(self.directory / ANGLES)
 
@@ -60,14 +60,15 @@ class Run:
         return self.scores[0]
 
     def score(self, key: str) -> float:
-        """A score of the result, such as ``test_accuracy``, in the unit of tables (%); NaN if it is not recorded."""
+        """A score of the result, such as ``test_accuracy``, in the unit of tables (% for an accuracy); NaN if it is not
+        recorded."""
         scales = {score.name: score.scale for score in self.scores}
         name = key.partition("_")[2].removesuffix("_at_best_val")
         return scales.get(name, 1) * number(self.result.get(key))
 
     @property
     def test_score(self) -> str:
-        """The primary score of the test samples as text, ``test accuracy 97.10%``; empty if it is not recorded."""
+        """The primary score of the test samples as text, such as ``test accuracy 97.10%``; empty if it is not recorded."""
         value = self.result.get(f"test_{self.primary.name}")
         return "" if value is None else f"test {self.primary.title} {self.primary.text(value)}"
 
@@ -78,8 +79,8 @@ class Run:
 
     @property
     def experiment(self) -> str | None:
-        """The experiment to which the run belongs. Older results do not record it; for these, it is the name of the run's folder
-        for the experiment."""
+        """The experiment to which the run belongs. Older results do not record it; for these, it is the name of the folder two
+        levels above the run's directory."""
         return self.result["experiment"] if "experiment" in self.result else resolved(self.directory).parent.parent.name
 
     @property
@@ -124,7 +125,7 @@ def read_run(directory: Path) -> Run | None:
     """The run in `directory`, or None if there is no `result.json`.
 
     Raises:
-        RecordError: a record is damaged or was not written by a run; the message names file and key.
+        RecordError: a record is damaged or was not written by a run; the message names the file and the key.
     """
     directory = Path(directory)
     result = read_result(directory / RESULT)

@@ -38,7 +38,7 @@ def current_status(directory: Path, result: Mapping[str, Any]) -> str:
 
 
 def epochs_of(config: dict[str, Any]) -> int | None:
-    """The number of epochs that a run with this config trains at its scale; None if the config does not contain it."""
+    """The number of epochs that a run with this config trains at its scale; None if the config does not contain the number."""
     epochs, scale = config.get("epochs"), SCALES.get(str(config.get("scale", "full")))
     return epochs if epochs is None or scale is None else scale.epochs_of(epochs)
 

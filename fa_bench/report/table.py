@@ -187,8 +187,8 @@ def _pairs_note(final: Mapping[int, float], control: Reference, difference: Pair
 
 
 def _rise_note(finished: Mapping[int, Run]) -> str:
-    """A note if training ended with a loss above `_RISE` times that of the first epoch, because activations or weights grew
-    without bound but stayed finite."""
+    """A note if training ended with a loss above `_RISE` times that of the first epoch. This happens if activations or weights
+    grow without bound but stay finite."""
     risen = {}
     for seed, run in sorted(finished.items()):
         losses = known(line.get("train_loss") for line in run.metrics)

@@ -132,7 +132,8 @@ def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) ->
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """The frame as CSV, which is byte-identical on every platform. Numbers have ten digits, and each text is on one line.
+    """The frame as CSV, which is byte-identical on every platform. Numbers have up to ten significant digits, and each string is
+    on one line.
 
     Values of configs are written as a user would type them on the command line.
     """

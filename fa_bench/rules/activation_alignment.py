@@ -12,8 +12,8 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("activation_alignment")
 @dataclasses.dataclass(eq=False)
 class ActivationAlignment(InputAlignmentRule):
-    """Activation alignment: a local loss that compares the outputs of feedback and weights for the layer's inputs pulls the
-    feedback towards the weights.
+    """Activation alignment: the feedback is pulled towards the weights by a local loss that compares their outputs for the same
+    inputs.
 
     The rule combines the primitives sparse and amp of Kunin et al. 2020 (arXiv 2003.01513) and of the code released with that
     paper.
@@ -22,16 +22,16 @@ class ActivationAlignment(InputAlignmentRule):
         gradient of B = (2 α B - β W) C,  C = mean xᵀ x
 
     With β = 2 α, the gradient is 2 α (B - W) C, and the fixed point on the span of the layer's inputs x is W. With other values,
-    the fixed point on this span is (β / 2 α) W. Outside this span, the gradient of B is zero.
+    the fixed point on this span is β / (2 α) W. The gradient of B has no component outside this span.
 
     Means are over samples and, for convolutions and tokens, over output positions. We did not verify how the paper normalises
     over positions. For a convolution, x Bᵀ is the output of the convolution with the kernel B.
 
     The options ``alpha`` and ``beta``, which set α and β, default to the values in the released code. With ``update_forward``,
     the loss also trains W, with the gradient (2 α W - β B) C. With ``signal=noise``, ``noise_batch`` samples of noise replace x.
-    B changes slowly with the code's α and β; ``b_lr_scale`` raises its learning rate relative to that of W. The code's centred
-    and normalised activations, delays and alternating steps are not implemented. The paper's tuned settings are not public, so
-    none of our results reproduces the paper.
+    With the default α and β, B changes slowly; ``b_lr_scale`` can raise its learning rate relative to that of W. Centred and
+    normalised activations, delays and alternating steps, which the released code has, are not implemented. The paper's tuned
+    settings are not public, so none of our results reproduces the paper.
     """
 
     equations = (

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("asap")
 @dataclasses.dataclass(eq=False)
 class ASAP(SharingRule):
-    """Activation sharing with asymmetric paths (ASAP): an earlier activation replaces the layer's input in the gradients of W and
-    B.
+    """Activation sharing with asymmetric paths (ASAP): an earlier activation replaces a layer's input in the gradients of its W
+    and B.
 
     The rule is Algorithm 1 of Woo et al. 2021 (eqs 39-42).
 
     The rule computes e_in = g B; gradient of W = gradient of B = gᵀ h̃ (for convolutions, the weight gradient for the input h̃
     and the error g). The activation h̃ comes from an earlier layer and is shared by ``k`` layers; ``match`` resizes it to the
-    shape of the true input x. Activations are counted from the stem's output, and activation s = 1 + k ⌊(p - 2)/k⌋ replaces
+    shape of the true input x. Activations are numbered from 1, the stem's output, and activation s = 1 + k ⌊(p - 2)/k⌋ replaces
     activation p ≥ 2. Layers whose input is activation 1 use their own input, so they learn by Kolen-Pollack. Biases and
     normalisation layers learn as usual.
 
@@ -39,7 +39,7 @@ class ASAP(SharingRule):
 
     Our choices: in a network without convolutions, all fully connected layers share activations (``linear=auto``), including the
     output layer, so ``transport`` applies to all of them. The features of fully connected layers are matched by copying or
-    pooling, like channels.
+    pooling.
     """
 
     equations = (

@@ -30,8 +30,8 @@ class FeedbackPathSharing(SharedActivationFeedback):
 @ALGORITHMS.register("asfp")
 @dataclasses.dataclass(eq=False)
 class ASFP(SharingRule):
-    """Activation sharing in the feedback path (ASFP): an earlier activation replaces the layer's input, but only in the gradient
-    of B.
+    """Activation sharing in the feedback path (ASFP): an earlier activation replaces a layer's input, but only in the gradient of
+    B.
 
     The rule is given by eqs 39-42 of Woo et al. 2021.
 

@@ -66,16 +66,16 @@ class Classifiers(ModuleRule):
 @ALGORITHMS.register("asfp_lc")
 @dataclasses.dataclass(eq=False)
 class ASFPLC(ASFP):
-    """Activation sharing in the feedback path, with a local classifier at the end of every block.
+    """Activation sharing in the feedback path, with a local classifier at the end of every block except the last.
 
     The rule is "ASFP + LC" in Table 2 of Woo et al. 2021.
 
-    The model is a chain of blocks, and no error passes between blocks. Every block except the last learns from the objective's
-    loss, such as CE(s, labels), of a local classifier s = BN(V p + c), where p is the block's activation, averaged to ``pool`` x
-    ``pool`` and flattened. The last block uses the network's own classifier. A local classifier learns by feedback alignment: the
-    error at p is g B, where B is fixed and uniform in [-1, 1) (``linear_b_init``), and V, c and BN learn with the optimizer of W.
-    Within a block, the rule is `asfp` with its options `k`, `match`, `linear` and `b_init`: e_in = g B; gradient of W = gᵀ x;
-    gradient of B = gᵀ h̃ with the shared activation h̃.
+    The model is a chain of blocks, and no error passes between blocks. Every block except the last learns from its own local
+    classifier s = BN(V p + c), whose loss is that of the objective, such as CE(s, labels). Here p is the activation at the end of
+    the block, averaged to at most ``pool`` x ``pool`` and flattened. The last block uses the network's own classifier. A local
+    classifier learns by feedback alignment: the error at p is g B, where B is fixed and uniform in [-1, 1) (``linear_b_init``),
+    and V, c and BN learn with the optimizer of W. Within a block, the rule is `asfp` with its options `k`, `match`, `linear` and
+    `b_init`: e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the shared activation h̃.
 
     No code was published, so the following are our choices. The blocks are those that the model declares (``model.blocks``), such
     as the stem and the residual blocks, or those that end with the modules in ``cuts``. The stem has its own classifier, which

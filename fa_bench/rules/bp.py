@@ -21,7 +21,7 @@ class BP(Rule):
     The rule computes e_in = g W; gradient of W = gᵀ x; gradient of b = Σ g (Rumelhart, Hinton and Williams 1986; eqs 1-2 of
     Akrout et al. 2019).
 
-    This rule leaves the model unchanged, whereas subclasses freeze parts of the model.
+    The rules `bp_fc`, `frozen` and `frozen_blocks` are variants of this rule that freeze parts of the model.
     """
 
     equations = (

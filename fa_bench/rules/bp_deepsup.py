@@ -33,7 +33,7 @@ class BPDeepSup(LocalRule):
     Here L is the objective's mean loss, z the logits, a_l the activation at a cut, D_l a linear classifier, and w the option
     `weight`. All weights learn from the exact gradient of this sum. Errors pass through the weights and across the cuts, so this
     rule uses weight transport everywhere. At a cut, the error w ∂L(D_l(a_l))/∂a_l of the classifier is added to the error from
-    the layers above. With ``weight=0``, the rule is `bp`.
+    the layers above. With ``weight=0``, the network learns as with `bp`.
 
     The cuts and the classifiers are those of `predsim` with ``loss=pred``. D_l averages maps to at most `decoder_size` features,
     has weights that are initially zero (`decoder_init`), and learns with the optimizer of the network's weights. The difference

@@ -20,9 +20,9 @@ class BRSF(FRSF):
     The rule computes e_in = g B with B = |M| sign(W), where W is the current weight and sign(0) = 0. A new M is sampled in every
     training forward pass, and none during evaluation; ``rule.feedback`` contains the latest M.
 
-    Our choices: M is Xavier-uniform (``m_init``), and if ``density`` is below 1, one fixed mask sets entries of B to zero. The
-    k-th sample of M for a layer depends only on (seed, layer, k). Sampling M therefore affects no other random numbers, and a
-    resumed run uses the same M.
+    Our choices: M is Xavier-uniform (``m_init``), and if ``density`` is below 1, a fixed mask sets entries of B to zero. The k-th
+    sample of M for a layer depends only on (seed, layer, k). Sampling M therefore affects no other random numbers, and a resumed
+    run uses the same M as an uninterrupted one.
     """
 
     equations = (

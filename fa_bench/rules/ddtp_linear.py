@@ -35,10 +35,10 @@ class DDTPLinear(DrawingRule, DKP):
 
         gradient of B = 2 / (N σ²) Δzᵀ (Δz B - σ ε)
 
-    Let J be ∂z/∂h, averaged over the samples, and λ the weight decay. For small σ (``sigma``), B converges to the transpose of Jᵀ
-    (J Jᵀ + λ/2)⁻¹, the damped pseudo-inverse of J. The update of h is then a Gauss-Newton update, and its angle to the update of
-    backpropagation is not supposed to be zero. The probe ``gauss_newton_angle`` measures the angles between this update and those
-    of the rule and of backpropagation.
+    Let J be ∂z/∂h, and λ the weight decay. If J is the same for all samples and σ (``sigma``) is small, B converges to the
+    transpose of Jᵀ (J Jᵀ + λ/2)⁻¹, the damped pseudo-inverse of J. The update of h is then a Gauss-Newton update, and its angle
+    to the update of backpropagation is not supposed to be zero. The probe ``gauss_newton_angle`` measures the angles between this
+    update and those of the rule and of backpropagation.
 
     According to its code, the paper trains networks with five hidden layers of 256 tanh units on MNIST, by Adam at lr 2e-5 and
     with σ = 0.09. The feedback is trained by Adam at lr 1.6e-4 with decay 5.8e-7; here, ``optimizer@feedback_optimizer=adam``

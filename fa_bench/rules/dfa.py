@@ -34,8 +34,8 @@ class DFA(CutRule):
 
     - kernel: the error is delivered at the input of each layer. For a linear layer, the error is δ B with B of shape (C, I). For
       a convolution, δ is copied to every output pixel, and the error is the input gradient of a convolution with B of shape (C,
-      I, K...). Identity shortcuts still add the error from the layers above, so in residual networks the rule mixes direct
-      feedback with errors from the layers above, as in the code of Li and Benna 2024.
+      I, K...). Identity shortcuts still carry the error from the layers above, so in residual networks the rule mixes this error
+      with direct feedback, as in the code of Li and Benna 2024.
 
     - shared: all cuts share one matrix of shape (C, features of the largest cut), which is uniform in [-1, 1). Each cut uses the
       first columns of this matrix; `normalise` divides them by √(features of the largest cut) (Launay et al. 2020).
@@ -59,8 +59,9 @@ class DFA(CutRule):
     where MODULE is the last block or the last normalisation layer. For "micro", add ``algorithm.cuts='[*norm1,*act,*norm2]'``,
     with the names of the model's own modules.
 
-    Our choices: for neuron and kernel, B is Xavier-uniform (``b_init``), where fan_in is the number of features and fan_out is C.
-    If ``density`` is below 1, one fixed mask sets entries of B to zero.
+    Our choices: for neuron and kernel, B is Xavier-uniform (``b_init``), with the fans of a weight in the shape of B. For neuron,
+    fan_in is therefore the number of features, and fan_out is C. If ``density`` is below 1, a fixed mask sets entries of B to
+    zero.
     """
 
     equations = (r"e_a &= \delta B,\quad B \text{ fixed}",)

@@ -38,7 +38,7 @@ class Controller:
     """The linearised closed loop between the output z (N, C) and the voltages v, for all samples of a batch.
 
     Attributes:
-        feedback: cut, or "" for the output -> Qᵀ (C, F), or that of each sample (N, C, F).
+        feedback: cut, or "" for the output -> Qᵀ (C, F); if Q is the Jacobian, Qᵀ of each sample (N, C, F) at cuts.
         loop: J Q (N, C, C), summed over all cuts and the output.
         output: z in the pass at which the network was linearised.
     """
@@ -66,9 +66,9 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     causes.
 
     The rule is due to Meulemans et al. 2021, arXiv 2106.07887. Here, the steady state is computed in closed form, as with the
-    option ``ssa`` in the code of Meulemans et al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). The following equations give the
-    steady state for a sample with r_0 = x, where v_l are the voltages before the nonlinearities φ and u (C,) is the controller's
-    output:
+    option ``ssa`` in the code of Meulemans et al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). Let v_l be the voltages before
+    the nonlinearities φ, and u (C,) the controller's output. The following equations define the steady state for a sample x, with
+    r_0 = x:
 
         v_l = W_l r_{l-1} + b_l + Q_l u,    r_l = φ(v_l),    α u = z* - z,    z* = z⁻ - λ ∂L/∂z⁻.
 
@@ -78,8 +78,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
         u = (J Q + α I)⁻¹ (z* - z⁻),    Δv = Q u.
 
-    A final forward pass adds Δv to the voltages, so r_{l-1} is controlled as well. The gradient follows from v⁻_l = W_l r_{l-1} +
-    b_l:
+    Another forward pass adds Δv to the voltages, so r_{l-1} is controlled as well. With v⁻_l = W_l r_{l-1} + b_l, the voltage
+    before Δv_l is added, the gradient is:
 
         gradient of W_l = -1/N Σ_n (φ(v⁻_l + Δv_l) - φ(v⁻_l)) r_{l-1}ᵀ.
 
@@ -100,8 +100,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
     With ``fixed``, Q keeps its initial value, which is the identity at the output. With ``jacobian``, an oracle without stored
     feedback, Q is Jᵀ for each sample. For α → 0, Δv is then J⁺ (z* - z⁻), the Gauss-Newton step; for large α, Δv is -λ/α Jᵀ
-    ∂L/∂z⁻, which has the direction of backpropagation. With the voltage difference, the gradients have this direction, too,
-    whereas the difference of φ(v) adds a factor φ'(v) in the hidden layers.
+    ∂L/∂z⁻, which has the direction of backpropagation. For large α, gradients from the voltage difference have this direction,
+    too, whereas the difference of φ(v) adds a factor φ'(v) in the hidden layers.
 
     Weight transport: the dynamics, which are the biological process in the paper, do not require weight transport. The closed
     form requires it, because J is computed by C backward passes through the weights.
@@ -126,8 +126,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     small. Dropout masks are those of the first pass.
 
     An update needs three additional forward passes (two if Q does not learn) and C backward passes that compute only the errors.
-    An update also needs half a backward pass for the weights and solves a C x C system for every sample. J is stored only with
-    ``jacobian``.
+    An update also needs half a backward pass for the weights, and solves a C x C system for every sample (two if Q learns). J is
+    stored only with ``jacobian``.
     """
 
     equations = (
@@ -200,8 +200,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             self._learned[self._last].append(LearnedTensor(self._last, module, make_learned(module, OF_OUTPUT), self._witness))
 
     def is_nonlinearity(self, cut: str) -> bool:
-        """Whether the cut is at a nonlinearity, as in `pepita`; False if the module uses random numbers, which would change when
-        it is evaluated again."""
+        """Whether the module at a cut counts as a nonlinearity. Modules that use random numbers do not, because the numbers would
+        change when the module is evaluated again."""
         modules = self._cut_modules[cut].modules()
         draws = any(isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) for module in modules)
         return not draws and super().is_nonlinearity(cut)
@@ -227,7 +227,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         return [found.get(id(parameter)) for parameter in parameters]
 
     def _learned_at_places(self) -> Iterator[tuple[str, LearnedTensor]]:
-        """Each learned tensor with its cut; the cut is "" for the tensor of the output."""
+        """Pairs of a cut and a tensor that is learned there; the cut is "" for the tensor of the output."""
         for cut, learned in self._learned.items():
             yield from zip((cut, OUTPUT_OF_MODEL), learned, strict=False)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dgl")
 @dataclasses.dataclass(eq=False)
 class DGL(ModuleRule):
-    """Decoupled greedy learning: each block learns from its own auxiliary classifier.
+    """Decoupled greedy learning: each block except the last learns from its own auxiliary classifier.
 
     The rule is due to Belilovsky, Eickenberg and Oyallon 2020. All blocks are trained simultaneously.
 
@@ -44,10 +44,10 @@ class DGL(ModuleRule):
     If the model's output has positions, such as tokens, every module must have the same positions. A is then applied to each
     position, which has its own label, as if it were a flat activation.
 
-    Our choices: average pooling never enlarges a map, so a map of a single pixel has C features instead of 4C. A is used only in
-    training, so its batch normalisation always uses batch statistics. A therefore rejects a batch of one sample, except with
-    ``auxiliary_net=linear``, and each data-parallel rank has its own statistics. ``cuts``, or else ``model.blocks``, names where
-    each module ends. A module that feeds the output layer is part of the last module.
+    Our choices: average pooling never enlarges a map, so a map of at most 4x4 pixels has C features after the second pooling
+    instead of 4C. A is used only in training, so its batch normalisation always uses batch statistics. A therefore rejects a
+    batch of one sample, except with ``auxiliary_net=linear``, and each data-parallel rank has its own statistics. ``cuts``, or
+    else ``model.blocks``, names where each module ends. A module that feeds the output layer is part of the last module.
     """
 
     equations = (

@@ -31,22 +31,22 @@ class DRTP(CutRule):
 
     ``error_sign=true`` is sDFA: the error is sign(δ) B s / N, where δ = ∂L/∂z is the error at the logits, with the sign of output
     minus target. With the cross-entropy, this sign is -1 for the label and +1 for every other class, unless a probability is
-    rounded to zero.
+    rounded to 0 or 1.
 
     If the model's output has positions (tokens, pixels), each label is projected to its own position. All positions share one B
-    (C, F), and N is the number of positions with a label. Positions whose label is ignored (-100) get no error. At a cut with
-    fewer positions, each position gets the sum of the errors that it covers. As in `dfa`, ``within=block`` places cuts only at
-    the ends of the model's blocks, and the layers of each block learn by backpropagation from its end. There is no option
+    (C, F), and N is the number of positions with a label. Positions whose label is ignored (-100 by default) get no error. At a
+    cut with fewer positions, each position gets the sum of the errors that it covers. As in `dfa`, ``within=block`` places cuts
+    only at the ends of the model's blocks, and the layers of each block learn by backpropagation from its end. There is no option
     ``error_at``, because labels exist only at the output.
 
     Our choices: the error is divided by N, like the error of the output layer. The paper's code divides only the error of the
     output layer by N, which corresponds to ``scale`` = N here. The sign of the error is that of the code; it makes no difference
     if the distribution of B is symmetric about zero. B is Kaiming-uniform, with the number of the cut's features as the fan
-    (``b_init``); if ``density`` is below 1, one fixed mask sets entries of B to zero. If the loss is scaled, the error is scaled
-    by the same factor.
+    (``b_init``); if ``density`` is below 1, a fixed mask sets entries of B to zero. If the loss is scaled, the error is scaled by
+    the same factor.
 
     The paper uses tanh units (``architecture.activation=tanh``) and no batch normalisation. With unbounded units such as ReLU,
-    the activations grow without bound, because the error never vanishes. The cuts are those of `dfa`.
+    the activations can grow without bound, because the error never vanishes. The cuts are those of `dfa`.
     """
 
     equations = (

@@ -13,7 +13,8 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("dual_propagation")
 @dataclasses.dataclass(eq=False)
 class DualPropagation(EdgeRule):
-    """Dual propagation: errors pass through the weights, and a finite difference replaces the derivative of every nonlinearity.
+    """Dual propagation: errors pass through the weights, and a finite difference replaces the derivative of every elementwise
+    nonlinearity.
 
     The rule is due to Høier, Staudt and Zach 2023 (arXiv 2302.01228); its form is that of the authors' code for convolutional
     networks.
@@ -33,9 +34,9 @@ class DualPropagation(EdgeRule):
 
     In contrast to this rule, the code differentiates the mean loss with β = 1 and without s, so its finite difference depends on
     the batch size. This setting corresponds to ``beta`` = 1/N here, and the default is the value for the code's batches of 100.
-    The rule covers every elementwise module of torch.nn without parameters or random numbers, not only ReLU. It rejects other
-    elementwise nonlinear functions, such as those in `nn.LSTM`. We took the equations from the code, did not compare them with
-    the paper, and have not reproduced the paper's accuracies.
+    The rule covers every elementwise nonlinear module of torch.nn without parameters or random numbers, not only ReLU. It rejects
+    other elementwise nonlinear functions, such as those in `nn.LSTM`. We took the equations from the code, did not compare them
+    with the paper, and have not reproduced the paper's accuracies.
     """
 
     equations = (

@@ -19,8 +19,8 @@ class EPC(EnergyRule):
 
         E = Σ_n [ Σ_l ½‖e_l‖² + L(f_L(s_{L-1})) ],    s_l = f_l(s_{l-1}) + e_l,    s_0 = x.
 
-    The errors start from e = 0, where E is the loss, and take `steps` gradient steps with step size η (`rate`) and momentum μ
-    (`momentum`):
+    The errors start from e = 0, where E is the sum of the losses, and take `steps` gradient steps with step size η (`rate`) and
+    momentum μ (`momentum`):
 
         v_l ← μ v_l + ∂E/∂e_l,    e_l ← e_l - η v_l.
 
@@ -32,19 +32,20 @@ class EPC(EnergyRule):
     **When this is backpropagation.** After a few small steps without momentum, e_l = -T η ∂L/∂s_l + O(η²), where T is the number
     of steps. Every hidden layer then learns from the gradient of backpropagation times T η, and the output layer from the
     unscaled gradient. With T = 5 and η = 0.001, the values in the paper's code for CIFAR-10, the factor is 0.005, which Adam
-    cancels. Such a run is backpropagation except for Adam's ε and the relative learning rate of the output layer. With
-    ``steps=1 rate=1``, the gradient of the first block is exactly that of backpropagation. Coverage includes a note if T η (with
-    momentum, the corresponding path length) is below 0.1. ``probes=[energy]`` measures how far the errors have converged, and the
-    cosine between each layer's gradient and that of backpropagation. Accuracies close to those of `bp` mean nothing without these
-    measurements.
+    cancels. With Adam, such a run is backpropagation except for the effect of ε. With SGD, it is backpropagation with a
+    relatively high learning rate in the output layer. With ``steps=1 rate=1``, the gradient of the first block is exactly that of
+    backpropagation. Coverage includes a note if T η (with momentum, the corresponding path length) is below 0.1.
+    ``probes=[energy]`` measures how far the errors have converged, and the cosine between each layer's gradient and that of
+    backpropagation. Accuracies close to those of `bp` mean nothing without these measurements.
 
     The blocks are those that the model declares, or those that end at `cuts`. The rule uses weight transport within every block
     and, because each step differentiates the whole network, also between blocks.
 
     The equations come from the paper's code and a derivation; we did not check them against the text of the paper. Our choices:
     the default is 20 steps of 0.1, whereas that code uses 5 steps of 0.001 for CIFAR-10 and 64 to 256 steps of 0.1 to 0.3 for
-    MNIST. The optimisation of the errors is stable as long as η times the largest curvature of E is below 2. E is a sum over
-    samples, so this optimisation does not depend on the batch size. If the output has positions, E is also a sum over positions.
+    MNIST. Without momentum, the optimisation of the errors is stable as long as η times the largest curvature of E is below 2. E
+    is a sum over samples, so this optimisation does not depend on the batch size. If the output has positions, E is also a sum
+    over positions.
 
     Since the rule delivers no errors at activations, there are no delta angles; ``probes=[energy]`` compares gradients instead.
 

@@ -57,7 +57,7 @@ class F3(CutRule):
     one from the second epoch on.
 
     The stored errors (training samples, C) are part of the rule's state and of checkpoints, but not of the model's
-    ``state_dict``. Each backward pass needs the indices of the samples in the training set:
+    ``state_dict``. With delayed errors, each backward pass needs the indices of the samples in the training set:
     ``rule.backward(loss, logits, y, indices=indices)``. ``samples`` must be at least the size of the training set; the runner
     sets it. Call ``rule.step()`` after every update, because it exchanges the errors between the processes of
     ``torch.distributed``, which must train the same model. If samples are augmented, the stored error is that of the last
@@ -66,14 +66,15 @@ class F3(CutRule):
     The paper uses the following initialisers for B: PyTorch's default (``b_init=pytorch``, also the default of the code),
     ``trinomial`` with entries -1, 0 or 1, ``binomial`` with entries 0 or 1, and ``identity_pm``. The last three initialisers do
     not scale with the number of features, which makes no difference to Adam but does to plain gradient descent. If ``density`` is
-    below 1, one fixed mask sets entries of B to zero. As in `dfa`, ``within=block`` places cuts only at the ends of the model's
+    below 1, a fixed mask sets entries of B to zero. As in `dfa`, ``within=block`` places cuts only at the ends of the model's
     blocks, and the layers of each block learn by backpropagation from its end.
 
     Differences from the code: errors are outputs minus targets here but targets minus outputs in the code, so B has the opposite
-    sign. The code differentiates its loss with respect to the output of a sigmoid; here losses are differentiated with respect to
-    the logits. With the objective ``sigmoid_ce``, ``delayed_loss`` is therefore the code's ``delayed_error``. The scale of the
-    loss and the factor 1/N are those of the current batch, whereas the code stores ``delayed_loss`` divided by the size of the
-    earlier batch and does not divide the other errors. The code uses ``first_epoch=target``.
+    sign. For ``delayed_loss``, the code differentiates its loss with respect to the output of a sigmoid, whereas here the loss is
+    differentiated with respect to the logits. With the objective ``sigmoid_ce``, ``delayed_loss`` is therefore the code's
+    ``delayed_error``. The scale of the loss and the factor 1/N are those of the current batch, whereas the code stores
+    ``delayed_loss`` divided by the size of the earlier batch and does not divide the other errors. The default of ``first_epoch``
+    is that of the code.
     """
 
     equations = (
@@ -85,8 +86,9 @@ class F3(CutRule):
 
     information: str = option(
         "delayed_loss",
-        "what is projected: the loss derivative or the error (output minus target) of the previous epoch, unchanged, after a "
-        "softmax or times the one-hot target; the current error (as in dfa); or the target (as in drtp)",
+        "what is projected: from the sample's previous epoch, the derivative of its loss or its error (output minus target), as "
+        "it is, with a softmax of the output, or times the target; the current error (as in dfa); or minus the target (as in "
+        "drtp)",
         choices=[
             "delayed_loss",
             "delayed_error",
@@ -107,7 +109,7 @@ class F3(CutRule):
     density: float = density_option()
     samples: int | None = option(
         None,
-        "number of training samples; null: taken from the run (required by attach)",
+        "number of training samples, if errors are delayed; null: taken from the run (required by attach)",
         minimum=1,
         identifying=False,
     )

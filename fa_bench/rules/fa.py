@@ -22,9 +22,9 @@ class FA(RandomFeedbackRule):
     decay.
 
     Our choices: B is Xavier-uniform, as in Li and Benna's runs. The B of the first layer propagates no error and exists only so
-    that its angle can be measured. ``b_init=copy_w`` starts with B(0) = W(0), as the code of Woo et al. 2021 does in
-    convolutions. ``linear_b_init`` selects a different initialiser for fully connected layers; in that code, it is uniform in
-    [-1, 1). If ``density`` is below 1, one fixed mask sets entries of B to zero.
+    that its angle can be measured. ``b_init=copy_w`` sets B to the initial W, as the code of Woo et al. 2021 does in
+    convolutions. ``linear_b_init`` selects a different initialiser for fully connected layers; in that code, their B is uniform
+    in [-1, 1). If ``density`` is below 1, a fixed mask sets entries of B to zero.
     """
 
     equations = (

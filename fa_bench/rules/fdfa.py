@@ -34,11 +34,10 @@ class FDFA(JacobianRule):
 
     As in the code, an optimizer updates B with this gradient. This optimizer is either the optimizer of W, with its learning rate
     times `b_lr_scale`, or a separate one, as with ``optimizer@feedback_optimizer=adam``. The code uses batches of 64. It trains
-    both W and B with Adam at 1e-4 without decay, and multiplies the learning rate of W by 0.95 per epoch. In the paper, the
+    both W and B with Adam at 1e-4 without decay, and multiplies only the learning rate of W by 0.95 per epoch. In the paper, the
     update is B ← (1 - α) B + α mean d_n ⊗ p_n (from memory, not checked against the paper). This update is plain SGD at the
-    learning rate α:
-    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a learning rate of 0, the
-    rule is direct feedback alignment.
+    learning rate α: ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. If B has a
+    learning rate of 0 and a random ``b_init``, the rule is direct feedback alignment.
 
     `tangents` selects how d is computed. ``forward`` is exact but rejects operations that have no forward-mode derivative.
     ``difference``, which accepts such operations, computes (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001. `within` and `positions`
@@ -48,7 +47,7 @@ class FDFA(JacobianRule):
     B starts at zero, as in the code (``b_init``). The gradient of B is multiplied by the factor by which the loss was scaled, so
     that the mean is right with micro-batches and gradient scalers. Gradient clipping includes the gradient of B in the norm. Each
     sample has its own noise, which changes if a batch is split into micro-batches or across data-parallel ranks; all ranks hold
-    the same B. In the code, only the optimizer of W has a schedule.
+    the same B.
     """
 
     equations = (

@@ -191,7 +191,7 @@ class ForwardAlignment(EdgeRule):
             given: the model's arguments, with keyword arguments last.
             true: the inputs of the layers in the first pass.
             count: how many of these layers, counted from the first, need their inputs in the second pass; these inputs are
-            returned.
+                returned.
             names: the ``repr`` of the layers and the names of the keyword arguments.
         """
         paths, keywords = ast.literal_eval(names)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.updates import LearnedTensor
 
-#: Added to the root mean square by which an activation is divided, as in the code that the docstring names.
+#: Added to the root mean square by which an activation is divided, as in the code loeweX/Forward-Forward.
 _TINY = 1e-8
 #: The momentum of the running mean of a unit's activity, and the initial value of this mean; both are from the same code.
 _MOMENTUM, _START = 0.9, 0.5
@@ -34,7 +34,7 @@ _MOMENTUM, _START = 0.9, 0.5
 @ALGORITHMS.register("forward_forward")
 @dataclasses.dataclass(eq=False)
 class ForwardForward(DrawingRule, PassRule):
-    """Forward-forward: every layer learns to distinguish images with their true label from images with a wrong label.
+    """Forward-forward: every hidden layer learns to distinguish images with their true label from images with a wrong label.
 
     The rule is the supervised form of Hinton 2022, arXiv 2212.13345; details follow the public code loeweX/Forward-Forward.
 
@@ -52,11 +52,11 @@ class ForwardForward(DrawingRule, PassRule):
     running mean of each unit's activity for positive samples, and m̄ is the mean of m over the units.
 
     The model's predictions come from a linear classifier, which learns from the true gradient of the loss. The inputs of this
-    classifier are the activations for a neutral image, in which all labels are marked with 1/C. The output layer classifies the
-    last activation. Learned matrices M (C, features), initially zero, classify the earlier activations except the first, and
-    their scores are added to the logits; with ``all_layers=false``, there are no such matrices. ``prediction=goodness`` instead
-    scores each label by the goodness of the image with that label, summed over all cuts except the first; this needs C passes.
-    Training still reports the accuracy of the classifier.
+    classifier are the activations for a neutral image, in which 1/C for every class replaces the one-hot row. The output layer
+    classifies the last activation. Learned matrices M (C, features), initially zero, classify the earlier activations except the
+    first, and their scores are added to the logits; with ``all_layers=false``, there are no such matrices.
+    ``prediction=goodness`` instead scores each label by the goodness of the image with that label, summed over all cuts except
+    the first; this needs C passes. The training accuracy is still that of the classifier.
 
     The classifier consists of all M and the output layer; ``rule.feedback_parameters()`` returns its parameters. These parameters
     are trained by the feedback's optimizer if there is one (``optimizer@feedback_optimizer=sgd``), and otherwise by the optimizer
@@ -68,8 +68,8 @@ class ForwardForward(DrawingRule, PassRule):
 
     Learning rates that suit other rules are too large, because goodness is a sum over all units of a layer, so start with 1e-3.
     The code trains three layers of 1000 units, with weights initialised from N(0, 1/fan_out), for 100 epochs with batches of 100.
-    The code uses SGD at 1e-3 with momentum 0.9 and decay 3e-4 (1e-2 and 3e-3 for the classifier). The learning rate falls
-    linearly to zero over the second half of the training.
+    The code uses SGD with momentum 0.9, a learning rate of 1e-3 and a decay of 3e-4; for the classifier, these are 1e-2 and 3e-3.
+    The learning rates fall linearly to zero over the second half of the training.
 
     Each data-parallel process updates the running means with its own samples. `step` averages the running means over the
     processes, so every process must call it.

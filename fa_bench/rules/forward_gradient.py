@@ -24,7 +24,7 @@ WEIGHT = "weight"
 @ALGORITHMS.register("forward_gradient")
 @dataclasses.dataclass(eq=False)
 class ForwardGradient(NoisyCutRule):
-    """Forward gradients: the gradient is estimated, without a backward pass, as noise times the derivative of the loss along this
+    """Forward gradients: the gradient is estimated, without backpropagation, as noise times the derivative of the loss along this
     noise.
 
     The rule is due to Baydin, Pearlmutter, Syme, Wood and Torr 2022, arXiv 2202.08587; the activation form is due to Ren,
@@ -42,7 +42,7 @@ class ForwardGradient(NoisyCutRule):
 
     The estimates of both forms are unbiased: their expectation is the true gradient. The variance of both estimates grows with
     the number of perturbed values P, and the cosine between a single estimate and the gradient is of order 1/√P. The rule is
-    therefore a baseline for learning without a backward pass and not a practical way to train deep networks. In the activation
+    therefore a baseline for learning without backpropagation and not a practical way to train deep networks. In the activation
     form, each sample has its own d_n, so the noise averages out over the batch.
 
     Our choices: all cuts are perturbed in one pass. The local losses, groups of neurons and special normalisation that Ren et al.

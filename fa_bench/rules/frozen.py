@@ -1,4 +1,4 @@
-"""The floor of every comparison, with random hidden layers."""
+"""The floor in which only the output layer learns."""
 
 from __future__ import annotations
 

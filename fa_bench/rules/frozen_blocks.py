@@ -25,9 +25,9 @@ class FrozenBlocks(BP):
 
     The option `blocks` names the modules that end the blocks; by default, the model declares them (``model.blocks`` or, if that
     is missing, ``model.cut_points``). A block extends from the end of the previous block to its own end. Every parameter of a
-    block, including those of normalisation layers, keeps its initial value and does not decay. The embedding and everything after
-    the last block learn from their true gradients, which pass through the random blocks. Parameters that belong directly to the
-    model and not to a submodule also learn.
+    block outside the embedding, including those of normalisation layers, keeps its initial value and does not decay. The
+    embedding and everything after the last block learn from their true gradients, which pass through the random blocks.
+    Parameters that belong directly to the model and not to a submodule also learn.
 
     The embedding is the part of the first block before the module that ends this block. In residual_mlp, vit_mini and decoder, it
     is everything that precedes the first residual block. If the module that ends the first block has no parameters, as in mlp,
@@ -82,8 +82,8 @@ class FrozenBlocks(BP):
         return fixed
 
     def _inner_modules(self) -> list[str]:
-        """The names of all layers except the first and the last; a layer within a recurrent or attention module is replaced by
-        that module."""
+        """The names of all layers except the first and the last. A layer that stands for one weight of a recurrent or attention
+        module is replaced by that module."""
         from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 
         called = (nn.Linear, *CONVOLUTIONS)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.coverage import Coverage
 
-#: Norms below this value count as zero.
+#: Smaller norms are replaced by this value before a division.
 _TINY = 1e-30
 
 
@@ -39,8 +39,8 @@ class GrAPE(JacobianRule):
     This gradient is orthogonal to B, so B rotates, and its norm grows only to second order in the step size. In every
     `anchor_period`-th update, counted by ``rule.step()``, W learns by exact backpropagation instead. These anchor updates use
     weight transport, which coverage reports; the record of a run contains their number (``rule_counts``). With
-    ``anchor_period=0``, there are no anchor updates; with ``anchor_period=1``, the rule is `bp`. The output layer learns from its
-    true gradient.
+    ``anchor_period=0``, there are no anchor updates; with ``anchor_period=1``, W learns as with `bp`. The output layer learns
+    from its true gradient.
 
     In an earlier version of the paper (a submission of 2024, as described in a review), B is multiplied by 1 - η (1 - cos), which
     shrinks B but never rotates it. This class implements the version of 2026, which is a different rule.

@@ -32,10 +32,10 @@ class InformationAlignment(InputAlignmentRule):
 
     The options ``alpha``, ``beta`` and ``gamma``, which set α, β and γ, default to the values in the released code. In this rule,
     α multiplies amp, whereas in the related rules it multiplies decay or sparse. With ``update_forward``, the loss also trains W,
-    with the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. With ``signal=noise``, ``noise_batch`` samples of noise replace x. B changes
-    slowly with the code's α and β; ``b_lr_scale`` raises its learning rate relative to that of W. The code's centred and
-    normalised activations, delays and alternating steps are not implemented. The paper's tuned settings are not public, so none
-    of our results reproduces the paper.
+    with the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. With ``signal=noise``, ``noise_batch`` samples of noise replace x. With the
+    default α and β, B changes slowly; ``b_lr_scale`` can raise its learning rate relative to that of W. Centred and normalised
+    activations, delays and alternating steps, which the released code has, are not implemented. The paper's tuned settings are
+    not public, so none of our results reproduces the paper.
     """
 
     equations = (

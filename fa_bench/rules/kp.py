@@ -23,7 +23,7 @@ class KP(RandomFeedbackRule):
     with coupled decay also divides the decay by the root of the second moment, so the rate at which the difference shrinks
     depends on the gradients and is often higher.
 
-    Our choices: B is sampled as in FA (``b_init``, and ``linear_b_init`` for fully connected layers). The B of the first layer
+    Our choices: B is sampled as in `fa` (``b_init``, and ``linear_b_init`` for fully connected layers). The B of the first layer
     propagates no error but is trained anyway. If ``b_lr_scale`` is not 1, B has its own learning rate, and the difference no
     longer decays to zero.
     """

@@ -22,7 +22,7 @@ class SubspaceFeedback(ProductFeedback):
     """Feedback e_in = g B R with a learned R and with a B that learns the principal subspace of g.
 
     Args:
-        rate: a factor of the gradient of B.
+        rate: the factor by which the gradient of B is multiplied.
     """
 
     learned = ("B", "R")
@@ -69,7 +69,7 @@ class LDFA(SemiOrthogonalRule):
     a sum over samples, even with gradient accumulation, gradient scalers and data-parallel training. For errors with an
     elliptical distribution, the subspace is the same as without this weighting. B and R are trained by the optimizer of W, at its
     learning rate. Since the columns of B are orthonormal, decay and high learning rates do not change the norm of B. With Adam
-    and Muon, ``b_rate`` has no effect unless it is 0.
+    and Muon, ``b_rate`` has hardly any effect unless it is 0.
     """
 
     equations = (

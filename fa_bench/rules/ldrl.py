@@ -40,17 +40,17 @@ class LDRL(DrawingRule, LocalRule):
 
         e = g(h') - g(h' - e') = G e'
 
-    The error of the last block is δ, the gradient of the loss at the logits. Within a block, the weights learn by backpropagation
-    of half the squared distance to the target, which means that e is propagated back. This backpropagation is weight transport
-    within blocks. G minimises
+    The error at the end of the last block is δ, the gradient of the loss at the logits. Within a block, the weights learn by
+    backpropagation of half the squared distance to the target, which means that e is propagated back. This backpropagation is
+    weight transport within blocks. G minimises
 
         loss = (-2 σε · (g(f(h + σε)) - g(f(h))) + ‖g(f(h) + σε') - g(f(h))‖²) / σ², averaged over the samples.
 
     Here ε and ε' are Gaussian noise, and σ is ``sigma``. For small σ, G converges to Jᵀ, the transpose of J = ∂h'/∂h averaged
-    over the samples. The targets are then those of backpropagation through a linear block.
+    over the samples. For a linear block, the targets are then those of backpropagation.
 
-    G is a linear layer if the block's output is flat. For maps, G enlarges h' to the size of h by copying values and then applies
-    a 3x3 convolution. ``b_lr_scale`` is the learning rate of G relative to that of the weights. A high learning rate makes G
+    G is a linear layer if h or h' is flat. If both are maps, G enlarges h' to the size of h by copying values and then applies a
+    3x3 convolution. ``b_lr_scale`` is the learning rate of G relative to that of the weights. A high learning rate makes G
     diverge if a batch has fewer samples than h' has features.
 
     Deviations from the code: feedback maps are linear, so errors do not depend on h, whereas the code's maps have the
@@ -156,8 +156,8 @@ class LDRL(DrawingRule, LocalRule):
         return error, [gradient * scale for gradient in gradients]
 
     def _pass(self, cut: str | None) -> dict[str, Tensor]:
-        """The activations at the ends of all blocks, from another forward pass. If a cut is given, noise is added at this cut,
-        and the method returns the noise and the activation at the end of the next block."""
+        """The activation at the end of each block, from another forward pass. If a cut is given, noise is added there, and the
+        result contains only the noise at this cut, the activation at the end of the next block and the model's output."""
         from fa_bench.mechanisms.second_pass import again, value_of
 
         first = self.first_pass

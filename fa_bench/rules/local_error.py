@@ -24,8 +24,8 @@ class LocalError(LocalRule):
 
     The rule is due to Mostafa, Ramesh and Cauwenberghs 2018.
 
-    Every hidden activation a has a fixed random linear classifier M (C, features) and learns from the cross-entropy of this
-    classifier:
+    Every hidden activation a has a fixed random linear classifier M (C, features) and learns from the objective's loss for the
+    scores s of this classifier. With the cross-entropy:
 
         s = a Mᵀ,    error at a = (softmax(s) - y) M / N,    where y are the one-hot labels.
 

@@ -62,7 +62,8 @@ class MixedFeedback(FeedbackPathway):
 @ALGORITHMS.register("mixed")
 @dataclasses.dataclass(eq=False)
 class Mixed(ExpandingRule):
-    """A mixture of PFA, FA and KP synapses, in proportions for which the weight angle matches that of the brain.
+    """A mixture of PFA, FA and KP synapses. With the default proportions, the angle between the direct synapses and W matches
+    that of the brain.
 
     The rule comes from the discussion and appendix B of Li and Benna 2024.
 
@@ -71,10 +72,11 @@ class Mixed(ExpandingRule):
     fixed B and the learned R, with gradient ēᵀ x and ē = g B, are those of `pfa` (M = ``ratio`` x O). F is fixed, and K has the
     gradient of W. The initialisers of F, K and R are ``f_init``, ``k_init`` and ``r_init``.
 
-    Neither learned gradient is masked: R has the gradient of PFA, and K has the gradient of W, although only the entries under
-    K's mask propagate an error. With decay, B R and K therefore approach W everywhere, as in `pfa` and `kp`. Let λ = 1/ratio, and
-    let r be the ratio of the norms of F and W over the entries of FA, and ρ the cosine between F and W over these entries. Unless
-    W aligns with F there, as it does in FA, ρ is 0. The following equation then gives the angle between E and W:
+    The gradients of R and K are not masked: R has the gradient of PFA, and K has the gradient of W, although only the entries
+    under K's mask propagate an error. With decay, B R therefore approaches B Bᵀ W and K approaches W in all entries, as in `pfa`
+    and `kp`. Let λ = 1/ratio, and let r be the ratio of the norms of F and W over the entries of FA, and ρ the cosine between F
+    and W over these entries. Unless W aligns with F there, as it does in FA, ρ is 0. The following equation then gives the angle
+    between E and W:
 
         cos = (p + k + f ρ r) / √(p (1 + λ) + k + f r²)
 

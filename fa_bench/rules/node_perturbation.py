@@ -40,7 +40,7 @@ class NodePerturbation(DrawingRule, CutRule):
     and updates its running statistics in the first pass. Every backward pass samples new noise, which depends only on the seed,
     the number of the pass and the data-parallel rank. An update needs two additional forward passes.
 
-    The authors also normalise by the actual change of activity and decorrelate inputs; neither is implemented.
+    Dalm et al. also normalise by the actual change of activity and decorrelate inputs; neither is implemented.
     """
 
     equations = (

@@ -20,8 +20,8 @@ class PC(EnergyRule):
 
         E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ],    s_0 = x.
 
-    The states start from those of the forward pass, where E is the loss, and take `steps` gradient steps with step size η
-    (`rate`) and momentum μ (`momentum`), where e_l = s_l - f_l(s_{l-1}):
+    The states start from those of the forward pass, where E is the sum of the losses. With e_l = s_l - f_l(s_{l-1}), they take
+    `steps` gradient steps with step size η (`rate`) and momentum μ (`momentum`):
 
         v_l ← μ v_l + ∂E/∂s_l,    ∂E/∂s_l = e_l - (∂f_{l+1}/∂s_l)ᵀ e_{l+1},    s_l ← s_l - η v_l.
 
@@ -46,11 +46,11 @@ class PC(EnergyRule):
     one block. The derivatives of a block are exact, however, so the rule uses weight transport within blocks, even if a block has
     only one layer.
 
-    The equations come from the code and a derivation; we did not check them against a paper. Nudged outputs, weight updates in
-    every step (iPC) and the scaling of μPC are not implemented. The default of 20 steps of 0.1 without momentum is our choice.
-    The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and the VGG-5 of PCX uses 8 steps of 0.0266 in the code of
-    the `epc` paper. E is a sum over samples, so the optimisation of the states does not depend on the batch size. If the output
-    has positions, E is also a sum over positions.
+    The equations come from the code of PCX and a derivation; we did not check them against a paper. Nudged outputs, weight
+    updates in every step (iPC) and the scaling of μPC are not implemented. The default of 20 steps of 0.1 without momentum is our
+    choice. The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and the VGG-5 of PCX uses 8 steps of 0.0266 in the
+    code of the `epc` paper. E is a sum over samples, so the optimisation of the states does not depend on the batch size. If the
+    output has positions, E is also a sum over positions.
 
     Since the rule delivers no errors at activations, there are no delta angles; ``probes=[energy]`` compares gradients instead.
 

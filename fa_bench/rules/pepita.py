@@ -35,8 +35,8 @@ class Pepita(PassRule):
 
     No error passes through a weight. The derivatives of the hidden nonlinearities are not used, because the difference h - h' is
     the error at the input of the nonlinearity. F is Kaiming-uniform (`f_init`), which here means within ±√(6/features), times
-    `f_scale`. If the first layer is linear, h_1 - h'_1 = -W_1 F e. For this layer, the rule is then direct feedback alignment
-    with the feedback -(W_1 F)ᵀ (Srinivasan et al. 2023, arXiv 2302.05440), and reduces the loss if -F aligns with the product of
+    `f_scale`. If the first layer is linear, h_1 - h'_1 = -e F W_1ᵀ. For this layer, the rule is then direct feedback alignment
+    with the feedback -F W_1ᵀ (Srinivasan et al. 2023, arXiv 2302.05440), and reduces the loss if -F aligns with the product of
     the weights. With ``f_scale=0``, only the output layer learns.
 
     Deviations from the paper and its code: layers may have biases and normalisation. Biases and normalisation learn from the same

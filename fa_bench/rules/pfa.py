@@ -133,11 +133,11 @@ class PFA(ExpandingRule):
     With ē = g B and e_in = ē R, the error reaches the layer's input through a population of M = ``ratio`` x O units. B (O, M) is
     fixed, random and uniform with variance 1/M, so that E[B Bᵀ] = I. R (M, I, K...; ``r_init``) learns with the optimizer,
     learning rate, momentum and decay of W from its own local gradient ēᵀ x (for convolutions, the weight gradient for the input x
-    and the error ē). This gradient is Bᵀ times the gradient of W, so W approaches B R as the initial values decay, for example
-    because of a large weight decay in the first epoch (``optimizer.first_epoch_weight_decay``). The angle between W and B R is
-    then arctan √(1/ratio), and the ratio of their norms is √(1 + 1/ratio). If ``density`` d is below 1, fixed masks set entries
-    of B and R to zero. The variance of B then becomes 1/(M d), whereas that of R is not compensated, and the angle is arctan
-    √(1/(ratio d)).
+    and the error ē). This gradient is Bᵀ times the gradient of W, so with SGD, B R approaches B Bᵀ W as the initial values decay,
+    for example because of a large weight decay in the first epoch (``optimizer.first_epoch_weight_decay``). The angle between W
+    and B R is then arctan √(1/ratio), and the norm of B R is √(1 + 1/ratio) times that of W. If ``density`` d is below 1, fixed
+    masks set entries of B and R to zero. The remaining entries of B then have the variance 1/(M d), whereas those of R are not
+    rescaled, and the angle is arctan √(1/(ratio d)).
 
     Our choices: the paper's formula for the gain of B lacks a square root, which we add. As in the paper's code, the mask of R is
     reapplied after every update, to R but not to its momentum.

@@ -33,12 +33,13 @@ class PredSim(LocalRule):
 
         (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples.
 
-    Here β is the option `beta`, D a linear decoder, and y the one-hot labels. K is a 3x3 convolution without bias that keeps the
-    number of channels or, for flat activations, a linear layer that keeps the number of features. S computes the cosines between
-    the rows of its argument, after subtracting each row's mean. For a map with more than 3 channels and more than one row, S uses
-    the standard deviation of each channel over space; for other maps, it uses all values. D and K learn with the optimizer of W,
-    and no error crosses a cut. ``loss=pred`` uses only CE(D(a), labels), and ``loss=sim`` uses only the similarity. With
-    ``loss=predsim``, the error of the output layer is (1-β) times the true error; otherwise, it is the true error.
+    Here β is the option `beta`, CE the objective's loss (by default the cross-entropy), D a linear decoder, and y the one-hot
+    labels. K is a 3x3 convolution without bias that keeps the number of channels or, for flat activations, a linear layer that
+    keeps the number of features. S computes the cosines between the rows of its argument, after subtracting each row's mean. For
+    a map with more than 3 channels and a height above 1, S uses the standard deviation of each channel over space; for other
+    maps, it uses all values. D and K learn with the optimizer of W, and no error crosses a cut. ``loss=pred`` uses only CE(D(a),
+    labels), and ``loss=sim`` uses only the similarity. With ``loss=predsim``, the error of the output layer is (1-β) times the
+    true error; otherwise, it is the true error.
 
     D averages maps to at most `decoder_size` features. The weight of D is initially zero (`decoder_init`); its bias, which
     `decoder_bias=false` removes, has PyTorch's default initial values. These values, the divisor of the standard deviation

@@ -20,18 +20,18 @@ class RegularizedMirror(InputAlignmentRule):
         e_in = g B;  loss = α (‖W‖² + ‖B‖²) - β mean Σ (x Wᵀ)(x Bᵀ)
         gradient of B = 2 α B - β W C,  C = mean xᵀ x
 
-    The fixed point of B is (β / 2 α) W C. If the inputs x are white, this is a multiple of W; with the code's defaults, it is
-    half of W. In contrast, `wm` uses only noise as the input, in a separate phase, and has a decay for which the fixed point is
-    W.
+    The fixed point of B is β / (2 α) W C. If the inputs x are white, this is a multiple of W; with the code's defaults, it is
+    half of W. In contrast, `wm` uses only noise as the input, in separate steps, and by default has a decay for which the fixed
+    point is W.
 
     Means are over samples and, for convolutions and tokens, over output positions. We did not verify how the paper normalises
     over positions. For a convolution, x Bᵀ is the output of the convolution with the kernel B.
 
     The options ``alpha`` and ``beta``, which set α and β, default to the values in the released code. With ``update_forward``,
-    the loss also trains W, with the gradient 2 α W - β B C. With ``signal=noise``, ``noise_batch`` samples of noise replace x. B
-    changes slowly with the code's α and β; ``b_lr_scale`` raises its learning rate relative to that of W. The code's centred and
-    normalised activations, delays and alternating steps are not implemented. The paper's tuned settings are not public, so none
-    of our results reproduces the paper.
+    the loss also trains W, with the gradient 2 α W - β B C. With ``signal=noise``, ``noise_batch`` samples of noise replace x.
+    With the default α and β, B changes slowly; ``b_lr_scale`` can raise its learning rate relative to that of W. Centred and
+    normalised activations, delays and alternating steps, which the released code has, are not implemented. The paper's tuned
+    settings are not public, so none of our results reproduces the paper.
     """
 
     equations = (

@@ -12,21 +12,21 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("symmetric_alignment")
 @dataclasses.dataclass(eq=False)
 class SymmetricAlignment(AlignmentRule):
-    """Symmetric alignment: a local loss that compares feedback and weights entry by entry pulls the feedback towards the weights.
+    """Symmetric alignment: the feedback is pulled towards the weights by a local loss that compares them entry by entry.
 
     The rule combines the primitives decay and self of Kunin et al. 2020 (arXiv 2003.01513) and of the code released with that
     paper.
 
         e_in = g B;  loss = α (‖W‖² + ‖B‖²) - β Σ W B;  gradient of B = 2 α B - β W
 
-    With β = 2 α, the gradient is 2 α (B - W), and the fixed point is W. With other values, the fixed point is (β / 2 α) W. The
+    With β = 2 α, the gradient is 2 α (B - W), and the fixed point is W. With other values, the fixed point is β / (2 α) W. The
     update of an entry of B reads the corresponding weight, which is weight transport within the layer. The rule is therefore the
     reference for `activation_alignment` and `information_alignment`, which avoid weight transport.
 
     The options ``alpha`` and ``beta``, which set α and β, default to the values in the released code. With ``update_forward``,
-    the loss also trains W, with a gradient of the same form in which W and B are exchanged. B changes slowly with the code's α
-    and β; ``b_lr_scale`` raises its learning rate relative to that of W. The code's delays and alternating steps are not
-    implemented. The paper's tuned settings are not public, so none of our results reproduces the paper.
+    the loss also trains W, with a gradient of the same form in which W and B are exchanged. With the default α and β, B changes
+    slowly; ``b_lr_scale`` can raise its learning rate relative to that of W. The delays and alternating steps of the released
+    code are not implemented. The paper's tuned settings are not public, so none of our results reproduces the paper.
     """
 
     equations = (

@@ -34,8 +34,8 @@ class USF(EdgeRule):
     Both fans include kernel positions. B is computed from the weight used in the forward pass that is differentiated.
 
     Li and Benna write B = sign(W) without s, which makes training diverge; their figures were computed with s = xavier. If
-    ``density`` is below 1, one fixed mask sets entries of B to zero. With ``plain_last``, the output layer uses its true weight,
-    as in Xiao et al. 2018.
+    ``density`` is below 1, a fixed mask sets entries of B to zero. With ``plain_last``, the output layer uses its true weight, as
+    in Xiao et al. 2018.
     """
 
     equations = (

@@ -33,11 +33,11 @@ class WeightPerturbation(DrawingRule, PassRule):
     expected cosine to the true gradient decreases like 1/√P with the number P of parameters, so the rule is a baseline for
     learning without any backward pass. Users of MeZO report that it does not learn CIFAR-10 from scratch.
 
-    All parameters that require gradients belong to θ, even those that do not affect the loss; their estimates are noise around
-    zero. The noise v is not stored but regenerated from the seed and the number of the backward pass each time it is used. All
-    processes of a data-parallel run use the same v, so their gradients are those of one process with the full batch. Every
-    micro-batch has its own v. The weights are restored exactly. An update needs two additional forward passes and no backward
-    pass.
+    All parameters that require gradients belong to θ. If a parameter does not affect the loss, its estimate is noise around zero.
+    The noise v is not stored but regenerated from the seed and the number of the backward pass each time it is used. All
+    processes of a data-parallel run use the same v, so the mean of their gradients is the gradient of one process with the full
+    batch. Every micro-batch has its own v. The weights are restored exactly. An update needs two additional forward passes and no
+    backward pass.
 
     Dropout masks are the same in all passes. Batch normalisation uses the statistics of each pass and updates its running
     statistics in the first pass.

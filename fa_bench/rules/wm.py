@@ -36,7 +36,7 @@ class Noise(NamedTuple):
         sigma: the standard deviation.
         batch: N, the number of samples.
         shape: shape of one sample.
-        seed: batch k of noise depends on the seed and k only.
+        seed: seed of the noise; batch k depends only on this seed and k.
     """
 
     kind: str
@@ -65,7 +65,8 @@ class MirroredFeedback(FixedFeedback):
         activation: φ.
         block_bias: whether b is omitted.
         positions: n, (1, 1, K...); None for a linear layer.
-        geometry: the geometry of the convolution of the noise; None if the layer pads its input with zeros itself.
+        geometry: the geometry of the convolution of the noise; None for a linear layer, and for a convolution that is not
+            transposed and pads with zeros.
     """
 
     description = "B, which learns W from noise"
@@ -137,8 +138,8 @@ class WM(EdgeRule):
 
     The slope φ' is 1 for the linear map and tanh, 1/2 for ReLU and 1/4 for the sigmoid. Without b, the fixed point is exact for
     ReLU. For tanh and sigmoid, it is exact in the limit of small σ (σ ‖w‖ much below 1), where the constant part of the sigmoid
-    is additional noise. With b, each row of the fixed point has its own factor; for ReLU and Gaussian noise, this is 2 Φ(b / (σ
-    ‖w‖)).
+    is additional noise. With b and a nonlinear φ, each row of the fixed point has its own factor; for ReLU and Gaussian noise,
+    this is 2 Φ(b / (σ ‖w‖)).
 
     For a linear layer, n is 1. For a convolution, n is counted for each tap of the kernel: it is the number of output positions
     at which the tap meets an input that is not padding. With ``per_tap=false``, n is the largest of these counts for all taps,
@@ -153,11 +154,11 @@ class WM(EdgeRule):
     For a fixed W, λ = η and Gaussian noise, the angle between B and W tends to arctan √(η / (2 - η) · c (F + 1) / (N n)), where F
     is the fan-in and c is 1 for the linear map and 2 for ReLU. The fraction of B's initial value that remains is (1 - η)^steps.
 
-    Our choices: only the linear map is mirrored, so batch normalisation between the map and its activation does not matter and is
-    never run. B is sampled by ``b_init``. The noise has σ = 1, which has no effect on the linear map and on ReLU without b. By
-    default, η is 0.01, N is 128, and there is one mirror step per update. Before training, there are ``initial_steps=469`` mirror
-    steps, which is an epoch of MNIST in batches of 128, as in the code released with the paper. The paper's runs mirrored ReLU
-    without blocking biases, and the released code mirrors a sigmoid with uniform noise, σ = 0.0289.
+    Our choices: by default, only the linear map is mirrored, so batch normalisation between the map and its activation does not
+    matter; it is never run. B is sampled by ``b_init``. The noise has σ = 1; its scale does not matter for the linear map, or for
+    ReLU without b. By default, η is 0.01, N is 128, and there is one mirror step per update. Before training, there are
+    ``initial_steps=469`` mirror steps, which is an epoch of MNIST in batches of 128, as in the code released with the paper. The
+    paper's runs mirrored ReLU without blocking biases.
 
     The noise has the size of the layer's input in `sample_input`, which models with convolutions need. Padding that copies the
     input (reflect, replicate, circular) gets independent noise, because the correlation of a copy would be mistaken for a weight.

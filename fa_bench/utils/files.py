@@ -112,7 +112,7 @@ def refuse_root(path: Path, key: str) -> None:
     """Refuse the root of the file system as a folder for runs.
 
     Raises:
-        RunDirectoryError: if `path` is the root; the message names the key that gives the path.
+        RunDirectoryError: if `path` is the root; the message names the key that sets the path.
     """
     if "\0" in str(path):
         return  # `check_writable` refuses it

@@ -1,4 +1,4 @@
-"""Refuse allocations that do not fit into memory before they are made, because Linux overcommits memory."""
+"""Refuse allocations that do not fit into memory. They are checked in advance, because Linux overcommits memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def require_option_memory(option: str, value: float, entries: float, what: str, 
         device: the type of the tensor's device; only the memory of the CPU is known.
 
     Raises:
-        OptionError: names the option, the size needed, and the size available.
+        OptionError: if the tensor is too large; the message names the option and the size needed.
     """
     try:
         require_memory(4 * entries if device == "cpu" else 0, what)

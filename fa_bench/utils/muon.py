@@ -27,7 +27,7 @@ def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
             0.68 and 1.13; smaller ones are between 0 and 1.13.
     """
     a, b, c = COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()  # for the smaller product with the transpose
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()  # so that x @ x.t() is as small as possible
     x = wide / wide.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
     for _ in range(steps):
         gram = x @ x.t()

@@ -70,9 +70,9 @@ def freeze_before_second_job() -> None:
     job.
 
     Every run ends with a garbage collection. Without the exemption, the collection would traverse all of torch's modules and take
-    longer than the training of a small run. The first job has imported everything that later jobs need, and its model no longer
-    exists. Call this function only in processes of the command, because in a user's program it would also exempt the user's
-    objects.
+    longer than the training of a small run. By the second job, the first one has imported most of what later jobs need, and its
+    model no longer exists. Call this function only in processes of the command, because in a user's program it would also exempt
+    the user's objects.
     """
     global _jobs
     _jobs += 1

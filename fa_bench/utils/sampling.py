@@ -21,7 +21,8 @@ class Initialiser(NamedTuple):
     """The distribution of one initialiser.
 
     Attributes:
-        is_uniform: uniform in [-scale, scale), otherwise normal with mean 0 and standard deviation scale.
+        is_uniform: whether the distribution is uniform in [-scale, scale), rather than normal with mean 0 and standard deviation
+            scale.
         scale: computes the scale from (fan_in, fan_out).
         law: the distribution as a formula, for the docs.
         fill: overwrites a tensor in another way, given a generator; None for the distributions above.
@@ -81,7 +82,7 @@ INITIALISERS: dict[str, Initialiser] = {
     ),
 }
 
-#: The initialisers for weights, and for feedback with given signs, which needs samples only of its magnitudes.
+#: The initialisers for weights, and for feedback with given signs, of which only the magnitudes are sampled.
 CONTINUOUS = [name for name, initialiser in INITIALISERS.items() if initialiser.fill is None]
 
 
@@ -94,7 +95,7 @@ def initialiser_of(name: str, what: str = "", others: Sequence[str] = ()) -> Ini
         others: further names that the caller accepts.
 
     Raises:
-        ConfigError: if there is none; the message has the nearest name.
+        ConfigError: if there is no such initialiser; the message suggests the nearest name.
     """
     if not isinstance(name, str) or name not in INITIALISERS:
         allowed = [*INITIALISERS, *others]
@@ -170,8 +171,8 @@ def magnitudes(words: Tensor, shape: Sequence[int], init: str, dtype: torch.dtyp
     """The absolute values of a sample of the initialiser `init`. The values can be computed on any device, and a compiler can
     fuse the computation.
 
-    Entry i depends only on the seed and i, so every device and every compiler gives the same sample, except for rounding. The
-    generators of torch differ between devices and are slow on CPUs.
+    Entry i depends only on the seed and i, so the sample is the same on every device and with every compiler, except for
+    rounding. The generators of torch differ between devices and are slow on CPUs.
 
     Args:
         words: `seed_words` of the seed, int32, (2,), on the device.

@@ -19,7 +19,7 @@ def shell_quote(text: str) -> str:
 
 
 def hydra_quote(value: str) -> str:
-    """A text that Hydra parses as `value`, quoted if necessary.
+    """Quote a value if necessary, so that Hydra parses the result as `value`.
 
     >>> hydra_quote("o/x"), hydra_quote("lr=0.1"), hydra_quote('a"b')
     ('o/x', '"lr=0.1"', "'a\\"b'")
@@ -33,7 +33,7 @@ def hydra_quote(value: str) -> str:
 
 
 def expansion_problem(key: str, path: str) -> str:
-    """A message about why a path is refused if it begins with ``~`` or contains ``$NAME``; empty for any other path.
+    """A message that explains why a path that begins with ``~`` or contains ``$NAME`` is refused; empty for any other path.
 
     A quoted ``~`` reaches fa-bench unexpanded and would become the name of a folder.
     """

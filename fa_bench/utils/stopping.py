@@ -1,4 +1,4 @@
-"""Handle SIGINT, SIGTERM and SIGHUP during a run, either by raising an exception or once the run's state is consistent."""
+"""Handle SIGINT, SIGTERM and SIGHUP during a run: raise an exception either immediately or once the run's state is consistent."""
 
 from __future__ import annotations
 

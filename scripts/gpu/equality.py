@@ -25,7 +25,8 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 ROUNDING = 10.0
 STEPS, BATCH, CLASSES = 3, 16, 10
 #: Differences are relative to the largest entry of the tensor, or to this fraction of the largest entry in the model if that is
-#: larger. Tensors with smaller entries are sums of terms that cancel, such as the gradient of a bias before batch normalisation.
+#: larger. Tensors with smaller entries are usually sums of terms that cancel, such as the gradient of a bias before batch
+#: normalisation.
 _FLOOR = 1e-4
 
 
@@ -108,11 +109,12 @@ def run(context: Context, section: Section) -> None:
     torch.backends.cudnn.allow_tf32 = False
     section.notes = [
         f"The device compared with the CPU: {STEPS} steps of SGD with momentum on one batch of {BATCH}, with the same seeds and "
-        f"without TF32. Each cell is the largest relative difference of a tensor, max |a - b| / max |b|, with the tensor in "
-        f"brackets: of the gradients in the first step, or of weights, feedback and buffers after the last step. Tolerance: 1e-9 "
-        f"in float64; in float32, 1e-4 or {ROUNDING:g} times the difference between float32 and float64 on the CPU, whichever is "
-        f"larger. If the entries of a tensor are below {_FLOOR:g} of the model's largest entry, differences are relative to that "
-        f"value. The noise of all rules is sampled on the CPU."
+        f"without TF32. Each cell is the largest relative difference of a tensor, max |a - b| / max |b|, with the tensor's name "
+        f"in brackets. The columns 'gradients' compare the gradients of the first step, and the columns 'weights' compare the "
+        f"weights, feedback and buffers after the last step. Tolerance: 1e-9 in float64; in float32, 1e-4 or {ROUNDING:g} times "
+        f"the difference between float32 and float64 on the CPU, whichever is larger. If the entries of a tensor are below "
+        f"{_FLOOR:g} of the model's largest entry, differences are relative to that value. The noise of all rules is sampled on "
+        f"the CPU."
     ]
     section.columns = [
         "net",

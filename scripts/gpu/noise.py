@@ -11,9 +11,9 @@ from torch import Tensor
 
 @contextmanager
 def sampled_on_cpu() -> Iterator[None]:
-    """A context in which a seed gives the same numbers on every device and in every dtype.
+    """A context in which a seed produces the same numbers on every device and in every dtype.
 
-    Without it, generators on two devices give different numbers for the same seed. In this context, `Tensor.normal_` and
+    Without it, generators on two devices produce different numbers for the same seed. In this context, `Tensor.normal_` and
     `Tensor.uniform_` sample in float64 on the CPU with the seed of the given generator, copy the numbers to the tensor, and
     increment the seed. Calls without a generator are not affected.
     """
@@ -30,7 +30,7 @@ def _on_cpu(fill: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if generator is None:
             return fill(tensor, *args, **named)
         seed = generator.initial_seed()
-        generator.manual_seed((seed + 1) % 2**64)  # so that the next call gives other numbers
+        generator.manual_seed((seed + 1) % 2**64)  # so that the next call samples other numbers
         seeded = torch.Generator().manual_seed(seed)
         return tensor.copy_(fill(torch.empty(tensor.shape, dtype=torch.float64), *args, **named, generator=seeded))
 

@@ -34,9 +34,10 @@ def run(context: Context, section: Section) -> None:
     device = torch.device(context.device)
     block, rounds = (20, 7) if device.type == "cuda" else (2, 3)
     section.notes = [
-        f"As scripts/bench_step.py --device {context.device} measures them: whole steps with the optimizer, {rounds} rounds of "
-        f"{block} steps, single precision without TF32. Milliseconds per step, and the ratio to plain backpropagation in the "
-        f"same round: median [quartiles]. Compiled steps are compared with compiled backpropagation."
+        f"Whole steps with the optimizer, timed as by scripts/bench_step.py --device {context.device}, in {rounds} rounds of "
+        f"{block} steps, in single precision without TF32. The last two columns have the median time of a step, and the median "
+        f"[quartiles] of its ratio to plain backpropagation in the same round. Compiled steps are compared with compiled "
+        f"backpropagation."
     ]
     section.columns = ["mode", "net", "batch", "rule", "ms per step", "ratio to plain bp"]
     for is_compiled in (False, True) if can_compile(section) else (False,):
@@ -90,8 +91,9 @@ def processes(context: Context, section: Section) -> None:
     """Add a row for each number of processes that train at the same time."""
     section.notes = [
         f"Processes that train the MLP (feedback alignment, batch 64, single precision, one CPU thread each) on one device at "
-        f"the same time for {SECONDS:g} s, after a warm-up: steps per second of all together, and their ratio to one process. "
-        f"They are started as separate Python processes with CUDA_VISIBLE_DEVICES=0."
+        f"the same time for {SECONDS:g} s, after a warm-up. The columns have the steps per second of all processes together, the "
+        f"ratio of this number to that of one process, and the steps per second of the slowest and the fastest process. "
+        f"CUDA_VISIBLE_DEVICES is set so that all processes see the same single GPU."
     ]
     section.columns = ["processes", "steps per second", "ratio to one process", "slowest process", "fastest process"]
     alone = None

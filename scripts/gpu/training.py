@@ -93,8 +93,8 @@ def cifar(context: Context, section: Section) -> None:
         section.notes.append(f"Skipped: {error}")
         return
     section.notes = [
-        f"{label}; SGD with momentum 0.9, learning rate 0.05, batches of 128, no validation split, seed 0, whole "
-        f"epochs: as many as fit, which is far from a converged result."
+        f"{label}; SGD with momentum 0.9, learning rate 0.05, batches of 128, no validation split, seed 0. The number of "
+        f"epochs is limited by the time, so the results are far from converged."
     ]
     epochs, expected = 1, 15.0
     while True:

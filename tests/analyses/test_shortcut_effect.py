@@ -52,7 +52,7 @@ def test_sharing_swaps_the_activation_under_the_true_error(net: str) -> None:
     )
     found = gradient_angles(parts)["stages.layer1.1.conv1"]
     assert found["shares"] and found["sharing"] == pytest.approx(angle(shared, true), abs=0.05)
-    assert abs(found["whole"] - found["sharing"]) > 0.2, "through B another error arrives"
+    assert abs(found["whole"] - found["sharing"]) > 0.2, "the error that arrives through B is not the true one"
 
 
 def test_layers_with_their_own_activation_are_exact_under_the_true_error() -> None:

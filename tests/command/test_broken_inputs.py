@@ -43,7 +43,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int 
 
 # ------------------------------------------------------------------------------------------------ images
 def png(path: Path, side: int) -> None:
-    """Write a black image of side x side pixels, which takes only a few kilobytes."""
+    """Write a PNG that claims to have side x side pixels but contains no pixel data."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -72,14 +72,14 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut JPEG": (lambda f: cut(f, "9.jpg"), "9.jpg"),
     "32 bits": (lambda f: Image.fromarray(np.zeros((8, 8), np.int32)).save(f / "9.tif"), "8 or 16 bits"),
     "another size": (lambda f: Image.new("RGB", (9, 8)).save(f / "9.png"), "8x9 pixels"),
-    "a bomb that Pillow warns of": (lambda f: png(f / "9.png", 11_000), "9.png"),
+    "a bomb that Pillow warns about": (lambda f: png(f / "9.png", 11_000), "9.png"),
     "a bomb that Pillow refuses": (lambda f: png(f / "9.png", 20_000), "9.png"),
     "a bomb of text": (with_long_text, "9.png"),
     "a folder": (lambda f: (f / "9.png").mkdir(), "9.png: not a readable image (a folder"),
     "a pipe": (lambda f: os.mkfifo(f / "9.png"), "9.png: not a readable image (a folder, pipe"),
     "a link to nowhere": (lambda f: (f / "9.png").symlink_to("nowhere"), "9.png"),
-    "a line end in its name": (lambda f: (f / "a\nb.png").write_text("x"), r"a\nb.png"),
-    "a name that is no text": (lambda f: Path(os.fsdecode(os.fsencode(f) + b"/\xff.png")).write_text("x"), r"\udcff.png"),
+    "a newline in its name": (lambda f: (f / "a\nb.png").write_text("x"), r"a\nb.png"),
+    "a name that is not UTF-8": (lambda f: Path(os.fsdecode(os.fsencode(f) + b"/\xff.png")).write_text("x"), r"\udcff.png"),
 }
 
 
@@ -92,7 +92,7 @@ def test_a_broken_image_is_named(name: str, folder: Path, capsys: pytest.Capture
     try:
         breaks(folder / "data/train/a")
     except OSError:
-        pytest.skip("this file system does not take such a name")
+        pytest.skip("this file system does not support such a name")
     assert named in refused(["dataset=image_folder", "data_dir=data", "architecture.widths=[8]"], capsys)
     assert not (folder / "outputs").exists()
 
@@ -196,8 +196,6 @@ def test_a_folder_without_permission_is_named(folder: Path) -> None:
 def test_a_full_disk_under_one_job_leaves_the_others_to_run(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = outcome.record_failure
-
     def fit(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
@@ -206,7 +204,6 @@ def test_a_full_disk_under_one_job_leaves_the_others_to_run(
     assert main(["-m", *SMALL, "seed=0,1"]) != 0
     said = capsys.readouterr().err
     assert "[1/2]" in said and "[2/2]" in said and "No space left" in said and "Traceback" not in said
-    assert real is not outcome.record_failure
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -82,7 +82,8 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(text, "weights") == format_bytes(4 * parameters)
     assert row(text, "feedback").startswith("2.48 kB, 0 B of it learned") and 4 * (8 * 64 + 6 * 8 + 10 * 6) == 2480
     assert row(text, "optimizer state") == f"{format_bytes(4 * (parameters - 8 * 65))} (sgd)"
-    # All three layers have a forward pass, two propagate the error, and two have gradients, because the first layer is frozen.
+    # With backpropagation, all layers have a forward pass and a gradient, and fc2 and fc3 propagate the error. With the rule,
+    # whose first layer is frozen, only fc3 propagates the error, and only fc2 and fc3 have a gradient.
     forward, errors, gradients = 8 * 64 + 6 * 8 + 10 * 6, 6 * 8 + 10 * 6, 6 * 8 + 10 * 6
     own, whole = 16 * (forward + 10 * 6 + gradients), 16 * (forward + errors + forward)
     counted = f"{format_count(own)} per step, {own / whole:.2f} times backpropagation's {format_count(whole)} (batch of 16)"

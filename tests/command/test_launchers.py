@@ -33,13 +33,13 @@ SWEEP = [
     "epochs=2",
     "threads=1",
 ]
-#: The keys of training times, which differ between sweeps, and the last columns of a table row, which contain such times.
+#: The keys of training times, which differ between sweeps, and the table cells that contain such times.
 TIMES = ("seconds", "seconds_per_epoch", "seconds_per_step")
 SECONDS = re.compile(r"\| [\d.]+ \| [\d.]+ (?=\| 2 seeds)")
 COST_ROW = re.compile(r"^(\| \w+ \| mlp \| synthetic \| .*)\| [\d.e-]+ \|$", re.MULTILINE)
 needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs hydra-submitit-launcher")
 LAUNCHERS = [["joblib", "hydra.launcher.n_jobs=2"], pytest.param(["submitit_local"], marks=needs_submitit)]
-#: Each run gets one signal in its sixth step: submitit's for seed 0, Slurm's for seed 1.
+#: Each run gets one signal at the end of its sixth step: submitit's for seed 0, Slurm's for seed 1.
 SIGNALLED = """
 import os, signal
 from pathlib import Path
@@ -68,7 +68,7 @@ SIGNALLED_SWEEP = [
 
 
 def report(folder: Path, monkeypatch: pytest.MonkeyPatch, *launcher: str) -> dict[str, Any]:
-    """Run `SWEEP` and return the files of its report and of the runs that it summarises, without the times."""
+    """Run `SWEEP` and return the contents of the files of its report, without the times."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     assert main([*SWEEP, *launcher]) == 0
@@ -115,7 +115,7 @@ def test_more_threads_than_cores_are_noted(jobs: int | None, threads: int, cores
 
 
 def results_of(folder: Path) -> list[dict[str, Any]]:
-    """The results in the order of the seeds."""
+    """The results, in the order of the seeds."""
     paths = sorted((folder / "outputs").rglob("result.json"), key=lambda path: path.parent)
     return [json.loads(path.read_bytes()) for path in paths]
 

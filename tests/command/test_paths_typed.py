@@ -1,5 +1,5 @@
-"""Paths in every form that people type are accepted, or refused with a corrected command line. No folder with an odd name is
-created."""
+"""Paths are accepted in many of the forms that people type; others are refused, with a corrected command line if there is one. No
+folder with an odd name is created."""
 
 from __future__ import annotations
 
@@ -124,4 +124,4 @@ def test_a_number_of_hydras_jobs_is_counted_as_hydra_does(folder: Path, capsys: 
     )
     assert main(["-m", "--config-dir", "c", *SMALL, "output_dir=o", "experiment=two", "hydra.sweep.subdir=${hydra.job.num}"]) == 0
     rules = {path.parent.name: json.loads(path.read_text())["algorithm"] for path in (folder / "o").rglob(RESULT)}
-    assert rules == {"0": "bp", "1": "fa"}  # all parts of the sweep are counted together
+    assert rules == {"0": "bp", "1": "fa"}  # jobs are numbered across all parts of the sweep

@@ -64,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a separate process, in which no test has registered components and only the plugin `mine` adds some."""
+    """Run a command in a separate process, in which no test has registered any components."""
     return subprocess.run([sys.executable, "-m", "fa_bench", *words], capture_output=True, text=True)
 
 

@@ -22,7 +22,7 @@ from fa_bench.registry.options import Options, option_fields
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
 from fa_bench.utils.files import RESULT
 
-#: The number of random examples. 0 runs a few with a fixed seed; FA_BENCH_EXAMPLES=5000 searches longer with new seeds.
+#: The number of random examples. 0 runs 30 examples with a fixed seed; FA_BENCH_EXAMPLES=5000 searches longer with new seeds.
 EXAMPLES = int(os.environ.get("FA_BENCH_EXAMPLES", "0"))
 
 NUMBERS = [
@@ -167,7 +167,8 @@ def keys(options: Options, prefix: str) -> Iterator[str]:
             yield from keys(value, f"{prefix}{field.name}.")
 
 
-#: Large values of these options always make a run slow, or cancel the settings that keep it short.
+#: Options that are left out of the random overrides, because they can make a run slow or read files and devices that the test
+#: does not control.
 LONG = (
     "scale",
     "device",

@@ -23,8 +23,8 @@ MAKE = "touch PWNED"
 LOG = "{version: 1, root: {handlers: [x]}, handlers: {x: {%s}}}"
 CREATE = "x: \"${oc.create:'{_tar${oc.decode:get_}: os.system, command: touch PWNED}'}\""
 
-#: Maps a name to the content of the experiment and to what the message must name. Without the guard, most of these experiments
-#: run `touch PWNED`.
+#: Maps a name to the content of the experiment and to what the message must name. Without the guard, some of these experiments
+#: would create the file PWNED.
 EVIL = {
     "apply": (f"seed: !!python/object/apply:os.system ['{MAKE}']", ["apply.yaml:2", "!!python/object/apply:os.system"]),
     "new": (f"seed: !!python/object/new:os.system ['{MAKE}']", ["new.yaml:2", "tag"]),
@@ -168,7 +168,7 @@ def test_shell_completion_and_hydra_help_still_work(capsys: pytest.CaptureFixtur
 
 
 class Evil:
-    """Creates a file when an instance is unpickled as anything but data."""
+    """Creates a file when an instance is unpickled."""
 
     def __reduce__(self) -> object:
         return os.system, (MAKE,)

@@ -61,7 +61,7 @@ def composed(*overrides: str) -> Job:
 
 @cache
 def numbers(*overrides: str) -> dict[str, Any]:
-    """The hash of each stage of a run on one thread."""
+    """What each stage of a run on one thread produced: the hashes, and the recorded results."""
     with tempfile.TemporaryDirectory() as folder:
         result = run(composed(*BASE, "threads=1", *overrides), Path(folder, "run"))
     assert result["status"] == "finished", result["error"]
@@ -186,7 +186,7 @@ def test_options_of_the_architecture(key: str) -> None:
 
 
 def test_images_are_normalised_by_mean_and_std(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images are normalised channel by channel. Augmentation and crops, for datasets that have them, apply only in training."""
+    """Images are normalised channel by channel. Augmentation, for datasets that have it, applies only in training."""
     write_cifar(tmp_path / "data", monkeypatch)
 
     def batch(*overrides: str, part: str = "train", seed: int | None = None) -> torch.Tensor:
@@ -229,7 +229,7 @@ OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "beta2": ("adam", (), "0.9"),
     "eps": ("adam", (), "0.01"),
 }
-#: The options that only muon has.
+#: Maps each option of muon, except those that all optimizers have, to a value.
 MUON = {
     "momentum": "0.5",
     "nesterov": "false",
@@ -242,7 +242,7 @@ MUON = {
     "exclude": "[fc2]",
     "adam_lr": "0.1",
 }
-#: adamw has the same options as adam, because the same line of code creates both; only the decay differs.
+#: adamw inherits adam's options and differs only in the weight decay, so only weight_decay is tested for adamw.
 CASES = [
     (name, key)
     for name in ("sgd", "adam", "adamw")
@@ -278,7 +278,7 @@ def test_options_of_the_optimizer_of_the_feedback(name: str, key: str) -> None:
 
 def test_optimizer_and_its_name() -> None:
     """Different optimizers with equal settings give different results. A feedback optimizer with the settings of the weights'
-    optimizer trains B in the same way as the shared one."""
+    optimizer trains B as the weights' optimizer itself does."""
     same = ("algorithm=kp", "optimizer.lr=0.01", "optimizer.weight_decay=0.2")
     assert len({numbers(*same, f"optimizer={name}")[TRAINED] for name in ("sgd", "adam", "adamw", "muon")}) == 4
     own = (*same, "optimizer@feedback_optimizer=sgd", "feedback_optimizer.lr=0.01", "feedback_optimizer.weight_decay=0.2")
@@ -287,7 +287,8 @@ def test_optimizer_and_its_name() -> None:
 
 # --- rules --------------------------------------------------------------------------------------------------------------------
 
-#: Maps a rule and an option to the other settings and the value. The rules are trained in a net with two hidden layers.
+#: The rules are trained in a net with two hidden layers. EDGE and CUT contain the options that some of them share; RULES maps
+#: each rule and option to a value.
 HIDDEN = ("architecture.widths=[6,5]",)
 EDGE = {"include": "['fc1','fc2']", "exclude": "['fc3']", "plain_last": "true"}
 CUT = {"cuts": "['act2']", "freeze_stem": "true"}
@@ -339,7 +340,8 @@ def test_options_of_rules(name: str, key: str) -> None:
 
 
 def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
-    """New options with their default values are omitted from the config, so the hash equals that of a config without them."""
+    """Later options with their default values are omitted from the identity, so its hash equals that of runs from before these
+    options existed."""
     job, other = composed("algorithm=dfa"), composed("algorithm=dfa", "algorithm.within=block")
     assert not {"within", "error_at", "positions"} & job.identity()["algorithm"].keys()
     assert job.plain()["algorithm"]["within"] == "layer" and other.identity()["algorithm"]["within"] == "block"

@@ -98,15 +98,15 @@ def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = 
 
 
 TINY = "tiny-imagenet-200"
-#: The classes are in the order of the published wnids.txt, which is not sorted.
+#: The classes are not sorted, like those in the published wnids.txt.
 TINY_CLASSES = ["n03", "n01", "n02"]
 #: The class of each validation image.
 TINY_ANNOTATED = ["n02", "n01", "n03", "n01"]
 
 
 def write_tiny_imagenet(root: Path) -> Path:
-    """Write three classes with 4 training images each, one of them grey, 4 annotated validation images, and one unlabelled image
-    in test/."""
+    """Write three classes with 4 training images each (one image is grey), 4 annotated validation images, and one unlabelled
+    image in test/."""
     rng = np.random.default_rng(0)
     folder = root / TINY
 
@@ -131,7 +131,8 @@ IMAGENET_CLASSES = ["n01440764", "n01443537"]
 
 
 def write_imagenet(root: Path) -> None:
-    """Write two classes with 4 training and 2 validation images each, in several sizes, one of them grey and one in CMYK."""
+    """Write two classes with 4 training and 2 validation images each, in several sizes; in each part, one image is grey and one
+    is in CMYK."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("val", 2)):
         for name in IMAGENET_CLASSES:

@@ -1,4 +1,4 @@
-"""Users' own arrays: unambiguous shapes are accepted, and others are refused with a line that says what to do."""
+"""Users' own arrays are accepted if their meaning is unambiguous; others are refused with a line that says what to do."""
 
 from __future__ import annotations
 

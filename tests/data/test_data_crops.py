@@ -99,7 +99,7 @@ def test_boxes_from_given_draws() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 40)])
 def test_boxes_have_the_law_of_torchvisions(height: int, width: int) -> None:
-    """The means and spreads of 4,000 boxes each agree within 4 standard errors of the difference."""
+    """The means and spreads of 4,000 boxes from each implementation agree within 4 standard errors of their difference."""
     from torchvision.transforms import RandomResizedCrop
 
     torch.manual_seed(0)

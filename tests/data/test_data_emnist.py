@@ -1,4 +1,4 @@
-"""kmnist, emnist and stl10 are read from small files in their original formats, and unpacked from their archives."""
+"""kmnist, emnist and stl10 are read from small files in their original formats; the archives of emnist and stl10 are unpacked."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def stl_files(folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_stl10_arrives_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
-    """The data are read from the files or from the archive; the archive's unlabelled images are not kept."""
+    """The data are read from the files or from the archive; the archive's unlabelled images do not remain in the folder."""
     images = stl_files(tmp_path / "stl10_binary")
     if packed:
         (tmp_path / "stl10_binary" / "unlabeled_X.bin").write_bytes(b"\0" * 99)

@@ -1,4 +1,4 @@
-"""Tests of folders of images: the layout, how images are decoded, kept in memory or streamed, and every error before training."""
+"""Tests of image folders: the layout, how images are decoded, loaded into memory or streamed, and the errors before training."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_files_that_are_unchanged_are_hashed_once_in_a_process(folder: Path, mon
     monkeypatch.setattr(image_files, "_sha256", lambda path: (read.append(path), original(path))[1])
     assert dataset.hash_of(folder) == before and not read
     (folder / "test" / "cat" / "0.png").touch()
-    assert dataset.hash_of(folder) == before and len(read) == 6  # only the part that was modified is read
+    assert dataset.hash_of(folder) == before and len(read) == 6  # only test/, which contains the touched file, is read again
 
 
 def test_an_image_that_cannot_be_hashed_is_named(folder: Path) -> None:

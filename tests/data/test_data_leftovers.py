@@ -74,7 +74,7 @@ LEFT = {
     "a link to itself": (lambda f: (f / "train/cat/more").symlink_to("more"), "broken links: 1"),
     "a link to its own folder": (lambda f: (f / "train/cat/more").symlink_to("."), "links to a folder already read: 1"),
     "a link to all classes": (lambda f: (f / "train/cat/more").symlink_to(".."), "links to a folder already read: 1"),
-    "a class that is all classes": (lambda f: (f / "train/more").symlink_to("."), "links to a parent folder: 1"),
+    "a class that links to all classes": (lambda f: (f / "train/more").symlink_to("."), "links to a parent folder: 1"),
     "in test/": (lambda f: (f / "test/cat/.DS_Store").write_bytes(b"x"), "hidden or system: 1"),
 }
 
@@ -221,7 +221,7 @@ def test_folders_of_other_names_are_named(folder: Path) -> None:
     [
         (
             lambda f: (image(f / "val/cat/0.png"), image(f / "valid/cat/0.png")),
-            r"contains val/ and valid/, both of which name the validation set",
+            r"contains val/ and valid/, but only one folder may contain the validation set",
         ),
         (lambda f: (f / "test").rename(f / "Test"), r"contains no test/ or val/ folder, only Test/, train/"),
         (lambda f: (f / "test/cat").rename(f / "test/Cat"), r"contains classes that .*train does not: Cat; did you mean 'cat'\?"),

@@ -1,4 +1,5 @@
-"""The option `dataset.samples` sets how many training samples of each class remain, and changes nothing else."""
+"""The option `dataset.samples` sets how many training samples remain, with the classes in proportion, and changes nothing
+else."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def test_tables_and_texts() -> None:
 
 
 def test_synthetic_keeps_its_own_option() -> None:
-    """The option `samples` of `synthetic` is still the number of generated images, and there is no `samples_seed`."""
+    """In `synthetic`, the option `samples` is the number of generated training images, and there is no `samples_seed`."""
     splits = Synthetic(samples=64, validation=0).load(Path(), CPU)
     assert len(splits.train) == 64 and DATASETS["synthetic"]().samples == 2048
     with pytest.raises(OptionError, match="samples_seed"):

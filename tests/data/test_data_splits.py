@@ -103,7 +103,7 @@ def test_the_augmented_parts_of_processes_are_those_of_the_whole_batch(crop: Any
 @pytest.mark.parametrize("how", [{}, {"seed": 1, "epoch": 2}, {"seed": 1, "epoch": 3, "start": 1}, {"seed": 1, "shuffle": False}])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_indices_are_those_of_the_batches(drop_last: bool, how: dict, share: Any) -> None:
-    """The labels are the positions of the images. If the last batch has only one sample, a rank may get no part of it."""
+    """The labels are the positions of the images. If the last batch has only one sample, a share of it may be empty."""
     split = numbered(13, augment=True)
     got = list(split.batch_indices(4, drop_last=drop_last, share=share, **how))
     want = [y for _, y in split.batches(4, drop_last=drop_last, share=share, **how)]
@@ -234,7 +234,7 @@ def test_labels_stay_with_their_images() -> None:
     for part in (splits.train, splits.validation):
         source = same_images(part.images, whole.train.images).int().argmax(1)
         assert torch.equal(part.labels, whole.train.labels[source])
-        assert source.tolist() == sorted(source.tolist())  # they are in the order in which they are stored
+        assert source.tolist() == sorted(source.tolist())  # they remain in the stored order
 
 
 def test_the_validation_split_follows_from_its_own_seed() -> None:
@@ -322,7 +322,7 @@ def test_digits_are_those_of_scikit_learn_split_by_its_function(monkeypatch: pyt
     read = dataset.arrays(NOWHERE)
     assert all(np.array_equal(mine, theirs) and mine.dtype == theirs.dtype for mine, theirs in zip(read, expected, strict=False))
     assert read[4] == list(map(str, bunch.target_names))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # another release may store its file elsewhere
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # another scikit-learn may store its file elsewhere
     assert all(map(np.array_equal, dataset.arrays(NOWHERE), read))
 
 
@@ -343,8 +343,8 @@ def test_listing_the_datasets_imports_no_torch() -> None:
 
 
 def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> None:
-    """Prototypes are uniformly distributed from 0.2 to 0.8 of the full range, and consecutive samples cycle through the
-    classes."""
+    """The pixels of the prototypes are uniformly distributed from 0.2 to 0.8 of the full range, and consecutive samples cycle
+    through the classes."""
     plain, noisy = (
         DATASETS["synthetic"](samples=60, test_samples=60, classes=4, size=20, noise=noise, validation=0).load(NOWHERE, CPU)
         for noise in (0.0, 0.02)
@@ -360,11 +360,11 @@ def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> 
     assert torch.equal(plain.train.images[:4], plain.test.images[:4]) and not torch.equal(noisy.train.images, noisy.test.images)
     assert 51 <= plain.train.images.min() < 60 and 195 < plain.train.images.max() <= 204
     large = DATASETS["synthetic"](samples=10, size=200, noise=0.0, validation=0).load(NOWHERE, CPU).train.images
-    # The expected mean of 400,000 numbers with a standard deviation of 44 is the middle of the range; rounding down would lower
-    # it by 0.5.
+    # The mean of 400,000 pixels with a standard deviation of 44 should be the middle of the range; rounding down would lower it
+    # by 0.5.
     assert large.double().mean().item() == pytest.approx(127.5, abs=0.25)
     strong = DATASETS["synthetic"](samples=60, noise=2.0).load(NOWHERE, CPU).train.images
-    assert ((strong == 0) | (strong == 255)).double().mean() > 0.5, "cut off at black and white, never wrapped around"
+    assert ((strong == 0) | (strong == 255)).double().mean() > 0.5, "clipped at black and white, not wrapped around"
 
 
 def test_grey_levels_of_digits_are_sixteenths_of_the_full_range_rounded() -> None:
@@ -376,7 +376,7 @@ def test_some_samples_are_a_fixed_choice_in_their_order() -> None:
     split = numbered(40)
     chosen = some(split, 10).labels.tolist()
     assert len(chosen) == 10 and chosen == sorted(chosen) == some(numbered(40), 10).labels.tolist()
-    assert chosen not in (list(range(10)), list(range(30, 40))), "not those that are stored first"
+    assert chosen not in (list(range(10)), list(range(30, 40))), "neither the first nor the last samples in the stored order"
     assert some(split, 40) is split and some(split, 41) is split and len(some(split, 39)) == 39
 
 

@@ -1,4 +1,5 @@
-"""Tests of tables and users' own arrays: values are scaled by the training samples, and unsuitable data are refused."""
+"""Tests of tables and users' own arrays: features are scaled with the statistics of the training samples, and unsuitable data are
+refused."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fa_bench.data.array_checks import checked
 from fa_bench.data.npz import Npz
 from fa_bench.data.tabular import Tabular
 from fa_bench.errors import DataError, FaBenchError, OptionError
@@ -54,7 +56,7 @@ def test_own_csv_file(tmp_path: Path) -> None:
     path = write_csv(tmp_path, "a,b,c\n" + "".join(f"{i},{i % 3},{'yes' if i % 2 else 'no'}\n" for i in range(40)))
     splits = Tabular(table=path, validation=0).load(Path(), CPU)
     assert (splits.targets, splits.classes, splits.input_shape) == ("classes", ["no", "yes"], (2,))
-    assert whole(splits.test)[1].bincount().tolist() == [4, 4], "of each class as many as in all"
+    assert whole(splits.test)[1].bincount().tolist() == [4, 4], "the test set is stratified by class"
     with pytest.raises(OptionError, match=r"dataset.task=null: column 'b' has whole numbers.*dataset.task=classification"):
         _ = Tabular(table=write_csv(tmp_path, "a,b\n1,2\n3,4\n5,6\n")).targets
     assert Tabular(table=str(tmp_path / "my.csv"), task="regression").targets == "values"
@@ -141,6 +143,14 @@ def test_own_validation_set_is_used(tmp_path: Path) -> None:
     assert without.validation is None and "x_val: skipped" in without.notes[0]
 
 
+def test_targets_of_positions_may_be_negative_but_not_larger_than_the_vocabulary() -> None:
+    ignored, large, vocabulary = np.where(TOKENS > 7, -100, TOKENS), np.where(TOKENS > 7, 9, TOKENS), list("abcdefghi")
+    *_, targets, _ = checked((TOKENS, TOKENS, TOKENS, ignored, vocabulary), [], "tokens", "positions")
+    assert targets.tolist() == ignored.tolist()
+    with pytest.raises(ValueError, match=r"test sequence \d+ has target 9 at position \d \(allowed: at most 8\)"):
+        checked((TOKENS, TOKENS, TOKENS, large, vocabulary), [], "tokens", "positions")
+
+
 @pytest.mark.parametrize(
     ("x", "y", "more", "problem"),
     [
@@ -152,6 +162,7 @@ def test_own_validation_set_is_used(tmp_path: Path) -> None:
         (np.where(FLOATS > 5, np.nan, FLOATS), LABELS, {}, "not a finite number"),
         (FLOATS, LABELS - 1, {}, "training sample 0 has label -1"),
         (TOKENS - 1, TOKENS, {}, "has token -1"),
+        (TOKENS, FLOATS[:, 0], {}, "values are not allowed as targets of tokens"),
     ],
 )
 def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, x: Any, y: Any, more: dict, problem: str) -> None:

@@ -47,7 +47,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def write_zip(root: Path, monkeypatch: pytest.MonkeyPatch, extra: str | None = None) -> Path:
-    """Write the folder to an archive with the expected checksum; `extra` is the name of an additional member."""
+    """Write the folder to an archive, and make its checksum the expected one; `extra` is the name of an additional member."""
     folder, archive = write_tiny_imagenet(root / "source"), root / "server" / f"{TINY}.zip"
     archive.parent.mkdir(parents=True)
     with zipfile.ZipFile(archive, "w") as opened:
@@ -262,7 +262,7 @@ def test_a_class_without_images_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [1, 0])
 @pytest.mark.parametrize("content", [b"not an image", None])
 def test_a_broken_image_is_named(tmp_path: Path, content: bytes | None, limit: float) -> None:
-    """A file that is not an image, or is truncated, is found when it is decoded, which happens later for streamed images."""
+    """A file that is not an image, or is truncated, is named, whether the images are loaded into memory or streamed."""
     bad = write_tiny_imagenet(tmp_path) / "val" / "images" / "val_2.JPEG"
     bad.write_bytes(bad.read_bytes()[:1500] if content is None else content)
     with pytest.raises(DataError, match="not a readable image") as caught:

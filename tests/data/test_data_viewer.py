@@ -1,5 +1,4 @@
-"""The model gets the same picture that an image viewer shows, for every orientation, transparency, bit depth and number of
-frames."""
+"""The model gets the picture that an image viewer shows: tests of orientation, transparency, bit depths and several frames."""
 
 from __future__ import annotations
 
@@ -238,7 +237,7 @@ def test_16_bits_of_colour_with_a_transparent_one_are_refused(tmp_path: Path) ->
     deep = np.random.default_rng(0).integers(0, 65536, (6, 8, 3))
     only(tmp_path, Image.fromarray(picture()))
     (tmp_path / "train/a/0.png").write_bytes(png(deep, 16, 2, *deep[0, 0]))
-    with pytest.raises(DataError, match=r"train/a/0\.png: colours of 16 bits.*convert it"):
+    with pytest.raises(DataError, match=r"train/a/0\.png: 16-bit colours.*convert it"):
         load(tmp_path)
 
 
@@ -304,7 +303,7 @@ def test_a_cut_off_image_is_named_before_training(tmp_path: Path, kind: str, opt
 
 def test_more_pixels_than_pillow_opens_are_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(tmp_path, Image.fromarray(picture()))
-    for most in (40, 10):  # Pillow warns about larger images, and refuses those with twice as many pixels
+    for most in (40, 10):  # Pillow warns about larger images, and refuses those with more than twice as many pixels
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
         with pytest.raises(DataError, match=r"more pixels than Pillow allows.*make it smaller"):
             load(tmp_path)

@@ -152,7 +152,7 @@ def started(data: Path, what: str, seconds: float) -> subprocess.Popen[str]:
 def wait_for(path: Path) -> None:
     until = time.monotonic() + 120
     while not path.exists():
-        assert time.monotonic() < until, f"{path} never came"
+        assert time.monotonic() < until, f"{path} did not appear"
         time.sleep(0.02)
 
 
@@ -271,8 +271,7 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(tmp_path: Path, monk
 
 
 def test_a_removal_that_was_killed_leaves_a_folder_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The marker is not the first file to be removed, so a removal that is interrupted leaves a folder that is still
-    recognised."""
+    """The marker is removed last, so an interrupted removal leaves a folder that is still recognised."""
     import shutil
 
     from fa_bench.data.workspace import workspace

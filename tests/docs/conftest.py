@@ -1,4 +1,4 @@
-"""Components that the examples in documents register are removed after each test."""
+"""A fixture for tests that run the examples in documents."""
 
 from __future__ import annotations
 

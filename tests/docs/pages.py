@@ -10,8 +10,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-#: Lines that start with one of these programs are commands if they are indented by four spaces or in a bash fence; other indented
-#: lines are output.
+#: Lines that are indented by four spaces and start with a program of one of these two tuples are commands; other indented lines
+#: are output.
 PROGRAMS = ("fa-bench", "fa-bench-report", "fa-bench-tune", "fa-bench-analyse", "torchrun", "python", "python3", "pip")
 OTHER_PROGRAMS = ("tensorboard", "export", "mkdocs", "bash")
 FENCE = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2$", re.S | re.M)

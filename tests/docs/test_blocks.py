@@ -76,7 +76,7 @@ def reason(page: Path, text: str) -> str | None:
 
 
 def test_scripts_of_shell_have_a_reason() -> None:
-    """Shell scripts are not run here, because another test runs them one by one."""
+    """Bash fences are not run here, so each needs a reason in `NOT_RUN`."""
     scripts = [(page, block.code) for page in PAGES for block in fences(page) if block.language == "bash"]
     assert [code for page, code in scripts if reason(page, code) is None] == []
 
@@ -182,7 +182,7 @@ def check_analysis(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Parsed(Exception):
-    """Raised when the arguments were accepted."""
+    """Raised when the arguments have been accepted."""
 
 
 def check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_script_for_slurm_hands_over_to_fa_bench(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ choose a rule
 def rows(name: str) -> dict[str, list[str]]:
-    """The tables of a page as {first cell, without its quotes: the other cells}."""
+    """The tables of a page as {first cell, without its backticks: the other cells}."""
     lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in page(name).splitlines() if line[:1] == "|"]
     return {key.strip("` "): cells for first, *cells in lines for key in first.split(",")}
 

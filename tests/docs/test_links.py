@@ -25,7 +25,7 @@ ADDRESSES = {"a": "href", "link": "href", "img": "src", "script": "src", "source
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives to the headings of a page: punctuation is dropped, and spaces become hyphens."""
+    """The anchors that GitHub assigns to the headings of a page: punctuation is dropped, and spaces become hyphens."""
     seen: Counter[str] = Counter()
     result = set()
     for heading in re.findall(r"^#+ (.+?)\s*$", prose(page), re.M):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "notebook.ipynb"
-#: A replacement for the cell with the tag "parameters"; it sets the same names to values that take seconds.
+#: A replacement for the cell with the tag "parameters"; it sets the same names to values with which the notebook runs in seconds.
 SMALL = """
 common = ["dataset=synthetic", "dataset.samples=192", "dataset.test_samples=32", "dataset.validation=0.3",
           "architecture.widths=[8]", "epochs=1", "loggers=[]", "threads=1"]

@@ -1,4 +1,4 @@
-"""The site's hooks for links, listings, the navigation of the rules and equations are tested separately."""
+"""Tests of the site's hooks for links, listings, the notebook, the navigation of the rules, and equations."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ COMPONENTS: list[Case] = [
         ),
     ),
     ({"algorithm": "asfp_lc"}, _keys("algorithm", pool=2, cuts=None)),  # appendix B: average pooling to 2x2
-    # The ASAP paper compares itself to these papers: Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice];
+    # The ASAP paper compares itself with these papers: Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice];
     # Nøkland and Eidnes 2019; Belilovsky et al. 2020 with their "mlp-sr" auxiliary nets.
     ({"algorithm": "local_error"}, _keys("algorithm", m_init="kaiming_uniform", features=4096, separate=False, cuts=None)),
     (
@@ -172,7 +172,7 @@ ASAP_CASES: list[Case] = [
     # [code]. Here, all rules start with the same weights, so that they can be compared [choice].
     ({}, {"architecture.init": "pytorch", "architecture.linear_init": "kaiming_uniform"}),
     # Appendix C uses crops and flips on CIFAR and Tiny ImageNet. Means and standard deviations are from the code [code], which
-    # uses those of CIFAR-10 for CIFAR-100, too. The means and deviations of Tiny ImageNet are from a derivative of the code.
+    # uses those of CIFAR-10 for CIFAR-100, too. Those of Tiny ImageNet are from a derivative of the code.
     ({}, {"dataset.augment": True}),
     ({"dataset": ("cifar10", "cifar100")}, _keys("dataset", mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010])),
     ({"dataset": "tiny_imagenet"}, _keys("dataset", mean=[0.480, 0.448, 0.398], std=[0.277, 0.269, 0.282])),
@@ -264,7 +264,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10", "architecture": "asap_alexnet"},
         ASAP_CASES,
     ),
-    # Appendix A.2 uses a batch size of 50 and a learning rate of 1e-4. Appendix A.2 trains a linear net, and a net with
+    # Appendix A.2 uses a batch size of 50 and a learning rate of 1e-4. It trains a linear net, and a net with
     # normalisation and ReLU, both with the hidden widths 10-10-10. The net with normalisation also normalises its logits [code].
     # The initialisers, the 784 inputs and the three seeds are the project's choice [choice].
     "asap_fig6": Preset(
@@ -502,9 +502,9 @@ WM: Settings = {
 WM_CASES: list[Case] = [
     # The feedback is sampled like the weights [choice].
     ({"algorithm": ("fa", "kp", "wm")}, {"algorithm.b_init": "kaiming_normal_fan_out"}),
-    # In section 6, noise passes the ReLU, and biases are not blocked. As in the authors' numpy code, there is one mirror step per
-    # training step, and a whole epoch of 1,281,167 // 256 mirror steps before training. The mirror's learning rate and the unit
-    # noise are the project's choice [choice].
+    # In section 6, noise passes through the ReLU, and biases are not blocked. As in the authors' numpy code, there is one mirror
+    # step per training step, and a whole epoch of 1,281,167 // 256 mirror steps before training. The mirror's learning rate and
+    # the unit noise are the project's choice [choice].
     (
         {"algorithm": "wm"},
         _keys(
@@ -614,8 +614,8 @@ FAEVAL = Preset(
     ],
 )
 
-#: A small decoder is trained on the built-in text; this experiment is not from a paper. dfa uses the cuts of Launay et al. 2020,
-#: their shared matrix, and the error before the vocabulary layer.
+#: A small decoder is trained on the built-in text; this experiment is not from a paper. dfa is run with the default cuts and with
+#: those of Launay et al. 2020. In both cases, it uses their shared matrix and the error before the vocabulary layer.
 LM_SEEDS, LM_CUTS = [0, 1, 2], [None, ["layers.*.norm1", "layers.*.act", "layers.*.norm2"]]
 LM_QUICKSTART = Preset(
     [
@@ -751,9 +751,9 @@ FORWARD_FORWARD = Preset(
 
 #: The settings are those of deep feedback control in the repository mariacer/strong_dfc. The values are from the repository's
 #: commands for MNIST, its data and the defaults of its options, such as 0.99 for beta2 and for the beta of the feedback, and
-#: batches of 128 for backpropagation [code]. eps is halved, because its gradient is doubled. The following are our choice: the
-#: steady state in closed form, no pretraining of the feedback, one norm for the clipping of all gradients, and the settings of bp
-#: for frozen [choice].
+#: batches of 128 for backpropagation [code]. eps is half of the code's, because the code's gradient has a factor of 2 that ours
+#: lacks. The following are our choice: the steady state in closed form, no pretraining of the feedback, one norm for the clipping
+#: of all gradients, and the settings of bp for frozen [choice].
 DFC = Preset(
     [{"algorithm": ["dfc", "bp", "frozen"], "seed": [0, 1, 2]}],
     {
@@ -800,8 +800,8 @@ DFC = Preset(
     ],
 )
 
-#: Rules that are not from the four papers follow the protocol of the PFA paper's MNIST runs for half as many epochs, with
-#: validation images and the same learning rates for all rules [choice].
+#: Rules that are not from the four papers, and some that are, follow the protocol of the PFA paper's MNIST runs for half as many
+#: epochs, with validation images and the same learning rates for all rules [choice].
 BEYOND = [
     "bp",
     "frozen",

@@ -208,7 +208,7 @@ def test_a_trial_is_smaller_in_every_part_and_never_larger(folder: Path) -> None
         assert job.feedback_optimizer is not None
         assert job.optimizer.schedule.step_size == step
         assert job.feedback_optimizer.schedule.milestones == milestones
-        assert (job.run.batch_size, job.run.probe_size) == (6, 3), "as they are, for they are small"
+        assert (job.run.batch_size, job.run.probe_size) == (6, 3), "unchanged, because they are small"
     assert (small.run.epochs, tiny.run.epochs) == (20, 1)
     assert [scale and scale.train for scale in SCALES.values()] == [None, 10_000, 24], "as the option's help says"
     large = scaled(jobs(folder, "batch_size=50", "probe_size=50", "scale=smoke")[0])
@@ -225,7 +225,7 @@ SHRUNK = {"width": 4, "hidden": 8, "channels": 4, "widths": [8]}
 
 
 def small(job: Job) -> Job:
-    """Return the same job with a small net and a few small images."""
+    """Return the same job with a small net, batches of six images and at most two validation images."""
     fields = {field.name for field in option_fields(type(job.architecture))}
     values = {
         key: [8] * len(getattr(job.architecture, key)) if key == "widths" else value
@@ -261,7 +261,7 @@ def cover(jobs: list[Job]) -> list[Job]:
 
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a small copy, in the right format, of every dataset that an experiment names."""
+    """A folder with a small copy, in the right format, of every dataset that experiments read from `data_dir`."""
     root = tmp_path / "datasets"
     for folder in ("MNIST", "FashionMNIST"):
         write_mnist(root, folder)
@@ -298,8 +298,8 @@ PRESETS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("asap_")])
 def test_initial_weights_of_the_asap_presets_are_those_of_its_code(name: str) -> None:
-    """Fully connected layers have Kaiming's initialisation for all rules. Forward Alignment, which has no public code, uses its
-    own initialisation."""
+    """Fully connected layers have Kaiming's initialisation for all rules, except in asap_fig6. That experiment is about Forward
+    Alignment, which has no public code."""
     register_schemas()
     composer = Composer("config", None, [f"experiment={name}"])
     for job in [job for job, _ in composer.check(composer.expand(multirun=True))]:

@@ -68,7 +68,7 @@ def differences(actual: Settings, default: Settings, wanted: Settings) -> list[s
 
 
 def check(name: str) -> None:
-    """Raise an AssertionError that names every difference if an experiment differs from the table."""
+    """Raise an AssertionError if an experiment differs from the table; it names the differences of the first such run."""
     wanted_runs, actual_runs = list(PRESETS[name].runs()), composed_runs(name)
     swept = sorted({"algorithm", "architecture", "dataset", *(key for part in PRESETS[name].sweep for key in part)} - {"seed"})
     wanted = by_identity([(identity(settings, swept), (settings, seeds)) for settings, seeds in wanted_runs])

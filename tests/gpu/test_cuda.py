@@ -39,7 +39,7 @@ SMALL = [
     "device=cuda",
 ]
 SHORT = {"wm": ["algorithm.initial_steps=2", "algorithm.mirror_batch=8"]}
-#: Rules that need more layers than conv2 has.
+#: Rules for which conv2 has too few activations to share.
 DEEP = {"asap", "asfp", "asfp_lc"}
 #: A run that is interrupted after its first epoch.
 INTERRUPTED = """
@@ -61,7 +61,7 @@ FEW = ["fa", "kp", "brsf", "dfa", "predsim"]
 
 
 def trained(folder: Path, rule: str, *overrides: str) -> dict[str, Any]:
-    """The result of a small run."""
+    """The result and the last epoch's record of a small run."""
     net = ["architecture=mlp", "~architecture.channels", "~architecture.hidden"] if rule in DEEP else []
     settings = [each for each in SMALL if not net or not each.startswith("architecture")] + net[:1]
     assert main([*settings, f"algorithm={rule}", *SHORT.get(rule, []), *overrides, f"output_dir={folder}"]) == 0
@@ -71,7 +71,7 @@ def trained(folder: Path, rule: str, *overrides: str) -> dict[str, Any]:
 
 
 def step(rule_name: str, compiled: bool) -> dict[str, torch.Tensor]:
-    """The gradients of two steps of a net with convolutions, on the CPU."""
+    """The gradients of two steps of a convolutional net on the GPU, copied to the CPU."""
     model: Any = convnet(dtype=torch.float32).to("cuda")
     model.cut_points = model.blocks = ["act1", "act2"]
     torch.manual_seed(0)
@@ -102,8 +102,8 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("net", ["mlp", "convnet"])
 @pytest.mark.parametrize("rule", ALGORITHMS)
 def test_gradients_and_weights_are_those_of_the_cpu(rule: str, net: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPU and CPU agree up to rounding in float64. In float32, they may differ by ten times the CPU's own rounding; see
-    `scripts/gpu/equality.py`."""
+    """GPU and CPU agree up to rounding in float64. In float32, the tolerance is at least ten times the CPU's own rounding error;
+    see `scripts/gpu/equality.py`."""
     monkeypatch.syspath_prepend(SCRIPTS)
     cells, passed = importlib.import_module("gpu.equality").compared(rule, net, "cuda")
     assert passed, cells
@@ -156,7 +156,8 @@ def test_deterministic_runs_are_bitwise_identical(rule: str, overrides: list[str
 
 @pytest.mark.parametrize("rule", ["kp", "dkp", "brsf"])
 def test_a_run_begun_on_a_gpu_is_resumed_on_the_cpu(rule: str, tmp_path: Path) -> None:
-    """With device=auto, a run is the same with and without a GPU, and its checkpoint can be read on both machines."""
+    """With device=auto, a run has the same config hash with and without a GPU, and its checkpoint can be read on either
+    device."""
     settings = [each for each in SMALL if not each.startswith("device")] + [f"algorithm={rule}", f"output_dir={tmp_path}"]
     subprocess.run([sys.executable, "-c", INTERRUPTED, *settings], check=False, timeout=300)
     begun = json.loads(next(tmp_path.rglob("result.json")).read_text())

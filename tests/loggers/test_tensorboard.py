@@ -1,4 +1,4 @@
-"""The TensorBoard curves of a run are in one file, which equals that of an uninterrupted run even if the run was interrupted."""
+"""The TensorBoard curves of a run are in one file, and equal those of an uninterrupted run even if the run was interrupted."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatc
 
 
 def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process is killed at each call that touches a file, in turn."""
+    """The process is killed before and after the first call of fsync, replace and truncate, in turn."""
     first = EventFile(tmp_path, job, 0)
     put(first, *range(9))
     (tmp_path / NEW_EVENTS).write_bytes(b"left by another process")
@@ -339,7 +339,7 @@ def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
 
 
 def test_every_key_that_differs_in_a_sweep_is_in_the_table_of_its_runs(tmp_path: Path) -> None:
-    """The table is read by the plugin's own backend, which takes the columns from one of the runs."""
+    """TensorBoard takes the table's columns from one of the runs, so all runs must have the same columns."""
     assert (
         main(
             [

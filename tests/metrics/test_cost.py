@@ -1,5 +1,4 @@
-"""The cost of a step, in multiplications, bytes, peak memory and micro-batches, equals counts by hand and is recorded in the
-run's result."""
+"""The predicted cost of a step (multiplications, bytes moved and peak memory) equals counts by hand."""
 
 from __future__ import annotations
 

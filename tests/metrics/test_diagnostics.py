@@ -149,7 +149,7 @@ def test_mean_cosine_is_the_mean_over_all_pairs() -> None:
     assert seen.mean_cosine == pytest.approx(np.mean(cosines), rel=1e-12)
     seen.add(torch.zeros(3, 4))
     seen.add(torch.full((3, 4), math.nan))
-    assert seen.count == 5, "what has no direction is left out"
+    assert seen.count == 5, "tensors without a direction are left out"
     one = Directions()
     one.add(torch.ones(2))
     assert math.isnan(one.mean_cosine) and math.isnan(Directions().mean_cosine)
@@ -313,7 +313,7 @@ def test_projection_angle_is_blind_to_what_the_inputs_do_not_see() -> None:
     feedback, weight = subject.rule.feedback["fc1"]["B"], subject.model.fc1.weight
     with torch.no_grad():
         x = subject.meter.x.flatten(1)
-        unseen = torch.linalg.svd(x.double())[2][len(x) :].float()  # these rows do not occur in any input
+        unseen = torch.linalg.svd(x.double())[2][len(x) :].float()  # these directions do not occur in any input
         feedback.copy_(2 * weight + 5 * torch.ones(len(weight), 1) @ unseen.sum(0, keepdim=True))
     assert measured("projection_angle", subject)["projection_angle"]["fc1"] < 0.1
 
@@ -379,8 +379,8 @@ def test_an_exploded_stream_is_seen_in_growth_and_in_the_gradient_below_it() -> 
     grows = {layer for layer, value in growth.items() if StreamGrowth.alarms["stream_growth"].fires(value)}
     vanish = {layer for layer, value in norms.items() if TrueGradientNorm.alarms["true_gradient_norm"].fires(value)}
     assert "layers.0" in grows
-    assert vanish == {f"layers.{number}.fc2" for number in range(3)}, "fc1 and embed are multiplied by the large weights again"
-    assert subject.meter.measure()["delta_angle"]["layers.1.fc2"] > 0, "the angle is recorded all the same"
+    assert vanish == {f"layers.{number}.fc2" for number in range(3)}, "the large weights multiply the errors at fc1 and embed"
+    assert subject.meter.measure()["delta_angle"]["layers.1.fc2"] > 0, "the angle is recorded nevertheless"
 
 
 def test_a_net_of_one_layer() -> None:

@@ -137,8 +137,8 @@ def test_fixed_batch_is_the_first_one_unless_the_data_are_stored_by_class() -> N
     ids=str,
 )
 def test_fixed_batch_is_what_the_page_says(per_class: int, size: int, first: bool) -> None:
-    """The batch is the first images or, if they contain fewer than half of the possible classes, a sample of all images with a
-    fixed seed."""
+    """The batch consists of the first images or, if they contain fewer than half of the possible classes, of a sample of all
+    images with a fixed seed."""
     labels = torch.arange(9).repeat_interleave(per_class)
     images = (torch.arange(len(labels)) % 256).to(torch.uint8).view(-1, 1, 1, 1)
     train = ResidentSplit(images, labels, [0.5], [0.5], False, CPU)

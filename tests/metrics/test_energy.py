@@ -48,8 +48,7 @@ def test_the_probe_of_a_rule_that_has_hardly_settled(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_probe_of_a_rule_at_rest(name: str) -> None:
-    """When the states have settled, the parts of the energy equal their closed form. In a linear net, the sum of the parts is
-    half of rᵀ S r."""
+    """When the states have settled, the parts of the energy equal their closed form."""
     model = deep(nn.Identity, bias=False)
     rule = fa_bench.attach(copy.deepcopy(model), name, objective=MSE(), steps=400, rate=0.3)
     state = copy.deepcopy(rule.model.state_dict())

@@ -56,8 +56,8 @@ def test_the_damping_is_in_proportion_to_the_jacobian() -> None:
 
 
 def test_angles_of_the_rule_and_of_backpropagation() -> None:
-    """At fc2's activation, J is the output layer's weight W. At fc2's activation, the error of backpropagation is δ W, and that
-    of direct feedback is δ B."""
+    """At the activation of layer 2, J is the output layer's weight W, the error of backpropagation is δ W, and that of direct
+    feedback is δ B."""
     model = mlp()
     rule = fa_bench.attach(model, "dfa", seed=0, sample_input=X, cuts=["1", "3"])
     found = measured(model, rule)
@@ -75,7 +75,7 @@ def test_angles_of_the_rule_and_of_backpropagation() -> None:
 
 
 def test_learned_inverses_come_nearer_to_gauss_newton_than_backpropagation() -> None:
-    """Only the feedback is trained, and the weights are fixed. At layer 2, J hardly depends on the sample."""
+    """Only the feedback is trained, and the weights are fixed. At layer 2, J is the same for every sample."""
     model = mlp()
     with torch.no_grad():
         model[4].weight.copy_(nn.init.orthogonal_(torch.empty(3, 8)) * torch.tensor([[0.5], [1.0], [2.0]]))
@@ -128,5 +128,5 @@ def test_outputs_with_positions_are_refused() -> None:
     model = mlp()
     rule = fa_bench.attach(model, "bp")
     subject = SimpleNamespace(rule=rule, model=model, meter=AlignmentMeter(rule, X.view(5, 1, 7), Y.view(5, 1)))
-    with pytest.raises(ConfigError, match=r"needs outputs of shape \(N, C\), not \(2, 1, 3\)"):
+    with pytest.raises(ConfigError, match=r"the probe needs outputs of shape \(N, C\), not \(2, 1, 3\)"):
         GaussNewtonAngle().require(subject)

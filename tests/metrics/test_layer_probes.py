@@ -103,8 +103,7 @@ def test_readout_of_the_input_is_that_before_a_model_changes_it() -> None:
 
 
 def test_readout_reads_what_the_next_layer_takes() -> None:
-    """The readout uses a layer's activation after ReLU and pooling, and the logits for the last layer. Layers whose outputs are
-    added have the same activation."""
+    """The readout uses a layer's activation after ReLU and pooling, and the logits for the last layer."""
     torch.manual_seed(0)
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
     subject = subject_of(model)
@@ -231,7 +230,8 @@ def test_floor_of_the_gradient_norm_is_the_formula(samples: int) -> None:
 
 
 def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
-    """For gradients of independent samples with mean zero, ‖g‖² and s² agree over many draws, even in unequal groups."""
+    """For gradients of independent samples with mean zero, the squares of the norm and of the floor agree on average over many
+    draws, even in unequal groups."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.zeros(30, dtype=torch.float64, requires_grad=True)
     norms, floors = [], []
@@ -333,8 +333,8 @@ def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
     probes = Probes(["depth_utility"], 0, subject_of(model, train=data, test=data))
     with torch.no_grad():
         model[1].weight.fill_(1.0)
-    # Without the first block, all images are assigned to class 0, which is correct for half of them. The second block is still
-    # the identity that it was initially.
+    # With the initial weights of the first block, all images are assigned to class 0, which is correct for half of them. The
+    # second block is still the identity that it was initially.
     assert probes.measure(0) == {"depth_utility": {"2": 0.5, "4": 0.0}}
     assert model[1].weight.item() == 1.0
 
@@ -610,7 +610,8 @@ def test_readout_of_sequences_is_of_their_mean_and_of_the_first_run_of_a_layer()
 
 
 def test_readout_of_a_recurrent_layer_is_of_its_last_state() -> None:
-    """The first input of the recurrent weight is the initial state, which is zero, so the readout uses the last state."""
+    """The first input of the recurrent weight is the initial state, which is zero, so the readout uses its last input, the state
+    before the last."""
     torch.manual_seed(0)
     subject = subject_of(LSTM(width=8).build((1, 6, 6), 3))
     model: nn.Module = subject.model
@@ -636,7 +637,7 @@ def test_weights_that_the_user_froze_have_a_gradient_norm_and_no_update() -> Non
 @pytest.mark.parametrize(
     ("name", "y", "message"),
     [
-        ("readout", torch.zeros(10, 4, dtype=torch.long), "one class per sample, .* classes of positions"),
+        ("readout", torch.zeros(10, 4, dtype=torch.long), "one class per sample, .* one class per position"),
         ("readout", torch.zeros(10, 3), "one class per sample, .* numbers"),
     ],
 )

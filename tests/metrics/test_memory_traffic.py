@@ -45,7 +45,8 @@ def counted(name: str, k: int = 0, **options: Any) -> Memory:
     ],
 )
 def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int, four: int, totals: tuple[float, ...]) -> None:
-    """P, A and A_k were counted by hand from the layers; the totals for batches of 128 are in millions, rounded to two digits."""
+    """P, A and A_k were counted by hand from the layers; the totals for batches of 128 are in millions, rounded to two
+    decimals."""
     counts = [counted(name, k) for k in (0, 2, 4)]
     assert [memory.parameters for memory in counts] == [parameters] * 3
     assert [memory.activations for memory in counts] == [bp, two, four]
@@ -67,8 +68,7 @@ def test_what_of_resnet18_is_kept() -> None:
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize("options", [{}, {"shortcuts": False}])
 def test_kept_inputs_are_what_the_rule_in_the_model_keeps(k: int, options: dict[str, Any]) -> None:
-    """The test infers which activations are stored: a layer's gradient changes with an activation only if that activation is
-    stored."""
+    """In the attached model, the stored inputs are those of fc and of the layers that provide an activation to others."""
     torch.manual_seed(0)
     net = ARCHITECTURES["resnet18"](width=1, blocks=[2, 2], **options).build((3, 8, 8), 3)
     x = torch.randn(2, 3, 8, 8)
@@ -193,8 +193,8 @@ def test_strict_option_and_ranges() -> None:
 
 
 def test_every_kind_of_relu_has_its_bit() -> None:
-    """Functions that clip negative values to zero, in place or not, are counted. A hyperbolic tangent is not counted, because a
-    sign bit does not determine its derivative."""
+    """All variants of ReLU, in place or not, are counted. A hyperbolic tangent is not counted, because a sign bit does not
+    determine its derivative."""
     activations = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.ReLU(inplace=True), nn.Tanh()]
     net = nn.Sequential(*[part for activation in activations for part in (nn.Linear(6, 6), activation)], nn.Linear(6, 2))
     assert memory_of(net, (6,)).relus == 4 * 6

@@ -66,14 +66,14 @@ class ByHand:
         return normalised * self.tensors[f"{name}.weight"].view(shape) + self.tensors[f"{name}.bias"].view(shape)
 
     def dropout(self, x: Tensor, rate: float) -> Tensor:
-        """Inverted dropout, which draws the same masks as torch's modules if it is called in the same order."""
+        """Inverted dropout, which samples the same masks as torch's modules if it is called in the same order."""
         return F.dropout(x, rate) if self.training else x
 
 
 def mlp(
     net: ByHand, x: Tensor, hidden: int, activation: str = "relu", batch_norm: bool = False, output_norm: bool = False
 ) -> Tensor:
-    """A net of `hidden` layers with an activation, and the output layer (PFA paper, section 3)."""
+    """A net with `hidden` hidden layers and an output layer (PFA paper, section 3)."""
     x = x.flatten(1)
     for number in range(1, hidden + 1):
         x = net.linear(f"fc{number}", x)
@@ -115,7 +115,7 @@ def dkp_alexnet(net: ByHand, x: Tensor, dropout: float = 0.5, linear_norm: bool 
     x = relu(net.norm("bn4", net.conv("conv4", x, padding=1)))
     x = relu(net.norm("bn5", net.conv("conv5", x, padding=1)))
     x = F.max_pool2d(x, 3, 2).flatten(1)
-    for number in (6, 7):  # dropout is on the features and the first hidden layer, not on the second
+    for number in (6, 7):  # dropout acts on the features and the first hidden layer, not on the second
         x = net.linear(f"fc{number}", net.dropout(x, dropout))
         x = relu(net.norm(f"bn{number}", x) if linear_norm else x)
     return net.linear("fc8", x)
@@ -213,7 +213,8 @@ def residual_mlp(net: ByHand, x: Tensor, blocks: int, activation: str = "gelu", 
 
 
 def attention(net: ByHand, name: str, x: Tensor, heads: int, causal: bool, dropout: float) -> Tensor:
-    """The softmax of q k / √d in every head (Vaswani et al. 2017, section 3.2); if causal, later positions have no weight."""
+    """Multi-head attention with the weights softmax(q k / √d) (Vaswani et al. 2017, section 3.2); if causal, later positions have
+    no weight."""
     size = x.shape[2] // heads
     q, k, v = (net.linear(f"{name}.{part}", x) for part in "qkv")
     parts = [slice(head * size, (head + 1) * size) for head in range(heads)]

@@ -36,7 +36,7 @@ ALEXNET, GAINS = 61_100_840, 2 * 1152
         # Alignment.
         ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, 10, 785 * 512 + 3 * 513 * 512 + 5130 + 8 * 512),
         ("mlp", {"widths": [10] * 3, "activation": "identity"}, MNIST, 10, 7850 + 330),
-        # He et al. 2016, Table 6, gives 0.27, 0.46, 0.66, 0.85 and 1.7 million. Consecutive depths differ by six convolutions of
+        # He et al. 2016, Table 6, gives 0.27, 0.46, 0.66, 0.85 and 1.7 million. Six more layers are two more convolutions of
         # every width.
         *[
             (
@@ -137,7 +137,7 @@ def test_a_residual_net_needs_a_stage() -> None:
 
 
 def test_alexnet_takes_sizes_that_pooling_rounds() -> None:
-    """The stages must predict the sizes that PyTorch computes, down to one pixel."""
+    """The forward pass fails unless the model predicts the sizes that PyTorch's pooling returns."""
     for size in range(1, 20):
         ARCHITECTURES["asap_alexnet"](width=1, hidden=2).build((1, size, size + 3), 3)(torch.zeros(2, 1, size, size + 3))
     for size in range(63, 100, 3):
@@ -164,7 +164,7 @@ TINY: dict[str, tuple[str, dict[str, Any], int]] = {
     "residual_mlp": ("residual_mlp", {"width": 6, "blocks": 2}, 4),
     "vgg": ("vgg", {"width": 2}, 16),
 }
-# The mirror's steps before training take seconds and are not tested here.
+# The steps of wm before training would take seconds; f3 needs the number of training samples.
 FAST = {"wm": {"initial_steps": 1, "mirror_batch": 2}, "f3": {"samples": 9}}
 
 
@@ -241,8 +241,8 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
     ],
 )
 def test_where_direct_errors_and_local_losses_go(architecture: str, cuts: list[str], blocks: list[str]) -> None:
-    """Errors are delivered after pooling and dropout, as in the code of both papers. In residual nets, errors are delivered after
-    every convolution, and for a block's last convolution at the sum."""
+    """Errors are delivered after pooling and dropout, as in the papers' code. In residual nets, errors are delivered after every
+    convolution, and for a block's last convolution at the sum."""
     for rule, wanted in (("dfa", cuts), ("dgl", blocks)):
         net, x, _ = tiny(architecture)
         assert list(fa_bench.attach(net, rule, sample_input=x).feedback) == wanted
@@ -285,7 +285,7 @@ def test_torchvisions_models_are_made_for_the_size_of_the_images_and_without_aux
         assert transformer(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
         for name, size in (("inception_v3", 299), ("googlenet", 64)):
             model = ARCHITECTURES["torchvision"](model=name).build((3, size, size), 7).train()
-            assert model(torch.zeros(2, 3, size, size)).shape == (2, 7), "and no tuple"
+            assert model(torch.zeros(2, 3, size, size)).shape == (2, 7), "not a tuple"
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 28), (1, 28, 5)])

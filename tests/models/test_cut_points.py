@@ -18,7 +18,7 @@ TWO = {"width": 2, "blocks": [1, 1]}
 LAYERS = ["layers.0", "layers.1"]
 INNER = [[f"{block}.attn", *(f"{block}.attn.{layer}" for layer in "qkv")] for block in LAYERS]
 
-#: Pairs an architecture, its options and the image shape with the cut points and the blocks.
+#: Pairs an architecture, its options and the input shape with the cut points and the blocks.
 NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
     ("mlp", {"widths": [5, 4, 3], "batch_norm": True}, SMALL, ["act1", "act2", "act3"], ["act1", "act2", "act3"]),
     ("conv2", {}, SMALL, ["act1", "act2", "act3"], ["act1", "pool", "act3"]),
@@ -62,7 +62,7 @@ NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
         ["pool", *STAGES[:2]],
     ),
     ("vgg", {"depth": 7, "width": 2}, (3, 32, 32), *[["pool1", "act2", "pool3", "act4", "pool5", "act6"]] * 2),
-    # The final LayerNorm replaces the last block.
+    # As a cut point, the final LayerNorm replaces the last block.
     (
         "residual_mlp",
         {"width": 4, "blocks": 2},

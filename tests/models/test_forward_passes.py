@@ -222,7 +222,7 @@ def test_dropout_is_random_in_training_and_absent_in_evaluation(case: str) -> No
 
 
 def stages(widths: list[int], blocks: list[int], kernels: tuple[int, ...], factor: int, projects: bool) -> list[tuple[int, ...]]:
-    """The weight shapes of residual stages; `widths` starts with the stem's."""
+    """The weight shapes of residual stages with these widths; the stem has the width of the first stage."""
     shapes, channels = [], widths[0]
     for width, count in zip(widths, blocks, strict=True):
         for _ in range(count):

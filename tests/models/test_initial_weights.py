@@ -1,5 +1,5 @@
-"""Initial weights of every architecture have the exact bounds or standard deviations of their distribution, and biases are
-zero."""
+"""Initial weights of every architecture have the bounds or standard deviations of their distribution, and biases are zero unless
+init=pytorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "decoder": ({"width": 24, "depth": 1}, (30,)),
     "lstm": ({"width": 24}, (30,)),
 }
-#: The standard deviations of weights that do not belong to linear layers or convolutions, which `init` does not change.
+#: The standard deviations of weights outside of linear layers and convolutions; `init` does not change them.
 OTHERS: dict[str, dict[str, float]] = {
     "vit_mini": {"embed.token": 0.0, "embed.positions": 0.02},
     "decoder": {"embed.tokens.weight": 0.02, "embed.positions": 0.02},
@@ -72,7 +72,7 @@ def check_draw(weight: Tensor, deviation: float, uniform: bool) -> None:
 
     The relative standard error of the standard deviation is √((κ - 1)/4n), where the kurtosis κ is 9/5 for uniform and 3 for
     normal draws. The largest of n uniform draws lies below 1 - 20/n of the bound with a probability of e^-20. Normal draws are
-    unbounded. Of 400 or more normal draws, some exceed √3 standard deviations, because 8 % of all draws do.
+    unbounded. Of 400 or more normal draws, some exceed 1.2 √3 standard deviations, because 4 % of all draws do.
     """
     n = weight.numel()
     assert n >= 400
@@ -144,7 +144,8 @@ def test_tokens_begin_as_large_as_sinusoids() -> None:
 
 
 def test_layers_are_drawn_independently() -> None:
-    """Two layers of the same shape are independent: |cos| of n = 5184 values has a standard deviation of 1/√n = 0.014."""
+    """Weights that are sampled one after another are independent: the cosine of two sets of n = 5184 values has a standard
+    deviation of 1/√n = 0.014."""
     for init in DRAWS:
         net = build("conv2", init)
         other = ARCHITECTURES["conv2"](init=init, **NETS["conv2"][0]).build(NETS["conv2"][1], CLASSES)  # sampled later

@@ -1,4 +1,4 @@
-"""Every edge rule attaches to published networks and trains them, including those of timm and transformers if installed."""
+"""Edge rules attach to published networks and train them, including those of timm and transformers if installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every objective agrees with its formula, which is written with loops, and works in runs from the command line."""
+"""Objectives for classes and for numbers agree with their formulas, written with loops, and work in runs from the command
+line."""
 
 from __future__ import annotations
 

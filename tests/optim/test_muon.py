@@ -287,7 +287,7 @@ def trained(rule: Rule, optimizers: Optimizers, steps: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mlp_tanh", "conv_bn"])
 def test_weights_and_feedback_of_kolen_pollack_differ_by_decay_alone(name: str) -> None:
-    """Equal gradients give equal updates, so W - B shrinks by 1 - lr λ per step, up to rounding."""
+    """Equal gradients give equal updates, so every step multiplies W - B by 1 - lr λ, up to rounding."""
     rule = attached("kp", name)
     before = {path: weight - feedback for path, (feedback, weight) in rule.weight_pairs().items()}
     trained(rule, Optimizers(Muon(lr=0.1, weight_decay=0.5), rule, 1), 6, name)

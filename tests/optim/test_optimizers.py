@@ -108,7 +108,7 @@ ADAMS = [
     ids=str,
 )
 def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict[str, Any], of: str) -> None:
-    """Three steps of the weights' optimizer and of the feedback optimizer depend on every option."""
+    """Three steps of the weights' optimizer or of the feedback optimizer equal the formulas, whatever the options."""
     rule, made = attached("pfa"), cls(lr=LR, **options)
     other = SGD(lr=0.7, momentum=0.3)
     optimizers = Optimizers(made, rule, 1, other) if of == "weights" else Optimizers(other, rule, 1, made)
@@ -250,7 +250,7 @@ LEARNING = {
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", LEARNING)
 def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str, net: str, own: SGD | None) -> None:
-    """The fused update, which uses the gradient of W as the gradient of B, also uses the gradient that the rule computed."""
+    """The fused update of every tensor uses the gradient that the rule computed for it."""
     rule = attached(name, net, **LEARNING[name])
     optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
     assert rule.feedback_parameters() and all(o.defaults["fused"] for o in optimizers.optimizers)

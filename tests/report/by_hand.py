@@ -21,7 +21,7 @@ ANGLES = {
     "norm_ratio": {"fc1": 9.0, "fc2": 1.0, "fc3": 2.0},
     "delta_angle": {"fc1": 30.0, "fc2": 50.0, "fc3": 0.0},
 }
-#: A published number for the bp runs of the experiment a_table; the runs in this module belong to this experiment.
+#: A published number for the bp runs of the experiment a_table; the runs of `write_run` belong to this experiment.
 ENTRY = Entry(
     "A Paper",
     "Table 1",

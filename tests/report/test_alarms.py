@@ -61,7 +61,7 @@ def test_a_gradient_below_the_numeric_floor_is_marked_and_its_angle_kept(tmp_pat
     report(tmp_path)
     (row,) = rows(tmp_path)
     assert (row["layer"], row["value"], row["condition"]) == ("fc1", "3e-08", "< 1e-07")
-    assert "angles to it mean nothing" in row["meaning"]
+    assert "delta angle is meaningless" in row["meaning"]
     assert ",fc1,delta_angle,1,30," in (tmp_path / "out" / "report_layers.csv").read_text()
 
 

@@ -71,7 +71,7 @@ def test_each_rule_has_the_value_with_the_best_validation_accuracy(tmp_path, cap
     said = capsys.readouterr().out
     assert "note: fa lr=0.02: optimizer.lr=0.02 is the smallest" in said and "warning" not in said
     assert "## Values tried: optimizer.lr\n" in (tmp_path / "report.md").read_text()
-    assert len(rows(tmp_path, "runs.csv")) == 6  # all runs are listed, chosen or not
+    assert len(rows(tmp_path, "runs.csv")) == 6  # every setting is listed, chosen or not
     assert main([str(tmp_path)]) == 0 and not (tmp_path / "report_tried.csv").exists()
 
 
@@ -180,8 +180,8 @@ def test_tasks_and_versions_of_the_code_are_chosen_for_separately(tmp_path):
         ("optimizer.lrr", "no run has this key; did you mean 'optimizer.lr'? K"),
         ("lr", "no run has this key; did you mean 'optimizer.lr'? K"),
         ("gamma", "no run has this key; k"),
-        ("optimizer", "nothing to choose, optimizer=sgd in all runs; k"),
-        ("algorithm.density", "nothing to choose, it differs only between rules; k"),
+        ("optimizer", "nothing to choose, because optimizer=sgd in all runs; k"),
+        ("algorithm.density", "nothing to choose, because it differs only between rules; k"),
         ("seed", "cannot be chosen, because runs of different seeds are averaged; k"),
         ("dataset.size", "cannot be chosen, because it is part of the task; k"),
     ],
@@ -198,7 +198,7 @@ def test_keys_that_nothing_can_be_chosen_by_are_refused_before_anything_is_writt
 
 def test_best_needs_a_key(tmp_path, capsys):
     assert main([str(tmp_path), "--best", ","]) == 2
-    assert capsys.readouterr().err == "fa-bench-report: --best: no key, such as --best optimizer.lr\n"
+    assert capsys.readouterr().err == "fa-bench-report: --best: no key given; an example is --best optimizer.lr\n"
 
 
 # References.

@@ -94,7 +94,7 @@ def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_t
     write_group(runs / "a", "bp", [0.97, 0.98, 0.99], metrics=[line])
     write_group(runs / "b", "fa", [0.95, None], metrics=[line])
     write_group(runs / "c", "kp", [None], status="diverged", metrics=[])
-    for number, rule in enumerate(["bp", "fa"]):  # the groups differ only in their configs
+    for number, rule in enumerate(["bp", "fa"]):  # each rule gets a second group with the same label
         run = write_run(runs / "c", rule, 1, 0.9, group=f"{rule}-lr", metrics=[])
         again = shutil.copytree(run, runs / "f" / run.name)  # a duplicate seed: which copy counts must not depend on its folder
         (again / "result.json").write_text((again / "result.json").read_text().replace("0.9", "0.8"))

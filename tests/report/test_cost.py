@@ -60,7 +60,7 @@ def test_predicted_beside_measured(tmp_path: Path) -> None:
     assert [kp[f"{name}_ratio"] for name in ("multiplications", "bytes_moved", "predicted_memory")] == [1.5, 3, 1.1]
     assert (kp["seconds_per_step"], kp["time_ratio"]) == pytest.approx((0.3, 1.5))
     assert bp["time_ratio"] == bp["multiplications_ratio"] == 1
-    assert blank(kp["peak_memory"]) and "energy_wh" not in kp  # peak memory is that of the process, and energy is not counted
+    assert blank(kp["peak_memory"]) and "energy_wh" not in kp  # peak memory on a CPU is that of the whole process
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_accuracies_far_below_the_others_are_left_out_and_named(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "kind", "low", "high", "log"),
     [
-        ([[10.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # with so few lines, none is highlighted
+        ([[10.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # with so few lines, none is left out
         ([[10.0], [40.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # nor are lines that differ this much
         ([[0.1], [0.2], [0.3], [0.4]], "loss", 0.085, 0.415, False),
         ([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.1], [1e22, 1e22]], "loss", 0.1 / 1.3, 1.3, True),

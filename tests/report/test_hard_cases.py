@@ -11,6 +11,7 @@ from fa_bench.errors import DataError, RunDirectoryError, truncate
 from fa_bench.report import write_report
 from fa_bench.report.cli import main
 from fa_bench.report.export import escape_latex
+from fa_bench.report.files import check_folder
 from fa_bench.report.groups import group_runs
 from fa_bench.report.quantities import scalar
 from fa_bench.report.runs import find_runs, read_run
@@ -60,7 +61,7 @@ def test_a_rule_without_the_setting_is_still_a_level_line(tmp_path):
     [
         ((0.0, 1e-6, 1e-5, 1e-3), [0, 1, 2, 3]),  # on a linear axis, the first three would coincide
         ((0.0, 0.5, 1.0), [0.0, 0.5, 1.0]),
-        ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # they are a tenth of the axis apart
+        ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # 0 and 0.1 are a tenth of the axis apart
     ],
 )
 def test_values_with_zero_do_not_cover_each_other(tmp_path, values, places):
@@ -100,12 +101,20 @@ def test_a_foreign_file_is_refused_before_figures_are_written(tmp_path):
     assert not list(out_dir.glob("*.png")) and (out_dir / "report.csv").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["runs.csv", "report.tex", "report_alarms.csv", "report_aggregate.csv"])
+def test_a_sweep_refuses_a_folder_with_a_foreign_table(tmp_path, name):
+    check_folder(tmp_path)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunDirectoryError, match=rf"{name}: not written by a report"):
+        check_folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--x", "lr"], "did you mean 'optimizer.lr'?"),
-        (["--rules", ","], "--rules: no rule, such as --rules bp,kp"),
-        (["--rules", ""], "--rules: no rule, such as --rules bp,kp"),
+        (["--rules", ","], "--rules: no rule given; an example is --rules bp,kp"),
+        (["--rules", ""], "--rules: no rule given; an example is --rules bp,kp"),
     ],
 )
 def test_flags_that_name_nothing_are_refused(tmp_path, capsys, flags, message):

@@ -157,7 +157,7 @@ def test_a_filter_is_followed_by_what_it_filters_and_every_column_can_be_sorted(
     assert len(re.findall(r'<output></output></p>\n<div class="(?:scroll|groups)">', text)) == text.count('class="filter"') == 2
     names = [name for name, _ in page.elements]
     assert names.count("th") == names.count("button") > 5
-    # The page has the elements that the script looks for.
+    # The script looks for these elements of the page.
     script = html._SCRIPT.read_text()
     assert all(f'"{name}"' in script for name in ("table", ".filter", "input", "output", ".groups", "tbody", "button"))
 

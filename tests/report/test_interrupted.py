@@ -1,4 +1,4 @@
-"""A sweep that was interrupted and resumed gives the same report as an uninterrupted one."""
+"""A sweep that was interrupted and resumed has the same report as an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -103,10 +103,10 @@ def test_every_state_and_the_time_left(sweep):
     assert lines["dfa"].remark == "OutOfMemoryError: tried to allocate 2 GiB"
     assert (lines["kp"].epoch, lines["kp"].epochs, lines["kp"].pace) == (10, 40, pytest.approx(2.4))
     assert lines["kp"].remaining == pytest.approx(30 * 3 - 1)
-    # The run has no epoch yet, so its estimate is the mean of the others' training times, 2.2, 2.2, 2, 2.4 and 3 s, times 1.125
+    # pfa has no epoch yet, so its estimate is the mean of the other runs' training times, 2.2, 2.2, 2, 2.4 and 3 s, times 1.125
     # for the time outside training. kp takes 3 s for 2.4 s of training, and wm takes no extra time.
     epoch = (2.2 + 2.2 + 2 + 2.4 + 3) / 5 * 1.125
-    assert lines["pfa"].remaining == pytest.approx(40 * epoch - epoch)  # after four seconds, its first epoch is almost finished
+    assert lines["pfa"].remaining == pytest.approx(40 * epoch - epoch)  # the past four seconds count as one epoch at most
     assert lines["usf"].remaining == pytest.approx(40 * epoch)
     assert live.summary(list(lines.values())) == (
         "8 runs: 1 done, 2 running, 1 stalled, 1 failed, 1 diverged, 1 interrupted, 1 waiting; "
@@ -115,7 +115,7 @@ def test_every_state_and_the_time_left(sweep):
 
 
 def test_a_run_taken_up_again_is_not_thought_faster_than_its_training(tmp_path):
-    run = write_begun(tmp_path, "kp", 0, epochs=10)  # 2 s each; the present process started when only one was left
+    run = write_begun(tmp_path, "kp", 0, epochs=10)  # 2 s each; the present process has trained only the last of them
     with at_work(run, started=at(3.0)):
         written(run, 1.0, started=500.0)
         (line,) = live.Watcher([tmp_path]).look(NOW)
@@ -186,7 +186,7 @@ def test_a_narrow_and_low_terminal_shows_what_matters(sweep):
     text = rendered(lines, width=110, height=10)
     assert len(text) == 10 and re.match(r"bp algo\S*…\S* seed 0  done", text[1])
     lines[0].name, lines[0].remark = "[bold]bp[/bold] seed 0", "[red]"
-    assert rendered(lines, width=110, height=10)[1].startswith("[bold]bp[/bold] seed 0  done"), "names are no markup"
+    assert rendered(lines, width=110, height=10)[1].startswith("[bold]bp[/bold] seed 0  done"), "names are not markup"
 
 
 def rendered(lines: list[live.Line], width: int, height: int) -> list[str]:
@@ -221,7 +221,7 @@ def test_on_a_terminal_it_is_shown_again_in_place_until_all_have_ended(tmp_path,
     assert [lines[2] for lines in text] == ["1 run: 1 interrupted", "1 run: 1 done"]
     assert re.fullmatch(r"\d\d:\d\d:\d\d, every 7 s; Ctrl-C ends only this view", text[0][3])
     assert "\x1b[33minterrupted" in before and "\x1b[34mdone" in after, "states are coloured"
-    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l"), "the cursor is shown"
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l"), "the cursor is shown again"
 
 
 def test_ctrl_c_ends_the_view_with_zero_and_nothing_is_written(tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def test_reports_take_turns(tmp_path, monkeypatch, capsys):
     write_run(tmp_path, "bp", 0, 0.9)
     with FileLock(tmp_path / ".report.lock"):
         assert main([str(tmp_path)]) == 2
-    assert "another report has been written there" in capsys.readouterr().err
+    assert "another process is still writing a report there" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 0
 
 

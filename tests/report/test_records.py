@@ -51,7 +51,7 @@ DAMAGED = {
         r"result\.json: test_accuracy='high' \(allowed: a number from 0 to 1, or null\)",
     ),
     "an accuracy in per cent": (keys(val_accuracy=97), r"result\.json: val_accuracy=97 \(allowed: a number from 0 to 1"),
-    "an accuracy that is true": (keys(test_accuracy=True), r"test_accuracy=True"),
+    "an accuracy that is a boolean": (keys(test_accuracy=True), r"test_accuracy=True"),
     "a status": (
         keys(status="finsihed"),
         r"status='finsihed' \(allowed: finished, stopped, diverged, failed, interrupted\); did you mean 'finished'\?",
@@ -63,24 +63,24 @@ DAMAGED = {
         keys(angles={"weight_angle": {"fc1": "steep"}}),
         r"angles\.weight_angle\.fc1='steep' \(allowed: a number of at most 1e\+100, or null\)",
     ),
-    "no number a float holds": (keys(angles={"weight_angle": {"fc1": 10**400}}), r"angles\.weight_angle\.fc1=1000"),
+    "a number that no float can hold": (keys(angles={"weight_angle": {"fc1": 10**400}}), r"angles\.weight_angle\.fc1=1000"),
     "layers": (keys(feedback_layers=["fc1", 2]), r"feedback_layers\[1\]=2 \(allowed: text\)"),
     "an error": (
         keys(status="diverged", error={"epoch": "third"}),
         r"error\.epoch='third' \(allowed: a whole number >= 0, or null\)",
     ),
     "deep nesting": (text("result.json", NESTED), r"result\.json: nested deeper than 20 levels"),
-    "nesting that JSON takes": (
+    "nesting that JSON allows": (
         text("result.json", '{"a":' * 30 + "1" + "}" * 30),
         r"result\.json: nested deeper than 20 levels",
     ),
     "no JSON": (text("result.json", "{"), r"result\.json: unreadable"),
     "a list": (text("result.json", "[]"), r"result\.json: \[\] \(allowed: a mapping\)"),
-    "epochs that are not there": (
+    "missing epochs": (
         keys(epoch=7),
         r"metrics\.jsonl: has records of 2 epochs, but result\.json says that the run finished 7",
     ),
-    "another epoch than the last": (
+    "a wrong number of the last epoch": (
         lambda run: (keys(epoch=2)(run), lines(epoch_record(1, 0.5, None), epoch_record(10**18, 0.5, None))(run)),
         r"records of 2 epochs, the last of epoch 10+, but result\.json says that the run finished 2",
     ),
@@ -186,7 +186,7 @@ def test_what_records_say_is_shown_and_does_nothing(tmp_path, capsys):
         assert "\x1b" not in shown and "\u202e" not in shown and r"\x1b" in shown
     assert "<script>" not in report and "&lt;script&gt;" in report and "\n# Heading" not in report and "[a](" not in report
     bars = {line.count("|") - line.count(r"\|") for line in report.split("\n\n")[1].splitlines()}
-    assert len(bars) == 1  # every row has the same cells
+    assert len(bars) == 1  # every row has the same number of cells
 
 
 def test_marks_of_markdown_and_of_formulas_are_escaped():
@@ -301,7 +301,7 @@ def test_a_difference_to_runs_of_other_code_is_noted(tmp_path):
 
 
 def test_nothing_is_noted_of_data_that_are_not_known_yet(tmp_path):
-    """A run that has not ended has no result, so the hash of its data is unknown."""
+    """A run that was interrupted before it read its data has no hash of them."""
     write_run(tmp_path, "bp", 0, 0.9, data_hash="a" * 64)
     write_run(tmp_path, "fa", 0, 0.8, data_hash=None, status="interrupted")
     main([str(tmp_path)])
@@ -363,7 +363,7 @@ def test_a_run_that_ended_before_its_data_were_known_is_in_the_row_of_the_others
         ("# config hash: 0a\n# code hash: c0de\nseed: 3\nepochs: 2\n", {"seed": 3, "epochs": 2}),
         ("# config hash: 0b\n# code hash: c0de\nseed: 14\nepochs: 2\n", {"seed": 14, "epochs": 2}),
         ("epochs: 2\nseed: 0\n", {"epochs": 2, "seed": 0}),
-        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # the second "seed" is part of a text
+        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # the first "seed" is part of a text
         ('label: "a\nseed: 5\nb"\n', {"label": "a seed: 5 b"}),
         ("seed: 012\n", {"seed": 10}),  # octal in YAML
     ],

@@ -459,7 +459,7 @@ def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apar
 
 
 def test_rows_whose_rule_transports_weights_by_design_say_so(tmp_path):
-    """The note comes from the recorded results; the report itself contains no code for individual rules."""
+    """The note comes from the recorded results, not from the report's own knowledge of rules."""
     write_group(tmp_path, "kp", [0.9, 0.9, 0.9], weight_transport=[])
     write_group(tmp_path, "dgl", [0.9, 0.9, 0.9], weight_transport=["within blocks", "after 'norm'"])
     table = rows(tmp_path)

@@ -77,8 +77,8 @@ def test_bootstrap_resamples_within_each_task():
     # There are two tasks of two seeds, so a resample has two of (0, 1) and two of (10, 11). Without the lowest and the highest
     # value, the resample has the larger of the first pair, which is 1 with probability 3/4 and 0 with 1/4, and the smaller of the
     # second, which is 10 (3/4) or 11 (1/4). The mean of these two values is 5 with probability 3/16, 5.5 with 9/16 + 1/16, and 6
-    # with 3/16, so the 2.5 % and 97.5 % quantiles are 5 and 6. Without strata, four zeros could be drawn (1/256), and the
-    # interval would include means from 0.25 to 10.75.
+    # with 3/16, so the 2.5 % and 97.5 % quantiles are 5 and 6. Without strata, a resample would have at least three zeros with a
+    # probability of 13/256, which is more than 2.5 %, so the interval would be from 0 to 11.
     assert bootstrap_interval([[0.0, 1.0], [10.0, 11.0]]) == (5, 6)
     assert bootstrap_interval([[1.0, 5.0, 7.0]]) == bootstrap_interval([[1.0, 5.0, 7.0], []])  # the seed is fixed
     assert all(map(blank, bootstrap_interval([[1.0], [2.0]])))

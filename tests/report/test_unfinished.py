@@ -145,7 +145,7 @@ def test_a_second_sweep_keeps_what_the_first_one_announced(tmp_path, monkeypatch
             {"directory": "y", "label": "y seed 0", "epochs": 3},
         ],
     }
-    again = tmp_path / "outputs" / "experiment"  # the same folder, named from another directory
+    again = tmp_path / "outputs" / "experiment"  # the same folder, as an absolute path
     more = [PlannedRun(again / "z", "z seed 0", 4), PlannedRun(again / "x" / "seed0", "x more", 5)]
     write_sweep(again, ["fa-bench", "b"], more)
     assert read_sweep(folder / "sweep.json") == [

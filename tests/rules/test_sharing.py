@@ -487,7 +487,7 @@ class Merges(nn.Module):
 def test_layers_with_other_positions_use_their_own_input_and_are_named(name):
     model, x = Merges(), torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
     rule = fa_bench.attach(model, name, sample_input=x, linear="share")
-    assert any("are not those of c: these layers use their own input" in note for note in rule.coverage.notes)
+    assert any("not those of the activation that they would share: c." in note for note in rule.coverage.notes)
     assert [entry.layer for entry in rule.coverage.covered if "shares the input" in entry.feedback] == ["b", "d", "out"]
 
 

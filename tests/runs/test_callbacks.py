@@ -23,7 +23,7 @@ OLD, NEW = {"weight_angle": {"fc": 1.0}}, {"weight_angle": {"fc": 2.0}}
 
 
 def trainer(epochs: int = 3, stop: Any = None, **progress: Any) -> Any:
-    """A trainer at this point of its run; its batches do not matter."""
+    """A trainer whose run has this progress; it has four batches per epoch, but no data."""
     return SimpleNamespace(
         progress=Progress(**progress),
         options=RunOptions(epochs=epochs),
@@ -175,7 +175,7 @@ def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPat
     bar: Any = display._bar
     assert (made[0]["total"], made[0]["initial"], made[0]["desc"], made[0]["disable"]) == (16, 4, "fa", None)
     assert bar.steps == 2 and bar.text == "train loss 1.0000  test 25.00%"
-    assert {level for level, _ in lines} == {logging.DEBUG}, "the bar shows them"
+    assert {level for level, _ in lines} == {logging.DEBUG}, "the bar shows the same numbers"
     display.close()
     assert bar.closed
     Display("fa", 0).close()

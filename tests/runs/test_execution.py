@@ -51,7 +51,8 @@ def trained(directory: Path, *overrides: str) -> dict[str, Any]:
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Record the shapes of the batches that are compiled, and use PyTorch's own operations instead of compiled kernels."""
+    """Record the shapes of the batches that compiled code processes, and use PyTorch's own operations instead of compiled
+    kernels."""
     shapes: list[tuple[int, ...]] = []
     compile_model = torch.compile
 
@@ -117,7 +118,7 @@ def test_compiled_models_draw_the_same_dropout_and_repeat_bit_for_bit() -> None:
 def test_bf16_computes_in_half_precision_and_keeps_weights_and_metrics_in_single(tmp_path: Path) -> None:
     plain, half = (trained(tmp_path / precision, "algorithm=kp", f"precision={precision}") for precision in ("fp32", "bf16"))
     assert half["weights_hash"] != plain["weights_hash"] and half["initial_weights_hash"] == plain["initial_weights_hash"]
-    # bf16 has a precision of 8 bits, so sums of a few hundred products have errors of about 1 %.
+    # bf16 has a precision of 8 bits, so errors of about 1 % are expected.
     losses = [
         json.loads(next((tmp_path / name).rglob("metrics.jsonl")).read_text().splitlines()[0])["train_loss"]
         for name in ("fp32", "bf16")
@@ -215,7 +216,7 @@ def test_tf32_holds_for_products_of_training_only() -> None:
 
 
 def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Only compilation in the current run is subtracted, not compilation before it was resumed."""
+    """Only compilation since the run was resumed is subtracted, not earlier compilation."""
     progress, clock = Progress(compile_seconds=20.0), iter([0.0, 100.0])
     trainer: Any = SimpleNamespace(
         options=RunOptions(epochs=2), progress=progress, splits=SimpleNamespace(train=SimpleNamespace(steps=lambda size, drop: 1))

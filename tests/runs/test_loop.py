@@ -128,7 +128,7 @@ def evaluate_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]
 
 
 def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> list[dict[str, Any]]:
-    """Train in the same way without the package's loop, using only torch."""
+    """Train in the same way without the package's loop and optimizers."""
     optimizer = torch.optim.SGD(trained(rule), lr=LR, momentum=MOMENTUM, foreach=False)
     lines = []
     rule.model.train()
@@ -425,7 +425,8 @@ def test_angles_are_measured_once_for_a_step() -> None:
 
 
 def test_an_evaluation_may_be_left_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten test images and four for validation are evaluated in batches of four; one epoch of training evaluates both splits."""
+    """The ten test images form three batches of four. With batches of 16, a training epoch evaluates one batch for validation and
+    one for testing."""
     monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 1)
     waits: list[None] = []
     evaluated = loop.evaluate(make_model(), CrossEntropy(), load().test, 4, lambda: waits.append(None))

@@ -88,7 +88,7 @@ def test_a_folder_with_anything_foreign_in_it_is_refused_and_left_as_it_is(name:
 def test_foreign_files_in_a_run_of_ones_own_are_named_by_single_runs_and_sweeps(name: str, capsys: Capture) -> None:
     assert main([*COMMON, "output_dir=o"]) == 0
     (place,) = [path.parent for path in Path("o").rglob(RESULT)]
-    for path in place.iterdir():  # the place where `put` writes it
+    for path in place.iterdir():
         own = {CONFIG, LOG, RESULT, "metrics.jsonl", "angles.jsonl", "checkpoints", event_files.EVENTS}
         assert path.name in own or "tfevents" in path.name
     put(f"../{place}/{name}")

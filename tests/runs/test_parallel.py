@@ -50,7 +50,7 @@ RESNET = [
     "architecture.blocks=1",
     "algorithm=kp",
 ]
-#: Options that avoid values that depend on the whole batch.
+#: Options that avoid values that depend on the whole batch or, for wm, a long phase before training.
 OPTIONS = {
     "predsim": ["algorithm.loss=pred"],
     "dgl": ["algorithm.auxiliary_net=linear"],
@@ -106,7 +106,7 @@ CASES: dict[str, list[str]] = {
     "resnet20": [*RESNET, "sync_batch_norm=true"],
     "feedback optimizer": [*MLP, "algorithm=dkp", "optimizer@feedback_optimizer=adam", "probes=[gradient_norm]"],
 }
-#: Rules with separate magnitudes in every pass, or with errors from an earlier epoch.
+#: Rules with new magnitudes in every pass, or with errors from an earlier epoch.
 RESUMED = ("brsf", "f3")
 REFUSED = {
     ("batch_size=1",): "batch_size=1 makes batches of 1 for 2 processes, each of which needs a sample; use 2 or more",
@@ -128,7 +128,7 @@ def process(number: int, store: str, commands: list[tuple[list[str], int | None]
     shared = dist.FileStore(store, 2)
     dist.init_process_group("gloo", store=shared, rank=number, world_size=2)
     on_step = StopOnSignal.on_step_end
-    gc.freeze()  # every run collects garbage
+    gc.freeze()  # every run collects garbage, which takes less time without older objects
     for index, (words, step) in enumerate(commands):
 
         def stopping(callback: Any, trainer: Any, step: Any = step) -> None:

@@ -97,7 +97,7 @@ def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
     ]
     plain = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp")
     alone = Optimizers(SGD(weight_decay=0.03), plain, 2, of_feedback)
-    assert [decay for ((_, decay), _) in settings_by_epoch(alone, 2)] == [0.03, 0.03], "the other's first epoch is its own"
+    assert [decay for ((_, decay), _) in settings_by_epoch(alone, 2)] == [0.03, 0.03], "not the feedback's first-epoch decay"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,8 @@ def test_schedules(schedule: Schedule, expected: list[float]) -> None:
 
 
 def test_kolen_pollack_shrinks_the_difference_as_its_recursion_says() -> None:
-    """With momentum m and coupled decay λ, SGD gives v' = m v + λ D and D' = D - lr v', which do not contain gradients."""
+    """With momentum m and coupled decay λ, the difference D = W - B follows v' = m v + λ D and D' = D - lr v', which do not
+    contain gradients."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     rule = fa_bench.attach(model, "kp", seed=1)
@@ -201,7 +202,7 @@ def test_residual_net_without_shortcuts() -> None:
 
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush")
 def test_a_run_computes_without_denormal_numbers() -> None:
-    """Denormal numbers, such as probabilities below 1e-38, would make arithmetic many times slower than zeros do."""
+    """Denormal numbers, such as probabilities below 1e-38, would make arithmetic many times slower."""
     torch.set_flush_denormal(False)
     tiny = torch.full((8,), 1e-39)
     assert (tiny * 0.5 != 0).all()
@@ -379,7 +380,7 @@ def test_hashes_tell_states_apart_by_every_bit_and_by_their_layout() -> None:
     ]
     assert len({state_hash(state) for state in states}) == len(states)
     columns = torch.arange(6.0).view(3, 2)
-    assert state_hash([columns.t()]) == state_hash((columns.t().contiguous(),)), "the same numbers, held otherwise"
+    assert state_hash([columns.t()]) == state_hash((columns.t().contiguous(),)), "equal numbers in another memory layout"
     one, two = torch.arange(3), torch.arange(3, 6)
     assert chained(chained("", one), two) not in (chained(chained("", two), one), chained("", two), chained("", one, two))
     assert chained("", one, two) != chained("", two, one)
@@ -428,8 +429,8 @@ def test_peak_memory_is_in_bytes() -> None:
 
 
 def test_the_hash_of_the_code_is_of_what_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs keep their hash if only the code of reports changes. The hash includes the contents and paths of all other source
-    files."""
+    """Runs keep their hash if only the code of reports or analyses changes. The hash includes the contents and paths of all other
+    source files."""
 
     def hashed(**files: str) -> str:
         for name, text in files.items():

@@ -58,7 +58,7 @@ def until(found: Callable[[], Any], seconds: float = 60) -> Any:
         if value := found():
             return value
         time.sleep(0.02)
-    raise AssertionError("not within time")
+    raise AssertionError("timed out")
 
 
 def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:

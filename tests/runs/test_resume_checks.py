@@ -46,12 +46,12 @@ def lines(run: str = "run") -> list[dict[str, Any]]:
 
 
 def stopped(command: list[str], monkeypatch: Patch) -> None:
-    """Stop a command during the evaluation of its last epoch."""
+    """Stop a command during an evaluation in its last epoch."""
     evaluate, calls = loop.evaluate, []
 
     def stopping(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 5:  # two evaluations per epoch
+        if len(calls) == 5:  # two evaluations in each of three epochs, or one in each of five
             signal.raise_signal(signal.SIGTERM)
         return evaluate(*arguments)
 
@@ -241,7 +241,7 @@ def test_other_images_make_a_finished_sweep_train_again(capsys: Capture) -> None
 
 
 def test_the_result_of_a_stopped_run_is_that_of_its_last_epoch(monkeypatch: Patch) -> None:
-    """The run is stopped in the middle of the third epoch, so its accuracies and angles are those of the second."""
+    """The run is stopped before the end of the third epoch, so its accuracies and angles are those of the second."""
     stopped([*RUN, "probe_every=4"], monkeypatch)
     result, last = json.loads(Path("run", RESULT).read_text()), lines()[-1]
     assert result["status"] == "interrupted" and last["epoch"] == result["epoch"] == 2 and last["angles"]

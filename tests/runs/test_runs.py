@@ -1,4 +1,5 @@
-"""In whole runs from the command line, every choice trains, records are complete, and a resumed run is bitwise identical."""
+"""In whole runs from the command line, every rule and optimizer trains, records are complete, and a resumed run is bitwise
+identical."""
 
 from __future__ import annotations
 
@@ -244,7 +245,7 @@ def train_alone(command: list[str]) -> None:
     raise SystemExit(main(command))
 
 
-@pytest.mark.parametrize(("rate", "layer"), [("1e20", "fc2"), ("1e40", "fc1.weight")])  # an overflow after a weight or in one
+@pytest.mark.parametrize(("rate", "layer"), [("1e20", "fc2"), ("1e40", "fc1.weight")])  # in a layer's output, or in a weight
 def test_divergence_ends_the_run_and_says_where(rate: str, layer: str) -> None:
     command = [*MLP, "epochs=5", f"optimizer.lr={rate}", "hydra.run.dir=run"]
     assert main(command) == 1
@@ -319,8 +320,8 @@ def test_runs_in_one_process_do_not_affect_each_other() -> None:
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Create a module with a rule, and a folder with the configs of the rule, a variant and an experiment; remove them
-    afterwards."""
+    """Create a module with a rule, and a folder with the configs of a variant of the rule and of an experiment; unregister the
+    rule afterwards."""
     (tmp_path / "my_rules.py").write_text(
         "import dataclasses\n"
         "from fa_bench.mechanisms.edge.rule import EdgeRule\n"

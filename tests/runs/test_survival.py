@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged or started twice give the same result as uninterrupted runs."""
+"""Runs that are stopped, killed, damaged or started twice have the same results as uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -373,7 +373,7 @@ def test_rules_of_a_comparison_share_weights_order_and_augmentation(tmp_path: Pa
     found = {path.parent.parent.name + path.parent.name: json.loads(path.read_text()) for path in Path("outputs").rglob(RESULT)}
     for key in ("initial_weights_hash", "batches_hash"):
         assert len({result[key] for result in found.values() if result["seed"] == 0}) == 1
-        assert len({result[key] for result in found.values()}) == 2  # one result for each seed
+        assert len({result[key] for result in found.values()}) == 2  # one hash for each seed
     assert len({result["weights_hash"] for result in found.values()}) == len(found) == 8
 
 

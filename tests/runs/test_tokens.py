@@ -109,7 +109,8 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_equals_an_uninterrupted_one(mon
 
 
 def test_micro_batches_weigh_by_the_targets_that_count() -> None:
-    """Most targets in the first half of every batch are masked, but the gradients are those of the whole batch."""
+    """Most targets of every second sample are masked, but training with micro-batches of one sample equals that with whole
+    batches."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 7, (64, 4))
     y = (x + 1) % 7
@@ -188,7 +189,7 @@ def test_regression_is_scored_by_r2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_probes_that_need_classes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["dataset=tabular", "objective=mse", "architecture.widths=[8]", "epochs=1", "threads=1", "hydra.run.dir=run"]
     assert main([*command, "probes=[readout]"]) == 2
-    assert "probes=[readout]: it needs one class per sample" in capsys.readouterr().err
+    assert "probes=[readout]: the probe needs one class per sample" in capsys.readouterr().err
     assert main([*command, "probes=[depth_utility,gradient_norm]"]) == 0
     assert json.loads(Path("run/result.json").read_text())["probes"]["depth_utility"].keys() == {"act1"}
 

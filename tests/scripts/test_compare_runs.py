@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_runs.py"
 
 @pytest.fixture(name="script")
 def script_(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The script, with two runs of one rule and a small experiment in place of all rules and experiments."""
+    """The script, with one rule, one setting and one experiment in place of all of them."""
     spec = importlib.util.spec_from_file_location("compare_runs", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""A study that takes seconds, with two rules and three trials of two epochs on synthetic data."""
+"""A study that takes seconds, with two rules and, for each of them, three trials of two epochs on synthetic data."""
 
 from __future__ import annotations
 

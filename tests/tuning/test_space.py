@@ -172,7 +172,7 @@ RATE, DECAY, SCALE = "lr=interval(0,1)", "decay=0,1e-4,1e-3", "scale=tag(log,int
 @pytest.mark.parametrize(("sampler", "shared"), [("random", 14), ("tpe", 10), ("gp", 10)])
 def test_rules_share_the_random_values_of_the_dimensions_that_they_share(sampler: str, shared: int) -> None:
     """The rules share their first values, because a rule could otherwise win merely by luckier random learning rates. Later
-    trials depend on the rule's results."""
+    trials of tpe and gp depend on the rule's results."""
     bp, fa = (_proposed(rule, sampler, 14, *space) for rule, space in (("bp", [RATE, DECAY]), ("fa", [SCALE, DECAY, RATE])))
     common = [{key: values[key] for key in ("lr", "decay")} for values in fa]
     assert bp[:shared] == common[:shared]
@@ -204,7 +204,7 @@ def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pr
     study.score = Score("s", "s", higher_is_better=higher_is_better)
     study.finished = [Finished(number, {}, outcome) for number, outcome in enumerate(outcomes)]
     assert study.best is study.finished[1]
-    assert study.worst == sign * 0.5, "of the trials with a value"
+    assert study.worst == sign * 0.5, "the worst of the trials with a value"
     study.finished = study.finished[2:4]
     assert study.best is None
     study.finished, study.score = [], ACCURACY

@@ -72,7 +72,7 @@ def only_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def results(folder: Path) -> dict[str, list[Any]]:
-    """The values and the score of every stored trial."""
+    """The values, the score and the state of every stored trial."""
     return {
         rule: [(trial.params, trial.value, trial.state) for trial in of_rule] for rule, of_rule in stored_trials(folder).items()
     }

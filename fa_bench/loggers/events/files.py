@@ -26,5 +26,5 @@ def recorded_events(directory: Path) -> list[str]:
 
 
 def record_events(directory: Path, files: Iterable[str]) -> None:
-    """Record the names of a run's event files, before the files are created; raises OutputError if that fails."""
+    """Record the names of a run's event files; raises OutputError if the record cannot be written."""
     write_text(directory / EVENTS, json.dumps(list(files)) + "\n")

@@ -45,8 +45,8 @@ def start_of_session(
     Args:
         name: the name of the run in the table; runs with the same name share a row.
         values: the run's config by command-line key; hyperparameters that are missing in it are left blank.
-        keys: hyperparameters in addition to `HYPERPARAMETERS`, and whether all runs have numbers there. They must be the same for
-            all runs that are shown together, since TensorBoard takes the columns from one of them.
+        keys: hyperparameters in addition to `HYPERPARAMETERS`, and whether their values are numbers in all runs. All runs that
+            are shown together must have the same keys, because TensorBoard takes the columns from one of the runs.
         metrics: the tags of the table's other columns.
         start: the time at which the run started, in seconds.
     """

@@ -1,4 +1,4 @@
-"""Writes a run's curves for TensorBoard to one event file in the run's directory, in which every reader finds each point exactly
+"""Writes a run's curves for TensorBoard to one event file in the run's directory, so that every reader finds each point exactly
 once.
 
 torch's SummaryWriter cannot provide the guarantees of docs/reliability.md. SummaryWriter writes from a background thread, so a
@@ -182,7 +182,7 @@ def _read_points(paths: Iterable[Path], step: int) -> Points:
     points: Points = {}
     for event in itertools.chain.from_iterable(map(_read, paths)):
         if event.session_log.status == SessionLog.START:
-            # By TensorBoard's convention, this file replaces earlier events from this step on.
+            # By TensorBoard's convention, the start of a session replaces all earlier events from its step on.
             points = {key: point for key, point in points.items() if key[0] < event.step}
         if event.step <= step:
             points.update(
@@ -207,7 +207,7 @@ def _is_point(value: Any) -> bool:
 
 
 def _head(job: Job, swept: Mapping[str, bool], start: float, groups: list[str]) -> Iterator[Event]:
-    """The first events of a file. The session start at step 0 makes a running TensorBoard discard earlier files."""
+    """The first events of a file. The session start at step 0 makes a running TensorBoard discard the events of earlier files."""
     config = flatten(job.plain())
     # The name includes the group, because runs of other sweeps may have the same label.
     name = f"{label(job.algorithm.name, config, [key for key in swept if key != 'algorithm'])} seed {job.run.seed} ({job.group})"

@@ -27,7 +27,7 @@ class Compound(nn.Module):
     which may be a fused kernel.
 
     Attributes:
-        rule_mode: shared by all layers of the attached model.
+        rule_mode: the `Mode` that all layers of the attached model share.
     """
 
     rule_mode: Mode

@@ -167,7 +167,7 @@ class CellLayers(Compound):
 class BilinearLayers(Compound):
     """y_o = Σ_ij x1_i A_oij x2_j + b_o as the layer ``product`` of the outer product of x1 (..., I1) and x2 (..., I2).
 
-    The layer's weight is A, (O, I1, I2), flattened to (O, I1 I2). The feedback of this layer yields the error of the outer
+    The layer's weight is A, (O, I1, I2), flattened to (O, I1 I2). The feedback of this layer yields the error at the outer
     product, from which the errors of x1 and x2 are computed with exact derivatives.
     """
 

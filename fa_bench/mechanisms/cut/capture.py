@@ -30,7 +30,7 @@ class CapturedActivation:
     """The activation at one cut in one forward pass.
 
     Attributes:
-        tensor: the tensor before it was detached, (N, ...); `CutRule.signal` may read it only if the rule sets `reads_values`.
+        tensor: the activation, (N, ...); `CutRule.signal` may read it only if the rule sets `reads_values`.
         shape: its shape.
         output_shape: for a cut at a module's input, the shape of the module's output.
         channels_last: whether the error should be stored with its channels last.
@@ -45,7 +45,7 @@ class CapturedActivation:
 
 
 def is_stored_last(tensor: Tensor) -> bool:
-    """Whether a compiled graph stores a tensor of this shape in the channels-last format, as it does for feature maps on CPUs."""
+    """Whether a compiled graph stores a tensor like this one in the channels-last format, as it does for feature maps on CPUs."""
     return tensor.dim() == 4 and tensor.is_cpu
 
 
@@ -60,7 +60,7 @@ class Capture:
     Args:
         rule: the rule.
         modules: cut -> module.
-        trace: the model's structure, with the cuts watched.
+        trace: the model's structure, traced with the cuts as watched modules.
         frozen: cut -> learned tensors there that are frozen because nothing trainable precedes the cut.
 
     Attributes:
@@ -84,7 +84,7 @@ class Capture:
             else:
                 self._handles.append(module.register_forward_pre_hook(functools.partial(self._at_input, cut)))
                 self._handles.append(module.register_forward_hook(functools.partial(self._after_input, cut)))
-        if rule.error_at is not None:  # after the hook of a cut at the same module
+        if rule.error_at is not None:  # registered after the hook of a cut at the same module
             self._handles.append(rule.model.get_submodule(rule.error_at).register_forward_hook(self._at_origin))
 
     def remove(self) -> None:
@@ -130,7 +130,7 @@ class Capture:
             )
 
     def check_missing(self, tape: dict[str, CapturedActivation]) -> None:
-        """Refuse cuts that ran without gradients in a training pass, and warn about those that did not run."""
+        """Refuse cuts before which a trainable layer ran without gradients, and warn about cuts that did not run."""
         from fa_bench.mechanisms.weighted_layers import require_gradients
 
         for cut in self.modules.keys() - tape.keys():

@@ -22,14 +22,14 @@ def require_shape(what: str, shape: Sequence[Any]) -> None:
 def missing_b(rule: object, cut: str) -> ComponentError:
     """The error for a cut that has no B."""
     return ComponentError(
-        f"cut '{cut}' has no feedback tensor 'B', by which {type(rule).__qualname__} projects errors; create it in the rule's "
+        f"cut '{cut}' has no feedback tensor 'B' with which {type(rule).__qualname__} projects errors; create it in the rule's "
         "method make_feedback with self.put(cut, 'B', ...)"
     )
 
 
 def wrong_rows(cut: str, shape: Sequence[int], wanted: int) -> ComponentError:
-    """The error for a cut where B, which has this shape, does not have one row for each column of the error."""
+    """The error for a cut whose B, of this shape, does not have one row for each column of the error."""
     return ComponentError(
-        f"cut '{cut}': its feedback tensor 'B' has the shape {tuple(shape)}; it needs {wanted} rows, as many "
-        "as the error has columns"
+        f"cut '{cut}': its feedback tensor 'B' has the shape {tuple(shape)}; it needs {wanted} rows, one for "
+        "each column of the error"
     )

@@ -43,15 +43,15 @@ def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
 
 
 def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
-    """Raise an error for cuts at which the rule cannot cut.
+    """Check that the rule can take its error from the model's output and can cut at these modules.
 
     Args:
         rule: the rule, which is being attached.
-        trace: the model's structure, with `cuts` watched.
+        trace: the model's structure, traced with `cuts` as watched modules.
         cuts: paths of modules.
 
     Raises:
-        CoverageError: if there is such a cut; the message names it, or the model's return type.
+        CoverageError: if it cannot; the message names the output or the module.
     """
     if rule.output is None and len(trace.results) > 1:
         listed = names(f"{name} {shape}" for name, shape in trace.results.items())
@@ -116,7 +116,7 @@ def named_origin(rule: CutRule) -> tuple[str, ...]:
 
 
 def _check_origin(origin: str, trace: Trace, cuts: tuple[str, ...]) -> None:
-    """Raise an error for a module whose output cannot provide an error, or if cuts run after it."""
+    """Check that the errors can come from the output of the module in ``error_at``, and that no cut runs after this module."""
     if trace.calls[origin] != 1:
         raise CoverageError(
             f"error_at={origin}: this module runs {trace.calls[origin]} times in a forward pass; name one that runs once"
@@ -142,7 +142,7 @@ def _check_origin(origin: str, trace: Trace, cuts: tuple[str, ...]) -> None:
 
 
 def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
-    """The error for a model without cut points, which suggests cut points that work if there is a sample to try them with."""
+    """The error for a model without cut points. If there is a sample, the error suggests cut points that work."""
     model, modules = rule.model, [path for path in paths if not list(rule.model.get_submodule(path).children())]
     options: dict[str, Any] = {}
     if sample_input is not None:
@@ -203,7 +203,7 @@ def _suggested_cuts(rule: CutRule, sample_input: Any) -> list[str]:
         and outputs.isdisjoint(trace.feeds_alone[path])
     ]
     chosen: dict[str, None] = {}
-    for table in tables:  # the first module after all of the tables that are added to it
+    for table in tables:  # of the modules that only tables feed, the first one with the most tables
         candidates = [path for path in single if table in trace.feeds_alone[path] <= set(tables)]
         if candidates:
             chosen[max(candidates, key=lambda path: len(trace.feeds_alone[path]))] = None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.updates import LearnedTensor
 
 
-#: The number of passes whose loss is checked: a gradient scaler may skip the first ones, because their gradients are not finite.
+#: The number of passes whose loss is checked. One pass would not be enough, because a gradient scaler may skip the first ones.
 _CHECKED_PASSES = 3
 
 
@@ -51,8 +51,8 @@ class Delivery:
         # network by one per cent.
         self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
         self._needs_indices = rule.needs_indices
-        # If activation checkpointing contains the module in error_at, it does not run this Function again, so values that the
-        # Function has saved would be missing.
+        # If the module in error_at runs within an activation checkpoint, the repeated forward pass does not call this Function,
+        # so values that the Function has saved would be missing.
         self._keeps_values = self._reads_values and rule.error_at is not None
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
@@ -217,8 +217,7 @@ class Delivery:
         """Run the backward pass; the arguments are those of `Rule.backward`."""
         self._target, self._is_delivered = target, False
         if self.rule.scales:
-            # Rules that compute everything from the objective must verify that the loss is that objective applied to the model's
-            # output.
+            # Rules that compute errors from the objective's loss (`takes_numbers`) must verify that the loss is a multiple of it.
             is_known = not self.rule.takes_numbers and is_unscaled(loss, target, self.rule.objective)
             self._loss_scale = 1.0 if loss_scale is None and is_known else loss_scale
         try:
@@ -280,7 +279,7 @@ class Delivery:
         return [delta if rule.output_learns_by_delta else None, *gradients]
 
     def _checked_rows(self, delta: Tensor) -> Tensor:
-        """δ with the class axis last, (N, C) or (N, P..., C), after a check of its shape and of the labels."""
+        """δ with the class axis last, (N, C) or (N, P..., C), after checks of its shape, the labels and the indices."""
         rule = self.rule
         if delta.dim() != rule.error_dims:
             raise CoverageError(
@@ -330,8 +329,8 @@ class Delivery:
             if one.tensor is not parameter:
                 raise StateError(
                     f"rule '{rule.name}' computes errors with its learned feedback in the backward pass, but '{one.name}' was "
-                    "another tensor in the forward pass (torch.func.functional_call, or replaced since): pass only the "
-                    "weights to it, and replace tensors before the forward pass"
+                    "a different tensor in the forward pass: pass only the weights to torch.func.functional_call, and replace "
+                    "tensors before the forward pass"
                 )
         if tensors:
             for captured, tensor in zip(tape.values(), tensors, strict=True):

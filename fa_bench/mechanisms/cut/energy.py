@@ -41,10 +41,10 @@ class Relaxation:
     """The result of settling for one batch; each attribute except the loss maps each cut to a number.
 
     Attributes:
-        energies: ½‖e_l‖², mean over the samples.
+        energies: ½‖e_l‖², averaged over the samples.
         loss: the mean loss of the settled states.
-        before, after: the norm over the batch of ∂E/∂e_l, where all later states change with e_l. `before` is for e = 0, at which
-            the derivative is the error of backpropagation; `after` is for the settled errors, at which the derivative is zero in
+        before, after: the norm of ∂E/∂e_l over the batch; all later states change with e_l. `before` is taken at e = 0, where the
+            derivative is the error of backpropagation, and `after` at the settled errors, where the derivative is zero in
             equilibrium.
     """
 
@@ -62,7 +62,7 @@ class EnergyRule(PassRule):
 
         E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ]
 
-    The outer sum runs over the samples. The states start from the first pass, for which all errors are zero, and settle by
+    The outer sum runs over the samples. The states start from the first pass, for which all errors are zero, and settle in
     `steps` steps of gradient descent with momentum. Each step takes an additional forward pass and a backward pass to the states.
     In one more pass, the parameters of each block get the gradient of E / N with all states fixed.
     """
@@ -73,7 +73,7 @@ class EnergyRule(PassRule):
     within = "block"
     takes_numbers = True
     learns_by_objective = True
-    learns_beside_output = False  # the errors there stay zero
+    learns_beside_output = False  # errors at cuts that do not affect the output stay zero
 
     steps: int = option(20, "number of settling steps in each update", minimum=1)
     rate: float = option(0.1, "step size of settling", above=0)
@@ -166,7 +166,7 @@ class EnergyRule(PassRule):
             variables: cut -> its state or error; a cut without a variable gets one for which the error is zero.
             target: the labels.
             moves_states: whether the variables are states.
-            local: whether differentiation stops at the next cut.
+            local: whether gradients stop at every cut.
         """
         from fa_bench.mechanisms.cut.positions import mean_loss
         from fa_bench.mechanisms.second_pass import repeated

@@ -24,7 +24,8 @@ class DeliverFunction(torch.autograd.Function):
         cuts: the number of cut tensors.
         save_values: whether the values of the cut tensors are saved for `errors`.
         logits: z.
-        *tensors: the cut tensors, (N, ...) each, followed by the learned feedback tensors.
+        *tensors: the cut tensors, which are the activations (N, ...) at the cuts, followed by the learned feedback tensors. A
+            rule that learns in separate passes instead has only its trained parameters here.
     """
 
     @staticmethod
@@ -50,7 +51,7 @@ class CompiledDeliverFunction(torch.autograd.Function):
         count: the number of cut tensors.
         save_values: whether the values of the cut tensors are needed.
         save_logits: whether the values of the logits are needed.
-        changes_delta: whether the error at the logits differs from δ.
+        changes_delta: whether `cut_errors` also returns the error at the logits; otherwise, this error is δ.
         logits: z.
         *tensors: the cut tensors, followed by the learned feedback tensors.
     """
@@ -99,6 +100,6 @@ def cut_errors(
     changes_delta: bool,
     cuts: str,
 ) -> list[Tensor]:
-    """Call `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`. The results are contiguous and share no memory with other
-    tensors."""
+    """Call `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`. The results have the memory format of `format_of` and
+    share no memory with other tensors."""
     return delivery.errors_in_graph(delta, logits, activations, learned, changes_delta, cuts)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class JacobianRule(NoisyCutRule, LearnedCutRule):
     """A rule whose B learns from rank-one estimates of the Jacobian; subclasses implement `gradient_of`.
 
-    The estimate at a cut is the mean of d ⊗ p over samples, (C, features); its expectation is the mean Jacobian of the logits.
-    Positions count as samples, so the mean is taken over all pairs of corresponding positions of the output and the cut.
+    With the noise p at a cut and the tangent d at the logits, the estimate is the mean of d ⊗ p over samples, (C, features). Its
+    expectation is the mean Jacobian of the logits. Positions count as samples, so the mean is taken over all pairs of
+    corresponding positions of the output and the cut.
     """
 
     # The gradient of B does not come from the loss, but it must be scaled like the loss in micro-batches and under a gradient

@@ -36,8 +36,8 @@ class LocalRule(CutRule):
     also registered in the module at the cut, as ``feedback_auxiliary_...``. Therefore, ``model.parameters()`` and
     ``model.state_dict()`` contain these tensors, which follow the model to its device and dtype. The layers are not registered as
     submodules, because a container such as ``nn.Sequential`` would run them. ``rule.feedback_parameters()`` returns the auxiliary
-    parameters, and ``rule.feedback`` lists them by cut. Local losses are scaled like the model's loss, and computed in the
-    model's dtype under autocast.
+    parameters, and ``rule.feedback`` lists them by cut. Local losses are scaled like the model's loss and, even under autocast,
+    computed in the model's dtype.
 
     If the output has positions, each cut must have the same positions, and each position counts as a sample. The auxiliary layers
     then receive activations (M, F), where M is N times the number of positions.
@@ -47,7 +47,7 @@ class LocalRule(CutRule):
     same_positions = True
     scales = True
     needs_target = True
-    #: Whether earlier versions saved the auxiliary layers in the rule's state, so that the model may load a state without them.
+    #: Whether earlier versions saved the auxiliary layers in the rule's state, so that the model accepts a state without them.
     had_older_states: ClassVar[bool] = True
 
     # -------------------------------------------------------------------------------------------- for subclasses
@@ -135,7 +135,7 @@ class LocalRule(CutRule):
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """An empty dictionary, because no error passes through a layer."""
+        """An empty dictionary, because no layer's backward pass uses feedback."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -159,10 +159,11 @@ class Auxiliary:
         module: the module at the cut.
         net: the layers.
         witness: the layer of the model whose weight shows whether an update has happened.
-        had_older_states: whether the model may load a state without these tensors, which earlier versions saved elsewhere.
+        had_older_states: whether the model accepts a state without these tensors, which earlier versions saved elsewhere.
 
     Attributes:
-        tensors: name of a tensor in the module -> the dictionaries of module and net that hold it, and its name in the net.
+        tensors: name of a tensor in the module -> the dictionaries of the module and of the net that contain it, and its name in
+            the net.
         learned: the parameters.
         is_missing: whether the model has loaded a state without these tensors.
     """
@@ -202,7 +203,7 @@ class Auxiliary:
         return self._net
 
     def load(self, state: dict[str, Any]) -> None:
-        """Load a saved state of the network."""
+        """Load a saved state of the layers."""
         self.net().load_state_dict(state)
         self.is_missing = False
 
@@ -270,8 +271,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ auxiliary layers
 def map_module(name: str, cut: str, shape: tuple[int, ...]) -> Any:
-    """The variant of a class for maps of this shape, (C, ...) with one to three spatial dimensions, such as ``nn.Conv2d`` for the
-    name Conv.
+    """The class of ``torch.nn`` for maps of this shape, (C, ...) with one to three spatial dimensions. For the name Conv and two
+    dimensions, for example, the class is ``nn.Conv2d``.
 
     Raises:
         CoverageError: for maps with more dimensions.
@@ -283,8 +284,8 @@ def map_module(name: str, cut: str, shape: tuple[int, ...]) -> Any:
 
 
 def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    """The spatial size to which a map (C, ...) is pooled so that it has at most `limit` features. The dimensions are halved in
-    turn, rounding up.
+    """The spatial size to which a map (C, ...) is pooled. The dimensions are halved in turn, rounding up, until the map has at
+    most `limit` features or a single position.
 
     The size is empty for flat activations (F,).
     """
@@ -303,28 +304,28 @@ def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
 def linear_classifier(
     cut: str, shape: tuple[int, ...], classes: int, limit: int, init: str, bias: bool = True
 ) -> torch_nn.Module:
-    """A linear classifier for the activation of one cut, which average-pools maps to at most `limit` features.
+    """A linear classifier for the activation of one cut, which average-pools maps to the size from `pooled_size`.
 
     Args:
         cut: the cut's module path.
         shape: the activation's shape without the batch.
         classes: number of classes.
-        limit: largest number of features.
-        init: initialiser of its weight, the parameter ``out.weight``; sampled from torch's global generator.
+        limit: as for `pooled_size`.
+        init: initialiser of its weight, the parameter ``out.weight``, which is sampled from torch's global generator.
         bias: whether it has a bias, the parameter ``out.bias``, which has torch's initial value.
     """
     layers, count = flattening(cut, shape, limit)
     layers["out"] = out = nn.Linear(count, classes, bias=bias)
     if init == "zeros":  # draws no random numbers, so later layers are the same as in earlier versions
         nn.init.zeros_(out.weight)
-    elif init != "pytorch":  # which is already in place
+    elif init != "pytorch":  # torch has already initialised the weight in this way
         fill(out.weight, init)
     return nn.Sequential(layers)
 
 
 def flattening(cut: str, shape: tuple[int, ...], limit: int) -> tuple[OrderedDict[str, torch_nn.Module], int]:
-    """Layers that average-pool a map to at most `limit` features and flatten it, together with the number of features that they
-    return."""
+    """Layers that average-pool a map to the size from `pooled_size` and flatten it, together with the number of features that
+    they return."""
     layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
     size = pooled_size(shape, limit)
     if size != shape[1:]:

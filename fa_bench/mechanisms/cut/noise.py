@@ -24,7 +24,7 @@ class NoisyCutRule(DrawingRule, CutRule):
     on data-parallel ranks.
 
     Attributes:
-        tangents: how d is computed, see `fa_bench.mechanisms.tangents`.
+        tangents: how d is computed; see `fa_bench.mechanisms.tangents`.
     """
 
     repeats = True

@@ -25,9 +25,9 @@ class PassRule(CutRule):
     """A rule that learns in additional passes, for which it uses `fa_bench.mechanisms.second_pass`; subclasses implement
     `gradients`.
 
-    The first pass, from which the loss is computed, is not differentiated. ``loss.backward()`` stops at the logits, where the
-    gradients that `gradients` returns are added to ``.grad``, like those of a backward pass. Other outputs of the model are
-    detached.
+    When ``loss.backward()`` reaches the logits, the gradients that `gradients` returns are added to ``.grad``, like those of a
+    backward pass. Unless `output_learns_by_delta` is set, the backward pass stops there: the first pass is not differentiated,
+    and other outputs of the model are detached.
     """
 
     repeats = True
@@ -36,9 +36,10 @@ class PassRule(CutRule):
     #: Whether the rule skips the derivatives of the nonlinearities at the cuts. A cut at a pooling layer then stands for the
     #: nonlinearity before the layer. At other cuts, such as blocks, errors are delivered at the output as usual.
     skips_nonlinearities: ClassVar[bool] = False
-    #: Whether layers after the last cut learn from the gradient of the first pass's loss; `gradients` returns None for them.
+    #: Whether layers after the last cut learn by backpropagation from the loss of the first pass; `gradients` returns None for
+    #: their parameters.
     output_learns_by_delta = False
-    #: Whether layers learn at cuts that do not affect the output from which the loss is computed.
+    #: Whether layers before a cut learn even if the cut does not affect the output from which the loss is computed.
     learns_beside_output = True
     needs_target = True
 
@@ -70,7 +71,8 @@ class PassRule(CutRule):
         Args:
             parameters: the result of `trained_parameters`.
             activations: cut -> its activation (N, ...) in the first pass.
-            delta: the gradient of the loss at the logits, in their shape; it contains `loss_factor` and the mean's 1/N.
+            delta: the gradient of the loss at the logits, in their shape; it includes the factor `loss_factor` and the 1/N of the
+                mean.
             logits: the logits of the first pass.
             target: the labels, (N,) or (N, P...).
         """
@@ -91,7 +93,7 @@ class PassRule(CutRule):
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """An empty dictionary, because no error passes through a layer."""
+        """An empty dictionary, because no layer's backward pass uses feedback."""
         return {}
 
     # -------------------------------------------------------------------------------------------- nonlinearities

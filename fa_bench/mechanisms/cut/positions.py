@@ -1,4 +1,4 @@
-"""Outputs with positions (tokens of a sequence or pixels of a map), which are a second batch axis, and how their errors reach a
+"""Outputs with positions (tokens of a sequence or pixels of a map), which act as further batch axes, and how their errors reach a
 cut.
 
 The error δ at an output is handled as rows, with the class axis last: (N, C) or (N, P..., C). Shapes: N batch, C classes (or
@@ -162,7 +162,7 @@ class Layout:
         return summed(errors, wanted)
 
     def pairs(self, errors: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors (M, C) and activations (M, F) whose product δᵀ a is the sum over samples and positions.
+        """Errors (M, C) and activations (M, F) whose product δᵀ a is the sum of the outer products over samples and positions.
 
         Activations at positions that share an error are summed first.
         """
@@ -226,8 +226,8 @@ def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shap
 
 
 def layout_of(path: str, shape: Shape, positions: Shape, trace: Trace, layers: dict[str, WeightedLayer]) -> Layout:
-    """The layout of a watched module's output. The arguments are those of `layouts_of`, except that `positions` are the positions
-    of the errors."""
+    """The layout of a watched module's output of this shape, for errors at these positions; `trace` and `layers` are as for
+    `layouts_of`."""
     before = trace.feeds.get(path)
     last = (layers[before[-1]], trace.output_shapes[before[-1]]) if before else None
     return Layout(path, feature_axis(shape, positions, last))
@@ -245,11 +245,12 @@ def layouts_of(
         axis: the class axis of that tensor.
         shared: whether the positions of a cut share B if the errors have no positions.
         same: whether cuts must have the positions of the errors.
-        trace: the model's structure, with the cuts watched.
+        trace: the model's structure, traced with the cuts as watched modules.
         layers: the model's weighted layers.
 
     Raises:
-        CoverageError: if the errors cannot be brought to the positions of a cut.
+        CoverageError: if the errors cannot be converted to the positions of a cut, or if `same` is set and these positions
+            differ.
     """
     positions, layouts = positions_of(errors, axis), {}
     if not positions and not shared:

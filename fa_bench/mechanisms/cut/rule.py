@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class CutRule(Rule):
-    """A rule that delivers an error directly to each cut; subclasses implement `make_feedback` and `signal`.
+    """A rule that delivers an error directly to each cut; subclasses implement `make_feedback` and may override `signal`.
 
-    The cuts are the modules listed in the model's attribute ``cut_points``, or in the option `cuts`.
+    The cuts are the modules named in the option `cuts` or, if it is not set, in the model's attribute ``cut_points`` (``blocks``
+    for rules that train whole blocks).
 
     Examples:
         >>> import dataclasses, math, torch, fa_bench
@@ -79,11 +80,12 @@ class CutRule(Rule):
     needs_target = False
     #: Whether `signal` or `feedback_gradients` reads captured activations, which are then kept until the backward pass.
     reads_values = False
-    #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.
+    #: Whether some errors or gradients do not scale with the loss by themselves, such as errors computed from the labels. They
+    #: are then multiplied by `loss_factor`, the factor by which the loss was scaled.
     scales = False
     loss_factor = 1.0
-    #: Whether targets may be numbers (N, O), because errors are computed from the objective's loss, regardless of the kind of
-    #: targets.
+    #: Whether targets may be numbers in the shape of the output, because errors are computed from the objective's loss, whatever
+    #: its targets are.
     takes_numbers: ClassVar[bool] = False
     #: The option and the value with which the rule computes its errors without targets, or an empty string if there is no such
     #: option.
@@ -159,7 +161,7 @@ class CutRule(Rule):
             shape: the tensor's shape, (C, ...).
             density: fraction of the entries that are not masked.
             seeded_by: the path that seeds the tensor; default: the cut.
-            columns: keep only this many columns, the first ones.
+            columns: the number of columns to keep, counted from the first; default: all.
 
         Raises:
             ConfigError: for an unknown initialiser.
@@ -187,8 +189,8 @@ class CutRule(Rule):
         Args:
             cut: the cut's module path.
             captured: the cut's activation.
-            broadcast: the result of `broadcast` for δ, the gradient of the loss at the logits, (N, C); for outputs with positions
-                (N, P..., C), with the class axis last.
+            broadcast: the result of `broadcast` for δ, the gradient of the loss at the logits: (N, C), or (N, P..., C) with the
+                class axis last if the output has positions.
             target: the labels, (N,) or (N, P...), if they were passed to ``rule.backward``.
         """
         return self.project(cut, broadcast, captured)
@@ -329,8 +331,7 @@ class CutRule(Rule):
         return set(executed[first:])
 
     def _lay_out(self, cuts: dict[str, tuple[int, ...]], trace: Trace, layers: dict[str, WeightedLayer]) -> int:
-        """Choose the axes of the errors and of the cuts with these shapes, and return C, the size of the class axis of the
-        errors."""
+        """Choose the axes of the errors and of the cuts (cut -> shape), and return C, the size of the errors' class axis."""
         shape = trace.result_shape if self.error_at is None else trace.output_shapes[self.error_at]
         axis = class_axis(shape) if self.error_at is None else layout_of(self.error_at, shape, (), trace, layers).axis
         if self.side == INPUT and len(shape) > 2:
@@ -430,8 +431,8 @@ class CutRule(Rule):
         return rows, outputs
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Only the output layer can have a pair, which exists if the output of this layer is the source of the errors and the
-        feedback of the last cut has the shape of the layer's weight."""
+        """Only an output layer can have a pair. It has one if errors come from the model's output and the B of the last cut has
+        the shape of the layer's weight."""
         if self.error_at is not None:
             return {}
         weights = {path: self._covered[path].weight.detach() for path in self._trace.outputs}

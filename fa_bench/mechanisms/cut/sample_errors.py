@@ -25,8 +25,8 @@ class SampleErrors:
     Args:
         count: n, the number of training samples.
         classes: C.
-        like: a tensor whose device and dtype the errors get, but with at least 32 bits. The errors follow a model that is moved
-            or converted later.
+        like: a tensor with the model's device and dtype. The errors get this device and dtype, but at least 32 bits. If the model
+            is moved or converted later, the errors follow.
 
     Attributes:
         errors: (n, C).
@@ -47,7 +47,7 @@ class SampleErrors:
         return process_count() > 1
 
     def describe(self) -> str:
-        """A text that states how much memory the errors take."""
+        """How much memory the errors take, in words."""
         size = sum(one.numel() * one.element_size() for one in (self.errors, self.seen))
         return f"the last errors of {len(self.errors):,} training samples take {format_bytes(size)}"
 
@@ -63,7 +63,7 @@ class SampleErrors:
         """Replace the errors of the samples `indices` (N,) with `errors` (N, C). If `is_shared` is true, `exchange` later sends
         these errors to the other processes.
 
-        If a sample's error is not finite, its previous one is kept, because a gradient scaler skips this update.
+        If a sample's error is not finite, its previous one is kept, because a gradient scaler skips such an update.
         """
         indices, errors = indices.to(self.errors.device, torch.int64), errors.to(self.errors.dtype)
         finite = errors.isfinite().all(1)
@@ -74,7 +74,7 @@ class SampleErrors:
             self._new.append((indices[finite].cpu(), errors[finite].cpu()))
 
     def exchange(self) -> None:
-        """Distribute the errors that any process has written since the last exchange to all processes, which must all call this
+        """Send every process the errors that the others have written since the last exchange. All processes must call this
         method.
 
         If several processes have an error for the same sample, all processes use the one from the process with the highest rank.

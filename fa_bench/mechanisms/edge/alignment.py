@@ -9,8 +9,8 @@ For the rows x of a layer's input, let z_W = x Wᵀ and z_B = x Bᵀ. With means
     sparse   mean ‖z_W‖² + mean ‖z_B‖²
 
 For a convolution, z_W and z_B are its outputs with W and B, with one row for each sample and output position. The product z_W B
-is the error that B passes from z_W to the input. No loss has a gradient at the layer's input, and the losses have a gradient for
-W only on request.
+is the error that B passes from z_W to the input. No loss has a gradient at the layer's input, and W gets the gradients of the
+losses only on request.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class AlignmentLoss(NamedTuple):
         if not self.reads_input:
             return gradient
         layer = LayerProducts(x, geometry)
-        if self.amp or self.sparse:  # both are linear in the outputs, which are computed once
+        if self.amp or self.sparse:  # both gradients are linear in z_W and z_B, so one product computes them together
             z = layer.output(2 * self.sparse * feedback - self.amp * weight)
             gradient = gradient + layer.correlation(z, x, weight) / layer.rows(z)
         if self.null:
@@ -261,8 +261,8 @@ class InputAlignmentRule(AlignmentRule):
     """Base class of the alignment rules whose local losses depend on the layer's input.
 
     With ``signal=noise``, the losses are computed on standard normal noise in the shape of the layer's input. The ``noise_batch``
-    noise samples are drawn again after every update and are the same in all processes. With noise, the second moments C are the
-    identity.
+    noise samples are drawn again after every update and are the same in all processes. With noise, the expected value of the
+    second moments C = mean xᵀ x is the identity.
     """
 
     signal: str = option(

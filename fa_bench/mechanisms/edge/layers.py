@@ -32,7 +32,7 @@ class FeedbackLayer(nn.Module):
 
     Attributes:
         pathway: computes the effective feedback of this layer from its feedback tensors.
-        mode: shared by all layers of the attached model.
+        mode: the `Mode` that all layers of the attached model share.
         path: the layer's name in the model.
         learned: the learned feedback tensors by name.
     """
@@ -63,7 +63,7 @@ class FeedbackLayer(nn.Module):
         if self.training and not mode.freeze_random:
             pathway.before_forward(self)
         mode.with_gradients.add(self.path)
-        # No error is needed at the input of the first layer, so its feedback has no effect.
+        # The first layer needs no error at its input, so its feedback has no effect.
         if not (x.requires_grad or pathway.always_needed):
             return super().forward(x, *args, **kwargs)
         context = pathway.context(self, x)

@@ -8,11 +8,11 @@ Functions compute the forward pass of the plain layer. With g the error at the l
     error at the input     = g times `feedback`                         (backpropagation uses the weight here)
 
 Feedback has the weight's layout, so no transpose is needed. With feedback = weight, the result is bitwise identical to
-backpropagation. A layer passes its own tensors, a `BackwardContext` and the learned feedback tensors of ``context.gradients``,
-one by one, to its Function. Because the feedback tensors are inputs, autograd accumulates their gradients, and any code that
-monitors gradients works on them. The arithmetic of a small layer takes microseconds, so wrappers are costly. Therefore, Functions
-have few arguments, combine forward and setup in one method, and do not mark the backward pass as ``once_differentiable``. Second
-derivatives are those of the formulas above.
+backpropagation. A layer calls its Function with its own tensors, a `BackwardContext` and, as separate arguments, the learned
+feedback tensors of ``context.gradients``. Because the feedback tensors are inputs, autograd accumulates their gradients, and any
+code that monitors gradients works for them. The arithmetic of a small layer takes microseconds, so wrappers are costly.
+Therefore, Functions have few arguments, combine forward and setup in one method, and do not mark the backward pass as
+``once_differentiable``. Second derivatives are those of the formulas above.
 """
 
 from __future__ import annotations

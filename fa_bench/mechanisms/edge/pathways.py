@@ -1,7 +1,8 @@
 """Feedback pathways, which determine a layer's effective feedback, the tensor that passes the error to the layer below.
 
-Every effective feedback has the layout of the layer's weight: (O, I) for linear layers, (O, I/groups, K...) for convolutions. The
-forward pass asks the layer's pathway for a `BackwardContext`, which holds everything that the backward pass needs.
+Every effective feedback has the layout of the layer's weight: (O, I) for linear layers, (O, I/groups, K...) for convolutions and
+(I, O/groups, K...) for transposed ones. The forward pass asks the layer's pathway for a `BackwardContext`, which holds everything
+that the backward pass needs.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class FeedbackGradient(NamedTuple):
             and hooks, gradient scalers and DistributedDataParallel see it. If the weight is frozen, a tensor that follows it gets
             no gradient.
         activation: returns the activation that replaces the layer's input in the gradient, in the input's shape.
-        first_hop: B, if the learned tensor is R of a product B R: then ē = g B replaces g in the gradient. See
-            `fa_bench.mechanisms.edge.product` for its layout.
+        first_hop: B, if the learned tensor is the factor R of a product B R; ē = g B then replaces g in the gradient. The layout
+            of B is described in `fa_bench.mechanisms.edge.product`.
         of_errors: computes the gradient from the errors at the layer's output, (samples and positions, O), if it depends only on
             them.
         of_input: computes the gradient from the layer's input, its `Geometry` (None for a linear layer) and `rows`, if it depends
@@ -78,9 +79,9 @@ class BackwardContext(NamedTuple):
 
 
 class FeedbackPathway:
-    """Computes the effective feedback of one layer. A pathway contains only plain values; the tensors belong to the layer.
+    """Computes the effective feedback of one layer. The feedback tensors belong to the layer, not to its pathway.
 
-    Subclasses implement `effective`, or `context` and `effective` if the backward pass needs more than one tensor.
+    Subclasses implement `effective`, or both `context` and `effective` if the backward pass needs more than one tensor.
 
     Attributes:
         description: the tensor that the error passes through, in a few words, for the coverage table.
@@ -221,8 +222,8 @@ def feedback_gradient(
     of_errors: Callable[[Tensor], Tensor] | None = None,
     of_input: Callable[[Tensor, Any, slice | None], Tensor] | None = None,
 ) -> tuple[FeedbackGradient, ...]:
-    """The way in which the gradient of the learned feedback tensor `name` is computed, or an empty tuple if it is not computed,
-    as with `Mode.freeze_random`.
+    """The `FeedbackGradient` of the learned feedback tensor `name`, in a tuple. The tuple is empty if the tensor gets no separate
+    gradient, as with `Mode.freeze_random`.
 
     Raises:
         StateError: if the tensor was frozen because its weight was, and the weight is trained now.
@@ -269,7 +270,7 @@ class WeightDerivedFeedback(FeedbackPathway):
 
 
 def _masked(layer: Any, feedback: Tensor) -> Tensor:
-    """The feedback times the layer's mask, in place, if it has one."""
+    """The feedback, multiplied in place by the layer's mask if there is one."""
     mask = feedback_tensor(layer, "mask")
     return feedback if mask is None else feedback.mul_(mask)
 

@@ -1,8 +1,7 @@
 """Product feedback, ē = g B and e_in = ē R, in terms of operations on weights: the product B R, and the gradient of R.
 
-In a convolution, B is the same at every pixel. Therefore, e_in is the input gradient of g with the weight B R, and the
-correlation of x with ē is Bᵀ times the correlation of x with g. The activity of the large intermediate population is never
-computed.
+In a convolution, B is the same at every pixel, so e_in is the input gradient of g with the weight B R, and the correlation of x
+with ē is Bᵀ times the correlation of x with g. The activity ē of the intermediate units is therefore not computed.
 
 Shapes, for M intermediate units per group and G groups: B (O, M), in which the rows of each group belong to that group's part of
 R; R (G M, I/G, K...), the layout of a weight with G M outputs. In a transposed convolution, the weight is (I, O/G, K...) and R is

@@ -38,7 +38,8 @@ class LayerContext:
         path: the layer's name in the model.
         module: the layer, which still has its plain class.
         seed: the seed passed to `attach`.
-        is_output: whether the layer feeds the model's output.
+        is_output: whether the layer feeds the model's output or, if `attach` got no sample, is the last one that the model
+            defines.
     """
 
     path: str
@@ -67,7 +68,7 @@ class LayerContext:
 
         Args:
             name: the tensor's name, which is ``feedback_NAME`` in the model's state_dict.
-            value: an initialiser, ``copy_w`` for a copy of the weight, or the tensor itself, which is moved to the weight's
+            value: an initialiser, ``copy_w`` for a copy of the weight, or the tensor itself, which is converted to the weight's
                 device and dtype; the arguments below are for initialisers.
             density: fraction of the entries that are not masked.
             magnitude: take the absolute values.
@@ -97,7 +98,7 @@ class LayerContext:
 
         Args:
             density: the probability of a one.
-            seeded_by: the name of a tensor: the mask is the one by which `put` multiplies that tensor.
+            seeded_by: the name of a tensor; the mask is then the one by which `put` multiplies that tensor.
             shape: the mask's shape; default: the shape of the weight.
         """
         weight = self.module.weight
@@ -193,7 +194,7 @@ class EdgeRule(Rule):
         """The result of `pathway`.
 
         Raises:
-            ComponentError: if it is not a pathway, or if the layer lacks a tensor that it learns.
+            ComponentError: if it is not a pathway, or if the layer lacks a tensor that the pathway learns.
         """
         pathway: Any = self.pathway(layer)
         if not isinstance(pathway, FeedbackPathway):
@@ -236,8 +237,8 @@ class EdgeRule(Rule):
         learning = {path: weight_parameter(layer) for path, layer in self._layers.items() if layer.pathway.follows}
         tied = {path: [other for other in owners[id(weight)] if other != path] for path, weight in learning.items()}
         return tuple(
-            f"'{path}' shares its weight with {names(others)}: the weight's gradient is the sum of theirs, and learned "
-            f"feedback follows the layer's own part."
+            f"'{path}' shares its weight with {names(others)}: the gradient of the weight is the sum over all of them, and the "
+            f"learned feedback of '{path}' follows only the part from '{path}'."
             for path, others in tied.items()
             if others
         )
@@ -339,7 +340,7 @@ class EdgeRule(Rule):
 
 @dataclasses.dataclass(eq=False)
 class RandomFeedbackRule(EdgeRule):
-    """Base class of the rules that start from one random B for every layer."""
+    """Base class of the rules in which each layer starts with its own B (``b_init``)."""
 
     b_init: str = init_option("B", can_copy=True)
     linear_b_init: str | None = init_option("B in fully connected layers; null: b_init", None, can_copy=True)

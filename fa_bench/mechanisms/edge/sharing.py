@@ -59,7 +59,7 @@ class SharedActivation:
         return self._captured is None
 
     def clear(self) -> None:
-        """Called before and after every forward pass, because an activation belongs to its own pass."""
+        """Called before and after every forward pass, because an activation belongs to a single pass."""
         self._captured = None
 
     def in_backward(self, match: Callable[[Tensor], Tensor], rule: str) -> Callable[[], Tensor]:
@@ -74,7 +74,7 @@ class SharedActivation:
             raise CoverageError(
                 f"the activation that layers share is the input of '{self.consumer}', which did not run before "
                 f"them in this forward pass with gradients: all layers that share must run, in the same order, "
-                f"by a call of the model (activation checkpointing needs use_reentrant=False)"
+                f"when the model is called (activation checkpointing needs use_reentrant=False)"
             )
         tensor, version = self._captured
 
@@ -95,13 +95,13 @@ def matcher(
 ) -> Callable[[Tensor], Tensor]:
     """A function that converts activations of one shape to another shape; both shapes exclude the batch.
 
-    Copies are concatenated along the channels, or features, until there are enough of them. The map is then pooled, with a kernel
-    size and a stride equal to the ratio of the sizes. ``random`` replaces both steps with a fixed random 1x1 convolution,
-    `mixing`, with the same stride. If the number of dimensions differs, the activation is flattened first. With `features_last`,
-    as in fully connected layers, the features at every position of a sequence are matched.
+    The activation is concatenated with copies of itself until it has enough channels, or features. A map is then pooled, with a
+    kernel size and a stride equal to the ratio of the sizes, rounded up. ``random`` replaces both steps with a fixed random 1x1
+    convolution, `mixing`, with the same stride. If the number of dimensions differs, the activation is flattened first. With
+    `features_last`, as in fully connected layers, the features at every position of a sequence are matched.
 
     Raises:
-        ValueError: if the ratios are not whole numbers.
+        ValueError: if no whole number of copies, or no whole stride, yields the wanted shape.
         PositionsDiffer: with `features_last`, if the positions do not correspond.
     """
     if features_last and wanted[1:]:
@@ -255,8 +255,8 @@ class SharingRule(EdgeRule):
             notes=(
                 *coverage.notes,
                 (
-                    f"The positions of the activation that they would share are not those of {names(self._unmatched)}: these "
-                    f"layers use their own input."
+                    f"Layers that use their own input, because its positions are not those of the activation that they would "
+                    f"share: {names(self._unmatched)}."
                 ),
             ),
         )
@@ -333,8 +333,8 @@ class SharingRule(EdgeRule):
             return inner if provides is None else self.sharing(inner, None, provides, wanted, wanted, self.match)
         except ValueError as error:
             raise CoverageError(
-                f"rule '{self.name}' cannot resize the activation shared by '{self._first[source]}' to the shape "
-                f"of the input of '{layer.path}': {error}"
+                f"rule '{self.name}' cannot resize the shared activation, the input of '{self._first[source]}', to the "
+                f"shape of the input of '{layer.path}': {error}"
                 + ("" if self.match == "random" else "; {match} can resize activations to any number of channels or features"),
                 {} if self.match == "random" else {"match": "random"},
             ) from None

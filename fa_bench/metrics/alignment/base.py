@@ -24,7 +24,7 @@ class Metric(Options):
     """Base class of alignment metrics, registered in `fa_bench.registry.registries.METRICS`.
 
     A run measures its metrics every ``probe_every`` steps and at the end. Every metric is recorded under its registered name in
-    metrics.jsonl and result.json, and is passed to the loggers.
+    angles.jsonl, metrics.jsonl and result.json, and is passed to the loggers.
 
     Examples:
         >>> import dataclasses, torch, fa_bench

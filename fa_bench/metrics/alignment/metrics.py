@@ -71,11 +71,10 @@ class OneStepDeltaAngle(Metric):
 
 
 def _delta_angles(passes: Passes, reference: Mapping[Point, Tensor]) -> dict[str, float]:
-    """The angle of each layer in degrees. The angle is 0 at the output layers, where every rule has the exact error."""
+    """The angle of each layer in degrees, which is 0 by definition at the output layers."""
     angles = {layer: 0.0 for layer in passes.trace.outputs}
     for layer, point in passes.points.items():
         if point in passes.delivered.errors and point in passes.exact.errors:
-            # The angle is NaN if the gradient is only rounding noise, because the angle would also be noise.
             angles[layer] = mean_sample_angle(passes.delivered.errors[point], reference[point])
     return angles
 
@@ -83,12 +82,12 @@ def _delta_angles(passes: Passes, reference: Mapping[Point, Tensor]) -> dict[str
 @METRICS.register("true_gradient_norm")
 @dataclasses.dataclass(eq=False)
 class TrueGradientNorm(Metric):
-    """Frobenius norm of the exact gradient of the weight. If this norm is near 0, the angles at the layer are meaningless."""
+    """Frobenius norm of the exact gradient of the weight. If this norm is near 0, the delta angle at the layer is meaningless."""
 
     title, column, plot, order = "true gradient norm", False, False, 5
     alarms = {
         "true_gradient_norm": Alarm(
-            GRADIENT_FLOOR, False, "Backpropagation's gradient is only rounding noise: this layer's angles to it mean nothing."
+            GRADIENT_FLOOR, False, "Backpropagation's gradient is only rounding noise, so the layer's delta angle is meaningless."
         )
     }
 

@@ -1,4 +1,4 @@
-"""The base class of probes, and a class that measures the probes listed in a run's option ``probes`` without side effects."""
+"""The base class of probes, and a class that runs the probes listed in a run's option ``probes`` without side effects."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Probe(Options):
         ['fc1.weight', 'fc2.weight', 'fc3.weight']
     """
 
-    #: Whether it needs ``subject.initial``.
+    #: Whether the probe needs ``subject.initial``.
     needs_initial: ClassVar[bool] = False
     #: The thresholds that reports check the probe's values against, by quantity.
     alarms: ClassVar[Mapping[str, Alarm]] = {}
@@ -158,7 +158,8 @@ def state_restored(rule: Rule) -> Iterator[None]:
     """A context manager that undoes all changes to an attached model and to the global random state when it exits.
 
     The context manager restores parameters (including learned feedback), buffers, gradients, ``requires_grad``, the modes of all
-    modules, and every global random generator. Within the context, gradients are None and ``rule.mode.freeze_random`` is set.
+    modules, and every global random generator. At the start of the context, gradients are None; within it,
+    ``rule.mode.freeze_random`` is set.
     """
     from fa_bench.mechanisms.contexts import modes_of, restore_modes, set_temporarily
     from fa_bench.utils.process import random_state, restore_random_state

@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 class DepthUtility(Probe):
     """Accuracy (a fraction) that is lost when a block of the trained net is reset to its initial values, one block at a time.
 
-    The model declares its blocks. In the order of execution, a block extends from the end of the previous block to its own end. A
-    block contains all parameters in between, including those of normalisation layers. Without ``model.blocks``, the blocks end at
-    the model's cut points. Modules after the end of the last block, such as the output layer, belong to no block. The initial
-    values are those before training.
+    The model declares the ends of its blocks in ``model.blocks`` or, if that is missing, in ``model.cut_points``. In the order of
+    execution, a block extends from the end of the previous block to its own end, and contains all parameters in between,
+    including those of normalisation layers. Modules after the end of the last block, such as the output layer, belong to no
+    block. The initial values are those before training.
 
     The running statistics of batch normalisation are re-estimated for every accuracy, including that of the trained net. The
-    statistics are the plain mean over at most 2,000 training images, without augmentation, in batches of the run's size. If the
-    statistics of a net with other weights were used, the accuracy would drop for reasons unrelated to the reset block. Accuracies
+    statistics are plain means over batches of the run's size from at most 2,000 training images, without augmentation. With the
+    statistics of the trained net, the accuracy would also drop because these statistics do not fit the reset weights. Accuracies
     are measured on at most 10,000 validation images, or test images if there is no validation split. For tasks without classes,
     the utility is the deterioration of the primary score in its own unit, such as the decrease in R² or the increase in
     perplexity.
 
-    The layers after the block were trained on its trained output, so the utility is an upper bound on the contribution of the
-    block's training. A value near 0 means that the block's training contributed nothing.
+    The layers after the block were trained on the output of the trained block, so the utility is an upper bound on the
+    contribution of the block's training. A value near 0 means that the block's training contributed nothing.
     """
 
     needs_initial = True

@@ -49,8 +49,8 @@ class Energy(Probe):
         "energy_gradient": Alarm(
             0.9,
             True,
-            "The states have hardly settled: hidden layers then learn from the backpropagation gradient times a factor, which "
-            "Adam removes (the threshold is this project's).",
+            "The states have hardly settled, so the gradients of hidden layers are nearly those of backpropagation times a "
+            "factor, which has no effect under Adam (threshold chosen by this project).",
         )
     }
 

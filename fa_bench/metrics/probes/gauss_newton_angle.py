@@ -45,7 +45,7 @@ class GaussNewtonAngle(Probe):
     def require(self, subject: Subject) -> None:
         shape = subject.meter.trace.result_shape
         if len(shape) != 2:
-            raise ConfigError(f"needs outputs of shape (N, C), not {shape}")
+            raise ConfigError(f"the probe needs outputs of shape (N, C), not {shape}; omit the probe")
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.metrics.angles import mean_sample_angle

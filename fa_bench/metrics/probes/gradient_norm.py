@@ -30,9 +30,8 @@ class GradientNorm(Probe):
     - ``gradient_norm_update``: the norm of the gradient that the rule passes to the optimizer instead of g, before momentum,
       weight decay and the learning rate are applied. The norm is 0 for a weight that does not learn.
 
-    - ``gradient_norm_floor``: the standard error s of g over samples. If the true gradient were zero on average, the root mean
-      square of ‖g‖ would be s. A norm near s therefore cannot be distinguished from zero, but a norm several times as large as s
-      can.
+    - ``gradient_norm_floor``: the standard error s of g over samples. If the expectation of g were zero, the root mean square of
+      ‖g‖ would be s. A norm near s therefore cannot be distinguished from zero, but a norm several times as large as s can.
 
     To compute s, the samples are split at random, with a fixed seed, into K = min(16, N) groups of sizes nₖ. Let gₖ be the
     gradient of the mean loss of group k in the same forward pass, and wₖ = nₖ/N, so that g = Σ wₖ gₖ. Then
@@ -73,8 +72,7 @@ def norms_and_errors(losses: Tensor, weights: list[Tensor]) -> tuple[list[float]
     graph."""
     samples = len(losses)
     count = min(GROUPS, samples)
-    # The samples are shuffled, because if their classes alternate, groups in the stored order would differ more than random
-    # groups.
+    # The samples are shuffled. A group consists of equally spaced samples, so groups could otherwise contain different classes.
     losses = losses[torch.randperm(samples, generator=torch.Generator().manual_seed(0)).to(losses.device)]
     shares = [len(range(number, samples, count)) / samples for number in range(count)]
     means = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]  # Σ wₖ gₖ = g

@@ -48,8 +48,8 @@ class Readout(Probe):
         y = subject.meter.y
         if y.dim() != 1 or y.is_floating_point():
             raise ConfigError(
-                "it needs one class per sample, but the targets of this dataset are "
-                f"{'numbers' if y.is_floating_point() else 'classes of positions'}; omit this probe"
+                "the probe needs one class per sample, but this dataset has "
+                f"{'numbers' if y.is_floating_point() else 'one class per position'} as targets; omit the probe"
             )
 
     def measure(self, subject: Subject) -> Quantities:
@@ -128,7 +128,7 @@ def _array(features: Tensor) -> np.ndarray:
 def bounded(x: Tensor, features_last: bool = False) -> Tensor:
     """An activation (N, ...) reduced to a matrix (N, F), where F is at most `FEATURES`.
 
-    Maps (N, C, ...) are reduced to a size that fits by average pooling. With `features_last`, the shape is (N, ..., F), and the
+    Maps (N, C, ...) are reduced by average pooling to a size that fits. With `features_last`, the shape is (N, ..., F), and the
     mean over all positions is taken. If there are still too many features, neighbouring features are averaged.
     """
     from fa_bench.mechanisms.cut.local import pooled_size

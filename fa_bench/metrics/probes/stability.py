@@ -21,11 +21,11 @@ BATCHES, MIN_NORM = 8, 1e-12
 @PROBES.register("stability")
 @dataclasses.dataclass(eq=False)
 class Stability(Probe):
-    """Mean cosine between the gradients that the rule gives a weight on two different batches.
+    """Mean cosine between the gradients that the rule computes for a weight on two different batches.
 
-    The gradients are those of the objective's mean loss on 8 batches, without augmentation. Each batch has the run's batch size
-    or, if there are too few training images that probes may learn from, an eighth of them. The mean is taken over all pairs of
-    batches:
+    The gradients are those of the objective's mean loss on 8 batches, without augmentation. The batches have the run's batch size
+    or, if this is smaller, an eighth of the training images that probes may learn from, but at least two samples. The mean is
+    taken over all pairs of batches:
 
         c = (‖Σ uₖ‖² - K) / (K (K - 1)).
 
@@ -41,8 +41,8 @@ class Stability(Probe):
         "stability": Alarm(
             0.95,
             True,
-            "The weight's gradient hardly depends on the batch: it drifts (faeval protocol: 0.992 in a net that "
-            "drifted; the threshold is this project's).",
+            "The gradient hardly depends on the batch, so the weight drifts (the faeval protocol found 0.992 in a net that "
+            "drifted; threshold chosen by this project).",
         )
     }
 

@@ -94,7 +94,7 @@ def convnet(
     width = channels * math.prod(size)
     for number, units in enumerate(hidden, start=len(stages) + 1):
         if dropout is not None:
-            # This dropout belongs to the preceding activation, so the error is delivered after it.
+            # This dropout belongs to the preceding activation, so the cut point is the output of the dropout.
             ends[-1] = f"drop{number}"
             parts[ends[-1]] = nn.Dropout(dropout)
         parts[f"fc{number}"] = nn.Linear(width, units)

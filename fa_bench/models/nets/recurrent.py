@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: Name -> the module.
+#: Kind of recurrent layer -> its module.
 CELLS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 class Recurrent(nn.Module):
-    """A recurrent network with the layers input - rnn - states - (last step -) head.
+    """A recurrent network with the layers read - rnn - states - (last step -) head.
 
     Args:
         read: makes the steps (N, T, features) from an input.

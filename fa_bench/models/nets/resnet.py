@@ -75,8 +75,8 @@ class ResNet(nn.Module):
     """A residual network: a stem, stages of residual blocks, and one linear layer. Every stage except the first halves the image
     size.
 
-    The network maps (N, C, H, W) to logits (N, classes). The cut points are the activation of the stem and, in every residual
-    block, the activation after each convolution; the last of these follows the sum. The model's blocks are the stem and the
+    The network maps (N, C, H, W) to logits (N, classes). The cut points are the output of the stem and, in every residual block,
+    the activation after each convolution; the last of these is the output of the block. The model's blocks are the stem and the
     residual blocks.
 
     Args:

@@ -29,8 +29,6 @@ SETTLING = ["epc", "pc"]
 COVERS_BLOCKS = ["dgl", "ldrl", *SETTLING]
 #: Rules that change the model's first argument, which must therefore be a floating-point tensor.
 CHANGES_INPUT = ["pepita", "forward_forward"]
-#: Some of the rules that sample noise for every update.
-NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "fdfa", "grape", "forward_gradient"]
 #: Edge rules whose feedback learns from local losses, which are scaled like the model's loss.
 LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirror", "information_alignment"]
 # The mirror steps of wm before training are slow, so only one is run. With b_lr_scale=1, dkp and ldrl have the same learning rate

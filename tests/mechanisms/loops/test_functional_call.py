@@ -68,7 +68,7 @@ def by_copying(variant: str, weights_only: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("weights_only", [True, False])
 @pytest.mark.parametrize("variant", REPEATING)
 def test_rules_that_run_the_model_again_refuse_it(variant: str, weights_only: bool) -> None:
-    with pytest.raises(StateError, match=r"'a\.[\w.]+' was another tensor in the forward pass \(torch\.func\.functional_call"):
+    with pytest.raises(StateError, match=r"'a\.[\w.]+' was a different tensor in the forward pass.*torch\.func\.functional_call"):
         by_functional_call(variant, weights_only)
 
 
@@ -80,7 +80,7 @@ def test_the_others_have_the_gradients_of_the_same_values_in_the_model(variant: 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in REPEATING])
 def test_with_learned_feedback_too_they_have_them_or_refuse_it(variant: str) -> None:
     if VARIANTS[variant][0] in LEARNED_AT_CUTS:
-        with pytest.raises(StateError, match=r"feedback_\w+' was another tensor in the forward pass.*pass only the weights"):
+        with pytest.raises(StateError, match=r"feedback_\w+' was a different tensor in the forward pass.*pass only the weights"):
             by_functional_call(variant, False)
     else:
         assert_same(by_functional_call(variant, False), by_copying(variant, False))
@@ -91,7 +91,7 @@ def test_tensors_replaced_between_the_passes_are_refused(name: str) -> None:
     model, rule = attached(name)
     logits = model(X)
     model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
-    with pytest.raises(StateError, match="was another tensor in the forward pass"):
+    with pytest.raises(StateError, match="was a different tensor in the forward pass"):
         rule.backward(F.cross_entropy(logits, Y), logits, Y)
     logits = model(X)
     rule.backward(F.cross_entropy(logits, Y), logits, Y)

@@ -47,7 +47,7 @@ def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arr
     return sharing, stand_ins
 
 
-def carried(params: Arrays, feedback) -> Arrays:
+def carried(feedback) -> Arrays:
     """The feedback tensors B of all layers that have one. Layers without a B use their weight instead."""
     return {layer: tensors["B"] for layer, tensors in feedback.items() if "B" in tensors}
 
@@ -55,7 +55,7 @@ def carried(params: Arrays, feedback) -> Arrays:
 def asap(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", freeze_stem=True, **_) -> Arrays:
     """The gradients of W and B are both computed from the shared activation and g, and the error passes through B."""
     sharing, stand_ins = shared(chain, params, feedback, x, k, match, linear)
-    grads = gradients(chain, params, x, y, carry=carried(params, feedback), activations=stand_ins)
+    grads = gradients(chain, params, x, y, carry=carried(feedback), activations=stand_ins)
     learning = sharing if freeze_stem else weighted(chain)[:1] + sharing
     grads |= {f"{layer}.B": grads[f"{layer}.weight"].copy() for layer in learning if "B" in feedback.get(layer, {})}
     return without_stem(chain, grads) if freeze_stem else grads
@@ -65,7 +65,7 @@ def asfp(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", fr
     """The gradient of W is computed from the true input, and that of B from the shared activation."""
     sharing, stand_ins = shared(chain, params, feedback, x, k, match, linear)
     errors: Arrays = {}
-    grads = gradients(chain, params, x, y, carry=carried(params, feedback), errors=errors)
+    grads = gradients(chain, params, x, y, carry=carried(feedback), errors=errors)
     grads |= of_feedback(chain, grads, errors, sharing if freeze_stem else weighted(chain)[:1] + sharing, stand_ins)
     return without_stem(chain, grads) if freeze_stem else grads
 
