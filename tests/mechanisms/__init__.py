@@ -1,1 +1,1 @@
-"""Tests of the layer operations."""
+"""Tests of `fa_bench.mechanisms`."""

@@ -1,4 +1,4 @@
-"""With torch.compile, a rule compiles to one graph without breaks or recompilation and gives the same results as without it.
+"""A model with a rule compiles to one graph, without breaks or recompilation, and the results are those without compilation.
 
 Rules that run the model again in the backward pass refuse compilation.
 """
@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
     needs_compiler,
 ]
-#: Options that run code that the default options do not run, or that reduce the work if the defaults take too long.
+#: Maps a rule to the specs to be tested, if the default options do not run all of the rule's code or take too long.
 VARIANTS = {
     "wm": ["wm:initial_steps=0,mirror_batch=4"],
     "usf": ["usf", "usf:density=0.5"],
@@ -105,7 +105,7 @@ def attached(spec: str, net: type[nn.Module] = Net) -> tuple[nn.Module, Any, Ten
 
 
 def trained(model: nn.Module, rule: Any, x: Tensor, y: Tensor, call: Any) -> dict[str, Tensor]:
-    """Train for three steps and return all tensors of the model and the rule."""
+    """Train for three steps and return all tensors of the model, including the feedback."""
     optimizer = torch.optim.SGD(rule.parameter_groups(lr=0.1), momentum=0.9, weight_decay=0.01)
     for images, labels in zip(x, y, strict=True):
         optimizer.zero_grad()
@@ -257,7 +257,7 @@ def test_a_layer_without_gradients_in_a_compiled_pass_is_refused() -> None:
 
 
 def test_feedback_that_a_later_update_by_hand_leaves_out_is_an_error() -> None:
-    """The first update includes the feedback and causes no error; the second update, which is written by hand, omits it."""
+    """The first step updates nothing, which is no error; the second step updates only the weights."""
     model, rule, x, y = attached("kp", Small)
     compiled = torch.compile(model, backend="aot_eager")
     for images, labels, rate in zip(x, y, (None, 0.1), strict=False):

@@ -1,4 +1,4 @@
-"""Tests of the finite difference that replaces the derivative: its limits, its scale, the modules it covers, and refusals."""
+"""Tests of the finite difference in place of the derivative of a nonlinearity: limits, scale, covered modules, and refusals."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_slopes_of_relu_saturate_at_a_half(a: float, slope: float, sign: int) ->
 
 
 def test_relu_in_single_precision_subtracts_no_equal_numbers() -> None:
-    """A plain difference φ(a + d) - φ(a - d) with d = 1e-8 a would be 0 or 2^-24 in single precision."""
+    """In single precision, a plain difference φ(a + d) - φ(a - d) with d = 1e-8 a would be zero or a rounding error."""
     model = mlp(nn.ReLU()).float()
     x = X.float()
     model.zero_grad()
@@ -119,9 +119,11 @@ def test_beta_does_not_depend_on_the_scale_or_the_size_of_the_batch(name: str) -
     for factor, call in ((1024.0, {}), (0.3, {}), (0.3, {"loss_scale": 0.3}), (-2.0, {"loss_scale": -2.0})):
         assert apart(gradients(model, rule, factor=factor, **call), [factor * one for one in want]) < 1e-9
     for call in ({}, {"loss_scale": 0.0}):
-        assert not any(one.any() for one in gradients(model, rule, factor=0.0, **call)), "only zeros, and no NaN"
+        assert not any(one.any() for one in gradients(model, rule, factor=0.0, **call)), (
+            "a loss of zero must give gradients of zero, not NaN"
+        )
     wrong = gradients(model, rule, loss_scale=0.1)
-    assert apart(wrong[:1], want[:1]) > 1e-3, "a wrong scale changes the errors"
+    assert apart(wrong[:1], want[:1]) > 1e-3, "a wrong scale does not change the errors"
     if name != "asfp_lc":  # the classifiers of asfp_lc normalise over the batch
         halves = [gradients(model, rule, X[part], Y[part], 0.5) for part in (slice(3), slice(3, 6))]
         assert apart([a + b for a, b in zip(*halves, strict=True)], want) < 1e-9
@@ -135,7 +137,7 @@ def test_a_loss_of_zero_has_no_gradient() -> None:
 
 def test_in_place_modules_give_the_same_outputs_and_gradients() -> None:
     class Shortcut(nn.Module):
-        """A block whose first module, if it works in place, also changes the input of the shortcut."""
+        """A block whose nonlinearity, if it works in place, also changes the input of the shortcut."""
 
         def __init__(self, inplace: bool) -> None:
             super().__init__()
@@ -209,20 +211,20 @@ class Calls(nn.Module):
 )
 @pytest.mark.parametrize("sample", [True, False])
 def test_functions_are_refused_by_name(function, name: str, sample: bool) -> None:
-    """With a sample, attach refuses the function; without one, the first training pass refuses it. Without the option, the
+    """With a sample, attach refuses the function; without one, the first training pass refuses it. With exact derivatives, the
     function is accepted."""
     says = rf"rule 'fa': derivative='dual' replaces .* nn.ReLU, but this model computes {name} outside of supported"
     model = Calls(copy.deepcopy(function))  # a module with parameters must belong to only one model
     given = {"sample_input": X.float()} if sample else {}
     with pytest.raises(CoverageError, match=says):
         rule = fa_bench.attach(model, "fa", derivative="dual", **given)
-        assert not sample, "refused at once"
+        assert not sample, "attach accepted the function although there was a sample"
         with torch.no_grad():
             model(X.float())
         model(X.float())
     if not sample:
         rule.detach()
-    assert type(model.act) is nn.ReLU, "nothing is left behind"
+    assert type(model.act) is nn.ReLU, "the refused rule left its class in the model"
     rule = fa_bench.attach(model, "fa", **given)
     rule.backward(F.cross_entropy(model(X.float()), Y))
 
@@ -247,8 +249,8 @@ def test_functions_of_frozen_layers_are_refused_as_well() -> None:
 
 
 def test_a_module_whose_forward_contains_functions_is_none() -> None:
-    """Tanhshrink, which is x - tanh(x), is accepted as a module; a subclass with its own forward is not, because it calls a
-    function."""
+    """Tanhshrink, which is x - tanh(x), is accepted as a module; a subclass of Tanh with its own forward method is not, because
+    it calls a function."""
 
     class Steep(nn.Tanh):
         def forward(self, input: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Property tests over layer geometries: with B = W, the results are bitwise identical to BP; with a random B, they agree with the
-explicit formula."""
+"""Property tests over layer geometries: with B = W, the results are those of backpropagation; with a random B, they agree with
+the explicit formula."""
 
 import copy
 from collections import OrderedDict
@@ -90,7 +90,7 @@ def column_major(x: torch.Tensor) -> bool:
 
 
 def check(layer: nn.Module, x: torch.Tensor) -> None:
-    """Check both properties for one layer and one input."""
+    """Check the results for one layer and one input, first with a random B, then with B = W."""
     plain = nn.Sequential(OrderedDict(layer=layer))
     model = copy.deepcopy(plain)
     want = passes(plain, x, lambda loss, y: loss.backward())
@@ -120,7 +120,7 @@ def check(layer: nn.Module, x: torch.Tensor) -> None:
         if name == "input" and isinstance(layer, nn.Linear) and column_major(x):
             assert (got[name] - want[name]).abs().max() <= TOLERANCE[x.dtype] * want[name].abs().max()
         else:
-            assert torch.equal(got[name], want[name]), f"feedback = weight: {name} is not backpropagation's"
+            assert torch.equal(got[name], want[name]), f"with B = W, {name} is not that of backpropagation"
 
 
 # torch warns once that an even kernel with padding='same' needs a padded copy of the input.

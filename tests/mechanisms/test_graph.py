@@ -31,8 +31,8 @@ def test_every_node_is_visited_once_and_none_behind_a_stop() -> None:
     middle = inner + w
     outer = middle * middle + inner
     nodes = [*nodes_from([outer.grad_fn, inner.grad_fn, middle.grad_fn, outer.grad_fn, None])]
-    assert len(nodes) == len(set(nodes)) == 6, "two sums, two products, and two leaves"
+    assert len(nodes) == len(set(nodes)) == 6, "expected two sums, two products, and two leaves"
     assert inner.grad_fn not in [*nodes_from([outer.grad_fn], [inner.grad_fn])]
     assert [*nodes_from([inner.grad_fn], [inner.grad_fn])] == []
     assert leaves(outer.grad_fn) == {id(x), id(w)} and leaves(outer.grad_fn, [inner.grad_fn]) == {id(w)}
-    assert leaves(middle.grad_fn, [middle.grad_fn]) == {id(x), id(w)}, "the root itself is no stop"
+    assert leaves(middle.grad_fn, [middle.grad_fn]) == {id(x), id(w)}, "a stop at the root itself must be ignored"

@@ -23,7 +23,7 @@ def attached(model: nn.Module, cuts: list[str], x: Tensor, **options: Any) -> An
 
 
 def first_pass(rule: Any, x: Tensor) -> tuple[Any, Any]:
-    """Run a training pass, and return its record and its output, whose graph is kept."""
+    """Run a training pass, and return its record and its output."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(rule), "broadcast", lambda rule, delta, target: seen.append(rule.first_pass) or delta)
@@ -131,8 +131,8 @@ def test_dropout_masks_are_those_of_the_training_pass(method: str) -> None:
 
 
 def test_tangents_of_parameters() -> None:
-    """Every use of a shared parameter contributes to the tangent, and frozen parameters do not contribute. After the call, the
-    model has its own parameters again."""
+    """Every use of a shared parameter contributes to the tangent, and parameters without a direction do not contribute. After the
+    call, the model has its own parameters again."""
     torch.manual_seed(0)
     shared = nn.Linear(5, 5)
     model: Any = nn.Sequential(shared, nn.Tanh(), shared, nn.BatchNorm1d(5), nn.Linear(5, 3)).double()

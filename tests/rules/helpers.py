@@ -1,4 +1,4 @@
-"""Helpers shared by the rule tests: single passes, comparisons, and autograd surrogates of a rule's gradients."""
+"""Helpers shared by the rule tests: single passes, comparisons, and an autograd surrogate of the gradients of FA."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ STORED = {
 # Options that make rules cheaper in tests of other properties while running the same code.
 QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}, "f3": {"samples": 16}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# A mistake in a call may raise any of these errors. Errors that attach itself raises are ValueErrors, but a missing name may also
-# raise a LookupError or a TypeError.
+# A mistake in a call may raise any of these errors.
 LOUD = (ValueError, LookupError, TypeError)
 
 # Loops and torch add the same few hundred float64 products in different orders. The rounding error is about 1e-16 per product, is
@@ -115,7 +114,7 @@ def arrays(model: nn.Module) -> dict[str, np.ndarray]:
 def distance(got, want, floor: float = 1e-30) -> float:
     """The largest absolute difference, divided by the largest expected entry or by ``floor``, whichever is larger."""
     got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
-    assert got.shape == want.shape, f"shape {got.shape}, wanted {want.shape}"
+    assert got.shape == want.shape, f"got the shape {got.shape}, expected {want.shape}"
     return float(np.abs(got - want).max() / max(np.abs(want).max(), floor))
 
 
@@ -123,10 +122,10 @@ def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
     """Require that the same tensors have gradients and that their values agree to within ``rel``.
 
     Differences are relative to the tensor's largest entry, or to 1e-3 of the largest entry of all tensors if that is larger. The
-    bound of 1e-3 is needed for a bias that precedes BatchNorm, because the true gradient of such a bias is 0.
+    latter is needed for a bias that precedes BatchNorm, because the true gradient of such a bias is 0.
     """
     present = {name for name, grad in got.items() if grad is not None}
-    assert present == set(want), f"gradients of {sorted(present)}, wanted {sorted(want)}"
+    assert present == set(want), f"got gradients of {sorted(present)}, expected {sorted(want)}"
     floor = 1e-3 * max(float(np.abs(np.asarray(tensor)).max()) for tensor in want.values())
     distances = {name: distance(got[name], want[name], floor) for name in want}
     wrong = {name: f"{value:.2e}" for name, value in distances.items() if not value <= rel}
@@ -137,13 +136,13 @@ def assert_bitwise(got: dict, want: dict) -> None:
     """Require that both dictionaries have the same names and that their tensors are bitwise identical or both None."""
     assert set(got) == set(want)
     for name in want:
-        assert (got[name] is None) == (want[name] is None), f"{name}: got {got[name]}, wanted {want[name]}"
+        assert (got[name] is None) == (want[name] is None), f"{name}: got {got[name]}, expected {want[name]}"
     wrong = [name for name in want if want[name] is not None and not torch.equal(got[name], want[name])]
     assert not wrong, f"these tensors differ: {wrong}"
 
 
 def state_of(rule) -> tuple[dict, dict]:
-    """Everything that determines the next update: weights, feedback, and the number of the next noise sample."""
+    """The states of the rule and of its model, which determine the next update, including its noise."""
     return copy.deepcopy(rule.state_dict()), copy.deepcopy(rule.model.state_dict())
 
 
@@ -153,7 +152,7 @@ def restore(rule, state: tuple[dict, dict]) -> None:
     rule.load_state_dict(state[0])
 
 
-# --- surrogates: the same gradients from torch's autograd on a plain model, without any rule ----------------------------------
+# --- a surrogate: the same gradients from torch's autograd on a plain model, without any rule ---------------------------------
 
 
 class TwoFaced(nn.Module):

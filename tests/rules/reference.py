@@ -1,8 +1,8 @@
-"""Naive reference implementations of the learning rules, written from the papers' equations as loops over float64 scalars.
+"""Building blocks of the reference implementations of the learning rules: forward and backward passes in plain float64 loops.
 
 A network is a chain of stages read from a plain ``nn.Sequential``. Gradients have the usual sign, so parameters change by -lr
-grad. The loss is the mean cross-entropy. Feedback tensors have the layout of the weight. Nothing here uses torch's autograd or
-fa_bench.
+grad. The loss is the mean cross-entropy. Tensors that replace a weight in the backward pass have its layout. Nothing here uses
+torch's autograd or fa_bench.
 
 In the equations, n indexes samples, o output channels, i input channels, (p, q) output pixels, (a, b) kernel taps, and c classes.
 """

@@ -26,7 +26,7 @@ def registered(model: str, rule: str, *, seed: int = 0, dtype=torch.float64, **o
 
 
 def trained_grads(rule) -> dict[str, Tensor | None]:
-    """The gradients of the auxiliary parameters."""
+    """The gradients of all feedback tensors, including auxiliary parameters, or None for tensors that have none."""
     return {f"{cut}.{name}": tensor.grad for cut, tensors in rule.feedback.items() for name, tensor in tensors.items()}
 
 

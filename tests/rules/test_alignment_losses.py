@@ -72,7 +72,7 @@ def test_the_mirror_ends_at_the_weight_times_the_moments_of_the_inputs(alpha: fl
 
 @pytest.mark.parametrize("gamma", [0.05, 0.2])
 def test_information_alignment_ends_at_the_inverse_of_target_propagation(gamma: float) -> None:
-    """The fixed point is (W C Wᵀ + (γ / β) I)⁻¹ W C."""
+    """The fixed point is (W C Wᵀ + (γ / β) I)⁻¹ W C, where C is the mean of x xᵀ."""
     x, beta = random(50, 6), 0.2
     feedback, weight, _ = converged("information_alignment", x, steps=3000, alpha=2 * beta, beta=beta, gamma=gamma)
     c = x.t() @ x / 50
@@ -283,7 +283,7 @@ def test_noise_is_sampled_for_every_layer_and_update_by_the_seed() -> None:
         first = noises(rule)
         assert [tuple(one.shape) for one in first] == [(3, 2, 6, 7), (3, 4, 3, 4), (3, 72)]
         rule_grads(model, rule, x, y)
-        assert all(torch.equal(*pair) for pair in zip(noises(rule), first, strict=True)), "the same for all micro-batches"
+        assert all(torch.equal(*pair) for pair in zip(noises(rule), first, strict=True)), "the noise changed before the update"
         rule.step()
         assert not any(torch.equal(*pair) for pair in zip(noises(rule), first, strict=True))
         with fa_bench.mechanisms.contexts.set_temporarily([rule.mode], "freeze_random", True):

@@ -53,7 +53,7 @@ def test_batch_of_one_names_the_net_and_what_to_do(model, rule, options, says):
     with pytest.raises(ValueError, match=rf"^rule '{rule}': the {net_name} at '[\w.]+' .*two samples.*{says}") as raised:
         attached.backward(F.cross_entropy(logits, y[:1]), logits, y[:1])
     assert str(raised.value).split("'")[3] in (attached if rule == "dgl" else attached._local).feedback
-    assert TOO_FEW in str(raised.value), "fa_bench.runs.batches recognises the error by this text"
+    assert TOO_FEW in str(raised.value), "the error lacks the text by which fa_bench.runs.batches recognises it"
     assert all(p.grad is None for p in [*net.parameters(), *attached.feedback_parameters()])
     assert any(grad is not None and grad.any() for grad in rule_grads(net, attached, x[:2], y[:2]).values())
 

@@ -164,7 +164,7 @@ def test_coverage_says_where_weights_are_transported():
     assert rule.coverage.transport == ("within blocks", "after 'layers.1'") and not rule.coverage.uncovered
     assert "Weight transport within blocks." in str(rule.coverage) and "Weight transport after 'layers.1'." in str(rule.coverage)
     layerwise = fa_bench.attach(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), "dfa", cuts=["1"], within="block")
-    assert layerwise.coverage.transport == (), "one layer in each block"
+    assert layerwise.coverage.transport == (), "weight transport is reported, although every block has only one layer"
 
 
 def test_within_layer_an_embedding_needs_a_cut_of_its_own():
@@ -214,7 +214,7 @@ def test_suggested_cuts_work_on_a_transformer(name: str):
     model, (x, _) = transformer(), words()
     with pytest.raises(CoverageError, match="needs cut points") as refused:
         fa_bench.attach(model, name, sample_input=x)
-    assert "within" not in refused.value.settings, "a cut at every layer suffices"
+    assert "within" not in refused.value.settings, "the option within is suggested, although a cut at every layer suffices"
     rule = fa_bench.attach(model, name, sample_input=x, **refused.value.settings)
     assert not rule.coverage.uncovered and all(grad is not None for grad in train(model, rule).values())
 
@@ -262,7 +262,7 @@ def test_layers_after_the_module_learn_by_backpropagation():
     said = {entry.layer: entry.feedback for entry in rule.coverage.covered}
     assert said["4"] == "comes by backpropagation after 3" and said["2"] == "is the true one at 3"
     assert not rule.coverage.uncovered and rule.coverage.transport == ("after '3'",)
-    assert rule.weight_pairs() == {} == rule.readouts(), "B (4, 4) is for the error at 3, not for the logits"
+    assert rule.weight_pairs() == {} == rule.readouts(), "expected no pairs, because B (4, 4) belongs to the error at 3"
     for net, backward in ((model, lambda loss, z: rule.backward(loss, z, y)), (plain, lambda loss, z: loss.backward())):
         logits = net(x)
         backward(F.cross_entropy(logits, y), logits)
@@ -305,7 +305,7 @@ class Tied(nn.Module):
 def test_functional_uses_after_the_module_are_no_fault(layer: bool):
     model, (x, y) = Tied(layer), words()
     cuts = ["drop", "act"]
-    with pytest.raises(CoverageError, match=r"'act' is after the output layer"):  # the function is not a layer
+    with pytest.raises(CoverageError, match=r"'act' is after the output layer"):  # functions do not count as layers
         fa_bench.attach(model, "dfa", sample_input=x, cuts=cuts)
     rule = fa_bench.attach(model, "dfa", sample_input=x, cuts=cuts, error_at="norm")
     assert not rule.coverage.uncovered
@@ -473,7 +473,7 @@ def test_activation_checkpointing_around_the_module(name: str, by_layer: bool, o
 
 
 class Extra(nn.Sequential):
-    """A 4-6-6-3 net that, in training, can also run its second layer without gradients."""
+    """A 4-6-6-3 net that, in training, can run its second layer again without gradients, or in a reentrant checkpoint."""
 
     how = ""
 

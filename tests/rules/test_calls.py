@@ -77,7 +77,9 @@ def test_a_rule_object_is_in_one_model(name):
     assert fa_bench.attached_rule(other) is None and rule.model is model
     assert_bitwise(rule_grads(model, rule, x, y), want)
     rule.detach()
-    assert fa_bench.attach(other, rule, seed=0, sample_input=x).model is other, "a detached rule may be attached to another model"
+    assert fa_bench.attach(other, rule, seed=0, sample_input=x).model is other, (
+        "the detached rule was not attached to the other model"
+    )
     assert_bitwise(rule_grads(other, rule, x, y), want)
 
 

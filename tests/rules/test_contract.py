@@ -86,10 +86,10 @@ def test_feedback_equal_to_the_weight_is_backpropagation(name, layer):
     want_y, want = one_layer_pass(plain, x, lambda loss, y: loss.backward())
     rule = fa_bench.attach(plain, name, seed=0)
     y, random = one_layer_pass(plain, x, lambda loss, y: backward(rule, loss, y))
-    assert torch.equal(y, want_y), "the forward pass is the plain one"
+    assert torch.equal(y, want_y), "the rule changes the forward pass"
     assert_bitwise(*({key: value for key, value in grads.items() if key != "input"} for grads in (random, want)))
     other = (random["input"] - want["input"]).abs().max()
-    assert other > 1e-2 * want["input"].abs().max(), "random feedback propagates a different error"
+    assert other > 1e-2 * want["input"].abs().max(), "random feedback propagates almost the same error as the weight"
     copy_weights_into_feedback(plain, rule)
     y, got = one_layer_pass(plain, x, lambda loss, y: backward(rule, loss, y))
     assert torch.equal(y, want_y)
@@ -114,7 +114,9 @@ def test_whole_networks(name, net):
     copy_weights_into_feedback(model, rule)
     want = bp_grads(plain, x, y)
     assert_bitwise(rule_grads(model, rule, x, y), want)
-    assert any(not torch.allclose(other[key], want[key], rtol=1e-2) for key in want), "with random feedback the gradients differ"
+    assert any(not torch.allclose(other[key], want[key], rtol=1e-2) for key in want), (
+        "random feedback gives the gradients of backpropagation"
+    )
 
 
 @pytest.mark.parametrize("name", ["fa", "frsf", "kp"])
@@ -250,7 +252,7 @@ def test_global_generator_and_model_are_not_disturbed_by_attach(name):
     for _ in range(2):
         rule_grads(model, rule, x, y)
         rule.step()
-    assert torch.equal(torch.get_rng_state(), before), "a training pass draws from the rule's own generator"
+    assert torch.equal(torch.get_rng_state(), before), "a training pass draws from the global generator"
 
 
 @pytest.mark.parametrize("name", ["fa", "kp", "usf"])

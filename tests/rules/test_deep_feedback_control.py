@@ -128,7 +128,9 @@ def test_the_closed_form_is_where_the_dynamics_come_to_rest(kind: str) -> None:
                 rest = [layer(below) + added for layer, below, added in zip(layers, r, fed, strict=True)]
                 u = u + 0.02 * (goal - v[2] - 0.1 * u)
                 v = [now + 0.1 * (end - now) for now, end in zip(v, rest, strict=True)]
-            assert all(torch.allclose(now, end, atol=1e-12) for now, end in zip(v, rest, strict=True)), "at rest"
+            assert all(torch.allclose(now, end, atol=1e-12) for now, end in zip(v, rest, strict=True)), (
+                "the dynamics have not come to rest"
+            )
             distances.append(((u @ q.t())[0] - found).norm().item() / found.norm().item())
     assert distances[1] < 1e-2 and distances[1] < 0.2 * distances[0]
 
@@ -219,7 +221,7 @@ def test_passes_are_run_only_where_they_are_needed() -> None:
         for tensor in rule.feedback_parameters():
             tensor.requires_grad_(False)
         learn(model, rule, x, y)
-        assert len(calls) == passes + 3, "frozen feedback needs no noise"
+        assert len(calls) == passes + 3, "expected no pass with noise for frozen feedback"
         assert bool(rule.feedback_parameters()) == (kind == "learned")
         assert {name for tensors in rule.feedback.values() for name in tensors} == {
             "learned": {"B", "B_output"},

@@ -74,7 +74,7 @@ def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_fr
 def test_weight_zero_is_backpropagation() -> None:
     """With a weight of zero, the classifiers add nothing, so all gradients are bitwise identical to those of backpropagation.
 
-    With any other weight, the gradient of the first layer differs, but that of the output layer does not.
+    With the default weight, the gradient of the first layer differs, but that of the output layer does not.
     """
     model, rule, x, y = attached("conv", weight=0.0)
     exact = bp_grads(BUILD["conv"](), x, y)
@@ -162,7 +162,7 @@ def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
     want, exact = (torch.autograd.grad(total, tensors[2], retain_graph=True)[0] for total in (loss + own, loss))
     degrees = torch.rad2deg(torch.acos(F.cosine_similarity(want, exact))).mean().item()
     assert degrees > 1 and values["delta_angle"]["0"] == pytest.approx(degrees, rel=1e-6)
-    assert values["delta_angle"]["2"] < 1e-3, "its activation is after the cut, where no classifier adds to the error"
+    assert values["delta_angle"]["2"] < 1e-3, "expected the exact error, because no classifier after cut 2 adds to it"
 
 
 def test_weights_that_are_used_elsewhere_are_accepted() -> None:

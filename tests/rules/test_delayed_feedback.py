@@ -112,7 +112,7 @@ def test_with_the_current_error_at_first_it_is_dfa(information: str) -> None:
 
 def test_the_target_alone_is_drtp_with_the_other_sign_of_b() -> None:
     (model, rule), (other, drtp) = attached(information="one_hot_target"), attached("drtp", b_init="pytorch")
-    (first, f3) = attached()  # in the first epoch
+    (first, f3) = attached()  # with the default information, in the first epoch
     for tensors in drtp.feedback.values():
         tensors["B"].neg_()
     wanted = numbers(step(other, drtp, ALL))
@@ -156,7 +156,7 @@ def test_identity_feedback_shows_the_delayed_errors(init: str) -> None:
 def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
     """For sigmoid_ce and mse, delayed_loss and delayed_error are the same.
 
-    As in the authors' code, the kinds with softmax apply it to the outputs, for example to those of the sigmoid.
+    As in the published code of f3, the kinds with softmax apply it to the outputs, for example to those of the sigmoid.
     """
     onehot = F.one_hot(Y, 3).double()
     found = {}
@@ -218,7 +218,7 @@ def test_a_part_of_the_samples_leaves_the_others_as_they_are() -> None:
     assert not state["errors"][[0, 2, 3, 4, 6]].any() and state["errors"][[1, 5]].all()
     step(model, rule, torch.tensor([0, 6]))
     assert torch.equal(rule.state_dict()["errors"][[1, 5]], state["errors"][[1, 5]])
-    assert not state["seen"][0] and not state["errors"][0].any(), "a state is a copy"
+    assert not state["seen"][0] and not state["errors"][0].any(), "the state changed when the rule learned"
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -371,7 +371,7 @@ def test_int32_indices() -> None:
 
 
 def test_labels_are_needed_by_what_depends_on_them() -> None:
-    """Errors that are derivatives of the loss require labels only if the error of the first epoch does."""
+    """Labels are needed for targets, including those of the first epoch, but not for the derivative of the loss."""
     for options, needed in (
         ({}, True),
         ({"first_epoch": "current"}, False),

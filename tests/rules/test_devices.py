@@ -30,7 +30,7 @@ NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "resnet_cifar_small": ({"depth": 8, "width": 4}, (3, 8, 8)),
 }
 #: The rule frsf reads its magnitudes once, to check whether they have negative entries. Rules that learn from the objective check
-#: in their first passes whether the loss is a multiple of the objective.
+#: in their first passes whether the gradient of the loss is a multiple of that of the objective.
 READS_ONCE = {"frsf", *(name for name, rule in ALGORITHMS.items() if getattr(rule, "learns_by_objective", False))}
 
 
@@ -49,7 +49,7 @@ def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def train(name: str, net: str, steps: int) -> None:
-    """Run training steps of a rule with all tensors on the meta device."""
+    """Run training steps of a rule with the model and the batch on the meta device."""
     options, shape = NETS[net]
     torch.manual_seed(0)
     model = ARCHITECTURES[net](**options).build(shape, 4)

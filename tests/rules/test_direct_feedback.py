@@ -71,7 +71,7 @@ def test_gradients_do_not_depend_on_later_weights(form):
         model.fc2.weight.mul_(-3.0).add_(0.5)
     last = gradients(model, rule)
     assert torch.equal(last["fc1.weight"], before["fc1.weight"]) and torch.equal(last["fc1.bias"], before["fc1.bias"])
-    assert not torch.equal(last["fc3.weight"], before["fc3.weight"]), "fc3's own input did change"
+    assert not torch.equal(last["fc3.weight"], before["fc3.weight"]), "the gradient of fc3 does not depend on its input"
 
     control = nets.mlp()
     edge = fa_bench.attach(control, "fa", seed=0)
@@ -79,7 +79,7 @@ def test_gradients_do_not_depend_on_later_weights(form):
     with torch.no_grad():
         control.fc2.weight.mul_(-3.0).add_(0.5)
     assert not torch.equal(gradients(control, edge)["fc1.weight"], before["fc1.weight"]), (
-        "FA depends on later weights, so this test can fail"
+        "not even the gradients of FA depend on later weights, so this test proves nothing"
     )
 
 
@@ -145,7 +145,7 @@ def test_cut_before_the_activation():
 
 
 def test_shared_matrix_is_uniform_from_minus_one_to_one():
-    """The 3 x 4000 entries nearly reach ±1, and their mean and variance are within 5 standard errors of 0 and 1/3."""
+    """The 3 x 4000 entries nearly reach ±1; their mean and mean square are within 5 standard errors of 0 and 1/3."""
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 50), nn.Tanh(), nn.Linear(50, 3))
     x = torch.zeros(2, 7)
     rule = fa_bench.attach(model, "dfa", seed=0, form="shared", cuts=["1", "3"], sample_input=x)
@@ -157,7 +157,7 @@ def test_shared_matrix_is_uniform_from_minus_one_to_one():
 
 
 def test_normalise_divides_by_the_root_of_the_widest_cut():
-    """Both models sample the same matrix, so their gradients differ by a factor of sqrt(6), even at the cut with 5 features."""
+    """Both models sample the same matrix, so the gradients of hidden layers differ by a factor of √6, even at 5 features."""
     x, y = nets.batch("mlp")
     (one, raw), (two, scaled) = attached("shared", normalise=False), attached("shared")
     raw_grads, scaled_grads = rule_grads(one, raw, x, y), rule_grads(two, scaled, x, y)

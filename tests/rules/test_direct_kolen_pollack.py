@@ -61,7 +61,9 @@ def test_rate_zero_is_direct_feedback_alignment():
     other, learning, _, _ = attached(b_lr_scale=1.0)
     train(other, learning, Optimizers(SGD(lr=0.1, momentum=0.9, weight_decay=0.01), learning, 1))
     assert not torch.equal(learning.feedback["act1"]["B"], before["act1"])
-    assert not torch.equal(other.fc1.weight, two.fc1.weight), "a learned B changes the updates of W, so this test can fail"
+    assert not torch.equal(other.fc1.weight, two.fc1.weight), (
+        "not even a learned B changes the updates of W, so this test proves nothing"
+    )
 
 
 def test_on_one_hidden_layer_with_equal_rates_it_is_kolen_pollack():

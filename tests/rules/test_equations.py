@@ -85,10 +85,12 @@ def test_gradients_equal_reference_and_not_bp(case, net):
         assert_bitwise({n: g for n, g in got.items() if n in want}, {n: g for n, g in exact.items() if n in want})
     else:
         if name not in TRAITS["untrue_output"] and not options.get("update_forward"):
-            assert distance(got[f"{last}.weight"], exact[f"{last}.weight"]) < 1e-12, "the output layer's own gradient is true"
+            assert distance(got[f"{last}.weight"], exact[f"{last}.weight"]) < 1e-12, (
+                "the output layer does not have its true gradient"
+            )
         hidden = layers[: -2 if "plain_last" in options or name in TRAITS["last_module"] else -1]
         away = [distance(got[f"{at}.weight"], exact[f"{at}.weight"]) > 1e-2 for at in hidden if got[f"{at}.weight"] is not None]
-        assert all(away) or name in TRAITS["partly_exact"], "BP's gradient in a hidden layer"
+        assert all(away) or name in TRAITS["partly_exact"], "a hidden layer has the gradient of BP"
 
 
 def test_plain_last_transports_the_true_weights_of_the_output_layer_only():
@@ -150,7 +152,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
 
 @pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if name not in TRAITS["unscaled"]])
 def test_loss_scaling_scales_every_gradient(case):
-    """Multiplying the loss by 1024 multiplies the gradients by exactly 1024, because errors must come only from the loss."""
+    """All errors come from the loss, so multiplying it by 1024, a power of two, multiplies the gradients by exactly 1024."""
     rule, model, _, _, _, _ = start(case, "conv")
     x, y = nets.batch("conv")
     model.eval()  # so that brsf does not sample between the two passes
@@ -165,7 +167,7 @@ def test_loss_scaling_scales_every_gradient(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_accumulate_over_passes(case):
-    """Without zero_grad, the gradients of two backward passes add up, including those of learned feedback."""
+    """Without zero_grad, the gradients of two backward passes add up. Under kp, B still has the gradient of W."""
     rule, model, _, _, _, _ = start(case, "mlp_tanh")
     batches = [nets.batch("mlp_tanh", seed=seed) for seed in (0, 1)]
     model.eval()

@@ -109,7 +109,7 @@ def test_uncovered_weights_are_named_and_may_be_allowed(name, sample):
     message = str(caught.value)
     assert "emb" not in message and "attn" in message and "allow_uncovered" in message
     assert "in_proj" in message and "out_proj" in message
-    assert unchanged(model, Attentive()), "a refused model is left as it was"
+    assert unchanged(model, Attentive()), "the refusal changed the model"
     rule = fa_bench.attach(model, name, seed=0, allow_uncovered=True, **options)
     assert set(rule.feedback) <= {"head"}
     report = str(rule.coverage)

@@ -53,7 +53,7 @@ def test_effective_feedback_is_b_in_the_layout_of_the_weight():
     for net in ("mlp_tanh", "conv"):
         model = nets.NETS[net]()
         rule = fa_bench.attach(model, "fa", seed=0)
-        assert set(rule.feedback) == set(layer_names(model)), "every weighted layer has its feedback, the first too"
+        assert set(rule.feedback) == set(layer_names(model)), "expected feedback in every weighted layer, including the first"
         for name in layer_names(model):
             assert torch.equal(rule.effective_feedback(name), rule.feedback[name]["B"])
             assert rule.feedback[name]["B"].shape == model.get_submodule(name).weight.shape
@@ -94,7 +94,7 @@ def test_copy_w_starts_as_backpropagation_then_stays():
     torch.optim.SGD(model.parameters(), lr=0.5).step()
     rule.step()
     for name in layer_names(plain):
-        assert torch.equal(rule.feedback[name]["B"], plain.get_submodule(name).weight), "B is the initial W, frozen"
+        assert torch.equal(rule.feedback[name]["B"], plain.get_submodule(name).weight), "B is no longer the initial W"
         assert not torch.equal(rule.feedback[name]["B"], model.get_submodule(name).weight)
     moved = {name: rule.feedback[name]["B"].clone() for name in layer_names(plain)}
     now = nets.mlp()
@@ -109,7 +109,7 @@ def test_density_is_the_fraction_kept():
         kept = (rule.effective_feedback("0") != 0).float().mean().item()
         assert kept == pytest.approx(density, abs=0.02)  # 20 000 draws: 5 standard errors of at most 0.0036
         largest = rule.effective_feedback("0").abs().max().item()
-        assert 0.97 * math.sqrt(6 / 300) < largest <= math.sqrt(6 / 300), "a mask does not rescale what it keeps"
+        assert 0.97 * math.sqrt(6 / 300) < largest <= math.sqrt(6 / 300), "the mask rescales the remaining entries"
         rule.detach()
     rule = fa_bench.attach(model, "fa", seed=0)
     assert (rule.effective_feedback("0") != 0).all()

@@ -193,7 +193,7 @@ def test_frozen_blocks_trains_what_is_outside_the_blocks_by_backpropagation(name
     rule = fa_bench.attach(model, "frozen_blocks", sample_input=x)
     got, exact = rule_grads(model, rule, x, y), bp_grads(plain, x, y)
     assert {key.split(".")[0] for key in learning(got)} == learns
-    assert learning(got) == {key for key in exact if key.split(".")[0] in learns}, "all parameters of these modules"
+    assert learning(got) == {key for key in exact if key.split(".")[0] in learns}, "not all parameters of these modules learn"
     assert_bitwise({key: got[key] for key in learning(got)}, {key: exact[key] for key in learning(got)})
 
 
@@ -289,7 +289,7 @@ def test_frozen_blocks_suggests_recurrent_modules_as_a_whole_and_names_ends_that
     assert {key.split(".")[0] for key, p in model.named_parameters() if p.requires_grad} == {"read", "head"}
     with pytest.raises(CoverageError, match=r"list the modules that end them in the option blocks, or set") as caught:
         fa_bench.attach(torch.nn.LSTM(4, 5, 2), "frozen_blocks", sample_input=torch.zeros(2, 3, 4))
-    assert not caught.value.settings, "the model itself has no path that could be suggested"
+    assert not caught.value.settings, "blocks are suggested, although the model itself has no path"
     idle = nets.mlp()
     idle.spare = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2)})
     idle.forward = lambda x: idle.fc3(idle.fc2(idle.fc1(x)))

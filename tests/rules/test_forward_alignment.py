@@ -1,4 +1,4 @@
-"""Tests of forward_alignment: the activation in the weight gradient, the second pass, and the theorem in the paper's appendix."""
+"""Tests of forward_alignment: the activation in the weight gradient, the second pass, and the theorem in its paper's appendix."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_random_weights_equal_to_the_weights_give_backpropagation():
     want = bp_grads(plain, x, y)
     assert_matches(rule_grads(model, rule, x, y), want)
     assert distance(other["conv2.weight"], want["conv2.weight"]) > 1e-2
-    assert distance(other["conv1.weight"], want["conv1.weight"]) < 1e-12, "the first layer has its true input and error"
+    assert distance(other["conv1.weight"], want["conv1.weight"]) < 1e-12, "the first layer does not have its true gradient"
 
 
 def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
@@ -126,9 +126,10 @@ def tied(what: str) -> nn.Sequential:
     ids=str,
 )
 def test_layers_that_share_parameters_have_each_its_own_c(what, options):
-    """A layer with a C computes h̃ from its true input. An excluded layer computes h̃ with its weight from the previous h̃.
+    """In the weight gradient of a layer with a C, h̃ replaces the layer's input.
 
-    The gradients of shared parameters add up.
+    A layer with a C computes the next h̃ with C from its true input, and an excluded layer computes it with its weight from the
+    previous h̃. The gradients of shared parameters add up.
     """
     model, plain = tied(what), tied(what)
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2] * 2)
@@ -152,7 +153,7 @@ def test_layers_that_share_parameters_have_each_its_own_c(what, options):
         want[names[id(layer.bias)]] += errors[path].sum(0)
         arrives = torch.tanh(inputs[path] @ c[path].t() if path in c else layer(arrives)).detach()
     assert_matches(got, {name: array(grad) for name, grad in want.items()}, rel=1e-12)
-    assert len(list(model.parameters())) == len(want), "what was shared is shared"
+    assert len(list(model.parameters())) == len(want), "parameters that were shared are now separate"
 
 
 @pytest.mark.parametrize("hidden", [6, 9])

@@ -223,7 +223,7 @@ def test_a_scaled_loss_scales_the_gradient_of_b() -> None:
 
 
 class Tokens(nn.Module):
-    """A net whose tokens affect each other after the cut.
+    """A net whose tokens affect each other after the last cut.
 
     With `pool`, there is one output for all tokens.
     """

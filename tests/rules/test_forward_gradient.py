@@ -1,4 +1,4 @@
-"""Tests of forward_gradient: both forms are unbiased, and their noise has the theoretical size."""
+"""Tests of forward_gradient: both forms are unbiased, and the noise of the form `weight` has the theoretical size."""
 
 from __future__ import annotations
 

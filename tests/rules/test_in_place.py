@@ -29,7 +29,7 @@ INPUTS, CLASSES, SAMPLES = 7, 4, 16
 #: Cuts before modules that work in place: nonlinearities, an addition, and dropout, which is active only in training.
 CUTS = ["norm1", "norm2", "fc3", "norm4"]
 OPTIONS: dict[str, dict[str, Any]] = QUICK | {"f3": {"samples": SAMPLES}, "frozen_blocks": {"blocks": ["norm1"]}}
-#: Variants of rules that store other tensors.
+#: Options with which the rules store other tensors than with the default options.
 FORMS = [
     ("ddtp_linear", {"error_at": "norm4", "cuts": CUTS[:-1]}),
     ("dkp", {"error_at": "norm4", "cuts": CUTS[:-1]}),
@@ -77,7 +77,7 @@ def attached(
 
 
 def step(model: nn.Module, rule: fa_bench.Rule, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The gradients of a training step, the outputs before it, and the prediction after it."""
+    """The gradients and the outputs of a training pass, and a prediction after it."""
     torch.manual_seed(2)  # the masks of dropout
     logits = model(x)
     rule.backward(F.cross_entropy(logits, y), logits, y, indices=torch.arange(SAMPLES))
@@ -187,7 +187,7 @@ def test_metrics_and_probes_are_the_same_where_modules_work_in_place(
 class Blocks(nn.Module):
     """A net with cuts at modules that need their output to compute their derivative.
 
-    In-place changes of a cut's output are allowed only under rules whose errors do not pass through the cuts.
+    In-place changes of the outputs of such cuts are allowed only under rules whose errors do not pass through the cuts.
     """
 
     def __init__(self, in_place: bool) -> None:

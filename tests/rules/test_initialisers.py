@@ -31,7 +31,7 @@ def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
 
     With at least 9 000 entries, the standard errors are 0.75 % for the deviation and 1 % for the mean.
 
-    About 20 of 9 000 normally distributed entries exceed 3 standard deviations.
+    About 24 of 9 000 normally distributed entries exceed 3 standard deviations.
     """
     assert tensor.numel() >= 9000
     assert tensor.std().item() == pytest.approx(deviation, rel=0.03)
@@ -134,10 +134,7 @@ def test_an_identity_kernel_counts_its_taps_as_columns():
 
 @pytest.mark.parametrize("name", ["trinomial", "binomial", "identity", "identity_pm"])
 def test_these_are_for_feedback_alone(name):
-    """Discrete initialisers are refused for weights and magnitudes.
-
-    Equal weights would stay equal, and magnitudes of zero have no sign.
-    """
+    """Discrete initialisers are refused for weights, magnitudes, and the decoders of bp_deepsup."""
     for make in (
         lambda: ARCHITECTURES["mlp"](init=name),
         lambda: fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "brsf", m_init=name),
@@ -149,7 +146,7 @@ def test_these_are_for_feedback_alone(name):
 
 # --- weights -------------------------------------------------------------------------------------------------------------------
 
-# Before weights and feedback had a common table of initialisers, these functions of torch initialised the weights.
+# Maps each name to a function of torch that initialises a weight in the same way.
 TORCHS = {
     "xavier_uniform": nn.init.xavier_uniform_,
     "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),

@@ -137,7 +137,7 @@ def test_copied_model_of_an_edge_rule_is_independent(variant):
     with torch.no_grad():
         for tensor in feedback_tensors(rule).values():
             tensor.mul_(-2.0)
-    if STORED.get(variant, "M") != "M":  # only the magnitudes of M matter
+    if STORED.get(variant, "M") != "M":
         assert not torch.equal(rule_grads(model, rule, x, y)["conv1.weight"], want["conv1.weight"])
     assert_bitwise(twin_grads(), want)
 
@@ -296,11 +296,11 @@ def test_rules_one_after_the_other_on_one_model():
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if issubclass(ALGORITHMS[VARIANTS[v][0]], CutRule)])
 def test_cut_rules_under_bfloat16_autocast(variant):
-    """Gradients in bf16, which has 8 bits of precision, are within 5 % (in norm) of those in float32, and far from those of BP.
+    """Gradients in bf16, which has 8 bits of precision, are within 5 % (in norm) of those in float32.
 
     The activation is tanh, so rounding cannot flip a ReLU mask. For dgl, the tolerance is 10 %, because its auxiliary nets
-    normalise four samples several times, which amplifies rounding errors. Under dgl, only the first layer is outside the last
-    module.
+    normalise four samples several times, which amplifies rounding errors. The gradient of the first layer, which is the only one
+    outside dgl's last module, is far from that of BP.
     """
     name, options = VARIANTS[variant]
     model, (x, y) = nets.convnet(nn.Tanh, dtype=torch.float32), nets.batch("conv", dtype=torch.float32)

@@ -43,7 +43,7 @@ def test_the_feedback_of_a_classifier_is_drawn_by_the_option(options, bound):
     _, rule, _ = chain((8, 8), pool=3, **options)
     b = rule.feedback["1"]["B"]
     assert 0.9 * bound < b.abs().max() <= bound and (b < 0).any() and (b > 0).any()
-    assert all(b is not tensor for tensor in rule.feedback_parameters()), "it is fixed"
+    assert all(b is not tensor for tensor in rule.feedback_parameters()), "B is learned, but should be fixed"
 
 
 def test_a_classifier_keeps_no_statistics():

@@ -1,4 +1,4 @@
-"""Tests of ldfa apart from its gradients: rank of the errors, relations to kp and pfa_o, and the fixed point of Oja's rule."""
+"""Tests of ldfa: the rank of the errors, relations to kp and pfa_o, and Oja's rule, including its fixed point."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def gaussian(count: int = 4000) -> tuple[Tensor, Tensor]:
 def test_the_principal_subspace_of_gaussian_errors_is_found_from_any_start() -> None:
     """Even without orthonormalisation, the second term of Oja's rule makes Bᵀ B = I.
 
-    The third axis contributes about three times as much to C as the fourth.
+    The third axis contributes more than three times as much to C as the fourth.
     """
     errors, axes = gaussian()
     b = 0.3 * random(8, 3, seed=5)
@@ -217,7 +217,7 @@ def test_every_sample_and_position_is_a_row(name: str) -> None:
 
 
 def test_parts_of_a_weight_that_run_alone_leave_the_other_errors_at_zero() -> None:
-    """In attention, keys and values have different inputs from queries, so their rows of the joint weight run separately."""
+    """Queries have a different input from keys and values, so the rows of their joint weight do not all run together."""
     torch.manual_seed(0)
     model = nn.MultiheadAttention(4, 2, batch_first=True).double()
 

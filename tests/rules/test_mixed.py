@@ -37,7 +37,7 @@ def test_one_kind_alone_is_its_rule(kind, net):
     names = {"pfa": {"B": "B", "R": "R"}, "fa": {"F": "B"}, "kp": {"K": "B"}}[kind]
     with torch.no_grad():
         for path, tensors in mixed.feedback.items():
-            assert set(tensors) == {*names, f"mask_{kind}"}, "the other kinds have no tensors"
+            assert set(tensors) == {*names, f"mask_{kind}"}, "there are tensors of another kind"
             for ours, theirs in names.items():
                 alone.feedback[path][theirs].copy_(tensors[ours])
     optimizers = [
@@ -79,7 +79,7 @@ def test_every_layer_carries_its_mixture_and_learns_as_pfa_and_kp(layer):
     assert torch.equal(y, fa_y)
     assert_bitwise(got, want)
     tensors, theirs = mixed.feedback["layer"], pfa.feedback["layer"]
-    assert torch.equal(tensors["B"], theirs["B"]) and torch.equal(tensors["R"], theirs["R"]), "sampled as in pfa"
+    assert torch.equal(tensors["B"], theirs["B"]) and torch.equal(tensors["R"], theirs["R"]), "B and R are not sampled as in pfa"
     assert distance(tensors["R"].grad, array(theirs["R"].grad)) < 1e-12
     assert torch.equal(tensors["K"].grad, got["layer.weight"])
     assert tensors["K"].grad.data_ptr() != mixed.model.layer.weight.grad.data_ptr()
@@ -117,7 +117,7 @@ def test_each_synapse_is_of_one_kind_with_the_probabilities_given():
     for kind, want in (("pfa", 0.5), ("fa", 0.2), ("kp", 0.3)):
         assert set(masks[kind].unique().tolist()) == {0.0, 1.0}
         assert masks[kind].mean().item() == pytest.approx(want, abs=0.015)
-        assert masks[kind].mean(0).std().item() < 0.07, "spread over the entries: binomial in every column"
+        assert masks[kind].mean(0).std().item() < 0.07, "the kinds are spread unevenly over the columns"
 
 
 def test_only_r_and_k_learn_and_nothing_is_masked():
@@ -132,7 +132,7 @@ def test_only_r_and_k_learn_and_nothing_is_masked():
     for path, tensors in rule.feedback.items():
         moved = {name for name, tensor in tensors.items() if not torch.equal(tensor, before[path][name])}
         assert moved == {"R", "K"}
-        assert (tensors["K"] != before[path]["K"]).all(), "unmasked"
+        assert (tensors["K"] != before[path]["K"]).all(), "some entries of K did not learn"
 
 
 def test_nothing_learns_while_the_probe_measures():
@@ -237,7 +237,7 @@ def train(**options):
         backward(rule, F.cross_entropy(logits, y[chosen]), logits, y[chosen])
         optimizer.step()
         rule.step()
-    assert (model(x).argmax(1) == y).float().mean() > 0.9, "it learns"
+    assert (model(x).argmax(1) == y).float().mean() > 0.9, "the network did not learn the labels"
     return rule
 
 
@@ -266,8 +266,9 @@ def measured(rule, path) -> tuple[float, float]:
 def test_weight_angle_lies_where_the_fractions_predict(fractions):
     """The fractions predict the angles in the hidden layers to within 3.5 degrees.
 
-    During training, W comes to favour the accurate kinds slightly, and in masks of 2560 entries, the fractions vary by 1 to 2 %.
-    The shares of ‖W‖² predict the angles to within 1 degree, and the remaining difference is due to variation in PFA's own angle.
+    During training, W comes to favour the accurate kinds slightly, and in masks of a few thousand entries, the fractions vary by
+    1 to 2 %. The shares of ‖W‖² predict the angles to within 1 degree, and the remaining difference is due to variation in PFA's
+    own angle.
     """
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     for path in ("0", "2"):
@@ -282,7 +283,7 @@ def test_weight_angle_lies_where_the_fractions_predict(fractions):
         for kind, angle in (("pfa", math.degrees(math.atan(math.sqrt(0.1)))), ("kp", 0.0)):
             chosen = rule.feedback[path][f"mask_{kind}"].bool()
             own = weight_angle(rule.effective_feedback(path)[chosen], weight[chosen])
-            assert own == pytest.approx(angle, abs=2), f"the synapses of {kind} are aligned"
+            assert own == pytest.approx(angle, abs=2), f"the synapses of {kind} are not aligned as expected"
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_fractions_for_the_78_degrees_of_the_brain(fractions, path, which):
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     assert measured(rule, path)[which] == pytest.approx(78, abs=2)
     if which:
-        assert measured(rule, path)[0] < 45, "the error as a whole is still propagated accurately"
+        assert measured(rule, path)[0] < 45, "the error as a whole is no longer propagated accurately"
 
 
 def test_fractions_may_be_rounded():

@@ -598,7 +598,7 @@ def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
     assert got["1.fc.weight"].any() and got["0.weight"].any()
     normalised = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.LayerNorm(6), Block(), nn.Linear(6, 3)).double()
     got = learn(fa_bench.attach(normalised, "pepita", cuts=["1", "3"], f_scale=1.0))
-    assert got["2.weight"].any() and got["2.bias"].any(), "what comes before the block learns by the difference at its output"
+    assert got["2.weight"].any() and got["2.bias"].any(), "the normalisation before the block does not learn"
 
 
 @pytest.mark.parametrize("name", [*RULES, "dfc", "epc", "pc", "forward_gradient"])

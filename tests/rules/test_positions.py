@@ -66,7 +66,7 @@ def step(model: Any, rule: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> dic
 
 # ------------------------------------------------------------------------------------------------ tokens
 def test_dfa_over_tokens_equals_the_loops_over_all_tokens():
-    """The layers act on each token separately, so the reference loops over samples can treat the tokens as samples."""
+    """The layers act on each token separately, so the reference can treat all tokens as samples."""
     model, rule = attached("dfa")
     (x, y), plain = tokens(), nets.mlp()
     inject = {cut: array(rule.feedback[cut]["B"]) for cut in ("act1", "act2")}
@@ -95,8 +95,9 @@ def test_dkp_adds_the_gradient_of_b_over_samples_and_tokens():
 
 @pytest.mark.parametrize("sign", [False, True])
 def test_drtp_projects_the_label_of_every_token(sign: bool):
-    """At act2 (N, T, 6), the error of a labelled token is B[label] divided by the number of labels. The gradient of fc2's bias
-    sums the error, multiplied by the derivative of tanh, over samples and tokens."""
+    """At act2 (N, T, 6), the error of a labelled token is B[label] or, with error_sign, the sum of the other rows of B minus
+    B[label], times the scale and divided by the number of labels. The gradient of fc2's bias sums this error, multiplied by the
+    derivative of tanh, over samples and tokens."""
     model, rule = attached("drtp", error_sign=sign, scale=2.0)
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
@@ -485,7 +486,7 @@ class Transposed(nn.Module):
         ((2, 4, 3), (3,), nn.Linear(3, 3), (2, 4, 3), 2),
         ((2, 8, 16), (8,), nn.Linear(3, 8), (2, 8, 8), 2),
         ((2, 9), (5,), nn.Linear(3, 9), (2, 9), 1),
-        # In the remaining cases, the positions or the output override the layer's usual axis, or the two disagree.
+        # In the remaining cases, the positions or the output contradict the layer's usual axis, or the layer is not known.
         ((2, 7, 5), (5,), nn.Linear(3, 3), (2, 5, 3), 1),
         ((2, 5, 7), (3,), nn.Linear(3, 5), (2, 3, 5), 1),
         ((2, 5, 7), (5,), nn.Conv1d(3, 3, 1), (2, 3, 5), 2),

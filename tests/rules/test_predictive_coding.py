@@ -141,8 +141,8 @@ def test_linear_nets_rest_where_the_closed_form_says(name: str) -> None:
 
 
 def test_both_forms_rest_at_the_same_place() -> None:
-    """The rules epc and pc must reach the same states, because the nonlinear net has only one minimum near the states of the
-    forward pass."""
+    """The rules epc and pc must reach the same states, because the energy has only one minimum near the states of the forward
+    pass."""
     errors, states = (learn(attach(name, steps=500, rate=0.3)) for name in RULES)
     for key, value in errors.items():
         torch.testing.assert_close(states[key], value, rtol=1e-5, atol=1e-12)

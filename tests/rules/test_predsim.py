@@ -90,7 +90,7 @@ def test_error_of_the_output_layer(loss, share):
     ids=str,
 )
 def test_similarity_reads_deviations_of_maps_with_more_than_three_channels_and_one_row(shape, deviations):
-    """Maps with at most three channels or only one row are compared by all of their values, as in the paper's code."""
+    """Maps with at most three channels or only one row are compared by all of their values, as in predsim's code."""
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     want = np.corrcoef(array(x.flatten(2).std(2) if deviations else x.flatten(1)))
     assert distance(similarity(x), want) < 1e-12
@@ -174,8 +174,8 @@ def test_with_one_hidden_layer_and_the_output_layer_as_goodness_it_is_backpropag
 ROWS = {
     "ordinary": lambda x: x,
     "dead sample": lambda x: torch.cat([torch.zeros_like(x[:1]), x[1:]]),
-    "huge": lambda x: x / x.abs().max() * 6e4,  # the sum of squares and the norm both overflow half precision
-    "small": lambda x: x * 1e-3,  # half precision cannot represent the squares of such numbers
+    "huge": lambda x: x / x.abs().max() * 6e4,  # sums of squares, and some norms, overflow float16
+    "small": lambda x: x * 1e-3,  # float16 cannot represent the squares of such numbers accurately
     "almost dead sample": lambda x: torch.cat([x[:1] * 1e-6, x[1:]]),
 }
 

@@ -84,7 +84,7 @@ def test_sgd_step_equals_torch(nesterov):
 
 def test_usf_scales_are_the_standard_deviations_they_name():
     """The scales match the standard deviations that torch's initialisers produce for a large weight. The tolerance of 1 % is four
-    standard errors of a standard deviation estimated from at least 90 000 samples."""
+    standard errors of a standard deviation estimated from 90 000 samples."""
     weight = torch.empty(100, 30, 5, 6)
     generator = torch.Generator().manual_seed(0)
     torch.nn.init.xavier_uniform_(weight, generator=generator)

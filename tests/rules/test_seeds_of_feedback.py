@@ -238,7 +238,7 @@ def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, ten
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_attach_leaves_the_global_generator_alone(name: str) -> None:
-    """Rules that build auxiliary nets with torch's initialisers must not advance the global generator."""
+    """Even rules that build auxiliary nets with torch's initialisers must not advance the global generator."""
     model, x = nets.mlp(), nets.batch("mlp")[0]
     options = {"match": "random", "linear": "share"} if name.startswith("as") else {}
     options |= {"cuts": ["act1"]} if name in ("dgl", "asfp_lc") else {}

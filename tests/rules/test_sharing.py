@@ -32,7 +32,8 @@ from .references import REFERENCES
 def chain_net(linear: bool = False) -> nn.Sequential:
     """A network whose layers can share activations.
 
-    The network has 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) channels on maps of 5x8 pixels or, if linear, 7-4-8-4-2 features.
+    The network has 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) -> 8 channels on maps of 5x8 pixels and a linear layer or, if
+    linear, layers of widths 7-4-8-4-2-3.
     """
     torch.manual_seed(0)
     if linear:
@@ -90,7 +91,7 @@ def test_sequences_share_as_their_elements_do(rule):
 @pytest.mark.parametrize("k", [2, 4])
 def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
     """With k = 2, conv2 of block b and conv1 of block b + 1 use the input of block b. With k = 4, only the inputs of every other
-    block are used (section 3 of the paper)."""
+    block are used (section 3 of asap's paper)."""
     torch.manual_seed(0)
     model = ARCHITECTURES["resnet20"](width=2, blocks=2).build((3, 8, 8), 3).double()
     x, y = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
@@ -114,7 +115,9 @@ def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
             want = torch.nn.grad.conv2d_weight(h, layer.weight.shape, errors[f"{block}.{name}"], layer.stride, layer.padding)
             assert distance(layer.weight.grad, array(want)) < 1e-12, f"{block}.{name}"
             assert torch.equal(layer.feedback_B.grad, layer.weight.grad)
-    assert model.conv1.weight.grad is None and model.bn1.weight.grad is not None, "the stem is fixed, its normalisation learns"
+    assert model.conv1.weight.grad is None and model.bn1.weight.grad is not None, (
+        "expected a fixed stem and a normalisation that learns"
+    )
 
 
 def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
@@ -175,7 +178,7 @@ TRANSPORT_NETS = {
     ],
 )
 def test_transport_is_that_of_convolutions_and_of_layers_that_share(net, linear, fixed):
-    """Fully connected layers that use their own input keep their fixed B, and all gradients match those of the reference."""
+    """Fully connected layers that use their own input keep their fixed B. The gradients equal those of the reference, if any."""
     x, y = data(net == "mlp")
     model, plain = TRANSPORT_NETS[net](), TRANSPORT_NETS[net]()
     rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, transport=True, linear=linear)
@@ -199,7 +202,7 @@ def test_transport_with_the_fully_connected_layers_excluded_shares_under_the_tru
     rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, transport=True, exclude=["fc"])
     assert not any("B" in tensors for tensors in rule.feedback.values())
     got, want = rule_grads(model, rule, x, y), bp_grads(chain_net(), x, y)
-    assert distance(got["conv2.weight"], want["conv2.weight"]) < 1e-12, "its input and its error are true"
+    assert distance(got["conv2.weight"], want["conv2.weight"]) < 1e-12, "conv2 does not have its true gradient"
     assert distance(got["conv4.weight"], want["conv4.weight"]) > 1e-2
     assert got["conv1.weight"] is None
 
@@ -337,7 +340,7 @@ def test_what_stands_in_for_another_number_of_dimensions_is_flattened():
 
 @pytest.mark.parametrize(("shape", "wanted"), [((2, 2, 2), (2, 4, 4)), ((2, 7, 8), (2, 5, 4)), ((2, 8, 7), (2, 4, 5))])
 def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
-    """Pooling cannot produce larger maps, or maps whose sides do not divide the original ones."""
+    """Pooling cannot produce larger maps, nor 5 pixels from 7: with windows of two pixels, 4 are left."""
     for mixing in (None, torch.zeros(2, 2, 1, 1)):
         with pytest.raises(ValueError, match="pooling does not reduce"):
             matcher(shape, wanted, "max_pool", mixing)

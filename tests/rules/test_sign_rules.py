@@ -252,7 +252,7 @@ def test_masked_entries_carry_no_error(name, kind):
 
 @pytest.mark.parametrize("name", SIGN_RULES)
 def test_small_weights_keep_their_signs_under_half_precision_autocast(name):
-    """A weight of 1e-9 rounds to 0 in half precision, but its sign must be kept."""
+    """A weight of 1e-9 rounds to 0 in float16, but its sign must be kept."""
     model = nn.Sequential(nn.Linear(4, 3, bias=False))
     rule = fa_bench.attach(model, name, seed=0)
     with torch.no_grad():

@@ -91,8 +91,8 @@ def test_labels_are_needed_and_it_says_so(how):
             loss.backward()
         else:
             rule.backward(loss, logits, F.one_hot(y, 3).double() if how == "soft labels" else y[:3])
-    assert all(p.grad is None for p in model.parameters()), "refused before anything was learned"
-    assert rule_grads(model, rule, x, y)["fc1.weight"].any(), "and the rule still works"
+    assert all(p.grad is None for p in model.parameters()), "some gradients were computed before the refusal"
+    assert rule_grads(model, rule, x, y)["fc1.weight"].any(), "the rule no longer works after the refusal"
 
 
 def test_b_is_kaiming_uniform_with_the_features_of_its_cut():

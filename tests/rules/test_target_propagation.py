@@ -255,7 +255,7 @@ def test_maps_say_what_they_transport_and_refuse_positions() -> None:
     calls = []
     model.fc3.register_forward_hook(lambda *_: calls.append(1))
     rule_grads(model, rule, x, y)
-    assert len(calls) == 3, "the first pass, one with noise at act2, and one in which nothing changes"
+    assert len(calls) == 3, "expected the first pass, one with noise at act2, and one in which nothing changes"
     with pytest.raises(CoverageError, match=r"needs outputs of shape \(N, C\)"):
         fa_bench.attach(nets.NETS["mlp_tanh"](), "ldrl", sample_input=x[:, None].repeat(1, 2, 1), cuts=["act2"])
 
@@ -289,7 +289,7 @@ def test_frozen_feedback_costs_no_pass() -> None:
     calls = []
     model.fc3.register_forward_hook(lambda *_: calls.append(1))
     rule_grads(model, rule, x, y)
-    assert len(calls) == 3, "one forward pass, and one for each cut"
+    assert len(calls) == 3, "expected one forward pass, and one for each cut"
     rule.feedback["act1"]["B"].requires_grad_(False)
     rule_grads(model, rule, x, y)
     assert len(calls) == 5

@@ -63,7 +63,7 @@ def test_a_detached_model_is_the_plain_one_wherever_its_last_module_runs(variant
         rule_grads(model, rule, x, y)
         assert traces(model) != before or variant == "bp"
         rule.detach()
-        assert traces(model) == before, f"{ORDER[first - 1]} is registered last"
+        assert traces(model) == before, f"detach left traces in the model that registers {ORDER[first - 1]} last"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -232,7 +232,7 @@ def test_estimate_of_a_strided_convolution_has_the_weight_as_its_mean(activation
     error = draws.std(0) / math.sqrt(40)
     assert ((draws.mean(0) - weight) / error).abs().max() < 5  # 108 entries, Student's t with 39 degrees of freedom
     slope = (draws.mean(0) * weight).sum((0, 1)) / weight.square().sum((0, 1))
-    assert (slope - 1).abs().max() < 0.06, "every tap has its own right scale"
+    assert (slope - 1).abs().max() < 0.06, "the scale of some tap is wrong"
     assert ((draws.mean(0) * weight).sum() / weight.square().sum()).item() == pytest.approx(1, abs=0.02)
 
 
@@ -364,10 +364,10 @@ def test_mirror_follows_the_weights_in_training():
             rule.backward(nn.functional.cross_entropy(logits, y), logits, y)
             optimizer.step()
             rule.step()
-        assert weight_angle(start, model[2].weight.detach()) > 15, "the weights have moved"
+        assert weight_angle(start, model[2].weight.detach()) > 15, "the weights hardly moved"
         results[name] = {path: weight_angle(*pair) for path, pair in rule.weight_pairs().items()}
     assert all(results["wm"][path] < 15 < results["fa"][path] for path in ("2", "4"))
-    assert results["wm"]["0"] > 60, "the first layer is not mirrored"
+    assert results["wm"]["0"] > 60, "the first layer was mirrored"
 
 
 def test_no_mirror_step_is_taken_while_a_probe_holds_the_draws():

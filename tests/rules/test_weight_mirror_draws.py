@@ -93,7 +93,9 @@ def test_resumed_run_draws_the_same():
     forgetful, forgetful_rule = attached(initial_steps=3)
     forgetful.load_state_dict(saved[0])
     train(forgetful, forgetful_rule, range(2, 4))
-    assert not torch.equal(forgetful.conv2.feedback_B, model.conv2.feedback_B), "resuming needs the number of draws"
+    assert not torch.equal(forgetful.conv2.feedback_B, model.conv2.feedback_B), (
+        "a run that was resumed without the number of draws goes on as the original"
+    )
 
 
 def test_model_moved_to_another_dtype_is_mirrored_there():
@@ -128,7 +130,7 @@ def mirrored(rule) -> set[str]:
 def test_layers_that_are_mirrored():
     x, _ = nets.batch("residual")
     rule = fa_bench.attach(nets.residual(), "wm", sample_input=x, initial_steps=0, mirror_batch=2, exclude=["b1"])
-    assert mirrored(rule) == {"a1", "a2", "down", "head"}, "neither the stem, which runs first, nor the excluded layer"
+    assert mirrored(rule) == {"a1", "a2", "down", "head"}, "expected neither the stem, which runs first, nor the excluded layer"
     assert mirrored(attached("conv_bn")[1]) == {"conv2", "fc1", "fc2"}
     # Without a sample, the layers are assumed to run in the order of their definition.
     assert mirrored(fa_bench.attach(nets.mlp(), "wm", initial_steps=0)) == {"fc2", "fc3"}

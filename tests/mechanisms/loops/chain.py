@@ -20,8 +20,8 @@ RULES = list(ALGORITHMS)
 COVERS_ALL = ["weight_perturbation"]
 #: Rules that cut the graph and take their error from one output of the model.
 CUT_RULES = [name for name, rule in ALGORITHMS.items() if issubclass(rule, CutRule) and name not in COVERS_ALL] + ["asfp_lc"]
-#: Edge rules, bp, and the rules that freeze layers, all of which learn from any loss. The rule np_feedback is excluded because it
-#: needs the labels.
+#: Edge rules, bp, and the rules that freeze layers, except np_feedback and asfp_lc, which need the labels. All these rules learn
+#: from any loss.
 EDGE_RULES = [name for name in RULES if name not in (*CUT_RULES, *COVERS_ALL, "np_feedback")]
 #: Rules that settle the states between whole blocks.
 SETTLING = ["epc", "pc"]
@@ -29,9 +29,9 @@ SETTLING = ["epc", "pc"]
 COVERS_BLOCKS = ["dgl", "ldrl", *SETTLING]
 #: Rules that change the model's first argument, which must therefore be a floating-point tensor.
 CHANGES_INPUT = ["pepita", "forward_forward"]
-#: Edge rules with local losses, which are scaled like the model's loss.
+#: Edge rules whose feedback learns from local losses, which are scaled like the model's loss.
 LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirror", "information_alignment"]
-# The mirror steps before training are slow and are not tested here. With b_lr_scale=1, dkp and ldrl have the same learning rate
+# The mirror steps of wm before training are slow, so only one is run. With b_lr_scale=1, dkp and ldrl have the same learning rate
 # for all parameters, so one parameter group suffices.
 _QUICK: dict[str, dict[str, Any]] = {
     "wm": {"initial_steps": 1, "mirror_batch": 2},
@@ -88,7 +88,7 @@ def same_noise(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -
 
 
 def draw_the_same_for_every_sample(patch: Any) -> None:
-    """Replace all random numbers of noisy rules; `patch` has the method ``setattr`` of pytest's monkeypatch."""
+    """Replace the noise and the label shifts of noisy rules; `patch` has the method ``setattr`` of pytest's monkeypatch."""
     patch.setattr(Draws, "normal", same_noise)
     patch.setattr(Draws, "shifts", lambda draws, name, count, high: torch.ones(count, dtype=torch.int64))
 
@@ -122,11 +122,11 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rel: float = 0.0) -> None:
-    """Check that both contain the same tensors under the same names, bitwise or up to `rel` of each tensor's largest entry."""
-    assert want and set(got) == set(want), f"{sorted(got)}, wanted {sorted(want)}"
+    """Check that the names are the same and that the tensors are equal, or differ by at most `rel` times their largest entry."""
+    assert want and set(got) == set(want), f"got the tensors {sorted(got)}, expected {sorted(want)}"
     wrong = {
         name: difference
         for name in want
         if not (difference := (got[name] - want[name]).abs().max().item()) <= rel * want[name].abs().max().item()
     }
-    assert not wrong, f"these differ: {wrong}"
+    assert not wrong, f"tensors that differ, and by how much: {wrong}"

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fa_bench
 
-#: Rules with learned feedback in layers, at cuts, or in auxiliary layers.
+#: Some of the rules with learned feedback, which belongs to layers, cuts or auxiliary layers.
 LEARNED = (
     "kp",
     "pfa",

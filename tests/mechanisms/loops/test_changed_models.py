@@ -59,7 +59,7 @@ def test_changed_layers_are_refused_before_the_next_update(name, change, trained
     assert all(torch.equal(old, new) for old, new in zip(weights, model.parameters(), strict=True))
     # The remedy in the error message works.
     model = rule.detach()
-    if change in (new_head, new_hidden_layer):  # the other changes may leave a rule without layers to cut or to share
+    if change in (new_head, new_hidden_layer):  # after the other changes, some rules need other cuts or have nothing to share
         options = {"f3": {"samples": 32}, "dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0}}
         rule = fa_bench.attach(model, name, seed=0, **options.get(name, {}))
         steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
@@ -97,7 +97,7 @@ def test_new_weights_may_come_in_where_uncovered_ones_are_allowed():
 
 @pytest.mark.parametrize("name", ["kp", "dfa", "dgl", "asfp_lc"])
 def test_modules_without_weights_may_come_and_go(name):
-    """Modules without weights may be added after attach. A wrapper may be added, too, if its layer is still in the model."""
+    """Wrappers may be added, too, provided that the wrapped layer is still in the model."""
     model, rule = attached(name)
     model.append(nn.LayerNorm(3, elementwise_affine=False))  # its parameters are None
     steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 1)
@@ -156,7 +156,7 @@ def test_attach_in_inference_mode_is_refused_at_once(name):
 
 @pytest.mark.parametrize("name", ["dfa", "dkp", "dgl", "asfp_lc"])
 def test_a_replaced_cut_is_refused(name):
-    """A cut must not be replaced, even if it has no weights, because the error is delivered to it."""
+    """A cut must not be replaced, even by a module of the same class without weights."""
     model, rule = attached(name)
     model[1] = nn.ReLU()
     with pytest.raises(CoverageError, match=r"changed after attach \(1 replaced\)"):

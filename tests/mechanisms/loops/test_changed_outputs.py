@@ -21,10 +21,9 @@ from .chain import RULES, Chain, assert_same, attach, batch, draw_the_same_for_e
 X, Y = batch(12)
 LABELS = Y.clamp(max=1)  # the masked class does not occur
 INDICES = torch.arange(len(Y))
-#: Rules that compute the losses of additional passes with the objective, so that a change between output and loss would be
-#: ignored.
+#: Rules that evaluate the objective on the model's output themselves, so that they would ignore a change between output and loss.
 OF_OBJECTIVE = [name for name, rule in ALGORITHMS.items() if getattr(rule, "learns_by_objective", False)] + ["np_feedback"]
-#: Rules that compute their errors from outputs and labels, and measure the scale of the loss unless it is given.
+#: Rules that measure the scale of every loss unless it is given.
 ALWAYS_MEASURED = ["f3"]
 
 

@@ -1,4 +1,7 @@
-"""Activation checkpointing changes only memory use: the gradients of weights and of learned feedback are bitwise identical."""
+"""Tests of activation checkpointing: the gradients of weights and of learned feedback are bitwise identical with and without it.
+
+Most rules refuse reentrant checkpoints of parts of a model.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def test_parts_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("late", [False, True], ids=["before attach", "after attach"])
 @pytest.mark.parametrize("name", BY_TANGENTS)
 def test_central_differences_where_checkpoints_have_no_tangents(name: str, late: bool) -> None:
-    """Older versions of torch raise an error that recommends central differences, which give correct results with every
+    """If the version of torch is too old, an error recommends central differences, which give correct results with every
     version."""
 
     def of_parts(**options: Any) -> dict[str, Tensor]:

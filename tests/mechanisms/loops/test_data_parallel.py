@@ -1,7 +1,7 @@
 """Two ranks under DistributedDataParallel train in the same way as one process with the whole batch.
 
 The exceptions are rules with values that depend on the batch, or with noise that each rank samples for itself.
-Both ranks are separate processes that communicate through gloo. Every rule trains in the same two processes, because starting
+The ranks are separate processes that communicate through gloo. Every rule trains in the same two processes, because starting
 them is slow.
 """
 
@@ -106,7 +106,7 @@ def model_of(case: str) -> nn.Module:
 
 
 def train(case: str, parts: slice, wrap=lambda model: model) -> dict[str, torch.Tensor]:
-    """The model's state after a few steps on a part of each batch."""
+    """The state and the feedback of the model after a few steps on a part of each batch."""
     with pytest.MonkeyPatch.context() as patch:
         if not case.endswith("whole"):
             draw_the_same_for_every_sample(patch)
@@ -137,9 +137,9 @@ def _train(case: str, parts: slice, wrap) -> dict[str, torch.Tensor]:
 
 def rank(number: int, store: str, results) -> None:
     torch.set_num_threads(1)
-    # Ranks sample different global random numbers, as they do without a seed; no rule may depend on these.
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
     for case in CASES:
+        # The global random numbers of the ranks differ, as they do without a seed, and no rule may depend on them.
         torch.manual_seed(100 + number)
         try:
             found = train(case, slice(8 * number, 8 * number + 8), nn.parallel.DistributedDataParallel)
@@ -175,7 +175,8 @@ def on_two_ranks(store: Path) -> dict[str, dict[int, dict | str]]:
 
 
 def test_two_ranks_are_one_process(tmp_path, monkeypatch):
-    """Each rank sums over half the batch, so weights, feedback and buffers differ by rounding errors of about 1e-16 per step."""
+    """Each rank sums over half the batch, so its results differ from those of one process by rounding errors of about 1e-16 per
+    step."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     faults = []
     for case, of_rank in on_two_ranks(tmp_path / "store").items():
@@ -189,7 +190,7 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
         apart = max(float(abs(one[key] - want[key].numpy()).max()) for key in one)
         if (apart > 1e-6) if case in DIFFER else (apart < 1e-12):
             continue
-        faults.append(f"{case}: {apart:.1e} off one process" + (", which its coverage denies" if case in DIFFER else ""))
+        faults.append(f"{case}: {apart:.1e} off one process, expected " + ("> 1e-6" if case in DIFFER else "< 1e-12"))
     assert not faults, "\n".join(faults)
 
 

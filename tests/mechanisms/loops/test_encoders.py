@@ -16,7 +16,7 @@ X, Y = batch(12)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
     "forward_gradient weight": ("forward_gradient", {"form": "weight"})
 }
-#: Rules that compute all gradients in separate passes, and no error for the input.
+#: Variants that compute all gradients in separate passes, and no error for the input.
 IN_PASSES = ["pepita", "forward_forward", "weight_perturbation", "forward_gradient weight", "epc", "pc", "dfc"]
 MESSAGE = r"computes no error for the model's input, which requires a gradient.*Attach the rule to a model that contains both"
 

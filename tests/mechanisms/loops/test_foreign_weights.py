@@ -61,7 +61,7 @@ class Multiplies(nn.Module):
 
 
 LAYERED, STEPPED = ["core.weight_ih_l0", "core.weight_hh_l0"], ["core.cell.weight_ih", "core.cell.weight_hh"]
-#: Maps a name to a function that creates the module, and to the module's weights.
+#: Maps a name to a function that creates the module, and to the names of its weights in a `Reader`.
 MODULES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     **{cls.__name__: (lambda cls=cls: own(cls)(8, 8, batch_first=True), LAYERED) for cls in (nn.LSTM, nn.GRU, nn.RNN)},
     **{cls.__name__: (lambda cls=cls: Cells(own(cls)(8, 8)), STEPPED) for cls in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)},
@@ -252,8 +252,8 @@ def test_a_sample_may_be_given_as_the_model_takes_it(name: str, sample: Any) -> 
 
 @pytest.mark.parametrize("name", COVERING)
 def test_without_a_sample_the_rule_asks_for_one_or_names_the_table(name: str) -> None:
-    """Without a sample, attach uses zeros, which are not tokens. attach then does not observe the use of the table, and refuses
-    it."""
+    """Zeros, which attach may use in place of a sample, are not tokens. Rules that need the pass ask for a sample; the others
+    refuse the table, because they do not observe its use."""
     model = Reader()
     with pytest.raises(CoverageError, match=r"needs sample_input, one input batch|uncovered: pos \(in a Reader\)"):
         attach(model, name)

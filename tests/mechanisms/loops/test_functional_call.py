@@ -16,14 +16,14 @@ from fa_bench.registry.registries import ALGORITHMS
 from .chain import CUT_RULES, RULES, Chain, assert_same, attach, batch, gradients
 
 X, Y = batch(12)
-#: Each rule with its default options, and further variants.
+#: Each rule, and variants of some rules.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
     "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
     "information_alignment forward": ("information_alignment", {"update_forward": True}),
     "kp dual": ("kp", {"derivative": "dual"}),
 }
 REPEATING = [variant for variant, (name, _) in VARIANTS.items() if ALGORITHMS[name].repeats]
-#: Rules that use their learned feedback in the backward pass.
+#: Cut rules that use learned feedback in the backward pass without running the model again.
 LEARNED_AT_CUTS = ["dkp", "predsim", "bp_deepsup", "dgl", "asfp_lc"]
 
 

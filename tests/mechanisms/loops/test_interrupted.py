@@ -29,7 +29,7 @@ def step(model, rule, optimizer):
 
 
 def interrupt(model, rule, at_call: int, error: type[BaseException], run) -> bool:
-    """Call a function, interrupt it in a call of the model's second layer, and return whether that call was reached."""
+    """Call `run`, interrupt it in a call of the model's second module, and return whether that call was reached."""
     calls = 0
 
     def hook(*_):
@@ -72,7 +72,7 @@ def test_the_next_step_is_as_it_would_have_been(name):
 def test_evaluation_copies_and_detach_after_an_interruption(name):
     model, rule = attached(name)
     x = data()[0]
-    model(x)  # the first pass is observed, and cannot be copied
+    model(x)  # a first pass is observed while it runs, and such a pass cannot be copied
     expected = copy.deepcopy(model)
     assert interrupt(model, rule, 1, KeyboardInterrupt, lambda: model(x))
     pickle.loads(pickle.dumps(rule._passes))

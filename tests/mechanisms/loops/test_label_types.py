@@ -32,7 +32,7 @@ def test_labels_of_any_integer_type(name: str, dtype: torch.dtype, monkeypatch: 
     assert_same(found[1], found[0])
 
 
-#: Maps a kind of invalid labels to a function that creates them and to the error.
+#: Maps a kind of invalid labels to a function that makes them from valid ones, and to a pattern that matches the error.
 WRONG: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "ignored": (lambda y: y.index_fill(0, torch.tensor([0]), -100), "label -100 is out of range: .* remove unlabelled samples"),
     "class 7": (lambda y: y.index_fill(0, torch.tensor([0]), 7), "label 7 is out of range: this model has 3 classes"),

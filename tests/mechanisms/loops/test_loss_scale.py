@@ -39,7 +39,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
 TOGETHER = ("predsim", "dgl", "asfp_lc", "grape")
 #: Rules that sample their feedback again in every forward pass.
 REDRAWN = ("brsf",)
-#: Rules that compute hidden errors from the labels, so that these errors do not automatically scale with the loss.
+#: Variants that compute hidden errors or, in fdfa and grape, only gradients of feedback from the labels. These do not
+#: automatically scale with the loss.
 OF_LABELS = (
     "drtp",
     "drtp sign",
@@ -59,11 +60,11 @@ OF_LABELS = (
     "grape",
     *SETTLING,
 )
-#: Rules that compute even the error of the output layer from the labels.
+#: Rules in OF_LABELS that compute even the error of the output layer from the labels.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
-#: Maps a rule to the parts that learn from the error at the output. By default, only the head learns from this error; with some
-#: rules, the last block or the whole net learns from it, too. In the first step of bp_deepsup, the classifiers are zero, so the
-#: hidden parts get no other error. In fdfa and grape, only the gradient of the feedback has to be scaled.
+#: Maps a variant in OF_LABELS to the parts that learn from the error at the output; with the variants that are not listed, only
+#: the head does. In the first step of bp_deepsup, the classifiers are zero, so the hidden parts get no other error. In fdfa and
+#: grape, only the gradient of the feedback has to be scaled.
 OWN: dict[str, tuple[str, ...]] = {
     **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
     **{name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")},
@@ -149,7 +150,7 @@ def test_a_gradient_scaler(variant: str) -> None:
     assert not torch.equal(model.head.weight, before)
 
 
-# The B of np_feedback learns from two targets, and the gradients of dfc are not a linear function of the error.
+# One term in the gradient of np_feedback's B is quadratic in the error, and the gradients of dfc are not linear in it either.
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("np_feedback", "dfc", "dfc voltage")])
 def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
     plain, twice = found(variant, [(X64, Y, F.cross_entropy)]), found(variant, [(X64, Y, F.cross_entropy)], loss_scale=2.0)
@@ -165,7 +166,7 @@ def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ other losses
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5])
-#: Maps a name to the loss and its ratio to the mean cross-entropy, or None if it is not a multiple.
+#: Maps a name to a loss and the ratio of its gradient to that of the mean cross-entropy, or None if it is not a multiple.
 LOSSES: dict[str, tuple[Loss, float | None]] = {
     "sum": (lambda logits, y: F.cross_entropy(logits, y, reduction="sum"), 12.0),
     "mean by hand": (lambda logits, y: F.cross_entropy(logits, y, reduction="none").mean(), 1.0),
@@ -191,14 +192,14 @@ def true_head(loss: Loss) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("variant", [*OF_LABELS, "fa", "kp", "dfa", "dkp", "wm"])
 def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, kind: str) -> None:
-    """The output layer learns from the loss itself. Errors computed from labels are those of the mean cross-entropy times the
-    scale of the loss."""
+    """Except in WHOLLY_OF_LABELS, the output layer learns from the loss itself. Errors computed from labels are those of the mean
+    cross-entropy times the scale of the loss."""
     loss, factor = LOSSES[kind]
     try:
         got, scale = found(variant, [(X, Y, loss)]), factor or 1.0
     except ValueError as error:
         assert variant in OF_LABELS and factor is None
-        if variant in WHOLLY_OF_LABELS:  # these rules ignore other losses
+        if variant in WHOLLY_OF_LABELS:  # these rules cannot learn from other losses
             assert "attach it with the objective that you train, objective=" in str(error) and "loss_scale" not in str(error)
             with pytest.raises(ValueError, match=r"not a multiple of that of the mean cross-entropy.*objective="):
                 found(variant, [(X, Y, loss)], loss_scale=1.0)
@@ -217,7 +218,7 @@ def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, k
             rel=1e-5,
         )
         return
-    head = {key: tensor * (0.01 if variant == "predsim" else 1.0) for key, tensor in true_head(loss).items()}  # 1 - beta
+    head = {key: tensor * (0.01 if variant == "predsim" else 1.0) for key, tensor in true_head(loss).items()}  # predsim: 1 - beta
     assert_same({key: got[key] for key in head}, head, rel=1e-5)
     if variant in OF_LABELS and variant not in ("drtp sign", *OWN):
         plain = found(variant, [(X, Y, F.cross_entropy)])
@@ -277,8 +278,8 @@ def test_bfloat16_autocast(variant: str, factor: float) -> None:
 
 # ------------------------------------------------------------------------------------------------ saturated logits
 def saturate(model: Chain, x: Tensor) -> Tensor:
-    """Multiply the head's weight by a large factor, and return the predicted labels. Every probability is then 0 or 1, so the
-    gradient at the logits is 0."""
+    """Multiply the head's weight by a large factor, and return the predicted labels. Every probability is then 0 or 1, so with
+    these labels, the gradient at the logits is 0."""
     with torch.no_grad():
         model.head.weight.mul_(1e6)
         return model(x).argmax(1)
@@ -286,7 +287,7 @@ def saturate(model: Chain, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("variant", OF_LABELS)
 def test_where_the_output_is_certain_the_last_known_scale_stays(variant: str) -> None:
-    """A gradient of zero does not determine the scale, so errors computed from labels keep the scale of the preceding parts."""
+    """A gradient of zero does not determine the scale, so errors computed from labels keep the scale of the previous batch."""
     results = []
     for multiple in (1.0, 0.25):
         model, rule = chain(variant, torch.float32)
@@ -333,17 +334,15 @@ def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None
 
 @pytest.mark.parametrize("variant", OF_LABELS)
 def test_an_overflow_is_seen_in_every_layer(variant: str) -> None:
-    """An overflow is visible in the gradients of every layer, so code that checks only some of them still skips the update."""
+    """After an overflow, every nonzero gradient contains inf or NaN, so code that checks only some of them skips the update."""
     tensors = found(variant, [(X, Y, times(torch.inf))])
     assert not [key for key, tensor in tensors.items() if tensor.any() and torch.isfinite(tensor).all()]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside(variant: str) -> None:
-    """Inside autocast, the products that a cut rule computes in the backward pass would be rounded, even if the loss is not.
-
-    The layers' own products are bfloat16 in both cases, so the gradients must be identical.
-    """
+    """Calling the backward pass inside autocast must not round the products that a rule computes in it. The forward pass runs
+    inside autocast in both cases."""
 
     def within(inside: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -370,11 +369,11 @@ def test_a_loss_that_is_no_mean_is_measured() -> None:
     assert not is_unscaled(F.cross_entropy(logits, labels, torch.ones(3)), labels)
     assert not is_unscaled(F.cross_entropy(logits[:4], labels[:4]), labels)
     assert not is_unscaled(F.cross_entropy(logits, labels, ignore_index=1), labels)
-    assert is_unscaled(F.cross_entropy(logits, labels, ignore_index=7), labels), "nothing is left out"
+    assert is_unscaled(F.cross_entropy(logits, labels, ignore_index=7), labels), "counted as scaled, although no label is ignored"
 
 
 def test_a_scale_belongs_to_its_own_backward_pass() -> None:
-    """A plain backward pass after one with a known scale infers its own scale; the rule of this test needs no labels."""
+    """A plain backward pass infers its own scale, even after another pass with labels; drtp with error_sign needs none."""
     model, rule = chain("drtp sign")
     logits = model(X64)
     rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
@@ -394,8 +393,8 @@ def test_an_infinite_scale_is_what_it_is() -> None:
 
 @pytest.mark.parametrize("multiple", [1.0, 0.25, 64.0])
 def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: float) -> None:
-    """In bfloat16, probabilities near 1 have a precision of 1/512. In this test, the error δ, which is the difference between a
-    probability and 1, is only about three times as large as the rounding of the probability."""
+    """bfloat16 rounds probabilities near 1 by up to 1/512. In this test, the error δ of a label, which is the difference between
+    its probability and 1, is on average only about three times as large."""
     labels = torch.arange(256) % 3
     logits = 6 * F.one_hot(labels, 3).float() + 0.3 * torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
     delta = ((logits.softmax(1).bfloat16() - F.one_hot(labels, 3)) / 256 * multiple).bfloat16()
@@ -417,8 +416,8 @@ def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: floa
     ids=str,
 )
 def test_what_is_no_multiple_is_told_from_rounding(dtype: torch.dtype, error: float, is_noticed: bool) -> None:
-    """The added error is orthogonal to that of the cross-entropy. An added error of 0.01 is less than four times the unit
-    roundoff of bfloat16, that is, 0.016."""
+    """The added error is orthogonal to that of the cross-entropy. A relative error of up to 0.05 in half precision, and of
+    up to 1e-3 otherwise, is attributed to rounding."""
     logits = torch.linspace(-1, 1, 36).view(12, 3)
     delta = (logits.softmax(1) - F.one_hot(Y, 3)) / 12
     other = delta.roll(1, 1)

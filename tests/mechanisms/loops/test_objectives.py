@@ -53,7 +53,7 @@ def test_local_losses_are_the_objective(objective):
     torch.testing.assert_close(net[0].weight.grad, plain[0].weight.grad, rtol=1e-5, atol=1e-7)
 
 
-#: Maps a rule with a trained classifier after a cut to its options and to the name of the classifier's last parameters.
+#: Maps a rule with a trained classifier after a cut to its options and to the name of the classifier's last layer.
 CLASSIFIERS = {
     "predsim": ({"loss": "pred"}, "decoder.out"),
     "dgl": ({"auxiliary_net": "linear"}, "out"),

@@ -34,7 +34,7 @@ def test_older_states_load_and_go_on_alike(name):
     fresh.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
     assert_bitwise(state(fresh), state(model))
-    other.load_state_dict(other.state_dict())  # the state is now complete
+    other.load_state_dict(other.state_dict())  # accepted, because the auxiliary layers have been loaded
     for one, two in ((model, rule), (fresh, other)):
         steps(one, two, sgd(one.parameters()), 2)
     assert_bitwise(state(fresh), state(model))
@@ -42,7 +42,7 @@ def test_older_states_load_and_go_on_alike(name):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_keys_of_states_are_those_of_before(name):
-    """Keys still have the form {layer or cut}.feedback_{name}. Only the auxiliary layers have new keys, under separate names."""
+    """Keys still have the form {layer or cut}.feedback_{name}, except those of auxiliary layers, which are new."""
     model, rule = attached(name)
     local = rule._local if name == "asfp_lc" else rule
     expected = {

@@ -63,7 +63,7 @@ def test_clipping_the_models_parameters_scales_both_alike():
 CALLED = ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa", "activation_alignment")
 
 
-@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without the call
+@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape asks for the call
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in CALLED])
 def test_plain_backward_and_no_call_of_the_rule_train_feedback(name):
     one, two = attached(name), attached(name)
@@ -96,7 +96,7 @@ def test_without_rule_step_the_next_backward_pass_says_so(name):
 
 
 def by_hand(model, collected, data_attribute=False):
-    """Replace an optimizer with a hand-written update of the parameters that are in the list at the time of the step."""
+    """A substitute for an optimizer, with a hand-written update of the parameters that are in `collected` at that time."""
 
     @torch.no_grad()
     def step():
@@ -214,11 +214,11 @@ def together(model, optimizers):
     return SimpleNamespace(zero_grad=model.zero_grad, step=step)
 
 
-@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without the call
+@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa ask for the call
 @pytest.mark.parametrize("name", LEARNED)
 def test_what_is_no_fault_is_not_taken_for_one(name):
-    """No warning is given for a learning rate of 0 during warm-up, separate optimizers, gradient accumulation, weights changed by
-    hand, or skipped updates."""
+    """A learning rate of 0 during warm-up, separate optimizers, gradient accumulation, weights changed by hand, and skipped
+    updates cause neither a warning nor an error."""
     model, rule = attached(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -299,7 +299,7 @@ def test_averaged_copies_and_schedules_have_feedback_too(name):
         steps(model, rule, optimizer, 1)
         averaged.update_parameters(model)
         schedule.step()
-        # The first update copies the model, as torch's AveragedModel does.
+        # The first update of an AveragedModel copies the model.
         now = state(model)
         want = now if averaged.n_averaged == 1 else {key: 0.5 * want[key] + 0.5 * now[key] for key in want}
     got = {key: value for key, value in averaged.module.state_dict().items()}
@@ -326,8 +326,8 @@ def test_a_frozen_weight_and_its_feedback_rest_together():
 
 @pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
 def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
-    """Feedback at a cut after a frozen layer does not learn until the layer is trained, even if the model's input requires a
-    gradient."""
+    """Feedback at a cut after a frozen layer does not learn, even if the model's input requires a gradient. If the layer is
+    unfrozen, the error says that the feedback must be unfrozen, too."""
     model, x = net(), data()[0]
     model[0].requires_grad_(False)
     rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
@@ -372,7 +372,7 @@ def convolutional():
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_convolutions_notice_an_optimizer_without_their_feedback(name):
-    """The optimizer has the feedback of the fully connected layers, but not that of the convolutions."""
+    """The optimizer has the feedback of the fully connected layer, but not that of the convolutions."""
     model, (x, y) = convolutional(), data()
     own = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {}
     rule = fa_bench.attach(model, name, seed=0, sample_input=x.unsqueeze(1), **own)
@@ -422,7 +422,6 @@ def test_an_optimizer_without_the_feedback_is_noticed_where_the_output_layer_is_
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_an_update_after_the_rules_step_is_noticed_by_its_next_step(name):
-    """The next step notices the update although there was no backward pass in between."""
     model, (x, y) = net(), data()
     optimizer = sgd(model.parameters())
     rule = fa_bench.attach(model, name, seed=0)

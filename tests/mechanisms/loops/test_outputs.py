@@ -136,8 +136,8 @@ def both(model: Net, rule: Any, kind: str, parts: tuple[int, ...] = (0, 1), main
 
 @pytest.mark.parametrize("name", ["weight_perturbation", "pepita", "epc"])
 def test_a_loss_on_another_output_moves_nothing_where_a_rule_computes_all_gradients(name: str) -> None:
-    """If a rule computes all gradients, a loss on another output is ignored, because it would otherwise be backpropagated through
-    the whole model."""
+    """If a rule computes all gradients itself, a loss on another output is ignored, because it would otherwise be backpropagated
+    through the whole model."""
     found = []
     for weight in (0.0, 1.0):
         model = Net(lambda one, two: (one, two))
@@ -179,7 +179,7 @@ def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, n
     # In dgl and asfp_lc, the second layer and both heads form one module and learn from both losses. In bp_deepsup, all layers
     # learn from both losses.
     if name not in ("dgl", "asfp_lc", "bp_deepsup"):
-        drawn = "feedback" if name in ("ddtp_linear", "ldrl") else "none"  # their feedback learns from new noise in each pass
+        drawn = "feedback" if name in ("ddtp_linear", "ldrl") else "none"  # their feedback learns from noise
         assert_same({key: found[key] for key in want if drawn not in key}, {key: want[key] for key in want if drawn not in key})
 
 
@@ -193,13 +193,13 @@ def test_a_wrong_output_names_the_nearest(name: str, kind: str) -> None:
         assert f"(outputs: {first}, {second})" in str(refused.value)
         if wrong == f"{second}x":
             assert f"did you mean '{second}'?" in str(refused.value)
-    attach(single(0), name, output=first)  # the model may return several outputs only in training
+    attach(single(0), name, output=first)  # accepted, because the model may return several outputs only in training
 
 
 @pytest.mark.parametrize("kind", PACKS)
 @pytest.mark.parametrize("name", [name for name in EDGE_RULES if name != "dual_propagation"])
 def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> None:
-    """Rules that are linear in the errors add up the gradients of both losses.
+    """Edge rules other than dual_propagation are linear in the errors, so the gradients of both losses add up.
 
     There are two exceptions. The B of ldfa learns the subspace of the errors, and the subspace of a sum is not the sum of the
     subspaces. The gradients of local losses are added only once.
@@ -310,7 +310,8 @@ def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
-    """An output that requires no gradient, such as a mask, need not be distinguished from the logits, even if it comes first."""
+    """If the only other output is one that requires no gradient, such as a mask, the logits need not be named, even if they come
+    last."""
 
     class Beside(Chain):
         def forward(self, x: Tensor) -> Any:
@@ -350,8 +351,8 @@ def test_a_number_names_the_output_that_its_text_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_from_it(name: str) -> None:
-    """A scalar next to the named output may be a penalty on a weight. If no output has the given name, the scalar may be the
-    loss, so the model is refused."""
+    """A scalar next to the named output may be a penalty on a weight. If it was computed from the logits, or if no output has the
+    given name, it may be the loss, so the model is refused."""
 
     class Penalised(Chain):
         scalar, named = "weight", True

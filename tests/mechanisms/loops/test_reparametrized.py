@@ -33,7 +33,7 @@ class Doubled(nn.Module):
 
 def old_weight_norm(layer: nn.Module) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # these functions are deprecated, but still found in scripts
+        warnings.simplefilter("ignore")  # the function is deprecated, but scripts still use it
         nn.utils.weight_norm(layer)
 
 
@@ -123,7 +123,7 @@ def test_detach_leaves_plain_layers_and_the_parametrization(name: str, how: str)
     if parametrize.is_parametrized(model.b.fc):
         assert type(model.b.fc).__name__ == "ParametrizedLinear" and "weight" in model.b.fc.parametrizations
     assert all(parameter.requires_grad for parameter in model.parameters())
-    # The gradient passes through the reparametrization, and the values are the same after its removal.
+    # The gradient passes through the reparametrization, and the outputs are the same after its removal.
     F.cross_entropy(model(X), Y).backward()
     assert "weight" not in dict(model.b.fc.named_parameters())
     assert any(key.startswith("b.fc") and "weight" in key for key in gradients(model))
@@ -179,7 +179,7 @@ def test_detach_unfreezes_the_weight_and_nothing_of_the_parametrization() -> Non
 
 
 def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
-    """weight_norm replaces the weight with new parameters for its norm and direction, which the user has frozen again."""
+    """weight_norm replaces the weight with new parameters for its norm and direction, which the user then freezes."""
     model = Chain()
     rule = attach(model, "frozen")
     old_weight_norm(model.b.fc)
@@ -230,7 +230,7 @@ def test_dynamic_quantisation_is_refused_or_right_and_works_after_detach(name: s
     assert_same(state(model), weights)  # the model itself does not change
     assert type(plain.b.fc).__module__.startswith("torch.ao") and not any("feedback" in key for key in plain.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(plain(X), model(X), atol=0.05, rtol=0.05)  # weights of at most 0.35, rounded to 8 bits
+        torch.testing.assert_close(plain(X), model(X), atol=0.05, rtol=0.05)  # the weights are rounded to 8 bits
         if attached is not None and name != "forward_forward":  # it normalises its activations while attached
             assert torch.equal(attached(X), plain(X))
 

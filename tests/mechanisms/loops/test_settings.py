@@ -44,7 +44,7 @@ def test_a_scheduler_with_one_rate_for_all_groups_is_warned_of_with_the_mend():
 
 @pytest.mark.parametrize("name", ["dkp", "kp"])
 def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
-    """Feedback with a learning rate of zero would not change. With such feedback, dkp is direct feedback alignment."""
+    """Feedback with a learning rate of zero would not change anyway. With such feedback, dkp is direct feedback alignment."""
     model, rule = attached(name, b_lr_scale=0.0)
     x, y = data()
     for _ in range(3):
@@ -115,7 +115,9 @@ def test_tied_weights_are_noted():
     fixed = net()
     fixed[4] = nn.Linear(16, 16).double()
     fixed[4].weight = fixed[2].weight
-    assert "shares its weight" not in str(fa_bench.attach(fixed, "fa").coverage), "fixed feedback does not follow the weight"
+    assert "shares its weight" not in str(fa_bench.attach(fixed, "fa").coverage), (
+        "a shared weight is noted although the feedback is fixed"
+    )
     assert "each micro-batch has its own M" in str(attached("brsf")[1].coverage)
 
 

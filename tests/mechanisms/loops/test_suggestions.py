@@ -158,7 +158,7 @@ def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str,
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     assert model.state_dict().keys() == plain.state_dict().keys() and fa_bench.attached_rule(model) is None
     fa_bench.attach(model, name, sample_input=x[:2], **options, **error.settings)
-    if kind == "mlp":  # the cuts are the activations, the last modules that depend on only one layer
+    if kind == "mlp":  # the suggested cuts are activations
         assert error.settings["cuts"] == (["1", "3"] if name in (*COVERS_BLOCKS, "asfp_lc") else ["1", "3", "5"])
 
 
@@ -271,7 +271,6 @@ def test_patterns_mean_the_modules_that_were_chosen_and_no_others() -> None:
 
 @pytest.mark.parametrize("name", ["dfa", "local_error", "dgl"])
 def test_without_a_hidden_layer_nothing_is_suggested(name):
-    """A net without a hidden layer has no cuts to suggest, so no suggestion is tested either."""
     with pytest.raises(CoverageError, match=r"Sequential declares none; .*with cuts, or set model\.") as refused:
         fa_bench.attach(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), name, sample_input=torch.zeros(2, 8))
     assert refused.value.settings == {}

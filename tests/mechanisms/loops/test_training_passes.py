@@ -249,7 +249,7 @@ def test_a_refused_pass_leaves_the_next_one_alone(name):
     model.blind = True
     with pytest.raises(CoverageError, match="'a' ran without gradients"):
         model(X)
-    assert not rule.mode.training, "no pass is under way"
+    assert not rule.mode.training, "the refused pass still counts as running"
     model.blind = False
     for one, its in ((model, rule), (other, whole)):
         train(one, its, 2)

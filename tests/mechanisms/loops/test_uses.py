@@ -201,7 +201,7 @@ class Penalised(Net):
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ("frozen", "frozen_blocks", *COVERS_ALL)])
 def test_a_penalty_on_the_weights_adds_its_gradient(name: str) -> None:
-    """The penalty is computed outside the forward pass, or returned by it. Cut rules refuse a second output that is a scalar."""
+    """The penalty is computed outside the forward pass, or returned by it. Without the option `output`, cut rules refuse this."""
     model = Net()
     want = train(model, attach(model, name), X, Y, steps=1)
     want["mid.weight"] = want["mid.weight"] + 2 * Net().mid.weight.detach()

@@ -1,4 +1,4 @@
-"""One naive reference implementation per rule, which computes the gradients of all weights, biases and learned feedback tensors.
+"""A naive reference implementation of every rule, which computes the gradients of weights, biases and learned feedback tensors.
 
 A reference takes (chain, params, feedback, x, y, **options), where ``feedback`` is {layer or cut: {tensor name: array}} and
 ``options`` are the rule's options. A reference returns {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}. A tensor without

@@ -1,4 +1,4 @@
-"""Reference implementations of direct feedback and of the rules that propagate errors with one tensor per layer."""
+"""Reference implementations of bp and its floors, of dfa, and of the rules that propagate errors with one tensor per layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def bp(chain, params, feedback, x, y):
 
 
 def frozen(chain, params, feedback, x, y):
-    """Train only the output layer."""
+    """The exact gradients of the output layer, which is the only one that learns."""
     last = weighted(chain)[-1]
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] == last}
 

@@ -29,7 +29,7 @@ def dfc(
     draws=None,
     **_,
 ) -> Arrays:
-    """The gradient at v is -(phi(v + Q u) - phi(v)) / N, or -Q u / N with the voltage difference.
+    """The gradient at v, the input of a cut, is -(phi(v + Q u) - phi(v)) / N, or -Q u / N with the voltage difference.
 
     The control is u_n = (J_n Q_n + alpha I)^-1 (-stepsize dL_n/dz_n). Weight gradients are computed with the controlled
     activities.

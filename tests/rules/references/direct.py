@@ -72,7 +72,7 @@ def f3_errors(information, logits, y) -> np.ndarray:
 
 
 def f3(chain, params, feedback, x, y, information="delayed_loss", first_epoch="target", **options) -> Arrays:
-    """The error at a cut is e B / N, where e is the error from the sample's previous pass.
+    """The error at a cut is e B / N, where e comes from this pass or, with delayed `information`, from the sample's previous one.
 
     The dictionary `kept` maps each sample to the error of its previous pass and is updated in place. If `kept` and `indices` are
     absent, every sample is treated as being in its first epoch.

@@ -1,4 +1,4 @@
-"""Reference implementations of dual propagation, which replaces derivatives by finite differences."""
+"""Reference implementation of dual propagation, which replaces derivatives by finite differences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def dual_propagation(chain, params, feedback, x, y, beta=0.01):
 
 
 REFERENCES = {"dual_propagation": dual_propagation}
-# A beta of 3 is so large that the slopes of ReLU saturate at one half and those of tanh differ from its derivative.
+# With a beta of 3, the finite differences deviate clearly from the derivatives.
 CASES = {
     "dual_propagation": ("dual_propagation", {"beta": 3.0}),
     "fa-dual": ("fa", {"derivative": "dual", "beta": 3.0}),

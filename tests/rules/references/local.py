@@ -44,7 +44,7 @@ def flattening(shape: tuple[int, ...], limit: int) -> list[Stage]:
 
 
 def below(chain, params, x, y, cuts, local, output=1.0) -> Arrays:
-    """All gradients, where local(cut, activation) returns the error at each cut and the gradients of the cut's own parameters."""
+    """All gradients, where local(cut, activation) returns the error at a cut and the gradients of the cut's own parameters."""
     values, given, learned = outputs(chain, params, x), {}, {}
     for cut in cuts:
         given[cut], grads = local(cut, values[cut])

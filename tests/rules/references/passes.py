@@ -138,7 +138,7 @@ def forward_forward(
 ) -> Arrays:
     """The gradients of the local losses 1/2 softplus(-+(G - theta)), and the true gradient of the classifier.
 
-    The docstring of the rule gives the equations.
+    The upper sign is for the true labels, for which the peer loss is added, and the lower sign is for wrong labels.
     """
     layers, cuts = {stage.name: stage for stage in chain}, [stage.name for stage in chain if stage.name in feedback]
     classes = len(params[f"{weighted(chain)[-1]}.weight"])
