@@ -85,7 +85,8 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
         frame with one row per trial, and `directory` is the study's folder.
 
     Raises:
-        FaBenchError: for invalid input, before any training.
+        FaBenchError: for invalid input, before any training; later, for files that cannot be read or written, or a worker process
+            that ends.
         KeyboardInterrupt: after a signal; the same call resumes.
 
     Examples:
@@ -112,7 +113,7 @@ def _arguments(function: str, overrides: Sequence[Any], options: Mapping[str, An
     """Convert the arguments of a call to command-line overrides.
 
     Raises:
-        ConfigError: an override is not a string, or a value cannot be written on the command line.
+        ConfigError: if an override is a flag or not a string, or if a value cannot be written on the command line.
     """
     for each in overrides:
         if not isinstance(each, str):
