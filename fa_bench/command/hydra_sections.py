@@ -47,7 +47,9 @@ def check_sections(config: DictConfig) -> None:
     # Launchers with several processes, such as joblib's, would refuse an invalid number of jobs only after the sweep has started.
     jobs = OmegaConf.select(config, "hydra.launcher.n_jobs")
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0):
-        raise ConfigError(f"hydra.launcher.n_jobs={jobs}: must be a whole number >= 1, or negative as in joblib (-1: one job per core)")
+        raise ConfigError(
+            f"hydra.launcher.n_jobs={jobs}: must be a whole number >= 1, or negative as in joblib (-1: one job per core)"
+        )
 
 
 def _configure_logging(section: DictConfig | None) -> None:
