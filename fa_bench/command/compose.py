@@ -161,7 +161,7 @@ class Composer:
 
         Args:
             jobs: the overrides of each job.
-            directories: whether to check the contents of the run directories.
+            directories: whether to check that the run directories can be written and contain no other files.
 
         Returns:
             Every job with its run directory.

@@ -56,7 +56,7 @@ class Task:
         """Run one job. In a sweep, an error in one job does not prevent the others from running, unless on_error=stop is set.
 
         Returns:
-            0 if the run ended normally, by divergence or by a callback; 1 if it failed or was skipped; 2 after a FaBenchError.
+            0 if the run finished, diverged or was stopped by a callback; 1 if it failed or was skipped; 2 after a FaBenchError.
         """
         if self.epochs and os.getpid() != self.parent_pid:
             self._set_up_worker()

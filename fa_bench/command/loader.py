@@ -45,7 +45,7 @@ class JobLoader(ConfigLoaderImpl):
         self._is_group: dict[tuple[Any, ...], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A launcher pickles the loader for every job.
+        # A launcher pickles the loader for every job, so the caches are left out.
         return {key: value for key, value in self.__dict__.items() if key not in ("_configs", "_is_group")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class JobLoader(ConfigLoaderImpl):
         return config
 
     def _chooses(self, override: Override, config_name: str | None, search_path: Sequence[Any]) -> bool:
-        """Whether an override chooses a config from a group, such as a component, and thereby a file of the composed config."""
+        """Whether an override chooses a config from a group, such as a component or an experiment."""
         if isinstance(override.value(), dict):
             return False
         key = (config_name, *search_path, override.key_or_group)

@@ -46,7 +46,7 @@ class Parts(NamedTuple):
 
 
 def load(job: Job, device: torch.device) -> Splits:
-    """The data of a job, limited to its scale.
+    """The data of a job, reduced if its scale requires it.
 
     Raises:
         FaBenchError: if the data are missing, broken, or incompatible with the dataset's options.

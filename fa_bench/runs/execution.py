@@ -112,7 +112,7 @@ class Execution:
                 self._pending.discard(len(x))
                 self._has_compiled = True
                 log.info("compiling the step for %d samples, which takes seconds to a minute", len(x))
-                with torch._dynamo.config.patch(allow_rnn=True):  # recurrent modules are compositions of layers
+                with torch._dynamo.config.patch(allow_rnn=True):  # by default, the graph breaks at recurrent modules
                     return compiled(x, y)
             return compiled(x, y)
 

@@ -168,7 +168,7 @@ class World:
 
 
 class Processes(World):
-    """One of several processes.
+    """One of several processes that train a run together.
 
     Args:
         rank, size: see `World`.

@@ -44,7 +44,8 @@ _COMMENTS = re.compile(r"\A(#.*\n)+")
 
 
 class Config(NamedTuple):
-    """A run's config, flattened to the keys of the command line (empty if there is no config), and the hash of its code."""
+    """A run's config, flattened to the keys of the command line, and the hash of the code that wrote it. Without a config, the
+    mapping is empty and the hash is None."""
 
     values: dict[str, Any]
     code_hash: str | None
@@ -117,8 +118,7 @@ def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]
     """The first `epochs` lines of a run's `metrics.jsonl`, which a resumed run continues.
 
     Raises:
-        RecordError: if a line is missing or is not the record of its epoch, or, with `complete`, if there are further lines; the
-            message names the line.
+        RecordError: if a line is missing or is not the record of its epoch, or, with `complete`, if there are further lines.
     """
     content = read_bytes(path) if epochs else b""
     if content is None:

@@ -1,4 +1,5 @@
-"""The values that are allowed in the files of a run. Unknown keys are ignored, so that records of later versions can be read."""
+"""The values that are allowed in the files of a run or sweep. Unknown keys are ignored, so that records of later versions can be
+read."""
 
 from __future__ import annotations
 

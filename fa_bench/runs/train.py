@@ -53,7 +53,7 @@ def run(
     Args:
         job: the checked config.
         directory: the run directory; apart from its lock, nothing in it changes until data, model and rule are ready.
-        title: the title of the progress bar.
+        title: the title of the run in the log and in the progress bar.
         experiment: the experiment that the config came from, for the record.
         later_epochs: epochs of the runs that follow, to estimate the remaining time.
         callbacks: additional callbacks, called after those of the config. They are not part of the run's identity: they must not
