@@ -4,8 +4,8 @@
     runs = fa_bench.run("algorithm=kp", "dataset=digits", seed=[0, 1, 2])     # in the runner
     study = fa_bench.tune("algorithm=bp,kp", "dataset=digits", budget=20)     # a hyperparameter search
 
-This module also provides what most plugins need: base classes, `option` to declare options, and a decorator for each kind of
-component.
+This module also provides what most plugins need: base classes, `option` to declare options, and decorators that register
+components.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
             range or an array is a sweep: ``seed=[0, 1, 2]``; a list within it is one value: ``probes=[["readout"]]``.
 
     Returns:
-        The runs in the order of the jobs, each with its directory, its result, its config, and the metrics of every epoch. No
-        exception other than a FaBenchError is raised if a run fails or diverges; check ``run.finished`` and
-        ``run.result["status"]``. The file ``run.log`` in the run's directory contains the traceback. Runs without a result, such
-        as those that ``on_error=stop`` skipped, are omitted. Finished runs are not trained again.
+        The runs in the order of the jobs, each with its directory, its result, its config, and the metrics of every epoch. A run
+        that fails or diverges raises no exception, apart from those below; check ``run.finished`` and ``run.result["status"]``.
+        After a failure, the file ``run.log`` in the run's directory contains the traceback. Runs without a result, such as those
+        that ``on_error=stop`` skipped, are omitted. Finished runs are not trained again.
 
     Raises:
         FaBenchError: for invalid input, before any training. A call that is not a sweep also raises such an error if the run
@@ -85,7 +85,8 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
         frame with one row per trial, and `directory` is the study's folder.
 
     Raises:
-        FaBenchError: for invalid input, before any training.
+        FaBenchError: for invalid input, before any training; later, if a file cannot be read or written or a worker process ends
+            unexpectedly.
         KeyboardInterrupt: after a signal; the same call resumes.
 
     Examples:
@@ -112,7 +113,7 @@ def _arguments(function: str, overrides: Sequence[Any], options: Mapping[str, An
     """Convert the arguments of a call to command-line overrides.
 
     Raises:
-        ConfigError: an override is not a string, or a value cannot be written on the command line.
+        ConfigError: if an override is a flag or not a string, or if a value cannot be written on the command line.
     """
     for each in overrides:
         if not isinstance(each, str):

@@ -32,16 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``fa-bench``.
 
     Returns:
-        The exit code: 0 if every run finished or was stopped by a callback; 1 if one failed or diverged; 2 for invalid input,
-        with one or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
+        The exit code: 0 if every run finished or was stopped by a callback; 1 if one failed or diverged; 2 for invalid input or
+        for files that cannot be read or written, with one or two lines on standard error; 130 after an interrupt (SIGINT), 143
+        after SIGTERM, 129 after SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     return parallel.run_together(lambda: exit_code("fa-bench", lambda: with_errors_printed("fa-bench", lambda: _main(words))))
 
 
 def with_errors_printed(program: str, function: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """Call `function` and return its exit code. Signals, and errors in the input, in files or in plugins, are reported in one
-    line and result in an exit code."""
+    """Call `function` and return its exit code. Signals, errors that users can fix, errors of the operating system and plugins
+    that exit the process are reported in one line and result in an exit code. All other exceptions are raised."""
     try:
         with interrupt_on_signals():
             return function()
@@ -210,7 +211,8 @@ def _parse(argv: list[str]) -> Any:
 
 @contextmanager
 def hydra_errors() -> Iterator[None]:
-    """Report errors raised within Hydra in one line, unless HYDRA_FULL_ERROR=1 requests the traceback."""
+    """Convert exceptions raised within Hydra to errors that are reported in one line. With HYDRA_FULL_ERROR=1, only errors of the
+    operating system are converted, and all other exceptions keep their traceback."""
     try:
         yield
     except FaBenchError:

@@ -113,7 +113,7 @@ def truncate(text: str, limit: int) -> str:
 
 
 def printable(text: object) -> str:
-    """A message as a single line that is safe to print on any terminal.
+    """A message as a single line of printable characters.
 
     Line breaks and unprintable characters, which may occur in file names, are escaped; the length is limited to `MAX_MESSAGE`.
     """
@@ -123,7 +123,7 @@ def printable(text: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, truncated, or the name of the error's type if it has no message or cannot be
+    """The first line of an error's message, truncated, or the name of the error's type if the error has no message or cannot be
     converted to text."""
     try:
         text = str(error).strip()

@@ -118,8 +118,9 @@ class Composer:
     def _parts(self, grid: list[dict[str, str]], overrides: list[str]) -> list[list[str]]:
         """The parts of an experiment's sweep as overrides. Values on the command line replace those of the experiment.
 
-        If the parts differ in a component, such as the rule, each part keeps only those values of the command line that it lists
-        itself. A part that lists none of the command line's values is dropped. Values that no part lists go to the first part.
+        If parts list a component that the command line also sets, such as the rule, each part keeps only those values of the
+        command line that it lists itself. A part that lists none of the command line's values is dropped. Values that no part
+        lists go to the first part.
         """
         given = self.chosen()
         kinds = [group.kind for group in GROUPS if group.kind in given and any(group.kind in part for part in grid)]
@@ -160,7 +161,7 @@ class Composer:
 
         Args:
             jobs: the overrides of each job.
-            directories: whether to check the contents of the run directories.
+            directories: whether to check that the run directories can be written and contain no other files.
 
         Returns:
             Every job with its run directory.
@@ -168,7 +169,7 @@ class Composer:
         Raises:
             ConfigError: for an unknown key, and if two jobs are the same run.
             OptionError: for an invalid value.
-            RunDirectoryError: if a directory holds another config's run, or cannot be created.
+            RunDirectoryError: if a directory cannot be created, belongs to another config's run, or contains other files.
         """
         checked: dict[Path, Job] = {}
         for number, overrides in enumerate(jobs):

@@ -132,7 +132,7 @@ def _config(job: Job) -> list[str]:
 
 
 def _details(job: Job, cache: dict[str, Splits]) -> list[str]:
-    """The model, feedback, costs and data of one config, after its scale has been applied."""
+    """Lines on the model, feedback, costs and data of one config, after its scale has been applied."""
     prepare(job)  # raises if the device does not exist
     trained = scaled(job)
     splits = _load(trained, cache)
@@ -146,7 +146,7 @@ def _details(job: Job, cache: dict[str, Splits]) -> list[str]:
 
 
 def _uncovered(rule: Rule) -> list[str]:
-    """The numbers of modules that have parameters but are not covered by the rule, such as normalisation layers."""
+    """Lines that count, by type, the modules with parameters that the rule does not cover, such as normalisation layers."""
     covered = {entry.layer for entry in rule.coverage.covered}
     sizes_of: dict[tuple[str, bool], list[int]] = {}
     learned = {id(tensor) for tensor in rule.feedback_parameters()}
@@ -300,7 +300,7 @@ def describe(run_dir: Path, job: Job) -> str:
 
 
 def _directories(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
-    """The run directories of a sweep, counted by state; those that are not empty are listed."""
+    """Lines that count the run directories of a sweep by state, and that list those that are not empty."""
     states = {run_dir: describe(run_dir, job) for job, run_dir in jobs}
     counts = collections.Counter(text.split(":")[0].split(" (")[0] for text in states.values())
     used = [f"{run_dir}: {text}" for run_dir, text in states.items() if text != "empty"]

@@ -40,7 +40,8 @@ def list_groups(loader: ConfigLoader) -> dict[str, list[str]]:
 def explain(
     loader: ConfigLoader, config_name: str, overrides: list[str], error: Exception, given: dict[str, list[str]] | None = None
 ) -> ConfigError:
-    """An error that names the wrong override, the allowed values and the nearest name, or the package to install.
+    """An error that names the wrong override, the allowed values and the nearest name, or the package to install. If no override
+    is found to be wrong, the error repeats the beginning of Hydra's message.
 
     Args:
         loader: Hydra's config loader.
@@ -129,7 +130,8 @@ def unknown_key(key: str, config: DictConfig, groups: list[str]) -> str:
 
 
 def _same_name_hint(last: str, config: DictConfig) -> str:
-    """A hint that lists keys of other components that end in `last`."""
+    """A hint that lists up to three keys of the config whose last part is `last` or, if `last` is a synonym, fa-bench's name for
+    it."""
 
     def keys(node: DictConfig, prefix: str) -> Iterator[str]:
         for name in node:
@@ -151,7 +153,8 @@ def _install_hint(group: str, name: str) -> str:
 
 
 def _summary(error: Exception) -> str:
-    """The first line of an error, or two lines if the first is a heading, and a hint on the package to install."""
+    """The first line of an error, or two lines if the first is a heading, and a hint on the package to install if one is
+    missing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = truncate(" ".join(lines[: 2 if len(lines) > 1 and lines[0].endswith(":") else 1]), 400) or type(error).__name__
     choices = [(group, name) for group, packages in _PACKAGES.items() for name in packages if f"{group}/{name}'" in text]

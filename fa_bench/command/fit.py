@@ -1,4 +1,4 @@
-"""Check that the rules of a sweep fit its networks, on the meta device, before the first job starts."""
+"""Check that the rules of a sweep or study fit its networks, on the meta device, before the first job starts."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def visible_devices(count: int, environment: Mapping[str, str]) -> list[str]:
 
 
 def shares_devices(requested: Collection[str]) -> bool:
-    """Whether jobs with these values of `device` can run on any CUDA device, because none of them specifies a device number."""
+    """Whether jobs with these values of `device` can be distributed over the CUDA devices, which requires that at least one value
+    is auto or cuda and that all others are cpu."""
     return bool({"auto", "cuda"}.intersection(requested)) and set(requested) <= {"auto", "cuda", "cpu"}
 
 

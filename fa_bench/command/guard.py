@@ -82,7 +82,7 @@ class CheckedFiles(FileConfigSource):
 
 
 class CheckedPackages(ImportlibResourcesConfigSource):
-    """Hydra's source for configs in Python packages. Hydra imports these packages, so the search path must not name any."""
+    """Hydra's source for configs in Python packages. Hydra imports these packages, so ``hydra.searchpath`` must not name any."""
 
     def __init__(self, provider: str, path: str) -> None:
         if provider.startswith("hydra.searchpath"):
@@ -131,7 +131,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
         plugins: the modules named on the command line, the only ones that may be imported.
 
     Raises:
-        ConfigError: for such a config; the message names the key, its value and the allowed values.
+        ConfigError: for such a config; the message names the key.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
     _check_lengths(plain)

@@ -1,4 +1,4 @@
-"""The task that Hydra's launchers run for each job, in this process or in another one."""
+"""The task that Hydra runs for each job, in this process or in that of a launcher."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Task:
         failure_marker: a file that exists once a job has failed.
         gpus: CUDA devices that worker processes share; None if each process uses the devices that it sees.
         directories: the run directories of the checked jobs.
-        errors: a list that collects the errors of invalid input, for a run within a user's program; if None, they are printed.
+        errors: a list that collects the FaBenchErrors of a run within a user's program; if None, they are printed.
         owns_process: whether this process belongs to the command or a launcher, and not to a user's program.
     """
 
@@ -56,7 +56,7 @@ class Task:
         """Run one job. In a sweep, an error in one job does not prevent the others from running, unless on_error=stop is set.
 
         Returns:
-            0 for success, 1 if the run failed, 2 for invalid input.
+            0 if the run finished, diverged or was stopped by a callback; 1 if it failed or was skipped; 2 after a FaBenchError.
         """
         if self.epochs and os.getpid() != self.parent_pid:
             self._set_up_worker()
@@ -104,7 +104,7 @@ class Task:
             if isinstance(error, FaBenchError) and self.errors is not None:
                 self.errors.append(error)
                 return 2
-            # A failed run is recorded in its directory unless another process is writing there or the run has not started.
+            # A failure is recorded in the run's directory, unless another process writes there or the error is only printed.
             unrecorded = isinstance(error, DirectoryLockedError) or (is_known and not self.epochs) or parallel.current().rank > 0
             logged = unrecorded or _record(job, directory, error, experiment)
             where = f"traceback: {directory / LOG}" if logged else f"in {directory}, where no log can be written"

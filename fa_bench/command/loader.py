@@ -1,4 +1,4 @@
-"""Hydra's config loader for the jobs of one command, most of which choose the same components."""
+"""A fast variant of Hydra's config loader for the jobs of one command, most of which choose the same components."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class JobLoader(ConfigLoaderImpl):
         self._is_group: dict[tuple[Any, ...], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A launcher pickles the loader for every job.
+        # A launcher pickles the loader for every job, so the caches are left out.
         return {key: value for key, value in self.__dict__.items() if key not in ("_configs", "_is_group")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class JobLoader(ConfigLoaderImpl):
         return config
 
     def _chooses(self, override: Override, config_name: str | None, search_path: Sequence[Any]) -> bool:
-        """Whether an override chooses a component, which determines the files that a config is composed from."""
+        """Whether an override chooses a config from a group, such as a component or an experiment."""
         if isinstance(override.value(), dict):
             return False
         key = (config_name, *search_path, override.key_or_group)
@@ -101,7 +101,7 @@ class JobLoader(ConfigLoaderImpl):
         return self._is_group[key]
 
     def _compose(self, config_name: str | None, overrides: list[str], run_mode: RunMode) -> DictConfig:
-        """A new config with the components and the Hydra options that `overrides` selects."""
+        """A new config with the components and the Hydra options that `overrides` select."""
         # The registered components may have changed since the last call, because checking a job imports its plugins.
         key = (config_name, tuple(overrides), registered_components())
         if (stored := self._configs.get(key)) is None:

@@ -55,7 +55,7 @@ def parse(text: str) -> Override:
 
 
 def count_values(override: Override) -> float:
-    """The number of values of an override, computed without expanding it."""
+    """The number of values of an override, computed without expanding it. Raises ConfigError for an interval or a pattern."""
     value = override.value()
     if isinstance(value, RangeSweep):
         start, stop, step = value.start or 0, value.stop or 0, value.step

@@ -176,7 +176,7 @@ def _stop_jobs(run_dirs: Iterable[Path]) -> None:
 
 
 def _write_report(run_dirs: list[Path], folder: Path) -> int:
-    """Report on all runs in the folder, and print the table of the sweep's own runs."""
+    """Report on all runs in the folder, print the table of the sweep's own runs, and return the exit code."""
     from fa_bench.report import write_report
     from fa_bench.report.runs import find_runs
 

@@ -36,7 +36,7 @@ more:
   fa-bench --help plugins=[my_rules] ...      include the components that your module registers
   fa-bench --hydra-help                       Hydra's own flags (--multirun, --config-dir, ...)
 """
-#: The run options that are changed most often.
+#: The run options that the overview lists.
 _COMMON = ("seed", "epochs", "batch_size", "device", "data_dir", "output_dir", "scale", "resume")
 _WIDTH = 100
 

@@ -116,8 +116,8 @@ class RunOptions(Options):
     )
     probe_every: int | None = option(
         None,
-        "steps between measurements of angles; 0: only at the end; null: at least 20 "
-        "measurements in a run, at most 500 steps apart",
+        "steps between measurements of angles; 0: only at the end; null: at least 20 measurements in a run of at least 20 steps, "
+        "at most 500 steps apart",
         minimum=0,
     )
     probe_size: int = option(128, "number of samples in the batch on which angles are measured", minimum=1)
@@ -127,7 +127,7 @@ class RunOptions(Options):
     histograms_every: int = option(
         0, "steps between histograms of weights, feedback and gradients for TensorBoard; 0: never", minimum=0
     )
-    probes: list[str] = option([], "additional measurements of every layer; they do not affect other results", choices=PROBES)
+    probes: list[str] = option([], "additional measurements of layers or blocks, without effect on other results", choices=PROBES)
     probes_epochs: int = option(0, "epochs between measurements of `probes`; 0: only at the end", minimum=0)
     callbacks: list[str] = option(
         [],
@@ -171,8 +171,8 @@ class RunOptions(Options):
                 raise OptionError(key, f"lists {repeated[0]} twice")
 
 
-#: Keys that are not part of a run's identity, because they do not affect its results. There are two exceptions: `threads` changes
-#: rounding, and `data_dir` is part of the identity if it determines the data.
+#: Keys that are not part of a run's identity, except that `data_dir` is part of it if it determines the data. They do not affect
+#: results, except that `threads` changes rounding.
 VOLATILE = (
     "resume",
     "output_dir",
@@ -237,7 +237,7 @@ class Job:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """The scores of this job's runs, with the primary score first."""
+        """The scores of the run, with the primary score first."""
         return tuple(self.objective.scores[self.dataset.targets])
 
     def plain(self) -> dict[str, Any]:
@@ -275,14 +275,14 @@ class Job:
 
     @property
     def group(self) -> str:
-        """The name shared by all runs that differ only in the seed."""
+        """The rule's name and a hash of the identity without the seed."""
         identity = self.identity()
         del identity["seed"]
         return f"{self.algorithm.name}-{_hash(identity)[:8]}"
 
     @property
     def own_classes(self) -> list[type]:
-        """The classes of the run's components that are not part of this package."""
+        """The classes of the run's components, schedules and callbacks that are not part of fa_bench."""
         optimizers = [optimizer for optimizer in (self.optimizer, self.feedback_optimizer) if optimizer is not None]
         components = [
             self.algorithm,
@@ -398,7 +398,8 @@ def registered_components() -> Any:
 
 
 def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: DictConfig) -> Any:
-    """The entry for the selected component in an experiment's table, for example ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``.
+    """The resolver of ``${by:GROUP,TABLE,OTHERWISE}`` in experiments, such as ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``. It
+    returns the table's entry for the component selected from the group, or `otherwise` if the table has no such entry.
 
     Raises:
         ConfigError: for an unknown group, or a component that does not exist.

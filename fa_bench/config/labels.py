@@ -94,8 +94,8 @@ def _component_keys(key: str) -> list[str]:
 def short_key(key: str, config: Flat) -> str:
     """A key as shown in labels: options of the rule and the optimizer have no prefix, for example ``lr`` for ``optimizer.lr``.
 
-    The full key is used if the short form would be ambiguous within the config. The choice does not depend on other configs, so a
-    run has the same label regardless of what it is compared with.
+    The full key is used if the short form would be ambiguous within the config. The choice does not depend on other configs, so
+    a key is shown in the same form regardless of what the run is compared with.
     """
     group, _, name = key.partition(".")
     if group not in _SHORTENED or not name or name == "name" or name in config or name in _RUN_OPTIONS:
@@ -112,8 +112,8 @@ def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
 def distinct_labels(names: Mapping[Key, str], configs: Mapping[Key, Flat]) -> dict[Key, str]:
     """The names as labels. If several names are equal, the values of the keys in which their configs differ are appended.
 
-    Reports, figures, the live view and the log of a sweep all use these labels for compared runs. Keys that differ only between
-    runs with different names are not appended.
+    Reports and the live view use these labels for compared runs. Keys that differ only between runs with different names are not
+    appended.
     """
     by_name: dict[str, list[Key]] = {}
     for key, name in names.items():

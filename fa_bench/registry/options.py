@@ -1,5 +1,5 @@
-"""The options of a component, which are declared once as the fields of a dataclass with a type, a default, a range and a help
-text.
+"""The options of a component, which are declared once as the fields of a dataclass with a type, a default, a help text and, if
+needed, a range.
 
 The same declaration provides the Python signature, the Hydra schema (`fa_bench/config/job.py` registers its defaults), the
 validation of every value, and the text of ``fa-bench --help``.
@@ -38,10 +38,10 @@ def option(
     """Declare one option of a component.
 
     Args:
-        default: lists and nested options are copied for each instance.
+        default: the default value; a list, a dict or nested options are copied for each instance.
         help: one sentence for ``--help``, with units.
-        choices: the allowed strings; for a list, the strings allowed as items. If this is a registry, it is
-            read only when a value is checked.
+        choices: the allowed values, such as names; for a list, the allowed items. A registry is not read until its names are
+            needed.
         with_options: whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``.
         minimum: the smallest allowed value; for a list, the smallest allowed item.
         above: exclusive lower bound.
@@ -99,7 +99,7 @@ class Options:
         """Override this to check combinations of options; raise OptionError if they are invalid."""
 
     def schema(self) -> dict[str, Any]:
-        """The default values of these options, for a component that is nested in another one."""
+        """The values of these options as they appear in the schema of the enclosing component."""
         return as_plain(self)
 
     @classmethod
@@ -133,10 +133,10 @@ def require_dataclass(cls: type[Options]) -> None:
     The check cannot run when the class is registered, because the dataclass decorator may be applied afterwards.
 
     Raises:
-        ComponentError: if the class, or a base class, was not decorated.
+        ComponentError: if the class, or a base class, declares options but was not decorated.
     """
     for each in cls.__mro__:
-        # The dataclass decorator would have replaced such fields with their default values.
+        # The dataclass decorator would have removed such fields or replaced them with their default values.
         if declared := [name for name, value in vars(each).items() if isinstance(value, dataclasses.Field)]:
             raise ComponentError(
                 f"class {each.__qualname__} ({each.__module__}) declares options ({names(declared)}) but is no dataclass; write "
@@ -145,7 +145,7 @@ def require_dataclass(cls: type[Options]) -> None:
 
 
 def option_fields(cls: type[Options]) -> list[dataclasses.Field[Any]]:
-    """The declared options of a component, with those of the base class first.
+    """The declared options of a component, with those of its base classes first.
 
     Raises:
         ComponentError: if the class declares options but is no dataclass.
@@ -219,8 +219,8 @@ _BOUNDS = {
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """The value converted to the annotated type, or _WRONG if it has another type. Integers are converted to floats if necessary;
-    nothing else is converted."""
+    """The value converted to the annotated type, or _WRONG if it has another type. Integers can become floats, sequences can
+    become lists, and mappings can become nested options; nothing else is converted."""
     if _is_union(hint):
         for arg in get_args(hint):
             if (converted := _convert(value, arg)) is not _WRONG:

@@ -1,4 +1,4 @@
-"""Imports plugins, which are modules named on the command line or provided by installed distributions."""
+"""Imports plugins, which are modules named by the option ``plugins`` or provided by installed distributions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def import_modules(modules: Iterable[str]) -> None:
     """Import the named modules, which may also be in the working directory.
 
     Raises:
-        ConfigError: if a module cannot be imported; the message gives the file and the line of the error.
+        ConfigError: if a module cannot be imported; the message gives the file and the line of an error within it.
     """
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -33,7 +33,8 @@ def import_installed() -> None:
     """Import the plugins of installed distributions.
 
     Raises:
-        ConfigError: if a plugin cannot be imported; the message gives its distribution, and the file and line of the error.
+        ConfigError: if a plugin cannot be imported; the message gives its distribution, and the file and line of an error within
+            the plugin.
     """
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         dist = entry.dist.name if entry.dist else "an unknown distribution"

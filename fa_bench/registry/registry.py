@@ -13,7 +13,7 @@ from fa_bench.registry.options import Options
 from fa_bench.registry.plugins import import_installed
 
 T = TypeVar("T", bound=Options)
-#: The type of a registered class, which the decorator returns unchanged.
+#: The type of the class that the decorator receives and returns.
 C = TypeVar("C", bound="type[Options]")
 
 
@@ -23,7 +23,7 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
     Args:
         kind: the kind, such as ``algorithm`` or ``schedule``, for messages.
         package: the package (or module) that contains the components; imported at the first lookup.
-        base: the base class of the components, as ``module:Class``; imported when the first one is registered.
+        base: the base class of the components, as ``module:Class``; imported when the first component is registered.
     """
 
     def __init__(self, kind: str, package: str, base: str) -> None:

@@ -1,4 +1,4 @@
-"""Parses components that are written together with their options, as NAME or NAME:OPTION=VALUE,..."""
+"""Parses specs, which name a component and may set its options: NAME or NAME:OPTION=VALUE,..."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T", bound=Options)
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """The name and the options of a spec such as ``resnet18:width=8,blocks=[1,1]``. Values are parsed as on the command line.
+    """The name and the options of a spec such as ``resnet18:width=8,blocks=[1,1]``. Values are parsed as YAML.
 
     Raises:
-        ConfigError: for an option without a value, or an option that does not follow the name of a component.
+        ConfigError: for an option without a value, an option without a component's name before it, or options that are not YAML.
     """
     name, _, rest = spec.partition(":")
     if "=" in name:

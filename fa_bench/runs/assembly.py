@@ -46,7 +46,7 @@ class Parts(NamedTuple):
 
 
 def load(job: Job, device: torch.device) -> Splits:
-    """The data of a job, limited to its scale.
+    """The data of a job, reduced if its scale requires it.
 
     Raises:
         FaBenchError: if the data are missing, broken, or incompatible with the dataset's options.
@@ -57,7 +57,8 @@ def load(job: Job, device: torch.device) -> Splits:
 
 @within_memory()
 def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Parts:
-    """Load the data, build the model and attach the rule. The rule's initial phase has not run yet.
+    """Load the data if necessary, build the model, attach the rule, and return the parts of the run. The rule's initial phase has
+    not run yet.
 
     Args:
         job: the job as it is trained, see `fa_bench.config.scale.scaled`.
@@ -65,7 +66,7 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
         splits: from `load`, if it was called before.
 
     Raises:
-        FaBenchError: if the input cannot be run.
+        FaBenchError: if the job cannot be run.
     """
     splits = splits or load(job, device)
     try:
@@ -129,9 +130,9 @@ def prepare(job: Job) -> torch.device:
     """Set all process-wide state that a run depends on, and return the run's device.
 
     Raises:
-        ConfigError: if the device is not available.
+        ConfigError: if the device is not available, or if compile=true is set for several processes.
     """
-    # Large logits give probabilities below 1e-38, and a CPU computes with such denormal numbers many times more slowly. The
+    # Large logits lead to probabilities below 1e-38, and a CPU computes with such denormal numbers many times more slowly. The
     # setting must be made before torch starts its worker threads, which inherit it.
     torch.set_flush_denormal(True)
     torch.set_default_dtype(torch.float32)

@@ -1,7 +1,4 @@
-"""Batch normalisation over the batches of all processes, on the CPU, where torch.nn.SyncBatchNorm does not work.
-
-Shapes: N batch of one process, C channels.
-"""
+"""Batch normalisation over the batches of all processes, on the CPU, where torch.nn.SyncBatchNorm does not work."""
 
 from __future__ import annotations
 

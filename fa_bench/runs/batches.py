@@ -20,8 +20,8 @@ def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The batch on which alignment metrics are measured. It contains at most `size` training samples without augmentation, with
     their targets and indices.
 
-    The batch consists of the first samples in stored order. If the data are stored class by class, these samples may contain
-    fewer than half as many classes as possible. In that case, the batch is a random selection with a fixed seed.
+    The batch consists of the first samples in stored order. If these samples contain fewer than half as many classes as they
+    could, for example because the data are stored class by class, the batch is instead a random selection with a fixed seed.
     """
     from fa_bench.data.splits import some_indices
 
@@ -53,7 +53,7 @@ def check_indices(rule: Rule, splits: Splits, dataset: str) -> None:
 
 
 def check_targets(rule: Rule, splits: Splits, dataset: str) -> None:
-    """Refuse targets from which the objective has nothing to learn.
+    """Refuse targets that the objective cannot use, or from which there is nothing to learn.
 
     Args:
         rule: after `attach`, with the objective of the run.
@@ -150,7 +150,8 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: in
 
 
 def _check_parts(size: int, last: int, options: RunOptions, processes: int) -> None:
-    """Refuse batches with fewer samples than there are processes; `last` is the size of an incomplete last batch, or 0."""
+    """Refuse batches and micro-batches with fewer samples than there are processes; `last` is the size of an incomplete last
+    batch, or 0."""
     several = f"{processes} processes, each of which needs a sample"
     if size < processes:
         raise OptionError(

@@ -44,7 +44,8 @@ def probe_interval(probe_every: int | None, steps: int) -> int:
 
 @dataclasses.dataclass(eq=False)
 class Alignment(Callback):
-    """Measures the alignment metrics every `every` steps (0: never), and when training ends."""
+    """Measures the alignment metrics before the first step, every `every` steps, and when training ends. If `every` is 0, the
+    metrics are measured only when training ends."""
 
     meter: AlignmentMeter
     every: int
@@ -161,7 +162,8 @@ class Display(Callback):
     Attributes:
         title: the title of the run.
         later_epochs: epochs of the runs that follow, for the estimate of the remaining time.
-        brief: print only the last epoch, unless the run takes more than `LINE_EVERY` seconds; a sweep may have hundreds of runs.
+        brief: print a line only for the last epoch, unless the run takes more than `LINE_EVERY` seconds; a sweep may have
+            hundreds of runs.
     """
 
     title: str

@@ -120,7 +120,7 @@ def is_int(value: Any, minimum: int = -(2**63)) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number; non-finite numbers are allowed, but numbers larger than MAX_NUMBER are not."""
+    """Whether a value is a number. NaN and infinity are allowed, but other numbers must not exceed MAX_NUMBER in magnitude."""
     return (isinstance(value, float) and not MAX_NUMBER < abs(value) < math.inf) or is_int(value)
 
 

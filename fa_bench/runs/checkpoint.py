@@ -209,7 +209,7 @@ def read(path: Path, config_hash: str, device: torch.device | str) -> dict[str, 
     """The content of a checkpoint, with its tensors on `device`. The file is read as pure data, so it cannot execute code.
 
     Raises:
-        RunDirectoryError: if the file is corrupt, cannot be read or belongs to another config.
+        RunDirectoryError: if the file is corrupt, cannot be read, has another format version or belongs to another config.
     """
     try:
         # torch.load does not verify the checksums that torch.save writes.

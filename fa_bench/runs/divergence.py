@@ -32,7 +32,8 @@ class Diverged(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Divergence(Callback):
-    """Records the first loss, weight or feedback that is not finite, and then raises `Diverged` unless `proceed` is true."""
+    """Records the epoch, step and layer at which the loss or a trained tensor is first found not to be finite, and then raises
+    `Diverged` unless `proceed` is true."""
 
     proceed: bool = False
 
@@ -66,8 +67,8 @@ class Divergence(Callback):
 
 
 def first_nonfinite(rule: Rule, x: Tensor | None) -> str | None:
-    """The name of the first tensor that is not finite. The weights are checked first, in the model's order, followed by the
-    feedback and the outputs of layers for `x`."""
+    """The name of the first weight or feedback tensor that is not finite or, if there is none, of the first module with a
+    non-finite output for `x`; None if there is no such module or `x` is None."""
     feedback = [(f"{layer}.{name}", tensor) for layer, tensors in rule.feedback.items() for name, tensor in tensors.items()]
     weights = {id(weight) for weight in rule.weight_parameters()}
     named = [(name, tensor) for name, tensor in rule.model.named_parameters() if id(tensor) in weights]

@@ -56,7 +56,8 @@ class Execution:
         return _tf32() if self.options.precision == "tf32" else _NOTHING
 
     def placed(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Move the model to the device and to the run's memory format. This must happen before a rule is attached."""
+        """Move the model to the device, convert it to the run's memory format, and return it. This must happen before a rule is
+        attached."""
         model = model.to(self.device)
         if self._channels_last == "auto":
             self._channels_last = self.device.type == "cpu" and _has_convolutions(model)
@@ -111,7 +112,7 @@ class Execution:
                 self._pending.discard(len(x))
                 self._has_compiled = True
                 log.info("compiling the step for %d samples, which takes seconds to a minute", len(x))
-                with torch._dynamo.config.patch(allow_rnn=True):  # recurrent modules are compositions of layers
+                with torch._dynamo.config.patch(allow_rnn=True):  # by default, the graph breaks at recurrent modules
                     return compiled(x, y)
             return compiled(x, y)
 

@@ -29,10 +29,11 @@ clear_cache = _data_hashes.clear
 
 
 def code_hash(plugins: Iterable[str] = (), classes: Iterable[type] = ()) -> str:
-    """A hash of the code that determines a run's results: this package, the plugins and the user's own classes.
+    """A hash of the code that determines a run's results: this package (without `READERS`), the plugins with the user's modules
+    that they import, and the user's own classes.
 
     Args:
-        plugins: names of modules, which are imported.
+        plugins: names of modules that have been imported.
         classes: components that are not part of this package.
     """
     classes = list(classes)

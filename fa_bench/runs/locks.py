@@ -59,8 +59,8 @@ def lock_directory(directory: Path) -> Iterator[None]:
 
 
 def lock_holder(directory: Path) -> dict[str, Any] | None:
-    """A description of the process that holds a run directory's lock (pid, host, command, started); None if the directory is not
-    locked."""
+    """A description of the process that holds a run directory's lock (pid, host, command, started), which is empty until that
+    process has written it; None if the directory is not locked."""
     path = directory / LOCK
     try:
         if not stat.S_ISREG(path.lstat().st_mode):

@@ -25,8 +25,8 @@ class _Console(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore a full disk, which would otherwise cause a traceback for every line. The error is reported when other files are
-        written."""
+        """Ignore errors such as a full disk, which would otherwise cause a traceback for every line. They are reported when other
+        files are written."""
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class Progress:
         return (self.loss_sum / (self.samples if isinstance(self.samples, int) else self.samples.clamp(min=1))).item()
 
     def end_epoch(self, metrics: dict[str, Any], primary: Score = ACCURACY) -> None:
-        """Count the epoch as finished, and record whether its primary validation score is the best so far."""
+        """Count the epoch as finished, and record it as the best epoch if its primary validation score is the best so far."""
         val = metrics[f"val_{primary.name}"]
         if (
             val is not None
@@ -163,7 +163,8 @@ class Trainer:
         self._call("on_fit_end")
 
     def stop(self, reason: str) -> None:
-        """Request that training ends early. Hooks of callbacks call this method; calls after the first have no effect.
+        """Request that training ends early. Hooks of callbacks call this method. Of several requests, the first one counts, but
+        requests by callbacks of the config take precedence.
 
         An epoch that has begun is completed, including its evaluation, the hooks `on_epoch_end` of all callbacks and a
         checkpoint. After that, `on_fit_end` is called. A call before the first epoch prevents that epoch. A call in the last

@@ -94,8 +94,8 @@ def _stopped(progress: Progress, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: BaseException, job: Job) -> BaseException:
-    """Return the error, or a more specific one. This is a ProcessLost error if another process has ended, and a ConfigError if
-    torch found a nondeterministic operation."""
+    """Return the error, or a more specific one: a ProcessLost error if another process has ended, and a ConfigError if torch
+    refused a nondeterministic operation."""
     error = parallel.current().explained(error)
     operation = re.match(r"(\S+) does not have a deterministic implementation", str(error))
     if isinstance(error, RuntimeError) and operation and job.run.deterministic:

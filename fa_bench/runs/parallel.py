@@ -2,7 +2,8 @@
 
 Every process builds the same model with the same rule and trains on its part of every batch; DistributedDataParallel averages the
 gradients. The parts, the augmentation and the weights of the losses are chosen so that the update equals that of a single process
-with the whole batch. All processes perform all measurements, so that none waits for another, but only process 0 writes.
+with the whole batch, apart from rounding and from the differences that `World.notes` describes. All processes perform all
+measurements, so that none waits for another, but only process 0 writes.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
     from fa_bench.runs.loop import Progress, Trainer
 
-#: The longest time for which a process waits for another process that has neither ended nor answered. The end of a process is
-#: noticed immediately.
+#: The longest time for which an exchange waits for a process that has neither ended nor answered. The end of a process is noticed
+#: immediately.
 TIMEOUT = timedelta(minutes=10)
 #: The number of seconds between two checks for a message from process 0 before training.
 _INTERVAL = 0.05
@@ -107,12 +108,12 @@ class World:
         return progress
 
     def whole_batch(self, x: Tensor, y: Tensor, share: Callable[[int], Tensor] | None, size: int) -> tuple[Tensor, Tensor]:
-        """Collect the whole batch of `size` samples in order, on the CPU. Each process passes the inputs and targets of its
-        part."""
+        """Collect the whole batch of `size` samples in order (on the CPU if there are several processes). Each process passes the
+        inputs and targets of its part."""
         return x, y
 
     def same_buffers(self, model: torch_nn.Module) -> None:
-        """Copy the running statistics of process 0 to all processes."""
+        """Copy the buffers of process 0, such as running statistics, to all processes. Feedback is not copied."""
 
     def due(self, wanted: bool) -> bool:
         """Whether all processes now take an action that one of them has requested. A single process takes it immediately, and
@@ -129,7 +130,8 @@ class World:
         return name
 
     def share(self, accumulate: int = 1) -> Callable[[int], Tensor] | None:
-        """The positions of this process's samples in a batch of the given size, or None if it has all of them."""
+        """A function that returns the positions of this process's samples in a batch, given the size of the batch. The result is
+        None instead if this process has all samples."""
         return None
 
     def begin_step(self, seed: int, step: int) -> None:
@@ -160,12 +162,13 @@ class World:
         return model
 
     def notes(self, model: torch_nn.Module, synchronised: bool, notes: tuple[str, ...]) -> list[str]:
-        """The reasons why the results differ from those of a single process, given the notes on the rule's coverage."""
+        """Lines for the log about the processes, and about reasons why the results differ from those of a single process. `notes`
+        are the notes on the rule's coverage."""
         return []
 
 
 class Processes(World):
-    """One of several processes.
+    """One of several processes that train a run together.
 
     Args:
         rank, size: see `World`.
@@ -313,7 +316,7 @@ class Processes(World):
         return lambda size: torch.cat(self.parts(size, accumulate))
 
     def begin_step(self, seed: int, step: int) -> None:
-        if self.rank:  # process 0 has the random state of the checkpoints
+        if self.rank:  # process 0 keeps the random state that checkpoints contain
             torch.manual_seed(seed_for("process", seed, step, self.rank))
 
     def wrapped(self, model: torch_nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""Predict the cost of a run's training step, which is recorded in its result."""
+"""Predict the cost of a training step, which is recorded in the run's result."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objectiv
     ``bp``.
 
     The cost is counted with a separate model and rule, in single precision on the CPU, so that the run is not affected. Returns
-    None if the step fails; the run itself then reports the error.
+    None if the step fails; an error that also affects the run is raised in training.
 
     Args:
         job: the job as it is trained, see `fa_bench.config.scale.scaled`.
@@ -90,7 +90,7 @@ def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objectiv
             rule.attach(model, seed=job.run.seed, sample_input=sample.cpu(), initial_phase=False, objective=objective)
             own, reference = step_costs_of(job, rule, splits)
             _KNOWN[key] = {"batch": min(job.run.batch_size, len(splits.train)), **own.record(), "bp": reference.record()}
-        except Exception as error:  # a plugin may raise anything; errors of the run itself are raised in training
+        except Exception as error:  # a plugin may raise anything
             log.debug("cost of a step not predicted: %s", error)
             return None
         finally:

@@ -1,6 +1,6 @@
 """Read the files of a run. They may be damaged, edited or forged, so every value is checked before it is used.
 
-There is one reader for each file. An error names the file, the key, its value and the allowed values. Unknown keys are
+Each file has its own readers. An error names the file, the key, its value and the allowed values. Unknown keys are
 ignored, so that records of later versions can be read.
 """
 
@@ -44,7 +44,8 @@ _COMMENTS = re.compile(r"\A(#.*\n)+")
 
 
 class Config(NamedTuple):
-    """A run's config, flattened to the keys of the command line (empty if there is no config), and the hash of its code."""
+    """A run's config, flattened to the keys of the command line, and the hash of the code that wrote it. Without a config, the
+    mapping is empty and the hash is None."""
 
     values: dict[str, Any]
     code_hash: str | None
@@ -59,8 +60,8 @@ class PlannedRun(NamedTuple):
 
 
 def scalar_keys(record: Any) -> list[str]:
-    """The keys in the record of every epoch in addition to the epoch's number. They depend on the scores that the record
-    declares."""
+    """The keys of the losses, the scores and the learning rate in the record of an epoch. They depend on the scores that the
+    record declares."""
     return [*score_keys(scores_of(record)), "lr"]
 
 
@@ -117,8 +118,7 @@ def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]
     """The first `epochs` lines of a run's `metrics.jsonl`, which a resumed run continues.
 
     Raises:
-        RecordError: if a line is missing or is not the record of its epoch, or, with `complete`, if there are further lines; the
-            message names the line.
+        RecordError: if a line is missing or is not the record of its epoch, or, with `complete`, if there are further lines.
     """
     content = read_bytes(path) if epochs else b""
     if content is None:
@@ -206,7 +206,7 @@ def read_config(path: Path) -> Config:
 
 
 def _flat_config(text: str, source: str) -> dict[str, Any] | None:
-    """The config in a text, flattened; None if it is not a mapping."""
+    """The config in `text`, flattened; None if it is not a mapping."""
     from omegaconf import OmegaConf
 
     from fa_bench.config.labels import flatten
@@ -228,7 +228,7 @@ def _config_but_seed(text: str) -> dict[str, Any] | None:
         return None
     body = _COMMENTS.sub("", text)  # the hashes at the top differ between seeds
     values = _parsed_template(_SEED_LINE.sub(f"seed: {_TEMPLATE_SEED}", body, count=1))
-    # If the line belongs to a multi-line text in the config, the parsed seed is not the template seed.
+    # If the line belongs to a multi-line string in the config, the parsed seed is not the template seed.
     return values | {"seed": int(found[1])} if values and values.get("seed") == _TEMPLATE_SEED else None
 
 

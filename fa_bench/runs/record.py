@@ -92,7 +92,7 @@ class Recorder(Callback):
             logger.scalars(values, progress.step)
 
     def flush(self) -> None:
-        """Wait until all records are on disk. This must be called before a checkpoint is written."""
+        """Write all records to disk. This must be called before a checkpoint is written."""
         self._write_measurements()
         for logger in self.loggers:
             logger.flush()
@@ -107,8 +107,7 @@ class Recorder(Callback):
         self._write(METRICS, "".join(line + "\n" for line in self.lines))
 
     def _write_measurements(self) -> None:
-        """Write angles.jsonl. This is called only once per epoch and before a checkpoint, because measurements may be only a few
-        steps apart."""
+        """Write angles.jsonl. This is not called after every measurement, because measurements may be only a few steps apart."""
         if self._written != len(self.measurements):
             self._write(ANGLES, "".join(line + "\n" for line in self.measurements))
             self._written = len(self.measurements)
@@ -227,7 +226,8 @@ def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMete
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The peak memory so far, in bytes, of the CUDA allocator or of this process; None for a process on Windows."""
+    """The peak memory so far, in bytes: of torch's allocator on a CUDA device, otherwise of this process. None on Windows, unless
+    the device is a CUDA device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

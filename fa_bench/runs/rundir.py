@@ -85,7 +85,7 @@ class RunDirectory:
         """Refuse a directory that belongs to a run with another config or contains files that do not belong to this run.
 
         Raises:
-            RunDirectoryError: if the directory is refused; the message names the directory and what differs.
+            RunDirectoryError: if the directory is refused; the message names the directory and the reason.
         """
         if not self.path.is_dir():
             return

@@ -1,4 +1,5 @@
-"""The values that are allowed in the files of a run. Unknown keys are ignored, so that records of later versions can be read."""
+"""The values that are allowed in the files of a run or sweep. Unknown keys are ignored, so that records of later versions can be
+read."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def _is_score_name(value: Any) -> bool:
 
 _TEXT = value_of("text", lambda value: isinstance(value, str))
 _NAME = value_of("text, not empty", lambda value: isinstance(value, str) and value.strip() != "")
-#: A number, or null.
+#: The check for a number, or null.
 NUMBER = nullable(value_of(f"a number of at most {MAX_NUMBER:g}, or null", is_number))
 _TIME = nullable(value_of(f"a number from 0 to {MAX_NUMBER:g}, or null", lambda value: is_number(value) and not value < 0))
 _FRACTION = nullable(value_of("a number from 0 to 1, or null", is_fraction))
@@ -57,7 +58,7 @@ _STEP_COST: dict[str, Check] = dict.fromkeys(
     ("multiplications", "forward", "backward", "feedback", "optimizer", "bytes_moved", "peak_memory"), _COUNT
 )
 _COST = mapping_of({"batch": _COUNT, "bp": nullable(mapping_of(_STEP_COST)), **_STEP_COST})
-#: A run's result.json.
+#: The check for a run's result.json.
 RESULT_FILE = mapping_of(
     {
         "status": one_of(STATUSES),
@@ -94,7 +95,7 @@ RESULT_FILE = mapping_of(
         ),
     }
 )
-#: The keys that every result has.
+#: The keys that a result must have.
 REQUIRED = ("status", "label", "group", "algorithm", "seed")
 #: The check for a line of a run's metrics.jsonl.
 EPOCH_RECORD = mapping_of(
@@ -116,9 +117,9 @@ MEASUREMENT = mapping_of(
         "angles": _QUANTITIES,
     }
 )
-#: The keys that every measurement has.
+#: The keys that a measurement must have.
 MEASUREMENT_KEYS = ("step", "epoch", "angles")
-#: A run's config.yaml.
+#: The check for a run's config.yaml.
 CONFIG = mapping_of(
     {
         "seed": _SEED,

@@ -46,8 +46,8 @@ def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[PlannedRun]
 
 
 def find_planned_runs(folders: Iterable[Path], faults: list[RecordError]) -> list[PlannedRun]:
-    """The distinct runs in `folders` and their subfolders that sweep.json files list. These files may be in the folders, in their
-    subfolders, or up to three levels above them.
+    """The distinct runs in `folders` and their subfolders that sweep.json files list. These files may be in the folders or their
+    subfolders, or up to three levels above the folders.
 
     Files that cannot be read or were not written by fa_bench are skipped, and their errors are added to `faults`.
     """

@@ -52,8 +52,8 @@ def run(
 
     Args:
         job: the checked config.
-        directory: the run directory; nothing in it changes until data, model and rule are ready.
-        title: the title of the progress bar.
+        directory: the run directory; apart from its lock, nothing in it changes until data, model and rule are ready.
+        title: the title of the run in the log and in the progress bar.
         experiment: the experiment that the config came from, for the record.
         later_epochs: epochs of the runs that follow, to estimate the remaining time.
         callbacks: additional callbacks, called after those of the config. They are not part of the run's identity: they must not
@@ -67,8 +67,8 @@ def run(
         The content of result.json, with the status finished, diverged or stopped.
 
     Raises:
-        FaBenchError: if the input cannot be run, or another process has locked the directory.
-        Interrupted: after SIGINT or SIGTERM, once a checkpoint and a result with the status interrupted have been written.
+        FaBenchError: if the job cannot be run, or another process has locked the directory.
+        Interrupted: after a signal such as SIGINT, once a checkpoint and a result with the status interrupted have been written.
         ProcessLost: if another process that trains the run has ended; the run can be resumed from its last checkpoint.
     """
     run_dir, world = RunDirectory(directory, job), parallel.current()
@@ -219,7 +219,8 @@ def _run(
 
 
 def _load(run_dir: RunDirectory, job: Job, parts: Parts, warnings: list[str]) -> Progress:
-    """Restore the newest usable checkpoint; raises a RecordError or a RunDirectoryError if there is none."""
+    """Restore the newest usable checkpoint. Raises a RunDirectoryError if there is none, and a RecordError if records up to that
+    checkpoint are missing or damaged."""
     steps = parts.splits.train.steps(job.run.batch_size, job.run.drop_last)
     expected = checkpoint.Expected(run_dir.job.config_hash, parts.splits.data_hash, job.run.epochs, steps)
     progress = checkpoint.load(

@@ -45,7 +45,7 @@ def source_files(modules: Iterable[str]) -> list[Path]:
 
 @functools.lru_cache(maxsize=256)
 def _imports(source: bytes, package: str) -> tuple[str, ...]:
-    """The names of the modules that a source may import, and of the packages that contain them."""
+    """The names of the modules that source code may import, and of the packages that contain them."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):  # edited since it was imported
@@ -65,7 +65,7 @@ def _imports(source: bytes, package: str) -> tuple[str, ...]:
 
 
 def _file_of(name: str) -> Path | None:
-    """Find the source file of a module without importing it; returns None for a module without a source file."""
+    """The source file of a module, found without importing the module; None if there is no such file."""
     spec, path = None, None
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):

@@ -17,7 +17,7 @@ S = TypeVar("S", bound="Schedule")
 class Schedule(Options):
     """Base class of schedules, registered in `fa_bench.registry.registries.SCHEDULES`.
 
-    A schedule has no state, so there is nothing to restore in a resumed run.
+    A schedule has no state, so there is nothing to restore when a run is resumed.
 
     Examples:
         >>> import dataclasses, fa_bench

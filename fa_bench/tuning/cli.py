@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 if every final run finished or was stopped by a callback; 1 if one failed or diverged, or if there was
-        none; 2 for invalid input, with one or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM,
-        129 after SIGHUP.
+        none; 2 for invalid input or for files that cannot be read or written, with one or two lines on standard error; 130 after
+        an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     return exit_code(

@@ -106,8 +106,8 @@ def check_final(plan: Plan) -> None:
 
 
 def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
-    """Write the experiment into the study's folder. Raises RunDirectoryError if a file that no study wrote would be
-    overwritten."""
+    """Write the experiment into the study's folder, and return its path. Raises RunDirectoryError if a file that no study wrote
+    would be overwritten."""
     path = plan.directory / EXPERIMENT / f"{FINAL}.yaml"
     with output_errors(path):
         path.parent.mkdir(exist_ok=True)

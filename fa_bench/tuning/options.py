@@ -116,7 +116,7 @@ def own_options(section: Mapping[str, Any], overrides: list[Override]) -> TuneOp
     """The options of a study from an experiment's section and the command line, which takes precedence.
 
     Raises:
-        ConfigError: for an unknown key of the section.
+        ConfigError: for an unknown key of the section, or an override that adds, deletes or searches an option of the study.
         OptionError: for an invalid value.
     """
     values = {key: value for key, value in section.items() if key != SPACE}

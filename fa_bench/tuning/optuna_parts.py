@@ -1,4 +1,4 @@
-"""Optuna's samplers and pruners, by name. Optuna is an optional dependency and is imported only when a study is created."""
+"""Optuna's samplers and pruners, by name. Optuna is an optional dependency and is imported only when it is used."""
 
 from __future__ import annotations
 

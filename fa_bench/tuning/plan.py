@@ -64,7 +64,7 @@ class Plan:
         rules: the rules, in the order of the command line.
         directory: the study's folder.
         experiment: the experiment that the configs come from, if any.
-        command: the words of the command line.
+        command: the overrides of the command line.
     """
 
     options: TuneOptions

@@ -30,7 +30,7 @@ class Rivals:
     Attributes:
         pruner: the name of the pruner.
         rule: the name of the rule's study.
-        trials: the finished trials of the rule.
+        trials: the rule's finished trials, including pruned ones.
         direction: the direction of the search, `fa_bench.objectives.scores.Score.direction`.
     """
 

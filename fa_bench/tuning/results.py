@@ -74,7 +74,7 @@ The final runs can be repeated, or continued, with
 
 def trial_table(plan: Plan, studies: Sequence[RuleStudy]) -> pd.DataFrame:
     """One row per trial, with the rule, number, state, validation score (accuracies in %), epochs, training time in seconds, and
-    the reason if the trial diverged or failed. Each key of the search spaces also has a column."""
+    the reason if the trial diverged, failed or was pruned. Each key of the search spaces also has a column."""
     keys = dict.fromkeys(key for study in studies for key in study.plan.space)
     rows = [
         {

@@ -85,7 +85,8 @@ def trial_run(plan: Plan, study: RuleStudy, values: dict[str, Any]) -> TrialRun:
 def _finish(
     plan: Plan, study: RuleStudy, trial: Any, values: dict[str, Any], runs: TrialRun, outcome: Outcome, report: Report
 ) -> None:
-    """Store and report a trial that has ended. Its checkpoints are deleted, because a stored trial is never resumed."""
+    """Store and report a trial that has ended. Unless `keep_checkpoints` is set, its checkpoints are deleted, because a stored
+    trial is never resumed."""
     finished = study.tell(trial, values, outcome)
     if not plan.options.keep_checkpoints:
         _discard_checkpoints(runs)
@@ -104,7 +105,8 @@ def _discard_checkpoints(trial: TrialRun) -> None:
 
 @contextlib.contextmanager
 def progress(plan: Plan, studies: Sequence[RuleStudy]) -> Iterator[Report]:
-    """Show a progress bar over all trials on a terminal, and print one line for each trial."""
+    """Within the block, show a progress bar over all trials on a terminal. The yielded function prints one line for a finished
+    trial."""
     total = plan.options.budget * len(studies)
     done = sum(len(study.finished) for study in studies)
     # The bar is drawn on standard error, and `tqdm.write` keeps the printed lines above it.

@@ -139,8 +139,8 @@ class RuleStudy:
 
     @property
     def worst(self) -> float:
-        """The value assigned to a trial that diverged or failed, which is 0 for an accuracy and the worst value of the finished
-        trials for any other score."""
+        """The value assigned to a trial that diverged or failed: 0 for an accuracy. For any other score, it is the worst value of
+        the finished trials, or an extreme one (see `HUGE`) if none of them has a value."""
         if self.score.unit == "%" and self.score.higher_is_better:
             return 0.0
         known = [trial.outcome.value for trial in self.finished if trial.outcome.value is not None]
@@ -166,8 +166,8 @@ class RuleStudy:
 
     @property
     def best(self) -> Finished | None:
-        """The trial with the best validation score; in a tie, the earlier trial. The value is None if all trials diverged, failed
-        or were pruned."""
+        """The trial with the best validation score; in a tie, the earlier trial. None if all trials diverged, failed or were
+        pruned."""
         usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
         merits = [self.score.merit(trial.outcome.value or 0.0) for trial in usable]
         highest = max(merits, default=0.0)

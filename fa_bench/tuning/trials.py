@@ -16,7 +16,7 @@ from fa_bench.runs.schemas import SUCCESSES
 from fa_bench.tuning.pruning import Judge, Pruning, Rivals, recorded_scores
 from fa_bench.utils.output import resilient_output
 
-#: The states of a trial.
+#: The states in which a trial can end.
 DONE, PRUNED, DIVERGED, FAILED = "done", "pruned", "diverged", "failed"
 
 

@@ -59,7 +59,8 @@ def tune(overrides: Sequence[str], config_dir: str | None = None) -> TuneResult:
         config_dir: a user's folder of configs, or None.
 
     Raises:
-        FaBenchError: for invalid input, before the first trial; for files that cannot be read or written.
+        FaBenchError: for invalid input, before the first trial; later, if a file cannot be read or written or a worker process
+            ends unexpectedly.
         Interrupted: after a signal; the same call resumes.
     """
     from fa_bench.tuning.search import progress, search

@@ -60,7 +60,7 @@ class Workers:
         """Wait until at least one of the busy workers has finished, and yield each worker that has, with its outcome.
 
         Raises:
-            FaBenchError: raised by a trial, or if a worker has ended.
+            FaBenchError: if a trial has raised one, or if a worker has ended.
         """
         for ready in wait([self._connections[worker] for worker in busy]):
             worker = self._connections.index(ready)  # type: ignore[arg-type]
