@@ -47,13 +47,13 @@ def white(rows: int, columns: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ fixed points
 @pytest.mark.parametrize(("alpha", "beta", "ratio"), [(0.1, 0.2, 1.0), (0.1, 0.1, 0.5), (0.2, 0.1, 0.25)])
-def test_symmetric_alignment_ends_at_the_weight(alpha: float, beta: float, ratio: float) -> None:
+def test_symmetric_alignment_converges_to_scaled_weight(alpha: float, beta: float, ratio: float) -> None:
     feedback, weight, _ = converged("symmetric_alignment", random(5, 6), steps=200, alpha=alpha, beta=beta)
     assert distance(array(feedback), array(ratio * weight)) < 1e-9
 
 
 @pytest.mark.parametrize(("alpha", "beta", "ratio"), [(0.1, 0.2, 1.0), (0.1, 0.1, 0.5)])
-def test_activation_alignment_ends_at_the_weight_where_there_are_inputs_and_stays_elsewhere(alpha, beta, ratio) -> None:
+def test_activation_alignment_learns_only_in_input_subspace(alpha, beta, ratio) -> None:
     axes = torch.linalg.qr(random(6, 6, seed=1))[0]
     x = random(50, 3) @ axes[:, :3].t()
     feedback, weight, first = converged("activation_alignment", x, alpha=alpha, beta=beta)
@@ -62,7 +62,7 @@ def test_activation_alignment_ends_at_the_weight_where_there_are_inputs_and_stay
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.1), (0.2, 0.1)])
-def test_the_mirror_ends_at_the_weight_times_the_moments_of_the_inputs(alpha: float, beta: float) -> None:
+def test_regularized_mirror_converges_to_weight_times_input_covariance(alpha: float, beta: float) -> None:
     x = random(50, 6)
     feedback, weight, _ = converged("regularized_mirror", x, steps=500, alpha=alpha, beta=beta)
     assert distance(array(feedback), array(beta / (2 * alpha) * weight @ x.t() @ x / 50)) < 1e-9
@@ -71,7 +71,7 @@ def test_the_mirror_ends_at_the_weight_times_the_moments_of_the_inputs(alpha: fl
 
 
 @pytest.mark.parametrize("gamma", [0.05, 0.2])
-def test_information_alignment_ends_at_the_inverse_of_target_propagation(gamma: float) -> None:
+def test_information_alignment_converges_to_regularized_inverse(gamma: float) -> None:
     """The fixed point is (W C Wᵀ + (γ / β) I)⁻¹ W C, where C is the mean of x xᵀ."""
     x, beta = random(50, 6), 0.2
     feedback, weight, _ = converged("information_alignment", x, steps=3000, alpha=2 * beta, beta=beta, gamma=gamma)
@@ -80,13 +80,13 @@ def test_information_alignment_ends_at_the_inverse_of_target_propagation(gamma: 
     assert distance(array(feedback), array(want)) < 1e-9
 
 
-def test_information_alignment_of_white_inputs_without_decay_ends_at_the_pseudo_inverse() -> None:
+def test_information_alignment_white_inputs_converge_to_pseudo_inverse() -> None:
     feedback, weight, _ = converged("information_alignment", white(50, 6), steps=6000, alpha=0.8, beta=0.4, gamma=0.0)
     assert distance(array(feedback), array(torch.linalg.pinv(weight).t())) < 1e-6
     assert distance(array(feedback), array(weight)) > 0.1
 
 
-def test_a_convolution_ends_at_its_kernel() -> None:
+def test_convolution_feedback_converges_to_kernel() -> None:
     """The convolution has padding and a stride, and its patches together span every entry of the kernel."""
     feedback, weight, _ = converged(
         "activation_alignment", random(20, 2, 6, 5), nn.Conv2d(2, 3, 3, stride=2, padding=1), steps=1500, alpha=0.1, beta=0.2
@@ -94,7 +94,7 @@ def test_a_convolution_ends_at_its_kernel() -> None:
     assert distance(array(feedback), array(weight)) < 1e-6
 
 
-def test_noise_is_white_so_that_the_mirror_ends_near_half_of_the_weight() -> None:
+def test_regularized_mirror_with_noise_converges_to_half_weight() -> None:
     """The inputs are zero, so the feedback learns only from noise.
 
     The feedback effectively averages over 100 updates of 100 samples, so the second moments of the noise differ from I by about
@@ -155,7 +155,7 @@ def literal_loss(loss: AlignmentLoss, layer: Any, weight: Tensor, feedback: Tens
     ],
     ids=str,
 )
-def test_gradients_are_those_of_the_losses_as_they_are_written(loss: AlignmentLoss, name: str, monkeypatch) -> None:
+def test_gradients_match_literal_losses(loss: AlignmentLoss, name: str, monkeypatch) -> None:
     from fa_bench.rules.activation_alignment import ActivationAlignment
 
     monkeypatch.setattr(ActivationAlignment, "alignment_loss", lambda rule: loss)
@@ -178,7 +178,7 @@ def test_gradients_are_those_of_the_losses_as_they_are_written(loss: AlignmentLo
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_local_losses_have_no_gradient_at_the_input_and_none_for_the_weight(name: str) -> None:
+def test_local_losses_do_not_change_weight_gradients(name: str) -> None:
     """All weights have the same gradients as under fa with the same feedback."""
     x, y = nets.batch("conv")
     models = [nets.convnet() for _ in range(2)]
@@ -188,7 +188,7 @@ def test_the_local_losses_have_no_gradient_at_the_input_and_none_for_the_weight(
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in rule.feedback_parameters())
 
 
-def test_the_rate_of_the_feedback_is_relative_to_that_of_the_weights() -> None:
+def test_b_lr_scale_multiplies_weight_lr() -> None:
     model = nets.mlp()
     rule = fa_bench.attach(model, "symmetric_alignment", b_lr_scale=3.0)
     assert [group["lr"] for group in rule.parameter_groups(0.1)] == pytest.approx([0.1, 0.3])
@@ -196,7 +196,7 @@ def test_the_rate_of_the_feedback_is_relative_to_that_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
-def test_frozen_weights_get_no_gradient_and_their_feedback_does(net: str) -> None:
+def test_feedback_of_frozen_weights_gets_gradient(net: str) -> None:
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     rule = fa_bench.attach(model, "symmetric_alignment", update_forward=True)
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][1:]
@@ -216,7 +216,7 @@ def grads(rule: Any, model: nn.Module, make: Any, y: Tensor | None, **scale: flo
     return [tensor.grad.clone() for tensor in rule.feedback_parameters()]
 
 
-def test_the_factor_of_the_loss_is_found_or_asked_for() -> None:
+def test_loss_scale_is_inferred_or_required() -> None:
     model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
     rule = fa_bench.attach(model, "activation_alignment")
     plain = grads(rule, model, F.cross_entropy, y)
@@ -235,7 +235,7 @@ def test_the_factor_of_the_loss_is_found_or_asked_for() -> None:
         F.cross_entropy(logits, y).backward()
 
 
-def test_without_an_error_the_factor_is_the_last_one() -> None:
+def test_zero_error_reuses_last_loss_scale() -> None:
     """If every label has probability 1, the gradient at the logits is zero and cannot determine the scale.
 
     The rule then uses the last known scale.
@@ -254,7 +254,7 @@ def test_without_an_error_the_factor_is_the_last_one() -> None:
         assert plain.any() and distance(array(scaled), array(8 * plain)) < 1e-12
 
 
-def test_after_a_failed_backward_pass_the_factor_is_unknown_again() -> None:
+def test_failed_backward_resets_loss_scale() -> None:
     model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
     rule = fa_bench.attach(model, "symmetric_alignment")
     logits = model(x)
@@ -274,7 +274,7 @@ def noises(rule: Any) -> list[Tensor]:
     return [tensors["noise"].clone() for tensors in rule.feedback.values()]
 
 
-def test_noise_is_sampled_for_every_layer_and_update_by_the_seed() -> None:
+def test_noise_depends_on_seed_layer_and_update() -> None:
     x, y = nets.batch("conv")
     found = []
     for seed, batch in ((0, x), (0, x[:2]), (1, x)):
@@ -296,13 +296,13 @@ def test_noise_is_sampled_for_every_layer_and_update_by_the_seed() -> None:
     assert not any(torch.equal(*pair) for pair in zip(found[0][0], found[2][0], strict=True))
 
 
-def test_layers_with_inputs_of_one_shape_have_noise_of_their_own() -> None:
+def test_layers_with_equal_input_shapes_get_different_noise() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     first, second = noises(fa_bench.attach(model, "regularized_mirror", sample_input=torch.zeros(2, 4), **NOISE))
     assert first.shape == second.shape and not torch.equal(first, second)
 
 
-def test_saved_noise_continues() -> None:
+def test_noise_continues_from_state_dict() -> None:
     x, y = nets.batch("conv")
     rules = []
     for seed in (0, 5):
@@ -322,7 +322,7 @@ def test_saved_noise_continues() -> None:
     assert whole.state_dict() == other.state_dict() == {"draws": 2, "seed": 0}
 
 
-def test_noise_of_a_convolution_needs_a_sample() -> None:
+def test_convolution_noise_requires_sample_input() -> None:
     with pytest.raises(CoverageError, match=r"signal=noise needs sample_input, one input batch, .* the convolution 'conv1'"):
         fa_bench.attach(nets.convnet(), "activation_alignment", **NOISE)
     rule = fa_bench.attach(nets.mlp(), "activation_alignment", **NOISE)
@@ -330,7 +330,7 @@ def test_noise_of_a_convolution_needs_a_sample() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), [("symmetric_alignment", {}), ("information_alignment", NOISE)])
-def test_gradients_do_not_depend_on_the_batch_without_its_input(name: str, options: dict[str, Any]) -> None:
+def test_feedback_gradients_of_input_free_losses_ignore_batch(name: str, options: dict[str, Any]) -> None:
     found = []
     for seed in (0, 1):
         model, (x, y) = nets.convnet(), nets.batch("conv", seed=seed)
@@ -342,7 +342,7 @@ def test_gradients_do_not_depend_on_the_batch_without_its_input(name: str, optio
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 @pytest.mark.parametrize("name", RULES)
-def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: str) -> None:
+def test_empty_batch_keeps_input_independent_loss_terms(name: str, net: str) -> None:
     """All gradients are finite and come from the two terms that need no inputs: decay, and similarity of feedback and weight."""
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, update_forward=True)
@@ -353,7 +353,7 @@ def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: st
     assert any(gradient.any() for gradient in gradients) == (name != "activation_alignment")
 
 
-def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
+def test_packed_attention_weight_has_loss_per_row_block() -> None:
     """In attention, the 4 query rows of the joint weight see only the first two tokens, while the other 8 rows see all tokens."""
     torch.manual_seed(0)
 
@@ -377,7 +377,7 @@ def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
         assert distance(array(weight.grad[rows]), array((weight - 0.3 * feedback @ c)[rows])) < 1e-12
 
 
-def test_metrics_measure_what_trains_the_weights() -> None:
+def test_metrics_include_local_loss_in_weight_gradient() -> None:
     """The gradient of a weight includes that of the local loss, but the error at the layer's input does not."""
     x, y = nets.batch("conv")
     model = nets.convnet()
@@ -391,7 +391,7 @@ def test_metrics_measure_what_trains_the_weights() -> None:
     assert torch.equal(error, fixed.input_error("conv2", random(4, 4, 3, 4), g, g))
 
 
-def test_exact_passes_and_measurements_have_no_local_loss() -> None:
+def test_exact_pass_has_no_local_loss() -> None:
     x, y = nets.batch("conv")
     model = nets.convnet()
     rule = fa_bench.attach(model, "activation_alignment", update_forward=True)

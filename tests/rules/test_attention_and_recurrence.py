@@ -137,7 +137,7 @@ def require_gradients(model: nn.Module, rule: Any, name: str, layers: dict[str, 
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(("cross", "sizes"), [(False, {}), (True, {}), (True, {"kdim": 5, "vdim": 7})], ids=str)
-def test_attention(name: str, cross: bool, sizes: dict[str, int]) -> None:
+def test_attention_matches_reference(name: str, cross: bool, sizes: dict[str, int]) -> None:
     model = made(lambda: Attends(cross, **sizes))
     rule = attach(model, name, sample_input=X, **RULES[name])
     layers = layers_of(model, rule, name)
@@ -189,7 +189,7 @@ RECURRENT: dict[str, tuple[Callable[[], nn.Module], tuple[str, str], Callable[..
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("kind", RECURRENT)
-def test_three_steps_of_recurrent_modules(kind: str, name: str) -> None:
+def test_recurrent_modules_match_reference(kind: str, name: str) -> None:
     make, (ih, hh), reference = RECURRENT[kind]
     model = made(lambda: Recurs(make()))
     rule = attach(model, name, sample_input=X, **RULES[name])
@@ -212,7 +212,7 @@ def test_three_steps_of_recurrent_modules(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_bilinear_module(name: str) -> None:
+def test_bilinear_module_matches_reference(name: str) -> None:
     model = made(Multiplies)
     rule = attach(model, name, sample_input=X, **RULES[name])
     layers = layers_of(model, rule, name)
@@ -293,7 +293,7 @@ def with_weights_as_feedback(name: str, kind: str, dtype: torch.dtype = torch.fl
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", ["fa", "kp"])
-def test_the_weights_as_feedback_are_backpropagation(name: str, kind: str) -> None:
+def test_weights_as_feedback_match_backprop(name: str, kind: str) -> None:
     model, rule = with_weights_as_feedback(name, kind)
     found = gradients(model)
     with rule.exact():
@@ -308,7 +308,7 @@ def test_the_weights_as_feedback_are_backpropagation(name: str, kind: str) -> No
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", ["fa", "kp"])
-def test_the_weights_as_feedback_are_backpropagation_under_autocast(name: str, kind: str) -> None:
+def test_weights_as_feedback_match_backprop_under_autocast(name: str, kind: str) -> None:
     model, rule = with_weights_as_feedback(name, kind)
     found = gradients(model, autocast=True)
     with rule.exact():
@@ -319,7 +319,7 @@ def test_the_weights_as_feedback_are_backpropagation_under_autocast(name: str, k
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_training_evaluation_and_detaching(kind: str) -> None:
+def test_train_eval_load_and_detach(kind: str) -> None:
     model = made(MODELS[kind]).float()
     names = list(model.state_dict())
     rule = attach(model, "kp", sample_input=X.float())
@@ -342,20 +342,20 @@ def test_training_evaluation_and_detaching(kind: str) -> None:
     assert list(plain.state_dict()) == names
 
 
-def test_coverage_names_the_module_and_its_weights() -> None:
+def test_coverage_lists_module_type_and_weight_shape() -> None:
     model = made(lambda: Recurs(nn.LSTM(5, 3)))
     text = str(attach(model, "fa", sample_input=X).coverage)
     assert "core.ih_l0" in text and "LSTM" in text and "12x5" in text and "every weight" in text
 
 
 @pytest.mark.parametrize("name", ["asap", "asfp", "forward_alignment"])
-def test_rules_that_need_one_run_of_every_layer_refuse_recurrence(name: str) -> None:
+def test_single_run_rules_reject_recurrent_modules(name: str) -> None:
     with pytest.raises(CoverageError, match=r"hh_l0.* runs 3 times"):
         attach(made(lambda: Recurs(nn.LSTM(5, 3))), name, sample_input=X)
 
 
 @pytest.mark.parametrize("name", ["fa", "wm", "forward_alignment", "brsf"])
-def test_forward_alignment_and_others_leave_the_measured_model_alone(name: str) -> None:
+def test_rules_with_extra_passes_train_attention_with_finite_gradients(name: str) -> None:
     options: dict[str, Any] = {"initial_steps": 1} if name == "wm" else {}
     model = made(lambda: Attends(False, dropout=0.5))
     rule = attach(model, name, sample_input=X, **options)
@@ -368,7 +368,7 @@ def test_forward_alignment_and_others_leave_the_measured_model_alone(name: str) 
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_compiled_models_train_by_the_rule() -> None:
+def test_compiled_model_gradients_match_eager() -> None:
     model = made(lambda: nn.Sequential(Attends(False), nn.Linear(3, 4), Recurs(nn.LSTM(5, 3)))).float()
     attach(model, "fa", sample_input=X.float())
     found = gradients(model)
@@ -377,7 +377,7 @@ def test_compiled_models_train_by_the_rule() -> None:
         assert torch.allclose(gradient, found[key.removeprefix("_orig_mod.")], rtol=1e-5, atol=1e-6)
 
 
-def test_cuts_within_a_compound_module() -> None:
+def test_dfa_cuts_inside_attention_module() -> None:
     model = made(lambda: Attends(False))
     rule: Any = attach(model, "dfa", sample_input=X, cuts=["first", "core.in_proj", "core.out_proj"], seed=3)
     y = model(X)
@@ -390,7 +390,7 @@ def test_cuts_within_a_compound_module() -> None:
     assert torch.allclose(model.core.in_proj_weight.grad, wanted, rtol=1e-9)  # type: ignore[union-attr, arg-type]
 
 
-def test_weights_of_a_user_s_function_are_found() -> None:
+def test_rejects_recurrent_weight_used_outside_its_layer() -> None:
     class Tied(Recurs):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) @ self.core.weight_hh_l0[:2]  # type: ignore[index]

@@ -45,7 +45,7 @@ MODELS = {
         ("asfp_lc", {"match": "random", "linear": "share"}, "drop the last incomplete one"),
     ],
 )
-def test_batch_of_one_names_the_net_and_what_to_do(model, rule, options, says):
+def test_batch_of_one_error_names_net_and_fix(model, rule, options, says):
     net, x, y = MODELS[model](), torch.randn(4, 1, 16, 16), torch.tensor([0, 2, 1, 2])
     attached = fa_bench.attach(net, rule, seed=0, sample_input=x, **options)
     logits = net(x[:1])
@@ -59,14 +59,14 @@ def test_batch_of_one_names_the_net_and_what_to_do(model, rule, options, says):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_linear_auxiliary_nets_take_a_batch_of_one(model):
+def test_linear_auxiliary_net_accepts_batch_of_one(model):
     net, x = MODELS[model](), torch.randn(2, 1, 16, 16)
     rule = fa_bench.attach(net, "dgl", seed=0, sample_input=x, auxiliary_net="linear")
     assert any(grad is not None and grad.any() for grad in rule_grads(net, rule, x[:1], torch.tensor([1])).values())
 
 
 @pytest.mark.parametrize("rule", ["dgl", "asfp_lc"])
-def test_other_errors_of_an_auxiliary_net_are_its_own(rule):
+def test_other_auxiliary_net_errors_propagate_unchanged(rule):
     net, x = MODELS["mlp"](), torch.randn(4, 1, 16, 16)
     attached = fa_bench.attach(net, rule, seed=0, sample_input=x, **({"match": "random"} if rule == "asfp_lc" else {}))
     local = attached if rule == "dgl" else attached._local

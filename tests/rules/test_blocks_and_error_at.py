@@ -99,7 +99,7 @@ MICRO = {"cuts": ["*norm1", "*act", "*norm2"], "error_at": "layers.1.norm2"}
 
 @pytest.mark.parametrize("options", [MACRO, MICRO, {**MACRO, "error_at": None}], ids=["macro", "micro", "macro, logits"])
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
-def test_the_settings_of_launay_et_al(name: str, options: dict[str, Any]):
+def test_launay_settings_match_reference(name: str, options: dict[str, Any]):
     """The gradients equal those of a forward pass detached at each cut, followed by a backward pass from δ B at each cut."""
     model, plain, (x, y) = transformer(), transformer(), words()
     form = {"form": "shared"} if name == "dfa" else {}
@@ -139,7 +139,7 @@ def test_the_settings_of_launay_et_al(name: str, options: dict[str, Any]):
             assert distance(rule.feedback[cut]["B"].grad, array(want)) < REL
 
 
-def test_without_a_cut_there_the_module_has_its_exact_error():
+def test_error_at_module_without_cut_has_exact_error():
     """The second block learns by backpropagation, and the first one learns from δ B."""
     model, (x, y) = transformer(), words()
     rule = fa_bench.attach(model, "dfa", seed=0, sample_input=x, within="block", cuts=["layers.0"], error_at="layers.1")
@@ -154,7 +154,7 @@ def test_without_a_cut_there_the_module_has_its_exact_error():
     assert said["layers.1.narrow"] == "is the true one at layers.1"
 
 
-def test_coverage_says_where_weights_are_transported():
+def test_coverage_reports_weight_transport():
     (x, _), model = words(), transformer()
     rule = fa_bench.attach(model, "dfa", sample_input=x, within="block", error_at="layers.1")
     said = {entry.layer: entry.feedback for entry in rule.coverage.covered}
@@ -167,7 +167,7 @@ def test_coverage_says_where_weights_are_transported():
     assert layerwise.coverage.transport == (), "weight transport is reported, although every block has only one layer"
 
 
-def test_within_layer_an_embedding_needs_a_cut_of_its_own():
+def test_embedding_requires_its_cut_with_within_layer():
     cuts = ["*.q", "*.k", "*.v", "*.attn", "*.act", "*.narrow"]
     (x, _), why = words(), r"embed\.weight \(no cut point between it and the next layer\)"
     with pytest.raises(CoverageError, match=why):
@@ -197,20 +197,20 @@ class Factorised(nn.Embedding):
 
 
 @pytest.mark.parametrize("cut", ["0", "1"])
-def test_a_layer_within_an_embedding_gets_its_error_from_the_cut_after_it(cut: str):
+def test_layer_inside_embedding_gets_error_from_next_cut(cut: str):
     model = nn.Sequential(Factorised(VOCABULARY, 3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * T, 3))
     rule = fa_bench.attach(model, "dfa", sample_input=words()[0], cuts=[cut])
     assert {entry.layer: entry.feedback for entry in rule.coverage.covered}["0.widen"] == f"comes from the cut at {cut}"
 
 
-def test_a_position_table_alone_misses_its_cut_by_name():
+def test_position_table_without_cut_is_uncovered():
     cuts = ["embed", "*.q", "*.k", "*.v", "*.attn", "*.act", "*.narrow"]
     with pytest.raises(CoverageError, match=r"uncovered: place \(no cut point between it and the next layer\)\."):
         fa_bench.attach(transformer(), "dfa", sample_input=words()[0], cuts=cuts)
 
 
 @pytest.mark.parametrize("name", ["dfa", "dkp", "drtp", "local_error"])
-def test_suggested_cuts_work_on_a_transformer(name: str):
+def test_suggested_cuts_cover_transformer(name: str):
     model, (x, _) = transformer(), words()
     with pytest.raises(CoverageError, match="needs cut points") as refused:
         fa_bench.attach(model, name, sample_input=x)
@@ -231,7 +231,7 @@ class Functional(Transformer):
         return self.head(self.layers[0](self.layers[0].narrow(h)))
 
 
-def test_functional_uses_of_weights_are_no_fault_within_a_block():
+def test_functional_weight_uses_inside_block_are_covered():
     (x, y) = words()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -256,7 +256,7 @@ def chain(*widths: int) -> Any:
     return nn.Sequential(*layers[:-1]).double()
 
 
-def test_layers_after_the_module_learn_by_backpropagation():
+def test_layers_after_error_at_module_learn_by_backprop():
     model, plain, x, y = chain(4, 4, 4, 4, 4), chain(4, 4, 4, 4, 4), torch.eye(4).double(), torch.tensor([0, 1, 2, 3])
     rule = fa_bench.attach(model, "dfa", sample_input=x, cuts=["1"], error_at="3")
     said = {entry.layer: entry.feedback for entry in rule.coverage.covered}
@@ -273,7 +273,7 @@ def test_layers_after_the_module_learn_by_backpropagation():
 
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
-def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
+def test_error_at_module_may_contain_cut_with_same_output(name: str):
     """A module and a cut within it may have the same output, so error_at gives the same error for either of them."""
     found = []
     for origin in ("2", "2.1"):
@@ -302,7 +302,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("layer", [False, True])
-def test_functional_uses_after_the_module_are_no_fault(layer: bool):
+def test_functional_weight_uses_after_error_at_module_are_covered(layer: bool):
     model, (x, y) = Tied(layer), words()
     cuts = ["drop", "act"]
     with pytest.raises(CoverageError, match=r"'act' is after the output layer"):  # functions do not count as layers
@@ -313,7 +313,7 @@ def test_functional_uses_after_the_module_are_no_fault(layer: bool):
     rule.backward(loss_of(logits, y), logits, y)
 
 
-def test_a_weight_that_functions_use_before_a_cut_and_after_the_module_is_not_covered():
+def test_weight_used_on_both_sides_of_error_at_is_uncovered():
     """A weight that is used only after the module is covered, because it learns by backpropagation like the layers after it."""
 
     class Net(nn.Module):
@@ -334,7 +334,7 @@ def test_a_weight_that_functions_use_before_a_cut_and_after_the_module_is_not_co
         fa_bench.attach(Net(True), "dfa", **options)
 
 
-def test_a_weight_that_a_function_uses_within_a_block_is_transported():
+def test_functional_weight_use_inside_block_counts_as_transport():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -359,7 +359,7 @@ def test_a_weight_that_a_function_uses_within_a_block_is_transported():
     ],
     ids=str,
 )
-def test_modules_from_which_no_error_can_be_taken(options: dict[str, Any], message: str):
+def test_rejects_invalid_error_at_modules(options: dict[str, Any], message: str):
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> Any:
             return x, x
@@ -377,7 +377,7 @@ def test_modules_from_which_no_error_can_be_taken(options: dict[str, Any], messa
         fa_bench.attach(Odd(), "dfa", sample_input=words()[0], within="block", **options)
 
 
-def test_a_module_that_does_not_run_in_training_is_named():
+def test_rejects_error_at_module_not_run_in_training():
     class Skips(Transformer):
         def forward(self, x: Tensor) -> Tensor:
             h = self.layers[0](self.drop(self.embed(x)))
@@ -389,7 +389,7 @@ def test_a_module_that_does_not_run_in_training_is_named():
         model(words()[0])
 
 
-def test_a_cut_that_runs_after_the_module_in_training_alone_is_refused():
+def test_rejects_cut_after_error_at_module_only_in_training():
     class Swaps(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -409,14 +409,14 @@ def test_a_cut_that_runs_after_the_module_in_training_alone_is_refused():
 
 
 @pytest.mark.parametrize("option", ["within=block", "error_at=1", "positions=shared"])
-def test_the_kernel_form_has_no_such_options(option: str):
+def test_kernel_form_rejects_block_options(option: str):
     name, value = option.split("=")
     with pytest.raises(OptionError, match=rf"{name}={value}: form=kernel"):
         fa_bench.attach(nn.Sequential(nn.Linear(2, 2)), "dfa", form="kernel", **{name: value})
 
 
 @pytest.mark.parametrize("options", [{}, {"error_at": "layers.1"}], ids=str)
-def test_alignment_metrics_of_blocks(options: dict[str, Any]):
+def test_alignment_metrics_with_within_block(options: dict[str, Any]):
     (x, y), model = words(), transformer()
 
     class Flat(fa_bench.objectives.cross_entropy.CrossEntropy):
@@ -431,7 +431,7 @@ def test_alignment_metrics_of_blocks(options: dict[str, Any]):
     assert bool(values["output_angle"]) == (not options) and set(values["weight_angle"]) == (set() if options else {"head"})
 
 
-def test_detaching_leaves_backpropagation():
+def test_detach_restores_backprop():
     model, (x, y) = transformer(), words()
     rule = fa_bench.attach(model, "dfa", sample_input=x, within="block", error_at="layers.1")
     with rule.exact():
@@ -462,7 +462,7 @@ class Checkpointed(Transformer):
 @pytest.mark.parametrize("options", [MACRO, MICRO, {**MACRO, "cuts": ["layers.0"]}], ids=["macro", "micro", "no cut there"])
 @pytest.mark.parametrize("by_layer", [True, False])
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
-def test_activation_checkpointing_around_the_module(name: str, by_layer: bool, options: dict[str, Any]):
+def test_activation_checkpointing_around_error_at_module(name: str, by_layer: bool, options: dict[str, Any]):
     gradients = []
     for model in (transformer(), Checkpointed().double()):
         model.by_layer = by_layer
@@ -498,7 +498,7 @@ class Extra(nn.Sequential):
 
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
-def test_the_module_may_run_without_gradients_beside_the_trained_pass(name: str):
+def test_error_at_module_may_also_run_under_no_grad(name: str):
     found = []
     x, y = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1, 0])
     for how in ("", "beside", "reentrant"):

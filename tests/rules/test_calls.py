@@ -24,7 +24,7 @@ def attached(name: str):
 
 
 @pytest.mark.parametrize("name", [*CUT_RULES, "forward_alignment"])
-def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
+def test_rejects_calling_submodule_directly(name):
     """The call is allowed if the rule has no effect on it: without gradients, and within `rule.exact()`."""
     model, rule, x, y = attached(name)
     want = rule_grads(model, rule, x, y)
@@ -39,7 +39,7 @@ def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
 
 @pytest.mark.parametrize("name", CUT_RULES)
 @pytest.mark.parametrize("loss", ["of other numbers", "of an exact pass"])
-def test_a_loss_from_no_training_pass_of_the_model_is_refused(name, loss):
+def test_rejects_loss_not_from_training_forward(name, loss):
     """Without this check, a rule would silently deliver no error."""
     model, rule, x, y = attached(name)
     if loss == "of an exact pass":
@@ -53,7 +53,7 @@ def test_a_loss_from_no_training_pass_of_the_model_is_refused(name, loss):
 
 
 @pytest.mark.parametrize("name", [name for name in CUT_RULES if name != "dgl"])  # with a single cut, dgl raises another error
-def test_a_cut_that_runs_twice_or_never_is_refused(name):
+def test_rejects_cut_that_runs_twice_or_never(name):
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -69,7 +69,7 @@ def test_a_cut_that_runs_twice_or_never_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["fa", "dfa"])
-def test_a_rule_object_is_in_one_model(name):
+def test_rule_object_rejects_second_model_until_detached(name):
     model, rule, x, y = attached(name)
     want, other = rule_grads(model, rule, x, y), nets.mlp()
     with pytest.raises(CoverageError, match=rf"this '{name}' rule object is already attached to a model"):
@@ -84,7 +84,7 @@ def test_a_rule_object_is_in_one_model(name):
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_two_cuts_at_one_tensor_are_refused(name):
+def test_rejects_two_cuts_with_same_output(name):
     """A block and its last module have the same output, and a single pattern may match both."""
     model = nn.Sequential(
         nn.Sequential(nn.Linear(4, 5), nn.ReLU()),
@@ -110,7 +110,7 @@ def test_logits_may_be_changed_in_place(name):
     assert_bitwise(*found)
 
 
-def test_a_rule_is_named_once_and_a_rule_object_has_its_options_already():
+def test_rejects_duplicate_rule_name_and_options_for_rule_object():
     model = nets.mlp()
     for call in (lambda: fa_bench.attach(model, "fa", name="kp"), lambda: fa_bench.attach(model, FA(), density=0.5)):
         with pytest.raises(fa_bench.errors.OptionError, match=r"pass the rule once|already has its options; pass them to FA"):
@@ -118,7 +118,7 @@ def test_a_rule_is_named_once_and_a_rule_object_has_its_options_already():
     assert fa_bench.attached_rule(model) is None
 
 
-def test_a_copy_of_a_layer_with_feedback_is_refused():
+def test_rejects_copy_of_layer_with_feedback():
     """The copy retains the class and the tensors that the rule gave to the original layer."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
@@ -130,13 +130,13 @@ def test_a_copy_of_a_layer_with_feedback_is_refused():
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_a_cut_in_front_of_the_first_layer_is_refused(name):
+def test_rejects_cut_before_first_layer(name):
     """An error delivered before the first layer would not train anything."""
     model = nn.Sequential(nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     with pytest.raises(CoverageError, match="cut '0' has no layer with weights before it"):
         fa_bench.attach(model, name, sample_input=torch.zeros(2, 4), cuts=["0", "2", "4"])
 
 
-def test_the_seed_is_0_unless_another_is_given():
+def test_default_seed_is_zero():
     found = [fa_bench.attach(nets.mlp(), "fa", **options).feedback["fc2"]["B"] for options in ({}, {"seed": 0}, {"seed": -1})]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -79,7 +79,7 @@ def one_layer_pass(model, x, run):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", ["fa", "frsf", "kp"])
-def test_feedback_equal_to_the_weight_is_backpropagation(name, layer):
+def test_feedback_equal_to_weight_matches_backprop(name, layer):
     build, shape = LAYERS[layer]
     torch.manual_seed(0)
     x, plain = torch.randn(shape), nn.Sequential(OrderedDict(layer=build()))
@@ -98,7 +98,7 @@ def test_feedback_equal_to_the_weight_is_backpropagation(name, layer):
 
 @pytest.mark.parametrize("net", BUILD)
 @pytest.mark.parametrize("name", ["fa", "brsf", "frsf", "kp"])
-def test_whole_networks(name, net):
+def test_networks_with_feedback_equal_to_weights_match_backprop(name, net):
     """The networks include residual additions, projections, in-place ReLU and BatchNorm.
 
     The rule brsf is tested in evaluation mode, in which it keeps its magnitudes.
@@ -121,7 +121,7 @@ def test_whole_networks(name, net):
 
 @pytest.mark.parametrize("name", ["fa", "frsf", "kp"])
 @pytest.mark.parametrize("net", ["mlp_bn", "conv_bn", "residual"])
-def test_bfloat16_autocast(name, net):
+def test_bfloat16_autocast_matches_backprop(name, net):
     build = BUILD[net]
     plain, model = build(dtype=torch.float32), build(dtype=torch.float32)
     x, y = nets.batch(net, dtype=torch.float32)
@@ -145,7 +145,7 @@ def test_bfloat16_autocast(name, net):
 
 
 @pytest.mark.parametrize("net", ["mlp_bn", "conv"])
-def test_autocast_leaves_float64_alone(net):
+def test_autocast_does_not_affect_float64(net):
     """torch's autocast does not affect float64 tensors, and attached layers must not change that."""
     plain, model, (x, _) = BUILD[net](), BUILD[net](), nets.batch(net)
     fa_bench.attach(model, "fa", seed=0)
@@ -156,7 +156,7 @@ def test_autocast_leaves_float64_alone(net):
 
 
 @pytest.mark.parametrize("net", ["conv", "conv_bn", "residual"])
-def test_channels_last(net):
+def test_channels_last_matches_backprop(net):
     build = BUILD[net]
     plain, model = (build(dtype=torch.float32).to(memory_format=torch.channels_last) for _ in range(2))
     x, y = nets.batch(net, dtype=torch.float32)
@@ -166,7 +166,7 @@ def test_channels_last(net):
     assert_bitwise(rule_grads(model, rule, x, y), bp_grads(plain, x, y))
 
 
-def test_seed_gives_the_same_numbers_in_both_memory_formats():
+def test_seeded_feedback_is_independent_of_memory_format():
     """The sampled feedback does not depend on the memory format, so a model may be converted to channels_last before or after
     attach."""
     before, after = nets.residual().to(memory_format=torch.channels_last), nets.residual()
@@ -177,7 +177,7 @@ def test_seed_gives_the_same_numbers_in_both_memory_formats():
 
 
 @pytest.mark.parametrize("name", ["kp", "pfa", "mixed"])
-def test_gradients_of_learned_feedback_are_laid_out_as_it_is(name):
+def test_learned_feedback_gradients_have_feedback_strides(name):
     """A fused update traverses a tensor and its gradient in memory order, so their layouts must agree.
 
     A step in channels_last must then equal a step in the contiguous format.
@@ -221,7 +221,7 @@ def test_feedback_shares_no_storage(name, options):
 
 
 @pytest.mark.parametrize("name", [*STORED, "predsim", "dgl"])
-def test_same_seed_same_feedback_other_seed_other_feedback(name):
+def test_feedback_is_determined_by_seed(name):
     x, _ = nets.batch("conv")
     draws = []
     for seed in (0, 0, 1):
@@ -235,7 +235,7 @@ def test_same_seed_same_feedback_other_seed_other_feedback(name):
 
 
 @pytest.mark.parametrize("name", ["bp", "frozen", "bp_fc", "usf", *STORED, "predsim", "dgl"])
-def test_global_generator_and_model_are_not_disturbed_by_attach(name):
+def test_attach_does_not_change_global_rng_or_model(name):
     """When attach runs the sample input, dropout must not draw random numbers, and BatchNorm must not update its statistics."""
     x, y = nets.batch("conv")
     model = nets.convnet(batch_norm=True)
@@ -257,7 +257,7 @@ def test_global_generator_and_model_are_not_disturbed_by_attach(name):
 
 @pytest.mark.parametrize("name", ["fa", "kp", "usf"])
 @pytest.mark.parametrize("net", ["mlp_bn", "conv_bn"])
-def test_autocast_to_float16_is_to_float16(name, net):
+def test_float16_autocast_keeps_activations_and_errors_in_float16(name, net):
     """Activations and errors have the dtype of the caller's autocast."""
     model, (x, y) = BUILD[net](dtype=torch.float32), nets.batch(net, dtype=torch.float32)
     rule = fa_bench.attach(model, name, seed=0)
@@ -277,7 +277,7 @@ def test_autocast_to_float16_is_to_float16(name, net):
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
-def test_second_derivatives_are_those_of_the_formulas():
+def test_second_derivatives_match_formulas():
     """The test differentiates twice: first the loss Σ y²/2 with y = W x and g = y, and then Σ e with the input error e = gᵀ B.
 
     The derivative of the second loss with respect to g is B 1, which propagates to W and, through B, to x.
@@ -309,7 +309,7 @@ def test_second_derivatives_are_those_of_the_formulas():
     ],
     ids=["2d", "3d", "transposed"],
 )
-def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
+def test_feedback_has_memory_format_of_weight(name, build, last):
     """A different memory format would cost a copy in every step."""
     for wanted in (last, torch.contiguous_format):
         model = nn.Sequential(build()).to(memory_format=wanted)
@@ -327,7 +327,7 @@ def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
     ],
     ids=["1d", "2d"],
 )
-def test_a_transposed_convolution_gives_the_size_that_is_asked_for(name, build, shape, sizes):
+def test_transposed_convolution_respects_output_size(name, build, shape, sizes):
     """For every requested size, the output and the weight's gradient are those of the plain layer."""
     torch.manual_seed(0)
     plain, x = build().double(), torch.randn(shape, dtype=torch.float64)

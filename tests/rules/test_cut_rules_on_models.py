@@ -33,7 +33,7 @@ def test_two_steps_train_every_layer(name, model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_where_the_cuts_are(model):
+def test_default_cuts_are_activations_or_block_ends(model):
     """The cuts are all activations or, for dgl, the ends of all blocks except the last one."""
     assert list(registered(model, "dgl")[1].feedback) == BLOCKS[model]
     for name in ("local_error", "predsim"):
@@ -43,7 +43,7 @@ def test_where_the_cuts_are(model):
 
 @pytest.mark.parametrize("name", ["drtp", *LOCAL])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_gradient_does_not_depend_on_later_layers(name, model):
+def test_gradients_do_not_depend_on_later_layers(name, model):
     """With update unlocking, changing the layers after a cut (and thus the output error) does not affect the gradients before it.
 
     The network is split at the last cut, and every parameter after it is changed, including those of normalisation layers.
@@ -71,7 +71,7 @@ def test_a_gradient_does_not_depend_on_later_layers(name, model):
     assert any(not torch.equal(after[key], before[0][key]) for key in before[0] if key not in below)
 
 
-def test_the_same_test_fails_for_direct_feedback():
+def test_dfa_gradients_depend_on_output_layer():
     """Under dfa, the error is computed from the output, so changing the output layer changes every gradient."""
     net, rule, x, y = registered("mlp", "dfa")
     before = rule_grads(net, rule, x, y)

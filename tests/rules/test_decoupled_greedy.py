@@ -16,7 +16,7 @@ from .registered import BLOCKS, MODELS, registered, trained_grads
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", ["mlp_sr", "mlp", "linear"])
-def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
+def test_module_gradients_match_backprop_of_local_loss(model, kind):
     """The gradients equal those of plain torch if modules are detached at their ends and their auxiliary losses are added."""
     net, rule, x, y = registered(model, "dgl", auxiliary_net=kind)
     nets_of_cuts = {cut: copy.deepcopy(rule.auxiliary_at(cut)) for cut in rule.feedback}
@@ -44,7 +44,7 @@ def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
     assert_matches(mine, theirs, rel=1e-12)
 
 
-def test_modules_of_the_users_own_by_their_ends():
+def test_cuts_define_custom_modules():
     """Module 1 consists of fc1 and fc2, and module 2 of fc3 and the output layer.
 
     Because fc1 learns by backpropagation within its module, it counts as covered.
@@ -58,7 +58,7 @@ def test_modules_of_the_users_own_by_their_ends():
         registered("mlp", "predsim", cuts=["act2", "act3"])
 
 
-def test_what_is_inside_a_module_is_covered_whatever_it_is():
+def test_attention_inside_module_is_covered():
     """Attention stores its input projections outside linear layers, but within a module these weights learn like any others."""
 
     class Attention(nn.Module):
@@ -76,14 +76,14 @@ def test_what_is_inside_a_module_is_covered_whatever_it_is():
     assert all(grad is not None for grad in rule_grads(model, rule, x, y).values())
 
 
-def test_one_module_is_refused_and_none_is_explained():
+def test_requires_at_least_two_modules():
     with pytest.raises(fa_bench.errors.CoverageError, match=r"two modules.*act3.*fc4"):
         registered("mlp", "dgl", cuts=["act3"])
     with pytest.raises(fa_bench.errors.CoverageError, match=r"model\.blocks"):
         fa_bench.attach(nets.mlp(), "dgl", seed=0)
 
 
-def test_layers_of_the_auxiliary_net():
+def test_auxiliary_net_layer_shapes():
     """A 4 x 8 x 8 map is averaged to 2 x 2 pixels, so the linear layers that follow are 16 wide.
 
     After a flat activation of 9 features, the linear layers are 9 wide.
@@ -109,7 +109,7 @@ def test_layers_of_the_auxiliary_net():
     ],
     ids=str,
 )
-def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, first, second):
+def test_auxiliary_net_pools_to_quarter_then_two_by_two(size, first, second):
     """Maps are never enlarged."""
     model = nn.Sequential(
         nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * size[0] * size[1], 5), nn.ReLU(), nn.Linear(5, 3)
@@ -123,7 +123,7 @@ def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, 
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv2"])
-def test_auxiliary_nets_keep_no_statistics(net):
+def test_auxiliary_nets_have_no_running_statistics(net):
     """Auxiliary nets run only in training and use the statistics of the batch."""
     model, rule, *_ = registered(net, "dgl")
     kept = [key for key in model.state_dict() if "auxiliary" in key and ("running" in key or "num_batches" in key)]

@@ -69,7 +69,7 @@ def bias_gradients(found: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("net", "difference"), [("mlp_tanh", "voltage"), ("conv", "voltage"), ("mlp_relu", "nonlinear"), ("conv", "nonlinear")]
 )
-def test_a_transposed_jacobian_and_much_leak_are_backpropagation(net: str, difference: str) -> None:
+def test_transposed_jacobian_with_large_leak_matches_backprop(net: str, difference: str) -> None:
     """The control Q u equals -stepsize / alpha Jᵀ dL/dz (1 + O(1 / alpha)).
 
     The nonlinear difference squares the derivatives, which leaves those of ReLU unchanged.
@@ -81,7 +81,7 @@ def test_a_transposed_jacobian_and_much_leak_are_backpropagation(net: str, diffe
     assert_matches(found, bp_grads(nets.NETS[net](), x, y), rel=1e-5)
 
 
-def test_the_difference_of_activities_has_another_derivative() -> None:
+def test_nonlinear_difference_squares_activation_derivative() -> None:
     """With the difference of activities, the weights of hidden layers learn with the square of the derivative of tanh."""
     x, y = nets.batch("mlp_tanh", size=1)
     found = {}
@@ -93,7 +93,7 @@ def test_the_difference_of_activities_has_another_derivative() -> None:
     assert torch.allclose(found["nonlinear"]["fc3.bias"], found["voltage"]["fc3.bias"], rtol=1e-9, atol=0)
 
 
-def test_a_transposed_jacobian_without_leak_is_the_gauss_newton_step() -> None:
+def test_transposed_jacobian_without_leak_is_gauss_newton_step() -> None:
     model, rule = attached(feedback_weights="jacobian", alpha=0.0, learning_rule="voltage_difference", target_stepsize=0.3)
     x, y = nets.batch("mlp_tanh", size=1)
     error = nets.NETS["mlp_tanh"]()(x).softmax(1).detach()[0] - F.one_hot(y, 3)[0]
@@ -105,7 +105,7 @@ def test_a_transposed_jacobian_without_leak_is_the_gauss_newton_step() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fixed", "jacobian"])
-def test_the_closed_form_is_where_the_dynamics_come_to_rest(kind: str) -> None:
+def test_closed_form_matches_steady_state_of_dynamics(kind: str) -> None:
     """The closed form is compared with Euler steps of the controller and of all voltages.
 
     Unlike the closed form, the steps are not linearised, which causes a difference of O(stepsize).
@@ -135,7 +135,7 @@ def test_the_closed_form_is_where_the_dynamics_come_to_rest(kind: str) -> None:
     assert distances[1] < 1e-2 and distances[1] < 0.2 * distances[0]
 
 
-def test_activities_are_controlled_below_a_layer() -> None:
+def test_weight_gradient_uses_controlled_input_activity() -> None:
     """For one sample, the gradient of the second layer is its error times the controlled activity of the first layer."""
     model, rule = attached(feedback_weights="fixed", learning_rule="voltage_difference", target_stepsize=2.0)
     x, y = nets.batch("mlp_tanh", size=1)
@@ -158,7 +158,7 @@ def solved(leak: float, decay: float, s: float) -> float:
     return low
 
 
-def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
+def test_feedback_converges_to_row_space_of_jacobian() -> None:
     """The feedback of a linear net converges to Q = Jᵀ M, where M has the eigenvectors of J Jᵀ.
 
     For the eigenvalue s of J Jᵀ, M has the eigenvalue m that solves decay m = leak / (leak + m s)². Averaged over noise, the
@@ -189,7 +189,7 @@ def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
     assert ((mean - want).norm() / want.norm()).item() < 0.03
 
 
-def test_the_noise_is_that_of_its_places_and_numbers() -> None:
+def test_noise_depends_on_cut_and_pass_number() -> None:
     """In a linear net whose leak is so large that J Q is negligible, u = -J sigma eps / leak."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 3)).double()
@@ -210,7 +210,7 @@ def test_the_noise_is_that_of_its_places_and_numbers() -> None:
     assert rule.state_dict() == {"draws": {"seed": 3, "number": 2}}
 
 
-def test_passes_are_run_only_where_they_are_needed() -> None:
+def test_number_of_forward_passes_per_feedback_kind() -> None:
     x, y = nets.batch("mlp_tanh")
     for kind, passes in (("learned", 4), ("fixed", 3), ("jacobian", 3)):
         model, rule = attached(feedback_weights=kind)
@@ -230,7 +230,7 @@ def test_passes_are_run_only_where_they_are_needed() -> None:
         }[kind]
 
 
-def test_some_feedback_may_be_frozen() -> None:
+def test_frozen_feedback_does_not_affect_other_gradients() -> None:
     x, y = nets.batch("mlp_tanh")
     model, rule = attached()
     want = learn(model, rule, x, y)
@@ -241,7 +241,7 @@ def test_some_feedback_may_be_frozen() -> None:
     assert all(torch.equal(found[key], want[key]) for key in found)
 
 
-def test_measuring_draws_nothing_and_gives_feedback_no_gradient() -> None:
+def test_measuring_draws_no_noise_and_no_feedback_gradient() -> None:
     x, y = nets.batch("mlp_tanh")
     model, rule = attached()
     learn(model, rule, x, y)
@@ -250,7 +250,7 @@ def test_measuring_draws_nothing_and_gives_feedback_no_gradient() -> None:
     assert rule.state_dict()["draws"]["number"] == 1
 
 
-def test_every_update_draws_new_noise_that_a_state_repeats() -> None:
+def test_noise_changes_every_update_and_is_restored_from_state() -> None:
     x, y = nets.batch("mlp_tanh")
     model, rule = attached()
     first, state = learn(model, rule, x, y), copy.deepcopy(rule.state_dict())
@@ -266,7 +266,7 @@ def test_every_update_draws_new_noise_that_a_state_repeats() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ further passes
-def test_running_statistics_and_random_numbers_are_those_of_one_pass() -> None:
+def test_extra_passes_do_not_change_running_statistics_or_rng() -> None:
     """All passes use the dropout masks of the first pass.
 
     With new masks, the differences between masks would dominate the change of the output.
@@ -300,7 +300,7 @@ def test_running_statistics_and_random_numbers_are_those_of_one_pass() -> None:
 
 @pytest.mark.parametrize("kind", ["learned", "jacobian"])
 @pytest.mark.parametrize("where", ["nonlinearity", "block"])
-def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
+def test_inplace_nonlinearity_matches_out_of_place(where: str, kind: str) -> None:
     def trained(inplace: bool) -> dict[str, Tensor]:
         torch.manual_seed(1)
         # Applying LeakyReLU to its own result changes it, so a second in-place application would be detected.
@@ -316,7 +316,7 @@ def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
     assert_matches(trained(True), trained(False), rel=0)
 
 
-def test_at_a_block_the_change_is_added_to_the_output() -> None:
+def test_cut_at_block_matches_identity_after_block() -> None:
     """A cut at a block is equivalent to a cut at an identity after the same layers, so derivatives within the block are exact."""
     torch.manual_seed(1)
     block = nn.Sequential(nn.Linear(7, 6), nn.Tanh()).double()
@@ -330,7 +330,7 @@ def test_at_a_block_the_change_is_added_to_the_output() -> None:
     assert torch.equal(found["0.0.weight"], want["0.weight"]) and torch.equal(found["1.weight"], want["3.weight"])
 
 
-def test_a_nonlinearity_with_dropout_is_evaluated_once() -> None:
+def test_dropout_in_nonlinearity_is_sampled_once() -> None:
     """Two evaluations would sample different masks, which would dominate the difference between the activations."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(7, 6), nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), nn.Linear(6, 3)).double()
@@ -340,7 +340,7 @@ def test_a_nonlinearity_with_dropout_is_evaluated_once() -> None:
     assert learn(model, rule, x, y)["0.weight"].norm() < 1e-4
 
 
-def test_a_pooling_stands_for_the_nonlinearity_before_it() -> None:
+def test_cut_at_pooling_moves_to_preceding_nonlinearity() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)).double()
     x, y = nets.batch("conv")
@@ -353,7 +353,7 @@ def test_a_pooling_stands_for_the_nonlinearity_before_it() -> None:
 @pytest.mark.parametrize(
     "between", [[nn.Dropout(0.5)], [nn.Identity()], [nn.Softsign()] * 2], ids=["dropout", "identity", "twice"]
 )
-def test_what_is_no_nonlinearity_of_its_own_does_not_stand_for_a_pooling(between: list[nn.Module]) -> None:
+def test_cut_at_pooling_skips_dropout_identity_and_repeated_modules(between: list[nn.Module]) -> None:
     """Dropout and identities are not nonlinearities, and a nonlinearity that runs twice has no unique position."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), *between, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3))
@@ -361,7 +361,7 @@ def test_what_is_no_nonlinearity_of_its_own_does_not_stand_for_a_pooling(between
     assert set(rule.feedback) == {"1"}
 
 
-def test_passes_of_half_precision_are_repeated_in_single() -> None:
+def test_bfloat16_autocast_runs_extra_passes_in_float32() -> None:
     """Voltages of order 1 change by about 1e-3, which bfloat16 cannot resolve with its eight bits of precision."""
     found = []
     for enabled in (False, True):
@@ -378,7 +378,7 @@ def test_passes_of_half_precision_are_repeated_in_single() -> None:
         assert (found[1][key] - want).norm() < 0.05 * want.norm()
 
 
-def test_a_model_in_half_precision_learns() -> None:
+def test_bfloat16_model_gradients_match_float32() -> None:
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         model = nets.NETS["mlp_tanh"]().to(dtype)
@@ -393,7 +393,7 @@ def test_a_model_in_half_precision_learns() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ calls
-def test_labels_are_not_needed_and_targets_may_be_numbers() -> None:
+def test_labels_are_optional_and_targets_may_be_floats() -> None:
     x, y = nets.batch("mlp_tanh")
     model, rule = attached()
     want = learn(model, rule, x, y)
@@ -410,7 +410,7 @@ def test_labels_are_not_needed_and_targets_may_be_numbers() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 4])
-def test_a_batch_or_a_loss_of_nothing_gives_zeros(rows: int) -> None:
+def test_empty_batch_or_zero_loss_gives_zero_gradients(rows: int) -> None:
     model, rule = attached()
     x, y = nets.batch("mlp_tanh")
     logits = model(x[:rows])
@@ -419,7 +419,7 @@ def test_a_batch_or_a_loss_of_nothing_gives_zeros(rows: int) -> None:
     assert found and not any(gradient.any() for gradient in found.values())
 
 
-def test_a_loop_without_steady_state_is_not_an_error() -> None:
+def test_missing_steady_state_gives_nonfinite_gradients() -> None:
     """If J Q + alpha I is zero, the gradients are not finite, which a run reports as divergence."""
     model, rule = attached(alpha=0.0)
     with torch.no_grad():
@@ -429,7 +429,7 @@ def test_a_loop_without_steady_state_is_not_an_error() -> None:
     assert not torch.isfinite(found["fc1.weight"]).all()
 
 
-def test_a_copied_and_a_pickled_model_train_alike() -> None:
+def test_copied_and_pickled_models_train_identically() -> None:
     x, y = nets.batch("mlp_tanh")
     model, rule = attached()
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
@@ -440,7 +440,7 @@ def test_a_copied_and_a_pickled_model_train_alike() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*computes no error for the model's input")
-def test_what_nothing_trainable_precedes_is_not_controlled() -> None:
+def test_cuts_without_trainable_layers_before_are_not_controlled() -> None:
     """A cut without trainable layers before it adds nothing to J Q, because no layer would learn from its control.
 
     The result is the same if the input requires a gradient.
@@ -463,7 +463,7 @@ def test_what_nothing_trainable_precedes_is_not_controlled() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"feedback_weights": "fixed"}, {"feedback_weights": "jacobian"}], ids=str)
-def test_the_coverage_says_which_layers_are_not_controlled(options: dict[str, Any]) -> None:
+def test_coverage_reports_uncontrolled_layers(options: dict[str, Any]) -> None:
     x, y = nets.batch("mlp_tanh")
     model, reference = nets.NETS["mlp_tanh"](), nets.NETS["mlp_tanh"]()
     rule = fa_bench.attach(model, "dfc", sample_input=x, cuts=CUTS, freeze_stem=True, **options)
@@ -477,7 +477,7 @@ def test_the_coverage_says_which_layers_are_not_controlled(options: dict[str, An
     assert not any("not computed" in entry.feedback for entry in plain.coverage.covered)
 
 
-def test_feedback_of_a_frozen_layer_after_one_that_learns_learns() -> None:
+def test_feedback_of_frozen_layer_after_trainable_layer_learns() -> None:
     x, y = nets.batch("mlp_tanh")
     model, reference = nets.NETS["mlp_tanh"](), nets.NETS["mlp_tanh"]()
     model.fc2.requires_grad_(False)
@@ -489,7 +489,7 @@ def test_feedback_of_a_frozen_layer_after_one_that_learns_learns() -> None:
     assert not any("not computed" in entry.feedback for entry in rule.coverage.covered)
 
 
-def test_what_it_refuses() -> None:
+def test_rejects_invalid_options_cuts_and_shapes() -> None:
     x, y = nets.batch("mlp_tanh")
     for options in ({"alpha": -1.0}, {"target_stepsize": 0.0}, {"sigma": 0.0}, {"alpha_fb": -1.0}, {"learning_rule": "hebbian"}):
         with pytest.raises(OptionError, match=next(iter(options))):
@@ -509,7 +509,7 @@ def test_what_it_refuses() -> None:
         learn(net, rule, torch.zeros(4, 2, 5, 7).double(), y)
 
 
-def test_what_it_says() -> None:
+def test_coverage_text_and_default_options() -> None:
     _, rule = attached(b_lr_scale=0.5)
     said = str(rule.coverage)
     assert (
@@ -525,7 +525,7 @@ def test_what_it_says() -> None:
         assert "noise" not in str(attached(feedback_weights=kind)[1].coverage)
 
 
-def test_training_lowers_the_loss_by_every_kind_of_feedback() -> None:
+def test_training_lowers_loss_with_every_feedback_kind() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 7, generator=generator, dtype=torch.float64)
     y = x[:, :3].argmax(1)
@@ -543,7 +543,7 @@ def test_training_lowers_the_loss_by_every_kind_of_feedback() -> None:
         assert losses[-1] < 0.5 * losses[0], kind
 
 
-def test_same_noise_of_every_sample_is_split_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_batch_gradients_add_up_with_equal_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients of two parts of a batch, each with its share of the loss, add up to those of the whole batch."""
     monkeypatch.setattr(Draws, "normal", lambda self, name, like, is_shared=False: torch.ones_like(like) * (len(name) + 1) / 3)
     x, y = nets.batch("mlp_tanh")
@@ -556,7 +556,7 @@ def test_same_noise_of_every_sample_is_split_with_the_batch(monkeypatch: pytest.
     assert_matches(gradients(model), want)
 
 
-def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None:
+def test_output_feedback_is_not_transposed() -> None:
     """For one sample, u is (J Q + alpha I)⁻¹ times the step of the output towards its target.
 
     The output's part of Q is not symmetric, so its transpose would give a different result.
@@ -573,7 +573,7 @@ def test_learned_feedback_of_the_output_is_used_in_its_own_orientation() -> None
     assert torch.allclose(-bias_gradients(learn(model, rule, x, y)), q @ control, rtol=1e-9, atol=0)
 
 
-def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_differs_between_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even layers of equal width must get different noise.
 
     If the noise were the same in several layers, their feedback would learn the sum over these layers.
@@ -593,7 +593,7 @@ def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert not any(torch.equal(one, two) for number, one in enumerate(drawn) for two in drawn[:number])
 
 
-def test_a_nonlinearity_that_draws_teaches_by_voltages() -> None:
+def test_random_nonlinearity_uses_voltage_difference() -> None:
     """RReLU samples new slopes in every evaluation, so both kinds of difference must use the voltages."""
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = []

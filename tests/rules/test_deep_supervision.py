@@ -48,7 +48,7 @@ def summed_loss_grads(plain: nn.Module, rule: Any, x: Tensor, y: Tensor, weight:
 
 
 @pytest.mark.parametrize("net", CUTS)
-def test_gradients_are_those_of_the_summed_loss(net: str) -> None:
+def test_gradients_match_summed_loss(net: str) -> None:
     model, rule, x, y = attached(net, weight=0.3)
     want = summed_loss_grads(BUILD[net](), rule, x, y, 0.3)
     got = rule_grads(model, rule, x, y) | trained_grads(rule)
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_the_summed_loss(net: str) -> None:
         assert_bitwise(rule_grads(model, rule, x, y), bp_grads(BUILD[net](), x, y))
 
 
-def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_frozen() -> None:
+def test_classifiers_learn_only_after_trainable_layer() -> None:
     """The error of a classifier passes through the frozen layers before it.
 
     A classifier without trainable layers before it does not learn.
@@ -71,7 +71,7 @@ def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_fr
         assert learned == {cut: [cut not in rests] * len(learned[cut]) for cut in ("act1", "act2")}
 
 
-def test_weight_zero_is_backpropagation() -> None:
+def test_zero_weight_matches_backprop() -> None:
     """With a weight of zero, the classifiers add nothing, so all gradients are bitwise identical to those of backpropagation.
 
     With the default weight, the gradient of the first layer differs, but that of the output layer does not.
@@ -86,7 +86,7 @@ def test_weight_zero_is_backpropagation() -> None:
     assert torch.equal(got["fc1.weight"], exact["fc1.weight"])
 
 
-def test_classifiers_are_those_of_predsim() -> None:
+def test_classifiers_match_predsim() -> None:
     """By default, a classifier starts with zero weights and with the same bias as in predsim.
 
     In the first step, the gradients of the layers are therefore those of bp.
@@ -104,12 +104,12 @@ def test_classifiers_are_those_of_predsim() -> None:
     assert all(grad.any() for grad in trained_grads(one).values())
 
 
-def test_size_and_initialiser_of_the_classifiers() -> None:
+def test_classifier_size_and_init_options() -> None:
     _, rule, _, _ = registered("conv2", "bp_deepsup", decoder_size=16, decoder_init="xavier_uniform")
     assert rule.feedback["act1"]["out.weight"].shape == (3, 16) and rule.feedback["act1"]["out.weight"].any()
 
 
-def test_a_scaled_loss_scales_everything() -> None:
+def test_loss_scaling_scales_all_gradients() -> None:
     model, rule, x, y = attached("mlp_bn", weight=0.5)
     model.eval()
     once = rule_grads(model, rule, x, y) | trained_grads(rule)
@@ -120,7 +120,7 @@ def test_a_scaled_loss_scales_everything() -> None:
     assert_bitwise(got, {name: grad / 4 for name, grad in once.items()})
 
 
-def test_it_says_that_it_transports_weights() -> None:
+def test_coverage_reports_weight_transport() -> None:
     model, rule, *_ = attached("mlp_bn")
     assert rule.coverage.transport == ("in all layers",) and not rule.coverage.uncovered
     assert "passes through the weight" in str(rule.coverage) and "Weight transport in all layers." in str(rule.coverage)
@@ -131,7 +131,7 @@ def test_it_says_that_it_transports_weights() -> None:
     assert set(pairs) == {"fc2", "fc3"} and all(torch.equal(feedback, weight) for feedback, weight in pairs.values())
 
 
-def test_angles_to_backpropagation() -> None:
+def test_alignment_angles_to_backprop() -> None:
     """The angle between feedback and weights is 0.
 
     The errors differ from those of backpropagation because classifiers add their own errors.
@@ -142,7 +142,7 @@ def test_angles_to_backpropagation() -> None:
     assert values["delta_angle"]["fc1"] > 1 and values["delta_angle"]["fc2"] > 1
 
 
-def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
+def test_alignment_angles_with_cuts_at_linear_layers() -> None:
     """The angle between errors is compared with one that is computed by autograd.
 
     All derivatives are exact, so the one-step angles are zero.
@@ -165,7 +165,7 @@ def test_angles_where_a_cut_is_a_layer_with_a_weight() -> None:
     assert values["delta_angle"]["2"] < 1e-3, "expected the exact error, because no classifier after cut 2 adds to it"
 
 
-def test_weights_that_are_used_elsewhere_are_accepted() -> None:
+def test_accepts_weights_used_outside_their_layer() -> None:
     """Under bp_deepsup, as under bp, errors pass through the weights, so a weight may also be used elsewhere."""
 
     class Tied(nn.Module):

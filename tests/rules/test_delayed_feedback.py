@@ -91,7 +91,7 @@ def test_shuffled_epochs_equal_plain_loops(information: str, first_epoch: str) -
     assert len(kept) == (SAMPLES if information.startswith("delayed") else len(kept))
 
 
-def test_without_learning_it_is_dfa_from_the_second_epoch_on() -> None:
+def test_without_updates_matches_dfa_from_second_epoch() -> None:
     (model, rule), (other, dfa) = attached(), attached("dfa", b_init="pytorch")
     for number, indices in enumerate(orders(3)):
         got, wanted = step(model, rule, indices), numbers(step(other, dfa, indices))
@@ -104,13 +104,13 @@ def test_without_learning_it_is_dfa_from_the_second_epoch_on() -> None:
 
 
 @pytest.mark.parametrize("information", ["delayed_loss", "delayed_error_softmax", "current_error"])
-def test_with_the_current_error_at_first_it_is_dfa(information: str) -> None:
+def test_first_epoch_current_matches_dfa(information: str) -> None:
     """The derivative of the cross-entropy is softmax(z) - y, so all three kinds of information equal the error of dfa."""
     (model, rule), (other, dfa) = attached(information=information, first_epoch="current"), attached("dfa", b_init="pytorch")
     assert_matches(step(model, rule, ALL), numbers(step(other, dfa, ALL)))
 
 
-def test_the_target_alone_is_drtp_with_the_other_sign_of_b() -> None:
+def test_one_hot_target_matches_drtp_with_negated_feedback() -> None:
     (model, rule), (other, drtp) = attached(information="one_hot_target"), attached("drtp", b_init="pytorch")
     (first, f3) = attached()  # with the default information, in the first epoch
     for tensors in drtp.feedback.values():
@@ -120,7 +120,7 @@ def test_the_target_alone_is_drtp_with_the_other_sign_of_b() -> None:
     assert_matches(step(first, f3, ALL), wanted)
 
 
-def test_zero_at_first_trains_the_output_layer_alone() -> None:
+def test_first_epoch_zero_trains_only_output_layer() -> None:
     model, rule = attached(first_epoch="zero")
     got = step(model, rule, ALL)
     last = list(got)[-2:]
@@ -129,7 +129,7 @@ def test_zero_at_first_trains_the_output_layer_alone() -> None:
 
 
 @pytest.mark.parametrize("init", ["identity", "identity_pm"])
-def test_identity_feedback_shows_the_delayed_errors(init: str) -> None:
+def test_identity_feedback_delivers_delayed_errors(init: str) -> None:
     """With identity feedback, the error at a cut consists of entries of the sample's earlier error, up to the identity's sign."""
     model, rule = attached(b_init=init)
     seen: list[Tensor] = []
@@ -153,7 +153,7 @@ def test_identity_feedback_shows_the_delayed_errors(init: str) -> None:
 
 
 @pytest.mark.parametrize(("objective", "output"), [(SigmoidCE(), torch.sigmoid), (MSE(), lambda z: z)], ids=["sigmoid", "mse"])
-def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
+def test_stored_errors_for_sigmoid_and_mse_objectives(objective: Any, output: Any) -> None:
     """For sigmoid_ce and mse, delayed_loss and delayed_error are the same.
 
     As in the published code of f3, the kinds with softmax apply it to the outputs, for example to those of the sigmoid.
@@ -178,7 +178,7 @@ def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
 
 
 @pytest.mark.parametrize("information", DELAYED)
-def test_targets_that_are_numbers(information: str) -> None:
+def test_float_targets(information: str) -> None:
     """In a sample's first epoch, the error is the negative target. The one-hot kinds multiply this error by the target."""
     targets, model = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(3)).double(), nets.NETS[NET]()
     rule = fa_bench.attach(
@@ -195,7 +195,7 @@ def test_targets_that_are_numbers(information: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ what is kept
 @pytest.mark.parametrize("information", ["delayed_loss", "delayed_error"])
-def test_kept_errors_do_not_depend_on_batch_size_or_loss_scale(information: str) -> None:
+def test_stored_errors_ignore_batch_size_and_loss_scale(information: str) -> None:
     """For the same batch and the same stored errors, multiplying the loss by 8 multiplies the gradients by 8."""
     (whole, rule), (parts, other) = attached(information=information), attached(information=information)
     step(whole, rule, ALL)
@@ -210,7 +210,7 @@ def test_kept_errors_do_not_depend_on_batch_size_or_loss_scale(information: str)
     assert_matches(collect(parts), {name: 8 * gradient for name, gradient in plain.items()})
 
 
-def test_a_part_of_the_samples_leaves_the_others_as_they_are() -> None:
+def test_pass_updates_only_errors_of_its_samples() -> None:
     model, rule = attached()
     step(model, rule, torch.tensor([1, 5]))
     state = rule.state_dict()
@@ -222,7 +222,7 @@ def test_a_part_of_the_samples_leaves_the_others_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_errors_that_are_not_finite_are_not_kept(bad: float) -> None:
+def test_nonfinite_errors_are_not_stored(bad: float) -> None:
     """Samples whose new errors are not finite keep their earlier errors, if they have any.
 
     A gradient scaler likewise skips an update that is not finite.
@@ -239,7 +239,7 @@ def test_errors_that_are_not_finite_are_not_kept(bad: float) -> None:
     assert torch.equal(after["errors"][:3], before["errors"][:3]) and after["errors"].isfinite().all()
 
 
-def test_measurements_and_evaluation_use_errors_and_keep_none() -> None:
+def test_measuring_and_evaluation_do_not_store_errors() -> None:
     model, rule = attached()
     step(model, rule, ALL)
     before = rule.state_dict()
@@ -255,7 +255,7 @@ def test_measurements_and_evaluation_use_errors_and_keep_none() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in rule.state_dict().items())
 
 
-def test_a_state_is_loaded_and_checked() -> None:
+def test_load_state_dict_restores_and_validates_errors() -> None:
     (model, rule), (twin, other) = attached(), attached()
     step(model, rule, ALL)
     other.load_state_dict(rule.state_dict())
@@ -268,7 +268,7 @@ def test_a_state_is_loaded_and_checked() -> None:
         assert attached(**options)[1].state_dict() == {}
 
 
-def test_a_copy_of_the_model_keeps_errors_of_its_own() -> None:
+def test_copied_model_stores_errors_separately() -> None:
     model, rule = attached()
     step(model, rule, ALL[:3])
     twin = copy.deepcopy(model)
@@ -276,7 +276,7 @@ def test_a_copy_of_the_model_keeps_errors_of_its_own() -> None:
     assert rule.state_dict()["seen"].sum() == 3
 
 
-def test_errors_have_the_precision_of_the_model_and_no_less_than_single() -> None:
+def test_stored_errors_have_model_dtype_but_at_least_float32() -> None:
     for dtype, wanted in ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
         rule = fa_bench.attach(model, "f3", samples=2, cuts=["1"])
@@ -286,7 +286,7 @@ def test_errors_have_the_precision_of_the_model_and_no_less_than_single() -> Non
         assert rule.state_dict()["errors"].dtype == wanted
 
 
-def test_errors_follow_a_model_that_is_converted() -> None:
+def test_stored_errors_follow_model_dtype() -> None:
     """After the model's dtype changes, errors are stored in the new precision (at least single), and earlier errors are kept."""
     model, rule = attached()  # in double precision
     step(model, rule, ALL)
@@ -301,12 +301,12 @@ def test_errors_follow_a_model_that_is_converted() -> None:
         torch.testing.assert_close(errors.double(), kept, atol=0.02, rtol=0.02)  # the precision of bfloat16
 
 
-def test_the_coverage_says_what_the_errors_take() -> None:
+def test_coverage_reports_memory_of_stored_errors() -> None:
     assert "the last errors of 7 training samples take 175 B" in str(attached()[1].coverage)  # 7 (3 x 8 + 1)
     assert "training samples" not in str(attached(information="current_error")[1].coverage)
 
 
-def test_errors_that_do_not_fit_are_refused() -> None:
+def test_rejects_stored_errors_exceeding_memory() -> None:
     with pytest.raises(ConfigError, match=r"the errors of \d+ training samples: needs .* of memory"):
         attached(samples=10**13)
 
@@ -328,7 +328,7 @@ def test_errors_that_do_not_fit_are_refused() -> None:
     ],
     ids=["none", "matrix", "few", "floats", "bools", "high", "low"],
 )
-def test_wrong_indices(indices: Tensor | None, error: str) -> None:
+def test_rejects_invalid_indices(indices: Tensor | None, error: str) -> None:
     model, rule = attached()
     logits = model(X)
     with pytest.raises(ValueError, match=f"rule 'f3'.*{error}"):
@@ -337,13 +337,13 @@ def test_wrong_indices(indices: Tensor | None, error: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_plain_backward_is_refused() -> None:
+def test_rejects_plain_loss_backward() -> None:
     model, _ = attached(first_epoch="zero")
     with pytest.raises(ValueError, match="requires the indices"):
         F.cross_entropy(model(X), Y).backward()
 
 
-def test_the_number_of_samples_is_required() -> None:
+def test_delayed_errors_require_number_of_samples() -> None:
     """If the number of samples is missing, attach raises an error before it searches for cuts.
 
     The number of samples is not needed if errors are not delayed.
@@ -370,7 +370,7 @@ def test_int32_indices() -> None:
     assert torch.equal(other.state_dict()["errors"], rule.state_dict()["errors"])
 
 
-def test_labels_are_needed_by_what_depends_on_them() -> None:
+def test_labels_are_required_only_by_dependent_options() -> None:
     """Labels are needed for targets, including those of the first epoch, but not for the derivative of the loss."""
     for options, needed in (
         ({}, True),
@@ -396,7 +396,7 @@ def test_outputs_with_positions_are_refused() -> None:
         fa_bench.attach(model, "f3", sample_input=torch.zeros(2, 6, 4), cuts=["1"], samples=2)
 
 
-def test_the_number_of_samples_of_a_run() -> None:
+def test_expect_samples_sets_and_checks_sample_count() -> None:
     rule = ALGORITHMS["f3"]()
     rule.expect_samples(5)
     assert rule.sample_count == 5
@@ -408,7 +408,7 @@ def test_the_number_of_samples_of_a_run() -> None:
     assert not attached(information="one_hot_target")[1].needs_indices and rule.needs_indices
 
 
-def test_a_process_without_new_errors_takes_part_in_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_without_new_errors_joins_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """If a process without new errors skipped the exchange, the other processes would wait for it."""
     kept, calls = SampleErrors(3, 2, torch.zeros(())), []
 

@@ -78,18 +78,18 @@ def train(name: str, net: str, steps: int) -> None:
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_steps_stay_on_the_device(name: str, net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_steps_stay_on_device(name: str, net: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in READS_ONCE:
         monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)
     train(name, net, steps=2)
 
 
-def test_a_tensor_on_another_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detects_tensor_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: torch.empty(noise.batch, *noise.shape))
     with pytest.raises(RuntimeError, match=r"two (different )?devices"):
         train("wm", "mlp", steps=1)
 
 
-def test_a_number_that_is_read_is_found() -> None:
+def test_detects_reading_values_from_device() -> None:
     with pytest.raises(DataDependentOutputException):
         train("frsf", "mlp", steps=1)

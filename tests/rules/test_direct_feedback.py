@@ -24,7 +24,7 @@ def attached(form: str = "neuron", net: str = "mlp_tanh", cuts=("act1", "act2"),
     return model, fa_bench.attach(model, "dfa", seed=0, sample_input=x, form=form, **options)
 
 
-def test_one_hidden_layer_equals_fa_with_the_same_feedback():
+def test_one_hidden_layer_matches_fa_with_same_feedback():
     x, y = nets.batch("one")
     direct, chained = nets.one_hidden(), nets.one_hidden()
     dfa = fa_bench.attach(direct, "dfa", seed=0, sample_input=x, cuts=["act1"])
@@ -36,7 +36,7 @@ def test_one_hidden_layer_equals_fa_with_the_same_feedback():
     assert distance(want["fc1.weight"], bp_grads(nets.one_hidden(), x, y)["fc1.weight"]) > 1e-2
 
 
-def test_last_hidden_feedback_equal_to_the_output_weights_is_backpropagation_there():
+def test_last_cut_with_output_weight_as_feedback_matches_backprop():
     model, rule = attached()
     with torch.no_grad():
         rule.feedback["act2"]["B"].copy_(model.fc3.weight)
@@ -83,7 +83,7 @@ def test_gradients_do_not_depend_on_later_weights(form):
     )
 
 
-def test_each_feedback_touches_its_own_block_only():
+def test_feedback_affects_only_its_block():
     for cut, layer in {"act1": "fc1", "act2": "fc2"}.items():
         model, rule = attached()
         x, y = nets.batch("mlp")
@@ -94,7 +94,7 @@ def test_each_feedback_touches_its_own_block_only():
         assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {layer}
 
 
-def test_feedback_is_classes_by_features_and_keyed_by_cut():
+def test_feedback_shapes_and_keys():
     _, rule = attached(net="conv")
     assert {cut: tuple(t["B"].shape) for cut, t in rule.feedback.items()} == {"act1": (3, 48), "act2": (3, 72)}
     _, rule = attached("kernel", net="conv")
@@ -103,7 +103,7 @@ def test_feedback_is_classes_by_features_and_keyed_by_cut():
 
 
 @pytest.mark.parametrize("widths", [(5, 5), (6, 5), (5, 6)], ids=str)
-def test_the_output_layer_is_compared_with_the_feedback_of_the_last_cut(widths):
+def test_weight_pairs_compare_output_layer_with_last_cut(widths):
     """The B of the last cut has the shape of the output weight, and the B of an earlier cut may have the same shape."""
     first, last = widths
     model = nn.Sequential(nn.Linear(4, first), nn.ReLU(), nn.Linear(first, last), nn.ReLU(), nn.Linear(last, 3))
@@ -113,14 +113,14 @@ def test_the_output_layer_is_compared_with_the_feedback_of_the_last_cut(widths):
     assert torch.equal(feedback, rule.feedback["3"]["B"]) and torch.equal(weight, model[4].weight)
 
 
-def test_patterns_and_names_give_the_same_cuts():
+def test_patterns_and_names_select_same_cuts():
     (one, by_name), (two, by_pattern) = attached(), attached(cuts=["act*"])
     assert set(by_name.feedback) == set(by_pattern.feedback) == {"act1", "act2"}
     x, y = nets.batch("mlp")
     assert_bitwise(rule_grads(one, by_name, x, y), rule_grads(two, by_pattern, x, y))
 
 
-def test_layer_without_a_cut_of_its_own_is_named_or_gets_its_local_gradient():
+def test_layer_without_cut_is_rejected_or_gets_local_gradient():
     """Only act2 is a cut, so fc1's error passes through fc2's true weight.
 
     Attaching raises an error that names fc1. With allow_uncovered, fc1 gets the exact local gradient.
@@ -135,7 +135,7 @@ def test_layer_without_a_cut_of_its_own_is_named_or_gets_its_local_gradient():
     assert_matches(got, want)
 
 
-def test_cut_before_the_activation():
+def test_cut_before_activation_omits_its_derivative():
     """If the cut is at a layer's output, the signal itself is that layer's error, without the derivative of the activation."""
     model, rule = attached(cuts=("fc1", "fc2"))
     x, y = nets.batch("mlp")
@@ -156,7 +156,7 @@ def test_shared_matrix_is_uniform_from_minus_one_to_one():
     assert matrix.square().mean().item() == pytest.approx(1 / 3, abs=0.014)
 
 
-def test_normalise_divides_by_the_root_of_the_widest_cut():
+def test_normalise_divides_by_sqrt_of_widest_cut():
     """Both models sample the same matrix, so the gradients of hidden layers differ by a factor of √6, even at 5 features."""
     x, y = nets.batch("mlp")
     (one, raw), (two, scaled) = attached("shared", normalise=False), attached("shared")
@@ -165,7 +165,7 @@ def test_normalise_divides_by_the_root_of_the_widest_cut():
         assert distance(scaled_grads[name] * 6**0.5, raw_grads[name]) < REL
 
 
-def test_every_cut_takes_the_leading_columns_of_one_matrix():
+def test_cuts_use_leading_columns_of_shared_matrix():
     _, rule = attached("shared")
     small, large = sorted((tensors["B"] for tensors in rule.feedback.values()), key=lambda b: b.shape[1])
     assert small.shape == (3, 5) and large.shape == (3, 6)
@@ -183,7 +183,7 @@ def test_every_cut_takes_the_leading_columns_of_one_matrix():
     ],
     ids=str,
 )
-def test_density_is_the_fraction_kept(name, options, bound):
+def test_density_is_fraction_of_nonzero_entries(name, options, bound):
     """With 12 000 entries, the fraction has a standard error of 0.0042, and the tolerance is about 5 standard errors.
 
     A mask does not rescale the remaining entries.
@@ -198,7 +198,7 @@ def test_density_is_the_fraction_kept(name, options, bound):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_inplace_activation_after_the_cut(form):
+def test_inplace_activation_after_cut(form):
     """If an in-place ReLU overwrites the output of a cut at BatchNorm, the gradients equal those with a plain ReLU."""
     x, y = nets.batch("conv")
     cuts = {} if form == "kernel" else {"cuts": ["bn1", "bn2", "bn3"]}
@@ -224,7 +224,7 @@ KERNELS = {
 # torch warns once that an even kernel with padding='same' needs a padded copy of the input.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", KERNELS)
-def test_kernel_form_follows_the_geometry_of_the_layer(layer):
+def test_kernel_form_matches_layer_geometry(layer):
     """The error at a layer's input is the input gradient of a similar layer with weight B, one output per class and no groups."""
     build, shape = KERNELS[layer]
     torch.manual_seed(0)
@@ -252,14 +252,14 @@ def test_kernel_form_follows_the_geometry_of_the_layer(layer):
     assert distance(got["0.weight"], torch.einsum("...o,...i->oi", error, x)) < REL
 
 
-def test_kernel_form_refuses_a_transposed_convolution():
+def test_kernel_form_rejects_transposed_convolution():
     stages = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(495, 3)]
     model, (x, _) = nn.Sequential(*stages).double(), nets.batch("conv")
     with pytest.raises(fa_bench.errors.CoverageError, match="form=kernel does not support the transposed convolution '2'"):
         fa_bench.attach(model, "dfa", seed=0, form="kernel", sample_input=x)
 
 
-def test_inplace_activation_after_a_cut_whose_own_backward_needs_its_output():
+def test_inplace_activation_after_cut_that_saves_its_output():
     """The derivative of tanh is computed from its output, which the ReLU after the cut overwrites.
 
     The cut must therefore preserve the output.
@@ -275,7 +275,7 @@ def test_inplace_activation_after_a_cut_whose_own_backward_needs_its_output():
     assert_bitwise(*grads)
 
 
-def test_inplace_activation_at_the_cut():
+def test_inplace_activation_at_cut():
     x, y = nets.batch("conv")
     grads = []
     for activation in (nets.inplace_relu, nn.ReLU):
@@ -285,7 +285,7 @@ def test_inplace_activation_at_the_cut():
     assert_bitwise(*grads)
 
 
-def test_kernel_form_on_a_residual_network():
+def test_kernel_form_on_residual_network():
     """Each convolution's input gets the direct error, to which the identity shortcut adds the error from later layers."""
     plain, model, (x, y) = nets.residual(), nets.residual(), nets.batch("residual")
     rule = fa_bench.attach(model, "dfa", seed=0, form="kernel", sample_input=x)
@@ -319,7 +319,7 @@ def test_kernel_form_on_a_residual_network():
     assert_matches(rule_grads(model, rule, x, y), {name.replace(".layer.", "."): grad for name, grad in collect(plain).items()})
 
 
-def test_without_any_cut_attach_says_how_to_name_them():
+def test_missing_or_unknown_cuts_error_names_option():
     x, _ = nets.batch("mlp")
     with pytest.raises(fa_bench.errors.CoverageError, match="cuts") as caught:
         fa_bench.attach(nets.mlp(), "dfa", seed=0, sample_input=x)
@@ -342,12 +342,12 @@ class Blocks(nn.Module):
 
 
 @pytest.mark.parametrize("cuts", [["stage", "stage.1"], ["stage*"], ["stage.1.1", "stage.1"]])
-def test_cuts_with_one_output_are_refused_as_such(cuts):
+def test_rejects_cuts_with_same_output(cuts):
     with pytest.raises(fa_bench.errors.CoverageError, match=r"'stage\.1\S*' has the same output as cut 'stage.*matches dots"):
         fa_bench.attach(Blocks(), "dfa", cuts=cuts, sample_input=torch.randn(2, 1, 4, 4))
 
 
-def test_hint_of_cuts_names_no_module_that_runs_several_times():
+def test_suggested_cuts_exclude_modules_that_run_repeatedly():
     with pytest.raises(fa_bench.errors.CoverageError, match="needs cut points") as caught:
         fa_bench.attach(Blocks(), "dfa", sample_input=torch.randn(2, 1, 4, 4))
     assert "relu" not in str(caught.value)
@@ -355,7 +355,7 @@ def test_hint_of_cuts_names_no_module_that_runs_several_times():
     assert not rule.coverage.uncovered
 
 
-def test_a_module_with_two_names_is_one_cut():
+def test_module_with_two_names_is_one_cut():
     class Named(nn.Module):
         def __init__(self):
             super().__init__()

@@ -37,7 +37,7 @@ def train(model, rule, optimizers, steps: int = 5, net: str = "mlp_tanh", batch=
 
 
 @pytest.mark.parametrize("net", CUTS)
-def test_last_hidden_gradient_is_that_of_the_output_weight(net):
+def test_last_cut_feedback_gradient_matches_output_weight_gradient(net):
     model, rule, x, y = attached(net)
     grads, last = rule_grads(model, rule, x, y), "fc3" if net == "mlp_tanh" else "fc1"
     got = rule.feedback["act2"]["B"].grad
@@ -46,7 +46,7 @@ def test_last_hidden_gradient_is_that_of_the_output_weight(net):
     assert rule.feedback["act1"]["B"].grad.abs().max() > 0
 
 
-def test_rate_zero_is_direct_feedback_alignment():
+def test_zero_b_lr_scale_matches_dfa():
     """After five steps with momentum and decay, the weights are bitwise identical to those of dfa with the same B.
 
     The B of dkp has not changed.
@@ -66,7 +66,7 @@ def test_rate_zero_is_direct_feedback_alignment():
     )
 
 
-def test_on_one_hidden_layer_with_equal_rates_it_is_kolen_pollack():
+def test_one_hidden_layer_with_equal_lr_matches_kp():
     """B and W start with different values but get equal gradients and the same decay.
 
     After five steps, dkp and kp have the same weights and the same B.
@@ -83,7 +83,7 @@ def test_on_one_hidden_layer_with_equal_rates_it_is_kolen_pollack():
     assert distance(array(rules[0].feedback["act1"]["B"]), array(rules[1].feedback["fc2"]["B"])) < 1e-12
 
 
-def test_its_rate_is_a_hundredth_of_that_of_the_weights_unless_said_otherwise():
+def test_b_lr_scale_defaults_to_one_hundredth():
     for options, scale in (({}, 0.01), ({"b_lr_scale": 0.3}, 0.3)):
         rule = attached(**options)[1]
         groups = Optimizers(SGD(lr=0.2), rule, 1).optimizers[0].param_groups
@@ -92,7 +92,7 @@ def test_its_rate_is_a_hundredth_of_that_of_the_weights_unless_said_otherwise():
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_decay_acts_on_b(own):
+def test_weight_decay_applies_to_feedback(own):
     """A step of plain SGD changes B to B - lr (gradient + decay B), with the decay of W or that of B's own optimizer."""
     model, rule, x, y = attached()
     feedback = SGD(lr=0.2, momentum=0.0, weight_decay=0.5) if own else None
@@ -107,7 +107,7 @@ def test_decay_acts_on_b(own):
         torch.testing.assert_close(tensor, b - lr * (tensor.grad + decay * b), rtol=1e-12, atol=1e-15)
 
 
-def test_optimizer_and_schedule_of_its_own():
+def test_feedback_optimizer_and_schedule():
     """The learning rate of B is multiplied by 0.85 after each epoch, while that of W is constant.
 
     The decoupled decay of AdamW uses the learning rate of B.
@@ -128,7 +128,7 @@ def test_optimizer_and_schedule_of_its_own():
     assert [rate for pair in rates for rate in pair] == pytest.approx([0.1, 0.1, 0.1, 0.085, 0.1, 0.07225])
 
 
-def test_from_zero_it_begins_with_the_output_layer_alone():
+def test_zero_init_first_trains_only_output_layer():
     model, rule, x, y = attached(b_init="zeros")
     grads = rule_grads(model, rule, x, y)
     assert all(not tensors["B"].any() and tensors["B"].grad.any() for tensors in rule.feedback.values())
@@ -137,7 +137,7 @@ def test_from_zero_it_begins_with_the_output_layer_alone():
     assert rule_grads(model, rule, x, y)["fc1.weight"].any()
 
 
-def test_b_is_kaiming_uniform_with_the_features_of_its_cut():
+def test_default_b_init_is_kaiming_uniform_over_cut_features():
     """B has the shape (10, F) and is sampled from U(±√(6/F)).
 
     The largest of the 40 000 entries is within 1 % of the bound, and their standard deviation is within 2 % of the expected
@@ -165,7 +165,7 @@ def test_mask_holds_and_gradients_add_up():
     torch.testing.assert_close(rule.feedback["act1"]["B"].grad, 2 * once, rtol=1e-14, atol=0)
 
 
-def test_probing_gives_b_no_gradient():
+def test_measuring_gives_feedback_no_gradient():
     model, rule, x, y = attached()
     with measurement_mode(rule):
         logits = model(x)
@@ -212,7 +212,7 @@ def alignment(name: str, steps: int = 300, **options) -> list[float]:
         return [mean_sample_angle(a @ rule.feedback[cut]["B"].t(), model(x)) for cut, a in activations.items()]
 
 
-def test_its_readouts_align_with_the_logits():
+def test_readouts_align_with_logits():
     """At the last hidden layer, the angle between a Bᵀ and the logits falls from near 90 degrees to 6 degrees.
 
     With dfa, the activations also turn towards the fixed B, but only to 21 degrees.

@@ -93,7 +93,7 @@ def test_gradients_equal_reference_and_not_bp(case, net):
         assert all(away) or name in TRAITS["partly_exact"], "a hidden layer has the gradient of BP"
 
 
-def test_plain_last_transports_the_true_weights_of_the_output_layer_only():
+def test_plain_last_uses_true_weights_only_in_output_layer():
     rule, model, plain, _, _, _ = start("usf-plain-last", "mlp_tanh")
     x, y = nets.batch("mlp_tanh")
     got, exact = rule_grads(model, rule, x, y), bp_grads(plain, x, y)

@@ -55,7 +55,7 @@ class Unused(nn.Module):
 @pytest.mark.parametrize("options", [{}, {"freeze_stem": True}], ids=str)
 @pytest.mark.parametrize("sample", [{}, {"sample_input": torch.zeros(2, 3)}], ids=["no sample", "sample"])
 @pytest.mark.parametrize("name", [*EDGE_RULES, "asap", "dfa"])
-def test_nothing_to_cover(name, sample, options):
+def test_rejects_model_without_layers(name, sample, options):
     def build():
         return nn.Sequential(nn.Flatten(), nn.ReLU())
 
@@ -66,7 +66,7 @@ def test_nothing_to_cover(name, sample, options):
 
 
 @pytest.mark.parametrize("name", ["fa", "dfa"])
-def test_an_error_ends_where_the_model_gives_it_no_further_causes(name):
+def test_error_omits_inapplicable_causes(name):
     """The message mentions further causes in parentheses only if the model has any.
 
     Further causes are weights that are pruned or used outside their layers.
@@ -78,7 +78,7 @@ def test_an_error_ends_where_the_model_gives_it_no_further_causes(name):
 
 @pytest.mark.parametrize("freeze_stem", [True, False])
 @pytest.mark.parametrize("name", [*EDGE_RULES, "asap", "dfa"])
-def test_layers_that_do_not_run_are_not_covered(name, freeze_stem):
+def test_rejects_model_whose_layers_do_not_run(name, freeze_stem):
     model, cuts = Unused(), {"cuts": ["act"]} if name == "dfa" else {}
     with pytest.raises(CoverageError, match="covers no layer of this model: none ran"):
         fa_bench.attach(model, name, seed=0, freeze_stem=freeze_stem, sample_input=torch.zeros(2, 3), **cuts)
@@ -94,14 +94,14 @@ def test_layers_that_do_not_run_are_not_covered(name, freeze_stem):
         (nn.Sequential(nn.Embedding(9, 4)), "'0' (Embedding) propagates no error"),
     ],
 )
-def test_what_cannot_be_covered_is_named_with_the_reason(model, says):
+def test_error_names_unsupported_layer_and_reason(model, says):
     with pytest.raises(CoverageError, match=re.escape(says)):
         fa_bench.attach(model, "fa", seed=0)
 
 
 @pytest.mark.parametrize("name", EDGE_RULES)
 @pytest.mark.parametrize("sample", [False, True])
-def test_uncovered_weights_are_named_and_may_be_allowed(name, sample):
+def test_rejects_uncovered_weights_unless_allowed(name, sample):
     model = Attentive()
     options = {"sample_input": TOKENS} if sample else {}
     with pytest.raises(fa_bench.errors.CoverageError) as caught:
@@ -120,7 +120,7 @@ def test_uncovered_weights_are_named_and_may_be_allowed(name, sample):
 
 
 @pytest.mark.parametrize("name", ["fa", "dfa", "predsim"])
-def test_missing_sample_is_named_with_a_frozen_stem_too(name):
+def test_freeze_stem_requires_sample_input(name):
     def build():
         return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
 
@@ -130,7 +130,7 @@ def test_missing_sample_is_named_with_a_frozen_stem_too(name):
     assert unchanged(model, build())
 
 
-def test_subclassed_layers_are_not_swapped_silently():
+def test_rejects_subclassed_layers():
     """Only the exact built-in types are replaced, so a subclass with its own forward method must be named in the error."""
 
     class Doubled(nn.Linear):
@@ -142,14 +142,14 @@ def test_subclassed_layers_are_not_swapped_silently():
         fa_bench.attach(model, "fa", seed=0)
 
 
-def test_coverage_reads_well():
+def test_coverage_lists_all_layers():
     model = nets.convnet(batch_norm=True)
     rule = fa_bench.attach(model, "fa", seed=0)
     report = str(rule.coverage)
     assert all(name in report for name in layer_names(nets.convnet(batch_norm=True)))
 
 
-def test_coverage_is_a_table_with_what_is_left_out_at_its_end():
+def test_coverage_table_lists_uncovered_weights_last():
     rule = fa_bench.attach(Attentive(), "kp", seed=0, allow_uncovered=True, freeze_stem=True, sample_input=TOKENS)
     first, heads, head, *rest = str(rule.coverage).splitlines()
     assert first == "kp covers 1 layer, 2 weights not covered"
@@ -174,7 +174,7 @@ def test_model_compiled_in_place_is_refused(part):
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_compilers_of_older_versions_of_torch_are_refused(fullgraph, monkeypatch):
+def test_rejects_compiling_with_older_torch(fullgraph, monkeypatch):
     monkeypatch.setattr(compiled, "COMPILING_TORCH", (99, 0))
     torch._dynamo.reset()
     x, _ = nets.batch("mlp")
@@ -198,7 +198,7 @@ def test_distributed_wrapper_is_refused(name):
         dist.destroy_process_group()
 
 
-def test_wrapped_part_is_refused_too():
+def test_rejects_compiled_submodule():
     model = nets.mlp()
     model.fc2 = torch.compile(model.fc2)
     with pytest.raises(LOUD, match=r"(?i)compile|fc2"):
@@ -221,7 +221,7 @@ def test_wrapped_part_is_refused_too():
         ("dgl", {"auxilary_net": "mlp"}, "auxiliary_net"),
     ],
 )
-def test_unknown_option_is_answered_with_the_nearest(rule, wrong, nearest):
+def test_unknown_option_suggests_nearest_name(rule, wrong, nearest):
     model = nets.mlp()
     with pytest.raises(LOUD) as caught:
         fa_bench.attach(model, rule, seed=0, sample_input=nets.batch("mlp")[0], **wrong)
@@ -230,7 +230,7 @@ def test_unknown_option_is_answered_with_the_nearest(rule, wrong, nearest):
 
 
 @pytest.mark.parametrize(("wrong", "nearest"), [("kpp", "kp"), ("frozn", "frozen"), ("FA", "fa"), ("WM", "wm"), ("usff", "usf")])
-def test_unknown_rule_is_answered_with_the_nearest(wrong, nearest):
+def test_unknown_rule_suggests_nearest_name(wrong, nearest):
     with pytest.raises(LOUD) as caught:
         fa_bench.attach(nets.mlp(), wrong, seed=0)
     assert f"did you mean '{nearest}'?" in str(caught.value)
@@ -257,14 +257,14 @@ def test_unknown_rule_is_answered_with_the_nearest(wrong, nearest):
         ("dgl", {"auxiliary_net": "mlp-sr"}, "mlp_sr"),
     ],
 )
-def test_wrong_values_say_what_is_allowed(rule, options, says):
+def test_invalid_value_error_names_allowed_values(rule, options, says):
     model = nets.mlp()
     with pytest.raises(LOUD, match=says):
         fa_bench.attach(model, rule, seed=0, sample_input=nets.batch("mlp")[0], **options)
     assert unchanged(model, nets.mlp())
 
 
-def test_second_rule_on_an_attached_model_is_refused():
+def test_rejects_second_rule_on_attached_model():
     """Two rules on one model would both replace its layers. After detach, a second rule can be attached."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
@@ -274,7 +274,7 @@ def test_second_rule_on_an_attached_model_is_refused():
     fa_bench.attach(model, "kp", seed=0)
 
 
-def test_what_cut_rules_take_no_error_from_is_refused_before_training():
+def test_attach_rejects_cuts_after_output_and_flat_outputs():
     flat = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh())
     x = nets.batch("mlp", dtype=torch.float32)[0]
     with pytest.raises(ValueError, match="cut '3' is after the output layer '2'; cut hidden layers only"):

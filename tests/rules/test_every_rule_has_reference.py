@@ -14,18 +14,18 @@ from fa_bench.registry.registries import ALGORITHMS
 from .references import CASES, REFERENCES
 
 
-def test_the_rules_were_found():
+def test_algorithms_registry_contains_basic_rules():
     assert {*ALGORITHMS} >= {"bp", "fa", "kp", "dfa"}
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_rule_has_a_reference_that_is_used(name):
+def test_rule_has_reference_and_case(name):
     assert name in REFERENCES, f"{name} has no entry in REFERENCES (tests/rules/references)"
     assert any(rule == name for rule, _ in CASES.values()), f"{name} has a reference but no case (tests/rules/references)"
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_docstring_names_every_option_of_the_rule(name: str) -> None:
+def test_docstring_names_every_option(name: str) -> None:
     """A rule's docstring gives its equations and must explain how each option affects them.
 
     The docstring of a base class may explain options that several rules share.

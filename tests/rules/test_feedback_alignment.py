@@ -28,7 +28,7 @@ def attached(**options):
     return model, fa_bench.attach(model, "fa", seed=0, **options)
 
 
-def test_each_feedback_touches_only_the_layers_below():
+def test_feedback_affects_only_earlier_layers():
     """B_1 has no effect on the gradients, B_2 affects only that of fc1, and B_3 affects those of fc1 and fc2."""
     x, y = nets.batch("mlp")
     for layer, touched in {"fc1": set(), "fc2": {"fc1"}, "fc3": {"fc1", "fc2"}}.items():
@@ -40,7 +40,7 @@ def test_each_feedback_touches_only_the_layers_below():
         assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == touched
 
 
-def test_input_gradient_of_the_network_comes_from_the_first_feedback():
+def test_network_input_gradient_uses_first_layer_feedback():
     model, rule = attached()
     x, y = nets.batch("mlp")
     x.requires_grad_()
@@ -49,7 +49,7 @@ def test_input_gradient_of_the_network_comes_from_the_first_feedback():
     assert distance(array(x.grad.sum(0)), array(grads["fc1.bias"] @ rule.feedback["fc1"]["B"])) < REL
 
 
-def test_effective_feedback_is_b_in_the_layout_of_the_weight():
+def test_effective_feedback_is_b_with_weight_shape():
     for net in ("mlp_tanh", "conv"):
         model = nets.NETS[net]()
         rule = fa_bench.attach(model, "fa", seed=0)
@@ -59,14 +59,14 @@ def test_effective_feedback_is_b_in_the_layout_of_the_weight():
             assert rule.feedback[name]["B"].shape == model.get_submodule(name).weight.shape
 
 
-def test_nothing_of_feedback_is_learned():
+def test_feedback_is_not_learned():
     model, rule = attached()
     rule_grads(model, rule, *nets.batch("mlp"))
     assert list(rule.feedback_parameters()) == []
     assert all(tensors["B"].grad is None for tensors in rule.feedback.values())
 
 
-def test_default_draw_is_xavier_uniform_and_independent():
+def test_default_init_is_xavier_uniform_and_independent():
     """The largest entry of a 200x100 matrix is within 3 % of the bound and does not exceed it.
 
     The standard deviation of 20 000 entries has a standard error of 0.3 %, and the tolerance is 3 %.
@@ -102,7 +102,7 @@ def test_copy_w_starts_as_backpropagation_then_stays():
     assert_matches(rule_grads(model, rule, x, y), fa_surrogate(now, moved, x, y))
 
 
-def test_density_is_the_fraction_kept():
+def test_density_is_fraction_of_nonzero_entries():
     model = nn.Sequential(nn.Linear(100, 200))
     for density in (0.1, 0.5, 0.9):
         rule = fa_bench.attach(model, "fa", seed=0, density=density)
@@ -162,7 +162,7 @@ def test_layer_used_twice_and_frozen_layer():
     assert_matches(got, {key: grad for key, grad in want.items() if grad is not None})
 
 
-def test_state_follows_the_dtype_of_the_model():
+def test_feedback_follows_model_dtype():
     """Feedback is part of the model, so .double() after attach converts it, and `rule.feedback` has the converted tensors."""
     model = nets.mlp(dtype=torch.float32)
     rule = fa_bench.attach(model, "fa", seed=0)
@@ -174,7 +174,7 @@ def test_state_follows_the_dtype_of_the_model():
     assert collect(model)["fc1.weight"].dtype == torch.float64
 
 
-def test_fully_connected_layers_may_have_an_initialiser_of_their_own():
+def test_linear_b_init_applies_only_to_linear_layers():
     """With more than 1,000 uniform entries, the largest is almost certainly within 3 % of the bound."""
     model = nn.Sequential(nn.Conv2d(4, 40, 3), nn.Flatten(), nn.Linear(40, 50))
     rule = fa_bench.attach(model, "fa", seed=0, b_init="pytorch", linear_b_init="uniform_one")

@@ -21,25 +21,25 @@ def learning(grads) -> set[str]:
 
 
 @pytest.mark.parametrize("net", nets.NETS)
-def test_bp_is_backpropagation(net):
+def test_bp_matches_plain_backprop(net):
     model, (x, y) = nets.NETS[net](dtype=torch.float32), nets.batch(net, dtype=torch.float32)
     rule = fa_bench.attach(model, "bp", seed=0)
     assert_bitwise(rule_grads(model, rule, x, y), bp_grads(nets.NETS[net](dtype=torch.float32), x, y))
 
 
-def test_frozen_trains_the_output_layer_only():
+def test_frozen_trains_only_output_layer():
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
     grads = rule_grads(model, fa_bench.attach(model, "frozen", seed=0, sample_input=x), x, y)
     assert learning(grads) == {"fc2.weight", "fc2.bias"}
 
 
-def test_frozen_takes_the_layer_that_runs_last_not_the_one_registered_last():
+def test_frozen_trains_last_executed_not_last_registered_layer():
     model, (x, y) = nets.residual(), nets.batch("residual")
     grads = rule_grads(model, fa_bench.attach(model, "frozen", seed=0, sample_input=x), x, y)
     assert learning(grads) == {"head.weight", "head.bias"}
 
 
-def test_frozen_trains_all_layers_whose_outputs_are_added_to_the_logits():
+def test_frozen_trains_all_output_heads_summed_into_logits():
     class TwoHeads(nn.Module):
         def __init__(self):
             super().__init__()
@@ -54,7 +54,7 @@ def test_frozen_trains_all_layers_whose_outputs_are_added_to_the_logits():
     assert learning(grads) == {"one.weight", "one.bias", "two.weight", "two.bias"}
 
 
-def test_bp_fc_trains_every_fully_connected_layer_and_no_convolution():
+def test_bp_fc_trains_linear_layers_but_no_convolutions():
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
     grads = rule_grads(model, fa_bench.attach(model, "bp_fc", seed=0, sample_input=x), x, y)
     assert learning(grads) == {name for name in grads if name.split(".")[0] not in CONV_LAYERS}
@@ -62,7 +62,7 @@ def test_bp_fc_trains_every_fully_connected_layer_and_no_convolution():
 
 
 @pytest.mark.parametrize("name", ["frozen", "bp_fc"])
-def test_frozen_parts_keep_their_values_under_momentum_and_decay(name):
+def test_frozen_parameters_unchanged_by_momentum_and_decay(name):
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
     rule = fa_bench.attach(model, name, seed=0, sample_input=x)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -90,7 +90,7 @@ def test_batch_norm_of_frozen_layers_stays_in_training_mode(name):
 
 
 @pytest.mark.parametrize("name", ["frozen", "bp_fc"])
-def test_detach_gives_back_what_requires_a_gradient(name):
+def test_detach_restores_requires_grad(name):
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
     model.conv1.bias.requires_grad_(False)  # the user's own setting does not change
     rule = fa_bench.attach(model, name, seed=0, sample_input=x)
@@ -103,13 +103,13 @@ def test_detach_gives_back_what_requires_a_gradient(name):
     assert_bitwise({key: p.grad for key, p in model.named_parameters()}, bp_grads(plain, x, y))
 
 
-def test_bp_fc_of_a_network_of_convolutions_only_has_nothing_to_train():
+def test_bp_fc_rejects_convolution_only_network():
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     with pytest.raises(ValueError):
         fa_bench.attach(model, "bp_fc", seed=0, sample_input=nets.batch("conv", dtype=torch.float32)[0])
 
 
-def test_bp_fc_trains_a_normalisation_that_a_fully_connected_layer_feeds_too():
+def test_bp_fc_trains_normalisation_fed_by_linear_layer():
     class Joined(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -133,7 +133,7 @@ def test_frozen_layers_have_no_weight_angle():
     assert all(torch.equal(*pair) for pair in rule.weight_pairs().values())
 
 
-def test_bp_fc_without_convolutions_is_bp_and_needs_no_sample():
+def test_bp_fc_without_convolutions_needs_no_sample_input():
     model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
     fa_bench.attach(model, "bp_fc", allow_uncovered=True)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -149,20 +149,20 @@ def test_bp_fc_without_convolutions_is_bp_and_needs_no_sample():
     ],
     ids=["batch", "group", "layer", "instance"],
 )
-def test_bp_fc_freezes_every_kind_of_normalisation_behind_a_convolution(norm):
+def test_bp_fc_freezes_normalisation_after_convolution(norm):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), norm(), torch.nn.Flatten(), torch.nn.Linear(16, 3))
     fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
     assert [key for key, parameter in model.named_parameters() if parameter.requires_grad] == ["3.weight", "3.bias"]
 
 
-def test_frozen_without_a_sample_trains_the_layer_defined_last():
+def test_frozen_without_sample_trains_last_registered_layer():
     model = nets.mlp()
     rule = fa_bench.attach(model, "frozen", seed=0)
     assert {key for key, parameter in model.named_parameters() if parameter.requires_grad} == {"fc3.weight", "fc3.bias"}
     assert [entry.feedback for entry in rule.coverage.covered] == ["trains nothing"] * 2 + ["passes through the weight"]
 
 
-def test_bp_fc_trains_a_normalisation_of_the_image():
+def test_bp_fc_trains_input_normalisation():
     """The normalisation of the image does not follow a convolution, so it is trained."""
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 3))
     fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
@@ -187,7 +187,7 @@ def registered(name: str, shape=(3, 8, 8), **options):
         ("mlp", {"widths": [6, 5, 4], "batch_norm": True}, {"fc1", "bn1", "fc4"}),
     ],
 )
-def test_frozen_blocks_trains_what_is_outside_the_blocks_by_backpropagation(name, options, learns):
+def test_frozen_blocks_trains_layers_outside_blocks_by_backprop(name, options, learns):
     model, x, y = registered(name, **options)
     plain, *_ = registered(name, **options)
     rule = fa_bench.attach(model, "frozen_blocks", sample_input=x)
@@ -197,7 +197,7 @@ def test_frozen_blocks_trains_what_is_outside_the_blocks_by_backpropagation(name
     assert_bitwise({key: got[key] for key in learning(got)}, {key: exact[key] for key in learning(got)})
 
 
-def test_frozen_blocks_of_a_decoder_trains_embedding_and_head():
+def test_frozen_blocks_trains_decoder_embedding_and_head():
     torch.manual_seed(0)
     model = ARCHITECTURES["decoder"](width=8, heads=2, depth=2).build((5,), 7)
     tokens = torch.randint(7, (4, 5))
@@ -207,7 +207,7 @@ def test_frozen_blocks_of_a_decoder_trains_embedding_and_head():
     assert not any(key.startswith("layers.") for key in learns)
 
 
-def test_frozen_blocks_keep_their_values_and_the_rest_learns():
+def test_frozen_blocks_parameters_unchanged_while_others_learn():
     model, x, y = registered("vit_mini", width=8, heads=2, blocks=2)
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     rule = fa_bench.attach(model, "frozen_blocks", sample_input=x)
@@ -222,7 +222,7 @@ def test_frozen_blocks_keep_their_values_and_the_rest_learns():
     }
 
 
-def test_frozen_blocks_freezes_parameters_whose_modules_are_not_called():
+def test_frozen_blocks_freezes_parameters_of_uncalled_modules():
     """Attention uses the weight of out_proj without calling that module."""
 
     class Net(torch.nn.Module):
@@ -241,7 +241,7 @@ def test_frozen_blocks_freezes_parameters_whose_modules_are_not_called():
     assert learns == {"embed.weight", "embed.bias", "head.weight", "head.bias"}
 
 
-def test_frozen_blocks_without_blocks_suggests_what_works():
+def test_frozen_blocks_without_blocks_suggests_valid_blocks():
     model, (x, _) = nets.mlp(), nets.batch("mlp")
     with pytest.raises(CoverageError, match=r"blocks=\['fc2'\], or set model\.blocks"):
         fa_bench.attach(model, "frozen_blocks", sample_input=x)
@@ -268,7 +268,7 @@ def test_frozen_blocks_suggests_attention_without_its_layers():
         fa_bench.attach(model, "frozen_blocks", sample_input=x, blocks=blocks)
 
 
-def test_frozen_blocks_refuses_a_net_that_is_all_embedding_and_a_missing_sample():
+def test_frozen_blocks_rejects_single_block_missing_sample_and_typo():
     model, x, _ = registered("mlp", widths=[6])
     with pytest.raises(CoverageError, match="only the block 'act1', which is its embedding; use rule 'frozen'"):
         fa_bench.attach(model, "frozen_blocks", sample_input=x)
@@ -278,7 +278,7 @@ def test_frozen_blocks_refuses_a_net_that_is_all_embedding_and_a_missing_sample(
         fa_bench.attach(model, "frozen_blocks", sample_input=x, blocks=["atc1"])
 
 
-def test_frozen_blocks_suggests_recurrent_modules_as_a_whole_and_names_ends_that_never_ran():
+def test_frozen_blocks_suggests_whole_recurrent_modules():
     torch.manual_seed(0)
     model: Any = ARCHITECTURES["lstm"]().build((5,), 7)
     del model.blocks, model.cut_points

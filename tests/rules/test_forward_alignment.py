@@ -14,7 +14,7 @@ from . import nets
 from .helpers import array, assert_bitwise, assert_matches, backward, bp_grads, collect, distance, rule_grads
 
 
-def test_random_weights_equal_to_the_weights_give_backpropagation():
+def test_random_weights_equal_to_weights_match_backprop():
     x, y = nets.batch("conv_bn")
     model, plain = (nets.convnet(batch_norm=True) for _ in range(2))
     for net in (model, plain):
@@ -32,7 +32,7 @@ def test_random_weights_equal_to_the_weights_give_backpropagation():
     assert distance(other["conv1.weight"], want["conv1.weight"]) < 1e-12, "the first layer does not have its true gradient"
 
 
-def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
+def test_weight_pairs_are_c_then_w():
     """Each pair is (C, W), so the norm ratio is ‖C‖/‖W‖."""
     model, (x, _) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x, exclude=["fc2"])
@@ -41,7 +41,7 @@ def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
         assert torch.equal(feedback, rule.feedback[path]["C"]) and torch.equal(weight, model.get_submodule(path).weight)
 
 
-def test_residual_net_adds_what_arrives():
+def test_residual_addition_sums_replacement_activations():
     """After a residual addition, the replacement activation is the sum of the random outputs of the projection and of the branch.
 
     The projection and the branch both use their true inputs.
@@ -68,7 +68,7 @@ def test_residual_net_adds_what_arrives():
     assert distance(got["stem.weight"], array(plain.stem.weight.grad)) < 1e-9
 
 
-def test_second_pass_leaves_statistics_dropout_and_other_passes_alone():
+def test_second_pass_does_not_affect_buffers_rng_or_pending_pass():
     x, y = nets.batch("conv_bn")
     model, plain = nets.convnet(batch_norm=True), nets.convnet(batch_norm=True)
     rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x)
@@ -125,7 +125,7 @@ def tied(what: str) -> nn.Sequential:
     ],
     ids=str,
 )
-def test_layers_that_share_parameters_have_each_its_own_c(what, options):
+def test_layers_with_shared_parameters_have_separate_c(what, options):
     """In the weight gradient of a layer with a C, h̃ replaces the layer's input.
 
     A layer with a C computes the next h̃ with C from its true input, and an excluded layer computes it with its weight from the
@@ -157,7 +157,7 @@ def test_layers_that_share_parameters_have_each_its_own_c(what, options):
 
 
 @pytest.mark.parametrize("hidden", [6, 9])
-def test_error_of_a_linear_net_goes_to_zero(hidden):
+def test_linear_net_error_converges_to_zero(hidden):
     """In the setting of appendix A.1, y = W A x learns y = T x from white inputs, with C x in place of A x in the gradient of W.
 
     The error ‖T - W A‖ vanishes if there are at least as many hidden units as inputs. Throughout training, W and A follow the
@@ -199,7 +199,7 @@ class Beside(nn.Module):
         return self.head(torch.tanh(self.one(x) + self.two(x)))
 
 
-def test_every_layer_that_takes_the_image_has_its_true_input():
+def test_layers_reading_image_use_true_input():
     """The true input includes the dropout applied to the image, although dropout is off in the second pass."""
     torch.manual_seed(0)
     model, (x, y) = Beside().double(), nets.batch("mlp")
@@ -214,7 +214,7 @@ def test_every_layer_that_takes_the_image_has_its_true_input():
         assert distance(got[f"{path}.weight"], array(plain.get_submodule(path).weight.grad)) < 1e-12
 
 
-def test_a_pass_that_fails_is_not_run_again():
+def test_failed_forward_pass_is_not_repeated():
     class Fails(torch.nn.Sequential):
         calls, fails = 0, False
 
@@ -236,7 +236,7 @@ def test_a_pass_that_fails_is_not_run_again():
 
 
 @needs_compiler
-def test_a_compiled_model_is_evaluated_before_it_is_trained():
+def test_compiled_model_can_be_evaluated_before_training():
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     fa_bench.attach(model, "forward_alignment", seed=0)
     x = torch.ones(2, 4)

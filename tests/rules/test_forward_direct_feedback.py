@@ -63,7 +63,7 @@ def mean_estimates(rule: Any, x: Tensor, y: Tensor, draws: int) -> dict[str, Ten
 
 @pytest.mark.parametrize("method", ["forward", "difference"])
 @pytest.mark.parametrize("net", ["mlp_relu", "conv"])
-def test_the_estimate_is_the_mean_jacobian_on_average(net: str, method: str) -> None:
+def test_estimate_is_unbiased_for_mean_jacobian(net: str, method: str) -> None:
     """In the mean over 600 draws for 16 samples, each of the other perturbed values adds noise of about 1/√9600 to an entry."""
     _, rule, x, y = attached(net, size=16, tangents=method)
     got, want = mean_estimates(rule, x, y, 600), jacobians(net, x)
@@ -72,7 +72,7 @@ def test_the_estimate_is_the_mean_jacobian_on_average(net: str, method: str) -> 
         assert cosine > 0.97 and 0.95 < got[cut].norm() / jacobian.norm() < 1.1
 
 
-def test_with_the_jacobian_of_one_sample_the_error_is_that_of_backpropagation() -> None:
+def test_single_sample_jacobian_as_feedback_matches_backprop() -> None:
     model, rule, x, y = attached(size=1)
     for cut, jacobian in jacobians("mlp_tanh", x).items():
         rule.feedback[cut]["B"].data.copy_(jacobian)
@@ -81,7 +81,7 @@ def test_with_the_jacobian_of_one_sample_the_error_is_that_of_backpropagation() 
         assert gradient is not None and distance(array(gradient), array(exact[name])) < 1e-12
 
 
-def test_of_a_linear_net_it_learns_the_output_weight() -> None:
+def test_linear_net_estimate_approximates_output_weight() -> None:
     """The only hidden layer has no nonlinearity, so the Jacobian is W_out for every sample.
 
     The estimate is averaged over 300 draws of 32 samples.
@@ -105,7 +105,7 @@ def train(model: Any, rule: Any, steps: int = 5, **settings: Any) -> None:
         rule.step()
 
 
-def test_a_rate_of_zero_is_direct_feedback_alignment() -> None:
+def test_zero_b_lr_scale_matches_dfa() -> None:
     """The weights are bitwise identical to those of dfa, and B keeps its values despite decay and momentum."""
     one, rule, _, _ = attached(b_init="kaiming_uniform", b_lr_scale=0.0)
     two, dfa, _, _ = attached(name="dfa", b_init="kaiming_uniform")
@@ -118,7 +118,7 @@ def test_a_rate_of_zero_is_direct_feedback_alignment() -> None:
     assert not torch.equal(other.fc1.weight, two.fc1.weight)
 
 
-def test_plain_descent_is_the_running_mean_of_the_paper() -> None:
+def test_sgd_on_feedback_is_running_mean() -> None:
     """If B is updated by SGD with rate α and no momentum, a step gives (1 - α) B + α J, where J is the estimate."""
     model, rule, x, y = attached(b_init="kaiming_uniform")
     before = {cut: tensors["B"].detach().clone() for cut, tensors in rule.feedback.items()}
@@ -130,14 +130,14 @@ def test_plain_descent_is_the_running_mean_of_the_paper() -> None:
         assert distance(array(tensors["B"]), array(want)) < 1e-12
 
 
-def test_rate_of_b() -> None:
+def test_feedback_lr_scale() -> None:
     for options, scale in (({}, 1.0), ({"b_lr_scale": 0.3}, 0.3)):
         rule = attached(**options)[1]
         groups = Optimizers(SGD(lr=0.2), rule, 1).optimizers[0].param_groups
         assert groups[-1]["lr"] == pytest.approx(0.2 * scale) and groups[0]["lr"] == pytest.approx(0.2)
 
 
-def test_b_starts_at_zero_and_then_only_the_output_layer_learns() -> None:
+def test_zero_init_first_trains_only_output_layer() -> None:
     model, rule, x, y = attached()
     grads = rule_grads(model, rule, x, y)
     assert all(not tensors["B"].any() for tensors in rule.feedback.values())
@@ -145,7 +145,7 @@ def test_b_starts_at_zero_and_then_only_the_output_layer_learns() -> None:
     assert all(gradient.any() for gradient in feedback_grads(rule).values())
 
 
-def test_noise_is_new_in_every_pass_and_restored_with_the_state() -> None:
+def test_noise_changes_every_pass_and_is_restored_from_state() -> None:
     model, rule, x, y = attached()
     state = state_of(rule)
     found = []
@@ -163,7 +163,7 @@ def test_noise_is_new_in_every_pass_and_restored_with_the_state() -> None:
     assert other.state_dict() == rule.state_dict() == {"draws": {"seed": 0, "number": 1}}
 
 
-def test_noise_at_every_cut_and_sample_is_its_own() -> None:
+def test_noise_differs_between_cuts_and_samples() -> None:
     """The cuts act1 and act2 have five and six features, respectively.
 
     If both cuts used the same generator state, their noise would begin with the same numbers.
@@ -178,7 +178,7 @@ def test_noise_at_every_cut_and_sample_is_its_own() -> None:
     assert not torch.equal(seen[0].flatten()[:20], seen[1].flatten()[:20]) and not torch.equal(seen[0][0], seen[0][1])
 
 
-def test_measuring_moves_nothing() -> None:
+def test_measuring_and_evaluation_have_no_side_effects() -> None:
     """Measuring changes neither the gradient of B nor the noise of the next step.
 
     Only the B of the last cut has a weight angle, which compares this B with the weight of the output layer.
@@ -202,7 +202,7 @@ def test_frozen_feedback_needs_no_further_pass(monkeypatch: pytest.MonkeyPatch) 
     assert rule_grads(model, rule, x, y)["fc1.weight"].any()
 
 
-def test_a_scaled_loss_scales_the_gradient_of_b() -> None:
+def test_loss_scaling_scales_feedback_gradient() -> None:
     """With the same noise, half the loss gives half the gradient, as micro-batches require.
 
     An explicit scale gives the same result as an inferred one.
@@ -277,7 +277,7 @@ def test_positions_count_as_samples(pool: bool) -> None:
 
 
 @pytest.mark.parametrize(("of_output", "of_cut"), [(4, 2), (2, 4), (3, 3)])
-def test_positions_that_correspond_are_averaged(of_output: int, of_cut: int) -> None:
+def test_estimate_averages_over_corresponding_positions(of_output: int, of_cut: int) -> None:
     """The estimate is the mean of d p over samples and pairs of corresponding positions.
 
     There are as many pairs as positions on the finer axis.
@@ -300,7 +300,7 @@ def test_options_out_of_range_are_refused(options: dict) -> None:
         attached(**options)
 
 
-def test_sums_over_the_batch_are_in_single_precision() -> None:
+def test_estimate_sums_half_precision_in_float32() -> None:
     """In half precision, a sum of 512 products of size 40 000 would overflow, although their mean would not."""
     _, rule, _, _ = attached("one")
     wide = torch.full((512, 5), 200.0, dtype=torch.float16)
@@ -309,7 +309,7 @@ def test_sums_over_the_batch_are_in_single_precision() -> None:
 
 
 @pytest.mark.parametrize("name", ["fdfa", "grape"])
-def test_a_sample_of_one_input_is_enough_for_batch_normalisation(name: str) -> None:
+def test_attach_accepts_single_sample_with_batch_norm(name: str) -> None:
     model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
     rule = fa_bench.attach(model, name, sample_input=torch.zeros(1, 7), cuts=["2"])
     assert model.training and set(rule.feedback) == {"2"}

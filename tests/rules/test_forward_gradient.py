@@ -35,7 +35,7 @@ def attached(net: str = "mlp_tanh", size: int = 4, **options: Any) -> tuple[nn.M
     ],
     ids=str,
 )
-def test_the_mean_over_draws_is_the_gradient(options: dict, draws: int, least: float, net: str) -> None:
+def test_mean_over_draws_matches_gradient(options: dict, draws: int, least: float, net: str) -> None:
     """The relative noise of one draw is about the square root of the number of perturbed values, which is at most 300 here."""
     model, rule, x, y = attached(net, **options)
     exact, total = bp_grads(nets.NETS[net](), x, y), {}
@@ -48,7 +48,7 @@ def test_the_mean_over_draws_is_the_gradient(options: dict, draws: int, least: f
     assert F.cosine_similarity(got, want, dim=0) > least and 0.9 < got.norm() / want.norm() < 1.15
 
 
-def test_output_layer_is_exact_in_the_activations_form_only() -> None:
+def test_output_layer_is_exact_only_in_activation_form() -> None:
     exact = bp_grads(nets.mlp(), *nets.batch("mlp"))
     for form in ("activation", "weight"):
         model, rule, x, y = attached(form=form)
@@ -57,7 +57,7 @@ def test_output_layer_is_exact_in_the_activations_form_only() -> None:
         assert distance(got["fc1.weight"], array(exact["fc1.weight"])) > 0.1
 
 
-def test_one_draw_is_as_good_as_theory_says() -> None:
+def test_single_draw_cosine_matches_theory() -> None:
     """Up to its sign, the cosine between d v and the gradient equals the cosine between v and the gradient.
 
     For P parameters, the absolute cosine is √(2 / (π P)) on average.
@@ -74,7 +74,7 @@ def test_one_draw_is_as_good_as_theory_says() -> None:
     assert min(cosines) > -1e-9 and mean == pytest.approx(math.sqrt(2 / (math.pi * len(want))), rel=0.15)
 
 
-def test_samples_have_derivatives_of_their_own() -> None:
+def test_each_sample_has_separate_derivative() -> None:
     """Each sample's error is a multiple of its own noise, and the factor differs between samples."""
     model, rule, x, y = attached()
     seen: dict[str, Tensor] = {}
@@ -92,7 +92,7 @@ def test_samples_have_derivatives_of_their_own() -> None:
     assert torch.allclose(factors, factors[:, :1].expand_as(factors)) and len(set(factors[:, 0].tolist())) == 4
 
 
-def test_in_front_of_the_output_layer_basis_vectors_reproduce_its_error() -> None:
+def test_basis_vectors_reproduce_error_before_output_layer() -> None:
     """With p set to each basis vector in turn, the sum of d p is the exact error at the cut."""
     model, (x, y) = nets.one_hidden(), nets.batch("one")
     rule = fa_bench.attach(model, "forward_gradient", seed=0, cuts=["act1"])
@@ -107,7 +107,7 @@ def test_in_front_of_the_output_layer_basis_vectors_reproduce_its_error() -> Non
 
 
 @pytest.mark.parametrize("form", ["activation", "weight"])
-def test_noise_is_new_in_every_pass_and_restored_with_the_state(form: str) -> None:
+def test_noise_changes_every_pass_and_is_restored_from_state(form: str) -> None:
     model, rule, x, y = attached(form=form)
     state = state_of(rule)
     first, second = (rule_grads(model, rule, x, y) for _ in range(2))
@@ -135,7 +135,7 @@ def test_frozen_parameters_are_not_perturbed() -> None:
     assert got["fc1.weight"] is None and got["fc2.weight"].any()
 
 
-def test_the_weights_form_needs_no_cuts_and_covers_every_layer() -> None:
+def test_weight_form_needs_no_cuts_and_covers_all_layers() -> None:
     rule = fa_bench.attach(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), "forward_gradient", form="weight")
     assert [entry.layer for entry in rule.coverage.covered] == ["0", "2"] and rule.coverage.notes == ()
     assert "its gradient is noise times a derivative" in str(rule.coverage) and not rule.feedback
@@ -143,7 +143,7 @@ def test_the_weights_form_needs_no_cuts_and_covers_every_layer() -> None:
         fa_bench.attach(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), "forward_gradient")
 
 
-def test_positions_of_a_sample_share_its_derivative() -> None:
+def test_gradient_is_unbiased_for_tokens() -> None:
     """The mean over 1500 noise samples shows that the gradient is also unbiased for tokens."""
     model = Tokens().double()  # seeds the global generator
     x, y = torch.randn(4, 3, 3, dtype=torch.float64), torch.arange(12).view(4, 3) % 3

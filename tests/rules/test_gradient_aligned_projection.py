@@ -45,7 +45,7 @@ def train(model: nn.Module, rule: Any, steps: int, feedback_lr: float = 0.1) -> 
     return found
 
 
-def test_the_gradient_is_that_of_the_cosine_and_orthogonal_to_b() -> None:
+def test_cosine_gradient_is_orthogonal_to_feedback() -> None:
     """The gradient is orthogonal to B, so it rotates B, whereas an earlier version of its paper only rescales B."""
     rule, generator = GrAPE(), torch.Generator().manual_seed(0)
     b, estimate = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -57,7 +57,7 @@ def test_the_gradient_is_that_of_the_cosine_and_orthogonal_to_b() -> None:
     assert not rule.gradient_of(b, torch.zeros_like(b)).any()
 
 
-def test_towards_a_fixed_jacobian_b_turns_all_the_way() -> None:
+def test_feedback_converges_to_direction_of_fixed_jacobian() -> None:
     rule, generator = GrAPE(), torch.Generator().manual_seed(0)
     b, jacobian = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     start, before = b.clone(), F.cosine_similarity(b.flatten(), jacobian.flatten(), dim=0)
@@ -67,7 +67,7 @@ def test_towards_a_fixed_jacobian_b_turns_all_the_way() -> None:
     assert 1 < b.norm() / start.norm() < 1.05
 
 
-def test_anchors_are_updates_by_backpropagation() -> None:
+def test_anchor_updates_match_backprop() -> None:
     """With a period of 3, every third update is an anchor.
 
     Anchors are counted, and their count is part of the state.
@@ -83,7 +83,7 @@ def test_anchors_are_updates_by_backpropagation() -> None:
     assert fresh.state_dict() == rule.state_dict() and fresh.counts() == rule.counts()
 
 
-def test_period_one_is_backpropagation() -> None:
+def test_anchor_period_one_matches_backprop() -> None:
     """With a period of 1, the weights are bitwise identical to those of bp over five steps, although B learns."""
     (one, rule, *_), (two, bp, *_) = attached(anchor_period=1), attached()
     bp.detach()
@@ -95,7 +95,7 @@ def test_period_one_is_backpropagation() -> None:
     assert not torch.equal(rule.feedback["act1"]["B"], before) and rule.counts() == {"updates_by_backpropagation": 5}
 
 
-def test_without_anchors_and_learning_it_is_direct_feedback_alignment() -> None:
+def test_no_anchors_and_no_learning_matches_dfa() -> None:
     (one, rule, *_), (two, dfa, *_) = attached(anchor_period=0, b_lr_scale=0.0), attached(name="dfa", b_init="normal_fan_out")
     assert all(torch.equal(rule.feedback[cut]["B"], dfa.feedback[cut]["B"]) for cut in ("act1", "act2"))
     train(one, rule, 5, feedback_lr=0.0)
@@ -104,7 +104,7 @@ def test_without_anchors_and_learning_it_is_direct_feedback_alignment() -> None:
     assert rule.counts() == {"updates_by_backpropagation": 0}
 
 
-def test_all_micro_batches_of_an_anchor_are_exact() -> None:
+def test_all_micro_batches_of_anchor_are_exact() -> None:
     """All micro-batches are exact even if evaluations and unused forward passes run between them."""
     model, rule, x, y = attached(anchor_period=1)
     other = nets.batch("mlp", seed=1)
@@ -121,7 +121,7 @@ def test_all_micro_batches_of_an_anchor_are_exact() -> None:
         assert torch.equal(parameter.grad, want[0][name] + want[1][name])
 
 
-def test_a_pass_belongs_to_the_update_in_which_it_ran() -> None:
+def test_anchor_status_is_fixed_at_forward_pass() -> None:
     """A pass that ran as an anchor keeps its exact error, even if there are no anchors any more when its backward pass runs."""
     model, rule, x, y = attached(anchor_period=1)
     logits = model(x)
@@ -131,7 +131,7 @@ def test_a_pass_belongs_to_the_update_in_which_it_ran() -> None:
     assert torch.equal(model.get_parameter("fc1.weight").grad, exact["fc1.weight"])
 
 
-def test_measuring_sees_the_rule_and_not_the_anchor() -> None:
+def test_measuring_ignores_anchors() -> None:
     model, rule, x, y = attached(anchor_period=1)
     state = state_of(rule)
     values = AlignmentMeter(rule, x, y).measure()
@@ -143,14 +143,14 @@ def test_measuring_sees_the_rule_and_not_the_anchor() -> None:
 @pytest.mark.parametrize(
     ("period", "where"), [(0, ()), (1, ("in every update",)), (50, ("in one of 50 updates, by exact backpropagation",))]
 )
-def test_coverage_says_how_often_weights_are_transported(period: int, where: tuple[str, ...]) -> None:
+def test_coverage_reports_frequency_of_weight_transport(period: int, where: tuple[str, ...]) -> None:
     _, rule, *_ = attached(anchor_period=period)
     assert rule.coverage.transport == where
     assert "its own random numbers" in str(rule.coverage)
     assert ("Weight transport" in str(rule.coverage)) == (period > 0)
 
 
-def test_options() -> None:
+def test_feedback_options() -> None:
     rule = attached(b_lr_scale=0.3, b_init="identity")[1]
     assert rule.feedback_lr_scale == 0.3 and set(rule.feedback["act1"]["B"].unique().tolist()) == {0.0, 1.0}
     assert attached()[1].feedback_lr_scale == 1.0

@@ -86,7 +86,7 @@ def step(model: nn.Module, rule: fa_bench.Rule, x: Tensor, y: Tensor) -> dict[st
 
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in sorted(ALGORITHMS)), *FORMS], ids=str)
-def test_a_rule_learns_the_same_where_modules_work_in_place(name: str, options: dict[str, Any]) -> None:
+def test_training_step_is_identical_with_inplace_modules(name: str, options: dict[str, Any]) -> None:
     plain, in_place = (step(*attached(works, name, options)) for works in (False, True))
     assert plain.keys() == in_place.keys()
     # Both nets apply the same operations to the same values.
@@ -120,7 +120,7 @@ class Frozen(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["bp", "forward_alignment"])
-def test_a_rule_learns_the_same_where_the_input_of_a_frozen_layer_is_changed(name: str) -> None:
+def test_training_step_unaffected_by_inplace_change_of_frozen_input(name: str) -> None:
     plain, in_place = (step(*attached(works, name, {}, Frozen)) for works in (False, True))
     assert plain.keys() == in_place.keys() and all(torch.equal(value, in_place[key]) for key, value in plain.items())
 
@@ -171,9 +171,7 @@ def measured(in_place: bool, name: str, options: dict[str, Any], net: type[nn.Mo
     ],
     ids=str,
 )
-def test_metrics_and_probes_are_the_same_where_modules_work_in_place(
-    name: str, options: dict[str, Any], net: type[nn.Module]
-) -> None:
+def test_metrics_and_probes_are_identical_with_inplace_modules(name: str, options: dict[str, Any], net: type[nn.Module]) -> None:
     plain, in_place = (measured(works, name, options, net) for works in (False, True))
     assert plain.keys() == in_place.keys()
     for quantity, values in plain.items():
@@ -211,7 +209,7 @@ WITHOUT = {"weight_perturbation", "dgl", "asfp_lc"}
 
 
 @pytest.mark.parametrize("name", [name for name in CUTTING if name not in WITHOUT])
-def test_a_cut_whose_derivative_needs_its_output_may_be_followed_by_what_works_in_place(name: str) -> None:
+def test_accepts_inplace_module_after_cut_that_saves_its_output(name: str) -> None:
     plain, in_place = (step(*attached(works, name, {"cuts": ["block1", "block2"]}, Blocks)) for works in (False, True))
     assert plain.keys() == in_place.keys() and all(torch.equal(value, in_place[key]) for key, value in plain.items())
 
@@ -224,7 +222,7 @@ class InTraining(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["dkp", "predsim", "pepita"])
-def test_an_activation_that_only_training_changes_in_place_is_refused(name: str) -> None:
+def test_rejects_inplace_change_of_cut_only_in_training(name: str) -> None:
     model = nn.Sequential(nn.Linear(INPUTS, 6), InTraining(), nn.Linear(6, CLASSES))
     rule = fa_bench.attach(model, name, cuts=["0"])
     message = "cut '0': its output was changed in place in a training pass"

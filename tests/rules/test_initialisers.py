@@ -41,7 +41,7 @@ def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_edge_feedback(draw):
+def test_edge_feedback_distribution(draw):
     """The fan-in and fan-out of the linear layer are 40 and 250, and those of the convolution include the area of its kernel."""
     model = nn.Sequential(nn.Conv2d(20, 40, (3, 5)), nn.Flatten(), nn.Linear(40, 250))
     rule = fa_bench.attach(model, "fa", seed=0, b_init=draw)
@@ -52,7 +52,7 @@ def test_edge_feedback(draw):
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_direct_feedback(draw):
+def test_direct_feedback_distribution(draw):
     """B has the shape (classes, C H W), so fan_in is the size of the cut and fan_out the number of classes.
 
     The initialiser normal_fan_out therefore samples from N(0, 1/classes).
@@ -64,7 +64,7 @@ def test_direct_feedback(draw):
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_direct_feedback_of_the_kernel_form(draw):
+def test_kernel_form_feedback_distribution(draw):
     """B has the shape (classes, inputs of the layer), so fan_in is the number of inputs and fan_out the number of classes."""
     model = nn.Sequential(nn.Linear(900, 5), nn.ReLU(), nn.Linear(5, 10))
     rule = fa_bench.attach(model, "dfa", seed=0, form="kernel", b_init=draw)
@@ -73,7 +73,7 @@ def test_direct_feedback_of_the_kernel_form(draw):
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_random_weights_of_forward_alignment(draw):
+def test_forward_alignment_weights_distribution(draw):
     """C has the shape of the weight, 250 x 40."""
     model = nn.Sequential(nn.Linear(40, 250), nn.ReLU(), nn.Linear(250, 3))
     rule = fa_bench.attach(model, "forward_alignment", seed=0, c_init=draw)
@@ -83,7 +83,7 @@ def test_random_weights_of_forward_alignment(draw):
 
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 @pytest.mark.parametrize("draw", DRAWS)
-def test_magnitudes(name, draw):
+def test_magnitudes_distribution(name, draw):
     """The magnitudes |M| are absolute values of samples from the distribution, so their mean square is its variance."""
     model = nn.Sequential(nn.Linear(40, 250))
     rule = fa_bench.attach(model, name, seed=0, m_init=draw)
@@ -95,7 +95,7 @@ def test_magnitudes(name, draw):
 
 
 @pytest.mark.parametrize("name", ["kp", "dfa"])
-def test_zeros(name):
+def test_zeros_init(name):
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     rule = fa_bench.attach(model, name, seed=0, b_init="zeros", **({"cuts": ["1"]} if name == "dfa" else {}))
     assert all(not tensors["B"].any() for tensors in rule.feedback.values())
@@ -105,7 +105,7 @@ def test_zeros(name):
 
 
 @pytest.mark.parametrize(("init", "values"), [("trinomial", (-1, 0, 1)), ("binomial", (0, 1))])
-def test_values_with_equal_probability(init, values):
+def test_discrete_init_values_are_equally_likely(init, values):
     """The tolerance for the fractions of 18 000 entries is at least eight standard errors."""
     model = nn.Sequential(nn.Linear(4, 900), nn.ReLU(), nn.Linear(900, 20))
     feedback = [fa_bench.attach(copy.deepcopy(model), "dfa", seed=seed, b_init=init, cuts=["1"]).feedback for seed in (0, 0, 1)]
@@ -118,7 +118,7 @@ def test_values_with_equal_probability(init, values):
 
 @pytest.mark.parametrize(("init", "signs"), [("identity", (1, 1, 1, 1)), ("identity_pm", (1, -1, 1, -1))])
 @pytest.mark.parametrize("width", [2, 3, 11, 12])
-def test_identities_side_by_side(init, signs, width):
+def test_identity_init_tiles_identity_matrices(init, signs, width):
     """The last identity matrix is truncated at the width of the layer."""
     model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
     got = fa_bench.attach(model, "dfa", b_init=init, cuts=["1"]).feedback["1"]["B"]
@@ -126,14 +126,14 @@ def test_identities_side_by_side(init, signs, width):
     assert torch.equal(got, want)
 
 
-def test_an_identity_kernel_counts_its_taps_as_columns():
+def test_identity_init_of_kernel_treats_taps_as_columns():
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 3))
     got = fa_bench.attach(model, "fa", b_init="identity_pm").feedback["0"]["B"]
     assert torch.equal(got.flatten(1), torch.cat([torch.eye(3), -torch.eye(3), torch.eye(3)], 1)[:, :8])
 
 
 @pytest.mark.parametrize("name", ["trinomial", "binomial", "identity", "identity_pm"])
-def test_these_are_for_feedback_alone(name):
+def test_weights_and_magnitudes_reject_discrete_inits(name):
     """Discrete initialisers are refused for weights, magnitudes, and the decoders of bp_deepsup."""
     for make in (
         lambda: ARCHITECTURES["mlp"](init=name),
@@ -173,7 +173,7 @@ def layers_of(model):
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("init", TORCHS)
-def test_weights_are_those_of_torchs_initialisers(net, init):
+def test_weights_match_torch_initialisers(net, init):
     """The weights are bitwise identical to those from torch's functions, applied in order after torch's own initialisation.
 
     Except with init=pytorch, biases are zero.
@@ -188,7 +188,7 @@ def test_weights_are_those_of_torchs_initialisers(net, init):
     assert all(torch.equal(got.state_dict()[key], tensor) for key, tensor in want.state_dict().items())
 
 
-def test_old_name_is_the_same_choice():
+def test_kaiming_normal_is_alias_of_kaiming_normal_fan_out():
     old, new = (ARCHITECTURES["mlp"](init=name) for name in ("kaiming_normal", "kaiming_normal_fan_out"))
     assert as_plain(old) == as_plain(new)
 
@@ -203,7 +203,7 @@ def test_old_name_is_the_same_choice():
         ("kaiming_normal", "zeros"),
     ],
 )
-def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, linear_init):
+def test_linear_init_applies_only_to_linear_layers(net, init, linear_init):
     """The linear weights have the bound of their own distribution, and convolution weights have that of `init`.
 
     Layers with the initialiser pytorch have the weights and biases that torch itself samples. All other biases are zero.
@@ -235,7 +235,7 @@ def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, line
     ("init", "linear_init", "output_init"),
     [("xavier_uniform", None, "zeros"), ("pytorch", "uniform_one", "zeros"), ("zeros", "zeros", "pytorch")],
 )
-def test_the_output_layer_has_an_initialiser_of_its_own(net, init, linear_init, output_init):
+def test_output_init_applies_only_to_output_layer(net, init, linear_init, output_init):
     model = layers_of(built(net, init=init, linear_init=linear_init, output_init=output_init))
     others, plain = layers_of(built(net, init=init, linear_init=linear_init)), layers_of(built(net))
     *hidden, last = model
@@ -247,7 +247,7 @@ def test_the_output_layer_has_an_initialiser_of_its_own(net, init, linear_init, 
         assert torch.equal(model[path].weight, others[path].weight), path
 
 
-def test_no_linear_initialiser_is_that_of_all():
+def test_linear_init_defaults_to_init():
     for init in ("pytorch", "xavier_uniform", "lecun_uniform"):
         one, two = built("conv2", init=init), built("conv2", init=init, linear_init=init)
         if init == "pytorch":
@@ -255,7 +255,7 @@ def test_no_linear_initialiser_is_that_of_all():
         assert torch.equal(one.conv2.weight, two.conv2.weight) and torch.equal(one.fc1.weight, two.fc1.weight)
 
 
-def test_kolen_pollacks_feedback_of_fully_connected_layers():
+def test_kp_linear_b_init():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(400, 50))
     rule = fa_bench.attach(model, "kp", seed=0, b_init="copy_w", linear_b_init="uniform_one")
     linear = rule.feedback["2"]["B"]
@@ -275,7 +275,7 @@ CASES = [*((name, {"samples": 8} if name == "f3" else {}) for name in WITH_B_INI
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_the_option_reaches_the_feedback_of_every_rule(name: str, options: dict) -> None:
+def test_b_init_affects_feedback_of_every_rule(name: str, options: dict) -> None:
     """Every B has different values under two different initialisers."""
 
     def drawn(**chosen: str) -> list[torch.Tensor]:

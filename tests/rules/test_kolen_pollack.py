@@ -35,7 +35,7 @@ def differences(model, rule):
     return {name: (model.get_submodule(name).weight - rule.feedback[name]["B"]).detach().clone() for name in layer_names(model)}
 
 
-def test_gradient_of_b_is_a_copy_of_the_gradient_of_w():
+def test_feedback_gradient_is_copy_of_weight_gradient():
     """The gradients of B and W have the same values but are stored in separate memory.
 
     An optimizer that changes gradients in place must not change the same memory twice.
@@ -48,7 +48,7 @@ def test_gradient_of_b_is_a_copy_of_the_gradient_of_w():
         assert weight.grad.data_ptr() != feedback.grad.data_ptr()
 
 
-def test_learned_feedback_is_what_the_optimizer_gets():
+def test_learned_feedback_is_among_model_parameters():
     model, rule = attached()
     pointers = {tensors["B"].data_ptr() for tensors in rule.feedback.values()}
     assert {tensor.data_ptr() for tensor in rule.feedback_parameters()} == pointers
@@ -60,7 +60,7 @@ def test_learned_feedback_is_what_the_optimizer_gets():
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("foreach", [False, True])
-def test_difference_follows_the_linear_recursion(nesterov, foreach):
+def test_weight_feedback_difference_follows_linear_recursion(nesterov, foreach):
     """The difference D = W - B follows v <- m v + lambda D and D <- D - lr v, because the gradients of the task cancel exactly.
 
     With Nesterov momentum, the second update becomes D <- D - lr (lambda D + m v).
@@ -99,7 +99,7 @@ def test_equal_start_stays_equal_and_stays_backpropagation(options):
         assert all(not tensor.any() for tensor in differences(model, rule).values()), f"W and B differ after step {step}"
 
 
-def test_adamw_keeps_the_cancellation():
+def test_adamw_preserves_gradient_cancellation():
     """With decoupled decay, D_t is (1 - lr lambda)^t D_0, although Adam rescales each tensor by its own moments."""
     lr, decay, steps = 0.01, 0.5, 10
     model, rule = attached()
@@ -112,7 +112,7 @@ def test_adamw_keeps_the_cancellation():
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
-def test_b_lr_scale_scales_the_step_of_b_only(scale):
+def test_b_lr_scale_scales_only_feedback_step(scale):
     """The caller multiplies the learning rate of B's parameter group by b_lr_scale.
 
     Scaling the gradient instead would have no effect with Adam.
@@ -132,7 +132,7 @@ def test_b_lr_scale_scales_the_step_of_b_only(scale):
         assert torch.equal(model.get_submodule(name).weight.grad, rule.feedback[name]["B"].grad)
 
 
-def test_without_the_optimizer_feedback_does_not_move():
+def test_frozen_feedback_does_not_change():
     model, rule = attached()
     before = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
     for tensor in rule.feedback_parameters():
@@ -141,7 +141,7 @@ def test_without_the_optimizer_feedback_does_not_move():
     assert all(torch.equal(before[name], rule.feedback[name]["B"]) for name in before)
 
 
-def test_default_start_is_independent_of_w():
+def test_default_feedback_differs_from_weight():
     model, rule = attached()
     for name in layer_names(model):
         assert not torch.equal(model.get_submodule(name).weight, rule.feedback[name]["B"])
@@ -150,7 +150,7 @@ def test_default_start_is_independent_of_w():
         assert torch.equal(model.get_submodule(name).weight, rule.feedback[name]["B"])
 
 
-def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
+def test_shared_gradients_give_same_updates_as_copied_gradients():
     """The training loop updates B with W's own gradient if the optimizers' fused kernels only read gradients.
 
     The results are the same as with a copy of the gradient.
@@ -172,7 +172,7 @@ def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_gradient_of_b_that_was_removed_is_not_replaced_by_that_of_w():
+def test_removed_feedback_gradient_is_not_refilled():
     """Code that runs between the backward pass and the update may set B's gradient to None to leave B unchanged."""
     model = nets.mlp().float()
     x, y = nets.batch("mlp")
@@ -192,7 +192,7 @@ def test_a_gradient_of_b_that_was_removed_is_not_replaced_by_that_of_w():
         assert all(torch.equal(a, b) == removed for a, b in zip(before, rule.feedback_parameters(), strict=True))
 
 
-def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
+def test_gradients_are_shared_only_with_read_only_optimizers():
     """Muon is not fused, so B gets its own gradient under Muon, even if W's optimizer is fused."""
     for of_feedback, is_shared in ((SGD(lr=0.1), True), (Muon(lr=0.1), False)):
         model, (x, y) = nets.mlp().float(), nets.batch("mlp")

@@ -51,7 +51,7 @@ def start(variant: str, *, seed: int = 0, net: str = NET, dtype=torch.float64):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("between", ["train", "eval", "no_grad"])
-def test_forward_between_changes_nothing(variant, between):
+def test_intermediate_forward_does_not_affect_gradients(variant, between):
     """A forward pass on a batch of another size runs between a forward pass and its backward pass.
 
     The new magnitudes that brsf samples in between must not affect the gradients.
@@ -76,7 +76,7 @@ def test_forward_between_changes_nothing(variant, between):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_forwards_then_both_backwards(variant, order):
+def test_two_forwards_before_two_backwards(variant, order):
     """Each backward pass belongs to its own forward pass, in either order.
 
     The model has no BatchNorm and is in evaluation mode, in which brsf keeps its magnitudes.
@@ -95,7 +95,7 @@ def test_two_forwards_then_both_backwards(variant, order):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("grad", [False, True])
-def test_evaluation_changes_no_buffer(variant, grad):
+def test_evaluation_does_not_change_buffers(variant, grad):
     model, rule, x, y = start(variant)
     rule_grads(model, rule, x, y)
     model.eval()
@@ -109,7 +109,7 @@ def test_evaluation_changes_no_buffer(variant, grad):
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if VARIANTS[v][0] not in TRAITS["redrawn"]])
-def test_training_forward_and_backward_change_no_feedback(variant):
+def test_training_pass_does_not_change_feedback(variant):
     model, rule, x, y = start(variant)
     before = {key: value.detach().clone() for key, value in feedback_tensors(rule).items()}
     rule_grads(model, rule, x, y)
@@ -119,7 +119,7 @@ def test_training_forward_and_backward_change_no_feedback(variant):
 
 
 @pytest.mark.parametrize("variant", ["bp", *EDGE_RULES])
-def test_copied_model_of_an_edge_rule_is_independent(variant):
+def test_copied_model_is_independent(variant):
     """A deep copy has its own feedback, so later changes to the original do not affect the gradients of the copy."""
     model, rule, x, y = start(variant)
     model.eval()
@@ -206,7 +206,7 @@ def test_exact_is_backpropagation_and_ends_with_its_block(variant, how):
 
 
 @pytest.mark.parametrize("variant", ["fa", "dfa-neuron"])
-def test_exact_within_exact_ends_with_the_outer_block(variant):
+def test_nested_exact_ends_with_outer_block(variant):
     model, rule, x, y = start(variant, dtype=torch.float32)
     want = bp_grads(nets.NETS[NET](dtype=torch.float32), x, y)
     with rule.exact():
@@ -216,7 +216,7 @@ def test_exact_within_exact_ends_with_the_outer_block(variant):
     assert not torch.equal(rule_grads(model, rule, x, y)["conv1.weight"], want["conv1.weight"])
 
 
-def test_exact_ends_after_an_error_too():
+def test_exact_ends_after_exception():
     model, rule, x, y = start("fa")
     want = rule_grads(model, rule, x, y)
     with pytest.raises(KeyError), rule.exact():
@@ -225,7 +225,7 @@ def test_exact_ends_after_an_error_too():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_exact_leaves_a_pending_rule_pass_alone(variant):
+def test_exact_does_not_affect_pending_rule_pass(variant):
     """A measurement, for example of a delta angle, may run between a training forward pass and its backward pass."""
     model, rule, x, y = start(variant, net="conv")
     twin, twin_rule, _, _ = start(variant, net="conv")
@@ -238,7 +238,7 @@ def test_exact_leaves_a_pending_rule_pass_alone(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_detach_gives_the_plain_model_back(variant):
+def test_detach_restores_plain_model(variant):
     plain = nets.NETS[NET]()
     model, rule, x, y = start(variant)
     rule_grads(model, rule, x, y)
@@ -264,7 +264,7 @@ class Unfinished(CutRule):
         raise ZeroDivisionError
 
 
-def test_a_rule_that_fails_in_attach_leaves_the_model_plain():
+def test_failed_attach_leaves_model_unchanged():
     model = nets.mlp()
     keys, rule = list(model.state_dict()), Unfinished(cuts=["act1", "act2"])
     with pytest.raises(ZeroDivisionError):
@@ -273,13 +273,13 @@ def test_a_rule_that_fails_in_attach_leaves_the_model_plain():
     fa_bench.attach(model, "fa")
 
 
-def test_rules_without_feedback_of_layers_say_so():
+def test_effective_feedback_rejects_cut_rules():
     rule = start("dfa-neuron")[1]
     with pytest.raises(CoverageError, match=r"rule 'dfa' does not propagate errors through layers such as 'fc'"):
         rule.effective_feedback("fc")
 
 
-def test_rules_one_after_the_other_on_one_model():
+def test_successive_rules_on_one_model_are_independent():
     """A detached rule leaves nothing behind that affects the next rule.
 
     Attaching the first rule again with the same seed gives the same gradients.
@@ -318,7 +318,7 @@ def test_cut_rules_under_bfloat16_autocast(variant):
     assert (exact["conv1.weight"] - want["conv1.weight"]).norm() > 0.3 * want["conv1.weight"].norm()
 
 
-def test_rule_object_works_like_its_name():
+def test_rule_object_matches_rule_name():
     x, y = nets.batch("mlp")
     by_name, by_object = nets.mlp(), nets.mlp()
     one = fa_bench.attach(by_name, "fa", seed=0)
@@ -330,7 +330,7 @@ LEARNING = ["kp", "pfa", "asap", "asfp"]
 
 
 @pytest.mark.parametrize("variant", LEARNING)
-def test_loss_backward_alone_gives_learned_feedback_its_gradient(variant):
+def test_plain_loss_backward_gives_feedback_gradients(variant):
     model, rule, x, y = start(variant)
     rule_grads(model, rule, x, y)
     by_rule = [tensor.grad for tensor in rule.feedback_parameters()]
@@ -342,7 +342,7 @@ def test_loss_backward_alone_gives_learned_feedback_its_gradient(variant):
 
 
 @pytest.mark.parametrize("written", ["W", "B"])
-def test_kp_writing_into_one_gradient_leaves_the_other(written):
+def test_kp_weight_and_feedback_gradients_do_not_share_memory(written):
     """Nesterov momentum, clipping and gradient scalers modify gradients in place, so W and B must not share one gradient."""
     model, rule, x, y = start("kp")
     rule_grads(model, rule, x, y)
@@ -375,7 +375,7 @@ def test_two_backward_passes_add_up(variant):
 
 
 @pytest.mark.parametrize("variant", ["usf", "frsf"])
-def test_sign_rules_refuse_a_weight_changed_between_forward_and_backward(variant):
+def test_sign_rules_reject_weight_modified_before_backward(variant):
     model, rule, x, y = start(variant)
     loss = F.cross_entropy(model(x), y)
     with torch.no_grad():
@@ -385,7 +385,7 @@ def test_sign_rules_refuse_a_weight_changed_between_forward_and_backward(variant
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_step_after_exact_backpropagation_or_after_nothing_is_fine(variant):
+def test_step_works_after_exact_pass_or_without_pass(variant):
     model, rule, x, y = start(variant)
     rule.step()
     model(x)
@@ -395,7 +395,7 @@ def test_step_after_exact_backpropagation_or_after_nothing_is_fine(variant):
     rule.step()
 
 
-def test_a_rule_is_taken_out_once():
+def test_detach_rejects_unattached_rule():
     _, rule, _, _ = start("kp")
     rule.detach()
     with pytest.raises(fa_bench.errors.CoverageError, match="is not attached"):
@@ -405,7 +405,7 @@ def test_a_rule_is_taken_out_once():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_refused_before_anything_was_put_in_says_why(variant):
+def test_freeze_stem_without_sample_input_is_rejected(variant):
     name, options = VARIANTS[variant]
     with pytest.raises(fa_bench.errors.CoverageError, match="sample_input"):
         fa_bench.attach(nets.convnet(), name, **(options | {"freeze_stem": True}))
@@ -423,7 +423,7 @@ def assert_same_state(got, want):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(variant):
+def test_loaded_state_continues_identically_despite_different_seed(variant):
     """``model.state_dict()`` contains the feedback, and ``rule.state_dict()`` contains the rest of the rule's state."""
     model, rule, x, y = start(variant, seed=0)
     rule_grads(model, rule, x, y)
@@ -439,7 +439,7 @@ def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_foreign_state_is_refused_by_name(variant):
+def test_load_state_dict_rejects_unknown_and_missing_entries(variant):
     _, rule, _, _ = start(variant)
     state = rule.state_dict()
     rule.load_state_dict(state)
@@ -458,7 +458,7 @@ def test_foreign_state_is_refused_by_name(variant):
 
 
 @pytest.mark.parametrize("variant", ["local_error", "predsim", "dgl", "asfp_lc"])
-def test_a_plain_state_loads_after_detach(variant):
+def test_plain_state_dict_loads_after_detach(variant):
     """Detaching removes the auxiliary layers, including their hooks, from the modules at the cuts."""
     model, rule, *_ = start(variant)
     rule.detach()
@@ -466,7 +466,7 @@ def test_a_plain_state_loads_after_detach(variant):
     assert_bitwise(dict(model.state_dict()), dict(nets.NETS[NET]().state_dict()))
 
 
-def test_a_tensor_that_is_put_again_is_replaced_and_dropped_once():
+def test_put_tensor_replaces_previous_tensor():
     layer = nn.Linear(3, 2)
     for value in (1.0, 2.0):
         put_tensor(layer, "B", torch.full((2, 3), value))
@@ -476,7 +476,7 @@ def test_a_tensor_that_is_put_again_is_replaced_and_dropped_once():
 
 
 @pytest.mark.parametrize(("name", "keys"), [("pfa", ["B", "R"]), ("kp", ["B"]), ("fa", ["B"])])
-def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
+def test_state_dict_keeps_feedback_creation_order(name, keys):
     """Learned and fixed feedback tensors have one common order, so the hash of a state does not depend on which of them learn."""
     layer = fa_bench.attach(nets.mlp(), name, seed=0).model.fc2
     found = [key.removeprefix("feedback_") for key in layer.state_dict() if key.startswith("feedback_")]
@@ -484,7 +484,7 @@ def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
 
 
 @pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
-def test_a_detached_rule_does_not_train(name):
+def test_backward_rejects_detached_rule(name):
     """Without the error, a detached rule would silently perform backpropagation."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     rule = fa_bench.attach(model, name, **({"cuts": ["1"]} if name == "dfa" else {}))
@@ -495,7 +495,7 @@ def test_a_detached_rule_does_not_train(name):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_the_rule_froze_takes_part_until_the_outermost_exact_block_ends():
+def test_exact_unfreezes_rule_frozen_parameters_until_outermost_block():
     """Parameters that the user froze learn neither in an exact block nor after detach."""
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
     model.conv1.bias.requires_grad_(False)
@@ -512,7 +512,7 @@ def test_what_the_rule_froze_takes_part_until_the_outermost_exact_block_ends():
 
 
 @pytest.mark.parametrize("name", ["fa", "kp", "usf"])
-def test_a_layer_that_was_replaced_is_plain_after_detach_too(name):
+def test_detach_restores_layer_replaced_in_model(name):
     model, x = nets.mlp(), nets.batch("mlp")[0]
     rule = fa_bench.attach(model, name, seed=0)
     old, model.fc2 = model.fc2, nn.Linear(5, 6).double()
@@ -523,7 +523,7 @@ def test_a_layer_that_was_replaced_is_plain_after_detach_too(name):
 
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "frozen"])
-def test_attach_leaves_its_sample_as_it_was(variant):
+def test_attach_does_not_modify_sample_input(variant):
     """The model changes its inputs in place, but attach must not change the sample."""
     name, options = VARIANTS[variant]
     model = nn.Sequential(OrderedDict(first=nn.ReLU(inplace=True), **dict(nets.NETS[NET]().named_children())))
@@ -534,7 +534,7 @@ def test_attach_leaves_its_sample_as_it_was(variant):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_rule_equals_itself_alone(name):
+def test_rules_compare_by_identity(name):
     """Two rules with the same options belong to different models, so they must not compare equal.
 
     The base classes of a rule must also compare by identity.

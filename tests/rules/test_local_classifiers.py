@@ -28,7 +28,7 @@ def chain(size: tuple[int, int], **options):
 
 @pytest.mark.parametrize("pool", [1, 2, 3])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_maps_are_averaged_to_the_side_and_never_enlarged(size, pool):
+def test_maps_are_pooled_to_target_size_but_never_enlarged(size, pool):
     _, rule, _ = chain(size, pool=pool)
     features = 5 * math.prod(min(length, pool) for length in size)
     for cut in ("1", "3"):
@@ -38,7 +38,7 @@ def test_maps_are_averaged_to_the_side_and_never_enlarged(size, pool):
 
 
 @pytest.mark.parametrize(("options", "bound"), [({}, 1.0), ({"linear_b_init": "pytorch"}, 1 / math.sqrt(5 * 9))], ids=str)
-def test_the_feedback_of_a_classifier_is_drawn_by_the_option(options, bound):
+def test_linear_b_init_applies_to_classifier_feedback(options, bound):
     """The largest of 135 uniform numbers is below nine tenths of the bound with a probability of less than one in a million."""
     _, rule, _ = chain((8, 8), pool=3, **options)
     b = rule.feedback["1"]["B"]
@@ -46,19 +46,19 @@ def test_the_feedback_of_a_classifier_is_drawn_by_the_option(options, bound):
     assert all(b is not tensor for tensor in rule.feedback_parameters()), "B is learned, but should be fixed"
 
 
-def test_a_classifier_keeps_no_statistics():
+def test_classifiers_have_no_running_statistics():
     """A classifier runs only in training and uses the statistics of the batch."""
     model, rule, _ = chain((8, 8))
     assert not [key for key in model.state_dict() if "running" in key or "num_batches" in key]
     assert "depends on the batch" in str(rule.coverage)
 
 
-def test_the_cuts_of_its_own_are_the_ends_of_blocks():
+def test_cuts_option_defines_block_ends():
     _, rule, _, _ = registered("mlp", "asfp_lc", match="random", cuts=["act2"])
     assert [cut for cut, tensors in rule.feedback.items() if "fc.weight" in tensors] == ["act2"]
 
 
-def test_angles_are_taken_where_a_classifier_delivers_its_error():
+def test_delta_angles_are_measured_at_error_delivery_points():
     """The angle is measured at the block's end for the last layer of a block, and at the next layer's input for all other layers.
 
     The stem is fixed and has no angle.

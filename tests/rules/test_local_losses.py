@@ -24,7 +24,7 @@ LOCAL = ("local_error", "predsim", "dgl")
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_auxiliary_layers_are_no_modules_but_parameters_of_the_model(name):
+def test_auxiliary_layers_are_parameters_but_not_submodules(name):
     net, rule, x, y = registered("conv2", name)
     plain = MODELS["conv2"]().build((1, 8, 8), 3)
     assert [key for key, _ in net.named_modules()] == [key for key, _ in plain.named_modules()]
@@ -40,7 +40,7 @@ def test_auxiliary_layers_are_no_modules_but_parameters_of_the_model(name):
 
 
 @pytest.mark.parametrize("name", ["predsim", "dgl"])
-def test_state_goes_through_a_file_read_as_data(name, tmp_path):
+def test_state_round_trips_through_weights_only_load(name, tmp_path):
     net, rule, x, y = registered("conv2", name)
     rule_grads(net, rule, x, y)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_state_goes_through_a_file_read_as_data(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_auxiliary_layers_follow_the_model(name):
+def test_auxiliary_layers_follow_model_dtype_and_device(name):
     """Converting the model to another dtype or device must keep the auxiliary tensors, because an optimizer may refer to them.
 
     The other device is meta, on which tensors have no values.
@@ -80,7 +80,7 @@ def test_auxiliary_layers_follow_the_model(name):
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_probing_and_evaluation_leave_no_trace(name):
+def test_measuring_and_evaluation_have_no_side_effects(name):
     net, rule, x, y = registered("resnet20", name)
     rule_grads(net, rule, x, y)
     before = {key: None if grad is None else grad.clone() for key, grad in trained_grads(rule).items()}
@@ -98,7 +98,7 @@ def test_probing_and_evaluation_leave_no_trace(name):
 
 @pytest.mark.parametrize("name", LOCAL)
 @pytest.mark.parametrize("how", ["rule.backward", "loss.backward"])
-def test_labels_are_needed_and_it_says_so(name, how):
+def test_missing_labels_error_names_target_argument(name, how):
     net, rule, x, y = registered("mlp", name)
     logits = net(x)
     loss = F.cross_entropy(logits, y)
@@ -112,7 +112,7 @@ LABELLED = {"drtp": "mlp", "local_error": "mlp", "predsim": "mlp", "dgl": "mlp",
 
 @pytest.mark.parametrize("name", LABELLED)
 @pytest.mark.parametrize("label", [-100, -1, 3, 10**9])
-def test_labels_that_are_no_class_are_named(name, label):
+def test_rejects_labels_out_of_range(name, label):
     """One of the tested labels is -100, which torch's cross-entropy ignores but a one-hot row cannot represent.
 
     Nothing learns before the error is raised.
@@ -131,7 +131,7 @@ def test_labels_that_are_no_class_are_named(name, label):
 
 
 @pytest.mark.parametrize(("name", "options"), [("dfa", {}), ("dkp", {}), ("drtp", {"error_sign": True}), ("bp", {})], ids=str)
-def test_rules_that_need_no_labels_leave_them_to_the_loss(name, options):
+def test_rules_without_labels_accept_ignored_labels(name, options):
     net, rule, x, y = registered("mlp", name, **options)
     logits = net(x)
     y[2] = -100
@@ -140,14 +140,14 @@ def test_rules_that_need_no_labels_leave_them_to_the_loss(name, options):
 
 
 @pytest.mark.parametrize("name", LABELLED)
-def test_a_plain_backward_pass_after_one_with_labels_asks_for_them(name):
+def test_plain_backward_does_not_reuse_previous_labels(name):
     net, rule, x, y = registered(LABELLED[name], name)
     rule_grads(net, rule, x, y)
     with pytest.raises(ValueError, match="requires labels"):
         F.cross_entropy(net(x), y).backward()
 
 
-def test_labels_elsewhere_are_not_read():
+def test_labels_on_accelerator_are_not_read():
     """Labels on an accelerator are not read, because a step would have to wait for them.
 
     Meta tensors stand in for an accelerator, because their values cannot be read.
@@ -157,14 +157,14 @@ def test_labels_elsewhere_are_not_read():
         require_labels("fa", torch.tensor([7]), (1, 3), CrossEntropy())
 
 
-def test_draws_belong_to_the_cut_not_to_the_order():
+def test_auxiliary_init_depends_on_cut_not_on_order():
     """The auxiliary layers of act2 are the same whether or not act1 has any."""
     both, one = (registered("mlp", "dgl", cuts=cuts)[1] for cuts in (["act1", "act2"], ["act2"]))
     assert_bitwise(both.feedback["act2"], one.feedback["act2"])
     assert not torch.equal(both.feedback["act1"]["out.weight"][:, :8], both.feedback["act2"]["out.weight"])
 
 
-def test_cut_that_returns_several_tensors_is_named():
+def test_rejects_cut_that_returns_tuple():
     class Pair(nn.Module):
         def forward(self, x):
             return x, x
@@ -184,7 +184,7 @@ def test_cut_that_returns_several_tensors_is_named():
 
 
 @pytest.mark.parametrize("name", ["dfa", "predsim", "dgl"])
-def test_all_cut_parts_frozen_leaves_the_rest_to_learn(name):
+def test_layers_after_frozen_cut_still_learn(name):
     """The activation at the only cut needs no gradient, so the rule delivers no error, and only the layers after it learn."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1"], freeze_stem=True, allow_uncovered=True)
@@ -233,7 +233,7 @@ LARGE = {
     ],
     ids=str,
 )
-def test_larger_maps_equal_the_reference(name, options, net):
+def test_larger_maps_match_reference(name, options, net):
     """The maps have 9 x 10 and 4 x 4 pixels, and the larger ones are averaged with overlapping windows.
 
     Maps with 5, 3 and 2 channels cover both ways in which predsim compares maps.
@@ -262,7 +262,7 @@ def test_larger_maps_equal_the_reference(name, options, net):
     assert all(torch.isfinite(grad).all() for grad in (got | learned).values())
 
 
-def test_other_than_two_spatial_dimensions():
+def test_accepts_one_to_three_spatial_dimensions():
     """Convolutions may have one or three spatial dimensions.
 
     Maps with more than three spatial dimensions are refused with an error that names the cut.
@@ -283,7 +283,7 @@ def test_other_than_two_spatial_dimensions():
 # --- local errors ---
 
 
-def test_local_error_in_one_line():
+def test_local_error_matches_closed_form():
     """The error (softmax(a Mᵀ) - y) M / N reaches the first weight through the derivative of its activation.
 
     M is fixed, and `rule.feedback` returns the live tensor.
@@ -304,7 +304,7 @@ def test_local_error_in_one_line():
     assert "act1.feedback_M" in model.state_dict() and not rule.feedback_parameters()
 
 
-def test_classifiers_read_no_more_than_so_many_features():
+def test_features_option_limits_classifier_inputs():
     """A map of 4 x 8 x 8 is averaged to 4 x 4 x 4.
 
     M is Kaiming-uniform, with its input size as fan-in.
@@ -329,17 +329,17 @@ def test_classifiers_read_no_more_than_so_many_features():
         ((5000,), 4096, ()),
     ],
 )
-def test_size_that_maps_are_averaged_to(shape, limit, want):
+def test_pooled_size(shape, limit, want):
     assert pooled_size(shape, limit) == want
 
 
-def test_separate_feedback_has_the_signs_of_the_classifier_and_magnitudes_of_its_own():
+def test_separate_feedback_shares_only_signs_with_classifier():
     _, rule, _, _ = registered("mlp", "local_error", separate=True)
     for tensors in rule.feedback.values():
         assert torch.equal(tensors["K"].sign(), tensors["M"].sign()) and not torch.equal(tensors["K"], tensors["M"])
 
 
-def test_magnitudes_of_a_separate_carrier_are_drawn_as_m_is_and_have_its_signs():
+def test_separate_feedback_magnitudes_have_distribution_of_m():
     """The largest of 4 000 magnitudes of K is within 1 % of the bound √(6/features).
 
     The magnitudes of K are independent of those of M.
@@ -353,7 +353,7 @@ def test_magnitudes_of_a_separate_carrier_are_drawn_as_m_is_and_have_its_signs()
 
 @pytest.mark.parametrize("name", ["predsim", "dgl", "asfp_lc"])
 @pytest.mark.parametrize("number", [0, 1])
-def test_an_auxiliary_parameter_that_is_frozen_leaves_the_others_their_gradients(name, number):
+def test_frozen_auxiliary_parameter_does_not_affect_other_gradients(name, number):
     model = "mlp" if name != "asfp_lc" else "resnet20"
     found = []
     for freezes in (False, True):
@@ -366,14 +366,14 @@ def test_an_auxiliary_parameter_that_is_frozen_leaves_the_others_their_gradients
     assert_bitwise(*found)
 
 
-def test_magnitudes_of_a_separate_carrier_belong_to_their_cut():
+def test_separate_feedback_magnitudes_differ_between_cuts():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
     feedback = fa_bench.attach(model, "local_error", seed=0, cuts=["1", "3"], separate=True).feedback
     assert not torch.equal(feedback["1"]["K"].abs(), feedback["3"]["K"].abs())
     assert not torch.equal(feedback["1"]["M"].abs(), feedback["3"]["M"].abs())
 
 
-def test_auxiliary_layers_are_drawn_on_the_cpu_whatever_torchs_default_device():
+def test_auxiliary_layers_are_sampled_on_cpu():
     """Numbers sampled on an accelerator would differ.
 
     The meta device, on which nothing is sampled, stands in for an accelerator.
@@ -388,7 +388,7 @@ def test_auxiliary_layers_are_drawn_on_the_cpu_whatever_torchs_default_device():
 
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim", "dgl"])
-def test_labels_that_are_no_whole_numbers_are_refused(name):
+def test_rejects_float_labels(name):
     """Without this check, a label that is not an integer would be treated as the class to which it rounds."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, cuts=["act1"], sample_input=x, allow_uncovered=True)
@@ -399,7 +399,7 @@ def test_labels_that_are_no_whole_numbers_are_refused(name):
 
 
 @pytest.mark.parametrize("name", ["dgl", "asfp_lc"])
-def test_modules_called_blocks_declare_no_blocks(name):
+def test_module_list_attribute_blocks_is_not_block_declaration(name):
     """As in many transformers, `blocks` is a ModuleList, not a list of names."""
 
     class Net(nn.Module):

@@ -39,14 +39,14 @@ def input_error(model: nn.Module, rule, x: Tensor, g: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ errors
 @pytest.mark.parametrize(("rank", "found"), [(3, 3), (10, 10), (11, 10), (1, 1)])
-def test_errors_have_as_many_dimensions_as_the_rank(rank: int, found: int) -> None:
+def test_input_error_rank_equals_rank_option(rank: int, found: int) -> None:
     model, rule = attached(nn.Linear(15, 10), rank=rank)
     assert rule.feedback["0"]["B"].shape == (10, found) and rule.feedback["0"]["R"].shape == (found, 15)
     errors = input_error(model, rule, random(30, 15), random(30, 10, seed=1))
     assert torch.linalg.matrix_rank(errors) == found
 
 
-def test_channels_of_a_group_have_a_rank_of_their_own() -> None:
+def test_rank_applies_per_convolution_group() -> None:
     _, rule = attached(nn.Conv2d(4, 6, 3, groups=2), rank=2)
     b = rule.feedback["0"]["B"]
     assert b.shape == (6, 2) and rule.feedback["0"]["R"].shape == (4, 2, 3, 3)
@@ -55,7 +55,7 @@ def test_channels_of_a_group_have_a_rank_of_their_own() -> None:
     assert not torch.equal(*b.chunk(2))
 
 
-def test_a_subspace_that_contains_the_errors_loses_nothing() -> None:
+def test_subspace_containing_errors_matches_backprop() -> None:
     """If the columns of B are the right singular vectors of three-dimensional errors and R = Bᵀ W, then e_in = g B Bᵀ W = g W."""
     model, rule = attached(nn.Linear(15, 10), rank=3)
     g = random(20, 3) @ random(3, 10, seed=1)
@@ -69,7 +69,7 @@ def test_a_subspace_that_contains_the_errors_loses_nothing() -> None:
 
 # ------------------------------------------------------------------------------------------------ other rules
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
-def test_full_rank_without_learning_is_kolen_pollack_step_by_step(net: str) -> None:
+def test_full_rank_with_fixed_subspace_matches_kp(net: str) -> None:
     """If B (O, O) is orthogonal, the gradient of B R is B Bᵀ gᵀ x = gᵀ x.
 
     Starting from the same values, B R therefore changes like KP's B.
@@ -107,13 +107,13 @@ def test_full_rank_without_learning_is_kolen_pollack_step_by_step(net: str) -> N
     ],
     ids=str,
 )
-def test_where_there_is_nothing_to_choose_the_subspace_is_fixed(layer: nn.Module, rank: int, learned: list[str]) -> None:
+def test_subspace_is_fixed_at_full_rank(layer: nn.Module, rank: int, learned: list[str]) -> None:
     _, rule = attached(layer, rank=rank)
     names = {name.removeprefix("feedback_") for name, _ in layer.named_parameters() if name.startswith("feedback_")}
     assert sorted(names) == learned and len(rule.feedback_parameters()) == len(learned)
 
 
-def test_without_learning_it_is_semi_orthogonal_product_feedback() -> None:
+def test_fixed_subspace_matches_pfa_o() -> None:
     found = []
     for name, options in (("ldfa", {"rank": 2, "b_rate": 0.0}), ("pfa_o", {"ratio": 0.4})):
         model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 5)).double()
@@ -140,7 +140,7 @@ def gaussian(count: int = 4000) -> tuple[Tensor, Tensor]:
     return random(count, 8) * torch.tensor([4.0, 3.0, 2.0, 1.0, 0.9, 0.8, 0.7, 0.5], dtype=torch.float64) @ axes.t(), axes
 
 
-def test_the_principal_subspace_of_gaussian_errors_is_found_from_any_start() -> None:
+def test_oja_gradient_converges_to_principal_subspace() -> None:
     """Even without orthonormalisation, the second term of Oja's rule makes Bᵀ B = I.
 
     The third axis contributes more than three times as much to C as the fourth.
@@ -154,7 +154,7 @@ def test_the_principal_subspace_of_gaussian_errors_is_found_from_any_start() -> 
     assert cosines.min() > math.cos(math.radians(2))  # 4000 samples determine the axes within a degree or two
 
 
-def test_a_layer_finds_the_principal_subspace_of_its_errors() -> None:
+def test_layer_converges_to_principal_subspace_of_errors() -> None:
     """With fixed errors, SGD with momentum and decay rotates B towards the leading eigenvectors of the errors' matrix C.
 
     The product B R follows B Bᵀ W.
@@ -176,7 +176,7 @@ def test_a_layer_finds_the_principal_subspace_of_its_errors() -> None:
     assert (rule.effective_feedback("0") - projected).norm() < 0.05 * projected.norm()
 
 
-def test_the_gradient_is_tangent_and_of_the_size_of_the_errors() -> None:
+def test_oja_gradient_is_tangent_and_linear_in_errors() -> None:
     b, errors = orthonormal(8, 3), random(10, 8)
     gradient = oja_gradient(b, 1, 1.0, errors)
     assert (b.t() @ gradient).abs().max() < 1e-12
@@ -187,7 +187,7 @@ def test_the_gradient_is_tangent_and_of_the_size_of_the_errors() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_orthonormal_columns_keep_what_is_orthonormal(dtype: torch.dtype) -> None:
+def test_orthonormalized_preserves_orthonormal_columns(dtype: torch.dtype) -> None:
     b = torch.cat([orthonormal(5, 3), -orthonormal(5, 3, seed=1)]).to(dtype)
     again = orthonormalized(b, 2)
     assert again.dtype == dtype
@@ -204,7 +204,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_sample_and_position_is_a_row(name: str) -> None:
+def test_oja_gradient_sums_over_samples_and_positions(name: str) -> None:
     build, shape = LAYERS[name]
     model, rule = attached(build(), rank=2)
     y = model(random(*shape))
@@ -216,7 +216,7 @@ def test_every_sample_and_position_is_a_row(name: str) -> None:
     assert distance(b.grad, array(want)) < 1e-12
 
 
-def test_parts_of_a_weight_that_run_alone_leave_the_other_errors_at_zero() -> None:
+def test_packed_attention_weight_zero_pads_errors_of_other_rows() -> None:
     """Queries have a different input from keys and values, so the rows of their joint weight do not all run together."""
     torch.manual_seed(0)
     model = nn.MultiheadAttention(4, 2, batch_first=True).double()
@@ -258,7 +258,7 @@ def test_parts_of_a_weight_that_run_alone_leave_the_other_errors_at_zero() -> No
     assert distance(b.grad, array(want)) < 1e-12
 
 
-def test_a_subspace_that_requires_no_gradient_stays_bit_by_bit() -> None:
+def test_frozen_subspace_is_bitwise_unchanged() -> None:
     x, y = nets.batch("conv")
     model = nets.convnet()
     rule = fa_bench.attach(model, "ldfa", rank=2)
@@ -271,7 +271,7 @@ def test_a_subspace_that_requires_no_gradient_stays_bit_by_bit() -> None:
     assert all(torch.equal(tensors["B"], before[path]) for path, tensors in rule.feedback.items())
 
 
-def test_evaluation_and_exact_passes_leave_the_subspace() -> None:
+def test_exact_and_measurement_passes_give_feedback_no_gradient() -> None:
     x, y = nets.batch("conv")
     model = nets.convnet()
     rule = fa_bench.attach(model, "ldfa", rank=2)

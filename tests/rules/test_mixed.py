@@ -27,7 +27,7 @@ THIRDS = {"pfa": 0.3, "fa": 0.3, "kp": 0.4, "ratio": 2.0}
 
 @pytest.mark.parametrize("net", ["mlp_bn", "conv", "conv_bn"])
 @pytest.mark.parametrize("kind", ONE)
-def test_one_kind_alone_is_its_rule(kind, net):
+def test_single_kind_matches_its_rule(kind, net):
     """Given the same tensors, a mixture of one kind has the same weights and feedback as the rule of that kind after four steps
     of SGD with momentum and decay. For pfa, the two hops add rounding errors."""
     ratio = {"ratio": 3.0} if kind == "pfa" else {}
@@ -60,7 +60,7 @@ def test_one_kind_alone_is_its_rule(kind, net):
 # torch warns once that an even kernel with padding='same' needs a padded copy of the input.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("layer", LAYERS)
-def test_every_layer_carries_its_mixture_and_learns_as_pfa_and_kp(layer):
+def test_layer_errors_and_feedback_gradients_match_component_rules(layer):
     """The test runs one layer under mixed, fa and pfa with the same error at its output. The input error must equal that of FA
     with B = E, R must get PFA's gradient, and K must get a copy of W's gradient."""
     build, shape = LAYERS[layer]
@@ -89,7 +89,7 @@ def test_every_layer_carries_its_mixture_and_learns_as_pfa_and_kp(layer):
         assert distance(effective[chosen], array(part[chosen]), 1e-6) < 1e-12
 
 
-def test_feedback_equal_to_the_weight_is_backpropagation():
+def test_feedback_equal_to_weight_matches_backprop():
     """The test sets F and K to W, and R to the pseudo-inverse of B times W, so that B R = W."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "mixed", seed=0, **THIRDS)
@@ -108,7 +108,7 @@ def test_feedback_equal_to_the_weight_is_backpropagation():
 # --- the mixture ---------------------------------------------------------------------------------------------------------------
 
 
-def test_each_synapse_is_of_one_kind_with_the_probabilities_given():
+def test_masks_partition_weights_by_given_fractions():
     """The layer has 15 000 weights, so the standard error of a fraction is at most 0.4 %."""
     model = nn.Sequential(nn.Linear(150, 100))
     tensors = fa_bench.attach(model, "mixed", seed=0, pfa=0.5, fa=0.2, kp=0.3, ratio=1.0).feedback["0"]
@@ -135,7 +135,7 @@ def test_only_r_and_k_learn_and_nothing_is_masked():
         assert (tensors["K"] != before[path]["K"]).all(), "some entries of K did not learn"
 
 
-def test_nothing_learns_while_the_probe_measures():
+def test_measuring_gives_feedback_no_gradient():
     model = nets.convnet()
     rule = fa_bench.attach(model, "mixed", seed=0, **THIRDS)
     rule.mode.freeze_random = True
@@ -145,7 +145,7 @@ def test_nothing_learns_while_the_probe_measures():
 
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
-def test_bfloat16_autocast(net):
+def test_bfloat16_autocast_gradients_match_float32(net):
     """bfloat16 has 8 bits of precision, so all gradients, including those of learned feedback, lie within 5 % in norm of the
     float32 ones. All gradients are stored in float32."""
     model = nets.convnet(nn.Tanh, dtype=torch.float32) if net == "conv" else nets.mlp(dtype=torch.float32)
@@ -168,7 +168,7 @@ def test_bfloat16_autocast(net):
         assert (grad - want[key]).norm() <= 0.05 * want[key].norm(), key
 
 
-def test_options_of_the_parts():
+def test_component_init_and_ratio_options():
     model = nn.Sequential(nn.Linear(30, 20))
     inits = {"r_init": "uniform_one", "f_init": "copy_w", "k_init": "normal_fan_out"}
     rule = fa_bench.attach(model, "mixed", seed=0, pfa=0.4, fa=0.3, kp=0.3, ratio=2.5, **inits)
@@ -180,7 +180,7 @@ def test_options_of_the_parts():
     assert tensors["K"].std().item() == pytest.approx(math.sqrt(1 / 20), rel=0.1)
 
 
-def test_direct_synapses():
+def test_direct_feedback_excludes_pfa_part():
     model = nets.mlp()
     rule = fa_bench.attach(model, "mixed", seed=0, **THIRDS, exclude=["fc2"])
     tensors = rule.feedback["fc3"]
@@ -263,7 +263,7 @@ def measured(rule, path) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("fractions", [(0.3, 0.4, 0.3), (0.5, 0.0, 0.5), (0.69, 0.2, 0.11)])
-def test_weight_angle_lies_where_the_fractions_predict(fractions):
+def test_weight_angles_match_prediction_from_fractions(fractions):
     """The fractions predict the angles in the hidden layers to within 3.5 degrees.
 
     During training, W comes to favour the accurate kinds slightly, and in masks of a few thousand entries, the fractions vary by
@@ -291,7 +291,7 @@ def test_weight_angle_lies_where_the_fractions_predict(fractions):
     [((0.83, 0.14, 0.03), "2", 1), ((0.69, 0.2, 0.11), "0", 1), ((0.1, 0.81, 0.09), "0", 0)],
     ids=["direct synapses of a layer that carries errors", "direct synapses by the default", "all synapses"],
 )
-def test_fractions_for_the_78_degrees_of_the_brain(fractions, path, which):
+def test_fractions_reproduce_78_degree_weight_angle(fractions, path, which):
     """The angle of 78 degrees is measured over the synapses that correspond directly to a weight, as in the brain, or over all
     synapses that propagate the error."""
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))

@@ -76,7 +76,7 @@ class Incomplete(fa_bench.EdgeRule):
         (WithoutLayers(cuts=["1"]), r"class WithoutLayers .* does not implement the method 'auxiliary', which LocalRule needs$"),
     ],
 )
-def test_a_missing_method_is_named(rule: fa_bench.Rule, message: str) -> None:
+def test_missing_rule_method_error_names_method(rule: fa_bench.Rule, message: str) -> None:
     with pytest.raises(ComponentError, match=message):
         train(rule)
 
@@ -87,7 +87,7 @@ class Unscheduled(fa_bench.Schedule):
         return lr
 
 
-def test_a_missing_method_of_another_component_is_named() -> None:
+def test_missing_schedule_method_error_names_method() -> None:
     with pytest.raises(ComponentError, match=r"class Unscheduled .*'rate', which Schedule needs; rename its 'rates'"):
         Unscheduled().rate(0.1, 0, 1)
 
@@ -158,7 +158,7 @@ WRONG = torch.zeros(3, 3)
         "nothing",
     ],
 )
-def test_pathways_that_cannot_be_used_are_refused(returned: Any, tensors: dict[str, Any], message: str) -> None:
+def test_rejects_invalid_pathways(returned: Any, tensors: dict[str, Any], message: str) -> None:
     rule = Given()
     rule.returned, rule.tensors = returned, tensors
     with pytest.raises(ComponentError, match=message):
@@ -180,7 +180,7 @@ def test_pathways_that_cannot_be_used_are_refused(returned: Any, tensors: dict[s
     ],
     ids=["xavier", "copyw", "numpy", "None"],
 )
-def test_what_put_cannot_use_is_named(value: Any, error: type[Exception], message: str) -> None:
+def test_put_rejects_invalid_values(value: Any, error: type[Exception], message: str) -> None:
     edge, cut = Given(), Direct(cuts=["1"])
     edge.returned, edge.tensors, cut.arguments = fa_bench.FixedFeedback(), {"B": value}, (value, (2, 3))
     with pytest.raises(error, match=r"^layer '0', feedback tensor " + message):
@@ -190,7 +190,7 @@ def test_what_put_cannot_use_is_named(value: Any, error: type[Exception], messag
 
 
 @pytest.mark.parametrize("function", [sample, lambda shape, init, seed: fill(torch.zeros(shape), init)])
-def test_unknown_initialisers_are_named(function: Any) -> None:
+def test_unknown_initialiser_suggests_nearest_name(function: Any) -> None:
     with pytest.raises(ConfigError, match=r"^there is no initialiser 'zero'; did you mean 'zeros'\? \(available: .*, zeros, "):
         function((2, 3), "zero", 0)
     with pytest.raises(ConfigError, match=r"^there is no initialiser \['zeros'\]"):
@@ -220,7 +220,7 @@ class Direct(fa_bench.CutRule):
     ],
     ids=["none", "shape", "no shape", "no number"],
 )
-def test_feedback_of_a_cut_that_cannot_be_used_is_named(arguments: Any, message: str) -> None:
+def test_rejects_invalid_cut_feedback(arguments: Any, message: str) -> None:
     rule = Direct(cuts=["1"])
     rule.arguments = arguments
     with pytest.raises(ComponentError, match=message):
@@ -237,7 +237,7 @@ def undecorated(base: type[Any]) -> type[Any]:
 
 
 @pytest.mark.parametrize("base", [fa_bench.EdgeRule, fa_bench.Architecture])
-def test_options_of_a_class_that_is_no_dataclass_are_refused(base: type[Any]) -> None:
+def test_rejects_options_of_non_dataclass(base: type[Any]) -> None:
     message = (
         r"^class undecorated\.<locals>\.Plain \(.*\) declares options \(drop, kinds_of_drop\) but is no dataclass; "
         r"write @dataclasses\.dataclass\(eq=False\) on the line above it$"
@@ -253,7 +253,7 @@ def test_options_of_a_class_that_is_no_dataclass_are_refused(base: type[Any]) ->
     assert dataclasses.dataclass(eq=False)(plain)(drop=0.1).drop == 0.1
 
 
-def test_a_registered_rule_that_is_no_dataclass_is_refused_with_the_mend() -> None:
+def test_registering_non_dataclass_rule_error_suggests_fix() -> None:
     fa_bench.register_rule("undecorated")(undecorated(fa_bench.EdgeRule))
     with pytest.raises(FaBenchError, match=r"undecorated.*\(drop, kinds_of_drop\) but is no dataclass; write @dataclasses"):
         register_schemas()
@@ -261,7 +261,7 @@ def test_a_registered_rule_that_is_no_dataclass_is_refused_with_the_mend() -> No
     register_schemas()
 
 
-def test_the_decorators_may_be_in_either_order() -> None:
+def test_decorators_work_in_either_order() -> None:
     cls = dataclasses.dataclass(eq=False)(fa_bench.register_rule("reversed")(undecorated(fa_bench.EdgeRule)))
     try:
         assert ALGORITHMS["reversed"] is cls and cls.from_mapping({"drop": 0.1}).drop == 0.1

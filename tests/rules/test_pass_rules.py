@@ -78,7 +78,7 @@ def cosine(one: Tensor, two: Tensor) -> float:
 
 # ------------------------------------------------------------------------------------------------ all pass rules
 @pytest.mark.parametrize("name", RULES)
-def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name: str) -> None:
+def test_extra_passes_do_not_change_running_statistics_or_rng(name: str) -> None:
     """If every pass sampled new dropout masks, the differences between masks would hide the effect of the noise. After an update,
     the global generator must be in the same state as after a single forward pass."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
@@ -103,7 +103,7 @@ def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name:
 
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback"])
-def test_the_masks_of_dropout_are_those_of_the_first_pass(name: str) -> None:
+def test_all_passes_use_same_dropout_masks(name: str) -> None:
     """The central difference is a directional derivative only if all passes use the same dropout masks."""
 
     def trained(seed: int) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def test_the_masks_of_dropout_are_those_of_the_first_pass(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_every_update_draws_new_noise_that_a_state_repeats(name: str) -> None:
+def test_noise_changes_every_update_and_is_restored_from_state(name: str) -> None:
     rule = fa_bench.attach(mlp(8, 7), name)
     first, state = learn(rule), copy.deepcopy(rule.state_dict())
     before = copy.deepcopy(rule.model.state_dict())
@@ -136,7 +136,7 @@ def test_every_update_draws_new_noise_that_a_state_repeats(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_measuring_leaves_the_next_noise_as_it_was(name: str) -> None:
+def test_measuring_does_not_change_noise_state(name: str) -> None:
     rule = fa_bench.attach(mlp(8, 7), name)
     learn(rule)
     state, tensors = copy.deepcopy(rule.state_dict()), copy.deepcopy(rule.model.state_dict())
@@ -155,7 +155,7 @@ def test_labels_are_needed(name: str) -> None:
     assert all(parameter.grad is None for parameter in rule.model.parameters())
 
 
-def test_the_classifier_of_forward_forward_changes_no_gradient_of_hidden_layers() -> None:
+def test_forward_forward_classifier_does_not_affect_hidden_gradients() -> None:
     """The classifier's M is a parameter of the nonlinearity at a middle cut and must not affect the gradients of the hidden
     weights."""
     hidden = []
@@ -171,7 +171,7 @@ OF_OBJECTIVE = ["node_perturbation", "weight_perturbation", "np_feedback", "pepi
 
 
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
-def test_a_loss_of_other_logits_or_of_another_kind_is_refused(name: str) -> None:
+def test_rejects_loss_not_multiple_of_objective(name: str) -> None:
     """Perturbation rules and PEPITA evaluate the objective on the model's output themselves, so they must refuse a loss that is
     not a multiple of the objective."""
     for loss in (
@@ -186,7 +186,7 @@ def test_a_loss_of_other_logits_or_of_another_kind_is_refused(name: str) -> None
 
 
 @pytest.mark.parametrize("name", [*OF_OBJECTIVE, "ddtp_linear", "fdfa", "dfc"])
-def test_the_scale_of_torchs_squared_errors_is_found(name: str) -> None:
+def test_loss_scale_of_torch_mse_loss_is_inferred(name: str) -> None:
     """The objective is half the sum of squared errors over the three outputs, whereas torch's loss is their mean. Torch's loss is
     therefore 2/3 of the objective, and the rule must detect this factor."""
     target = F.one_hot(Y, 3).double()
@@ -201,7 +201,7 @@ def test_the_scale_of_torchs_squared_errors_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation"])
-def test_a_loss_in_half_precision_is_perturbed_in_single(name: str) -> None:
+def test_bfloat16_autocast_perturbs_in_float32(name: str) -> None:
     """bfloat16 has eight bits of precision, so a difference of 1e-3 between logits would be lost to rounding."""
     found = []
     for enabled in (False, True):
@@ -215,7 +215,7 @@ def test_a_loss_in_half_precision_is_perturbed_in_single(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback", "epc", "pc"])
-def test_the_losses_of_a_model_in_half_precision_are_in_single(name: str) -> None:
+def test_bfloat16_model_computes_losses_in_float32(name: str) -> None:
     """bfloat16 has eight bits of precision, so two losses that differ only by the effect of noise would round to the same
     number."""
     seen: set[torch.dtype] = set()
@@ -234,7 +234,7 @@ def test_the_losses_of_a_model_in_half_precision_are_in_single(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", [*RULES, "ddtp_linear", "ldrl", "fdfa", "grape", "dfc"])
-def test_an_empty_batch_gives_no_numbers_that_are_not_finite(name: str) -> None:
+def test_empty_batch_gives_finite_gradients(name: str) -> None:
     rule = fa_bench.attach(mlp(8, 7), name, **({"cuts": ["1", "3"]} if name == "ldrl" else {}))
     logits = rule.model(X[:0])
     rule.backward(F.cross_entropy(logits, Y[:0], reduction="sum"), logits, Y[:0], loss_scale=1.0)
@@ -242,7 +242,7 @@ def test_an_empty_batch_gives_no_numbers_that_are_not_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pepita", "forward_forward", "dfc"])
-def test_what_is_frozen_stays_and_the_rest_learns(name: str) -> None:
+def test_only_trainable_layers_get_gradients(name: str) -> None:
     for frozen, learning in ((["4"], {"0", "2"}), (["0", "2"], {"4"}), (["2"], {"0", "4"})):
         model = mlp(8, 7)
         for path in frozen:
@@ -251,7 +251,7 @@ def test_what_is_frozen_stays_and_the_rest_learns(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pepita", "forward_forward"])
-def test_the_input_is_the_first_positional_argument(name: str) -> None:
+def test_rejects_input_passed_as_keyword(name: str) -> None:
     rule = fa_bench.attach(mlp(8, 7), name)
     with pytest.raises(CoverageError, match="pass it as the first positional argument"):
         logits = rule.model(input=X)
@@ -259,7 +259,7 @@ def test_the_input_is_the_first_positional_argument(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fdfa", "grape", "forward_gradient"])
-def test_tangents_of_a_pass_in_half_precision(name: str) -> None:
+def test_tangents_are_finite_under_bfloat16_autocast(name: str) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
     rule = fa_bench.attach(model, name, cuts=["1", "4"])
     with torch.autocast("cpu", torch.bfloat16):
@@ -277,7 +277,7 @@ def test_deep_supervision_learns_around_frozen_layers() -> None:
         assert {key.partition(".")[0] for key in gradients if "feedback" not in key} == {"0", "2", "4", "6"} - set(frozen)
 
 
-def test_a_frozen_block_between_others_is_refused_by_ldrl() -> None:
+def test_ldrl_rejects_frozen_block_between_trainable_blocks() -> None:
     def frozen(model: nn.Module, *paths: str) -> nn.Module:
         for path in paths:
             model.get_submodule(path).requires_grad_(False)
@@ -301,7 +301,7 @@ def test_a_frozen_block_between_others_is_refused_by_ldrl() -> None:
 
 
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
-def test_targets_may_be_numbers(name: str) -> None:
+def test_one_hot_float_targets_match_labels(name: str) -> None:
     """With squared errors, class labels and the corresponding one-hot targets give the same gradients."""
     found = [learn(fa_bench.attach(mlp(8, 7), name, objective=MSE()), X, target) for target in (Y, F.one_hot(Y, 3).double())]
     assert found[0].keys() == found[1].keys()
@@ -310,7 +310,7 @@ def test_targets_may_be_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_copied_and_a_pickled_model_train_alike(name: str) -> None:
+def test_copied_and_pickled_models_train_identically(name: str) -> None:
     rule = fa_bench.attach(mlp(8, 7), name)
     learn(rule)
     copies: list[nn.Module] = [copy.deepcopy(rule.model)]
@@ -323,7 +323,7 @@ def test_a_copied_and_a_pickled_model_train_alike(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_evaluation_runs_the_model_once(name: str) -> None:
+def test_evaluation_runs_model_once(name: str) -> None:
     rule = fa_bench.attach(mlp(8, 7), name)
     calls: list[int] = []
     rule.model[0].register_forward_hook(lambda *_: calls.append(1))
@@ -336,7 +336,7 @@ def test_evaluation_runs_the_model_once(name: str) -> None:
     ("name", "passes"),
     [("node_perturbation", 3), ("weight_perturbation", 3), ("np_feedback", 3), ("pepita", 2), ("forward_forward", 3)],
 )
-def test_the_number_of_passes_of_an_update(name: str, passes: int) -> None:
+def test_number_of_passes_per_update(name: str, passes: int) -> None:
     rule = fa_bench.attach(mlp(8, 7), name)
     calls: list[int] = []
     rule.model[0].register_forward_hook(lambda *_: calls.append(1))
@@ -345,13 +345,13 @@ def test_the_number_of_passes_of_an_update(name: str, passes: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["weight_perturbation", "pepita", "forward_forward"])
-def test_no_matrix_is_measured_against_weights(name: str) -> None:
+def test_no_alignment_metrics_are_defined(name: str) -> None:
     rule = fa_bench.attach(mlp(8, 7), name)
     assert rule.readouts() == {} == rule.weight_pairs() and rule.error_points(rule._trace) == {}
 
 
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "pepita", "forward_forward"])
-def test_outputs_with_other_dimensions_than_at_attach_are_refused(name: str) -> None:
+def test_rejects_outputs_with_changed_dimensions(name: str) -> None:
     model = mlp(8, 7)
     model.register_forward_hook(lambda module, args, output: output.unsqueeze(1) if module.extended else output)
     model.extended = False  # type: ignore[assignment]
@@ -363,7 +363,7 @@ def test_outputs_with_other_dimensions_than_at_attach_are_refused(name: str) -> 
 
 
 # ------------------------------------------------------------------------------------------------ perturbations
-def test_node_perturbation_is_exact_for_a_quadratic_loss_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_perturbation_is_exact_for_quadratic_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """With identity activations and squared errors, the estimates for all noise vectors of a basis add up to the gradients of
     backpropagation, even if sigma is large."""
     sizes = {"1": 8, "3": 7, "": 3}
@@ -393,7 +393,7 @@ def test_perturbations_are_unbiased(name: str) -> None:
         assert total[key].norm() / value.norm() == pytest.approx(1, abs=0.2)
 
 
-def test_weight_perturbation_is_the_derivative_along_its_noise() -> None:
+def test_weight_perturbation_matches_directional_derivative() -> None:
     """The central difference is exact because the loss is quadratic in the weights."""
     model = nn.Sequential(nn.Linear(6, 3)).double()
     rule = fa_bench.attach(copy.deepcopy(model), "weight_perturbation", epsilon=5.0, objective=MSE())
@@ -407,7 +407,7 @@ def test_weight_perturbation_is_the_derivative_along_its_noise() -> None:
         torch.testing.assert_close(got[key], noise[key] * slope)
 
 
-def test_weight_perturbation_restores_the_weights_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_perturbation_restores_weights_even_after_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = fa_bench.attach(mlp(8, 7), "weight_perturbation", epsilon=0.3)
     before = {key: tensor.clone() for key, tensor in rule.model.state_dict().items()}
     versions = [parameter._version for parameter in rule.model.parameters()]
@@ -421,7 +421,7 @@ def test_weight_perturbation_restores_the_weights_also_after_an_error(monkeypatc
     assert all(torch.equal(tensor, before[key]) for key, tensor in rule.model.state_dict().items())
 
 
-def test_errors_of_further_passes_are_raised_as_they_are() -> None:
+def test_exceptions_in_extra_passes_propagate_unchanged() -> None:
     rule = fa_bench.attach(mlp(8, 7), "weight_perturbation")
     logits = rule.model(X)
 
@@ -434,7 +434,7 @@ def test_errors_of_further_passes_are_raised_as_they_are() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ feedback from noise
-def test_np_feedback_learns_the_weights_of_a_linear_net(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_np_feedback_gradient_vanishes_at_weights_of_linear_net(monkeypatch: pytest.MonkeyPatch) -> None:
     """Averaged over a basis of the noise ξ, the product of ξ and the loss difference d is the true error at the layer's input.
     The gradient of B must therefore vanish if B equals W."""
     model = mlp(8, 7, activation=nn.Identity)
@@ -451,7 +451,7 @@ def test_np_feedback_learns_the_weights_of_a_linear_net(monkeypatch: pytest.Monk
     assert total.abs().max() < 1e-12 < size
 
 
-def test_np_feedback_trains_the_weights_as_fa_does() -> None:
+def test_np_feedback_weight_gradients_match_fa() -> None:
     found = {}
     for name in ("np_feedback", "fa"):
         rule = fa_bench.attach(mlp(8, 7), name, seed=3)
@@ -459,7 +459,7 @@ def test_np_feedback_trains_the_weights_as_fa_does() -> None:
     assert all(torch.equal(value, found["fa"][key]) for key, value in found["np_feedback"].items())
 
 
-def test_np_feedback_needs_its_own_logits() -> None:
+def test_np_feedback_rejects_logits_not_from_model() -> None:
     rule = fa_bench.attach(mlp(8, 7), "np_feedback")
     logits = rule.model(X)
     other = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
@@ -476,7 +476,7 @@ def test_np_feedback_needs_its_own_logits() -> None:
     [lambda: nn.LSTM(6, 5, batch_first=True), lambda: nn.MultiheadAttention(6, 2, batch_first=True)],
     ids=["lstm", "attention"],
 )
-def test_np_feedback_perturbs_every_layer_of_a_compound_module(make: Any) -> None:
+def test_np_feedback_perturbs_all_layers_of_compound_module(make: Any) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -495,7 +495,7 @@ def test_np_feedback_perturbs_every_layer_of_a_compound_module(make: Any) -> Non
 
 
 # ------------------------------------------------------------------------------------------------ PEPITA
-def test_pepita_in_a_linear_layer_is_direct_feedback() -> None:
+def test_pepita_linear_layer_matches_direct_feedback() -> None:
     """In a linear layer, the activations of the two passes differ by h - h' = -W₁ F e, which is a direct feedback signal.
     PEPITA's update multiplies this difference by the input of the second pass instead of that of the first."""
     model = mlp(8, 7, activation=nn.Identity)
@@ -508,28 +508,28 @@ def test_pepita_in_a_linear_layer_is_direct_feedback() -> None:
     torch.testing.assert_close(learn(rule)["0.weight"], (direct.t() @ modulated).detach())
 
 
-def test_pepita_without_feedback_trains_the_output_layer_alone() -> None:
+def test_pepita_without_feedback_trains_only_output_layer() -> None:
     rule = fa_bench.attach(mlp(8, 7), "pepita", f_scale=0.0)
     got, want = learn(rule), exact(mlp(8, 7))
     assert not any(value.any() for key, value in got.items() if not key.startswith("4"))
     torch.testing.assert_close(got["4.weight"], want["4.weight"])
 
 
-def test_pepita_without_an_error_does_nothing() -> None:
+def test_pepita_zero_error_gives_zero_gradients() -> None:
     rule = fa_bench.attach(mlp(8, 7), "pepita", f_scale=0.5, objective=MSE())
     with torch.no_grad():
         target = rule.model(X)
     assert not any(value.any() for value in learn(rule, X, target).values())
 
 
-def test_pepita_is_linear_in_its_feedback_where_that_is_small() -> None:
+def test_pepita_is_linear_in_small_feedback() -> None:
     small, large = (
         learn(fa_bench.attach(mlp(8, 7, activation=nn.Tanh), "pepita", f_scale=scale))["0.weight"] for scale in (1e-6, 2e-6)
     )
     torch.testing.assert_close(2 * small, large, rtol=1e-4, atol=0)
 
 
-def test_a_cut_at_a_pooling_stands_for_its_nonlinearity() -> None:
+def test_cut_at_pooling_moves_to_preceding_nonlinearity() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3))
     x = torch.zeros(2, 1, 8, 8)
     for name in ("pepita", "forward_forward"):
@@ -539,7 +539,7 @@ def test_a_cut_at_a_pooling_stands_for_its_nonlinearity() -> None:
     assert list(fa_bench.attach(model, "forward_forward", sample_input=x, cuts=["3"], full_gradient=False)._cut_modules) == ["3"]
 
 
-def test_other_cuts_stay_where_they_are() -> None:
+def test_cuts_move_only_across_pooling_layers() -> None:
     """A cut at a second nonlinearity, or at a block that changes the shape, stays in place. A cut after pooling layers moves to
     the nonlinearity before them, even if there are several or the nonlinearity is inside a container."""
 
@@ -569,7 +569,7 @@ def test_other_cuts_stay_where_they_are() -> None:
         assert list(rule._cut_modules) == [found]
 
 
-def test_weight_perturbation_asks_which_output_is_meant() -> None:
+def test_weight_perturbation_rejects_ambiguous_outputs() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -582,7 +582,7 @@ def test_weight_perturbation_asks_which_output_is_meant() -> None:
         fa_bench.attach(Two(), "weight_perturbation", sample_input=X.float())
 
 
-def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
+def test_pepita_cut_at_block_trains_layers_inside_block() -> None:
     """If the difference were taken before the block, nothing inside the block would learn."""
 
     class Block(nn.Module):
@@ -602,7 +602,7 @@ def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
 
 
 @pytest.mark.parametrize("name", [*RULES, "dfc", "epc", "pc", "forward_gradient"])
-def test_all_passes_have_the_further_arguments_of_the_first(name: str) -> None:
+def test_extra_passes_receive_additional_arguments(name: str) -> None:
     """Every pass receives the extra positional and keyword arguments of the first pass. The gradients must therefore equal those
     of a model that has the same values as defaults."""
 
@@ -643,7 +643,7 @@ def test_all_passes_have_the_further_arguments_of_the_first(name: str) -> None:
         ("fdfa", {}, False),
     ],
 )
-def test_noise_of_weights_is_that_of_all_processes(
+def test_only_weight_noise_is_shared_across_processes(
     name: str, options: dict[str, Any], is_shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noise on weights must be the same in all processes. Noise on samples must differ, because each process has its own
@@ -663,7 +663,7 @@ def test_positions_are_refused(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ forward-forward
-def test_one_unit_learns_by_the_derivative_of_its_goodness() -> None:
+def test_forward_forward_gradient_matches_goodness_derivative() -> None:
     """For one positive sample, the loss ½ log(1 + exp(θ - z²)) has the gradient -σ(θ - z²) z x̂ with respect to the weights."""
     model = nn.Sequential(nn.Linear(6, 1, bias=False), nn.ReLU(), nn.Linear(1, 3)).double()
     with torch.no_grad():
@@ -684,7 +684,7 @@ def test_one_unit_learns_by_the_derivative_of_its_goodness() -> None:
     torch.testing.assert_close(learn(rule, x, y)["0.weight"][0], want)
 
 
-def test_layers_see_directions_only() -> None:
+def test_forward_forward_layers_ignore_activation_norms() -> None:
     """Layers after a cut must not depend on the norm of the cut's activation, and the first layer must not depend on the norm of
     the image."""
     rule = fa_bench.attach(mlp(8, 7, bias=False), "forward_forward")
@@ -696,7 +696,7 @@ def test_layers_see_directions_only() -> None:
     torch.testing.assert_close(marked.square().mean(1), torch.ones(5, dtype=torch.float64))
 
 
-def test_equal_samples_at_the_threshold_give_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_forward_equal_samples_at_threshold_give_zero_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the positive and the negative sample are equal and their goodness is θ, their gradients cancel."""
     monkeypatch.setattr(Draws, "shifts", lambda draws, name, count, high: torch.full((count,), high))  # keeps the true labels
     rule = fa_bench.attach(mlp(8), "forward_forward", peer_norm=0.0)
@@ -709,7 +709,7 @@ def test_equal_samples_at_the_threshold_give_no_gradient(monkeypatch: pytest.Mon
     assert learn(rule, x, y)["0.weight"].abs().max() > 1e-3
 
 
-def test_the_classifier_reads_all_layers_but_the_first() -> None:
+def test_forward_forward_classifier_reads_all_layers_except_first() -> None:
     whole = fa_bench.attach(mlp(8, 7, 5), "forward_forward")
     head = list(whole.model.parameters())[-2:]
     assert [tuple(one.shape) for one in whole.feedback_parameters()[-2:]] == [tuple(one.shape) for one in head]
@@ -729,7 +729,7 @@ def test_the_classifier_reads_all_layers_but_the_first() -> None:
 
 
 @pytest.mark.parametrize("widths", [(8, 7), (8,)])
-def test_goodness_predicts_the_label_that_later_layers_like(widths: tuple[int, ...]) -> None:
+def test_forward_forward_goodness_prediction_sums_later_layers(widths: tuple[int, ...]) -> None:
     """The score of a label is the sum of the goodness of all layers except the first. In a network with one hidden layer, the
     score is the goodness of that layer."""
     rule = fa_bench.attach(mlp(*widths), "forward_forward", prediction="goodness")
@@ -745,7 +745,7 @@ def test_goodness_predicts_the_label_that_later_layers_like(widths: tuple[int, .
     assert scores.shape == (5, 3) and rule.first_pass is None
 
 
-def test_the_neutral_image_hides_the_label() -> None:
+def test_forward_forward_neutral_input_hides_label() -> None:
     rule = fa_bench.attach(mlp(8, 7), "forward_forward")
     changed = X.clone()
     changed[:, :3] = 5.0
@@ -755,7 +755,7 @@ def test_the_neutral_image_hides_the_label() -> None:
         assert not torch.equal(detached(X), detached(changed))
 
 
-def test_peer_normalisation_evens_out_the_activity() -> None:
+def test_forward_forward_peer_norm_raises_low_activity() -> None:
     """The peer loss raises the activity of units whose running mean is below the mean over all units. The size of this effect is
     proportional to peer_norm."""
 
@@ -785,6 +785,6 @@ def test_peer_normalisation_evens_out_the_activity() -> None:
         ),
     ],
 )
-def test_forward_forward_refuses_what_it_cannot_mark(model: nn.Module, x: Tensor, text: str) -> None:
+def test_forward_forward_rejects_small_inputs_and_single_class(model: nn.Module, x: Tensor, text: str) -> None:
     with pytest.raises(CoverageError, match=text):
         fa_bench.attach(model, "forward_forward", sample_input=x, cuts=["1"])

@@ -17,7 +17,7 @@ def make(name: str, **options: object) -> tuple[nn.Sequential, fa_bench.Rule, Te
     return model, fa_bench.attach(model, name, cuts=["1"], **options), x, y
 
 
-def test_dfc_without_trainable_weights_learns_its_feedback():
+def test_dfc_without_trainable_weights_learns_output_feedback():
     model, rule, x, y = make("dfc")
     for layer in (model[0], model[2]):
         layer.requires_grad_(False)
@@ -27,7 +27,7 @@ def test_dfc_without_trainable_weights_learns_its_feedback():
     assert with_gradient == {"1.feedback_B_output"}
 
 
-def test_forward_forward_takes_its_threshold_from_the_training_data():
+def test_forward_forward_threshold_ignores_sample_input_size():
     torch.manual_seed(0)
     gradients = []
     for size in (2, 4):
@@ -44,7 +44,7 @@ def test_forward_forward_takes_its_threshold_from_the_training_data():
     torch.testing.assert_close(*gradients)
 
 
-def test_forward_forward_names_a_cut_of_another_size_than_the_sample():
+def test_forward_forward_rejects_cut_size_different_from_sample():
     model = nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
     rule = fa_bench.attach(model, "forward_forward", cuts=["1"], sample_input=torch.rand(2, 4, 4, 4))
     logits = model(torch.rand(6, 4, 2, 2))
@@ -53,7 +53,7 @@ def test_forward_forward_names_a_cut_of_another_size_than_the_sample():
         rule.backward(F.cross_entropy(logits, y), logits, y)
 
 
-def test_f3_refuses_a_list_of_indices():
+def test_f3_rejects_list_of_indices():
     model, rule, x, y = make("f3", samples=8)
     logits = model(x)
     with pytest.raises(ValueError, match="indices are a list, not a tensor"):

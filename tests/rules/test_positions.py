@@ -65,7 +65,7 @@ def step(model: Any, rule: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> dic
 
 
 # ------------------------------------------------------------------------------------------------ tokens
-def test_dfa_over_tokens_equals_the_loops_over_all_tokens():
+def test_dfa_over_tokens_matches_reference():
     """The layers act on each token separately, so the reference can treat all tokens as samples."""
     model, rule = attached("dfa")
     (x, y), plain = tokens(), nets.mlp()
@@ -75,7 +75,7 @@ def test_dfa_over_tokens_equals_the_loops_over_all_tokens():
     assert_matches(step(model, rule, x, y), want)
 
 
-def test_dkp_adds_the_gradient_of_b_over_samples_and_tokens():
+def test_dkp_feedback_gradient_sums_over_samples_and_tokens():
     model, rule = attached("dkp")
     x, y = tokens()
     seen: dict[str, Tensor] = {}
@@ -94,7 +94,7 @@ def test_dkp_adds_the_gradient_of_b_over_samples_and_tokens():
 
 
 @pytest.mark.parametrize("sign", [False, True])
-def test_drtp_projects_the_label_of_every_token(sign: bool):
+def test_drtp_projects_label_of_each_token(sign: bool):
     """At act2 (N, T, 6), the error of a labelled token is B[label] or, with error_sign, the sum of the other rows of B minus
     B[label], times the scale and divided by the number of labels. The gradient of fc2's bias sums this error, multiplied by the
     derivative of tanh, over samples and tokens."""
@@ -114,7 +114,7 @@ def test_drtp_projects_the_label_of_every_token(sign: bool):
 
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error", "predsim", "dgl"])
-def test_tokens_are_samples_and_one_token_is_the_plain_rule(name: str):
+def test_tokens_match_flattened_batch_of_samples(name: str):
     """Treating each token as a separate sequence, or removing the token axis, must give the same gradients up to the order of
     summation over the batch."""
     options = {"loss": "pred"} if name == "predsim" else {"auxiliary_net": "linear"} if name == "dgl" else {}
@@ -137,7 +137,7 @@ def test_tokens_are_samples_and_one_token_is_the_plain_rule(name: str):
 
 
 @pytest.mark.parametrize("name", BROADCASTING)
-def test_permuted_tokens_have_permuted_signals(name: str):
+def test_permuting_tokens_permutes_signals(name: str):
     model, rule = attached(name)
     (x, y), order, signals = tokens(), torch.tensor([2, 0, 3, 1]), []
     handle = model.act1.register_forward_hook(
@@ -150,7 +150,7 @@ def test_permuted_tokens_have_permuted_signals(name: str):
 
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
-def test_sequences_of_another_length_use_the_same_feedback(name: str):
+def test_sequences_of_other_lengths_use_same_feedback(name: str):
     """A rule attached with sequences of 4 tokens must train on sequences of 6 tokens as if it had been attached with 6."""
     x, y = tokens(6)
     (one, rule), (two, other) = attached(name), attached(name, x=x)
@@ -158,7 +158,7 @@ def test_sequences_of_another_length_use_the_same_feedback(name: str):
 
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
-def test_accumulated_and_scaled_losses(name: str):
+def test_loss_scaling_and_gradient_accumulation_over_tokens(name: str):
     """The gradients of half the loss of each half of the batch add up to the gradients of the whole batch, even if the loss scale
     is inferred."""
     x, y = tokens()
@@ -173,7 +173,7 @@ def test_accumulated_and_scaled_losses(name: str):
 
 
 @pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
-def test_autocast_to_bfloat16(name: str):
+def test_bfloat16_autocast_gradients_match_float32(name: str):
     """bfloat16 has 8 bits of precision, so the gradients agree to a few percent."""
     model = nets.mlp().float()
     x, y = tokens()
@@ -188,7 +188,7 @@ def test_autocast_to_bfloat16(name: str):
         assert grad is not None and grad.dtype == torch.float32 and distance(grad, want[key]) < 0.1, key
 
 
-def test_the_default_objective_takes_tokens_for_samples():
+def test_default_objective_treats_tokens_as_samples():
     x, y = tokens()
     (one, rule), two = attached("drtp"), nets.mlp()
     other = fa_bench.attach(two, "drtp", seed=0, sample_input=x, **CUTS)
@@ -199,7 +199,7 @@ def test_the_default_objective_takes_tokens_for_samples():
 
 
 @pytest.mark.parametrize("name", ["drtp", "local_error"])
-def test_the_default_objective_leaves_out_unlabelled_tokens(name: str):
+def test_default_objective_ignores_unlabelled_tokens(name: str):
     """Unlabelled tokens get no error, and the scale of the loss is inferred from the labelled tokens."""
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
@@ -213,7 +213,7 @@ def test_the_default_objective_leaves_out_unlabelled_tokens(name: str):
 
 
 @pytest.mark.parametrize("size", [(N, T, C), (N, C, 2, 3)], ids=str)
-def test_the_scale_is_measured_without_labels(size: tuple[int, ...]):
+def test_loss_scale_is_inferred_without_labels(size: tuple[int, ...]):
     """Under cross-entropy, the label is the only class with a negative error along the class axis, so the scale can be measured
     without labels."""
     logits = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -222,7 +222,7 @@ def test_the_scale_is_measured_without_labels(size: tuple[int, ...]):
     assert measured_scale("drtp", delta, logits.detach(), None) == pytest.approx(3, rel=1e-9)
 
 
-def test_whether_a_loss_of_tokens_was_scaled():
+def test_is_unscaled_detects_scaled_token_losses():
     logits, y = torch.randn(N, T, C, requires_grad=True), tokens()[1]
     assert is_unscaled(F.cross_entropy(logits.flatten(0, 1), y.flatten()), y) and is_unscaled(TokenLoss().loss(logits, y), y)
     assert not is_unscaled(F.cross_entropy(logits[:, :2].flatten(0, 1), y[:, :2].flatten()), y)
@@ -230,7 +230,7 @@ def test_whether_a_loss_of_tokens_was_scaled():
         assert not is_unscaled(F.cross_entropy(logits.movedim(-1, 1), y, **other), y)
 
 
-def test_wrong_labels_are_named():
+def test_rejects_invalid_token_labels():
     model, rule = attached("drtp")
     x, y = tokens()
     with pytest.raises(ValueError, match=r"class indices of shape \(3, 4\), one for each position"):
@@ -242,7 +242,7 @@ def test_wrong_labels_are_named():
         rule.backward(logits.sum(), logits, y, loss_scale=1.0)
 
 
-def test_similarities_of_tokens_are_refused():
+def test_predsim_rejects_similarity_of_tokens():
     with pytest.raises(CoverageError, match="label for each position; use loss='pred'") as refused:
         attached("predsim")
     attached("predsim", **refused.value.settings)
@@ -269,7 +269,7 @@ def pixels(size: tuple[int, int] = (4, 6)) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["weight_perturbation", "drtp"])
-def test_wrong_labels_of_pixels_are_named_by_the_number_of_classes(name: str):
+def test_rejects_pixel_labels_beyond_number_of_classes(name: str):
     """Label 4 is out of range for three classes, although it would be a valid index of one of the six columns of pixels."""
     x, y = pixels()
     y[1, 2, 3] = 4
@@ -285,7 +285,7 @@ def pixel_net() -> Any:
         return Pixels().double()
 
 
-def test_pixels_and_the_coarser_map_get_their_errors():
+def test_dkp_errors_reach_pixels_and_coarser_map():
     """At act1, each cell of the 2 x 3 map gets the sum of the errors of the 2 x 2 pixels that it covers."""
     (x, y), model, plain = pixels(), pixel_net(), pixel_net()
     rule = fa_bench.attach(model, "dkp", seed=0, sample_input=x)
@@ -311,7 +311,7 @@ def test_pixels_and_the_coarser_map_get_their_errors():
     assert distance(b1.grad, gradient.detach()) < REL
 
 
-def test_drtp_adds_the_labels_that_a_coarser_position_covers():
+def test_drtp_sums_labels_covered_by_coarser_position():
     (x, y), model, plain = pixels(), pixel_net(), pixel_net()
     rule = fa_bench.attach(model, "drtp", seed=0, sample_input=x)
     logits = model(x)
@@ -326,7 +326,7 @@ def test_drtp_adds_the_labels_that_a_coarser_position_covers():
     assert distance(model.down.weight.grad, plain.down.weight.grad) < REL
 
 
-def test_a_local_loss_of_pixels_is_that_of_their_own_labels():
+def test_local_error_of_pixels_uses_their_labels():
     (x, y), model, plain = pixels(), pixel_net(), pixel_net()
     rule = fa_bench.attach(model, "local_error", seed=0, sample_input=x, cuts=["act2"], allow_uncovered=True)
     logits = model(x)
@@ -364,7 +364,7 @@ class Pairs(nn.Module):
         return x[:, ::2] + x[:, 1::2]
 
 
-def test_a_finer_cut_gets_copies():
+def test_finer_cut_gets_copied_errors():
     x = tokens()[0]
     model = Pooled(Pairs()).double()
     rule = fa_bench.attach(model, "dkp", seed=0, sample_input=x, objective=TokenLoss())
@@ -401,7 +401,7 @@ class Spread(nn.Module):
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 3)], ids=str)
-def test_a_cut_without_positions_gets_the_sum_of_all_errors(sizes: tuple[int, ...]):
+def test_cut_without_positions_gets_summed_errors(sizes: tuple[int, ...]):
     x = tokens()[0][:, 0]
     model = Spread(*sizes).double()
     rule = fa_bench.attach(model, "dkp", seed=0, sample_input=x, allow_uncovered=True)
@@ -425,7 +425,7 @@ class Reversed(nn.Module):
         return x[:, : self.keep].flip(1)
 
 
-def test_positions_that_do_not_match_are_refused_by_name():
+def test_rejects_mismatched_positions():
     with pytest.raises(CoverageError, match=r"cut 'act' .* shape \(3, 4, 6\).*errors at \(3,\) positions.*multiple"):
         fa_bench.attach(Pooled(Reversed(3)), "dfa", sample_input=tokens()[0].float())
     model = Pooled(Reversed(4)).double()
@@ -437,7 +437,7 @@ def test_positions_that_do_not_match_are_refused_by_name():
         fa_bench.attach(Pooled(Pairs()).double(), "local_error", sample_input=tokens()[0], objective=TokenLoss())
 
 
-def test_a_cut_whose_first_axis_is_not_that_of_the_samples_is_refused():
+def test_rejects_cut_without_batch_first():
     """The cut has shape (T, N, F) for two samples and four tokens. The second axis of the cut could be mistaken for positions,
     because four is a multiple of two."""
     model = nn.Sequential(nn.Linear(7, 5), Swapped(), nn.Tanh(), Swapped(), nn.Linear(5, C))
@@ -453,7 +453,7 @@ class Swapped(nn.Module):
 
 
 @pytest.mark.parametrize("length", [5, 6])
-def test_sequences_with_the_classes_first_are_refused(length: int):
+def test_rejects_sequences_with_classes_first(length: int):
     """With outputs of shape (N, C, T), time steps would be treated as classes, and no error would be raised if C equals T."""
     model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.Conv1d(4, C, 1))
     with pytest.raises(CoverageError, match=rf"\(N, T, C\).*returns \(2, {C}, {length}\) from the convolution '2'.*transpose"):
@@ -497,7 +497,7 @@ class Transposed(nn.Module):
     ],
     ids=str,
 )
-def test_the_axis_of_features(shape: Any, positions: Any, layer: Any, output: Any, axis: int):
+def test_feature_axis(shape: Any, positions: Any, layer: Any, output: Any, axis: int):
     assert feature_axis(shape, positions, None if layer is None else (layer, output)) == axis
 
 
@@ -508,7 +508,7 @@ class Mean(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
-def test_positions_shared_sends_one_signal_to_all_tokens(name: str):
+def test_shared_positions_send_one_signal_to_all_tokens(name: str):
     x, y = tokens()[0], torch.tensor([0, 2, 1])
     models = [Pooled(Mean()).double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -530,12 +530,12 @@ def test_positions_shared_sends_one_signal_to_all_tokens(name: str):
     shared.backward(F.cross_entropy(logits, y), logits, y)
 
 
-def test_numbers_of_positions_are_those_of_the_objective():
+def test_mean_loss_of_float_targets_matches_objective():
     outputs, numbers = torch.randn(2, 4, C), torch.randn(2, 4, C)
     assert torch.equal(mean_loss(MSE(), outputs, numbers), MSE().loss(outputs, numbers))
 
 
-def test_regression_has_the_error_of_its_outputs():
+def test_dfa_projects_regression_error():
     x, target = nets.batch("mlp")[0], torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
     model = nets.mlp()
     rule = fa_bench.attach(model, "dfa", seed=0, sample_input=x, **CUTS)
@@ -558,7 +558,7 @@ def test_alignment_metrics_on_tokens(name: str):
     assert set(values["weight_angle"]) == (set() if name == "local_error" else {"fc3"})
 
 
-def test_the_output_angle_is_that_of_each_token():
+def test_output_angle_is_mean_over_tokens():
     _, rule = attached("dfa")
     x, y = tokens()
     plain = copy.deepcopy(nets.mlp())
@@ -569,7 +569,7 @@ def test_the_output_angle_is_that_of_each_token():
 
 
 @pytest.mark.parametrize("name", ["drtp", "local_error"])
-def test_positions_with_the_objective_s_own_ignored_label_get_no_error(name: str) -> None:
+def test_custom_ignore_index_gets_no_error(name: str) -> None:
     def learned(ignored: int) -> dict[str, Tensor | None]:
         model, objective = nets.mlp(), TokenCrossEntropy(ignore_index=ignored)
         rule: Any = fa_bench.attach(model, name, sample_input=tokens()[0], objective=objective, **CUTS)
@@ -587,7 +587,7 @@ OUTPUTS = {"sequences": (4, 3, 3), "as many tokens as classes": (3, 3, 3), "maps
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "token_cross_entropy"])
 @pytest.mark.parametrize("shape", OUTPUTS.values(), ids=OUTPUTS)
-def test_losses_of_samples_are_those_of_their_positions(shape: tuple[int, ...], objective: str):
+def test_sample_losses_average_over_labelled_positions(shape: tuple[int, ...], objective: str):
     """The mean of the samples' losses must be the mean over all labelled positions, so each sample is weighted by its number of
     labels."""
     generator = torch.Generator().manual_seed(0)
@@ -610,7 +610,7 @@ def test_losses_of_samples_are_those_of_their_positions(shape: tuple[int, ...], 
 
 @pytest.mark.parametrize("kind", ["tokens", "maps"])
 @pytest.mark.parametrize("name", ["node_perturbation", "np_feedback", "weight_perturbation"])
-def test_rules_that_compare_losses_take_outputs_with_positions(name: str, kind: str):
+def test_perturbation_rules_accept_outputs_with_positions(name: str, kind: str):
     """The default objective and token_cross_entropy give the same losses and therefore the same gradients, even if some positions
     are ignored."""
 

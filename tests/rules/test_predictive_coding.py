@@ -45,7 +45,7 @@ def cosines(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------------ backpropagation
-def test_a_few_small_steps_with_errors_are_backpropagation() -> None:
+def test_epc_few_small_steps_match_scaled_backprop() -> None:
     """After T small steps, the errors are e = -T η ∂L/∂s + O(η²), so the hidden gradients are T η times those of backpropagation.
     The output layer's gradient equals that of backpropagation."""
     got, want = learn(attach("epc", steps=5, rate=1e-3)), exact(deep())
@@ -55,7 +55,7 @@ def test_a_few_small_steps_with_errors_are_backpropagation() -> None:
     assert tiny == pytest.approx([5e-6, 5e-6, 5e-6, 1], rel=2e-5)  # the remainder is of first order in η
 
 
-def test_a_few_small_steps_with_states_are_multiples_of_backpropagation() -> None:
+def test_pc_few_small_steps_match_scaled_backprop() -> None:
     """An error travels one block per step. In the block that lies d blocks before the last cut, the gradient is (T choose d + 1)
     η^(d + 1) times that of backpropagation."""
     got, want = learn(attach("pc", steps=5, rate=1e-3)), exact(deep())
@@ -64,25 +64,25 @@ def test_a_few_small_steps_with_states_are_multiples_of_backpropagation() -> Non
     assert ratios(got, want) == pytest.approx([*factors, 1], rel=2e-2)  # the remainder is of first order in η
 
 
-def test_with_fewer_steps_than_blocks_the_first_ones_do_not_learn() -> None:
+def test_pc_with_fewer_steps_than_blocks_skips_first_blocks() -> None:
     got = learn(attach("pc", steps=2, rate=0.5))
     assert not got["0.weight"].any() and got["2.weight"].any()
 
 
-def test_one_step_of_length_one_is_backpropagation_in_the_first_layer_only() -> None:
+def test_epc_single_unit_step_matches_backprop_only_in_first_layer() -> None:
     got, want = learn(attach("epc", steps=1, rate=1.0)), exact(deep())
     torch.testing.assert_close(got["0.weight"], want["0.weight"])
     torch.testing.assert_close(got["0.bias"], want["0.bias"])
     assert cosine(got["6.weight"], want["6.weight"]) < 0.98
 
 
-def test_settled_errors_are_another_update() -> None:
+def test_epc_settled_gradients_differ_from_backprop() -> None:
     got, want = learn(attach("epc", steps=300)), exact(deep())
     assert cosines(got, want)[-1] < 0.98
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_momentum_is_that_of_the_optimizer(name: str) -> None:
+def test_momentum_matches_torch_sgd(name: str) -> None:
     """The expected gradients come from a separate loop that minimises the energy with three steps of torch's SGD.
 
     The first velocity of torch's SGD is the gradient.
@@ -120,7 +120,7 @@ def test_momentum_is_that_of_the_optimizer(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ equilibrium
 @pytest.mark.parametrize("name", RULES)
-def test_linear_nets_rest_where_the_closed_form_says(name: str) -> None:
+def test_linear_net_equilibrium_matches_closed_form(name: str) -> None:
     """With squared errors, the remaining error at the output is r = S⁻¹ (W x - t) with S = 1 + Σ_l P_l P_lᵀ. Here W is the
     product of all weights, and P_l is the product of the weights after s_l. The errors at the cuts are e_l = -P_lᵀ r, and all
     gradients follow from r and e_l."""
@@ -140,7 +140,7 @@ def test_linear_nets_rest_where_the_closed_form_says(name: str) -> None:
     torch.testing.assert_close(got[LAYERS[3]], left.t() @ state / 5, rtol=1e-6, atol=1e-12)
 
 
-def test_both_forms_rest_at_the_same_place() -> None:
+def test_epc_and_pc_reach_same_equilibrium() -> None:
     """The rules epc and pc must reach the same states, because the energy has only one minimum near the states of the forward
     pass."""
     errors, states = (learn(attach(name, steps=500, rate=0.3)) for name in RULES)
@@ -148,7 +148,7 @@ def test_both_forms_rest_at_the_same_place() -> None:
         torch.testing.assert_close(states[key], value, rtol=1e-5, atol=1e-12)
 
 
-def test_both_forms_have_the_same_energy_at_any_point() -> None:
+def test_epc_and_pc_have_same_energy() -> None:
     errors_rule, states_rule = attach("epc"), attach("pc")
     generator = torch.Generator().manual_seed(3)
     errors: dict[str, Tensor] = {
@@ -167,7 +167,7 @@ def test_both_forms_have_the_same_energy_at_any_point() -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_without_errors_the_energy_is_the_loss(name: str) -> None:
+def test_energy_without_errors_equals_loss(name: str) -> None:
     rule = attach(name)
     assert energy_of(rule, {}) == pytest.approx(F.cross_entropy(rule.model(X), Y, reduction="sum").item(), rel=1e-12)
 
@@ -185,7 +185,7 @@ def energy_of(rule: Any, variables: dict[str, Tensor]) -> float:
 
 # ------------------------------------------------------------------------------------------------ passes
 @pytest.mark.parametrize("name", RULES)
-def test_settling_does_not_depend_on_the_batch(name: str) -> None:
+def test_settling_is_independent_of_batch_size(name: str) -> None:
     """The gradient of a batch is the mean of its samples' gradients, regardless of the batch size."""
     whole = learn(attach(name))
     single = [learn(attach(name), X[n : n + 1], Y[n : n + 1]) for n in range(5)]
@@ -195,7 +195,7 @@ def test_settling_does_not_depend_on_the_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("steps", [1, 4])
-def test_the_number_of_passes_of_an_update(name: str, steps: int) -> None:
+def test_number_of_passes_per_update(name: str, steps: int) -> None:
     rule, calls = attach(name, steps=steps), []
     rule.model[0].register_forward_hook(lambda *_: calls.append(1))
     learn(rule)
@@ -218,7 +218,7 @@ def normalised() -> nn.Sequential:
     return model
 
 
-def test_the_masks_of_dropout_are_those_of_the_first_pass() -> None:
+def test_all_passes_use_same_dropout_masks() -> None:
     """With the first pass's masks, one step of length one gives the gradients of backpropagation in the first block."""
     got, want = [], []
     rule, plain = attach("epc", normalised(), steps=1, rate=1.0), normalised()
@@ -232,7 +232,7 @@ def test_the_masks_of_dropout_are_those_of_the_first_pass() -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_running_statistics_and_random_numbers_are_those_of_one_pass(name: str) -> None:
+def test_extra_passes_do_not_change_running_statistics_or_rng(name: str) -> None:
     rule, twin = attach(name, normalised()), normalised()
     torch.manual_seed(4)
     twin(X)
@@ -244,7 +244,7 @@ def test_running_statistics_and_random_numbers_are_those_of_one_pass(name: str) 
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_copies_train_alike_and_labels_are_needed(name: str) -> None:
+def test_copies_train_identically_and_labels_are_required(name: str) -> None:
     rule = attach(name)
     want = learn(rule)
     for model in (copy.deepcopy(rule.model), pickle.loads(pickle.dumps(rule.model))):
@@ -256,7 +256,7 @@ def test_copies_train_alike_and_labels_are_needed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_frozen_layer_changes_nothing_for_the_others(name: str) -> None:
+def test_frozen_layer_does_not_affect_other_gradients(name: str) -> None:
     """The state after a layer must settle in the same way whether the layer is frozen or learns."""
     want, model = learn(attach(name)), deep()
     for parameter in model[0].parameters():
@@ -267,7 +267,7 @@ def test_a_frozen_layer_changes_nothing_for_the_others(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_shortcut_around_a_cut_sees_the_state(name: str) -> None:
+def test_shortcut_around_cut_uses_state(name: str) -> None:
     """The state replaces the activation for all later layers, so the closed-form energy includes both the shortcut and the path
     through `second`."""
 
@@ -293,7 +293,7 @@ def test_a_shortcut_around_a_cut_sees_the_state(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_module_that_works_in_place_does_not_change_the_states(name: str) -> None:
+def test_inplace_module_does_not_change_states(name: str) -> None:
     """Each block ends at a linear layer, and the nonlinearity that follows overwrites the output of that layer."""
 
     def trained(inplace: bool) -> dict[str, Tensor]:
@@ -323,7 +323,7 @@ def test_half_precision_settles_in_single_precision(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_loss_has_at_least_single_precision(name: str) -> None:
+def test_loss_is_computed_in_at_least_float32(name: str) -> None:
     """The loss of bfloat16 logits must not be rounded to bfloat16, because rounding would change it by up to 0.2 %."""
     rule = attach(name, deep().to(torch.bfloat16), steps=1, rate=1e-9)
     with rule.observed() as found:
@@ -363,13 +363,13 @@ def test_ignored_samples_do_not_count(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_targets_may_be_numbers(name: str) -> None:
+def test_one_hot_float_targets_match_labels(name: str) -> None:
     rule = attach(name, objective=MSE())
     one_hot = learn(attach(name, objective=MSE()), X, F.one_hot(Y, 3).double())
     assert all(torch.equal(value, one_hot[key]) for key, value in learn(rule).items())
 
 
-def test_single_precision_loses_small_errors_of_states_alone() -> None:
+def test_float32_loses_small_errors_only_in_pc() -> None:
     """The first block's error is below 1e-7 of the block's state, so pc loses the error in single precision.
 
     In contrast, epc stores the error itself and therefore keeps it.
@@ -387,7 +387,7 @@ def test_single_precision_loses_small_errors_of_states_alone() -> None:
 
 # ------------------------------------------------------------------------------------------------ coverage, options
 @pytest.mark.parametrize("name", RULES)
-def test_coverage_says_that_weights_are_transported(name: str) -> None:
+def test_coverage_reports_weight_transport(name: str) -> None:
     rule = attach(name)
     across = {"epc": ("from block to block in each step of settling",), "pc": ()}[name]
     assert rule.coverage.transport == ("within blocks", *across)
@@ -405,7 +405,7 @@ def test_coverage_says_that_weights_are_transported(name: str) -> None:
         ({"steps": 4, "rate": 0.01, "momentum": 0.9}, 0.0904),
     ],
 )
-def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any], length: float | None) -> None:
+def test_coverage_notes_near_equivalence_to_backprop(options: dict[str, Any], length: float | None) -> None:
     """Three steps with momentum 0.5 have a path length of 0.01 (1 + 1.5 + 1.75) = 0.0425. A path length of exactly SHORT
     causes no warning."""
     notes = attach("epc", **options).coverage.notes
@@ -416,7 +416,7 @@ def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any],
         assert f"steps={options['steps']}, rate={options['rate']:g}:" in notes[0] and length < SHORT
 
 
-def test_the_length_of_the_path_is_the_last_error_for_a_constant_gradient() -> None:
+def test_path_length_is_gradient_ratio_for_small_steps() -> None:
     """If the errors are tiny, the loss is linear in the states, so the first layer's gradient is that of backpropagation times
     the path length."""
     rule = attach("epc", steps=6, rate=1e-5, momentum=0.7)

@@ -47,7 +47,7 @@ def test_similarity_of_labels():
         ("sim", {"similarity.weight"}),
     ],
 )
-def test_predsim_holds_what_its_loss_needs(loss, held):
+def test_loss_option_determines_auxiliary_tensors(loss, held):
     _, rule, _, _ = registered("conv2", "predsim", loss=loss)
     tensors = rule.feedback["act1"]
     assert set(tensors) == held
@@ -59,7 +59,7 @@ def test_predsim_holds_what_its_loss_needs(loss, held):
 
 
 @pytest.mark.parametrize(("loss", "share"), [("predsim", 0.25), ("pred", 1.0), ("sim", 1.0)])
-def test_error_of_the_output_layer(loss, share):
+def test_output_layer_gradients_are_scaled_by_one_minus_beta(loss, share):
     """With loss=predsim, the gradients of the output layer's weight and bias are (1-β) times the true ones. Probes still see the
     true error at the logits."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
@@ -89,7 +89,7 @@ def test_error_of_the_output_layer(loss, share):
     ],
     ids=str,
 )
-def test_similarity_reads_deviations_of_maps_with_more_than_three_channels_and_one_row(shape, deviations):
+def test_similarity_uses_std_of_maps_with_more_than_three_channels(shape, deviations):
     """Maps with at most three channels or only one row are compared by all of their values, as in predsim's code."""
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     want = np.corrcoef(array(x.flatten(2).std(2) if deviations else x.flatten(1)))
@@ -101,7 +101,7 @@ def test_similarity_reads_deviations_of_maps_with_more_than_three_channels_and_o
 MONO_FORWARD = {"loss": "pred", "decoder_init": "pytorch", "decoder_bias": False}
 
 
-def test_decoder_without_a_bias_as_torch_draws_it():
+def test_decoder_init_and_bias_options():
     """The decoder has 3 x F entries, which are sampled from U(±1/√F).
 
     The largest of the 1,200 entries lies within 1 % of the bound.
@@ -116,7 +116,7 @@ def test_decoder_without_a_bias_as_torch_draws_it():
     assert wider["decoder.out.weight"].abs().max() > 0.9 and "decoder.out.bias" in wider
 
 
-def test_options_of_the_decoder_leave_the_similarity_alone():
+def test_decoder_options_do_not_affect_similarity_weight():
     """The similarity's K is sampled after the decoder's D, but must not depend on the decoder's options."""
     kernels = [
         registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
@@ -125,7 +125,7 @@ def test_options_of_the_decoder_leave_the_similarity_alone():
     assert torch.equal(*kernels)
 
 
-def test_with_frozen_goodness_it_is_local_error():
+def test_frozen_decoder_matches_local_error():
     """If M (C, F) does not learn, five steps with momentum must give the same weights as local_error."""
     (one, x, y), two = (nets.mlp(), *nets.batch("mlp")), nets.mlp()
     rules = [
@@ -147,7 +147,7 @@ def test_with_frozen_goodness_it_is_local_error():
     assert distance(array(one.fc1.weight), array(nets.mlp().fc1.weight)) > 1e-2
 
 
-def test_with_one_hidden_layer_and_the_output_layer_as_goodness_it_is_backpropagation():
+def test_one_hidden_layer_with_output_weight_as_decoder_matches_backprop():
     """M starts equal to the output weight and gets the same gradient, so the two stay equal and the hidden layer's error is that
     of backpropagation."""
     one, two, (x, y) = nets.one_hidden(), nets.one_hidden(), nets.batch("one")
@@ -183,7 +183,7 @@ ROWS = {
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5,), (5, 3, 4), (3, 3, 4)], ids=str)
 @pytest.mark.parametrize("rows", ROWS)
-def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, shape, dtype):
+def test_half_precision_similarity_matches_float64(rows, shape, dtype):
     generator = torch.Generator().manual_seed(0)
     x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype).requires_grad_(True)
     labels = F.one_hot(torch.tensor([0, 1, 1, 2]), 3)
@@ -197,7 +197,7 @@ def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, sha
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", ROWS)
-def test_similarity_in_single_and_double_precision_is_the_plain_formula(rows, dtype):
+def test_similarity_matches_plain_formula(rows, dtype):
     generator = torch.Generator().manual_seed(0)
     for shape in ((5,), (5, 3, 4)):
         x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype)
@@ -211,7 +211,7 @@ def test_similarity_in_single_and_double_precision_is_the_plain_formula(rows, dt
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("how", ["model", "autocast"])
-def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
+def test_half_precision_trains_with_dead_sample(how, dtype, inside):
     model, rule, x, y = registered("conv2", "predsim", dtype=torch.float32)
     assert isinstance(model.bn1, torch.nn.BatchNorm2d)
     model.bn1, model.bn2, model.bn3 = (torch.nn.Identity() for _ in range(3))
@@ -233,7 +233,7 @@ def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
     assert model.conv1.weight.grad.any() and rule.feedback["act1"]["similarity.weight"].grad.any()
 
 
-def test_the_loss_of_a_model_in_double_precision_is_in_double_precision():
+def test_float64_model_computes_loss_in_float64():
     """With four classes, the similarity of different labels is -1/3, which single precision would round, so it must be
     computed in double precision."""
     torch.manual_seed(0)

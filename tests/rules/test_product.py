@@ -22,7 +22,7 @@ def linear(outputs: int, inputs: int, rule: str, **options):
     return model, fa_bench.attach(model, rule, seed=0, **options)
 
 
-def test_path_equal_to_the_weight_is_backpropagation():
+def test_feedback_path_equal_to_weight_matches_backprop():
     """The test sets R to the pseudo-inverse of B times W, so that B R = W in every layer of a net with strides, padding and
     groups."""
     x, y = nets.batch("conv")
@@ -68,7 +68,7 @@ def test_identity_first_hop_is_kolen_pollack_step_by_step():
 
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
-def test_gradient_of_r_is_b_transposed_times_the_gradient_of_w(net):
+def test_gradient_of_r_is_b_transposed_times_weight_gradient(net):
     x, y = nets.batch(net)
     model = nets.NETS[net]()
     rule = fa_bench.attach(model, "pfa", seed=0, ratio=2.0)
@@ -91,7 +91,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", ["pfa", "pfa_o"])
-def test_two_hops_are_those_of_a_wide_layer_and_one_that_mixes_its_units(name, layer):
+def test_two_hops_match_wide_layer_followed_by_mixing_layer(name, layer):
     """The input error and the gradient of R equal those that autograd computes for a layer with weight R and M units per group,
     followed by a layer with weight B (O, M)."""
     build, shape = LAYERS[layer]
@@ -122,7 +122,7 @@ def test_two_hops_are_those_of_a_wide_layer_and_one_that_mixes_its_units(name, l
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 @pytest.mark.parametrize("name", ["pfa", "mixed"])
-def test_r_learns_behind_a_frozen_weight(net, name):
+def test_r_learns_with_frozen_weight(net, name):
     x, y = nets.batch(net)
     learned = []
     for frozen in (False, True):
@@ -136,7 +136,7 @@ def test_r_learns_behind_a_frozen_weight(net, name):
     assert learned[0].abs().sum() > 0
 
 
-def test_b_has_unit_gram_in_the_mean_with_and_without_mask():
+def test_b_has_unit_mean_gram_with_and_without_mask():
     """Because E[B Bᵀ] = I, the mean of 200 squared row norms of 2000 terms each is near 1.
 
     The standard error of this mean is 0.0014 for dense B and 0.0035 for sparse B.
@@ -151,7 +151,7 @@ def test_b_has_unit_gram_in_the_mean_with_and_without_mask():
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0, 1.5, 3.0])
-def test_semi_orthogonal_b(ratio):
+def test_b_is_semi_orthogonal(ratio):
     _, rule = linear(40, 20, "pfa_o", ratio=ratio)
     b = rule.feedback["0"]["B"].double()
     assert b.shape == (40, round(40 * ratio))
@@ -160,7 +160,7 @@ def test_semi_orthogonal_b(ratio):
     assert b.mean().abs() < 5 / b.numel() ** 0.5, "the mean of B is too large"
 
 
-def test_semi_orthogonal_b_is_the_factor_with_positive_diagonal():
+def test_semi_orthogonal_b_is_qr_factor_with_positive_diagonal():
     """The QR factorisation of a Gaussian matrix is unique if the diagonal of R is positive. With the signs that LAPACK returns,
     some entries of the diagonal would be negative."""
     _, rule = linear(12, 20, "pfa_o", ratio=2.0)
@@ -180,7 +180,7 @@ def test_semi_orthogonal_b_has_no_preferred_direction():
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
-def test_below_one_the_weight_is_projected_to_a_random_subspace(ratio):
+def test_ratio_below_one_projects_weight_to_random_subspace(ratio):
     """B R converges to B Bᵀ W, whose angle to W is arccos(‖Bᵀ W‖ / ‖W‖). For weights that are independent of B, the angle is
     arccos √ratio."""
     _, rule = train("pfa_o", ratio=ratio)
@@ -231,7 +231,7 @@ def train(rule_name: str, steps: int = 400, **options):
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
-def test_angle_and_ratio_after_the_initial_values_have_decayed(density):
+def test_trained_angle_and_norm_ratio_match_theory(density):
     """The angle between W and B R is arctan √(λ/d), and ‖B R‖/‖W‖ is d √(1 + λ/d), where λ = 1/10 and d is the density of B.
 
     The tolerances are one degree for the angle and 5 % for the ratio, or 10 % if B is sparse. The ratio is a mean over the few
@@ -244,7 +244,7 @@ def test_angle_and_ratio_after_the_initial_values_have_decayed(density):
         assert norm_ratio(effective, weight) == pytest.approx(density * math.sqrt(1 + spread), rel=0.05 / density)
 
 
-def test_pfa_o_ends_at_the_weight_itself():
+def test_pfa_o_feedback_converges_to_weight():
     _, rule = train("pfa_o")
     for effective, weight in rule.weight_pairs().values():
         assert weight_angle(effective, weight) < 0.01
@@ -271,7 +271,7 @@ def test_mask_holds_at_every_step_and_b_never_moves():
 
 @pytest.mark.parametrize("name", ["pfa", "pfa_o", "mixed"])
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
-def test_bfloat16_autocast(name, net):
+def test_bfloat16_autocast_gradients_match_float32(name, net):
     """bfloat16 has 8 bits of precision, so the gradients lie within 5 % in norm of the float32 ones. All gradients are stored in
     float32."""
     model, (x, y) = nets.NETS[net](nn.Tanh, dtype=torch.float32), nets.batch(net, dtype=torch.float32)
@@ -290,7 +290,7 @@ def test_bfloat16_autocast(name, net):
 
 
 @pytest.mark.parametrize(("ratio", "between"), [(1.0, 5), (1.55, 8), (2.3, 12), (0.1, 1), (0.01, 1)])
-def test_the_population_in_between_has_the_nearest_number_of_units(ratio, between):
+def test_intermediate_units_are_rounded_to_nearest_integer(ratio, between):
     """The number of units is the ratio times the number of outputs, rounded to the nearest integer, and is at least one."""
     _, rule = linear(5, 4, "pfa", ratio=ratio)
     assert rule.feedback["0"]["B"].shape == (5, between) and rule.feedback["0"]["R"].shape == (between, 4)

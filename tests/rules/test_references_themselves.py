@@ -20,7 +20,7 @@ def test_forward_and_bp_equal_autograd(net):
 
 
 @pytest.mark.parametrize("net", nets.NETS)
-def test_carried_error_equals_surrogate(net):
+def test_fa_reference_matches_surrogate(net):
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     chain = describe(model)
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ def test_sgd_step_equals_torch(nesterov):
     assert_matches({"p": p.detach()}, params)
 
 
-def test_usf_scales_are_the_standard_deviations_they_name():
+def test_usf_scales_match_initialiser_standard_deviations():
     """The scales match the standard deviations that torch's initialisers produce for a large weight. The tolerance of 1 % is four
     standard errors of a standard deviation estimated from 90 000 samples."""
     weight = torch.empty(100, 30, 5, 6)

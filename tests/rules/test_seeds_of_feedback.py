@@ -74,7 +74,7 @@ def random_tensors(name: str, seed: int, forwards: int = 1, **options) -> dict[t
 
 
 @pytest.mark.parametrize("name", RANDOM)
-def test_every_random_tensor_depends_on_the_seed_and_on_nothing_else(name: str) -> None:
+def test_random_tensors_depend_only_on_seed(name: str) -> None:
     torch.manual_seed(1)
     first = random_tensors(name, seed=0)
     torch.manual_seed(2)
@@ -85,7 +85,7 @@ def test_every_random_tensor_depends_on_the_seed_and_on_nothing_else(name: str) 
 
 
 @pytest.mark.parametrize("name", RANDOM)
-def test_layers_and_tensors_of_one_shape_differ(name: str) -> None:
+def test_equally_shaped_random_tensors_differ(name: str) -> None:
     tensors = random_tensors(name, seed=0)
     equal = [
         (a, b)
@@ -96,7 +96,7 @@ def test_layers_and_tensors_of_one_shape_differ(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fa", "usf", "brsf", "frsf", "dkp"])
-def test_tensors_are_those_of_seed_path_and_name(name: str) -> None:
+def test_tensors_match_samples_seeded_by_path_and_name(name: str) -> None:
     """A change in how seeds are derived from the path and the name would change all results."""
     found = random_tensors(name, seed=7, forwards=0)
     for (path, key), tensor in found.items():
@@ -122,7 +122,7 @@ def test_tensors_are_those_of_seed_path_and_name(name: str) -> None:
     ],
     ids=["plain", "transposed"],
 )
-def test_every_group_of_a_convolution_has_a_b_of_its_own(name: str, make) -> None:
+def test_convolution_groups_have_different_b(name: str, make) -> None:
     model, options = nn.Sequential(make()), {"rank": 2} if name == "ldfa" else {"ratio": 2.0}
     rule = fa_bench.attach(model, name, seed=0, sample_input=torch.zeros(2, 4, 5, 5), **options)
     one, two = rule.feedback["0"]["B"].detach().chunk(2)
@@ -130,7 +130,7 @@ def test_every_group_of_a_convolution_has_a_b_of_its_own(name: str, make) -> Non
 
 
 @pytest.mark.parametrize("init", ["xavier_uniform", "xavier_normal"])
-def test_draws_of_brsf_differ_from_seed_to_seed_and_from_layer_to_layer_at_every_forward(init: str) -> None:
+def test_brsf_samples_differ_between_seeds_layers_and_forwards(init: str) -> None:
     drawn = [
         random_tensors("brsf", seed, forwards, m_init=init)[layer, "M"]
         for seed in (0, 1)
@@ -145,7 +145,7 @@ def test_draws_of_brsf_differ_from_seed_to_seed_and_from_layer_to_layer_at_every
 
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 @pytest.mark.parametrize("init", [init for init in CONTINUOUS if init != "zeros"])
-def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: str, init: str) -> None:
+def test_magnitudes_are_nonnegative_and_signs_match_weight(name: str, init: str) -> None:
     """The test checks the feedback before the first training forward pass and after each of the first two."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7))
@@ -159,7 +159,7 @@ def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: s
 
 @pytest.mark.parametrize("init", CONTINUOUS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, dtype: torch.dtype) -> None:
+def test_resampled_magnitudes_have_initialiser_distribution(init: str, dtype: torch.dtype) -> None:
     """Over 40 000 entries, the mean and the mean square of M match those of the absolute values of signed samples."""
     drawn, want = torch.empty(200, 200, dtype=dtype), sample((200, 200), init, seed=1).abs()
     resample_magnitudes(drawn, init, seed=2)
@@ -170,7 +170,7 @@ def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, 
     assert drawn.square().mean().item() == pytest.approx(want.square().mean().item(), rel=0.05)
 
 
-def test_no_redrawn_magnitude_is_zero() -> None:
+def test_resampled_magnitudes_are_nonzero() -> None:
     """The sample consists of a million uniform 16-bit numbers, so the probability that it misses a given one of the 65 536 values
     is exp(-15)."""
     drawn = torch.empty(1000, 1000)
@@ -180,7 +180,7 @@ def test_no_redrawn_magnitude_is_zero() -> None:
 
 @pytest.mark.parametrize("init", ["uniform_one", "normal_fan_out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sample_that_is_drawn_part_by_part_is_that_of_one_formula(init: str, dtype: torch.dtype) -> None:
+def test_chunked_resampling_matches_single_formula(init: str, dtype: torch.dtype) -> None:
     """The 70 000 numbers are sampled in two parts, the first of which has 65 536. Each number depends only on its index and the
     seed, so applying the formula to all numbers at once must give the same result."""
     drawn = torch.empty(280, 250, dtype=dtype)
@@ -218,7 +218,7 @@ def test_copied_weights_are_masked(name: str) -> None:
         ("dfa", "B", {"cuts": ["1"]}),
     ],
 )
-def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, tensor: str, options: dict) -> None:
+def test_mask_does_not_change_remaining_entries(name: str, tensor: str, options: dict) -> None:
     """The remaining entries equal those of the dense sample: they are neither rescaled nor selected by size."""
     found = []
     for density in (1.0, 0.5):
@@ -237,7 +237,7 @@ def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, ten
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_attach_leaves_the_global_generator_alone(name: str) -> None:
+def test_attach_does_not_change_global_rng(name: str) -> None:
     """Even rules that build auxiliary nets with torch's initialisers must not advance the global generator."""
     model, x = nets.mlp(), nets.batch("mlp")[0]
     options = {"match": "random", "linear": "share"} if name.startswith("as") else {}

@@ -61,7 +61,7 @@ def data(linear: bool):
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("match", ["max_pool", "avg_pool"])
 @pytest.mark.parametrize("k", [2, 4])
-def test_copies_and_pooling_equal_the_reference(rule, linear, match, k):
+def test_copies_and_pooling_match_reference(rule, linear, match, k):
     """The nets cover odd map sizes (5 -> 3 -> 2 rows), channels that double, and features that double and halve."""
     x, y = data(linear)
     plain, model = chain_net(linear), chain_net(linear)
@@ -73,7 +73,7 @@ def test_copies_and_pooling_equal_the_reference(rule, linear, match, k):
 
 
 @pytest.mark.parametrize("rule", ["asap", "asfp"])
-def test_sequences_share_as_their_elements_do(rule):
+def test_sequences_match_flattened_batch(rule):
     """Layers with inputs of shape (N, T, F) must get the same gradients as layers with inputs of shape (N T, F)."""
     x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 0])
     found = []
@@ -89,7 +89,7 @@ def test_sequences_share_as_their_elements_do(rule):
 
 
 @pytest.mark.parametrize("k", [2, 4])
-def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
+def test_residual_blocks_share_inputs_as_in_paper(k):
     """With k = 2, conv2 of block b and conv1 of block b + 1 use the input of block b. With k = 4, only the inputs of every other
     block are used (section 3 of asap's paper)."""
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
     )
 
 
-def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
+def test_true_shared_input_and_weight_feedback_match_backprop():
     """If the replacement equals the true input and B = W, the gradients are those of backpropagation."""
     x, y = data(True)
     model, plain = chain_net(True), chain_net(True)
@@ -177,7 +177,7 @@ TRANSPORT_NETS = {
         ("mlp", "share", set()),
     ],
 )
-def test_transport_is_that_of_convolutions_and_of_layers_that_share(net, linear, fixed):
+def test_transport_applies_to_convolutions_and_sharing_layers(net, linear, fixed):
     """Fully connected layers that use their own input keep their fixed B. The gradients equal those of the reference, if any."""
     x, y = data(net == "mlp")
     model, plain = TRANSPORT_NETS[net](), TRANSPORT_NETS[net]()
@@ -196,7 +196,7 @@ def test_transport_is_that_of_convolutions_and_of_layers_that_share(net, linear,
     assert distance(got[shared], exact[shared]) > 1e-2
 
 
-def test_transport_with_the_fully_connected_layers_excluded_shares_under_the_true_error():
+def test_transport_with_excluded_linear_layers_uses_true_error():
     x, y = data(False)
     model = chain_net()
     rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, transport=True, exclude=["fc"])
@@ -208,17 +208,17 @@ def test_transport_with_the_fully_connected_layers_excluded_shares_under_the_tru
 
 
 @pytest.mark.parametrize("rule", ["asfp", "asfp_lc"])
-def test_transport_is_refused_where_only_feedback_shares(rule):
+def test_feedback_sharing_rules_reject_transport(rule):
     with pytest.raises(fa_bench.errors.OptionError, match="transport"):
         fa_bench.attach(chain_net(), rule, sample_input=data(False)[0], transport=True)
 
 
-def test_transport_has_nothing_to_share_in_an_mlp_whose_layers_take_their_own_input():
+def test_transport_rejects_mlp_without_sharing_layers():
     with pytest.raises(fa_bench.errors.CoverageError, match="nothing to share"):
         fa_bench.attach(chain_net(linear=True), "asap", sample_input=data(True)[0], transport=True, linear="fa")
 
 
-def test_fully_connected_layers_of_a_convolutional_net_have_fixed_uniform_feedback():
+def test_linear_layers_of_convnet_have_fixed_uniform_feedback():
     x, _ = data(False)
     model = chain_net()
     rule = fa_bench.attach(model, "asap", seed=0, sample_input=x)
@@ -230,7 +230,7 @@ def test_fully_connected_layers_of_a_convolutional_net_have_fixed_uniform_feedba
     assert torch.equal(rule.feedback["conv3"]["B"], model.conv3.weight)
 
 
-def test_what_cannot_share_says_what_would_work():
+def test_unshareable_model_error_suggests_alternative():
     x, _ = nets.batch("one")
     with pytest.raises(fa_bench.errors.CoverageError, match="It needs a deeper model"):
         fa_bench.attach(nets.one_hidden(), "asap", sample_input=x)
@@ -239,7 +239,7 @@ def test_what_cannot_share_says_what_would_work():
         fa_bench.attach(nets.mlp(), "asfp", sample_input=x)  # an activation with 5 features would have to replace one with 6
 
 
-def test_two_forwards_keep_their_own_activations():
+def test_intermediate_forward_does_not_replace_shared_activations():
     x, y = data(False)
     other = x.flip(0) * 2
     model = chain_net()
@@ -254,7 +254,7 @@ def test_two_forwards_keep_their_own_activations():
     assert_bitwise(collect(model), want)
 
 
-def test_activation_changed_in_place_is_noticed():
+def test_rejects_inplace_change_of_shared_activation():
     class Changed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -274,7 +274,7 @@ def test_activation_changed_in_place_is_noticed():
         rule.backward(logits.sum(), logits)
 
 
-def test_channels_that_do_not_go_into_each_other_are_refused():
+def test_rejects_channels_that_are_not_multiples():
     """Copies cannot turn 4 channels into 6, but a fixed random convolution works for any number of channels."""
     x, y = torch.randn(2, 1, 6, 6), torch.tensor([0, 1])
 
@@ -305,7 +305,7 @@ def test_activations_that_were_made_in_place_are_shared(name):
     assert_bitwise(*found)
 
 
-def test_a_map_that_shrinks_along_one_side_alone_is_pooled_along_it():
+def test_pooling_reduces_only_shrinking_axis():
     x = torch.arange(32.0).reshape(1, 2, 4, 4)
     matched = matcher((2, 4, 4), (4, 4, 2), "max_pool", None)(x)
     assert torch.equal(matched, torch.cat([x, x], 1)[..., 1::2])
@@ -313,7 +313,7 @@ def test_a_map_that_shrinks_along_one_side_alone_is_pooled_along_it():
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_maps_of_every_number_of_dimensions_are_matched(dims):
+def test_matcher_supports_one_to_three_spatial_dimensions(dims):
     """Maps with 4 pixels per side are reduced to 2 pixels per side. Pooling takes the maximum or the mean of 2^d pixels and
     copies 2 channels to 4, while a random convolution takes every second pixel."""
     x = torch.randn(3, 2, *[4] * dims, generator=torch.Generator().manual_seed(0))
@@ -330,7 +330,7 @@ def test_maps_of_every_number_of_dimensions_are_matched(dims):
     torch.testing.assert_close(got, torch.einsum("oi,ni...->no...", mixing.flatten(1), every_second))
 
 
-def test_what_stands_in_for_another_number_of_dimensions_is_flattened():
+def test_matcher_flattens_map_for_linear_layer():
     x = torch.randn(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(matcher((2, 2, 3), (12,), "max_pool", None)(x), x.flatten(1))
     assert torch.equal(matcher((2, 2, 3), (24,), "max_pool", None)(x), x.flatten(1).repeat(1, 2))
@@ -339,7 +339,7 @@ def test_what_stands_in_for_another_number_of_dimensions_is_flattened():
 
 
 @pytest.mark.parametrize(("shape", "wanted"), [((2, 2, 2), (2, 4, 4)), ((2, 7, 8), (2, 5, 4)), ((2, 8, 7), (2, 4, 5))])
-def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
+def test_matcher_rejects_sizes_unreachable_by_pooling(shape, wanted):
     """Pooling cannot produce larger maps, nor 5 pixels from 7: with windows of two pixels, 4 are left."""
     for mixing in (None, torch.zeros(2, 2, 1, 1)):
         with pytest.raises(ValueError, match="pooling does not reduce"):
@@ -350,7 +350,7 @@ def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("mode", ["circular", "reflect", "zeros"])
 @pytest.mark.parametrize(("name", "options"), [("asap", {}), ("asap", {"transport": True}), ("asfp", {})])
-def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, options, mode):
+def test_shared_activation_is_padded_like_layer_input(name, options, mode):
     torch.manual_seed(0)
     kernel, padding = ((2, 4), "same") if mode == "zeros" else (3, 1)  # even kernels need more padding at the end
     layers = [
@@ -374,7 +374,7 @@ def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, options,
 @pytest.mark.parametrize("name", ["asap", "asfp", "forward_alignment"])
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("single", [False, True])
-def test_activations_that_stand_in_under_autocast(name, linear, single):
+def test_bfloat16_autocast_gradients_match_float32(name, linear, single):
     """Under bfloat16 autocast, the gradients match those of single precision to 8 bits, even if nonlinearities return single
     precision."""
 
@@ -401,7 +401,7 @@ def test_activations_that_stand_in_under_autocast(name, linear, single):
         assert (found[1][key] - want).norm() <= 0.05 * want.norm(), key
 
 
-def test_sharing_among_fully_connected_layers_is_suggested_where_it_would_be_enough():
+def test_linear_sharing_is_suggested_only_if_sufficient():
     x = torch.zeros(2, 1, 6, 6)
     for widths, suggested in (([32, 3], False), ([32, 8, 3], True)):
         linear = [part for a, b in pairwise([2 * 6 * 6, *widths]) for part in (nn.ReLU(), nn.Linear(a, b))]
@@ -412,7 +412,7 @@ def test_sharing_among_fully_connected_layers_is_suggested_where_it_would_be_eno
         assert ("deeper model" in str(refused.value)) != suggested
 
 
-def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
+def test_rejects_activation_from_call_outside_model():
     """The layer that uses the activation first is called outside the model and does not run in the model's next pass."""
 
     class Skips(nn.Module):
@@ -435,7 +435,7 @@ def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
 
 
 @pytest.mark.parametrize("samples", [4, 5])
-def test_attention_shares_with_layers_that_have_the_batch_first(samples: int) -> None:
+def test_attention_input_is_shared_with_batch_first_layers(samples: int) -> None:
     """The layers inside attention use inputs of shape (L, N, E). Samples and positions must not be confused, even if their
     numbers are equal."""
 
@@ -460,7 +460,7 @@ def test_attention_shares_with_layers_that_have_the_batch_first(samples: int) ->
 
 
 @pytest.mark.parametrize("kind", ["max_pool", "avg_pool"])
-def test_features_of_tokens_are_pooled_token_by_token(kind):
+def test_token_features_are_pooled_per_token(kind):
     match = _feature_matcher(6, 3, kind, None)
     x = torch.arange(24.0).reshape(2, 2, 6)
     pairs = x.reshape(2, 2, 3, 2)
@@ -484,14 +484,14 @@ class Merges(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["asap", "asfp"])
-def test_layers_with_other_positions_use_their_own_input_and_are_named(name):
+def test_layers_with_other_positions_do_not_share_and_are_reported(name):
     model, x = Merges(), torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
     rule = fa_bench.attach(model, name, sample_input=x, linear="share")
     assert any("not those of the activation that they would share: c." in note for note in rule.coverage.notes)
     assert [entry.layer for entry in rule.coverage.covered if "shares the input" in entry.feedback] == ["b", "d", "out"]
 
 
-def test_a_refused_model_keeps_no_feedback_of_the_layer_that_was_refused():
+def test_rejected_model_has_no_leftover_feedback():
     """The refused layer's feedback is created before its shapes are compared, so it has to be removed again."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
     before = list(model.state_dict())

@@ -24,7 +24,7 @@ def attached(rule: str, net: str = "conv", **options):
 
 
 @pytest.mark.parametrize("name", SIGN_RULES)
-def test_one_sign_flips_exactly_one_feedback_entry(name):
+def test_weight_sign_flip_changes_exactly_one_feedback_entry(name):
     model, rule = attached(name)
     model(nets.batch("conv")[0])
     model.eval()  # in evaluation mode, brsf keeps its sample
@@ -51,7 +51,7 @@ def test_sign_of_zero_is_zero(name):
 
 
 @pytest.mark.parametrize("name", SIGN_RULES)
-def test_every_effective_sign_is_the_sign_of_the_weight_now(name):
+def test_feedback_signs_follow_current_weights(name):
     """After an update that flips signs, the feedback and the gradients of the next pass must use the new signs."""
     model, rule = attached(name)
     x, y = nets.batch("conv")
@@ -80,7 +80,7 @@ def test_usf_scale(scale):
         assert array(rule.effective_feedback(layer).abs()) == pytest.approx(usf_scale(shape, scale), rel=1e-14)
 
 
-def test_usf_with_weights_of_plus_and_minus_one_is_backpropagation():
+def test_usf_with_unit_weights_matches_backprop():
     """With a scale of 1 and weights of ±1, the feedback is B = sign(W) = W."""
     plain, (x, y) = nets.residual(dtype=torch.float32), nets.batch("residual", dtype=torch.float32)
     with torch.no_grad():
@@ -92,14 +92,14 @@ def test_usf_with_weights_of_plus_and_minus_one_is_backpropagation():
     assert_bitwise(rule_grads(model, rule, x, y), bp_grads(plain, x, y))
 
 
-def test_plain_last_is_the_layer_that_runs_last_not_the_one_registered_last():
+def test_plain_last_is_last_executed_not_last_registered_layer():
     model, (x, _) = nets.residual(), nets.batch("residual")
     rule = fa_bench.attach(model, "usf", seed=0, plain_last=True, sample_input=x)
     plain = {name for name in layer_names(model) if torch.equal(rule.effective_feedback(name), model.get_submodule(name).weight)}
     assert plain == {"head"}
 
 
-def test_angle_of_signs_to_uniform_weights_is_30_degrees():
+def test_usf_angle_to_uniform_weights_is_30_degrees():
     """The cosine between uniform weights and their signs is √3/2, and 40 000 samples give the angle to within 0.2 degrees.
     Magnitudes without signs would be at 90 degrees to the weights."""
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def test_magnitudes_are_xavier_uniform(name):
     assert angle == pytest.approx(math.degrees(math.acos(0.75)), abs=1)  # for independent uniforms, E|w|E|m| / E w^2 = 3/4
 
 
-def test_magnitudes_that_were_replaced_count_by_their_absolute_value():
+def test_replaced_magnitudes_are_used_by_absolute_value():
     """A replaced M is detected by its memory address together with its version counter, since neither is sufficient on its
     own."""
     model, rule = attached("frsf")
@@ -157,7 +157,7 @@ def test_negative_magnitudes_count_by_their_absolute_value(name):
     assert_bitwise(rule_grads(model, rule, x, y), want)
 
 
-def test_brsf_redraws_every_training_forward_and_frsf_never():
+def test_only_brsf_resamples_every_training_forward():
     for name, redraws in (("brsf", True), ("frsf", False)):
         model, rule = attached(name)
         x, _ = nets.batch("conv")
@@ -171,7 +171,7 @@ def test_brsf_redraws_every_training_forward_and_frsf_never():
                 assert not redraws or (draws[one][layer] != draws[other][layer]).any(), layer
 
 
-def test_brsf_draws_once_for_all_steps_of_a_pass():
+def test_brsf_samples_once_per_recurrent_pass():
     """A recurrent layer runs at every time step but samples once per pass of the model. A recurrent layer called directly samples
     on every call."""
     model = nn.LSTM(3, 4, 2)
@@ -184,7 +184,7 @@ def test_brsf_draws_once_for_all_steps_of_a_pass():
     assert not torch.equal(*drawn)
 
 
-def test_brsf_backward_uses_the_draw_of_its_own_forward():
+def test_brsf_backward_uses_sample_of_its_forward():
     """A later training forward pass samples a new M, but a pending backward pass keeps the M of its own forward pass."""
     model, rule = attached("brsf")
     plain, (x, y), (other, _) = nets.convnet(), nets.batch("conv"), nets.batch("conv", seed=1)
@@ -201,7 +201,7 @@ def test_brsf_backward_uses_the_draw_of_its_own_forward():
 
 
 @pytest.mark.parametrize("draw", ["xavier_uniform", "xavier_normal"])
-def test_brsf_draws_are_reproducible_and_independent_of_other_random_numbers(draw):
+def test_brsf_samples_are_reproducible_and_independent_of_global_rng(draw):
     """The same seed gives the same samples regardless of the state of the global generator. Sampling must not change the state of
     the global generator."""
     sequences = []
@@ -219,7 +219,7 @@ def test_brsf_draws_are_reproducible_and_independent_of_other_random_numbers(dra
 
 
 @pytest.mark.parametrize("name", SIGN_RULES)
-def test_density_masks_the_same_entries_at_every_forward(name):
+def test_density_mask_is_constant_over_forwards(name):
     model = nn.Sequential(nn.Linear(100, 200))
     rule = fa_bench.attach(model, name, seed=0, density=0.3)
     masks = [rule.effective_feedback("0").detach() != 0]  # the mask applies even before any forward pass
@@ -251,7 +251,7 @@ def test_masked_entries_carry_no_error(name, kind):
 
 
 @pytest.mark.parametrize("name", SIGN_RULES)
-def test_small_weights_keep_their_signs_under_half_precision_autocast(name):
+def test_tiny_weights_keep_their_signs_under_float16_autocast(name):
     """A weight of 1e-9 rounds to 0 in float16, but its sign must be kept."""
     model = nn.Sequential(nn.Linear(4, 3, bias=False))
     rule = fa_bench.attach(model, name, seed=0)
@@ -265,7 +265,7 @@ def test_small_weights_keep_their_signs_under_half_precision_autocast(name):
     assert want.any() and torch.allclose(x.grad, want, rtol=5e-3, atol=1e-3)
 
 
-def test_a_loaded_state_is_not_drawn_over():
+def test_pending_sample_does_not_overwrite_loaded_state():
     """The first layer's sample is computed only when it is read. If a state is loaded while a sample is pending, that sample must
     not overwrite the loaded magnitudes."""
     (model, rule), (x, y) = attached("brsf"), nets.batch("conv")
@@ -281,7 +281,7 @@ def test_a_loaded_state_is_not_drawn_over():
 
 
 @pytest.mark.parametrize(("name", "shown"), [("usf", "B"), ("brsf", "M"), ("frsf", "M")])
-def test_what_is_shown_of_each_layer(name, shown):
+def test_feedback_lists_one_tensor_per_layer(name, shown):
     """usf stores no feedback tensor, so `feedback` reports the matrix that currently propagates the error."""
     model, rule = attached(name)
     assert {path: set(tensors) for path, tensors in rule.feedback.items()} == {path: {shown} for path in layer_names(model)}
@@ -300,7 +300,7 @@ def test_what_is_shown_of_each_layer(name, shown):
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_xiaos_scale_tells_convolutions_of_every_dimension_from_linear_layers(layer):
+def test_xiao_scale_differs_for_convolutions_and_linear_layers(layer):
     """Xiao's scale is √(2/fan_out) for convolutions and 1/√fan_in for linear layers."""
     rule = fa_bench.attach(nn.Sequential(layer), "usf", scale="xiao")
     want = 1 / math.sqrt(3) if isinstance(layer, nn.Linear) else math.sqrt(2 / (5 * math.prod(layer.kernel_size)))
@@ -308,7 +308,7 @@ def test_xiaos_scale_tells_convolutions_of_every_dimension_from_linear_layers(la
     rule.detach()
 
 
-def test_a_sample_depends_on_the_seed_of_the_layer_and_on_its_number_only():
+def test_brsf_sample_depends_only_on_layer_seed_and_number():
     """A run that is resumed, or repeated with another version, must use the same magnitudes."""
     model, rule = attached("brsf")
     x, _ = nets.batch("conv")

@@ -30,7 +30,7 @@ def net() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(("name", "key"), OPTIONS)
-def test_what_does_not_fit_into_memory(name: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_option_exceeding_memory(name: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, value = OPTIONS[name, key]
     model = net()
     monkeypatch.setattr(memory_limits, "available_memory", lambda: 10**9)
@@ -44,7 +44,7 @@ def test_what_does_not_fit_into_memory(name: str, key: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("value", [1e15, 1e18, 1e19, 1e30, 1e300])
 @pytest.mark.parametrize("name", ["pfa", "pfa_o", "mixed"])
-def test_a_ratio_beyond_all_integers(name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_astronomical_ratio(name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match=r"ratio=1e\+\d+: the feedback of layer '0': needs .* of memory"):
         fa_bench.attach(net(), name, ratio=value)
     if value > 1e17:

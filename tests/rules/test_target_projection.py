@@ -33,7 +33,7 @@ def error_at(model, rule, cut: str, x, y, scale: float = 1.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
-def test_error_is_the_row_of_the_label_over_the_batch_size(net):
+def test_error_is_label_row_divided_by_batch_size(net):
     """The error is bitwise equal to B[label] / N and scales with the loss. The logits must have no effect, even if they are
     confidently right or wrong."""
     model, rule, x, y = attached(net=net)
@@ -50,7 +50,7 @@ def test_error_is_the_row_of_the_label_over_the_batch_size(net):
         assert not torch.equal(error_at(model, rule, cut, x, other).flatten(1), want)
 
 
-def test_it_does_not_vanish_when_the_sample_is_learned_as_that_of_dfa_does():
+def test_error_does_not_vanish_for_learned_samples():
     norms = {}
     for name in ("drtp", "dfa"):
         model, rule, x, y = attached(name)
@@ -61,7 +61,7 @@ def test_it_does_not_vanish_when_the_sample_is_learned_as_that_of_dfa_does():
     assert norms["dfa"] < 1e-12 < 1e-2 < norms["drtp"]
 
 
-def test_scale_of_the_batch_size_is_that_of_the_published_code():
+def test_scale_equal_to_batch_size_sums_over_batch():
     """With scale=N, the gradients of hidden layers are sums over the batch instead of means."""
     (one, plain, x, y), (two, scaled, _, _) = attached(), attached(scale=4.0)
     by_mean, by_sum = rule_grads(one, plain, x, y), rule_grads(two, scaled, x, y)
@@ -69,7 +69,7 @@ def test_scale_of_the_batch_size_is_that_of_the_published_code():
         assert distance(by_sum[name], array((1 if name.startswith("fc3") else 4) * by_mean[name])) < 1e-15
 
 
-def test_error_sign_is_minus_one_for_the_label_and_plus_one_elsewhere():
+def test_error_sign_is_minus_one_for_label_and_plus_one_elsewhere():
     model, rule, x, y = attached(error_sign=True)
     signs = 1 - 2 * F.one_hot(y, nets.CLASSES).double()
     want = signs @ rule.feedback["act1"]["B"] / 4
@@ -80,7 +80,7 @@ def test_error_sign_is_minus_one_for_the_label_and_plus_one_elsewhere():
 
 
 @pytest.mark.parametrize("how", ["rule.backward", "loss.backward", "soft labels", "labels of another batch"])
-def test_labels_are_needed_and_it_says_so(how):
+def test_missing_or_invalid_labels_raise_error(how):
     model, rule, x, y = attached()
     logits = model(x)
     loss = F.cross_entropy(logits, y)
@@ -95,7 +95,7 @@ def test_labels_are_needed_and_it_says_so(how):
     assert rule_grads(model, rule, x, y)["fc1.weight"].any(), "the rule no longer works after the refusal"
 
 
-def test_b_is_kaiming_uniform_with_the_features_of_its_cut():
+def test_default_b_init_is_kaiming_uniform_over_cut_features():
     """B has 10 x F entries sampled from U(±√(6/F)). The largest of the 40 000 entries lies within 1 % of the bound, and their
     mean lies within 5 standard errors of 0."""
     model = nn.Sequential(nn.Conv2d(1, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4000, 10))
@@ -107,7 +107,7 @@ def test_b_is_kaiming_uniform_with_the_features_of_its_cut():
 
 
 @pytest.mark.parametrize("error_sign", [False, True])
-def test_a_batch_without_samples_moves_nothing(error_sign):
+def test_empty_batch_gives_zero_gradients(error_sign):
     """The batch of a data-parallel rank, or one part of a split batch, may be empty."""
     model, rule, x, y = attached(error_sign=error_sign)
     logits = model(x[:0])
@@ -115,7 +115,7 @@ def test_a_batch_without_samples_moves_nothing(error_sign):
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_the_error_is_made_in_full_precision_under_autocast():
+def test_float32_activation_gets_float32_error_under_autocast():
     """Under autocast, δ is computed in bfloat16, which represents 1/3 to only three digits. An activation in single precision
     must get its error in single precision."""
 

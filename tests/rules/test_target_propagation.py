@@ -42,7 +42,7 @@ def feedback_gradient(chain, params, x, cut: str, feedback: np.ndarray, sigma: f
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "mlp_bn", "conv"])
 @pytest.mark.parametrize("density", [1.0, 0.5])
-def test_feedback_learns_as_the_loops_say(net: str, density: float) -> None:
+def test_ddtp_linear_feedback_gradient_matches_reference(net: str, density: float) -> None:
     """The test runs two passes, because the second must sample new noise. Batch normalisation uses the statistics of the
     batch."""
     plain, model = nets.NETS[net](), nets.NETS[net]()
@@ -65,7 +65,7 @@ def test_feedback_learns_as_the_loops_say(net: str, density: float) -> None:
     assert rule.state_dict() == {"draws": {"seed": 0, "number": 2}}
 
 
-def test_the_second_pass_changes_nothing_else() -> None:
+def test_second_pass_does_not_affect_masks_statistics_or_rng() -> None:
     """The noisy pass reuses the dropout masks of the first pass and affects neither the running statistics nor the global
     generator."""
 
@@ -93,7 +93,7 @@ def test_the_second_pass_changes_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
-def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping: float) -> None:
+def test_feedback_converges_to_damped_pseudo_inverse(damping: float) -> None:
     """The Jacobian J has singular values from 0.7 to 1.4. The average over 300 steps of 256 noisy samples has an error of about 1
     / (300 * 256)^(1/2) = 0.4 %."""
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping
 
 
 @pytest.mark.parametrize("name", ["ddtp_linear", "ldrl", "dfc"])
-def test_gradients_of_feedback_have_the_scale_of_the_loss(name: str) -> None:
+def test_loss_scaling_scales_feedback_gradients(name: str) -> None:
     """An optimizer or a gradient scaler later divides all gradients by the loss scale, so the gradients of feedback must contain
     it as well."""
     found = []
@@ -173,7 +173,7 @@ def pooled() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("net", ["mlp_bn", "pooled"])
-def test_maps_of_blocks_learn_as_the_loops_say(net: str) -> None:
+def test_ldrl_map_gradients_match_reference(net: str) -> None:
     build = pooled if net == "pooled" else nets.NETS[net]
     plain, model, (x, y) = build(), build(), nets.batch("conv" if net == "pooled" else net)
     chain, sigma, cuts = describe(plain), 0.3, nets.activation_cuts(plain)
@@ -197,7 +197,7 @@ def test_maps_of_blocks_learn_as_the_loops_say(net: str) -> None:
     )
 
 
-def test_errors_of_maps_reach_flat_blocks_below() -> None:
+def test_ldrl_errors_reach_flat_blocks_below_maps() -> None:
     low, (x, y) = nn.Sequential(nn.Linear(7, 12), nn.Tanh()).double(), nets.batch("mlp_tanh")
     model = nn.Sequential(
         OrderedDict(
@@ -219,7 +219,7 @@ def linear_net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 4), nn.Identity(), nn.Linear(4, 3)).double()
 
 
-def test_transposed_blocks_are_backpropagation() -> None:
+def test_ldrl_transposed_weights_as_maps_match_backprop() -> None:
     model, (x, y) = linear_net(), nets.batch("mlp_tanh")
     want = bp_grads(model, x, y)
     rule = fa_bench.attach(model, "ldrl", sample_input=x, cuts=["1", "3"])
@@ -229,7 +229,7 @@ def test_transposed_blocks_are_backpropagation() -> None:
     assert_matches(rule_grads(model, rule, x, y), want)
 
 
-def test_maps_converge_to_transposed_blocks() -> None:
+def test_ldrl_maps_converge_to_transposed_weights() -> None:
     """The average over 200 steps of 256 noisy samples has an error of about 1 / (200 * 256)^(1/2) = 0.4 % in each entry, and the
     entries are of size 0.3."""
     model = linear_net()
@@ -247,7 +247,7 @@ def test_maps_converge_to_transposed_blocks() -> None:
         assert ((mean[cut] - want).norm() / want.norm()).item() < 0.03
 
 
-def test_maps_say_what_they_transport_and_refuse_positions() -> None:
+def test_ldrl_coverage_and_rejection_of_positions() -> None:
     model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
     rule = fa_bench.attach(model, "ldrl", sample_input=x, cuts=["act2"], b_lr_scale=0.5)
     assert rule.coverage.transport == ("within blocks",) and "Each sample has its own random numbers" in str(rule.coverage)
@@ -261,7 +261,7 @@ def test_maps_say_what_they_transport_and_refuse_positions() -> None:
 
 
 @pytest.mark.parametrize("name", ["ddtp_linear", "ldrl"])
-def test_noise_depends_on_the_number_of_the_pass_and_is_restored(name: str) -> None:
+def test_noise_changes_every_pass_and_is_restored_from_state(name: str) -> None:
     def pass_of(rule, model):
         rule_grads(model, rule, *nets.batch("mlp_tanh"))
         return [tensor.grad.clone() for tensor in rule.feedback_parameters()]
@@ -283,7 +283,7 @@ def test_noise_depends_on_the_number_of_the_pass_and_is_restored(name: str) -> N
     assert all(torch.equal(*pair) for pair in zip(second, pass_of(other, model), strict=True))
 
 
-def test_frozen_feedback_costs_no_pass() -> None:
+def test_frozen_feedback_needs_no_extra_pass() -> None:
     model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
     rule = fa_bench.attach(model, "ddtp_linear", seed=0, sample_input=x, cuts=["act1", "act2"])
     calls = []
@@ -295,7 +295,7 @@ def test_frozen_feedback_costs_no_pass() -> None:
     assert len(calls) == 5
 
 
-def test_tokens_and_error_at() -> None:
+def test_tokens_with_error_at_match_flattened_samples() -> None:
     """Positions act as a second batch axis. If every layer acts on each position separately, tokens are treated like samples,
     except that sums are still divided by the number N of samples."""
 
@@ -322,7 +322,7 @@ def test_tokens_and_error_at() -> None:
         assert torch.allclose(rule.feedback[cut]["B"].grad, want, rtol=1e-9)
 
 
-def test_what_it_says() -> None:
+def test_coverage_text_and_default_options() -> None:
     x, _ = nets.batch("mlp_tanh")
     rule = fa_bench.attach(nets.NETS["mlp_tanh"](), "ddtp_linear", sample_input=x, cuts=["act1", "act2"], b_lr_scale=0.5)
     assert "Each sample has its own random numbers" in str(rule.coverage)

@@ -53,7 +53,7 @@ def traces(model: nn.Module) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_detached_model_is_the_plain_one_wherever_its_last_module_runs(variant: str) -> None:
+def test_detach_restores_model_for_any_registration_order(variant: str) -> None:
     name, options = VARIANTS[variant]
     x, y = nets.batch("mlp_tanh")
     for first in range(len(ORDER)):
@@ -67,7 +67,7 @@ def test_a_detached_model_is_the_plain_one_wherever_its_last_module_runs(variant
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_pairs_and_readouts_are_detached(variant: str) -> None:
+def test_weight_pairs_and_readouts_do_not_require_grad(variant: str) -> None:
     _, rule, _, _ = start(variant)
     shown = [tensor for pair in rule.weight_pairs().values() for tensor in pair] + list(rule.readouts().values())
     shown += [rule.effective_feedback(layer) for layer in rule.weight_pairs() if not isinstance(rule, CutRule)]
@@ -75,7 +75,7 @@ def test_pairs_and_readouts_are_detached(variant: str) -> None:
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_local_classifiers_have_magnitudes_of_their_own_only_if_asked(separate: bool) -> None:
+def test_local_error_has_separate_feedback_only_if_requested(separate: bool) -> None:
     _, rule, _, _ = registered("mlp", "local_error", separate=separate)
     assert [set(tensors) for tensors in rule.feedback.values()] == 3 * [{"M", "K"} if separate else {"M"}]
     if separate:
@@ -84,7 +84,7 @@ def test_local_classifiers_have_magnitudes_of_their_own_only_if_asked(separate: 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_optimizers_groups_are_the_weights_and_what_is_learned(variant: str) -> None:
+def test_parameter_groups_contain_weights_and_learned_feedback(variant: str) -> None:
     """The first parameter group contains the weights. A second group contains the learned feedback and exists only if the rule
     has any."""
     model, rule, _, _ = start(variant)
@@ -95,7 +95,7 @@ def test_an_optimizers_groups_are_the_weights_and_what_is_learned(variant: str) 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_sample_that_requires_gradients_is_any_sample(variant: str) -> None:
+def test_attach_accepts_sample_that_requires_grad(variant: str) -> None:
     """A sample input that requires gradients gives the same coverage and feedback as any other, and receives no gradient
     itself."""
     name, options = VARIANTS[variant]
@@ -111,7 +111,7 @@ def test_a_sample_that_requires_gradients_is_any_sample(variant: str) -> None:
 
 @pytest.mark.parametrize("name", ["fa", "dfa"])
 @pytest.mark.parametrize("kind", ["tensor", "by name", "dictionary", "list in a dictionary"])
-def test_the_sample_is_as_before_whatever_the_model_does_to_its_inputs(name: str, kind: str) -> None:
+def test_attach_preserves_sample_modified_by_model(name: str, kind: str) -> None:
     class Changes(nn.Module):
         def __init__(self) -> None:
             super().__init__()

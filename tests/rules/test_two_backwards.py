@@ -59,7 +59,7 @@ def test_two_backward_passes_add_up(name: str, net: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["predsim", "dgl", "asfp_lc"])
-def test_two_backward_passes_add_up_in_a_residual_net(name: str) -> None:
+def test_two_backward_passes_add_up_in_residual_net(name: str) -> None:
     _, rule, x, y = registered("resnet20", name)
     assert_sums(rule, (x, y), (x.flip(0) * 0.7, y.roll(1)))
 
@@ -81,7 +81,7 @@ def test_two_backward_passes_add_up_in_a_residual_net(name: str) -> None:
     ],
     ids=str,
 )
-def test_one_graph_can_be_differentiated_twice(name: str, options: dict[str, object]) -> None:
+def test_retained_graph_supports_second_backward(name: str, options: dict[str, object]) -> None:
     """If autograd retains the graph, the data stored by the forward pass must still be available to a second backward pass."""
     model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh", seed=0)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, model, options))
@@ -95,7 +95,7 @@ def test_one_graph_can_be_differentiated_twice(name: str, options: dict[str, obj
 
 
 @pytest.mark.parametrize("name", ["kp", "predsim", "dgl", "asfp_lc", "dkp", "pfa"])
-def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
+def test_next_backward_does_not_overwrite_returned_gradients(name: str) -> None:
     """The backward pass of the next batch must not overwrite a tensor that a caller took from ``.grad``."""
     net = "conv_bn"
     model, batches = nets.NETS[net](), [nets.batch(net, seed=seed) for seed in (0, 1)]
@@ -111,7 +111,7 @@ def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
-def test_gradients_that_autograd_returns_are_the_caller_s_to_change(net: str) -> None:
+def test_kp_autograd_gradients_do_not_share_memory(net: str) -> None:
     """The gradients of W and B are equal but must not share memory, so changing one leaves the other intact."""
     model, (x, y) = nets.NETS[net](), nets.batch(net)
     fa_bench.attach(model, "kp", seed=0, sample_input=x)

@@ -59,7 +59,7 @@ def row(rule: fa_bench.Rule, layer: str) -> str:
 
 @pytest.mark.parametrize("is_dict", [True, False], ids=["dictionary", "tuple"])
 @pytest.mark.parametrize("name", PASSES)
-def test_the_coverage_says_which_head_does_not_learn(name: str, is_dict: bool) -> None:
+def test_coverage_reports_untrained_head(name: str, is_dict: bool) -> None:
     options, says = PASSES[name]
     rule, gradients = trained(name, is_dict, options)
     assert ("other.weight" in gradients) == ("gain" in gradients) == (name == "weight_perturbation")
@@ -71,13 +71,13 @@ def test_the_coverage_says_which_head_does_not_learn(name: str, is_dict: bool) -
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_coverage_of_other_rules_is_that_both_heads_learn(name: str) -> None:
+def test_coverage_reports_both_heads_as_trained(name: str) -> None:
     rule, gradients = trained(name, True, {})
     assert gradients["other.weight"].any() and gradients["main.weight"].any()
     assert row(rule, "other") == row(rule, "main") == "is the true one (output layer)"
 
 
-def test_a_loss_of_the_other_output_passes_through_no_weight() -> None:
+def test_forward_gradient_ignores_loss_of_other_output() -> None:
     """With form=weight, the gradients are noise times one scalar, which must not depend on the loss of the other output."""
     found = []
     for factor in (0.0, 5.0):
@@ -92,7 +92,7 @@ def test_a_loss_of_the_other_output_passes_through_no_weight() -> None:
 
 
 @pytest.mark.parametrize(("name", "learns"), [("pepita", True), ("pc", True), ("dfc", True), ("epc", False)])
-def test_a_branch_with_a_cut_learns_where_errors_come_from_the_cut(name: str, learns: bool) -> None:
+def test_branch_with_cut_learns_except_under_epc(name: str, learns: bool) -> None:
     class Branch(TwoHeads):
         def __init__(self) -> None:
             super().__init__()

@@ -59,7 +59,7 @@ STEPS = [
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv", "conv_bn"])
 @pytest.mark.parametrize("options", STEPS, ids=str)
-def test_two_mirror_steps_equal_the_loops(net, options):
+def test_mirror_steps_match_reference(net, options):
     """Two mirror steps match plain loops that use the same noise, with a new sample for each step. The nets include strides,
     padding and groups. The first layer is not mirrored, so its B keeps its initial value."""
     model, (x, _) = nets.NETS[net](), nets.batch(net)
@@ -81,7 +81,7 @@ def test_two_mirror_steps_equal_the_loops(net, options):
     assert all(distance(before[layer]["B"], want[layer]) > 1e-3 for layer in others)
 
 
-def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
+def test_docstring_settings_reproduce_released_code():
     """Each step must add 0.01 Σ yᵀ x to B, where x has 128 samples from U(±0.05) and y is the output of a sigmoid layer with
     biases."""
     settings = dict(pair.split("=") for pair in re.search(r"^ +(noise=uniform .*)$", WM.__doc__, re.M)[1].split())
@@ -99,7 +99,7 @@ def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
 
 
 @pytest.mark.parametrize(("decay", "factor"), [(0.0, 8 * 0.2), (0.5, 0.4 * (1 - 0.5**8)), (None, 1 - 0.8**8)])
-def test_where_other_decays_lead(decay, factor, monkeypatch):
+def test_mirror_decay_determines_feedback_scale(decay, factor, monkeypatch):
     """With noise that reveals W exactly and η = 0.2, eight steps from B = 0 lead to B = ηW Σ (1 - λ)^k. Without decay, the sum
     grows without bound."""
     module, pathway, rule = behind_gain(nn.Linear(6, 5), (2, 6), mirror_rate=0.2, mirror_decay=decay, b_init="zeros")
@@ -111,7 +111,7 @@ def test_where_other_decays_lead(decay, factor, monkeypatch):
     assert distance(module.feedback_B, factor * array(module.weight)) < 1e-12
 
 
-def test_decay_of_the_rate_is_the_usual_one():
+def test_mirror_decay_defaults_to_mirror_rate():
     """A decay equal to the mirror rate gives a B that is bitwise identical to the one with the default decay."""
     pair = []
     for options in ({}, {"mirror_decay": 0.03}):
@@ -126,7 +126,7 @@ def test_decay_of_the_rate_is_the_usual_one():
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("activation", ["linear", "relu"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
+def test_mean_estimate_over_white_noise_equals_weight(layer, activation, monkeypatch):
     """One step with rate 1 gives B = E[Ŵ] = W for every layer geometry.
 
     The step depends only on the second moments of x. Noise of ±√F along each axis in turn has exactly the second moments of white
@@ -145,7 +145,7 @@ def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
     assert distance(module.feedback_B, array(module.weight)) < 1e-12
 
 
-def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
+def test_mirror_uses_output_size_of_forward_pass(monkeypatch):
     """If the caller of a transposed convolution sets the output size, the positions of each kernel tap must be counted at that
     size."""
 
@@ -168,7 +168,7 @@ def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
     assert distance(model.up.feedback_B, array(model.up.weight)) < 1e-12
 
 
-def test_one_count_for_all_taps_leaves_the_border_too_small(monkeypatch):
+def test_single_position_count_underestimates_border_taps(monkeypatch):
     """A 3x3 kernel acts on a 4x4 map with padding 1. A side tap meets the input at 12 of the 16 positions, and a corner tap at
     only 9 of them."""
     module, pathway, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 4, 4), mirror_rate=1.0, per_tap=False)
@@ -180,7 +180,7 @@ def test_one_count_for_all_taps_leaves_the_border_too_small(monkeypatch):
     assert distance(module.feedback_B, array(module.weight * shares)) < 1e-12
 
 
-def test_tap_that_meets_only_padding_goes_to_zero():
+def test_taps_on_padding_only_become_zero():
     """If a 3x3 kernel acts on a single pixel, only its middle entry depends on the input and propagates an error to it."""
     module, _, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 1, 1), mirror_rate=1.0)
     rule.step()
@@ -194,7 +194,7 @@ def test_tap_that_meets_only_padding_goes_to_zero():
 
 @pytest.mark.parametrize("noise", ["gaussian", "uniform"])
 @pytest.mark.parametrize(("activation", "c"), [("linear", 1), ("relu", 2)])
-def test_estimate_of_a_linear_weight_scatters_as_predicted(noise, activation, c):
+def test_linear_estimate_variance_matches_prediction(noise, activation, c):
     """Each entry of Ŵ - W has mean 0 and, with Gaussian noise, the variance c (‖w‖² + w²) / N.
 
     With uniform noise, the variance is slightly smaller. The test draws ten estimates of 480 entries. The largest of 4800 normal
@@ -218,7 +218,7 @@ def test_estimate_of_a_linear_weight_scatters_as_predicted(noise, activation, c)
 
 
 @pytest.mark.parametrize("activation", ["linear", "relu"])
-def test_estimate_of_a_strided_convolution_has_the_weight_as_its_mean(activation):
+def test_strided_convolution_estimate_is_unbiased(activation):
     """The mean of 40 samples is compared with W in units of its standard error. The overall scale must be correct to within 2
     %."""
     torch.manual_seed(0)
@@ -238,7 +238,7 @@ def test_estimate_of_a_strided_convolution_has_the_weight_as_its_mean(activation
 
 @pytest.mark.parametrize("noise", ["gaussian", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_noise_has_its_shape_law_and_dtype(noise, dtype):
+def test_noise_shape_distribution_and_dtype(noise, dtype):
     module, pathway, _ = behind_gain(nn.Conv2d(2, 3, 3), (1, 2, 20, 10), dtype, noise=noise, sigma=0.5, mirror_batch=50)
     x = pathway.noise.sample(1, module.weight)
     assert x.shape == (50, 2, 20, 10) and x.dtype == dtype
@@ -254,7 +254,7 @@ def test_noise_has_its_shape_law_and_dtype(noise, dtype):
 
 
 @pytest.mark.parametrize(("activation", "predicted"), [("linear", 8.08), ("relu", 11.35)])
-def test_steady_state_angle_of_a_linear_layer(activation, predicted):
+def test_steady_state_angle_of_linear_layer(activation, predicted):
     """Starting from B = W, the angle between B and W grows to arctan √(η/(2-η) c (F+1)/N) to within half a degree, for F = 512, N
     = 128 and η = 0.01."""
     c = {"linear": 1, "relu": 2}[activation]
@@ -278,7 +278,7 @@ def test_steady_state_angle_of_a_linear_layer(activation, predicted):
     assert np.mean(angles) == pytest.approx(predicted, abs=0.5)
 
 
-def test_steady_state_angle_of_a_convolution_is_smaller_by_its_positions():
+def test_steady_state_angle_of_convolution_decreases_with_positions():
     """A 1x1 convolution on a 6x6 map has n_pos = 36 positions, and no two of them share an input. The test uses η = 0.2, N = 2
     and F = 64."""
     torch.manual_seed(0)
@@ -293,7 +293,7 @@ def test_steady_state_angle_of_a_convolution_is_smaller_by_its_positions():
     assert np.mean(angles) == pytest.approx(predicted, abs=0.5)
 
 
-def test_first_value_of_b_vanishes_at_the_rate():
+def test_initial_feedback_decays_at_mirror_rate():
     """For two initial values and the same noise, the difference between the feedback tensors shrinks by a factor of 1 - η in each
     step."""
     pair = []
@@ -308,7 +308,7 @@ def test_first_value_of_b_vanishes_at_the_rate():
     assert distance(after, array(0.8**8 * before)) < 1e-12
 
 
-def test_bias_that_is_not_blocked_gives_every_row_its_own_factor():
+def test_unblocked_bias_scales_each_row():
     """With ReLU and Gaussian noise, an unblocked bias b scales its row by 2 Φ(b / (σ ‖w‖)). A blocked bias has no effect, nor
     does an unblocked bias with a linear activation."""
     factors = {}
@@ -331,7 +331,7 @@ def test_bias_that_is_not_blocked_gives_every_row_its_own_factor():
 
 
 @pytest.mark.parametrize(("activation", "sigma", "slack"), [("tanh", 0.05, 0.01), ("sigmoid", 0.3, 0.03)])
-def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
+def test_small_noise_uses_activation_slope_at_zero(activation, sigma, slack):
     """The slope at zero is 1 for tanh and 1/4 for sigmoid. With σ = 2, the mean slope is smaller, so B is too small."""
     for deviation, small in ((sigma, True), (2.0, False)):
         torch.manual_seed(0)
@@ -345,7 +345,7 @@ def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
         assert factor == pytest.approx(1, abs=slack) if small else factor < 0.9
 
 
-def test_mirror_follows_the_weights_in_training():
+def test_mirror_follows_weights_in_training():
     """wm and fa start from the same feedback. During training, the feedback of wm's mirrored layers approaches the weights and
     follows them as they change, while the feedback of fa does not."""
     results = {}
@@ -370,7 +370,7 @@ def test_mirror_follows_the_weights_in_training():
     assert results["wm"]["0"] > 60, "the first layer was mirrored"
 
 
-def test_no_mirror_step_is_taken_while_a_probe_holds_the_draws():
+def test_freeze_random_skips_mirror_step():
     model = nets.mlp()
     rule = fa_bench.attach(model, "wm", seed=0, initial_steps=0, sample_input=nets.batch("mlp")[0])
     before = model.fc2.feedback_B.clone()

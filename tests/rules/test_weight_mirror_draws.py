@@ -24,7 +24,7 @@ def attached(net="conv", seed=0, **options):
     return model, fa_bench.attach(model, "wm", seed=seed, sample_input=x, **{"initial_steps": 0, "mirror_batch": 4} | options)
 
 
-def test_initial_phase_is_so_many_steps():
+def test_initial_steps_match_mirror_steps():
     _, early = attached(initial_steps=5)
     _, late = attached(initial_steps=0, mirror_steps=5)
     untouched = snapshot(late)
@@ -34,7 +34,7 @@ def test_initial_phase_is_so_many_steps():
     assert {path: state["draws"] for path, state in early.state_dict().items()} == {"conv2": 5, "fc1": 5}
 
 
-def test_no_mirror_steps_is_feedback_alignment():
+def test_zero_mirror_steps_match_fa():
     model, rule = attached(mirror_steps=0)
     before, batch = snapshot(rule), nets.batch("conv")
     got = rule_grads(model, rule, *batch)
@@ -44,7 +44,7 @@ def test_no_mirror_steps_is_feedback_alignment():
     assert_bitwise(got, rule_grads(twin, fa_bench.attach(twin, "fa", seed=0), *batch))
 
 
-def test_forward_backward_and_held_steps_draw_nothing():
+def test_forward_backward_and_frozen_steps_draw_no_noise():
     model, rule = attached()
     before = snapshot(rule), rule.state_dict()
     rule_grads(model, rule, *nets.batch("conv"))
@@ -57,7 +57,7 @@ def test_forward_backward_and_held_steps_draw_nothing():
     assert rule.state_dict() == before[1]
 
 
-def test_draw_depends_on_seed_layer_and_number_alone():
+def test_noise_depends_only_on_seed_layer_and_number():
     model, _ = attached()
     again, _ = attached(initial_steps=3)
     other, _ = attached(seed=1)
@@ -73,7 +73,7 @@ def test_draw_depends_on_seed_layer_and_number_alone():
     assert len({tuple(draw.tolist()) for draw in draws(model)}) == 3
 
 
-def test_resumed_run_draws_the_same():
+def test_resume_is_bitwise_identical():
     def train(model, rule, steps):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in steps:
@@ -98,7 +98,7 @@ def test_resumed_run_draws_the_same():
     )
 
 
-def test_model_moved_to_another_dtype_is_mirrored_there():
+def test_mirror_follows_model_dtype():
     model, rule = attached()
     rule.step()
     model.float()
@@ -127,7 +127,7 @@ def mirrored(rule) -> set[str]:
     return {layer for (layer, name), tensor in snapshot(rule).items() if not torch.equal(tensor, before[layer, name])}
 
 
-def test_layers_that_are_mirrored():
+def test_first_and_excluded_layers_are_not_mirrored():
     x, _ = nets.batch("residual")
     rule = fa_bench.attach(nets.residual(), "wm", sample_input=x, initial_steps=0, mirror_batch=2, exclude=["b1"])
     assert mirrored(rule) == {"a1", "a2", "down", "head"}, "expected neither the stem, which runs first, nor the excluded layer"
@@ -145,7 +145,7 @@ def test_batch_norm_is_not_run():
     assert_matches(arrays(model), parameters, rel=0)
 
 
-def test_convolution_needs_a_sample():
+def test_convolution_requires_sample_input():
     model = nets.convnet()
     with pytest.raises(CoverageError, match=r"sample_input.*conv1"):
         fa_bench.attach(model, "wm")
@@ -175,7 +175,7 @@ def test_wrong_values_are_refused(wrong):
         fa_bench.attach(nets.mlp(), "wm", **wrong)
 
 
-def test_a_loaded_state_leaves_of_the_steps_before_training_those_that_were_not_made():
+def test_loaded_state_skips_completed_initial_steps():
     _, rule = attached(initial_steps=3)
     saved = rule.state_dict()
     for asked, left in ((3, 0), (5, 2), (2, 0)):

@@ -20,7 +20,7 @@ def attached(name: str, net: str = "conv_bn", **options):
 
 
 @pytest.mark.parametrize(("options", "plain"), PATTERNS)
-def test_excluded_layers_carry_the_error_by_their_weight(options, plain):
+def test_excluded_layers_propagate_error_through_weight(options, plain):
     from .reference import describe
 
     model, rule, x, y = attached("fa", **options)
@@ -34,7 +34,7 @@ def test_excluded_layers_carry_the_error_by_their_weight(options, plain):
 
 
 @pytest.mark.parametrize("name", EDGE_RULES)
-def test_plain_last_is_an_option_of_every_edge_rule(name):
+def test_every_edge_rule_supports_plain_last(name):
     model, rule, x, y = attached(name, "mlp_tanh", plain_last=True)
     got, exact = rule_grads(model, rule, x, y), bp_grads(nets.mlp(), x, y)
     assert distance(got["fc2.weight"], exact["fc2.weight"]) < 1e-12
@@ -42,7 +42,7 @@ def test_plain_last_is_an_option_of_every_edge_rule(name):
 
 
 @pytest.mark.parametrize("name", ["bp", "fa", "pfa", "dfa"])
-def test_frozen_stem(name):
+def test_freeze_stem_trains_all_layers_except_stem(name):
     options = {"cuts": ["act1", "act2", "act3"]} if name == "dfa" else {}
     model, rule, x, y = attached(name, freeze_stem=True, **options)
     free, free_rule, _, _ = attached(name, **options)
@@ -56,7 +56,7 @@ def test_frozen_stem(name):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_stem_is_the_layer_that_runs_first():
+def test_stem_is_first_executed_layer():
     x, _ = nets.batch("residual")
     model = nets.residual()  # this model registers its head before its other layers
     fa_bench.attach(model, "fa", seed=0, sample_input=x, freeze_stem=True)
@@ -72,13 +72,13 @@ def test_stem_is_the_layer_that_runs_first():
         ({"include": ["fc2"], "plain_last": True}, "no layer"),
     ],
 )
-def test_patterns_that_mean_nothing_are_named(options, message):
+def test_rejects_layer_patterns_without_effect(options, message):
     with pytest.raises(fa_bench.errors.CoverageError, match=message):
         attached("fa", **options)
 
 
 @pytest.mark.parametrize("name", ["fa", "usf"])
-def test_the_output_layer_is_the_one_that_runs_last_not_the_one_defined_last(name):
+def test_output_layer_is_last_executed_not_last_registered(name):
     x, _ = nets.batch("residual")
     rule = fa_bench.attach(nets.residual(), name, seed=0, sample_input=x, plain_last=True)
     assert layer_names(rule.model)[-1] != "head"
@@ -86,7 +86,7 @@ def test_the_output_layer_is_the_one_that_runs_last_not_the_one_defined_last(nam
 
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
-def test_without_a_sample_the_output_layer_is_the_one_defined_last(name):
+def test_output_layer_without_sample_is_last_registered(name):
     """Without a sample, layers are taken in the order of their definition, even if the layer defined last runs first."""
     rule = fa_bench.attach(nets.convnet(batch_norm=True), name, seed=0, plain_last=True)
     assert [path for path, (effective, weight) in rule.weight_pairs().items() if torch.equal(effective, weight)] == ["fc2"]
