@@ -452,7 +452,7 @@ class Swapped(nn.Module):
         return x.transpose(0, 1)
 
 
-@pytest.mark.parametrize("length", [5, 6])
+@pytest.mark.parametrize("length", [C, 6])
 def test_rejects_sequences_with_classes_first(length: int):
     """With outputs of shape (N, C, T), time steps would be treated as classes, and no error would be raised if C equals T."""
     model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.Conv1d(4, C, 1))
