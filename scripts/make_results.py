@@ -112,7 +112,7 @@ class Study:
     def angles(self, label: str, quantity: str, digits: int = 1, std: bool = True, layer: str | None = None) -> str:
         """The mean of a quantity in one layer, or in each layer in the order of the report.
 
-        The standard deviation follows the mean if there are several seeds.
+        The standard deviation follows the mean if there are several seeds and `std` is true.
         """
         chosen = self.layers["layer"].notna() if layer is None else self.layers["layer"] == layer
         rows = self.layers[(self.layers["label"] == label) & (self.layers["quantity"] == quantity) & chosen]
@@ -298,7 +298,7 @@ def archived(name: str, columns: Sequence[str] = ()) -> str:
     These tables were published before results were kept as files.
 
     Args:
-        name: the file.
+        name: the name of the file, without its extension.
         columns: the names of the columns to show (if several columns have the same name, the first one); empty for all.
     """
     with (DATA / "archived" / f"{name}.csv").open(encoding="utf-8", newline="") as file:

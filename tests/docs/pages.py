@@ -1,4 +1,4 @@
-"""Helpers that read the code blocks, shell commands and links of the handwritten pages."""
+"""Helpers that read the code blocks and shell commands of README.md, CONTRIBUTING.md and the pages in docs/."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fences(page: Path) -> list[Block]:
 
 
 def prose(page: Path) -> str:
-    """The page without its fences."""
+    """The text of the page without its fences."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
