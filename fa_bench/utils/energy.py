@@ -78,7 +78,7 @@ class EnergyMeter:
     def of(cls, device: torch.device) -> EnergyMeter | None:
         """An energy meter for a run on this device. The meter reads the counters of the processor packages and their memory, if
         they are readable, and that of the GPU if the run uses one. The result is None if a run on the CPU has no readable
-        counter, if the GPU's counter is not readable, and for devices other than these."""
+        counter, if the counter of a run's GPU is not readable, and for devices of other types."""
         counters = rapl()
         if device.type == "cuda":
             import torch

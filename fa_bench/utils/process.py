@@ -46,7 +46,7 @@ def seed_everything(seed: int) -> None:
 
 
 def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
-    """Make torch refuse nondeterministic operations if `enabled` is true (with `warn_only`, only warn about them), or allow them.
+    """Make torch refuse nondeterministic operations, or warn about them if `warn_only` is true; `enabled=False` allows them.
 
     Nothing is done if the setting is already in effect, because a change makes torch import its compiler, which takes a second.
     """
