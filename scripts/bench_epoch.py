@@ -1,6 +1,6 @@
-"""Compares the time of one epoch of the MLP in the training loop with that of a bare loop over float tensors, in one process.
+"""Compares the time of one epoch of the MLP in fa_bench's training loop with that of a bare loop over float tensors.
 
-    python scripts/bench_epoch.py --data-dir FOLDER [--samples 60000] [--rounds 5] [--threads 2]
+    python scripts/bench_epoch.py --data-dir FOLDER [--samples 60000] [--rounds 5] [--threads 2] [--probe-every 500]
 
 Without --data-dir, random images of MNIST's shape are used; the arithmetic is the same.
 """
@@ -31,7 +31,7 @@ BATCH = 64
 
 
 def load(data_dir: str | None, samples: int) -> ResidentSplit:
-    """MNIST's training images, or random images if `data_dir` is None."""
+    """The first `samples` training images of MNIST; random images if `data_dir` is None."""
     if data_dir is not None:
         split = DATASETS["mnist"](validation=0.0).load(Path(data_dir), torch.device("cpu")).train
         assert isinstance(split, ResidentSplit)

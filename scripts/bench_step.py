@@ -4,11 +4,11 @@ Each round times one block of steps of every rule in turn, so that changes in th
 are computed for each round, and the table shows their medians and quartiles. The row A/A compares backpropagation with itself.
 The rows "written out" time an MLP whose forward pass is written in a dozen lines, with only the autograd Functions of fa_bench;
 they show the cost of the rule in eager PyTorch. A step zeroes the gradients and calls the model, the loss, rule.backward,
-optimizer.step and rule.step; one column excludes the optimizer. The column "arithmetic" compares the number of multiplications in
-matrix products and convolutions with that of backpropagation.
+optimizer.step and rule.step; one column excludes optimizer.step. As in the runner, W and B share one gradient and one update if
+the rule gives both the same gradient. The column "arithmetic" compares the number of multiplications in matrix products and
+convolutions with that of backpropagation.
 
-With --compile, the model and the loss are compiled as with the runner's option compile=true. Backpropagation is compiled, too. As
-in the runner, W and B share one gradient and one update if the rule gives both the same gradient.
+With --compile, the model and the loss are compiled as with the runner's option compile=true. Backpropagation is compiled, too.
 
 On a GPU, a block has more steps, and the clock is read after the device has finished. Products are computed in single precision
 without TF32.
@@ -217,9 +217,9 @@ def _text(ratios: list[float]) -> str:
 
 
 def reexec_with_malloc_settings() -> None:
-    """Restart the script with glibc configured to keep freed memory.
+    """Restart the script, unless glibc is already configured to keep freed memory.
 
-    Otherwise, page faults rather than arithmetic would determine the ratios.
+    With glibc's defaults, page faults would dominate the times of some steps and distort the ratios.
     """
     settings = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
     if any(os.environ.get(key) != value for key, value in settings.items()):

@@ -30,9 +30,9 @@ COMMANDS: list[tuple[list[str], str | None]] = [
     (["fa-bench-tune", "algorithm=bp", "budget=2", "epochs=1", "final_epochs=1", "seeds=0"], "outputs/digits-mlp-tune/tune.md"),
     (["fa-bench-analyse", "memory_accesses"], "outputs/**/memory_accesses*"),
 ]
-#: Files that must be in the wheel, in addition to the code.
+#: Files and folders that must be in the wheel, in addition to the code of fa_bench.
 IN_WHEEL = ["fa_bench/conf/config.yaml", "fa_bench/py.typed", "fa_bench/report/published.yaml", "hydra_plugins/"]
-#: Files that must be in the sdist, so that packagers can build and test from it.
+#: Files and folders that must be in the sdist, so that packagers can build and test from it.
 IN_SDIST = ["conf/config.yaml", "tests/", "scripts/", "docs/", "CITATION.cff", "CHANGELOG.md", "LICENSE", "pyproject.toml"]
 
 

@@ -5,7 +5,8 @@
 
 `record` trains every rule on an MLP (with SGD and with Adam), a small convolutional net and a narrow ResNet-20. It also runs
 every experiment at ``scale=smoke`` with seed 0. All runs use the version of fa_bench that Python imports. Experiments whose
-dataset is not in DIR are recorded as failed. `compare` prints every run that differs, and its exit code is 1 if there are any.
+dataset is not in DIR and cannot be downloaded are recorded as failed. `compare` prints every run that differs, and its exit code
+is 1 if there are any.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ TEXT, FORWARD, EXACT, REPLACED, CUT = "#1f2328", "#6e7781", "#0550ae", "#bc4c00"
 #: Horizontal positions of the network's boxes, which are centred at height 0.
 INPUT, LAYERS, ACTIVATIONS, OUTPUT, LOGITS, LOSS = 0.0, (1.15, 3.75), (2.45, 5.05), 6.35, 7.65, 8.85
 BELOW = -0.75
-#: With these settings, the files are the same on every machine, and their text can be selected and searched.
+#: With these settings, the files are reproducible, and their text can be selected and searched.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fa_bench", "font.family": "sans-serif", "font.size": 11}
 
 
@@ -73,7 +73,7 @@ def exact_error_at_logits(axes: Axes) -> None:
 
 
 def to_weights(axes: Axes, start: float, layer: float) -> None:
-    """Draw an arrow for the exact error from an activation to the weights before it."""
+    """Draw an arrow from the error at an activation to the weights before it; this step is exact in every diagram."""
     arrow(axes, (start - 0.16, BELOW), (layer + 0.05, -0.31), EXACT, bend=-0.3)
 
 

@@ -175,7 +175,7 @@ def header(arguments: argparse.Namespace, given: list[str]) -> dict[str, str]:
 
 
 def device_and_driver(device: str) -> str:
-    """The name, driver and memory of each GPU, as printed by nvidia-smi."""
+    """The name, driver and memory of each GPU, as printed by nvidia-smi; a note for the CPU, or if nvidia-smi fails."""
     if device == "cpu":
         return f"cpu ({platform.machine()}): the logic of the check only"
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]

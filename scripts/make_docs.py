@@ -119,7 +119,7 @@ def _index() -> str:
         "",
         "Initialisers apply to weights (`architecture.init`, `linear_init`, `output_init`) and to feedback (`algorithm.b_init` "
         "and similar options). U(a) is uniform in [-a, a), and N(0, v) is normal with variance v; the fans include kernel "
-        "positions. With `copy_w`, which edge rules accept, feedback starts as a copy of the weight.",
+        "positions. With `copy_w`, which some rules accept, feedback starts as a copy of the weight.",
         "",
         "| initialiser | distribution |",
         "|---|---|",
@@ -205,8 +205,8 @@ def _measured(name: str) -> list[str]:
     head = [
         "## Measured",
         "",
-        "The numbers are test accuracies in %. The number after ± is half the width of the 95 % confidence interval for tuned "
-        "rules, and the standard deviation for others. [Results](../results.md) has the commands and seeds.",
+        "The numbers are test accuracies in %. The number after ± is half the width of the 95 % confidence interval in tuned "
+        "tasks, and the standard deviation in others. [Results](../results.md) has the commands and seeds.",
         "",
     ]
     return [*head, f"| task | `{name}` | `bp` |", "|---|---|---|", *found, ""]

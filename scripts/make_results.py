@@ -112,7 +112,7 @@ class Study:
     def angles(self, label: str, quantity: str, digits: int = 1, std: bool = True, layer: str | None = None) -> str:
         """The mean of a quantity in one layer, or in each layer in the order of the report.
 
-        The standard deviation follows the mean if there are several seeds.
+        The standard deviation follows the mean if there are several seeds and `std` is true.
         """
         chosen = self.layers["layer"].notna() if layer is None else self.layers["layer"] == layer
         rows = self.layers[(self.layers["label"] == label) & (self.layers["quantity"] == quantity) & chosen]
@@ -143,14 +143,14 @@ class Study:
         "-" means that there is no such run.
 
         Raises:
-            ValueError: if a rule has several runs with one value.
+            ValueError: if a rule has several runs with the same value of the key.
         """
         values = sorted(self.runs[key].unique())
         rows = []
         for rule in dict.fromkeys(self.runs["algorithm"]):
             runs = self.runs[self.runs["algorithm"] == rule].set_index(key)
             if not runs.index.is_unique:
-                raise ValueError(f"{self.name}: {rule} has several runs with one value of {key}")
+                raise ValueError(f"{self.name}: {rule} has several runs with the same value of {key}")
             finished = runs[runs["status"].isin(_FINISHED)][column]
             texts = {value: str(runs.at[value, "status"]) if value in runs.index else "-" for value in values}
             texts |= {value: f"{score:.{digits}f}" for value, score in finished.items()}
@@ -298,7 +298,7 @@ def archived(name: str, columns: Sequence[str] = ()) -> str:
     These tables were published before results were kept as files.
 
     Args:
-        name: the file.
+        name: the name of the file, without its extension.
         columns: the names of the columns to show (if several columns have the same name, the first one); empty for all.
     """
     with (DATA / "archived" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
@@ -336,7 +336,8 @@ def collect(name: str, command: str, folders: list[Path], commits: bool = False)
         name: the name of the study.
         command: the command that produced the runs, as shown above the table.
         folders: the folders of runs or sweeps.
-        commits: accept runs of several commits, which are all named above the table. Compare the results of the commits first.
+        commits: accept runs of several commits, which are all named above the table. Before using this option, check that the
+            commits produce comparable results.
 
     Raises:
         SystemExit: if there are no runs, or if they are of several commits (without `commits`), versions or devices, or of code

@@ -25,7 +25,8 @@ from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Page of the site -> the file in the repository that it shows. All other pages show the file of the same name in docs/.
+#: Page of the site -> the file in the repository that it shows. Except for listings, all other pages show the file of the same
+#: name in docs/.
 ORIGINS = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",

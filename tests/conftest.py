@@ -27,7 +27,8 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def without_pixels(request, monkeypatch):
-    """Create the figures of sweep reports without rendering them, which would take most of the time of a small sweep."""
+    """Create the figures of sweep reports without rendering them, which would take most of the time of a small sweep. The tests
+    of reports and of tuning do render them."""
     if {"report", "tuning"} & {*request.path.parts}:
         return
     from fa_bench.report import figures, plot

@@ -37,8 +37,8 @@ ORDER = (
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """The modules of fa_bench that a module imports at run time, including imports in functions but not those for type
-    checkers."""
+    """The names that a module imports from fa_bench with ``from ... import`` at run time, including imports in functions but not
+    those for type checkers."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue

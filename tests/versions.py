@@ -1,7 +1,4 @@
-"""Limitations of the older supported versions of dependencies; the affected tests expect an error or are skipped.
-
-Each version is named here once, together with the change that it introduced.
-"""
+"""Limitations of the older supported versions of dependencies; the affected tests expect an error or are skipped."""
 
 import PIL
 import pytest

@@ -11,8 +11,8 @@ import numpy as np
 
 from fa_bench.registry.kinds import CLASSES, FEATURES, IMAGES, NOUNS, POSITIONS, VALUES
 
-#: Rounding may move values outside the range 0 to 1 by up to the first number. With 8 bits, images whose maximum is below the
-#: second number would have at most five grey levels.
+#: Fractions outside the range 0 to 1 by up to the first number are accepted as rounding errors. With 8 bits, images whose maximum
+#: is below the second number would have at most five grey levels.
 _ROUNDING, _ALMOST_BLACK = 1e-3, 4 / 255
 _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True and False"
 
@@ -23,23 +23,25 @@ def checked(
     """Check and convert training inputs and targets, test inputs and targets, and the names of classes, outputs or tokens.
 
     Args:
-        arrays: these five arrays. Images are whole numbers from 0 to 255, floats from 0 to 1, or bool, (n, C, H, W) or (n, H, W);
-            features are finite numbers, (n, F); tokens are whole numbers from 0 to the number of names - 1, (n, T). Labels are
-            whole numbers from 0, which may be stored as floats or as (n, 1); values are finite numbers, (n,) or (n, O); positions
-            are labels for each token, (n, T), and may be negative for tokens that the objective ignores.
-        notes: a sentence is appended to this list for each conversion, and for labels that no training sample has.
+        arrays: these four arrays and the list of names. Images are whole numbers from 0 to 255, floats from 0 to 1, or bool, (n,
+            C, H, W) or (n, H, W); features are finite numbers, (n, F); tokens are whole numbers from 0 to the number of names -
+            1, (n, T). Labels are whole numbers from 0, which may be stored as floats or as (n, 1); values are finite numbers,
+            (n,) or (n, O); positions are labels for each token, (n, T), and may be negative for tokens that the objective
+            ignores.
+        notes: a sentence is appended to this list for each array of images converted from floats, and another if some labels
+            occur on no training sample.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
 
     Returns:
-        The five arrays, contiguous: images are uint8 (n, C, H, W), features float32, tokens, labels and positions int64, and
-        values float32 (n, O).
+        The four arrays, contiguous, and the list of names. Images are uint8 (n, C, H, W), features float32, tokens, labels and
+        positions int64, and values float32 (n, O).
 
     Raises:
-        ValueError: if an array is invalid; the message names the array and the problem.
+        ValueError: if an array or the list of names is invalid; the message names it and the problem.
     """
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 5:
         raise ValueError(
-            "arrays() should return training images and labels, test images and labels, class names; it returned "
+            "arrays() should return training inputs and targets, test inputs and targets, and names; it returned "
             f"{f'{len(arrays)} values' if isinstance(arrays, (tuple, list)) else type(arrays).__name__}"
         )
     train_x, train_y, test_x, test_y, names = arrays

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def mean_option(*default: float) -> Any:
-    """The `mean` option of a dataset; its default comes from the source of the data or from a paper."""
+    """Return the `mean` option for a dataset."""
     return option([*default], "mean of each channel in units of the full range, or one number for all", minimum=0, maximum=1)
 
 
@@ -119,9 +119,9 @@ class Dataset(Options):
 
         Args:
             data_dir: the folder of the datasets.
-            device: the device of samples that fit in memory.
+            device: the device of the batches, where samples that fit in memory are stored.
             at_most: maximum numbers of training and test samples of a shortened run, sampled with a fixed seed; None: all. The
-                number of held-out samples and the option `samples` are reduced in proportion.
+                number of held-out samples and the number in `samples` are reduced in proportion.
 
         Raises:
             DataError: if a file is missing or unreadable, or a split has no samples; the message names it.
@@ -165,7 +165,7 @@ class Dataset(Options):
         if held == 0:
             return splits, total
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_for("split", self.validation_seed)))
-        # The indices are sorted, so that the held-out and the remaining samples keep the order of the files.
+        # The indices are sorted, so that the held-out and the remaining samples keep their order.
         validation, rest = order[:held].sort().values, order[held:].sort().values
         return (
             dataclasses.replace(splits, train=train.subset(rest), validation=train.subset(validation)),
@@ -178,8 +178,8 @@ class Dataset(Options):
         return self.samples
 
     def _reduced(self, splits: Splits, full: int) -> Splits:
-        """Reduce the training split to the size that `samples` specifies; `full` is the number of training samples in a full
-        run."""
+        """Reduce the training split to the size that `samples` specifies; `full` is the number of training samples that a full
+        run does not hold out."""
         wanted, train = self.subsample, splits.train
         if wanted is None:
             return splits
@@ -196,8 +196,8 @@ class Dataset(Options):
     def hash_of(self, data_dir: Path) -> str:
         """The `data_hash` that `load` would return.
 
-        Image files are hashed without decoding them, and files that this process has read before are not read again unless they
-        have changed.
+        Datasets with one file per image are hashed without decoding them. If this process has already read all files of a part
+        and none of them has changed, they are not read again.
 
         Raises:
             FaBenchError: see `load`.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: the position needs two numbers and the flip needs one.
 TRIES = 10
 DRAWS = 2 * TRIES + 3
-#: For evaluation, the shorter side is resized to this multiple of the crop's size, that is, to 256 pixels for a crop of 224.
+#: For evaluation, `ResizedCrop` resizes the shorter side to this multiple of the crop's size: to 256 pixels for a crop of 224.
 MARGIN = 256 / 224
 
 
@@ -51,10 +51,10 @@ class Crop:
         return (height, width) if self.size is None else (self.size, self.size)
 
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
-        """A training batch (N, C, H, W) in which each image is augmented with random numbers from `generator`, which is on the
-        CPU.
+        """Augment a training batch (N, C, H, W) with random numbers from `generator`, which is on the CPU.
 
-        `part` specifies which images of the batch are passed (None: all). They get the same random numbers as in the whole batch.
+        `part` specifies which images of the batch are passed (None: all). They get the same random numbers as if the whole batch
+        were passed.
         """
         return self.fixed(images)
 

@@ -67,8 +67,8 @@ class Decoder:
     crop: ResizedCrop | None = None
 
     def __call__(self, path: Path, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Decode a file, with random numbers from `rng` if the decoder crops; raises a DataError that names an unreadable
-        file."""
+        """Decode a file, and augment the image with `rng` if `rng` and `crop` are given; raises a DataError that names the file
+        if that fails."""
         with errors_named(path):
             return self._array(self._fit(self._open(path, path, Counter()), rng))
 
@@ -96,8 +96,8 @@ class Decoder:
         return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
     def _open(self, path: Path, source: Path | io.BytesIO, notes: Counter[str]) -> Any:
-        """The PIL image as a viewer shows it, with this decoder's channels and at its original size. Counts in `notes` the notes
-        that apply."""
+        """The PIL image as a viewer shows it, with this decoder's channels and at its original size. Adds 1 in `notes` for each
+        note that applies."""
         from PIL import Image
 
         with Image.open(source) as opened:
@@ -176,7 +176,7 @@ def _storage(opened: Any) -> tuple[str, bool]:
 
 
 def upright(image: Any) -> Any:
-    """A loaded PIL image rotated according to its EXIF orientation, or the same image if there is nothing to rotate."""
+    """A loaded PIL image rotated or mirrored according to its EXIF orientation, or the same image if it is upright."""
     from PIL import Image
 
     try:
@@ -208,7 +208,8 @@ def regular(path: Path) -> os.stat_result:
 
 
 def configure_warnings() -> None:
-    """Make Pillow refuse images that would fill the memory, instead of only warning about them, and ignore damaged metadata."""
+    """Make Pillow refuse very large images instead of only warning about them, and suppress its warnings about damaged
+    metadata."""
     from PIL import Image
 
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")

@@ -20,7 +20,7 @@ from fa_bench.utils.lazy import torchvision
 
 @dataclasses.dataclass(eq=False)
 class Downloaded(ArrayDataset, CroppedDataset):
-    """Base class of datasets from torchvision, with `data_dir` as torchvision's root folder."""
+    """Base class of datasets that torchvision provides, stored in a folder in `data_dir`."""
 
     #: The name of the class in torchvision.datasets, the folder in data_dir, and the files in that folder.
     torchvision_name: ClassVar[str]

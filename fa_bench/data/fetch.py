@@ -146,7 +146,7 @@ def unpack_zip(archive: Path, folder: Path) -> None:
 
 
 def unpack_tar(archive: Path, folder: Path) -> None:
-    """Unpack a tar archive, compressed or not, into `folder`; links and devices are refused even if the checksum is right.
+    """Unpack a tar archive, compressed or not, into `folder`.
 
     Raises:
         DataError: if the archive has members outside of the folder, links or devices, or if this Python is too old to check them;

@@ -1,4 +1,4 @@
-"""Datasets with one file per image, which are read once before training, and streamed splits."""
+"""Datasets with one file per image, and splits whose images are decoded when a batch needs them."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def workers_option(default: int) -> Any:
 class ImageFiles(CroppedDataset):
     """Base class of datasets with one file per image.
 
-    Datasets of up to `memory_limit_gb` are decoded once and stay on the device; larger ones are streamed. With crop=resized,
-    datasets are always streamed, unless all of their images are known to have the same size.
+    Datasets of up to `memory_limit_gb` are decoded once and stay on the device; larger ones are streamed. With crop=resized, all
+    datasets are streamed, except those whose images are known to have the same size.
     """
 
     memory_limit_gb: float = option(2.0, "largest decoded size, in units of 1e9 bytes, that is kept on the device", minimum=0)
@@ -52,7 +52,7 @@ class ImageFiles(CroppedDataset):
 
     channels: int = dataclasses.field(init=False, default=3)
     background: float = dataclasses.field(init=False, default=1.0)
-    #: Height and width of all images, if they are known to have the same size.
+    #: The height and width of all images, if they are known to be square and of the same size; otherwise None.
     stored_size: ClassVar[int | None] = None
     #: The total size in bytes up to which all files are decoded once and hashed before training, even if they are streamed.
     reads_all: ClassVar[float] = float("inf")
@@ -118,7 +118,7 @@ class ImageFiles(CroppedDataset):
 
 
 class _Part:
-    """The files of one part of a dataset, in order.
+    """The files of one part of a dataset.
 
     Attributes:
         root: their common folder.
@@ -144,8 +144,8 @@ class _Part:
     def inspect(self, decode: Decoder, pixels: np.ndarray | None) -> Counter[str]:
         """Decode and hash every file, and count the decoder's notes.
 
-        The images are stored in `pixels`. If `pixels` is None, files that have not changed since the last call are not read
-        again.
+        The images are stored in `pixels`. If `pixels` is None and no file has changed since a call with the same decoder, the
+        files are not read again.
         """
         key = self.state, str(dataclasses.astuple(decode))
         if pixels is None and key in _inspected:
@@ -188,7 +188,7 @@ class StreamedSplit(ImageSplit):
     """A split of images that worker processes decode when a batch needs them.
 
     Args:
-        paths: the files, (n).
+        paths: the files, (n,).
         labels: int64 (n,).
         decode: decodes one file.
         workers: number of processes; with 0, images are decoded in this process.

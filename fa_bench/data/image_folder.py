@@ -23,8 +23,8 @@ class ImageFolder(ImageFiles):
     """Your own images: `data_dir` contains train/ and test/ (or val/), each with one folder for each class; see
     docs/own_images.md.
 
-    If all three exist, val/ is the validation set. Datasets that fit in memory are decoded once and stay on the device; larger
-    datasets, and all datasets with crop=resized, are streamed. Every image is decoded before training starts.
+    If all three exist, val/ is the validation set. Datasets of up to `memory_limit_gb` are decoded once and stay on the device;
+    larger datasets, and all datasets with crop=resized, are streamed. Every image is decoded before training starts.
     """
 
     channels: int = option(3, "3 for colour, 1 for grey", minimum=1, maximum=3)

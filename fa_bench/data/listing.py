@@ -62,7 +62,7 @@ class Listing:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden or belongs to the operating system, so that viewers do not show it."""
+    """Whether a file or folder is hidden or belongs to the operating system, according to its name."""
     return name.startswith(".") or _SYSTEM.fullmatch(name) is not None
 
 
@@ -83,7 +83,7 @@ def visible_folders(root: Path, skipped: Counter[str] | None = None) -> list[Pat
 
 
 def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
-    """The image files in a folder and its visible subfolders, sorted by name; links to folders are followed.
+    """The image files in a folder and its visible subfolders, sorted by path; links to folders are followed.
 
     Each folder is read once, even if several links lead to it.
 
@@ -120,7 +120,7 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
 
 
 def labelled_files(folders: Iterable[Path], skipped: Counter[str]) -> list[tuple[Path, int]]:
-    """The pairs (file, label) of all images in the class folders, sorted by name within each class. Skipped files are counted in
+    """The pairs (file, label) of all images in the class folders, sorted by path within each class. Skipped files are counted in
     `skipped`.
 
     Raises:
@@ -157,7 +157,8 @@ def class_listing(train: Path, test: Path, validation: Path | None = None) -> Li
     """The images of a dataset with one folder per class.
 
     Raises:
-        DataError: if there are no classes or no images, or if `test` or `validation` has a class that `train` does not have.
+        DataError: if there are no classes, if a class has no training images, or if `test` or `validation` has no images or has a
+            class that `train` does not have.
     """
     skipped: Counter[str] = Counter()
     folders = train_classes(train, skipped)

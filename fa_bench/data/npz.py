@@ -33,15 +33,15 @@ _REQUIRED, _VALIDATION = ("x_train", "y_train", "x_test", "y_test"), ("x_val", "
 class Npz(VectorDataset):
     """Your own arrays in an .npz file: x_train, y_train, x_test, y_test, and optionally x_val and y_val.
 
-    Inputs are images, features or tokens. Images have the shape (n, C, H, W) or (n, H, W) and are 8-bit integers, bools, or
-    floats from 0 to 1. Features are floats of shape (n, F). Tokens are integers of more than 8 bits, of shape (n, T).
+    Inputs are images, features or tokens. Images have the shape (n, C, H, W) or (n, H, W) and are integers from 0 to 255, bools,
+    or floats from 0 to 1. Features are floats of shape (n, F). Tokens are integers of more than 8 bits, of shape (n, T).
 
     Targets are classes, values (not for tokens) or, for tokens, one class per position. Classes are whole numbers that start at
     0, of shape (n,) or (n, 1), and values are floats of shape (n,) or (n, O). Classes per position are whole numbers of shape (n,
     T); positions labelled -100 are ignored.
 
     The types and shapes of x_train and y_train determine the kinds of inputs and targets, and the other arrays must match them.
-    The vocabulary size is one more than the largest token in any array.
+    The vocabulary size is one more than the largest token or target in any array.
 
     numpy.savez("my.npz", x_train=..., y_train=..., x_test=..., y_test=...) writes such a file. Files with pickled objects are
     refused, since reading them could execute code.
@@ -108,8 +108,7 @@ class Npz(VectorDataset):
         return 1 + max(int(array.max()) for array in (*(y for _, y in parts.values()), *with_tokens) if array.size)
 
     def _images(self, parts: dict[str, tuple[Any, Any]], of: list[str], device: torch.device) -> Splits:
-        """The splits of an image dataset, stored as 8-bit integers; `VectorDataset.splits_of` does the same for features and
-        tokens."""
+        """The splits of an image dataset, stored as 8-bit integers; for features and tokens, see `VectorDataset.splits_of`."""
         notes: list[str] = []
         digest, made = hashlib.sha256(), {}
         try:

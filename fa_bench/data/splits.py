@@ -28,11 +28,11 @@ class Splits:
     """A loaded dataset.
 
     Attributes:
-        train, validation, test: the splits; validation is None if nothing is held out.
+        train, validation, test: the splits; validation is None if there is no validation set.
         classes: the names of the classes; for tokens, the vocabulary; for values, the names of the outputs.
         input_shape: the shape of one sample: (C, H, W), (F,) or (T,).
-        data_hash: the hash of all inputs and targets as stored, before the validation split.
-        notes: a printable sentence on each part of the source that is skipped or changed.
+        data_hash: a hash of the dataset as stored, before training samples are held out for validation.
+        notes: printable sentences about the source, for example on skipped files or converted images.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
     """
 

@@ -18,7 +18,7 @@ from fa_bench.utils.text import format_shape
 @DATASETS.register("synthetic")
 @dataclasses.dataclass(eq=False)
 class Synthetic(ArrayDataset):
-    """Images that consist of a random prototype for each class plus Gaussian noise, meant for trying things out, not for
+    """Artificial images, each the random prototype of its class plus Gaussian noise, meant for trying things out, not for
     results."""
 
     samples: int = option(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -44,7 +44,7 @@ class Synthetic(ArrayDataset):
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         generator = np.random.default_rng(self.data_seed)
         shape = (self.channels, self.size, self.size)
-        # The images, the noise and the rounded result are in memory at the same time, all in float64.
+        # Up to three float64 arrays of all images are in memory at the same time.
         count = max(self.samples, self.test_samples, self.classes)
         require_memory(
             3 * 8 * count * math.prod(shape),

@@ -127,13 +127,14 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
 
     Raises:
         DataError: if a column or row cannot be used; the message names it.
-        OptionError: if there is no such target, it does not fit `task`, or it may be either a class or a number.
+        OptionError: if there is no column `target`, if it does not fit `task`, or if it has whole numbers and `task` is None.
     """
     import pandas as pd
 
     try:
         with warnings.catch_warnings():
-            # Without `index_col`, pandas would use the first values of rows that are longer than the header as an index.
+            # With `index_col=False`, pandas warns about rows that are longer than the header; by default, it would use their
+            # first values as an index.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = pd.read_csv(path, skipinitialspace=True, index_col=False)
     except pd.errors.ParserWarning:

@@ -22,7 +22,7 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The text that is used if no path is given, and the number of different bytes, all of which are in the vocabulary of byte-pair
+#: The file that is read if no path is given, and the number of different bytes, all of which are in the vocabulary of byte-pair
 #: encoding.
 BUILT_IN, BYTES = Path(__file__).with_name("alice.txt"), 256
 UNKNOWN = "<unk>"
@@ -39,11 +39,11 @@ class Text(Dataset):
     The built-in text is Lewis Carroll's novel of 1865, which is in the public domain. It has 148,331 characters, 70 of them
     distinct. The transcription comes from the Canterbury corpus (alice29.txt), without the title and with Unix line endings.
 
-    A text is one UTF-8 file, or all .txt files in a folder in the order of their names. Windows line endings are converted. The
-    first part of the text is for training, the next is for validation, and the last is for testing. A sample is a window of
-    `context` tokens, and the target for each token is the token that follows it. Windows do not overlap. During training, the
-    windows are shuffled, and each epoch shifts all of them by an offset from 0 to `context` - 1. The order and the offset depend
-    only on the seed and the epoch.
+    A text is one UTF-8 file, or all .txt files in a folder and its subfolders, in the order of their paths. Windows line endings
+    are converted. The first part of the text is for training, the next is for validation, and the last is for testing. A sample
+    is a window of `context` tokens, and the target for each token is the token that follows it. Windows do not overlap. During
+    training, the windows are shuffled, and each epoch shifts all of them by an offset from 0 to `context` - 1. The order and the
+    offset depend only on the seed and the epoch.
 
     With unit=characters, the vocabulary consists of the characters in the training part and `<unk>`, which replaces all others. A
     note says how many were replaced. With unit=bytes, the vocabulary consists of the 256 bytes. With unit=bpe, byte-pair encoding
@@ -115,10 +115,10 @@ class WindowSplit(Split):
     Args:
         tokens: int64 (L,).
         context: T, tokens in a window.
-        moves: whether the offset of the windows changes in every epoch, from 0 to T - 1 tokens.
+        moves: whether each epoch shifts the windows by a random offset from 0 to T - 1 tokens.
         device: the device of the tokens.
         characters: mean number of characters per token.
-        starts: the starts of the windows, (n,); None: all windows that do not overlap.
+        starts: the starts of the windows, (n,); None: the multiples of T.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class WindowSplit(Split):
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, or of all .txt files in a folder and its subfolders, in the order of their names.
+    """The text of a UTF-8 file, or of all .txt files in a folder and its subfolders, in the order of their paths.
 
     Raises:
         DataError: if a file is missing or not UTF-8, or if there is no text; the message names the file or folder.

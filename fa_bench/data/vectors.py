@@ -78,8 +78,8 @@ class VectorDataset(Dataset):
 
 
 def standardise(splits: Splits) -> None:
-    """Standardise all splits with the mean and standard deviation of each feature in the training split; constant features become
-    0."""
+    """Standardise all splits with the mean and standard deviation of each feature in the training split; from features that are
+    constant there, only the mean is subtracted."""
     parts = [split for split in (splits.train, splits.validation, splits.test) if isinstance(split, ArraySplit)]
     inputs = parts[0].inputs.double()
     mean, std = inputs.mean(0), inputs.std(0, correction=0)

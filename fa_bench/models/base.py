@@ -88,5 +88,6 @@ class Architecture(Options):
         return model
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
-        """The model with PyTorch's default initial values; each architecture must implement this method."""
+        """The model, with PyTorch's default initial values in its linear layers and convolutions; each architecture must
+        implement this method."""
         raise missing_method(self, "make")

@@ -1,4 +1,4 @@
-"""Decoder-only transformers, language models."""
+"""Decoder-only transformers for language modelling."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ class Decoder(TransformerArchitecture):
     differ from those of Launay et al.: in their code, the embedding and the head are initialised uniformly, and all blocks start
     with the same weights.
 
-    Learned positions and the token embeddings that they are added to are initialised from N(0, 0.02²), as in GPT-2. With
-    sinusoidal positions, token embeddings are initialised from N(0, 1) (Vaswani et al. 2017, section 3.5). `init` and
-    `linear_init` apply to all linear layers, including q, k, v and out in the attention. The embedding and the head do not share
-    weights.
+    Learned positions and the token embeddings that they are added to are initialised from N(0, 0.02²). With sinusoidal positions
+    (Vaswani et al. 2017, section 3.5), token embeddings are initialised from N(0, 1). `init` and `linear_init` apply to all
+    linear layers, including q, k, v and out in the attention. The embedding and the head do not share weights.
 
-    The modules of a block are attn (with q, k, v, out), norm1, fc1, act, fc2, norm2. With ``norm=post``, the paper's cuts are
-    ``[*.norm1,*.act,*.norm2]`` ("micro") and ``[*.norm2]`` ("macro"). The model declares the outputs of embed, q, k, v and act as
-    cut points. With ``norm=post``, the outputs of norm1 and norm2 are cut points as well. With ``norm=pre``, the additional cut
-    points are the outputs of attn, of every block except the last, and of the final LayerNorm.
+    The modules of a block are attn (with q, k, v, out), norm1, fc1, act, fc2, norm2. The cuts of Launay et al. 2020, for
+    ``norm=post``, are ``[*.norm1,*.act,*.norm2]`` ("micro") and ``[*.norm2]`` ("macro"). The model declares the outputs of embed,
+    q, k, v and act as cut points. With ``norm=post``, the outputs of norm1 and norm2 are cut points as well. With ``norm=pre``,
+    the additional cut points are the outputs of attn, of every block except the last, and of the final LayerNorm.
     """
 
     tasks = ((TOKENS, POSITIONS),)
@@ -49,7 +48,7 @@ class Decoder(TransformerArchitecture):
     norm: str = option("pre", "LayerNorm before attention, MLP and head (pre), or after each sum (post)", choices=["pre", "post"])
     positions: str = option("learned", "kind of position embeddings", choices=["learned", "sinusoidal"])
     dropout: float = option(
-        0.1, "dropout rate for embeddings, attention weights, hidden activations and block outputs", minimum=0, below=1
+        0.1, "rate of dropout on embeddings, attention weights, hidden activations, attention and MLP outputs", minimum=0, below=1
     )
 
     def check(self) -> None:

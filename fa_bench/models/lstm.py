@@ -24,9 +24,10 @@ class LSTM(Architecture):
     For tokens, the layers are embedding - rnn - head at every position. For images, the time steps are rows or pixels, and the
     layers are rnn - head at the last step.
 
-    Recurrent weights and biases are initialised with PyTorch's default, U(1 / √width), and the embedding from N(0, 1); `init` and
-    `linear_init` apply only to the head. The model's only block ends at its only cut point, ``states``, which outputs the hidden
-    states of all steps. Errors pass from step to step through the recurrent weights, so cut rules need ``within=block``.
+    The weights and biases of the recurrent layers are initialised with PyTorch's default, U(-1 / √width, 1 / √width), and the
+    embedding from N(0, 1); `init` and `linear_init` apply only to the head. The model's only block ends at its only cut point,
+    ``states``, which outputs the last recurrent layer's hidden states at all steps. Errors pass from step to step through the
+    recurrent weights, so cut rules need ``within=block``.
     """
 
     tasks = ((IMAGES, CLASSES), (IMAGES, VALUES), (TOKENS, POSITIONS))

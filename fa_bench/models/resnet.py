@@ -88,9 +88,8 @@ class ResNet18(StagedArchitecture):
 
     The stem has stride 1, padding 1 and no pooling. Blocks have two 3x3 convolutions, and their shortcuts are 1x1 convolutions
     with batch normalisation where the shape changes. Global average pooling precedes the linear layer, and the logits are
-    batch-normalised. Without shortcuts, the networks are the paper's "nsc" networks. Convolutions have no bias, as
-    in the paper's networks for backpropagation; in its networks for the other rules, they have one, but the normalisation cancels
-    it.
+    batch-normalised. Without shortcuts, the network is the paper's "nsc" network. Convolutions have no bias, as in the paper's
+    networks for backpropagation; in its networks for the other rules, they have one, but the normalisation cancels it.
     """
 
     shortcuts: bool = option(True, "add a shortcut around the convolutions of each block")
@@ -122,8 +121,9 @@ class ResNet18ImageNet(StagedArchitecture):
     The network has a 7x7 stem with pooling and stages of 64, 128, 256 and 512 channels (He et al. 2016).
 
     ``bn=before`` is torchvision's network, in which the last ReLU of a block follows the sum. ``bn=after`` normalises after the
-    ReLU, as Akrout et al. 2019 do. The appendix with the details of their network is not available. With this option, a block is
-    conv - ReLU - BN twice, plus the shortcut, and no layer follows the sum; projections are 1x1 convolution - BN.
+    ReLU, as Akrout et al. 2019 do. The appendix with the details of their network is not available. With ``bn=after``, a block is
+    conv - ReLU - BN twice, plus the shortcut, and no layer follows the sum. With both settings, shortcuts are 1x1 convolution -
+    BN where the shape changes.
     """
 
     bn: str = option("before", "batch normalisation before or after the ReLU", choices=["before", "after"])

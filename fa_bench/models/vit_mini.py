@@ -34,7 +34,7 @@ class ViTMini(TransformerArchitecture):
 
     The cut points are the outputs of embed, of q, k and v, of the attention, of every activation and of every block; for the last
     block, the output of the final LayerNorm is used instead. No error passes through a weight, except to the LayerNorms within
-    blocks (see residual_mlp).
+    blocks, because there is no cut between them and the next layer.
     """
 
     patch: int = option(4, "height and width of a patch in pixels", minimum=1)

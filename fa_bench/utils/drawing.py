@@ -1,5 +1,4 @@
-"""Matplotlib with its default settings, regardless of the settings of a notebook, a shell or a matplotlibrc file. Figures are
-never shown."""
+"""Matplotlib with its default style, regardless of the settings of a notebook, a shell or a matplotlibrc file."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Within the block, figures look the same on every machine. The process's settings and backend are restored afterwards.
+    """Within the block, figures have matplotlib's default style. The process's settings and backend are restored afterwards.
 
     Modules that import matplotlib at the top level must not be imported before the block begins.
     """

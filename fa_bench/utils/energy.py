@@ -1,4 +1,4 @@
-"""The energy counters of the machine, which are RAPL for processors and NVML for NVIDIA GPUs."""
+"""The energy counters of the machine: RAPL for processors, and NVML for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Rapl:
     processes.
 
     Raises:
-        OSError: the counter cannot be read; on most systems, only root can do so.
+        OSError: the counter cannot be read; on most systems, only root can read it.
         ValueError: the counter's file does not contain a number.
     """
 
@@ -76,9 +76,9 @@ class EnergyMeter:
 
     @classmethod
     def of(cls, device: torch.device) -> EnergyMeter | None:
-        """An energy meter for a run on this device. The meter reads the counters of the processor packages, of their memory if
-        available, and of the GPU if the run uses one. The result is None if the processors or the GPU used by the run have no
-        readable counter."""
+        """An energy meter for a run on this device. The meter reads the counters of the processor packages and their memory, if
+        they are readable, and that of the GPU if the run uses one. The result is None if a run on the CPU has no readable
+        counter, if the counter of a run's GPU is not readable, and for devices of other types."""
         counters = rapl()
         if device.type == "cuda":
             import torch

@@ -16,7 +16,7 @@ from typing import Any
 
 from fa_bench.errors import FaBenchError, OutputError, RunDirectoryError, printable, truncate
 
-#: The files in a run directory.
+#: The names of files in a run directory.
 CONFIG, LOG, METRICS, CURVES, RESULT = "config.yaml", "run.log", "metrics.jsonl", "curves.csv", "result.json"
 ANGLES = "angles.jsonl"
 
@@ -76,8 +76,8 @@ def resolved(path: Path) -> Path:
 
 
 def check_lock(path: Path) -> None:
-    """Refuse a path that is not a lock file. Locking truncates the file, so the file must not have any other content or any other
-    hard links."""
+    """Refuse a path where there is anything but a lock file. Locking truncates the file, so its content must be that of a lock
+    file, and there must be no other hard links to it."""
     try:
         status = path.lstat()
         if status.st_nlink == 0:  # the lock holder is removing it right now
@@ -90,7 +90,7 @@ def check_lock(path: Path) -> None:
 
 
 def check_temporary(path: Path, prefix: bytes) -> None:
-    """Refuse to create `path` if a file that fa-bench did not write has its temporary name, because that file would be replaced.
+    """Refuse to create `path` if the file with its temporary name was not written by fa-bench, because it would be replaced.
 
     Args:
         path: the file to be written.
@@ -124,7 +124,8 @@ def check_writable(path: Path) -> None:
     """Refuse, before training, a directory that cannot be created or written to.
 
     Raises:
-        RunDirectoryError: if the directory is refused; the message names the part of the path that is the obstacle, and why.
+        RunDirectoryError: if the directory is refused; the message names the path, or the part of it that is the obstacle, and
+            the reason.
     """
     try:
         if "\0" in str(path):

@@ -28,10 +28,10 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
     Args:
         path: the lock file.
-        wait: wait until the lock is free rather than for `PATIENCE` seconds.
+        wait: wait until the lock is free rather than for at most `PATIENCE` seconds.
 
     Raises:
-        Timeout: if another process holds the lock.
+        Timeout: if another process still holds the lock after `PATIENCE` seconds, unless `wait` is true.
         RunDirectoryError: if `path` exists and is not a lock file.
         OSError: if the file cannot be created.
     """

@@ -76,7 +76,7 @@ def require_option_memory(option: str, value: float, entries: float, what: str, 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, numpy or one of torch's allocators raised the error because memory could not be allocated."""
+    """Whether Python, numpy or torch raised the error because memory could not be allocated or a tensor's size overflowed."""
     if isinstance(error, MemoryError):
         return True
     phrases = (
@@ -102,8 +102,8 @@ def describe_failure(error: BaseException) -> str:
 def within_memory() -> Iterator[None]:
     """Within the block or the decorated function, raise a ConfigError if the parts of a run do not fit into memory.
 
-    A model or feedback that is too large is refused before it is allocated. If any other part is too large, the error is raised
-    when an allocation fails.
+    A single tensor of the model or its feedback that is too large is refused before it is allocated. In all other cases, the
+    error is raised when an allocation fails.
     """
     from torch.overrides import TorchFunctionMode
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-#: ASCII replacements for symbols that an encoding lacks. Letters lose their accents, Greek letters are spelled out, and
-#: other characters are escaped.
+#: ASCII replacements for characters that an encoding lacks. Of the characters not listed here, letters lose their accents, Greek
+#: letters are spelled out, and those without an ASCII equivalent are escaped.
 ASCII = {
     "±": "+/-",
     "°": "deg",
@@ -72,11 +72,11 @@ class _UnclosableStream(io.TextIOWrapper):
 def resilient_output() -> Iterator[Callable[[], str]]:
     """Within the block, standard output and standard error accept any text, and writing to them never fails.
 
-    Output to a closed stream is discarded, and characters that the encoding lacks are replaced according to `ASCII`. Streams that
+    Output to a closed stream is discarded, and characters that the encoding lacks are replaced by ASCII characters. Streams that
     another program has installed, such as those of a notebook, are not changed.
 
-    Yields: A function that returns the reason why text on standard output was lost, or an empty string if no text was lost that a
-    reader still wants.
+    Yields: A function that returns the reason why text on standard output was lost, or an empty string if no wanted text was
+    lost.
     """
     original = sys.stdout, sys.stderr
     streams = [_resilient(stream, number) for number, stream in enumerate(original, start=1)]
@@ -90,8 +90,8 @@ def resilient_output() -> Iterator[Callable[[], str]]:
 
 
 def exit_code(command: str, run: Callable[[], int]) -> int:
-    """Call `run` under `resilient_output` and return its exit code, or 2 if output was lost that a reader still wants. The error
-    message begins with `command`."""
+    """Call `run` under `resilient_output` and return its exit code. If wanted output was lost, print an error message that begins
+    with `command`, and return 2."""
     with resilient_output() as failure:
         code = run()
         if reason := failure():
@@ -118,7 +118,7 @@ def _resilient(stream: TextIO | None, number: int) -> TextIO:
         return stream
     if stream is None:  # it was closed when Python started
         if not _is_open(number):
-            _redirect_to_null(number)  # otherwise the next file opened would become standard output, for child processes too
+            _redirect_to_null(number)  # otherwise, output of child processes could go to a file that has got this descriptor
         return open(os.devnull, "w", encoding="utf-8", errors="replace")
     stream.flush()
     codecs.register_error(_ERRORS, _to_ascii)

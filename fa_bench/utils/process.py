@@ -46,7 +46,7 @@ def seed_everything(seed: int) -> None:
 
 
 def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
-    """Make torch refuse nondeterministic operations, or only warn about them.
+    """Make torch refuse nondeterministic operations, or warn about them if `warn_only` is true; `enabled=False` allows them.
 
     Nothing is done if the setting is already in effect, because a change makes torch import its compiler, which takes a second.
     """
@@ -81,7 +81,8 @@ def freeze_before_second_job() -> None:
         gc.freeze()
 
 
-#: Global module hooks, which a model or a plugin may leave registered.
+#: The variables of torch's module system, and the names of those that hold global hooks, which a model or a plugin may leave
+#: registered.
 _MODULES = vars(torch.nn.modules.module)
 _HOOKS = [name for name, value in _MODULES.items() if name.startswith("_global_") and isinstance(value, dict)]
 
@@ -93,8 +94,8 @@ def _flushes_denormals() -> bool:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """After the block, restore the process's random state, precision, threads, determinism, hooks and working directory, and free
-    unused memory. The run directories of a sweep are relative to the working directory.
+    """After the block, restore the process's random state, numerical settings, number of threads, global hooks and working
+    directory, and free unused memory. The working directory is restored because a sweep's run directories are relative to it.
     """
     state, folder = random_state(), os.getcwd()
     hooks = {name: _MODULES[name].copy() for name in _HOOKS}

@@ -61,8 +61,8 @@ def _identities(sign: int) -> Callable[[Tensor, torch.Generator | None], Tensor]
     return fill
 
 
-#: The initialisers of weights and feedback. Fans count kernel positions. U(a) is the uniform distribution on [-a, a), and N(0, v)
-#: is the normal distribution with variance v.
+#: The initialisers of weights and feedback; for fan_in and fan_out, see `fans`. U(a) is the uniform distribution on [-a, a), and
+#: N(0, v) is the normal distribution with variance v.
 INITIALISERS: dict[str, Initialiser] = {
     "xavier_uniform": Initialiser(True, lambda i, o: math.sqrt(6 / (i + o)), "U(√(6 / (fan_in + fan_out)))"),
     "xavier_normal": Initialiser(False, lambda i, o: math.sqrt(2 / (i + o)), "N(0, 2 / (fan_in + fan_out))"),
@@ -82,7 +82,7 @@ INITIALISERS: dict[str, Initialiser] = {
     ),
 }
 
-#: The initialisers for weights, and for feedback with given signs, of which only the magnitudes are sampled.
+#: The initialisers for weights, and for feedback with given signs, where only the magnitudes are sampled.
 CONTINUOUS = [name for name, initialiser in INITIALISERS.items() if initialiser.fill is None]
 
 
@@ -107,7 +107,8 @@ def initialiser_of(name: str, what: str = "", others: Sequence[str] = ()) -> Ini
 
 
 def fans(shape: Sequence[int]) -> tuple[int, int]:
-    """The pair (fan_in, fan_out) for a weight of this shape. Kernel positions are counted, as in torch."""
+    """The pair (fan_in, fan_out) for a weight of this shape. Both include the number of kernel positions as a factor, as in
+    torch."""
     kernel = math.prod(shape[2:])
     return shape[1] * kernel, shape[0] * kernel
 
@@ -190,8 +191,8 @@ def seed_words(seed: int) -> tuple[int, int]:
 
 
 def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tuple[int, int], out: Tensor | None = None) -> Tensor:
-    """Map uniformly distributed integers from -2^22 to 2^22 - 1 to magnitudes. No magnitude is zero, and the mean is exact for
-    uniform distributions."""
+    """Map uniformly distributed integers from -2^22 to 2^22 - 1 to magnitudes. No magnitude is zero unless the distribution's
+    scale is zero, and the mean is exact for uniform distributions."""
     initialiser = initialiser_of(init)
     scale = initialiser.scale(*fan_in_out)
     step = (scale if initialiser.is_uniform else 1.0) / 2**23
@@ -201,7 +202,7 @@ def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tupl
 
 # The numbers from `_hashed` are the upper 23 bits of a hash of the index and the seed. The hash begins with a Weyl sequence in
 # the index, which starts at the first half of the seed. The finaliser of MurmurHash3 mixes the Weyl sequence. Between the two
-# steps of the finaliser, the second half of the seed is combined with the hash by XOR.
+# multiplications of the finaliser, the second half of the seed is combined with the hash by XOR.
 _WEYL, _MIX1, _MIX2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 #: The number of values that are hashed at a time on a CPU, chosen so that they stay in its cache.
 _PART = 65536

@@ -12,7 +12,7 @@ from typing import Any
 #: SIGHUP, which is sent when the terminal is closed, does not exist on Windows.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-#: The requeue signal of submitit is USR2, unless SUBMITIT_PREEMPT_SIGNAL names USR1.
+#: The signals with which submitit may requeue a job: USR2 by default, or USR1 if SUBMITIT_PREEMPT_SIGNAL names it.
 _REQUEUE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 
 
@@ -59,9 +59,10 @@ def _is_own(handler: Any) -> bool:
 
 @contextmanager
 def deferred_signals() -> Iterator[StopRequest]:
-    """Within the block, the first signal is only recorded in the StopRequest, but a second SIGINT raises Interrupted immediately.
+    """Within the block, the first signal is only recorded in the StopRequest, but a SIGINT after it raises Interrupted
+    immediately.
 
-    If the block does not check the request, Interrupted is raised at its end.
+    If the block ends without checking the request, a recorded signal raises Interrupted at the end.
     """
     request = StopRequest()
 
@@ -77,7 +78,8 @@ def deferred_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def interrupt_on_signals(on_signal: Callable[[int], Any] = lambda number: None) -> Iterator[None]:
-    """Within the block, each of `SIGNALS` raises Interrupted, after `on_signal` has been called with its number.
+    """Within the block, a signal of `SIGNALS` or a requeue signal of submitit raises Interrupted, after `on_signal` has been
+    called with its number.
 
     Any error after a signal is also converted to Interrupted, because interrupted code, such as an import, may fail in unexpected
     ways.

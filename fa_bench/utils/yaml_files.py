@@ -61,7 +61,7 @@ def _parse(text: str, source: str) -> Any:
     try:
         try:
             _check(text, source, _FAST)
-        except (ConfigError, yaml.YAMLError):  # PyYAML's own messages name the line more precisely
+        except (ConfigError, yaml.YAMLError):  # PyYAML's Python parser names the line more precisely than libyaml
             _check(text, source, yaml.SafeLoader)
         return OmegaConf.load(io.StringIO(text))
     except ConfigError:
@@ -69,7 +69,7 @@ def _parse(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}" if mark else ""
-        problem = " ".join((error.problem or error.context or "no YAML").split())
+        problem = " ".join((error.problem or error.context or "not YAML").split())
         raise ConfigError(f"{source}{where}: invalid YAML ({problem})") from None
     except Exception as error:  # OmegaConf raises many types of errors for odd content
         raise ConfigError(f"{source}: invalid YAML ({first_line(error)})") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @contextmanager
 def sampled_on_cpu() -> Iterator[None]:
-    """A context in which a seed produces the same numbers on every device and in every dtype.
+    """A context in which a seed produces the same numbers on every device and, except for rounding, in every dtype.
 
     Without it, generators on two devices produce different numbers for the same seed. In this context, `Tensor.normal_` and
     `Tensor.uniform_` sample in float64 on the CPU with the seed of the given generator, copy the numbers to the tensor, and

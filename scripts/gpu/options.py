@@ -76,7 +76,7 @@ def run(context: Context, section: Section) -> None:
     section.notes = [
         f"Runs of {' '.join(COMMON)}, compared with the same run without the option on the same device (row plain: the "
         f"reference). The relative difference of the training loss in the last epoch must be within the tolerance, which allows "
-        f"for rounding errors that 22 updates amplify; the rows 'again', without any option, show the difference between two "
+        f"for rounding errors that 20 updates amplify; the rows 'again', without any option, show the difference between two "
         f"equal runs. The other columns are the seconds of training without compilation, the seconds of compilation, and how "
         f"often torch did not capture a CUDA graph. If an option includes accumulate=2, so does its reference."
     ]

@@ -26,6 +26,7 @@ class Section:
         missing: descriptions of the runs that were left out for lack of time.
         error: the error that ended the part, if any.
         budget, seconds: the time that the part was given and the time that it took, in seconds.
+        path: the file to which the section is saved; None if it is not saved.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Section:
         self.save()
 
     def save(self) -> None:
-        """Write the section to its file, if it has one."""
+        """Write the section to `path` as JSON, unless `path` is None."""
         if self.path is not None:
             write_text(self.path, json.dumps(self.plain()))
 
@@ -84,7 +85,7 @@ def write_page(folder: Path, header: dict[str, str], sections: list[Section]) ->
 
 
 def markdown(header: dict[str, str], sections: list[Section]) -> str:
-    """The page."""
+    """The text of gpu_check.md."""
     lines = [
         "# GPU check",
         "",

@@ -160,10 +160,7 @@ def _kill_group(process: subprocess.Popen[Any]) -> None:
 
 
 def run_here(part: Part, context: Context, section: Section) -> int:
-    """Run a part in this process, and record any error in its section.
-
-    The exit code is always 0.
-    """
+    """Run a part in this process, record any error in its section, and return the exit code 0."""
     section.status = RUNNING
     section.save()
     try:

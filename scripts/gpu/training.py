@@ -15,33 +15,33 @@ from .jobs import RunFailed, train
 from .page import Section
 from .parts import Context
 
-#: The rules in the paper's figure, which are trained first.
+#: The rules in Fig. 2 of Li and Benna 2024, which are trained first.
 FIGURE = ["bp", "frozen", "fa", "dfa", "usf", "pfa", "pfa_o"]
 CIFAR_NETS, CIFAR_RULES = ("resnet20", "resnet18"), ("bp", "fa", "kp", "dfa")
 
 
 def figure2(context: Context, section: Section) -> None:
-    """Add a row for each rule on MNIST, with as many epochs as the time allows."""
+    """Add a row for each rule on MNIST, with as many epochs as the time allows, up to 40."""
     if not (context.data_dir / "MNIST").is_dir():
         section.notes.append(f"Skipped: {context.data_dir} contains no folder MNIST.")
         return
     rules = FIGURE + [name for name in ALGORITHMS if name not in FIGURE]
     section.columns = ["rule", "epochs", "test accuracy (%)", "training loss", "seconds of training", "peak memory (MB)"]
     try:
-        train(context, *_figure2(context, "fa", 1))  # includes the start of the device
+        train(context, *_figure2(context, "fa", 1))  # not timed, because it includes the initialisation of the device
         start = time.time()
         train(context, *_figure2(context, "fa", 1))
         usual = time.time() - start
     except RunFailed as error:
         section.add("fa", 1, str(error), passed=False)
         return
-    # Some rules take several times as long as fa.
+    # The factor 1.5 allows for rules that take several times as long as fa.
     epochs = max(1, min(40, int(context.left() / (1.5 * usual * len(rules)))))
     section.notes = [
         f"The protocol of experiment=pfa_fig2 (784-512-512-10, SGD, batches of 64) with **{epochs} epochs instead of 40** and "
         f"one seed instead of five, so that all rules fit; the milestones of the learning rate are at the same fractions. The "
-        f"figure has {', '.join(FIGURE)}; the other rules use the same settings, which were not tuned for them. This is not the "
-        "paper's figure."
+        f"paper's figure has {', '.join(FIGURE)}; the other rules use the same settings, which were not tuned for them. This "
+        "table does not reproduce the figure."
     ]
     slowest = usual * epochs
     for rule in rules:

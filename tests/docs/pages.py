@@ -1,4 +1,4 @@
-"""Helpers that read the code blocks, shell commands and links of the handwritten pages."""
+"""Helpers that read the code blocks and shell commands of README.md, CONTRIBUTING.md and the pages in docs/."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FENCE = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2$", re.S | re.M)
 
 
 class Block(NamedTuple):
-    """The language and the code of a fence."""
+    """The language and the code of a fenced block."""
 
     language: str
     code: str
@@ -30,17 +30,18 @@ def name_of(page: Path) -> str:
 
 
 def fences(page: Path) -> list[Block]:
-    """The fences of a page, in order."""
+    """The fenced blocks of a page, in order."""
     return [Block(match[3], textwrap.dedent(match[4])) for match in FENCE.finditer(page.read_text(encoding="utf-8"))]
 
 
 def prose(page: Path) -> str:
-    """The page without its fences."""
+    """The text of the page without its fenced blocks."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 def indented(page: Path) -> list[str]:
-    """The indented lines outside fences, without their indentation; a line that ends in a backslash is joined to the next one."""
+    """The lines outside fenced blocks that are indented by four spaces, without their indentation; a line that ends in a
+    backslash is joined to the next one."""
     return re.findall(r"^    (?=\S)(.*)$", prose(page).replace("\\\n", ""), re.M)
 
 

@@ -1,4 +1,4 @@
-"""Every Python block and every shell command on the pages works, or is listed with the reason why it is not run."""
+"""Every Python block on the pages runs, and every shell command is valid; `NOT_RUN` lists exceptions with their reasons."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_commands_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def check_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compose the first job, and one further job for every other value in the command; launcher options are ignored, because they
-    have their own tests."""
+    """Compose and check the first job, and further jobs until every value in the command occurs in one of them; launcher options
+    are ignored, because they have their own tests."""
     if "--help" in words:
         assert main(words) == 0
         return
@@ -227,7 +227,7 @@ CHECKS = {
 
 
 def test_pages_of_rules_attach_their_rule() -> None:
-    """The attach line is the same on every page; the tests of the table in choose_a_rule attach every rule."""
+    """These lines are only searched for, because test_doc_pages.py attaches every rule."""
     for name in ALGORITHMS:
         assert f'rule = fa_bench.attach(model, "{name}")' in indented(DOCS / "rules" / f"{name}.md")
 

@@ -1,4 +1,4 @@
-"""The pages of docs/ are correct: generated ones are up to date, tables are complete, and commands and examples work."""
+"""Tests of pages in docs/: generated ones are up to date, tables are complete and correct, and the examples of guides work."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_guide_to_rules_lists_every_method_that_may_be_overridden() -> None:
         for name, member in vars(base).items()
         if callable(member) or isinstance(member, property)
     }
-    assert overridden & inherited, "the rules override something"
+    assert overridden & inherited, "no rule overrides anything"
     assert not {name for name in overridden & inherited if f"| `{name}" not in guide}
 
 

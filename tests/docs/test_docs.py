@@ -1,4 +1,4 @@
-"""The examples in the documents work."""
+"""The examples in README.md, CONTRIBUTING.md, docs/command_line.md and docs/add_a_rule.md work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every link on a page, in the notebook and in the built site leads to an existing target, including its anchor."""
+"""Every internal link on a page, in the notebook and in the built site leads to an existing target, including its anchor."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ class Elements(HTMLParser):
     """Collects the addresses that a page of the site uses, and the anchors that it defines.
 
     Attributes:
-        opened: addresses of links; loaded: those of scripts, styles, images and frames.
+        opened: the addresses of links.
+        loaded: the addresses of scripts, styles, images and frames.
+        ids: the anchors.
+        math: the number of equations.
     """
 
     def __init__(self) -> None:

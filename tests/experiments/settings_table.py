@@ -1,9 +1,9 @@
-"""The table of published settings that the experiments must reproduce, written from the papers and their official code.
+"""The settings that the experiments must have, written from the papers and code that they reproduce.
 
-Marks in the comments give the source of each number:
+Marks in the comments give the source of a number; a number without a mark is from the paper.
 
-- [paper]: the paper states it, in the section or table that the comment names.
-- [code]: only the authors' code states it.
+- [paper]: the paper states it; the mark distinguishes it from numbers with another source in the same comment.
+- [code]: only the code states it, that is, the authors' code or the implementation that the comment names.
 - [choice]: neither specifies it, so the project chose it. The experiment's YAML file documents the choice unless noted here.
 
 A setting that the table does not name must have its component's default, so no experiment can change it unnoticed.
@@ -20,7 +20,8 @@ from fa_bench.registry.registries import ALGORITHMS
 
 #: Settings by their key on the command line, such as ``optimizer.lr``.
 Settings = dict[str, Any]
-#: A case is a pair (conditions, settings); the settings apply to the runs that meet the conditions. A tuple lists alternatives.
+#: A case is a pair (conditions, settings); the settings apply to the runs that meet the conditions. A tuple in the conditions
+#: lists alternatives.
 Case = tuple[Mapping[str, Any], Settings]
 
 
@@ -109,8 +110,8 @@ COMPONENTS: list[Case] = [
         ),
     ),
     ({"algorithm": "asfp_lc"}, _keys("algorithm", pool=2, cuts=None)),  # appendix B: average pooling to 2x2
-    # The ASAP paper compares itself with these papers: Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice];
-    # Nøkland and Eidnes 2019; Belilovsky et al. 2020 with their "mlp-sr" auxiliary nets.
+    # The ASAP paper compares ASAP with the rules of Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice], of
+    # Nøkland and Eidnes 2019, and of Belilovsky et al. 2020 with their "mlp-sr" auxiliary nets.
     ({"algorithm": "local_error"}, _keys("algorithm", m_init="kaiming_uniform", features=4096, separate=False, cuts=None)),
     (
         {"algorithm": "predsim"},
@@ -119,12 +120,12 @@ COMPONENTS: list[Case] = [
     # Deep supervision is the project's own reference, with the classifiers of predsim and losses of equal weight [choice].
     ({"algorithm": "bp_deepsup"}, _keys("algorithm", weight=1.0, decoder_size=4096, decoder_init="zeros", cuts=None)),
     ({"algorithm": "dgl"}, _keys("algorithm", auxiliary_net="mlp_sr", cuts=None)),
-    # Every neuron of every hidden activation has its own row of feedback, except in PFA's runs on CIFAR-10.
+    # In DFA, every neuron of a hidden activation has its own column of feedback, unless a case or a sweep below differs.
     ({"algorithm": "dfa"}, _keys("algorithm", form="neuron", cuts=None, density=1.0)),
     ({"algorithm": "fa"}, _keys("algorithm", linear_b_init=None, density=1.0, plain_last=False)),
     ({"algorithm": "kp"}, _keys("algorithm", b_lr_scale=1.0, plain_last=False)),  # W and B have the same learning rate
-    # In the PFA paper, the feedback of USF is the sign of the weight times the standard deviation of Glorot's initialisation
-    # [code].
+    # In the code of the PFA paper, the feedback of USF is the sign of the weight times the standard deviation of Glorot's
+    # initialisation [code].
     ({"algorithm": "usf"}, _keys("algorithm", scale="xavier", plain_last=False, density=1.0)),
     # In section 3.1 of the DKP paper, backward matrices are sampled with Kaiming's initialisation. The matrices of DRTP follow
     # the code of Frenkel et al. [code].
@@ -264,9 +265,9 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10", "architecture": "asap_alexnet"},
         ASAP_CASES,
     ),
-    # Appendix A.2 uses a batch size of 50 and a learning rate of 1e-4. It trains a linear net, and a net with
-    # normalisation and ReLU, both with the hidden widths 10-10-10. The net with normalisation also normalises its logits [code].
-    # The initialisers, the 784 inputs and the three seeds are the project's choice [choice].
+    # Appendix A.2 uses a batch size of 50 and a learning rate of 1e-4. It trains a linear net, and a net with normalisation and
+    # ReLU, both with the hidden widths 10-10-10. The net with normalisation also normalises its logits [code]. The initialisers,
+    # the 784 inputs and the three seeds are the project's choice [choice].
     "asap_fig6": Preset(
         [
             {
@@ -285,7 +286,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "mnist", "architecture": "mlp"},
         [
             *ASAP_CASES,
-            # The initialiser was chosen by the accuracy of backpropagation [choice].
+            # The initialisers of the weights were chosen by the accuracy of backpropagation [choice].
             ({}, {"batch_size": 50, "optimizer.lr": 1e-4, "architecture.widths": [10, 10, 10], "architecture.linear_init": None}),
             ({"algorithm": "forward_alignment"}, {"algorithm.c_init": "kaiming_uniform"}),
         ],
@@ -300,8 +301,7 @@ PFA_CASES: list[Case] = [({"algorithm": ("fa", "dfa")}, {"algorithm.b_init": "xa
 BOTH_PFA = ("pfa", "pfa_o")
 PFA_TABLE = ["bp", "frozen", "fa", "dfa", "usf", "pfa", "pfa_o"]
 FIVE = range(5)
-#: The settings are from appendix A.1. PFA's decay after the first epoch is 0.003 x 0.03 = 9e-5 [code], but the paper states 1e-4.
-#: Curves are measured on the test set [code].
+#: The settings are from appendix A.1. Curves are measured on the test set [code].
 PFA_MNIST: Settings = PFA | {
     "dataset": "mnist",
     "architecture": "mlp",
@@ -312,6 +312,7 @@ PFA_MNIST: Settings = PFA | {
     "optimizer.weight_decay": 1e-4,
     **_multistep([20, 30], 0.5),
 }
+#: PFA's decay after the first epoch is 0.003 x 0.03 = 9e-5 [code], but the paper states 1e-4.
 PFA_MNIST_CASES: list[Case] = [
     *PFA_CASES,
     ({"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 0.03, "optimizer.weight_decay": 9e-5}),
@@ -442,7 +443,7 @@ DKP_PAPER: dict[str, Preset] = {
         DKP_SMALL_CASES,
     ),
     # The 90 epochs, ten trials and decay 1e-4 are from the paper [paper]; the batch size, crops and normalisation are from the
-    # code [code]. Section 3.2 uses a learning rate of 0.1 for backpropagation, including backpropagation in the fully connected
+    # code [code]. Section 3.2 uses a learning rate of 0.1 for backpropagation, both in all layers and in the fully connected
     # layers only. For the other rules, the learning rate is 0.01 on CIFAR-100 and 5e-3 on Tiny ImageNet. The baseline `frozen`
     # trains only the output layer, with the learning rate of the other rules [choice]; the experiment does not document this
     # choice.
@@ -484,8 +485,8 @@ DKP_PAPER: dict[str, Preset] = {
 
 #: Section 6 trains on ImageNet with normalisation after the ReLU, and reduces the learning rate by 90 % at epoch 32. All other
 #: settings are in an appendix that is not available. Learning rate, momentum, decay, batch size and initial weights are those of
-#: torchvision's reference, and there are 50 epochs [choice]. torchvision initialises only convolutions in this way; its output
-#: layer has torch's default.
+#: torchvision's reference, and there are 50 epochs [choice]. torchvision uses kaiming_normal_fan_out only for convolutions; its
+#: output layer has torch's default.
 WM: Settings = {
     "dataset": "imagenet",
     "dataset.validation": 0.0,

@@ -208,9 +208,9 @@ def test_a_trial_is_smaller_in_every_part_and_never_larger(folder: Path) -> None
         assert job.feedback_optimizer is not None
         assert job.optimizer.schedule.step_size == step
         assert job.feedback_optimizer.schedule.milestones == milestones
-        assert (job.run.batch_size, job.run.probe_size) == (6, 3), "unchanged, because they are small"
+        assert (job.run.batch_size, job.run.probe_size) == (6, 3), "small sizes have changed"
     assert (small.run.epochs, tiny.run.epochs) == (20, 1)
-    assert [scale and scale.train for scale in SCALES.values()] == [None, 10_000, 24], "as the option's help says"
+    assert [scale and scale.train for scale in SCALES.values()] == [None, 10_000, 24], "the help of the option scale is outdated"
     large = scaled(jobs(folder, "batch_size=50", "probe_size=50", "scale=smoke")[0])
     assert (large.run.batch_size, large.run.probe_size) == (8, 4) and large.feedback_optimizer is None
 
@@ -277,7 +277,7 @@ def assert_published_are_answered(name: str, composed: list[Job]) -> None:
     """Check that every published number of the experiment has a job in its sweep. If a published number belongs to certain
     layers, check that the net of its job has them."""
     for entry in published():
-        # Curves with k = 4 are from another figure, not from Table 1; algorithm=asap algorithm.k=2,4 reproduces them.
+        # No experiment contains the ASAP paper's curves with k = 4; algorithm=asap algorithm.k=2,4 reproduces them.
         if name not in entry.experiments or entry.where.get("algorithm.k") == 4:
             continue
         found = []

@@ -1,4 +1,4 @@
-"""Every experiment runs the rules and settings that the table of the papers lists."""
+"""Every experiment runs the rules and settings that settings_table.py lists."""
 
 from __future__ import annotations
 

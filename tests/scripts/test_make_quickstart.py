@@ -1,4 +1,4 @@
-"""The README shows the output of its first command."""
+"""Tests of the script that updates the table and the picture of the README's first command."""
 
 from __future__ import annotations
 

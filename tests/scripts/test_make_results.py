@@ -1,4 +1,4 @@
-"""docs/results.md equals the template rendered with the committed results."""
+"""Tests of the script that collects results and writes docs/results.md and the README's results from them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from fa_bench.models.base import ACTIVATIONS
 
 @dataclasses.dataclass(frozen=True)
 class ConvStage:
-    """A convolution with square kernels, followed by max-pooling.
+    """A convolution with square kernels, optionally followed by max-pooling.
 
     Attributes:
         channels, kernel, stride, padding: the channels, kernel, stride and padding of the convolution.
@@ -32,7 +32,7 @@ class ConvStage:
     ceil: bool = False
 
     def size(self, length: int) -> int:
-        """The height or width of the stage's output; below 1 if nothing is left of the image."""
+        """The height or width of the stage's output for an input of `length` pixels; below 1 if nothing is left of the image."""
         length = (length + 2 * self.padding - self.kernel) // self.stride + 1
         if not self.pool:
             return length
@@ -70,7 +70,7 @@ def convnet(
         linear_norm: whether batch normalisation follows the hidden fully connected layers.
         dropout: rate of the dropout before every hidden fully connected layer; None for no dropout.
         output_norm: whether the logits are batch-normalised.
-        name: the name of the net in errors.
+        name: the name of the net in error messages.
 
     Raises:
         ConfigError: for images that are too small for the stages.

@@ -73,7 +73,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
-        # The modules are defined in the order of execution, which determines the order of the cuts.
+        # The modules are defined in the order of execution, because their order determines the order of the cuts.
         if not post_norm:
             self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, dropout, causal)
