@@ -38,8 +38,8 @@ def within_option() -> Any:
     """The option that sets how far down the errors of a cut rule are exact."""
     return option(
         "layer",
-        "how far down errors are exact: to the next weights (layer), or through the whole block between two cuts, which "
-        "transports weights within blocks (block)",
+        "how far the error at a cut is backpropagated exactly: only to the nearest weights below (layer), or through all "
+        "layers down to the next cut (block), with weight transport within each block",
         choices=["layer", "block"],
         identifying=False,
     )

@@ -392,7 +392,8 @@ class Rule(Options):
         return {}
 
     def begin_epoch(self, epoch: int) -> None:
-        """Called by the runner before every epoch, counted from 0, for rules that change during training."""
+        """Called by the runner before every epoch; `epoch` counts from 0. Override this method in rules that change during
+        training."""
 
     @property
     def needs_step(self) -> bool:

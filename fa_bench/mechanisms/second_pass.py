@@ -188,8 +188,8 @@ def repeated(
         mode: `Rule.mode`.
         first: the pass that is repeated.
         args: replaces the positional arguments.
-        inputs, outputs: module's path -> change of the tensor at the module's input, or output. A change that stores the tensor
-            for later must store its `value_of`.
+        inputs, outputs: module's path -> change of the tensor at the module's input, or output. A change that keeps the tensor
+            beyond the pass must keep `value_of(tensor)`.
         precise: whether autocast is off.
     """
     handles = []

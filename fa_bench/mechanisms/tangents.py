@@ -51,7 +51,7 @@ def output_tangent(
         first: the training pass.
         method: one of `METHODS`.
         directions: tangents that are added at modules; each function is called once, with the tensor there.
-        parameters: parameter -> its tangent, in its shape.
+        parameters: parameter -> a tangent of the same shape.
 
     Raises:
         CoverageError: in forward mode, if an operation has no forward-mode derivative, or if the output does not depend on any of

@@ -28,7 +28,7 @@ class Mode:
         alone: nothing is exchanged with the other processes of a data-parallel run, which are not doing the same at the moment.
         layerwise: compound modules call one layer for each of their weights; otherwise they may use fused kernels.
         always_layerwise: compound modules call these layers even if gradients are disabled.
-        training: a forward pass of the whole model with gradients is running.
+        training: a forward pass of the whole model with gradients is running, and `exact` is off.
         without_gradients: path -> trainable layer that ran without gradients in this pass.
         with_gradients: paths of the layers that ran with gradients in this pass.
         seeds: in a compiled graph, path -> seed of the layer's random tensors in this pass.

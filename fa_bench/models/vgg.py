@@ -36,9 +36,10 @@ class VGG(Architecture):
     fourth and the last convolution of VGG-7 have no padding. The VGG-9 that PCX lists is a different one, with 64 to 512 channels
     and three fully connected layers.
 
-    The network of depth 16 has ReLU and the 13 convolutions of configuration D of Simonyan and Zisserman 2015, with 64 to 512
-    channels. One linear layer replaces the three fully connected layers of that paper, and ``batch_norm=true`` normalises before
-    every activation. A single linear layer and batch normalisation are common practice for CIFAR but are not in the paper.
+    The network of depth 16 has the 13 convolutions of configuration D in Simonyan and Zisserman 2015, with 64 to 512 channels,
+    each followed by a ReLU. One linear layer replaces the three fully connected layers of that paper, and ``batch_norm=true``
+    normalises before every activation. A single linear layer and batch normalisation are common practice for CIFAR but are not in
+    the paper.
     """
 
     depth: int = option(5, "the number in the name of the network: 5, 7, 9 or 16")

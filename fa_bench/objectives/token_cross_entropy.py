@@ -33,8 +33,8 @@ class TokenCrossEntropy(Objective):
     Targets equal to `ignore_index` are excluded from the loss and from all scores. If L is the mean loss in nats, the perplexity
     is exp(L), and the number of bits per token is L / log 2. The number of bits per character is the number of bits per token
     divided by the mean number of characters per token in the split; this score is omitted if the dataset has no characters.
-    Accuracy is the fraction of the counted targets that have the largest logit. `score` selects the primary score, which reports
-    compare and which determines the best epoch and the best settings.
+    Accuracy is the fraction of the counted targets whose logit is the largest at their position. `score` selects the primary
+    score, which reports compare and which determines the best epoch and the best settings.
     """
 
     targets = (POSITIONS, CLASSES)

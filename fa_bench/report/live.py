@@ -175,7 +175,7 @@ def _line(planned: PlannedRun, run: Run, problem: str, now: float) -> Line:
 
 
 def _started(directory: Path) -> float:
-    """The time at which the process that holds the lock started, according to its own record; 0 if unknown."""
+    """The time at which the holder of the directory's lock requested it, as the holder recorded it; 0 if unknown."""
     try:
         return datetime.fromisoformat((lock_holder(directory) or {})["started"]).timestamp()
     except (OSError, ValueError, KeyError, TypeError):

@@ -89,12 +89,12 @@ class References:
         choosable = {group: members for group, members in nearest.items() if not math.isnan(self._validation[group])}
         if not choosable:
             return None, (
-                f"{len(nearest)} rows of {algorithm} match equally well, and none has a validation {run.primary.title} "
-                "to choose by"
+                f"{len(nearest)} rows of {algorithm} have equally similar settings, and none has a "
+                f"validation {run.primary.title} to choose by"
             )
         return (
             self._best_scored(choosable),
-            f"{algorithm} chosen by validation {run.primary.title} from {len(nearest)} equally close rows",
+            f"{algorithm} chosen by validation {run.primary.title} from {len(nearest)} rows with equally similar settings",
         )
 
     def _best_scored(self, rows: Groups) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("weight_perturbation")
 @dataclasses.dataclass(eq=False)
 class WeightPerturbation(DrawingRule, PassRule):
-    """Weight perturbation: gradients are estimated from the effect of noise in all weights on the loss.
+    """Weight perturbation: gradients are estimated from the change of the loss when noise is added to all weights.
 
     The rule uses the two-sided estimate of simultaneous perturbation (SPSA, Spall 1992), as in MeZO (Malladi et al. 2023, arXiv
     2305.17333, official code). Let θ be all trained parameters, v standard normal noise with the shape of θ, ε the option

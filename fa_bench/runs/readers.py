@@ -37,8 +37,8 @@ from fa_bench.utils.files import RESULT
 
 #: The prefixes of the first and the second line of a run's config.yaml.
 HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
-#: The line of a config that contains the seed, and the template seed that replaces it, so that configs that differ only in the
-#: seed are parsed once.
+#: The pattern of a config's seed line, and the seed that replaces the config's own, so that configs differing only in the seed
+#: are parsed once.
 _SEED_LINE, _TEMPLATE_SEED = re.compile(r"^seed: (0|[1-9]\d{0,17})$", re.MULTILINE), 10**17 + 3
 _COMMENTS = re.compile(r"\A(#.*\n)+")
 

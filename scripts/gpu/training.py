@@ -39,9 +39,9 @@ def figure2(context: Context, section: Section) -> None:
     epochs = max(1, min(40, int(context.left() / (1.5 * usual * len(rules)))))
     section.notes = [
         f"The protocol of experiment=pfa_fig2 (784-512-512-10, SGD, batches of 64) with **{epochs} epochs instead of 40** and "
-        f"one seed instead of five, so that all rules fit; the milestones of the learning rate are at the same fractions. The "
-        f"paper's figure has {', '.join(FIGURE)}; the other rules use the same settings, which were not tuned for them. This "
-        "table does not reproduce the figure."
+        f"one seed instead of five, so that all rules fit into the time available. The learning rate drops at the same fractions "
+        f"of the training. The paper's figure has {', '.join(FIGURE)}; the other rules use the same settings, which were not "
+        "tuned for them. This table does not reproduce the figure."
     ]
     slowest = usual * epochs
     for rule in rules:
@@ -94,7 +94,7 @@ def cifar(context: Context, section: Section) -> None:
         return
     section.notes = [
         f"{label}; SGD with momentum 0.9, learning rate 0.05, batches of 128, no validation split, seed 0. The number of "
-        f"epochs is limited by the time, so the results are far from converged."
+        f"epochs is limited by the time available, so the results are far from converged."
     ]
     epochs, expected = 1, 15.0
     while True:

@@ -135,7 +135,7 @@ def test_learning_the_feedback_is_counted_separately() -> None:
     assert own.forward == reference.forward
     assert own.backward == 8 * (FIRST + HIDDEN + LAST + hops)
     assert own.feedback == 8 * (10 * (FIRST + HIDDEN + LAST) + 10 * 16 * 16)
-    assert cost("wm", initial_steps=0)[0].feedback > 0  # the mirror's step follows the backward pass
+    assert cost("wm", initial_steps=0)[0].feedback > 0  # mirror steps run after the backward pass and must be counted, too
 
 
 def test_the_cost_of_a_rule_whose_steps_alternate_is_that_of_its_first_step() -> None:

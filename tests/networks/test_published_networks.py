@@ -65,7 +65,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
 
 
 def perturbed(make: Callable[[], nn.Module]) -> nn.Module:
-    """Perturb all parameters, because zeros in output layers and gains would stop all errors in the first step."""
+    """Make the model and perturb all its parameters; otherwise, zeros in output layers and gains would block every error in the
+    first step."""
     torch.manual_seed(0)
     model = make()
     with torch.no_grad():

@@ -236,7 +236,7 @@ def test_among_several_references_the_nearest_are_taken_on_request_or_by_validat
     table = rows(tmp_path, NEAREST)
     assert table["fa"]["bp_difference"] == pytest.approx(-2.5) and table["fa"]["bp_row"] == "bp-0a"
     assert table["kp"]["bp_difference"] == pytest.approx(4.5) and table["kp"]["bp_row"] == "bp-adam"
-    assert table["kp"]["note"] == f"bp chosen by validation accuracy from 2 equally close rows; {TWO_SEEDS}"
+    assert table["kp"]["note"] == f"bp chosen by validation accuracy from 2 rows with equally similar settings; {TWO_SEEDS}"
     assert table["fa"]["note"] == TWO_SEEDS
 
 
@@ -247,7 +247,7 @@ def test_among_several_references_without_validation_none_is_taken(tmp_path, cho
     write_group(tmp_path, "kp", [0.95])
     row = rows(tmp_path, choice)["kp"]
     assert blank(row["bp_difference"]) and blank(row["bp_difference_n"]) and row["bp_row"] == ""
-    assert row["note"] == "2 rows of bp match equally well, and none has a validation accuracy to choose by"
+    assert row["note"] == "2 rows of bp have equally similar settings, and none has a validation accuracy to choose by"
 
 
 def test_the_nearest_reference_is_that_at_the_row_s_own_setting_even_where_it_did_not_finish(tmp_path):

@@ -302,7 +302,7 @@ def test_stored_errors_follow_model_dtype() -> None:
 
 
 def test_coverage_reports_memory_of_stored_errors() -> None:
-    assert "the last errors of 7 training samples take 175 B" in str(attached()[1].coverage)  # 7 (3 x 8 + 1)
+    assert "most recent error of each of 7 training samples takes 175 B" in str(attached()[1].coverage)  # 7 (3 x 8 + 1)
     assert "training samples" not in str(attached(information="current_error")[1].coverage)
 
 

@@ -72,8 +72,8 @@ def test_rates_are_those_of_torch(schedule: Schedule, build) -> None:
 
 
 def test_a_short_trial_shortens_everything_that_a_schedule_counts() -> None:
-    """All counts are reduced to a tenth, but not below one. A schedule without warm-up does not get one, and fractions of the
-    training do not change."""
+    """All counts are reduced to a tenth, but not below one. A schedule without warm-up does not gain one, and options that are
+    fractions of the training do not change."""
     length, total = (lambda number: max(round(number / 10), 1)), 10
     for schedule, wanted in [
         (Constant(warmup=30), Constant(warmup=3)),

@@ -182,7 +182,7 @@ def _read_points(paths: Iterable[Path], step: int) -> Points:
     points: Points = {}
     for event in itertools.chain.from_iterable(map(_read, paths)):
         if event.session_log.status == SessionLog.START:
-            # By TensorBoard's convention, the start of a session replaces all earlier events from its step on.
+            # By TensorBoard's convention, a session start discards all previously written events at its step or later.
             points = {key: point for key, point in points.items() if key[0] < event.step}
         if event.step <= step:
             points.update(

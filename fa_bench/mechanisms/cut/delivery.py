@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.updates import LearnedTensor
 
 
-#: The number of passes whose loss is checked. One pass would not be enough, because a gradient scaler may skip the first ones.
+#: The number of passes whose loss is checked. One pass would not be enough, because with a gradient scaler the gradients of the
+#: first passes may overflow, and nothing can then be checked.
 _CHECKED_PASSES = 3
 
 

@@ -165,7 +165,8 @@ class CutRule(Rule):
 
         Raises:
             ConfigError: for an unknown initialiser.
-            ComponentError: if `value` is neither a name nor a tensor, or if `shape` does not fit an initialiser.
+            ComponentError: if `value` is neither a string nor a tensor, or if it is an initialiser and `shape` does not consist
+                of two or more whole numbers.
         """
         what = f"cut '{cut}', feedback tensor '{name}'"
         if isinstance(value, str):

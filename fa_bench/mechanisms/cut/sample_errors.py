@@ -49,7 +49,7 @@ class SampleErrors:
     def describe(self) -> str:
         """How much memory the errors take, in words."""
         size = sum(one.numel() * one.element_size() for one in (self.errors, self.seen))
-        return f"the last errors of {len(self.errors):,} training samples take {format_bytes(size)}"
+        return f"storing the most recent error of each of {len(self.errors):,} training samples takes {format_bytes(size)}"
 
     def read(self, indices: Tensor, first: Tensor) -> Tensor:
         """The errors (N, C) of the samples `indices` (N,), with the device and dtype of `first`. The row of `first` (N, C) is

@@ -86,7 +86,8 @@ class FeedbackPathway:
     Attributes:
         description: the tensor that the error passes through, in a few words, for the coverage table.
         learned: names of the tensors that the optimizer trains.
-        follows: the one of these that has exactly the gradient of the weight; None if no tensor has it.
+        follows: the name in `learned` of the tensor whose gradient is exactly that of the weight; None if there is no such
+            tensor.
         always_needed: whether the layer needs `context` even if no error is needed at its input.
 
     Examples:
