@@ -1,4 +1,5 @@
-"""A broken command line gives an error of one or two lines that names the key, the allowed values and the nearest name."""
+"""A broken command line gives an error of one or two lines. Its first line names what is wrong and, if possible, what is allowed
+or meant."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from fa_bench.cli import main
 
-#: Each case is a command line and the strings that the message must contain.
+#: Each case is a command line and the strings that the first line of the message must contain.
 BROKEN = [
     ("algorithm=faa", ["algorithm=faa", "'fa'", "available", "kp"]),
     ("architecture=mpl", ["architecture=mpl", "'mlp'"]),

@@ -1,4 +1,4 @@
-"""Broken files and folders are named in a one-line error before training, and existing files are left unchanged."""
+"""Inputs that are broken or too large are named in a one-line error, and existing files are left unchanged."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_broken_image_is_named(name: str, folder: Path, capsys: pytest.Capture
     try:
         breaks(folder / "data/train/a")
     except OSError:
-        pytest.skip("this file system does not support such a name")
+        pytest.skip("this file system does not support such a file")
     assert named in refused(["dataset=image_folder", "data_dir=data", "architecture.widths=[8]"], capsys)
     assert not (folder / "outputs").exists()
 

@@ -74,7 +74,7 @@ def test_what_is_refused_is_what_a_run_refuses(rule: str, net: str) -> None:
 def test_a_sweep_with_parts_that_do_not_fit_never_starts(
     overrides: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole sweep is refused, including the first jobs, which could run."""
+    """The whole sweep is refused, including the first job, which could run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").write_text("a,b,y\n" + "".join(f"{n},{n % 7},{n / 3}\n" for n in range(60)))
     table = ["dataset.table=table.csv", "dataset.target=y", "dataset.task=regression"] if "objective=mse" in overrides else []

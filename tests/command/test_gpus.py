@@ -1,4 +1,4 @@
-"""Tests of a sweep on several CUDA devices; the devices do not exist, so torch.cuda.device_count is replaced."""
+"""Tests of a sweep on several CUDA devices, which need not exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = [
     "loggers=[]",
     "probe_every=0",
 ]
-#: Each run waits until the other one has recorded which device its process sees.
+#: A callback in which each run records the devices that its process sees, and waits until the other run has done so.
 PLUGIN = """
 import os, time
 from pathlib import Path
@@ -105,8 +105,7 @@ def test_processes_alternate_between_the_devices_and_leave_theirs_to_others(tmp_
 
 
 def test_each_job_sees_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two jobs run at a time. The runs train on the CPU, and their configs do not contain the device that was assigned to
-    them."""
+    """The configs of the runs do not contain the device that was assigned to them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

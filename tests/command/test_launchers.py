@@ -1,4 +1,4 @@
-"""The report of a sweep does not depend on the launcher: the files are identical whether the jobs share a process or not."""
+"""Apart from training times, the report of a sweep does not depend on the launcher. Jobs of submitit survive preemption."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SIGNALLED_SWEEP = [
 
 
 def report(folder: Path, monkeypatch: pytest.MonkeyPatch, *launcher: str) -> dict[str, Any]:
-    """Run `SWEEP` and return the contents of the files of its report, without the times."""
+    """Run `SWEEP` and return the contents of its report's CSV, JSON, Markdown and LaTeX files, without the times."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     assert main([*SWEEP, *launcher]) == 0

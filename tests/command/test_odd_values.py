@@ -1,4 +1,5 @@
-"""Unusual values of every kind of option, including Hydra's own, and unusual experiments give short errors that name the key."""
+"""Invalid values of options, including Hydra's own, and malformed experiments give short errors that name the key or the
+value."""
 
 from __future__ import annotations
 

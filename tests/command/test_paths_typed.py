@@ -1,5 +1,5 @@
-"""Paths are accepted in many of the forms that people type; others are refused, with a corrected command line if there is one. No
-folder with an odd name is created."""
+"""Paths that the shell or Hydra would misread are refused, with a corrected override if there is one, and no folder is created
+for them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_quoted_text_is_read_back_by_the_shell_and_hydra(text: str) -> None:
     override = f"output_dir={hydra_quote(text)}"
     assert shlex.split(shell_quote(override)) == [override]
     value = parse(override).value()
-    assert str(value) == text or hydra_quote(text) == text  # a path without quotes may be parsed as a number or null
+    assert str(value) == text or hydra_quote(text) == text  # unquoted text may be parsed as a number or null
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])

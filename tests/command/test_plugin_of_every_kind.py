@@ -1,5 +1,5 @@
-"""A user's module that imports only ``fa_bench`` can add a component of every kind to the command line, the help and the
-records."""
+"""A user's module needs no import from the project except ``fa_bench`` to add a component of every kind, which then appears in
+the command line, the help and the records."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class UpdateAngle(fa_bench.Metric):
 @fa_bench.register_callback("counting")
 @dataclasses.dataclass(eq=False)
 class Counting(fa_bench.Callback):
-    """Counts steps, also over interruptions."""
+    """Counts steps, including those before an interruption."""
 
     count: int = 0
 

@@ -1,5 +1,4 @@
-"""Any random combination of overrides either trains for a step or gives a short message, and writes only to the expected
-folders."""
+"""A command with random overrides either trains briefly or gives a short message, and it writes only to the expected folders."""
 
 from __future__ import annotations
 

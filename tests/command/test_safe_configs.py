@@ -23,8 +23,8 @@ MAKE = "touch PWNED"
 LOG = "{version: 1, root: {handlers: [x]}, handlers: {x: {%s}}}"
 CREATE = "x: \"${oc.create:'{_tar${oc.decode:get_}: os.system, command: touch PWNED}'}\""
 
-#: Maps a name to the content of the experiment and to what the message must name. Without the guard, some of these experiments
-#: would create the file PWNED.
+#: Maps a name to the content of the experiment and to what the message must contain. If they were not refused, some of these
+#: experiments would create the file PWNED.
 EVIL = {
     "apply": (f"seed: !!python/object/apply:os.system ['{MAKE}']", ["apply.yaml:2", "!!python/object/apply:os.system"]),
     "new": (f"seed: !!python/object/new:os.system ['{MAKE}']", ["new.yaml:2", "tag"]),
@@ -181,7 +181,7 @@ def test_checkpoint_is_read_as_data(folder: Path) -> None:
         checkpoint.read(path, "x", "cpu")
     assert not (folder / "PWNED").exists()
     torch.load(path, weights_only=False)
-    assert (folder / "PWNED").exists()  # without the guard, loading creates the file
+    assert (folder / "PWNED").exists()  # with weights_only=False, loading creates the file
 
 
 @pytest.mark.parametrize("name", ["apply", "bomb", "deep", "torn", "no_text", "huge"])

@@ -1,4 +1,4 @@
-"""Hydra's sweeper for fa-bench starts one pool for all jobs, composes each job once before the sweep, and sets no environment
+"""The sweeper of fa-bench starts one pool for all jobs, composes each job once before the sweep, and sets no environment
 variables."""
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def watched(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record the number of jobs in each call of this launcher class; the returned list grows with every call."""
+    """Patch the launcher class of this name to record the number of jobs in each launch; the returned list grows with every
+    launch."""
     cls: Any = Plugins.instance().class_name_to_class[name]
     launch, launched = cls.launch, []
 

@@ -1,4 +1,4 @@
-"""Every option of a config takes effect: changing it alone changes a run's results, beginning with the option's own stage."""
+"""Options of a config take effect: changing one option changes a run's results, beginning with the option's own stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OP
 from fa_bench.runs.train import run
 from tests.data.files import write_cifar
 
-#: There are 40 training images and 4 for validation, so the last batch of 16 has 8 images. Schedules need the three epochs.
+#: There are 40 training images and 4 for validation. After two batches of 16, 8 images remain. Schedules are tested over three
+#: epochs.
 BASE = (
     "dataset=synthetic",
     "dataset.samples=44",
@@ -107,8 +108,8 @@ TOP = {
     "scale": (BATCHES, (), "smoke"),
     "precision": (TRAINED, (), "bf16"),
 }
-#: Options that are not expected to change the results, except by rounding or by how often they are recorded; other tests cover
-#: them.
+#: Options that are not expected to change the results, except by rounding or by how often results are recorded; other tests cover
+#: these options.
 NOT_NUMBERS = {
     "callbacks",
     "device",
@@ -146,7 +147,8 @@ ARCHITECTURE = {
 
 
 def test_tables_name_every_option() -> None:
-    """This test fails when a component gets a new option, until the option is added to the tables of this file."""
+    """If the run, synthetic, mlp or an optimizer gets a new option, this test fails until the option is added to the tables of
+    this file."""
     assert set(TOP) | NOT_NUMBERS | set(VOLATILE) == keys(RunOptions)
     assert set(DATASET) == keys(DATASETS["synthetic"]) and set(ARCHITECTURE) == keys(ARCHITECTURES["mlp"])
     for name in OPTIMIZERS:
@@ -168,7 +170,7 @@ def test_seed_is_that_of_weights_order_and_feedback() -> None:
 
 
 def test_epochs_and_batches_are_counted() -> None:
-    """An epoch has two full batches and, with drop_last=false, a third one of 8 samples."""
+    """With the batch size of BASE, an epoch has two full batches and, with drop_last=false, a third one of 8 samples."""
     for changes, steps in (((), 6), (("drop_last=false",), 9), (("epochs=2",), 4), (("batch_size=8",), 15)):
         assert numbers(*changes)[RECORD].startswith(f"[{steps},")
 
@@ -207,7 +209,7 @@ def test_images_are_normalised_by_mean_and_std(tmp_path: Path, monkeypatch: pyte
 
 # --- optimizers ---------------------------------------------------------------------------------------------------------------
 
-#: Maps a key to the optimizer that has it, the other settings, and the value.
+#: Maps a key to the optimizer that has it ("any" for all optimizers), the other settings that it needs, and a value.
 OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "lr": ("any", (), "0.02"),
     "weight_decay": ("any", (), "0.1"),
@@ -287,8 +289,8 @@ def test_optimizer_and_its_name() -> None:
 
 # --- rules --------------------------------------------------------------------------------------------------------------------
 
-#: The rules are trained in a net with two hidden layers. EDGE and CUT contain the options that some of them share; RULES maps
-#: each rule and option to a value.
+#: The rules are trained in a net with two hidden layers. EDGE and CUT contain options that several rules share; RULES maps rules
+#: to their options and a value of each.
 HIDDEN = ("architecture.widths=[6,5]",)
 EDGE = {"include": "['fc1','fc2']", "exclude": "['fc3']", "plain_last": "true"}
 CUT = {"cuts": "['act2']", "freeze_stem": "true"}
@@ -340,8 +342,8 @@ def test_options_of_rules(name: str, key: str) -> None:
 
 
 def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
-    """Later options with their default values are omitted from the identity, so its hash equals that of runs from before these
-    options existed."""
+    """Options that were added to a rule later are omitted from the identity if they have their default values, so the config hash
+    equals that of older runs."""
     job, other = composed("algorithm=dfa"), composed("algorithm=dfa", "algorithm.within=block")
     assert not {"within", "error_at", "positions"} & job.identity()["algorithm"].keys()
     assert job.plain()["algorithm"]["within"] == "layer" and other.identity()["algorithm"]["within"] == "block"

@@ -1,5 +1,5 @@
-"""Tests of the defaults and ranges of components that have no page in the docs. Changing a default changes runs, so this file
-repeats every default and range."""
+"""The defaults and ranges of optimizers, schedules, objectives and architectures, repeated here because changing a default
+changes runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Users' own arrays are accepted if their meaning is unambiguous; others are refused with a line that says what to do."""
+"""Users' own arrays are accepted if their meaning is unambiguous; others are refused with a one-line error that says what is
+wrong."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [(32, 32), (75, 61), (9, 20), (1, 1)])
 def test_resized_crops_are_torchvisions(size: tuple[int, int]) -> None:
-    """Crops are upscaled, downscaled with antialiasing, or both at once, at the borders of the image and in its interior."""
+    """Crops at the borders of the image and in its interior are upscaled, downscaled with antialiasing, or upscaled in one
+    direction and downscaled in the other."""
     batch = images(6, 30, 40)
     boxes = np.array([[0, 0, 30, 40], [5, 7, 11, 13], [29, 39, 1, 1], [0, 30, 17, 10], [3, 0, 27, 40], [12, 9, 2, 30]])
     flips = np.array([False, True] * 3)
@@ -81,8 +82,8 @@ def test_a_batch_is_cropped_where_its_draws_say() -> None:
 
 
 def test_boxes_from_given_draws() -> None:
-    """The expected boxes are computed by hand from the draws: the area is 0.08 + 0.92 u of the image, the ratio is (4/3)^(2v -
-    1), and the position is floor(u (n + 1))."""
+    """The expected boxes are computed by hand from draws u, v and w: the area is 0.08 + 0.92 u of the image, the ratio is
+    (4/3)^(2v - 1), and the position along an axis with n free pixels is floor(w (n + 1))."""
     draws = np.zeros((3, DRAWS))
     draws[0, :TRIES], draws[0, TRIES : 2 * TRIES] = 0.5, 0.5  # area 0.54 of 100x100: a square with sides of 73
     draws[0, -3:-1] = 0.999, 0.5
@@ -99,7 +100,8 @@ def test_boxes_from_given_draws() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 40)])
 def test_boxes_have_the_law_of_torchvisions(height: int, width: int) -> None:
-    """The means and spreads of 4,000 boxes from each implementation agree within 4 standard errors of their difference."""
+    """The means of the boxes, of their squares, of the areas and of the ratios of 4,000 boxes from each implementation agree
+    within 4 standard errors of their difference."""
     from torchvision.transforms import RandomResizedCrop
 
     torch.manual_seed(0)
@@ -143,7 +145,7 @@ def test_batches_of_a_split(name: str, size: int | None) -> None:
     assert torch.equal(split.subset(torch.tensor([3, 1])).labels, split.labels[[3, 1]])
     same = ResidentSplit(split.images[:1].repeat(16, 1, 1, 1), torch.arange(16), [0.2] * 3, [0.5] * 3, True, CPU, crop)
     first, second = (x for x, _ in same.batches(8, seed=0))
-    assert not torch.equal(first, second), "every batch draws its own crops"
+    assert not torch.equal(first, second), "both batches have the same crops"
     halves = split.subset(torch.arange(5))
     assert torch.equal(next(halves.batches(5))[0], plain[:5])
 

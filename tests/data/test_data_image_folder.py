@@ -1,4 +1,4 @@
-"""Tests of image folders: the layout, how images are decoded, loaded into memory or streamed, and the errors before training."""
+"""Tests of image folders: their layout, the decoding of images, loading into memory and streaming, and errors before training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fa_bench.errors import DataError, OptionError
 from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
-#: Python 3.12 warns whenever a process with threads forks; torch's workers are forked on Linux up to Python 3.13.
+#: Python 3.12 and later warn whenever a process with threads forks; on Linux, torch's workers are forked up to Python 3.13.
 FORK = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
@@ -83,8 +83,7 @@ def test_worker_processes_change_nothing(folder: Path) -> None:
 
 @FORK
 def test_workers_start_in_processes_of_joblib_too(folder: Path) -> None:
-    """joblib's processes have their own start method, which is incompatible with that of multiprocessing and therefore with the
-    workers."""
+    """In a joblib worker, the default start method is joblib's own, which cannot start the workers of a data loader."""
     want = [y.tolist() for _, y in load(folder, memory_limit_gb=0).train.batches(4, seed=0)]
     assert Parallel(n_jobs=2, backend="loky")([delayed(_labels_by_workers)(folder)] * 2) == [want, want]
 
@@ -211,7 +210,7 @@ def test_a_test_class_that_training_lacks_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 @pytest.mark.parametrize("options", [{}, {"memory_limit_gb": 0}, {"crop": "resized", "size": 4}])
 def test_the_hash_changes_with_an_image_that_is_replaced_in_place(folder: Path, part: str, options: dict[str, object]) -> None:
-    """The image is replaced by a file with the same name, size in bytes and timestamps."""
+    """The image is replaced by a file with the same name, size in bytes and modification time."""
     shutil.copytree(folder / "test", folder / "val")
     path = folder / part / "dog" / "2.png"
     Image.new("RGB", (8, 6), (1, 2, 3)).save(path)

@@ -19,7 +19,7 @@ from fa_bench.utils.sampling import seed_for
 from .files import IMAGENET_CLASSES, write_imagenet
 
 CPU = torch.device("cpu")
-#: Python 3.12 warns whenever a process with threads forks; torch's workers are forked on Linux up to Python 3.13.
+#: Python 3.12 and later warn whenever a process with threads forks; on Linux, torch's workers are forked up to Python 3.13.
 FORK = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 

@@ -1,5 +1,5 @@
-"""The option `dataset.samples` sets how many training samples remain, with the classes in proportion, and changes nothing
-else."""
+"""The option `dataset.samples` sets how many training samples remain, with the classes in proportion. The other splits keep their
+samples."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_trials_reduce_numbers_in_proportion_and_too_many_are_refused() -> None:
 def test_tables_and_texts() -> None:
     assert len(load("tabular", samples=30).train) == 30 and len(Text(samples=10).load(Path(), CPU).train) == 10
     few = Tabular(samples=30).load(Path(), CPU).train
-    assert torch.allclose(few.inputs.mean(0), torch.zeros(10), atol=1e-5), "scaled by the samples that are trained on"
+    assert torch.allclose(few.inputs.mean(0), torch.zeros(10), atol=1e-5), "not scaled by the samples that are trained on"
 
 
 def test_synthetic_keeps_its_own_option() -> None:

@@ -1,4 +1,5 @@
-"""Tests of splits on the device: order, augmentation, normalisation, validation samples, hash, and imports."""
+"""Tests of splits in memory, and of the datasets synthetic and digits: order, augmentation, normalisation, validation samples and
+hash."""
 
 from __future__ import annotations
 
@@ -178,7 +179,8 @@ def test_crop_and_flip_against_a_loop_over_samples(shape: tuple[int, ...], paddi
 
 
 def test_every_shift_and_both_directions_occur() -> None:
-    """One bright pixel in the middle shows the position of each crop, and an asymmetric pair of pixels shows the flip."""
+    """A bright pixel in the middle shows the position of each crop, and a dimmer pixel beside it shows whether the crop is
+    flipped."""
     images = torch.zeros(2000, 1, 9, 9, dtype=torch.uint8)
     images[:, 0, 4, 4], images[:, 0, 4, 5] = 200, 100
     cropped = crop_and_flip(images, torch.Generator().manual_seed(0))
@@ -364,7 +366,7 @@ def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> 
     # by 0.5.
     assert large.double().mean().item() == pytest.approx(127.5, abs=0.25)
     strong = DATASETS["synthetic"](samples=60, noise=2.0).load(NOWHERE, CPU).train.images
-    assert ((strong == 0) | (strong == 255)).double().mean() > 0.5, "clipped at black and white, not wrapped around"
+    assert ((strong == 0) | (strong == 255)).double().mean() > 0.5, "values beyond black and white are not clipped"
 
 
 def test_grey_levels_of_digits_are_sixteenths_of_the_full_range_rounded() -> None:
@@ -376,7 +378,7 @@ def test_some_samples_are_a_fixed_choice_in_their_order() -> None:
     split = numbered(40)
     chosen = some(split, 10).labels.tolist()
     assert len(chosen) == 10 and chosen == sorted(chosen) == some(numbered(40), 10).labels.tolist()
-    assert chosen not in (list(range(10)), list(range(30, 40))), "neither the first nor the last samples in the stored order"
+    assert chosen not in (list(range(10)), list(range(30, 40))), "the first or the last samples were chosen"
     assert some(split, 40) is split and some(split, 41) is split and len(some(split, 39)) == 39
 
 
@@ -390,7 +392,7 @@ def test_one_number_normalises_every_channel(values: list[float]) -> None:
 
 
 def test_what_is_left_of_the_training_images_is_augmented_as_all_of_them_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training images are augmented in the same way if some images are held out, or left out in a trial run."""
+    """Training images are augmented even if other images are held out for validation, or left out of a trial run."""
     dataset = DATASETS["synthetic"].from_mapping({"samples": 40, "test_samples": 20, "validation": 10, "size": 6})
     monkeypatch.setattr(type(dataset), "augments", property(lambda self: True))
     monkeypatch.setattr(dataset, "cropping", PaddedCrop)
@@ -398,7 +400,7 @@ def test_what_is_left_of_the_training_images_is_augmented_as_all_of_them_are(mon
         plain = next(splits.train.batches(len(splits.train)))[0]
         for seed in (0, 1):
             x, _ = next(splits.train.batches(len(splits.train), seed=seed))
-            # Each image gets one of 81 positions and possibly a flip, so a few of thirty images may remain unchanged.
+            # Each image gets one of 81 positions and possibly a flip, so a few images may remain unchanged.
             assert same_images(x, plain).any(1).sum() < 4
 
 

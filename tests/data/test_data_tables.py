@@ -34,7 +34,7 @@ def test_bundled_tables_are_split_and_scaled_by_the_training_rows(table: str, ta
     assert x.dtype == torch.float32 and (y.shape[1:] == (1,) if targets == "values" else y.dtype == torch.int64)
     torch.testing.assert_close(x.mean(0), torch.zeros(features), atol=1e-5, rtol=0)
     torch.testing.assert_close(x.std(0, correction=0), torch.ones(features), atol=1e-5, rtol=0)
-    assert whole(splits.test)[0].mean(0).abs().max() > 1e-3, "scaled by the training rows, not by its own"
+    assert whole(splits.test)[0].mean(0).abs().max() > 1e-3, "the test set is scaled by its own rows"
     plain = Tabular(table=table, standardise=False).load(Path(), CPU)
     assert plain.train.inputs.abs().max() > 0 and not torch.allclose(plain.train.inputs, x)
     other = Tabular(table=table, test_seed=1).load(Path(), CPU)
@@ -56,7 +56,7 @@ def test_own_csv_file(tmp_path: Path) -> None:
     path = write_csv(tmp_path, "a,b,c\n" + "".join(f"{i},{i % 3},{'yes' if i % 2 else 'no'}\n" for i in range(40)))
     splits = Tabular(table=path, validation=0).load(Path(), CPU)
     assert (splits.targets, splits.classes, splits.input_shape) == ("classes", ["no", "yes"], (2,))
-    assert whole(splits.test)[1].bincount().tolist() == [4, 4], "the test set is stratified by class"
+    assert whole(splits.test)[1].bincount().tolist() == [4, 4], "the test set is not stratified by class"
     with pytest.raises(OptionError, match=r"dataset.task=null: column 'b' has whole numbers.*dataset.task=classification"):
         _ = Tabular(table=write_csv(tmp_path, "a,b\n1,2\n3,4\n5,6\n")).targets
     assert Tabular(table=str(tmp_path / "my.csv"), task="regression").targets == "values"

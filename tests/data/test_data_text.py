@@ -45,13 +45,13 @@ def test_training_windows_move_and_are_shuffled_by_seed_and_epoch() -> None:
     }
     assert firsts[0, 1] == [int(x[0]) for batch, _ in split.batches(4, seed=0, epoch=1) for x in batch]
     assert len(set(map(str, firsts.values()))) == 6
-    assert len({first % 10 for of_epoch in firsts.values() for first in of_epoch}) > 2, "the offset varies"
+    assert len({first % 10 for of_epoch in firsts.values() for first in of_epoch}) > 2, "the offset of the windows should vary"
     for of_epoch in firsts.values():
         assert len({first % 10 for first in of_epoch}) == 1 and len(of_epoch) == len(split) == 9
-        assert sorted(first // 10 for first in of_epoch) == list(range(9)), "windows do not overlap"
+        assert sorted(first // 10 for first in of_epoch) == list(range(9)), "windows overlap or are missing"
         assert max(of_epoch) + 10 < 103
     later = [x for x, _ in split.batches(4, seed=0, epoch=1, start=1)]
-    assert torch.equal(later[0], list(split.batches(4, seed=0, epoch=1))[1][0]), "a run may be resumed in the middle of an epoch"
+    assert torch.equal(later[0], list(split.batches(4, seed=0, epoch=1))[1][0]), "start=1 gives other batches"
     assert [int(x[0]) for batch, _ in split.batches(4) for x in batch] == list(range(0, 90, 10))
     counts = [len(WindowSplit(torch.arange(length), 10, False, CPU, 1.0)) for length in (100, 101)]
     assert counts == [9, 10], "the last token of a window needs a target"
@@ -71,7 +71,7 @@ def test_bytes_and_files_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content.encode())
     splits = Text(path=str(tmp_path), unit="bytes", context=4, validation=0.2, test=0.2).load(Path(), CPU)
     assert len(splits.classes) == 256
-    assert next(splits.train.batches(1))[0].tolist() == [[*b"x\nx\n"]], "files in the order of their names, with Unix line ends"
+    assert next(splits.train.batches(1))[0].tolist() == [[*b"x\nx\n"]], "wrong order of files, or line ends not converted"
     assert splits.test.characters == 0.5
     before = splits.data_hash
     (tmp_path / "b.txt").write_text("щ" * 60, encoding="utf-8")

@@ -47,7 +47,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def write_zip(root: Path, monkeypatch: pytest.MonkeyPatch, extra: str | None = None) -> Path:
-    """Write the folder to an archive, and make its checksum the expected one; `extra` is the name of an additional member."""
+    """Write a small Tiny ImageNet to an archive, make the archive's checksum the expected one, and return the archive's path.
+    `extra` is the name of an additional member."""
     folder, archive = write_tiny_imagenet(root / "source"), root / "server" / f"{TINY}.zip"
     archive.parent.mkdir(parents=True)
     with zipfile.ZipFile(archive, "w") as opened:

@@ -64,8 +64,8 @@ def load(folder: Path, limit: float = 1, **options: object):
 
 
 def png(levels: np.ndarray, bits: int, kind: int, *transparent: int) -> bytes:
-    """Encode levels (H, W, C) as a PNG that Pillow cannot write; `kind` is its colour type, and `transparent` is the transparent
-    level of each channel."""
+    """Encode levels (H, W, C) as a PNG of a kind that Pillow cannot write; `kind` is its colour type, and `transparent` is the
+    transparent level of each channel."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -225,7 +225,7 @@ def test_a_grey_level_of_few_bits_may_be_transparent(tmp_path: Path, bits: int, 
 @pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
 def test_16_bits_of_colour_or_with_alpha_are_counted(tmp_path: Path, kind: int, channels: int, limit: float) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (6, 8, channels))
-    deep[..., 3 if channels == 4 else 1 :] = 65535  # opaque; an image with three channels has no alpha
+    deep[..., 3 if channels == 4 else 1 :] = 65535  # opaque alpha; in RGB, this saturates green and blue
     only(tmp_path, Image.fromarray(picture()))
     (tmp_path / "train/a/0.png").write_bytes(png(deep, 16, kind))
     splits = load(tmp_path, limit)
@@ -322,4 +322,4 @@ def test_streamed_images_are_read_once_and_again_only_when_they_change(tmp_path:
     assert load(tmp_path, 0).data_hash == first.data_hash and len(asked) == 2
     Image.fromarray(255 - picture()).save(tmp_path / "train/a/0.png")
     assert load(tmp_path, 0).data_hash != first.data_hash and len(asked) == 3
-    assert load(tmp_path, 0, channels=1).data_hash and len(asked) == 5  # read with other channels
+    assert load(tmp_path, 0, channels=1).data_hash and len(asked) == 5  # the number of channels has changed

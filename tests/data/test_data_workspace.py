@@ -1,4 +1,5 @@
-"""Downloading and unpacking write no files elsewhere and leave no temporary files, and processes wait for each other."""
+"""Downloading and unpacking write nothing outside of their folder. Temporary files of a killed process are removed by the next
+one, and processes wait for each other."""
 
 from __future__ import annotations
 

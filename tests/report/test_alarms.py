@@ -118,7 +118,7 @@ def test_a_plugin_declares_an_alarm_for_its_probe(tmp_path: Path, monkeypatch: p
 
     write_run(tmp_path, "fa", 0, 0.9, probes={"smallest": {"fc1": -2.0, "fc2": 0.0}})
     report(tmp_path)
-    assert rows(tmp_path) == [], "without its plugin, a report does not know the threshold"
+    assert rows(tmp_path) == [], "without its plugin, a report should not know the threshold"
     monkeypatch.setitem(PROBES._entries, "smallest", Smallest)
     report(tmp_path)
     (row,) = rows(tmp_path)

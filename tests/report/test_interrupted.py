@@ -1,4 +1,4 @@
-"""A sweep that was interrupted and resumed has the same report as an uninterrupted one."""
+"""A sweep that was interrupted and resumed has the same report as an uninterrupted one, apart from times."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def jobs() -> dict[str, Job]:
-    """The jobs of the sweep, by their path below the sweep's folder."""
+    """The jobs of the sweep, by their path below `outputs`."""
     register_schemas()
     composer = Composer("config", None, GRID)
     return {str(place.relative_to("outputs")): job for job, place in composer.check(composer.expand(multirun=True))}

@@ -44,7 +44,7 @@ def at(ago: float) -> str:
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A sweep with a run in every possible state at the time NOW."""
+    """A sweep with runs in every state except `stopped` at the time NOW."""
 
     def begun(rule, seed, *lines):
         run = write_begun(tmp_path, rule, seed, 0)
@@ -103,8 +103,8 @@ def test_every_state_and_the_time_left(sweep):
     assert lines["dfa"].remark == "OutOfMemoryError: tried to allocate 2 GiB"
     assert (lines["kp"].epoch, lines["kp"].epochs, lines["kp"].pace) == (10, 40, pytest.approx(2.4))
     assert lines["kp"].remaining == pytest.approx(30 * 3 - 1)
-    # pfa has no epoch yet, so its estimate is the mean of the other runs' training times, 2.2, 2.2, 2, 2.4 and 3 s, times 1.125
-    # for the time outside training. kp takes 3 s for 2.4 s of training, and wm takes no extra time.
+    # pfa has no epoch yet, so its estimate is the mean of the other runs' training times per epoch, 2.2, 2.2, 2, 2.4 and 3 s,
+    # times 1.125 for the time outside training. kp takes 3 s for 2.4 s of training, and wm takes no extra time.
     epoch = (2.2 + 2.2 + 2 + 2.4 + 3) / 5 * 1.125
     assert lines["pfa"].remaining == pytest.approx(40 * epoch - epoch)  # the past four seconds count as one epoch at most
     assert lines["usf"].remaining == pytest.approx(40 * epoch)
@@ -186,7 +186,7 @@ def test_a_narrow_and_low_terminal_shows_what_matters(sweep):
     text = rendered(lines, width=110, height=10)
     assert len(text) == 10 and re.match(r"bp algo\S*…\S* seed 0  done", text[1])
     lines[0].name, lines[0].remark = "[bold]bp[/bold] seed 0", "[red]"
-    assert rendered(lines, width=110, height=10)[1].startswith("[bold]bp[/bold] seed 0  done"), "names are not markup"
+    assert rendered(lines, width=110, height=10)[1].startswith("[bold]bp[/bold] seed 0  done"), "the name was read as markup"
 
 
 def rendered(lines: list[live.Line], width: int, height: int) -> list[str]:
@@ -220,8 +220,8 @@ def test_on_a_terminal_it_is_shown_again_in_place_until_all_have_ended(tmp_path,
     text = [[re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line).rstrip() for line in part.splitlines()] for part in (before, after)]
     assert [lines[2] for lines in text] == ["1 run: 1 interrupted", "1 run: 1 done"]
     assert re.fullmatch(r"\d\d:\d\d:\d\d, every 7 s; Ctrl-C ends only this view", text[0][3])
-    assert "\x1b[33minterrupted" in before and "\x1b[34mdone" in after, "states are coloured"
-    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l"), "the cursor is shown again"
+    assert "\x1b[33minterrupted" in before and "\x1b[34mdone" in after, "the states are not coloured"
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l"), "the cursor remains hidden"
 
 
 def test_ctrl_c_ends_the_view_with_zero_and_nothing_is_written(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The measurements of runs appear in reports and data frames."""
+"""The measurements of runs are read from their records and appear in data frames."""
 
 from __future__ import annotations
 

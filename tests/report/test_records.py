@@ -363,7 +363,7 @@ def test_a_run_that_ended_before_its_data_were_known_is_in_the_row_of_the_others
         ("# config hash: 0a\n# code hash: c0de\nseed: 3\nepochs: 2\n", {"seed": 3, "epochs": 2}),
         ("# config hash: 0b\n# code hash: c0de\nseed: 14\nepochs: 2\n", {"seed": 14, "epochs": 2}),
         ("epochs: 2\nseed: 0\n", {"epochs": 2, "seed": 0}),
-        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # the first "seed" is part of a text
+        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # the first "seed" is part of a string
         ('label: "a\nseed: 5\nb"\n', {"label": "a seed: 5 b"}),
         ("seed: 012\n", {"seed": 10}),  # octal in YAML
     ],

@@ -54,7 +54,7 @@ def test_holm():
     # The sorted values give 0.01 * 4, 0.02 * 3 = 0.06, 0.03 * 2 = 0.06 and 0.04 * 1, which is raised to the value before it,
     # 0.06.
     assert holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.02}) == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.06, "d": 0.06})
-    # Missing values do not count, so the results are 0.3 * 2 and 0.9, and 2 * 0.7 is limited to 1.
+    # Missing values do not count, so the results are 0.3 * 2 and 0.9. In the last example, 0.7 * 2 is limited to 1.
     corrected = holm({"a": 0.3, "b": math.nan, "c": 0.9})
     assert corrected["a"] == pytest.approx(0.6) and corrected["c"] == pytest.approx(0.9) and blank(corrected["b"])
     assert holm({"a": 0.7, "b": 0.8}) == {"a": 1.0, "b": 1.0} and holm({}) == {}

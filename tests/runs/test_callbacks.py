@@ -116,7 +116,7 @@ def test_minutes_count_from_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch)
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, times: list[float], epoch: int = 0, **options: Any) -> tuple[Display, list[Any]]:
-    """A display without a terminal, and its log lines with their levels; the epochs after `epoch` end at `times`."""
+    """A display whose run has had epochs after `epoch` that ended at `times`, and the lines that it logged, with their levels."""
     now, lines = [0.0], []
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(callbacks.log, "log", lambda level, text, *values: lines.append((level, text % values)))
@@ -175,14 +175,14 @@ def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPat
     bar: Any = display._bar
     assert (made[0]["total"], made[0]["initial"], made[0]["desc"], made[0]["disable"]) == (16, 4, "fa", None)
     assert bar.steps == 2 and bar.text == "train loss 1.0000  test 25.00%"
-    assert {level for level, _ in lines} == {logging.DEBUG}, "the bar shows the same numbers"
+    assert {level for level, _ in lines} == {logging.DEBUG}, "the bar shows the same numbers as the line"
     display.close()
     assert bar.closed
     Display("fa", 0).close()
 
 
 class Values(nn.Module):
-    """A model with parameters that claim to be on the given device."""
+    """A model with a parameter that claims to be on the given device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()

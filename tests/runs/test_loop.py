@@ -128,7 +128,7 @@ def evaluate_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]
 
 
 def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> list[dict[str, Any]]:
-    """Train in the same way without the package's loop and optimizers."""
+    """Train in the same way without the package's loop and optimizers, and return the metrics of every epoch."""
     optimizer = torch.optim.SGD(trained(rule), lr=LR, momentum=MOMENTUM, foreach=False)
     lines = []
     rule.model.train()
@@ -425,15 +425,15 @@ def test_angles_are_measured_once_for_a_step() -> None:
 
 
 def test_an_evaluation_may_be_left_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ten test images form three batches of four. With batches of 16, a training epoch evaluates one batch for validation and
-    one for testing."""
+    """The ten test images form three batches of at most four. With batches of 16, a training epoch evaluates one batch for
+    validation and one for testing."""
     monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 1)
     waits: list[None] = []
     evaluated = loop.evaluate(make_model(), CrossEntropy(), load().test, 4, lambda: waits.append(None))
     assert len(waits) == 3 and evaluated == loop.evaluate(make_model(), CrossEntropy(), load().test, 4)
     waits.clear()
     fit(fa_bench.attach(make_model(), "bp"), load(), 1, on_wait=lambda: waits.append(None))
-    assert len(waits) == 2, "batches of 16 here"
+    assert len(waits) == 2, "expected one batch for validation and one for testing"
 
 
 def test_a_weight_that_is_not_finite_is_named_before_feedback_in_the_models_order() -> None:

@@ -71,7 +71,7 @@ class MyStop(Callback):
             trainer.stop("enough")
 """
 #: Rules in which each process has its own noise, or in which a difference of losses is divided by 2e-3, which multiplies rounding
-#: by 500.
+#: errors by 500.
 NOISY = ("node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "ddtp_linear", "ldrl", "dfc")
 CASES: dict[str, list[str]] = {
     **{rule: [*MLP, f"algorithm={rule}", *OPTIONS.get(rule, [])] for rule in ALGORITHMS if rule not in NOISY},
@@ -255,8 +255,8 @@ def difference(one: str, two: str) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(name: str, inside: Any) -> None:
-    """The gradients are summed in a different order in float32, which changes them by 1e-7 per step. Later layers multiply this
-    by a small factor."""
+    """The gradients are summed in a different order in float32, which changes them by about 1e-7 per step; the tolerance also
+    allows for the growth of these differences."""
     of_case = inside[name]
     assert [of_case[number][0] for number in range(2)] == [0, 0], of_case
     assert main(command(name, "one")) == 0
@@ -300,7 +300,8 @@ def test_normalisation_over_all_samples_is_torchs_if_one_process_has_them_all(
 
 
 def test_what_makes_several_processes_differ_from_one_is_noted() -> None:
-    """Dropout in layers and attention is noted unless its rate is zero, and so are the rules' notes on data parallelism."""
+    """Dropout is noted unless its rate is zero, and so is batch normalisation unless it is synchronised. The rules' own notes are
+    added."""
     notes = parallel.Processes(1, 2, 1, None).notes
     share = "2 processes share each batch"
     assert notes(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0), nn.LSTM(2, 2)), False, ("batches",)) == [share]
@@ -330,7 +331,7 @@ def test_batch_normalisation_of_each_process_differs_and_is_noted(inside: Any) -
     assert log.count("batch normalisation uses the statistics of each process's own samples") == 1
     assert "batch normalisation uses" not in Path("two/resnet20/run.log").read_text()
     assert main([*RESNET, "hydra.run.dir=one/statistics"]) == 0 and difference("one/statistics", "two/statistics") > 1e-3
-    # The option changes nothing in one process.
+    # Two processes with sync_batch_norm equal one process without it.
     assert difference("one/statistics", "two/resnet20") < 1e-5
 
 
@@ -399,7 +400,7 @@ def test_sweeps_are_refused(words: list[str], monkeypatch: pytest.MonkeyPatch, t
 
 
 def workers_of(pid: int) -> dict[int, int]:
-    """The processes that torchrun has started, by rank."""
+    """The ids of the processes that torchrun has started, by rank."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, KeyError, ValueError):

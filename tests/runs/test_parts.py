@@ -1,4 +1,4 @@
-"""Optimizers, models and the files of a run are tested separately."""
+"""The parts of a run, such as optimizers, models, the state of the process and hashes, are tested separately."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
     ]
     plain = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp")
     alone = Optimizers(SGD(weight_decay=0.03), plain, 2, of_feedback)
-    assert [decay for ((_, decay), _) in settings_by_epoch(alone, 2)] == [0.03, 0.03], "not the feedback's first-epoch decay"
+    assert [decay for ((_, decay), _) in settings_by_epoch(alone, 2)] == [0.03, 0.03], "the feedback's decay was used"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_run_computes_without_denormal_numbers() -> None:
         with isolated():
             prepare(job)
             assert (tiny * 0.5 == 0).all()
-        assert (tiny * 0.5 != 0).all(), "as it was before the run"
+        assert (tiny * 0.5 != 0).all(), "the setting was not restored after the run"
         torch.set_flush_denormal(True)
         with isolated():
             pass
@@ -307,8 +307,8 @@ def test_what_a_run_sets_before_it_begins(deterministic: bool, monkeypatch: pyte
 
 
 def test_what_a_run_on_a_gpu_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS's workspace is always set, even for a run that is not deterministic, because torch reads it only once. CUDA is
-    initialised before its memory statistics are reset."""
+    """On a GPU, cuBLAS's workspace is always set, even for a run that is not deterministic, because torch reads it only once.
+    CUDA is initialised before its memory statistics are reset."""
     calls: list[str] = []
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -380,7 +380,7 @@ def test_hashes_tell_states_apart_by_every_bit_and_by_their_layout() -> None:
     ]
     assert len({state_hash(state) for state in states}) == len(states)
     columns = torch.arange(6.0).view(3, 2)
-    assert state_hash([columns.t()]) == state_hash((columns.t().contiguous(),)), "equal numbers in another memory layout"
+    assert state_hash([columns.t()]) == state_hash((columns.t().contiguous(),)), "the memory layout changes the hash"
     one, two = torch.arange(3), torch.arange(3, 6)
     assert chained(chained("", one), two) not in (chained(chained("", two), one), chained("", two), chained("", one, two))
     assert chained("", one, two) != chained("", two, one)

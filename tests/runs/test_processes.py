@@ -205,7 +205,7 @@ def test_a_hangup_stops_unless_it_is_ignored() -> None:
 
 
 def test_a_run_needs_nothing_that_windows_lacks() -> None:
-    """Every module is imported and a run is trained in a process where imports of fcntl and resource fail."""
+    """Every module is imported and a run is trained in a process where fa_bench and filelock cannot import fcntl and resource."""
     code = """
 import builtins, importlib, pkgutil, sys
 ask = builtins.__import__

@@ -163,7 +163,8 @@ def generators() -> Iterator[None]:
     ],
 )
 def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:
-    """Losses, weights, running statistics, feedback, both optimizers and every global generator are restored bitwise."""
+    """After loading, losses, weights, running statistics, feedback and both optimizers are bitwise those of uninterrupted
+    training."""
     last, before = Path("a/last.pt"), Path("a/previous.pt")
     seed_all(1)
     whole, optimizers = make(rule)
@@ -220,7 +221,7 @@ def test_every_field_of_the_progress_is_restored() -> None:
     )
     fields = [field.name for field in dataclasses.fields(Progress)]
     plain = vars(Progress())
-    assert [name for name in fields if vars(progress)[name] == plain[name]] == [], "give every field a value of its own"
+    assert [name for name in fields if vars(progress)[name] == plain[name]] == [], "give every field another value"
     rule, optimizers = make()
     checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", "data", progress, rule, optimizers)
     loaded = checkpoint.load([Path("a/last.pt")], Expected("hash", "data", 9, 4), rule, optimizers, warn=pytest.fail)
@@ -306,7 +307,7 @@ def test_progress_that_no_run_makes_is_refused(epoch: int, batch: int, step: int
 DIVERGED, STOPPED = {"epoch": 1, "step": 2, "layer": None, "message": "m"}, {"reason": "r", "callback": None}
 SCORES = {"accepted": [None, 0, 0.5, 1, -3.5, 1e9], "refused": [float("nan"), float("inf"), -float("inf"), "x", True]}
 SUMS = {"accepted": [torch.tensor(1.0), torch.tensor(3)], "refused": [torch.zeros(1), 1.0, None]}
-#: The values of one field in epoch 3 of 9, after 3 of its 4 batches, with correct values in the other fields.
+#: Accepted and refused values of each field in epoch 3 of 9, after 3 of its 4 batches, if all other fields are correct.
 FIELDS: dict[str, dict[str, list[Any]]] = {
     "samples": {"accepted": [0, 8, 10**9, torch.tensor(8)], "refused": [-1, 1.0, True, None, torch.zeros(1)]},
     "probed": {"accepted": [None, 0, 11], "refused": [12, -1, 3.0, True]},
@@ -363,7 +364,7 @@ def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
         with pytest.raises(RunDirectoryError, match=rf"not a checkpoint of this run \(ValueError: {field}="):
             load(value)
     if field == "loss_sum":
-        assert getattr(load(None, Progress(epoch=2, step=8)), field) is None, "no batch has been summed yet"
+        assert getattr(load(None, Progress(epoch=2, step=8)), field) is None, "before the first batch, there is no sum of losses"
 
 
 def test_callbacks_without_a_stored_state_start_anew() -> None:

@@ -1,5 +1,5 @@
-"""Tests of runs with a rule that stores an error for every training sample: indices, their number, and the errors in
-checkpoints."""
+"""Tests of runs with a rule that stores an error for every training sample: sample indices, the number of samples, and the errors
+in checkpoints."""
 
 from __future__ import annotations
 
@@ -179,8 +179,8 @@ def load_errors(rule: Any, of: Any) -> None:
 
 @pytest.mark.parametrize("probe", [GradientNorm(), Stability()], ids=["gradient_norm", "stability"])
 def test_probes_use_the_errors_of_their_own_samples(probe: Any) -> None:
-    """With the current errors of its own samples, the rule and the probe give the same values as dfa. With the errors of the next
-    samples, the values differ."""
+    """If f3 stores the current error of every sample, the probe returns the same values as for dfa. If the errors are shifted by
+    one sample, the values differ."""
     values = []
     for shift in (0, 1):
         measured, rule = subject(8)

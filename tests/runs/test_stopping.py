@@ -102,7 +102,8 @@ def job_of(words: list[str]) -> Job:
     ],
 )
 def test_a_stop_lets_the_epoch_that_has_begun_end(hook: str, step: int, trained: int) -> None:
-    """Training of three epochs of three steps stops at the end of the epoch in which the stop was requested."""
+    """Training of three epochs of three steps stops at the end of the epoch in which the stop was requested, and does not begin
+    if it was requested before the first epoch."""
     splits = load()
     whole = fit(fa_bench.attach(make_model(), "bp", seed=1), splits, 3)
     ended: list[int] = []

@@ -69,7 +69,7 @@ def recorded(run: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def at_step(number: int, act: Callable[[], Any], monkeypatch: Patch) -> None:
-    """Call `act` once, after update `number`."""
+    """Patch runs to call `act` once, after update `number`."""
     on_step, done = StopOnSignal.on_step_end, []
 
     def acting(callback: Any, trainer: Any) -> None:

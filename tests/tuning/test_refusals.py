@@ -1,4 +1,4 @@
-"""A study refuses invalid input before it trains, and the errors say what to write instead."""
+"""A study refuses invalid input before it trains. Many of the errors say what to write instead."""
 
 from __future__ import annotations
 

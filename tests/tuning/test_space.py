@@ -1,4 +1,5 @@
-"""Tests of the search space: parsing, edges, and suggestions of wider ranges."""
+"""Tests of the search space and of its trials: parsing, edges, suggestions of wider ranges, proposed values, and the best
+trial."""
 
 from __future__ import annotations
 
@@ -204,7 +205,7 @@ def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pr
     study.score = Score("s", "s", higher_is_better=higher_is_better)
     study.finished = [Finished(number, {}, outcome) for number, outcome in enumerate(outcomes)]
     assert study.best is study.finished[1]
-    assert study.worst == sign * 0.5, "the worst of the trials with a value"
+    assert study.worst == sign * 0.5, "expected the worst of the trials with a value"
     study.finished = study.finished[2:4]
     assert study.best is None
     study.finished, study.score = [], ACCURACY

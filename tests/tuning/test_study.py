@@ -34,7 +34,8 @@ class Killed(KeyboardInterrupt):
 
 @pytest.fixture(autouse=True, scope="module")
 def what_other_tests_cover_is_left_out() -> Iterator[None]:
-    """Skip the figures of the final runs' report and the checks of the plan (tests/tuning/test_plan.py), which take seconds."""
+    """Skip the figures of the final runs' report and the checks before the first trial. They take seconds, and other tests cover
+    them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(final, "check_final", lambda plan: None)
         patch.setattr(plan, "check_fit", lambda jobs: None)
@@ -163,7 +164,7 @@ def _before_tell(number: int) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def _in_run(number: int) -> Callable[[pytest.MonkeyPatch], None]:
-    """Kill the process in training, after the first of the two epochs of the run with this number."""
+    """A patch that kills the process in training, after the first of the two epochs of the run with this number."""
 
     def install(patch: pytest.MonkeyPatch) -> None:
         end, count = train.Checkpoints.on_epoch_end, [0]
