@@ -1,4 +1,4 @@
-"""A rule that does not fit its network is refused before a sweep starts; a rule that fits is accepted."""
+"""A sweep with parts that do not fit together is refused before it starts; other errors are left to the job."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_processes_alternate_between_the_devices_and_leave_theirs_to_others(tmp_
 
 
 def test_each_job_sees_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The configs of the runs do not contain the device that was assigned to them."""
+    """The config of a run does not contain the device that was assigned to the run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

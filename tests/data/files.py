@@ -46,7 +46,7 @@ CIFAR_FILES = {
 def write_cifar(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "cifar10", label: int | None = None
 ) -> list[dict[str, object]]:
-    """Write training batches of 4 images and one test batch of 6, and adapt the checksums in torchvision.
+    """Write training batches of 4 images and one test batch of 6, adapt the checksums in torchvision, and return the batches.
 
     If `label` is given, the last image of the test batch has this label.
     """

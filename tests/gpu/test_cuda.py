@@ -61,7 +61,7 @@ FEW = ["fa", "kp", "brsf", "dfa", "predsim"]
 
 
 def trained(folder: Path, rule: str, *overrides: str) -> dict[str, Any]:
-    """The result and the last epoch's record of a small run."""
+    """The result and the last epoch's record of a small run, in one dict."""
     net = ["architecture=mlp", "~architecture.channels", "~architecture.hidden"] if rule in DEEP else []
     settings = [each for each in SMALL if not net or not each.startswith("architecture")] + net[:1]
     assert main([*settings, f"algorithm={rule}", *SHORT.get(rule, []), *overrides, f"output_dir={folder}"]) == 0

@@ -134,7 +134,7 @@ def beyond(file: Path) -> None:
 
 @contextmanager
 def another_file(folder: Path, **options: Any) -> Iterator[SummaryWriter]:
-    """Write a later event file to a run's directory, and record it as the run's own."""
+    """Yield the writer of a later event file in a run's directory; at the end, record the file as the run's own."""
     with SummaryWriter(str(folder), filename_suffix=".later", **options) as writer:
         yield writer
     (written,) = folder.glob("*.later")

@@ -1,4 +1,4 @@
-"""The predicted cost of a step (multiplications, bytes moved and peak memory) equals counts by hand."""
+"""The predicted cost of a step (multiplications, bytes moved and peak memory) equals counts by hand or of an actual step."""
 
 from __future__ import annotations
 

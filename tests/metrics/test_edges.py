@@ -232,7 +232,7 @@ def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_wher
     assert main(command) == 0
     line = json.loads(Path("run/metrics.jsonl").read_text())
     assert line["step"] == 5 and 0 <= line["train_accuracy"] <= 1
-    assert (33 * line["train_accuracy"]) == pytest.approx(round(33 * line["train_accuracy"]))  # all 33 counted equally
+    assert (33 * line["train_accuracy"]) == pytest.approx(round(33 * line["train_accuracy"]))  # all 33 images count equally
 
 
 # ------------------------------------------------------------------------------------------------ evaluation

@@ -31,7 +31,7 @@ class ByHand:
     """Holds the tensors of a model by name, and provides functions for the layers that use them.
 
     Attributes:
-        tensors: copies of the model's parameters and buffers. In training mode `norm` updates the running statistics.
+        tensors: copies of the model's parameters and buffers. In training mode, `norm` updates the running statistics.
         training: the model's mode.
     """
 

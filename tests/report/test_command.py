@@ -1,4 +1,4 @@
-"""Tests of the whole report, from the function that ends a sweep and from the command."""
+"""Tests of whole reports, written by the command or by `write_report`."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPat
     bar: Any = display._bar
     assert (made[0]["total"], made[0]["initial"], made[0]["desc"], made[0]["disable"]) == (16, 4, "fa", None)
     assert bar.steps == 2 and bar.text == "train loss 1.0000  test 25.00%"
-    assert {level for level, _ in lines} == {logging.DEBUG}, "the bar shows the same numbers as the line"
+    assert {level for level, _ in lines} == {logging.DEBUG}, "a line repeats the numbers of the bar"
     display.close()
     assert bar.closed
     Display("fa", 0).close()

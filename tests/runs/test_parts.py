@@ -200,7 +200,7 @@ def test_residual_net_without_shortcuts() -> None:
     assert changes[0] > 1e-3 and changes[1] == 0
 
 
-@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush")
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush denormal numbers")
 def test_a_run_computes_without_denormal_numbers() -> None:
     """Denormal numbers, such as probabilities below 1e-38, would make arithmetic many times slower."""
     torch.set_flush_denormal(False)

@@ -132,7 +132,7 @@ def test_workers_of_a_sweep_end_when_its_process_is_killed() -> None:
         until(lambda pid=pid: not alive(pid), 20)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and forks")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and forks")
 def test_a_worker_whose_process_is_killed_as_it_starts_ends() -> None:
     # The parent is killed after the fork but before torch's watchdog in the worker looks up its parent process, which is a
     # different one by then.
