@@ -1,4 +1,4 @@
-"""Tests of the forward_alignment_theorem analysis: each condition of the theorem has the expected effect."""
+"""Tests of the forward_alignment_theorem analysis: the effects of violating the theorem's conditions are as expected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_rank_decides_and_k_does_not() -> None:
     assert shown.loc[["theorem", "k_negative"], "error_largest"].max() < 1e-6
     assert shown.loc["rank_small", "error_smallest"] > 0.05
     assert 1e-6 < shown.loc["coloured", "error_smallest"] < 0.5
-    # V decreases if k = 0, but increases at first if k is negative.
+    # The Lyapunov function V decreases if k = 0, but increases at first if k is negative.
     assert shown.loc["theorem", "lyapunov_max"] == 1 and shown.loc["k_negative", "lyapunov_max"] > 1.5
 
 

@@ -1,4 +1,5 @@
-"""Tests of the pfa_spectrum analysis: the theoretical law is compared with its moments, and samples of the rule with the law."""
+"""Tests of the pfa_spectrum analysis: the density of the theoretical law has the law's moments, and samples of the rule's B
+follow the law."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def density(law: MarchenkoPastur, v: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 1.0, 4.0])
 def test_density_has_the_mass_mean_and_variance_of_the_law(ratio: float) -> None:
     law = MarchenkoPastur(ratio)
-    # The midpoints are equally spaced in u = √v, because the density has a root singularity at 0 for λ = 1.
+    # The midpoints are equally spaced in u = √v, because for a ratio of 1, the density grows like 1/√v near 0.
     edges = np.linspace(np.sqrt(law.low), np.sqrt(law.high), 200_001)
     v, weight = ((edges[1:] + edges[:-1]) / 2) ** 2, np.diff(edges**2)
     mass, mean, square = ((density(law, v) * v**power * weight).sum() for power in range(3))

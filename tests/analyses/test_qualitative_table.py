@@ -53,7 +53,7 @@ def test_transport_between_two_updates(rule: str, options: dict, sign: float, ma
 
 def test_direct_synapses() -> None:
     assert direct_angles(parts_of("bp")) == [0, 0] and direct_angles(parts_of("kp", b_init="copy_w")) == [0, 0]
-    assert direct_angles(parts_of("pfa")) == [], "its feedback passes through other neurons"
+    assert direct_angles(parts_of("pfa")) == [], "pfa has no direct synapses: its feedback passes through other neurons"
     parts = parts_of("dfa")
     weight = parts.rule.model.get_submodule("fc3").weight.detach()
     assert direct_angles(parts) == [pytest.approx(weight_angle(parts.rule.feedback["act2"]["B"], weight))]
@@ -79,7 +79,7 @@ def test_marks_at_the_thresholds(changes: dict, marks: tuple[str, ...]) -> None:
 
 
 def test_table_sets_measured_beside_published() -> None:
-    """A published "unclear" counts as a disagreement. A rule that the published table lacks has no published marks."""
+    """A published "unclear" counts as a disagreement. For a rule that the published table lacks, `agrees` is missing."""
     analysis = QualitativeTable(
         rules=["bp", "usf", "frsf"],
         architecture="mlp:widths=[8]",

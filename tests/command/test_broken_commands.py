@@ -1,4 +1,5 @@
-"""A broken command line gives an error of one or two lines that names the key, the allowed values and the nearest name."""
+"""A broken command line gives an error of one or two lines. Its first line names what is wrong and, if possible, what is allowed
+or meant."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from fa_bench.cli import main
 
-#: Each case is a command line and the strings that the message must contain.
+#: Each case is a command line and the strings that the first line of the message must contain.
 BROKEN = [
     ("algorithm=faa", ["algorithm=faa", "'fa'", "available", "kp"]),
     ("architecture=mpl", ["architecture=mpl", "'mlp'"]),
@@ -107,7 +108,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("command", "named"), BROKEN, ids=[command for command, _ in BROKEN])
-def test_ends_in_a_short_message_before_any_training(
+def test_broken_command_gives_short_error_before_training(
     command: str, named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
@@ -124,7 +125,7 @@ def test_ends_in_a_short_message_before_any_training(
 
 
 @pytest.mark.parametrize("word", ["quantum=true", "optimizer.foo=x", "algorithm=backprop", "--help foo"])
-def test_a_name_that_is_not_near_is_no_suggestion(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_distant_name_gives_no_suggestion(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(word.split()) == 2
     assert "did you mean" not in capsys.readouterr().err
 
@@ -142,7 +143,7 @@ def test_directory_of_another_config_is_refused(resume: str, tmp_path: Path, cap
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
-def test_files_of_an_unknown_run_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_unknown_run_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "result.json").write_text("mine")
     assert main([*SMALL, "hydra.run.dir=here"]) == 2

@@ -1,4 +1,4 @@
-"""Broken files and folders are named in a one-line error before training, and existing files are left unchanged."""
+"""Inputs that are broken or too large are named in a one-line error, and existing files are left unchanged."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_broken_image_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_image_is_reported(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "test"):
         (folder / "data" / split / "a").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "data" / split / "a" / "0.png")
@@ -92,7 +92,7 @@ def test_a_broken_image_is_named(name: str, folder: Path, capsys: pytest.Capture
     try:
         breaks(folder / "data/train/a")
     except OSError:
-        pytest.skip("this file system does not support such a name")
+        pytest.skip("this file system does not support such a file")
     assert named in refused(["dataset=image_folder", "data_dir=data", "architecture.widths=[8]"], capsys)
     assert not (folder / "outputs").exists()
 
@@ -120,13 +120,13 @@ def idx(magic: tuple[int, int, int, int], lengths: tuple[int, ...], size: int) -
         (2, idx((0, 0, 8, 3), (10, 20, 20), 4000)),
     ],
 )
-def test_a_broken_idx_file_is_a_short_error(file: int, content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_idx_file_gives_short_error(file: int, content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_mnist(folder)
     (folder / "MNIST/raw" / IDX_FILES[file]).write_bytes(content)
     assert "dataset=mnist" in refused(["dataset=mnist", "data_dir=."], capsys)
 
 
-def test_a_label_without_class_is_a_short_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_label_out_of_range_gives_short_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_mnist(folder)
     write_idx(folder / "MNIST/raw" / IDX_FILES[1], np.full(30, 200))
     assert "label 200" in refused(["dataset=mnist", "data_dir=."], capsys)
@@ -144,7 +144,7 @@ def test_a_label_without_class_is_a_short_error(folder: Path, capsys: pytest.Cap
         ("/x", "outside"),
     ],
 )
-def test_an_archive_with_odd_members_is_refused(kind: int | str, named: str, folder: Path) -> None:
+def test_unsafe_archive_members_are_rejected(kind: int | str, named: str, folder: Path) -> None:
     member = zipfile.ZipInfo("set/x" if isinstance(kind, int) or kind == "bomb" else kind)
     if isinstance(kind, int):
         member.external_attr = (kind | 0o777) << 16
@@ -173,7 +173,7 @@ def test_an_archive_with_odd_members_is_refused(kind: int | str, named: str, fol
         ("d/" * 3000, "File name too long"),
     ],
 )
-def test_a_place_where_nothing_can_be_written_is_named(
+def test_unwritable_output_dir_is_reported(
     place: str, named: str, grid: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "file").write_text("mine")
@@ -185,7 +185,7 @@ def test_a_place_where_nothing_can_be_written_is_named(
     assert sorted(folder.iterdir()) == before and (folder / "file").read_text() == "mine"
 
 
-def test_a_folder_without_permission_is_named(folder: Path) -> None:
+def test_directory_without_permission_is_reported(folder: Path) -> None:
     (folder / "locked").mkdir()
     command = [sys.executable, "-m", "fa_bench.cli", *SMALL, "output_dir=locked"]
     done = privileges_dropped(command, folder, folder / "locked", 0o500)
@@ -193,7 +193,7 @@ def test_a_folder_without_permission_is_named(folder: Path) -> None:
     assert not list((folder / "locked").iterdir())
 
 
-def test_a_full_disk_under_one_job_leaves_the_others_to_run(
+def test_full_disk_in_one_job_does_not_stop_others(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fit(*arguments: object) -> None:
@@ -218,7 +218,7 @@ def test_a_full_disk_under_one_job_leaves_the_others_to_run(
     ],
     ids=["python", "torch"],
 )
-def test_a_job_without_memory_fails_in_a_line_and_the_others_go_on(
+def test_out_of_memory_job_does_not_stop_others(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = SGD.build, []
@@ -254,13 +254,13 @@ def test_a_job_without_memory_fails_in_a_line_and_the_others_go_on(
         (["optimizer.lr=nan"], "optimizer.lr=nan"),
     ],
 )
-def test_what_is_too_large_is_refused_before_it_is_allocated(
+def test_oversized_options_are_rejected_before_allocation(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert named in refused(["dataset=synthetic", "scale=smoke", *arguments], capsys)
 
 
-def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_memory_rejects_only_excess(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_limits, "available_memory", lambda: 10**8)
     memory_limits.require_memory(10**8, "this")
     with pytest.raises(ConfigError, match=r"this: needs 100 MB of memory, but only 100 MB is available"):
@@ -275,11 +275,11 @@ def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         build(30_000)
 
 
-def test_available_memory_is_a_plausible_number() -> None:
+def test_available_memory_is_plausible() -> None:
     assert memory_limits.available_memory() is None or 10**6 < memory_limits.available_memory() < 10**15
 
 
-def test_long_values_are_cut_in_messages() -> None:
+def test_long_option_values_are_truncated_in_errors() -> None:
     with pytest.raises(OptionError) as caught:
         SGD(lr="x" * 10_000)  # type: ignore[arg-type]
     assert len(str(caught.value)) < 300

@@ -68,7 +68,7 @@ def row(text: str, *cells: str) -> str:
     return " ".join(found.group(1).split())
 
 
-def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
+def test_edge_rule_description(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "algorithm=fa", "algorithm.freeze_stem=true"], capsys)
     config = yaml.safe_load(text.split("config\n")[1].split("\nmodel\n")[0])
     assert config["algorithm"]["name"] == "fa" and config["architecture"]["widths"] == [8, 6]
@@ -93,7 +93,7 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^output\n  outputs/synthetic-mlp/fa-\w{8}/seed0: empty$", text, re.M)
 
 
-def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cut_rule_description(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "algorithm=dfa"], capsys)
     assert row(text, "fc1", "Linear", "8x64") == "comes from the cut at act1"
     assert row(text, "fc3", "Linear", "10x6") == "is the true one (output layer)"
@@ -104,7 +104,7 @@ def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(text, "memory accesses").endswith("for backpropagation; not defined for dfa")
 
 
-def test_learned_rule_with_an_optimizer_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_learned_feedback_with_separate_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "algorithm=kp", "optimizer@feedback_optimizer=adam"], capsys)
     assert row(text, "fc2", "Linear", "6x8") == "passes through learned B" and row(text, "fc2", "B").endswith("learned")
     weights, feedback = 8 * 64 + 6 * 8 + 10 * 6, 4 * (8 * 64 + 6 * 8 + 10 * 6)
@@ -125,7 +125,7 @@ def test_asap_on_resnet20(capsys: pytest.CaptureFixture[str]) -> None:
     assert ratio is not None and float(ratio.group(1)) < 0.9
 
 
-def test_feedback_that_is_made_of_the_weight_takes_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_feedback_computed_from_weight_uses_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "algorithm=usf"], capsys)
     assert row(text, "fc2", "B", "6x8") == "- computed from the weight when needed" and row(text, "feedback").startswith("0 B")
 
@@ -138,7 +138,7 @@ def test_scale_is_respected(capsys: pytest.CaptureFixture[str]) -> None:
     assert "B, which learns W from noise" in row(text, "fc2", "Linear")
 
 
-def test_what_prepares_for_training_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_skips_pretraining_phase(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A dry run skips the mirror steps before training, because hundreds of them in every layer would take too long."""
     calls = []
     mirror = ALGORITHMS["wm"]._mirror  # type: ignore[attr-defined]
@@ -147,7 +147,7 @@ def test_what_prepares_for_training_is_left_out(monkeypatch: pytest.MonkeyPatch,
     assert calls == [1] * 4  # one for the first step, and one for each of the counted steps
 
 
-def test_grid(capsys: pytest.CaptureFixture[str]) -> None:
+def test_grid_description(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["-m", *TINY, "algorithm=fa,kp", "optimizer.lr=0.1,0.2", "seed=0,1"]
     text = said(words, capsys)
     assert "\n8 jobs (16 epochs); output: outputs/synthetic-mlp\n" in text and "\n  8 of 8: empty\n" in text
@@ -156,12 +156,12 @@ def test_grid(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.count("\nconfig\n") == 1 and text.count("\ncost\n") == 4
 
 
-def test_of_a_large_grid_the_first_config_stands_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_large_grid_shows_only_first_config(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(["-m", *TINY, "algorithm=fa", "optimizer.lr=0.1,0.2,0.3,0.4,0.5,0.6,0.7", "seed=0,1"], capsys)
     assert text.count("\ncost\n") == 1 and "\n6 more configs;" in text
 
 
-def test_directories_say_what_is_in_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_run_directories_are_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "hydra.run.dir=run"]) == 0
     assert re.search(r"\n  run: finished: test accuracy \d+\.\d\d%$", said([*TINY, "hydra.run.dir=run"], capsys).rstrip())
     other = said([*TINY, "hydra.run.dir=run", "optimizer.lr=0.3"], capsys)
@@ -169,7 +169,7 @@ def test_directories_say_what_is_in_them(capsys: pytest.CaptureFixture[str]) -> 
     assert "optimizer.lr=0.05 there, 0.3 here" in other
 
 
-def test_states_of_a_directory() -> None:
+def test_describe_run_directory_states() -> None:
     job, place = Job.from_config(OmegaConf.create(yaml.safe_load(CONFIGURED))), Path("run")
     assert describe(place, job) == "empty"
     RunDirectory(place, job).start(resume=False)
@@ -186,7 +186,7 @@ def test_states_of_a_directory() -> None:
     assert describe(place, job).startswith("cannot be used (contains metrics.jsonl")
 
 
-def test_grid_counts_its_directories(capsys: pytest.CaptureFixture[str]) -> None:
+def test_grid_counts_existing_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(TINY) == 0
     text = said(["-m", *TINY, "seed=0,1"], capsys)
     assert "\n  1 of 2: finished\n  1 of 2: empty\n" in text and re.search(r"/seed0: finished: test accuracy", text)
@@ -206,14 +206,14 @@ def test_grid_counts_its_directories(capsys: pytest.CaptureFixture[str]) -> None
         (["--cfg", "job"], ["--dry-run and --cfg", "together"]),
     ],
 )
-def test_broken_input_ends_in_one_line(words: list[str], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_input_gives_single_line_error(words: list[str], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dry-run", *words]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.strip().splitlines()) == 1 and all(part in err for part in named)
     assert not list(Path().iterdir())
 
 
-def test_nothing_is_written_beside_plugins_either(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_bytecode_is_written_for_plugins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("plain_plugin.py").write_text("x = 1\n")
@@ -221,7 +221,7 @@ def test_nothing_is_written_beside_plugins_either(monkeypatch: pytest.MonkeyPatc
     assert sys.modules.pop("plain_plugin").x == 1 and not sys.dont_write_bytecode
 
 
-def test_archives_are_not_unpacked(tmp_path: Path) -> None:
+def test_dry_run_neither_downloads_nor_unpacks(tmp_path: Path) -> None:
     with downloads_refused():
         with pytest.raises(DataError, match="downloads nothing"), fetching(tmp_path / "data", "mnist", "files"):
             raise AssertionError("not reached")
@@ -230,14 +230,14 @@ def test_archives_are_not_unpacked(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "fa-bench --dry-run" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ the counter
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if not name.startswith("as")])
-def test_counts_of_small_batches_tell_that_of_any(name: str) -> None:
+def test_predicted_multiplications_match_counted_ones(name: str) -> None:
     """The predicted number of multiplications for a batch of 9 equals the number that the rule performs, and the predicted
     reference equals the number for backpropagation in the plain model."""
     options = {"wm": {"initial_steps": 0}, "f3": {"samples": 9}}.get(name, {})
@@ -260,11 +260,11 @@ def test_counts_of_small_batches_tell_that_of_any(name: str) -> None:
     assert exact == multiplications(lambda: torch.nn.functional.cross_entropy(plain(x), y).backward())
 
 
-def test_polynomials_of_degree_two_are_met() -> None:
+def test_quadratic_extrapolation_is_exact() -> None:
     assert at_batch([7 + 5 * n + 3 * n * n for n in (2, 3, 4)], 100) == 7 + 500 + 30_000
 
 
-def test_numbers_read_well() -> None:
+def test_format_bytes_and_counts() -> None:
     assert [format_bytes(size) for size in (0, 999, 1000, 131_072, 999_999, 2.68e6, 1e9)] == [
         "0 B",
         "999 B",

@@ -1,4 +1,4 @@
-"""A rule that does not fit its network is refused before a sweep starts; a rule that fits is accepted."""
+"""A sweep with parts that do not fit together is refused before it starts; other errors are left to the job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NETS = {
 }
 
 
-def test_a_sweep_with_such_a_job_never_starts(
+def test_sweep_with_unfit_rule_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -35,7 +35,7 @@ def test_a_sweep_with_such_a_job_never_starts(
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("rule", list(ALGORITHMS))
-def test_what_is_refused_is_what_a_run_refuses(rule: str, net: str) -> None:
+def test_fit_check_agrees_with_run(rule: str, net: str) -> None:
     job = Job.from_config(
         OmegaConf.create(
             {
@@ -71,10 +71,10 @@ def test_what_is_refused_is_what_a_run_refuses(rule: str, net: str) -> None:
         (["architecture=mlp,dkp_alexnet"], "architecture: 8x8 images are too small for pool1 of this AlexNet"),
     ],
 )
-def test_a_sweep_with_parts_that_do_not_fit_never_starts(
+def test_sweep_with_incompatible_components_does_not_start(
     overrides: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole sweep is refused, including the first jobs, which could run."""
+    """The whole sweep is refused, including the first job, which could run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").write_text("a,b,y\n" + "".join(f"{n},{n % 7},{n / 3}\n" for n in range(60)))
     table = ["dataset.table=table.csv", "dataset.target=y", "dataset.task=regression"] if "objective=mse" in overrides else []
@@ -83,7 +83,7 @@ def test_a_sweep_with_parts_that_do_not_fit_never_starts(
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
-def test_what_fails_for_another_reason_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_check_ignores_unrelated_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job.from_config(
         OmegaConf.create(
             {
@@ -104,6 +104,6 @@ def test_what_fails_for_another_reason_is_left_to_the_job(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
-def test_shapes_are_those_of_the_data(name: str, tmp_path: Path) -> None:
+def test_declared_shape_matches_data(name: str, tmp_path: Path) -> None:
     splits = DATASETS[name]().load(tmp_path, torch.device("cpu"))
     assert DATASETS[name]().shape() == (splits.input_shape, len(splits.classes))

@@ -1,4 +1,4 @@
-"""Tests of a sweep on several CUDA devices; the devices do not exist, so torch.cuda.device_count is replaced."""
+"""Tests of a sweep on several CUDA devices, which need not exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = [
     "loggers=[]",
     "probe_every=0",
 ]
-#: Each run waits until the other one has recorded which device its process sees.
+#: A callback in which each run records the devices that its process sees, and waits until the other run has done so.
 PLUGIN = """
 import os, time
 from pathlib import Path
@@ -55,7 +55,7 @@ sys.stdin.read()
     ("count", "visible", "expected"),
     [(2, None, ["0", "1"]), (2, "3,5", ["3", "5"]), (1, "GPU-a, GPU-b", ["GPU-a"]), (2, "", ["0", "1"]), (0, "", [])],
 )
-def test_devices_keep_the_names_by_which_this_process_sees_them(count: int, visible: str | None, expected: list[str]) -> None:
+def test_visible_devices_match_cuda_visible_devices(count: int, visible: str | None, expected: list[str]) -> None:
     assert visible_devices(count, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
 
 
@@ -63,7 +63,7 @@ def test_devices_keep_the_names_by_which_this_process_sees_them(count: int, visi
     ("requested", "shared"),
     [({"auto"}, True), ({"cuda", "cpu"}, True), ({"cpu"}, False), ({"auto", "cuda:1"}, False), ({"mps"}, False)],
 )
-def test_a_sweep_that_names_devices_by_number_keeps_them(requested: set[str], shared: bool) -> None:
+def test_devices_are_shared_unless_numbered(requested: set[str], shared: bool) -> None:
     assert shares_devices(requested) is shared
 
 
@@ -83,7 +83,7 @@ def test_jobs_at_a_time(asked: int | None, devices: int, per_gpu: int, jobs: int
     assert jobs_at_a_time(asked, devices, per_gpu) == (jobs, note)
 
 
-def test_processes_alternate_between_the_devices_and_leave_theirs_to_others(tmp_path: Path) -> None:
+def test_processes_alternate_between_devices_and_release_them(tmp_path: Path) -> None:
     def start() -> tuple[subprocess.Popen[str], str]:
         process = subprocess.Popen(
             [sys.executable, "-c", CLAIM, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -105,8 +105,7 @@ def test_processes_alternate_between_the_devices_and_leave_theirs_to_others(tmp_
 
 
 def test_each_job_sees_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two jobs run at a time. The runs train on the CPU, and their configs do not contain the device that was assigned to
-    them."""
+    """The config of a run does not contain the device that was assigned to the run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

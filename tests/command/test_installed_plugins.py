@@ -47,7 +47,7 @@ def run(folder: Path, site: Path, *command: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_the_components_of_an_installed_plugin_need_no_name(tmp_path: Path) -> None:
+def test_installed_plugin_components_need_no_plugins_option(tmp_path: Path) -> None:
     site = distribution(tmp_path / "site", RULE)
     listed = run(tmp_path, site, "-m", "fa_bench", "--help", "algorithm")
     assert "offered" in listed.stdout, listed.stderr
@@ -64,7 +64,7 @@ def test_the_components_of_an_installed_plugin_need_no_name(tmp_path: Path) -> N
     assert "different" in second.stderr, second.stderr
 
 
-def test_a_broken_installed_plugin_is_named(tmp_path: Path) -> None:
+def test_broken_installed_plugin_is_reported(tmp_path: Path) -> None:
     site = distribution(tmp_path / "site", "raise SystemExit(0)\n")
     for command in (["-m", "fa_bench", *SMALL], ["-m", "fa_bench", "--help", "algorithm"]):
         ran = run(tmp_path, site, *command)

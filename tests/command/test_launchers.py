@@ -1,4 +1,4 @@
-"""The report of a sweep does not depend on the launcher: the files are identical whether the jobs share a process or not."""
+"""Apart from training times, the report of a sweep does not depend on the launcher. Jobs of submitit survive preemption."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SIGNALLED_SWEEP = [
 
 
 def report(folder: Path, monkeypatch: pytest.MonkeyPatch, *launcher: str) -> dict[str, Any]:
-    """Run `SWEEP` and return the contents of the files of its report, without the times."""
+    """Run `SWEEP` and return the contents of its report's CSV, JSON, Markdown and LaTeX files, without the times."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     assert main([*SWEEP, *launcher]) == 0
@@ -97,7 +97,7 @@ def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher[0])
-def test_the_report_is_that_of_one_process(
+def test_report_does_not_depend_on_launcher(
     launcher: list[str], in_one_process: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert {"report.md", "report.csv", "report.json", "runs.csv"} <= set(in_one_process)
@@ -135,7 +135,7 @@ def uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @needs_submitit
-def test_jobs_of_submitit_survive_preemption(uninterrupted: list[str]) -> None:
+def test_submitit_jobs_survive_preemption(uninterrupted: list[str]) -> None:
     """submitit's signal requeues the job, which then resumes; SIGTERM ends the run, and the same command resumes it."""
     command = [*SIGNALLED_SWEEP, "hydra/launcher=submitit_local"]
     assert main(command) == 1
@@ -146,7 +146,7 @@ def test_jobs_of_submitit_survive_preemption(uninterrupted: list[str]) -> None:
     ]
 
 
-def test_a_checkpoint_is_written_before_submitit_requeues(
+def test_checkpoint_is_written_before_submitit_requeue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The handler raises an error, as submitit's handler does if a job has been requeued too often."""
@@ -173,7 +173,7 @@ def test_a_checkpoint_is_written_before_submitit_requeues(
 
 
 @needs_submitit
-def test_the_config_for_slurm_is_composed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_slurm_launcher_config_is_composed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cfg", "hydra", "hydra/launcher=fa_bench_slurm", "hydra.launcher.partition=gpu"]) == 0
     launcher = yaml.safe_load(capsys.readouterr().out)["hydra"]["launcher"]
     assert launcher["_target_"].endswith(".SlurmLauncher") and launcher["partition"] == "gpu"

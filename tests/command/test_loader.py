@@ -72,7 +72,7 @@ def flags(node: Any) -> Any:
 
 
 @pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN], ids=["run", "sweep"])
-def test_configs_and_errors_are_those_of_hydra(composer: Composer, mode: RunMode) -> None:
+def test_configs_and_errors_match_hydra(composer: Composer, mode: RunMode) -> None:
     hydra = ConfigLoaderImpl(composer.loader.get_search_path())
     for job in [*JOBS, ["seed=1,2", "algorithm=fa,kp"]]:
         expected = described(hydra, job, mode)
@@ -80,7 +80,7 @@ def test_configs_and_errors_are_those_of_hydra(composer: Composer, mode: RunMode
         assert described(composer.loader, job, mode) == expected, job  # composed from the cached config
 
 
-def test_jobs_that_choose_the_same_components_are_composed_once(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_with_same_components_are_composed_once(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     compose, composed = ConfigLoaderImpl._compose_config_from_defaults_list, []
     monkeypatch.setattr(
         ConfigLoaderImpl,
@@ -93,7 +93,7 @@ def test_jobs_that_choose_the_same_components_are_composed_once(composer: Compos
     assert len(composed) == 2
 
 
-def test_configs_share_nothing(composer: Composer) -> None:
+def test_composed_configs_are_independent(composer: Composer) -> None:
     first = composer.compose(["seed=1"])
     first.architecture.widths.append(3)
     first.hydra.job.name = "mine"
@@ -101,7 +101,7 @@ def test_configs_share_nothing(composer: Composer) -> None:
     assert 3 not in second.architecture.widths and second.hydra.job.name != "mine" and second.seed == 2
 
 
-def test_the_next_command_sees_a_changed_file(tmp_path: Path) -> None:
+def test_next_command_reads_changed_file(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     register_schemas()
     for epochs in (3, 4):
@@ -109,9 +109,7 @@ def test_the_next_command_sees_a_changed_file(tmp_path: Path) -> None:
         assert Composer("config", str(tmp_path), []).compose(["experiment=mine"]).epochs == epochs
 
 
-def test_a_component_that_a_plugin_registers_later_is_composed_with_its_options(
-    composer: Composer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_newly_registered_components_invalidate_cached_config(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     before = composer.compose([]).algorithm
     monkeypatch.setattr(module, "registered_components", lambda: "others")
     compose, composed = ConfigLoaderImpl._compose_config_from_defaults_list, []
@@ -123,7 +121,7 @@ def test_a_component_that_a_plugin_registers_later_is_composed_with_its_options(
     assert composer.compose([]).algorithm == before and composed == [1]
 
 
-def test_a_launchers_process_keeps_the_configs_of_its_command_only(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_process_caches_configs_per_command(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_latest", {})
     composer.compose(["seed=1"])
     assert not {"_configs", "_is_group"} & set(composer.loader.__getstate__())  # a launcher pickles it for every job

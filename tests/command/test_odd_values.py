@@ -1,4 +1,5 @@
-"""Unusual values of every kind of option, including Hydra's own, and unusual experiments give short errors that name the key."""
+"""Invalid values of options, including Hydra's own, and malformed experiments give short errors that name the key or the
+value."""
 
 from __future__ import annotations
 
@@ -31,26 +32,24 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("key", ["threads", "seed", "probe_size"])
 @pytest.mark.parametrize("value", [-1, 10**30, 1.5, "1", [1], [[1]], {"a": 1}, None, True, float("nan")])
-def test_a_number_that_is_none_names_its_option(key: str, value: object) -> None:
+def test_invalid_number_error_names_option(key: str, value: object) -> None:
     with pytest.raises(OptionError, match=f"^{key}="):
         RunOptions(**{key: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("threads", [MAX_THREADS + 1, 100_000, 2**31, 2**63])
-def test_more_threads_than_torch_bears_are_refused(threads: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_threads_are_rejected(threads: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert RunOptions(threads=MAX_THREADS).threads == MAX_THREADS
     assert "threads=" in refused([*SMALL, f"threads={threads}"], capsys)
 
 
 @pytest.mark.parametrize("key", ["channels", "samples", "size", "classes"])
-def test_more_than_fits_is_refused_before_anything_is_made_of_it(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_oversized_dataset_is_rejected_before_allocation(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"dataset.{key}" in refused([*SMALL, f"dataset.{key}={2**31}"], capsys)
 
 
 @pytest.mark.parametrize("jobs", ["0", "true", "1.5", "x"])
-def test_a_number_of_joblibs_processes_that_is_none_is_refused_before_the_sweep(
-    jobs: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_joblib_n_jobs_is_rejected_before_sweep(jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["-m", *SMALL, "seed=0,1", "hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
     assert "hydra.launcher.n_jobs" in refused(words, capsys) and not Path("outputs").exists()
 
@@ -74,7 +73,7 @@ def test_a_number_of_joblibs_processes_that_is_none_is_refused_before_the_sweep(
         "x" * 10_000,
     ],
 )
-def test_a_device_that_torch_cannot_count_is_refused(device: str) -> None:
+def test_invalid_device_is_rejected(device: str) -> None:
     with pytest.raises(OptionError, match="device=") as caught:
         RunOptions(device=device)
     assert len(str(caught.value)) < 300
@@ -94,7 +93,7 @@ def test_a_device_that_torch_cannot_count_is_refused(device: str) -> None:
         "x" * 10**5,
     ],
 )
-def test_a_list_of_something_else_names_its_option(value: object) -> None:
+def test_invalid_list_error_names_option(value: object) -> None:
     with pytest.raises(OptionError, match="probes=") as caught:
         RunOptions(probes=value)  # type: ignore[arg-type]
     assert len(str(caught.value)) < 400
@@ -102,14 +101,14 @@ def test_a_list_of_something_else_names_its_option(value: object) -> None:
 
 
 @pytest.mark.parametrize("name", [["fa"], [["fa"]], {"a": 1}, None, 3, "x" * 10**5])
-def test_a_component_is_looked_up_by_nothing_but_a_name(name: object) -> None:
+def test_component_lookup_requires_string(name: object) -> None:
     assert name not in ALGORITHMS
     with pytest.raises(ConfigError, match="no such algorithm") as caught:
         ALGORITHMS[name]  # type: ignore[index]
     assert len(str(caught.value)) < 800  # the message lists all rules
 
 
-def test_messages_are_cut_wherever_they_come_from() -> None:
+def test_messages_are_truncated() -> None:
     class Mute(Exception):
         def __str__(self) -> str:
             raise RuntimeError
@@ -144,7 +143,7 @@ LONG = "x" * 19_000
         f"hydra.verbose={{a: {LONG}}}",
     ],
 )
-def test_a_long_word_is_cut(word: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_argument_is_truncated_in_error(word: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused([*SMALL, word], capsys)
     assert list(folder.iterdir()) == []
 
@@ -187,7 +186,7 @@ def test_a_long_word_is_cut(word: str, folder: Path, capsys: pytest.CaptureFixtu
         ("hydra/lancher=joblib", ["hydra/lancher"]),
     ],
 )
-def test_hydras_own_options_are_tried_before_a_grid_begins(
+def test_invalid_hydra_options_are_rejected_before_grid(
     word: str, named: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(["-m", *SMALL, "seed=0,1", word], capsys)
@@ -196,11 +195,11 @@ def test_hydras_own_options_are_tried_before_a_grid_begins(
     assert list(folder.iterdir()) == []
 
 
-def test_several_folders_of_one_run_are_not_sent_to_a_grid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_multiple_run_dirs_are_rejected_without_multirun(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "one value" in refused([*SMALL, "hydra.run.dir=a,b"], capsys)
 
 
-def test_what_hydra_can_use_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_supported_hydra_options_are_accepted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["-m", *SMALL, "seed=0,1", "hydra/job_logging=default", "hydra.verbose=[x]", "hydra.sweep.dir=o/${hydra.job.name}"])
         == 0
@@ -208,7 +207,7 @@ def test_what_hydra_can_use_is_taken(folder: Path, capsys: pytest.CaptureFixture
     assert len(list((folder / "o").rglob("result.json"))) == 2
 
 
-def test_a_value_that_leads_back_to_itself_by_hydras_resolver_is_refused() -> None:
+def test_self_reference_via_hydra_resolver_is_rejected() -> None:
     from omegaconf import OmegaConf
 
     with pytest.raises(ConfigError, match="refers to itself"):
@@ -245,7 +244,7 @@ def test_a_value_that_leads_back_to_itself_by_hydras_resolver_is_refused() -> No
         (f"grid:\n  - {{'{'k' * 1000}': 1}}", "grid"),
     ],
 )
-def test_an_odd_preset_is_named(text: str, named: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_preset_is_reported(text: str, named: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "c" / "experiment").mkdir(parents=True)
     (folder / "c" / "experiment" / "odd.yaml").write_text(f"# @package _global_\n{text}\n")
     assert named in refused(["-m", "--config-dir", "c", *SMALL, "experiment=odd"], capsys)
@@ -253,17 +252,17 @@ def test_an_odd_preset_is_named(text: str, named: str, folder: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("text", ["", "'': 1", "x: 1", "name: nope"])
-def test_help_on_a_choice_that_sets_up_nothing(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_rejects_config_without_component(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "c" / "algorithm").mkdir(parents=True)
     (folder / "c" / "algorithm" / "odd.yaml").write_text(text)
     assert "algorithm=odd" in refused(["--help", "--config-dir", "c", "algorithm=odd"], capsys)
 
 
-def test_a_package_that_is_not_there_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_package_gives_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nope" in refused(["--cfg", "job", "--package", "nope"], capsys)
 
 
-def test_every_job_is_told_the_commands_words(folder: Path) -> None:
+def test_sweep_records_command_overrides(folder: Path) -> None:
     assert main(["-m", *SMALL, "seed=0", "output_dir='o=1'"]) == 0
     (listed,) = folder.rglob("sweep.json")
     assert "output_dir='o=1'" in json.loads(listed.read_text())["command"]

@@ -1,5 +1,5 @@
-"""Paths are accepted in many of the forms that people type; others are refused, with a corrected command line if there is one. No
-folder with an odd name is created."""
+"""Paths that the shell or Hydra would misread are refused, with a corrected override if there is one, and no folder is created
+for them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("data_dir=a#é", "a#é"),
     ],
 )
-def test_a_path_that_needs_more_is_refused_with_what_works_in_a_shell(
+def test_path_requiring_quotes_suggests_working_command(
     typed: str, meant: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused([*SMALL, typed], capsys)
@@ -68,12 +68,12 @@ def test_a_path_that_needs_more_is_refused_with_what_works_in_a_shell(
 
 
 @pytest.mark.parametrize("typed", ["~nobody_here/o", "'~nobody_here/o'"])
-def test_a_home_that_is_not_there_is_refused(typed: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_home_directory_is_rejected(typed: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the full path" in refused([*SMALL, f"output_dir={typed}"], capsys)
 
 
 @pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"])
-def test_hydras_own_folders_are_looked_at_too(key: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hydra_directories_are_validated(key: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = [] if key == "hydra.run.dir" else ["-m", "seed=0,1"]
     for value in ("'~/o'", "null", "[a]", "${nope}", "${oc.env:FA_BENCH_UNSET}", "'a\0b'", "'" + "x" * 300 + "'"):
         said = refused([*grid, *SMALL, f"{key}={value}"], capsys)
@@ -81,29 +81,29 @@ def test_hydras_own_folders_are_looked_at_too(key: str, folder: Path, capsys: py
     assert list(folder.iterdir()) == []
 
 
-def test_a_long_name_below_folders_to_be_made_leaves_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_long_name_creates_no_parent_directories(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "too long" in refused([*SMALL, f"output_dir=new/{'x' * 300}"], capsys)
     assert list(folder.iterdir()) == []
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(st.characters(min_codepoint=32, exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda t: "${" not in t))
-def test_a_quoted_text_is_read_back_by_the_shell_and_hydra(text: str) -> None:
+def test_quoted_text_round_trips_through_shell_and_hydra(text: str) -> None:
     override = f"output_dir={hydra_quote(text)}"
     assert shlex.split(shell_quote(override)) == [override]
     value = parse(override).value()
-    assert str(value) == text or hydra_quote(text) == text  # a path without quotes may be parsed as a number or null
+    assert str(value) == text or hydra_quote(text) == text  # unquoted text may be parsed as a number or null
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_a_time_in_a_path_is_that_of_the_command(launcher: str, folder: Path) -> None:
+def test_timestamp_in_path_is_shared_by_jobs(launcher: str, folder: Path) -> None:
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     assert main(["-m", *SMALL, "seed=0,1", "output_dir=o/${now:%H%M%S-%f}", f"hydra/launcher={launcher}", *more]) == 0
     (made,) = (folder / "o").iterdir()
     assert len(list(made.rglob(RESULT))) == 2 and not list((folder / "o").rglob("multirun.yaml"))
 
 
-def test_a_time_is_one_for_a_run_and_for_all_parts_of_a_grid(folder: Path) -> None:
+def test_timestamp_is_shared_by_run_and_grid_parts(folder: Path) -> None:
     assert main([*SMALL, "hydra.run.dir=o/${now:%f}"]) == 0
     assert len(list((folder / "o").iterdir())) == 1
     (folder / "c" / "experiment").mkdir(parents=True)
@@ -114,7 +114,7 @@ def test_a_time_is_one_for_a_run_and_for_all_parts_of_a_grid(folder: Path) -> No
     assert len(list((folder / "p").iterdir())) == 1
 
 
-def test_a_number_of_hydras_jobs_is_counted_as_hydra_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hydra_job_num_counts_across_grid_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", *SMALL, "seed=4,5", "hydra.sweep.subdir=${hydra:job.num}"]) == 0
     seeds = {path.parent.name: json.loads(path.read_text())["seed"] for path in (folder / "outputs").rglob(RESULT)}
     assert seeds == {"0": 4, "1": 5}

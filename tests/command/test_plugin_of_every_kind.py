@@ -1,5 +1,5 @@
-"""A user's module that imports only ``fa_bench`` can add a component of every kind to the command line, the help and the
-records."""
+"""A user's module needs no import from the project except ``fa_bench`` to add a component of every kind, which then appears in
+the command line, the help and the records."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class UpdateAngle(fa_bench.Metric):
 @fa_bench.register_callback("counting")
 @dataclasses.dataclass(eq=False)
 class Counting(fa_bench.Callback):
-    """Counts steps, also over interruptions."""
+    """Counts steps, including those before an interruption."""
 
     count: int = 0
 
@@ -181,7 +181,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     __import__("sys").modules.pop("every_kind", None)
 
 
-def test_it_works_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plugin_components_work_from_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", *COMMAND, "seed=0,1"]) == 0
     said = capsys.readouterr().out
     assert "tags accuracy/test" in said and "update_angle/1" in said and "update angle (°)" in said
@@ -207,7 +207,7 @@ def test_it_works_from_the_command_line(folder: Path, capsys: pytest.CaptureFixt
     assert fa_bench.load_results("outputs")["update_angle"].notna().all()
 
 
-def test_it_is_in_the_help(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plugin_components_are_listed_in_help(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = {
         "algorithm": "Errors through half the weight",
         "architecture": "One hidden layer",
@@ -226,7 +226,7 @@ def test_it_is_in_the_help(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "objective.margin=1.0" in capsys.readouterr().out
 
 
-def test_a_callback_goes_on_counting_in_a_resumed_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callback_state_survives_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fa_bench.runs.callbacks import StopOnSignal
     from fa_bench.utils.stopping import Interrupted
 
@@ -242,7 +242,7 @@ def test_a_callback_goes_on_counting_in_a_resumed_run(folder: Path, monkeypatch:
     assert [json.loads(line)["counted"] for line in Path("run/metrics.jsonl").read_text().splitlines()] == [5, 10, 15]
 
 
-def test_the_public_face_has_all_of_it() -> None:
+def test_public_api_is_complete() -> None:
     assert set(dir(fa_bench)) == set(fa_bench.__all__)
     assert all(getattr(fa_bench, name) is not None for name in fa_bench.__all__)
     wanted = {

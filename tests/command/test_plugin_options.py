@@ -68,7 +68,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fa_bench", *words], capture_output=True, text=True)
 
 
-def test_options_of_a_plugin_with_nothing_but_schedules_and_callbacks(folder: Path) -> None:
+def test_plugin_schedule_and_callback_options(folder: Path) -> None:
     ran = run(
         *SMALL,
         "plugins=[mine]",
@@ -101,13 +101,13 @@ def test_options_of_a_plugin_with_nothing_but_schedules_and_callbacks(folder: Pa
         ("metrics=[bare]", ["metric bare", "must return a dict with a number for each layer, not 0.5"]),
     ],
 )
-def test_mistakes_are_answered_in_a_line(folder: Path, word: str, parts: list[str]) -> None:
+def test_plugin_option_mistakes_give_single_line_error(folder: Path, word: str, parts: list[str]) -> None:
     ran = run(*SMALL, "plugins=[mine]", word)
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1, ran.stderr
     assert not [part for part in parts if part not in ran.stderr], ran.stderr
 
 
-def test_help_shows_how_options_of_callbacks_are_written() -> None:
+def test_help_shows_callback_option_syntax() -> None:
     assert "counting:every=1" in run("--help", "callback", "plugins=[mine]").stdout
     assert "none registered" in run("--help", "callback").stdout
     assert "callback=counting: Counts steps." in run("--help", "callback=counting", "plugins=[mine]").stdout

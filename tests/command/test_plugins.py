@@ -76,7 +76,9 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["--help"]], ids=["grid", "help"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_is_refused_in_a_line(name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_plugin_gives_single_line_error(
+    name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, named = BROKEN[name]
     (tmp_path / "odd_plugin.py").write_text(text)
     assert main([*words, *SMALL, "plugins=[odd_plugin]"]) == 2
@@ -87,7 +89,7 @@ def test_is_refused_in_a_line(name: str, words: list[str], tmp_path: Path, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["odd_plugin.py"]
 
 
-def test_the_next_command_finds_the_same_fault(tmp_path: Path) -> None:
+def test_repeated_import_reports_same_error(tmp_path: Path) -> None:
     (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + "    y: int = option(0, 'y', minimum=1)\n")
     for _ in range(2):
         with pytest.raises(ConfigError, match="algorithm=odd_rule"):
@@ -96,7 +98,7 @@ def test_the_next_command_finds_the_same_fault(tmp_path: Path) -> None:
         import_plugins([])  # a command without the plugin still works
 
 
-def test_a_signal_while_a_plugin_is_imported_is_no_fault_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_signal_during_plugin_import_is_interrupt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "odd_plugin.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
     assert main([*SMALL, "plugins=[odd_plugin]"]) == 143
     (tmp_path / "odd_plugin.py").write_text("from fa_bench.utils.stopping import Interrupted\nraise Interrupted(2)\n")
@@ -107,7 +109,7 @@ def test_a_signal_while_a_plugin_is_imported_is_no_fault_of_it(tmp_path: Path, c
 @pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize("error", ["SystemExit", "GeneratorExit"])
 @pytest.mark.parametrize("where", ["pathway(self, layer)", "check(self)"])
-def test_a_rule_that_exits_ends_its_own_job_alone(
+def test_rule_calling_exit_does_not_affect_other_jobs(
     where: str, error: str, grid: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The default of the option is valid; the value in the YAML file makes the rule exit.
@@ -138,7 +140,7 @@ class Plain(OptimizerOptions):
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_what_a_plugin_registers_is_a_choice_without_any_file(launcher: str, tmp_path: Path) -> None:
+def test_registered_components_are_selectable_without_config_file(launcher: str, tmp_path: Path) -> None:
     rule = "from fa_bench.rules.fa import FA\n" + RULE.replace("EdgeRule", "FA")
     (tmp_path / "odd_plugin.py").write_text(IMPORTS + rule + OPTIMIZER)
     words = [
@@ -158,7 +160,7 @@ def test_what_a_plugin_registers_is_a_choice_without_any_file(launcher: str, tmp
     assert len(found) == 2
 
 
-def test_a_file_of_a_components_name_stands_in_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_config_file_replaces_component_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The user's file replaces the component's config; Hydra 1.3 would add the component's own defaults."""
     (tmp_path / "conf" / "algorithm").mkdir(parents=True)
     (tmp_path / "conf" / "algorithm" / "thin.yaml").write_text("defaults:\n  - fa\ndensity: 0.25\n")
@@ -168,7 +170,7 @@ def test_a_file_of_a_components_name_stands_in_its_place(tmp_path: Path, capsys:
     assert "name: fa" in said.out and "density: 0.25" in said.out and "b_lr_scale" not in said.out and said.err == ""
 
 
-def test_a_choice_goes_with_its_component(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropped_component_is_not_selectable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE)
     assert main(["--cfg", "job", "plugins=[odd_plugin]", "algorithm=odd_rule"]) == 0
     ALGORITHMS.drop("odd_rule")
@@ -176,7 +178,7 @@ def test_a_choice_goes_with_its_component(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("error", ["SystemExit", "GeneratorExit"])
-def test_a_dry_run_that_a_plugin_ends_says_so(error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_reports_plugin_exit(error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + f"    def pathway(self, layer): raise {error}(0)\n")
     (tmp_path / "conf" / "algorithm").mkdir(parents=True)
     (tmp_path / "conf" / "algorithm" / "odd.yaml").write_text("defaults:\n  - /_schema/algorithm/odd_rule@_here_\n")

@@ -1,5 +1,4 @@
-"""Any random combination of overrides either trains for a step or gives a short message, and writes only to the expected
-folders."""
+"""A command with random overrides either trains briefly or gives a short message, and it writes only to the expected folders."""
 
 from __future__ import annotations
 
@@ -238,7 +237,7 @@ def _inside(folder: str) -> Iterator[None]:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(command_lines())
-def test_ends_in_training_or_in_a_short_message(home: Path, words: list[str]) -> None:
+def test_random_overrides_train_or_give_short_error(home: Path, words: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=home) as made, _inside(made):
         err, out = io.StringIO(), io.StringIO()
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):

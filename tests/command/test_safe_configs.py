@@ -23,8 +23,8 @@ MAKE = "touch PWNED"
 LOG = "{version: 1, root: {handlers: [x]}, handlers: {x: {%s}}}"
 CREATE = "x: \"${oc.create:'{_tar${oc.decode:get_}: os.system, command: touch PWNED}'}\""
 
-#: Maps a name to the content of the experiment and to what the message must name. Without the guard, some of these experiments
-#: would create the file PWNED.
+#: Maps a name to the content of the experiment and to what the message must contain. If they were not refused, some of these
+#: experiments would create the file PWNED.
 EVIL = {
     "apply": (f"seed: !!python/object/apply:os.system ['{MAKE}']", ["apply.yaml:2", "!!python/object/apply:os.system"]),
     "new": (f"seed: !!python/object/new:os.system ['{MAKE}']", ["new.yaml:2", "tag"]),
@@ -111,7 +111,7 @@ def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("name", [name for name in EVIL if name not in ("search", "no_header")])
-def test_preset_is_refused_before_anything_of_it_runs(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malicious_preset_is_rejected_without_execution(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = ["-m"] if name in ("many", "product") else []
     said = refused(["--config-dir", "mine", *grid, f"experiment={name}", "dataset=synthetic"], folder, capsys)
     assert len(said) < 1500
@@ -148,14 +148,14 @@ def test_preset_is_refused_before_anything_of_it_runs(name: str, folder: Path, c
     ],
     ids=lambda arguments: " ".join(arguments)[:70],
 )
-def test_command_line_is_refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malicious_command_line_is_rejected(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if arguments[0] == "--experimental-rerun":
         (folder / "job.pickle").write_bytes(pickle.dumps(Evil()))
     assert len(refused(arguments, folder, capsys)) < 1500
 
 
 @pytest.mark.parametrize("words", [[], ["install"], ["query=tcsh"], ["a=1"]])
-def test_shell_completion_says_what_to_write(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shell_completion_error_suggests_usage(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "install=bash" in refused(["--shell-completion", *words], folder, capsys)
 
 
@@ -174,30 +174,30 @@ class Evil:
         return os.system, (MAKE,)
 
 
-def test_checkpoint_is_read_as_data(folder: Path) -> None:
+def test_malicious_checkpoint_is_not_executed(folder: Path) -> None:
     path = folder / "last.pt"
     torch.save({"version": checkpoint.VERSION, "config_hash": "x", "model": Evil()}, path)
     with pytest.raises(RunDirectoryError, match=r"last.pt: not a readable checkpoint"):
         checkpoint.read(path, "x", "cpu")
     assert not (folder / "PWNED").exists()
     torch.load(path, weights_only=False)
-    assert (folder / "PWNED").exists()  # without the guard, loading creates the file
+    assert (folder / "PWNED").exists()  # with weights_only=False, loading creates the file
 
 
 @pytest.mark.parametrize("name", ["apply", "bomb", "deep", "torn", "no_text", "huge"])
-def test_a_runs_config_is_read_as_data(name: str, folder: Path) -> None:
+def test_malicious_run_config_is_rejected(name: str, folder: Path) -> None:
     (folder / "config.yaml").write_bytes((folder / f"mine/experiment/{name}.yaml").read_bytes())
     with pytest.raises(RecordError, match=r"config\.yaml"):
         read_config(folder / "config.yaml")
     assert not (folder / "PWNED").exists()
 
 
-def test_everything_shipped_is_within_the_bounds() -> None:
+def test_shipped_configs_are_within_limits() -> None:
     for path in conf_dir().rglob("*.yaml"):
         read_yaml(path)
 
 
-def test_plain_yaml_reads_as_omegaconf_reads_it() -> None:
+def test_parse_yaml_matches_omegaconf() -> None:
     text = "a: &x {b: [1, 2.5, null, true, 1e-3, '5']}\nc: *x\nd: {<<: *x, e: '${a.b}'}\n" + "f: " + "[" * 38 + "]" * 38
     assert parse_yaml(text, "here") == OmegaConf.create(text)
     with pytest.raises(ConfigError, match=f"here:1: nested deeper than {MAX_DEPTH}"):

@@ -1,4 +1,4 @@
-"""Hydra's sweeper for fa-bench starts one pool for all jobs, composes each job once before the sweep, and sets no environment
+"""The sweeper of fa-bench starts one pool for all jobs, composes each job once before the sweep, and sets no environment
 variables."""
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def watched(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record the number of jobs in each call of this launcher class; the returned list grows with every call."""
+    """Patch the launcher class of this name to record the number of jobs in each launch; the returned list grows with every
+    launch."""
     cls: Any = Plugins.instance().class_name_to_class[name]
     launch, launched = cls.launch, []
 
@@ -50,7 +51,7 @@ def watched(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return launched
 
 
-def test_an_experiment_whose_rules_have_options_runs_in_one_pool(
+def test_experiment_with_rule_options_uses_one_pool(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     launched = watched("hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", monkeypatch)
@@ -69,7 +70,7 @@ def test_an_experiment_whose_rules_have_options_runs_in_one_pool(
     assert not [name for name in os.environ if name.startswith(("FA_BENCH", "HYDRA"))]
 
 
-def test_each_job_is_composed_once_before_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_are_checked_and_launched_with_one_composition_each(monkeypatch: pytest.MonkeyPatch) -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cls: Any = type(GlobalHydra.instance().config_loader())
     compose, composed = cls.load_configuration, []
@@ -94,7 +95,7 @@ def test_several_experiments_are_all_expanded(folder: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.startswith("Running 6 jobs (6 epochs); output: outputs\n")
 
 
-def test_an_experiment_chooses_the_launcher(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experiment_selects_launcher(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "own" / "experiment" / "two.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /hydra/launcher: joblib\nhydra: {launcher: {n_jobs: 2}}\n"
     )
@@ -103,18 +104,18 @@ def test_an_experiment_chooses_the_launcher(folder: Path, monkeypatch: pytest.Mo
     assert launched == [2]
 
 
-def test_nothing_is_written_beside_the_chosen_folders(folder: Path) -> None:
+def test_only_output_directories_are_created(folder: Path) -> None:
     assert main(["-m", *SMALL, "output_dir=a,b"]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "own"]
     assert not list(folder.rglob("multirun.yaml"))
 
 
-def test_no_job_starts_where_the_last_one_cannot_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_job_starts_if_last_is_invalid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "--config-dir", "own", "experiment=mine", *SMALL, *TWO, "optimizer.lr=0.1,-1"]) == 2
     assert "optimizer.lr=-1" in capsys.readouterr().err and not (folder / "outputs").exists()
 
 
-def test_modules_are_exempt_from_the_collection_after_each_run_except_in_a_users_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_freeze_is_called_only_for_command_line_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     frozen: list[bool] = []
     monkeypatch.setattr(process.gc, "freeze", lambda: frozen.append(True))
     monkeypatch.setattr(process, "_jobs", 0)

@@ -1,4 +1,4 @@
-"""Every option of a config takes effect: changing it alone changes a run's results, beginning with the option's own stage."""
+"""Options of a config take effect: changing one option changes a run's results, beginning with the option's own stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OP
 from fa_bench.runs.train import run
 from tests.data.files import write_cifar
 
-#: There are 40 training images and 4 for validation, so the last batch of 16 has 8 images. Schedules need the three epochs.
+#: There are 40 training images and 4 for validation. After two batches of 16, 8 images remain. Schedules are tested over three
+#: epochs.
 BASE = (
     "dataset=synthetic",
     "dataset.samples=44",
@@ -107,8 +108,8 @@ TOP = {
     "scale": (BATCHES, (), "smoke"),
     "precision": (TRAINED, (), "bf16"),
 }
-#: Options that are not expected to change the results, except by rounding or by how often they are recorded; other tests cover
-#: them.
+#: Options that are not expected to change the results, except by rounding or by how often results are recorded; other tests cover
+#: these options.
 NOT_NUMBERS = {
     "callbacks",
     "device",
@@ -145,8 +146,9 @@ ARCHITECTURE = {
 }
 
 
-def test_tables_name_every_option() -> None:
-    """This test fails when a component gets a new option, until the option is added to the tables of this file."""
+def test_tables_cover_every_option() -> None:
+    """If the run, synthetic, mlp or an optimizer gets a new option, this test fails until the option is added to the tables of
+    this file."""
     assert set(TOP) | NOT_NUMBERS | set(VOLATILE) == keys(RunOptions)
     assert set(DATASET) == keys(DATASETS["synthetic"]) and set(ARCHITECTURE) == keys(ARCHITECTURES["mlp"])
     for name in OPTIMIZERS:
@@ -155,37 +157,37 @@ def test_tables_name_every_option() -> None:
 
 
 @pytest.mark.parametrize("key", TOP)
-def test_top_level_options(key: str) -> None:
+def test_top_level_option_changes_results(key: str) -> None:
     stage, base, value = TOP[key]
     assert_changes(stage, base, (f"{key}={value}",))
 
 
-def test_seed_is_that_of_weights_order_and_feedback() -> None:
+def test_seed_determines_weights_order_and_feedback() -> None:
     """The B of fa is fixed, so its hash at the end of the run is the hash of the sampled B."""
     before, after = numbers("algorithm=fa"), numbers("algorithm=fa", "seed=1")
     assert before[DATA] == after[DATA]
     assert [part for part in (MODEL, BATCHES, "feedback") if before[part] == after[part]] == []
 
 
-def test_epochs_and_batches_are_counted() -> None:
-    """An epoch has two full batches and, with drop_last=false, a third one of 8 samples."""
+def test_epochs_and_batch_options_determine_step_count() -> None:
+    """With the batch size of BASE, an epoch has two full batches and, with drop_last=false, a third one of 8 samples."""
     for changes, steps in (((), 6), (("drop_last=false",), 9), (("epochs=2",), 4), (("batch_size=8",), 15)):
         assert numbers(*changes)[RECORD].startswith(f"[{steps},")
 
 
 @pytest.mark.parametrize("key", DATASET)
-def test_options_of_the_data(key: str) -> None:
+def test_dataset_option_changes_results(key: str) -> None:
     stage, value = DATASET[key]
     assert_changes(stage, (), (f"dataset.{key}={value}",))
 
 
 @pytest.mark.parametrize("key", ARCHITECTURE)
-def test_options_of_the_architecture(key: str) -> None:
+def test_architecture_option_changes_results(key: str) -> None:
     stage, value = ARCHITECTURE[key]
     assert_changes(stage, (), (f"architecture.{key}={value}",))
 
 
-def test_images_are_normalised_by_mean_and_std(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mean_std_and_augmentation_options_change_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images are normalised channel by channel. Augmentation, for datasets that have it, applies only in training."""
     write_cifar(tmp_path / "data", monkeypatch)
 
@@ -207,7 +209,7 @@ def test_images_are_normalised_by_mean_and_std(tmp_path: Path, monkeypatch: pyte
 
 # --- optimizers ---------------------------------------------------------------------------------------------------------------
 
-#: Maps a key to the optimizer that has it, the other settings, and the value.
+#: Maps a key to the optimizer that has it ("any" for all optimizers), the other settings that it needs, and a value.
 OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "lr": ("any", (), "0.02"),
     "weight_decay": ("any", (), "0.1"),
@@ -252,20 +254,20 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "key"), CASES)
-def test_options_of_the_optimizer(name: str, key: str) -> None:
+def test_optimizer_option_changes_results(name: str, key: str) -> None:
     _, needed, value = OPTIMIZER[key]
     base = ("algorithm=fa", f"optimizer={name}", "optimizer.lr=0.01", *(f"optimizer.{word}" for word in needed))
     assert_changes(TRAINED, base, (f"optimizer.{key}={value}",))
 
 
 @pytest.mark.parametrize("key", [*MUON, "weight_decay", "lr"])
-def test_options_of_muon(key: str) -> None:
+def test_muon_option_changes_results(key: str) -> None:
     base = (*HIDDEN, "algorithm=fa", "optimizer=muon")
     assert_changes(TRAINED, base, (f"optimizer.{key}={MUON.get(key, '0.1')}",))
 
 
 @pytest.mark.parametrize(("name", "key"), CASES)
-def test_options_of_the_optimizer_of_the_feedback(name: str, key: str) -> None:
+def test_feedback_optimizer_option_changes_results(name: str, key: str) -> None:
     _, needed, value = OPTIMIZER[key]
     base = (
         "algorithm=kp",
@@ -276,7 +278,7 @@ def test_options_of_the_optimizer_of_the_feedback(name: str, key: str) -> None:
     assert_changes(TRAINED, base, (f"feedback_optimizer.{key}={value}",))
 
 
-def test_optimizer_and_its_name() -> None:
+def test_optimizers_differ_and_equal_feedback_optimizer_matches() -> None:
     """Different optimizers with equal settings give different results. A feedback optimizer with the settings of the weights'
     optimizer trains B as the weights' optimizer itself does."""
     same = ("algorithm=kp", "optimizer.lr=0.01", "optimizer.weight_decay=0.2")
@@ -287,8 +289,8 @@ def test_optimizer_and_its_name() -> None:
 
 # --- rules --------------------------------------------------------------------------------------------------------------------
 
-#: The rules are trained in a net with two hidden layers. EDGE and CUT contain the options that some of them share; RULES maps
-#: each rule and option to a value.
+#: The rules are trained in a net with two hidden layers. EDGE and CUT contain options that several rules share; RULES maps rules
+#: to their options and a value of each.
 HIDDEN = ("architecture.widths=[6,5]",)
 EDGE = {"include": "['fc1','fc2']", "exclude": "['fc3']", "plain_last": "true"}
 CUT = {"cuts": "['act2']", "freeze_stem": "true"}
@@ -333,28 +335,28 @@ RULES: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, options in RULES.items() for key in options])
-def test_options_of_rules(name: str, key: str) -> None:
+def test_rule_option_changes_results(name: str, key: str) -> None:
     beside = {"cuts": "allow_uncovered=true", "b_rate": "rank=2", "noise_batch": "signal=noise"}
     needed = (f"algorithm.{beside[key]}",) if key in beside else ()
     assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *needed), (f"algorithm.{key}={RULES[name][key]}",))
 
 
-def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
-    """Later options with their default values are omitted from the identity, so its hash equals that of runs from before these
-    options existed."""
+def test_default_values_of_new_options_are_not_in_identity() -> None:
+    """Options that were added to a rule later are omitted from the identity if they have their default values, so the config hash
+    equals that of older runs."""
     job, other = composed("algorithm=dfa"), composed("algorithm=dfa", "algorithm.within=block")
     assert not {"within", "error_at", "positions"} & job.identity()["algorithm"].keys()
     assert job.plain()["algorithm"]["within"] == "layer" and other.identity()["algorithm"]["within"] == "block"
     assert job.config_hash != other.config_hash and job.identity()["algorithm"]["form"] == "neuron"
 
 
-def test_results_record_where_a_rule_transports_weights(tmp_path: Path) -> None:
+def test_results_record_weight_transport(tmp_path: Path) -> None:
     words = (*BASE, *HIDDEN, "threads=1", "epochs=1")
     for number, (option, where) in enumerate({"algorithm.error_at=act2": ["after 'act2'"], "algorithm.form=neuron": []}.items()):
         assert run(composed(*words, "algorithm=dfa", option), tmp_path / str(number))["weight_transport"] == where
 
 
-def test_every_rule_is_the_one_that_was_chosen() -> None:
+def test_all_rules_give_different_results() -> None:
     """No two rules give the same results, except that bp_fc equals bp if all layers are fully connected."""
     chosen = {name: (*HIDDEN, f"algorithm={name}") for name in sorted(ALGORITHMS) if name != "bp_fc"}
     chosen |= {name: (*chosen[name], "algorithm.linear=share", "algorithm.match=random") for name in ("asap", "asfp", "asfp_lc")}

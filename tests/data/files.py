@@ -17,7 +17,8 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """Write an array in the format of MNIST: 0, 0, the type, the number of axes, the length of each axis, and the bytes."""
+    """Write an array of bytes in the format of MNIST: 0, 0, the type, the number of axes, the length of each axis, and the
+    bytes."""
     path.write_bytes(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes())
 
 
@@ -45,7 +46,7 @@ CIFAR_FILES = {
 def write_cifar(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "cifar10", label: int | None = None
 ) -> list[dict[str, object]]:
-    """Write training batches of 4 images and one test batch of 6, and adapt the checksums in torchvision.
+    """Write training batches of 4 images and one test batch of 6, adapt the checksums in torchvision, and return the batches.
 
     If `label` is given, the last image of the test batch has this label.
     """
@@ -76,7 +77,8 @@ def write_cifar(
 
 
 def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """Write 9 training and 5 test images, labelled 1 to 10 as in the published files, and adapt the checksums in torchvision."""
+    """Write 9 training and 5 test images, labelled 1 to 10 as in the published files, adapt the checksums in torchvision, and
+    return the contents of the files. If `label` is given, one image of each part has this label."""
     folder = root / "SVHN"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -106,7 +108,7 @@ TINY_ANNOTATED = ["n02", "n01", "n03", "n01"]
 
 def write_tiny_imagenet(root: Path) -> Path:
     """Write three classes with 4 training images each (one image is grey), 4 annotated validation images, and one unlabelled
-    image in test/."""
+    image in test/, and return the folder."""
     rng = np.random.default_rng(0)
     folder = root / TINY
 

@@ -1,4 +1,5 @@
-"""Users' own arrays are accepted if their meaning is unambiguous; others are refused with a line that says what to do."""
+"""Users' own arrays are accepted if their meaning is unambiguous; others are refused with a one-line error that says what is
+wrong."""
 
 from __future__ import annotations
 
@@ -29,14 +30,14 @@ def load(x: object = X, y: object = Y, test_x: object = X, test_y: object = Y, c
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int16, np.uint16])
-def test_whole_numbers_of_0_to_255_are_the_same_images(dtype: type) -> None:
+def test_integer_dtypes_give_same_images(dtype: type) -> None:
     splits = load(X.astype(dtype), test_x=X.tolist())
     assert (splits.train.images.numpy() == X).all() and (splits.test.images.numpy() == X).all() and splits.notes == []
     assert splits.data_hash == load().data_hash
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-def test_floats_of_0_to_1_are_brought_to_8_bits(dtype: type) -> None:
+def test_floats_in_unit_interval_are_converted_to_8_bits(dtype: type) -> None:
     splits = load((X / 255).astype(dtype), test_x=torch.from_numpy(X / 255))
     difference = np.abs(splits.train.images.numpy().astype(int) - X)
     assert difference.max() <= (dtype is np.float16) and (splits.test.images.numpy() == X).all()
@@ -46,31 +47,31 @@ def test_floats_of_0_to_1_are_brought_to_8_bits(dtype: type) -> None:
     ]
 
 
-def test_fractions_that_rounding_brought_beyond_1_are_taken() -> None:
+def test_rounding_errors_beyond_unit_interval_are_accepted() -> None:
     splits = load(X / 255 * (1 + 1e-7), test_x=X / 255 - 1e-7)
     assert (splits.train.images.numpy() == X).all() and (splits.test.images.numpy() == X).all()
 
 
-def test_true_is_white() -> None:
+def test_boolean_true_is_white() -> None:
     assert (load(X > 100).train.images.numpy() == np.where(X > 100, 255, 0)).all()
 
 
-def test_grey_images_may_lack_the_axis_of_channels() -> None:
+def test_grey_images_may_omit_channel_axis() -> None:
     splits = load(X[:, 0], test_x=X[:, 0] / 255)
     assert splits.input_shape == (1, 5, 4) and splits.data_hash == load().data_hash
 
 
-def test_arrays_that_are_views_are_taken() -> None:
+def test_array_views_are_accepted() -> None:
     assert load(X[::-1][::-1], Y[::-1][::-1]).data_hash == load().data_hash
     assert load(np.broadcast_to(X[:1], X.shape)).train.images.shape == X.shape
 
 
 @pytest.mark.parametrize("y", [Y.astype(float), Y.astype(np.uint8), Y[:, None], Y.tolist(), torch.from_numpy(Y)])
-def test_labels_of_several_kinds_are_the_same(y: object) -> None:
+def test_label_types_give_same_hash(y: object) -> None:
     assert load(y=y).data_hash == load().data_hash
 
 
-def test_class_names_may_be_an_array() -> None:
+def test_class_names_accept_array_or_range() -> None:
     assert load(classes=np.array(["a", "b", "c"])).classes == ["a", "b", "c"]
     assert load(classes=range(3)).classes == ["0", "1", "2"]
 
@@ -113,7 +114,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_doubtful_is_refused_with_what_to_do(name: str) -> None:
+def test_ambiguous_arrays_are_rejected_with_advice(name: str) -> None:
     arrays, message = BAD[name]
     with pytest.raises(DataError, match=rf"^dataset=own: .*{message}") as caught:
         load(**arrays)
@@ -121,7 +122,7 @@ def test_what_is_doubtful_is_refused_with_what_to_do(name: str) -> None:
 
 
 @pytest.mark.parametrize(("returned", "said"), [((X, Y, X, Y), "4 values"), (None, "NoneType"), (X, "ndarray")])
-def test_arrays_that_returns_something_else_is_named(returned: object, said: str) -> None:
+def test_invalid_return_type_of_arrays_is_reported(returned: object, said: str) -> None:
     class Own(ArrayDataset):
         name = "own"
 
@@ -132,14 +133,14 @@ def test_arrays_that_returns_something_else_is_named(returned: object, said: str
         Own().load(NOWHERE, CPU)
 
 
-def test_narrow_images_with_many_channels_are_taken() -> None:
+def test_narrow_images_with_many_channels_are_accepted() -> None:
     """Signals of 12 leads, for example, are accepted as images with 12 channels and one column."""
     x = np.random.default_rng(0).integers(0, 256, (6, 12, 50, 1), dtype=np.uint8)
     assert load(x, test_x=x).input_shape == (12, 50, 1)
 
 
 @pytest.mark.parametrize("what", ["x", "y", "test_x", "test_y"])
-def test_hash_of_is_that_of_load_and_changes_with_a_value(what: str) -> None:
+def test_hash_of_matches_load_and_detects_changes(what: str) -> None:
     class Own(ArrayDataset):
         name = "own"
         held = {"x": X.copy(), "y": Y.copy(), "test_x": X.copy(), "test_y": Y.copy()}
@@ -153,7 +154,7 @@ def test_hash_of_is_that_of_load_and_changes_with_a_value(what: str) -> None:
     assert Own().hash_of(NOWHERE) != before
 
 
-def test_the_systems_errors_are_named() -> None:
+def test_os_errors_are_reported() -> None:
     class Own(ArrayDataset):
         name = "own"
 
@@ -165,7 +166,7 @@ def test_the_systems_errors_are_named() -> None:
             reads()
 
 
-def test_a_class_without_a_training_image_is_named() -> None:
+def test_class_without_training_images_is_noted() -> None:
     """For example, a class has no training image if the labels start at 1 but the names start at 0."""
     x, notes = np.full((4, 2, 2), 200, np.uint8), []
     checked((x, np.array([1, 2, 1, 2]), x, np.array([1, 2, 1, 2]), ["a", "b", "c"]), notes)

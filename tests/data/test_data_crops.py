@@ -37,8 +37,9 @@ def images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (75, 61), (9, 20), (1, 1)])
-def test_resized_crops_are_torchvisions(size: tuple[int, int]) -> None:
-    """Crops are upscaled, downscaled with antialiasing, or both at once, at the borders of the image and in its interior."""
+def test_resized_crops_match_torchvision(size: tuple[int, int]) -> None:
+    """Crops at the borders of the image and in its interior are upscaled, downscaled with antialiasing, or upscaled in one
+    direction and downscaled in the other."""
     batch = images(6, 30, 40)
     boxes = np.array([[0, 0, 30, 40], [5, 7, 11, 13], [29, 39, 1, 1], [0, 30, 17, 10], [3, 0, 27, 40], [12, 9, 2, 30]])
     flips = np.array([False, True] * 3)
@@ -50,7 +51,7 @@ def test_resized_crops_are_torchvisions(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(32, 32), (41, 57), (57, 41), (300, 260)])
 @pytest.mark.parametrize(("shorter", "size"), [(256, 224), (73, 64), (20, 20), (21, 18)])
-def test_evaluation_crops_are_torchvisions(shape: tuple[int, int], shorter: int, size: int) -> None:
+def test_evaluation_crops_match_torchvision(shape: tuple[int, int], shorter: int, size: int) -> None:
     batch = images(2, *shape)
     expected = reference.center_crop(reference.resize(batch.float(), shorter, antialias=True), size)
     torch.testing.assert_close(resize_and_crop(batch, shorter, (size, size)), expected, **CLOSE)
@@ -63,14 +64,14 @@ def test_evaluation_resizes_to_256_for_224() -> None:
     torch.testing.assert_close(ResizedCrop(224).fixed(batch), expected, **CLOSE)
 
 
-def test_a_padded_crop_with_a_size_resizes_the_whole_image() -> None:
+def test_padded_crop_with_size_resizes_whole_image() -> None:
     batch = images(3, 32, 32)
     assert PaddedCrop().fixed(batch) is batch and PaddedCrop(32).fixed(batch) is batch
     torch.testing.assert_close(PaddedCrop(40).fixed(batch), reference.resize(batch.float(), 40, antialias=True), **CLOSE)
     assert PaddedCrop(40).random(batch, torch.Generator().manual_seed(0)).shape == (3, 3, 40, 40)
 
 
-def test_a_batch_is_cropped_where_its_draws_say() -> None:
+def test_batch_crops_follow_random_draws() -> None:
     batch = images(40, 24, 32)
     result = ResizedCrop(16).random(batch, torch.Generator().manual_seed(3))
     draws = torch.rand(40, DRAWS, generator=torch.Generator().manual_seed(3), dtype=torch.float64).numpy()
@@ -81,8 +82,8 @@ def test_a_batch_is_cropped_where_its_draws_say() -> None:
 
 
 def test_boxes_from_given_draws() -> None:
-    """The expected boxes are computed by hand from the draws: the area is 0.08 + 0.92 u of the image, the ratio is (4/3)^(2v -
-    1), and the position is floor(u (n + 1))."""
+    """The expected boxes are computed by hand from draws u, v and w: the area is 0.08 + 0.92 u of the image, the ratio is
+    (4/3)^(2v - 1), and the position along an axis with n free pixels is floor(w (n + 1))."""
     draws = np.zeros((3, DRAWS))
     draws[0, :TRIES], draws[0, TRIES : 2 * TRIES] = 0.5, 0.5  # area 0.54 of 100x100: a square with sides of 73
     draws[0, -3:-1] = 0.999, 0.5
@@ -98,8 +99,9 @@ def test_boxes_from_given_draws() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 40)])
-def test_boxes_have_the_law_of_torchvisions(height: int, width: int) -> None:
-    """The means and spreads of 4,000 boxes from each implementation agree within 4 standard errors of their difference."""
+def test_box_distribution_matches_torchvision(height: int, width: int) -> None:
+    """The means of the boxes, of their squares, of the areas and of the ratios of 4,000 boxes from each implementation agree
+    within 4 standard errors of their difference."""
     from torchvision.transforms import RandomResizedCrop
 
     torch.manual_seed(0)
@@ -114,7 +116,7 @@ def test_boxes_have_the_law_of_torchvisions(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (75, 100), (100, 61)])
-def test_one_image_is_cropped_like_a_batch(shape: tuple[int, int]) -> None:
+def test_single_image_crop_matches_batch(shape: tuple[int, int]) -> None:
     """The tolerance is one level, because Pillow rounds to integers after each of its two passes."""
     batch = images(1, *shape, seed=2)
     image = Image.fromarray(batch[0].numpy().transpose(1, 2, 0))
@@ -131,7 +133,7 @@ def test_one_image_is_cropped_like_a_batch(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", list(CROPS))
 @pytest.mark.parametrize("size", [None, 12])
-def test_batches_of_a_split(name: str, size: int | None) -> None:
+def test_split_batches_are_cropped_and_normalised(name: str, size: int | None) -> None:
     crop = CROPS[name](size)
     split = ResidentSplit(images(10, 8, 8), torch.arange(10), [0.2] * 3, [0.5] * 3, True, CPU, crop)
     side = size or 8
@@ -143,12 +145,12 @@ def test_batches_of_a_split(name: str, size: int | None) -> None:
     assert torch.equal(split.subset(torch.tensor([3, 1])).labels, split.labels[[3, 1]])
     same = ResidentSplit(split.images[:1].repeat(16, 1, 1, 1), torch.arange(16), [0.2] * 3, [0.5] * 3, True, CPU, crop)
     first, second = (x for x, _ in same.batches(8, seed=0))
-    assert not torch.equal(first, second), "every batch draws its own crops"
+    assert not torch.equal(first, second), "both batches have the same crops"
     halves = split.subset(torch.arange(5))
     assert torch.equal(next(halves.batches(5))[0], plain[:5])
 
 
-def test_resized_crops_leave_the_stored_images_and_the_order_alone() -> None:
+def test_resized_crop_preserves_stored_images_and_order() -> None:
     split = ResidentSplit(images(10, 8, 8), torch.arange(10), [0.5] * 3, [0.5] * 3, True, CPU, ResizedCrop())
     other = ResidentSplit(split.images, split.labels, [0.5] * 3, [0.5] * 3, False, CPU)
     before = split.images.clone()
@@ -170,12 +172,12 @@ def test_resized_crops_leave_the_stored_images_and_the_order_alone() -> None:
         ("image_folder", {"crop": "resized"}, r"size=null is not possible with crop=resized"),
     ],
 )
-def test_options_that_cannot_be_are_named_before_data_is_read(dataset: str, options: dict[str, object], message: str) -> None:
+def test_invalid_options_are_rejected_before_loading(dataset: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         DATASETS[dataset].from_mapping(options)
 
 
-def test_normalisation_of_a_dataset_can_be_set() -> None:
+def test_normalisation_can_be_set() -> None:
     """A mean of 0 and a standard deviation of 1 leave the pixels in the range 0 to 1, as in the weight-mirror paper's
     demonstration."""
     splits = DATASETS["digits"].from_mapping({"mean": [0.0], "std": [1.0], "validation": 0}).load(Path("nowhere"), CPU)
@@ -184,7 +186,7 @@ def test_normalisation_of_a_dataset_can_be_set() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 9)])
-def test_a_box_has_a_pixel_at_least(height: int, width: int) -> None:
+def test_random_boxes_are_nonempty_and_inside_image(height: int, width: int) -> None:
     boxes = random_boxes(np.random.default_rng(0).random((500, DRAWS)), height, width)
     assert (boxes[:, 2:] >= 1).all() and (boxes[:, :2] >= 0).all()
     assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()

@@ -41,7 +41,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fashion_mnist", "FashionMNIST", 0.5, 0.5),
     ],
 )
-def test_idx_files_arrive_as_written(
+def test_idx_files_are_read_unchanged(
     tmp_path: Path, name: str, folder: str, mean: float, std: float, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arrays = write_mnist(tmp_path, folder)
@@ -55,7 +55,7 @@ def test_idx_files_arrive_as_written(
 
 
 @pytest.mark.usefixtures("no_network")
-def test_mnist_hash_changes_with_a_pixel(tmp_path: Path) -> None:
+def test_mnist_hash_detects_changed_pixel(tmp_path: Path) -> None:
     arrays = write_mnist(tmp_path)
     before = DATASETS["mnist"]().load(tmp_path, CPU).data_hash
     arrays[IDX_FILES[2]][9, 27, 27] ^= 1
@@ -64,7 +64,7 @@ def test_mnist_hash_changes_with_a_pixel(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_missing_mnist_names_the_missing_files_and_their_folder(tmp_path: Path) -> None:
+def test_missing_mnist_error_names_files_and_directory(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     for name in IDX_FILES[1:3]:
         (tmp_path / "MNIST" / "raw" / name).unlink()
@@ -87,7 +87,7 @@ def test_missing_mnist_names_the_missing_files_and_their_folder(tmp_path: Path) 
         ("svhn", "SVHN"),
     ],
 )
-def test_nothing_there_and_no_network(tmp_path: Path, name: str, folder: str) -> None:
+def test_missing_files_without_network_give_error(tmp_path: Path, name: str, folder: str) -> None:
     with pytest.raises(DataError) as caught:
         DATASETS[name]().load(tmp_path / "new", CPU)
     assert str(tmp_path / "new" / folder) in str(caught.value) and str(caught.value).count("\n") <= 1
@@ -95,7 +95,7 @@ def test_nothing_there_and_no_network(tmp_path: Path, name: str, folder: str) ->
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", [IDX_FILES[0], IDX_FILES[3]])
-def test_a_cut_off_idx_file_is_a_data_error(tmp_path: Path, name: str) -> None:
+def test_truncated_idx_file_raises_data_error(tmp_path: Path, name: str) -> None:
     write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / name
     path.write_bytes(path.read_bytes()[:-5])
@@ -111,7 +111,7 @@ def test_a_cut_off_idx_file_is_a_data_error(tmp_path: Path, name: str) -> None:
         ("cifar100", "fine_labels", [0.2023, 0.1994, 0.2010]),
     ],
 )
-def test_cifar_arrives_as_written(
+def test_cifar_is_read_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, key: str, deviation: list[float]
 ) -> None:
     contents = write_cifar(tmp_path, monkeypatch, name)
@@ -129,7 +129,7 @@ def test_cifar_arrives_as_written(
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("augment", [True, False])
-def test_cifar_augments_training_batches_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool) -> None:
+def test_cifar_augment_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool) -> None:
     write_cifar(tmp_path, monkeypatch)
     splits = DATASETS["cifar10"].from_mapping({"validation": 0, "augment": augment}).load(tmp_path, CPU)
     plain = next(splits.train.batches(20))[0].flatten(1)
@@ -139,7 +139,7 @@ def test_cifar_augments_training_batches_where_asked(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_cifar_batch_with_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_batch_with_wrong_checksum_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, monkeypatch)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(path.read_bytes() + b"x")
@@ -150,7 +150,7 @@ def test_a_cifar_batch_with_another_checksum_is_refused(tmp_path: Path, monkeypa
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("damage", [b"", bytes(range(200, 256)) * 4, b"\0\0\x07\x03" + bytes(40), b"\0\0\x08\x09" + bytes(60)])
-def test_a_damaged_idx_file_is_a_data_error(tmp_path: Path, damage: bytes) -> None:
+def test_damaged_idx_file_raises_data_error(tmp_path: Path, damage: bytes) -> None:
     write_mnist(tmp_path)
     (tmp_path / "MNIST" / "raw" / IDX_FILES[0]).write_bytes(damage)
     with pytest.raises(DataError, match="damaged"):
@@ -158,14 +158,14 @@ def test_a_damaged_idx_file_is_a_data_error(tmp_path: Path, damage: bytes) -> No
 
 
 @pytest.mark.usefixtures("no_network")
-def test_fewer_labels_than_images_is_a_data_error(tmp_path: Path) -> None:
+def test_fewer_labels_than_images_raises_data_error(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     write_idx(tmp_path / "MNIST" / "raw" / IDX_FILES[1], np.arange(20))
     with pytest.raises(DataError, match="not one label for each image"):
         DATASETS["mnist"]().load(tmp_path, CPU)
 
 
-def test_an_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_download_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(_url: str, download_root: str, filename: str, md5: str) -> None:
         (Path(download_root) / filename[:-3]).write_bytes(b"half of it")
         raise KeyboardInterrupt
@@ -176,7 +176,7 @@ def test_an_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_download_is_quiet_and_keeps_what_was_there(
+def test_download_is_silent_and_keeps_existing_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_mnist(tmp_path / "server", seed=1)
@@ -196,7 +196,7 @@ def test_a_download_is_quiet_and_keeps_what_was_there(
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
 
 
-def test_archives_put_into_the_folder_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_archives_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mnist(tmp_path)
     raw, resources = tmp_path / "MNIST" / "raw", []
     for name in IDX_FILES:
@@ -210,7 +210,7 @@ def test_archives_put_into_the_folder_need_no_network(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("no_network")
-def test_svhn_arrives_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn_is_read_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = write_svhn(tmp_path, monkeypatch)
     splits = DATASETS["svhn"].from_mapping({"validation": 0}).load(tmp_path, CPU)
     assert splits.input_shape == (3, 32, 32) and splits.classes == list("0123456789")
@@ -222,7 +222,7 @@ def test_svhn_arrives_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("no_network")
-def test_cifar100_at_224_as_in_the_dkp_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar100_at_224_matches_dkp_preprocessing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.transforms import functional
 
     contents = write_cifar(tmp_path, monkeypatch, "cifar100")
@@ -236,7 +236,7 @@ def test_cifar100_at_224_as_in_the_dkp_paper(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize(("name", "label"), [("cifar10", 10), ("cifar10", -1), ("cifar100", 100)])
-def test_a_cifar_label_out_of_range_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, label: int) -> None:
+def test_cifar_label_out_of_range_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, label: int) -> None:
     write_cifar(tmp_path, monkeypatch, name, label)
     with pytest.raises(DataError, match=rf"dataset={name}: .*test image 5 has label {label}, out of range") as caught:
         DATASETS[name]().load(tmp_path, CPU)
@@ -244,7 +244,7 @@ def test_a_cifar_label_out_of_range_is_refused(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_label_out_of_range_is_refused_in_other_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn_and_mnist_labels_out_of_range_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_svhn(tmp_path, monkeypatch, label=11)
     with pytest.raises(DataError, match=r"dataset=svhn: .*training image 1 has label 11, out of range for 10 classes"):
         DATASETS["svhn"]().load(tmp_path, CPU)
@@ -256,7 +256,7 @@ def test_a_label_out_of_range_is_refused_in_other_formats(tmp_path: Path, monkey
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_a_cut_off_svhn_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+def test_truncated_svhn_file_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     write_svhn(tmp_path, monkeypatch)
     path = tmp_path / "SVHN" / f"{part}_32x32.mat"
     path.write_bytes(path.read_bytes()[:-100])
@@ -265,7 +265,7 @@ def test_a_cut_off_svhn_file_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_svhn_downloads_what_is_missing_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn_downloads_only_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_svhn(tmp_path / "server", monkeypatch)
     shutil.copytree(tmp_path / "server" / "SVHN", tmp_path / "data" / "SVHN")
     (tmp_path / "data" / "SVHN" / "test_32x32.mat").unlink()
@@ -290,7 +290,7 @@ def test_svhn_downloads_what_is_missing_alone(tmp_path: Path, monkeypatch: pytes
         ("cifar100", "cifar-100-python.tar.gz"),
     ],
 )
-def test_a_cut_off_archive_is_named(tmp_path: Path, name: str, archive: str) -> None:
+def test_truncated_archive_is_reported(tmp_path: Path, name: str, archive: str) -> None:
     path = tmp_path / archive
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"half of it")
@@ -300,7 +300,7 @@ def test_a_cut_off_archive_is_named(tmp_path: Path, name: str, archive: str) -> 
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_damaged_idx_file_is_the_one_that_is_named(tmp_path: Path) -> None:
+def test_damaged_idx_file_error_names_only_that_file(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / IDX_FILES[2]
     path.write_bytes(path.read_bytes()[:-1])

@@ -22,7 +22,7 @@ from .files import IDX_FILES, write_idx, write_mnist
 CPU = torch.device("cpu")
 
 
-def test_kmnist_arrives_as_written(tmp_path: Path) -> None:
+def test_kmnist_is_read_unchanged(tmp_path: Path) -> None:
     arrays = write_mnist(tmp_path, "KMNIST")
     splits = DATASETS["kmnist"].from_mapping({"validation": 0}).load(tmp_path, CPU)
     x, y = next(splits.train.batches(100))
@@ -43,7 +43,7 @@ def emnist_arrays(split: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("split", ["balanced", "letters", "digits"])
-def test_emnist_is_upright_and_counts_letters_from_zero(tmp_path: Path, split: str) -> None:
+def test_emnist_is_upright_with_zero_based_labels(tmp_path: Path, split: str) -> None:
     arrays = emnist_arrays(split)
     (tmp_path / "EMNIST" / "raw").mkdir(parents=True)
     for name, array in arrays.items():
@@ -57,12 +57,12 @@ def test_emnist_is_upright_and_counts_letters_from_zero(tmp_path: Path, split: s
     assert dataset.shape() == ((1, 28, 28), EMNIST_SPLITS[split]) and "N/A" not in splits.classes
 
 
-def test_numbers_of_classes_are_those_of_torchvision() -> None:
+def test_emnist_class_counts_match_torchvision() -> None:
     names = datasets.EMNIST.classes_split_dict
     assert {split: len(set(names[split]) - {"N/A"}) for split in datasets.EMNIST.splits} == EMNIST_SPLITS
 
 
-def test_emnist_is_unpacked_from_its_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emnist_archive_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tmp_path / "EMNIST" / "raw"
     raw.mkdir(parents=True)
     with zipfile.ZipFile(raw / "gzip.zip", "w") as archive:
@@ -89,7 +89,7 @@ def stl_files(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_stl10_arrives_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+def test_stl10_is_read_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
     """The data are read from the files or from the archive; the archive's unlabelled images do not remain in the folder."""
     images = stl_files(tmp_path / "stl10_binary")
     if packed:
@@ -107,7 +107,7 @@ def test_stl10_arrives_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {file.name for file in (tmp_path / "stl10_binary").iterdir()} == {*DATASETS["stl10"].files}
 
 
-def test_a_cut_off_file_of_stl10_is_refused(tmp_path: Path) -> None:
+def test_truncated_stl10_file_is_rejected(tmp_path: Path) -> None:
     stl_files(tmp_path / "stl10_binary")
     path = tmp_path / "stl10_binary" / "train_X.bin"
     path.write_bytes(path.read_bytes()[:-5])

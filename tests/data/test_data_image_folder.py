@@ -1,4 +1,4 @@
-"""Tests of image folders: the layout, how images are decoded, loaded into memory or streamed, and the errors before training."""
+"""Tests of image folders: their layout, the decoding of images, loading into memory and streaming, and errors before training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fa_bench.errors import DataError, OptionError
 from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
-#: Python 3.12 warns whenever a process with threads forks; torch's workers are forked on Linux up to Python 3.13.
+#: Python 3.12 and later warn whenever a process with threads forks; on Linux, torch's workers are forked up to Python 3.13.
 FORK = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
@@ -54,7 +54,7 @@ def both_modes(folder: Path, **options: object):
     return resident, streamed
 
 
-def test_images_arrive_in_the_order_of_names_with_their_classes(folder: Path) -> None:
+def test_images_are_sorted_by_name_with_class_labels(folder: Path) -> None:
     splits = load(folder, mean=[0.25], std=[0.5])
     assert splits.classes == ["cat", "dog"] and splits.input_shape == (3, 6, 8)
     x, y = next(splits.train.batches(100))
@@ -65,7 +65,7 @@ def test_images_arrive_in_the_order_of_names_with_their_classes(folder: Path) ->
 
 @pytest.mark.parametrize("how", [{}, {"seed": 1, "epoch": 2}, {"seed": 1, "drop_last": True}])
 @pytest.mark.parametrize("size", [None, 5])
-def test_streamed_and_resident_give_the_same_batches(folder: Path, how: dict[str, object], size: int | None) -> None:
+def test_streamed_and_resident_batches_are_identical(folder: Path, how: dict[str, object], size: int | None) -> None:
     resident, streamed = both_modes(folder, size=size, augment=True, validation=3)
     for part in ("train", "validation", "test"):
         one, other = (list(getattr(splits, part).batches(4, **how)) for splits in (resident, streamed))
@@ -75,16 +75,15 @@ def test_streamed_and_resident_give_the_same_batches(folder: Path, how: dict[str
 
 
 @FORK
-def test_worker_processes_change_nothing(folder: Path) -> None:
+def test_worker_processes_do_not_change_batches(folder: Path) -> None:
     without, with_workers = (load(folder, memory_limit_gb=0, workers=workers).train for workers in (0, 2))
     for (x, y), (u, v) in zip(without.batches(4, seed=0), with_workers.batches(4, seed=0), strict=True):
         assert torch.equal(x, u) and torch.equal(y, v)
 
 
 @FORK
-def test_workers_start_in_processes_of_joblib_too(folder: Path) -> None:
-    """joblib's processes have their own start method, which is incompatible with that of multiprocessing and therefore with the
-    workers."""
+def test_workers_start_in_joblib_processes(folder: Path) -> None:
+    """In a joblib worker, the default start method is joblib's own, which cannot start the workers of a data loader."""
     want = [y.tolist() for _, y in load(folder, memory_limit_gb=0).train.batches(4, seed=0)]
     assert Parallel(n_jobs=2, backend="loky")([delayed(_labels_by_workers)(folder)] * 2) == [want, want]
 
@@ -94,7 +93,7 @@ def _labels_by_workers(folder: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streaming_leaves_the_global_random_state_alone(folder: Path, workers: int) -> None:
+def test_streaming_does_not_change_global_random_state(folder: Path, workers: int) -> None:
     split = load(folder, memory_limit_gb=0, workers=workers).train
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -102,14 +101,14 @@ def test_streaming_leaves_the_global_random_state_alone(folder: Path, workers: i
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_streamed_order_follows_from_seed_and_epoch(folder: Path) -> None:
+def test_streamed_order_depends_on_seed_and_epoch(folder: Path) -> None:
     split = load(folder, memory_limit_gb=0).train
     epochs = [torch.cat([x for x, _ in split.batches(4, seed=0, epoch=epoch)]) for epoch in (0, 0, 1)]
     assert torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[0], epochs[2])
 
 
 @pytest.mark.parametrize("shape", [(10, 20), (20, 10), (9, 9), (31, 16)])
-def test_size_brings_the_shorter_side_to_size_and_crops_the_centre(folder: Path, shape: tuple[int, int]) -> None:
+def test_size_resizes_shorter_side_and_crops_centre(folder: Path, shape: tuple[int, int]) -> None:
     """The image is a smooth ramp, so implementations that treat borders differently still agree, but a wrong crop is detected."""
     ramp = np.add.outer(np.linspace(0, 120, shape[0]), np.linspace(0, 120, shape[1])).astype(np.uint8)
     for path in folder.rglob("*.png"):
@@ -121,7 +120,7 @@ def test_size_brings_the_shorter_side_to_size_and_crops_the_centre(folder: Path,
     assert np.abs(difference).max() <= 6
 
 
-def test_without_size_an_image_of_another_size_is_named(folder: Path) -> None:
+def test_unequal_image_size_without_size_option_is_reported(folder: Path) -> None:
     odd = folder / "train" / "dog" / "3.png"
     save(odd, np.zeros((6, 9, 3), np.uint8))
     for limit in (1, 0):
@@ -132,7 +131,7 @@ def test_without_size_an_image_of_another_size_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grey_and_colour_images_get_the_channels_asked_for(folder: Path, channels: int) -> None:
+def test_channels_option_converts_images(folder: Path, channels: int) -> None:
     grey = np.random.default_rng(1).integers(0, 256, (6, 8), dtype=np.uint8)
     save(folder / "train" / "cat" / "0.png", grey)
     splits = load(folder, channels=channels)
@@ -146,21 +145,21 @@ def test_jpeg_is_read(folder: Path) -> None:
     assert np.abs(load(folder).train.images[0].int().numpy() - 90).max() <= 2
 
 
-def test_files_of_other_kinds_and_hidden_folders_are_passed_over(folder: Path) -> None:
+def test_other_files_and_hidden_folders_are_ignored(folder: Path) -> None:
     (folder / "train" / "cat" / "notes.txt").write_text("not an image")
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     splits = load(folder)
     assert splits.classes == ["cat", "dog"] and len(splits.train) == 12
 
 
-def test_val_is_taken_where_there_is_no_test(folder: Path) -> None:
+def test_val_is_used_if_test_is_missing(folder: Path) -> None:
     (folder / "test").rename(folder / "val")
     assert len(load(folder).test) == 6
 
 
 @pytest.mark.parametrize("limit", [1, 0])
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_a_file_that_is_no_image_is_named_before_training(folder: Path, part: str, limit: float) -> None:
+def test_invalid_image_is_reported_before_training(folder: Path, part: str, limit: float) -> None:
     bad = folder / part / "dog" / "1.png"
     bad.write_bytes(b"not an image")
     with pytest.raises(DataError) as caught:
@@ -169,12 +168,12 @@ def test_a_file_that_is_no_image_is_named_before_training(folder: Path, part: st
 
 
 @FORK
-def test_more_workers_than_cores_are_no_trouble(folder: Path) -> None:
+def test_more_workers_than_cores_is_supported(folder: Path) -> None:
     split = load(folder, memory_limit_gb=0, workers=1000).train
     assert sum(len(y) for _, y in split.batches(4)) == 12
 
 
-def test_missing_folders_are_named(folder: Path, tmp_path: Path) -> None:
+def test_missing_folders_are_reported(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         load(tmp_path / "nowhere")
     (folder / "test").rename(folder / "elsewhere")
@@ -186,7 +185,7 @@ def test_missing_folders_are_named(folder: Path, tmp_path: Path) -> None:
         load(folder)
 
 
-def test_a_train_folder_without_classes_is_named(folder: Path) -> None:
+def test_train_folder_without_classes_is_reported(folder: Path) -> None:
     (folder / "train").rename(folder / "elsewhere")
     (folder / "train").mkdir()
     with pytest.raises(DataError) as caught:
@@ -194,14 +193,14 @@ def test_a_train_folder_without_classes_is_named(folder: Path) -> None:
     assert str(folder / "train") in str(caught.value)
 
 
-def test_a_class_without_images_is_named(folder: Path) -> None:
+def test_class_without_images_is_reported(folder: Path) -> None:
     (folder / "train" / "bird").mkdir()
     with pytest.raises(DataError) as caught:
         load(folder)
     assert str(folder / "train" / "bird") in str(caught.value)
 
 
-def test_a_test_class_that_training_lacks_is_named(folder: Path) -> None:
+def test_test_class_missing_from_training_is_reported(folder: Path) -> None:
     save(folder / "test" / "bird" / "0.png", np.zeros((6, 8, 3), np.uint8))
     with pytest.raises(DataError, match="bird") as caught:
         load(folder)
@@ -210,8 +209,8 @@ def test_a_test_class_that_training_lacks_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 @pytest.mark.parametrize("options", [{}, {"memory_limit_gb": 0}, {"crop": "resized", "size": 4}])
-def test_the_hash_changes_with_an_image_that_is_replaced_in_place(folder: Path, part: str, options: dict[str, object]) -> None:
-    """The image is replaced by a file with the same name, size in bytes and timestamps."""
+def test_hash_detects_image_replaced_in_place(folder: Path, part: str, options: dict[str, object]) -> None:
+    """The image is replaced by a file with the same name, size in bytes and modification time."""
     shutil.copytree(folder / "test", folder / "val")
     path = folder / part / "dog" / "2.png"
     Image.new("RGB", (8, 6), (1, 2, 3)).save(path)
@@ -225,20 +224,20 @@ def test_the_hash_changes_with_an_image_that_is_replaced_in_place(folder: Path, 
     assert dataset.hash_of(folder) == dataset.load(folder, CPU).data_hash != before
 
 
-def test_the_hash_changes_with_a_name(folder: Path) -> None:
+def test_hash_detects_renamed_file(folder: Path) -> None:
     before = load(folder).data_hash
     (folder / "train" / "cat" / "5.png").rename(folder / "train" / "cat" / "9.png")
     assert load(folder).data_hash != before
 
 
-def test_the_hash_is_of_the_files_and_not_of_how_they_are_read(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_hash_does_not_depend_on_loading_options(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     hashes = {load(folder, **options).data_hash for options in ({}, {"memory_limit_gb": 0}, {"size": 4}, {"channels": 1})}
     copy = tmp_path_factory.mktemp("elsewhere") / "copy"
     shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # the copies have other modification times
     assert hashes == {load(copy).data_hash}
 
 
-def test_files_that_are_unchanged_are_hashed_once_in_a_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_files_are_hashed_once_per_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = DATASETS["image_folder"].from_mapping({})
     before, read = dataset.hash_of(folder), []
     original = image_files._sha256
@@ -248,7 +247,7 @@ def test_files_that_are_unchanged_are_hashed_once_in_a_process(folder: Path, mon
     assert dataset.hash_of(folder) == before and len(read) == 6  # only test/, which contains the touched file, is read again
 
 
-def test_an_image_that_cannot_be_hashed_is_named(folder: Path) -> None:
+def test_special_file_in_place_of_image_is_reported(folder: Path) -> None:
     path = folder / "test" / "cat" / "0.png"
     path.unlink()
     os.mkfifo(path)
@@ -256,7 +255,7 @@ def test_an_image_that_cannot_be_hashed_is_named(folder: Path) -> None:
         DATASETS["image_folder"].from_mapping({}).hash_of(folder)
 
 
-def test_the_folder_is_part_of_a_runs_identity() -> None:
+def test_only_image_folder_is_identified_by_data_dir() -> None:
     assert [name for name in DATASETS if DATASETS[name].content_is_data_dir] == ["image_folder"]
 
 
@@ -272,7 +271,7 @@ def test_the_folder_is_part_of_a_runs_identity() -> None:
         ({"memory_limit_gb": -1}, "memory_limit_gb"),
     ],
 )
-def test_bad_options_are_named(options: dict[str, object], path: str) -> None:
+def test_invalid_options_are_reported(options: dict[str, object], path: str) -> None:
     with pytest.raises(OptionError) as caught:
         DATASETS["image_folder"].from_mapping(options)
     assert caught.value.path == path

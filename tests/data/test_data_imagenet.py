@@ -19,7 +19,7 @@ from fa_bench.utils.sampling import seed_for
 from .files import IMAGENET_CLASSES, write_imagenet
 
 CPU = torch.device("cpu")
-#: Python 3.12 warns whenever a process with threads forks; torch's workers are forked on Linux up to Python 3.13.
+#: Python 3.12 and later warn whenever a process with threads forks; on Linux, torch's workers are forked up to Python 3.13.
 FORK = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
@@ -42,13 +42,13 @@ def normalised(image: Image.Image) -> torch.Tensor:
     return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - MEAN) / STD
 
 
-def test_the_default_is_224_out_of_256() -> None:
+def test_default_size_crop_and_augmentation() -> None:
     dataset = DATASETS["imagenet"]()
     assert (dataset.size, dataset.crop, dataset.augment) == (224, "resized", True)
     assert DATASETS["imagenet"].name == "imagenet" and not dataset.content_is_data_dir
 
 
-def test_evaluation_resizes_and_crops_the_centre_as_torchvision_does(data_dir: Path) -> None:
+def test_evaluation_preprocessing_matches_torchvision(data_dir: Path) -> None:
     splits = load(data_dir)
     assert splits.classes == IMAGENET_CLASSES and splits.input_shape == (3, 32, 32) and isinstance(splits.train, StreamedSplit)
     for part, split in (("train", splits.train), ("val", splits.test)):
@@ -58,7 +58,7 @@ def test_evaluation_resizes_and_crops_the_centre_as_torchvision_does(data_dir: P
         assert y.tolist() == [0] * (len(split) // 2) + [1] * (len(split) // 2)
 
 
-def test_training_crops_follow_from_seed_epoch_and_place(data_dir: Path) -> None:
+def test_training_crops_depend_on_seed_epoch_and_position(data_dir: Path) -> None:
     x, y = next(load(data_dir).train.batches(8, seed=5, epoch=2))
     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed_for("order", 5, 2))).tolist()
     images = opened(data_dir, "train")
@@ -71,21 +71,21 @@ def test_training_crops_follow_from_seed_epoch_and_place(data_dir: Path) -> None
         assert label == place // 4
 
 
-def test_no_crops_where_augmentation_is_off(data_dir: Path) -> None:
+def test_augment_false_disables_crops(data_dir: Path) -> None:
     split = load(data_dir, augment=False).train
     plain, (x, _) = next(split.batches(8))[0], next(split.batches(8, seed=0))
     assert (x[:, None] == plain[None]).flatten(2).all(2).any(1).all()
 
 
 @FORK
-def test_worker_processes_change_nothing(data_dir: Path) -> None:
+def test_worker_processes_do_not_change_batches(data_dir: Path) -> None:
     without, with_workers = (load(data_dir, workers=workers).train for workers in (0, 2))
     for how in ({}, {"seed": 0}):
         for (x, y), (u, v) in zip(without.batches(3, **how), with_workers.batches(3, **how), strict=True):
             assert torch.equal(x, u) and torch.equal(y, v)
 
 
-def test_an_image_is_cropped_anew_in_every_epoch(data_dir: Path) -> None:
+def test_crops_differ_between_epochs(data_dir: Path) -> None:
     split = load(data_dir).train.subset(torch.tensor([3]))
     seen = {next(split.batches(1, seed=0, epoch=epoch))[0].numpy().tobytes() for epoch in range(6)}
     assert len(seen) == 6
@@ -97,12 +97,12 @@ def test_validation_is_held_out_of_training(data_dir: Path) -> None:
     assert [len(part) for part in parts] == [5, 3] and not parts[0] & parts[1]
 
 
-def test_padded_crops_are_made_of_images_of_one_size(data_dir: Path) -> None:
+def test_padded_crops_of_equally_sized_images(data_dir: Path) -> None:
     splits = load(data_dir, crop="padded")
     assert next(splits.train.batches(8, seed=0))[0].shape == (8, 3, 32, 32)
 
 
-def test_image_folder_streams_with_resized_crops(data_dir: Path) -> None:
+def test_image_folder_streams_resized_crops_like_imagenet(data_dir: Path) -> None:
     theirs = load(data_dir)
     ours = load(data_dir / "imagenet", "image_folder", crop="resized", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     assert isinstance(ours.train, StreamedSplit)
@@ -113,7 +113,7 @@ def test_image_folder_streams_with_resized_crops(data_dir: Path) -> None:
 @FORK
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("content", [b"not an image", b"", None])
-def test_an_image_that_cannot_be_decoded_is_named(
+def test_undecodable_image_is_reported(
     data_dir: Path, workers: int, content: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = data_dir / "imagenet" / "train" / IMAGENET_CLASSES[1] / "2.JPEG"
@@ -129,7 +129,7 @@ def test_an_image_that_cannot_be_decoded_is_named(
 
 
 @pytest.mark.parametrize("missing", [["train"], ["val"], ["train", "val"]])
-def test_missing_folders_are_named_with_what_to_do(data_dir: Path, missing: list[str]) -> None:
+def test_missing_folders_error_gives_instructions(data_dir: Path, missing: list[str]) -> None:
     for part in missing:
         (data_dir / "imagenet" / part).rename(data_dir / f"elsewhere-{part}")
     with pytest.raises(DataError, match="cannot be downloaded automatically") as caught:
@@ -139,7 +139,7 @@ def test_missing_folders_are_named_with_what_to_do(data_dir: Path, missing: list
     assert str(data_dir / "imagenet") in text and "https://image-net.org" in text and "data_dir" in text and "\n" not in text
 
 
-def test_images_that_are_not_sorted_into_classes_are_named(data_dir: Path) -> None:
+def test_unsorted_images_are_reported(data_dir: Path) -> None:
     val = data_dir / "imagenet" / "val"
     for number, path in enumerate(sorted(val.rglob("*.JPEG"))):
         path.rename(val / f"ILSVRC2012_val_{number:08}.JPEG")
@@ -150,14 +150,14 @@ def test_images_that_are_not_sorted_into_classes_are_named(data_dir: Path) -> No
     assert str(val) in str(caught.value)
 
 
-def test_a_class_of_val_that_train_lacks_is_named(data_dir: Path) -> None:
+def test_val_class_missing_from_train_is_reported(data_dir: Path) -> None:
     (data_dir / "imagenet" / "val" / IMAGENET_CLASSES[0]).rename(data_dir / "imagenet" / "val" / "n99999999")
     with pytest.raises(DataError, match=r"contains classes that .* does not: n99999999"):
         load(data_dir)
 
 
 @pytest.mark.parametrize("limit", [0, 4e9])
-def test_the_hash_changes_with_a_name_or_a_size(data_dir: Path, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_detects_changed_name_or_size(data_dir: Path, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the limit, only names and sizes are hashed, because reading the whole ImageNet takes too long."""
     monkeypatch.setattr(DATASETS["imagenet"], "reads_all", limit)
     path = data_dir / "imagenet" / "val" / IMAGENET_CLASSES[0] / "1.JPEG"
@@ -172,7 +172,7 @@ def test_the_hash_changes_with_a_name_or_a_size(data_dir: Path, limit: float, mo
     assert (load(data_dir).data_hash != hashes[-1]) == (limit > 0)
 
 
-def test_streamed_batches_have_the_memory_layout_of_others(data_dir: Path) -> None:
+def test_streamed_batches_are_contiguous(data_dir: Path) -> None:
     """Streamed batches are contiguous, because the memory format channels_last would select kernels that round differently."""
     for seed in (None, 0):
         x, _ = next(load(data_dir).train.batches(4, seed=seed))

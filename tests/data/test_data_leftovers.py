@@ -81,7 +81,7 @@ LEFT = {
 
 @pytest.mark.parametrize("limit", [1, 0])
 @pytest.mark.parametrize("name", LEFT)
-def test_what_a_viewer_does_not_show_is_left_out_and_counted(folder: Path, name: str, limit: float) -> None:
+def test_leftover_files_are_skipped_and_counted(folder: Path, name: str, limit: float) -> None:
     make, counted = LEFT[name]
     before = load(folder, memory_limit_gb=limit)
     make(folder)
@@ -100,13 +100,13 @@ def test_what_a_viewer_does_not_show_is_left_out_and_counted(folder: Path, name:
         (lambda f: image(f / "__MACOSX/train/cat/0.png"), "hidden or system: 1"),
     ],
 )
-def test_what_is_beside_train_is_counted(folder: Path, add: Callable[[Path], Any], counted: str) -> None:
+def test_files_beside_train_are_counted(folder: Path, add: Callable[[Path], Any], counted: str) -> None:
     add(folder)
     splits = load(folder)
     assert len(splits.train) == 4 and splits.notes == [f"{folder}: skipped 1 ({counted})"]
 
 
-def test_a_class_may_be_called_recycled(folder: Path) -> None:
+def test_class_called_recycled_is_accepted(folder: Path) -> None:
     for part in ("train", "test"):
         image(folder / part / "recycled/0.png")
     splits = load(folder)
@@ -114,7 +114,7 @@ def test_a_class_may_be_called_recycled(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["2.jfif", "2.JPE", "2.PNG", "2.Jpeg", "2.apng", "2.bmp", "2.gif", "2.pjpeg", "deep/down/2.png"])
-def test_images_of_every_usual_extension_are_read(folder: Path, name: str) -> None:
+def test_common_image_extensions_are_read(folder: Path, name: str) -> None:
     image(folder / "train/cat" / name, 30)
     splits = load(folder)
     assert len(splits.train) == 5 and splits.notes == []
@@ -132,12 +132,12 @@ def test_linked_folders_and_files_are_read(folder: Path, tmp_path: Path) -> None
     assert splits.train.labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2] and splits.notes == []
 
 
-def test_a_folder_that_many_links_lead_to_is_read_once(folder: Path) -> None:
+def test_folder_with_many_links_is_read_once(folder: Path) -> None:
     inner = [folder / "train/cat" / name for name in "abcdefgh"]
     for path in inner:
         path.mkdir()
     for path in inner:
-        for other in inner:  # there are 8! paths through the links
+        for other in inner:  # there are more than 8! paths through the links
             (path / f"to-{other.name}").symlink_to(other)
     image(inner[0] / "2.png", 30)
     splits = load(folder)
@@ -145,7 +145,7 @@ def test_a_folder_that_many_links_lead_to_is_read_once(folder: Path) -> None:
     assert splits.notes == [f"{folder / 'train'}: skipped 64 (links to a folder already read: 64)"]
 
 
-def test_the_order_is_that_of_names_and_not_of_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_is_by_name_not_directory_listing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.png", "B.png", "a/1.png", "10.png", "2.png"):
         image(folder / "train/cat" / name)
     before, original = load(folder).data_hash, os.scandir
@@ -169,7 +169,7 @@ def test_the_order_is_that_of_names_and_not_of_the_disk(folder: Path, monkeypatc
 
 
 # ------------------------------------------------------------------------------------------------ train, val, test
-def test_val_beside_an_unlabelled_test_is_the_test_set(folder: Path) -> None:
+def test_val_is_test_set_if_test_is_unlabelled(folder: Path) -> None:
     (folder / "test").rename(folder / "val")
     (folder / "test").mkdir()
     for name in (None, "test/0.png", "test/images/1.png"):
@@ -184,7 +184,7 @@ def test_val_beside_an_unlabelled_test_is_the_test_set(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_with_all_three_val_is_the_validation_set(folder: Path, name: str) -> None:
+def test_val_is_validation_set_beside_train_and_test(folder: Path, name: str) -> None:
     for i in range(3):
         image(folder / name / "dog" / f"{i}.png", 200)
     splits = load(folder, validation=0.1)
@@ -203,14 +203,14 @@ def test_with_all_three_val_is_the_validation_set(folder: Path, name: str) -> No
     assert (len(trial.train), len(trial.validation), len(trial.test)) == (3, 1, 1)
 
 
-def test_val_without_labels_is_left_out(folder: Path) -> None:
+def test_unlabelled_val_is_skipped(folder: Path) -> None:
     image(folder / "val/0.png")
     splits = load(folder, validation=0.25)
     assert (len(splits.train), len(splits.validation)) == (3, 1)
     assert splits.notes == [f"{folder / 'val'}: skipped, because it has no folder named after a class in {folder / 'train'}"]
 
 
-def test_folders_of_other_names_are_named(folder: Path) -> None:
+def test_other_folders_are_reported(folder: Path) -> None:
     image(folder / "extra/cat/0.png")
     (folder / "labels.csv").write_text("x")
     assert load(folder).notes == [f"{folder}: skipped 1 (outside the class folders: 1)", f"{folder}: skipped extra/"]
@@ -251,19 +251,19 @@ def test_folders_of_other_names_are_named(folder: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused(folder: Path, make, message: str) -> None:
+def test_invalid_layouts_are_rejected(folder: Path, make, message: str) -> None:
     make(folder)
     with pytest.raises(DataError, match=message) as caught:
         load(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_empty_folder_of_an_unknown_class_in_test_is_no_trouble(folder: Path) -> None:
+def test_empty_unknown_class_folder_in_test_is_accepted(folder: Path) -> None:
     (folder / "test/bird").mkdir()
     assert len(load(folder).test) == 2
 
 
-def test_names_written_in_two_ways_are_one_class(folder: Path) -> None:
+def test_unicode_normal_forms_give_one_class(folder: Path) -> None:
     image(folder / "train" / unicodedata.normalize("NFD", "é") / "0.png")
     image(folder / "test" / unicodedata.normalize("NFC", "é") / "0.png")
     splits = load(folder)
@@ -271,7 +271,7 @@ def test_names_written_in_two_ways_are_one_class(folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ command line
-def test_what_was_left_out_is_said_by_a_run_its_log_and_a_dry_run(
+def test_skipped_files_are_reported_and_logged(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -289,7 +289,7 @@ UNREADABLE = ["images", "images/test/dog", "images/train/cat/deep"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
-def test_names_with_control_characters_reach_no_terminal(
+def test_control_characters_in_names_are_escaped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "train/cat/x.\x1b[31mt\nxt").touch()
@@ -306,7 +306,7 @@ def test_names_with_control_characters_reach_no_terminal(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 @pytest.mark.parametrize("place", UNREADABLE)
-def test_an_unreadable_folder_is_named_with_exit_code_2(folder: Path, tmp_path: Path, place: str) -> None:
+def test_unreadable_folder_gives_exit_code_2(folder: Path, tmp_path: Path, place: str) -> None:
     image(folder / "train/cat/deep/2.png")
     command = [
         sys.executable,
@@ -326,7 +326,7 @@ def test_an_unreadable_folder_is_named_with_exit_code_2(folder: Path, tmp_path: 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 @pytest.mark.parametrize(("dataset", "mode"), [("mnist", 0o000), ("tiny_imagenet", 0o444)])
-def test_an_unreadable_data_dir_is_named_whatever_the_dataset(tmp_path: Path, dataset: str, mode: int) -> None:
+def test_unreadable_data_dir_is_reported(tmp_path: Path, dataset: str, mode: int) -> None:
     (tmp_path / "data/MNIST/raw").mkdir(parents=True)
     command = [sys.executable, "-m", "fa_bench.cli", f"dataset={dataset}", f"data_dir={tmp_path / 'data'}", "output_dir=out"]
     done = privileges_dropped(command, tmp_path, tmp_path / "data", mode)

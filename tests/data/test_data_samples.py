@@ -1,5 +1,5 @@
-"""The option `dataset.samples` sets how many training samples remain, with the classes in proportion, and changes nothing
-else."""
+"""The option `dataset.samples` sets how many training samples remain, with the classes in proportion. The other splits keep their
+samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(name: str = "digits", at_most: tuple[int, int] | None = None, **options
 
 
 @pytest.mark.parametrize(("samples", "count"), [(100, 100), (0.25, 323), (1293, 1293)])
-def test_classes_stay_in_proportion_and_the_other_splits_as_they_are(samples: float, count: int) -> None:
+def test_samples_preserve_class_proportions_and_other_splits(samples: float, count: int) -> None:
     everything, few = load(), load(samples=samples)
     assert len(everything.train) == 1293 and len(few.train) == count
     before, after = (split.train.labels.bincount() for split in (everything, few))
@@ -35,12 +35,12 @@ def test_classes_stay_in_proportion_and_the_other_splits_as_they_are(samples: fl
     assert few.data_hash == everything.data_hash
 
 
-def test_the_choice_depends_on_its_seed_alone() -> None:
+def test_selection_depends_only_on_samples_seed() -> None:
     images = [load(samples=50, **options).train.images for options in ({}, {}, {"samples_seed": 1})]
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
-def test_largest_remainders_get_the_rest() -> None:
+def test_stratified_uses_largest_remainders() -> None:
     labels = torch.tensor([0] * 7 + [1] * 2 + [2])
     assert labels[stratified(labels, 4, 0)].tolist() == [0, 0, 0, 1]
     assert stratified(labels, 10, 3).tolist() == list(range(10))
@@ -48,7 +48,7 @@ def test_largest_remainders_get_the_rest() -> None:
     assert many[stratified(many, 300, 0)].tolist() == list(range(300))
 
 
-def test_trials_reduce_numbers_in_proportion_and_too_many_are_refused() -> None:
+def test_samples_scale_with_trials_and_excess_is_rejected() -> None:
     assert len(load(at_most=(200, 20), samples=0.5).train) == 90
     assert len(load(at_most=(200, 20), samples=1293).train) == 180
     with pytest.raises(OptionError, match=r"dataset\.samples=1294: there are only 1293 training images"):
@@ -57,13 +57,13 @@ def test_trials_reduce_numbers_in_proportion_and_too_many_are_refused() -> None:
         load(samples=2.5)
 
 
-def test_tables_and_texts() -> None:
+def test_tabular_and_text_support_samples() -> None:
     assert len(load("tabular", samples=30).train) == 30 and len(Text(samples=10).load(Path(), CPU).train) == 10
     few = Tabular(samples=30).load(Path(), CPU).train
-    assert torch.allclose(few.inputs.mean(0), torch.zeros(10), atol=1e-5), "scaled by the samples that are trained on"
+    assert torch.allclose(few.inputs.mean(0), torch.zeros(10), atol=1e-5), "not scaled by the samples that are trained on"
 
 
-def test_synthetic_keeps_its_own_option() -> None:
+def test_synthetic_uses_own_samples_option() -> None:
     """In `synthetic`, the option `samples` is the number of generated training images, and there is no `samples_seed`."""
     splits = Synthetic(samples=64, validation=0).load(Path(), CPU)
     assert len(splits.train) == 64 and DATASETS["synthetic"]().samples == 2048
@@ -71,7 +71,7 @@ def test_synthetic_keeps_its_own_option() -> None:
         DATASETS["synthetic"].from_mapping({"samples_seed": 1})
 
 
-def test_the_identity_has_the_option_only_if_it_is_set(compose: Any) -> None:
+def test_identity_includes_samples_only_if_set(compose: Any) -> None:
     plain, few, seeded = (
         compose(*overrides) for overrides in ([], ["dataset.samples=100"], ["dataset.samples=100", "dataset.samples_seed=1"])
     )

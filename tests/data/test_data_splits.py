@@ -1,4 +1,5 @@
-"""Tests of splits on the device: order, augmentation, normalisation, validation samples, hash, and imports."""
+"""Tests of splits in memory, and of the datasets synthetic and digits: order, augmentation, normalisation, validation samples and
+hash."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def same_images(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x[:, None] == y[None]).flatten(2).all(2)
 
 
-def test_without_a_seed_batches_keep_the_order_and_are_normalised_not_augmented() -> None:
+def test_unseeded_batches_are_ordered_and_not_augmented() -> None:
     split = numbered(10, augment=True)
     batches = list(split.batches(4))
     assert [len(y) for _, y in batches] == [4, 4, 2]
@@ -54,7 +55,7 @@ def test_without_a_seed_batches_keep_the_order_and_are_normalised_not_augmented(
     np.testing.assert_allclose(x.numpy(), expected, atol=1e-5)
 
 
-def test_walking_a_split_does_not_change_its_images() -> None:
+def test_iterating_does_not_modify_images() -> None:
     split = numbered(10, augment=True)
     before = split.images.clone()
     for x, _ in split.batches(4, seed=0):
@@ -64,7 +65,7 @@ def test_walking_a_split_does_not_change_its_images() -> None:
     assert torch.equal(split.images, before)
 
 
-def test_order_and_augmentation_follow_from_seed_and_epoch() -> None:
+def test_order_and_augmentation_depend_on_seed_and_epoch() -> None:
     split = numbered(40, augment=True)
     first, again = (list(split.batches(8, seed=3, epoch=2)) for _ in range(2))
     assert all(torch.equal(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other, strict=True))
@@ -80,7 +81,7 @@ def test_augmentation_differs_between_epochs_for_the_same_image() -> None:
 
 
 @pytest.mark.parametrize("start", [1, 3, 5])
-def test_batches_from_the_middle_of_a_pass_are_those_of_the_whole_pass(start: int) -> None:
+def test_batches_from_start_match_full_pass(start: int) -> None:
     """A run that is resumed within an epoch gets the remaining batches in the same order and with the same augmentation."""
     split = numbered(18, augment=True)
     whole, rest = (list(split.batches(4, seed=3, epoch=2, start=first)) for first in (0, start))
@@ -89,7 +90,7 @@ def test_batches_from_the_middle_of_a_pass_are_those_of_the_whole_pass(start: in
 
 
 @pytest.mark.parametrize("crop", [PaddedCrop(), ResizedCrop(4)], ids=["padded", "resized"])
-def test_the_augmented_parts_of_processes_are_those_of_the_whole_batch(crop: Any) -> None:
+def test_shared_batches_match_whole_batch_with_augmentation(crop: Any) -> None:
     split = numbered(9, augment=True)
     split.crop = crop
     whole = list(split.batches(4, seed=1, epoch=2))
@@ -102,7 +103,7 @@ def test_the_augmented_parts_of_processes_are_those_of_the_whole_batch(crop: Any
 @pytest.mark.parametrize("share", [None, lambda size: torch.arange(size)[1::3]], ids=["all", "a part"])
 @pytest.mark.parametrize("how", [{}, {"seed": 1, "epoch": 2}, {"seed": 1, "epoch": 3, "start": 1}, {"seed": 1, "shuffle": False}])
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_indices_are_those_of_the_batches(drop_last: bool, how: dict, share: Any) -> None:
+def test_batch_indices_match_batches(drop_last: bool, how: dict, share: Any) -> None:
     """The labels are the positions of the images. If the last batch has only one sample, a share of it may be empty."""
     split = numbered(13, augment=True)
     got = list(split.batch_indices(4, drop_last=drop_last, share=share, **how))
@@ -112,7 +113,7 @@ def test_indices_are_those_of_the_batches(drop_last: bool, how: dict, share: Any
     assert split.is_indexed
 
 
-def test_a_split_with_batches_of_its_own_has_no_indices() -> None:
+def test_split_with_overridden_batches_is_not_indexed() -> None:
     class Stream(ResidentSplit):
         def batches(self, batch_size: int, **how: Any) -> Any:
             return super().batches(batch_size, **how)
@@ -125,7 +126,7 @@ def test_augmentation_does_not_change_the_order() -> None:
     assert order(numbered(40, augment=True), seed=1) == order(numbered(40, augment=False), seed=1)
 
 
-def test_the_global_random_state_is_neither_used_nor_changed() -> None:
+def test_global_random_state_is_neither_used_nor_changed() -> None:
     split = numbered(20, augment=True)
     torch.manual_seed(0)
     np.random.seed(0)
@@ -155,14 +156,14 @@ def test_ragged_last_batch(count: int, drop_last: bool, sizes: list[int], seed: 
     assert split.steps(4, drop_last) == len(sizes)
 
 
-def test_what_drop_last_leaves_out_changes_from_epoch_to_epoch() -> None:
+def test_drop_last_drops_different_samples_each_epoch() -> None:
     split = numbered(10)
     assert len({frozenset(range(10)) - frozenset(order(split, seed=0, epoch=epoch, drop_last=True)) for epoch in range(5)}) > 1
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 6, 4), (2, 1, 3, 7), (1, 3, 8, 8)])
 @pytest.mark.parametrize("padding", [1, 4])
-def test_crop_and_flip_against_a_loop_over_samples(shape: tuple[int, ...], padding: int) -> None:
+def test_crop_and_flip_matches_loop_reference(shape: tuple[int, ...], padding: int) -> None:
     images = torch.from_numpy(np.random.default_rng(1).integers(1, 256, shape, dtype=np.uint8))
     n, channels, height, width = shape
     result = crop_and_flip(images, torch.Generator().manual_seed(5), padding)
@@ -178,7 +179,8 @@ def test_crop_and_flip_against_a_loop_over_samples(shape: tuple[int, ...], paddi
 
 
 def test_every_shift_and_both_directions_occur() -> None:
-    """One bright pixel in the middle shows the position of each crop, and an asymmetric pair of pixels shows the flip."""
+    """A bright pixel in the middle shows the position of each crop, and a dimmer pixel beside it shows whether the crop is
+    flipped."""
     images = torch.zeros(2000, 1, 9, 9, dtype=torch.uint8)
     images[:, 0, 4, 4], images[:, 0, 4, 5] = 200, 100
     cropped = crop_and_flip(images, torch.Generator().manual_seed(0))
@@ -189,7 +191,7 @@ def test_every_shift_and_both_directions_occur() -> None:
     assert 0.4 < right_of[inner].float().mean() < 0.6
 
 
-def test_no_augmentation_where_it_is_off() -> None:
+def test_augment_false_leaves_images_unchanged() -> None:
     split = numbered(12, augment=False)
     for x, y in split.batches(4, seed=0):
         assert same_images(x, torch.cat([x for x, _ in split.batches(12)])).int().argmax(1).tolist() == y.tolist()
@@ -208,13 +210,13 @@ def test_validation_and_train_are_complements(validation: float, held: int) -> N
 
 
 @pytest.mark.parametrize(("validation", "held"), [(0, 0), (0.2, 4), (25, 10), (1, 1)])
-def test_what_a_trial_holds_out_shrinks_as_its_training_images(validation: float, held: int) -> None:
+def test_validation_of_trial_shrinks_with_training_set(validation: float, held: int) -> None:
     """The trial uses 20 of 50 images. If `validation` is a number of images, it shrinks in the same proportion."""
     splits = DATASETS["synthetic"].from_mapping({"samples": 50, "validation": validation}).load(NOWHERE, CPU, (20, 8))
     assert (len(splits.train), len(splits.validation or ())) == (20 - held, held)
 
 
-def test_a_trial_takes_a_part_of_a_validation_split_that_the_dataset_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_uses_part_of_dataset_validation_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial uses at most as many validation images as test images, because both splits are evaluated after every epoch."""
     dataset, whole = DATASETS["synthetic"].from_mapping({"samples": 50}), synthetic(validation=0)
     own = dataclasses.replace(whole, validation=whole.train)
@@ -224,7 +226,7 @@ def test_a_trial_takes_a_part_of_a_validation_split_that_the_dataset_has(monkeyp
     assert len(dataset.load(NOWHERE, CPU).validation) == 50
 
 
-def test_validation_is_no_part_of_the_test_set() -> None:
+def test_validation_and_test_are_disjoint() -> None:
     splits = synthetic(validation=0.5)
     assert not same_images(splits.validation.images, splits.test.images).any()
 
@@ -237,20 +239,20 @@ def test_labels_stay_with_their_images() -> None:
         assert source.tolist() == sorted(source.tolist())  # they remain in the stored order
 
 
-def test_the_validation_split_follows_from_its_own_seed() -> None:
+def test_validation_split_depends_on_validation_seed() -> None:
     held = {seed: synthetic(validation=0.3, validation_seed=seed).validation.images for seed in (0, 1)}
     assert torch.equal(held[0], synthetic(validation=0.3, validation_seed=0).validation.images)
     assert not torch.equal(held[0], held[1])
 
 
 @pytest.mark.parametrize("validation", [50, 51, 0.999])
-def test_a_validation_that_leaves_no_training_image_is_refused(validation: float) -> None:
+def test_validation_of_all_training_images_is_rejected(validation: float) -> None:
     with pytest.raises(OptionError, match=r"validation=.* leaves none of 50 training images"):
         synthetic(validation=validation)
 
 
 @pytest.mark.parametrize("validation", [1.5, float("inf")])
-def test_validation_is_a_fraction_or_a_whole_number(validation: float) -> None:
+def test_validation_must_be_fraction_or_integer(validation: float) -> None:
     with pytest.raises(OptionError, match=r"neither a fraction below 1 nor a whole number|not a finite number"):
         DATASETS["synthetic"].from_mapping({"validation": validation})
 
@@ -264,14 +266,14 @@ def test_negative_validation_is_refused() -> None:
         DATASETS["synthetic"].from_mapping({"validation": -0.1})
 
 
-def test_the_hash_is_of_the_data_and_not_of_the_split() -> None:
+def test_hash_does_not_depend_on_split() -> None:
     base = synthetic().data_hash
     assert len(base) == 64 and base == synthetic(validation=0.3, validation_seed=4).data_hash
     assert base != synthetic(data_seed=1).data_hash
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_the_hash_changes_with_one_pixel_or_label(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_detects_changed_pixel_or_label(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = DATASETS["synthetic"]
     base, original = synthetic().data_hash, cls.arrays
 
@@ -299,7 +301,7 @@ def test_synthetic_shape_and_classes() -> None:
     assert set(splits.train.labels.tolist()) == {0, 1, 2} and len(splits.test) == 20
 
 
-def test_digits_are_split_by_class_and_never_overlap() -> None:
+def test_digits_split_is_stratified_and_reproducible() -> None:
     splits = DATASETS["digits"].from_mapping({"validation": 0}).load(NOWHERE, CPU)
     assert (len(splits.train), len(splits.test)) == (1437, 360)
     assert splits.input_shape == (1, 8, 8) and splits.classes == [str(i) for i in range(10)]
@@ -311,7 +313,7 @@ def test_digits_are_split_by_class_and_never_overlap() -> None:
     assert again.data_hash == splits.data_hash and torch.equal(again.test.images, splits.test.images)
 
 
-def test_digits_are_those_of_scikit_learn_split_by_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_match_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -326,12 +328,12 @@ def test_digits_are_those_of_scikit_learn_split_by_its_function(monkeypatch: pyt
     assert all(map(np.array_equal, dataset.arrays(NOWHERE), read))
 
 
-def test_digits_hold_out_a_tenth_by_default() -> None:
+def test_digits_hold_out_ten_percent_by_default() -> None:
     splits = DATASETS["digits"]().load(NOWHERE, CPU)
     assert (len(splits.train), len(splits.validation)) == (1293, 144)
 
 
-def test_listing_the_datasets_imports_no_torch() -> None:
+def test_listing_datasets_does_not_import_torch() -> None:
     code = (
         "import sys; from fa_bench.registry.registries import DATASETS; from fa_bench.registry.options import defaults; "
         "[defaults(cls) for cls in DATASETS.values()]; "
@@ -342,7 +344,7 @@ def test_listing_the_datasets_imports_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> None:
+def test_synthetic_images_are_prototypes_with_gaussian_noise() -> None:
     """The pixels of the prototypes are uniformly distributed from 0.2 to 0.8 of the full range, and consecutive samples cycle
     through the classes."""
     plain, noisy = (
@@ -364,24 +366,24 @@ def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> 
     # by 0.5.
     assert large.double().mean().item() == pytest.approx(127.5, abs=0.25)
     strong = DATASETS["synthetic"](samples=60, noise=2.0).load(NOWHERE, CPU).train.images
-    assert ((strong == 0) | (strong == 255)).double().mean() > 0.5, "clipped at black and white, not wrapped around"
+    assert ((strong == 0) | (strong == 255)).double().mean() > 0.5, "values beyond black and white are not clipped"
 
 
-def test_grey_levels_of_digits_are_sixteenths_of_the_full_range_rounded() -> None:
+def test_digits_grey_levels_are_rounded_sixteenths() -> None:
     splits = DATASETS["digits"].from_mapping({"validation": 0}).load(NOWHERE, CPU)
     assert splits.train.images.unique().tolist() == [int(np.round(level * 255 / 16)) for level in range(17)]
 
 
-def test_some_samples_are_a_fixed_choice_in_their_order() -> None:
+def test_some_returns_fixed_ordered_subset() -> None:
     split = numbered(40)
     chosen = some(split, 10).labels.tolist()
     assert len(chosen) == 10 and chosen == sorted(chosen) == some(numbered(40), 10).labels.tolist()
-    assert chosen not in (list(range(10)), list(range(30, 40))), "neither the first nor the last samples in the stored order"
+    assert chosen not in (list(range(10)), list(range(30, 40))), "the first or the last samples were chosen"
     assert some(split, 40) is split and some(split, 41) is split and len(some(split, 39)) == 39
 
 
 @pytest.mark.parametrize("values", [[0.25], [0.1, 0.2, 0.3]])
-def test_one_number_normalises_every_channel(values: list[float]) -> None:
+def test_scalar_mean_and_std_apply_to_all_channels(values: list[float]) -> None:
     dataset = DATASETS["synthetic"].from_mapping({"channels": 3, "mean": values, "std": values, "validation": 0})
     x, _ = next(dataset.load(NOWHERE, CPU).test.batches(8))
     plain, _ = next(dataclasses.replace(dataset, mean=[0.0], std=[1.0]).load(NOWHERE, CPU).test.batches(8))
@@ -389,8 +391,8 @@ def test_one_number_normalises_every_channel(values: list[float]) -> None:
     torch.testing.assert_close(x, (plain - one) / one, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_left_of_the_training_images_is_augmented_as_all_of_them_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training images are augmented in the same way if some images are held out, or left out in a trial run."""
+def test_remaining_training_images_are_augmented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training images are augmented even if other images are held out for validation, or left out of a trial run."""
     dataset = DATASETS["synthetic"].from_mapping({"samples": 40, "test_samples": 20, "validation": 10, "size": 6})
     monkeypatch.setattr(type(dataset), "augments", property(lambda self: True))
     monkeypatch.setattr(dataset, "cropping", PaddedCrop)
@@ -398,11 +400,11 @@ def test_what_is_left_of_the_training_images_is_augmented_as_all_of_them_are(mon
         plain = next(splits.train.batches(len(splits.train)))[0]
         for seed in (0, 1):
             x, _ = next(splits.train.batches(len(splits.train), seed=seed))
-            # Each image gets one of 81 positions and possibly a flip, so a few of thirty images may remain unchanged.
+            # Each image gets one of 81 positions and possibly a flip, so a few images may remain unchanged.
             assert same_images(x, plain).any(1).sum() < 4
 
 
-def test_a_validation_split_of_its_own_is_the_datasets_even_without_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_dataset_validation_split_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     """No training images are held out if the dataset has a validation split of its own, even an empty one."""
     dataset, whole = DATASETS["synthetic"].from_mapping({"samples": 50, "validation": 5}), synthetic(validation=0)
     own = dataclasses.replace(whole, validation=whole.test.subset(torch.arange(0)))

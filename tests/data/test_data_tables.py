@@ -27,14 +27,14 @@ def whole(split: Any) -> tuple[torch.Tensor, torch.Tensor]:
     ("table", "targets", "features", "outputs"),
     [("diabetes", "values", 10, 1), ("wine", "classes", 13, 3), ("breast_cancer", "classes", 30, 2)],
 )
-def test_bundled_tables_are_split_and_scaled_by_the_training_rows(table: str, targets: str, features: int, outputs: int) -> None:
+def test_bundled_tables_are_scaled_by_training_rows(table: str, targets: str, features: int, outputs: int) -> None:
     splits = Tabular(table=table).load(Path(), CPU)
     x, y = whole(splits.train)
     assert (splits.inputs, splits.targets, splits.input_shape, len(splits.classes)) == ("features", targets, (features,), outputs)
     assert x.dtype == torch.float32 and (y.shape[1:] == (1,) if targets == "values" else y.dtype == torch.int64)
     torch.testing.assert_close(x.mean(0), torch.zeros(features), atol=1e-5, rtol=0)
     torch.testing.assert_close(x.std(0, correction=0), torch.ones(features), atol=1e-5, rtol=0)
-    assert whole(splits.test)[0].mean(0).abs().max() > 1e-3, "scaled by the training rows, not by its own"
+    assert whole(splits.test)[0].mean(0).abs().max() > 1e-3, "the test set is scaled by its own rows"
     plain = Tabular(table=table, standardise=False).load(Path(), CPU)
     assert plain.train.inputs.abs().max() > 0 and not torch.allclose(plain.train.inputs, x)
     other = Tabular(table=table, test_seed=1).load(Path(), CPU)
@@ -49,14 +49,14 @@ def write_csv(folder: Path, text: str) -> str:
 ROWS = "".join(f"{i},{i % 3},{'yes' if i % 2 else 'no'},{i / 4}\n" for i in range(40))
 
 
-def test_own_csv_file(tmp_path: Path) -> None:
+def test_custom_csv_file(tmp_path: Path) -> None:
     path = write_csv(tmp_path, "a,b,c,d\n" + ROWS)
     with pytest.raises(DataError, match="non-numeric values in column c"):
         Tabular(table=path).load(Path(), CPU)
     path = write_csv(tmp_path, "a,b,c\n" + "".join(f"{i},{i % 3},{'yes' if i % 2 else 'no'}\n" for i in range(40)))
     splits = Tabular(table=path, validation=0).load(Path(), CPU)
     assert (splits.targets, splits.classes, splits.input_shape) == ("classes", ["no", "yes"], (2,))
-    assert whole(splits.test)[1].bincount().tolist() == [4, 4], "the test set is stratified by class"
+    assert whole(splits.test)[1].bincount().tolist() == [4, 4], "the test set is not stratified by class"
     with pytest.raises(OptionError, match=r"dataset.task=null: column 'b' has whole numbers.*dataset.task=classification"):
         _ = Tabular(table=write_csv(tmp_path, "a,b\n1,2\n3,4\n5,6\n")).targets
     assert Tabular(table=str(tmp_path / "my.csv"), task="regression").targets == "values"
@@ -118,7 +118,7 @@ def write_npz(folder: Path, x: np.ndarray, y: np.ndarray, **more: np.ndarray) ->
         (TOKENS, LABELS, ("tokens", "classes"), (6,), 9),
     ],
 )
-def test_kinds_are_read_from_the_arrays(
+def test_input_and_target_kinds_are_inferred_from_arrays(
     tmp_path: Path, x: np.ndarray, y: np.ndarray, kinds: tuple[str, str], shape: tuple, names: int
 ) -> None:
     dataset = write_npz(tmp_path, x, y)
@@ -135,7 +135,7 @@ def test_kinds_are_read_from_the_arrays(
         torch.testing.assert_close(train.std(axes, correction=0), torch.ones(shape[0]), atol=1e-4, rtol=0)
 
 
-def test_own_validation_set_is_used(tmp_path: Path) -> None:
+def test_npz_validation_set_is_used(tmp_path: Path) -> None:
     dataset = write_npz(tmp_path, FLOATS, LABELS, x_val=FLOATS[:5], y_val=LABELS[:5])
     splits = dataset.load(Path(), CPU)
     assert (len(splits.train), len(splits.validation or ())) == (14, 5) and "x_val: used" in splits.notes[0]
@@ -143,7 +143,7 @@ def test_own_validation_set_is_used(tmp_path: Path) -> None:
     assert without.validation is None and "x_val: skipped" in without.notes[0]
 
 
-def test_targets_of_positions_may_be_negative_but_not_larger_than_the_vocabulary() -> None:
+def test_position_targets_may_be_negative_but_not_exceed_vocabulary() -> None:
     ignored, large, vocabulary = np.where(TOKENS > 7, -100, TOKENS), np.where(TOKENS > 7, 9, TOKENS), list("abcdefghi")
     *_, targets, _ = checked((TOKENS, TOKENS, TOKENS, ignored, vocabulary), [], "tokens", "positions")
     assert targets.tolist() == ignored.tolist()
@@ -172,7 +172,7 @@ def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, x: Any, y: Any, 
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
+def test_missing_and_damaged_npz_files_are_rejected(tmp_path: Path) -> None:
     cases = ("", "name the .npz file"), (str(tmp_path / "no.npz"), "No such file"), (__file__, "cannot be read as .npz")
     for path, problem in cases:
         with pytest.raises(FaBenchError, match=problem):
@@ -193,7 +193,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
         ("a,b\n1,x\n2,x\n3,y\n", "1 of 2 classes occurs only once .y."),
     ],
 )
-def test_what_a_csv_file_lacks_is_named(tmp_path: Path, text: str, problem: str) -> None:
+def test_malformed_csv_errors_describe_problem(tmp_path: Path, text: str, problem: str) -> None:
     with pytest.raises(DataError, match=problem) as caught:
         Tabular(table=write_csv(tmp_path, text)).load(Path(), CPU)
     assert len(str(caught.value).splitlines()) == 1

@@ -47,7 +47,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def write_zip(root: Path, monkeypatch: pytest.MonkeyPatch, extra: str | None = None) -> Path:
-    """Write the folder to an archive, and make its checksum the expected one; `extra` is the name of an additional member."""
+    """Write a small Tiny ImageNet to an archive, make the archive's checksum the expected one, and return the archive's path.
+    `extra` is the name of an additional member."""
     folder, archive = write_tiny_imagenet(root / "source"), root / "server" / f"{TINY}.zip"
     archive.parent.mkdir(parents=True)
     with zipfile.ZipFile(archive, "w") as opened:
@@ -82,7 +83,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
 
 
-def test_images_arrive_with_their_classes(tmp_path: Path) -> None:
+def test_images_are_loaded_with_class_labels(tmp_path: Path) -> None:
     folder = write_tiny_imagenet(tmp_path)
     splits = load(tmp_path)
     assert splits.classes == sorted(TINY_CLASSES) and splits.input_shape == (3, 64, 64)
@@ -98,7 +99,7 @@ def test_images_arrive_with_their_classes(tmp_path: Path) -> None:
     assert y.tolist() == [1, 0, 2, 0]
 
 
-def test_what_does_not_fit_streams_the_same_batches(tmp_path: Path) -> None:
+def test_streamed_and_resident_batches_are_identical(tmp_path: Path) -> None:
     write_tiny_imagenet(tmp_path)
     for options in ({}, {"crop": "resized"}, {"size": 32}, {"size": 80, "crop": "resized"}):
         resident, streamed = load(tmp_path, **options), load(tmp_path, memory_limit_gb=0, **options)
@@ -109,7 +110,7 @@ def test_what_does_not_fit_streams_the_same_batches(tmp_path: Path) -> None:
                 assert x.shape[1:] == resident.input_shape
 
 
-def test_the_archive_is_downloaded_checked_unpacked_and_removed(
+def test_archive_is_downloaded_verified_unpacked_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_zip(tmp_path, monkeypatch)
@@ -119,14 +120,14 @@ def test_the_archive_is_downloaded_checked_unpacked_and_removed(
     assert len(load(tmp_path / "data").test) == 4
 
 
-def test_an_archive_put_into_the_folder_needs_no_network_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_archive_needs_no_network_and_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
     monkeypatch.setattr(DATASETS["tiny_imagenet"], "url", "no-such-scheme://")
     assert len(load(tmp_path / "data").train) == 12
     assert names(tmp_path / "data") == [TINY, f"{TINY}.zip"]
 
 
-def test_a_download_that_fails_says_what_is_missing_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_is_reported_and_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = write_zip(tmp_path, monkeypatch)
     archive.write_bytes(archive.read_bytes()[:-10])
     with pytest.raises(DataError, match=r"dataset=tiny_imagenet: missing .*the download failed") as caught:
@@ -138,7 +139,7 @@ def test_a_download_that_fails_says_what_is_missing_and_leaves_nothing(tmp_path:
     assert not (tmp_path / "data").exists()
 
 
-def test_a_cut_off_archive_is_named_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_archive_is_reported_and_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
     archive.write_bytes(archive.read_bytes()[:-10])
     with pytest.raises(DataError, match=r"is damaged or incomplete .*delete it to download it again") as caught:
@@ -147,7 +148,7 @@ def test_a_cut_off_archive_is_named_and_kept(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("damage", ["tail", "member"])
-def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+def test_damaged_archive_with_valid_checksum_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     """The expected checksum is that of the damaged archive, so the damage is found only while unpacking."""
     archive = place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
     content = bytearray(archive.read_bytes())
@@ -163,7 +164,7 @@ def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("member", ["../evil.txt", "/evil.txt", f"{TINY}/../../evil.txt", "..\\evil.txt", "C:\\evil.txt"])
-def test_a_member_that_would_land_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str) -> None:
+def test_archive_member_outside_target_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str) -> None:
     archive = place(write_zip(tmp_path, monkeypatch, member), tmp_path / "data")
     with pytest.raises(DataError, match=r"evil\.txt' would be unpacked outside of") as caught:
         load(tmp_path / "data")
@@ -171,7 +172,7 @@ def test_a_member_that_would_land_elsewhere_is_refused(tmp_path: Path, monkeypat
     assert not list(tmp_path.rglob("evil.txt"))
 
 
-def test_an_archive_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archive_of_other_content_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / f"{TINY}.zip"
     with zipfile.ZipFile(archive, "w") as opened:
         opened.writestr("other/file.txt", "text")
@@ -180,7 +181,7 @@ def test_an_archive_of_something_else_is_refused(tmp_path: Path, monkeypatch: py
         load(tmp_path)
 
 
-def test_an_interrupted_unpacking_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_unpacking_restarts_from_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_zip(tmp_path, monkeypatch)
     original, count = zipfile.ZipFile.extract, []
 
@@ -198,7 +199,7 @@ def test_an_interrupted_unpacking_starts_over(tmp_path: Path, monkeypatch: pytes
     assert (len(load(tmp_path / "data").train), len(load(tmp_path / "data").test)) == (12, 4)
 
 
-def test_an_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_download_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(_url: str, _md5: str, path: Path) -> None:
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt
@@ -209,7 +210,7 @@ def test_an_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert names(tmp_path) == []
 
 
-def test_unpacking_beside_a_faster_run_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_unpacking_is_tolerated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
     original = os.replace
 
@@ -232,7 +233,7 @@ def test_unpacking_beside_a_faster_run_is_no_trouble(tmp_path: Path, monkeypatch
         ("val_1.JPEG\tn01\t0\t0\t63\t63\n", "", r"val_annotations\.txt: no line for val_1\.JPEG"),
     ],
 )
-def test_annotations_that_do_not_fit_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_inconsistent_annotations_are_reported(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = write_tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
     text = path.read_text()
     assert old in text
@@ -243,7 +244,7 @@ def test_annotations_that_do_not_fit_are_named(tmp_path: Path, old: str, new: st
 
 
 @pytest.mark.parametrize("part", ["wnids.txt", "train", "val/images", "val/val_annotations.txt"])
-def test_a_part_that_is_missing_is_named(tmp_path: Path, part: str) -> None:
+def test_missing_part_is_reported(tmp_path: Path, part: str) -> None:
     folder = write_tiny_imagenet(tmp_path)
     (folder / part).rename(folder / "elsewhere")
     with pytest.raises(DataError, match=r"is missing; delete .* to download it again") as caught:
@@ -251,7 +252,7 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path, part: str) -> None:
     assert str(folder / part) in str(caught.value)
 
 
-def test_a_class_without_images_is_named(tmp_path: Path) -> None:
+def test_class_without_images_is_reported(tmp_path: Path) -> None:
     folder = write_tiny_imagenet(tmp_path)
     (folder / "train" / "n02").rename(folder / "elsewhere")
     with pytest.raises(DataError, match="contains no images") as caught:
@@ -261,7 +262,7 @@ def test_a_class_without_images_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [1, 0])
 @pytest.mark.parametrize("content", [b"not an image", None])
-def test_a_broken_image_is_named(tmp_path: Path, content: bytes | None, limit: float) -> None:
+def test_broken_image_is_reported(tmp_path: Path, content: bytes | None, limit: float) -> None:
     """A file that is not an image, or is truncated, is named, whether the images are loaded into memory or streamed."""
     bad = write_tiny_imagenet(tmp_path) / "val" / "images" / "val_2.JPEG"
     bad.write_bytes(bad.read_bytes()[:1500] if content is None else content)
@@ -270,7 +271,7 @@ def test_a_broken_image_is_named(tmp_path: Path, content: bytes | None, limit: f
     assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
+def test_image_of_other_size_is_reported(tmp_path: Path) -> None:
     odd = write_tiny_imagenet(tmp_path) / "train" / "n01" / "images" / "n01_1.JPEG"
     Image.fromarray(np.zeros((60, 64, 3), np.uint8)).save(odd)
     with pytest.raises(DataError, match="60x64 pixels") as caught:

@@ -64,8 +64,8 @@ def load(folder: Path, limit: float = 1, **options: object):
 
 
 def png(levels: np.ndarray, bits: int, kind: int, *transparent: int) -> bytes:
-    """Encode levels (H, W, C) as a PNG that Pillow cannot write; `kind` is its colour type, and `transparent` is the transparent
-    level of each channel."""
+    """Encode levels (H, W, C) as a PNG of a kind that Pillow cannot write; `kind` is its colour type, and `transparent` is the
+    transparent level of each channel."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -92,7 +92,7 @@ def seen(splits) -> np.ndarray:
 @pytest.mark.parametrize("limit", [1, 0])
 @pytest.mark.parametrize("way", STORED)
 @pytest.mark.parametrize("kind", ["png", "tif", "webp", "jpg"])
-def test_a_picture_is_turned_upright(tmp_path: Path, way: int, kind: str, limit: float) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path, way: int, kind: str, limit: float) -> None:
     upright = np.kron(picture(2, 3), np.ones((8, 8, 1), np.uint8))  # uniform blocks, which JPEG hardly changes
     exif = Image.Exif()
     exif[0x0112] = way
@@ -107,7 +107,7 @@ def test_a_picture_is_turned_upright(tmp_path: Path, way: int, kind: str, limit:
     )
 
 
-def test_pictures_held_upright_and_across_have_one_size_once_turned(tmp_path: Path) -> None:
+def test_sizes_are_compared_after_exif_rotation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     only(tmp_path, Image.fromarray(picture()))
@@ -118,7 +118,7 @@ def test_pictures_held_upright_and_across_have_one_size_once_turned(tmp_path: Pa
     assert load(tmp_path).input_shape == (3, 6, 8)
 
 
-def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path: Path) -> None:
+def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
     splits = only(tmp_path, Image.fromarray(picture()), save={"exif": b"Exif\0\0II*\0\xff\xff\xff\x7fgarbage"})
     assert (seen(splits) == picture()).all()
 
@@ -152,7 +152,7 @@ def drawing(mode: str) -> Image.Image:
         ("RGBA", "0.avif", {"quality": 100}),
     ],
 )
-def test_what_is_drawn_in_transparency_is_seen(
+def test_transparent_images_are_composited_on_background(
     tmp_path: Path, mode: str, name: str, save: dict[str, object], limit: float, channels: int
 ) -> None:
     splits = only(tmp_path, drawing(mode), name, limit, save, channels=channels)
@@ -163,7 +163,7 @@ def test_what_is_drawn_in_transparency_is_seen(
     assert not any("single colour" in note for note in splits.notes)
 
 
-def test_what_vanishes_on_the_background_is_said_and_background_mends_it(tmp_path: Path) -> None:
+def test_images_invisible_on_background_are_noted(tmp_path: Path) -> None:
     splits = only(tmp_path, drawing("RGBA"), background=0)
     assert any("single colour on black (see dataset.background): 1" in note for note in splits.notes)
     assert (seen(splits) == 0).all()
@@ -172,19 +172,19 @@ def test_what_vanishes_on_the_background_is_said_and_background_mends_it(tmp_pat
 
 
 @pytest.mark.parametrize("limit", [1, 0])
-def test_a_half_transparent_pixel_is_mixed(tmp_path: Path, limit: float) -> None:
+def test_half_transparent_pixel_is_blended(tmp_path: Path, limit: float) -> None:
     image = Image.new("RGBA", (8, 6), (200, 100, 0, 51))
     assert np.abs(seen(only(tmp_path, image, limit=limit))[0, 0].astype(int) - [244, 224, 204]).max() <= 1
 
 
-def test_a_colour_that_is_declared_transparent_shows_the_background(tmp_path: Path) -> None:
+def test_transparent_colour_shows_background(tmp_path: Path) -> None:
     image = Image.fromarray(np.full((6, 8, 3), 9, np.uint8))
     assert (seen(only(tmp_path, image, save={"transparency": (9, 9, 9)})) == 255).all()
     grey = Image.fromarray(np.full((6, 8), 9, np.uint8))
     assert (seen(only(tmp_path, grey, save={"transparency": 9})) == 255).all()
 
 
-def test_opaque_alpha_changes_and_says_nothing(tmp_path: Path) -> None:
+def test_opaque_alpha_changes_nothing(tmp_path: Path) -> None:
     image = Image.fromarray(picture())
     image.putalpha(255)
     splits = only(tmp_path, image)
@@ -193,14 +193,14 @@ def test_opaque_alpha_changes_and_says_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [1, 0])
 @pytest.mark.parametrize("name", ["0.png", "0.tif", "0.pgm"])
-def test_16_bits_of_grey_are_brought_to_8(tmp_path: Path, name: str, limit: float) -> None:
+def test_16_bit_grey_is_reduced_to_8_bits(tmp_path: Path, name: str, limit: float) -> None:
     deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
     splits = only(tmp_path, Image.fromarray(deep), name, limit, channels=1)
     assert (seen(splits)[..., 0] == deep >> 8).all()
     assert splits.notes == [f"{tmp_path / 'train'}: images reduced from 16 to 8 bits: 1"]
 
 
-def test_16_bits_may_have_a_transparent_value_and_an_orientation(tmp_path: Path) -> None:
+def test_16_bit_grey_supports_transparency_and_orientation(tmp_path: Path) -> None:
     deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -212,7 +212,7 @@ def test_16_bits_may_have_a_transparent_value_and_an_orientation(tmp_path: Path)
 
 @pytest.mark.parametrize("limit", [1, 0])
 @pytest.mark.parametrize(("bits", "level"), [(bits, level) for bits in (1, 2, 4) for level in (0, 1, 2**bits - 1)])
-def test_a_grey_level_of_few_bits_may_be_transparent(tmp_path: Path, bits: int, level: int, limit: float) -> None:
+def test_low_bit_grey_supports_transparent_level(tmp_path: Path, bits: int, level: int, limit: float) -> None:
     levels = np.arange(48).reshape(6, 8) % 2**bits
     only(tmp_path, Image.fromarray(picture()))
     (tmp_path / "train/a/0.png").write_bytes(png(levels[..., None], bits, 0, level))
@@ -223,9 +223,9 @@ def test_a_grey_level_of_few_bits_may_be_transparent(tmp_path: Path, bits: int, 
 
 @pytest.mark.parametrize("limit", [1, 0])
 @pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_16_bits_of_colour_or_with_alpha_are_counted(tmp_path: Path, kind: int, channels: int, limit: float) -> None:
+def test_16_bit_colour_and_alpha_are_reduced_and_counted(tmp_path: Path, kind: int, channels: int, limit: float) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (6, 8, channels))
-    deep[..., 3 if channels == 4 else 1 :] = 65535  # opaque; an image with three channels has no alpha
+    deep[..., 3 if channels == 4 else 1 :] = 65535  # opaque alpha; in RGB, this saturates green and blue
     only(tmp_path, Image.fromarray(picture()))
     (tmp_path / "train/a/0.png").write_bytes(png(deep, 16, kind))
     splits = load(tmp_path, limit)
@@ -233,7 +233,7 @@ def test_16_bits_of_colour_or_with_alpha_are_counted(tmp_path: Path, kind: int, 
     assert splits.notes == [f"{tmp_path / 'train'}: images reduced from 16 to 8 bits: 1"]
 
 
-def test_16_bits_of_colour_with_a_transparent_one_are_refused(tmp_path: Path) -> None:
+def test_16_bit_transparent_colour_is_rejected(tmp_path: Path) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (6, 8, 3))
     only(tmp_path, Image.fromarray(picture()))
     (tmp_path / "train/a/0.png").write_bytes(png(deep, 16, 2, *deep[0, 0]))
@@ -241,7 +241,7 @@ def test_16_bits_of_colour_with_a_transparent_one_are_refused(tmp_path: Path) ->
         load(tmp_path)
 
 
-def test_16_bits_where_0_is_white_are_not_a_negative(tmp_path: Path) -> None:
+def test_16_bit_white_is_zero_is_not_inverted(tmp_path: Path) -> None:
     deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
     splits = only(tmp_path, Image.fromarray(deep), "0.tif", save={"tiffinfo": {262: 0}}, channels=1)
     with Image.open(tmp_path / "train/a/0.tif") as opened:
@@ -252,14 +252,14 @@ def test_16_bits_where_0_is_white_are_not_a_negative(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 @pytest.mark.parametrize("limit", [1, 0])
-def test_pixels_without_a_largest_value_are_refused(tmp_path: Path, mode: str, limit: float) -> None:
+def test_modes_without_maximum_value_are_rejected(tmp_path: Path, mode: str, limit: float) -> None:
     with pytest.raises(DataError, match=r"0\.tif: pixel values without a maximum") as caught:
         only(tmp_path, Image.fromarray(picture()[..., 0]).convert(mode), "0.tif", limit)
     assert str(tmp_path / "train/a/0.tif") in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "1", "L", "P", "YCbCr"])
-def test_other_modes_are_shown_in_colour(tmp_path: Path, mode: str) -> None:
+def test_other_modes_are_converted_to_rgb(tmp_path: Path, mode: str) -> None:
     image = Image.fromarray(np.full((6, 8, 3), 255, np.uint8)).convert(mode)
     if mode == "YCbCr" and YCBCR_IS_CUT_OFF:
         with pytest.raises(DataError, match=r"0\.tif: not a readable image"):
@@ -270,14 +270,14 @@ def test_other_modes_are_shown_in_colour(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize(("name", "save"), [("0.gif", {}), ("0.png", {}), ("0.webp", {"lossless": True}), ("0.tif", {})])
 @pytest.mark.parametrize("limit", [1, 0])
-def test_of_several_frames_the_first_is_taken_and_said(tmp_path: Path, name: str, save: dict[str, object], limit: float) -> None:
+def test_first_of_several_frames_is_used_and_noted(tmp_path: Path, name: str, save: dict[str, object], limit: float) -> None:
     first, second = Image.new("RGB", (8, 6), (255, 0, 0)), Image.new("RGB", (8, 6), (0, 0, 255))
     splits = only(tmp_path, first, name, limit, {"save_all": True, "append_images": [second], **save})
     assert (seen(splits) == [255, 0, 0]).all()
     assert splits.notes == [f"{tmp_path / 'train'}: images with several frames or pages, only the first of which is used: 1"]
 
 
-def test_a_cameras_preview_behind_the_picture_is_no_second_frame(tmp_path: Path) -> None:
+def test_embedded_camera_preview_is_not_counted_as_frame(tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 6), (200, 0, 0))
     content = io.BytesIO()
     image.save(content, "MPO", save_all=True, append_images=[Image.new("RGB", (4, 3))])
@@ -291,7 +291,7 @@ def test_a_cameras_preview_behind_the_picture_is_no_second_frame(tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"])
 @pytest.mark.parametrize("options", [{}, {"limit": 0}, {"size": 4, "crop": "resized"}])
-def test_a_cut_off_image_is_named_before_training(tmp_path: Path, kind: str, options: dict[str, object]) -> None:
+def test_truncated_image_is_reported_before_training(tmp_path: Path, kind: str, options: dict[str, object]) -> None:
     only(tmp_path, Image.fromarray(picture(32, 32)))
     bad = tmp_path / "train/a" / f"1.{kind}"
     Image.fromarray(picture(32, 32)).save(bad)
@@ -301,7 +301,7 @@ def test_a_cut_off_image_is_named_before_training(tmp_path: Path, kind: str, opt
     assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_more_pixels_than_pillow_opens_are_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_above_pillow_pixel_limit_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(tmp_path, Image.fromarray(picture()))
     for most in (40, 10):  # Pillow warns about larger images, and refuses those with more than twice as many pixels
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
@@ -309,7 +309,7 @@ def test_more_pixels_than_pillow_opens_are_named_as_such(tmp_path: Path, monkeyp
             load(tmp_path)
 
 
-def test_streamed_images_are_read_once_and_again_only_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_images_are_reread_only_after_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(tmp_path, Image.fromarray(picture()))
     image_files._inspected.clear()
     asked: list[Path] = []
@@ -322,4 +322,4 @@ def test_streamed_images_are_read_once_and_again_only_when_they_change(tmp_path:
     assert load(tmp_path, 0).data_hash == first.data_hash and len(asked) == 2
     Image.fromarray(255 - picture()).save(tmp_path / "train/a/0.png")
     assert load(tmp_path, 0).data_hash != first.data_hash and len(asked) == 3
-    assert load(tmp_path, 0, channels=1).data_hash and len(asked) == 5  # read with other channels
+    assert load(tmp_path, 0, channels=1).data_hash and len(asked) == 5  # the number of channels has changed

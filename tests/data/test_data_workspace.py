@@ -1,4 +1,5 @@
-"""Downloading and unpacking write no files elsewhere and leave no temporary files, and processes wait for each other."""
+"""Downloading and unpacking write nothing outside of their folder. Temporary files of a killed process are removed by the next
+one, and processes wait for each other."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ def as_published(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_members_of_a_tar_are_refused_though_its_checksum_fits(
+def test_unsafe_tar_members_are_rejected_despite_valid_checksum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     write_cifar(tmp_path / "source", monkeypatch)
@@ -77,7 +78,7 @@ def test_odd_members_of_a_tar_are_refused_though_its_checksum_fits(
     assert not list(tmp_path.rglob("evil.txt"))
 
 
-def test_a_member_with_an_absolute_name_lands_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_member_name_is_unpacked_inside_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path / "source", monkeypatch)
     data = tmp_path / "data"
     data.mkdir()
@@ -88,19 +89,19 @@ def test_a_member_with_an_absolute_name_lands_inside(tmp_path: Path, monkeypatch
     assert not outside.exists() and names(data) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
 
 
-def test_a_damaged_tar_is_named(tmp_path: Path) -> None:
+def test_damaged_tar_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8bnot one")
     with pytest.raises(ValueError, match=r"a\.tar\.gz is damaged"):
         unpack_tar(tmp_path / "a.tar.gz", tmp_path / "out")
 
 
-def test_a_python_without_the_filter_unpacks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_without_tar_filter_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(tarfile, "data_filter")
     with pytest.raises(DataError, match="this Python is too old"):
         unpack_tar(tmp_path / "a.tar.gz", tmp_path / "out")
 
 
-def test_a_silent_server_counts_as_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_server_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "_TIMEOUT", 0.2)
     monkeypatch.setenv("no_proxy", "*")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -157,7 +158,7 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("what", "left"), [("unpack", ".unpack-set"), ("download", ".download-set")])
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, what: str, left: str) -> None:
+def test_leftovers_of_killed_process_are_removed(tmp_path: Path, what: str, left: str) -> None:
     write_zip(tmp_path / "set.zip")
     (tmp_path / ".unpack-other").mkdir()
     (tmp_path / ".unpack-other" / "mine").write_text("mine")
@@ -176,7 +177,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, what:
     assert (tmp_path / ".unpack-other" / "mine").read_text() == "mine"
 
 
-def test_a_second_process_waits_and_finds_everything_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_process_waits_and_reuses_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_zip(tmp_path / "set.zip")
     process = started(tmp_path, "unpack", 0.5)
     wait_for(tmp_path / ".unpack-set" / "set" / "0.txt")
@@ -187,7 +188,7 @@ def test_a_second_process_waits_and_finds_everything_there(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])
-def test_what_is_no_folder_of_ours_is_left_alone(tmp_path: Path, kind: str) -> None:
+def test_foreign_link_or_file_is_unchanged(tmp_path: Path, kind: str) -> None:
     write_zip(tmp_path / "set.zip")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("mine")
@@ -201,7 +202,7 @@ def test_what_is_no_folder_of_ours_is_left_alone(tmp_path: Path, kind: str) -> N
     assert names(tmp_path) == [".unpack-set", "precious", "set.zip"]
 
 
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_lock_link_is_not_followed(tmp_path: Path) -> None:
     write_zip(tmp_path / "set.zip")
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".unpack-set.lock").symlink_to(tmp_path / "precious")
@@ -211,7 +212,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "hard link"])
-def test_a_lock_that_is_somebodys_file_is_not_taken(tmp_path: Path, kind: str) -> None:
+def test_foreign_lock_file_is_not_used(tmp_path: Path, kind: str) -> None:
     write_zip(tmp_path / "set.zip")
     (tmp_path / "precious").write_text("mine")
     lock = tmp_path / ".unpack-set.lock"
@@ -221,7 +222,7 @@ def test_a_lock_that_is_somebodys_file_is_not_taken(tmp_path: Path, kind: str) -
     assert lock.read_text() == "mine" and names(tmp_path) == [".unpack-set.lock", "precious", "set.zip"]
 
 
-def test_a_folder_that_holds_somebodys_files_is_not_removed(tmp_path: Path) -> None:
+def test_foreign_folder_is_not_removed(tmp_path: Path) -> None:
     write_zip(tmp_path / "set.zip")
     (tmp_path / ".unpack-set").mkdir()
     (tmp_path / ".unpack-set" / "mine.txt").write_text("mine")
@@ -230,7 +231,7 @@ def test_a_folder_that_holds_somebodys_files_is_not_removed(tmp_path: Path) -> N
     assert (tmp_path / ".unpack-set" / "mine.txt").read_text() == "mine"
 
 
-def test_one_at_a_time_even_while_the_lock_is_removed_and_made_again(tmp_path: Path) -> None:
+def test_workspace_is_exclusive_while_lock_is_recreated(tmp_path: Path) -> None:
     inside, most, lock = 0, 0, threading.Lock()
 
     def work() -> None:
@@ -254,7 +255,7 @@ def test_one_at_a_time_even_while_the_lock_is_removed_and_made_again(tmp_path: P
     assert most == 1 and names(tmp_path) == []
 
 
-def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_lock_file_is_reacquired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, looked = tmp_path / "w.lock", []
     original = locks._is_same
 
@@ -270,7 +271,7 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(tmp_path: Path, monk
         assert looked == [False, True]
 
 
-def test_a_removal_that_was_killed_leaves_a_folder_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_removal_leaves_recognisable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The marker is removed last, so an interrupted removal leaves a folder that is still recognised."""
     import shutil
 

@@ -75,7 +75,7 @@ def reason(page: Path, text: str) -> str | None:
     return next((why for (name, start), why in NOT_RUN.items() if name == name_of(page) and text.startswith(start)), None)
 
 
-def test_scripts_of_shell_have_a_reason() -> None:
+def test_bash_blocks_have_reason_not_to_run() -> None:
     """Bash fences are not run here, so each needs a reason in `NOT_RUN`."""
     scripts = [(page, block.code) for page in PAGES for block in fences(page) if block.language == "bash"]
     assert [code for page, code in scripts if reason(page, code) is None] == []
@@ -96,7 +96,7 @@ def shrunk(function: Callable[..., Any], small: dict[str, Any]) -> Callable[...,
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=name_of)
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None) -> None:
     """The Python blocks of a page run in order, in one module."""
     monkeypatch.chdir(tmp_path)
     for name, small in (("run", SMALL_RUN), ("tune", SMALL_STUDY)):
@@ -226,16 +226,16 @@ CHECKS = {
 }
 
 
-def test_pages_of_rules_attach_their_rule() -> None:
+def test_rule_pages_contain_attach_line() -> None:
     """These lines are only searched for, because test_doc_pages.py attaches every rule."""
     for name in ALGORITHMS:
         assert f'rule = fa_bench.attach(model, "{name}")' in indented(DOCS / "rules" / f"{name}.md")
 
 
-def test_every_fence_has_a_language_that_is_checked() -> None:
+def test_fence_languages_are_known() -> None:
     assert {block.language for page in PAGES for block in fences(page)} <= LANGUAGES
 
 
-def test_reasons_are_of_things_on_the_pages() -> None:
+def test_not_run_reasons_refer_to_existing_blocks() -> None:
     texts = {name_of(page): [*commands(page), *(block.code for block in fences(page))] for page in PAGES}
     assert [key for key in NOT_RUN if not any(text.startswith(key[1]) for text in texts[key[0]])] == []

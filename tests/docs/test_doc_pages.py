@@ -52,17 +52,17 @@ def made() -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------ the rules' pages
-def test_pages_of_the_rules_are_what_the_script_makes() -> None:
+def test_rule_pages_are_up_to_date() -> None:
     committed = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "rules").glob("*.md")}
     assert committed == made(), "run: python scripts/make_docs.py"
 
 
-def test_every_rule_has_a_measured_score() -> None:
+def test_every_rule_page_has_measured_score() -> None:
     for name in ALGORITHMS:
         assert name == "bp" or f"| task | `{name}` | `bp` |" in page(f"rules/{name}")
 
 
-def test_the_guide_to_rules_lists_every_method_that_may_be_overridden() -> None:
+def test_rule_guide_lists_overridable_methods() -> None:
     guide = script().guide()
     assert page("add_a_rule") == guide, "run: python scripts/make_docs.py"
     overridden = {
@@ -83,7 +83,7 @@ def test_the_guide_to_rules_lists_every_method_that_may_be_overridden() -> None:
     assert not {name for name in overridden & inherited if f"| `{name}" not in guide}
 
 
-def test_every_rule_has_a_page_with_all_its_options() -> None:
+def test_every_rule_has_page_with_options() -> None:
     pages = made()
     assert set(pages) == {"README.md", *(f"{name}.md" for name in ALGORITHMS)}
     assert sorted(re.findall(r"^- \[`(\w+)`\]\(\1\.md\): \S", pages["README.md"], re.M)) == sorted(ALGORITHMS)
@@ -92,7 +92,7 @@ def test_every_rule_has_a_page_with_all_its_options() -> None:
     assert not re.search("(?<!`)``(?!`)", "".join(pages.values()))
 
 
-def test_every_rule_has_equations_of_its_own() -> None:
+def test_every_rule_has_own_equations() -> None:
     assert [name for name, cls in ALGORITHMS.items() if not vars(cls).get("equations")] == []
 
 
@@ -102,7 +102,7 @@ def test_readme_links_every_page() -> None:
     assert all(f"docs/{path.name}" in readme for path in DOCS.glob("*.md"))
 
 
-def test_script_for_slurm_hands_over_to_fa_bench(tmp_path: Path) -> None:
+def test_slurm_script_calls_fa_bench(tmp_path: Path) -> None:
     script = re.search(r"```bash\n(.*?)```", page("cluster"), re.S)
     assert script is not None
     Path("job.sh").write_text(script.group(1))
@@ -121,14 +121,14 @@ def rows(name: str) -> dict[str, list[str]]:
     return {key.strip("` "): cells for first, *cells in lines for key in first.split(",")}
 
 
-def test_every_rule_is_in_the_table() -> None:
+def test_every_rule_is_in_guide_table() -> None:
     table = rows("choose_a_rule")
     assert [name for name in ALGORITHMS if name not in table] == []
 
 
 @pytest.mark.parametrize(("place", "net", "shape"), [(0, "mlp", (1, 28, 28)), (1, "resnet20", (3, 32, 32))], ids=["mlp", "res"])
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_memory_and_arithmetic_in_the_table_are_true(name: str, place: int, net: str, shape: tuple[int, int, int]) -> None:
+def test_table_memory_and_multiplications_are_correct(name: str, place: int, net: str, shape: tuple[int, int, int]) -> None:
     *_, feedback, arithmetic = rows("choose_a_rule")[name]
     model = ARCHITECTURES[net]().build(shape, 10)
     weights = _bytes(model.parameters())
@@ -141,7 +141,7 @@ def test_memory_and_arithmetic_in_the_table_are_true(name: str, place: int, net:
 
 
 # ------------------------------------------------------------------------------------------------ read the metrics
-def test_every_key_of_a_run_is_on_the_page() -> None:
+def test_every_run_key_is_documented() -> None:
     small = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
     assert main([*small, "algorithm=dfa", "hydra.run.dir=run"]) == 0
     shown = set(re.findall(r"`([\w/]+)`", "\n".join(line for line in page("read_the_metrics").splitlines() if line[:1] == "|")))
@@ -156,7 +156,7 @@ def test_every_key_of_a_run_is_on_the_page() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ add a dataset
-def test_dataset_of_the_guide_works_in_the_package_and_as_a_plugin(
+def test_dataset_guide_example_works_in_package_and_as_plugin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = page("add_a_dataset")

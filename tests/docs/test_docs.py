@@ -30,7 +30,7 @@ def shell_lines(text: str) -> list[str]:
     return re.findall(r"^    (\S.*)$", text, re.M)
 
 
-def test_quick_start_sets_everything_up_and_runs() -> None:
+def test_quick_start_has_install_run_and_test_lines() -> None:
     run, test = shell_lines(README.split("## Quick start")[1])[:2]
     for line in (run, test):
         assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -q -e ")
@@ -38,7 +38,7 @@ def test_quick_start_sets_everything_up_and_runs() -> None:
     assert test.endswith(".venv/bin/python -m pytest -n 2")
 
 
-def test_report_of_the_page_is_a_command_and_reads_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_report_command_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (line,) = [
         line
@@ -58,7 +58,7 @@ def test_table_of_rules_is_complete() -> None:
     assert shown == set(ALGORITHMS)
 
 
-def test_calls_of_the_readme_run_and_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_run_and_tune_calls_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs have one seed and the smallest scale; the study is only checked, as with --dry-run."""
     [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "fa_bench.run(" in block]
     run = fa_bench.run
@@ -72,13 +72,13 @@ def test_calls_of_the_readme_run_and_tune(tmp_path: Path, monkeypatch: pytest.Mo
     assert [rule.rule for rule in shown["study"].rules] == ["bp", "fa"] and shown["study"].options.budget == 20
 
 
-def test_experiments_of_the_page_are_those_there_are() -> None:
+def test_documented_experiments_match_shipped_ones() -> None:
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     listed = page.split("Select an experiment with `experiment=NAME`:")[1].split("Before the first job of an experiment")[0]
     assert set(re.findall(r"`(\w+)`", listed)) == {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}
 
 
-def test_architecture_and_preset_of_contributing_work(
+def test_contributing_architecture_and_preset_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An architecture and an experiment need only one file each; no other file has to mention them."""
@@ -121,7 +121,7 @@ def _check_random_signs() -> None:
     assert not torch.equal(rule.feedback["2"]["S"], signs[-1])
 
 
-def test_rules_of_the_guide_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guide_rules_work(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "add_a_rule.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(blocks) == 3

@@ -23,7 +23,7 @@ def test_every_public_name_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if not name.startswith("register_") or name == SHARED])
-def test_example_of_the_docstring(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None) -> None:
+def test_docstring_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: None) -> None:
     monkeypatch.chdir(tmp_path)
     text = inspect.cleandoc(PUBLIC[name].__doc__ or "")
     test = doctest.DocTestParser().get_doctest(text, {}, name, None, None)

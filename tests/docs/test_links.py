@@ -50,11 +50,11 @@ def broken(links: list[str], page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_of)
-def test_links_of_the_pages(page: Path) -> None:
+def test_page_links_are_valid(page: Path) -> None:
     assert broken(LINK.findall(re.sub(r"`[^`\n]*`", "", prose(page))), page) == []
 
 
-def test_links_of_the_notebook() -> None:
+def test_notebook_links_and_anchors_are_valid() -> None:
     notebook = DOCS / "notebook.ipynb"
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     links = [link for cell in cells if cell["cell_type"] == "markdown" for link in LINK.findall("".join(cell["source"]))]
@@ -128,7 +128,7 @@ def test_every_page_is_in_the_site(site: Path) -> None:
     assert [page for page in pages if not (site / page).is_file()] == []
 
 
-def test_links_and_anchors_of_the_site(site: Path, parsed: dict[Path, Elements]) -> None:
+def test_site_links_and_anchors_are_valid(site: Path, parsed: dict[Path, Elements]) -> None:
     bad = []
     for path, page in parsed.items():
         for address in {*page.opened, *page.loaded}:
@@ -143,7 +143,7 @@ def test_links_and_anchors_of_the_site(site: Path, parsed: dict[Path, Elements])
     assert bad == []
 
 
-def test_the_site_loads_nothing_from_the_network(parsed: dict[Path, Elements]) -> None:
+def test_site_loads_nothing_from_network(parsed: dict[Path, Elements]) -> None:
     assert {address for page in parsed.values() for address in page.loaded if urlsplit(address).netloc} == set()
 
 
@@ -162,7 +162,7 @@ def test_every_public_name_is_in_the_reference(parsed: dict[Path, Elements]) -> 
     assert [name for name in names if f"fa_bench.{name}" not in ids and f"`fa_bench.{name}`" not in text] == []
 
 
-def test_attributes_are_documented_by_their_comments_and_options_by_their_help(site: Path) -> None:
+def test_attribute_comments_and_option_help_are_documented(site: Path) -> None:
     text = (site / "reference" / "components.html").read_text(encoding="utf-8")
     assert "that the architecture supports.</p>" in text  # the comment on Architecture.tasks
     assert "<p>Weight decay per unit of learning rate.</p>" in text

@@ -38,14 +38,14 @@ def execute(code: str, name: str, variables: dict[str, Any]) -> Any:
     return eval(compile(ast.Expression(last.value), f"cell {name}", "eval"), variables) if isinstance(last, ast.Expr) else None
 
 
-def test_the_notebook_is_committed_without_outputs() -> None:
+def test_notebook_is_committed_without_outputs() -> None:
     cells = code_cells()
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
     [parameters] = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
     assert names("".join(parameters["source"])) == names(SMALL)
 
 
-def test_links_of_the_notebook_lead_somewhere() -> None:
+def test_notebook_links_point_to_existing_files() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", NOTEBOOK.read_text(encoding="utf-8"))
     assert links and all((NOTEBOOK.parent / link).is_file() for link in links)
 

@@ -39,34 +39,34 @@ def links(markdown: str, page: str) -> str:
         ("index.md", "#more", "#more"),
     ],
 )
-def test_links_lead_to_pages_of_the_site(page: str, link: str, expected: str) -> None:
+def test_links_are_rewritten_to_site_pages(page: str, link: str, expected: str) -> None:
     assert links(f"a [text]({link}), b", page) == f"a [text]({expected}), b"
 
 
-def test_rules_are_in_the_navigation_by_kind() -> None:
+def test_navigation_groups_rules_by_kind() -> None:
     index = "# Rules\n\n## Kind\n\n- [`a`](a.md): x\n- [`b`](b.md): y\n\n## Initialisers\n\ntext\n"
     assert hooks._rules_by_kind(index) == [{"Kind": ["rules/a.md", "rules/b.md"]}]
 
 
-def test_listing_of_a_file_with_fences() -> None:
+def test_file_listing_with_nested_fences() -> None:
     path = "docs/add_a_rule.md"
     assert "\n    ```python\n" in (ROOT / path).read_text(encoding="utf-8")
     head, _, listing = hooks._listing(path).partition("# docs/add_a_rule.md\n\n")
     assert "search: {exclude: true}" in head and re.fullmatch(r"(`{4,})md\n.*\n\1\n", listing, re.S)
 
 
-def test_notebook_becomes_markdown() -> None:
+def test_notebook_is_converted_to_markdown() -> None:
     cells = '{"cells": [{"cell_type": "markdown", "source": ["# A\\n", "b"]}, {"cell_type": "code", "source": ["1 + 1"]}]}'
     assert hooks._notebook(cells) == f"# A\nb\n\n{hooks.DOWNLOAD}\n\n```python\n1 + 1\n```\n"
 
 
-def test_rows_of_equations_are_aligned() -> None:
+def test_equation_rows_are_aligned() -> None:
     math = ElementTree.fromstring(hooks.mathml(r"\begin{aligned}a &= b \\ c^\top &= \sum_n \lVert d \rVert\end{aligned}"))
     rows = [["".join(cell.itertext()) for cell in row] for row in math[0]]
     assert rows == [["a", "=b"], ["c⊤", "=∑n‖d‖"]]
 
 
 @pytest.mark.parametrize("latex", [r"\nosuchcommand", r"\begin{aligned}a &= \nosuchcommand b\end{aligned}"])
-def test_unknown_commands_are_refused(latex: str) -> None:
+def test_unknown_latex_commands_are_rejected(latex: str) -> None:
     with pytest.raises(PluginError, match="not converted to MathML"):
         hooks.mathml(latex)

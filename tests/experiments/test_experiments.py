@@ -50,7 +50,7 @@ def jobs(folder: Path, *overrides: str) -> list[Job]:
     return [job for job, _ in composer.check(composer.expand(multirun=True))]
 
 
-def test_each_part_of_a_grid_has_its_own_keys(folder: Path) -> None:
+def test_grid_parts_have_separate_keys(folder: Path) -> None:
     preset(folder, "grid: [{algorithm: 'bp,kp', seed: '0,1'}, {algorithm: fa, algorithm.density: '0.5,0.1'}]")
     found = [(job.algorithm.name, getattr(job.algorithm, "density", None), job.run.seed) for job in jobs(folder)]
     assert found == [("bp", None, 0), ("bp", None, 1), ("kp", None, 0), ("kp", None, 1), ("fa", 0.5, 0), ("fa", 0.1, 0)]
@@ -66,12 +66,12 @@ def test_each_part_of_a_grid_has_its_own_keys(folder: Path) -> None:
         (["seed=7"], [("bp", 7), ("kp", 7), ("fa", 7), ("fa", 7)]),
     ],
 )
-def test_command_line_chooses_among_the_parts(folder: Path, overrides: list[str], expected: list[tuple[str, int]]) -> None:
+def test_overrides_select_grid_parts(folder: Path, overrides: list[str], expected: list[tuple[str, int]]) -> None:
     preset(folder, "grid: [{algorithm: 'bp,kp', seed: '0,1'}, {algorithm: fa, algorithm.density: '0.5,0.1'}]")
     assert [(job.algorithm.name, job.run.seed) for job in jobs(folder, *overrides)] == expected
 
 
-def test_grid_runs_all_parts_numbered_through_and_says_what_it_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grid_runs_all_parts_with_consecutive_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = preset(folder, "epochs: 2\ngrid: [{algorithm: 'bp,kp'}, {algorithm: fa, algorithm.density: '1.0,0.5'}]")
     assert main(["-m", "experiment=mine", where]) == 0
     out = capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_grid_runs_all_parts_numbered_through_and_says_what_it_runs(folder: Path
 
 
 @pytest.mark.parametrize("grid", ["{algorithm: bp}", "[bp, fa]", "[{}]", "3"])
-def test_a_grid_that_is_no_list_of_mappings_is_refused(folder: Path, grid: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_grid_is_rejected(folder: Path, grid: str, capsys: pytest.CaptureFixture[str]) -> None:
     where = preset(folder, f"grid: {grid}")
     assert main(["-m", "experiment=mine", where]) == 2
     assert "experiment=mine: grid=" in capsys.readouterr().err
@@ -106,7 +106,7 @@ grid: [{algorithm: 'bp,kp,fa'}]
 
 
 @pytest.mark.parametrize(("table", "message"), [("${by:algoritm,{kp:1}}", "algorithm"), ("${by:algorithm,{pka:1}}", "pfa")])
-def test_a_table_with_an_unknown_name_is_refused(
+def test_settings_table_with_unknown_name_is_rejected(
     folder: Path, table: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = preset(folder, f"optimizer: {{lr: '{table}'}}\n")
@@ -114,7 +114,7 @@ def test_a_table_with_an_unknown_name_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_scale_makes_a_trial_of_the_same_config(folder: Path) -> None:
+def test_scale_shortens_same_config(folder: Path) -> None:
     preset(folder, "epochs: 200\noptimizer: {schedule: {name: multistep, milestones: [100, 150]}}\n")
     (job,) = jobs(folder, "scale=short")
     small = scaled(job)
@@ -128,7 +128,7 @@ def test_scale_makes_a_trial_of_the_same_config(folder: Path) -> None:
     assert result["step"] == round(0.9 * smoke.train) // smoke.batch_size
 
 
-def test_full_scale_has_the_identity_it_had_before_there_were_scales(folder: Path) -> None:
+def test_full_scale_is_not_in_identity(folder: Path) -> None:
     preset(folder, "")
     assert "scale" not in jobs(folder)[0].identity()
 
@@ -149,12 +149,12 @@ RULES = "rules: {fa: {density: 0.5}, usf: {density: 0.25}}\n"
         (["algorithm=fa", "algorithm.density=0.1,0.2", "seed=0"], [("fa", 0.1, 0), ("fa", 0.2, 0)]),
     ],
 )
-def test_a_preset_gives_options_to_rules(folder: Path, overrides: list[str], expected: list[tuple[str, float, int]]) -> None:
+def test_preset_rules_set_options_per_rule(folder: Path, overrides: list[str], expected: list[tuple[str, float, int]]) -> None:
     preset(folder, RULES + "grid: [{algorithm: 'bp,fa,dfa', seed: '0,1'}]")
     assert options_of_rules(jobs(folder, *overrides)) == expected
 
 
-def test_rules_of_a_preset_without_a_grid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preset_rules_without_grid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = preset(folder, RULES)
     assert main(["experiment=mine", place, "--cfg", "job"]) == 0
     assert "  density: 0.5\n" in capsys.readouterr().out
@@ -172,13 +172,13 @@ def test_rules_of_a_preset_without_a_grid(folder: Path, capsys: pytest.CaptureFi
         ("{fa: {densty: 0.5}}", r"algorithm\.densty: unknown key densty in algorithm; did you mean 'density'"),
     ],
 )
-def test_rules_of_a_preset_are_checked(folder: Path, text: str, said: str) -> None:
+def test_invalid_preset_rules_are_rejected(folder: Path, text: str, said: str) -> None:
     preset(folder, f"rules: {text}\ngrid: [{{algorithm: 'bp,fa'}}]")
     with pytest.raises(ConfigError, match=said):
         jobs(folder)
 
 
-def test_a_trial_shortens_what_a_rule_does_before_training(folder: Path) -> None:
+def test_scale_shortens_pretraining_phase(folder: Path) -> None:
     preset(folder, "")
     steps = [
         getattr(scaled(jobs(folder, "algorithm=wm", scale)[0]).algorithm, "initial_steps", None)
@@ -187,12 +187,12 @@ def test_a_trial_shortens_what_a_rule_does_before_training(folder: Path) -> None
     assert steps == [469, 47, 0]
 
 
-def test_a_scaled_step_schedule_keeps_its_steps(folder: Path) -> None:
+def test_scale_shortens_step_size(folder: Path) -> None:
     preset(folder, "optimizer: {schedule: {name: step, step_size: 30}}\n")
     assert scaled(jobs(folder, "scale=short")[0]).optimizer.schedule.step_size == 3
 
 
-def test_a_trial_is_smaller_in_every_part_and_never_larger(folder: Path) -> None:
+def test_scale_only_reduces_settings(folder: Path) -> None:
     """A trial keeps at least one epoch, and scales the feedback optimizer in the same way as the weights' optimizer."""
     preset(folder, "epochs: 200\nbatch_size: 6\nprobe_size: 3\n")
     words = [
@@ -216,7 +216,7 @@ def test_a_trial_is_smaller_in_every_part_and_never_larger(folder: Path) -> None
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.25, "0.25 s"), (14, "14 s"), (180, "3 min"), (7500, "2 h 05 min")])
-def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
+def test_duration_format(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -297,7 +297,7 @@ PRESETS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("asap_")])
-def test_initial_weights_of_the_asap_presets_are_those_of_its_code(name: str) -> None:
+def test_asap_presets_use_initial_weights_of_published_code(name: str) -> None:
     """Fully connected layers have Kaiming's initialisation for all rules, except in asap_fig6. That experiment is about Forward
     Alignment, which has no public code."""
     register_schemas()
@@ -311,7 +311,7 @@ def test_initial_weights_of_the_asap_presets_are_those_of_its_code(name: str) ->
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_prints_its_plan_and_trains_at_smoke_scale(
+def test_every_preset_describes_sweep_and_trains_at_smoke_scale(
     name: str, folder: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     composer = Composer("config", None, [f"experiment={name}", "scale=smoke", "seed=0", f"data_dir={data_dir}", "probe_size=4"])
@@ -324,7 +324,7 @@ def test_every_preset_prints_its_plan_and_trains_at_smoke_scale(
         assert result["status"] == "finished" and result["step"] >= 1
 
 
-def test_a_preset_runs_as_one_command(folder: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preset_runs_as_single_command(folder: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "experiment=asap_fig6", "scale=smoke", "seed=0", f"data_dir={data_dir}"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Running 4 jobs (4 epochs); output: outputs/asap_fig6\n  algorithm: bp, forward_alignment\n")

@@ -79,16 +79,16 @@ def check(name: str) -> None:
         assert not differences(settings, default, wanted[run][0]), f"{name}, {run}"
 
 
-def test_the_table_has_every_preset() -> None:
+def test_table_covers_every_preset() -> None:
     assert sorted(PRESETS) == sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_runs_what_the_table_says(name: str) -> None:
+def test_preset_matches_table(name: str) -> None:
     check(name)
 
 
-def test_the_usual_components() -> None:
+def test_default_config_components() -> None:
     """Experiments that choose no dataset, architecture or optimizer use the components of the default config."""
     register_schemas()
     composer = Composer("config", None, [])
@@ -98,7 +98,7 @@ def test_the_usual_components() -> None:
     assert flatten(job.plain()) == default_settings(job)
 
 
-def test_a_choice_is_the_component_of_its_name_with_its_defaults() -> None:
+def test_component_choice_equals_declared_defaults() -> None:
     """``algorithm=kp`` selects kp with its declared defaults, so the name of a component in an experiment determines its
     settings."""
     register_schemas()

@@ -41,7 +41,7 @@ SMALL = [
 SHORT = {"wm": ["algorithm.initial_steps=2", "algorithm.mirror_batch=8"]}
 #: Rules for which conv2 has too few activations to share.
 DEEP = {"asap", "asfp", "asfp_lc"}
-#: A run that is interrupted after its first epoch.
+#: A program that trains a run and interrupts it after the first epoch.
 INTERRUPTED = """
 import sys
 import fa_bench.runs.loop as loop
@@ -61,7 +61,7 @@ FEW = ["fa", "kp", "brsf", "dfa", "predsim"]
 
 
 def trained(folder: Path, rule: str, *overrides: str) -> dict[str, Any]:
-    """The result and the last epoch's record of a small run."""
+    """The result and the last epoch's record of a small run, in one dict."""
     net = ["architecture=mlp", "~architecture.channels", "~architecture.hidden"] if rule in DEEP else []
     settings = [each for each in SMALL if not net or not each.startswith("architecture")] + net[:1]
     assert main([*settings, f"algorithm={rule}", *SHORT.get(rule, []), *overrides, f"output_dir={folder}"]) == 0
@@ -137,7 +137,7 @@ def test_every_rule_trains(rule: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("rule", FEW)
 def test_options_change_the_loss_by_rounding(rule: str, overrides: list[str], tmp_path: Path) -> None:
-    """bf16 has 8 bits of precision and TF32 has 11, so the relative errors after ten updates are about 1e-2 and 1e-3."""
+    """bf16 has 8 bits of precision and TF32 has 11, so relative errors of about 1e-2 and 1e-3 are expected after ten updates."""
     reference = trained(tmp_path / "plain", rule, *[each for each in overrides if each.startswith("accumulate")])
     result = trained(tmp_path / "option", rule, *overrides)
     tolerance = 0.15 if "precision=bf16" in overrides else 3e-2 if "precision=tf32" in overrides else 5e-3

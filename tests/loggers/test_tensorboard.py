@@ -123,8 +123,7 @@ def torn(file: Path) -> None:
 
 
 def beyond(file: Path) -> None:
-    """Add another file. The file contains records of steps after the checkpoint, including a final number, followed by invalid
-    data."""
+    """Add another event file, with records of steps after the checkpoint, including final numbers, followed by invalid data."""
     with another_file(file.parent) as writer:
         for step in (9, 10, 40):
             writer.add_scalar("loss/train", 99.0, step)
@@ -135,7 +134,7 @@ def beyond(file: Path) -> None:
 
 @contextmanager
 def another_file(folder: Path, **options: Any) -> Iterator[SummaryWriter]:
-    """Write a later event file to a run's directory, and record it as the run's own."""
+    """Yield the writer of a later event file in a run's directory; at the end, record the file as the run's own."""
     with SummaryWriter(str(folder), filename_suffix=".later", **options) as writer:
         yield writer
     (written,) = folder.glob("*.later")
@@ -153,7 +152,7 @@ def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatc
     assert steps("whole", "weight/fc2") == [0, 5, 10, 15]
 
     evaluate = loop.evaluate
-    for last, call in ((8, 6), (12, 4)):  # two calls per epoch, so in the third epoch and, once resumed, in the fourth
+    for last, call in ((8, 6), (12, 4)):  # two calls per epoch, so the third epoch and, once resumed, the fourth
         calls: list[int] = []
 
         def interrupted(*arguments: Any, calls: list[int] = calls, call: int = call) -> Any:

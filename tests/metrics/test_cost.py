@@ -1,4 +1,4 @@
-"""The predicted cost of a step (multiplications, bytes moved and peak memory) equals counts by hand."""
+"""The predicted cost of a step (multiplications, bytes moved and peak memory) equals counts by hand or of an actual step."""
 
 from __future__ import annotations
 
@@ -139,7 +139,8 @@ def test_learning_the_feedback_is_counted_separately() -> None:
 
 
 def test_the_cost_of_a_rule_whose_steps_alternate_is_that_of_its_first_step() -> None:
-    """Every second update of grape uses backpropagation across the cuts, but the predicted cost is that of its first step."""
+    """With anchor_period=2, every second update of grape uses backpropagation across the cuts, but the predicted cost is that of
+    the first step."""
     second, never, always = (cost("grape", anchor_period=period)[0] for period in (2, 0, 1))
     assert second == never and second.backward < always.backward
 

@@ -1,5 +1,5 @@
-"""The growth of the residual stream, the stability of gradients and the effective rank of errors agree with plain loops and
-closed forms."""
+"""The growth of the residual stream, the stability of gradients, the effective rank of errors and the projection angle agree with
+plain loops and closed forms."""
 
 from __future__ import annotations
 
@@ -67,8 +67,7 @@ def test_growth_is_the_ratio_of_mean_norms_of_output_and_input() -> None:
 
 
 def test_growth_of_tokens_is_by_token() -> None:
-    """The class token has a hundred times the norm of the others, so one norm over all tokens of a sample would be dominated by
-    it."""
+    """The class token has a much larger norm than the other tokens, so it would dominate a norm over all tokens of a sample."""
     subject = subject_of(vit(), "bp")
     model = subject.model
     with torch.no_grad():
@@ -87,7 +86,7 @@ def test_blocks_that_end_in_a_nonlinearity_grow_from_one_to_the_next() -> None:
     first = model.act1(model.fc1(subject.meter.x.flatten(1)))
     second = model.act2(model.fc2(first))
     found = measured("stream_growth", subject)["stream_growth"]
-    assert list(found) == ["act2"], "the input of the first block is the image"
+    assert list(found) == ["act2"], "the first block has no growth, because its input is the image"
     assert found["act2"] == pytest.approx((second.norm(dim=1).mean() / first.norm(dim=1).mean()).item(), rel=1e-6)
 
 
@@ -149,7 +148,7 @@ def test_mean_cosine_is_the_mean_over_all_pairs() -> None:
     assert seen.mean_cosine == pytest.approx(np.mean(cosines), rel=1e-12)
     seen.add(torch.zeros(3, 4))
     seen.add(torch.full((3, 4), math.nan))
-    assert seen.count == 5, "tensors without a direction are left out"
+    assert seen.count == 5, "tensors without a direction were counted"
     one = Directions()
     one.add(torch.ones(2))
     assert math.isnan(one.mean_cosine) and math.isnan(Directions().mean_cosine)
@@ -167,7 +166,7 @@ def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str, option
     data = subject.training.subset(order)
     x, y = (torch.cat(parts) for parts in zip(*data.batches(50), strict=True))
     gradients: dict[str, list[Tensor]] = {"fc1": [], "fc2": [], "fc3": []}
-    for start in range(0, 48, 6):  # 50 // 8 = 6 images per batch, which is at most 8
+    for start in range(0, 48, 6):  # eight batches of 50 // 8 = 6 images; the run's batch size is 8
         batch, labels = x[start : start + 6], y[start : start + 6]
         model.zero_grad()
         logits = model(batch)
@@ -236,8 +235,8 @@ def test_effective_rank_of_errors_of_the_rule_and_of_backpropagation() -> None:
             values = np.linalg.svd(expected.double().numpy(), compute_uv=False)
             shares = values[values > 0] / values.sum()
             assert found[key][layer] == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
-    # Each row of the error at the logits sums to zero, so there are two directions, and propagating the error to earlier layers
-    # adds none.
+    # Each row of the error at the logits sums to zero, so there are at most two directions, and propagating the error to earlier
+    # layers adds none.
     assert max(found["effective_rank"].values()) <= 2.001
 
 
@@ -245,7 +244,7 @@ def test_features_are_the_channels_of_maps_and_the_last_dimension_of_tokens() ->
     conv, tokens = subject_of(conv2(), "dfa", *images(8)), subject_of(vit(), "fa")
     for subject, layer, shape, expected in (
         (conv, "conv1", (10, 3, 8, 8), (640, 3)),
-        (conv, "conv2", (10, 3, 4, 4), (160, 3)),  # the error of a map is delivered before it is flattened
+        (conv, "conv2", (10, 3, 4, 4), (160, 3)),  # delivered as a map, before flattening
         (conv, "conv2", (10, 48), (10, 48)),
         (tokens, "embed.patches", (10, 5, 8), (50, 8)),
         (tokens, "layers.0.fc1", (10, 5, 32), (50, 32)),
@@ -266,7 +265,7 @@ class Transposed(nn.Module):
 
 @pytest.mark.parametrize("kind", ["pixels", "tokens"])
 def test_features_of_the_logits_are_their_classes(kind: str) -> None:
-    """Logits as maps (N, C, H, W) or as tokens (N, T, C), both from a convolution, have at most as many directions as classes."""
+    """The classes are the second axis of maps (N, C, H, W), and the last axis of tokens (N, T, C)."""
     torch.manual_seed(0)
     x = torch.randn(2, 2, 4, 5) if kind == "pixels" else torch.randn(2, 2, 7)
     conv: Any = nn.Conv2d if kind == "pixels" else nn.Conv1d
@@ -365,7 +364,8 @@ def test_alarms_fire_on_the_wrong_side_only() -> None:
 
 
 def test_an_exploded_stream_is_seen_in_growth_and_in_the_gradient_below_it() -> None:
-    """The final normalisation divides the error by the norm of the stream, so the gradients below it vanish."""
+    """The final normalisation divides the error by the norm of the stream, so the gradients of the fc2 layers vanish. At fc1 and
+    embed, the large weights of fc2 multiply the error."""
     from fa_bench.metrics.alignment.metrics import TrueGradientNorm
     from fa_bench.metrics.probes.stream_growth import StreamGrowth
 
@@ -379,8 +379,8 @@ def test_an_exploded_stream_is_seen_in_growth_and_in_the_gradient_below_it() -> 
     grows = {layer for layer, value in growth.items() if StreamGrowth.alarms["stream_growth"].fires(value)}
     vanish = {layer for layer, value in norms.items() if TrueGradientNorm.alarms["true_gradient_norm"].fires(value)}
     assert "layers.0" in grows
-    assert vanish == {f"layers.{number}.fc2" for number in range(3)}, "the large weights multiply the errors at fc1 and embed"
-    assert subject.meter.measure()["delta_angle"]["layers.1.fc2"] > 0, "the angle is recorded nevertheless"
+    assert vanish == {f"layers.{number}.fc2" for number in range(3)}, "only the gradients of the fc2 layers should vanish"
+    assert subject.meter.measure()["delta_angle"]["layers.1.fc2"] > 0, "the angle is not recorded"
 
 
 def test_a_net_of_one_layer() -> None:

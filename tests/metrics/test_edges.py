@@ -100,7 +100,7 @@ def test_batches_of_one_class_and_of_one_sample_can_be_measured_and_trained_on(n
     for count, classes in ((6, 1), (1, 1)):
         x, y = batch(count, classes)
         model = net()
-        # The other auxiliary nets of dgl are normalised; see below.
+        # The other auxiliary nets of dgl use batch normalisation, which is tested below.
         options = {"dgl": {"auxiliary_net": "linear"}, "f3": {"samples": 6}}.get(name, {})
         rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
         found = AlignmentMeter(rule, x, y, indices=torch.arange(count)).measure()
@@ -232,7 +232,7 @@ def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_wher
     assert main(command) == 0
     line = json.loads(Path("run/metrics.jsonl").read_text())
     assert line["step"] == 5 and 0 <= line["train_accuracy"] <= 1
-    assert (33 * line["train_accuracy"]) == pytest.approx(round(33 * line["train_accuracy"]))  # all 33 counted equally
+    assert (33 * line["train_accuracy"]) == pytest.approx(round(33 * line["train_accuracy"]))  # all 33 images count equally
 
 
 # ------------------------------------------------------------------------------------------------ evaluation

@@ -1,4 +1,5 @@
-"""Layer probes agree with closed forms, plain autograd and hand-made nets, and restore everything that they change."""
+"""Layer probes agree with closed forms and plain autograd, find the known properties of small nets, and restore everything that
+they change."""
 
 from __future__ import annotations
 
@@ -81,8 +82,8 @@ def test_readout_is_ridge_regression_in_closed_form() -> None:
 
 
 def test_readout_finds_what_a_layer_separates_and_the_input_does_not() -> None:
-    """Bright and dark images form one class, and grey images the other. The classes are linearly separable by |brightness|, but
-    not by brightness."""
+    """Bright and dark images form one class, and grey images the other. The classes are linearly separable by the distance of the
+    brightness from grey, but not by the brightness."""
     grey = torch.arange(0, 256, 4)
     images, labels = grey.view(-1, 1, 1, 1), ((grey - 128).abs() > 64).long()
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 3))
@@ -610,8 +611,8 @@ def test_readout_of_sequences_is_of_their_mean_and_of_the_first_run_of_a_layer()
 
 
 def test_readout_of_a_recurrent_layer_is_of_its_last_state() -> None:
-    """The first input of the recurrent weight is the initial state, which is zero, so the readout uses its last input, the state
-    before the last."""
+    """The first input of the recurrent weight is the initial state, which is zero, so the readout uses its last input, which is
+    the state before the last."""
     torch.manual_seed(0)
     subject = subject_of(LSTM(width=8).build((1, 6, 6), 3))
     model: nn.Module = subject.model

@@ -45,8 +45,8 @@ def counted(name: str, k: int = 0, **options: Any) -> Memory:
     ],
 )
 def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int, four: int, totals: tuple[float, ...]) -> None:
-    """P, A and A_k were counted by hand from the layers; the totals for batches of 128 are in millions, rounded to two
-    decimals."""
+    """The parameters and stored activations were counted by hand from the layers; the totals of accesses for batches of 128 are
+    in millions, rounded to two decimals."""
     counts = [counted(name, k) for k in (0, 2, 4)]
     assert [memory.parameters for memory in counts] == [parameters] * 3
     assert [memory.activations for memory in counts] == [bp, two, four]
@@ -58,7 +58,7 @@ def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int
 
 def test_what_of_resnet18_is_kept() -> None:
     """Without sharing, all 17 maps, the pooled features and the logits are stored. With k = 2, the only stored maps are the
-    blocks' inputs; with k = 4, only the inputs of every other block are stored."""
+    blocks' inputs; with k = 4, they are the inputs of every other block."""
     inputs = [MAPS[0], MAPS[0], MAPS[0], MAPS[1], MAPS[1], MAPS[2], MAPS[2], MAPS[3]]
     assert counted("resnet18").activations == MAPS[0] + 4 * sum(MAPS) + 512 + 10
     assert counted("resnet18", 2).activations == sum(inputs) + 522
@@ -193,7 +193,7 @@ def test_strict_option_and_ranges() -> None:
 
 
 def test_every_kind_of_relu_has_its_bit() -> None:
-    """All variants of ReLU, in place or not, are counted. A hyperbolic tangent is not counted, because a sign bit does not
+    """ReLU, LeakyReLU and ReLU6 are counted, in place or not. A hyperbolic tangent is not counted, because one bit does not
     determine its derivative."""
     activations = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.ReLU(inplace=True), nn.Tanh()]
     net = nn.Sequential(*[part for activation in activations for part in (nn.Linear(6, 6), activation)], nn.Linear(6, 2))

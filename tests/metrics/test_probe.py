@@ -66,7 +66,8 @@ def mean_angle(u: Tensor, v: Tensor) -> float:
 
 
 def errors_by_hand(model: nn.Sequential, carry: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The errors at the two hidden activations of `mlp`, propagated with the matrices in `carry`, of shape (O, I)."""
+    """For `mlp`: the error at the logits ("delta"), the errors at the hidden activations after layers "2" and "0", propagated
+    with the matrices in `carry`, of shape (O, I), and the slope of the second activation."""
     a1 = x @ model[0].weight.T + model[0].bias
     h1 = a1.tanh()
     h2 = (h1 @ model[2].weight.T + model[2].bias).sigmoid()
@@ -206,7 +207,8 @@ def test_weight_angle_of_signs_is_thirty_degrees_for_uniform_and_thirty_seven_fo
 
 @pytest.mark.parametrize("name", ["dfa", "dkp", "drtp"])
 def test_output_angle_is_that_of_the_readout_to_the_logits(name):
-    """The output angle is the angle between a Bᵀ and z for each sample (Fig. 2 of the DKP paper)."""
+    """The output angle is the mean angle between a Bᵀ and z over the samples, where a is a hidden activation and z are the logits
+    (Fig. 2 of the DKP paper)."""
     model = mlp()
     rule = fa_bench.attach(model, name, seed=0)
     x, y = batch()
@@ -228,13 +230,13 @@ def test_rules_without_direct_feedback_have_no_output_angle():
 
 
 def test_layers_that_carry_an_error_and_those_of_the_output():
-    """`feedback_layers` contains the layers whose input depends on a weight, and `output_layers` those after which no weight is
-    used, both in the order of execution."""
+    """`feedback_layers` contains the layers whose input depends on a weight, and `output_layers` those that feed the logits, both
+    in the order of execution."""
     probe = AlignmentMeter(fa_bench.attach(mlp(), "fa", seed=0), *batch())
     assert (probe.feedback_layers, probe.output_layers) == (["2", "4"], ["4"])
 
     class Two(nn.Module):
-        """A net in which two layers have the image as their input and two compute the logits."""
+        """A net in which two layers have the net's input as their input, and two compute the logits."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -296,7 +298,7 @@ def test_a_projection_shortcut_carries_an_error(pooled: bool) -> None:
         model.zero_grad()
         F.cross_entropy(model(x), torch.arange(6) % 3).backward()
         errors.append(model.stem.weight.grad.clone())
-    assert not torch.allclose(*errors), "the stem's gradient comes in part through the projection's feedback"
+    assert not torch.allclose(*errors), "the projection's feedback should contribute to the stem's gradient"
 
 
 def test_one_step_is_measured_where_the_module_after_a_cut_works_in_place() -> None:
@@ -411,7 +413,7 @@ def test_of_several_outputs_one_must_be_named(name: str, in_evaluation: bool) ->
     rule = fa_bench.attach(model, name, seed=0, objective=CrossEntropy(label_smoothing=0.1))
     with pytest.raises(CoverageError, match="measured by the loss of one output, but this model returns aux, logits") as caught:
         meter = AlignmentMeter(rule, x, y)
-        assert not in_evaluation, "refused before anything is measured"
+        assert not in_evaluation, "not refused before the measurement"
         meter.measure()
     suggested, of_class = re.search(r"objective=(.*), with (CrossEntropy from .*)$", str(caught.value)).groups()  # type: ignore[union-attr]
     assert suggested == "CrossEntropy(output='aux', label_smoothing=0.1)"

@@ -278,7 +278,7 @@ def test_modules_that_override_train_are_as_before_after_attach_and_a_measuremen
     rule = fa_bench.attach(model, name, seed=0, sample_input=batch()[0])
     for what in ("attach", "metrics", "probes"):
         if what == "metrics":
-            assert measured(rule) == measured(attached(name)[1]), "a factor of one, in training mode"
+            assert measured(rule) == measured(attached(name)[1]), "not measured in training mode, with a factor of one"
         elif what == "probes":
             with state_restored(rule):
                 model.eval()
@@ -302,7 +302,7 @@ def test_weights_that_the_user_froze_stay_frozen() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
-    """The norms do not depend on what the rule did to its own gradients before, or on what ``.grad`` contains."""
+    """The norms depend neither on the rule nor on what ``.grad`` contains."""
     model, rule = attached(name)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 5.0)
@@ -332,8 +332,8 @@ def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -
 
 
 def test_void_samples_do_not_enter_the_mean() -> None:
-    """If one of the two vectors of a sample is zero, for example because of dead units, the sample has no angle. The angles of
-    all other samples are 90 or 0 degrees."""
+    """If one of the two vectors of a sample is zero, for example because of dead units, the sample has no angle. The other two
+    samples have angles of 90 and 0 degrees."""
     u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
     v = torch.tensor([[0.0, 3.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     assert mean_sample_angle(u, v) == pytest.approx(45.0)
@@ -373,7 +373,7 @@ def test_weights_that_the_user_froze_have_no_true_gradient() -> None:
 
 
 def test_metrics_name_layers_in_the_order_of_execution() -> None:
-    """The layers are in the order of execution, although the model defines its output layer first."""
+    """The model defines its output layer first."""
     (x, y), model = nets.batch("residual"), nets.residual()
     found = AlignmentMeter(fa_bench.attach(model, "fa", seed=0, sample_input=x), x, y).measure()
     order = ["stem", "a1", "a2", "b1", "down", "head"]
@@ -392,7 +392,7 @@ def test_running_statistics_stay_as_they_are(kind: type[nn.Module]) -> None:
     AlignmentMeter(rule, x, torch.arange(5) % 3).measure()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     model(x)
-    assert not torch.equal(model[1].running_mean, before["1.running_mean"]), "training moves them again"
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"]), "training should change the statistics again"
 
 
 def test_angles_of_outputs_with_positions_need_no_objective_for_them() -> None:

@@ -31,7 +31,7 @@ class ByHand:
     """Holds the tensors of a model by name, and provides functions for the layers that use them.
 
     Attributes:
-        tensors: copies of the model's parameters and buffers. In training mode `norm` updates the running statistics.
+        tensors: copies of the model's parameters and buffers. In training mode, `norm` updates the running statistics.
         training: the model's mode.
     """
 
@@ -51,7 +51,8 @@ class ByHand:
         return x @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"]
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """Batch normalisation over all axes except the channels; the running statistics are updated with a momentum of 0.1."""
+        """Batch normalisation over all axes except the channels. In training mode, the running statistics are updated with a
+        momentum of 0.1."""
         axes = [axis for axis in range(x.dim()) if axis != 1]
         shape = (1, -1, *[1] * (x.dim() - 2))
         mean, var = self.tensors[f"{name}.running_mean"], self.tensors[f"{name}.running_var"]
@@ -93,7 +94,8 @@ def conv2(net: ByHand, x: Tensor, padding: int) -> Tensor:
 
 
 def asap_alexnet(net: ByHand, x: Tensor, output_norm: bool = True) -> Tensor:
-    """The net of the ASAP paper, appendix C, with 5x5 kernels, pooling that rounds up, and normalised logits as in its code."""
+    """The net of the ASAP paper, appendix C. As in the authors' code, it has 5x5 kernels, pooling that rounds up, and by default
+    normalised logits."""
     for number in (1, 2, 3):
         x = relu(net.norm(f"bn{number}", net.conv(f"conv{number}", x, padding=2)))
         x = F.max_pool2d(x, 2, 2, ceil_mode=True)
@@ -105,8 +107,8 @@ def asap_alexnet(net: ByHand, x: Tensor, output_norm: bool = True) -> Tensor:
 
 
 def dkp_alexnet(net: ByHand, x: Tensor, dropout: float = 0.5, linear_norm: bool = True) -> Tensor:
-    """The net of the DKP paper, section 3.2: torchvision's AlexNet with normalisation before every ReLU, and dropout as in the
-    code."""
+    """The net of the DKP paper, section 3.2: torchvision's AlexNet with normalisation before every ReLU (in fully connected
+    layers, only with `linear_norm`), and dropout as in the authors' code."""
     x = relu(net.norm("bn1", net.conv("conv1", x, stride=4, padding=2)))
     x = F.max_pool2d(x, 3, 2)
     x = relu(net.norm("bn2", net.conv("conv2", x, padding=2)))
@@ -146,7 +148,7 @@ def resnet20(net: ByHand, x: Tensor, blocks: int = 3, shortcuts: bool = True) ->
 
 
 def resnet_cifar(net: ByHand, x: Tensor, blocks: Sequence[int], shortcuts: bool = True, output_norm: bool = True) -> Tensor:
-    """The net of the ASAP paper, appendix C, with a padding of 1 and normalised logits as in its code."""
+    """The net of the ASAP paper, appendix C. As in the authors' code, it has a padding of 1 and by default normalised logits."""
     x = relu(net.norm("bn1", net.conv("conv1", x, padding=1)))
     for stage, count in enumerate(blocks, start=1):
         for block in range(count):
@@ -194,7 +196,8 @@ def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: b
 
 
 def vgg(net: ByHand, x: Tensor, convolutions: str, activation: str, batch_norm: bool = False) -> Tensor:
-    """Each character stands for a convolution: p with max-pooling after it, v without padding, . for any other."""
+    """Each character of `convolutions` stands for a convolution: p with max-pooling after it, v without padding, . for any
+    other."""
     for number, kind in enumerate(convolutions, start=1):
         x = net.conv(f"conv{number}", x, padding=0 if kind == "v" else 1)
         x = ACTIVATIONS[activation](net.norm(f"bn{number}", x) if batch_norm else x)
@@ -213,8 +216,8 @@ def residual_mlp(net: ByHand, x: Tensor, blocks: int, activation: str = "gelu", 
 
 
 def attention(net: ByHand, name: str, x: Tensor, heads: int, causal: bool, dropout: float) -> Tensor:
-    """Multi-head attention with the weights softmax(q k / √d) (Vaswani et al. 2017, section 3.2); if causal, later positions have
-    no weight."""
+    """Multi-head attention with the weights softmax(q kᵀ / √d) (Vaswani et al. 2017, section 3.2); if causal, later positions
+    have no weight."""
     size = x.shape[2] // heads
     q, k, v = (net.linear(f"{name}.{part}", x) for part in "qkv")
     parts = [slice(head * size, (head + 1) * size) for head in range(heads)]
@@ -265,8 +268,8 @@ def decoder(
     sinusoidal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """A decoder, which is the net of Launay et al. 2020 if `post` and `sinusoidal` are set. Sinusoidal positions are those of
-    Vaswani et al. 2017, section 3.5, in float32."""
+    """A decoder. With `post`, `sinusoidal` and ReLU, it has the architecture of Launay et al. 2020. Sinusoidal positions are
+    those of Vaswani et al. 2017, section 3.5, in float32."""
     tokens = net.tensors["embed.tokens.weight"]
     length, width = x.shape[1], tokens.shape[1]
     if sinusoidal:

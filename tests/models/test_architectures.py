@@ -28,12 +28,12 @@ ALEXNET, GAINS = 61_100_840, 2 * 1152
         ("asap_alexnet", {"output_norm": False}, CIFAR, 10, 6_289_438 - 20),
         ("resnet18", {}, CIFAR, 10, 11_173_982),
         ("resnet34", {}, CIFAR, 10, 21_282_142),
-        # The difference is three projections, with C_in C_out weights, and a gain and a bias for each channel.
+        # The difference is three projections, with C_in C_out weights, and a gain and a bias for each output channel.
         ("resnet18", {"shortcuts": False}, CIFAR, 10, 11_173_982 - sum(2 * c * c + 4 * c for c in (64, 128, 256))),
         ("dkp_alexnet", {"linear_norm": False}, IMAGENET, 1000, ALEXNET + GAINS),
         ("dkp_alexnet", {}, IMAGENET, 1000, ALEXNET + GAINS + 4 * 4096),
-        # The two nets are the five-layer net with batch normalisation of the direct Kolen-Pollack paper, and the net of Forward
-        # Alignment.
+        # The five-layer net of the direct Kolen-Pollack paper, with batch normalisation, and the linear net of the Forward
+        # Alignment paper.
         ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, 10, 785 * 512 + 3 * 513 * 512 + 5130 + 8 * 512),
         ("mlp", {"widths": [10] * 3, "activation": "identity"}, MNIST, 10, 7850 + 330),
         # He et al. 2016, Table 6, gives 0.27, 0.46, 0.66, 0.85 and 1.7 million. Six more layers are two more convolutions of
@@ -285,7 +285,7 @@ def test_torchvisions_models_are_made_for_the_size_of_the_images_and_without_aux
         assert transformer(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
         for name, size in (("inception_v3", 299), ("googlenet", 64)):
             model = ARCHITECTURES["torchvision"](model=name).build((3, size, size), 7).train()
-            assert model(torch.zeros(2, 3, size, size)).shape == (2, 7), "not a tuple"
+            assert model(torch.zeros(2, 3, size, size)).shape == (2, 7), "the output is not one tensor of logits"
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 28), (1, 28, 5)])

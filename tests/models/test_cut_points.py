@@ -105,7 +105,7 @@ NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
 
 
 def matched(model: nn.Module, names: list[str]) -> list[str]:
-    """The modules that match names and patterns, in the order of the model."""
+    """The paths of the modules that match names or patterns, in the order of the model."""
     return [path for path, _ in model.named_modules() if path and any(fnmatch.fnmatch(path, name) for name in names)]
 
 

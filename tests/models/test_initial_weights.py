@@ -1,5 +1,5 @@
-"""Initial weights of every architecture have the bounds or standard deviations of their distribution, and biases are zero unless
-init=pytorch."""
+"""The initial weights of all architectures except torchvision's have the bounds or standard deviations of their distribution, and
+biases are zero unless init=pytorch."""
 
 from __future__ import annotations
 

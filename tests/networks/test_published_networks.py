@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fa_bench import attach
 
-#: Maps a rule to options with which it supports all of these networks.
+#: Maps each rule to the options that it needs for these networks.
 RULES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("fa", "kp", "pfa", "pfa_o", "ldfa", "usf", "frsf", "brsf", "mixed", "forward_alignment")},
     "wm": {"initial_steps": 1},
@@ -49,7 +49,7 @@ def bert() -> nn.Module:
     )
 
 
-#: Maps a name to a function that creates the network, to its inputs, and to the number of its layers.
+#: Maps a name to a function that creates the network, to its inputs, and to the number of layers that rules cover.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
     "torchvision ViT": (vision_transformer, IMAGES, 10),
     "torchvision Swin": (swin_transformer, IMAGES, 19),
@@ -65,8 +65,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
 
 
 def perturbed(make: Callable[[], nn.Module]) -> nn.Module:
+<<<<<<< HEAD
     """Make the model and perturb all its parameters; otherwise, zeros in output layers and gains would block every error in the
     first step."""
+=======
+    """Create a network and perturb its parameters, because zeros in output layers and gains would stop all errors in the first
+    step."""
+>>>>>>> 3a48444171160d87b90e7bb1c91fe957ab901e63
     torch.manual_seed(0)
     model = make()
     with torch.no_grad():

@@ -92,7 +92,7 @@ RUN = [
 
 @pytest.mark.parametrize("objective", ["mse", "sigmoid_ce", "cross_entropy"])
 def test_a_run_trains_for_its_objective(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The learning rate is so small that nothing changes, so the recorded losses are those of the untrained model."""
+    """The learning rate is so small that the weights hardly change, so the recorded losses are those of the untrained model."""
     monkeypatch.chdir(tmp_path)
     assert main([*RUN, f"objective={objective}", "optimizer.lr=1e-12"]) == 0
     first, last = (json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines())

@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def iterated_by_hand(matrix: list[list[float]], steps: int) -> list[list[float]]:
-    """Iterate X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X with loops."""
+    """Iterate X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X with loops, beginning with the normalised matrix."""
 
     def product(one: list[list[float]], other: list[list[float]]) -> list[list[float]]:
         return [[sum(one[i][k] * other[k][j] for k in range(len(other))) for j in range(len(other[0]))] for i in range(len(one))]
@@ -53,7 +53,8 @@ def test_iteration_by_loops(shape: tuple[int, int], steps: int) -> None:
 
 
 def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
-    """The limits are the range of the quintic polynomial for values above 1/100 of the norm, with a margin of 0.01."""
+    """The limits are the range of five iterations of the quintic polynomial for singular values above 1/100 of the norm, with a
+    margin of 0.01."""
     matrix = random(20, 30)
     for scale in (1.0, 1e-30, 1e30):
         values = torch.linalg.svdvals(orthogonalized(scale * matrix, 5))
@@ -124,7 +125,7 @@ def test_every_option_is_in_the_steps(options: dict[str, Any]) -> None:
         if tensor.dim() > 1:
             want = by_hand(start, gradients, made)
         elif made.weight_decay:
-            continue  # see below
+            continue  # tested below
         else:
             # Without decay, steps are linear in the learning rate, which is 0.1 in `adam_by_hand`.
             moved = adam_by_hand(start, gradients, made.beta1, made.beta2, made.eps, 0.0, True) - start

@@ -152,7 +152,7 @@ def plain(lr: float, later: float, first: float | None, **schedule: Any) -> SGD:
 def test_decay_of_the_first_epoch_is_that_of_the_group(
     scale: float, own: SGD | None, of_weights: list[float], of_feedback: list[float]
 ) -> None:
-    """Without gradients, a step multiplies a tensor by 1 - lr λ."""
+    """If all gradients are zero, a step multiplies a tensor by 1 - lr λ."""
     rule = attached(b_lr_scale=scale)
     optimizers = Optimizers(plain(0.1, 0.2, 0.5), rule, 3, own)
     for epoch in range(3):
@@ -220,7 +220,7 @@ def rates(optimizers: Optimizers, rule: Rule, epochs: int) -> tuple[list[float],
         optimizers.step()
         for tensors, starts, found in zip((weights(rule), rule.feedback_parameters()), before, seen, strict=True):
             moved = torch.cat([(start - t.detach()).flatten() for start, t in zip(starts, tensors, strict=True)])
-            assert moved.max() - moved.min() < 1e-12  # the learning rate is the same up to rounding
+            assert moved.max() - moved.min() < 1e-12  # all entries have the same learning rate, up to rounding
             found.append(moved.mean().item())
     return seen
 
@@ -284,8 +284,8 @@ def test_clipping_scales_weights_and_feedback_by_their_common_norm(own: SGD | No
 
 @pytest.mark.parametrize("largest", [None, 0.05])
 def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_own(largest: float | None) -> None:
-    """Sharing has the same result even after a step in which gradients were requested and clipped; the norm then includes the
-    feedback."""
+    """Sharing has the same result even if the first step requests separate gradients, or if gradients are clipped by a norm that
+    includes the feedback."""
     found = []
     for shares in (False, True):
         rule, (x, y) = attached("kp"), nets.batch("mlp_tanh")

@@ -1,1 +1,1 @@
-"""Tests of reports on hand-made run directories."""
+"""Tests of reports, mostly on hand-made run directories."""

@@ -39,7 +39,7 @@ ENTRY = Entry(
 
 
 def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics: list | None = None, **changes) -> Path:
-    """Write a run directory; `changes` replace keys of its result."""
+    """Write a run directory, and return its path; `changes` add or replace keys of the result."""
     directory = root / f"{changes.get('group', rule)}-{seed}"
     directory.mkdir(parents=True)
     result = {
@@ -103,7 +103,7 @@ def at_work(directory: Path, **holder) -> Iterator[None]:
 
 
 def write_begun(root: Path, rule: str, seed: int, epochs: int, folder: str = "", **config) -> Path:
-    """Write a run without a result, after this number of epochs."""
+    """Write a run without a result that has recorded this number of epochs."""
     directory = root / (folder or f"{rule}-seed{seed}")
     directory.mkdir(parents=True)
     parts = {

@@ -41,7 +41,7 @@ def with_growth(folder: Path, rule: str, values: list, **changes: object) -> Non
         write_run(folder, rule, seed, 0.9, probes={"stream_growth": {"layers.0": 2.0, "layers.1": growth}}, **changes)
 
 
-def test_an_alarm_names_rule_layer_value_and_threshold(tmp_path: Path) -> None:
+def test_alarm_reports_rule_layer_value_and_threshold(tmp_path: Path) -> None:
     with_growth(tmp_path, "dfa", [51.0, 400.0, 50.0])
     with_growth(tmp_path, "bp", [3.0, None])  # the value was not measured, or is not finite
     text = report(tmp_path).text
@@ -55,7 +55,7 @@ def test_an_alarm_names_rule_layer_value_and_threshold(tmp_path: Path) -> None:
     assert "<h2>Alarms</h2>" in page and "&gt; 50" in page
 
 
-def test_a_gradient_below_the_numeric_floor_is_marked_and_its_angle_kept(tmp_path: Path) -> None:
+def test_gradient_below_numeric_floor_raises_alarm_and_keeps_angle(tmp_path: Path) -> None:
     angles = ANGLES | {"true_gradient_norm": {"fc1": 3e-8, "fc2": 1e-7, "fc3": 0.5}}
     write_run(tmp_path, "dfa", 0, 0.9, angles=angles)
     report(tmp_path)
@@ -66,7 +66,7 @@ def test_a_gradient_below_the_numeric_floor_is_marked_and_its_angle_kept(tmp_pat
 
 
 @pytest.mark.parametrize("floor", ["frozen", "frozen_blocks"])
-def test_a_rule_that_does_not_beat_a_floor_is_an_alarm(floor: str, tmp_path: Path) -> None:
+def test_rule_not_above_floor_raises_alarm(floor: str, tmp_path: Path) -> None:
     write_group(tmp_path, floor, [0.5, 0.7])
     write_group(tmp_path, "dfa", [0.7, 0.5])
     write_group(tmp_path, "fa", [0.7, 0.51])
@@ -78,7 +78,7 @@ def test_a_rule_that_does_not_beat_a_floor_is_an_alarm(floor: str, tmp_path: Pat
     assert row["condition"] == f"<= 60.00 of {floor}" and f"the floor {floor}" in row["meaning"]
 
 
-def test_floors_are_not_held_to_each_other_and_stay_out_of_the_correction(tmp_path: Path) -> None:
+def test_floors_are_excluded_from_alarms_and_holm_correction(tmp_path: Path) -> None:
     write_group(tmp_path, "frozen", [0.6, 0.61, 0.62])
     write_group(tmp_path, "frozen_blocks", [0.5, 0.52, 0.51])
     write_group(tmp_path, "bp", [0.9, 0.91, 0.93])
@@ -92,7 +92,7 @@ def test_floors_are_not_held_to_each_other_and_stay_out_of_the_correction(tmp_pa
     assert table["frozen_blocks"]["bp_difference_p_holm"] == "" != table["frozen_blocks"]["bp_difference_p"]
 
 
-def test_a_report_says_that_no_alarm_was_raised_and_nothing_if_nothing_was_checked(tmp_path: Path) -> None:
+def test_report_without_alarms_lists_checked_values(tmp_path: Path) -> None:
     with_growth(tmp_path / "a", "dfa", [3.0])
     assert "alarm" not in report(tmp_path / "a").text
     assert section(tmp_path / "a").strip() == "No alarm. Values checked: 2 of stream_growth."
@@ -109,7 +109,7 @@ def test_runs_that_have_not_finished_raise_no_alarm(tmp_path: Path) -> None:
     assert rows(tmp_path) == [] and section(tmp_path) == ""
 
 
-def test_a_plugin_declares_an_alarm_for_its_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugin_probe_declares_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclasses.dataclass(eq=False)
     class Smallest(Probe):
         """The smallest weight."""
@@ -118,14 +118,14 @@ def test_a_plugin_declares_an_alarm_for_its_probe(tmp_path: Path, monkeypatch: p
 
     write_run(tmp_path, "fa", 0, 0.9, probes={"smallest": {"fc1": -2.0, "fc2": 0.0}})
     report(tmp_path)
-    assert rows(tmp_path) == [], "without its plugin, a report does not know the threshold"
+    assert rows(tmp_path) == [], "without its plugin, a report should not know the threshold"
     monkeypatch.setitem(PROBES._entries, "smallest", Smallest)
     report(tmp_path)
     (row,) = rows(tmp_path)
     assert (row["layer"], row["value"], row["condition"], row["meaning"]) == ("fc1", "-2", "< -1", "A weight is very negative.")
 
 
-def test_floors_go_by_the_primary_score_and_its_direction(tmp_path: Path) -> None:
+def test_floor_alarm_respects_primary_score_direction(tmp_path: Path) -> None:
     scores = [{"name": "perplexity", "title": "perplexity", "unit": "", "higher_is_better": False}]
     for rule, perplexity in (("frozen_blocks", 40.0), ("fa", 30.0), ("dfa", 40.0)):
         record = {"scores": scores, "test_perplexity": perplexity}

@@ -49,7 +49,7 @@ def study(root: Path) -> None:
     write_values(root, "fa", {0.02: [(0.90, 0.90), (0.90, 0.92), (0.90, 0.91)], 0.1: [(0.7, 0.7)] * 3, 0.5: [(0.1, 0.1)] * 3})
 
 
-def test_each_rule_has_the_value_with_the_best_validation_accuracy(tmp_path, capsys):
+def test_best_selects_value_with_highest_validation_accuracy(tmp_path, capsys):
     study(tmp_path)
     assert main([str(tmp_path), "--best", "optimizer.lr"]) == 0
     table = rows(tmp_path)
@@ -75,12 +75,12 @@ def test_each_rule_has_the_value_with_the_best_validation_accuracy(tmp_path, cap
     assert main([str(tmp_path)]) == 0 and not (tmp_path / "report_tried.csv").exists()
 
 
-def test_ties_go_to_the_smaller_value_also_if_only_rounding_differs(tmp_path):
+def test_ties_up_to_rounding_select_smaller_value(tmp_path):
     write_values(tmp_path, "fa", {10.0: [(0.9, 0.1)] * 3, 9.0: [(0.8, 0.1), (0.9, 0.1), (1.0, 0.1)], 0.5: [(0.1, 0.9)]})
     assert chosen(tmp_path) == {"fa": "optimizer.lr=9.0"}
 
 
-def test_a_value_that_diverged_counts_as_tried_and_is_never_chosen(tmp_path):
+def test_diverged_value_counts_as_tried_but_is_never_selected(tmp_path):
     write_values(tmp_path, "fa", {0.1: [(0.8, 0.8)] * 3, 0.2: [(0.99, 0.99)] * 2})
     write_set(tmp_path, "fa", 2, None, None, 0.2, status="diverged")
     write_values(tmp_path, "kp", {0.1: [(None, 0.1)], 0.2: [(None, 0.1)]}, status="diverged")
@@ -95,7 +95,7 @@ def test_a_value_that_diverged_counts_as_tried_and_is_never_chosen(tmp_path):
     ]
 
 
-def test_without_validation_only_a_single_value_is_chosen(tmp_path):
+def test_without_validation_only_single_value_is_selected(tmp_path):
     write_values(tmp_path, "fa", {0.1: [(None, 0.9)], 0.2: [(None, 0.8)]})
     write_values(tmp_path, "bp", {0.1: [(None, 0.9)]})
     best = choose_best(in_order(runs_in(tmp_path)), ["optimizer.lr"])
@@ -109,7 +109,7 @@ def test_without_validation_only_a_single_value_is_chosen(tmp_path):
         choose_best([run for run in runs_in(tmp_path) if run is not None], ["optimizer.lr"])
 
 
-def test_unequal_budgets_are_said_in_the_rows_and_in_a_warning(tmp_path):
+def test_unequal_budgets_are_noted_and_warned_about(tmp_path):
     write_values(
         tmp_path,
         "bp",
@@ -135,7 +135,7 @@ def test_unequal_budgets_are_said_in_the_rows_and_in_a_warning(tmp_path):
     assert "1 value (others 3)" in table["kp"]["note"]
 
 
-def test_several_keys_are_chosen_together_and_others_remain(tmp_path):
+def test_multiple_keys_are_selected_jointly(tmp_path):
     for decay, density, lr, val in (
         (0.0, 1.0, 0.1, 0.7),
         (0.0, 1.0, 0.2, 0.8),
@@ -162,7 +162,7 @@ def test_several_keys_are_chosen_together_and_others_remain(tmp_path):
     }
 
 
-def test_tasks_and_versions_of_the_code_are_chosen_for_separately(tmp_path):
+def test_selection_is_separate_per_task_and_code_version(tmp_path):
     for dataset, code, good in (("digits", "a", 0.1), ("mnist", "a", 0.2), ("digits", "b", 0.2)):
         for lr in (0.1, 0.2):
             write_set(tmp_path, "fa", 0, 0.5, 0.9 if lr == good else 0.8, lr, dataset=dataset, code_hash=code)
@@ -186,7 +186,7 @@ def test_tasks_and_versions_of_the_code_are_chosen_for_separately(tmp_path):
         ("dataset.size", "cannot be chosen, because it is part of the task; k"),
     ],
 )
-def test_keys_that_nothing_can_be_chosen_by_are_refused_before_anything_is_written(tmp_path, capsys, key, said):
+def test_best_rejects_unselectable_key_before_writing(tmp_path, capsys, key, said):
     for number, rule in enumerate(("fa", "kp")):
         for lr in (0.1, 0.2):
             write_set(tmp_path, rule, 0, 0.9, lr=lr, config={"algorithm": {"name": rule, "density": number}})
@@ -208,7 +208,7 @@ def by_label(root: Path, **options) -> dict:
     return {row["label"]: row for row in summarise(in_order(runs_in(root)), **options).to_dict("records")}
 
 
-def test_references_are_the_best_of_their_rule_at_every_setting_of_the_others(tmp_path):
+def test_reference_is_best_setting_of_its_rule(tmp_path):
     study(tmp_path)
     write_values(tmp_path, "frozen", {0.02: [(0.6, 0.95)], 0.1: [(0.5, 0.1)]})
     table = by_label(tmp_path)
@@ -221,14 +221,14 @@ def test_references_are_the_best_of_their_rule_at_every_setting_of_the_others(tm
     assert nearest["fa lr=0.1"]["floor"] is True and nearest["fa lr=0.1"]["floor_row"] == "frozen lr=0.1"
 
 
-def test_a_reference_that_diverged_is_not_the_best(tmp_path):
+def test_diverged_reference_is_not_best(tmp_path):
     write_values(tmp_path, "bp", {0.1: [(0.8, 0.8)] * 2, 0.2: [(0.9, 0.9)] * 2})
     write_set(tmp_path, "bp", 2, None, None, 0.2, status="diverged")
     write_values(tmp_path, "fa", {0.2: [(0.7, 0.7)] * 2})
     assert by_label(tmp_path)["fa"]["bp_row"] == "bp lr=0.1"
 
 
-def test_references_have_the_same_code_and_preferably_as_many_epochs(tmp_path):
+def test_reference_has_same_code_and_preferably_same_epochs(tmp_path):
     for code, epochs, val in (("a", 2, 0.5), ("a", 9, 0.9), ("b", 2, 0.99)):
         write_set(tmp_path, "bp", 0, val, val, epochs=epochs, code_hash=code)
     for code, epochs in (("a", 2), ("a", 5), ("c", 2)):
@@ -245,7 +245,7 @@ def test_references_have_the_same_code_and_preferably_as_many_epochs(tmp_path):
     ]
 
 
-def test_without_validation_the_nearest_reference_is_taken_with_a_note(tmp_path):
+def test_without_validation_nearest_reference_is_used_and_noted(tmp_path):
     write_values(tmp_path, "bp", {0.1: [(None, 0.8)], 0.2: [(None, 0.9)]})
     write_values(tmp_path, "fa", {0.1: [(None, 0.7)]})
     row = by_label(tmp_path)["fa"]
@@ -257,7 +257,7 @@ def test_without_validation_the_nearest_reference_is_taken_with_a_note(tmp_path)
     assert blank(row["bp_difference"]) and row["note"] == "none of 2 rows of bp has a finished run"
 
 
-def test_seeds_without_a_partner_are_noted(tmp_path):
+def test_unpaired_seeds_are_noted(tmp_path):
     for seed, accuracy in ((0, 0.9), (1, 0.8), (2, 0.7)):
         write_set(tmp_path, "bp", seed, accuracy)
     for seed, accuracy in ((1, 0.7), (2, 0.65), (3, 0.1)):
@@ -269,7 +269,7 @@ def test_seeds_without_a_partner_are_noted(tmp_path):
     assert row["note"] == "2 of 3 seeds are paired with bp"
 
 
-def test_p_values_are_corrected_over_the_rows_of_a_task_without_the_references(tmp_path):
+def test_p_values_are_corrected_per_task_without_references(tmp_path):
     by_rule = {"bp": (0.90, 0.90, 0.90), "frozen": (0.5, 0.51, 0.53), "fa": (0.89, 0.88, 0.84), "kp": (0.89, 0.885, 0.88)}
     for dataset in ("digits", "mnist"):
         for rule, accuracies in by_rule.items():
@@ -288,7 +288,7 @@ def test_p_values_are_corrected_over_the_rows_of_a_task_without_the_references(t
     assert not blank(table["digits", "frozen"]["bp_difference_p"])
 
 
-def test_a_report_by_default_does_not_replace_a_wider_one(tmp_path, capsys):
+def test_default_report_does_not_replace_report_covering_more_runs(tmp_path, capsys):
     study(tmp_path)
     fa = sorted(map(str, tmp_path.glob("fa-*")))
     assert main([str(tmp_path)]) == 0 and main(fa) == 2
@@ -296,13 +296,13 @@ def test_a_report_by_default_does_not_replace_a_wider_one(tmp_path, capsys):
     assert main([*fa, "--out", str(tmp_path / "out")]) == 0 and len(rows(tmp_path)) == 6
 
 
-def test_a_run_without_config_is_a_setting_of_its_own(tmp_path):
+def test_run_without_config_is_separate_setting(tmp_path):
     study(tmp_path)
     write_run(tmp_path, "kp", 0, 0.9, val_accuracy=0.9)
     assert chosen(tmp_path) == {"bp": "optimizer.lr=0.1", "fa": "optimizer.lr=0.02", "kp": ""}
 
 
-def test_three_lines_of_pandas_on_the_page_find_the_best_rates(tmp_path, monkeypatch):
+def test_documented_pandas_snippet_finds_best_rates(tmp_path, monkeypatch):
     study(tmp_path / "outputs" / "digits-mlp")
     write_set(tmp_path / "outputs" / "digits-mlp", "fa", 9, None, 0.99, 0.1, status="diverged")
     page = (Path(__file__).resolve().parents[2] / "docs" / "reports.md").read_text()
@@ -315,7 +315,7 @@ def test_three_lines_of_pandas_on_the_page_find_the_best_rates(tmp_path, monkeyp
     assert variables["table"].loc["bp", 0.1] == pytest.approx(0.92)
 
 
-def test_columns_of_numbers_are_numbers_also_if_nothing_is_recorded(tmp_path):
+def test_numeric_columns_stay_numeric_without_values(tmp_path):
     write_set(tmp_path, "fa", 0, None, None, config={"clip_norm": None, "a": True}, status="failed", seconds=None)
     write_set(tmp_path, "fa", 1, None, None, config={"clip_norm": 2, "a": True}, status="failed", seconds=None)
     frame = fa_bench.load_results(tmp_path)

@@ -1,4 +1,4 @@
-"""Tests of the whole report, from the function that ends a sweep and from the command."""
+"""Tests of whole reports, written by the command or by `write_report`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_report_of_two_folders_by_hand(tmp_path, capsys):
+def test_report_of_two_directories_matches_hand_computation(tmp_path, capsys):
     # bp has 97, 98, 99, with mean 98, std sqrt((1 + 0 + 1) / 2) = 1 and t(2) = 4.302652730, so the half width is 4.302652730 /
     # sqrt 3 = 2.484137712.
     # fa has 96, 97, 99, with mean 292 / 3 = 97.33333333. The deviations are -4/3, -1/3, 5/3, and half the sum of their squares,
@@ -88,7 +88,7 @@ def test_report_of_two_folders_by_hand(tmp_path, capsys):
     ]
 
 
-def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_the_place(tmp_path):
+def test_report_bytes_do_not_depend_on_order_or_location(tmp_path):
     runs = tmp_path / "here" / "runs"
     line = epoch_record(1, 0.5, {"weight_angle": {"fc2": 70.0}})
     write_group(runs / "a", "bp", [0.97, 0.98, 0.99], metrics=[line])
@@ -123,7 +123,7 @@ def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_t
     assert "1 run with a repeated seed not counted" in one["report.csv"].decode()
 
 
-def test_partial_sweeps_give_a_report_that_says_what_is_missing(tmp_path, capsys):
+def test_report_of_partial_sweep_lists_missing_runs(tmp_path, capsys):
     of = {"experiment": "pfa_fig2", "dataset": "mnist", "metrics": [epoch_record(1, 0.5, None)]}
     write_group(tmp_path / "runs", "bp", [0.97, 0.98, 0.99], **of)
     write_run(tmp_path / "runs", "fa", 0, 0.95, **of)
@@ -176,7 +176,7 @@ def test_partial_sweeps_give_a_report_that_says_what_is_missing(tmp_path, capsys
         (["unended"], "nothing to report: no result.json in unended"),
     ],
 )
-def test_errors_take_one_line(tmp_path, monkeypatch, capsys, words, said):
+def test_errors_are_single_line(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     if words != ["."]:
         write_run(tmp_path / "runs", "fa", 0, 0.9)
@@ -188,19 +188,19 @@ def test_errors_take_one_line(tmp_path, monkeypatch, capsys, words, said):
     assert capsys.readouterr().err == f"fa-bench-report: {said}\n"
 
 
-def test_help_tells_the_exit_codes(capsys):
+def test_help_lists_exit_codes(capsys):
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
     assert "--out DIR" in said and "exit code: 0" in said
 
 
-def test_report_on_nothing_is_an_error(tmp_path):
+def test_report_without_runs_raises(tmp_path):
     with pytest.raises(DataError, match="nothing to report"):
         write_report([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+def test_failed_atomic_write_keeps_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(RuntimeError), atomic(path) as temporary:
@@ -209,7 +209,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_reading_runs_is_quick_and_reports_leave_pyplot_alone(tmp_path):
+def test_reading_runs_avoids_slow_imports_and_reports_avoid_pyplot(tmp_path):
     run = write_run(tmp_path, "fa", 0, 0.9, metrics=[])
     script = """
 import sys

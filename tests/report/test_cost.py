@@ -51,7 +51,7 @@ def rows(root: Path) -> dict[str, dict]:
     return {row["label"]: row for row in summarise(runs_in(root)).to_dict("records")}
 
 
-def test_predicted_beside_measured(tmp_path: Path) -> None:
+def test_predicted_and_measured_cost_are_reported(tmp_path: Path) -> None:
     for seed, (bp, kp) in enumerate([(1.0, 2.0), (2.0, 3.0), (9.0, 99.0)]):
         put(tmp_path, "bp", seed, bp)
         put(tmp_path, "kp", seed, kp)
@@ -73,21 +73,21 @@ def test_predicted_beside_measured(tmp_path: Path) -> None:
         {"architecture": "conv2"},
     ],
 )
-def test_times_are_compared_with_bp_in_the_same_setting_only(tmp_path: Path, changes: dict) -> None:
+def test_times_are_compared_with_bp_only_in_same_setting(tmp_path: Path, changes: dict) -> None:
     put(tmp_path, "bp", 0, 1.0, **changes)
     put(tmp_path, "kp", 0, 2.0)
     row = next(row for label, row in rows(tmp_path).items() if label.startswith("kp"))
     assert blank(row["time_ratio"]) and row["multiplications_ratio"] == 1.5
 
 
-def test_memory_of_gpus_and_energy(tmp_path: Path) -> None:
+def test_gpu_memory_and_energy_are_reported(tmp_path: Path) -> None:
     for seed, energy in enumerate([0.5, 1.5]):
         put(tmp_path, "kp", seed, 2.0, device=GPU, energy_wh=energy, energy_counters=["package-0", "gpu"])
     row = rows(tmp_path)["kp"]
     assert (row["peak_memory"], row["energy_wh"], row["energy_counters"]) == (7000, 1, "package-0 gpu")
 
 
-def test_report_has_a_table_of_costs_if_runs_predicted_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_has_cost_table_only_with_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pixels(monkeypatch)
     put(tmp_path / "runs", "bp", 0, 1.0)
     put(tmp_path / "runs", "kp", 0, 2.0, energy_wh=1.0, energy_counters=["package-0"])

@@ -45,7 +45,7 @@ def no_constants(name: str):
     raise AssertionError(f"{name} is not JSON")
 
 
-def test_json_has_the_rows_of_the_csv_typed(tmp_path):
+def test_json_matches_csv_with_typed_values(tmp_path):
     write_three(tmp_path)
     assert main([str(tmp_path)]) == 1
     found = json.loads((tmp_path / "report.json").read_text(), parse_constant=no_constants)
@@ -62,7 +62,7 @@ def test_json_has_the_rows_of_the_csv_typed(tmp_path):
     assert diverged["test_accuracy"] is None and diverged["seeds"] == [] and diverged["n"] == 0
 
 
-def test_runs_csv_has_a_row_for_every_run(tmp_path):
+def test_runs_csv_has_row_per_run(tmp_path):
     write_three(tmp_path / "runs")
     begun = write_set(tmp_path / "runs", "kp", 5, 0.9, lr=0.2)
     (begun / "result.json").unlink()
@@ -93,7 +93,7 @@ def test_runs_csv_has_a_row_for_every_run(tmp_path):
     assert "seconds" not in (tmp_path / "out" / "runs.csv").read_text()
 
 
-def test_latex_is_plain(tmp_path):
+def test_latex_is_ascii_and_escaped(tmp_path):
     write_three(tmp_path)
     write_set(tmp_path, "kp", 0, 0.6, label="50 % of_A & é\\x")
     text = to_latex(summarise(in_order(runs_in(tmp_path))))
@@ -109,7 +109,7 @@ def test_latex_is_plain(tmp_path):
     )
 
 
-def test_one_seed_has_no_spread_and_two_have_their_range(tmp_path):
+def test_spread_of_one_and_two_seeds(tmp_path):
     write_set(tmp_path, "bp", 0, 0.9)
     write_set(tmp_path, "fa", 0, 0.8)
     for seed, accuracy in enumerate([0.7, 0.6]):
@@ -125,14 +125,14 @@ def test_one_seed_has_no_spread_and_two_have_their_range(tmp_path):
     assert (kp["test_accuracy_low"], kp["test_accuracy_high"]) == (60, 70) and math.isnan(kp["test_accuracy_ci95"])
 
 
-def test_the_terminal_table_keeps_to_its_width(tmp_path):
+def test_terminal_table_fits_width(tmp_path):
     for rule, seed, status in (("bp", 0, "finished"), ("kp", 0, "diverged")):
         write_set(tmp_path, rule, seed, 0.9, label=f"{rule} {'a=1 ' * 8}", status=status)
     lines = to_text(summarise(in_order(runs_in(tmp_path)))).splitlines()
     assert max(map(len, lines)) <= WIDTH and "delta °" in lines[0] and "1 of 1" in lines[2]
 
 
-def test_configs_are_written_as_they_are_typed(tmp_path):
+def test_config_values_keep_types_in_csv_and_json(tmp_path):
     for number, value in enumerate([None, True, [1, 2], "a"]):
         write_set(tmp_path, "fa", 0, 0.9, config={"accumulate": value, "number": number})
     frame = summarise(in_order(runs_in(tmp_path)))
@@ -155,7 +155,7 @@ def test_configs_are_written_as_they_are_typed(tmp_path):
         ("dataset.size", {"dataset": {"size": 3}}, "dataset.size"),
     ],
 )
-def test_keys_are_short_in_labels_where_nothing_else_has_their_name(key, config, want):
+def test_labels_use_short_key_unless_ambiguous(key, config, want):
     assert short_key(key, flatten(config)) == want
 
 
@@ -172,8 +172,8 @@ def test_aggregate_over_tasks_and_seeds(tmp_path):
     write_set(tmp_path, "kp", 0, 0.9)
     table, left_out = over_tasks(in_order(runs_in(tmp_path)))
     (fa,) = table.to_dict("records")
-    # A resample has two of (50, 60) and two of (70, 95). The second value of the resample is 50 (1/4) or 60, and the third is 70
-    # (3/4) or 95.
+    # A resample has two of (50, 60) and two of (70, 95). In ascending order, the second value of the resample is 50 (1/4) or 60,
+    # and the third is 70 (3/4) or 95.
     assert (fa["tasks"], fa["n"], fa["iqm"], fa["mean"]) == (2, 4, 65, 68.75)
     assert (fa["iqm_low"], fa["iqm_high"]) == (60, 77.5)
     assert left_out == ["kp is not in the aggregate: no finished run in mnist, mlp"]
@@ -196,7 +196,7 @@ SMALL = [
 ]
 
 
-def test_a_sweep_s_report_covers_its_folder_and_its_table_its_own_runs(tmp_path, monkeypatch, capsys):
+def test_sweep_report_covers_directory_but_table_only_own_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = Path("outputs/synthetic-mlp")
     assert bench([*SMALL, "algorithm=bp"]) == 0
@@ -210,7 +210,7 @@ def test_a_sweep_s_report_covers_its_folder_and_its_table_its_own_runs(tmp_path,
     assert "Missing seeds" not in (folder / "report.md").read_text()  # the sweep of bp announced only one seed
 
 
-def test_a_sweep_over_several_collections_reports_in_output_dir(tmp_path, monkeypatch):
+def test_multi_collection_sweep_reports_in_output_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = [word for word in SMALL if "widths" not in word]
     assert bench([*small, "algorithm=bp", "architecture=mlp,conv2"]) == 0

@@ -65,7 +65,7 @@ def write_setting(root, rule, accuracies, status="finished", validation=None, **
 # Looks.
 
 
-def test_each_shipped_rule_has_a_look_of_its_own_and_keeps_it():
+def test_shipped_rules_have_distinct_stable_styles():
     looks = {rule: tuple(plot.rule_style(rule).values()) for rule in ALGORITHMS}
     assert len(set(looks.values())) == len(looks)
     assert not any(style in (":", "-.") for _, style, _ in looks.values())  # these styles are reserved for plugins' rules
@@ -73,7 +73,7 @@ def test_each_shipped_rule_has_a_look_of_its_own_and_keeps_it():
     assert plot.rule_style("kp") == {"color": "#009E73", "linestyle": "-", "marker": "D"}
 
 
-def test_a_plugins_rule_has_the_same_look_in_every_process():
+def test_plugin_rule_style_is_deterministic():
     assert plot.rule_style("my_rule") == {"color": "#004D40", "linestyle": ":", "marker": "v"}
     assert plot.rule_style("my_rule") != plot.rule_style("other_rule")
 
@@ -86,7 +86,7 @@ def test_settings_are_shades_of_the_rules_colour():
 # Curves.
 
 
-def test_curve_is_mean_and_std_over_the_finished_seeds(tmp_path):
+def test_curve_is_mean_and_std_over_finished_seeds(tmp_path):
     write_run(tmp_path, "fa", 0, 0.9, metrics=[epoch_record(1, 0.2, None), epoch_record(2, 0.6, ANGLES)])
     write_run(tmp_path, "fa", 1, 0.9, metrics=[epoch_record(1, 0.4, None), epoch_record(2, None, None)])
     write_run(tmp_path, "fa", 2, 0.9, metrics=[epoch_record(1, 0.9, None)], status="diverged")
@@ -99,7 +99,7 @@ def test_curve_is_mean_and_std_over_the_finished_seeds(tmp_path):
     assert curve(unfinished, quantities[0])[0][:2] == pytest.approx((1, 90))
 
 
-def test_curves_run_along_steps_or_seconds_of_each_epoch(tmp_path):
+def test_curves_support_steps_and_seconds_as_x(tmp_path):
     for seed, second in enumerate((10.0, 20.0)):
         write_run(
             tmp_path,
@@ -116,7 +116,7 @@ def test_curves_run_along_steps_or_seconds_of_each_epoch(tmp_path):
     assert [point[:2] for point in curve(runs, scalar("test_accuracy"), "seconds")] == [(15, 50), (30, 70)]
 
 
-def test_figure_shows_each_group_and_says_where_there_is_no_data(tmp_path):
+def test_figure_shows_each_group_and_marks_missing_data(tmp_path):
     write_group(tmp_path, "bp", [0.97, 0.98], metrics=[epoch_record(1, 0.5, {"weight_angle": {"fc2": 120.0}})])
     write_group(tmp_path, "kp", [None], metrics=[], status="failed", label=f"kp {'a=1 ' * 11}".strip())
     figure = overview(tmp_path)
@@ -128,7 +128,7 @@ def test_figure_shows_each_group_and_says_where_there_is_no_data(tmp_path):
     assert imread(tmp_path / "figure.png").shape[:2] == (480, 1560)
 
 
-def test_overview_has_a_part_for_each_task_with_a_legend_of_its_own(tmp_path):
+def test_overview_has_subfigure_and_legend_per_task(tmp_path):
     write_group(tmp_path, "bp", [0.97])
     write_group(tmp_path, "fa", [0.97], dataset="mnist")
     figure = overview(tmp_path)
@@ -137,7 +137,7 @@ def test_overview_has_a_part_for_each_task_with_a_legend_of_its_own(tmp_path):
     assert [axes.get_title() for axes in figure.subfigs[1].axes] == ["Test accuracy", "Weight angle", "Delta angle"]
 
 
-def test_each_layer_has_a_panel_in_the_order_of_execution(tmp_path):
+def test_layer_panels_follow_execution_order(tmp_path):
     write_run(tmp_path, "dfa", 0, 0.9, metrics=[epoch_record(1, 0.9, {"weight_angle": {"fc3": 50.0, "fc1": None}})])
     write_run(tmp_path, "fa", 0, 0.9, metrics=[epoch_record(1, 0.9, {"weight_angle": {"fc3": 60.0, "fc2": 70.0}})])
     groups = groups_in(tmp_path)
@@ -147,7 +147,7 @@ def test_each_layer_has_a_panel_in_the_order_of_execution(tmp_path):
     assert figures.layers_parts("a", groups, "norm_ratio", "epoch") == []
 
 
-def test_few_settings_share_a_panel_many_have_one_for_each_rule(tmp_path):
+def test_many_settings_get_panel_per_rule(tmp_path):
     for rule in ("bp", "frozen", "fa", "kp"):
         for lr in (0.1, 0.2, 0.3):
             write_setting(tmp_path, rule, [lr], optimizer={"lr": lr})
@@ -193,7 +193,7 @@ def test_the_legend_omits_finished_groups_without_data(tmp_path):
     assert "frozen (best setting)" not in labels(figures.rules_part("a", groups, fc1, "epoch"))
 
 
-def test_overview_of_many_settings_shows_the_best_by_validation(tmp_path):
+def test_overview_of_many_settings_shows_best_by_validation(tmp_path):
     for lr, test, validation in ((0.1, 0.9, 0.5), (0.2, 0.8, 0.6), (0.3, 0.7, 0.4), (0.4, 0.6, 0.3), (0.5, 0.5, 0.2)):
         write_setting(tmp_path, "kp", [test], validation=validation, optimizer={"lr": lr})
     figure = overview(tmp_path)
@@ -210,7 +210,7 @@ def test_the_best_group_needs_validation_accuracies(tmp_path):
 # Axes.
 
 
-def test_accuracies_far_below_the_others_are_left_out_and_named(tmp_path):
+def test_outlier_accuracies_are_clipped_and_labelled(tmp_path):
     for rule, accuracy in (("bp", 0.98), ("fa", 0.95), ("kp", 0.97), ("wm", 0.96), ("drtp", 0.1)):
         write_group(tmp_path, rule, [accuracy], metrics=[epoch_record(1, accuracy, None), epoch_record(2, accuracy, None)])
     accuracy = overview(tmp_path).axes[0]
@@ -230,12 +230,12 @@ def test_accuracies_far_below_the_others_are_left_out_and_named(tmp_path):
         ([[0.0]], "", -1, 1, False),
     ],
 )
-def test_range_of_an_axis(lines, kind, low, high, log):
+def test_axis_range(lines, kind, low, high, log):
     limits = plot.readable_range(lines, list(map(plot.typical, lines)), kind)
     assert (limits.low, limits.high, limits.log) == (pytest.approx(low), pytest.approx(high), log)
 
 
-def test_a_divergence_is_marked_at_the_lower_edge(tmp_path):
+def test_divergence_is_marked_at_lower_edge(tmp_path):
     write_group(tmp_path, "bp", [0.9])
     write_run(tmp_path, "fa", 0, None, status="diverged", metrics=[epoch_record(3, 0.1, None)])
     (mark,) = overview(tmp_path).axes[0].texts
@@ -251,7 +251,7 @@ def setting_axes(root, key, metric="test_accuracy"):
     return figure, [axes for axes in figure.axes if axes.get_visible() and axes.axison]
 
 
-def test_accuracy_against_density_for_rules_that_ran_at_several(tmp_path):
+def test_density_figure_shows_swept_rules_and_bp_level(tmp_path):
     for density, accuracies in ((1.0, [0.9, 0.92]), (0.05, [0.5, 0.6]), (0.5, [0.8, 0.8])):
         write_setting(tmp_path, "fa", accuracies, algorithm={"density": density})
     write_group(tmp_path, "bp", [0.97, 0.99], metrics=[])
@@ -277,13 +277,13 @@ def test_accuracy_against_density_for_rules_that_ran_at_several(tmp_path):
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_the_legend_has_the_format_of_the_score_for_mean_and_spread(of, text):
+def test_legend_formats_mean_and_spread_like_score(of, text):
     """A spread below 0.005 used to be shown as 0.00, as if the seeds agreed."""
     series = settings.Series("fa", [Point(0.1, 0.98712, 0.00211, 0.9, 3, 0)])
     assert settings._summary(series, of) == text
 
 
-def test_the_best_by_validation_is_ringed_and_the_ranks_are_above_each_value(tmp_path):
+def test_best_by_validation_is_ringed_and_values_are_ranked(tmp_path):
     for lr, fa, kp in ((0.1, 0.9, 0.8), (0.2, 0.7, 0.85)):
         write_setting(tmp_path, "fa", [fa], validation=1 - fa, optimizer={"lr": lr})
         write_setting(tmp_path, "kp", [kp], optimizer={"lr": lr})
@@ -297,7 +297,7 @@ def test_the_best_by_validation_is_ringed_and_the_ranks_are_above_each_value(tmp
     assert not any(segment.size and not blank(segment[0, 1]) for bars in axes.collections for segment in bars.get_segments())
 
 
-def test_diverged_settings_are_crosses_and_categories_are_in_their_order(tmp_path):
+def test_diverged_settings_are_crosses_and_categories_are_ordered(tmp_path):
     for method, accuracy in (("10", 0.8), ("9", 0.9)):
         write_setting(tmp_path, "kp", [accuracy], algorithm={"b_init": method})
     write_setting(tmp_path, "kp", [None], status="diverged", algorithm={"b_init": "zeros"})
@@ -306,7 +306,7 @@ def test_diverged_settings_are_crosses_and_categories_are_in_their_order(tmp_pat
     assert [text.xy for text in axes.texts if text.get_text() == "✕"] == [(2.0, 0)]
 
 
-def test_a_run_that_diverged_before_the_first_point_of_all_lines_is_marked_within_the_axes(tmp_path):
+def test_divergence_before_first_point_is_marked_inside_axes(tmp_path):
     """A marker outside the axes once broke the layout, so that panels overlapped the legend."""
     metrics = [epoch_record(epoch, 0.9, ANGLES if epoch == 5 else None) for epoch in range(1, 6)]
     write_run(tmp_path, "fa", 0, 0.9, metrics=metrics, epochs=5)
@@ -323,7 +323,7 @@ def test_a_run_that_diverged_before_the_first_point_of_all_lines_is_marked_withi
         assert x == 1 and low < 1 and high > 5
 
 
-def test_many_settings_of_which_none_has_finished_are_drawn(tmp_path):
+def test_many_settings_without_finished_run_are_drawn(tmp_path):
     for number in range(6):
         write_setting(tmp_path, "fa", [None], status="diverged", optimizer={"lr": float(number)})
         write_setting(tmp_path, "bp", [0.9], optimizer={"lr": float(number)})
@@ -333,7 +333,7 @@ def test_many_settings_of_which_none_has_finished_are_drawn(tmp_path):
     overview(tmp_path)
 
 
-def test_other_settings_are_panels_and_many_are_chosen_by_validation(tmp_path):
+def test_other_settings_become_panels_or_best_by_validation(tmp_path):
     for lr in (0.1, 0.2):
         for density in (0.5, 1.0):
             write_setting(tmp_path, "fa", [lr + density / 10], optimizer={"lr": lr}, algorithm={"density": density})
@@ -350,13 +350,13 @@ def test_other_settings_are_panels_and_many_are_chosen_by_validation(tmp_path):
     assert [point[:2] for point in lines[1].points] == [(0.1, pytest.approx(10)), (0.2, pytest.approx(30))]
 
 
-def test_rates_that_differ_between_rules_alone_are_no_sweep(tmp_path):
+def test_rates_differing_only_between_rules_are_not_swept(tmp_path):
     write_setting(tmp_path, "fa", [0.9], optimizer={"lr": 0.1})
     write_setting(tmp_path, "bp", [0.9], optimizer={"lr": 0.2})
     assert settings.setting_figure(tasks(groups_in(tmp_path)), "optimizer.lr", scalar("test_accuracy")) is None
 
 
-def test_more_than_twelve_rules_have_a_panel_each(tmp_path):
+def test_more_than_twelve_rules_get_separate_panels(tmp_path):
     for rule in list(ALGORITHMS)[:13]:
         for lr in (0.1, 0.2):
             write_setting(tmp_path, rule, [0.5 + lr], optimizer={"lr": lr})
@@ -371,7 +371,7 @@ def groups_rules(root):
 # Files.
 
 
-def test_tasks_have_figures_of_their_own(tmp_path):
+def test_tasks_have_separate_figures(tmp_path):
     line = epoch_record(1, 0.5, {"norm_ratio": {"fc2": 1.0}})
     write_group(tmp_path, "bp", [0.97], metrics=[line])
     write_group(tmp_path, "fa", [0.97], metrics=[line], dataset="mnist")
@@ -385,13 +385,13 @@ def test_tasks_have_figures_of_their_own(tmp_path):
     ]
 
 
-def test_file_names_of_long_titles_stay_short_and_apart():
+def test_file_names_of_long_titles_are_short_and_distinct():
     names = [figures._slug(f"image_folder, mlp data_dir=/{'long/' * 60}{name}") for name in ("cats", "dogs")]
     assert len(set(names)) == 2 and {len(name) for name in names} == {100}
     assert figures._slug("digits, mlp") == "digits-mlp" and figures._slug("optimizer.lr_x") == "optimizer.lr_x"
 
 
-def test_every_format_has_equal_bytes_for_equal_runs_and_no_date(tmp_path):
+def test_figure_bytes_are_reproducible_in_every_format(tmp_path):
     write_group(tmp_path / "runs", "bp", [0.97, 0.9])
     runs = in_order(runs_in(tmp_path / "runs"))
     contents = []
@@ -405,7 +405,7 @@ def test_every_format_has_equal_bytes_for_equal_runs_and_no_date(tmp_path):
         assert not any(word in contents[0][name] for word in (b"Software", b"CreationDate", b"dc:date", b"Matplotlib v"))
 
 
-def test_svg_on_a_page_has_text_and_only_the_ids_that_are_used(tmp_path):
+def test_inline_svg_keeps_text_and_only_referenced_ids(tmp_path):
     write_group(tmp_path, "bp", [0.97], label="bp <script>alert(1)</script>")
     texts = [plot.inline_svg(overview(tmp_path), name) for name in ("one", "two")]
     ids = [set(re.findall(r' id="([^"]+)"', text)) for text in texts]
@@ -424,7 +424,7 @@ def test_svg_on_a_page_has_text_and_only_the_ids_that_are_used(tmp_path):
         ({"formats": ("pgn",)}, "did you mean 'png'"),
     ],
 )
-def test_a_selection_that_does_not_exist_is_refused(tmp_path, selection, message):
+def test_selection_rejects_unknown_names(tmp_path, selection, message):
     for rule in ("bp", "kp"):
         write_group(
             tmp_path,
@@ -437,7 +437,7 @@ def test_a_selection_that_does_not_exist_is_refused(tmp_path, selection, message
         Selection(**selection).checked(runs_in(tmp_path))
 
 
-def test_a_selection_says_what_is_drawn(tmp_path):
+def test_selection_determines_figures(tmp_path):
     for rule in ("bp", "fa", "kp"):
         for lr in (0.1, 0.2):
             write_setting(tmp_path, rule, [0.9], optimizer={"lr": lr})

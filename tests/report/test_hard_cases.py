@@ -38,7 +38,7 @@ def ticks(axes):
     return [text.get_text() for text in axes.get_xticklabels()]
 
 
-def test_a_null_setting_is_a_category_with_a_ring_and_a_rank(tmp_path):
+def test_null_setting_is_category_with_ring_and_rank(tmp_path):
     swept(tmp_path, (None, 1.0, 5.0))
     figure = fa_bench.plot_setting(str(tmp_path))
     axes = axes_of(figure)
@@ -49,7 +49,7 @@ def test_a_null_setting_is_a_category_with_a_ring_and_a_rank(tmp_path):
     assert legend[-2:] == ["bp: 90.00 at null", "fa: 90.00 at null"]
 
 
-def test_a_rule_without_the_setting_is_still_a_level_line(tmp_path):
+def test_rule_without_swept_setting_is_level_line(tmp_path):
     swept(tmp_path, (None, 1.0), "algorithm.extra", rules=("fa",))
     write_set(tmp_path, "bp", 0, 0.9)
     panels = series_by_panel(group_runs(runs_in(tmp_path)), "algorithm.extra", scalar("test_accuracy"))
@@ -64,20 +64,20 @@ def test_a_rule_without_the_setting_is_still_a_level_line(tmp_path):
         ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # 0 and 0.1 are a tenth of the axis apart
     ],
 )
-def test_values_with_zero_do_not_cover_each_other(tmp_path, values, places):
+def test_values_including_zero_do_not_overlap(tmp_path, values, places):
     swept(tmp_path, values, "noise")
     axes = axes_of(fa_bench.plot_setting(str(tmp_path)))
     assert (axes.get_xscale(), list(axes.get_xticks())) == ("linear", pytest.approx(places))
     assert ticks(axes) == [f"{value:g}" for value in values]
 
 
-def test_points_at_negative_values_are_in_order(tmp_path):
+def test_negative_values_are_sorted(tmp_path):
     swept(tmp_path, (1.0, -2.0, 0.5, -1.0), "noise", rules=("fa",))
     panels = series_by_panel(group_runs(runs_in(tmp_path)), "noise", scalar("test_accuracy"))
     assert [point.x for series in panels[""] for point in series.points] == [-2.0, -1.0, 0.5, 1.0]
 
 
-def test_a_note_says_that_finished_runs_lack_an_accuracy(tmp_path):
+def test_finished_runs_without_accuracy_are_noted(tmp_path):
     for seed, (test, val) in enumerate(((0.9, 0.9), (None, 0.8), (0.7, float("nan")), (0.8, 0.7))):
         write_set(tmp_path, "fa", seed, test, val)
     row = summarise(runs_in(tmp_path)).iloc[0]
@@ -85,13 +85,13 @@ def test_a_note_says_that_finished_runs_lack_an_accuracy(tmp_path):
     assert row["note"] == ("3 of 4 finished runs have a test accuracy; 3 of 4 finished runs have a validation accuracy")
 
 
-def test_no_note_where_no_run_or_every_run_has_the_accuracy(tmp_path):
+def test_no_note_if_all_or_no_runs_have_accuracy(tmp_path):
     for seed in range(3):
         write_set(tmp_path, "fa", seed, 0.9, None)
     assert summarise(runs_in(tmp_path))["note"].tolist() == [""]
 
 
-def test_a_foreign_file_is_refused_before_figures_are_written(tmp_path):
+def test_foreign_file_is_rejected_before_figures_are_written(tmp_path):
     swept(tmp_path / "runs", (1.0,))
     out_dir = tmp_path / "out"
     out_dir.mkdir()
@@ -102,7 +102,7 @@ def test_a_foreign_file_is_refused_before_figures_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["runs.csv", "report.tex", "report_alarms.csv", "report_aggregate.csv"])
-def test_a_sweep_refuses_a_folder_with_a_foreign_table(tmp_path, name):
+def test_folder_check_rejects_foreign_table(tmp_path, name):
     check_folder(tmp_path)
     (tmp_path / name).write_text("mine")
     with pytest.raises(RunDirectoryError, match=rf"{name}: not written by a report"):
@@ -117,7 +117,7 @@ def test_a_sweep_refuses_a_folder_with_a_foreign_table(tmp_path, name):
         (["--rules", ""], "--rules: no rule given; an example is --rules bp,kp"),
     ],
 )
-def test_flags_that_name_nothing_are_refused(tmp_path, capsys, flags, message):
+def test_unmatched_flags_are_rejected(tmp_path, capsys, flags, message):
     for rate in RATES:
         write_set(tmp_path / "runs", "fa", 0, 0.9, lr=rate)
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *flags]) == 2
@@ -125,7 +125,7 @@ def test_flags_that_name_nothing_are_refused(tmp_path, capsys, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_plots_take_one_rule_as_text_and_the_short_name_gives_a_hint(tmp_path):
+def test_plots_accept_rule_as_string_and_suggest_full_key(tmp_path):
     for rule in ("bp", "fa"):
         for rate in RATES:
             write_set(tmp_path, rule, 0, 0.9, lr=rate)
@@ -136,7 +136,7 @@ def test_plots_take_one_rule_as_text_and_the_short_name_gives_a_hint(tmp_path):
         fa_bench.plot_setting(str(tmp_path), x="lr")
 
 
-def test_long_names_of_rules_and_values_are_shortened(tmp_path):
+def test_long_rule_names_and_values_are_shortened(tmp_path):
     rule = "a_rule_with_a_long_name"
     swept(tmp_path, ("x" * 30, "y" * 30), rules=(rule, "fa"))
     axes = axes_of(fa_bench.plot_setting(str(tmp_path)))
@@ -145,12 +145,12 @@ def test_long_names_of_rules_and_values_are_shortened(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [9, 18, 20, 21, 22, 40])
-def test_truncated_text_has_as_many_characters_as_allowed(limit):
+def test_truncate_returns_exact_length(limit):
     text = "".join(map(str, range(40)))
     assert len(truncate(text, limit)) == limit and truncate(text, limit).endswith(text[-1])
 
 
-def test_a_run_whose_records_have_different_accuracies_is_refused(tmp_path):
+def test_contradictory_accuracies_in_records_are_rejected(tmp_path):
     lines = [{"epoch": 1, "test_accuracy": 0.5}, {"epoch": 2, "test_accuracy": 0.7}]
     directory = write_set(tmp_path, "fa", 0, 0.9, metrics=lines, epoch=2)
     with pytest.raises(RecordError, match=r"test_accuracy=0\.7 in the last epoch, but test_accuracy=0\.9 in result\.json"):

@@ -54,7 +54,7 @@ def page_of(root, *flags):
     return page, text
 
 
-def test_the_page_has_the_tables_figures_configs_and_statuses(tmp_path):
+def test_html_has_tables_figures_configs_and_statuses(tmp_path):
     for lr in (0.1, 0.2):
         for seed in (0, 1):
             run = write_run(
@@ -89,7 +89,7 @@ def test_the_page_has_the_tables_figures_configs_and_statuses(tmp_path):
     assert options.count(("optimizer.momentum", "0.9")) == 2 and ("optimizer.lr", "0.2") in options
 
 
-def test_texts_that_all_rows_have_in_common_stand_above_the_table(tmp_path):
+def test_values_common_to_all_rows_are_shown_above_table(tmp_path):
     for rule, seeds in (("bp", (0, 1)), ("kp", (0,))):
         for seed in seeds:
             write_run(tmp_path / "runs", rule, seed, 0.9)
@@ -117,7 +117,7 @@ def test_options_that_all_runs_share_are_listed_once(tmp_path):
     assert "Options that all runs share (2)" in page.of("summary")
 
 
-def test_texts_of_records_do_nothing(tmp_path):
+def test_html_escapes_text_from_records(tmp_path):
     write_run(tmp_path / "runs", "fa", 0, 0.9, label=f"fa {EVIL}", dataset=EVIL)
     write_run(tmp_path / "runs", "kp", 0, None, status="failed", error={"type": EVIL, "message": EVIL}, metrics=[])
     page, text = page_of(tmp_path)
@@ -130,7 +130,7 @@ def test_texts_of_records_do_nothing(tmp_path):
     assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
-def test_the_page_refers_to_nothing_outside_itself_and_ids_are_unique(tmp_path):
+def test_html_is_self_contained_with_unique_ids(tmp_path):
     write_group(tmp_path / "runs", "bp", [0.9, 0.8], metrics=[epoch_record(1, 0.5, ANGLES), epoch_record(2, 0.6, ANGLES)])
     page, _ = page_of(tmp_path)
     links = [
@@ -145,13 +145,13 @@ def test_the_page_refers_to_nothing_outside_itself_and_ids_are_unique(tmp_path):
     assert not any(name in ("link", "iframe", "object") for name, _ in page.elements)
 
 
-def test_seconds_are_omitted_on_request(tmp_path):
+def test_no_timings_omits_seconds(tmp_path):
     write_group(tmp_path / "runs", "bp", [0.9])
     assert any("seconds" in title for title in page_of(tmp_path)[0].of("button"))
     assert not any("seconds" in title for title in page_of(tmp_path, "--no-timings")[0].of("button"))
 
 
-def test_a_filter_is_followed_by_what_it_filters_and_every_column_can_be_sorted(tmp_path):
+def test_filters_precede_their_target_and_all_columns_are_sortable(tmp_path):
     write_group(tmp_path / "runs", "bp", [0.9])
     page, text = page_of(tmp_path)
     assert len(re.findall(r'<output></output></p>\n<div class="(?:scroll|groups)">', text)) == text.count('class="filter"') == 2
@@ -162,7 +162,7 @@ def test_a_filter_is_followed_by_what_it_filters_and_every_column_can_be_sorted(
     assert all(f'"{name}"' in script for name in ("table", ".filter", "input", "output", ".groups", "tbody", "button"))
 
 
-def test_columns_with_a_spread_name_the_quantity(tmp_path):
+def test_spread_columns_are_labelled_with_quantity(tmp_path):
     """Several columns are called "std", so their labels name the quantity."""
     write_group(tmp_path / "runs", "bp", [0.9, 0.8, 0.85])
     page, _ = page_of(tmp_path)
@@ -173,7 +173,7 @@ def test_columns_with_a_spread_name_the_quantity(tmp_path):
     assert all(attributes.get("title") == attributes.get("aria-label") for attributes in buttons)
 
 
-def test_flags_select_figures_and_formats_and_are_checked_before_anything_is_written(tmp_path, capsys):
+def test_flags_select_figures_and_are_validated_before_writing(tmp_path, capsys):
     for rule in ("bp", "kp"):
         write_group(tmp_path / "runs", rule, [0.9])
     runs, out = str(tmp_path / "runs"), tmp_path / "out"

@@ -1,4 +1,4 @@
-"""A sweep that was interrupted and resumed has the same report as an uninterrupted one."""
+"""A sweep that was interrupted and resumed has the same report as an uninterrupted one, apart from times."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def jobs() -> dict[str, Job]:
-    """The jobs of the sweep, by their path below the sweep's folder."""
+    """The jobs of the sweep, by their path below `outputs`."""
     register_schemas()
     composer = Composer("config", None, GRID)
     return {str(place.relative_to("outputs")): job for job, place in composer.check(composer.expand(multirun=True))}
@@ -68,7 +68,7 @@ def test_timings_are_the_columns_in_seconds() -> None:
     )
 
 
-def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
+def test_resumed_sweep_reports_like_uninterrupted_one(
     jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_all("whole", jobs)
@@ -124,7 +124,7 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
     assert b"seconds" not in bare["report.csv"] and b"| seconds" not in bare["report.md"]
 
 
-def test_a_sweep_announces_its_runs_before_the_first_one_and_keeps_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_announces_runs_before_training_and_keeps_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     announced = []
 
     def stopped(*arguments: Any, **keywords: Any) -> Any:

@@ -44,7 +44,7 @@ def at(ago: float) -> str:
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A sweep with a run in every possible state at the time NOW."""
+    """A sweep with runs in every state except `stopped` at the time NOW."""
 
     def begun(rule, seed, *lines):
         run = write_begun(tmp_path, rule, seed, 0)
@@ -87,7 +87,7 @@ def sweep(tmp_path):
         yield tmp_path
 
 
-def test_every_state_and_the_time_left(sweep):
+def test_states_and_remaining_time(sweep):
     lines = {line.name.split()[0]: line for line in live.Watcher([sweep]).look(NOW)}
     assert {name: line.state for name, line in lines.items()} == {
         "bp": "done",
@@ -103,8 +103,8 @@ def test_every_state_and_the_time_left(sweep):
     assert lines["dfa"].remark == "OutOfMemoryError: tried to allocate 2 GiB"
     assert (lines["kp"].epoch, lines["kp"].epochs, lines["kp"].pace) == (10, 40, pytest.approx(2.4))
     assert lines["kp"].remaining == pytest.approx(30 * 3 - 1)
-    # pfa has no epoch yet, so its estimate is the mean of the other runs' training times, 2.2, 2.2, 2, 2.4 and 3 s, times 1.125
-    # for the time outside training. kp takes 3 s for 2.4 s of training, and wm takes no extra time.
+    # pfa has no epoch yet, so its estimate is the mean of the other runs' training times per epoch, 2.2, 2.2, 2, 2.4 and 3 s,
+    # times 1.125 for the time outside training. kp takes 3 s for 2.4 s of training, and wm takes no extra time.
     epoch = (2.2 + 2.2 + 2 + 2.4 + 3) / 5 * 1.125
     assert lines["pfa"].remaining == pytest.approx(40 * epoch - epoch)  # the past four seconds count as one epoch at most
     assert lines["usf"].remaining == pytest.approx(40 * epoch)
@@ -114,7 +114,7 @@ def test_every_state_and_the_time_left(sweep):
     )
 
 
-def test_a_run_taken_up_again_is_not_thought_faster_than_its_training(tmp_path):
+def test_resumed_run_is_not_estimated_faster_than_training(tmp_path):
     run = write_begun(tmp_path, "kp", 0, epochs=10)  # 2 s each; the present process has trained only the last of them
     with at_work(run, started=at(3.0)):
         written(run, 1.0, started=500.0)
@@ -122,14 +122,14 @@ def test_a_run_taken_up_again_is_not_thought_faster_than_its_training(tmp_path):
     assert line.overhead == 1 and line.remaining == pytest.approx(30 * 2 - 1)
 
 
-def test_the_example_of_the_page_is_what_is_shown(sweep):
+def test_documented_example_matches_output(sweep):
     shown = live.plain_text(live.Watcher([sweep]).look(NOW))
     print(*(f"    {line}" for line in shown), sep="\n")
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     assert "\n".join(f"    {line}" for line in shown) in page
 
 
-def test_without_an_announcement_runs_are_named_after_their_configs(tmp_path):
+def test_unannounced_runs_are_labelled_from_configs(tmp_path):
     for seed, lr in ((0, 1), (0, 2), (1, 2)):
         write_begun(tmp_path, "kp", seed, 1, folder=f"{lr}/{seed}", optimizer={"name": "sgd", "lr": lr})
     write_begun(tmp_path, "fa", 0, 1, folder="one", scale="smoke")
@@ -149,7 +149,7 @@ def test_without_an_announcement_runs_are_named_after_their_configs(tmp_path):
     assert live.summary(lines) == "6 runs: 6 interrupted"
 
 
-def test_what_changed_is_read_again_and_what_cannot_be_read_is_said(tmp_path):
+def test_changed_records_are_reread_and_unreadable_ones_reported(tmp_path):
     run = write_begun(tmp_path, "kp", 0, epochs=2)
     watcher = live.Watcher([tmp_path])
     assert watcher.look(NOW)[0].epoch == 2
@@ -161,7 +161,7 @@ def test_what_changed_is_read_again_and_what_cannot_be_read_is_said(tmp_path):
     assert line.state == "failed" and re.search(r"metrics\.jsonl: line 1 is not an epoch's record", line.remark)
 
 
-def test_nothing_runs_or_nothing_is_known(tmp_path):
+def test_waiting_runs_and_unknown_remaining_time(tmp_path):
     write_sweep(tmp_path, [], [PlannedRun(tmp_path / "a", "a seed 0", 2)])
     watcher = live.Watcher([tmp_path])
     assert live.summary(watcher.look(NOW)) == "1 run: 1 waiting; none is running"
@@ -176,7 +176,7 @@ def test_nothing_runs_or_nothing_is_known(tmp_path):
         watcher.look(NOW)
 
 
-def test_a_narrow_and_low_terminal_shows_what_matters(sweep):
+def test_small_terminal_shows_most_important_runs(sweep):
     lines = live.Watcher([sweep]).look(NOW)
     text = rendered(lines, width=70, height=7)
     assert len(text) == 7 and all(len(line) <= 70 for line in text)
@@ -186,7 +186,7 @@ def test_a_narrow_and_low_terminal_shows_what_matters(sweep):
     text = rendered(lines, width=110, height=10)
     assert len(text) == 10 and re.match(r"bp algo\S*…\S* seed 0  done", text[1])
     lines[0].name, lines[0].remark = "[bold]bp[/bold] seed 0", "[red]"
-    assert rendered(lines, width=110, height=10)[1].startswith("[bold]bp[/bold] seed 0  done"), "names are not markup"
+    assert rendered(lines, width=110, height=10)[1].startswith("[bold]bp[/bold] seed 0  done"), "the name was read as markup"
 
 
 def rendered(lines: list[live.Line], width: int, height: int) -> list[str]:
@@ -200,7 +200,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_it_is_shown_again_in_place_until_all_have_ended(tmp_path, monkeypatch):
+def test_terminal_view_refreshes_in_place_until_runs_end(tmp_path, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     for key, value in (("TERM", "xterm"), ("COLUMNS", "100"), ("LINES", "30")):
         monkeypatch.setenv(key, value)
@@ -220,11 +220,11 @@ def test_on_a_terminal_it_is_shown_again_in_place_until_all_have_ended(tmp_path,
     text = [[re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line).rstrip() for line in part.splitlines()] for part in (before, after)]
     assert [lines[2] for lines in text] == ["1 run: 1 interrupted", "1 run: 1 done"]
     assert re.fullmatch(r"\d\d:\d\d:\d\d, every 7 s; Ctrl-C ends only this view", text[0][3])
-    assert "\x1b[33minterrupted" in before and "\x1b[34mdone" in after, "states are coloured"
-    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l"), "the cursor is shown again"
+    assert "\x1b[33minterrupted" in before and "\x1b[34mdone" in after, "the states are not coloured"
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l"), "the cursor remains hidden"
 
 
-def test_ctrl_c_ends_the_view_with_zero_and_nothing_is_written(tmp_path, monkeypatch):
+def test_ctrl_c_exits_with_zero_and_writes_nothing(tmp_path, monkeypatch):
     run = write_begun(tmp_path, "kp", 0, epochs=1)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", Terminal())
@@ -239,7 +239,7 @@ def test_ctrl_c_ends_the_view_with_zero_and_nothing_is_written(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("words", [["--once"], []])
-def test_off_a_terminal_and_once_it_is_plain_text(tmp_path, capsys, words):
+def test_non_terminal_and_once_print_plain_text(tmp_path, capsys, words):
     write_begun(tmp_path, "kp", 0, epochs=1)
     assert main(["--live", *words, str(tmp_path)]) == 0
     said = capsys.readouterr().out
@@ -259,7 +259,7 @@ def test_off_a_terminal_and_once_it_is_plain_text(tmp_path, capsys, words):
         (["--live"], ".: no runs found"),
     ],
 )
-def test_errors_take_one_line(tmp_path, monkeypatch, capsys, words, said):
+def test_errors_are_single_line(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     assert main([".", *words]) == 2
     assert capsys.readouterr().err == f"fa-bench-report: {said}\n"

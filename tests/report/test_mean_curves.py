@@ -88,7 +88,7 @@ def test_curves_are_means_over_the_finished_runs(tmp_path: Path) -> None:
     assert "accuracy/test" in single and not any(tag.startswith("std/") for tag in single)
 
 
-def test_table_has_the_keys_that_differ_and_the_final_results(tmp_path: Path) -> None:
+def test_table_has_differing_keys_and_final_results(tmp_path: Path) -> None:
     for lr in (0.1, 0.2):
         for seed in (0, 1):
             put(tmp_path, "kp", seed, 0.5 + lr, lr)
@@ -115,7 +115,7 @@ def test_table_has_the_keys_that_differ_and_the_final_results(tmp_path: Path) ->
         assert math.isclose(runs.GetAccumulator(name).Scalars("final/test_accuracy")[-1].value, 0.5 + lr, rel_tol=1e-6)
 
 
-def test_equal_runs_give_equal_bytes_and_nothing_is_written_twice(tmp_path: Path) -> None:
+def test_output_is_reproducible_and_not_rewritten_if_unchanged(tmp_path: Path) -> None:
     for root in (tmp_path / "a", tmp_path / "b"):
         for seed in (0, 1) if root.name == "a" else (1, 0):
             put(root, "kp", seed, 0.5, seconds=float(seed))
@@ -127,7 +127,7 @@ def test_equal_runs_give_equal_bytes_and_nothing_is_written_twice(tmp_path: Path
     assert files[0].stat().st_ino == before
 
 
-def test_groups_that_are_gone_are_removed(tmp_path: Path) -> None:
+def test_obsolete_groups_are_removed(tmp_path: Path) -> None:
     put(tmp_path, "kp", 0, 0.5)
     write(tmp_path)
     (tmp_path / FOLDER / "kp (seed 0)" / "notes.txt").write_text("mine")
@@ -138,7 +138,7 @@ def test_groups_that_are_gone_are_removed(tmp_path: Path) -> None:
     assert json.loads((tmp_path / FOLDER / RECORD).read_text()) == ["kp (mean of 2 seeds)"]
 
 
-def test_names_of_directories_are_safe_and_distinct(tmp_path: Path) -> None:
+def test_directory_names_are_safe_and_distinct(tmp_path: Path) -> None:
     for number, label in enumerate(["a/b", "a:b", "../x", "long " * 60]):
         put(tmp_path, "kp", 0, 0.5, label=label, group=f"kp-{number}")
     write(tmp_path)
@@ -147,13 +147,13 @@ def test_names_of_directories_are_safe_and_distinct(tmp_path: Path) -> None:
     write(tmp_path)
 
 
-def test_without_the_logger_or_a_finished_run_nothing_is_written(tmp_path: Path) -> None:
+def test_nothing_is_written_without_logger_or_finished_run(tmp_path: Path) -> None:
     put(tmp_path, "kp", 0, 0.5, loggers="[csv]")
     put(tmp_path, "fa", 0, 0.5, status="failed")
     assert write(tmp_path) == [] and not (tmp_path / FOLDER).exists()
 
 
-def test_a_run_with_a_damaged_record_is_left_out(tmp_path: Path) -> None:
+def test_run_with_damaged_record_is_excluded(tmp_path: Path) -> None:
     put(tmp_path, "kp", 0, 0.5)
     (put(tmp_path, "kp", 1, 0.7) / "angles.jsonl").write_text("{")
     lines = write(tmp_path)
@@ -171,7 +171,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_files_of_others_are_refused(kind: str, tmp_path: Path) -> None:
+def test_foreign_files_are_rejected(kind: str, tmp_path: Path) -> None:
     put(tmp_path, "kp", 0, 0.5)
     FOREIGN[kind](tmp_path / FOLDER)
     for act in (lambda: check_mean_curves(tmp_path), lambda: write(tmp_path)):
@@ -180,7 +180,7 @@ def test_files_of_others_are_refused(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_a_directory_of_others_is_not_written_to(recorded: bool, tmp_path: Path) -> None:
+def test_foreign_directory_is_not_written_to(recorded: bool, tmp_path: Path) -> None:
     put(tmp_path, "kp", 0, 0.5)
     put(tmp_path, "fa", 0, 0.5)
     (tmp_path / FOLDER).mkdir()
@@ -196,7 +196,7 @@ def test_a_directory_of_others_is_not_written_to(recorded: bool, tmp_path: Path)
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_the_command_writes_them_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensorboard_flag_writes_mean_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "kp", 0, 0.5)
     assert main([str(tmp_path), "--tensorboard", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / FOLDER / "kp (seed 0)" / EVENTS).exists()

@@ -1,4 +1,4 @@
-"""The measurements of runs appear in reports and data frames."""
+"""The measurements of runs are read from their records and appear in data frames."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_measurements_of_a_run(tmp_path: Path) -> None:
     assert [run.measurements for run in runs_in(tmp_path)] == [LINES, []]
 
 
-def test_they_are_read_when_they_are_needed(tmp_path: Path) -> None:
+def test_measurements_are_read_lazily(tmp_path: Path) -> None:
     directory = write_measured(tmp_path, "fa", 0, ["damaged"])
     run = read_run(directory)
     assert run is not None
@@ -40,7 +40,7 @@ def test_they_are_read_when_they_are_needed(tmp_path: Path) -> None:
         _ = run.measurements
 
 
-def test_frame_of_measurements(tmp_path: Path) -> None:
+def test_measurements_data_frame(tmp_path: Path) -> None:
     path = str(write_measured(tmp_path, "fa", 1, LINES))
     write_run(tmp_path, "bp", 0, 0.9)
     frame = fa_bench.load_results(tmp_path, angles=True)
@@ -59,7 +59,7 @@ def test_frame_of_measurements(tmp_path: Path) -> None:
         fa_bench.load_results(tmp_path, curves=True, angles=True)
 
 
-def test_frame_without_measurements_has_its_columns(tmp_path: Path) -> None:
+def test_data_frame_without_measurements_has_columns(tmp_path: Path) -> None:
     write_run(tmp_path, "bp", 0, 0.9)
     assert list(fa_bench.load_results(tmp_path, angles=True)) == [
         "directory",
@@ -73,7 +73,7 @@ def test_frame_without_measurements_has_its_columns(tmp_path: Path) -> None:
     ]
 
 
-def test_a_damaged_record_is_skipped_with_a_warning(tmp_path: Path) -> None:
+def test_damaged_record_is_skipped_with_warning(tmp_path: Path) -> None:
     write_measured(tmp_path, "fa", 0, LINES)
     write_measured(tmp_path, "fa", 1, [LINES[1], LINES[0]])
     with pytest.warns(UserWarning, match=r"skipped: .*angles\.jsonl: line 2: step=0 \(allowed: a step after 3\)"):

@@ -33,7 +33,7 @@ def bytes_below(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", ["report.md", "report.csv", "report_layers.csv", "report.png"])
 @pytest.mark.parametrize("kind", ["text", "link", "hard link", "folder"])
-def test_somebodys_file_is_not_replaced(tmp_path, capsys, name, kind):
+def test_foreign_file_is_not_replaced(tmp_path, capsys, name, kind):
     write_run(tmp_path / "runs", "bp", 0, 0.9)
     mine, out = tmp_path / "mine", tmp_path / "out"
     out.mkdir()
@@ -53,7 +53,7 @@ def test_somebodys_file_is_not_replaced(tmp_path, capsys, name, kind):
         files.check_folder(out)
 
 
-def test_its_own_files_are_replaced_and_removed(tmp_path):
+def test_own_files_are_replaced_and_removed(tmp_path):
     write_run(tmp_path, "bp", 0, 0.9)
     first = write_report(sorted(tmp_path.iterdir()), tmp_path / "out")
     (tmp_path / "out/report_old.csv").write_text("of an earlier report\n")
@@ -66,7 +66,7 @@ def test_its_own_files_are_replaced_and_removed(tmp_path):
     assert not list((tmp_path / "out").glob("*.lock")) and not list((tmp_path / "out").glob(".*.tmp"))
 
 
-def test_a_report_without_a_record_is_known_by_its_links(tmp_path):
+def test_report_without_record_is_recognised_by_links(tmp_path):
     write_run(tmp_path, "bp", 0, 0.9)
     runs = sorted(tmp_path.iterdir())
     write_report(runs, tmp_path / "out")
@@ -77,7 +77,7 @@ def test_a_report_without_a_record_is_known_by_its_links(tmp_path):
 
 
 @pytest.mark.parametrize("name", [".report.csv.tmp", ".report.md.tmp", ".report_layers.csv.tmp", "..report.json.tmp"])
-def test_somebodys_file_with_a_temporary_name_is_not_replaced(tmp_path, name):
+def test_foreign_file_with_temporary_name_is_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(RunDirectoryError, match=f"{name}: not written by fa-bench"):
         files.check_folder(tmp_path)
@@ -87,14 +87,14 @@ def test_somebodys_file_with_a_temporary_name_is_not_replaced(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_somebodys_file_with_the_locks_name_is_refused_before_the_runs_start(tmp_path):
+def test_foreign_lock_file_is_rejected_by_folder_check(tmp_path):
     (tmp_path / ".report.lock").write_text("mine")
     with pytest.raises(RunDirectoryError, match=r"\.report\.lock: not a lock file"):
         files.check_folder(tmp_path)
     assert (tmp_path / ".report.lock").read_text() == "mine"
 
 
-def test_what_a_killed_report_left_half_written_is_replaced(tmp_path):
+def test_partial_files_of_killed_report_are_replaced(tmp_path):
     run = write_run(tmp_path / "runs", "bp", 0, 0.9)
     (tmp_path / "..report.json.tmp").write_text('["repo')
     files.write_record(tmp_path, {"report.md", "report.csv"})
@@ -104,14 +104,14 @@ def test_what_a_killed_report_left_half_written_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", '["../x.csv"]', '["mine.csv"]', "{}", "[" * 100_000])
-def test_a_record_of_another_kind_is_left_alone(tmp_path, text):
+def test_foreign_record_is_rejected_and_unchanged(tmp_path, text):
     (tmp_path / ".report.json").write_text(text)
     with pytest.raises(RunDirectoryError, match=r"\.report\.json: not a record of report files"):
         files.check_folder(tmp_path)
     assert (tmp_path / ".report.json").read_text() == text
 
 
-def test_reports_take_turns(tmp_path, monkeypatch, capsys):
+def test_concurrent_report_is_rejected_while_locked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "locked", locks.locked)
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
     write_run(tmp_path, "bp", 0, 0.9)
@@ -121,7 +121,7 @@ def test_reports_take_turns(tmp_path, monkeypatch, capsys):
     assert main([str(tmp_path)]) == 0
 
 
-def test_a_lock_that_is_somebodys_file_is_not_emptied(tmp_path, capsys):
+def test_foreign_lock_file_is_not_truncated(tmp_path, capsys):
     write_run(tmp_path, "bp", 0, 0.9)
     (tmp_path / ".report.lock").write_text("mine")
     assert main([str(tmp_path)]) == 2
@@ -137,7 +137,7 @@ def test_a_lock_that_is_somebodys_file_is_not_emptied(tmp_path, capsys):
         (".sweep.json.lock", "lock"),
     ],
 )
-def test_a_sweep_is_refused_before_it_trains(tmp_path, monkeypatch, capsys, name, what):
+def test_sweep_is_refused_before_training(tmp_path, monkeypatch, capsys, name, what):
     monkeypatch.chdir(tmp_path)
     folder = Path("o/synthetic-mlp")
     folder.mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_a_sweep_is_refused_before_it_trains(tmp_path, monkeypatch, capsys, name
     assert bytes_below(tmp_path) == {str(folder / name): b"hydra: mine\n"}
 
 
-def test_a_sweep_started_again_replaces_what_it_wrote(tmp_path, monkeypatch):
+def test_repeated_sweep_replaces_own_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert bench(SWEEP) == 0 and not list(Path().rglob("multirun.yaml"))
     assert bench(SWEEP) == 0

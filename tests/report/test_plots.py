@@ -53,7 +53,7 @@ def test_directories_and_runs_give_the_same_figures(sweep):
         assert [axes.get_title() for axes in figure.axes] == ["Test accuracy"]
 
 
-def test_rules_can_be_one_text(sweep):
+def test_rules_accept_string(sweep):
     for rules in ("kp", ["kp"]):
         assert legend(fa_bench.plot_curves(sweep, rules=rules)) == ["kp lr=0.1", "kp lr=0.2"]
     assert legend(fa_bench.plot_curves(sweep, rules="bp, kp")) == legend(fa_bench.plot_curves(sweep))
@@ -67,27 +67,27 @@ def test_rules_can_be_one_text(sweep):
         (lambda root: fa_bench.load_results(root), r"^DataFrame is neither .*; pass its column, frame\['directory'\]$"),
     ],
 )
-def test_what_is_no_source_of_runs_is_named(sweep, source, message):
+def test_invalid_run_source_raises_type_error(sweep, source, message):
     for function in (fa_bench.plot_curves, fa_bench.load_results):
         with pytest.raises(TypeError, match=message):
             function(source(sweep))
 
 
-def test_results_of_runs_and_of_their_directory_are_the_same(sweep):
+def test_results_of_runs_and_directory_are_equal(sweep):
     for options in ({}, {"curves": True}, {"angles": True}):
         frame = fa_bench.load_results(sweep, **options)
         for source in ([runs_in(sweep)], runs_in(sweep), [str(sweep), sweep]):
             pd.testing.assert_frame_equal(fa_bench.load_results(*source, **options), frame)
 
 
-def test_results_of_no_runs_have_columns_and_no_source_is_refused(tmp_path):
+def test_results_without_runs_have_columns_and_missing_source_raises(tmp_path):
     assert fa_bench.load_results(tmp_path).groupby("algorithm")["test_accuracy"].mean().empty
     assert list(fa_bench.load_results(tmp_path, curves=True)) == ["directory", "label", "seed", "epoch"]
     with pytest.raises(ValueError, match="pass a directory"):
         fa_bench.load_results()
 
 
-def test_angles_are_shown_at_every_measurement_before_the_first_step_too(sweep):
+def test_angles_are_plotted_at_every_measurement_including_step_zero(sweep):
     figure = fa_bench.plot_layers(sweep, x="step", rules=["kp"])
     assert [axes.get_title() for axes in figure.axes] == ["fc2", "fc3"] and legend(figure) == ["kp lr=0.1", "kp lr=0.2"]
     line = figure.axes[0].lines[0]
@@ -96,14 +96,14 @@ def test_angles_are_shown_at_every_measurement_before_the_first_step_too(sweep):
     assert list(axes.lines[0].get_xdata()) == [0, 0.5, 2]
 
 
-def test_runs_without_measurements_show_those_of_their_epochs(sweep):
+def test_runs_without_measurements_use_epoch_angles(sweep):
     for path in sweep.glob("*/angles.jsonl"):
         path.unlink()
     (axes,) = fa_bench.plot_curves(sweep, metric="weight_angle").axes
     assert list(axes.lines[0].get_xdata()) == [2] and list(axes.lines[0].get_ydata()) == [70]
 
 
-def test_the_setting_can_be_omitted_if_one_is_swept(sweep):
+def test_setting_is_inferred_if_only_one_is_swept(sweep):
     for figure in (fa_bench.plot_setting(sweep), fa_bench.plot_setting(sweep, x="optimizer.lr", metric="weight_angle")):
         assert figure.axes[0].get_xlabel() == "learning rate (optimizer.lr)"
     assert figure.axes[0].get_ylabel() == "weight angle (degrees)"
@@ -125,7 +125,7 @@ def test_the_setting_can_be_omitted_if_one_is_swept(sweep):
         (lambda root: fa_bench.plot_layers(root, metric="test_accuracy"), r"no values by layer \(measured: weight_angle"),
     ],
 )
-def test_what_does_not_exist_is_refused(sweep, call, message):
+def test_unavailable_choices_are_rejected(sweep, call, message):
     with pytest.raises(DataError, match=message):
         call(sweep)
 
@@ -136,7 +136,7 @@ def test_notebooks_show_figures_without_pyplot(sweep):
     subprocess.run([sys.executable, "-W", "error", "-c", script, str(sweep)], check=True)
 
 
-def test_a_damaged_file_of_measurements_excludes_its_run(sweep, monkeypatch):
+def test_damaged_measurements_exclude_run(sweep, monkeypatch):
     from fa_bench.report import write_report
 
     monkeypatch.setattr(figures, "metrics_of", lambda runs: {})

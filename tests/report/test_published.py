@@ -44,11 +44,11 @@ def found(**wanted) -> list:
     return [entry for entry in ENTRIES if all(getattr(entry, key) == value for key, value in wanted.items())]
 
 
-def test_every_experiment_with_published_numbers_is_there() -> None:
+def test_entries_cover_expected_experiments() -> None:
     assert {experiment for entry in ENTRIES for experiment in entry.experiments} == EXPERIMENTS
 
 
-def test_entries_are_of_rules_and_values_that_can_be() -> None:
+def test_entries_have_valid_rules_and_values() -> None:
     for entry in ENTRIES:
         assert entry.rule in list(ALGORITHMS) and entry.conditions and entry.source and entry.dataset and entry.architecture
         values = [value for value in (entry.value, entry.low, entry.high) if math.isfinite(value)]
@@ -87,13 +87,13 @@ def test_entries_are_of_rules_and_values_that_can_be() -> None:
         ({"table": "section 6 (Fig. 3)", "rule": "kp", "row": "ResNet-18"}, 100 - 29.2, 0.4),
     ],
 )
-def test_some_values_as_printed(wanted, value, spread) -> None:
+def test_selected_values_match_papers(wanted, value, spread) -> None:
     (entry,) = found(**wanted)
     assert entry.value == pytest.approx(value) and entry.spread == pytest.approx(spread, nan_ok=True)
 
 
 @pytest.mark.parametrize("experiment", sorted(EXPERIMENTS & {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}))
-def test_what_entries_of_shipped_experiments_ask_of_a_config_can_be_in_one(experiment) -> None:
+def test_conditions_of_shipped_experiments_are_satisfiable(experiment) -> None:
     for entry in (entry for entry in ENTRIES if experiment in entry.experiments):
         for key, wanted in entry.where.items():
             for value in wanted if isinstance(wanted, list) else [wanted]:
@@ -109,7 +109,7 @@ def test_what_entries_of_shipped_experiments_ask_of_a_config_can_be_in_one(exper
                     assert all(key.partition(".")[2] in {field.name for field in dataclasses.fields(cls)} for cls in classes)
 
 
-def test_a_run_of_an_experiment_finds_its_published_number(tmp_path) -> None:
+def test_run_is_matched_with_published_number(tmp_path) -> None:
     write_group(tmp_path, "fa", [0.98, 0.99], experiment="pfa_fig2", group="dense", dataset="mnist", epochs=40)
     write_group(tmp_path, "fa", [0.98], experiment="pfa_fig2", group="sparse", dataset="mnist")
     write_group(tmp_path, "fa", [0.98], experiment=None, group="none", dataset="mnist")
@@ -124,7 +124,7 @@ def test_a_run_of_an_experiment_finds_its_published_number(tmp_path) -> None:
     assert all(blank(rows[group]["published"]) for group in ("sparse", "none"))
 
 
-def test_older_results_go_by_the_folder_of_their_experiment(tmp_path) -> None:
+def test_older_result_is_matched_by_experiment_folder(tmp_path) -> None:
     run = write_run(tmp_path / "a_table" / "bp-0a", "bp", 0, 0.97)
     result = json.loads((run / "result.json").read_text())
     del result["experiment"]
@@ -147,14 +147,14 @@ def test_older_results_go_by_the_folder_of_their_experiment(tmp_path) -> None:
         ({"algorithm.density": 1.0}, False),
     ],
 )
-def test_what_an_entry_asks_of_a_config(tmp_path, where, fits) -> None:
+def test_entry_matches_config_conditions(tmp_path, where, fits) -> None:
     run = write_run(tmp_path, "bp", 0, 0.97)
     (run / "config.yaml").write_text("architecture: {name: mlp, widths: [8]}\noptimizer: {name: sgd, lr: 1e-1}\n")
     entry = dataclasses.replace(ENTRY, where=where)
     assert matching_entries([entry], runs_in(tmp_path)) == ([entry] if fits else [])
 
 
-def test_numbers_beside_ours(tmp_path) -> None:
+def test_published_numbers_are_compared_with_runs(tmp_path) -> None:
     write_group(tmp_path, "bp", [0.97, 0.98, 0.99], train_accuracy=0.5)
     entries = [
         ENTRY,
@@ -176,7 +176,7 @@ def test_numbers_beside_ours(tmp_path) -> None:
     assert all(row["published_low"] == 85 and blank(row["published_high"]) for row in rows[3:])
 
 
-def test_a_published_difference_to_bp_is_compared_with_pairs_of_runs(tmp_path) -> None:
+def test_published_difference_to_bp_uses_paired_seeds(tmp_path) -> None:
     """Differences are computed separately for each seed. On digits, bp has runs for seeds 0 and 1 but none for seed 2, so the run
     with seed 2 has no partner. The runs of bp on the other dataset are ignored."""
     write_group(tmp_path, "bp", [0.97, 0.95])
@@ -207,7 +207,7 @@ def test_a_published_difference_to_bp_is_compared_with_pairs_of_runs(tmp_path) -
         ("{low: 80, high: 89}", 80, 89, {"fc1": True, "fc2": True, "fc3": False}),  # the bounds themselves count as inside
     ],
 )
-def test_ranges_have_two_ends(tmp_path, bounds, low, high, inside) -> None:
+def test_layer_range_bounds_are_inclusive_and_optional(tmp_path, bounds, low, high, inside) -> None:
     """The angles of the runs' layers are 89, 80 and 60 degrees."""
     write_group(tmp_path, "bp", [0.97, 0.98])
     text = (
@@ -223,7 +223,7 @@ def test_ranges_have_two_ends(tmp_path, bounds, low, high, inside) -> None:
 
 
 @pytest.mark.parametrize(("bounds", "inside"), [("{low: 98}", False), ("{high: 98}", True), ("{high: 97}", False)])
-def test_range_of_the_whole_network(tmp_path, bounds, inside) -> None:
+def test_network_range_may_have_one_bound(tmp_path, bounds, inside) -> None:
     """The runs have an accuracy of 97.5 % on average."""
     write_group(tmp_path, "bp", [0.97, 0.98])
     (tmp_path / "p.yaml").write_text(
@@ -234,7 +234,7 @@ def test_range_of_the_whole_network(tmp_path, bounds, inside) -> None:
     assert (row["layer"], row["inside"]) == ("", inside)
 
 
-def test_a_number_of_an_epoch_is_compared_with_that_epoch(tmp_path) -> None:
+def test_number_at_epoch_is_compared_with_same_epoch(tmp_path) -> None:
     lines = [epoch_record(1, 0.5, None), epoch_record(2, 0.7, None)]
     write_run(tmp_path, "bp", 0, 0.7, metrics=lines)
     entries = [dataclasses.replace(ENTRY, at=at, value=60.0) for at in (3, 1, 2)]
@@ -245,7 +245,7 @@ def test_a_number_of_an_epoch_is_compared_with_that_epoch(tmp_path) -> None:
     assert [len(published_without_run(of, runs_in(tmp_path))) for of in (entries, entries[:1])] == [0, 1]
 
 
-def test_a_standard_error_is_no_standard_deviation(tmp_path) -> None:
+def test_standard_error_is_not_reported_as_standard_deviation(tmp_path) -> None:
     write_group(tmp_path, "bp", [0.97])
     entry = dataclasses.replace(ENTRY, spread_kind="standard error")
     (row,) = summarise(runs_in(tmp_path), [entry]).to_dict("records")
@@ -261,7 +261,7 @@ def test_a_standard_error_is_no_standard_deviation(tmp_path) -> None:
         ("- {table: T, tabel: U, rows: [{row: R, values: {bp: 1}}]}", "tabel"),
     ],
 )
-def test_a_file_that_cannot_be_read_says_where(tmp_path, text, said) -> None:
+def test_unreadable_file_error_gives_location(tmp_path, text, said) -> None:
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(DataError, match=said):
         read_entries(tmp_path / "p.yaml")

@@ -118,7 +118,7 @@ def drawn_quickly(request, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_record_is_named_and_its_run_left_out(tmp_path, capsys, kind):
+def test_damaged_record_is_reported_and_run_excluded(tmp_path, capsys, kind):
     damage, said = DAMAGED[kind]
     write_group(tmp_path, "fa", [0.9, 0.8])
     damage(tmp_path / "fa-1")
@@ -133,14 +133,14 @@ def test_a_damaged_record_is_named_and_its_run_left_out(tmp_path, capsys, kind):
     assert re.search(said, shown) and "2 runs: 1 done, 1 failed" in shown
 
 
-def test_a_run_without_result_and_a_damaged_config_is_left_out(tmp_path, capsys):
+def test_unfinished_run_with_damaged_config_is_excluded(tmp_path, capsys):
     write_group(tmp_path, "fa", [0.9])
     text("config.yaml", "# config hash: 0\nalgorithm: [fa]\nseed: 1")(write_begun(tmp_path, "fa", 1, 1))
     assert main([str(tmp_path)]) == 1
     assert "config.yaml: algorithm=['fa'] (allowed: text, not empty)" in capsys.readouterr().out
 
 
-def test_where_every_run_is_damaged_the_first_one_is_the_error(tmp_path, capsys):
+def test_first_error_is_raised_if_every_run_is_damaged(tmp_path, capsys):
     keys(seed=None)(write_run(tmp_path, "fa", 0, 0.9))
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"fa-bench-report: {tmp_path}/fa-0/result.json: seed=None (allowed: a whole number)\n"
@@ -161,7 +161,7 @@ def test_where_every_run_is_damaged_the_first_one_is_the_error(tmp_path, capsys)
         '{"runs": [{"directory": "\\ud800", "label": "a", "epochs": 1}]}',
     ],
 )
-def test_a_damaged_list_of_runs_is_named_and_the_runs_are_reported(tmp_path, capsys, planned):
+def test_damaged_sweep_file_is_reported_and_runs_are_included(tmp_path, capsys, planned):
     write_group(tmp_path, "fa", [0.9])
     (tmp_path / "sweep.json").write_text(planned)
     assert main([str(tmp_path)]) == 1
@@ -173,7 +173,7 @@ def test_a_damaged_list_of_runs_is_named_and_the_runs_are_reported(tmp_path, cap
 EVIL = "\x1b[31mkp\u202e <script>alert(1)</script> # [a](http://b) | $\\frac{$ **x**\n# Heading"
 
 
-def test_what_records_say_is_shown_and_does_nothing(tmp_path, capsys):
+def test_record_text_is_escaped_in_every_output(tmp_path, capsys):
     write_run(tmp_path, "fa", 0, 0.9)
     named = dict.fromkeys(("label", "group", "architecture", "optimizer"), EVIL)
     write_run(tmp_path, "fa", 1, 0.9, probes={EVIL: {EVIL: 1.0}}, **named).rename(tmp_path / "evil")
@@ -189,7 +189,7 @@ def test_what_records_say_is_shown_and_does_nothing(tmp_path, capsys):
     assert len(bars) == 1  # every row has the same number of cells
 
 
-def test_marks_of_markdown_and_of_formulas_are_escaped():
+def test_markdown_and_mathtext_are_escaped():
     assert escape_markdown("# a_b _c_ *d* `e` <f> [g] h|i ~j~ $k$ & l") == (
         r"\# a_b \_c\_ \*d\* \`e\` &lt;f&gt; \[g\] h\|i \~j\~ \$k\$ &amp; l"
     )
@@ -206,7 +206,7 @@ def test_marks_of_markdown_and_of_formulas_are_escaped():
 
 
 @pytest.mark.parametrize("sign", ["$\\frac{$", "a$b", "$", "結果", "\x1b[1m", "x" * 5000])
-def test_a_figure_takes_any_name(tmp_path, sign):
+def test_figures_accept_any_name(tmp_path, sign):
     for number, lr in enumerate((sign, "0.1")):
         run = write_run(
             tmp_path,
@@ -224,7 +224,7 @@ def test_a_figure_takes_any_name(tmp_path, sign):
 
 
 @pytest.mark.parametrize("number", [1e100, -1e100, 1e-300, float("inf")])
-def test_a_figure_takes_every_number_that_is_allowed(tmp_path, number):
+def test_figures_accept_extreme_numbers(tmp_path, number):
     write_group(tmp_path, "fa", [0.9, 0.8])
     write_group(tmp_path, "bp", [0.9])
     lines(
@@ -235,7 +235,7 @@ def test_a_figure_takes_every_number_that_is_allowed(tmp_path, number):
     assert main([str(tmp_path)]) == 0
 
 
-def test_titles_that_differ_in_marks_alone_have_figures_of_their_own_with_figure(tmp_path, monkeypatch):
+def test_titles_differing_only_in_punctuation_get_separate_figures(tmp_path, monkeypatch):
     without_pixels(monkeypatch)
     for number, name in enumerate(("a_b", "a-b", "a b")):
         write_run(tmp_path, "kp", 0, 0.9, group=f"kp-{number}", dataset=name)
@@ -243,7 +243,7 @@ def test_titles_that_differ_in_marks_alone_have_figures_of_their_own_with_figure
     assert len(list(tmp_path.glob("report_curves-*.png"))) == 3
 
 
-def test_what_later_versions_add_is_read(tmp_path):
+def test_unknown_keys_of_later_versions_are_accepted(tmp_path):
     directory = write_run(tmp_path, "fa", 0, 0.9, added={"a": [1]})
     lines(epoch_record(1, 0.5, ANGLES) | {"added": "x"})(directory)
     assert (read_result(directory / "result.json") or {})["added"] == {"a": [1]}
@@ -252,7 +252,7 @@ def test_what_later_versions_add_is_read(tmp_path):
     assert read_config(directory / "config.yaml") == ({"added": 1}, "b")
 
 
-def test_files_that_are_no_files_are_named_and_those_that_are_not_there_are_none(tmp_path):
+def test_non_file_record_is_rejected_and_missing_gives_none(tmp_path):
     assert read_result(tmp_path / "result.json") is None and read_metrics(tmp_path / "metrics.jsonl") == []
     (tmp_path / "result.json").mkdir()
     with pytest.raises(RecordError, match=r"result\.json: not a file"):
@@ -260,7 +260,7 @@ def test_files_that_are_no_files_are_named_and_those_that_are_not_there_are_none
 
 
 @pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "config.yaml", "sweep.json"])
-def test_a_link_that_leads_in_a_circle_ends_no_report(tmp_path, name):
+def test_circular_link_does_not_abort_report(tmp_path, name):
     directory = write_run(tmp_path, "fa", 0, 0.9)
     write_run(tmp_path, "fa", 1, 0.8)
     (directory / name).unlink(missing_ok=True)
@@ -274,7 +274,7 @@ def test_a_link_that_leads_in_a_circle_ends_no_report(tmp_path, name):
 
 
 @pytest.mark.parametrize("word", ["code", "data"])
-def test_runs_of_other_code_or_data_have_rows_of_their_own(tmp_path, word):
+def test_runs_of_different_code_or_data_get_separate_rows(tmp_path, word):
     for version, accuracies in (("a" * 64, [0.9, 0.8]), ("b" * 64, [0.5, 0.4])):
         for rule, less in (("bp", 0.0), ("fa", 0.1)):
             for seed, accuracy in enumerate(accuracies):
@@ -292,7 +292,7 @@ def test_runs_of_other_code_or_data_have_rows_of_their_own(tmp_path, word):
     assert {row["label"] for row in layers} == set(rows) and {row["n"] for row in layers} == {"2"}
 
 
-def test_a_difference_to_runs_of_other_code_is_noted(tmp_path):
+def test_reference_of_different_code_is_noted(tmp_path):
     write_run(tmp_path, "bp", 0, 0.9, code_hash="a")
     write_run(tmp_path, "fa", 0, 0.8, code_hash="b")
     assert main([str(tmp_path)]) == 0
@@ -300,7 +300,7 @@ def test_a_difference_to_runs_of_other_code_is_noted(tmp_path):
     assert rows["fa"]["note"] == "the runs of bp used different code" and rows["bp"]["note"] == ""
 
 
-def test_nothing_is_noted_of_data_that_are_not_known_yet(tmp_path):
+def test_unknown_data_hash_is_not_noted_as_different(tmp_path):
     """A run that was interrupted before it read its data has no hash of them."""
     write_run(tmp_path, "bp", 0, 0.9, data_hash="a" * 64)
     write_run(tmp_path, "fa", 0, 0.8, data_hash=None, status="interrupted")
@@ -309,7 +309,7 @@ def test_nothing_is_noted_of_data_that_are_not_known_yet(tmp_path):
     assert "different" not in rows["fa"]["note"]
 
 
-def test_a_run_without_result_is_in_the_row_of_its_code(tmp_path):
+def test_run_without_result_is_grouped_by_code_hash(tmp_path):
     write_run(tmp_path, "kp", 0, 0.9, group="kp-0123abcd", code_hash="aa").rename(tmp_path / "x")
     begun = write_begun(tmp_path / "kp-0123abcd", "kp", 1, 1, folder="seed1")
     config = (begun / "config.yaml").read_text()
@@ -323,7 +323,7 @@ def test_a_run_without_result_is_in_the_row_of_its_code(tmp_path):
 # Columns.
 
 
-def test_the_csv_has_validation_accuracies_and_a_column_for_each_swept_key(tmp_path):
+def test_csv_has_validation_accuracies_and_swept_keys(tmp_path):
     for number, (lr, widths) in enumerate(((0.1, [8]), (0.05, [8, 4]))):
         for seed, val in enumerate((0.6, 0.7, 0.8)):
             run = write_run(tmp_path, "kp", seed, 0.9, group=f"kp-{number}", val_accuracy=val, test_accuracy_at_best_val=0.85)
@@ -348,7 +348,7 @@ def test_the_csv_has_validation_accuracies_and_a_column_for_each_swept_key(tmp_p
     assert (rows[0]["test_accuracy"], rows[0]["test_accuracy_at_best_val"]) == ("90", "85")
 
 
-def test_a_run_that_ended_before_its_data_were_known_is_in_the_row_of_the_others(tmp_path):
+def test_run_without_data_hash_shares_row_with_others(tmp_path):
     for seed in range(2):
         write_run(tmp_path, "kp", seed, 0.9, group="kp-0", data_hash="d")
     write_run(tmp_path, "kp", 2, 0.9, group="kp-0", status="failed")
@@ -363,12 +363,12 @@ def test_a_run_that_ended_before_its_data_were_known_is_in_the_row_of_the_others
         ("# config hash: 0a\n# code hash: c0de\nseed: 3\nepochs: 2\n", {"seed": 3, "epochs": 2}),
         ("# config hash: 0b\n# code hash: c0de\nseed: 14\nepochs: 2\n", {"seed": 14, "epochs": 2}),
         ("epochs: 2\nseed: 0\n", {"epochs": 2, "seed": 0}),
-        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # the first "seed" is part of a text
+        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # the first "seed" is part of a string
         ('label: "a\nseed: 5\nb"\n', {"label": "a seed: 5 b"}),
         ("seed: 012\n", {"seed": 10}),  # octal in YAML
     ],
 )
-def test_configs_that_differ_in_the_seed_are_read_like_any_other(tmp_path, text, want):
+def test_configs_differing_only_in_seed_are_parsed_correctly(tmp_path, text, want):
     for _ in range(2):  # the second time, the parsed config is cached
         (tmp_path / "config.yaml").write_text(text)
         config = read_config(tmp_path / "config.yaml")

@@ -28,7 +28,7 @@ def rows(root: Path, reference: str = BEST) -> dict:
 # Reading.
 
 
-def test_runs_are_found_once_in_order_whatever_the_paths(tmp_path):
+def test_runs_are_found_once_and_in_order(tmp_path):
     second, first = write_run(tmp_path / "b", "fa", 0, 0.9), write_run(tmp_path / "a" / "deep", "bp", 0, 0.9)
     (tmp_path / "empty").mkdir()
     assert find_runs([tmp_path / "b", tmp_path, second]) == [first, second]
@@ -42,40 +42,40 @@ def test_runs_are_found_once_in_order_whatever_the_paths(tmp_path):
         find_runs([tmp_path / "nowhere"])
 
 
-def test_a_directory_without_result_is_no_run(tmp_path):
+def test_directory_without_result_is_not_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
     assert read_run(tmp_path) is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"status": "finished"}', "\xff"])
-def test_an_unreadable_result_is_named(tmp_path, content):
+def test_unreadable_result_error_names_file(tmp_path, content):
     (tmp_path / "result.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=r"result\.json"):
         read_run(tmp_path)
 
 
 @pytest.mark.parametrize("tail", ['{"epoch": 2, "test_acc', '{"epoch": 2, "x": "\xc3', "\0\0\0", '{"epo', "{}"])
-def test_a_torn_last_line_is_ignored(tmp_path, tail):
+def test_truncated_last_line_is_ignored(tmp_path, tail):
     directory = write_run(tmp_path, "fa", 0, 0.9, metrics=[epoch_record(1, 0.5, None)])
     with (directory / "metrics.jsonl").open("ab") as file:
         file.write(tail.encode("latin-1"))
     assert read_run(directory).metrics == [epoch_record(1, 0.5, None)]
 
 
-def test_a_broken_line_before_the_last_is_named(tmp_path):
+def test_broken_inner_line_is_reported(tmp_path):
     directory = write_run(tmp_path, "fa", 0, 0.9)
     (directory / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo\n{"epoch": 3}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl: line 2"):
         read_run(directory)
 
 
-def test_an_epoch_trained_again_counts_once(tmp_path):
+def test_repeated_epoch_counts_once(tmp_path):
     lines = [epoch_record(1, 0.1, None), epoch_record(2, 0.2, None), epoch_record(1, 0.3, None)]
     run = read_run(write_run(tmp_path, "fa", 0, 0.9, metrics=lines))
     assert run.metrics == [epoch_record(1, 0.3, None), epoch_record(2, 0.2, None)]
 
 
-def test_a_run_without_metrics_is_read(tmp_path):
+def test_run_without_metrics_is_read(tmp_path):
     directory = write_run(tmp_path, "fa", 0, 0.9)
     (directory / "metrics.jsonl").unlink()
     assert read_run(directory).metrics == []
@@ -90,7 +90,7 @@ def test_groups_keep_the_order_of_first_appearance(tmp_path):
     ]
 
 
-def test_groups_that_share_a_label_go_by_their_own_name(tmp_path):
+def test_groups_with_same_label_use_group_name(tmp_path):
     for group in ("fa-1", "fa-2"):
         write_run(tmp_path, "fa", 0, 0.9, group=group)
     write_run(tmp_path, "bp", 0, 0.9)
@@ -98,7 +98,7 @@ def test_groups_that_share_a_label_go_by_their_own_name(tmp_path):
     assert set(rows(tmp_path)) == {"bp", "fa-1", "fa-2"}
 
 
-def test_groups_that_share_a_label_show_what_their_configs_differ_in(tmp_path):
+def test_groups_with_same_label_show_differing_options(tmp_path):
     common = {"seed": 0, "output_dir": "out", "optimizer": {"name": "sgd", "momentum": 0.9}, "feedback_optimizer": None}
     different = [
         {"seed": 1, "output_dir": "x", "optimizer": {"name": "sgd", "lr": 0.05}},
@@ -119,7 +119,7 @@ def test_groups_that_share_a_label_show_what_their_configs_differ_in(tmp_path):
     assert "kp optimizer=sgd lr=0.1 feedback_optimizer=null" in rows(tmp_path)
 
 
-def test_configs_that_say_nothing_leave_the_group_s_name(tmp_path):
+def test_groups_without_differing_options_use_group_name(tmp_path):
     for number, text in enumerate(["", "epochs: 5", "seed: 3"]):
         (write_run(tmp_path, "kp", 0, 0.9, group=f"kp-{number}") / "config.yaml").write_text(text)
     assert set(group_labels(group_runs(runs_in(tmp_path))).values()) == {"kp-0", "kp-1", "kp-2"}
@@ -174,7 +174,7 @@ def test_accuracy_mean_std_and_interval(tmp_path):
     assert row["seconds"] == pytest.approx(2)
 
 
-def test_interval_of_few_values():
+def test_interval_requires_three_values():
     assert blank(half_width([1.0, 3.0])) and value_range([1.0, 3.0]) == (1, 3)  # no interval of 12.7 standard errors
     assert blank(value_range([1.0])[0])
     assert blank(half_width([1.0])) and blank(half_width([])) and blank(half_width([1.0, 2.0, None, float("inf")]))
@@ -191,14 +191,14 @@ def test_difference_to_bp_is_paired_by_seed(tmp_path):
     assert blank(table["bp"]["bp_difference"]) and blank(table["bp"]["bp_difference_n"])
 
 
-def test_without_bp_or_frozen_their_columns_are_blank(tmp_path):
+def test_bp_and_floor_columns_are_blank_without_references(tmp_path):
     write_group(tmp_path, "fa", [0.9, 0.8])
     row = rows(tmp_path)["fa"]
     assert all(blank(row[key]) for key in ("bp_difference", "bp_difference_ci95", "bp_difference_n", "floor"))
     assert row["note"] == TWO_SEEDS and row["bp_row"] == row["floor_row"] == ""
 
 
-def test_floor(tmp_path):
+def test_floor_comparison(tmp_path):
     write_group(tmp_path, "frozen", [0.90, 0.92])
     write_group(tmp_path, "fa", [0.95])
     write_group(tmp_path, "dfa", [0.91, 0.91])
@@ -209,7 +209,7 @@ def test_floor(tmp_path):
     assert [table[rule]["floor_row"] for rule in ("fa", "dfa", "frozen")] == ["frozen", "frozen", ""]
 
 
-def test_a_tie_does_not_beat_the_floor(tmp_path):
+def test_tie_does_not_beat_floor(tmp_path):
     """Both rules classify 716 of 720 images correctly, but the floating-point means of their accuracies differ in the last
     digit."""
     write_group(tmp_path, "frozen", [358 / 360, 358 / 360])
@@ -218,7 +218,7 @@ def test_a_tie_does_not_beat_the_floor(tmp_path):
 
 
 @pytest.mark.parametrize("elsewhere", [{"dataset": "mnist"}, {"architecture": "cnn"}])
-def test_references_are_of_the_same_task(tmp_path, elsewhere):
+def test_references_are_from_same_task(tmp_path, elsewhere):
     write_group(tmp_path, "bp", [0.97], **elsewhere)
     write_group(tmp_path, "frozen", [0.10], **elsewhere)
     write_group(tmp_path, "fa", [0.95])
@@ -226,7 +226,7 @@ def test_references_are_of_the_same_task(tmp_path, elsewhere):
     assert blank(row["bp_difference"]) and blank(row["floor"])
 
 
-def test_among_several_references_the_nearest_are_taken_on_request_or_by_validation(tmp_path):
+def test_reference_is_nearest_or_best_by_validation(tmp_path):
     # Both bp rows are equally similar to that of kp. The row with a validation accuracy of 0.80 is used, although the other row's
     # test accuracy is higher.
     write_group(tmp_path, "bp", [0.97, 0.97], val_accuracy=0.7)
@@ -241,7 +241,7 @@ def test_among_several_references_the_nearest_are_taken_on_request_or_by_validat
 
 
 @pytest.mark.parametrize("choice", [BEST, NEAREST])
-def test_among_several_references_without_validation_none_is_taken(tmp_path, choice):
+def test_ambiguous_reference_without_validation_is_not_used(tmp_path, choice):
     for number in range(2):
         write_group(tmp_path, "bp", [0.97], group=f"bp-{number}", seconds=1.0 + number)
     write_group(tmp_path, "kp", [0.95])
@@ -250,7 +250,7 @@ def test_among_several_references_without_validation_none_is_taken(tmp_path, cho
     assert row["note"] == "2 rows of bp have equally similar settings, and none has a validation accuracy to choose by"
 
 
-def test_the_nearest_reference_is_that_at_the_row_s_own_setting_even_where_it_did_not_finish(tmp_path):
+def test_nearest_reference_has_same_setting_even_if_unfinished(tmp_path):
     for lr in (0.1, 9.0):
         for rule in ("bp", "fa"):
             write_set(tmp_path, rule, 0, 0.9, lr=lr, status="diverged" if rule == "bp" and lr == 9 else "finished")
@@ -261,7 +261,7 @@ def test_the_nearest_reference_is_that_at_the_row_s_own_setting_even_where_it_di
     assert other["note"] == "bp lr=9.0 has no finished run"
 
 
-def test_a_folder_of_images_is_a_task_of_its_own_and_known_by_its_name(tmp_path):
+def test_image_folders_are_separate_tasks_labelled_by_data_dir(tmp_path):
     for folder, accuracy in (("cats", 0.8), ("dogs", 0.9)):
         for rule, more in (("bp", 0.01), ("fa", 0)):
             run = write_run(tmp_path, rule, 0, accuracy + more, group=f"{rule}-{folder}", dataset="image_folder")
@@ -277,7 +277,7 @@ def test_a_folder_of_images_is_a_task_of_its_own_and_known_by_its_name(tmp_path)
     ]
 
 
-def test_references_have_the_options_of_the_task_and_differ_least(tmp_path):
+def test_nearest_reference_matches_task_options(tmp_path):
     def configured(rule: str, accuracy: float, group: str, **config) -> None:
         run = write_run(tmp_path, rule, 0, accuracy, group=group)
         (run / "config.yaml").write_text(json.dumps({"seed": 0, "algorithm": {"name": rule}, **config}))
@@ -303,7 +303,7 @@ def test_references_have_the_options_of_the_task_and_differ_least(tmp_path):
     assert blank(table["kp"]["bp_difference"]) and table["kp"]["note"] == ""
 
 
-def test_a_run_that_did_not_finish_is_counted_and_kept_out_of_the_means(tmp_path):
+def test_unfinished_run_is_counted_but_excluded_from_means(tmp_path):
     write_group(tmp_path, "bp", [0.97, 0.98, 0.99])
     write_group(tmp_path, "fa", [0.95, 0.97])
     write_run(
@@ -349,7 +349,7 @@ def test_a_run_that_did_not_finish_is_counted_and_kept_out_of_the_means(tmp_path
         ([[2.0, 4.0], [4.1], [None, 9.0], [-1.0, 4.0], [2.0, 9.0, 1.0]], ""),
     ],
 )
-def test_runs_that_blew_up_but_stayed_finite_are_noted(tmp_path, losses, note):
+def test_finite_loss_explosion_is_noted(tmp_path, losses, note):
     for seed, values in enumerate(losses):
         metrics = [epoch_record(epoch, 0.1, None) | {"train_loss": loss} for epoch, loss in enumerate(values, start=1)]
         write_run(tmp_path, "drtp", seed, 0.1, metrics=metrics, epochs=len(values))
@@ -357,7 +357,7 @@ def test_runs_that_blew_up_but_stayed_finite_are_noted(tmp_path, losses, note):
     assert note in row["note"] and ("training loss" in row["note"]) == bool(note)
 
 
-def test_a_repeated_seed_counts_once(tmp_path):
+def test_repeated_seed_counts_once(tmp_path):
     for index, accuracy in enumerate([0.80, 0.90]):
         write_run(tmp_path / str(index), "fa", 0, accuracy)
     write_run(tmp_path / "2", "fa", 1, 0.94)
@@ -366,7 +366,7 @@ def test_a_repeated_seed_counts_once(tmp_path):
     assert row["status"] == "3 finished" and row["note"] == f"1 run with a repeated seed not counted; {TWO_SEEDS}"
 
 
-def test_angles_are_means_over_the_layers_that_they_say_something_about(tmp_path):
+def test_angles_are_averaged_over_meaningful_layers(tmp_path):
     void = {"weight_angle": {"fc1": 1.0, "fc2": None, "fc3": 90.0}, "delta_angle": {"fc1": None, "fc2": None, "fc3": 0.0}}
     write_run(tmp_path, "fa", 0, 0.9)
     write_run(tmp_path, "fa", 1, 0.9, angles=void)
@@ -414,7 +414,7 @@ def test_settings_that_differ_between_rules_have_columns(tmp_path):
     assert [line.split(" | ")[column] for line in markdown[2:]] == [r"0\.1", r"0\.02"]
 
 
-def test_settings_in_labels_have_no_columns_and_those_without_room_are_left_out_of_the_terminal_s_table(tmp_path):
+def test_settings_in_labels_or_without_space_get_no_column(tmp_path):
     _write_rates(tmp_path, bp=0.1, fa=0.02, fa_=0.03)
     frame = summarise(runs_in(tmp_path))
     assert list(frame["label"]) == ["bp", "fa lr=0.02 shuffle=false", "fa lr=0.03 shuffle=true"]
@@ -427,7 +427,7 @@ def test_settings_in_labels_have_no_columns_and_those_without_room_are_left_out_
     assert "optimizer.lr" in columns_of(frame)
 
 
-def test_terminal_table_says_what_did_not_finish_and_what_misses_its_floor(tmp_path):
+def test_terminal_table_shows_unfinished_runs_and_floor_notes(tmp_path):
     write_group(tmp_path, "frozen", [0.9])
     write_group(tmp_path, "fa", [0.8])
     write_group(tmp_path, "kp", [None], status="diverged")
@@ -438,14 +438,14 @@ def test_terminal_table_says_what_did_not_finish_and_what_misses_its_floor(tmp_p
     assert notes == ["", "note: fa: does not beat frozen"]
 
 
-def test_terminal_table_shows_published_numbers_where_there_are_some(tmp_path):
+def test_terminal_table_shows_published_numbers_if_any(tmp_path):
     write_group(tmp_path, "bp", [0.97, 0.98, 0.99])
     frame = summarise(runs_in(tmp_path), [ENTRY])
     assert to_text(frame).splitlines()[0].endswith("seconds  published (%)  difference")
     assert to_text(frame).splitlines()[2].split()[-2:] == ["98.50", "-0.50"]
 
 
-def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apart(tmp_path):
+def test_markdown_has_nonempty_columns_and_escapes_pipes(tmp_path):
     write_group(tmp_path, "bp", [0.97])
     write_group(tmp_path, "fa", [0.96], label="a|b")
     write_group(tmp_path, "frozen", [0.5])
@@ -458,7 +458,7 @@ def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apar
     )
 
 
-def test_rows_whose_rule_transports_weights_by_design_say_so(tmp_path):
+def test_weight_transport_is_noted(tmp_path):
     """The note comes from the recorded results, not from the report's own knowledge of rules."""
     write_group(tmp_path, "kp", [0.9, 0.9, 0.9], weight_transport=[])
     write_group(tmp_path, "dgl", [0.9, 0.9, 0.9], weight_transport=["within blocks", "after 'norm'"])

@@ -88,7 +88,7 @@ def test_lower_perplexity_is_better_in_every_table(tmp_path: Path, monkeypatch: 
     assert float(run["test_perplexity"]) == pytest.approx(3.7) and float(run["test_accuracy"]) == 50
 
 
-def test_best_takes_the_lowest_perplexity(tmp_path: Path) -> None:
+def test_best_selects_lowest_perplexity(tmp_path: Path) -> None:
     for lr, val in ((0.1, 5.0), (0.2, 3.0), (0.4, 4.0)):
         write_tokens(tmp_path, "kp", 0, val, val, lr=lr)
     choice = choose_best(runs_in(tmp_path), ["optimizer.lr"])
@@ -96,7 +96,7 @@ def test_best_takes_the_lowest_perplexity(tmp_path: Path) -> None:
     assert list(choice.tried["val_perplexity"]) == [5.0, 3.0, 4.0]
 
 
-def test_tasks_with_different_scores_have_their_own_columns_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_with_different_scores_have_separate_columns_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pixels(monkeypatch)
     for lr in (0.1, 0.2):
         write_tokens(tmp_path, "kp", 0, 3.0, 3.0, lr)
@@ -117,7 +117,7 @@ def test_tasks_with_different_scores_have_their_own_columns_and_figures(tmp_path
     assert left_out == ["text, mlp is not in the aggregate: its score is not an accuracy (perplexity)"]
 
 
-def test_frames_and_the_live_view_show_the_score(tmp_path: Path) -> None:
+def test_data_frames_and_live_view_show_score(tmp_path: Path) -> None:
     from fa_bench.report.live import Watcher, plain_text
 
     write_tokens(tmp_path, "kp", 0, 3.25, 3.5)
@@ -140,7 +140,7 @@ def test_frames_and_the_live_view_show_the_score(tmp_path: Path) -> None:
         ([{"name": "f1", "title": "F1", "higher_is_better": 1}], "higher_is_better=1"),
     ],
 )
-def test_forged_scores_are_refused(tmp_path: Path, scores: object, problem: str) -> None:
+def test_malformed_scores_are_rejected(tmp_path: Path, scores: object, problem: str) -> None:
     from fa_bench.report.runs import read_run
     from fa_bench.runs.checked_json import RecordError
 
@@ -148,7 +148,7 @@ def test_forged_scores_are_refused(tmp_path: Path, scores: object, problem: str)
         read_run(write_run(tmp_path, "bp", 0, 0.9, scores=scores))
 
 
-def test_text_in_the_place_of_a_score_is_refused(tmp_path: Path) -> None:
+def test_text_as_score_value_is_rejected(tmp_path: Path) -> None:
     from fa_bench.report.runs import read_run
     from fa_bench.runs.checked_json import RecordError
 

@@ -34,7 +34,7 @@ def test_paired_differences_effect_size_and_p_value():
     assert paired(THEIRS, OURS).p == pytest.approx(found.p) and paired(THEIRS, OURS).effect == pytest.approx(-found.effect)
 
 
-def test_two_pairs_have_a_range_and_neither_an_interval_nor_a_test():
+def test_two_pairs_have_range_but_no_interval_or_test():
     found = paired({0: 91.0, 1: 94.0}, {0: 90.0, 1: 92.0})
     assert (found.mean, found.low, found.high, found.n) == (1.5, 1, 2, 2)
     assert blank(found.half_width) and blank(found.p) and blank(found.effect)
@@ -42,7 +42,7 @@ def test_two_pairs_have_a_range_and_neither_an_interval_nor_a_test():
     assert (one.mean, one.n) == (-2, 1) and blank(one.low) and none.n == 0 and blank(none.mean)
 
 
-def test_equal_differences_have_no_test_though_rounding_makes_them_differ():
+def test_differences_equal_up_to_rounding_have_no_test():
     ours = {seed: 100 * value for seed, value in enumerate([0.55, 0.57, 0.97])}
     theirs = {seed: 100 * value for seed, value in enumerate([0.57, 0.59, 0.99])}
     differences = [ours[seed] - theirs[seed] for seed in ours]
@@ -54,7 +54,7 @@ def test_holm():
     # The sorted values give 0.01 * 4, 0.02 * 3 = 0.06, 0.03 * 2 = 0.06 and 0.04 * 1, which is raised to the value before it,
     # 0.06.
     assert holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.02}) == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.06, "d": 0.06})
-    # Missing values do not count, so the results are 0.3 * 2 and 0.9, and 2 * 0.7 is limited to 1.
+    # Missing values do not count, so the results are 0.3 * 2 and 0.9. In the last example, 0.7 * 2 is limited to 1.
     corrected = holm({"a": 0.3, "b": math.nan, "c": 0.9})
     assert corrected["a"] == pytest.approx(0.6) and corrected["c"] == pytest.approx(0.9) and blank(corrected["b"])
     assert holm({"a": 0.7, "b": 0.8}) == {"a": 1.0, "b": 1.0} and holm({}) == {}

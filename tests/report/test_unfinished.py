@@ -30,7 +30,7 @@ def table(out: Path) -> dict[str, dict[str, str]]:
     return {row["label"]: row for row in csv.DictReader((out / "report.csv").read_text().splitlines())}
 
 
-def test_a_run_without_result_has_its_place_in_the_row_of_its_group_and_in_no_mean(tmp_path):
+def test_run_without_result_is_excluded_from_mean(tmp_path):
     ended = write_run(tmp_path, "kp", 0, 0.9, metrics=[])
     begun = write_begun(tmp_path, "kp", 1, epochs=3)
     config = json.loads((begun / "config.yaml").read_text().split("\n", 1)[1])
@@ -47,7 +47,7 @@ def test_a_run_without_result_has_its_place_in_the_row_of_its_group_and_in_no_me
     assert table(tmp_path)["kp"]["status"] == "1 finished, 1 running"
 
 
-def test_a_row_without_any_result_is_there(tmp_path):
+def test_group_without_results_has_row(tmp_path):
     # Runs in the folder of a group share a row; without such a folder, runs that differ only in the seed share a row.
     write_begun(tmp_path, "kp", 0, 1, folder="kp-0123abcd/seed0", scale="short")
     for rule, seed, lr in (("fa", 0, 1), ("fa", 1, 1), ("fa", 2, 2)):
@@ -62,7 +62,7 @@ def test_a_row_without_any_result_is_there(tmp_path):
     ]
 
 
-def test_a_run_taken_up_again_is_running_and_a_finished_one_finished(tmp_path):
+def test_resumed_run_is_running_and_finished_run_stays_finished(tmp_path):
     taken_up = write_run(tmp_path, "fa", 0, 0.5, status="interrupted", error={"type": "KeyboardInterrupt", "message": ""})
     finished = write_run(tmp_path, "fa", 1, 0.9)
     with at_work(taken_up), at_work(finished):
@@ -73,7 +73,7 @@ def test_a_run_taken_up_again_is_running_and_a_finished_one_finished(tmp_path):
     assert table(tmp_path)["fa"]["unfinished"] == "1 of 2: seed 0 interrupted after 2 of 2 epochs, KeyboardInterrupt"
 
 
-def test_asking_for_the_lock_neither_makes_nor_keeps_it(tmp_path):
+def test_status_query_neither_creates_nor_holds_lock(tmp_path):
     assert current_status(tmp_path, {}) == "interrupted" and not (tmp_path / LOCK).exists()
     with at_work(tmp_path):
         assert current_status(tmp_path, {}) == "running"
@@ -83,7 +83,7 @@ def test_asking_for_the_lock_neither_makes_nor_keeps_it(tmp_path):
         pass
 
 
-def test_runs_that_a_sweep_announced_and_that_have_not_started_are_named(tmp_path, capsys):
+def test_runs_not_started_are_listed(tmp_path, capsys):
     write_group(tmp_path, "bp", [0.9], metrics=[])
     planned = [
         PlannedRun(tmp_path / "bp-0", "bp seed 0", 2),
@@ -100,7 +100,7 @@ def test_runs_that_a_sweep_announced_and_that_have_not_started_are_named(tmp_pat
     assert main([str(tmp_path)]) == 0 and "not started" not in (tmp_path / "report.md").read_text()
 
 
-def test_files_that_a_report_no_longer_has_go_and_others_stay(tmp_path):
+def test_obsolete_report_files_are_removed_and_others_unchanged(tmp_path):
     line = epoch_record(1, 0.5, {"weight_angle": {"fc2": 70.0}})
     write_group(tmp_path / "runs", "fa", [0.9], metrics=[line])
     other = write_run(tmp_path / "runs", "fa", 0, 0.9, dataset="mnist", group="fa-mnist", metrics=[line])
@@ -132,7 +132,7 @@ def test_files_that_a_report_no_longer_has_go_and_others_stay(tmp_path):
 # The list of a sweep's runs.
 
 
-def test_a_second_sweep_keeps_what_the_first_one_announced(tmp_path, monkeypatch):
+def test_second_sweep_keeps_runs_announced_by_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("outputs", "experiment")
     first = [PlannedRun(folder / "x" / "seed0", "x seed 0", 2), PlannedRun(folder / "y", "y seed 0", 3)]
@@ -157,7 +157,7 @@ def test_a_second_sweep_keeps_what_the_first_one_announced(tmp_path, monkeypatch
     assert [path.name for path in folder.iterdir()] == ["sweep.json"]
 
 
-def test_announced_runs_are_found_from_below_and_above(tmp_path):
+def test_planned_runs_are_found_from_parent_and_child_directories(tmp_path):
     write_sweep(tmp_path / "a", [], [PlannedRun(tmp_path / "a" / "b" / name / "seed0", name, 1) for name in ("kp", "fa")])
     for folder, want in (
         (tmp_path, ["kp", "fa"]),
@@ -171,7 +171,7 @@ def test_announced_runs_are_found_from_below_and_above(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"runs": [{}]}', '{"runs": [{"directory": "a", "label": "b", "epochs": "c"}]}'])
-def test_a_damaged_list_is_named_and_left_as_it_is(tmp_path, text):
+def test_damaged_sweep_file_is_reported_and_unchanged(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
     faults = []
     assert find_planned_runs([tmp_path], faults) == []
@@ -181,7 +181,7 @@ def test_a_damaged_list_is_named_and_left_as_it_is(tmp_path, text):
     assert (tmp_path / "sweep.json").read_text() == text
 
 
-def test_a_report_names_the_references_that_a_comparison_lacks(tmp_path):
+def test_missing_references_are_reported(tmp_path):
     no_floor = "missing: no run of frozen; add it to algorithm to see whether the rules beat this floor"
     no_bp = "missing: no run of bp; add it to algorithm to compare the rules with backpropagation"
 
@@ -214,7 +214,7 @@ def test_missing_references_are_listed_for_each_task(tmp_path):
     assert "missing: no run of frozen for set0, mlp and 2 other tasks; add it to algorithm" in text and "run of bp" not in text
 
 
-def test_missing_references_are_not_named_while_runs_have_not_started(tmp_path):
+def test_missing_references_are_not_reported_while_runs_are_pending(tmp_path):
     write_group(tmp_path, "bp", [0.9])
     write_group(tmp_path, "fa", [0.8])
     directory = tmp_path / "frozen" / "seed0"

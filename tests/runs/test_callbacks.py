@@ -35,7 +35,7 @@ def trainer(epochs: int = 3, stop: Any = None, **progress: Any) -> Any:
 
 @pytest.mark.parametrize("stopped", [None, {"reason": "enough", "callback": "c"}], ids=["to the end", "stopped"])
 @pytest.mark.parametrize(("probed", "angles"), [(5, OLD), (4, OLD), (5, None), (4, None), (None, None), (5, {})])
-def test_a_run_ends_with_the_angles_of_its_last_step(stopped: Any, probed: int | None, angles: Any) -> None:
+def test_fit_end_records_angles_of_last_step(stopped: Any, probed: int | None, angles: Any) -> None:
     """A run that is stopped records the angles as a measurement. A run that was resumed after its end has the angles only in its
     result."""
     recorded: list[Any] = []
@@ -61,7 +61,7 @@ def test_a_run_ends_with_the_angles_of_its_last_step(stopped: Any, probed: int |
         ("on_batches_end", 5, 1, 8, 5, False),
     ],
 )
-def test_when_angles_are_measured(hook: str, every: int, epoch: int, step: int, probed: int | None, measures: bool) -> None:
+def test_angle_measurement_schedule(hook: str, every: int, epoch: int, step: int, probed: int | None, measures: bool) -> None:
     of_run, recorded = trainer(epoch=epoch, step=step, probed=probed), []
     alignment = Alignment(SimpleNamespace(measure=lambda: NEW), every, lambda *values: recorded.append(values))  # type: ignore[arg-type]
     getattr(alignment, hook)(of_run)
@@ -69,7 +69,7 @@ def test_when_angles_are_measured(hook: str, every: int, epoch: int, step: int, 
     assert (of_run.progress.angles, of_run.progress.probed) == ((NEW, step) if measures else (None, probed))
 
 
-def test_histograms_of_every_so_many_steps_cost_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_histograms_do_not_count_as_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[set[str], int]] = []
     rule = fa_bench.attach(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "kp")
     times = iter([100.0, 103.0] * 4)
@@ -93,13 +93,13 @@ def test_histograms_of_every_so_many_steps_cost_no_training_time(monkeypatch: py
         (1, 1, None, True),
     ],
 )
-def test_checkpoints_of_every_so_many_epochs_and_of_the_last(every: int, epoch: int, stop: Any, saves: bool) -> None:
+def test_checkpoints_follow_epoch_interval_and_include_last(every: int, epoch: int, stop: Any, saves: bool) -> None:
     saved: list[bool] = []
     Checkpoints(lambda: saved.append(True), every, 0.0).on_epoch_end(trainer(stop=stop, epoch=epoch), {})
     assert saved == [True] * saves
 
 
-def test_minutes_count_from_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_minutes_count_from_last_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint may have been saved within an epoch or at its end."""
     saved, now = [], [0.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
@@ -116,7 +116,7 @@ def test_minutes_count_from_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch)
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, times: list[float], epoch: int = 0, **options: Any) -> tuple[Display, list[Any]]:
-    """A display without a terminal, and its log lines with their levels; the epochs after `epoch` end at `times`."""
+    """A display whose run has had epochs after `epoch` that ended at `times`, and the lines that it logged, with their levels."""
     now, lines = [0.0], []
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(callbacks.log, "log", lambda level, text, *values: lines.append((level, text % values)))
@@ -130,14 +130,14 @@ def shown(monkeypatch: pytest.MonkeyPatch, times: list[float], epoch: int = 0, *
     return display, lines
 
 
-def test_lines_without_a_terminal_come_first_last_and_after_some_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines_without_terminal_are_throttled(monkeypatch: pytest.MonkeyPatch) -> None:
     display, lines = shown(monkeypatch, [0.0, LINE_EVERY - 1, LINE_EVERY, LINE_EVERY + 1])
     display.close()
     assert [level for level, _ in lines] == [logging.INFO, logging.DEBUG, logging.INFO, logging.INFO]
     assert lines[0][1] == "fa epoch 1/4  train loss 1.0000  test 25.00%"
 
 
-def test_a_later_run_of_a_sweep_has_one_line_unless_it_takes_some_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_sweep_run_logs_one_line_unless_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     def said(times: list[float]) -> list[str]:
         _, lines = shown(monkeypatch, times, later_epochs=8, brief=True)
         return [text.split("  ")[0] for level, text in lines if level == logging.INFO]
@@ -151,7 +151,7 @@ def test_a_later_run_of_a_sweep_has_one_line_unless_it_takes_some_seconds(monkey
     ]
 
 
-def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_counts_steps_of_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a resume, the bar starts at the number of steps that are already done."""
     made: list[dict[str, Any]] = []
 
@@ -175,14 +175,14 @@ def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPat
     bar: Any = display._bar
     assert (made[0]["total"], made[0]["initial"], made[0]["desc"], made[0]["disable"]) == (16, 4, "fa", None)
     assert bar.steps == 2 and bar.text == "train loss 1.0000  test 25.00%"
-    assert {level for level, _ in lines} == {logging.DEBUG}, "the bar shows the same numbers"
+    assert {level for level, _ in lines} == {logging.DEBUG}, "a line repeats the numbers of the bar"
     display.close()
     assert bar.closed
     Display("fa", 0).close()
 
 
 class Values(nn.Module):
-    """A model with parameters that claim to be on the given device."""
+    """A model with a parameter that claims to be on the given device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Values(nn.Module):
     ],
 )
 @pytest.mark.parametrize("proceed", [False, True])
-def test_losses_are_checked_at_every_step_or_seldom(
+def test_loss_check_interval_per_device(
     device: str, step: int, looks: bool, proceed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On an accelerator, a check waits for the device, so checks are rare. Only the first divergence is recorded."""

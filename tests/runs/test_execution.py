@@ -73,7 +73,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @needs_compiler
 @pytest.mark.parametrize("algorithm", ["kp", "dkp", "drtp", "brsf", "predsim"])
-def test_a_compiled_run_has_the_same_results(algorithm: str, tmp_path: Path, traced: list[tuple[int, ...]]) -> None:
+def test_compiled_run_has_same_results(algorithm: str, tmp_path: Path, traced: list[tuple[int, ...]]) -> None:
     """Neither measuring angles between steps nor training on the smaller last batch uses the graph or compiles another one."""
     plain = trained(tmp_path / "plain", f"algorithm={algorithm}")
     assert not traced
@@ -95,7 +95,7 @@ def test_micro_batches_of_both_sizes_are_compiled(tmp_path: Path, traced: list[t
 
 
 @needs_compiler
-def test_compiled_models_draw_the_same_dropout_and_repeat_bit_for_bit() -> None:
+def test_compiled_model_has_same_dropout_and_is_deterministic() -> None:
     """With PyTorch's own compiler, fused kernels round in a different order, which causes relative errors of about 1e-7."""
     if execution._no_compiler():
         pytest.skip("no C++ compiler")
@@ -115,7 +115,7 @@ def test_compiled_models_draw_the_same_dropout_and_repeat_bit_for_bit() -> None:
     assert torch.allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
 
 
-def test_bf16_computes_in_half_precision_and_keeps_weights_and_metrics_in_single(tmp_path: Path) -> None:
+def test_bf16_keeps_weights_in_fp32(tmp_path: Path) -> None:
     plain, half = (trained(tmp_path / precision, "algorithm=kp", f"precision={precision}") for precision in ("fp32", "bf16"))
     assert half["weights_hash"] != plain["weights_hash"] and half["initial_weights_hash"] == plain["initial_weights_hash"]
     # bf16 has a precision of 8 bits, so errors of about 1 % are expected.
@@ -128,7 +128,7 @@ def test_bf16_computes_in_half_precision_and_keeps_weights_and_metrics_in_single
     assert {tensor.dtype for tensor in checkpoint["model"].values() if tensor.is_floating_point()} == {torch.float32}
 
 
-def test_channels_last_changes_the_memory_format_of_weights_and_feedback_alone() -> None:
+def test_channels_last_changes_only_memory_format() -> None:
     plain = torch.nn.Conv2d(3, 4, 3)
     assert state_hash(Execution(RunOptions(channels_last=True), CPU).placed(copy.deepcopy(plain)).state_dict()) == state_hash(
         plain.state_dict()
@@ -146,17 +146,17 @@ def test_channels_last_changes_the_memory_format_of_weights_and_feedback_alone()
         ({"graphs": True, "compile": True}, "graphs=true: .* cpu"),
     ],
 )
-def test_what_a_device_does_not_have_is_refused(options: dict[str, Any], message: str) -> None:
+def test_options_unsupported_by_device_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Execution(RunOptions(**options), CPU)
 
 
-def test_graphs_need_compiled_code() -> None:
+def test_graphs_require_compile() -> None:
     with pytest.raises(ConfigError, match="graphs=true needs compile=true"):
         Execution(RunOptions(graphs=True), torch.device("cuda"))
 
 
-def test_compile_without_a_compiler_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_without_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "too_old_to_compile", lambda: "")
     monkeypatch.setattr(execution, "_no_compiler", lambda: "no g++ here")
     with pytest.raises(ConfigError, match=r"compile=true needs a C.* compiler.*no g\+\+ here.*compile=false"):
@@ -166,7 +166,7 @@ def test_compile_without_a_compiler_is_refused_before_training(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("version", "refused"), [("2.12.1+cpu", True), ("2.13.0", False), ("3.0.0a0+git1", False), ("1.14", True)]
 )
-def test_a_torch_that_cannot_compile_every_rule_is_refused(version: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_requires_recent_torch(version: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "_no_compiler", lambda: "")
     monkeypatch.setattr(torch, "__version__", version)
     message = r"compile=true: torch .* needs 2\.13 or later.*compile=false"
@@ -185,7 +185,7 @@ def test_a_torch_that_cannot_compile_every_rule_is_refused(version: str, refused
         (torch.nn.Conv2d(1, 1, 1), "cpu", 9999, "none", False),
     ],
 )
-def test_auto_compiles_where_that_was_measured_to_pay(
+def test_compile_auto_follows_measured_benefit(
     model: torch.nn.Module,
     device: str,
     steps: int,
@@ -202,20 +202,20 @@ def test_auto_compiles_where_that_was_measured_to_pay(
     assert "compile=auto: off (not measured on meta)" in caplog.text
 
 
-def test_auto_stores_channels_last_for_convolutions_on_a_cpu() -> None:
+def test_auto_uses_channels_last_for_convolutions_on_cpu() -> None:
     for layer, wanted in ((torch.nn.Conv2d(3, 4, 3), True), (torch.nn.Linear(3, 4), False)):
         chosen = Execution(RunOptions(channels_last="auto"), CPU)
         chosen.placed(layer)
         assert chosen._channels_last is wanted
 
 
-def test_tf32_holds_for_products_of_training_only() -> None:
+def test_tf32_is_limited_to_context() -> None:
     with execution._tf32():
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_remaining_time_excludes_compilation(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Only compilation since the run was resumed is subtracted, not earlier compilation."""
     progress, clock = Progress(compile_seconds=20.0), iter([0.0, 100.0])
     trainer: Any = SimpleNamespace(
@@ -231,7 +231,7 @@ def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, c
     assert "30 s per epoch; about 2 min remaining" in caplog.text  # 30 s for each of four epochs
 
 
-def test_a_rule_that_runs_the_model_again_is_not_compiled(
+def test_rule_with_second_forward_pass_is_not_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """compile=true is refused before training. With compile=auto, the run explains why it is not compiled although compilation
@@ -246,7 +246,7 @@ def test_a_rule_that_runs_the_model_again_is_not_compiled(
     assert "compile=auto: off (the rule runs the model again)" in log
 
 
-def test_scores_are_those_of_what_the_rule_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_uses_predict_of_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only evaluations use the prediction; the training loss is computed from the model's output."""
     rule = ALGORITHMS["forward_forward"]
     monkeypatch.setattr(rule, "predict", lambda self, x: torch.zeros(len(x), 10))

@@ -22,7 +22,7 @@ def net() -> nn.Sequential:
     ],
 )
 @pytest.mark.parametrize("fails", [False, True])
-def test_every_module_gets_its_own_mode_back(root: bool, others: dict[str, bool], fails: bool) -> None:
+def test_module_training_modes_are_restored(root: bool, others: dict[str, bool], fails: bool) -> None:
     model = net().train(root)
     for path, mode in others.items():
         model.get_submodule(path).training = mode

@@ -128,7 +128,7 @@ def evaluate_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]
 
 
 def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> list[dict[str, Any]]:
-    """Train in the same way without the package's loop and optimizers."""
+    """Train in the same way without the package's loop and optimizers, and return the metrics of every epoch."""
     optimizer = torch.optim.SGD(trained(rule), lr=LR, momentum=MOMENTUM, foreach=False)
     lines = []
     rule.model.train()
@@ -166,7 +166,7 @@ def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> lis
     ],
     ids=["bp", "kp", "pfa", "wm", "drtp", "f3"],
 )
-def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], drop_last: bool) -> None:
+def test_loop_matches_handwritten_reference(name: str, options: dict[str, Any], drop_last: bool) -> None:
     """Both loops have the same first-epoch decay, schedule, order of calls, handling of a smaller last batch, and evaluation
     mode."""
     splits, epochs = load(), 3
@@ -185,7 +185,7 @@ def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], dro
 
 
 @pytest.mark.parametrize(("name", "options"), [("bp", {}), ("kp", {}), ("drtp", {"cuts": ["act"]}), F3])
-def test_parts_of_a_batch_count_by_their_numbers_of_images(name: str, options: dict[str, Any]) -> None:
+def test_micro_batches_are_weighted_by_size(name: str, options: dict[str, Any]) -> None:
     """A batch of 16 images is split into parts of 6, 5 and 5 images, and a batch of 8 into parts of 3, 3 and 2. Without
     normalisation, the parts train like the whole batch.
 
@@ -210,7 +210,7 @@ def test_parts_of_a_batch_count_by_their_numbers_of_images(name: str, options: d
         (12, 2 * [*4 * [2], *8 * [1]] + 8 * [1]),
     ],
 )
-def test_a_batch_is_split_into_as_many_parts_as_it_has_images_at_most(accumulate: int, sizes: list[int]) -> None:
+def test_accumulate_is_limited_to_batch_size(accumulate: int, sizes: list[int]) -> None:
     seen: list[int] = []
 
     class Watch(Callback):
@@ -251,7 +251,7 @@ def test_measuring_angles_changes_no_number(name: str) -> None:
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0)
 
 
-def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_epoch_is_first_with_best_validation_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([(0.5, 0.1), (0.7, 0.2), (0.7, 0.9), (0.6, 0.8)])
     splits, progress = load(), []
 
@@ -265,7 +265,7 @@ def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: py
     assert (progress[-1].best_epoch, progress[-1].best_val, progress[-1].test_at_best) == (2, 0.7, 0.2)
 
 
-def test_a_score_that_is_not_finite_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonfinite_score_is_never_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """An overflow, for example, makes a perplexity infinite or NaN. An epoch with such a score must neither be the best one nor
     prevent later epochs from becoming the best."""
     of_epochs = iter([float("nan"), float("-inf"), 0.5, float("inf"), 0.4])
@@ -282,7 +282,7 @@ def test_a_score_that_is_not_finite_is_not_the_best(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_evaluation_has_the_precision_of_training(precision: str, dtype: torch.dtype) -> None:
+def test_evaluation_uses_training_precision(precision: str, dtype: torch.dtype) -> None:
     """Only evaluations run without gradients, which is how the test recognises them."""
     model, seen = make_model(), set()
     rule = fa_bench.attach(model, "bp")
@@ -291,13 +291,13 @@ def test_evaluation_has_the_precision_of_training(precision: str, dtype: torch.d
     assert seen == {dtype}
 
 
-def test_epoch_records_angles_only_if_it_measured_some() -> None:
+def test_epoch_records_angles_only_if_measured() -> None:
     """An epoch has three steps. Angles are measured at steps 5, 10 and 15, in epochs 2, 4 and 5, and always in the last epoch."""
     lines = fit(fa_bench.attach(make_model(), "bp"), load(), 6, probe_every=5)
     assert [line["angles"] is not None for line in lines] == [False, True, False, True, True, True]
 
 
-def test_hash_of_the_batches_is_that_of_the_first_one_of_every_epoch() -> None:
+def test_batches_hash_covers_first_batch_of_each_epoch() -> None:
     splits, seen = load(), []
     fit(fa_bench.attach(make_model(), "bp"), splits, 2, on_step=lambda progress: seen.append(progress.batches_hash))
     want = [""]
@@ -306,7 +306,7 @@ def test_hash_of_the_batches_is_that_of_the_first_one_of_every_epoch() -> None:
     assert seen == [want[1]] * 3 + [want[2]] * 3
 
 
-def test_processes_are_told_the_number_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_begin_step_receives_global_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are counted from the start of the run, so dropout does not repeat itself in another epoch."""
     seen = []
     monkeypatch.setattr(World, "begin_step", lambda world, seed, step: seen.append((seed, step)))
@@ -315,7 +315,7 @@ def test_processes_are_told_the_number_of_every_step(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("is_external", [False, True])
-def test_the_first_request_to_stop_holds(is_external: bool) -> None:
+def test_first_stop_request_wins(is_external: bool) -> None:
     class Twice(Callback):
         def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
             trainer.stop("first")
@@ -331,7 +331,7 @@ def test_the_first_request_to_stop_holds(is_external: bool) -> None:
 
 
 @pytest.mark.parametrize(("drop_last", "steps"), [(False, 12), (True, 8)])
-def test_whether_compilation_pays_is_judged_by_the_steps_of_the_whole_run(drop_last: bool, steps: int) -> None:
+def test_compilation_decision_uses_steps_of_whole_run(drop_last: bool, steps: int) -> None:
     given = []
 
     class Judged(Execution):
@@ -344,21 +344,21 @@ def test_whether_compilation_pays_is_judged_by_the_steps_of_the_whole_run(drop_l
     assert given == [(steps, 1, True)]
 
 
-def test_gradients_are_seen_before_they_are_clipped() -> None:
+def test_gradient_callbacks_run_before_clipping() -> None:
     rule, seen = fa_bench.attach(make_model(), "fa"), []
     weight: Any = rule.model.get_submodule("fc1").weight
     fit(rule, load(), 1, clip_norm=1e-6, on_gradients=lambda step: seen.append(weight.grad.norm().item()))
     assert len(seen) == 3 and min(seen) > 1e-4
 
 
-def test_rules_are_told_every_epoch_by_its_number_from_zero() -> None:
+def test_begin_epoch_receives_zero_based_epoch() -> None:
     rule, epochs = fa_bench.attach(make_model(), "fa"), []
     rule.begin_epoch = epochs.append  # type: ignore[method-assign]
     fit(rule, load(), 2)
     assert epochs == [0, 1]
 
 
-def test_histograms_see_the_gradients_of_the_step_before_its_update() -> None:
+def test_gradient_callbacks_run_before_update() -> None:
     rule = fa_bench.attach(make_model(), "kp", seed=1)
     weight = rule.model.fc1.weight
     seen, after = [], {0: weight.detach().clone()}
@@ -372,7 +372,7 @@ def test_histograms_see_the_gradients_of_the_step_before_its_update() -> None:
 
 
 @pytest.mark.parametrize("kind", ["weight", "feedback"])
-def test_number_that_the_last_step_made_infinite_is_a_divergence(kind: str) -> None:
+def test_nonfinite_tensor_after_last_step_is_divergence(kind: str) -> None:
     """The last step makes a number infinite, which no later loss can reveal."""
     rule = fa_bench.attach(make_model(), "kp", seed=1)
     tensor = rule.model.fc2.weight if kind == "weight" else rule.feedback["fc2"]["B"]
@@ -387,7 +387,7 @@ def test_number_that_the_last_step_made_infinite_is_a_divergence(kind: str) -> N
     assert caught.value.layer is not None and caught.value.layer.startswith("fc2.")
 
 
-def test_looking_for_the_first_infinite_output_changes_nothing() -> None:
+def test_nonfinite_search_does_not_change_model() -> None:
     model = make_model(0.5)
     with torch.no_grad():
         model.fc1.bias[0] = float("nan")
@@ -410,7 +410,7 @@ def test_evaluation_averages_over_images_and_not_over_batches() -> None:
     assert not model.training and loop.evaluate(model.train(), CrossEntropy(), split, BATCH) and model.training
 
 
-def test_angles_are_measured_once_for_a_step() -> None:
+def test_angles_are_measured_once_per_step() -> None:
     """An epoch has three batches. The angles after the last batch are those at the end, which are not measured twice."""
     for every, steps in ((3, [0, 3, 6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6]), (0, [6])):
         measured: list[int] = []
@@ -424,19 +424,19 @@ def test_angles_are_measured_once_for_a_step() -> None:
         assert measured == steps
 
 
-def test_an_evaluation_may_be_left_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ten test images form three batches of four. With batches of 16, a training epoch evaluates one batch for validation and
-    one for testing."""
+def test_evaluation_calls_on_wait_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ten test images form three batches of at most four. With batches of 16, a training epoch evaluates one batch for
+    validation and one for testing."""
     monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 1)
     waits: list[None] = []
     evaluated = loop.evaluate(make_model(), CrossEntropy(), load().test, 4, lambda: waits.append(None))
     assert len(waits) == 3 and evaluated == loop.evaluate(make_model(), CrossEntropy(), load().test, 4)
     waits.clear()
     fit(fa_bench.attach(make_model(), "bp"), load(), 1, on_wait=lambda: waits.append(None))
-    assert len(waits) == 2, "batches of 16 here"
+    assert len(waits) == 2, "expected one batch for validation and one for testing"
 
 
-def test_a_weight_that_is_not_finite_is_named_before_feedback_in_the_models_order() -> None:
+def test_nonfinite_weight_is_reported_before_feedback() -> None:
     for spoiled, named in ((("fc1", "fc2"), "fc1.weight"), (("fc2",), "fc2.weight")):
         rule = fa_bench.attach(make_model(), "kp", seed=1)
 
@@ -450,7 +450,7 @@ def test_a_weight_that_is_not_finite_is_named_before_feedback_in_the_models_orde
         assert caught.value.layer == named
 
 
-def test_test_accuracy_at_the_best_epoch_is_that_of_this_epoch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_test_at_best_ignores_other_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test accuracies of other epochs make no difference."""
     of_epochs = iter([(0.5, 0.9), (0.7, 0.2), (0.6, 0.8)])
     splits, progress, now = load(), [], [(0.0, 0.0)]

@@ -68,7 +68,7 @@ def test_automatic_interval(probe_every: int | None, total: int, interval: int) 
     assert probe_interval(probe_every, total) == interval
 
 
-def test_every_run_is_measured_at_least_twenty_times_if_it_has_as_many_steps() -> None:
+def test_automatic_interval_gives_twenty_to_forty_measurements() -> None:
     for total in range(20, 3000):
         assert total // probe_interval(None, total) in range(20, 41)
 
@@ -81,7 +81,7 @@ def test_every_run_is_measured_at_least_twenty_times_if_it_has_as_many_steps() -
         ([], [*range(13)]),
     ],
 )
-def test_record_of_every_measurement(words: list[str], measured: list[int]) -> None:
+def test_every_measurement_is_recorded(words: list[str], measured: list[int]) -> None:
     assert main([*RUN, *words]) == 0
     lines, result = read_measurements(Path("run", ANGLES)), json.loads(Path("run", RESULT).read_text())
     assert [line["step"] for line in lines] == measured
@@ -96,7 +96,7 @@ def test_only_the_chosen_metrics_are_measured() -> None:
     assert {key for line in read_measurements(Path("run", ANGLES)) for key in line["angles"]} == {"weight_angle"}
 
 
-def test_measuring_is_no_training_time(monkeypatch: Patch) -> None:
+def test_measuring_does_not_count_as_training_time(monkeypatch: Patch) -> None:
     now = [0.0]
     measure = AlignmentMeter.measure
 
@@ -123,7 +123,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_record_is_named_and_the_run_restarts(kind: str, monkeypatch: Patch, capsys: Capture) -> None:
+def test_damaged_record_is_reported_and_run_restarts(kind: str, monkeypatch: Patch, capsys: Capture) -> None:
     damage, said = DAMAGE[kind]
     stopped(RUN, monkeypatch)
     path = Path("run", ANGLES)
@@ -136,7 +136,7 @@ def test_a_damaged_record_is_named_and_the_run_restarts(kind: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("damage", [None, lambda text: text[: text[:-1].rindex("\n") + 1], lambda text: text[:-20]])
-def test_a_finished_run_without_its_whole_record_is_trained_again(damage: Any, capsys: Capture) -> None:
+def test_finished_run_with_incomplete_record_is_retrained(damage: Any, capsys: Capture) -> None:
     assert main(RUN) == 0
     path = Path("run", ANGLES)
     whole = path.read_bytes()
@@ -149,7 +149,7 @@ def test_a_finished_run_without_its_whole_record_is_trained_again(damage: Any, c
 
 
 @pytest.mark.parametrize("step", [5, 8, 12])  # within an epoch, at its end, and in the last one
-def test_record_of_a_resumed_run_is_that_of_an_uninterrupted_one(step: int, monkeypatch: Patch) -> None:
+def test_resumed_record_matches_uninterrupted_run(step: int, monkeypatch: Patch) -> None:
     """Lines that were written after the checkpoint, for example before the process was killed, are dropped."""
     command = [*RUN, "probe_every=5"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
@@ -160,7 +160,7 @@ def test_record_of_a_resumed_run_is_that_of_an_uninterrupted_one(step: int, monk
     assert main(command) == 0 and path.read_bytes() == Path("whole", ANGLES).read_bytes()
 
 
-def test_a_checkpoint_within_an_epoch_comes_after_the_measurements_that_it_counts(monkeypatch: Patch) -> None:
+def test_measurements_are_recorded_before_checkpoint(monkeypatch: Patch) -> None:
     """The record is written first, so that a kill at any later time leaves a record that the run can continue."""
     save, found = checkpoint.save, []
 
@@ -187,7 +187,7 @@ LINE = {"step": 3, "epoch": 0.5, "angles": {"weight_angle": {"fc1": 90.0, "fc2":
         ({"angles": [1]}, "angles=[1]"),
     ],
 )
-def test_a_forged_measurement_is_named(change: dict[str, Any], said: str) -> None:
+def test_malformed_measurement_is_reported(change: dict[str, Any], said: str) -> None:
     path = Path(ANGLES)
     path.write_text(f"{json.dumps(LINE | {'step': 1})}\n{json.dumps(LINE | change)}\n")
     with pytest.raises(RecordError) as caught:
@@ -196,7 +196,7 @@ def test_a_forged_measurement_is_named(change: dict[str, Any], said: str) -> Non
 
 
 @pytest.mark.parametrize("line", ["7", "[]", "{", '{"step": 1}'])
-def test_a_line_that_is_no_measurement_is_named(line: str) -> None:
+def test_non_measurement_line_is_reported(line: str) -> None:
     Path(ANGLES).write_text(f"{line}\n")
     with pytest.raises(RecordError, match=rf"{ANGLES}: line 1 is not a measurement"):
         read_measurements(Path(ANGLES))

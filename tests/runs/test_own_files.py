@@ -77,7 +77,7 @@ def refused(command: list[str], capsys: Capture) -> str:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_folder_with_anything_foreign_in_it_is_refused_and_left_as_it_is(name: str, capsys: Capture) -> None:
+def test_directory_with_foreign_file_is_refused_and_unchanged(name: str, capsys: Capture) -> None:
     put(name)
     shown = name if name.startswith("checkpoints/") else name.split("/")[0]
     said = refused(RUN, capsys)
@@ -85,7 +85,7 @@ def test_a_folder_with_anything_foreign_in_it_is_refused_and_left_as_it_is(name:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_files_in_a_run_of_ones_own_are_named_by_single_runs_and_sweeps(name: str, capsys: Capture) -> None:
+def test_foreign_file_in_own_run_is_refused(name: str, capsys: Capture) -> None:
     assert main([*COMMON, "output_dir=o"]) == 0
     (place,) = [path.parent for path in Path("o").rglob(RESULT)]
     for path in place.iterdir():
@@ -97,14 +97,14 @@ def test_foreign_files_in_a_run_of_ones_own_are_named_by_single_runs_and_sweeps(
 
 
 @pytest.mark.parametrize("name", [LOG, event_files.EVENTS, *ownership.TEMPORARIES, ownership.HOLDER])
-def test_a_name_that_runs_use_makes_no_run_without_its_config(name: str, capsys: Capture) -> None:
+def test_own_file_name_without_config_is_not_run(name: str, capsys: Capture) -> None:
     put(name)
     for command in (RUN, [*RUN, "resume=false"], ["-m", *COMMON, "hydra.sweep.dir=run", "hydra.sweep.subdir=."]):
         assert f"run: contains '{name}'" in refused(command, capsys)
 
 
 @pytest.mark.parametrize("text", ["", '{"pid": 1}'])
-def test_a_start_that_was_killed_before_it_wrote_the_config_is_started_again(text: str) -> None:
+def test_start_killed_before_writing_config_is_restarted(text: str) -> None:
     put(ownership.LOCK, "")
     for name in (ownership.HOLDER, f".{ownership.HOLDER}.tmp"):
         put(name, text)
@@ -112,23 +112,23 @@ def test_a_start_that_was_killed_before_it_wrote_the_config_is_started_again(tex
     assert main(RUN) == 0 and not list(Path("run").glob(".*holder*")) and not list(Path("run").glob("*.tmp"))
 
 
-def test_a_working_directory_with_files_is_no_run_directory(capsys: Capture) -> None:
+def test_working_directory_with_files_is_refused(capsys: Capture) -> None:
     put("../notes/deep/.draft.tmp")
     assert "contains 'notes'" in refused([*COMMON, "hydra.run.dir=."], capsys)
 
 
-def test_what_others_put_there_unasked_stays(capsys: Capture) -> None:
+def test_known_harmless_foreign_files_are_unchanged(capsys: Capture) -> None:
     kept = [put(name) for name in (".DS_Store", ".hydra/config.yaml", "cli.log", "report.md", "report_curves-a.png")]
     for extra in ([], ["resume=true"], ["resume=false"]):
         assert main([*RUN, *extra]) == 0 and all(path.read_text() == "mine" for path in kept)
 
 
-def test_hydras_own_records_and_log_do_not_hinder_a_run() -> None:
+def test_hydra_records_and_log_do_not_block_run() -> None:
     command = [*RUN, "hydra.output_subdir=.hydra", "hydra/job_logging=default"]
     assert main(command) == 0 and main([*command, "resume=false"]) == 0 and Path("run/.hydra/config.yaml").exists()
 
 
-def test_starting_anew_removes_the_runs_own_files_alone(monkeypatch: Patch) -> None:
+def test_restart_removes_only_own_files(monkeypatch: Patch) -> None:
     assert main(RUN) == 0
     left = [
         put(f"{folder}{name}")
@@ -160,7 +160,7 @@ def test_starting_anew_removes_the_runs_own_files_alone(monkeypatch: Patch) -> N
     ],
 )
 @pytest.mark.parametrize("resume", ["true", "false"])
-def test_nothing_is_opened_or_removed_through_a_link(name: str, resume: str, tmp_path: Path, capsys: Capture) -> None:
+def test_links_are_not_followed(name: str, resume: str, tmp_path: Path, capsys: Capture) -> None:
     assert main(RUN) == 0
     link = next(Path("run").glob("events.out.*")) if name == "events" else Path("run", name)
     elsewhere = Path("elsewhere")
@@ -171,7 +171,7 @@ def test_nothing_is_opened_or_removed_through_a_link(name: str, resume: str, tmp
     assert "a link" in said
 
 
-def test_links_that_lead_nowhere_and_pipes_are_refused(capsys: Capture) -> None:
+def test_dangling_links_and_pipes_are_refused(capsys: Capture) -> None:
     Path("run").mkdir()
     Path("run", LOG).symlink_to("nowhere")
     assert "run.log: a link" in refused(RUN, capsys)
@@ -180,7 +180,7 @@ def test_links_that_lead_nowhere_and_pipes_are_refused(capsys: Capture) -> None:
     assert "run.log: not a file" in refused(RUN, capsys)
 
 
-def test_a_lock_that_is_somebodys_file_is_not_emptied(capsys: Capture) -> None:
+def test_foreign_lock_file_is_not_truncated(capsys: Capture) -> None:
     put(ownership.LOCK, "their text")
     assert ".lock: not a lock file" in refused(RUN, capsys)
     put(ownership.LOCK, "")
@@ -189,7 +189,7 @@ def test_a_lock_that_is_somebodys_file_is_not_emptied(capsys: Capture) -> None:
     assert ".lock: not a lock file" in refused(RUN, capsys)
 
 
-def test_a_copy_made_of_hard_links_stays_as_it_was() -> None:
+def test_hard_linked_copy_is_unchanged() -> None:
     assert main([*RUN, "epochs=2"]) == 0
     for path in [path for path in Path("run").rglob("*") if path.is_file()]:
         copy = Path("copy", path.relative_to("run"))
@@ -201,7 +201,7 @@ def test_a_copy_made_of_hard_links_stays_as_it_was() -> None:
     assert main([*RUN, "epochs=2", "resume=false"]) == 0 and bytes_below("copy") == before
 
 
-def test_a_record_of_events_that_names_other_files_removes_none_of_them(capsys: Capture) -> None:
+def test_forged_event_record_removes_no_other_files(capsys: Capture) -> None:
     assert main(RUN) == 0
     outside, beside = put("../outside"), Path("run", LOG)
     own = event_files.recorded_events(Path("run"))
@@ -214,7 +214,7 @@ def test_a_record_of_events_that_names_other_files_removes_none_of_them(capsys: 
 @pytest.mark.parametrize(
     ("multirun", "key"), [(False, "output_dir"), (False, "hydra.run.dir"), (True, "output_dir"), (True, "hydra.sweep.dir")]
 )
-def test_the_root_is_refused(place: str, multirun: bool, key: str) -> None:
+def test_root_directory_is_refused(place: str, multirun: bool, key: str) -> None:
     """No command is executed; only the jobs are checked, which writes nothing."""
     Path("up").symlink_to("/")
     composer = Composer("config", None, [*COMMON, f"{key}={place}"])
@@ -224,16 +224,16 @@ def test_the_root_is_refused(place: str, multirun: bool, key: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["output_dir=''", "output_dir=", "output_dir='  '", "hydra.run.dir=''"])
-def test_an_empty_folder_name_is_refused(option: str, capsys: Capture) -> None:
+def test_empty_directory_name_is_refused(option: str, capsys: Capture) -> None:
     assert "is empty; name a folder, such as outputs" in refused([*COMMON, option], capsys)
 
 
 @pytest.mark.parametrize("option", ["output_dir=''", "output_dir=null", "hydra.sweep.dir=''"])
-def test_an_empty_folder_name_is_refused_in_sweeps(option: str, capsys: Capture) -> None:
+def test_sweep_refuses_empty_directory_name(option: str, capsys: Capture) -> None:
     assert option.split("=")[0] in refused(["-m", *COMMON, option], capsys)
 
 
-def test_a_sweep_json_of_others_is_left_as_it_is_and_what_a_kill_left_of_ones_own_goes(tmp_path: Path, capsys: Capture) -> None:
+def test_sweep_keeps_foreign_record_and_removes_own_temporary_file(tmp_path: Path, capsys: Capture) -> None:
     sweep = ["-m", *COMMON, "seed=0,1", "output_dir=out"]
     assert main(sweep) == 0
     (record,) = Path("out").rglob("sweep.json")

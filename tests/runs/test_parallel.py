@@ -71,7 +71,7 @@ class MyStop(Callback):
             trainer.stop("enough")
 """
 #: Rules in which each process has its own noise, or in which a difference of losses is divided by 2e-3, which multiplies rounding
-#: by 500.
+#: errors by 500.
 NOISY = ("node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "ddtp_linear", "ldrl", "dfc")
 CASES: dict[str, list[str]] = {
     **{rule: [*MLP, f"algorithm={rule}", *OPTIONS.get(rule, [])] for rule in ALGORITHMS if rule not in NOISY},
@@ -254,9 +254,9 @@ def difference(one: str, two: str) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_train_as_one(name: str, inside: Any) -> None:
-    """The gradients are summed in a different order in float32, which changes them by 1e-7 per step. Later layers multiply this
-    by a small factor."""
+def test_two_processes_match_one(name: str, inside: Any) -> None:
+    """The gradients are summed in a different order in float32, which changes them by about 1e-7 per step; the tolerance also
+    allows for the growth of these differences."""
     of_case = inside[name]
     assert [of_case[number][0] for number in range(2)] == [0, 0], of_case
     assert main(command(name, "one")) == 0
@@ -278,7 +278,7 @@ def test_two_processes_train_as_one(name: str, inside: Any) -> None:
 
 @pytest.mark.parametrize("momentum", [None, 0.1, 0.4])
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
-def test_normalisation_over_all_samples_is_torchs_if_one_process_has_them_all(
+def test_synchronised_batch_norm_matches_torch_in_one_process(
     momentum: float | None, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
@@ -299,8 +299,9 @@ def test_normalisation_over_all_samples_is_torchs_if_one_process_has_them_all(
         torch.testing.assert_close(own.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-def test_what_makes_several_processes_differ_from_one_is_noted() -> None:
-    """Dropout in layers and attention is noted unless its rate is zero, and so are the rules' notes on data parallelism."""
+def test_differences_from_single_process_are_noted() -> None:
+    """Dropout is noted unless its rate is zero, and so is batch normalisation unless it is synchronised. The rules' own notes are
+    added."""
     notes = parallel.Processes(1, 2, 1, None).notes
     share = "2 processes share each batch"
     assert notes(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0), nn.LSTM(2, 2)), False, ("batches",)) == [share]
@@ -311,7 +312,7 @@ def test_what_makes_several_processes_differ_from_one_is_noted() -> None:
     assert "sync_batch_norm=true" in notes(nn.BatchNorm1d(2), False, ())[1]
 
 
-def test_random_numbers_differ_from_process_to_process_and_from_step_to_step() -> None:
+def test_random_numbers_differ_between_processes_and_steps() -> None:
     """Process 0 keeps torch's generator, because its state is in the checkpoints."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
@@ -324,17 +325,17 @@ def test_random_numbers_differ_from_process_to_process_and_from_step_to_step() -
     assert len(drawn) == len({*drawn.values(), 7}) - 1 == 6
 
 
-def test_batch_normalisation_of_each_process_differs_and_is_noted(inside: Any) -> None:
+def test_unsynchronised_batch_norm_differs_and_is_noted(inside: Any) -> None:
     assert [inside["statistics"][number][0] for number in range(2)] == [0, 0]
     log = Path("two/statistics/run.log").read_text()
     assert log.count("batch normalisation uses the statistics of each process's own samples") == 1
     assert "batch normalisation uses" not in Path("two/resnet20/run.log").read_text()
     assert main([*RESNET, "hydra.run.dir=one/statistics"]) == 0 and difference("one/statistics", "two/statistics") > 1e-3
-    # The option changes nothing in one process.
+    # Two processes with sync_batch_norm equal one process without it.
     assert difference("one/statistics", "two/resnet20") < 1e-5
 
 
-def test_all_processes_evaluate_by_the_statistics_that_are_saved(inside: Any) -> None:
+def test_all_processes_evaluate_with_saved_statistics(inside: Any) -> None:
     """All processes evaluate with the statistics of process 0, although each one trained with its own."""
     job = job_of(RESNET)
     parts = assemble(job, prepare(job))
@@ -345,7 +346,7 @@ def test_all_processes_evaluate_by_the_statistics_that_are_saved(inside: Any) ->
     assert found["loss"] == pytest.approx(last["test_loss"], rel=1e-5)
 
 
-def test_a_callback_in_one_process_stops_all(inside: Any) -> None:
+def test_callback_stop_in_one_process_stops_all(inside: Any) -> None:
     assert [inside["stop"][number][0] for number in range(2)] == [0, 0], inside["stop"]
     result = result_in("two/stop")
     assert (result["status"], result["epoch"], result["error"]["callback"]) == ("stopped", 1, "mystop")
@@ -359,7 +360,7 @@ def test_all_processes_diverge_together(inside: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", RESUMED)
-def test_one_process_then_two_then_one_is_one_run(rule: str, inside: Any) -> None:
+def test_resume_with_different_process_counts_matches_uninterrupted_run(rule: str, inside: Any) -> None:
     """The run is stopped within the second epoch. After a resume, a signal that only the second process gets stops the run within
     the same epoch again."""
     folder, of_both = f"resumed-{rule}", inside[f"resumed {rule}"]
@@ -379,7 +380,7 @@ def test_one_process_then_two_then_one_is_one_run(rule: str, inside: Any) -> Non
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_refused_before_training_in_one_line(words: tuple[str, ...], inside: Any) -> None:
+def test_unsupported_options_are_refused_before_training(words: tuple[str, ...], inside: Any) -> None:
     found = inside[" ".join(words)]
     assert [found[number][0] for number in range(2)] == [2, 2], found
     lines = (found[0][2] + found[1][2]).splitlines()
@@ -399,7 +400,7 @@ def test_sweeps_are_refused(words: list[str], monkeypatch: pytest.MonkeyPatch, t
 
 
 def workers_of(pid: int) -> dict[int, int]:
-    """The processes that torchrun has started, by rank."""
+    """The ids of the processes that torchrun has started, by rank."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, KeyError, ValueError):
@@ -409,7 +410,7 @@ def workers_of(pid: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
@@ -417,7 +418,7 @@ def workers_of(pid: int) -> dict[int, int]:
         ("terminate", "fa-bench: Interrupted. Checkpoint saved; rerun the same command to resume"),
     ],
 )
-def test_torchrun(kind: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_shuts_down_cleanly_and_resumes(kind: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = [*MLP, "epochs=100000", "hydra.run.dir=run"]
     started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "fa_bench", *words]

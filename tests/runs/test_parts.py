@@ -1,4 +1,4 @@
-"""Optimizers, models and the files of a run are tested separately."""
+"""The parts of a run, such as optimizers, models, the state of the process and hashes, are tested separately."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from fa_bench.utils.files import atomic, dump_json
 from fa_bench.utils.process import isolated, random_state, restore_random_state
 
 
-def test_decay_of_the_first_epoch() -> None:
+def test_first_epoch_weight_decay() -> None:
     rule = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp")
     optimizers = Optimizers(SGD(lr=0.1, weight_decay=0.01, first_epoch_weight_decay=0.5), rule, epochs=3)
     seen = []
@@ -59,7 +59,7 @@ def test_weights_and_learned_feedback_share_one_group() -> None:
     assert len(groups) == 1 and len(groups[0]["params"]) == 3
 
 
-def test_learning_rate_scale_and_optimizer_of_learned_feedback() -> None:
+def test_learning_rate_scale_and_feedback_optimizer() -> None:
     scaled = Optimizers(SGD(lr=0.2), fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp", b_lr_scale=0.5), 1)
     assert [group["lr"] for group in scaled.optimizers[0].param_groups] == [0.2, 0.1]
     own = Optimizers(SGD(), fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp"), 1, Adam(lr=0.3))
@@ -77,7 +77,7 @@ def settings_by_epoch(optimizers: Optimizers, epochs: int) -> list[list[tuple[fl
     return seen
 
 
-def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
+def test_weight_decay_and_schedules_of_weights_and_feedback() -> None:
     """Feedback with its own learning rate has the weights' schedule and decay. Feedback with its own optimizer has the schedule
     and decay of that optimizer."""
     slow, fast = (Step(step_size=size, gamma=0.5) for size in (2, 1))
@@ -97,7 +97,7 @@ def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
     ]
     plain = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp")
     alone = Optimizers(SGD(weight_decay=0.03), plain, 2, of_feedback)
-    assert [decay for ((_, decay), _) in settings_by_epoch(alone, 2)] == [0.03, 0.03], "not the feedback's first-epoch decay"
+    assert [decay for ((_, decay), _) in settings_by_epoch(alone, 2)] == [0.03, 0.03], "the feedback's decay was used"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_schedules(schedule: Schedule, expected: list[float]) -> None:
     assert seen == pytest.approx(expected)
 
 
-def test_kolen_pollack_shrinks_the_difference_as_its_recursion_says() -> None:
+def test_kolen_pollack_difference_follows_recursion() -> None:
     """With momentum m and coupled decay λ, the difference D = W - B follows v' = m v + λ D and D' = D - lr v', which do not
     contain gradients."""
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def test_kolen_pollack_shrinks_the_difference_as_its_recursion_says() -> None:
         (Conv2(), (1, 28, 28), 320 + 9248 + 2 * 64 + 6272 * 128 + 128 + 256 + 1290),
     ],
 )
-def test_models_have_the_published_sizes_and_name_their_cuts(model, shape, parameters: int) -> None:
+def test_models_have_published_sizes_and_all_cut_points(model, shape, parameters: int) -> None:
     net = model.build(shape, 10)
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert net(torch.randn(2, *shape)).shape == (2, 10)
@@ -158,13 +158,13 @@ def test_models_have_the_published_sizes_and_name_their_cuts(model, shape, param
     assert len(rule.feedback) == len(rule.coverage.covered) - 1
 
 
-def test_initialiser_of_weights() -> None:
+def test_weight_initialisation() -> None:
     net = MLP(init="xavier_uniform", widths=[300]).build((1, 10, 10), 10)
     bound = math.sqrt(6 / 400)
     assert 0.98 * bound < net.fc1.weight.abs().max() <= bound and not net.fc1.bias.any()
 
 
-def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
+def test_failed_atomic_write_keeps_old_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     with pytest.raises(RuntimeError), atomic(tmp_path / "a") as temporary:
         temporary.write_text("half")
@@ -172,11 +172,11 @@ def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_json_has_no_nan() -> None:
+def test_dump_json_replaces_nonfinite_numbers_with_null() -> None:
     assert json.loads(dump_json({"a": [float("nan"), 1.5], "b": float("inf")})) == {"a": [None, 1.5], "b": None}
 
 
-def test_options_name_what_is_allowed() -> None:
+def test_option_errors_describe_allowed_values() -> None:
     with pytest.raises(OptionError, match=r"schedule\.gamma=2\.0 is out of range"):
         SGD.from_mapping({"schedule": {"name": "step", "step_size": 1, "gamma": 2}})
     with pytest.raises(OptionError, match=r"nam: unknown option .* did you mean 'name'"):
@@ -200,8 +200,8 @@ def test_residual_net_without_shortcuts() -> None:
     assert changes[0] > 1e-3 and changes[1] == 0
 
 
-@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush")
-def test_a_run_computes_without_denormal_numbers() -> None:
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush denormal numbers")
+def test_run_flushes_denormals_and_restores_setting() -> None:
     """Denormal numbers, such as probabilities below 1e-38, would make arithmetic many times slower."""
     torch.set_flush_denormal(False)
     tiny = torch.full((8,), 1e-39)
@@ -211,7 +211,7 @@ def test_a_run_computes_without_denormal_numbers() -> None:
         with isolated():
             prepare(job)
             assert (tiny * 0.5 == 0).all()
-        assert (tiny * 0.5 != 0).all(), "as it was before the run"
+        assert (tiny * 0.5 != 0).all(), "the setting was not restored after the run"
         torch.set_flush_denormal(True)
         with isolated():
             pass
@@ -245,7 +245,7 @@ def process_state() -> dict[str, Any]:
     }
 
 
-def test_the_process_is_as_before_behind_a_run_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_state_is_restored_after_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All settings that a run, its model or a plugin has changed are restored, because the next run of a sweep starts in the same
     process."""
     monkeypatch.chdir(tmp_path)
@@ -275,7 +275,7 @@ def test_the_process_is_as_before_behind_a_run_that_failed(tmp_path: Path, monke
     assert [key for key in before if before[key] != after[key]] == []
 
 
-def test_warnings_of_what_is_not_deterministic_are_warnings_again_behind_a_run() -> None:
+def test_deterministic_warn_only_is_restored_after_run() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with isolated():
@@ -286,7 +286,7 @@ def test_warnings_of_what_is_not_deterministic_are_warnings_again_behind_a_run()
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_what_a_run_sets_before_it_begins(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_sets_process_state_independently_of_earlier_runs(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings do not depend on what an earlier run left in the process, and the same seed gives the same numbers."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     drawn = []
@@ -306,9 +306,9 @@ def test_what_a_run_sets_before_it_begins(deterministic: bool, monkeypatch: pyte
     assert drawn[0] == drawn[1] and drawn[0][3] == torch.float32
 
 
-def test_what_a_run_on_a_gpu_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS's workspace is always set, even for a run that is not deterministic, because torch reads it only once. CUDA is
-    initialised before its memory statistics are reset."""
+def test_prepare_on_gpu_sets_cublas_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, cuBLAS's workspace is always set, even for a run that is not deterministic, because torch reads it only once.
+    CUDA is initialised before its memory statistics are reset."""
     calls: list[str] = []
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -323,7 +323,7 @@ def test_what_a_run_on_a_gpu_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and calls == ["init", "reset cuda"]
 
 
-def test_random_states_of_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_state_of_missing_cuda_device_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint written on a machine with two GPUs is resumed on one with a single GPU."""
     restored: list[tuple[int, list[int]]] = []
     state = {**random_state(), "cuda": [torch.tensor([1]), torch.tensor([2])]}
@@ -343,9 +343,7 @@ def test_random_states_of_more_devices_than_there_are(monkeypatch: pytest.Monkey
         (0.0, 1e6, False),
     ],
 )
-def test_checkpoints_of_every_so_many_minutes(
-    minutes: float, elapsed: float, saves: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_minutes(minutes: float, elapsed: float, saves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With minutes=0, no checkpoint is saved between the ends of epochs."""
     saved: list[bool] = []
     keeping = callbacks.Checkpoints(lambda: saved.append(True), epochs=10, minutes=minutes)
@@ -356,7 +354,7 @@ def test_checkpoints_of_every_so_many_minutes(
     assert bool(saved) == saves
 
 
-def test_hashes_tell_states_apart_by_every_bit_and_by_their_layout() -> None:
+def test_state_hash_distinguishes_bits_and_structure() -> None:
     zeros = torch.zeros(2, 3)
     nudged = zeros.clone()
     nudged.view(torch.int32)[1, 2] = 1  # the smallest denormal number, which a processor may flush to zero
@@ -380,13 +378,13 @@ def test_hashes_tell_states_apart_by_every_bit_and_by_their_layout() -> None:
     ]
     assert len({state_hash(state) for state in states}) == len(states)
     columns = torch.arange(6.0).view(3, 2)
-    assert state_hash([columns.t()]) == state_hash((columns.t().contiguous(),)), "equal numbers in another memory layout"
+    assert state_hash([columns.t()]) == state_hash((columns.t().contiguous(),)), "the memory layout changes the hash"
     one, two = torch.arange(3), torch.arange(3, 6)
     assert chained(chained("", one), two) not in (chained(chained("", two), one), chained("", two), chained("", one, two))
     assert chained("", one, two) != chained("", two, one)
 
 
-def test_the_hash_of_the_weights_leaves_out_the_nets_of_local_losses_alone() -> None:
+def test_weights_hash_excludes_only_local_loss_networks() -> None:
     def hashes(name: str) -> tuple[str, str]:
         torch.manual_seed(0)
         model = MLP(widths=[4, 4], batch_norm=True).build((1, 2, 2), 3)
@@ -401,7 +399,7 @@ def test_the_hash_of_the_weights_leaves_out_the_nets_of_local_losses_alone() -> 
     assert bp == local == after and len({bp, other, kp, moved}) == 4
 
 
-def test_what_a_grid_will_take_is_estimated_from_its_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remaining_time_of_grid_is_estimated_after_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Epoch 3 of 5 takes ten seconds; two epochs of this run and four epochs of the other runs remain. The estimate is logged
     only once."""
     said: list[str] = []
@@ -428,7 +426,7 @@ def test_peak_memory_is_in_bytes() -> None:
     assert found is None or 5e7 < found < 1e12
 
 
-def test_the_hash_of_the_code_is_of_what_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_hash_covers_only_training_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs keep their hash if only the code of reports or analyses changes. The hash includes the contents and paths of all other
     source files."""
 

@@ -35,7 +35,7 @@ def result(folder: str) -> dict:
     return json.loads(Path(folder, RESULT).read_text())
 
 
-def test_a_run_records_its_cost_which_changes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_cost_does_not_change_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prediction, "_KNOWN", {})
     predicted = result("predicted")
@@ -48,7 +48,7 @@ def test_a_run_records_its_cost_which_changes_nothing_else(tmp_path: Path, monke
     assert without["cost"] is None and [predicted[key] for key in keys] == [without[key] for key in keys]
 
 
-def test_a_step_that_cannot_be_counted_leaves_the_cost_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_cost_prediction_is_logged_and_leaves_cost_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         torch.rand(3)
         raise ValueError("no random samples")
@@ -60,7 +60,7 @@ def test_a_step_that_cannot_be_counted_leaves_the_cost_unknown(tmp_path: Path, m
     assert "cost of a step not predicted: no random samples" in Path("run/run.log").read_text()
 
 
-def test_the_cost_is_in_the_result_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_records_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prediction, "_KNOWN", {})
     at_step(2, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)

@@ -61,7 +61,7 @@ def until(found: Callable[[], Any], seconds: float = 60) -> Any:
     raise AssertionError("timed out")
 
 
-def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:
+def test_forked_child_does_not_keep_lock() -> None:
     """Workers of a data loader, for example, outlive a killed run by seconds and must not keep its lock."""
     holding = (
         "import os, time; from pathlib import Path; from fa_bench.runs import locks\n"
@@ -86,14 +86,14 @@ def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:
     assert not list(Path("run").iterdir())
 
 
-def test_asking_who_holds_a_lock_follows_no_link() -> None:
+def test_lock_holder_does_not_follow_links() -> None:
     Path("run").mkdir()
     Path("theirs").write_text("theirs")
     Path("run", LOCK).symlink_to(Path("theirs").absolute())
     assert lock_holder(Path("run")) is None and Path("theirs").read_text() == "theirs"
 
 
-def test_the_lock_is_tried_for_while_a_killed_process_ends(monkeypatch: Patch) -> None:
+def test_lock_is_retried_while_holder_exits(monkeypatch: Patch) -> None:
     holding = (
         "import sys; from pathlib import Path; from fa_bench.runs import locks\n"
         "with locks.lock_directory(Path('run')): print('held', flush=True); sys.stdin.readline()"
@@ -109,7 +109,7 @@ def test_the_lock_is_tried_for_while_a_killed_process_ends(monkeypatch: Patch) -
             assert json.loads(Path("run", HOLDER).read_text())["pid"] == os.getpid()
 
 
-def test_workers_of_a_sweep_end_when_its_process_is_killed() -> None:
+def test_sweep_workers_exit_when_parent_is_killed() -> None:
     command = [
         "-m",
         "fa_bench.cli",
@@ -132,8 +132,8 @@ def test_workers_of_a_sweep_end_when_its_process_is_killed() -> None:
         until(lambda pid=pid: not alive(pid), 20)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and forks")
-def test_a_worker_whose_process_is_killed_as_it_starts_ends() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and forks")
+def test_data_worker_exits_if_parent_is_killed_during_startup() -> None:
     # The parent is killed after the fork but before torch's watchdog in the worker looks up its parent process, which is a
     # different one by then.
     code = """
@@ -183,7 +183,7 @@ def test_only_processes_that_multiprocessing_started_are_watched(starter: str) -
     assert not threads
 
 
-def test_a_process_whose_parent_ended_before_it_looked_ends() -> None:
+def test_process_exits_if_parent_ended_before_watching() -> None:
     code = (
         "import multiprocessing; from fa_bench.runs import parent\n"
         "multiprocessing.current_process().name = 'Worker'; parent.end_with(1 << 30); print('lives on')"
@@ -192,7 +192,7 @@ def test_a_process_whose_parent_ended_before_it_looked_ends() -> None:
     assert (ran.returncode, ran.stdout) == (1, ""), ran.stderr
 
 
-def test_a_hangup_stops_unless_it_is_ignored() -> None:
+def test_sighup_interrupts_unless_ignored() -> None:
     with pytest.raises(Interrupted) as caught, interrupt_on_signals():
         signal.raise_signal(signal.SIGHUP)
     assert caught.value.code == 129
@@ -204,8 +204,8 @@ def test_a_hangup_stops_unless_it_is_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_needs_nothing_that_windows_lacks() -> None:
-    """Every module is imported and a run is trained in a process where imports of fcntl and resource fail."""
+def test_run_does_not_require_posix_modules() -> None:
+    """Every module is imported and a run is trained in a process where fa_bench and filelock cannot import fcntl and resource."""
     code = """
 import builtins, importlib, pkgutil, sys
 ask = builtins.__import__

@@ -60,7 +60,7 @@ def stopped(command: list[str], monkeypatch: Patch) -> None:
         assert main(command) == 143
 
 
-def test_a_run_goes_on_unless_it_is_told_to_start_anew(monkeypatch: Patch, capsys: Capture) -> None:
+def test_run_resumes_by_default_and_restarts_on_request(monkeypatch: Patch, capsys: Capture) -> None:
     assert main([*RUN, "hydra.run.dir=whole"]) == 0
     stopped(RUN, monkeypatch)
     assert "Interrupted. Checkpoint saved; rerun the same command to resume" in capsys.readouterr().err
@@ -100,7 +100,7 @@ DAMAGE: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_metrics_are_named_and_the_run_starts_anew(kind: str, monkeypatch: Patch, capsys: Capture) -> None:
+def test_damaged_metrics_are_reported_and_run_restarts(kind: str, monkeypatch: Patch, capsys: Capture) -> None:
     damage, named = DAMAGE[kind]
     stopped(RUN, monkeypatch)
     path = Path("run", METRICS)
@@ -116,7 +116,7 @@ def test_damaged_metrics_are_named_and_the_run_starts_anew(kind: str, monkeypatc
     assert [line["epoch"] for line in lines()] == [1, 2, 3] and "epoch 1/3" in said
 
 
-def test_a_finished_run_without_its_metrics_is_trained_again(capsys: Capture) -> None:
+def test_finished_run_without_metrics_is_retrained(capsys: Capture) -> None:
     assert main(RUN) == 0
     whole = lines()
     Path("run", METRICS).unlink()
@@ -124,7 +124,7 @@ def test_a_finished_run_without_its_metrics_is_trained_again(capsys: Capture) ->
 
 
 @pytest.mark.parametrize("extra", [4, 10**18])
-def test_a_finished_run_with_more_records_than_epochs_is_trained_again(extra: int, capsys: Capture) -> None:
+def test_finished_run_with_extra_records_is_retrained(extra: int, capsys: Capture) -> None:
     assert main(RUN) == 0
     original = lines()
     path = Path("run", METRICS)
@@ -133,7 +133,7 @@ def test_a_finished_run_with_more_records_than_epochs_is_trained_again(extra: in
     assert main(RUN) == 0 and "damaged" not in capsys.readouterr().out
 
 
-def test_text_in_the_place_of_a_results_number_is_mended() -> None:
+def test_text_in_place_of_result_number_is_corrected() -> None:
     assert main(RUN) == 0
     path = Path("run", RESULT)
     path.write_text(json.dumps({**json.loads(path.read_text()), "test_accuracy": "high"}))
@@ -167,7 +167,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in FORGED.items() for value in values])
-def test_forged_progress_is_refused_by_the_checkpoints_name(key: str, value: Any, interrupted: Path, capsys: Capture) -> None:
+def test_forged_progress_error_names_checkpoint(key: str, value: Any, interrupted: Path, capsys: Capture) -> None:
     shutil.copytree(interrupted, "run")
     Path("run/checkpoints/previous.pt").unlink()
     state = torch.load(LAST, weights_only=True)
@@ -210,7 +210,7 @@ FOLDER = [
 ]
 
 
-def test_other_images_are_noticed_when_a_run_is_resumed(monkeypatch: Patch, capsys: Capture) -> None:
+def test_changed_images_are_detected_on_resume(monkeypatch: Patch, capsys: Capture) -> None:
     images(0)
     command = [*FOLDER, "hydra.run.dir=run"]
     stopped(command, monkeypatch)
@@ -224,7 +224,7 @@ def test_other_images_are_noticed_when_a_run_is_resumed(monkeypatch: Patch, caps
     assert "trained on different data" in said and "restarting" in said and "epoch 1/5" in said
 
 
-def test_other_images_make_a_finished_sweep_train_again(capsys: Capture) -> None:
+def test_changed_images_retrain_finished_sweep(capsys: Capture) -> None:
     images(0)
     sweep = ["-m", *FOLDER, "epochs=1", "seed=0,1", "output_dir=out"]
     assert main(sweep) == 0
@@ -240,7 +240,7 @@ def test_other_images_make_a_finished_sweep_train_again(capsys: Capture) -> None
     assert main(sweep) == 0 and capsys.readouterr().out.count("nothing to do; its data could not be compared (") == 2
 
 
-def test_the_result_of_a_stopped_run_is_that_of_its_last_epoch(monkeypatch: Patch) -> None:
+def test_result_of_interrupted_run_matches_last_epoch(monkeypatch: Patch) -> None:
     """The run is stopped before the end of the third epoch, so its accuracies and angles are those of the second."""
     stopped([*RUN, "probe_every=4"], monkeypatch)
     result, last = json.loads(Path("run", RESULT).read_text()), lines()[-1]

@@ -70,7 +70,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 @pytest.mark.parametrize(("rule", "step"), [("kp", 3), ("dfa", 4), ("kp", 5)])  # within an epoch, at its end, in the last one
-def test_run_with_dropout_continues_bit_by_bit(rule: str, step: int, monkeypatch: Patch) -> None:
+def test_run_with_dropout_resumes_bitwise_identically(rule: str, step: int, monkeypatch: Patch) -> None:
     """Dropout masks are sampled from torch's global generator, and equal those of an uninterrupted run."""
     command = [*DROPOUT, f"algorithm={rule}"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
@@ -162,8 +162,9 @@ def generators() -> Iterator[None]:
         "f3",
     ],
 )
-def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:
-    """Losses, weights, running statistics, feedback, both optimizers and every global generator are restored bitwise."""
+def test_loaded_checkpoint_continues_bitwise_identically(rule: str, generators: None) -> None:
+    """After loading, losses, weights, running statistics, feedback and both optimizers are bitwise those of uninterrupted
+    training."""
     last, before = Path("a/last.pt"), Path("a/previous.pt")
     seed_all(1)
     whole, optimizers = make(rule)
@@ -220,7 +221,7 @@ def test_every_field_of_the_progress_is_restored() -> None:
     )
     fields = [field.name for field in dataclasses.fields(Progress)]
     plain = vars(Progress())
-    assert [name for name in fields if vars(progress)[name] == plain[name]] == [], "give every field a value of its own"
+    assert [name for name in fields if vars(progress)[name] == plain[name]] == [], "give every field another value"
     rule, optimizers = make()
     checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", "data", progress, rule, optimizers)
     loaded = checkpoint.load([Path("a/last.pt")], Expected("hash", "data", 9, 4), rule, optimizers, warn=pytest.fail)
@@ -243,7 +244,7 @@ def test_checkpoint_of_another_config_or_format_is_refused(monkeypatch: Patch) -
             checkpoint.load(paths[:1], Expected("mine", "data", 9, 0), rule, optimizers, warn=pytest.fail)
 
 
-def test_training_time_adds_up_over_the_parts_of_a_run(monkeypatch: Patch) -> None:
+def test_training_time_accumulates_over_resumes(monkeypatch: Patch) -> None:
     at_step(5, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     assert main(RUN) == 143
     state = torch.load(LAST, weights_only=True)
@@ -256,7 +257,7 @@ def test_training_time_adds_up_over_the_parts_of_a_run(monkeypatch: Patch) -> No
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch) -> None:
+def test_previous_checkpoint_is_retained(links: bool, monkeypatch: Patch) -> None:
     """The previous checkpoint is kept, even on file systems without links."""
 
     def refuse(*paths: Path) -> None:
@@ -286,7 +287,7 @@ def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch)
         (10, 0, 40, False),
     ],
 )
-def test_progress_that_no_run_makes_is_refused(epoch: int, batch: int, step: int, fits: bool) -> None:
+def test_inconsistent_progress_is_rejected(epoch: int, batch: int, step: int, fits: bool) -> None:
     """A run has nine epochs of four batches. No batch may follow the last epoch, and the step must agree with the epoch and the
     batch."""
     rule, optimizers = make()
@@ -306,7 +307,7 @@ def test_progress_that_no_run_makes_is_refused(epoch: int, batch: int, step: int
 DIVERGED, STOPPED = {"epoch": 1, "step": 2, "layer": None, "message": "m"}, {"reason": "r", "callback": None}
 SCORES = {"accepted": [None, 0, 0.5, 1, -3.5, 1e9], "refused": [float("nan"), float("inf"), -float("inf"), "x", True]}
 SUMS = {"accepted": [torch.tensor(1.0), torch.tensor(3)], "refused": [torch.zeros(1), 1.0, None]}
-#: The values of one field in epoch 3 of 9, after 3 of its 4 batches, with correct values in the other fields.
+#: Accepted and refused values of each field in epoch 3 of 9, after 3 of its 4 batches, if all other fields are correct.
 FIELDS: dict[str, dict[str, list[Any]]] = {
     "samples": {"accepted": [0, 8, 10**9, torch.tensor(8)], "refused": [-1, 1.0, True, None, torch.zeros(1)]},
     "probed": {"accepted": [None, 0, 11], "refused": [12, -1, 3.0, True]},
@@ -346,7 +347,7 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
+def test_all_progress_fields_are_validated(field: str) -> None:
     """The extreme values that a run can save are checked, too."""
     rule, optimizers = make()
     last, expected = Path("a/last.pt"), Expected("hash", "data", 9, 4)
@@ -363,10 +364,10 @@ def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
         with pytest.raises(RunDirectoryError, match=rf"not a checkpoint of this run \(ValueError: {field}="):
             load(value)
     if field == "loss_sum":
-        assert getattr(load(None, Progress(epoch=2, step=8)), field) is None, "no batch has been summed yet"
+        assert getattr(load(None, Progress(epoch=2, step=8)), field) is None, "before the first batch, there is no sum of losses"
 
 
-def test_callbacks_without_a_stored_state_start_anew() -> None:
+def test_callbacks_without_stored_state_are_reset() -> None:
     rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "bp")
     optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)
 
@@ -386,7 +387,7 @@ def test_callbacks_without_a_stored_state_start_anew() -> None:
     assert [callback.state for callback in loaded] == [{"n": 3}, {}, {}]
 
 
-def test_the_state_of_a_rule_is_restored_after_that_of_its_model() -> None:
+def test_rule_state_is_restored_after_model_state() -> None:
     """As `Rule.load_state_dict` documents, the rule's state is loaded after the model's state."""
     rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "bp")
     optimizers, weight = Optimizers(SGD(lr=0.1), rule, epochs=1), rule.model.get_parameter("0.weight")

@@ -52,7 +52,7 @@ def lines_in(folder: str) -> list[dict[str, Any]]:
     ids=["mlp", "conv2", "resnet20"],
 )
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
-def test_every_rule_trains_every_architecture_or_says_how(
+def test_every_rule_trains_on_every_architecture(
     algorithm: str, architecture: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*TINY, f"algorithm={algorithm}", *architecture, "hydra.run.dir=run"]
@@ -64,7 +64,7 @@ def test_every_rule_trains_every_architecture_or_says_how(
     assert result["angles"]["delta_angle"][result["output_layers"][0]] == 0
 
 
-def test_torchvision_models_take_any_images() -> None:
+def test_torchvision_model_trains_on_small_images() -> None:
     common = [*TINY, "dataset.size=32", "batch_size=40", "architecture=torchvision", "architecture.model=resnet18"]
     assert main([*common, "algorithm=kp", "hydra.run.dir=run"]) == 0
     assert len(result_in("run")["angles"]["weight_angle"]) == 21
@@ -80,14 +80,14 @@ def test_torchvision_models_take_any_images() -> None:
         "name=cosine min_lr=0.001",
     ],
 )
-def test_optimizers_and_schedules(optimizer: str, schedule: str) -> None:
+def test_optimizers_and_schedules_set_learning_rate(optimizer: str, schedule: str) -> None:
     words = [f"optimizer.schedule.{word}" for word in schedule.split()]
     assert main([*MLP, "epochs=2", f"optimizer={optimizer}", "optimizer.lr=0.01", *words, "hydra.run.dir=run"]) == 0
     second = {"constant": 0.01, "step": 0.001, "multistep": 0.005, "cosine": 0.0055}[schedule.split()[0][5:]]
     assert [line["lr"] for line in lines_in("run")] == pytest.approx([0.01, second])
 
 
-def test_fa_passes_nine_tenths_on_digits_with_the_defaults() -> None:
+def test_default_fa_run_exceeds_90_percent_on_digits() -> None:
     assert main(["hydra.run.dir=run"]) == 0
     result = result_in("run")
     assert result["algorithm"] == "fa" and result["dataset"] == "digits" and result["test_accuracy"] > 0.9
@@ -130,7 +130,7 @@ def test_records_are_complete() -> None:
     assert "algorithm:" in Path("run/config.yaml").read_text() and "epoch 3/3" in Path("run/run.log").read_text()
 
 
-def test_without_validation_nothing_is_selected() -> None:
+def test_without_validation_no_best_epoch_is_selected() -> None:
     assert main([*MLP, "dataset.validation=0", "hydra.run.dir=run"]) == 0
     result = result_in("run")
     assert result["step"] == 5 and result["val_accuracy"] is None and result["test_accuracy_at_best_val"] is None
@@ -150,7 +150,7 @@ class Stopped(KeyboardInterrupt):
     ],
     ids=["fa", "brsf", "kp with adam on B", "dfa"],
 )
-def test_resumed_run_has_the_bits_of_one_never_stopped(rule: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_bitwise_identical(rule: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     command = [*MLP, *rule, "epochs=4", "probe_every=3"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
 
@@ -178,7 +178,7 @@ def test_resumed_run_has_the_bits_of_one_never_stopped(rule: list[str], monkeypa
 
 
 @pytest.mark.parametrize("grid", [False, True])
-def test_resuming_a_finished_run_says_so_and_changes_nothing(grid: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_finished_run_changes_nothing(grid: bool, capsys: pytest.CaptureFixture[str]) -> None:
     command = [*MLP, "algorithm=kp", "epochs=2", "resume=true", *(["-m"] if grid else [])]
     assert main(command) == 0
     assert "already finished" not in capsys.readouterr().out
@@ -194,7 +194,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(grid: bool, capsys:
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_interrupt_promises_a_checkpoint_only_where_there_is_one(
+def test_interrupt_message_mentions_only_existing_checkpoint(
     epochs: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = loop.Trainer._epoch
@@ -210,7 +210,7 @@ def test_interrupt_promises_a_checkpoint_only_where_there_is_one(
     assert "Interrupted" in said and len(said.splitlines()) == 1
 
 
-def test_unused_optimizer_of_learned_feedback_is_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_feedback_optimizer_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     for rule, unused in (("fa", True), ("kp", False)):
         assert main([*MLP, f"algorithm={rule}", "optimizer@feedback_optimizer=adam", "hydra.run.dir=" + rule]) == 0
         said = capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_unused_optimizer_of_learned_feedback_is_mentioned(capsys: pytest.Captur
         assert ("is not used" in Path(rule, "run.log").read_text()) == unused
 
 
-def test_batch_of_more_than_all_samples_is_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
+def test_batch_size_above_sample_count_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     for size, exceeds in ((22, False), (23, True)):  # two of 24 samples are for validation
         assert main([*MLP, f"batch_size={size}", "dataset.samples=24", f"hydra.run.dir=of{size}"]) == 0
         sentence = "batch_size=23 is more than the 22 training samples: an epoch is one step on all of them"
@@ -226,14 +226,14 @@ def test_batch_of_more_than_all_samples_is_mentioned(capsys: pytest.CaptureFixtu
         assert ("more than the" in Path(f"of{size}", "run.log").read_text()) == exceeds
 
 
-def test_starting_again_without_resume_gives_the_same_run() -> None:
+def test_repeated_command_gives_same_records() -> None:
     assert main([*MLP, "epochs=2", "hydra.run.dir=run"]) == 0
     first = lines_in("run")
     assert main([*MLP, "epochs=2", "hydra.run.dir=run"]) == 0
     assert lines_in("run") == first and len(list(Path("run").glob("events*"))) == 1
 
 
-def test_foreign_checkpoint_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_corrupt_checkpoint_error_names_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*MLP, "hydra.run.dir=run"]) == 0
     Path("run/checkpoints/last.pt").write_bytes(b"torn")
     with pytest.raises(SystemExit):
@@ -246,7 +246,7 @@ def train_alone(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("rate", "layer"), [("1e20", "fc2"), ("1e40", "fc1.weight")])  # in a layer's output, or in a weight
-def test_divergence_ends_the_run_and_says_where(rate: str, layer: str) -> None:
+def test_divergence_ends_run_and_reports_layer(rate: str, layer: str) -> None:
     command = [*MLP, "epochs=5", f"optimizer.lr={rate}", "hydra.run.dir=run"]
     assert main(command) == 1
     result = result_in("run")
@@ -258,7 +258,7 @@ def test_divergence_ends_the_run_and_says_where(rate: str, layer: str) -> None:
     assert on["epoch"] == len(lines_in("on")) == 5 and lines_in("on")[-1]["train_loss"] is None
 
 
-def test_grid_shares_data_and_weights_and_ends_with_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_grid_shares_data_and_writes_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", *MLP, "algorithm=bp,frozen,kp", "seed=0,1"]) == 0
     said = capsys.readouterr().out
     assert "test accuracy" in said and "report.png" in said
@@ -270,7 +270,7 @@ def test_grid_shares_data_and_weights_and_ends_with_a_table(capsys: pytest.Captu
     assert result_in(next(folder.glob("bp-*/seed2")))["group"] in groups
 
 
-def test_grid_over_an_option_names_it_in_lines_and_rows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_grid_over_option_labels_log_lines_and_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", *MLP, "algorithm=bp,kp", "optimizer.lr=0.05,0.1", "seed=0,1"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if line.startswith("[6/8] kp lr=0.05 seed 1 epoch 1/1")]
@@ -298,7 +298,7 @@ def test_failing_job_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, c
     assert "Traceback" in next(Path("outputs").glob("*/fa-*/seed0/run.log")).read_text()
 
 
-def test_a_run_that_leaves_the_working_directory_moves_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_working_directory_does_not_affect_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = loop.Trainer.fit
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setattr(loop.Trainer, "fit", lambda *given: (os.chdir(tmp_path / "elsewhere"), fit(*given))[1])
@@ -353,7 +353,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 PLUGIN = ["--config-dir", "mine", "plugins=[my_rules]"]
 
 
-def test_own_rule_is_explained_and_its_typos_too(plugin: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_errors_for_plugin_rule(plugin: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help", *PLUGIN]) == 0
     said = capsys.readouterr().out
     assert "mine," in said and "my_figure" in said and len(said.splitlines()) <= 60
@@ -377,19 +377,19 @@ def test_own_rule_is_explained_and_its_typos_too(plugin: None, capsys: pytest.Ca
         assert len(said.splitlines()) == 1 and all(part in said for part in named), said
 
 
-def test_flags_may_stand_between_overrides() -> None:
+def test_flags_are_accepted_between_overrides() -> None:
     assert main(["algorithm=bp,kp", "-m", *MLP, "seed=0"]) == 0
     assert len(list(Path("outputs").rglob(RESULT))) == 2
 
 
-def test_own_rule_from_a_plugin(plugin: None, tmp_path: Path) -> None:
+def test_plugin_rule_trains_from_command_line(plugin: None, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fa_bench.cli", "--config-dir", "mine", "plugins=[my_rules]", "algorithm=mine", *MLP]
     ran = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""}, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert len(list(Path("outputs").glob("synthetic-mlp/mine-*/seed0"))) == 1
 
 
-def test_help_and_composed_config_do_not_wait_for_torch() -> None:
+def test_help_and_cfg_do_not_import_torch() -> None:
     code = (
         "import sys; from fa_bench.cli import main; code = main(sys.argv[1:]); "
         "print('torch imported:', 'torch' in sys.modules); sys.exit(code)"

@@ -1,5 +1,5 @@
-"""Tests of runs with a rule that stores an error for every training sample: indices, their number, and the errors in
-checkpoints."""
+"""Tests of runs with a rule that stores an error for every training sample: sample indices, the number of samples, and the errors
+in checkpoints."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def hashes(folder: str) -> list[str]:
 
 
 @pytest.mark.parametrize("step", [3, 6, 8], ids=["first epoch", "second", "within the second"])
-def test_a_resumed_run_has_the_errors_of_the_one_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_restores_sample_errors(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights and the rule's state, which contains the errors, have the same hashes. In both variants of the test, the last
     batch of an epoch is incomplete; it is either dropped or used."""
     for number, more in enumerate(([], ["drop_last=true", "accumulate=2", "algorithm.information=delayed_error_one_hot"])):
@@ -79,7 +79,7 @@ def test_a_resumed_run_has_the_errors_of_the_one_before(step: int, monkeypatch: 
         assert hashes(f"run{number}") == hashes(f"whole{number}")
 
 
-def test_the_checkpoint_has_an_error_of_every_sample_that_was_trained_on() -> None:
+def test_checkpoint_has_error_of_every_trained_sample() -> None:
     """Of 40 samples in batches of 9, the last 4 are dropped in the only epoch."""
     assert main([*RUN, "epochs=1", "drop_last=true", "hydra.run.dir=run"]) == 0
     state = torch.load("run/checkpoints/last.pt", weights_only=True)
@@ -87,7 +87,7 @@ def test_the_checkpoint_has_an_error_of_every_sample_that_was_trained_on() -> No
     assert "feedback_errors" not in state["model"] and "errors" not in state["model"]
 
 
-def test_micro_batches_get_their_own_indices() -> None:
+def test_micro_batches_receive_their_sample_indices() -> None:
     """The second error of every sample depends on its first one, so equal errors show that micro-batches used the right
     indices."""
     states = []
@@ -98,7 +98,7 @@ def test_micro_batches_get_their_own_indices() -> None:
     torch.testing.assert_close(states[0]["errors"], states[1]["errors"], rtol=1e-3, atol=1e-5)
 
 
-def test_measuring_and_probes_change_nothing() -> None:
+def test_measurements_and_probes_do_not_change_results() -> None:
     for folder, more in (
         ("plain", ["probe_every=0"]),
         ("measured", ["probe_every=1", "probes=[gradient_norm,stability,depth_utility]", "probes_epochs=1"]),
@@ -109,19 +109,19 @@ def test_measuring_and_probes_change_nothing() -> None:
     assert all(value > 0 for value in probes["gradient_norm_update"].values()) and probes["stability"]
 
 
-def test_two_seeds_shuffle_differently_and_one_seed_alike() -> None:
+def test_seed_determines_shuffling() -> None:
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert main([*RUN, f"seed={seed}", f"hydra.run.dir={folder}"]) == 0
     assert hashes("a") == hashes("b") and hashes("a") != hashes("c")
 
 
-def test_without_shuffling_every_sample_has_an_index() -> None:
+def test_all_samples_have_indices_without_shuffling() -> None:
     """After an epoch without shuffling, every sample has an error."""
     assert main([*RUN, "shuffle=false", "epochs=1", "hydra.run.dir=run"]) == 0
     assert torch.load("run/checkpoints/last.pt", weights_only=True)["rule"]["seen"].all()
 
 
-def test_windows_of_a_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_windows_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["dataset=text", "algorithm=f3", "architecture=lstm", "objective=token_cross_entropy", "epochs=1"]
     assert main([*command, "hydra.run.dir=run"]) == 2
     error = capsys.readouterr().err
@@ -137,7 +137,7 @@ def splits_of(kind: type[ResidentSplit] = ResidentSplit, count: int = 30) -> Spl
     return Splits(split, None, split, ["a", "b", "c"], (1, 4, 4), "")
 
 
-def test_a_stream_of_a_plugin_is_refused_by_name() -> None:
+def test_plugin_stream_is_rejected() -> None:
     class Stream(ResidentSplit):
         def batches(self, batch_size: int, **how: Any) -> Any:
             return super().batches(batch_size, **how)
@@ -159,7 +159,7 @@ def test_too_few_samples_are_refused_before_training(capsys: pytest.CaptureFixtu
     assert hashes("given")[0] == hashes("known")[0]
 
 
-def test_a_dry_run_says_what_the_errors_take(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_reports_memory_of_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RUN, "--dry-run"]) == 0
     assert "most recent error of each of 40 training samples takes 1.64 kB" in capsys.readouterr().out  # 40 (10 x 4 + 1)
 
@@ -178,9 +178,9 @@ def load_errors(rule: Any, of: Any) -> None:
 
 
 @pytest.mark.parametrize("probe", [GradientNorm(), Stability()], ids=["gradient_norm", "stability"])
-def test_probes_use_the_errors_of_their_own_samples(probe: Any) -> None:
-    """With the current errors of its own samples, the rule and the probe give the same values as dfa. With the errors of the next
-    samples, the values differ."""
+def test_probes_use_errors_of_their_samples(probe: Any) -> None:
+    """If f3 stores the current error of every sample, the probe returns the same values as for dfa. If the errors are shifted by
+    one sample, the values differ."""
     values = []
     for shift in (0, 1):
         measured, rule = subject(8)
@@ -198,7 +198,7 @@ def test_probes_use_the_errors_of_their_own_samples(probe: Any) -> None:
     assert values[1][name]["1"] != pytest.approx(wanted[name]["1"], rel=1e-3)
 
 
-def test_a_fixed_batch_that_was_sampled_has_the_indices_of_its_samples() -> None:
+def test_fixed_batch_returns_sample_indices() -> None:
     splits = splits_of()
     splits.train.labels.copy_(torch.arange(30) // 10)
     x, y, indices = fixed_batch(splits, 6)
@@ -206,7 +206,7 @@ def test_a_fixed_batch_that_was_sampled_has_the_indices_of_its_samples() -> None
     assert torch.equal(torch.stack([next(splits.train.subset(indices[n : n + 1]).batches(1))[0][0] for n in range(6)]), x)
 
 
-def test_a_batch_of_one_sample_is_tried_with_an_index() -> None:
+def test_single_sample_batch_check_passes_index() -> None:
     """The check of single-sample batches runs a trial pass, which needs an index."""
     measured, rule = subject(1)
     check_batches(rule, measured.splits, RunOptions(batch_size=1, probe_size=1))

@@ -101,8 +101,9 @@ def job_of(words: list[str]) -> Job:
         ("on_fit_end", 9, 3),
     ],
 )
-def test_a_stop_lets_the_epoch_that_has_begun_end(hook: str, step: int, trained: int) -> None:
-    """Training of three epochs of three steps stops at the end of the epoch in which the stop was requested."""
+def test_stop_waits_for_end_of_epoch(hook: str, step: int, trained: int) -> None:
+    """Training of three epochs of three steps stops at the end of the epoch in which the stop was requested, and does not begin
+    if it was requested before the first epoch."""
     splits = load()
     whole = fit(fa_bench.attach(make_model(), "bp", seed=1), splits, 3)
     ended: list[int] = []
@@ -116,12 +117,12 @@ def test_a_stop_lets_the_epoch_that_has_begun_end(hook: str, step: int, trained:
 
 
 @pytest.mark.parametrize("reason", ["", " ", None, 3])
-def test_a_stop_needs_a_reason(reason: Any) -> None:
+def test_stop_requires_reason(reason: Any) -> None:
     with pytest.raises(ValueError, match=r"trainer\.stop\(.*\): pass the reason as text"):
         fit(fa_bench.attach(make_model(), "bp", seed=1), load(), 1, callbacks_after=[Halt("on_step_end", 1, reason)])
 
 
-def test_a_run_that_a_callback_of_its_config_stopped(capsys: Capture) -> None:
+def test_run_stopped_by_configured_callback(capsys: Capture) -> None:
     assert main([*RUN, "hydra.run.dir=whole"]) == 0
     assert main([*RUN, *STOPPED, "probes=[readout]"]) == 0
     said = capsys.readouterr().out
@@ -145,27 +146,27 @@ def test_a_run_that_a_callback_of_its_config_stopped(capsys: Capture) -> None:
     assert recorded("run")[0]["weights_hash"] == result["weights_hash"]
 
 
-def test_probes_can_be_added_to_a_stopped_run() -> None:
+def test_probes_can_be_added_to_stopped_run() -> None:
     assert main([*RUN, *STOPPED, "probes=[readout]", "hydra.run.dir=probed"]) == 0
     assert main([*RUN, *STOPPED]) == 0 and recorded("run")[0]["probes"] == {}
     assert main([*RUN, *STOPPED, "probes=[readout]"]) == 0 and recorded("run") == recorded("probed")
 
 
 @pytest.mark.parametrize("step", [8, 10])  # after the request at step 7, within the epoch and at its end
-def test_a_request_survives_an_interrupt(step: int, monkeypatch: Patch) -> None:
+def test_stop_request_survives_interrupt(step: int, monkeypatch: Patch) -> None:
     assert main([*RUN, *STOPPED, "hydra.run.dir=whole"]) == 0
     at_step(step, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     assert main([*RUN, *STOPPED]) == 143 and main([*RUN, *STOPPED]) == 0
     assert recorded("run") == recorded("whole") and recorded("run")[0]["status"] == "stopped"
 
 
-def test_a_request_in_the_last_epoch_changes_nothing() -> None:
+def test_stop_request_in_last_epoch_has_no_effect() -> None:
     assert main([*RUN, "callbacks=['halt:step=17']"]) == 0 and recorded("run")[0]["status"] == "finished"
     assert recorded("run")[0]["error"] is None
 
 
 @pytest.mark.parametrize("words", [[], ["checkpoint_epochs=3"]])  # a stop writes a checkpoint whenever it happens
-def test_a_run_that_a_further_callback_stopped_can_be_resumed_without_it(words: list[str], capsys: Capture) -> None:
+def test_run_stopped_by_external_callback_can_be_resumed(words: list[str], capsys: Capture) -> None:
     assert main([*RUN, *words, "hydra.run.dir=whole"]) == 0
     job = job_of([*RUN, *words])
     for number, halt in enumerate([Halt("on_epoch_end", 5), Halt("on_step_end", 12)], start=1):
@@ -182,7 +183,7 @@ def test_a_run_that_a_further_callback_stopped_can_be_resumed_without_it(words: 
     assert recorded("run") == recorded("whole")
 
 
-def test_the_checkpoint_of_an_epoch_has_what_callbacks_did_in_it() -> None:
+def test_checkpoint_contains_callback_state_after_epoch() -> None:
     """The checkpoint is written after all callbacks have seen the end of the epoch."""
 
     @fa_bench.register_callback("counts")
@@ -208,14 +209,14 @@ def test_the_checkpoint_of_an_epoch_has_what_callbacks_did_in_it() -> None:
     assert state["callbacks"]["counts"] == {"count": 3} and state["progress"]["stopped"]["reason"] == "three"
 
 
-def test_a_stop_of_the_config_precedes_that_of_a_further_callback() -> None:
+def test_configured_callback_overrides_external_one() -> None:
     job = job_of([*RUN, *STOPPED])
     result = run(job, Path("run"), callbacks=[Halt("on_step_end", 6)])
     assert result["error"]["callback"] == "halt" and result["error"]["message"] == "val flat"
     assert run(job, Path("run"))["epoch"] == 2  # not resumed
 
 
-def test_further_callbacks_are_no_part_of_the_run() -> None:
+def test_external_callbacks_are_not_recorded() -> None:
     class Watching(Callback):
         def on_step_end(self, trainer: Trainer) -> None:
             seen.append(trainer.progress.step)
@@ -232,7 +233,7 @@ def test_further_callbacks_are_no_part_of_the_run() -> None:
     assert Path("run", CONFIG).read_bytes() == Path("other", CONFIG).read_bytes()
 
 
-def test_a_stop_before_the_first_epoch_leaves_a_run_that_can_begin() -> None:
+def test_run_stopped_before_first_epoch_can_be_resumed() -> None:
     job = job_of(RUN)
     result = run(job, Path("run"), callbacks=[Halt("on_fit_start", 0)])
     assert (result["status"], result["epoch"], result["test_accuracy"]) == ("stopped", 0, None)
@@ -240,7 +241,7 @@ def test_a_stop_before_the_first_epoch_leaves_a_run_that_can_begin() -> None:
     assert recorded("run") == recorded("whole")
 
 
-def test_a_sweep_with_stopped_runs_succeeds_and_its_report_lists_them(capsys: Capture) -> None:
+def test_sweep_with_stopped_runs_succeeds_and_reports_them(capsys: Capture) -> None:
     command = ["-m", *COMMON, *STOPPED, "seed=0,1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=seed${seed}"]
     assert main(command) == 0
     text = Path("sweep/report.md").read_text()
@@ -249,7 +250,7 @@ def test_a_sweep_with_stopped_runs_succeeds_and_its_report_lists_them(capsys: Ca
     assert main(command) == 0 and capsys.readouterr().out.count("nothing to do") == 2
 
 
-def test_a_signal_in_the_epoch_of_a_further_callbacks_request_is_an_interrupt(monkeypatch: Patch) -> None:
+def test_signal_after_external_stop_request_is_interrupt(monkeypatch: Patch) -> None:
     at_step(8, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     with pytest.raises(Interrupted):
         run(job_of(RUN), Path("run"), callbacks=[Halt("on_step_end", 7)])

@@ -69,7 +69,7 @@ def recorded(run: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def at_step(number: int, act: Callable[[], Any], monkeypatch: Patch) -> None:
-    """Call `act` once, after update `number`."""
+    """Patch runs to call `act` once, after update `number`."""
     on_step, done = StopOnSignal.on_step_end, []
 
     def acting(callback: Any, trainer: Any) -> None:
@@ -84,7 +84,7 @@ def at_step(number: int, act: Callable[[], Any], monkeypatch: Patch) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("rule", RULES, ids=["kp", "pfa", "wm", "brsf"])
 @pytest.mark.parametrize("step", [5, 8])  # the last batch of an epoch of five, and one within an epoch
-def test_signal_writes_a_checkpoint_within_the_epoch(
+def test_signal_saves_checkpoint_within_epoch(
     rule: list[str], number: signal.Signals, code: int, step: int, monkeypatch: Patch, capsys: Capture
 ) -> None:
     command = [*RUN, *rule, "dataset.validation=0"]
@@ -100,7 +100,7 @@ def test_signal_writes_a_checkpoint_within_the_epoch(
     assert recorded("run") == recorded("whole")
 
 
-def test_error_behind_a_signal_is_an_interrupt() -> None:
+def test_error_after_signal_is_interrupt() -> None:
     with pytest.raises(Interrupted) as caught, interrupt_on_signals():
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -111,7 +111,7 @@ def test_error_behind_a_signal_is_an_interrupt() -> None:
         raise AttributeError("an error of its own")
 
 
-def test_signal_before_training_leaves_the_phase_half_done(monkeypatch: Patch) -> None:
+def test_interrupted_mirror_phase_resumes(monkeypatch: Patch) -> None:
     command = [*RUN, *RULES[2]]
     assert main([*command, "hydra.run.dir=whole"]) == 0
     from fa_bench.rules.wm import MirroredFeedback
@@ -133,7 +133,7 @@ def test_signal_before_training_leaves_the_phase_half_done(monkeypatch: Patch) -
     assert len(calls) == (20 + 12) * 2
 
 
-def test_augmented_run_goes_on_within_an_epoch(monkeypatch: Patch, tmp_path: Path) -> None:
+def test_augmented_run_resumes_within_epoch(monkeypatch: Patch, tmp_path: Path) -> None:
     write_cifar(tmp_path / "data", monkeypatch)
     command = [
         "dataset=cifar10",
@@ -152,7 +152,7 @@ def test_augmented_run_goes_on_within_an_epoch(monkeypatch: Patch, tmp_path: Pat
     assert recorded("run") == recorded("whole")
 
 
-def test_checkpoints_every_few_epochs_and_minutes(monkeypatch: Patch) -> None:
+def test_checkpoint_epochs_and_minutes(monkeypatch: Patch) -> None:
     saved: list[tuple[int, int]] = []
     save = checkpoint.save
 
@@ -177,7 +177,7 @@ def damage(path: str) -> None:
     Path(path).write_bytes(content)
 
 
-def test_torn_checkpoint_is_named_and_the_previous_one_used(capsys: Capture) -> None:
+def test_corrupt_checkpoint_falls_back_to_previous(capsys: Capture) -> None:
     assert main(RUN) == 0
     whole = recorded("run")
     damage(LAST)
@@ -195,7 +195,7 @@ def test_torn_checkpoint_is_named_and_the_previous_one_used(capsys: Capture) -> 
     assert LAST in said and PREVIOUS in said and len(said.splitlines()) == 1 and recorded("run") == before
 
 
-def test_malicious_checkpoint_runs_nothing(tmp_path: Path, capsys: Capture) -> None:
+def test_malicious_checkpoint_does_not_execute_code(tmp_path: Path, capsys: Capture) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "evil"),)
@@ -208,7 +208,7 @@ def test_malicious_checkpoint_runs_nothing(tmp_path: Path, capsys: Capture) -> N
 
 
 @pytest.mark.parametrize("moment", ["write", "replace"])
-def test_full_disk_leaves_the_last_checkpoint(moment: str, monkeypatch: Patch, capsys: Capture) -> None:
+def test_full_disk_keeps_last_checkpoint(moment: str, monkeypatch: Patch, capsys: Capture) -> None:
     assert main([*RUN, "hydra.run.dir=whole"]) == 0
     write, replace = Path.open, os.replace
 
@@ -232,7 +232,7 @@ def test_full_disk_leaves_the_last_checkpoint(moment: str, monkeypatch: Patch, c
     assert recorded("run") == recorded("whole")
 
 
-def test_only_one_process_writes_a_directory(capsys: Capture) -> None:
+def test_run_directory_is_locked_by_one_process(capsys: Capture) -> None:
     holding = (
         "import sys, time; from pathlib import Path; from fa_bench.runs.locks import lock_directory\n"
         "with lock_directory(Path('run')): print('held', flush=True); time.sleep(60)"
@@ -262,7 +262,7 @@ def results(folder: str) -> dict[str, Any]:
     return {str(path.parent.relative_to(folder)): recorded(path.parent) for path in sorted(Path(folder).rglob(RESULT))}
 
 
-def test_sweep_started_again_runs_what_is_unfinished(monkeypatch: Patch, capsys: Capture) -> None:
+def test_repeated_sweep_runs_only_unfinished_jobs(monkeypatch: Patch, capsys: Capture) -> None:
     assert main([*SWEEP, "output_dir=whole"]) == 0
     evaluate, calls = loop.evaluate, []
 
@@ -284,7 +284,7 @@ def test_sweep_started_again_runs_what_is_unfinished(monkeypatch: Patch, capsys:
     assert main(SWEEP) == 0 and capsys.readouterr().out.count("is already finished") == 4
 
 
-def test_sweep_runs_anew_what_other_code_made(monkeypatch: Patch, capsys: Capture) -> None:
+def test_sweep_retrains_runs_of_different_code_version(monkeypatch: Patch, capsys: Capture) -> None:
     sweep = ["-m", *COMMON, "algorithm=kp", "seed=0,1"]
     assert main(sweep) == 0
     first = results("outputs")
@@ -304,7 +304,7 @@ def test_sweep_runs_anew_what_other_code_made(monkeypatch: Patch, capsys: Captur
     assert "produced by a different version of the code" in capsys.readouterr().err and (run / CONFIG).read_bytes() == before
 
 
-def test_on_error_stop_leaves_the_others_out(monkeypatch: Patch, capsys: Capture) -> None:
+def test_on_error_stop_skips_remaining_jobs(monkeypatch: Patch, capsys: Capture) -> None:
     at_step(2, lambda: (_ for _ in ()).throw(MemoryError("no memory left")), monkeypatch)
     sweep = ["-m", *COMMON, "algorithm=kp,bp", "seed=0,1", "on_error=stop"]
     assert main(sweep) == 1
@@ -319,7 +319,7 @@ def test_on_error_stop_leaves_the_others_out(monkeypatch: Patch, capsys: Capture
 HASHES = ("initial_weights_hash", "batches_hash", "weights_hash", "feedback_hash", "optimizer_hash", "data_hash")
 
 
-def test_same_bits_in_one_process_in_two_and_under_joblib() -> None:
+def test_results_are_identical_across_processes_and_joblib() -> None:
     command = [*COMMON, "algorithm=brsf", "seed=3"]
     assert main([*command, "hydra.run.dir=one"]) == 0 and main([*command, "hydra.run.dir=again"]) == 0
     ran = subprocess.run(
@@ -351,7 +351,7 @@ def test_same_bits_in_one_process_in_two_and_under_joblib() -> None:
     assert found[0] == found[1] == found[2] == found[3] and all(found[0])
 
 
-def test_rules_of_a_comparison_share_weights_order_and_augmentation(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_compared_rules_share_weights_order_and_augmentation(tmp_path: Path, monkeypatch: Patch) -> None:
     write_cifar(tmp_path / "data", monkeypatch)
     assert (
         main(
@@ -377,7 +377,7 @@ def test_rules_of_a_comparison_share_weights_order_and_augmentation(tmp_path: Pa
     assert len({result["weights_hash"] for result in found.values()}) == len(found) == 8
 
 
-def test_runs_give_the_process_back_as_it_was() -> None:
+def test_runs_restore_process_state() -> None:
     model = torch.nn.Linear(1, 1)
     torch.manual_seed(7)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -401,7 +401,7 @@ def test_runs_give_the_process_back_as_it_was() -> None:
     assert not seen and torch.get_default_dtype() == torch.float32
 
 
-def test_operation_without_a_deterministic_form_is_named(monkeypatch: Patch, capsys: Capture) -> None:
+def test_nondeterministic_operation_is_reported(monkeypatch: Patch, capsys: Capture) -> None:
     at_step(1, lambda: torch.ones(3).put_(torch.tensor([0]), torch.ones(1)), monkeypatch)
     assert main([*RUN, "deterministic=true"]) == 2
     said = capsys.readouterr().err
@@ -409,7 +409,7 @@ def test_operation_without_a_deterministic_form_is_named(monkeypatch: Patch, cap
     assert len(said.splitlines()) == 1
 
 
-def test_killed_runs_in_short() -> None:
+def test_kill_runs_script() -> None:
     rules = ["kp", "wm"]
     command = [sys.executable, str(ROOT / "scripts" / "kill_runs.py"), "--kills", "2", "--seed", "5", "--only", *rules]
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

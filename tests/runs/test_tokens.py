@@ -76,7 +76,7 @@ def lines(run: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("rule", ["bp", "fa"])
-def test_language_is_learned_and_scored_in_every_record(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_language_model_learns_and_records_scores(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TEXT, f"algorithm={rule}", "epochs=6", "optimizer.lr=0.02", "hydra.run.dir=run"]) == 0
     result, last = json.loads(Path("run/result.json").read_text()), lines("run")[-1]
     assert last["val_perplexity"] < lines("run")[0]["val_perplexity"] / 1.5 and "test_accuracy" in last
@@ -89,7 +89,7 @@ def test_language_is_learned_and_scored_in_every_record(rule: str, capsys: pytes
     assert {"perplexity/val", "bits_per_token/train", "final/test_perplexity"} <= tags and "accuracy_at/val" not in tags
 
 
-def test_a_run_resumed_in_the_middle_of_an_epoch_equals_an_uninterrupted_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_within_epoch_matches_uninterrupted_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([*TEXT, "algorithm=fa", "hydra.run.dir=whole"]) == 0
     step = loop.Trainer.train_step
     steps = len(range(lines("whole")[0]["step"]))
@@ -108,7 +108,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_equals_an_uninterrupted_one(mon
     assert [results[0][key] == results[1][key] for key in ("weights_hash", "batches_hash", "test_perplexity")] == [True] * 3
 
 
-def test_micro_batches_weigh_by_the_targets_that_count() -> None:
+def test_micro_batches_are_weighted_by_unmasked_targets() -> None:
     """Most targets of every second sample are masked, but training with micro-batches of one sample equals that with whole
     batches."""
     rng = np.random.default_rng(0)
@@ -136,7 +136,7 @@ def test_micro_batches_weigh_by_the_targets_that_count() -> None:
             assert whole[key] == pytest.approx(parts[key], rel=1e-4)  # sums of float32 in a different order
 
 
-def test_of_several_outputs_the_named_one_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_objective_output_selects_trained_output(capsys: pytest.CaptureFixture[str]) -> None:
     several = [*TEXT, "architecture.several=true"]
     for rule in ("bp", "fa"):
         assert main([*several, f"algorithm={rule}", "hydra.run.dir=run"]) == 2
@@ -151,7 +151,7 @@ def test_of_several_outputs_the_named_one_is_trained(capsys: pytest.CaptureFixtu
         assert lines(rule) == lines(f"one_{rule}")
 
 
-def test_a_rule_and_the_objective_name_one_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_conflicting_rule_and_objective_outputs_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TEXT, "algorithm=dfa", "algorithm.output=aux", "objective.output=logits", "hydra.run.dir=run"]) == 2
     assert "algorithm.output=aux conflicts with objective.output=logits" in capsys.readouterr().err
 
@@ -168,7 +168,7 @@ def test_a_rule_and_the_objective_name_one_output(capsys: pytest.CaptureFixture[
         (["dataset=tabular"], "objective=cross_entropy requires classes as targets"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(overrides: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incompatible_components_are_rejected(overrides: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*overrides, "hydra.run.dir=run"]) == 2
     said = capsys.readouterr().err
     assert problem in said and len(said.splitlines()) <= 2 and not Path("run").exists()
@@ -186,7 +186,7 @@ def test_regression_is_scored_by_r2(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.isfinite(torch.tensor(lines("smoke")[0]["test_loss"]))
 
 
-def test_probes_that_need_classes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_probes_are_rejected_for_regression(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["dataset=tabular", "objective=mse", "architecture.widths=[8]", "epochs=1", "threads=1", "hydra.run.dir=run"]
     assert main([*command, "probes=[readout]"]) == 2
     assert "probes=[readout]: the probe needs one class per sample" in capsys.readouterr().err
@@ -226,7 +226,7 @@ def arrays(x: np.ndarray, y: np.ndarray, test_y: np.ndarray | None = None) -> No
         (np.linspace(0, 2, 20), ["objective=mse", "algorithm=local_error"], "local_error computes its errors from class labels"),
     ],
 )
-def test_targets_that_cannot_be_trained_on_are_refused(
+def test_unusable_targets_are_rejected(
     of: np.ndarray, overrides: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     x = np.arange(60).reshape(20, 3)
@@ -242,7 +242,7 @@ def test_targets_that_cannot_be_trained_on_are_refused(
     assert "epoch 1" not in output.out
 
 
-def test_other_targets_of_the_same_kinds_are_trained_on() -> None:
+def test_drtp_and_sigmoid_objective_accept_compatible_targets() -> None:
     x = np.arange(60).reshape(20, 3)
     arrays(x / 60.0, np.linspace(0, 1, 20))
     net = ["dataset=npz", "dataset.path=my.npz", "epochs=1", "threads=1", "batch_size=4", "architecture.widths=[4]"]

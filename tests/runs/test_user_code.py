@@ -46,14 +46,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_files_that_a_plugin_imports_are_found_directly_and_indirectly(folder: Path) -> None:
+def test_source_files_include_direct_and_indirect_imports(folder: Path) -> None:
     found = source_files(["my_plugin", "not_imported"])
     assert found[0] == folder / "my_plugin.py"
     assert sorted(path.relative_to(folder).as_posix() for path in found) == USED
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_hash_changes_with_these_files_alone(folder: Path, name: str) -> None:
+def test_hash_covers_only_imported_files(folder: Path, name: str) -> None:
     before = code_hash(["my_plugin"])
     path = folder / name
     path.write_text(path.read_text() + "# edited\n")
@@ -62,7 +62,7 @@ def test_the_hash_changes_with_these_files_alone(folder: Path, name: str) -> Non
     assert code_hash(["my_plugin"]) == before
 
 
-def test_the_file_of_a_component_counts_without_its_being_a_plugin(folder: Path) -> None:
+def test_component_file_is_hashed_without_plugin(folder: Path) -> None:
     """The file of a rule that a script registers counts, and so do the modules that the script imports."""
     rule = type("Rule", (), {"__module__": "my_plugin"})
     assert code_hash([], [rule]) == code_hash(["my_plugin"]) != code_hash()
@@ -71,12 +71,12 @@ def test_the_file_of_a_component_counts_without_its_being_a_plugin(folder: Path)
     assert code_hash([], [rule]) != before
 
 
-def test_a_plugin_with_a_syntax_error_by_now_is_hashed_without_its_imports(folder: Path) -> None:
+def test_plugin_with_syntax_error_is_hashed_without_imports(folder: Path) -> None:
     (folder / "my_plugin.py").write_text("import my_helper\ndef")
     assert source_files(["my_plugin"]) == [folder / "my_plugin.py"]
 
 
-def test_an_installed_plugin_brings_its_own_package_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_plugin_contributes_only_own_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = folder / "site-packages"
     for name, text in {
         "its/__init__.py": "",
@@ -142,27 +142,27 @@ def _of_notebook(source: str, monkeypatch: pytest.MonkeyPatch) -> str:
         ("class Rule(Base)", "class Rule"),
     ],
 )
-def test_classes_of_a_notebook_are_hashed_with_what_they_use(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_classes_are_hashed_with_dependencies(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _of_notebook(NOTEBOOK, monkeypatch)
     assert old in NOTEBOOK
     assert _of_notebook(NOTEBOOK.replace(old, new), monkeypatch) != before
 
 
-def test_running_a_cell_again_changes_no_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rerunning_notebook_cell_does_not_change_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     again = "\n\n# a comment\n" + NOTEBOOK + "\nOTHER = 1\ndef unrelated():\n    return OTHER\n"
     assert _of_notebook(again, monkeypatch) == _of_notebook(NOTEBOOK, monkeypatch)
 
 
-def test_values_that_contain_themselves_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_referential_values_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     source = NOTEBOOK + "\nTABLE['self'] = TABLE\nTABLE['a'].append(TABLE['a'])\n"
     assert _of_notebook(source, monkeypatch) != _of_notebook(NOTEBOOK, monkeypatch)
 
 
-def test_classes_with_a_file_are_hashed_by_it() -> None:
+def test_file_based_classes_have_no_notebook_parts() -> None:
     assert list(class_parts([Path, pytest.MonkeyPatch])) == []
 
 
-def test_a_finished_run_is_restarted_if_a_file_that_its_plugin_imports_has_changed(
+def test_changed_plugin_import_restarts_finished_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

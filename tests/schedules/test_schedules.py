@@ -1,4 +1,4 @@
-"""Every schedule agrees with numbers worked out by hand or with torch's own schedule, and works in the runner."""
+"""Every schedule agrees with numbers worked out by hand or with torch's own schedule. Runs follow and resume their schedules."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def bench_step_(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_step_of_every_rule(name: str, bench_step: Any) -> None:
+def test_step_of_every_rule_runs(name: str, bench_step: Any) -> None:
     options = {"asap": ":linear=share", "asfp": ":linear=share", "asfp_lc": ":linear=share", "wm": ":initial_steps=0"}
     step = bench_step.make_step("mlp", name + options.get(name, ""), 4, with_optimizer=True)
     for _ in range(2):

@@ -28,7 +28,7 @@ def script_(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return module
 
 
-def test_runs_of_rules_and_experiments_are_recorded_and_compared(script: ModuleType) -> None:
+def test_record_and_compare_runs(script: ModuleType) -> None:
     before = script.record("data", rules_only=False)
     assert set(before) == {"mlp sgd fa", *(f"quickstart: {rule} seed 0" for rule in ("bp", "frozen", "dfa", "fa", "kp", "usf"))}
     for run, record in before.items():

@@ -19,7 +19,7 @@ def texts(svg: str) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
 
 
-def test_committed_diagrams_have_the_texts_of_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_committed_diagrams_match_script_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the texts are compared, because other versions of matplotlib may write different bytes."""
     monkeypatch.setattr(draw, "FOLDER", tmp_path)
     assert draw.main() == 0

@@ -38,7 +38,7 @@ class Clock:
         return self.now
 
 
-def test_later_parts_get_what_earlier_ones_leave_and_none_starts_that_does_not_fit(gpu: Callable[[str], Any]) -> None:
+def test_time_budget_is_shared_and_unfit_parts_are_skipped(gpu: Callable[[str], Any]) -> None:
     parts, page, clock = gpu("gpu.parts"), gpu("gpu.page"), Clock()
     chosen = [
         parts.Part("a", "A", None, 1, 5),
@@ -65,7 +65,7 @@ def test_later_parts_get_what_earlier_ones_leave_and_none_starts_that_does_not_f
     assert sections[0].status == sections[3].status == page.PASSED and sections[3].seconds == 1
 
 
-def test_a_part_with_too_little_time_is_skipped_and_the_page_says_so(gpu: Callable[[str], Any]) -> None:
+def test_skipped_part_is_reported_on_page(gpu: Callable[[str], Any]) -> None:
     parts, page = gpu("gpu.parts"), gpu("gpu.page")
     section, ran = page.Section("a", "A"), []
     parts.run_all([parts.Part("a", "A", None, 1, 30)], [section], 20.0, lambda *_: ran.append(1), lambda: None, lambda: 0.0)
@@ -73,7 +73,7 @@ def test_a_part_with_too_little_time_is_skipped_and_the_page_says_so(gpu: Callab
     assert "Skipped: only 17 s were left, but the part needs 30 s." in page.markdown({}, [section])
 
 
-def test_the_page_hides_no_miss(gpu: Callable[[str], Any], tmp_path: Path) -> None:
+def test_page_reports_every_miss(gpu: Callable[[str], Any], tmp_path: Path) -> None:
     page = gpu("gpu.page")
     section = page.Section("a", "Part A", columns=["rule", "value", "result"], missing=["kp", "dfa"], notes=["Tolerance 1."])
     section.add("fa", "a|b\nc", passed=True)
@@ -110,7 +110,7 @@ section.add("row", passed=True)
         ("time.sleep(60)", 2.5, ""),
     ],
 )
-def test_a_part_that_fails_crashes_or_hangs_keeps_its_rows(
+def test_failing_crashing_or_hanging_part_keeps_rows(
     rest: str, seconds: float, error: str, gpu: Callable[[str], Any], tmp_path: Path
 ) -> None:
     parts, page, changes = gpu("gpu.parts"), gpu("gpu.page"), []
@@ -123,7 +123,7 @@ def test_a_part_that_fails_crashes_or_hangs_keeps_its_rows(
     assert bool(section.notes) == (section.status == page.OUT_OF_TIME)
 
 
-def test_an_error_of_a_part_is_on_the_page(gpu: Callable[[str], Any], tmp_path: Path) -> None:
+def test_part_error_is_recorded(gpu: Callable[[str], Any], tmp_path: Path) -> None:
     parts, page = gpu("gpu.parts"), gpu("gpu.page")
 
     def run(context: Any, section: Any) -> None:
@@ -143,7 +143,7 @@ def context_(gpu: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.Monk
     return gpu("gpu.parts").Context("cpu", tmp_path, tmp_path, time.time() + 600)
 
 
-def test_equality_on_the_cpu_is_exact_and_a_difference_is_found(
+def test_cpu_equality_is_exact_and_differences_are_detected(
     gpu: Callable[[str], Any], context: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     equality, page = gpu("gpu.equality"), gpu("gpu.page")
@@ -182,9 +182,7 @@ def test_noise_is_sampled_on_the_cpu(gpu: Callable[[str], Any]) -> None:
 
 
 @pytest.mark.parametrize("rule", ["node_perturbation", "wm", "f3", "forward_gradient"])
-def test_equality_allows_the_rounding_of_the_cpu_and_no_more(
-    rule: str, gpu: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equality_tolerates_only_cpu_rounding(rule: str, gpu: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     equality = gpu("gpu.equality")
     trained, scale = equality.trained, 0.0
 
@@ -202,9 +200,7 @@ def test_equality_allows_the_rounding_of_the_cpu_and_no_more(
     assert not equality.compared(rule, "mlp", "gpu")[1]
 
 
-def test_nothing_is_compiled_by_a_torch_that_is_too_old(
-    gpu: Callable[[str], Any], context: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_torch_compiles_nothing(gpu: Callable[[str], Any], context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs, options, page = gpu("gpu.jobs"), gpu("gpu.options"), gpu("gpu.page")
     monkeypatch.setattr(jobs, "too_old_to_compile", lambda: "torch 1 is old")
     result = dict.fromkeys(("train_loss", "test_loss", "seconds"), 1.0) | dict.fromkeys(("compile_seconds", *options.HASHES))
@@ -249,9 +245,7 @@ def test_options_are_compared_with_the_plain_run(
     assert "compile fa" in section.missing and "bf16 kp" not in section.missing
 
 
-def test_hashes_that_differ_are_not_deterministic(
-    gpu: Callable[[str], Any], context: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_differing_hashes_fail_determinism(gpu: Callable[[str], Any], context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options, page, runs = gpu("gpu.options"), gpu("gpu.page"), []
 
     def train(context: Any, *overrides: str) -> dict[str, Any]:
@@ -268,7 +262,7 @@ def test_hashes_that_differ_are_not_deterministic(
     assert [row[0] for row in section.rows] == ["eager", "eager", "compiled", "compiled"]
 
 
-def test_a_run_and_one_that_fails(gpu: Callable[[str], Any], context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_job_returns_result_or_raises(gpu: Callable[[str], Any], context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = gpu("gpu.jobs")
     small = ["dataset=synthetic", "architecture.widths=[4]", "epochs=1", "scale=smoke", "threads=1"]
     result = jobs.train(context, *small)
@@ -277,7 +271,7 @@ def test_a_run_and_one_that_fails(gpu: Callable[[str], Any], context: Any, monke
         jobs.train(context, *small, "algorithm.density=7")
 
 
-def test_images_become_arrays_and_epochs_double_while_they_fit(
+def test_images_are_converted_and_epochs_double_within_budget(
     gpu: Callable[[str], Any], context: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     training, page, epochs = gpu("gpu.training"), gpu("gpu.page"), []
@@ -307,11 +301,11 @@ def test_images_become_arrays_and_epochs_double_while_they_fit(
         assert file["x_train"][:, 0, 0, 0].tolist() == [0, 255] and file["x_test"][0, 2].max() == 1
 
 
-def test_processes_train_together(gpu: Callable[[str], Any], context: Any) -> None:
+def test_rates_together_are_positive(gpu: Callable[[str], Any], context: Any) -> None:
     assert all(rate > 0 for rate in gpu("gpu.steps").rates_together(1, context, seconds=0.1))
 
 
-def test_the_command(gpu: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_check_command(gpu: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script, given = gpu("gpu_check"), ["--data-dir", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
     with pytest.raises(SystemExit):
         script.main([*given, "--only", "equality,stepps"])

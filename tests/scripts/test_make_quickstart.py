@@ -21,7 +21,7 @@ report: outputs/quickstart/report.md
 """
 
 
-def test_the_table_replaces_the_one_before():
+def test_replace_table_replaces_previous_table():
     readme = f"# Title\n{make_quickstart.START}    old\n{make_quickstart.END}\nafter\n"
     assert make_quickstart.replace_table(readme, OUTPUT) == (
         f"# Title\n{make_quickstart.START}"
@@ -32,14 +32,14 @@ def test_the_table_replaces_the_one_before():
     )
 
 
-def test_a_sweep_without_a_table_and_a_readme_without_a_place_are_refused():
+def test_missing_table_or_readme_marker_is_rejected():
     with pytest.raises(SystemExit, match="printed no table"):
         make_quickstart.replace_table(make_quickstart.START + make_quickstart.END, "nothing\n")
     with pytest.raises(SystemExit, match=r"README\.md lacks"):
         make_quickstart.replace_table("# Title\n", OUTPUT)
 
 
-def test_the_readme_has_the_place_and_the_picture():
+def test_readme_has_marker_and_picture():
     readme = make_quickstart.README.read_text(encoding="utf-8")
     assert make_quickstart.replace_table(readme, OUTPUT) != readme
     assert f"]({make_quickstart.PICTURE.relative_to(make_quickstart.ROOT).as_posix()})" in readme

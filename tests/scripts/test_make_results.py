@@ -18,12 +18,12 @@ import make_results
 STUDIES = sorted(path.parent.name for path in make_results.DATA.glob("*/about.yaml"))
 
 
-def test_the_page_is_written_from_the_committed_results():
+def test_page_is_up_to_date_with_committed_results():
     assert make_results.PAGE.read_text(encoding="utf-8") == make_results.render()
     assert make_results.README.read_text(encoding="utf-8") == make_results.render_readme()
 
 
-def test_every_committed_result_is_on_the_page():
+def test_every_committed_result_is_on_page():
     template = (make_results.DATA / make_results.TEMPLATE).read_text(encoding="utf-8")
     for name in STUDIES:
         assert f'study("{name}")' in template
@@ -32,7 +32,7 @@ def test_every_committed_result_is_on_the_page():
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_the_statistics_of_a_study_are_those_of_its_runs(name: str):
+def test_study_statistics_match_runs(name: str):
     study = make_results.Study(name, make_results.DATA / name)
     finished = study.runs[study.runs["status"].isin(make_results._FINISHED)]
     for label, row in study.report.iterrows():
@@ -75,7 +75,7 @@ def test_collecting_keeps_tables_and_provenance(sweep: Path, tmp_path: Path, mon
     assert rows[0].endswith("| floor |")
 
 
-def test_runs_on_a_gpu_name_it(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gpu_runs_report_device_name(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(make_results, "DATA", tmp_path / "data")
     for path in sweep.rglob("result.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "cuda (NVIDIA H200)"}))
@@ -94,7 +94,7 @@ weight_perturbation,0,,,,,,,,,20,20,no trial finished: nothing to train
 """
 
 
-def test_tuned_studies_are_kept_and_compared(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tuned_studies_are_collected_and_compared(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(make_results, "DATA", tmp_path / "data")
     final = sweep.rename(tmp_path / "tuned")
     (tmp_path / "tune.csv").write_text(TUNE)
@@ -126,7 +126,7 @@ def test_tuned_studies_are_kept_and_compared(sweep: Path, tmp_path: Path, monkey
     ]
 
 
-def test_a_table_by_setting_has_every_run_and_marks_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_by_setting_table_shows_every_run_and_marks_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "about.yaml").write_text("command: c\n")
     (tmp_path / "mine" / "report.csv").write_text("label,n\nbp,1\n")
@@ -150,7 +150,7 @@ def test_a_table_by_setting_has_every_run_and_marks_the_best(tmp_path: Path, mon
         ({"git": {"commit": "1" * 40, "dirty": True}}, "uncommitted changes"),
     ],
 )
-def test_runs_of_unknown_code_are_not_collected(
+def test_runs_of_mixed_or_uncommitted_code_are_rejected(
     sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], message: str
 ):
     monkeypatch.setattr(make_results, "DATA", tmp_path / "data")
@@ -161,7 +161,7 @@ def test_runs_of_unknown_code_are_not_collected(
     assert not (tmp_path / "data").exists()
 
 
-def test_archived_tables_are_shown_cell_by_cell():
+def test_archived_tables_have_all_columns_and_rows():
     for path in sorted((make_results.DATA / "archived").glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             head, *rows = csv.reader(file)

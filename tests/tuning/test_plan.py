@@ -58,7 +58,7 @@ def spaces(plan: Plan) -> dict[str, dict[str, str]]:
 LR, DECAY = "tag(log,interval(0.001,1.0))", "0,1e-05,0.0001,0.001,0.01"
 
 
-def test_every_rule_has_the_space_of_its_optimizer_and_its_own() -> None:
+def test_spaces_combine_optimizer_and_rule_dimensions() -> None:
     plan = prepared(["algorithm=bp,usf", "optimizer=adam"], None)
     common = {"optimizer.lr": "tag(log,interval(1e-05,0.1))", "optimizer.weight_decay": DECAY}
     assert spaces(plan) == {"bp": common, "usf": {**common, "algorithm.scale": "xavier,pytorch,xiao"}}
@@ -66,7 +66,7 @@ def test_every_rule_has_the_space_of_its_optimizer_and_its_own() -> None:
     assert plan.directory == Path("outputs/digits-mlp-tune") and plan.options.trial_seeds == [3]
 
 
-def test_the_command_line_replaces_adds_and_fixes_dimensions() -> None:
+def test_overrides_replace_add_and_fix_dimensions() -> None:
     plan = prepared(
         [
             "algorithm=bp,fa,kp",
@@ -91,7 +91,7 @@ def test_the_command_line_replaces_adds_and_fixes_dimensions() -> None:
     assert directory.parent.parent == Path("outputs/digits-mlp-tune/trials/digits-mlp")
 
 
-def test_an_experiment_has_a_section_and_the_command_line_wins() -> None:
+def test_experiment_tune_section_is_used_and_overridable() -> None:
     plan = prepared(["experiment=mine", "budget=9"], "own")
     common = {"optimizer.lr": "tag(log,interval(0.01,10.0))"}
     assert spaces(plan) == {
@@ -138,9 +138,7 @@ def test_an_experiment_has_a_section_and_the_command_line_wins() -> None:
         (["optimizer.lr=glob(*)"], "optimizer.lr=glob(*)"),
     ],
 )
-def test_bad_studies_are_refused_before_anything_is_written(
-    words: list[str], problem: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_invalid_studies_are_refused_before_writing(words: list[str], problem: str, capsys: pytest.CaptureFixture) -> None:
     keys = [word.partition("=")[0] for word in words]
     words = [*(word for word in SMALL if word.partition("=")[0] not in keys and "experiment" not in keys), *words]
     Path("own/experiment/several.yaml").write_text("# @package _global_\ngrid: [{algorithm: fa, algorithm.density: '0.1,1.0'}]")
@@ -160,25 +158,25 @@ def test_bad_studies_are_refused_before_anything_is_written(
         ("tune: {seeds: 3.5}", "seeds"),
     ],
 )
-def test_bad_sections_are_refused(section: str, problem: str) -> None:
+def test_invalid_tune_sections_are_rejected(section: str, problem: str) -> None:
     Path("own/experiment/mine.yaml").write_text(EXPERIMENT.partition("tune:")[0] + section)
     with pytest.raises(FaBenchError, match=re.escape(problem)):
         make_plan(["experiment=mine"], "own")
 
 
-def test_data_without_a_validation_split_are_refused(capsys: pytest.CaptureFixture) -> None:
+def test_study_without_validation_split_is_rejected(capsys: pytest.CaptureFixture) -> None:
     assert main([*SMALL, "dataset.validation=0"]) == 2
     assert "dataset.validation=0: trials are compared by their validation accuracy" in capsys.readouterr().err
     assert not Path("outputs").exists()
 
 
-def test_without_optuna_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_missing_optuna_error_suggests_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(optuna_parts.importlib.util, "find_spec", lambda name: None)
     assert main(SMALL) == 2
     assert capsys.readouterr().err == "fa-bench-tune: tuning needs optuna: pip install optuna\n"
 
 
-def test_a_dry_run_shows_the_study_and_writes_nothing(capsys: pytest.CaptureFixture) -> None:
+def test_dry_run_describes_study_and_writes_nothing(capsys: pytest.CaptureFixture) -> None:
     assert main(["--dry-run", *SMALL, "budget=3", "seeds=0,1"]) == 0
     out = capsys.readouterr().out
     assert "Tuning 2 rules: 6 trials (3 of each) of 2 epochs, with seed 2; then 4 final runs, with seeds 0, 1" in out
@@ -186,18 +184,18 @@ def test_a_dry_run_shows_the_study_and_writes_nothing(capsys: pytest.CaptureFixt
     assert not Path("outputs").exists()
 
 
-def test_help_lists_every_key_and_its_commands_are_read(capsys: pytest.CaptureFixture) -> None:
+def test_help_lists_all_keys_and_unknown_flag_suggests_help(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {name}=" in out for name in OWN_KEYS) and {"budget", "name", "pruner"} < {*OWN_KEYS}
     assert main(["--hlep"]) == 2 and "see fa-bench-tune --help" in capsys.readouterr().err
 
 
-def test_seeds_of_trials_are_beyond_those_of_the_final_runs() -> None:
+def test_trial_seeds_follow_final_seeds() -> None:
     assert TuneOptions(seeds=[4, 9, 1], tune_seeds=3).trial_seeds == [10, 11, 12]
 
 
-def test_the_command_is_installed() -> None:
+def test_command_is_declared_in_pyproject() -> None:
     assert re.search(rf'^fa-bench-tune = "{main.__module__}:main"$', (ROOT / "pyproject.toml").read_text(), re.M)
 
 
@@ -205,11 +203,11 @@ PAGE = (ROOT / "docs" / "tune.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("line", re.findall(r"^    fa-bench-tune (.*)$", PAGE, re.M))
-def test_commands_of_the_page_are_studies(line: str) -> None:
+def test_documented_commands_are_valid_studies(line: str) -> None:
     assert make_plan([word for word in shlex.split(line) if word != "--dry-run"], None).rules
 
 
-def test_the_page_lists_every_key() -> None:
+def test_documentation_lists_all_keys() -> None:
     table = PAGE.split("## What is searched")[0]
     assert [key for key in OWN_KEYS if f"`{key}`" not in table] == []
     assert [name for name in (*SAMPLERS, *PRUNERS) if f"`{name}`" not in table] == []

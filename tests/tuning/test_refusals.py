@@ -1,4 +1,4 @@
-"""A study refuses invalid input before it trains, and the errors say what to write instead."""
+"""A study refuses invalid input before it trains. Many of the errors say what to write instead."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def refusal(tmp_path: Path, *overrides: str) -> str:
         ("device=cpu,cuda", "device cannot be searched"),
     ],
 )
-def test_refused_with_a_hint(tmp_path: Path, override: str, expected: str) -> None:
+def test_invalid_override_error_gives_hint(tmp_path: Path, override: str, expected: str) -> None:
     message = refusal(tmp_path, override)
     assert expected in message
     assert len(message.splitlines()) <= 2
@@ -68,7 +68,7 @@ def test_refused_with_a_hint(tmp_path: Path, override: str, expected: str) -> No
     ],
     ids=["rule", "architecture"],
 )
-def test_what_does_not_fit_data_of_a_shape_known_from_files_is_refused_before_the_first_trial(
+def test_components_unfit_for_image_folder_are_refused_before_trials(
     size: int, overrides: list[str], expected: str, dry: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for part, count in (("train", 4), ("test", 1)):
@@ -83,24 +83,24 @@ def test_what_does_not_fit_data_of_a_shape_known_from_files_is_refused_before_th
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_a_dry_run_needs_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_requires_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dry-run", "algorithm=bp", "dataset=mnist", f"data_dir={tmp_path}", f"output_dir={tmp_path / 'out'}"]) == 2
     assert "mnist" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_suggested_range_of_whole_numbers_works(tmp_path: Path) -> None:
+def test_suggested_integer_range_is_valid(tmp_path: Path) -> None:
     plan = make_plan([*SMALL, f"output_dir={tmp_path}", "batch_size=int(interval(16,64))"], None)
     assert plan.rules[0].space["batch_size"].text == "int(interval(16,64))"
 
 
-def test_other_seeds_of_trials_say_how_to_keep_the_trials(tmp_path: Path) -> None:
+def test_changed_tune_seeds_error_suggests_original_seeds(tmp_path: Path) -> None:
     (tmp_path / STUDY).write_text(json.dumps({"study": {"tune_seeds": [3]}}))
     with pytest.raises(RunDirectoryError, match=r"tune_seeds=\[3\] there, \[5\] here.*pass tune_seeds=\[3\]"):
         check_folder(tmp_path, {"tune_seeds": [5]})
     check_folder(tmp_path, {"tune_seeds": [3]})
 
 
-def test_a_last_line_of_the_journal_that_is_no_json_is_refused(tmp_path: Path) -> None:
+def test_journal_ending_with_invalid_json_is_rejected(tmp_path: Path) -> None:
     plan = make_plan([*SMALL, f"output_dir={tmp_path}"], None)
     plan.directory.mkdir()
     stored_studies(plan)

@@ -1,4 +1,5 @@
-"""Tests of the search space: parsing, edges, and suggestions of wider ranges."""
+"""Tests of the search space and of its trials: parsing, edges, suggestions of wider ranges, proposed values, and the best
+trial."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def parsed(text: str) -> Dimension:
         ("a=0,1e-4", [0, 1e-4], [1]),
     ],
 )
-def test_values_are_those_that_optuna_proposes(text: str, inside: list, outside: list) -> None:
+def test_contains_matches_optuna_distribution(text: str, inside: list, outside: list) -> None:
     one = parsed(text)
     assert [value for value in [*inside, *outside] if one.contains(value)] == inside
     for value in inside:
@@ -58,7 +59,7 @@ def test_values_are_those_that_optuna_proposes(text: str, inside: list, outside:
         ("a=0,1e-4,x", [0, 1e-4, "x"]),
     ],
 )
-def test_random_values_cover_the_space_evenly(text: str, wanted: list) -> None:
+def test_at_covers_dimension_evenly(text: str, wanted: list) -> None:
     one = parsed(text)
     last = 1 - 2**-53  # the largest number that random() returns
     found = [one.at(0.0), one.at(0.5), one.at(last)]
@@ -90,7 +91,7 @@ def test_random_values_cover_the_space_evenly(text: str, wanted: list) -> None:
         ("a=glob(*)", "a=glob(*)"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(text: str, problem: str) -> None:
+def test_invalid_dimensions_are_rejected(text: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parsed(text)
     assert problem in str(caught.value)
@@ -108,7 +109,7 @@ def test_what_cannot_be_searched_is_refused(text: str, problem: str) -> None:
         ("a=range(1,10,3)", 7, {}, "upper", "a=range(1,16,3)"),
     ],
 )
-def test_a_value_at_an_edge_comes_with_a_wider_range(text: str, value: float, limits: dict, side: str, wider: str) -> None:
+def test_edge_value_suggests_wider_range(text: str, value: float, limits: dict, side: str, wider: str) -> None:
     edge = parsed(text).edge(value, limits)
     assert edge is not None and edge[0] == side
     (typed,) = shlex.split(edge[1])
@@ -128,11 +129,11 @@ def test_a_value_at_an_edge_comes_with_a_wider_range(text: str, value: float, li
         ("a=choice(0,1e-4,1e-3)", 1e-4, {"minimum": 0}),
     ],
 )
-def test_other_values_are_at_no_edge_that_could_be_moved(text: str, value: float, limits: dict) -> None:
+def test_other_values_have_no_edge(text: str, value: float, limits: dict) -> None:
     assert parsed(text).edge(value, limits) is None
 
 
-def test_declared_spaces_are_of_options_and_contain_the_defaults() -> None:
+def test_declared_spaces_are_valid_and_contain_defaults() -> None:
     found = 0
     for registry in (ALGORITHMS, OPTIMIZERS):
         for cls in registry.values():
@@ -170,7 +171,7 @@ RATE, DECAY, SCALE = "lr=interval(0,1)", "decay=0,1e-4,1e-3", "scale=tag(log,int
 
 
 @pytest.mark.parametrize(("sampler", "shared"), [("random", 14), ("tpe", 10), ("gp", 10)])
-def test_rules_share_the_random_values_of_the_dimensions_that_they_share(sampler: str, shared: int) -> None:
+def test_rules_share_random_values_of_common_dimensions(sampler: str, shared: int) -> None:
     """The rules share their first values, because a rule could otherwise win merely by luckier random learning rates. Later
     trials of tpe and gp depend on the rule's results."""
     bp, fa = (_proposed(rule, sampler, 14, *space) for rule, space in (("bp", [RATE, DECAY]), ("fa", [SCALE, DECAY, RATE])))
@@ -182,7 +183,7 @@ def test_rules_share_the_random_values_of_the_dimensions_that_they_share(sampler
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_rules_with_equal_spaces_and_results_have_equal_trials(sampler: str) -> None:
+def test_rules_with_equal_spaces_and_results_get_equal_trials(sampler: str) -> None:
     if SAMPLERS[sampler].package:
         pytest.importorskip(SAMPLERS[sampler].package)
     one, other = (_proposed(rule, sampler, 13, RATE, SCALE) for rule in ("fa", "usf"))
@@ -190,7 +191,7 @@ def test_rules_with_equal_spaces_and_results_have_equal_trials(sampler: str) -> 
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
-def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pruned_never(higher_is_better: bool) -> None:
+def test_best_is_earliest_of_equal_completed_trials(higher_is_better: bool) -> None:
     """Equal trials are compared in the same way whether higher or lower scores are better."""
     sign = 1 if higher_is_better else -1
     outcomes = [
@@ -204,7 +205,7 @@ def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pr
     study.score = Score("s", "s", higher_is_better=higher_is_better)
     study.finished = [Finished(number, {}, outcome) for number, outcome in enumerate(outcomes)]
     assert study.best is study.finished[1]
-    assert study.worst == sign * 0.5, "the worst of the trials with a value"
+    assert study.worst == sign * 0.5, "expected the worst of the trials with a value"
     study.finished = study.finished[2:4]
     assert study.best is None
     study.finished, study.score = [], ACCURACY
@@ -220,9 +221,7 @@ def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pr
         (Score("mse", "mean squared error", higher_is_better=False, unit=""), [0.4, 0.1 + 0.2, 0.3], 1),
     ],
 )
-def test_means_that_differ_only_by_rounding_are_a_tie_which_the_earlier_trial_wins(
-    score: Score, values: list[float], best: int
-) -> None:
+def test_means_equal_up_to_rounding_are_tie(score: Score, values: list[float], best: int) -> None:
     study = _study("bp", "random", RATE, score=score)
     for value in values:
         trial, proposed = study.ask()

@@ -34,7 +34,8 @@ class Killed(KeyboardInterrupt):
 
 @pytest.fixture(autouse=True, scope="module")
 def what_other_tests_cover_is_left_out() -> Iterator[None]:
-    """Skip the figures of the final runs' report and the checks of the plan (tests/tuning/test_plan.py), which take seconds."""
+    """Skip the figures of the final runs' report and the checks before the first trial. They take seconds, and other tests cover
+    them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(final, "check_final", lambda plan: None)
         patch.setattr(plan, "check_fit", lambda jobs: None)
@@ -79,7 +80,7 @@ def results(folder: Path) -> dict[str, list[Any]]:
 
 
 # ------------------------------------------------------------------------------------------------ results
-def test_every_rule_has_the_same_trials_the_first_of_them_its_default(finished: Path) -> None:
+def test_rules_share_trials_and_start_with_defaults(finished: Path) -> None:
     trials = stored_trials(finished / "outputs" / "study")
     assert {name: [trial.state for trial in of_rule] for name, of_rule in trials.items()} == dict.fromkeys(
         ("bp", "frozen"), [TrialState.COMPLETE] * 3
@@ -91,7 +92,7 @@ def test_every_rule_has_the_same_trials_the_first_of_them_its_default(finished: 
     assert [trial.params for trial in trials["bp"]] == [trial.params for trial in trials["frozen"]]  # random values are shared
 
 
-def test_tables_are_those_of_the_runs(finished: Path) -> None:
+def test_tables_match_runs(finished: Path) -> None:
     study = finished / "outputs" / "study"
     table, trials = pd.read_csv(study / "tune.csv").set_index("rule"), pd.read_csv(study / "trials.csv")
     of_trials = [run for directory in find_runs([study / "trials"]) if (run := read_run(directory))]
@@ -117,7 +118,7 @@ def test_tables_are_those_of_the_runs(finished: Path) -> None:
     assert ("no trial was better than the default config" in text) == any(table["best_trial"] == 0)
 
 
-def test_the_experiment_repeats_the_final_runs(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_experiment_reproduces_final_runs(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {directory: (directory / "result.json").read_bytes() for directory in find_runs([copy / "tuned"])}
     assert len(before) == 4
     assert fa_bench_cli.main(["-m", "--config-dir", "outputs/study", "experiment=tuned"]) == 0
@@ -163,7 +164,7 @@ def _before_tell(number: int) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def _in_run(number: int) -> Callable[[pytest.MonkeyPatch], None]:
-    """Kill the process in training, after the first of the two epochs of the run with this number."""
+    """A patch that kills the process in training, after the first of the two epochs of the run with this number."""
 
     def install(patch: pytest.MonkeyPatch) -> None:
         end, count = train.Checkpoints.on_epoch_end, [0]
@@ -197,9 +198,7 @@ KILLS = {
 }
 
 
-def test_a_study_killed_at_any_moment_ends_as_one_left_alone(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_study_matches_uninterrupted_one(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same study is killed at each of the critical moments in turn."""
     monkeypatch.chdir(tmp_path)
     for moment, install in KILLS.items():
@@ -217,16 +216,14 @@ def test_a_study_killed_at_any_moment_ends_as_one_left_alone(
     }
 
 
-def test_a_finished_study_trains_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_study_does_not_train(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.Trainer, "fit", lambda self: pytest.fail("trained"))
     before = files(copy)
     assert main(STUDY) == 0 and files(copy) == before
 
 
 @pytest.mark.usefixtures("only_trials")
-def test_a_larger_budget_extends_a_study_as_if_it_had_had_it_from_the_start(
-    copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_larger_budget_extends_study_like_fresh_one(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     larger = [word if word != "budget=3" else "budget=4" for word in STUDY]
     assert main(larger) == 0
     assert "of the trials, 6 are finished" in capsys.readouterr().out
@@ -243,7 +240,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 @pytest.mark.usefixtures("only_trials")
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_checkpoints_of_finished_trials_are_kept_on_request(jobs: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_keep_checkpoints_option_for_trials(jobs: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*STUDY, "budget=1", f"jobs={jobs}"]) == 0
     assert checkpoints(Path("outputs/study/trials")) == []
@@ -259,14 +256,14 @@ def test_final_runs_keep_their_checkpoints(finished: Path) -> None:
 
 
 @pytest.mark.usefixtures("only_trials")
-def test_two_jobs_give_the_trials_of_one(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_jobs_give_same_trials_as_one(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*STUDY, "jobs=2"]) == 0
     assert results(Path("outputs/study")) == results(finished / "outputs" / "study")
 
 
 @pytest.mark.usefixtures("only_trials")
-def test_pruned_trials_count_and_a_killed_study_prunes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruned_trials_count_and_killed_study_prunes_identically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Successive halving records in each trial which rungs it reached."""
     monkeypatch.chdir(tmp_path)
     words = [word for word in STUDY if not word.startswith(("algorithm", "budget", "epochs"))]
@@ -288,7 +285,7 @@ def test_pruned_trials_count_and_a_killed_study_prunes_the_same(tmp_path: Path, 
 
 
 # ------------------------------------------------------------------------------------------------ failures
-def test_trials_that_diverge_or_fail_count_and_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diverged_and_failed_trials_are_counted_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run, count = train.run, [0]
 
@@ -310,7 +307,7 @@ def test_trials_that_diverge_or_fail_count_and_are_listed(tmp_path: Path, monkey
     assert "no trial was better than the default config" in text and result.table.loc[0, "best_trial"] == 0
 
 
-def test_a_folder_of_another_study_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directory_of_other_study_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(copy)
     assert main([word if word != "epochs=2" else "epochs=1" for word in STUDY]) == 2
     assert "belongs to another study (bp: epochs=2 there, 1 here); choose another name=NAME" in capsys.readouterr().err
@@ -334,7 +331,7 @@ def test_a_folder_of_another_study_is_refused(copy: Path, capsys: pytest.Capture
         (["data"], "0", "data="),
     ],
 )
-def test_the_key_that_differs_is_named(finished: Path, path: list[str], value: Any, problem: str) -> None:
+def test_differing_key_is_reported(finished: Path, path: list[str], value: Any, problem: str) -> None:
     folder = finished / "outputs" / "study"
     described = here = json.loads((folder / "tune.json").read_text())["study"]
     check_folder(folder, described)
@@ -346,7 +343,7 @@ def test_the_key_that_differs_is_named(finished: Path, path: list[str], value: A
         check_folder(folder, described)
 
 
-def test_foreign_files_are_refused(copy: Path) -> None:
+def test_foreign_files_are_rejected(copy: Path) -> None:
     described = json.loads((copy / "tune.json").read_text())["study"]
     (copy / "report.md").write_text("as fa-bench-report writes it")
     check_folder(copy, described)

@@ -75,7 +75,7 @@ def test_a_slow_reader_of_a_stream_that_does_not_wait_gets_everything(tmp_path):
     assert said.stdout.strip() == b"500000" and said.stderr == b""
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device without room here")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_text_that_finds_no_room_is_said_to_be_lost(tmp_path):
     said = python("print('a'); print(lost(), file=sys.stderr); print('b')", tmp_path, ">/dev/full")
     assert said.returncode == 0 and said.stderr == b"No space left on device\n"
