@@ -129,6 +129,8 @@ def isolated() -> Iterator[None]:
         np.seterr(**error_state)
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        else:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
         # A model and its rule refer to each other and would count towards the next run's peak memory if they were not collected.
         gc.collect()
         if torch.cuda.is_available():

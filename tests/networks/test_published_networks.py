@@ -65,13 +65,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
 
 
 def perturbed(make: Callable[[], nn.Module]) -> nn.Module:
-<<<<<<< HEAD
     """Make the model and perturb all its parameters; otherwise, zeros in output layers and gains would block every error in the
     first step."""
-=======
-    """Create a network and perturb its parameters, because zeros in output layers and gains would stop all errors in the first
-    step."""
->>>>>>> 3a48444171160d87b90e7bb1c91fe957ab901e63
     torch.manual_seed(0)
     model = make()
     with torch.no_grad():
