@@ -245,11 +245,16 @@ def process_state() -> dict[str, Any]:
     }
 
 
-def test_process_state_is_restored_after_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workspace", [None, ":16:8"])
+def test_process_state_is_restored_after_failed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workspace: str | None
+) -> None:
     """All settings that a run, its model or a plugin has changed are restored, because the next run of a sweep starts in the same
     process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if workspace:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
     (tmp_path / "elsewhere").mkdir()
     before = process_state()
     with pytest.raises(KeyError), isolated():
