@@ -165,7 +165,7 @@ def _without_error(parts: Parts) -> list[str]:
     """A line that names the layers with feedback that send no error back, because no layer before them learns."""
     reached, pairs = parts.meter.trace.reached, parts.rule.weight_pairs()
     first = [path for path in parts.meter.trace.order if path in pairs and path not in reached]
-    return [f"{names(first)} sends no error back, because no earlier layer learns"] if first else []
+    return [f"{names(first)} send{'s' * (len(first) == 1)} no error back, because no earlier layer learns"] if first else []
 
 
 def _feedback(rule: Rule) -> list[str]:

@@ -50,6 +50,11 @@ class Score:
         return ".2f" if self.unit == "%" else ".4f"
 
     @property
+    def worst(self) -> float | None:
+        """The worst possible value: 0 for a percentage whose larger values are better, otherwise None, because it is unknown."""
+        return 0.0 if self.unit == "%" and self.higher_is_better else None
+
+    @property
     def direction(self) -> Literal["maximize", "minimize"]:
         """The direction of optimization, in Optuna's terms."""
         return "maximize" if self.higher_is_better else "minimize"

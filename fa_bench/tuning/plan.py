@@ -64,7 +64,6 @@ class Plan:
         rules: the rules, in the order of the command line.
         directory: the study's folder.
         experiment: the experiment that the configs come from, if any.
-        command: the overrides of the command line.
     """
 
     options: TuneOptions
@@ -72,7 +71,6 @@ class Plan:
     rules: list[RulePlan]
     directory: Path
     experiment: str | None
-    command: list[str]
 
     @property
     def score(self) -> Score:
@@ -155,7 +153,7 @@ def make_plan(overrides: Sequence[str], config_dir: str | None, config_name: str
         found.append(
             RulePlan(name, [text for text in texts if parse(text).key_or_group != SEED], space, _defaults(job, space), job)
         )
-    plan = Plan(options, composer, found, _directory(options, found[0].job, experiment), experiment, list(overrides))
+    plan = Plan(options, composer, found, _directory(options, found[0].job, experiment), experiment)
     _check(plan)
     return plan
 

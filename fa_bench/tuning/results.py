@@ -12,7 +12,7 @@ import pandas as pd
 
 from fa_bench.config.job import Job
 from fa_bench.errors import printable
-from fa_bench.objectives.scores import ACCURACY, Score
+from fa_bench.objectives.scores import Score
 from fa_bench.report.columns import Column
 from fa_bench.report.groups import CONTROL, FLOOR
 from fa_bench.report.runs import Run
@@ -209,7 +209,9 @@ def markdown(plan: Plan, studies: Sequence[RuleStudy], table: pd.DataFrame) -> s
         floor=FLOOR,
         command=command,
         title=score.title,
-        worst="an accuracy of 0" if score == ACCURACY else "the worst score of the others",
+        worst=f"the worst {score.title} of the others"
+        if score.worst is None
+        else f"a validation {score.title} of {score.worst:g}",
     )
     space = [
         f"- {escape_markdown(study.plan.rule)}: "

@@ -141,8 +141,8 @@ class RuleStudy:
     def worst(self) -> float:
         """The value assigned to a trial that diverged or failed: 0 for an accuracy. For any other score, it is the worst value of
         the finished trials, or an extreme one (see `HUGE`) if none of them has a value."""
-        if self.score.unit == "%" and self.score.higher_is_better:
-            return 0.0
+        if self.score.worst is not None:
+            return self.score.worst
         known = [trial.outcome.value for trial in self.finished if trial.outcome.value is not None]
         return min(known, key=self.score.merit, default=-self.score.merit(HUGE))
 
