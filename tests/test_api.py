@@ -49,7 +49,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_values_of_python_become_overrides(value: Any, text: str) -> None:
+def test_python_values_are_converted_to_overrides(value: Any, text: str) -> None:
     assert _arguments("run", ["seed=0"], {"key": value}) == ["seed=0", f"key={text}"]
 
 
@@ -69,18 +69,18 @@ def test_values_of_python_become_overrides(value: Any, text: str) -> None:
         ([], {"architecture.widths": [8, 8]}, r"pass \*\*\{'architecture.widths': \[\[8, 8\]\]\}$"),
     ],
 )
-def test_what_is_no_override_is_refused_before_anything_runs(overrides: list, options: dict, message: str) -> None:
+def test_invalid_overrides_are_rejected_before_run(overrides: list, options: dict, message: str) -> None:
     with pytest.raises((ConfigError, OptionError), match=message):
         fa_bench.run(*overrides, **options)
     assert not list(Path().iterdir())
 
 
-def test_mends_that_the_errors_suggest_work() -> None:
+def test_suggested_fixes_work() -> None:
     [run] = fa_bench.run(*SMALL, metrics=[["norm_ratio"]], **{"architecture.widths": [[8, 8]]})
     assert run.config["architecture.widths"] == [8, 8] and list(run.quantities) == ["norm_ratio"]
 
 
-def test_a_second_call_returns_the_same_runs_and_trains_nothing(
+def test_second_call_returns_same_runs_without_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = fa_bench.run(*SMALL, algorithm="fa", output_dir=Path("a, b"))
@@ -92,16 +92,14 @@ def test_a_second_call_returns_the_same_runs_and_trains_nothing(
     assert run.directory.parts[0] == "a, b" and "Traceback" not in capsys.readouterr().err
 
 
-def test_input_that_only_the_run_can_check_raises_without_noise(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_found_by_run_raises_without_output(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CoverageError, match="cuts=nope: the model has no module"):
         fa_bench.run(*SMALL, "algorithm.cuts=[nope]", algorithm="dfa")
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
 
 
-def test_a_run_that_fails_is_returned_with_its_status(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_run_is_returned_with_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("boom")
 
@@ -113,6 +111,6 @@ def test_a_run_that_fails_is_returned_with_its_status(
     assert error.startswith("fa-bench: failed: RuntimeError: boom") and "boom" in log.read_text()
 
 
-def test_tune_refuses_what_run_refuses() -> None:
+def test_tune_rejects_invalid_overrides() -> None:
     with pytest.raises(FaBenchError, match=r"unpack it: fa_bench.tune\(\*\["):
         fa_bench.tune(["algorithm=bp"])  # type: ignore[arg-type]

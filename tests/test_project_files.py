@@ -29,18 +29,18 @@ def _workflow(name: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
 
 
-def test_every_place_has_the_same_version():
+def test_versions_agree():
     assert CITATION["version"] == fa_bench.__version__
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert next(heading for heading in headings if heading != "Unreleased") == fa_bench.__version__
 
 
-def test_the_citation_names_the_paper_of_every_rule():
+def test_citation_file_cites_paper_of_every_rule():
     cited = {rule for reference in CITATION["references"] for rule in reference["notes"].removeprefix("Rules: ").split(", ")}
     assert cited == set(ALGORITHMS) - WITHOUT_PAPER
 
 
-def test_the_readme_and_the_citation_name_the_same_papers():
+def test_readme_and_citation_file_cite_same_papers():
     cited: dict[str, set[tuple[str, int]]] = {}
     for reference in CITATION["references"]:
         first = reference["authors"][0]
@@ -52,7 +52,7 @@ def test_the_readme_and_the_citation_name_the_same_papers():
     assert {rule: found - cited.get(rule, set()) for rule, found in papers.items() if found - cited.get(rule, set())} == {}
 
 
-def test_the_python_versions_agree():
+def test_python_versions_agree():
     prefix = "Programming Language :: Python :: 3."
     declared = [
         name.removeprefix("Programming Language :: Python :: ") for name in PROJECT["classifiers"] if name.startswith(prefix)
@@ -64,14 +64,14 @@ def test_the_python_versions_agree():
 
 
 @pytest.mark.parametrize("name", ["tests", "release", "docs"])
-def test_workflows_can_do_no_more_than_they_need(name: str):
+def test_workflows_have_minimal_permissions(name: str):
     workflow = _workflow(name)
     assert workflow["permissions"] == {"contents": "read"}
     for job, settings in workflow["jobs"].items():
         assert set(settings.get("permissions", {})) <= ({"id-token", "pages"} if job in ("publish", "deploy") else set())
 
 
-def test_the_docs_workflow_publishes_what_mkdocs_builds():
+def test_docs_workflow_publishes_mkdocs_site_dir():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     (folder,) = re.findall(r"^site_dir: (.+)$", text, re.MULTILINE)
     (uploaded,) = [
@@ -80,13 +80,13 @@ def test_the_docs_workflow_publishes_what_mkdocs_builds():
     assert uploaded == folder
 
 
-def test_every_extra_that_a_workflow_installs_exists():
+def test_extras_installed_by_workflows_exist():
     for path in sorted((ROOT / ".github/workflows").glob("*.yml")):
         for extras in re.findall(r'\.\[([\w,]+)\]"', path.read_text(encoding="utf-8")):
             assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"]), path.name
 
 
-def test_the_hooks_run_the_same_ruff_as_the_checks():
+def test_pre_commit_and_lint_extra_pin_same_ruff():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
     (revision,) = [repo["rev"] for repo in hooks if "ruff" in repo["repo"]]
     assert f"ruff=={revision.removeprefix('v')}" in PROJECT["optional-dependencies"]["lint"]

@@ -9,7 +9,7 @@ import pytest
 from fa_bench.analyses.brain_correlation import BrainCorrelation, sample_pair
 
 
-def test_the_brains_point_and_mixed_are_78_degrees() -> None:
+def test_brain_and_mixed_angles_are_78_degrees() -> None:
     table = BrainCorrelation(neurons=100, draws=5, fractions=[1.0], correlations=[1.0]).table().set_index("point")
     brain, mixed, grid = (table.loc[kind] for kind in ("brain", "mixed", "grid"))
     assert brain["overall"] == pytest.approx(0.36 * 0.31**0.5) and brain["angle"] == pytest.approx(78.44, abs=0.01)
@@ -22,7 +22,7 @@ def test_the_brains_point_and_mixed_are_78_degrees() -> None:
     assert grid["angle_drawn"] == pytest.approx(0, abs=1e-6)
 
 
-def test_drawn_pairs_have_the_fraction_and_the_correlation() -> None:
+def test_sampled_pairs_match_fraction_and_correlation() -> None:
     forward, feedback = sample_pair(40_000, 0.3, 0.5, seed=1)
     both = feedback != 0
     assert both.mean() == pytest.approx(0.3, abs=0.01)

@@ -11,7 +11,7 @@ from fa_bench.analyses.forward_alignment_theorem import ForwardAlignmentTheorem,
 from fa_bench.errors import OptionError
 
 
-def test_cases_break_what_they_say() -> None:
+def test_each_case_violates_only_its_condition() -> None:
     analysis = ForwardAlignmentTheorem(condition=50.0)
     nets = {case: analysis.net(case, seed=3) for case in analysis.cases}
     k = {case: net.a @ net.c.T - net.w.T @ net.w / 2 for case, net in nets.items()}
@@ -25,7 +25,7 @@ def test_cases_break_what_they_say() -> None:
     assert np.linalg.eigvalsh(k["k_negative"]).max() < 1e-9
 
 
-def test_rank_decides_and_k_does_not() -> None:
+def test_convergence_depends_on_rank_not_on_k() -> None:
     analysis = ForwardAlignmentTheorem(
         seeds=1, time=40.0, lr=0.02, records=40, cases=["theorem", "k_negative", "rank_small", "coloured"]
     )
@@ -38,7 +38,7 @@ def test_rank_decides_and_k_does_not() -> None:
     assert shown.loc["theorem", "lyapunov_max"] == 1 and shown.loc["k_negative", "lyapunov_max"] > 1.5
 
 
-def test_symmetric_part_of_k_is_kept_and_the_other_is_not() -> None:
+def test_only_symmetric_part_of_k_is_conserved() -> None:
     """The symmetric part drifts only because the steps are finite. Its drift is proportional to the step, so it is about ten
     times smaller for a tenth of the step."""
     analysis = ForwardAlignmentTheorem(start=0.5)
@@ -51,6 +51,6 @@ def test_symmetric_part_of_k_is_kept_and_the_other_is_not() -> None:
     assert 0.05 < drift[1] / drift[0] < 0.2
 
 
-def test_sizes_that_the_theorem_excludes_are_refused() -> None:
+def test_rejects_sizes_excluded_by_theorem() -> None:
     with pytest.raises(OptionError, match=r"inputs=6 must be above outputs=4 and at most hidden=5"):
         ForwardAlignmentTheorem(hidden=5)

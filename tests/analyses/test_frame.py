@@ -36,7 +36,7 @@ SMALL = {
 }
 
 
-def test_every_analysis_is_tried_here_and_documented() -> None:
+def test_every_analysis_is_tested_and_documented() -> None:
     text = (ROOT / "docs" / "analyses.md").read_text()
     assert set(SMALL) == set(ANALYSES)
     assert all(f"fa-bench-analyse {name}" in text for name in ANALYSES)
@@ -78,7 +78,7 @@ def test_same_options_give_the_same_bytes(tmp_path: Path) -> None:
         (["pfa_spectrum", "ratios=[1"], "fa-bench-analyse: ratios=[1: cannot be read"),
     ],
 )
-def test_faults_end_in_one_line(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_errors_are_reported_in_one_line(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*words, "--out", str(tmp_path / "none")]) == 2
     said = capsys.readouterr().err
     assert said.startswith(message) and said.count("\n") == 1 and not (tmp_path / "none").exists()

@@ -17,7 +17,7 @@ def density(law: MarchenkoPastur, v: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 1.0, 4.0])
-def test_density_has_the_mass_mean_and_variance_of_the_law(ratio: float) -> None:
+def test_marchenko_pastur_density_moments(ratio: float) -> None:
     law = MarchenkoPastur(ratio)
     # The midpoints are equally spaced in u = √v, because for a ratio of 1, the density grows like 1/√v near 0.
     edges = np.linspace(np.sqrt(law.low), np.sqrt(law.high), 200_001)
@@ -32,7 +32,7 @@ def test_density_has_the_mass_mean_and_variance_of_the_law(ratio: float) -> None
     )
 
 
-def test_spectrum_and_angle_of_the_rules_draw() -> None:
+def test_sampled_spectrum_and_angle_match_prediction() -> None:
     """Matrices of 80 x 800 and 80 x 40 are sampled 8 times. The standard deviation of the 640 eigenvalues is then known to about
     1 %, and the angle to 0.1 degrees."""
     table = PFASpectrum(outputs=80, inputs=100, ratios=[0.5, 10.0], histograms=[10.0], bins=6, draws=8).table()
@@ -48,6 +48,6 @@ def test_spectrum_and_angle_of_the_rules_draw() -> None:
     assert bins["predicted"].sum() * (1.7325 - 0.4675) / 6 == pytest.approx(1, abs=1e-3)
 
 
-def test_histogram_of_a_ratio_that_is_not_drawn_is_refused() -> None:
+def test_rejects_histogram_of_unsampled_ratio() -> None:
     with pytest.raises(OptionError, match=r"histograms=3.0 is not among ratios=1.0, 2.0"):
         PFASpectrum(ratios=[1.0, 2.0], histograms=[3.0])

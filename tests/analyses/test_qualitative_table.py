@@ -42,7 +42,7 @@ def parts_of(rule: str, **options) -> Parts:
         ("fa", {"exclude": ["fc2"]}, 1, 1),
     ],
 )
-def test_transport_between_two_updates(rule: str, options: dict, sign: float, magnitude: float) -> None:
+def test_measured_transport_of_known_rules(rule: str, options: dict, sign: float, magnitude: float) -> None:
     parts = parts_of(rule, **options)
     before = {name: value.clone() for name, value in parts.rule.model.state_dict().items()}
     found = transport(parts.rule)
@@ -51,7 +51,7 @@ def test_transport_between_two_updates(rule: str, options: dict, sign: float, ma
     assert all(torch.equal(value, before[name]) for name, value in parts.rule.model.state_dict().items())
 
 
-def test_direct_synapses() -> None:
+def test_direct_feedback_angles() -> None:
     assert direct_angles(parts_of("bp")) == [0, 0] and direct_angles(parts_of("kp", b_init="copy_w")) == [0, 0]
     assert direct_angles(parts_of("pfa")) == [], "pfa has no direct synapses: its feedback passes through other neurons"
     parts = parts_of("dfa")
@@ -78,7 +78,7 @@ def test_marks_at_the_thresholds(changes: dict, marks: tuple[str, ...]) -> None:
     assert tuple(mark for mark, _, _ in judged) == marks
 
 
-def test_table_sets_measured_beside_published() -> None:
+def test_table_compares_measured_with_published() -> None:
     """A published "unclear" counts as a disagreement. For a rule that the published table lacks, `agrees` is missing."""
     analysis = QualitativeTable(
         rules=["bp", "usf", "frsf"],

@@ -34,7 +34,7 @@ def angle(u: torch.Tensor, v: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("net", ["with_shortcuts", "without_shortcuts"])
-def test_sharing_swaps_the_activation_under_the_true_error(net: str) -> None:
+def test_sharing_angle_uses_true_error_and_shared_activation(net: str) -> None:
     """With sharing, the gradient of stages.layer1.1.conv1 is computed with the input of the first block, which is the stem's
     output, instead of that block's output."""
     parts = parts_of(net)
@@ -55,14 +55,14 @@ def test_sharing_swaps_the_activation_under_the_true_error(net: str) -> None:
     assert abs(found["whole"] - found["sharing"]) > 0.2, "the error that arrives through B should differ from the true one"
 
 
-def test_layers_with_their_own_activation_are_exact_under_the_true_error() -> None:
+def test_layers_without_sharing_are_exact_under_true_error() -> None:
     found = gradient_angles(parts_of("with_shortcuts"))
     assert {layer for layer in found if not found[layer]["shares"]} == {"stages.layer1.0.conv1", "fc"}
     assert found["fc"]["sharing"] < 0.1 and found["fc"]["whole"] < 0.1
     assert "conv1" not in found, "the stem is not trained, so it should have no angles"
 
 
-def test_shortcuts_bring_the_weight_changes_nearer() -> None:
+def test_shortcuts_reduce_sharing_angle() -> None:
     """Shortcuts reduce the angle even in an untrained net. With the default options, the mean angle over the seeds is 57 degrees
     with shortcuts and 88 degrees without them."""
     with_them, without = (
@@ -71,7 +71,7 @@ def test_shortcuts_bring_the_weight_changes_nearer() -> None:
     assert with_them < 70 < 75 < without
 
 
-def test_measuring_changes_nothing() -> None:
+def test_measuring_has_no_side_effects() -> None:
     parts = parts_of("with_shortcuts")
     before = copy.deepcopy(parts.rule.model.state_dict())
     gradient_angles(parts)

@@ -101,7 +101,7 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("net", ["mlp", "convnet"])
 @pytest.mark.parametrize("rule", ALGORITHMS)
-def test_gradients_and_weights_are_those_of_the_cpu(rule: str, net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_and_weights_match_cpu(rule: str, net: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPU and CPU agree up to rounding in float64. In float32, the tolerance is at least ten times the CPU's own rounding error;
     see `scripts/gpu/equality.py`."""
     monkeypatch.syspath_prepend(SCRIPTS)
@@ -111,7 +111,7 @@ def test_gradients_and_weights_are_those_of_the_cpu(rule: str, net: str, monkeyp
 
 @needs_compiler
 @pytest.mark.parametrize("rule", FEW)
-def test_compiled_gradients_are_those_without_compilation(rule: str) -> None:
+def test_compiled_gradients_match_eager(rule: str) -> None:
     expected, given = step(rule, compiled=False), step(rule, compiled=True)
     for name, gradient in expected.items():
         torch.testing.assert_close(given[name], gradient, rtol=1e-4, atol=1e-4)
@@ -136,7 +136,7 @@ def test_every_rule_trains(rule: str, tmp_path: Path) -> None:
     ids=" ".join,
 )
 @pytest.mark.parametrize("rule", FEW)
-def test_options_change_the_loss_by_rounding(rule: str, overrides: list[str], tmp_path: Path) -> None:
+def test_options_change_loss_only_by_rounding(rule: str, overrides: list[str], tmp_path: Path) -> None:
     """bf16 has 8 bits of precision and TF32 has 11, so relative errors of about 1e-2 and 1e-3 are expected after ten updates."""
     reference = trained(tmp_path / "plain", rule, *[each for each in overrides if each.startswith("accumulate")])
     result = trained(tmp_path / "option", rule, *overrides)
@@ -155,7 +155,7 @@ def test_deterministic_runs_are_bitwise_identical(rule: str, overrides: list[str
 
 
 @pytest.mark.parametrize("rule", ["kp", "dkp", "brsf"])
-def test_a_run_begun_on_a_gpu_is_resumed_on_the_cpu(rule: str, tmp_path: Path) -> None:
+def test_gpu_run_resumes_on_cpu(rule: str, tmp_path: Path) -> None:
     """With device=auto, a run has the same config hash with and without a GPU, and its checkpoint can be read on either
     device."""
     settings = [each for each in SMALL if not each.startswith("device")] + [f"algorithm={rule}", f"output_dir={tmp_path}"]

@@ -144,7 +144,7 @@ def another_file(folder: Path, **options: Any) -> Iterator[SummaryWriter]:
     record_events(folder, [*recorded_events(folder), own])
 
 
-def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_after_two_interruptions_match_uninterrupted_run(monkeypatch: pytest.MonkeyPatch) -> None:
     command = [*MLP, "algorithm=kp", "epochs=4", "probe_every=3", "histograms_every=5"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
     whole = curves("whole")
@@ -176,7 +176,7 @@ def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatc
     assert parts == whole and len(event_files("parts")) == 1
 
 
-def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_during_rewrite_loses_no_events(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process is killed before and after the first call of fsync, replace and truncate, in turn."""
     first = EventFile(tmp_path, job, 0)
     put(first, *range(9))
@@ -208,7 +208,7 @@ def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Pat
     first.close()
 
 
-def test_starts_in_old_files_are_taken_as_readers_take_them(job: Job, tmp_path: Path) -> None:
+def test_purge_steps_of_older_files_are_respected(job: Job, tmp_path: Path) -> None:
     """SummaryWriter resumes with a start event, after which readers discard the later steps of the earlier file."""
     first = EventFile(tmp_path, job, 0)
     put(first, *range(9))
@@ -222,7 +222,7 @@ def test_starts_in_old_files_are_taken_as_readers_take_them(job: Job, tmp_path: 
     }
 
 
-def test_steps_that_are_run_again_are_recorded_once(job: Job, tmp_path: Path) -> None:
+def test_repeated_steps_are_recorded_once(job: Job, tmp_path: Path) -> None:
     first = EventFile(tmp_path, job, 0)
     put(first, 0, 2, 4)
     first.close()
@@ -233,7 +233,7 @@ def test_steps_that_are_run_again_are_recorded_once(job: Job, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("accumulator", [EventAccumulator, PluginAccumulator])
-def test_watching_tensorboard_shows_no_point_twice(accumulator: Any, job: Job, tmp_path: Path) -> None:
+def test_running_tensorboard_shows_no_duplicate_points(accumulator: Any, job: Job, tmp_path: Path) -> None:
     """TensorBoard's readers keep working while files are created and removed."""
     watching = accumulator(str(tmp_path))
 
@@ -257,9 +257,7 @@ def test_watching_tensorboard_shows_no_point_twice(accumulator: Any, job: Job, t
         each.close()
 
 
-def test_emptied_files_go_once_tensorboard_had_time_to_leave_them(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_emptied_files_are_deleted_after_delay(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     EventFile(tmp_path, job, 0).close()
     monkeypatch.setattr(events, "_PATIENCE", 0.0)
     recorded = EventFile(tmp_path, job, 1)
@@ -269,7 +267,7 @@ def test_emptied_files_go_once_tensorboard_had_time_to_leave_them(
     recorded.close()
 
 
-def test_names_follow_one_another_whatever_the_clock_says(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_names_stay_ordered_if_clock_goes_back(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
     for now in (2_000_000_000.0, 2_000_000_000.0, 1_000_000_000.0):
         monkeypatch.setattr(events.time, "time", lambda now=now: now)
@@ -279,7 +277,7 @@ def test_names_follow_one_another_whatever_the_clock_says(job: Job, tmp_path: Pa
     assert names == sorted(names) and len(set(names)) == 3
 
 
-def test_events_are_on_the_disk_before_a_checkpoint_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_are_synced_before_checkpoint_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     real, save = os.fsync, checkpoint.save
 
@@ -299,7 +297,7 @@ def test_events_are_on_the_disk_before_a_checkpoint_says_so(monkeypatch: pytest.
 
 # ------------------------------------------------------------------------------------------------ what is shown
 @pytest.mark.parametrize("rule", ["fa", "dfa"])
-def test_layout_has_every_layer_in_the_chart_of_its_metric(rule: str) -> None:
+def test_layout_groups_all_layers_by_metric(rule: str) -> None:
     command = [*MLP, f"algorithm={rule}", "epochs=1", "probe_every=3", "histograms_every=2", "hydra.run.dir=run", "resume=true"]
     assert main(command) == 0
     angles = json.loads(Path("run", METRICS).read_text().splitlines()[-1])["angles"]
@@ -319,7 +317,7 @@ def test_layout_has_every_layer_in_the_chart_of_its_metric(rule: str) -> None:
     assert charts("run") == before and len(contents("run", "custom_scalars__config__")) == 1
 
 
-def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
+def test_all_rules_share_one_hparams_table(job: Job, tmp_path: Path) -> None:
     experiments, types = set(), set()
     for each in (dataclasses.replace(job, algorithm=rule()) for _, rule in ALGORITHMS.items()):
         (tmp_path / each.algorithm.name).mkdir()
@@ -337,7 +335,7 @@ def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
     assert {info.name for info in table.hparam_infos} == {key for key, _ in types.pop()} == set(HYPERPARAMETERS)
 
 
-def test_every_key_that_differs_in_a_sweep_is_in_the_table_of_its_runs(tmp_path: Path) -> None:
+def test_hparams_table_has_all_keys_varied_in_sweep(tmp_path: Path) -> None:
     """TensorBoard takes the table's columns from one of the runs, so all runs must have the same columns."""
     assert (
         main(
@@ -382,7 +380,7 @@ def test_every_key_that_differs_in_a_sweep_is_in_the_table_of_its_runs(tmp_path:
         ("interrupted", []),
     ],
 )
-def test_end_of_a_run(status: str, shown: list[int], job: Job, tmp_path: Path) -> None:
+def test_run_status_and_final_scalars(status: str, shown: list[int], job: Job, tmp_path: Path) -> None:
     recorded = EventFile(tmp_path, job, 0)
     put(recorded, 1)
     recorded.finish(status, FINAL, 1)
@@ -402,7 +400,7 @@ def test_end_of_a_run(status: str, shown: list[int], job: Job, tmp_path: Path) -
 
 # ------------------------------------------------------------------------------------------------ histograms
 @pytest.mark.parametrize("rule", ["brsf", "pfa", "dkp"])
-def test_histograms_come_on_request_and_change_no_number(rule: str) -> None:
+def test_histograms_are_optional_and_do_not_affect_results(rule: str) -> None:
     command = [*MLP, f"algorithm={rule}", "epochs=2", "probe_every=3"]
     assert main([*command, "hydra.run.dir=plain"]) == 0
     assert main([*command, "histograms_every=3", "hydra.run.dir=with"]) == 0
@@ -422,7 +420,7 @@ def test_histograms_come_on_request_and_change_no_number(rule: str) -> None:
         assert found[tag] == without[tag]
 
 
-def test_histograms_of_odd_tensors(job: Job, tmp_path: Path) -> None:
+def test_histograms_of_nonfinite_bool_and_bfloat16_tensors(job: Job, tmp_path: Path) -> None:
     recorded = EventFile(tmp_path, job, 0)
     recorded.histograms(
         {

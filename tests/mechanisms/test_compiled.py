@@ -126,7 +126,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if ALGORITHMS[name].repeats])
-def test_rules_that_run_the_model_again_are_refused(name: str) -> None:
+def test_rules_with_repeated_passes_reject_compilation(name: str) -> None:
     model, _, x, _ = attached(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(CoverageError, match=f"rule '{name}' runs the model again in the backward pass.*do not compile the model"):
@@ -139,7 +139,7 @@ def test_rules_that_run_the_model_again_are_refused(name: str) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_a_part_compiled_in_one_graph_is_refused_with_a_reason() -> None:
+def test_rejects_compiled_part_with_fullgraph() -> None:
     model, rule, x, y = attached("forward_alignment")
     model.get_submodule("fc").compile(backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model, not only a part of it"):
@@ -150,7 +150,7 @@ def test_a_part_compiled_in_one_graph_is_refused_with_a_reason() -> None:
     ("spec", "net"),
     [*((spec, Net) for spec in SPECS), ("dfa:form=kernel", Small), ("fa", Recurrent), ("kp", Recurrent), ("brsf", Recurrent)],
 )
-def test_compiled_steps_equal_those_without(spec: str, net: type[nn.Module]) -> None:
+def test_compiled_steps_match_eager_bitwise(spec: str, net: type[nn.Module]) -> None:
     """The backend runs PyTorch's own operations in the order of the graph, so the results must be bitwise identical."""
     wanted = trained(*(parts := attached(spec, net)), call=parts[0])
     model, rule, x, y = attached(spec, net)
@@ -167,7 +167,7 @@ def test_compiled_steps_equal_those_without(spec: str, net: type[nn.Module]) -> 
 
 
 @pytest.mark.parametrize("spec", ["dfa", "forward_alignment"])
-def test_a_compiled_model_may_be_called_without_compilation_too(spec: str) -> None:
+def test_compiled_and_eager_calls_can_alternate(spec: str) -> None:
     wanted = trained(*(parts := attached(spec)), call=parts[0])
     model, rule, x, y = attached(spec)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -177,7 +177,7 @@ def test_a_compiled_model_may_be_called_without_compilation_too(spec: str) -> No
 
 
 @pytest.mark.parametrize("spec", ["kp", "forward_alignment"])
-def test_compiled_models_return_their_own_structure(spec: str) -> None:
+def test_compiled_model_keeps_output_structure(spec: str) -> None:
     class TwoHeads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -201,7 +201,7 @@ def test_compiled_models_return_their_own_structure(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", ["kp", "forward_alignment"])
-def test_compiled_models_may_have_arguments_with_names(spec: str) -> None:
+def test_compiled_model_accepts_keyword_arguments(spec: str) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -226,7 +226,7 @@ def test_compiled_models_may_have_arguments_with_names(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", ["kp", "brsf"])
-def test_the_default_compiler_agrees(spec: str) -> None:
+def test_default_compiler_matches_eager(spec: str) -> None:
     """Fused kernels round in a different order. In each step, the rounding changes weights of about 0.1 by a relative error of
     1e-7, which BatchNorm amplifies."""
     if _no_compiler():
@@ -238,7 +238,7 @@ def test_the_default_compiler_agrees(spec: str) -> None:
         assert torch.allclose(tensor, wanted[name], rtol=1e-4, atol=1e-5), name
 
 
-def test_a_layer_without_gradients_in_a_compiled_pass_is_refused() -> None:
+def test_compiled_pass_rejects_layer_without_gradients() -> None:
     class Partial(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -256,7 +256,7 @@ def test_a_layer_without_gradients_in_a_compiled_pass_is_refused() -> None:
         torch.compile(model, backend="aot_eager")(torch.zeros(2, 4))
 
 
-def test_feedback_that_a_later_update_by_hand_leaves_out_is_an_error() -> None:
+def test_manual_update_without_feedback_raises_after_compilation() -> None:
     """The first step updates nothing, which is no error; the second step updates only the weights."""
     model, rule, x, y = attached("kp", Small)
     compiled = torch.compile(model, backend="aot_eager")
@@ -275,7 +275,7 @@ def test_feedback_that_a_later_update_by_hand_leaves_out_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("spec", ["kp", "pfa:ratio=2", "asap", "dkp", "predsim"])
-def test_feedback_that_no_optimizer_trains_is_an_error(spec: str) -> None:
+def test_optimizer_without_feedback_raises(spec: str) -> None:
     model, rule, x, y = attached(spec)
     weights = torch.optim.SGD(rule.weight_parameters(), lr=0.1)
     compiled = torch.compile(model, backend="aot_eager")
@@ -288,7 +288,7 @@ def test_feedback_that_no_optimizer_trains_is_an_error(spec: str) -> None:
             rule.step()
 
 
-def test_feedback_that_was_replaced_after_compilation_is_an_error() -> None:
+def test_feedback_replaced_after_compilation_raises() -> None:
     model, rule, x, y = attached("kp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     compiled = torch.compile(model, backend="aot_eager")
@@ -307,7 +307,7 @@ def test_feedback_that_was_replaced_after_compilation_is_an_error() -> None:
             step(2)
 
 
-def test_two_models_with_one_code_have_their_own_feedback() -> None:
+def test_compiled_models_of_same_class_use_own_feedback() -> None:
     """A graph contains the key of its rule. Without the key, the second model would get the errors of the first one."""
     gradients = []
     for seed in (0, 1):
@@ -323,7 +323,7 @@ def test_two_models_with_one_code_have_their_own_feedback() -> None:
 
 
 @pytest.mark.parametrize("spec", ["dfa", "drtp", "bp", "frozen"])
-def test_a_plain_model_compiled_before_leaves_the_rule_alone(spec: str) -> None:
+def test_earlier_compiled_plain_model_does_not_affect_rule(spec: str) -> None:
     """By default, torch reuses the graph of a model with the same classes, even if the new model has hooks."""
     plain = Net()
     torch.compile(plain, backend="aot_eager")(torch.randn(5, 2, 4, 4)).sum().backward()
@@ -337,7 +337,7 @@ def test_a_plain_model_compiled_before_leaves_the_rule_alone(spec: str) -> None:
     again.backward(F.cross_entropy(logits, y[0]), logits, y[0], 1.0)
 
 
-def test_random_magnitudes_of_an_evaluation_are_those_of_the_last_training_pass() -> None:
+def test_brsf_compiled_evaluation_pass_matches_eager() -> None:
     found = []
     for compiles in (False, True):
         model, rule, x, y = attached("brsf")
@@ -349,7 +349,7 @@ def test_random_magnitudes_of_an_evaluation_are_those_of_the_last_training_pass(
     assert torch.equal(found[0], found[1])
 
 
-def test_a_part_compiled_alone_is_right_or_refused() -> None:
+def test_compiled_part_matches_eager_or_is_rejected() -> None:
     for spec in ("kp", "brsf", "dkp", "forward_alignment"):
         wanted = trained(*(parts := attached(spec)), call=parts[0])
         model, rule, x, y = attached(spec)
@@ -374,7 +374,7 @@ def test_handles_are_unique_and_are_copied_with_their_owners() -> None:
     assert Handle("next").key == key  # so that equal runs in sequence have equal graphs
 
 
-def test_a_copy_of_a_compiled_model_uses_its_own_rule() -> None:
+def test_copy_of_compiled_model_uses_own_rule() -> None:
     model, rule, x, y = attached("drtp")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     logits = compiled(x[0])
@@ -389,7 +389,7 @@ def test_a_copy_of_a_compiled_model_uses_its_own_rule() -> None:
     assert not twin.get_parameter("stem.weight").grad.any() and model.get_parameter("stem.weight").grad.any()  # type: ignore[union-attr]
 
 
-def test_operators_that_run_python_are_not_captured_in_cuda_graphs() -> None:
+def test_python_operators_are_cudagraph_unsafe() -> None:
     for module in ("cut.function", "edge.messages"):
         importlib.import_module(f"fa_bench.mechanisms.{module}")
     operators = [getattr(torch.ops.fa_bench, name).default for name in ("new_sample", "second_pass", "cut_errors")]
@@ -404,7 +404,7 @@ def test_operators_that_run_python_are_not_captured_in_cuda_graphs() -> None:
         ("forward_alignment", "", "second_pass", "second_pass"),
     ],
 )
-def test_operators_return_what_compilers_expect(
+def test_operator_results_match_fake_tensors(
     spec: str,
     of: str,
     method: str,
@@ -431,7 +431,7 @@ def test_operators_return_what_compilers_expect(
     assert [(one.shape, one.dtype, one.stride()) for one in results] == [(one.shape, one.dtype, one.stride()) for one in expected]
 
 
-def test_the_operator_that_samples_returns_the_seed_of_the_next_sample() -> None:
+def test_new_sample_operator_returns_next_seed() -> None:
     _, rule, *_ = attached("brsf")
     layer = next(iter(rule._layers.values()))
     pathway, draws = layer.pathway, layer.pathway.draws

@@ -93,7 +93,7 @@ ATTENTION: dict[str, Call] = {
     ],
     ids=str,
 )
-def test_attention(options: dict[str, Any], call: str) -> None:
+def test_attention_matches_torch(options: dict[str, Any], call: str) -> None:
     # If the keys are also the values, PyTorch projects them with one product.
     require_equal(
         nn.MultiheadAttention(12, 3, **options),
@@ -104,7 +104,7 @@ def test_attention(options: dict[str, Any], call: str) -> None:
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_masks_of_attention_have_the_precision_of_the_model(dtype: torch.dtype, need_weights: bool) -> None:
+def test_attention_masks_use_model_dtype(dtype: torch.dtype, need_weights: bool) -> None:
     q, k = Q.to(dtype), K.to(dtype)
     masks = {"key_padding_mask": PADDED, "attn_mask": CAUSAL[:, :4]}
 
@@ -115,7 +115,7 @@ def test_masks_of_attention_have_the_precision_of_the_model(dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_causality_without_a_mask_is_refused_as_torch_does(need_weights: bool) -> None:
+def test_is_causal_without_mask_raises_like_torch(need_weights: bool) -> None:
     plain = nn.MultiheadAttention(12, 3)
     for module in (plain, layerwise(plain)):
         with pytest.raises(RuntimeError, match="is_causal"):
@@ -123,7 +123,7 @@ def test_causality_without_a_mask_is_refused_as_torch_does(need_weights: bool) -
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_attention_with_the_batch_first_with_keys_of_their_own_size_and_of_one_sequence(need_weights: bool) -> None:
+def test_attention_batch_first_kdim_and_unbatched_match_torch(need_weights: bool) -> None:
     q, k, v = randn(2, 5, 12), randn(2, 4, 7, seed=1), randn(2, 4, 9, seed=2)
     require_equal(nn.MultiheadAttention(12, 3, batch_first=True), lambda m: m(q, q, q, need_weights=need_weights), 0)
     own = nn.MultiheadAttention(12, 3, kdim=7, vdim=9, batch_first=True)
@@ -132,7 +132,7 @@ def test_attention_with_the_batch_first_with_keys_of_their_own_size_and_of_one_s
     require_equal(nn.MultiheadAttention(12, 3, kdim=7, vdim=9), lambda m: m(q[1], k[1], v[1], PADDED[1], need_weights), 1e-6)
 
 
-def test_bad_arguments_of_attention_are_refused() -> None:
+def test_attention_rejects_invalid_masks() -> None:
     module = layerwise(nn.MultiheadAttention(12, 3))
     for arguments in ({"attn_mask": CAUSAL[:1]}, {"attn_mask": randn(2, 5, 5)}, {"is_causal": True}):
         with pytest.raises(RuntimeError, match="attn_mask"):
@@ -167,7 +167,7 @@ def of_packed(module: nn.Module, initial: Any = None) -> Any:
     ],
     ids=str,
 )
-def test_recurrent_modules(cls: Any, options: dict[str, Any]) -> None:
+def test_recurrent_modules_match_torch(cls: Any, options: dict[str, Any]) -> None:
     module, x = cls(4, 6, **options), randn(3, 5, 4)
     depth = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
 
@@ -186,7 +186,7 @@ def test_recurrent_modules(cls: Any, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cls", [nn.LSTMCell, nn.GRUCell, nn.RNNCell, lambda *sizes: nn.RNNCell(*sizes, nonlinearity="relu")])
-def test_cells(cls: Any) -> None:
+def test_recurrent_cells_match_torch(cls: Any) -> None:
     module, x, h = cls(4, 6), randn(3, 4), randn(3, 6, seed=1)
     require_equal(module, lambda m: m(x), 1e-6)
     require_equal(module, lambda m: m(x, (h, 2 * h) if isinstance(m, nn.LSTMCell) else h), 1e-6)
@@ -194,11 +194,11 @@ def test_cells(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_bilinear(bias: bool) -> None:
+def test_bilinear_matches_torch(bias: bool) -> None:
     require_equal(nn.Bilinear(3, 4, 5, bias=bias), lambda m: m(randn(2, 7, 3), randn(2, 7, 4, seed=1)), 1e-5)
 
 
-def test_without_gradients_and_without_rules_for_layers_the_plain_module_runs() -> None:
+def test_layers_run_only_in_training_of_layerwise_rules() -> None:
     module = nn.MultiheadAttention(12, 3)
     composed, mode = copy.deepcopy(module), Mode("test", layerwise=True)
     expand(composed, mode)
@@ -221,7 +221,7 @@ def test_without_gradients_and_without_rules_for_layers_the_plain_module_runs() 
     ],
     ids=["attention with weights", "attention", "LSTM"],
 )
-def test_evaluation_has_no_dropout_with_gradients_either(module: nn.Module, call: Any) -> None:
+def test_evaluation_with_gradients_has_no_dropout(module: nn.Module, call: Any) -> None:
     composed = layerwise(copy.deepcopy(module.eval()))
     torch.testing.assert_close(call(composed), call(module))
 
@@ -230,7 +230,7 @@ def test_layers_are_in_the_order_of_use() -> None:
     assert [name for name, _ in layerwise(nn.MultiheadAttention(12, 3)).named_children()] == ["in_proj", "out_proj"]
 
 
-def test_a_module_with_a_forward_of_its_own_is_left_as_it_is() -> None:
+def test_module_with_custom_forward_is_unchanged() -> None:
     """A user's forward function may use the weights in any way, so the module is left unchanged."""
     module = nn.Bilinear(3, 4, 5)
     module.forward = lambda one, two: one.sum() + two.sum()  # type: ignore[method-assign]
@@ -238,7 +238,7 @@ def test_a_module_with_a_forward_of_its_own_is_left_as_it_is() -> None:
     assert type(module) is nn.Bilinear and not list(module.children())
 
 
-def test_no_trace_is_left_and_models_can_be_copied_and_pickled() -> None:
+def test_expanded_model_is_copyable_and_contract_restores_it() -> None:
     parts = nn.ModuleList([nn.LSTM(4, 6), nn.GRUCell(4, 6), nn.Bilinear(3, 4, 5)])
     model: Any = nn.Sequential(nn.TransformerEncoderLayer(12, 3, 8), parts)
     before = {

@@ -52,7 +52,7 @@ def make(kind: type[nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", NONLINEAR)
-def test_a_small_beta_is_backpropagation_and_a_large_one_is_not(kind: type[nn.Module]) -> None:
+def test_only_small_beta_matches_backprop(kind: type[nn.Module]) -> None:
     """With a β of 1e-6 and errors of size 1, third-order differences vanish, and rounding is 1e-16 / 1e-6. The inputs do not hit
     a kink."""
     model = mlp(make(kind))
@@ -64,7 +64,7 @@ def test_a_small_beta_is_backpropagation_and_a_large_one_is_not(kind: type[nn.Mo
     assert apart(gradients(model, rule)[:1], want[:1]) > 1e-2
 
 
-def test_linear_nonlinearities_are_backpropagation_for_every_beta() -> None:
+def test_linear_activations_match_backprop_for_every_beta() -> None:
     """A leaky ReLU with a slope of 1 is linear, so the difference of its values is exact except for rounding errors of 1e-16."""
     for activation in (nn.LeakyReLU(1.0), nn.Identity()):
         model = mlp(activation)
@@ -79,7 +79,7 @@ def test_linear_nonlinearities_are_backpropagation_for_every_beta() -> None:
     ("a", "slope"), [(3.0, 1.0), (2.0, 1.0), (0.5, 0.625), (0.0, 0.5), (-0.5, 0.375), (-2.0, 0.0), (-3.0, 0.0)]
 )
 @pytest.mark.parametrize("sign", [1, -1])
-def test_slopes_of_relu_saturate_at_a_half(a: float, slope: float, sign: int) -> None:
+def test_relu_slope_is_linear_between_thresholds(a: float, slope: float, sign: int) -> None:
     """With β s |g| = 2, the slope is 1 above 2, 0 below -2, and (a + 2) / 4 between."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False)).double()
     rule = fa_bench.attach(model, "dual_propagation", beta=2.0)
@@ -91,7 +91,7 @@ def test_slopes_of_relu_saturate_at_a_half(a: float, slope: float, sign: int) ->
     assert math.isclose(found, sign * slope * a, rel_tol=1e-12, abs_tol=1e-12)
 
 
-def test_relu_in_single_precision_subtracts_no_equal_numbers() -> None:
+def test_relu_has_no_cancellation_in_single_precision() -> None:
     """In single precision, a plain difference φ(a + d) - φ(a - d) with d = 1e-8 a would be zero or a rounding error."""
     model = mlp(nn.ReLU()).float()
     x = X.float()
@@ -103,7 +103,7 @@ def test_relu_in_single_precision_subtracts_no_equal_numbers() -> None:
 
 
 @pytest.mark.parametrize("name", ["dual_propagation", "kp", "asfp_lc"])
-def test_beta_does_not_depend_on_the_scale_or_the_size_of_the_batch(name: str) -> None:
+def test_gradients_scale_with_loss_and_batch_size(name: str) -> None:
     """The gradients of c times the loss are c times those of the loss, and the mean over the batch is the mean of its halves."""
     options = {"derivative": "dual", "beta": 5.0}
     if name == "asfp_lc":
@@ -129,7 +129,7 @@ def test_beta_does_not_depend_on_the_scale_or_the_size_of_the_batch(name: str) -
         assert apart([a + b for a, b in zip(*halves, strict=True)], want) < 1e-9
 
 
-def test_a_loss_of_zero_has_no_gradient() -> None:
+def test_zero_loss_has_zero_gradient() -> None:
     model = mlp(nn.ReLU())
     rule = fa_bench.attach(model, "dual_propagation")
     assert all((one == 0).all() for one in gradients(model, rule, factor=0.0))
@@ -160,7 +160,7 @@ def test_in_place_modules_give_the_same_outputs_and_gradients() -> None:
     assert apart(*found) == 0
 
 
-def test_modules_are_the_plain_ones_without_gradients_in_exact_and_after_detach() -> None:
+def test_exact_and_detached_modules_match_plain() -> None:
     model = mlp(nn.GELU())
     want, plain = exact(model), [type(module) for module in model]
     rule = fa_bench.attach(model, "fa", derivative="dual", beta=5.0, sample_input=X)
@@ -177,7 +177,7 @@ def test_modules_are_the_plain_ones_without_gradients_in_exact_and_after_detach(
     assert apart(exact(model), want) == 0
 
 
-def test_a_module_that_was_replaced_after_attach_is_refused() -> None:
+def test_rejects_activation_replaced_after_attach() -> None:
     model = mlp(nn.ReLU())
     fa_bench.attach(model, "dual_propagation")
     model[1] = nn.ReLU()
@@ -210,7 +210,7 @@ class Calls(nn.Module):
     ],
 )
 @pytest.mark.parametrize("sample", [True, False])
-def test_functions_are_refused_by_name(function, name: str, sample: bool) -> None:
+def test_rejects_functional_activations(function, name: str, sample: bool) -> None:
     """With a sample, attach refuses the function; without one, the first training pass refuses it. With exact derivatives, the
     function is accepted."""
     says = rf"rule 'fa': derivative='dual' replaces .* nn.ReLU, but this model computes {name} outside of supported"
@@ -229,26 +229,26 @@ def test_functions_are_refused_by_name(function, name: str, sample: bool) -> Non
     rule.backward(F.cross_entropy(model(X.float()), Y))
 
 
-def test_functions_are_refused_at_once_without_gradients_too() -> None:
+def test_attach_under_no_grad_rejects_functional_activations() -> None:
     with torch.no_grad(), pytest.raises(CoverageError, match="computes tanh outside of supported modules"):
         fa_bench.attach(Calls(torch.tanh), "fa", derivative="dual", sample_input=X.float())
 
 
-def test_a_module_with_a_forward_of_its_own_is_left_alone() -> None:
+def test_module_with_custom_forward_is_unchanged() -> None:
     model = mlp(nn.Tanh(), nn.ReLU())
     model[1].forward = torch.sin
     fa_bench.attach(model, "dual_propagation")
     assert [isinstance(module, DualModule) for module in model] == [False, False, False, True, False]
 
 
-def test_functions_of_frozen_layers_are_refused_as_well() -> None:
+def test_rejects_functional_activations_of_frozen_layers() -> None:
     model = Calls(torch.tanh).requires_grad_(False)
     model.fc3.requires_grad_(True)
     with pytest.raises(CoverageError, match="computes tanh outside of supported modules"):
         fa_bench.attach(model, "fa", derivative="dual", sample_input=X.float())
 
 
-def test_a_module_whose_forward_contains_functions_is_none() -> None:
+def test_rejects_subclass_with_functional_activation() -> None:
     """Tanhshrink, which is x - tanh(x), is accepted as a module; a subclass of Tanh with its own forward method is not, because
     it calls a function."""
 
@@ -262,7 +262,7 @@ def test_a_module_whose_forward_contains_functions_is_none() -> None:
 
 
 @pytest.mark.parametrize("last", [0.25, None])
-def test_without_an_error_at_the_logits_the_scale_is_the_last_one(last: float | None) -> None:
+def test_zero_logit_error_reuses_last_loss_scale(last: float | None) -> None:
     """A net that predicts with certainty has no error at the logits, but the loss may contain a penalty on activations. The scale
     of the last pass is then used.
 
@@ -286,7 +286,7 @@ def test_without_an_error_at_the_logits_the_scale_is_the_last_one(last: float | 
     assert all(torch.equal(one, two) and one.any() for one, two in zip(*found, strict=True))
 
 
-def test_the_number_of_samples_is_that_of_the_first_argument_with_an_axis() -> None:
+def test_batch_size_is_read_from_first_nonscalar_argument() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -302,12 +302,12 @@ def test_the_number_of_samples_is_that_of_the_first_argument_with_an_axis() -> N
     assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), want, strict=True))
 
 
-def test_a_model_without_nonlinearities_says_so() -> None:
+def test_coverage_reports_model_without_nonlinearities() -> None:
     rule = fa_bench.attach(nn.Sequential(nn.Linear(8, 7), nn.Linear(7, 3)), "fa", derivative="dual")
     assert "This model has no nonlinear modules whose derivative could be replaced." in str(rule.coverage)
 
 
-def test_the_scale_of_the_loss_must_be_known() -> None:
+def test_requires_known_loss_scale() -> None:
     model = mlp(nn.ReLU())
     rule = fa_bench.attach(model, "fa", derivative="dual")
     logits = model(X)
@@ -324,7 +324,7 @@ def test_the_scale_of_the_loss_must_be_known() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mse", "tokens"])
-def test_other_objectives(kind: str) -> None:
+def test_other_objectives_infer_loss_scale(kind: str) -> None:
     """The scale is inferred from the gradient of the rule's own objective at the logits."""
     found = []
     for factor in (1.0, 0.37):
@@ -339,7 +339,7 @@ def test_other_objectives(kind: str) -> None:
     assert apart(*found) < 1e-9
 
 
-def test_what_enters_a_module_stays_as_it_is_unless_the_module_works_in_place() -> None:
+def test_only_in_place_activations_modify_their_input() -> None:
     for activation in (nn.Tanh(), nn.ReLU(), nn.ReLU(inplace=True)):
         model, seen = mlp(activation), []
         fa_bench.attach(model, "dual_propagation")
@@ -350,13 +350,13 @@ def test_what_enters_a_module_stays_as_it_is_unless_the_module_works_in_place() 
         assert torch.equal(after, want)
 
 
-def test_modules_run_alone_on_what_has_no_gradient() -> None:
+def test_activation_accepts_input_without_grad_outside_model() -> None:
     model = mlp(nn.ReLU())
     fa_bench.attach(model, "dual_propagation")
     assert torch.equal(model[1](X), X.clamp_min(0))
 
 
-def test_bfloat16_takes_the_difference_in_single_precision() -> None:
+def test_bfloat16_computes_difference_in_single_precision() -> None:
     """bfloat16 rounds to 2^-8, so a difference of 1e-3 of the values would be rounded to 0 or doubled if it were computed in
     bfloat16."""
     model = mlp(nn.Tanh()).float()
@@ -387,7 +387,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 
 @needs_compiler
-def test_compiled_graphs_take_the_scale_of_each_backward_pass() -> None:
+def test_compiled_graph_accepts_any_loss_scale_and_batch_size() -> None:
     """One graph supports losses of every scale. The graph is recompiled once for a variable size, and then supports batches of
     every size."""
     torch._dynamo.reset()
@@ -407,7 +407,7 @@ def test_compiled_graphs_take_the_scale_of_each_backward_pass() -> None:
     torch._dynamo.reset()
 
 
-def test_options() -> None:
+def test_option_defaults_and_validation() -> None:
     assert DualPropagation().derivative == "dual" and DualPropagation().beta == 0.01
     for bad in ({"beta": 0.0}, {"beta": -1.0}, {"derivative": "true"}):
         with pytest.raises(OptionError):

@@ -51,7 +51,7 @@ def net() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(("rule", "where"), [(ReadyEdge(), "2"), (ReadyCut(cuts=["1"]), "1")])
-def test_put_takes_a_ready_tensor_and_brings_it_to_the_models_dtype(rule: Rule, where: str) -> None:
+def test_put_converts_tensor_to_model_dtype(rule: Rule, where: str) -> None:
     model, x, y = net(), torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
     fa_bench.attach(model, rule, sample_input=x)
     assert rule.feedback[where]["B"].dtype == torch.float32 and (rule.feedback[where]["B"] == 0.5).all()
@@ -63,7 +63,7 @@ def test_put_takes_a_ready_tensor_and_brings_it_to_the_models_dtype(rule: Rule, 
 
 
 @pytest.mark.parametrize(("rule", "where"), [(ReadyEdge(), "2"), (ReadyCut(cuts=["1"]), "1")])
-def test_a_ready_tensor_is_put_without_its_graph(rule: Rule, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_put_detaches_tensor_from_graph(rule: Rule, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     full = torch.full
     monkeypatch.setattr(torch, "full", lambda *args, **kwargs: full(*args, **kwargs) * scale)
@@ -75,7 +75,7 @@ def test_a_ready_tensor_is_put_without_its_graph(rule: Rule, where: str, monkeyp
     assert not rule.feedback[where]["B"].requires_grad and scale.grad is None
 
 
-def test_a_tensor_is_live_if_it_is_fixed_and_detached_if_it_is_learned() -> None:
+def test_feedback_tensor_detaches_only_learned_tensors() -> None:
     fixed, learned = net(), net()
     rule = ReadyEdge()
     rule.learned = True
@@ -87,7 +87,7 @@ def test_a_tensor_is_live_if_it_is_fixed_and_detached_if_it_is_learned() -> None
     assert isinstance(learned[0].feedback_B, nn.Parameter) and feedback_tensor(learned[0], "mask") is None
 
 
-def test_one_file_knows_how_modules_store_feedback_tensors() -> None:
+def test_only_one_file_accesses_stored_feedback_directly() -> None:
     written = re.compile(r"""["']feedback_(?:"|'|mask|auxiliary|[A-Z]\b)|\.feedback_[A-Z]\b|_buffers(?:\[|\.get)""")
     found = {
         path.relative_to(PACKAGE).as_posix(): match[0]

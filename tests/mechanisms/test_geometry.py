@@ -127,13 +127,13 @@ def check(layer: nn.Module, x: torch.Tensor) -> None:
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @SETTINGS
 @given(convolutions())
-def test_convolutions(case):
+def test_random_convolution_geometries(case):
     check(*case)
 
 
 @SETTINGS
 @given(linears())
-def test_linears(case):
+def test_random_linear_geometries(case):
     check(*case)
 
 
@@ -152,7 +152,7 @@ class Sized(nn.Module):
 @pytest.mark.parametrize("lead", [(), (1,), (4,)], ids=["one sample", "batch of one", "batch"])
 @pytest.mark.parametrize("kind", ["plain", "transposed", "sized"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_calls_of_convolutions(dims, kind, lead, needs_error):
+def test_unbatched_and_sized_convolution_calls(dims, kind, lead, needs_error):
     """Inputs may lack a batch dimension, output sizes may be given, and the input may or may not need an error."""
     torch.manual_seed(0)
     layer = (CONV if kind == "plain" else TRANSPOSED)[dims](2, 3, 3, stride=2).double()
@@ -170,7 +170,7 @@ def test_calls_of_convolutions(dims, kind, lead, needs_error):
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-def test_the_weight_gradient_of_a_transposed_convolution_is_for_the_size_of_the_error():
+def test_transposed_convolution_weight_gradient_for_each_output_size():
     """Two output sizes are possible for each input, and the caller chooses one of them."""
     plain = nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, bias=False).double()
     layer = copy.deepcopy(plain)

@@ -25,7 +25,7 @@ def test_tensors_are_found_in_every_container_in_order() -> None:
     assert items_in(Output) is None and items_in("ab") is None and items_in(Output(3)) == [("value", 3)]
 
 
-def test_every_node_is_visited_once_and_none_behind_a_stop() -> None:
+def test_graph_walk_visits_nodes_once_and_respects_stops() -> None:
     x, w = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     inner = x * 2
     middle = inner + w

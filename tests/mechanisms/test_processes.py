@@ -17,13 +17,13 @@ def two_equal_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
 
 
-def test_the_mean_of_equal_tensors_is_the_tensor(two_equal_processes):
+def test_average_of_equal_tensors_is_identity(two_equal_processes):
     tensor = torch.tensor([1.0, -3.0])
     processes.average(tensor)
     assert tensor.tolist() == [1.0, -3.0]
 
 
-def test_mean_activities_of_equal_processes_are_those_of_one(request):
+def test_forward_forward_on_equal_processes_matches_one_process(request):
     """A sum instead of the mean would change the penalty of `forward_forward` in the next step."""
     alone, alone_rule = attached("forward_forward")
     steps(alone, alone_rule, sgd(alone.parameters()), 3)

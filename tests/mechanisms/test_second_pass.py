@@ -51,12 +51,12 @@ def repeated(*wanted, model=None, x=None, before=lambda: None, context=None):
     return logits, rule.seen, model, x
 
 
-def test_a_repeated_pass_has_the_masks_and_statistics_of_the_first():
+def test_repeated_pass_reuses_dropout_masks_and_statistics():
     logits, (first, second), _, _ = repeated({}, {}, before=lambda: torch.rand(3))
     assert torch.equal(first, logits) and torch.equal(second, logits)
 
 
-def test_a_repeated_pass_has_the_arguments_that_were_given_by_name():
+def test_repeated_pass_reuses_keyword_arguments():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -74,7 +74,7 @@ def test_a_repeated_pass_has_the_arguments_that_were_given_by_name():
         assert torch.equal(rule.seen[0], logits)
 
 
-def test_normalisation_uses_the_statistics_of_its_own_batch():
+def test_batch_norm_uses_statistics_of_new_batch():
     other = torch.randn(8, 6, generator=torch.Generator().manual_seed(5)) * 3
     _, (seen,), model, _ = repeated({"args": (other,)})
     hidden = model.get_submodule("0")(other)
@@ -93,14 +93,14 @@ def again_in_eval(model, x):
         return model(x)
 
 
-def test_a_module_in_evaluation_mode_keeps_its_running_statistics():
+def test_module_in_eval_mode_uses_running_statistics():
     model = net()
     model.get_submodule("1").eval()
     logits, (seen,), _, _ = repeated({}, model=model)
     assert torch.equal(seen, logits)
 
 
-def test_changes_at_inputs_and_outputs_reach_what_follows_only():
+def test_changed_inputs_and_outputs_affect_only_later_modules():
     logits, (at_input, at_output, none), model, x = repeated(
         {"inputs": {"4": torch.zeros_like}}, {"outputs": {"0": torch.ones_like}}, {"outputs": {"0": lambda _: None}}
     )
@@ -114,13 +114,13 @@ def test_changes_at_inputs_and_outputs_reach_what_follows_only():
     assert not readout._forward_pre_hooks and len(model.get_submodule("0")._forward_hooks) == 0  # no hook is left behind
 
 
-def test_a_repeated_pass_is_as_precise_as_the_first():
+def test_repeated_pass_uses_autocast_of_first_pass():
     logits, (seen,), _, _ = repeated({}, context=torch.autocast("cpu", dtype=torch.bfloat16))
     assert logits.dtype == seen.dtype == torch.bfloat16
     assert torch.equal(seen, logits)
 
 
-def test_an_input_changed_in_place_is_refused():
+def test_rejects_input_changed_in_place():
     x = torch.randn(8, 6)
     with pytest.raises(StateError, match=r"an input of shape \(8, 6\) was changed in place after the forward pass; pass a copy"):
         repeated({}, x=x, before=lambda: x.add_(1))
@@ -138,7 +138,7 @@ def test_each_backward_pass_repeats_its_own_forward_pass():
     assert rule.first_pass is None
 
 
-def test_rules_that_do_not_repeat_keep_nothing():
+def test_other_rules_store_no_first_pass():
     model = net()
     rule = fa_bench.attach(model, "dfa", cuts=["3"])
     model(torch.randn(8, 6))
@@ -162,11 +162,11 @@ def test_draws_depend_on_seed_number_and_name():
     assert draws.state() == {"seed": 1, "number": 1}
 
 
-def test_shifts_are_all_whole_numbers_between_zero_and_the_bound() -> None:
+def test_shifts_are_integers_from_one_to_bound() -> None:
     assert set(Draws(1).shifts("a", 200, 4).tolist()) == {1, 2, 3}
 
 
-def test_ranks_draw_different_noise_unless_it_is_shared(monkeypatch):
+def test_ranks_sample_different_noise_unless_shared(monkeypatch):
     like = torch.empty(50)
     before, shared = Draws(1).normal("a", like), Draws(1).normal("a", like, is_shared=True)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -175,7 +175,7 @@ def test_ranks_draw_different_noise_unless_it_is_shared(monkeypatch):
     assert torch.equal(Draws(1).normal("a", like, is_shared=True), shared)
 
 
-def test_weights_that_changed_since_are_refused() -> None:
+def test_rejects_weights_changed_after_forward() -> None:
     model = net()
     rule = Repeating(cuts=["3"]).attach(model)
     Repeating.wanted = [{}]
@@ -187,13 +187,13 @@ def test_weights_that_changed_since_are_refused() -> None:
     assert rule.model is model
 
 
-def test_modules_have_the_modes_of_the_first_pass() -> None:
+def test_repeated_pass_uses_training_mode_of_first_pass() -> None:
     model = net()
     logits, (seen,), _, _ = repeated({}, model=model, before=model.eval)
     assert torch.equal(seen, logits) and not any(module.training for module in model.modules())
 
 
-def test_a_precise_pass_has_no_autocast_and_sees_changed_weights() -> None:
+def test_precise_pass_disables_autocast_and_uses_changed_weights() -> None:
     """Autocast caches casts of weights, so it would use the values from before a rule changed the weights."""
     model = net()
     weight = model.get_submodule("4").weight

@@ -74,7 +74,7 @@ def by_autograd(model: nn.Module, x: Tensor, noise: dict[str, Tensor]) -> Tensor
 
 @pytest.mark.parametrize("method", [FORWARD, DIFFERENCE])
 @pytest.mark.parametrize("net", NETS)
-def test_the_tangent_is_the_derivative_along_the_noise(net: str, method: str) -> None:
+def test_tangent_matches_autograd_derivative(net: str, method: str) -> None:
     """The nets have in-place ReLUs, shortcuts and batch statistics. Away from kinks, the error of central differences is
     proportional to the square of the step, which is 0.001."""
     build: Any = nets.NETS.get(net, nets.residual)
@@ -94,7 +94,7 @@ def test_the_tangent_is_the_derivative_along_the_noise(net: str, method: str) ->
     assert not got.requires_grad
 
 
-def test_differences_are_those_of_the_output_at_the_step() -> None:
+def test_difference_matches_outputs_at_plus_and_minus_step() -> None:
     x, _ = nets.batch("mlp_tanh")
     noise = noise_at(nets.mlp(), ["act1", "act2"], x)
     plus, minus = (moved(nets.mlp(), x, noise, torch.tensor(step, dtype=x.dtype)) for step in (tangents.STEP, -tangents.STEP))
@@ -116,7 +116,7 @@ def dropped_out() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("method", [FORWARD, DIFFERENCE])
-def test_dropout_masks_are_those_of_the_training_pass(method: str) -> None:
+def test_tangent_reuses_dropout_masks_of_training_pass(method: str) -> None:
     """The noise passes only through the mask and the output layer, so the derivative reveals the mask."""
     model, x = dropped_out(), torch.randn(5, 6, dtype=torch.float64)
     rule, masks = attached(model, ["1"], x), []
@@ -130,7 +130,7 @@ def test_dropout_masks_are_those_of_the_training_pass(method: str) -> None:
     assert torch.allclose(got, masks[0] @ model[3].weight.t(), rtol=1e-8) and 0.3 < (masks[0] == 0).double().mean() < 0.7
 
 
-def test_tangents_of_parameters() -> None:
+def test_parameter_tangents_match_autograd() -> None:
     """Every use of a shared parameter contributes to the tangent, and parameters without a direction do not contribute. After the
     call, the model has its own parameters again."""
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def test_tangents_of_parameters() -> None:
     assert isinstance(model[0].weight, nn.Parameter)
 
 
-def test_the_pass_has_single_precision_under_autocast() -> None:
+def test_tangent_has_single_precision_under_autocast() -> None:
     model, x = nets.mlp(dtype=torch.float32), torch.randn(4, 7)
     rule = attached(model, ["act1", "act2"], x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -202,7 +202,7 @@ class LastState(nn.LSTM):
 @pytest.mark.parametrize(
     ("module", "said"), [(Doubled(), r"an autograd\.Function without a jvp"), (LastState(5, 5), "mkldnn_rnn_layer")], ids=str
 )
-def test_an_operation_without_a_derivative_is_refused_with_a_mend_that_works(module: nn.Module, said: str) -> None:
+def test_operation_without_derivative_suggests_working_fix(module: nn.Module, said: str) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), module, nn.Linear(5, 3)), torch.randn(6, 4)
     with pytest.raises(
@@ -219,7 +219,7 @@ def test_an_operation_without_a_derivative_is_refused_with_a_mend_that_works(mod
     assert rule.feedback["1"]["B"].grad.any()
 
 
-def test_an_output_that_depends_on_no_cut_is_refused() -> None:
+def test_rejects_output_independent_of_cuts() -> None:
     class Apart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -233,7 +233,7 @@ def test_an_output_that_depends_on_no_cut_is_refused() -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_attention_needs_no_fused_kernel(fast: bool) -> None:
+def test_tangent_of_attention_avoids_fused_kernel(fast: bool) -> None:
     """In evaluation mode without gradients, torch runs a whole encoder layer as one kernel, which has no forward-mode derivative.
 
     The user's setting for the fast path is restored afterwards.
@@ -260,7 +260,7 @@ def _attention_has_a_derivative(fast: bool) -> None:
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
-def test_the_named_output_is_taken_without_gradients_too() -> None:
+def test_tangent_uses_logits_if_other_output_is_detached() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -288,7 +288,7 @@ class Plain(nn.Module):
         return self.out(self.lstm(self.act(self.fc(x))[None])[0][0])
 
 
-def test_a_plain_recurrent_module_needs_no_fused_kernel() -> None:
+def test_tangent_of_lstm_avoids_fused_kernel() -> None:
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     rule = attached(Plain(), ["act"], x)
     first, _ = first_pass(rule, x)

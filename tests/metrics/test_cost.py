@@ -35,12 +35,12 @@ def counted(
     return forward, counter.multiplications - forward
 
 
-def test_a_layer_multiplies_for_its_output_its_weight_and_but_for_the_first_layer_its_input() -> None:
+def test_linear_layers_count_output_weight_and_input_products() -> None:
     first, second = 7 * 4, 4 * 3
     assert counted(nn.Sequential(nn.Linear(7, 4), nn.Linear(4, 3)), (7,)) == (N * (first + second), N * (first + 2 * second))
 
 
-def test_a_strided_convolution_multiplies_once_for_each_pixel_of_its_output() -> None:
+def test_strided_convolution_multiplications() -> None:
     layers = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.Conv2d(3, 4, 3, padding=1))
     first, second = 4 * 4 * 3 * 2 * 9, 4 * 4 * 4 * 3 * 9  # 9x9 becomes 4x4, and the second layer keeps this size
     assert counted(layers, (2, 9, 9)) == (N * (first + second), N * (first + 2 * second))
@@ -54,7 +54,7 @@ def test_groups_divide_the_multiplications_of_both_passes(layer: type[nn.Conv2d 
     assert counted(layers, (2, 6, 6)) == (N * (first + second), N * (first + 2 * second))
 
 
-def test_lstm_counts_as_the_products_of_its_cells() -> None:
+def test_lstm_multiplications_match_cell_products() -> None:
     steps, inputs, width = 6, 3, 4
     into, across = 4 * width * inputs, 4 * width * width
     forward, backward = counted(nn.LSTM(inputs, width, batch_first=True), (steps, inputs), lambda model, x: model(x)[0])
@@ -62,7 +62,7 @@ def test_lstm_counts_as_the_products_of_its_cells() -> None:
     assert backward == N * (steps * into + steps * across + (steps - 1) * across)  # the input and the first state have no error
 
 
-def test_attention_counts_scores_and_values_which_the_backward_pass_computes_again() -> None:
+def test_attention_multiplications_include_backward_recomputation() -> None:
     heads, length, width = 2, 6, 4
     query, key, value = (torch.randn(N, heads, length, width, requires_grad=True) for _ in range(3))
     one = N * heads * length * length * width
@@ -73,7 +73,7 @@ def test_attention_counts_scores_and_values_which_the_backward_pass_computes_aga
     assert counter.multiplications == (2 + 5) * one
 
 
-def test_views_move_nothing_and_a_product_its_operands() -> None:
+def test_bytes_moved_by_views_and_products() -> None:
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     with Counter() as counter:
         a.view(2, 6).t().detach()
@@ -89,7 +89,7 @@ def test_views_move_nothing_and_a_product_its_operands() -> None:
     assert counter.moved == 4 * (4 + 4 + 12 + 12)
 
 
-def test_tensors_count_as_long_as_they_are_alive() -> None:
+def test_memory_counts_only_live_tensors() -> None:
     with Counter() as counter:
         a = torch.zeros(10)
         b = a + 1
@@ -119,7 +119,7 @@ FIRST, HIDDEN, LAST = 9 * 16, 16 * 12, 12 * 4
         ("frozen", LAST, 0),
     ],
 )
-def test_phases_of_rules(rule: str, backward: int, feedback: int) -> None:
+def test_multiplications_by_phase_and_rule(rule: str, backward: int, feedback: int) -> None:
     own, reference = cost(rule)
     forward = FIRST + HIDDEN + LAST
     assert (own.forward, own.backward, own.feedback) == (8 * forward, 8 * backward, 8 * feedback)
@@ -138,14 +138,14 @@ def test_learning_the_feedback_is_counted_separately() -> None:
     assert cost("wm", initial_steps=0)[0].feedback > 0  # mirror steps run after the backward pass and must be counted, too
 
 
-def test_the_cost_of_a_rule_whose_steps_alternate_is_that_of_its_first_step() -> None:
+def test_cost_of_alternating_rule_is_that_of_first_step() -> None:
     """With anchor_period=2, every second update of grape uses backpropagation across the cuts, but the predicted cost is that of
     the first step."""
     second, never, always = (cost("grape", anchor_period=period)[0] for period in (2, 0, 1))
     assert second == never and second.backward < always.backward
 
 
-def test_counting_exchanges_nothing_with_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counting_does_not_communicate_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only process 0 counts, so an exchange would wait for the other processes forever."""
     exchanged = []
     monkeypatch.setattr(SampleErrors, "exchange", exchanged.append)
@@ -156,7 +156,7 @@ def test_counting_does_not_depend_on_the_number_of_training_samples() -> None:
     assert cost("f3", samples=2)[0].multiplications == cost("f3", samples=20)[0].multiplications
 
 
-def test_a_step_is_counted_in_training_mode_whatever_the_model_was_in() -> None:
+def test_step_is_counted_in_training_mode() -> None:
     """In training mode, normalisation computes the batch's statistics, which must be counted even if the model was in evaluation
     mode."""
     found = []
@@ -167,13 +167,13 @@ def test_a_step_is_counted_in_training_mode_whatever_the_model_was_in() -> None:
     assert found[0] == found[1]
 
 
-def test_micro_batches_multiply_as_much_move_more_and_keep_less() -> None:
+def test_micro_batches_move_more_bytes_with_lower_peak_memory() -> None:
     whole, parts = (cost("bp", batch=4096, accumulate=count)[0] for count in (1, 4))
     assert whole.multiplications == parts.multiplications
     assert parts.bytes_moved > whole.bytes_moved and parts.peak_memory < whole.peak_memory
 
 
-def test_memory_of_a_large_batch_is_that_of_the_operation_that_needs_most() -> None:
+def test_predicted_peak_memory_of_large_batch_is_exact() -> None:
     """The predicted peak for 64 samples is exact, although other operations determine the peak for four samples."""
     model = Conv2(channels=3, hidden=200).build((1, 8, 8), 3)
     rule = fa_bench.attach(model, "bp", seed=0, sample_input=torch.randn(2, 1, 8, 8))
@@ -189,7 +189,7 @@ def test_memory_of_a_large_batch_is_that_of_the_operation_that_needs_most() -> N
     assert predicted.bytes_moved == counter.moved and predicted.multiplications == counter.multiplications
 
 
-def test_targets_that_are_numbers_are_counted_as_numbers() -> None:
+def test_cost_with_numeric_targets() -> None:
     model = MLP(widths=[16]).build((1, 3, 3), 4)
     rule = fa_bench.attach(model, "bp", objective=MSE())
     predicted = step_costs(rule, (1, 3, 3), 4, 8, targets=VALUES)[0]
@@ -201,7 +201,7 @@ def test_targets_that_are_numbers_are_counted_as_numbers() -> None:
     assert (predicted.bytes_moved, predicted.multiplications) == (counter.moved, counter.multiplications)
 
 
-def test_optimizers_move_and_keep_their_state() -> None:
+def test_cost_includes_optimizer_state() -> None:
     with_state, without = cost("bp")[0], cost("bp", with_optimizer=False)[0]
     parameters = FIRST + HIDDEN + LAST + 16 + 12 + 4
     assert with_state.peak_memory - without.peak_memory >= 4 * parameters  # the momentum is included
@@ -221,6 +221,6 @@ def test_products_of_the_optimizer_are_counted_separately() -> None:
     assert own.multiplications == own.forward + own.backward + own.optimizer
 
 
-def test_kernels_are_chosen_again_after_counting() -> None:
+def test_counting_restores_mkldnn_setting() -> None:
     before = torch.backends.mkldnn.enabled
     assert multiplications(lambda: None) == 0 and torch.backends.mkldnn.enabled == before

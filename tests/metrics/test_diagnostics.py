@@ -51,7 +51,7 @@ def images(size: int) -> tuple[ResidentSplit, ResidentSplit]:
 
 
 # ------------------------------------------------------------------------------------------------ stream growth
-def test_growth_is_the_ratio_of_mean_norms_of_output_and_input() -> None:
+def test_stream_growth_is_ratio_of_mean_norms() -> None:
     subject = subject_of(residual(), "fa")
     model, stream = subject.model, [subject.model.embed(subject.meter.x.flatten(1))]
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_growth_is_the_ratio_of_mean_norms_of_output_and_input() -> None:
     assert found["layers.1"] > 5 > found["layers.0"]
 
 
-def test_growth_of_tokens_is_by_token() -> None:
+def test_stream_growth_averages_over_tokens() -> None:
     """The class token has a much larger norm than the other tokens, so it would dominate a norm over all tokens of a sample."""
     subject = subject_of(vit(), "bp")
     model = subject.model
@@ -80,7 +80,7 @@ def test_growth_of_tokens_is_by_token() -> None:
     assert list(found.values()) == pytest.approx([norms[1] / norms[0], norms[2] / norms[1]], rel=1e-6)
 
 
-def test_blocks_that_end_in_a_nonlinearity_grow_from_one_to_the_next() -> None:
+def test_stream_growth_between_blocks_of_mlp() -> None:
     subject = subject_of(mlp(), "fa")
     model = subject.model
     first = model.act1(model.fc1(subject.meter.x.flatten(1)))
@@ -92,7 +92,7 @@ def test_blocks_that_end_in_a_nonlinearity_grow_from_one_to_the_next() -> None:
 
 @pytest.mark.parametrize("rule", ["dfa", "dkp", "fdfa", "ddtp_linear", "local_error", "predsim", "ldrl", "dfc"])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_growth_does_not_depend_on_the_rule_whose_feedback_the_nonlinearity_has(rule: str, in_place: bool) -> None:
+def test_stream_growth_does_not_depend_on_rule(rule: str, in_place: bool) -> None:
     def net() -> nn.Module:
         torch.manual_seed(0)
         layers = [nn.Flatten(), nn.Linear(36, 6), nn.ReLU(in_place), nn.Linear(6, 5), nn.ReLU(in_place), nn.Linear(5, 3)]
@@ -104,7 +104,7 @@ def test_growth_does_not_depend_on_the_rule_whose_feedback_the_nonlinearity_has(
     assert found == want and list(want) == ["4"] and want["4"] not in (0, 1)
 
 
-def test_growth_of_a_block_that_changes_its_input_in_place() -> None:
+def test_stream_growth_of_in_place_block() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -118,7 +118,7 @@ def test_growth_of_a_block_that_changes_its_input_in_place() -> None:
     assert measured("stream_growth", subject_of(model, "bp"))["stream_growth"]["2"] == pytest.approx(3, rel=1e-6)
 
 
-def test_growth_of_a_convolutional_net_begins_after_the_stem() -> None:
+def test_stream_growth_of_resnet_starts_after_stem() -> None:
     torch.manual_seed(0)
     subject = subject_of(ResNet20(width=2, blocks=1).build((1, 6, 6), 3), "fa")
     found = measured("stream_growth", subject)["stream_growth"]
@@ -126,7 +126,7 @@ def test_growth_of_a_convolutional_net_begins_after_the_stem() -> None:
     assert all(value > 0 for value in found.values())
 
 
-def test_growth_of_a_silent_stream_is_undefined_and_a_net_without_blocks_is_refused() -> None:
+def test_stream_growth_zero_input_is_nan_and_missing_blocks_raise() -> None:
     model = residual()
     with torch.no_grad():
         model.embed.weight.zero_()
@@ -155,7 +155,7 @@ def test_mean_cosine_is_the_mean_over_all_pairs() -> None:
 
 
 @pytest.mark.parametrize(("rule", "options"), [("bp", {}), ("fa", {}), ("dfa", {}), ("f3", {"samples": 50})])
-def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str, options: dict[str, Any]) -> None:
+def test_stability_is_mean_cosine_of_batch_gradients(rule: str, options: dict[str, Any]) -> None:
     """The gradients of f3 use the stored errors of the batch's own samples."""
     subject = subject_of(mlp(), rule, train=random_split(50), **options)
     if rule == "f3":
@@ -179,7 +179,7 @@ def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str, option
 
 
 @pytest.mark.parametrize("name", ["stability", "gradient_norm", "effective_rank"])
-def test_probes_are_those_of_the_output_that_is_trained(name: str) -> None:
+def test_probes_use_trained_output(name: str) -> None:
     class TwoOutputs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -194,7 +194,7 @@ def test_probes_are_those_of_the_output_that_is_trained(name: str) -> None:
     assert found == {quantity: {f"net.{layer}": value for layer, value in values.items()} for quantity, values in want.items()}
 
 
-def test_stability_is_one_if_all_batches_are_equal_and_undefined_without_learning() -> None:
+def test_stability_of_equal_batches_and_frozen_layers() -> None:
     data = random_split(64)
     data.images[:], data.labels[:] = data.images[:1], 1
     found = measured("stability", subject_of(mlp(), "bp", train=data))["stability"]
@@ -216,7 +216,7 @@ def test_effective_rank_of_known_matrices() -> None:
     assert all(math.isnan(value) for value in (*ranks(torch.zeros(3, 2)), *ranks(torch.full((3, 2), math.inf))))
 
 
-def test_effective_rank_of_errors_of_the_rule_and_of_backpropagation() -> None:
+def test_effective_rank_of_rule_and_backprop_errors() -> None:
     subject = subject_of(mlp(activation="identity"), "fa")
     found = measured("effective_rank", subject)
     model, x, y = subject.model, subject.meter.x, subject.meter.y
@@ -240,7 +240,7 @@ def test_effective_rank_of_errors_of_the_rule_and_of_backpropagation() -> None:
     assert max(found["effective_rank"].values()) <= 2.001
 
 
-def test_features_are_the_channels_of_maps_and_the_last_dimension_of_tokens() -> None:
+def test_error_rows_of_feature_maps_and_tokens() -> None:
     conv, tokens = subject_of(conv2(), "dfa", *images(8)), subject_of(vit(), "fa")
     for subject, layer, shape, expected in (
         (conv, "conv1", (10, 3, 8, 8), (640, 3)),
@@ -264,7 +264,7 @@ class Transposed(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["pixels", "tokens"])
-def test_features_of_the_logits_are_their_classes(kind: str) -> None:
+def test_effective_rank_of_pixel_and_token_logits(kind: str) -> None:
     """The classes are the second axis of maps (N, C, H, W), and the last axis of tokens (N, T, C)."""
     torch.manual_seed(0)
     x = torch.randn(2, 2, 4, 5) if kind == "pixels" else torch.randn(2, 2, 7)
@@ -280,7 +280,7 @@ def test_features_of_the_logits_are_their_classes(kind: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["fa", "dfa"])
-def test_effective_rank_is_measured_where_the_rule_delivers_errors(rule: str) -> None:
+def test_effective_rank_uses_errors_as_delivered_by_rule(rule: str) -> None:
     found = measured("effective_rank", subject_of(conv2(), rule, *images(8)))
     assert list(found["effective_rank"]) == ["conv1", "conv2", "fc1", "fc2"]
     assert 1 < found["effective_rank"]["conv1"] <= 3
@@ -292,7 +292,7 @@ def test_effective_rank_is_measured_where_the_rule_delivers_errors(rule: str) ->
 
 
 # ------------------------------------------------------------------------------------------------ projection angle
-def test_projection_angle_of_a_chain_by_loops() -> None:
+def test_projection_angle_matches_loop_reference() -> None:
     subject = subject_of(mlp(activation="tanh"), "fa")
     found = measured("projection_angle", subject)
     model, h = subject.model, subject.meter.x.flatten(1)
@@ -307,7 +307,7 @@ def test_projection_angle_of_a_chain_by_loops() -> None:
         h = torch.tanh(model.get_submodule(layer)(h))
 
 
-def test_projection_angle_is_blind_to_what_the_inputs_do_not_see() -> None:
+def test_projection_angle_ignores_unseen_input_directions() -> None:
     subject = subject_of(mlp(), "fa")
     feedback, weight = subject.rule.feedback["fc1"]["B"], subject.model.fc1.weight
     with torch.no_grad():
@@ -326,7 +326,7 @@ def test_projection_angle_is_blind_to_what_the_inputs_do_not_see() -> None:
         ("frozen", []),
     ],
 )
-def test_projection_angle_is_that_of_layers_with_feedback_in_the_shape_of_the_weight(rule: str, layers: list[str]) -> None:
+def test_projection_angle_only_for_weight_shaped_feedback(rule: str, layers: list[str]) -> None:
     subject = subject_of(conv2(), rule, *images(8))
     found = measured("projection_angle", subject)["projection_angle"]
     assert list(found) == layers
@@ -342,7 +342,7 @@ def test_projection_angle_is_that_of_layers_with_feedback_in_the_shape_of_the_we
         assert found["conv1"] > 20
 
 
-def test_projection_angle_leaves_out_the_layers_of_attention() -> None:
+def test_projection_angle_omits_attention_layers() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -356,14 +356,14 @@ def test_projection_angle_leaves_out_the_layers_of_attention() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ alarms
-def test_alarms_fire_on_the_wrong_side_only() -> None:
+def test_alarms_fire_only_beyond_threshold() -> None:
     above, below = Alarm(50, True, ""), Alarm(1e-7, False, "")
     assert [above.fires(value) for value in (49, 50, 50.1, math.inf, math.nan)] == [False, False, True, True, False]
     assert [below.fires(value) for value in (1e-6, 1e-7, 9e-8, 0, math.nan)] == [False, False, True, True, False]
     assert (above.condition, below.condition) == ("> 50", "< 1e-07")
 
 
-def test_an_exploded_stream_is_seen_in_growth_and_in_the_gradient_below_it() -> None:
+def test_exploding_stream_triggers_growth_and_gradient_alarms() -> None:
     """The final normalisation divides the error by the norm of the stream, so the gradients of the fc2 layers vanish. At fc1 and
     embed, the large weights of fc2 multiply the error."""
     from fa_bench.metrics.alignment.metrics import TrueGradientNorm
@@ -383,7 +383,7 @@ def test_an_exploded_stream_is_seen_in_growth_and_in_the_gradient_below_it() -> 
     assert subject.meter.measure()["delta_angle"]["layers.1.fc2"] > 0, "the angle is not recorded"
 
 
-def test_a_net_of_one_layer() -> None:
+def test_stability_and_effective_rank_of_single_layer() -> None:
     subject = subject_of(nn.Sequential(OrderedDict(flat=nn.Flatten(), fc=nn.Linear(36, 3))), "bp")
     assert list(measured("stability", subject)["stability"]) == ["fc"]
     assert list(measured("effective_rank", subject)["effective_rank"]) == ["fc"]

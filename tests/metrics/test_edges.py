@@ -47,7 +47,7 @@ def batch(count: int, classes: int = 3) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ angles
-def test_angles_are_void_where_a_norm_is_at_the_floor_and_only_there() -> None:
+def test_angles_are_nan_only_below_norm_floor() -> None:
     e = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     for u, v in ((0 * e, e), (e, 0 * e), (0 * e, 0 * e), (0.9 * NORM_FLOOR * e, e)):
         assert math.isnan(angles(u, v).item()) and math.isnan(weight_angle(u, v)) and math.isnan(mean_sample_angle(u, v))
@@ -56,12 +56,12 @@ def test_angles_are_void_where_a_norm_is_at_the_floor_and_only_there() -> None:
     assert angles(torch.full((1, 2), 1e30), torch.full((1, 2), -1e30)).item() == 180
 
 
-def test_norm_ratio_is_void_for_a_zero_weight_and_zero_for_zero_feedback() -> None:
+def test_norm_ratio_of_zero_weight_or_feedback() -> None:
     one, none = torch.ones(2, 3), torch.zeros(2, 3)
     assert math.isnan(norm_ratio(one, none)) and math.isnan(norm_ratio(none, none)) and norm_ratio(none, one) == 0
 
 
-def test_mean_over_samples_is_over_those_that_have_an_angle() -> None:
+def test_mean_sample_angle_ignores_undefined_angles() -> None:
     u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     v = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     assert mean_sample_angle(u, v) == pytest.approx(45.0)
@@ -69,13 +69,13 @@ def test_mean_over_samples_is_over_those_that_have_an_angle() -> None:
     assert mean_sample_angle(u[:1], v[:1]) == pytest.approx(90.0)
 
 
-def test_angle_with_what_is_not_finite_is_void() -> None:
+def test_angle_with_nonfinite_values_is_nan() -> None:
     for bad in (math.nan, math.inf):
         assert math.isnan(weight_angle(torch.tensor([bad, 1.0]), torch.ones(2)))
 
 
 # ------------------------------------------------------------------------------------------------ the probe
-def test_true_gradient_norm_is_that_of_the_true_gradient_alone() -> None:
+def test_true_gradient_norm_excludes_rule_gradients() -> None:
     """The rule's own gradients, which the probe computes first, are not added to the true gradient."""
     for name in ("bp", "fa", "dfa", "frozen"):
         (x, y), model = batch(10), net()
@@ -85,7 +85,7 @@ def test_true_gradient_norm_is_that_of_the_true_gradient_alone() -> None:
         assert found == pytest.approx(expected, rel=1e-5), name
 
 
-def test_where_no_error_arrives_angles_are_void_and_norms_are_zero() -> None:
+def test_layers_without_error_have_nan_angles_and_zero_norms() -> None:
     model, (x, y) = net(), batch(10)
     with torch.no_grad():
         model.fc3.weight.zero_()
@@ -96,7 +96,7 @@ def test_where_no_error_arrives_angles_are_void_and_norms_are_zero() -> None:
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_batches_of_one_class_and_of_one_sample_can_be_measured_and_trained_on(name: str) -> None:
+def test_single_class_and_single_sample_batches(name: str) -> None:
     for count, classes in ((6, 1), (1, 1)):
         x, y = batch(count, classes)
         model = net()
@@ -112,7 +112,7 @@ def test_batches_of_one_class_and_of_one_sample_can_be_measured_and_trained_on(n
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_fixed_batch_is_the_first_one_unless_the_data_are_stored_by_class() -> None:
+def test_fixed_batch_is_sampled_if_data_are_sorted_by_class() -> None:
     images = torch.arange(90, dtype=torch.uint8).view(90, 1, 1, 1)
     for labels, first in ((torch.arange(90) % 9, True), (torch.arange(90) // 10, False), (torch.zeros(90).long(), False)):
         train = ResidentSplit(images, labels, [0.5], [0.5], False, CPU)
@@ -136,7 +136,7 @@ def test_fixed_batch_is_the_first_one_unless_the_data_are_stored_by_class() -> N
     ],
     ids=str,
 )
-def test_fixed_batch_is_what_the_page_says(per_class: int, size: int, first: bool) -> None:
+def test_fixed_batch_matches_documentation(per_class: int, size: int, first: bool) -> None:
     """The batch consists of the first images or, if they contain fewer than half of the possible classes, of a sample of all
     images with a fixed seed."""
     labels = torch.arange(9).repeat_interleave(per_class)
@@ -178,7 +178,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_batch_normalisation_never_meets_a_batch_of_one(case: Case) -> None:
+def test_batch_norm_rejects_batch_of_one_before_training(case: Case) -> None:
     splits = Splits(split(case.images), None, split(4), ["a", "b", "c"], (1, 4, 4), "")
     check_batches(fa_bench.attach(net(), "fa", seed=0), splits, RunOptions(**case.options))
     small_maps = ResNet20(width=2, blocks=1).build((1, 4, 4), 3)  # maps of one pixel in the last stage
@@ -202,14 +202,14 @@ def test_batch_normalisation_never_meets_a_batch_of_one(case: Case) -> None:
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_normalisation_in_a_rules_own_nets_counts() -> None:
+def test_batch_norm_in_auxiliary_nets_rejects_batch_of_one() -> None:
     splits = Splits(split(33), None, split(4), ["a", "b", "c"], (1, 4, 4), "")
     rule = fa_bench.attach(net(), "dgl", seed=0, sample_input=next(splits.train.batches(2))[0])
     with pytest.raises(OptionError, match="drop_last=false"):
         check_batches(rule, splits, RunOptions(batch_size=8, drop_last=False))
 
 
-def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_where_it_can_be(
+def test_last_batch_of_one_is_rejected_only_with_batch_norm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -236,7 +236,7 @@ def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_wher
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
-def test_evaluation_counts_every_sample_once_whatever_the_last_batch() -> None:
+def test_evaluation_counts_every_sample_once() -> None:
     model, data = net(batch_norm=True), split(513)  # with batches of 512, the last one has one sample
     loss, accuracy = evaluate(model, CrossEntropy(), data, 8).values()
     x, y = next(data.batches(513))
@@ -256,7 +256,7 @@ def test_evaluation_of_one_class_one_sample_and_none() -> None:
     assert evaluate(model, CrossEntropy(), split(0), 4) == evaluate(model, CrossEntropy(), None, 4) == {}
 
 
-def test_evaluation_leaves_every_module_in_its_own_mode_also_where_it_fails() -> None:
+def test_evaluation_restores_module_modes_even_on_error() -> None:
     model = net(batch_norm=True).train()
     model.bn1.eval()
     modes = [module.training for module in model.modules()]
@@ -269,7 +269,7 @@ def test_evaluation_leaves_every_module_in_its_own_mode_also_where_it_fails() ->
 
 
 @pytest.mark.parametrize(("train", "test", "said"), [(0, 5, "training"), (5, 0, "test")])
-def test_a_split_without_images_is_named(train: int, test: int, said: str) -> None:
+def test_empty_split_error_names_split(train: int, test: int, said: str) -> None:
     @dataclasses.dataclass(eq=False)
     class Empty(ArrayDataset):
         def arrays(self, data_dir):
@@ -294,7 +294,7 @@ class CrossAttention(nn.Module):
         return self.out(self.attention(self.query(x).tanh(), key, key)[0].mean(1))
 
 
-def test_the_error_one_layer_above_passes_through_the_rows_that_a_call_used() -> None:
+def test_one_step_error_uses_weight_rows_of_each_call() -> None:
     torch.manual_seed(0)
     model, x, y = CrossAttention().double(), torch.randn(5, 6, 4, dtype=torch.float64), torch.arange(5) % 3
     passes = Passes(AlignmentMeter(fa_bench.attach(model, "fa", sample_input=x), x, y))

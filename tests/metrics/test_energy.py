@@ -31,7 +31,7 @@ def measured(rule: Any) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_probe_of_a_rule_that_has_hardly_settled(name: str) -> None:
+def test_energy_probe_before_settling(name: str) -> None:
     found = measured(attach(name, steps=5, rate=1e-4))
     assert list(found) == ["energy", "energy_gradient", "energy_cosine", "energy_ratio"]
     assert list(found["energy"]) == ["1", "3", "5", LOSS] and list(found["energy_gradient"]) == ["1", "3", "5"]
@@ -47,7 +47,7 @@ def test_the_probe_of_a_rule_that_has_hardly_settled(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_probe_of_a_rule_at_rest(name: str) -> None:
+def test_energy_probe_at_equilibrium_matches_closed_form(name: str) -> None:
     """When the states have settled, the parts of the energy equal their closed form."""
     model = deep(nn.Identity, bias=False)
     rule = fa_bench.attach(copy.deepcopy(model), name, objective=MSE(), steps=400, rate=0.3)
@@ -68,31 +68,31 @@ def test_the_probe_of_a_rule_at_rest(name: str) -> None:
     assert max(cosines_found) < 0.9999
 
 
-def test_the_probe_has_no_direction_of_a_frozen_layer() -> None:
+def test_frozen_layer_has_nan_cosine_and_ratio() -> None:
     found = measured(attach("epc", freeze_stem=True))
     assert math.isnan(found["energy_cosine"]["0"]) and math.isnan(found["energy_ratio"]["0"])
     assert found["energy"]["1"] > 0 and found["energy_cosine"]["2"] > 0
 
 
-def test_the_probe_may_be_called_without_gradients() -> None:
+def test_energy_probe_works_under_no_grad() -> None:
     want = measured(attach("epc", steps=3))
     with torch.no_grad():
         assert measured(attach("epc", steps=3)) == want
 
 
-def test_other_rules_have_no_energy() -> None:
+def test_energy_probe_rejects_other_rules() -> None:
     with pytest.raises(ConfigError, match="rule 'bp' has no energy; rules that have one: epc, pc"):
         measured(fa_bench.attach(mlp(8, 7), "bp"))
 
 
-def test_without_a_gradient_there_is_no_direction() -> None:
+def test_zero_gradient_has_nan_cosine() -> None:
     """A single update of the states changes only the last state, so earlier layers have no gradient and no direction."""
     found = measured(attach("pc", steps=1))
     assert math.isnan(found["energy_cosine"]["0"]) and found["energy_ratio"]["0"] == 0
     assert found["energy_cosine"]["4"] == pytest.approx(1)
 
 
-def test_rows_are_in_the_order_of_execution_without_layers_that_do_not_run() -> None:
+def test_layers_are_in_execution_order_without_unused_layers() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

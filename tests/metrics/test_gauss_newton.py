@@ -34,7 +34,7 @@ def angle(one: torch.Tensor, two: torch.Tensor) -> float:
     return torch.rad2deg(torch.arccos(torch.cosine_similarity(one, two, dim=1))).mean().item()
 
 
-def test_jacobians_and_pseudo_inverses_are_those_of_torch() -> None:
+def test_jacobian_and_pseudo_inverse_match_torch() -> None:
     model = mlp()
     h = X.clone().requires_grad_()
     found = jacobian(model(h), h)
@@ -47,7 +47,7 @@ def test_jacobians_and_pseudo_inverses_are_those_of_torch() -> None:
     assert (gauss_newton(torch.zeros(5, 3, 7), delta) == 0).all()
 
 
-def test_the_damping_is_in_proportion_to_the_jacobian() -> None:
+def test_damping_is_proportional_to_jacobian() -> None:
     """If J is multiplied by 1e-5, J⁺ δ becomes 1e5 times as long, so layers with small derivatives are not damped more than
     others."""
     generator = torch.Generator().manual_seed(2)
@@ -55,7 +55,7 @@ def test_the_damping_is_in_proportion_to_the_jacobian() -> None:
     torch.testing.assert_close(1e-5 * gauss_newton(1e-5 * wide, delta), gauss_newton(wide, delta), rtol=1e-9, atol=0)
 
 
-def test_angles_of_the_rule_and_of_backpropagation() -> None:
+def test_rule_and_backprop_angles_match_reference() -> None:
     """At the activation of layer 2, J is the output layer's weight W, the error of backpropagation is δ W, and that of direct
     feedback is δ B."""
     model = mlp()
@@ -74,7 +74,7 @@ def test_angles_of_the_rule_and_of_backpropagation() -> None:
     assert found["gauss_newton_angle"] == found["gauss_newton_angle_bp"] != {}
 
 
-def test_learned_inverses_come_nearer_to_gauss_newton_than_backpropagation() -> None:
+def test_learned_inverses_are_closer_to_gauss_newton_than_backprop() -> None:
     """Only the feedback is trained, and the weights are fixed. At layer 2, J is the same for every sample."""
     model = mlp()
     with torch.no_grad():
@@ -106,7 +106,7 @@ class Parts(nn.Module):
         return self.fc3(self.fc2(self.fc2(h).tanh()).tanh()), self.side2(self.side1(h).tanh())
 
 
-def test_only_activations_that_occur_once_and_carry_an_error_have_an_angle() -> None:
+def test_angle_only_for_unique_activations_with_error() -> None:
     """fc2 runs twice, the second time on its own activation. Neither the input of side2 nor a frozen layer's activation has an
     error."""
     rule = fa_bench.attach(Parts().double(), "bp", objective=CrossEntropy(output=0))
@@ -117,14 +117,14 @@ def test_only_activations_that_occur_once_and_carry_an_error_have_an_angle() -> 
     assert set(found["gauss_newton_angle"]) == set(found["gauss_newton_angle_bp"]) == {"2"}
 
 
-def test_an_activation_without_an_error_of_the_rule_has_no_angle() -> None:
+def test_frozen_rule_has_no_angles() -> None:
     """With `frozen`, only the classifier gets an error, whereas all layers get one with backpropagation."""
     model = mlp()
     rule = fa_bench.attach(model, "frozen")
     assert measured(model, rule) == {"gauss_newton_angle": {}, "gauss_newton_angle_bp": {}}
 
 
-def test_outputs_with_positions_are_refused() -> None:
+def test_rejects_outputs_with_positions() -> None:
     model = mlp()
     rule = fa_bench.attach(model, "bp")
     subject = SimpleNamespace(rule=rule, model=model, meter=AlignmentMeter(rule, X.view(5, 1, 7), Y.view(5, 1)))

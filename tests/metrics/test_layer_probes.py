@@ -67,7 +67,7 @@ def measured(name: str, subject: Subject) -> dict[str, dict[str, float]]:
 
 
 # ------------------------------------------------------------------------------------------------ readout
-def test_readout_is_ridge_regression_in_closed_form() -> None:
+def test_readout_matches_closed_form_ridge_regression() -> None:
     generator = np.random.default_rng(0)
     for samples, features in ((50, 6), (6, 50)):  # the second has fewer samples than features
         x, labels = 3 * generator.standard_normal((samples, features)) + 1, generator.integers(0, 4, samples)
@@ -81,7 +81,7 @@ def test_readout_is_ridge_regression_in_closed_form() -> None:
         np.testing.assert_allclose(1e-4 * scaled.weight, got.weight, rtol=1e-6, atol=1e-10)
 
 
-def test_readout_finds_what_a_layer_separates_and_the_input_does_not() -> None:
+def test_readout_detects_classes_separable_only_after_layer() -> None:
     """Bright and dark images form one class, and grey images the other. The classes are linearly separable by the distance of the
     brightness from grey, but not by the brightness."""
     grey = torch.arange(0, 256, 4)
@@ -94,7 +94,7 @@ def test_readout_finds_what_a_layer_separates_and_the_input_does_not() -> None:
     assert found["1"] > 0.95 and 0.4 < found["input"] < 0.7
 
 
-def test_readout_of_the_input_is_that_before_a_model_changes_it() -> None:
+def test_readout_of_input_ignores_in_place_changes() -> None:
     def floor(in_place: bool) -> float:
         torch.manual_seed(0)
         model = nn.Sequential(nn.ReLU(in_place), nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 3))
@@ -103,7 +103,7 @@ def test_readout_of_the_input_is_that_before_a_model_changes_it() -> None:
     assert floor(True) == floor(False)
 
 
-def test_readout_reads_what_the_next_layer_takes() -> None:
+def test_readout_uses_input_of_next_layer() -> None:
     """The readout uses a layer's activation after ReLU and pooling, and the logits for the last layer."""
     torch.manual_seed(0)
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
@@ -119,7 +119,7 @@ def test_readout_reads_what_the_next_layer_takes() -> None:
     assert readout.activation_points(subject.meter.trace) == {"conv1": "conv2", "conv2": "fc1", "fc1": "fc2", "fc2": ""}
 
 
-def test_readout_takes_the_mean_over_the_positions_of_what_enters_attention() -> None:
+def test_readout_averages_attention_input_over_positions() -> None:
     """The features of the input to attention are on the last axis, as for a linear layer, and positions are averaged."""
 
     class Attends(nn.Module):
@@ -141,7 +141,7 @@ def test_readout_takes_the_mean_over_the_positions_of_what_enters_attention() ->
         np.testing.assert_allclose(seen["attn.in_proj"], subject.model.fc(x.squeeze(1)).relu().mean(1), atol=1e-6)
 
 
-def test_every_layer_has_the_accuracy_of_its_classifier() -> None:
+def test_readout_is_test_accuracy_of_layer_classifier() -> None:
     """The input images and the logits have a classifier, too. The seven test images form one batch, and so do the thirty-one
     training images."""
     torch.manual_seed(1)
@@ -156,7 +156,7 @@ def test_every_layer_has_the_accuracy_of_its_classifier() -> None:
         assert accuracy == (readout.fit(train[point], labels, 3).classify(test[point]) == wanted).mean() > 0
 
 
-def test_activations_are_brought_to_a_bounded_number_of_features() -> None:
+def test_bounded_limits_number_of_features() -> None:
     x = torch.arange(2 * 8 * 16 * 16.0).view(2, 8, 16, 16)  # 2048 numbers are too many, so one side is halved
     torch.testing.assert_close(readout.bounded(x), F.avg_pool2d(x, (2, 1)).flatten(1))
     assert readout.bounded(torch.ones(2, 3, 5, 5)).shape == (2, 75)
@@ -166,7 +166,7 @@ def test_activations_are_brought_to_a_bounded_number_of_features() -> None:
     torch.testing.assert_close(readout.bounded(tokens, features_last=True), tokens.mean(1))
 
 
-def test_readout_of_what_does_not_vary_or_is_not_finite() -> None:
+def test_readout_of_constant_or_nonfinite_features() -> None:
     labels = np.array([2, 2, 0, 2])
     same = readout.fit(np.ones((4, 3), np.float32), labels, 3)
     assert same.classify(np.random.default_rng(0).normal(size=(5, 3))).tolist() == [2] * 5  # the most frequent class
@@ -182,7 +182,7 @@ def test_readout_of_what_does_not_vary_or_is_not_finite() -> None:
     assert math.isnan(found["fc2"]) and found["fc1"] >= 0
 
 
-def test_probes_score_on_validation_else_on_the_test_set_and_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_prefer_validation_split_and_limit_images(monkeypatch: pytest.MonkeyPatch) -> None:
     empty, held = random_split(0), random_split(12, seed=2)
     for validation, images in ((held, 12), (empty, 20), (None, 20)):
         assert len(subject_of(mlp(), validation=validation).scored) == images
@@ -190,11 +190,12 @@ def test_probes_score_on_validation_else_on_the_test_set_and_within_bounds(monke
     monkeypatch.setattr(base, "SCORED_IMAGES", 5)
     subject = subject_of(mlp())
     assert len(subject.training) == 10 and len(subject.scored) == 5
+    assert torch.equal(subject.training.labels, subject.training.labels)  # selected again at each access
     assert all(0 <= value <= 1 for layers in measured("readout", subject).values() for value in layers.values())
 
 
 # ------------------------------------------------------------------------------------------------ gradient norm
-def test_gradient_norms_are_those_of_plain_autograd() -> None:
+def test_gradient_norms_match_autograd() -> None:
     subject = subject_of(mlp(batch_norm=True), "fa")
     found = measured("gradient_norm", subject)
     assert list(found) == ["gradient_norm", "gradient_norm_update", "gradient_norm_floor"]
@@ -214,7 +215,7 @@ def test_gradient_norms_are_those_of_plain_autograd() -> None:
 
 
 @pytest.mark.parametrize("samples", [2, 10, 16, 37])
-def test_floor_of_the_gradient_norm_is_the_formula(samples: int) -> None:
+def test_gradient_norm_floor_matches_formula(samples: int) -> None:
     torch.manual_seed(0)
     weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     x, y = torch.randn(samples, 4, dtype=torch.float64), torch.arange(samples) % 3
@@ -229,7 +230,7 @@ def test_floor_of_the_gradient_norm_is_the_formula(samples: int) -> None:
     assert floor == pytest.approx(math.sqrt(squares / (1 - sum(share**2 for share in shares))), rel=1e-6)
 
 
-def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
+def test_gradient_norm_floor_matches_norm_of_pure_noise() -> None:
     """For gradients of independent samples with mean zero, the squares of the norm and of the floor agree on average over many
     draws, even in unequal groups."""
     generator = torch.Generator().manual_seed(0)
@@ -250,7 +251,7 @@ def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
     assert np.mean(floors) == pytest.approx(np.mean(norms), rel=0.1) == pytest.approx(30 / 23, rel=0.1)
 
 
-def test_equal_samples_have_no_noise() -> None:
+def test_equal_samples_have_negligible_gradient_norm_floor() -> None:
     """For identical samples, rounding may leave a variance below zero, which must not cause an error."""
     for samples in range(2, 60):
         generator = torch.Generator().manual_seed(samples)
@@ -261,7 +262,7 @@ def test_equal_samples_have_no_noise() -> None:
         assert norm > 0 and floor < 1e-6 * norm
 
 
-def test_zero_gradients_have_norm_zero_and_one_sample_has_no_standard_error() -> None:
+def test_gradient_norm_of_zero_gradients_and_single_sample() -> None:
     model = mlp()
     with torch.no_grad():
         model.fc3.weight.zero_()
@@ -274,21 +275,21 @@ def test_zero_gradients_have_norm_zero_and_one_sample_has_no_standard_error() ->
     assert all(value > 0 for value in alone["gradient_norm"].values())
 
 
-def test_a_weight_that_the_loss_does_not_depend_on_has_no_gradient() -> None:
+def test_unused_weight_has_zero_gradient_norm() -> None:
     weight, other = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     x = torch.arange(15, dtype=torch.float64).view(5, 3)
     norms, floors = norms_and_errors(x @ weight, [weight, other])
     assert norms == [pytest.approx(x.mean(0).norm().item()), 0] and floors[0] > 0 == floors[1]
 
 
-def test_weights_that_do_not_learn_have_a_gradient_and_no_update() -> None:
+def test_frozen_rule_has_gradient_norm_but_no_update() -> None:
     found = measured("gradient_norm", subject_of(mlp(), "frozen"))
     assert found["gradient_norm"]["fc1"] > 0 and found["gradient_norm_update"]["fc1"] == 0
     assert found["gradient_norm_update"]["fc3"] == pytest.approx(found["gradient_norm"]["fc3"])
 
 
 # ------------------------------------------------------------------------------------------------ depth utility
-def test_blocks_hold_what_runs_between_their_ends() -> None:
+def test_blocks_contain_modules_between_their_ends() -> None:
     torch.manual_seed(0)
     x = torch.zeros(2, 1, 8, 8)
     found = blocks_of(Conv2(channels=3, hidden=4).build((1, 8, 8), 3), x)
@@ -306,7 +307,7 @@ def test_blocks_hold_what_runs_between_their_ends() -> None:
 
 
 @pytest.mark.parametrize("name", ["kp", "dkp", "predsim"])
-def test_blocks_of_an_attached_net_are_those_of_the_plain_one(name: str) -> None:
+def test_blocks_of_attached_model_match_plain_model(name: str) -> None:
     """Learned feedback is not part of the blocks. Otherwise, the learned feedback at a cut without a preceding layer in its block
     would form a separate block."""
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
@@ -318,7 +319,7 @@ def test_blocks_of_an_attached_net_are_those_of_the_plain_one(name: str) -> None
     assert blocks_of(model, x) == plain
 
 
-def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
+def test_depth_utility_is_accuracy_lost_without_block_training() -> None:
     """The class is the sign of the brightness. The first block initially removes the brightness, and is trained to preserve
     it."""
     grey = torch.arange(0, 256, 8)
@@ -339,7 +340,7 @@ def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
     assert model[1].weight.item() == 1.0
 
 
-def test_utility_is_measured_by_the_prediction_of_the_rule() -> None:
+def test_depth_utility_uses_rule_predict() -> None:
     subject = subject_of(mlp())
     probes, asked = Probes(["depth_utility"], 0, subject), []
     subject.rule.predict = lambda x: asked.append(len(x)) or torch.eye(3)[torch.arange(len(x)) % 3]  # every prediction is right
@@ -349,7 +350,7 @@ def test_utility_is_measured_by_the_prediction_of_the_rule() -> None:
     assert asked == [20, 20, 20]
 
 
-def test_utility_is_that_of_the_output_that_the_rule_names() -> None:
+def test_depth_utility_uses_output_of_rule() -> None:
     class TwoOutputs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -373,7 +374,7 @@ def test_utility_is_that_of_the_output_that_the_rule_names() -> None:
 
 
 @pytest.mark.parametrize("net", ["mlp", "resnet"])
-def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net: str) -> None:
+def test_depth_utility_of_untrained_blocks_is_zero(net: str) -> None:
     torch.manual_seed(0)
     model = mlp(batch_norm=True) if net == "mlp" else ResNet20(width=2, blocks=1).build((1, 6, 6), 3)
     subject = subject_of(model, "frozen")
@@ -385,7 +386,7 @@ def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net
     assert set(probes.measure(0)["depth_utility"].values()) == {0.0}
 
 
-def test_utility_is_that_of_nets_whose_running_statistics_are_their_own() -> None:
+def test_depth_utility_reestimates_running_statistics() -> None:
     from fa_bench.metrics.evaluation import evaluate
     from fa_bench.objectives.cross_entropy import CrossEntropy
 
@@ -419,7 +420,7 @@ def test_running_statistics_are_the_mean_over_the_batches() -> None:
     assert model.bn1.momentum == 0.1 and not model.training
 
 
-def test_a_net_without_blocks_is_refused_and_told_what_works() -> None:
+def test_depth_utility_rejects_model_without_blocks() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
     with pytest.raises(ConfigError, match=r"^probes=\[depth_utility\]: Sequential declares no blocks .* architecture=mlp"):
         Probes(["depth_utility"], 0, subject_of(model, "bp"))
@@ -447,7 +448,7 @@ class Vandal(Probe):
 
 
 @pytest.mark.parametrize("name", ["brsf", "kp", "wm", "pfa", "asap", "dfa", "dgl", "epc", "pc"])
-def test_whatever_a_probe_does_is_undone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_side_effects_are_undone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROBES._entries, "vandal", Vandal)
     subject = subject_of(mlp(batch_norm=True), name)
     rule, model, x, y = subject.rule, subject.model, subject.meter.x, subject.meter.y
@@ -469,7 +470,7 @@ def test_whatever_a_probe_does_is_undone(name: str, monkeypatch: pytest.MonkeyPa
     assert np.random.get_state()[1].tolist() == drawn[1]
 
 
-def test_a_draw_that_waited_is_not_taken_back() -> None:
+def test_state_restored_keeps_pending_brsf_sample() -> None:
     """brsf samples its feedback when the feedback is read, so the restored values must be those of this sample, not of an earlier
     one."""
     drawn = []
@@ -483,7 +484,7 @@ def test_a_draw_that_waited_is_not_taken_back() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
 
 
-def test_what_a_failing_probe_did_is_undone() -> None:
+def test_state_is_restored_after_failed_probe() -> None:
     subject = subject_of(mlp())
     before = copy.deepcopy(subject.model.state_dict())
     with pytest.raises(KeyboardInterrupt), state_restored(subject.rule), torch.no_grad():
@@ -492,7 +493,7 @@ def test_what_a_failing_probe_did_is_undone() -> None:
     torch.testing.assert_close(subject.model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_running_statistics_are_those_of_full_batches_without_dropout() -> None:
+def test_running_statistics_use_full_batches_without_dropout() -> None:
     """Of 25 images in batches of 8, the last image is left out, because normalisation does not support a batch of one. The
     dropout before the normalisation is switched off."""
     model, data = mlp(batch_norm=True), random_split(25)
@@ -504,7 +505,7 @@ def test_running_statistics_are_those_of_full_batches_without_dropout() -> None:
     torch.testing.assert_close(model.bn2.running_var, plain.bn2.running_var)
 
 
-def test_modules_that_a_net_calls_its_blocks_name_no_blocks() -> None:
+def test_module_list_called_blocks_does_not_declare_blocks() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -517,7 +518,7 @@ def test_modules_that_a_net_calls_its_blocks_name_no_blocks() -> None:
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_maps_of_every_number_of_dimensions_are_averaged(dims: int) -> None:
+def test_bounded_averages_maps_of_any_dimension(dims: int) -> None:
     """A sample has 1536 numbers, so pairs of neighbours along the first spatial axis are averaged."""
     sides = {1: [192], 2: [12, 16], 3: [12, 4, 4]}[dims]
     x = torch.rand(2, 8, *sides, generator=torch.Generator().manual_seed(0))
@@ -525,7 +526,7 @@ def test_maps_of_every_number_of_dimensions_are_averaged(dims: int) -> None:
     torch.testing.assert_close(readout.bounded(x), x.unflatten(2, (sides[0] // 2, 2)).mean(3).flatten(1))
 
 
-def test_draws_are_held_until_the_outermost_measurement_ends() -> None:
+def test_nested_measurements_freeze_random_until_outermost_ends() -> None:
     """Measurements can be nested, because a probe may itself measure angles."""
     subject = subject_of(mlp(batch_norm=True), "brsf")
     rule, mode = subject.rule, subject.rule.mode
@@ -538,14 +539,14 @@ def test_draws_are_held_until_the_outermost_measurement_ends() -> None:
         assert not mode.freeze_random
 
 
-def test_probes_are_due_every_so_many_epochs() -> None:
+def test_probes_are_due_at_epoch_interval() -> None:
     for every, epochs in ((0, []), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4])):
         probes = Probes(["gradient_norm"], every, subject_of(mlp()))
         assert [epoch for epoch in range(1, 7) if probes.due(epoch)] == epochs
         assert not any(Probes([], every, subject_of(mlp())).due(epoch) for epoch in range(1, 7))
 
 
-def test_probes_measure_once_after_an_update_and_again_after_the_next() -> None:
+def test_probes_are_measured_once_per_update() -> None:
     subject = subject_of(mlp(), "bp")
     probes = Probes(["gradient_norm", "gradient_norm"], 0, subject)
     assert len(probes.probes) == 1
@@ -556,7 +557,7 @@ def test_probes_measure_once_after_an_update_and_again_after_the_next() -> None:
     assert probes.measure(1)["gradient_norm"]["fc3"] != first["gradient_norm"]["fc3"]
 
 
-def test_a_layer_called_input_leaves_the_floor_a_name_of_its_own() -> None:
+def test_readout_of_images_is_renamed_if_first_layer_is_called_input() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(OrderedDict(flat=nn.Flatten(), input=nn.Linear(36, 6), act=nn.ReLU(), out=nn.Linear(6, 3)))
     subject = subject_of(model)
@@ -567,7 +568,7 @@ def test_a_layer_called_input_leaves_the_floor_a_name_of_its_own() -> None:
     assert list(measured("readout", subject_of(other))["readout"].values()) == list(found.values())
 
 
-def test_a_hidden_layer_called_input_is_not_mixed_up_with_the_images() -> None:
+def test_readout_of_images_is_renamed_if_hidden_layer_is_called_input() -> None:
     found = []
     for name in ("input", "fc2"):
         torch.manual_seed(0)
@@ -584,13 +585,13 @@ def test_a_hidden_layer_called_input_is_not_mixed_up_with_the_images() -> None:
     assert list(found[0].values()) == list(found[1].values())
 
 
-def test_probes_learn_from_2000_images_and_are_scored_on_10000() -> None:
+def test_probes_use_at_most_2000_training_and_10000_scored_images() -> None:
     """The documented numbers of images are upper limits."""
     subject = subject_of(mlp(), train=random_split(2001), test=random_split(10_001))
     assert (len(subject.training), len(subject.scored)) == (2000, 10_000)
 
 
-def test_readout_of_sequences_is_of_their_mean_and_of_the_first_run_of_a_layer() -> None:
+def test_readout_uses_sequence_mean_and_first_run_of_layer() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -609,7 +610,7 @@ def test_readout_of_sequences_is_of_their_mean_and_of_the_first_run_of_a_layer()
         np.testing.assert_allclose(seen["again"], subject.model.first(x.flatten(1, 2)).tanh().mean(1), atol=1e-6)
 
 
-def test_readout_of_a_recurrent_layer_is_of_its_last_state() -> None:
+def test_readout_of_recurrent_layer_uses_last_state() -> None:
     """The first input of the recurrent weight is the initial state, which is zero, so the readout uses its last input, which is
     the state before the last."""
     torch.manual_seed(0)
@@ -623,7 +624,7 @@ def test_readout_of_a_recurrent_layer_is_of_its_last_state() -> None:
     np.testing.assert_allclose(seen[layer], before_last, atol=1e-6)
 
 
-def test_weights_that_the_user_froze_have_a_gradient_norm_and_no_update() -> None:
+def test_user_frozen_weights_have_gradient_norm_but_no_update() -> None:
     found = []
     for frozen in (False, True):
         model = mlp()
@@ -641,7 +642,7 @@ def test_weights_that_the_user_froze_have_a_gradient_norm_and_no_update() -> Non
         ("readout", torch.zeros(10, 3), "one class per sample, .* numbers"),
     ],
 )
-def test_targets_that_a_probe_cannot_score_are_refused_before_training(name: str, y: Tensor, message: str) -> None:
+def test_readout_rejects_unsupported_targets_before_training(name: str, y: Tensor, message: str) -> None:
     subject = subject_of(nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3)))
     subject.meter.y = y
     with pytest.raises(ConfigError, match=rf"probes=\[{name}\]: .*{message}"):

@@ -38,7 +38,7 @@ def result_in(folder: str) -> dict:
 
 
 @pytest.mark.parametrize("rule", ["brsf", "wm", "pfa", "asap", "ldfa", "activation_alignment"])
-def test_runs_with_and_without_probes_have_the_same_bits(rule: str, in_empty_folder: None) -> None:
+def test_probes_do_not_change_training_bitwise(rule: str, in_empty_folder: None) -> None:
     command = [*TINY, f"algorithm={rule}"]
     assert main([*command, "hydra.run.dir=without"]) == 0
     assert main([*command, ALL, "probes_epochs=1", "hydra.run.dir=with"]) == 0
@@ -77,7 +77,7 @@ def test_probes_of_a_run_are_recorded(in_empty_folder: None) -> None:
     assert [event.step for event in events.Scalars("probe/readout/fc1")][:2] == [4, 8]
 
 
-def test_probes_of_a_finished_run_are_measured_by_resuming_it(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_finished_run_measures_missing_probes(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([*TINY, "hydra.run.dir=run"]) == 0 and result_in("run")["probes"] == {}
     assert main([*TINY, ALL, "hydra.run.dir=whole"]) == 0
     before = result_in("run")["test_accuracy"], Path("run/metrics.jsonl").read_text()
@@ -89,7 +89,7 @@ def test_probes_of_a_finished_run_are_measured_by_resuming_it(in_empty_folder: N
     assert main([*TINY, "probes=[readout]", "hydra.run.dir=run", "resume=true"]) == 0  # it has already been measured
 
 
-def test_a_run_that_starts_anew_is_measured_and_not_what_its_checkpoint_held(in_empty_folder: None) -> None:
+def test_restarted_run_does_not_measure_checkpoint_model(in_empty_folder: None) -> None:
     """The checkpoint contains the model at the end of the run. The checkpoint is loaded before the missing records are noticed,
     but must not be used."""
     command = [*TINY, ALL, "probes_epochs=1", "hydra.run.dir=run"]
@@ -104,7 +104,7 @@ def test_a_run_that_starts_anew_is_measured_and_not_what_its_checkpoint_held(in_
     assert main(command) == 0 and probes() == whole
 
 
-def test_a_diverged_run_has_no_probes(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diverged_run_has_no_probes(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "measure_probes", None)
     for divergence in ("stop", "continue"):
         command = [*TINY, ALL, "optimizer.lr=1e20", f"on_divergence={divergence}", f"hydra.run.dir={divergence}"]
@@ -133,14 +133,14 @@ def test_a_diverged_run_has_no_probes(in_empty_folder: None, monkeypatch: pytest
         ),
     ],
 )
-def test_probes_that_cannot_be_measured_are_named_before_training(
+def test_invalid_probes_are_rejected_before_training(
     words: list[str], said: str, in_empty_folder: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*TINY[:6], *words, "hydra.run.dir=run"]) == 2
     assert capsys.readouterr().err == f"fa-bench: {said}\n" and not Path("run").exists()
 
 
-def test_a_plugin_brings_a_probe(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugin_can_register_probe(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("my_probes.py").write_text(
         "from fa_bench.metrics.probes.base import Probe\n"
         "from fa_bench.registry.registries import PROBES\n"
@@ -158,7 +158,7 @@ def test_a_plugin_brings_a_probe(in_empty_folder: None, monkeypatch: pytest.Monk
     assert result_in("run")["probes"]["largest"]["fc1"] > 0
 
 
-def test_report_has_the_means_over_seeds(in_empty_folder: None) -> None:
+def test_report_averages_probes_over_seeds(in_empty_folder: None) -> None:
     from fa_bench.report import write_report
     from tests.report.by_hand import write_run
 

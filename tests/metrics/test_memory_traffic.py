@@ -44,7 +44,7 @@ def counted(name: str, k: int = 0, **options: Any) -> Memory:
         ("resnet34", 21_282_142, 967_178, 508_426, 254_474, (311.44, 194.00, 128.99)),
     ],
 )
-def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int, four: int, totals: tuple[float, ...]) -> None:
+def test_counts_match_paper_networks(name: str, parameters: int, bp: int, two: int, four: int, totals: tuple[float, ...]) -> None:
     """The parameters and stored activations were counted by hand from the layers; the totals of accesses for batches of 128 are
     in millions, rounded to two decimals."""
     counts = [counted(name, k) for k in (0, 2, 4)]
@@ -56,7 +56,7 @@ def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int
         assert round((reads + writes) / 1e6, 2) == total
 
 
-def test_what_of_resnet18_is_kept() -> None:
+def test_stored_activations_of_resnet18() -> None:
     """Without sharing, all 17 maps, the pooled features and the logits are stored. With k = 2, the only stored maps are the
     blocks' inputs; with k = 4, they are the inputs of every other block."""
     inputs = [MAPS[0], MAPS[0], MAPS[0], MAPS[1], MAPS[1], MAPS[2], MAPS[2], MAPS[3]]
@@ -67,7 +67,7 @@ def test_what_of_resnet18_is_kept() -> None:
 
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize("options", [{}, {"shortcuts": False}])
-def test_kept_inputs_are_what_the_rule_in_the_model_keeps(k: int, options: dict[str, Any]) -> None:
+def test_counted_inputs_match_attached_rule(k: int, options: dict[str, Any]) -> None:
     """In the attached model, the stored inputs are those of fc and of the layers that provide an activation to others."""
     torch.manual_seed(0)
     net = ARCHITECTURES["resnet18"](width=1, blocks=[2, 2], **options).build((3, 8, 8), 3)
@@ -101,7 +101,7 @@ def test_averaged_maps_are_counted_once() -> None:
     assert memory.parameters == 16 + 25 + 25 + 12
 
 
-def test_max_pooling_goes_with_the_layer_before() -> None:
+def test_max_pooled_map_replaces_input_of_pooling() -> None:
     """For conv2, the input of the second convolution, the pooled map, the hidden layer's outputs, and the logits are stored."""
     assert counted("conv2", channels=2, hidden=7).activations == 2 * 30 * 30 + 2 * 14 * 14 + 7 + 10
 
@@ -125,7 +125,7 @@ def test_strict_counts_feedback_and_masks() -> None:
     assert memory_of(net, (3, 32, 32), ASAP(transport=True, linear="share")).feedback == 0
 
 
-def test_counting_leaves_no_trace_and_refuses_what_the_rule_refuses() -> None:
+def test_counting_does_not_change_model_and_rejects_like_rule() -> None:
     net = ARCHITECTURES["conv2"](channels=2, hidden=3).build((1, 8, 8), 3)
     before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
     memory_of(net, (1, 8, 8))
@@ -135,7 +135,7 @@ def test_counting_leaves_no_trace_and_refuses_what_the_rule_refuses() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ specs
-def test_specs() -> None:
+def test_parse_spec() -> None:
     assert parse_spec("mlp") == ("mlp", {})
     assert parse_spec("resnet18:width=8,blocks=[1,2],shortcuts=false,init=pytorch") == (
         "resnet18",
@@ -156,7 +156,7 @@ def test_specs() -> None:
         ("shortcuts=false", r"shortcuts=false: write NAME:OPTION=VALUE.*quote"),
     ],
 )
-def test_bad_specs_are_answered_in_one_line(spec: str, said: str) -> None:
+def test_invalid_spec_error_is_one_line(spec: str, said: str) -> None:
     with pytest.raises(FaBenchError, match=said) as caught:
         component(ARCHITECTURES, spec)
     assert "\n" not in str(caught.value)
@@ -192,7 +192,7 @@ def test_strict_option_and_ranges() -> None:
         MemoryAccesses(architectures=["resnet17"]).table()
 
 
-def test_every_kind_of_relu_has_its_bit() -> None:
+def test_all_relu_variants_are_counted() -> None:
     """ReLU, LeakyReLU and ReLU6 are counted, in place or not. A hyperbolic tangent is not counted, because one bit does not
     determine its derivative."""
     activations = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.ReLU(inplace=True), nn.Tanh()]
@@ -200,6 +200,6 @@ def test_every_kind_of_relu_has_its_bit() -> None:
     assert memory_of(net, (6,)).relus == 4 * 6
 
 
-def test_masks_fill_the_last_number_of_32_bits_as_far_as_they_go() -> None:
+def test_relu_masks_are_packed_into_32_bit_words() -> None:
     for relus, batch, numbers in ((1, 1, 1), (32, 1, 1), (33, 1, 2), (11, 3, 2), (0, 5, 0)):
         assert Memory(0, 0, relus=relus).accesses(batch, strict=True) == (numbers, numbers)

@@ -78,7 +78,7 @@ def errors_by_hand(model: nn.Sequential, carry: dict[str, Tensor], x: Tensor, y:
     return {"delta": delta, "2": e2, "0": (e2 * slope) @ carry["2"], "slope": slope}
 
 
-def test_delta_angles_of_an_edge_rule_are_the_formula() -> None:
+def test_edge_rule_delta_angles_match_formula() -> None:
     model, (x, y) = mlp(), batch()
     rule = fa_bench.attach(model, "fa", seed=0)
     got = AlignmentMeter(rule, x, y).measure()
@@ -94,7 +94,7 @@ def test_delta_angles_of_an_edge_rule_are_the_formula() -> None:
 
 
 @pytest.mark.parametrize("form", ["neuron", "kernel"])
-def test_delta_angles_of_direct_feedback_are_the_formula(form: str) -> None:
+def test_direct_feedback_delta_angles_match_formula(form: str) -> None:
     model, (x, y) = mlp(), batch()
     rule = fa_bench.attach(model, "dfa", seed=0, form=form)
     got = AlignmentMeter(rule, x, y).measure()
@@ -108,7 +108,7 @@ def test_delta_angles_of_direct_feedback_are_the_formula(form: str) -> None:
         assert got["delta_angle_one_step"][layer] == pytest.approx(mean_angle(ours[layer], one_step[layer]), abs=1e-6)
 
 
-def test_one_step_equals_accumulated_where_only_one_step_differs() -> None:
+def test_one_step_angle_is_nonzero_only_before_changed_feedback() -> None:
     """All layers except the output layer propagate the error with their true weights, so every error differs from the true one by
     a single wrong step."""
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def test_one_step_equals_accumulated_where_only_one_step_differs() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), RULES, ids=IDS)
-def test_probe_leaves_no_trace(name: str, options: dict) -> None:
+def test_probe_has_no_side_effects(name: str, options: dict) -> None:
     torch.manual_seed(0)
     model = ResNet20(width=2, blocks=1).build((1, 8, 8), 3).double()
     model.relu = nn.Sequential(model.relu, nn.Dropout(0.5))  # runs after the stem, in every forward pass
@@ -159,7 +159,7 @@ def test_probe_leaves_no_trace(name: str, options: dict) -> None:
 
 
 @pytest.mark.parametrize("name", ["fa", "dfa"])
-def test_probe_keeps_no_tensor_alive(name: str) -> None:
+def test_probe_does_not_leak_tensors(name: str) -> None:
     model, (x, y) = mlp(), batch()
     probe = AlignmentMeter(fa_bench.attach(model, name, seed=0), x, y)
     probe.measure()
@@ -175,7 +175,7 @@ def test_probe_keeps_no_tensor_alive(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), RULES, ids=IDS)
-def test_backpropagation_has_no_angle_and_every_metric_names_layers(name: str, options: dict) -> None:
+def test_backprop_angles_are_zero_and_metrics_list_layers(name: str, options: dict) -> None:
     model, (x, y) = mlp(), batch()
     got = AlignmentMeter(fa_bench.attach(model, name, seed=0, **options), x, y).measure()
     assert list(got["true_gradient_norm"]) == ["0", "2", "4"] and min(got["true_gradient_norm"].values()) > 0
@@ -187,7 +187,7 @@ def test_backpropagation_has_no_angle_and_every_metric_names_layers(name: str, o
         assert got["weight_angle"] == {} and got["delta_angle"] == {"4": 0.0}
 
 
-def test_angles_keep_their_precision_near_zero_and_a_straight_angle() -> None:
+def test_angles_are_precise_near_0_and_180_degrees() -> None:
     u = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
     v = torch.tensor([[1.0, 1e-9], [0.0, 2.0], [-3.0, 0.0], [2.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
     got = angles(u, v)
@@ -195,7 +195,7 @@ def test_angles_keep_their_precision_near_zero_and_a_straight_angle() -> None:
     assert math.isnan(got[4])
 
 
-def test_weight_angle_of_signs_is_thirty_degrees_for_uniform_and_thirty_seven_for_gaussian_weights() -> None:
+def test_sign_weight_angle_of_uniform_and_gaussian_weights() -> None:
     generator = torch.Generator().manual_seed(0)
     uniform = torch.empty(300, 300).uniform_(-1, 1, generator=generator)
     gaussian = torch.empty(300, 300).normal_(generator=generator)
@@ -206,7 +206,7 @@ def test_weight_angle_of_signs_is_thirty_degrees_for_uniform_and_thirty_seven_fo
 
 
 @pytest.mark.parametrize("name", ["dfa", "dkp", "drtp"])
-def test_output_angle_is_that_of_the_readout_to_the_logits(name):
+def test_output_angle_compares_feedback_readout_with_logits(name):
     """The output angle is the mean angle between a Bᵀ and z over the samples, where a is a hidden activation and z are the logits
     (Fig. 2 of the DKP paper)."""
     model = mlp()
@@ -229,7 +229,7 @@ def test_rules_without_direct_feedback_have_no_output_angle():
         assert AlignmentMeter(rule, *batch()).measure()["output_angle"] == {}
 
 
-def test_layers_that_carry_an_error_and_those_of_the_output():
+def test_feedback_and_output_layers_in_execution_order():
     """`feedback_layers` contains the layers whose input depends on a weight, and `output_layers` those that feed the logits, both
     in the order of execution."""
     probe = AlignmentMeter(fa_bench.attach(mlp(), "fa", seed=0), *batch())
@@ -251,7 +251,7 @@ def test_layers_that_carry_an_error_and_those_of_the_output():
 
 
 @pytest.mark.parametrize(("name", "options"), [("fa", {}), ("dfa", {"output": "logits"}), ("dkp", {"output": "logits"})])
-def test_of_several_outputs_the_trained_one_has_all_angles(name: str, options: dict[str, str]) -> None:
+def test_angles_use_trained_output_of_several(name: str, options: dict[str, str]) -> None:
     """The model returns a hidden state before the logits, and only the logits are trained."""
 
     class Several(nn.Module):
@@ -273,7 +273,7 @@ def test_of_several_outputs_the_trained_one_has_all_angles(name: str, options: d
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_a_projection_shortcut_carries_an_error(pooled: bool) -> None:
+def test_projection_shortcut_is_feedback_layer(pooled: bool) -> None:
     """A projection carries an error, whether it has the same input as the block's first layer or, as in ResNet-D, the average of
     this input."""
 
@@ -301,7 +301,7 @@ def test_a_projection_shortcut_carries_an_error(pooled: bool) -> None:
     assert not torch.allclose(*errors), "the projection's feedback should contribute to the stem's gradient"
 
 
-def test_one_step_is_measured_where_the_module_after_a_cut_works_in_place() -> None:
+def test_one_step_angle_with_in_place_module_after_cut() -> None:
     found = []
     for inplace in (False, True):
         torch.manual_seed(0)
@@ -323,14 +323,14 @@ class Attends(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["bp", "kp"])
-def test_layers_of_attention_are_measured_whatever_the_rule_does_with_them(name: str) -> None:
+def test_attention_layers_are_measured_despite_fused_kernel(name: str) -> None:
     """In training, `bp` runs attention as a fused kernel, which calls no layers."""
     rule = fa_bench.attach(Attends(), name, sample_input=torch.randn(2, 5, 4))
     meter = AlignmentMeter(rule, torch.randn(8, 5, 4), torch.arange(8) % 3, metrics=["delta_angle"])
     assert meter.measure()["delta_angle"].keys() == {"embed", "attention.in_proj", "attention.out_proj", "head"}
 
 
-def test_a_meter_measures_the_metrics_that_are_named_alone() -> None:
+def test_meter_measures_only_selected_metrics() -> None:
     rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), "fa", seed=0)
     x, y = torch.randn(5, 4), torch.arange(5) % 2
     for named in (["norm_ratio"], ["weight_angle", "delta_angle"], []):
@@ -338,7 +338,7 @@ def test_a_meter_measures_the_metrics_that_are_named_alone() -> None:
 
 
 @pytest.mark.parametrize("value", [None, 3.0, [1.0], {"2": "x"}, {"0": 1.0, "2": None}], ids=str)
-def test_a_metric_returns_a_number_for_each_layer(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_metric_without_number_per_layer(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), "fa", seed=0)
     meter = AlignmentMeter(rule, torch.randn(5, 4), torch.arange(5) % 2, ["norm_ratio"])
     monkeypatch.setattr(type(meter.metrics[0]), "measure", lambda self, passes: value)
@@ -346,7 +346,7 @@ def test_a_metric_returns_a_number_for_each_layer(value: object, monkeypatch: py
         meter.measure()
 
 
-def test_numbers_of_a_metric_are_those_that_checkpoints_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metric_values_are_converted_to_float(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), "fa", seed=0)
     meter = AlignmentMeter(rule, torch.randn(5, 4), torch.arange(5) % 2, ["norm_ratio"])
     monkeypatch.setattr(type(meter.metrics[0]), "measure", lambda self, passes: {"0": 3, "2": np.float64(0.5)})
@@ -361,7 +361,7 @@ SHARED = [
 
 
 @pytest.mark.parametrize(("name", "options"), [*RULES, *SHARED, ("forward_alignment", {}), ("pfa", {}), ("mixed", {})], ids=str)
-def test_measured_gradients_are_those_of_training(name: str, options: dict) -> None:
+def test_measured_gradients_match_training(name: str, options: dict) -> None:
     """Measured gradients equal those of training, even with shared activations. brsf is an exception: it is measured with its
     current magnitudes, but trained with new ones."""
     x, y = batch()
@@ -377,7 +377,7 @@ def test_measured_gradients_are_those_of_training(name: str, options: dict) -> N
             torch.testing.assert_close(gradient, trained[path], rtol=1e-12, atol=1e-15)
 
 
-def test_a_layer_that_feeds_the_output_and_others_is_an_output_layer() -> None:
+def test_layer_feeding_output_and_others_is_output_layer() -> None:
     class Ladder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -407,7 +407,7 @@ class TwoHeads(nn.Module):
 
 @pytest.mark.parametrize("name", ["bp", "fa", "kp"])
 @pytest.mark.parametrize("in_evaluation", [True, False])
-def test_of_several_outputs_one_must_be_named(name: str, in_evaluation: bool) -> None:
+def test_several_outputs_require_objective_output(name: str, in_evaluation: bool) -> None:
     torch.manual_seed(0)
     model, x, y = TwoHeads(in_evaluation), torch.randn(8, 4), torch.arange(8) % 3
     rule = fa_bench.attach(model, name, seed=0, objective=CrossEntropy(label_smoothing=0.1))

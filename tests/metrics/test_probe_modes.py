@@ -135,7 +135,7 @@ class Drops(nn.Module):
         lambda: Drops("attention_dropout"),
     ],
 )
-def test_rates_of_dropout_in_attention_and_recurrence_are_zero_and_come_back(make: Any) -> None:
+def test_dropout_attributes_are_zeroed_and_restored(make: Any) -> None:
     torch.manual_seed(0)
     module, x = make(), torch.randn(3, 2, 6)
 
@@ -171,7 +171,7 @@ def all_that_may_change(model: nn.Module, rule: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
 @pytest.mark.parametrize("name", RULES)
-def test_everything_is_as_before_after_a_measurement(name: str, mode: str) -> None:
+def test_measurement_restores_all_state(name: str, mode: str) -> None:
     """A measurement restores each module's mode, the running statistics, the gradients and the random state. In this test, only
     some parameters have a gradient."""
     model, rule = attached(name, "Dropout")
@@ -188,7 +188,7 @@ def test_everything_is_as_before_after_a_measurement(name: str, mode: str) -> No
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_training_goes_on_after_a_measurement_as_without_it(name: str) -> None:
+def test_measurement_does_not_change_training(name: str) -> None:
     """Sampling, mirroring and learning of feedback are suspended only during a measurement."""
     found = []
     for measures in (False, True):
@@ -207,7 +207,7 @@ def test_training_goes_on_after_a_measurement_as_without_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bp", "dfa"])
-def test_dropout_of_a_model_in_evaluation_mode_stays_off_after_a_measurement(name: str) -> None:
+def test_model_stays_in_eval_mode_after_measurement(name: str) -> None:
     model, rule = attached(name, "Dropout")
     model.eval()
     AlignmentMeter(rule, *batch(), indices=torch.arange(len(batch()[1]))).measure()
@@ -215,7 +215,7 @@ def test_dropout_of_a_model_in_evaluation_mode_stays_off_after_a_measurement(nam
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_mode_of_the_model_changes_no_angle(name: str) -> None:
+def test_angles_do_not_depend_on_training_mode(name: str) -> None:
     """During a measurement, normalisation uses the statistics of the batch in both modes, not the running ones."""
     found = []
     for training in (True, False):
@@ -257,7 +257,7 @@ class Merges(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_modules_that_override_train_are_told_of_an_evaluation_and_of_its_end(training: bool) -> None:
+def test_evaluation_calls_overridden_train(training: bool) -> None:
     images = torch.randint(256, (9, 3, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     split = ResidentSplit(images, torch.arange(9) % 3, [0.5], [0.5], False, torch.device("cpu"))
     model = nn.Sequential(nn.Flatten(), Merges()).train(training)
@@ -270,7 +270,7 @@ def test_modules_that_override_train_are_told_of_an_evaluation_and_of_its_end(tr
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["bp", "kp", "dfa", "fdfa"])
-def test_modules_that_override_train_are_as_before_after_attach_and_a_measurement(name: str, training: bool) -> None:
+def test_attach_and_measurement_restore_modules_overriding_train(name: str, training: bool) -> None:
     model = net()
     model.noise1, model.noise2 = Merges(), Merges()
     model.train(training)
@@ -286,7 +286,7 @@ def test_modules_that_override_train_are_as_before_after_attach_and_a_measuremen
         assert [model.noise1.training, model.noise2.training, model.training] == [training, not training, training], what
 
 
-def test_weights_that_the_user_froze_stay_frozen() -> None:
+def test_user_frozen_weights_stay_frozen() -> None:
     """Tracing the model requires gradients of all weights, but frozen weights must be frozen again afterwards."""
     model = net()
     model.fc1.requires_grad_(False)
@@ -301,7 +301,7 @@ def test_weights_that_the_user_froze_stay_frozen() -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
+def test_true_gradient_norms_match_backprop(name: str) -> None:
     """The norms depend neither on the rule nor on what ``.grad`` contains."""
     model, rule = attached(name)
     for parameter in model.parameters():
@@ -314,7 +314,7 @@ def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
     assert got == pytest.approx(want, rel=1e-9)
 
 
-def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -> None:
+def test_one_step_error_includes_all_layers_with_same_input() -> None:
     """Only the projection shortcut propagates a wrong error; the convolution parallel to it propagates the true one. The error at
     the input of both layers is therefore wrong only in its last step."""
     model, (x, y) = nets.residual(), nets.batch("residual")
@@ -331,7 +331,7 @@ def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -
 # --- angles -------------------------------------------------------------------------------------------------------------------
 
 
-def test_void_samples_do_not_enter_the_mean() -> None:
+def test_undefined_sample_angles_are_excluded_from_mean() -> None:
     """If one of the two vectors of a sample is zero, for example because of dead units, the sample has no angle. The other two
     samples have angles of 90 and 0 degrees."""
     u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
@@ -348,7 +348,7 @@ def test_samples_are_flattened_one_by_one() -> None:
     assert mean_sample_angle(u, v) == pytest.approx(45.0)
 
 
-def test_floor_of_norms_is_that_of_either_side() -> None:
+def test_norm_floor_applies_to_either_vector() -> None:
     tiny = 0.5 * NORM_FLOOR
     u, v = torch.tensor([[tiny, 0.0], [1.0, 0.0], [1e-9, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, tiny], [0.0, 1e-9]])
     got = angles(u, v)
@@ -356,7 +356,7 @@ def test_floor_of_norms_is_that_of_either_side() -> None:
     assert got.dtype == torch.float64
 
 
-def test_norm_ratio_is_of_frobenius_norms_in_double_precision() -> None:
+def test_norm_ratio_uses_double_precision_frobenius_norms() -> None:
     """The ratio is correct for entries whose squares do not fit in float32."""
     ones = torch.ones(3, 4, 2)
     assert norm_ratio(2 * ones, ones) == pytest.approx(2.0)
@@ -364,7 +364,7 @@ def test_norm_ratio_is_of_frobenius_norms_in_double_precision() -> None:
     assert norm_ratio(ones, 4 * ones[:1]) == pytest.approx(math.sqrt(24) / (4 * math.sqrt(8)))
 
 
-def test_weights_that_the_user_froze_have_no_true_gradient() -> None:
+def test_user_frozen_weights_have_nan_true_gradient_norm() -> None:
     model, _ = attached("bp")
     fa_bench.attached_rule(model).detach()
     model.fc2.weight.requires_grad_(False)
@@ -372,7 +372,7 @@ def test_weights_that_the_user_froze_have_no_true_gradient() -> None:
     assert list(norms) == ["fc1", "fc2", "fc3"] and math.isnan(norms["fc2"]) and norms["fc1"] > 0 < norms["fc3"]
 
 
-def test_metrics_name_layers_in_the_order_of_execution() -> None:
+def test_metrics_list_layers_in_execution_order() -> None:
     """The model defines its output layer first."""
     (x, y), model = nets.batch("residual"), nets.residual()
     found = AlignmentMeter(fa_bench.attach(model, "fa", seed=0, sample_input=x), x, y).measure()
@@ -382,7 +382,7 @@ def test_metrics_name_layers_in_the_order_of_execution() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.InstanceNorm1d, nn.BatchNorm1d])
-def test_running_statistics_stay_as_they_are(kind: type[nn.Module]) -> None:
+def test_measurement_does_not_change_running_statistics(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 3, 3), kind(3, track_running_stats=True), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
     x = torch.randn(5, 2, 6)
@@ -395,7 +395,7 @@ def test_running_statistics_stay_as_they_are(kind: type[nn.Module]) -> None:
     assert not torch.equal(model[1].running_mean, before["1.running_mean"]), "training should change the statistics again"
 
 
-def test_angles_of_outputs_with_positions_need_no_objective_for_them() -> None:
+def test_measures_outputs_with_positions_with_default_objective() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     rule = fa_bench.attach(model, "fa", seed=0)

@@ -8,7 +8,7 @@ from fa_bench.metrics.tensors import named_tensors
 from tests.rules import nets
 
 
-def test_weights_feedback_and_gradients_are_the_live_ones() -> None:
+def test_named_tensors_are_live_tensors() -> None:
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "kp", seed=0)
     assert not [name for name in named_tensors(rule) if name.startswith("gradient/")]

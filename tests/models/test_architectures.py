@@ -62,7 +62,9 @@ ALEXNET, GAINS = 61_100_840, 2 * 1152
         ("lstm", {"cell": "gru", "scan": "pixels"}, (3, 5, 4), 10, 3 * 128 * (3 + 128 + 2) + 1290),
     ],
 )
-def test_published_sizes(name: str, options: dict[str, Any], shape: tuple[int, int, int], classes: int, parameters: int) -> None:
+def test_parameter_counts_match_published_sizes(
+    name: str, options: dict[str, Any], shape: tuple[int, int, int], classes: int, parameters: int
+) -> None:
     with torch.device("meta"):
         net = ARCHITECTURES[name](**options).build(shape, classes)
         assert net(torch.zeros(2, *shape)).shape == (2, classes)
@@ -70,7 +72,7 @@ def test_published_sizes(name: str, options: dict[str, Any], shape: tuple[int, i
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_outputs_are_those_of_torchvision(name: str) -> None:
+def test_outputs_match_torchvision(name: str) -> None:
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, name)(num_classes=7)
     ours = ARCHITECTURES[f"{name}_imagenet"]().build((3, 64, 64), 7)
@@ -81,7 +83,7 @@ def test_outputs_are_those_of_torchvision(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "alexnet"])
-def test_a_first_convolution_for_grey_images_differs_in_its_channels_alone(name: str) -> None:
+def test_grey_images_change_only_channels_of_first_convolution(name: str) -> None:
     """resnet18's first convolution has no bias, and alexnet's has one."""
     theirs = getattr(torchvision.models, name)(num_classes=7)
     ours = ARCHITECTURES["torchvision"](model=name).build((1, 64, 64), 7)
@@ -92,7 +94,7 @@ def test_a_first_convolution_for_grey_images_differs_in_its_channels_alone(name:
     assert (conv.stride, conv.padding) == (other.stride, other.padding)
 
 
-def test_normalisation_after_the_relu() -> None:
+def test_batch_norm_after_relu_matches_reference() -> None:
     """A block with a projection is written out as conv - ReLU - BN twice, plus the shortcut, with nothing after the sum."""
     torch.manual_seed(0)
     net = ARCHITECTURES["resnet18_imagenet"](width=3, blocks=[1, 1], bn="after").build((3, 32, 32), 4)
@@ -106,7 +108,7 @@ def test_normalisation_after_the_relu() -> None:
     assert torch.equal(net(image), net.fc(net.stages(stem).mean((2, 3))))
 
 
-def test_a_net_without_shortcuts_is_a_chain() -> None:
+def test_resnet_without_shortcuts_is_sequential() -> None:
     torch.manual_seed(0)
     net = ARCHITECTURES["resnet18"](width=2, blocks=[1, 1], shortcuts=False).build((3, 8, 8), 4)
     x = y = torch.randn(5, 3, 8, 8)
@@ -118,25 +120,25 @@ def test_a_net_without_shortcuts_is_a_chain() -> None:
     assert torch.equal(net(x), net.bn_out(net.fc(y.mean((2, 3)))))
 
 
-def test_dropout_is_where_torchvision_has_it() -> None:
+def test_dropout_positions_match_torchvision() -> None:
     net = ARCHITECTURES["dkp_alexnet"](width=1, hidden=2, dropout=0.25).build((3, 64, 64), 3)
     kinds = [type(module).__name__ for module in net if isinstance(module, (nn.Flatten, nn.Dropout, nn.Linear))]
     assert kinds == ["Flatten", "Dropout", "Linear", "Dropout", "Linear", "Linear"] and net.drop6.p == net.drop7.p == 0.25
 
 
 @pytest.mark.parametrize(("shape", "name"), [((3, 15, 15), "pool2"), ((3, 62, 62), "pool5")])
-def test_images_that_are_too_small_are_said_to_be(shape: tuple[int, int, int], name: str) -> None:
+def test_alexnet_rejects_too_small_images(shape: tuple[int, int, int], name: str) -> None:
     with pytest.raises(ConfigError, match=f"{shape[1]}x{shape[1]} images are too small for {name} "):
         ARCHITECTURES["dkp_alexnet"](width=1, hidden=2).build(shape, 3)
 
 
-def test_a_residual_net_needs_a_stage() -> None:
+def test_resnet_rejects_empty_blocks() -> None:
     for name in ("resnet18", "resnet50_imagenet"):
         with pytest.raises(OptionError, match=r"blocks=\[\]: at least one stage is required"):
             ARCHITECTURES[name](blocks=[])
 
 
-def test_alexnet_takes_sizes_that_pooling_rounds() -> None:
+def test_alexnet_accepts_sizes_rounded_by_pooling() -> None:
     """The forward pass fails unless the model predicts the sizes that PyTorch's pooling returns."""
     for size in range(1, 20):
         ARCHITECTURES["asap_alexnet"](width=1, hidden=2).build((1, size, size + 3), 3)(torch.zeros(2, 1, size, size + 3))
@@ -144,7 +146,7 @@ def test_alexnet_takes_sizes_that_pooling_rounds() -> None:
         ARCHITECTURES["dkp_alexnet"](width=1, hidden=2).build((1, size, size + 5), 3)(torch.zeros(2, 1, size, size + 5))
 
 
-def test_every_architecture_is_a_choice_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_accepts_architecture_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["architecture=resnet34", "architecture.shortcuts=false", "--cfg", "job"]) == 0
     shown = capsys.readouterr().out
     assert "name: resnet34" in shown and "shortcuts: false" in shown
@@ -177,7 +179,7 @@ def tiny(key: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 @pytest.mark.parametrize("architecture", TINY)
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_every_rule_trains_every_architecture_or_says_how(name: str, architecture: str) -> None:
+def test_every_rule_trains_every_architecture(name: str, architecture: str) -> None:
     net, x, y = tiny(architecture)
     options = FAST.get(name, {})
     try:
@@ -240,7 +242,7 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
         ("dkp mlp", ["act1", "act2", "act3", "act4"], ["act1", "act2", "act3"]),
     ],
 )
-def test_where_direct_errors_and_local_losses_go(architecture: str, cuts: list[str], blocks: list[str]) -> None:
+def test_default_cuts_and_blocks_of_architectures(architecture: str, cuts: list[str], blocks: list[str]) -> None:
     """Errors are delivered after pooling and dropout, as in the papers' code. In residual nets, errors are delivered after every
     convolution, and for a block's last convolution at the sum."""
     for rule, wanted in (("dfa", cuts), ("dgl", blocks)):
@@ -248,7 +250,7 @@ def test_where_direct_errors_and_local_losses_go(architecture: str, cuts: list[s
         assert list(fa_bench.attach(net, rule, sample_input=x).feedback) == wanted
 
 
-def test_no_error_passes_a_cut_of_a_net_with_normalisation_after_the_relu() -> None:
+def test_no_error_passes_cut_with_batch_norm_after_relu() -> None:
     """Every layer's gradient depends only on its own cut, so it is bitwise identical if the feedback of the other cuts is
     zero."""
 
@@ -270,7 +272,7 @@ def test_no_error_passes_a_cut_of_a_net_with_normalisation_after_the_relu() -> N
     assert part.keys() == whole.keys()
 
 
-def test_nets_of_forward_alignment() -> None:
+def test_forward_alignment_network_sizes() -> None:
     linear = ARCHITECTURES["mlp"](widths=[10, 10, 10], activation="identity").build((1, 28, 28), 10)
     full = ARCHITECTURES["mlp"](widths=[10, 10, 10], batch_norm=True, output_norm=True).build((1, 28, 28), 10)
     assert [name for name, _ in full.named_children()][-2:] == ["fc4", "bn4"]
@@ -278,7 +280,7 @@ def test_nets_of_forward_alignment() -> None:
     assert sum(p.numel() for p in full.parameters()) == 785 * 10 + 3 * 110 + 4 * 20
 
 
-def test_torchvisions_models_are_made_for_the_size_of_the_images_and_without_auxiliary_heads() -> None:
+def test_torchvision_models_use_image_size_and_no_auxiliary_heads() -> None:
     with torch.device("meta"):
         transformer = ARCHITECTURES["torchvision"](model="vit_b_16").build((3, 64, 64), 7)
         assert transformer.encoder.pos_embedding.shape[1] == (64 // 16) ** 2 + 1
@@ -289,14 +291,14 @@ def test_torchvisions_models_are_made_for_the_size_of_the_images_and_without_aux
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 28), (1, 28, 5)])
-def test_images_with_one_side_that_is_too_small_are_said_to_be(shape: tuple[int, int, int]) -> None:
+def test_conv2_rejects_images_with_one_too_small_side(shape: tuple[int, int, int]) -> None:
     with pytest.raises(OptionError, match=rf"padding=0: {shape[1]}x{shape[2]} images are too small"):
         ARCHITECTURES["conv2"](padding=0, channels=2).build(shape, 3)
     ARCHITECTURES["conv2"](padding=1, channels=2).build(shape, 3)
 
 
 @pytest.mark.parametrize("colours", [1, 3, 5])
-def test_torchvisions_net_is_its_own_but_for_the_first_convolution(colours: int) -> None:
+def test_torchvision_model_differs_only_in_first_convolution(colours: int) -> None:
     """Images with three colours use torchvision's net with its own initial values. For other images, only the first layer is
     replaced."""
     torch.manual_seed(0)

@@ -119,7 +119,7 @@ def test_cut_points_and_blocks(
     assert matched(model, model.blocks) == blocks
 
 
-def test_cuts_of_launay_are_patterns_of_a_decoder() -> None:
+def test_launay_cut_patterns_match_decoder_modules() -> None:
     """The cuts of Launay et al. are three points in each block ("micro"), or the output of each block ("macro"). With dropout,
     the cut at the activation comes after the dropout."""
     model = ARCHITECTURES["decoder"](width=4, depth=2, norm="post", dropout=0.1).build((5,), 3)

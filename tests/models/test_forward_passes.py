@@ -23,7 +23,7 @@ Reference = Callable[..., Tensor]
 MNIST, CIFAR, ODD, CLASSES = (1, 28, 28), (3, 32, 32), (3, 36, 28), 10
 
 #: Maps the name of a case to the architecture, its options, the shape of an image, the net written by hand, and its arguments.
-#: Large nets are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
+#: Large nets are narrower than published; `test_layer_shapes_match_published_networks` checks their widths.
 CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] = {
     "pfa_fig2": ("mlp", {"init": "xavier_uniform"}, MNIST, by_hand.mlp, {"hidden": 2}),
     "dkp_fig2": ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, by_hand.mlp, {"hidden": 4, "batch_norm": True}),
@@ -196,7 +196,7 @@ def build(architecture: str, options: dict[str, Any], shape: Shape) -> nn.Module
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_forward_pass_is_the_one_written_out(case: str, training: bool) -> None:
+def test_forward_pass_matches_reference(case: str, training: bool) -> None:
     """Over fifty layers, the rounding errors of float64 grow to about 1e-12, whereas a wrong layer changes the first digits."""
     architecture, options, shape, reference, arguments = CASES[case]
     net = build(architecture, options, shape).train(training)
@@ -213,7 +213,7 @@ def test_a_forward_pass_is_the_one_written_out(case: str, training: bool) -> Non
 
 
 @pytest.mark.parametrize("case", [case for case, (name, *_) in CASES.items() if name == "dkp_alexnet"])
-def test_dropout_is_random_in_training_and_absent_in_evaluation(case: str) -> None:
+def test_dropout_is_active_only_in_training(case: str) -> None:
     architecture, options, shape, *_ = CASES[case]
     net, x = build(architecture, options, shape), torch.randn(4, *shape, dtype=torch.float64)
     assert not torch.equal(net(x), net(x))
@@ -288,7 +288,7 @@ PUBLISHED: list[tuple[str, dict[str, Any], Shape, list[tuple[int, ...]]]] = [
 
 
 @pytest.mark.parametrize(("name", "options", "shape", "expected"), PUBLISHED)
-def test_layers_have_the_published_shapes(
+def test_layer_shapes_match_published_networks(
     name: str, options: dict[str, Any], shape: Shape, expected: list[tuple[int, ...]]
 ) -> None:
     with torch.device("meta"):
@@ -297,7 +297,7 @@ def test_layers_have_the_published_shapes(
 
 
 @pytest.mark.parametrize(("name", "options", "shape"), [case[:3] for case in PUBLISHED])
-def test_only_the_convolutions_of_residual_nets_have_no_bias(name: str, options: dict[str, Any], shape: Shape) -> None:
+def test_only_resnet_convolutions_have_no_bias(name: str, options: dict[str, Any], shape: Shape) -> None:
     """The convolutions of residual nets have no biases in torchvision and in the code of the PFA paper. For backpropagation, they
     have none in the code of the ASAP paper either."""
     with torch.device("meta"):

@@ -91,7 +91,7 @@ def test_every_architecture_and_every_initialiser_is_tested() -> None:
 
 @pytest.mark.parametrize("init", DRAWS)
 @pytest.mark.parametrize("name", NETS)
-def test_initial_weights(name: str, init: str) -> None:
+def test_initial_weights_match_distribution(name: str, init: str) -> None:
     net = build(name, init)
     deviation, uniform = DRAWS[init]
     layers = weighted_layers(net)
@@ -112,7 +112,7 @@ def test_initial_weights(name: str, init: str) -> None:
 
 @pytest.mark.parametrize("init", DRAWS)
 @pytest.mark.parametrize("name", NETS)
-def test_normalisation_begins_as_identity(name: str, init: str) -> None:
+def test_normalisation_layers_start_as_identity(name: str, init: str) -> None:
     norms = [
         module for module in build(name, init).modules() if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm)
     ]
@@ -127,7 +127,7 @@ def test_normalisation_begins_as_identity(name: str, init: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_embeddings_positions_and_recurrent_weights_have_their_own_distribution(name: str) -> None:
+def test_embeddings_positions_and_recurrent_weights_ignore_init(name: str) -> None:
     """The weights are the same for every initialiser, and their standard deviation is correct to within five standard errors for
     normal draws."""
     weights, other = dict(build(name, "pytorch").named_parameters()), dict(build(name, "uniform_one").named_parameters())
@@ -137,7 +137,7 @@ def test_embeddings_positions_and_recurrent_weights_have_their_own_distribution(
         assert torch.equal(value, other[key])
 
 
-def test_tokens_begin_as_large_as_sinusoids() -> None:
+def test_token_embeddings_have_unit_std_with_sinusoidal_positions() -> None:
     torch.manual_seed(0)
     net = ARCHITECTURES["decoder"](width=24, depth=1, positions="sinusoidal").build((30,), CLASSES)
     assert net.embed.tokens.weight.std().item() == pytest.approx(1, rel=5 / math.sqrt(2 * 24 * CLASSES))
@@ -154,7 +154,7 @@ def test_layers_are_drawn_independently() -> None:
         assert torch.equal(a, build("conv2", init).conv2.weight.flatten())  # the global seed determines them
 
 
-def test_torchvisions_googlenet_has_torchs_own_initial_weights() -> None:
+def test_torchvision_googlenet_uses_torch_default_init() -> None:
     """torchvision's own initialiser would take minutes. The largest of 4,096 numbers within 1/√fan_in is close to this bound."""
     weight = ARCHITECTURES["torchvision"](model="googlenet").build((3, 32, 32), 5).conv2.conv.weight
     assert 0.99 / math.sqrt(64) < weight.abs().max().item() <= 1 / math.sqrt(64)

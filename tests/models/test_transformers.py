@@ -53,7 +53,7 @@ def tokens(samples: int = 3, length: int = LENGTH) -> Tensor:
 
 
 @pytest.mark.parametrize("case", TEXT)
-def test_logits_of_tokens_are_those_written_out(case: str) -> None:
+def test_token_logits_match_reference(case: str) -> None:
     """The tolerance covers the rounding of float64 or, for sinusoidal positions, of float32."""
     name, options, reference, arguments = TEXT[case]
     net, x = build(name, **options), tokens()
@@ -63,7 +63,7 @@ def test_logits_of_tokens_are_those_written_out(case: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, POST], ids=["pre", "post"])
-def test_dropout_is_of_embeddings_attention_hidden_activations_and_outputs(options: dict[str, Any]) -> None:
+def test_decoder_dropout_matches_reference(options: dict[str, Any]) -> None:
     """The net written by hand samples the same masks in the same order."""
     net, x = build("decoder", width=8, depth=2, dropout=0.4, **options), tokens()
     torch.manual_seed(5)
@@ -77,7 +77,7 @@ def test_dropout_is_of_embeddings_attention_hidden_activations_and_outputs(optio
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
-def test_a_block_is_that_of_pytorch(post_norm: bool) -> None:
+def test_block_matches_torch_encoder_layer(post_norm: bool) -> None:
     """The tolerance covers the rounding of float64."""
     torch.manual_seed(0)
     theirs = nn.TransformerEncoderLayer(8, 2, 20, 0.0, "gelu", batch_first=True, norm_first=not post_norm).double()
@@ -98,7 +98,7 @@ def test_a_block_is_that_of_pytorch(post_norm: bool) -> None:
 
 
 @pytest.mark.parametrize("case", TEXT)
-def test_a_logit_depends_on_earlier_tokens_alone_and_on_each_of_them(case: str) -> None:
+def test_logits_are_causal(case: str) -> None:
     name, options, *_ = TEXT[case]
     net, x = build(name, **options).eval(), tokens(1)
     logits = net(x)
@@ -110,14 +110,14 @@ def test_a_logit_depends_on_earlier_tokens_alone_and_on_each_of_them(case: str) 
 
 
 @pytest.mark.parametrize("case", TEXT)
-def test_sequences_may_be_shorter_than_those_of_the_data(case: str) -> None:
+def test_accepts_shorter_sequences(case: str) -> None:
     """The logits of a shorter sequence equal the first logits of the whole sequence, up to rounding in float64."""
     name, options, *_ = TEXT[case]
     net, x = build(name, **options), tokens()
     torch.testing.assert_close(net(x[:, :4]), net(x)[:, :4], rtol=0, atol=1e-12)
 
 
-def test_the_context_is_that_of_the_data_unless_it_is_longer() -> None:
+def test_rejects_sequences_longer_than_context() -> None:
     net = build("decoder", width=8, context=9)
     assert net(tokens(2, 9)).shape == (2, 9, VOCABULARY)
     others = [build("decoder", width=8), build("decoder", width=8, **POST)]
@@ -142,7 +142,7 @@ def test_the_context_is_that_of_the_data_unless_it_is_longer() -> None:
         ),
     ],
 )
-def test_sizes_of_decoders(options: dict[str, Any], parameters: int) -> None:
+def test_decoder_parameter_counts(options: dict[str, Any], parameters: int) -> None:
     with torch.device("meta"):
         net = ARCHITECTURES["decoder"](**options).build((128,), 32000)
         assert net(torch.zeros(2, 128, dtype=torch.int64)).shape == (2, 128, 32000)
@@ -210,7 +210,7 @@ CUTS: dict[str, dict[str, list[str]]] = {
 
 
 @pytest.mark.parametrize(("architecture", "cut"), [(name, cut) for name, cuts in CUTS.items() for cut in cuts])
-def test_no_error_passes_a_cut_of_the_stream(architecture: str, cut: str) -> None:
+def test_no_error_passes_cut_of_residual_stream(architecture: str, cut: str) -> None:
     """If the feedback of all other cuts is zero, the gradients of a cut's layers are bitwise identical, and other layers get
     none.
 
@@ -264,24 +264,24 @@ def test_no_error_passes_a_cut_of_the_stream(architecture: str, cut: str) -> Non
         ),
     ],
 )
-def test_wrong_options_are_refused_by_name(name: str, options: dict[str, Any], shape: tuple[int, ...], message: str) -> None:
+def test_invalid_option_errors(name: str, options: dict[str, Any], shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(OptionError) as error:
         ARCHITECTURES[name](**options).build(shape, 3)
     assert str(error.value) == message
 
 
-def test_images_that_are_too_small_for_a_vgg_are_said_to_be() -> None:
+def test_vgg_rejects_too_small_images() -> None:
     with pytest.raises(ConfigError, match="28x28 images are too small for act6 of this VGG-7; enlarge them"):
         ARCHITECTURES["vgg"](depth=7, width=1).build((1, 28, 28), 10)
 
 
-def test_dropout_between_recurrent_layers_is_random_in_training_alone() -> None:
+def test_lstm_dropout_is_active_only_in_training() -> None:
     net, x = build("lstm", width=8, layers=2, dropout=0.5), tokens()
     assert not torch.equal(net(x), net(x))
     assert torch.equal(net.eval()(x), net(x))
 
 
-def test_resnet20_is_the_member_of_its_family_with_20_layers() -> None:
+def test_resnet20_matches_resnet_cifar_small_of_depth_20() -> None:
     states = []
     for name in ("resnet20", "resnet_cifar_small"):
         torch.manual_seed(0)
@@ -290,7 +290,7 @@ def test_resnet20_is_the_member_of_its_family_with_20_layers() -> None:
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-def test_what_architectures_are_made_for() -> None:
+def test_supported_tasks_of_architectures() -> None:
     images = {(IMAGES, CLASSES), (IMAGES, VALUES)}
     vectors, text = {(FEATURES, CLASSES), (FEATURES, VALUES)}, {(TOKENS, POSITIONS)}
     made_for = {"residual_mlp": images | vectors, "mlp": images | vectors, "decoder": text, "lstm": images | text}
@@ -299,5 +299,5 @@ def test_what_architectures_are_made_for() -> None:
             assert set(cls.tasks) == made_for.get(name, images), name
 
 
-def test_a_residual_mlp_takes_features() -> None:
+def test_residual_mlp_accepts_feature_vectors() -> None:
     assert build("residual_mlp", (7,), 3, width=4)(torch.zeros(2, 7).double()).shape == (2, 3)

@@ -104,7 +104,7 @@ def test_every_edge_rule_covers_and_trains(network: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_weights_as_feedback_are_backpropagation(network: str) -> None:
+def test_weights_as_feedback_match_backprop(network: str) -> None:
     make, x, _ = NETWORKS[network]
     model = perturbed(make)
     rule = attach(model, "fa", sample_input=x)

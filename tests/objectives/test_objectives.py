@@ -51,7 +51,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("objective", "target", "formula", "targets"), CASES)
-def test_loss_is_its_formula(objective: Objective, target: torch.Tensor, formula, targets) -> None:
+def test_loss_matches_formula(objective: Objective, target: torch.Tensor, formula, targets) -> None:
     wanted = [formula(z, t) for z, t in zip(OUTPUTS.tolist(), targets, strict=True)]
     # The targets have the precision of float32; everything else is float64.
     assert objective.loss(OUTPUTS, target, "none").tolist() == pytest.approx(wanted, rel=1e-6)
@@ -61,19 +61,19 @@ def test_loss_is_its_formula(objective: Objective, target: torch.Tensor, formula
 
 
 @pytest.mark.parametrize(("objective", "output"), [(MSE(), lambda z: z), (SigmoidCE(), torch.sigmoid)])
-def test_gradient_at_the_outputs_is_output_minus_target(objective: Objective, output) -> None:
+def test_output_gradient_is_output_minus_target(objective: Objective, output) -> None:
     leaf = OUTPUTS.clone().requires_grad_(True)
     objective.loss(leaf, VALUES, "sum").backward()
     torch.testing.assert_close(leaf.grad, output(OUTPUTS) - VALUES, rtol=1e-6, atol=1e-6)
 
 
-def test_correct_samples_are_those_whose_largest_output_is_the_label() -> None:
+def test_correct_compares_largest_output_with_label() -> None:
     for name in OBJECTIVES:
         assert OBJECTIVES[name]().correct(OUTPUTS, LABELS).tolist() == [True, False, False, True]
     assert MSE().correct(OUTPUTS, VALUES) is None
 
 
-def test_no_label_is_skipped() -> None:
+def test_cross_entropy_rejects_label_minus_100() -> None:
     """The label -100, which torch's cross-entropy skips silently, raises an error."""
     with pytest.raises(IndexError):
         CrossEntropy().loss(OUTPUTS, torch.tensor([0, -100, 1, 2]))
@@ -91,7 +91,7 @@ RUN = [
 
 
 @pytest.mark.parametrize("objective", ["mse", "sigmoid_ce", "cross_entropy"])
-def test_a_run_trains_for_its_objective(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_uses_configured_objective(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The learning rate is so small that the weights hardly change, so the recorded losses are those of the untrained model."""
     monkeypatch.chdir(tmp_path)
     assert main([*RUN, f"objective={objective}", "optimizer.lr=1e-12"]) == 0
@@ -131,7 +131,7 @@ class Plane(fa_bench.ArrayDataset):
 '''
 
 
-def test_numbers_as_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_with_numeric_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A plugin's dataset has numbers as targets. A run on this dataset can be trained with mse and records R² instead of
     accuracies; an objective for classes refuses the dataset before training."""
     monkeypatch.chdir(tmp_path)

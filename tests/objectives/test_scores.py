@@ -43,7 +43,7 @@ def tokens() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("batches", [[6], [4, 2], [1, 2, 3]])
-def test_token_scores_are_those_of_the_counted_tokens_in_any_batches(batches: list[int]) -> None:
+def test_token_scores_ignore_masked_tokens_and_batch_size(batches: list[int]) -> None:
     logits, target = tokens()
     counted = target != -100
     nats = F.cross_entropy(logits[counted], target[counted]).item()
@@ -59,7 +59,7 @@ def test_token_scores_are_those_of_the_counted_tokens_in_any_batches(batches: li
     )
 
 
-def test_evaluation_counts_what_the_objective_counts() -> None:
+def test_evaluation_loss_matches_objective_weighting() -> None:
     """Masked tokens do not count, and a row of numbers counts once."""
     tokens = torch.tensor([[0, 2, -100], [1, -100, -100], [2, 1, 0]])
     numbers = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ def test_evaluation_counts_what_the_objective_counts() -> None:
         assert found["loss"] == pytest.approx(objective.loss(inputs, target).item(), rel=1e-6)
 
 
-def test_token_loss_is_the_mean_over_the_counted_tokens() -> None:
+def test_token_loss_is_mean_over_unmasked_tokens() -> None:
     logits, target = tokens()
     objective, counted = TokenCrossEntropy(), target != -100
     mean = F.cross_entropy(logits[counted], target[counted])
@@ -84,7 +84,7 @@ def test_token_loss_is_the_mean_over_the_counted_tokens() -> None:
     torch.testing.assert_close(objective.loss(logits[:, 0], target[:, 0]), F.cross_entropy(logits[:, 0], target[:, 0]))
 
 
-def test_another_number_can_mark_the_tokens_that_do_not_count() -> None:
+def test_ignore_index_masks_tokens() -> None:
     logits, target = tokens()
     logits[..., 0] = 9.0  # the model predicts the padding class
     padded = TokenCrossEntropy(ignore_index=0)
@@ -95,12 +95,12 @@ def test_another_number_can_mark_the_tokens_that_do_not_count() -> None:
     assert padded.loss(logits, torch.zeros(6, 5, dtype=torch.long)).item() == 0
 
 
-def test_perplexity_that_no_float_can_hold_is_infinite() -> None:
+def test_perplexity_overflow_is_infinite() -> None:
     assert TokenCrossEntropy().scored({"correct": 0}, 1e4, 3)["perplexity"] == math.inf
 
 
 @pytest.mark.parametrize("batches", [[30], [16, 14], [1, 29]])
-def test_r2_is_that_of_the_whole_split(batches: list[int]) -> None:
+def test_r2_matches_sklearn_for_any_batches(batches: list[int]) -> None:
     """R² is computed over all outputs together, as by scikit-learn with multioutput="variance_weighted". In float32, the offset
     of the targets, which is 1000, would cause cancellation."""
     generator = torch.Generator().manual_seed(1)
@@ -111,14 +111,14 @@ def test_r2_is_that_of_the_whole_split(batches: list[int]) -> None:
     assert values["rmse"] == pytest.approx(np.sqrt(((outputs - target).double() ** 2).mean().item()))
 
 
-def test_r2_of_the_mean_is_zero_and_of_constant_targets_absent() -> None:
+def test_r2_is_zero_for_mean_and_omitted_for_constant_targets() -> None:
     target = torch.arange(4.0)[:, None]
     assert scored(MSE(), torch.full((4, 1), 1.5), target, [4])["r2"] == pytest.approx(0)
     for count in range(2, 40):  # the sum of squares around their mean may be rounded up or down
         assert scored(MSE(), torch.zeros(count, 1), torch.full((count, 1), 1000.1), [count - 1, 1]).keys() == {"rmse"}
 
 
-def test_the_prediction_of_a_sigmoid_is_its_probability() -> None:
+def test_sigmoid_prediction_is_probability() -> None:
     target = torch.tensor([[0.25], [0.75]])
     assert scored(SigmoidCE(), torch.logit(target), target, [2]) == pytest.approx({"r2": 1, "rmse": 0}, abs=1e-6)
 
@@ -129,7 +129,7 @@ def test_classes_are_scored_by_their_accuracy() -> None:
         assert scored(objective, logits, target, [3, 1]) == {"accuracy": 0.75}
 
 
-def test_scores_point_in_their_direction_and_are_read_back_from_records() -> None:
+def test_score_direction_and_record_round_trip() -> None:
     assert ACCURACY.merit(0.9) > ACCURACY.merit(0.8) and PERPLEXITY.merit(3) > PERPLEXITY.merit(4)
     assert (ACCURACY.text(0.9), RMSE.text(2), ACCURACY.direction, RMSE.direction) == ("90.00%", "2", "maximize", "minimize")
     mine = (Score("f1", "F1", "%"), RMSE)
@@ -137,7 +137,7 @@ def test_scores_point_in_their_direction_and_are_read_back_from_records() -> Non
     assert final_keys(mine)[:4] == ["test_f1", "test_f1_at_best_val", "val_f1", "train_f1"] and "val_rmse" in final_keys(mine)
 
 
-def test_the_primary_token_score_is_an_option_and_needs_characters_only_if_it_is_of_them() -> None:
+def test_only_bits_per_character_requires_characters() -> None:
     kinds = TokenCrossEntropy.targets
     for name in ("perplexity", "bits_per_token", "bits_per_character", "accuracy"):
         objective = TokenCrossEntropy(score=name)

@@ -46,13 +46,13 @@ def iterated_by_hand(matrix: list[list[float]], steps: int) -> list[list[float]]
 # ------------------------------------------------------------------------------------------------ the iteration
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (1, 4), (4, 1)])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_iteration_by_loops(shape: tuple[int, int], steps: int) -> None:
+def test_iteration_matches_loop_reference(shape: tuple[int, int], steps: int) -> None:
     matrix = random(*shape)
     want = torch.tensor(iterated_by_hand(matrix.tolist(), steps), dtype=torch.float64)
     torch.testing.assert_close(orthogonalized(matrix, steps), want, rtol=1e-10, atol=1e-12)
 
 
-def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
+def test_five_steps_bring_singular_values_near_one_at_any_scale() -> None:
     """The limits are the range of five iterations of the quintic polynomial for singular values above 1/100 of the norm, with a
     margin of 0.01."""
     matrix = random(20, 30)
@@ -66,7 +66,7 @@ def test_five_steps_bring_singular_values_near_one_whatever_the_scale() -> None:
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_torchs_own_muon_agrees_but_for_its_rounding(adjust_lr: str, nesterov: bool) -> None:
+def test_matches_torch_muon_up_to_rounding(adjust_lr: str, nesterov: bool) -> None:
     """torch's Muon rounds to bfloat16 (8 bits), which causes relative errors of a few hundredths after five iterations. torch's
     Muon averages the gradients instead of summing them, but the iteration removes this difference in scale."""
     for shape in ((8, 5), (5, 8)):
@@ -109,7 +109,7 @@ def by_hand(w: Tensor, gradients: list[Tensor], made: Muon) -> Tensor:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_option_is_in_the_steps(options: dict[str, Any]) -> None:
+def test_steps_match_formula_for_every_option(options: dict[str, Any]) -> None:
     """In three steps, Muon updates weights and kernels, and AdamW updates vectors."""
     rule, made = attached("kp", "conv_bn"), Muon(**options)
     optimizers = Optimizers(made, rule, 1)
@@ -143,7 +143,7 @@ def test_weight_decay_of_vectors_is_decoupled() -> None:
         torch.testing.assert_close(tensor.detach(), start * (1 - 0.3 * (0.1 if tensor.dim() > 1 else 0.01)), rtol=1e-12, atol=0)
 
 
-def test_half_precision_is_iterated_in_single() -> None:
+def test_half_precision_iterates_in_single_precision() -> None:
     """The only error comes from rounding the update once to bfloat16; it is at most 2^-8 of each entry."""
     weight = nn.Parameter(torch.zeros(6, 9, dtype=torch.bfloat16))
     weight.grad = random(6, 9).bfloat16()
@@ -152,7 +152,7 @@ def test_half_precision_is_iterated_in_single() -> None:
     torch.testing.assert_close(-weight.detach().float(), orthogonalized(weight.grad.float(), 5), rtol=2**-8, atol=1e-6)
 
 
-def test_kernels_in_any_memory_format_get_the_same_update() -> None:
+def test_update_does_not_depend_on_memory_format() -> None:
     formats = (torch.contiguous_format, torch.channels_last)
     kernels = [nn.Parameter(random(4, 3, 2, 2).contiguous(memory_format=each)) for each in formats]
     for kernel in kernels:
@@ -161,7 +161,7 @@ def test_kernels_in_any_memory_format_get_the_same_update() -> None:
     torch.testing.assert_close(kernels[0].detach(), kernels[1].detach(), rtol=1e-12, atol=0)
 
 
-def test_tensors_without_a_gradient_stay_and_a_closure_is_called_with_gradients() -> None:
+def test_step_skips_tensors_without_gradient_and_calls_closure() -> None:
     weight, other = (nn.Parameter(random(2, 3)) for _ in range(2))
     optimizer, before = muon.Muon([weight, other], 0.1, 0.9, True, 5, "original", 0.5), other.detach().clone()
 
@@ -221,7 +221,7 @@ def test_layers_and_their_feedback_are_chosen_together(options: dict[str, Any], 
     }
 
 
-def test_feedback_of_cuts_is_orthogonalised_at_its_own_rate() -> None:
+def test_cut_feedback_is_trained_by_muon_at_scaled_lr() -> None:
     rule = attached("dkp")
     optimizers = Optimizers(Muon(lr=0.2, adam_lr=0.03), rule, 1)
     assert [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers.optimizers] == [
@@ -231,7 +231,7 @@ def test_feedback_of_cuts_is_orthogonalised_at_its_own_rate() -> None:
     assert optimizers.lr == 0.2
 
 
-def test_feedback_that_adamw_trains_has_its_own_rate() -> None:
+def test_feedback_trained_by_adamw_has_scaled_lr() -> None:
     rule = fa_bench.attach(net(), "kp", sample_input=torch.zeros(2, 1, dtype=torch.long), b_lr_scale=0.5)
     of_adam = Optimizers(Muon(lr=0.2, adam_lr=0.03, exclude=["fc3"]), rule, 1).optimizers[1]
     rates = {id(tensor): group["lr"] for group in of_adam.param_groups for tensor in group["params"]}
@@ -239,7 +239,7 @@ def test_feedback_that_adamw_trains_has_its_own_rate() -> None:
     assert rates[id(rule.model.fc3.feedback_B)] == pytest.approx(0.015)
 
 
-def test_a_weight_that_an_excluded_layer_shares_is_excluded() -> None:
+def test_weight_shared_with_excluded_layer_is_excluded() -> None:
     model = net()
     model.fc3.weight = model.fc2.weight
     rule = fa_bench.attach(model, "bp", sample_input=torch.zeros(2, 1, dtype=torch.long))
@@ -262,14 +262,14 @@ def test_frozen_matrices_are_left_out() -> None:
         ({"layers": "hidden", "exclude": ["fc2"]}, r"^optimizer\.layers=hidden with exclude=\['fc2'\] leaves no layer for muon"),
     ],
 )
-def test_refusals(options: dict[str, Any], says: str) -> None:
+def test_rejects_invalid_layer_selection(options: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says):
         Optimizers(Muon(**options), attached("kp"), 1)
     with pytest.raises(OptionError, match=says.replace("optimizer", "feedback_optimizer")):
         Optimizers(SGD(), attached("kp"), 1, Muon(**options))
 
 
-def test_the_smallest_rate_of_a_schedule_is_below_both_rates() -> None:
+def test_rejects_schedule_min_lr_above_either_lr() -> None:
     for options, key in (({"lr": 0.01, "adam_lr": 1.0}, "lr=0.01"), ({"lr": 1.0, "adam_lr": 0.01}, "adam_lr=0.01")):
         with pytest.raises(OptionError, match=rf"schedule\.min_lr=0\.1 is above {key}"):
             Muon(**options, schedule=Cosine(min_lr=0.1))
@@ -287,7 +287,7 @@ def trained(rule: Rule, optimizers: Optimizers, steps: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp_tanh", "conv_bn"])
-def test_weights_and_feedback_of_kolen_pollack_differ_by_decay_alone(name: str) -> None:
+def test_kp_weight_feedback_difference_changes_only_by_decay(name: str) -> None:
     """Equal gradients give equal updates, so every step multiplies W - B by 1 - lr λ, up to rounding."""
     rule = attached("kp", name)
     before = {path: weight - feedback for path, (feedback, weight) in rule.weight_pairs().items()}
@@ -301,7 +301,7 @@ def test_weights_and_feedback_of_kolen_pollack_differ_by_decay_alone(name: str) 
         torch.testing.assert_close(weight - feedback, before[path], rtol=1e-6, atol=1e-9)
 
 
-def test_semi_orthogonal_product_feedback_follows_and_other_product_feedback_does_not() -> None:
+def test_only_semi_orthogonal_pfa_feedback_follows_weight_updates() -> None:
     """Bᵀ commutes with the iteration only if B Bᵀ = I. If R has as many rows as W, the update of R is then Bᵀ times that of W."""
     gaps = {}
     for name in ("pfa_o", "pfa"):
@@ -315,7 +315,7 @@ def test_semi_orthogonal_product_feedback_follows_and_other_product_feedback_doe
     assert gaps["pfa_o"] < 1e-6 < 0.05 < gaps["pfa"]
 
 
-def test_feedback_that_is_a_copy_of_the_weights_is_backpropagation() -> None:
+def test_kp_with_copied_weights_matches_backprop() -> None:
     models = []
     for name, options in (("bp", {}), ("kp", {"b_init": "copy_w"})):
         rule = attached(name, **options)
@@ -325,7 +325,7 @@ def test_feedback_that_is_a_copy_of_the_weights_is_backpropagation() -> None:
         assert torch.equal(one, other)
 
 
-def test_saved_state_continues_bit_by_bit() -> None:
+def test_resume_from_state_dict_is_bitwise_identical() -> None:
     made = Muon(schedule=Cosine(), weight_decay=0.1)
     whole = attached()
     optimizers = Optimizers(made, whole, 4)

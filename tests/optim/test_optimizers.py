@@ -107,7 +107,7 @@ ADAMS = [
     ],
     ids=str,
 )
-def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict[str, Any], of: str) -> None:
+def test_steps_match_formula_for_every_option(cls: type[OptimizerOptions], options: dict[str, Any], of: str) -> None:
     """Three steps of the weights' optimizer or of the feedback optimizer equal the formulas, whatever the options."""
     rule, made = attached("pfa"), cls(lr=LR, **options)
     other = SGD(lr=0.7, momentum=0.3)
@@ -149,7 +149,7 @@ def plain(lr: float, later: float, first: float | None, **schedule: Any) -> SGD:
     ],
     ids=["one group", "two groups", "own decay", "own decay in every epoch", "no decay at first"],
 )
-def test_decay_of_the_first_epoch_is_that_of_the_group(
+def test_first_epoch_weight_decay_per_group(
     scale: float, own: SGD | None, of_weights: list[float], of_feedback: list[float]
 ) -> None:
     """If all gradients are zero, a step multiplies a tensor by 1 - lr λ."""
@@ -178,7 +178,7 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("second", SCHEDULES, ids=lambda case: case[0]["name"])
 @pytest.mark.parametrize("first", SCHEDULES, ids=lambda case: case[0]["name"])
-def test_both_optimizers_follow_their_own_schedules(first: Any, second: Any) -> None:
+def test_each_optimizer_follows_its_own_schedule(first: Any, second: Any) -> None:
     """Without decay and momentum, a gradient of ones moves a tensor by the learning rate."""
     rule = attached()
     optimizers = Optimizers(plain(0.1, 0.0, None, **first[0]), rule, 4, plain(0.3, 0.0, None, **second[0]))
@@ -188,7 +188,7 @@ def test_both_optimizers_follow_their_own_schedules(first: Any, second: Any) -> 
 
 
 @pytest.mark.parametrize("of_feedback", [False, True])
-def test_a_schedule_of_one_optimizer_may_count_steps(of_feedback: bool) -> None:
+def test_schedule_of_one_optimizer_can_count_steps(of_feedback: bool) -> None:
     parts = [plain(0.1, 0.0, None), plain(0.1, 0.0, None, name="step", step_size=2, gamma=0.5, per="step")]
     first, second = parts if of_feedback else reversed(parts)
     optimizers = Optimizers(first, attached(), 1, second, steps_per_epoch=4)
@@ -202,7 +202,7 @@ def test_a_schedule_of_one_optimizer_may_count_steps(of_feedback: bool) -> None:
 
 
 @pytest.mark.parametrize(("schedule", "factors"), SCHEDULES, ids=lambda case: str(case)[:20])
-def test_scaled_rate_of_the_feedback_follows_the_schedule(schedule: dict[str, Any], factors: list[float]) -> None:
+def test_scaled_feedback_lr_follows_schedule(schedule: dict[str, Any], factors: list[float]) -> None:
     rule = attached(b_lr_scale=0.25)
     seen = rates(Optimizers(plain(0.1, 0.0, None, **schedule), rule, 4), rule, 4)
     assert seen[0] == pytest.approx([0.1 * factor for factor in factors])
@@ -249,7 +249,7 @@ LEARNING = {
 @pytest.mark.parametrize("own", [None, plain(LR, 0.0, None)], ids=["one optimizer", "two optimizers"])
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", LEARNING)
-def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str, net: str, own: SGD | None) -> None:
+def test_every_tensor_is_updated_by_its_own_gradient(name: str, net: str, own: SGD | None) -> None:
     """The fused update of every tensor uses the gradient that the rule computed for it."""
     rule = attached(name, net, **LEARNING[name])
     optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
@@ -269,7 +269,7 @@ def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str
 
 
 @pytest.mark.parametrize("own", [None, plain(LR, 0.0, None)], ids=["one optimizer", "two optimizers"])
-def test_clipping_scales_weights_and_feedback_by_their_common_norm(own: SGD | None) -> None:
+def test_clipping_uses_common_norm_of_weights_and_feedback(own: SGD | None) -> None:
     """A gradient of n ones has the norm √n, to which torch adds 1e-6 before it divides."""
     rule = attached("kp")
     optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
@@ -283,7 +283,7 @@ def test_clipping_scales_weights_and_feedback_by_their_common_norm(own: SGD | No
 
 
 @pytest.mark.parametrize("largest", [None, 0.05])
-def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_own(largest: float | None) -> None:
+def test_shared_gradients_match_separate_feedback_gradients(largest: float | None) -> None:
     """Sharing has the same result even if the first step requests separate gradients, or if gradients are clipped by a norm that
     includes the feedback."""
     found = []
@@ -308,7 +308,7 @@ def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_o
 
 
 @pytest.mark.parametrize("name", ["asfp", "asfp_lc"])
-def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_weight(name: str) -> None:
+def test_feedback_of_sharing_layer_uses_shared_activation_gradient(name: str) -> None:
     """The gradient of the feedback is gᵀ h̃ with the shared activation h̃, not gᵀ x, and its step uses this gradient."""
     rule = attached(name, **LEARNING[name])
     x, y = nets.batch("mlp_tanh")
@@ -341,7 +341,7 @@ def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_w
     ],
     ids=["sgd", "adam", "adam on feedback", "sgd on feedback", "two schedules"],
 )
-def test_loaded_state_continues_bit_by_bit(options: OptimizerOptions, own: OptimizerOptions | None) -> None:
+def test_resume_from_state_dict_is_bitwise_identical(options: OptimizerOptions, own: OptimizerOptions | None) -> None:
     """The saved state includes moments, velocities and the schedules' epoch."""
 
     def train(rule: Rule, optimizers: Optimizers, epochs: range) -> None:
@@ -384,13 +384,13 @@ def test_frozen_weights_are_not_trained() -> None:
         (lambda: Schedule.from_mapping({"name": "cosine", "step_size": 1}), r"step_size: is not an option of"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(make: Any, says: str) -> None:
+def test_rejects_inconsistent_settings(make: Any, says: str) -> None:
     with pytest.raises(OptionError, match=says):
         make()
     SGD(lr=0.1, schedule=Cosine(min_lr=0.1))
 
 
-def test_defaults_that_torch_has_too_are_torchs() -> None:
+def test_defaults_match_torch() -> None:
     for options, made in ((Adam(), torch.optim.Adam), (AdamW(), torch.optim.AdamW)):
         theirs = made([torch.zeros(1, requires_grad=True)]).defaults
         assert (options.lr, (options.beta1, options.beta2), options.eps) == (theirs["lr"], theirs["betas"], theirs["eps"])
@@ -398,7 +398,7 @@ def test_defaults_that_torch_has_too_are_torchs() -> None:
     assert Step(step_size=1).gamma == steps.gamma
 
 
-def test_feedback_without_a_gradient_of_its_own_is_not_trained_by_that_of_the_weight() -> None:
+def test_feedback_without_gradient_is_unchanged() -> None:
     """Exact backpropagation, for example, computes no gradient for feedback, so feedback must not change."""
     rule = attached()
     optimizers = Optimizers(SGD(lr=0.1, momentum=0.0), rule, 1)
@@ -411,7 +411,7 @@ def test_feedback_without_a_gradient_of_its_own_is_not_trained_by_that_of_the_we
     assert not all(torch.equal(one, other) for one, other in zip(others, weights(rule), strict=True))
 
 
-def test_a_schedule_that_counts_steps_begins_at_its_first_rate() -> None:
+def test_step_schedule_sets_lr_of_current_step() -> None:
     """The learning rate is the one for the current step as soon as the optimizers exist, in an epoch that starts at another step,
     and in each step."""
     schedule = OneCycle()

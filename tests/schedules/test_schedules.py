@@ -40,7 +40,7 @@ def rates(schedule: Schedule, total: int, lr: float = 1.0) -> list[float]:
         (Cosine(min_lr=0.2), [0.2 + 0.4 * (1 + math.cos(math.pi * t / 5)) for t in range(5)]),
     ],
 )
-def test_rates(schedule: Schedule, wanted: list[float]) -> None:
+def test_lr_matches_values_by_hand(schedule: Schedule, wanted: list[float]) -> None:
     assert rates(schedule, 5) == pytest.approx(wanted)
     assert rates(schedule, 5, lr=0.03) == pytest.approx([0.03 * rate for rate in wanted]) or "min_lr" in vars(schedule)
 
@@ -61,7 +61,7 @@ def test_rates(schedule: Schedule, wanted: list[float]) -> None:
     ],
     ids=lambda case: getattr(case, "name", ""),
 )
-def test_rates_are_those_of_torch(schedule: Schedule, build) -> None:
+def test_lr_matches_torch_schedulers(schedule: Schedule, build) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.2)
     theirs, seen = build(optimizer, 10), []
     for _ in range(10):
@@ -71,7 +71,7 @@ def test_rates_are_those_of_torch(schedule: Schedule, build) -> None:
     assert rates(schedule, 10, lr=0.2) == pytest.approx(seen, rel=1e-9, abs=1e-12)
 
 
-def test_a_short_trial_shortens_everything_that_a_schedule_counts() -> None:
+def test_shortened_scales_all_counts_of_schedule() -> None:
     """All counts are reduced to a tenth, but not below one. A schedule without warm-up does not gain one, and options that are
     fractions of the training do not change."""
     length, total = (lambda number: max(round(number / 10), 1)), 10
@@ -87,7 +87,7 @@ def test_a_short_trial_shortens_everything_that_a_schedule_counts() -> None:
         assert rates(schedule.shortened(length), total) == rates(wanted, total)
 
 
-def test_every_schedule_is_tried_here() -> None:
+def test_registered_schedules() -> None:
     assert set(SCHEDULES) == {"constant", "step", "multistep", "cosine", "linear", "one_cycle"}
 
 
@@ -103,7 +103,7 @@ def test_every_schedule_is_tried_here() -> None:
         ({"name": "one_cycle", "warmup": 2}, "warmup=2: one_cycle has its own warm-up"),
     ],
 )
-def test_faults_are_named(values: dict, said: str) -> None:
+def test_invalid_option_errors(values: dict, said: str) -> None:
     with pytest.raises(OptionError) as refused:
         Schedule.from_mapping(values)
     assert str(refused.value).startswith(said)
@@ -125,7 +125,7 @@ def lrs(directory: str) -> list[float]:
     return [json.loads(line)["lr"] for line in Path(directory, "metrics.jsonl").read_text().splitlines()]
 
 
-def test_schedules_count_epochs_or_steps_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_schedule_counts_epochs_or_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With four steps per epoch, a decay every six steps occurs once before the third epoch and twice before the fourth."""
     monkeypatch.chdir(tmp_path)
     schedule = ["optimizer.schedule.name=step", "optimizer.schedule.gamma=0.5", "epochs=4"]
@@ -135,7 +135,7 @@ def test_schedules_count_epochs_or_steps_in_a_run(tmp_path: Path, monkeypatch: p
     assert lrs("b") == pytest.approx([0.1, 0.1, 0.05, 0.025])
 
 
-def test_a_schedule_has_its_own_defaults_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_uses_default_per_of_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """one_cycle counts steps unless the config says epochs; the run has three epochs of four steps."""
     monkeypatch.chdir(tmp_path)
     for per, wanted in (("null", 4), ("epoch", 1)):
@@ -155,7 +155,7 @@ def test_a_schedule_has_its_own_defaults_in_a_run(tmp_path: Path, monkeypatch: p
         assert lrs(f"by-{per}") == pytest.approx([schedule.at(0.1, wanted * epoch, wanted * 3) for epoch in range(3)])
 
 
-def test_a_run_resumed_within_its_schedule_is_bitwise_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_within_schedule_is_bitwise_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fa_bench.runs.callbacks import StopOnSignal
     from fa_bench.utils.stopping import Interrupted
 
@@ -184,6 +184,6 @@ def test_a_run_resumed_within_its_schedule_is_bitwise_the_same(tmp_path: Path, m
         (Step(step_size=3, warmup=2), {"step_size": 3, "warmup": 2}),
     ],
 )
-def test_a_configs_schedule_shows_what_differs_from_its_defaults(schedule: Schedule, given: dict) -> None:
+def test_schema_contains_only_non_default_options(schedule: Schedule, given: dict) -> None:
     """The config shows only options that were set, so naming another schedule selects that schedule's defaults."""
     assert {key: value for key, value in schedule.schema().items() if value is not None} == {"name": schedule.name} | given

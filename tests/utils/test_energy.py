@@ -46,7 +46,7 @@ def meter_of(device: torch.device) -> EnergyMeter:
     return meter
 
 
-def test_packages_and_memory_count_once(powercap: Path) -> None:
+def test_package_and_dram_energy_is_counted_once(powercap: Path) -> None:
     meter = meter_of(CPU)
     assert meter.counters == ["package-0", "package-0-dram"]
     for folder in powercap.iterdir():
@@ -65,7 +65,7 @@ def test_counters_wrap_around(powercap: Path) -> None:
         assert meter.used_wh() == pytest.approx(200 / 3600)
 
 
-def test_a_machine_that_does_not_count(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_meter_without_readable_counters(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (powercap / "intel-rapl:0" / "energy_uj").write_text("")
     assert rapl() == {} and EnergyMeter.of(CPU) is None
     use(powercap, "intel-rapl:0", 0)
@@ -82,7 +82,7 @@ def test_a_machine_that_does_not_count(powercap: Path, monkeypatch: pytest.Monke
     assert EnergyMeter.of(CPU) is None
 
 
-def test_a_counter_that_fails_leaves_the_energy_unknown(powercap: Path) -> None:
+def test_failed_counter_makes_energy_unknown(powercap: Path) -> None:
     meter = meter_of(CPU)
     (powercap / "intel-rapl:0" / "energy_uj").unlink()
     assert meter.used_wh() is None
@@ -98,7 +98,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return module
 
 
-def test_a_gpu_counts_together_with_the_processors_if_these_count(powercap: Path, nvml, monkeypatch) -> None:
+def test_gpu_energy_is_added_to_available_cpu_counters(powercap: Path, nvml, monkeypatch) -> None:
     meter = meter_of(GPU)
     assert meter.counters == ["package-0", "package-0-dram", "gpu"]
     nvml.millijoules += 3_600_000
@@ -108,14 +108,14 @@ def test_a_gpu_counts_together_with_the_processors_if_these_count(powercap: Path
     assert meter_of(GPU).counters == ["gpu"]
 
 
-def test_a_gpu_that_does_not_count_leaves_the_run_without(powercap: Path, nvml, monkeypatch) -> None:
+def test_no_meter_without_gpu_counter(powercap: Path, nvml, monkeypatch) -> None:
     monkeypatch.delattr(nvml, "nvmlDeviceGetTotalEnergyConsumption")
     assert EnergyMeter.of(GPU) is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert EnergyMeter.of(GPU) is None
 
 
-def test_a_run_adds_up_what_it_used(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_sums_energy_excluding_interruptions(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callbacks, "ENERGY_EVERY", 0)
     meter = EnergyMeter.of(CPU)
     assert meter is not None
@@ -135,7 +135,7 @@ def test_a_run_adds_up_what_it_used(powercap: Path, monkeypatch: pytest.MonkeyPa
     assert trainer.progress.energy_wh == pytest.approx(0.75)
 
 
-def test_a_run_that_began_where_nothing_counts_stays_without(powercap: Path) -> None:
+def test_resumed_run_without_earlier_energy_stays_unmeasured(powercap: Path) -> None:
     trainer = SimpleNamespace(progress=Progress(step=3))
     callback = Energy(meter_of(CPU))
     callback.on_fit_start(trainer)  # type: ignore[arg-type]

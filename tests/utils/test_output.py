@@ -40,14 +40,14 @@ def python(code: str, folder: Path, redirection: str = "", **variables: str) -> 
         ("latin-1", "97.1 ± 0.2 °^T × ~ é lambda ² \\u7d50 \\udc80".encode("latin-1")),
     ],
 )
-def test_an_encoding_shows_what_it_can(tmp_path, encoding, shown):
+def test_unencodable_characters_are_replaced(tmp_path, encoding, shown):
     for stream in ("stdout", "stderr"):
         said = python(f"print('97.1 ± 0.2 °ᵀ × … é λ ² 結 \\udc80', file=sys.{stream})", tmp_path, PYTHONIOENCODING=encoding)
         assert (said.returncode, getattr(said, stream).strip()) == (0, shown)
 
 
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_takes_text_and_no_file_takes_its_place(tmp_path, redirection):
+def test_closed_streams_accept_text_without_corrupting_files(tmp_path, redirection):
     code = (
         "file = open('file', 'w'); print('a'); print('b', file=sys.stderr); sys.stdout.flush(); file.write('whole'); "
         "file.close(); "
@@ -62,26 +62,26 @@ def test_streams_that_a_plugin_closes_stay_open(tmp_path):
     assert (said.returncode, said.stdout, said.stderr) == (0, b"a\nc\n", b"b\n")
 
 
-def test_nobody_reads(tmp_path):
+def test_broken_pipe_is_ignored(tmp_path):
     code = "[print('x' * 1000, file=stream) for stream in (sys.stdout, sys.stderr) for _ in range(500)]; "
     code += "open('rc', 'w').write(lost() or 'fine')"
     said = shell('{ "$PYTHON" -c "$CODE" 2>&1; echo $? >code; } | true; cat code', tmp_path, CODE=FAITHFUL + code)
     assert said.stdout == b"0\n" and (tmp_path / "rc").read_text() == "fine"
 
 
-def test_a_slow_reader_of_a_stream_that_does_not_wait_gets_everything(tmp_path):
+def test_slow_reader_of_nonblocking_stream_gets_all_output(tmp_path):
     code = "import os; os.set_blocking(1, False); [print('x' * 999) for _ in range(500)]"
     said = shell('"$PYTHON" -c "$CODE" | { sleep 1; wc -c; }', tmp_path, CODE=FAITHFUL + code)
     assert said.stdout.strip() == b"500000" and said.stderr == b""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_text_that_finds_no_room_is_said_to_be_lost(tmp_path):
+def test_full_device_is_reported_as_lost_output(tmp_path):
     said = python("print('a'); print(lost(), file=sys.stderr); print('b')", tmp_path, ">/dev/full")
     assert said.returncode == 0 and said.stderr == b"No space left on device\n"
 
 
-def test_streams_that_others_put_there_stay(capsys):
+def test_captured_streams_are_not_replaced(capsys):
     from fa_bench.utils.output import resilient_output
 
     before = sys.stdout
@@ -93,13 +93,13 @@ def finished(folder: Path) -> int:
     return [json.loads(path.read_text())["status"] for path in folder.rglob("result.json")].count("finished")
 
 
-def test_a_grid_that_nobody_reads_ends_and_is_reported(tmp_path):
+def test_grid_with_broken_pipe_finishes_and_writes_report(tmp_path):
     command = f'{{ "$PYTHON" -m fa_bench.cli {" ".join(GRID)} 2>&1; echo $? >code; }} | true; cat code'
     assert shell(command, tmp_path).stdout == b"0\n"
     assert finished(tmp_path) == 2 and len(list(tmp_path.rglob("report.md"))) == 1
 
 
-def test_a_grid_over_output_dir_reports_in_each_and_not_where_it_was_started(tmp_path):
+def test_grid_over_output_dir_writes_report_in_each_directory(tmp_path):
     # The job has ASCII as its output encoding and a matplotlib backend that is not installed, as in a batch job started from a
     # notebook.
     said = shell(
@@ -119,7 +119,7 @@ def test_a_grid_over_output_dir_reports_in_each_and_not_where_it_was_started(tmp
 @pytest.mark.parametrize(
     "backend", ["nowhere", "module://nowhere.backend", "module://matplotlib_inline.backend_inline", "agg", ""]
 )
-def test_a_figure_is_drawn_whatever_the_backend_and_the_settings(tmp_path, backend):
+def test_figure_is_drawn_with_any_backend_and_rcparams(tmp_path, backend):
     (tmp_path / "matplotlibrc").write_text("text.usetex: true\nlines.linewidth: 9\n")
     code = """
 import os

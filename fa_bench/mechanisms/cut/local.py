@@ -85,6 +85,7 @@ class LocalRule(CutRule):
     # -------------------------------------------------------------------------------------------- attach and detach
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
         self._auxiliary: dict[str, Auxiliary] = {}
+        self._shapes = dict(features)
         like = next(self.model.parameters())
         for cut, shape in features.items():
             with _seeded(seed_for(self.seed, cut, "auxiliary")):
@@ -116,7 +117,16 @@ class LocalRule(CutRule):
         with torch.enable_grad():
             activation = captured.tensor.detach().to(dtype).requires_grad_(True)
             rows = self._layouts[cut].rows(activation).flatten(0, -2) if self._layouts else activation
-            loss = self.local_loss(cut, net, rows, target)
+            try:
+                loss = self.local_loss(cut, net, rows, target)
+            except RuntimeError as error:
+                shape = tuple(rows.shape[1:])
+                if shape == self._shapes[cut]:
+                    raise
+                raise CoverageError(
+                    f"cut '{cut}' has activations of shape {shape}, but its auxiliary layers were created for "
+                    f"{self._shapes[cut]}; attach with a sample_input of the same size as the training data"
+                ) from error
             error, *gradients = torch.autograd.grad(loss, [activation, *required])
         if self.loss_factor != 1:
             error, gradients = error * self.loss_factor, [gradient * self.loss_factor for gradient in gradients]

@@ -48,7 +48,7 @@ CHANGES = [new_head, new_hidden_layer, one_more_layer, layer_taken_out]
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("trained_before", [0, 2])
-def test_changed_layers_are_refused_before_the_next_update(name, change, trained_before):
+def test_changed_layers_are_rejected_before_update(name, change, trained_before):
     model, rule = attached(name)
     steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), trained_before)
     change(model)
@@ -67,7 +67,7 @@ def test_changed_layers_are_refused_before_the_next_update(name, change, trained
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("change", [new_hidden_layer, layer_taken_out])
-def test_a_layer_changed_between_the_passes_is_refused_by_the_backward_pass(name, change):
+def test_backward_rejects_layer_changed_after_forward(name, change):
     model, rule = attached(name)
     x, y = data()
     logits = model(x)
@@ -78,7 +78,7 @@ def test_a_layer_changed_between_the_passes_is_refused_by_the_backward_pass(name
 
 
 @pytest.mark.parametrize("name", ["kp", "fa", "dfa", "dkp"])
-def test_a_whole_block_replaced_by_a_copy_is_noticed(name):
+def test_rejects_block_replaced_by_copy(name):
     model = nested()
     rule = fa_bench.attach(model, name, seed=0, **({"cuts": ["0", "1"]} if name in ("dfa", "dkp") else {}))
     model[1] = copy.deepcopy(model[1])
@@ -86,7 +86,7 @@ def test_a_whole_block_replaced_by_a_copy_is_noticed(name):
         steps(model, rule, sgd(model.parameters()), 1)
 
 
-def test_new_weights_may_come_in_where_uncovered_ones_are_allowed():
+def test_allow_uncovered_accepts_added_but_not_replaced_layers():
     model, rule = attached("kp", allow_uncovered=True)
     one_more_layer(model)
     steps(model, rule, sgd(model.parameters()), 2)
@@ -96,7 +96,7 @@ def test_new_weights_may_come_in_where_uncovered_ones_are_allowed():
 
 
 @pytest.mark.parametrize("name", ["kp", "dfa", "dgl", "asfp_lc"])
-def test_modules_without_weights_may_come_and_go(name):
+def test_accepts_added_modules_without_weights(name):
     """Wrappers may be added, too, provided that the wrapped layer is still in the model."""
     model, rule = attached(name)
     model.append(nn.LayerNorm(3, elementwise_affine=False))  # its parameters are None
@@ -117,7 +117,7 @@ def test_modules_without_weights_may_come_and_go(name):
 
 @pytest.mark.parametrize("name", ["frozen", "fa", "dfa", "bp"])
 @pytest.mark.parametrize("how", ["replaced", "unfrozen"])
-def test_a_frozen_weight_that_learns_is_refused(name, how):
+def test_rejects_frozen_weight_made_trainable(name, how):
     model = net()
     rule = fa_bench.attach(model, name, seed=0, freeze_stem=name != "frozen")
     layer = model[0]
@@ -129,7 +129,7 @@ def test_a_frozen_weight_that_learns_is_refused(name, how):
         steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 1)
 
 
-def test_a_frozen_weight_may_be_replaced_by_a_frozen_one():
+def test_accepts_frozen_weight_replaced_by_frozen_weight():
     model = net()
     rule = fa_bench.attach(model, "frozen", seed=0)
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
@@ -137,7 +137,7 @@ def test_a_frozen_weight_may_be_replaced_by_a_frozen_one():
     assert all(p.requires_grad for p in rule.detach().parameters())
 
 
-def test_exact_passes_and_evaluation_do_not_look():
+def test_exact_and_evaluation_passes_skip_change_check():
     model, rule = attached("kp")
     new_head(model)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_exact_passes_and_evaluation_do_not_look():
 
 
 @pytest.mark.parametrize("name", ["kp", "dfa", "bp"])
-def test_attach_in_inference_mode_is_refused_at_once(name):
+def test_attach_rejects_inference_mode(name):
     with torch.inference_mode():
         model = net()
         with pytest.raises(CoverageError, match=r"inference_mode"):
@@ -155,7 +155,7 @@ def test_attach_in_inference_mode_is_refused_at_once(name):
 
 
 @pytest.mark.parametrize("name", ["dfa", "dkp", "dgl", "asfp_lc"])
-def test_a_replaced_cut_is_refused(name):
+def test_rejects_replaced_cut(name):
     """A cut must not be replaced, even by a module of the same class without weights."""
     model, rule = attached(name)
     model[1] = nn.ReLU()
@@ -164,7 +164,7 @@ def test_a_replaced_cut_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["kp", "dfa"])
-def test_what_comes_in_without_weights_of_its_own_learns(name):
+def test_added_layer_norm_learns(name):
     """A normalisation layer that is added after attach learns, because gains and biases do not need feedback."""
     model, rule = attached(name)
     model[3] = nn.Sequential(nn.LayerNorm(16).double(), model[3])
@@ -173,7 +173,7 @@ def test_what_comes_in_without_weights_of_its_own_learns(name):
     assert not torch.equal(model[3][0].bias, before)
 
 
-def test_a_copy_of_a_part_is_no_part_of_the_model():
+def test_attach_rejects_submodule_but_accepts_its_copy():
     model = nested()
     rule = fa_bench.attach(model, "bp")
     with pytest.raises(CoverageError, match="is part of another model"):
@@ -182,7 +182,7 @@ def test_a_copy_of_a_part_is_no_part_of_the_model():
     assert rule.model is model
 
 
-def test_a_layer_that_was_added_is_part_of_the_model_from_the_next_pass_until_detach():
+def test_added_layer_belongs_to_model_until_detach():
     model, rule = attached("kp", allow_uncovered=True)
     one_more_layer(model)
     model(data()[0])
@@ -192,7 +192,7 @@ def test_a_layer_that_was_added_is_part_of_the_model_from_the_next_pass_until_de
     fa_bench.attach(added, "fa")
 
 
-def test_a_layer_that_was_taken_out_belongs_to_no_model_after_detach():
+def test_removed_layer_can_be_attached_after_detach():
     model, rule = attached("fa")
     old, model[2] = model[2], nn.Identity()
     rule.detach()
@@ -200,7 +200,7 @@ def test_a_layer_that_was_taken_out_belongs_to_no_model_after_detach():
     assert rule.name == "fa" and list(other.feedback) == ["0", "1"]
 
 
-def test_detach_takes_the_mark_from_copies_that_were_put_in_later_too():
+def test_detach_unmarks_inserted_copies():
     model, rule = attached("fa")
     model[1] = copy.deepcopy(model[1])
     rule.detach()

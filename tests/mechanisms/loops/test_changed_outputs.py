@@ -56,20 +56,20 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> None:
     draw_the_same_for_every_sample(monkeypatch)
 
 
-def test_which_rules_learn_by_the_objective() -> None:
+def test_set_of_rules_learning_from_objective() -> None:
     assert {"node_perturbation", "weight_perturbation", "pepita", "epc", "pc", "np_feedback"} == set(OF_OBJECTIVE)
 
 
 @pytest.mark.parametrize("scale", [None, 1.0])
 @pytest.mark.parametrize("change", [masked, halved])
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
-def test_rules_that_learn_by_the_objective_refuse_it(name: str, change: Change, scale: float | None) -> None:
+def test_objective_rules_reject_output_changed_in_place(name: str, change: Change, scale: float | None) -> None:
     with pytest.raises(StateError, match=rf"rule '{name}' learns from the model's output as the forward pass returned it"):
         learn(name, change, True, scale=scale)
 
 
 @pytest.mark.parametrize("name", [name for name in OF_OBJECTIVE if name != "np_feedback"])
-def test_also_after_the_passes_in_which_a_loss_is_compared(name: str) -> None:
+def test_objective_rules_reject_output_changed_in_later_pass(name: str) -> None:
     model = Chain()
     rule = attach(model, name)
     for _ in range(4):
@@ -85,12 +85,12 @@ def test_also_after_the_passes_in_which_a_loss_is_compared(name: str) -> None:
 
 @pytest.mark.parametrize("change", [masked, halved])
 @pytest.mark.parametrize("name", [name for name in RULES if name not in (*OF_OBJECTIVE, *ALWAYS_MEASURED)])
-def test_rules_that_learn_by_its_error_learn_as_by_another_tensor(name: str, change: Change) -> None:
+def test_in_place_change_matches_change_of_copy(name: str, change: Change) -> None:
     assert_same(learn(name, change, True), learn(name, change, False))
 
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim", "fdfa", "ldrl", "dfc", "forward_forward"])
-def test_a_scale_cannot_be_measured_at_it(name: str) -> None:
+def test_changed_output_requires_loss_scale(name: str) -> None:
     """The scale cannot be inferred from changed logits, because half the error would look like half the scale."""
     with pytest.raises(StateError, match=r"cannot infer it: the model's output was changed in place.*Pass the scale"):
         learn(name, halved, True, factor=0.25)
@@ -98,7 +98,7 @@ def test_a_scale_cannot_be_measured_at_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fdfa", "dfc"])
-def test_a_backward_pass_without_the_rule_measures_none_either(name: str) -> None:
+def test_plain_backward_rejects_changed_output(name: str) -> None:
     model = Chain()
     attach(model, name)
     logits = model(X)
@@ -107,7 +107,7 @@ def test_a_backward_pass_without_the_rule_measures_none_either(name: str) -> Non
         F.cross_entropy(logits, Y).backward()
 
 
-def test_f3_with_the_scale_uses_the_error_and_refuses_to_use_the_output() -> None:
+def test_f3_accepts_changed_output_only_for_error() -> None:
     with pytest.raises(StateError, match="cannot infer it: the model's output was changed in place"):
         learn("f3", halved, True)
     assert_same(learn("f3", halved, True, scale=1.0), learn("f3", halved, False, scale=1.0))
@@ -119,7 +119,7 @@ def test_f3_with_the_scale_uses_the_error_and_refuses_to_use_the_output() -> Non
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:The .grad attribute")
-def test_a_compiled_model_measures_at_the_output_as_it_was() -> None:
+def test_compiled_model_in_place_change_matches_change_of_copy() -> None:
     """A compiled model behaves in the same way whether the logits are changed in place or in a copy."""
     torch._dynamo.reset()
     found = []

@@ -51,14 +51,14 @@ def result(model: nn.Module, rule: Any, **loop: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_parts_of_the_model(name: str) -> None:
+def test_checkpointed_parts_match_plain_model(name: str) -> None:
     plain, model = Chain(), Chain(checkpointed)
     assert_same(result(model, attach(model, name)), result(plain, attach(plain, name)))
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before attach", "after attach"])
 @pytest.mark.parametrize("name", BY_TANGENTS)
-def test_central_differences_where_checkpoints_have_no_tangents(name: str, late: bool) -> None:
+def test_central_differences_work_with_checkpoints(name: str, late: bool) -> None:
     """If the version of torch is too old, an error recommends central differences, which give correct results with every
     version."""
 
@@ -76,14 +76,14 @@ def test_central_differences_where_checkpoints_have_no_tangents(name: str, late:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_whole_model(name: str) -> None:
+def test_checkpointed_whole_model_matches_plain_model(name: str) -> None:
     plain, model = Chain(), Chain()
     assert_same(result(model, attach(model, name), runs=checkpointed), result(plain, attach(plain, name)))
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
 @pytest.mark.parametrize("name", RULES)
-def test_exact_passes(name: str, whole: bool) -> None:
+def test_exact_passes_match_backprop(name: str, whole: bool) -> None:
     """Exact passes give the gradients of backpropagation, no matter which parts are recomputed."""
     plain, model = Chain(), Chain() if whole else Chain(checkpointed)
     rule = attach(model, name)
@@ -150,7 +150,7 @@ def test_brsf_draws_its_magnitudes_once_a_step(whole: bool) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_dropout(name: str) -> None:
+def test_recomputation_repeats_dropout_masks(name: str) -> None:
     """The recomputation drops the same units as the forward pass and does not change the random state."""
     found = []
     for runs in (checkpointed, None):
@@ -192,7 +192,7 @@ def test_convolutions_with_batch_normalisation(name: str) -> None:
 @pytest.mark.parametrize("late", [False, True], ids=["before attach", "after attach"])
 @pytest.mark.filterwarnings("ignore:.*computes no error for the model's input")
 @pytest.mark.parametrize("name", RULES)
-def test_reentrant_parts_are_right_or_refused(name: str, late: bool, asks: bool) -> None:
+def test_reentrant_parts_are_correct_or_rejected(name: str, late: bool, asks: bool) -> None:
     plain, model = Chain(), Chain(None if late else reentrant)
     x = X.clone().requires_grad_(asks)
     want = train(plain, attach(plain, name), X, Y)
@@ -215,7 +215,7 @@ def test_reentrant_parts_are_right_or_refused(name: str, late: bool, asks: bool)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_reentrant_whole_model_is_right_or_refused(name: str) -> None:
+def test_reentrant_whole_model_is_correct_or_rejected(name: str) -> None:
     plain, model = Chain(), Chain()
     rule = attach(model, name)
     before = state(model)
@@ -232,7 +232,7 @@ def test_a_reentrant_whole_model_is_right_or_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ("asap", "asfp", "asfp_lc")])
-def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
+def test_frozen_part_may_run_under_no_grad(name: str) -> None:
     def without_gradients(module: nn.Module, x: Tensor) -> Tensor:
         if module[0].weight.requires_grad:
             return module(x)
@@ -251,7 +251,7 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
     assert_same(*found)
 
 
-def test_after_a_whole_model_that_is_checkpointed_its_parts_are_still_refused() -> None:
+def test_rejects_part_run_outside_forward_after_checkpointed_pass() -> None:
     """forward_alignment identifies a pass by the forward call that is running, and a recomputed pass does not stay open
     afterwards."""
     model = Chain()

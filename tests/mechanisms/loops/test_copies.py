@@ -24,7 +24,7 @@ def groups(model) -> tuple[list[str], list[str], list[list[str]]]:
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_groups_of_copies_and_of_models_whose_tensors_were_replaced(name):
+def test_parameter_groups_of_copied_and_reloaded_models(name):
     model, _ = attached(name)
     expected = groups(model)
     assert len(expected[0]) + len(expected[1]) == len(list(model.parameters()))

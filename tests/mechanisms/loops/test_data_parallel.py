@@ -174,7 +174,7 @@ def on_two_ranks(store: Path) -> dict[str, dict[int, dict | str]]:
     return found
 
 
-def test_two_ranks_are_one_process(tmp_path, monkeypatch):
+def test_two_ranks_match_one_process(tmp_path, monkeypatch):
     """Each rank sums over half the batch, so its results differ from those of one process by rounding errors of about 1e-16 per
     step."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -210,7 +210,7 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
         ("kp", None),
     ],
 )
-def test_coverage_says_what_depends_on_the_batch(case, says):
+def test_coverage_reports_batch_dependence_and_noise(case, says):
     name, options = CASES[case]
     text = str(fa_bench.attach(model_of(case), name, sample_input=data(2)[0], **options).coverage)
     assert (("depends on the batch" in text), ("its own random numbers" in text)) == (says == "batch", says == "noise"), text

@@ -35,7 +35,7 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize("attention", ["none", "alone", "with weights"])
 @pytest.mark.parametrize("name", [name for name in RULES if name not in WITHOUT_POSITIONS])
-def test_an_empty_batch_of_tokens_changes_nothing(name: str, attention: str) -> None:
+def test_empty_token_batch_has_finite_gradients(name: str, attention: str) -> None:
     model = Tokens(attention)
     options: dict[str, Any] = {"allow_uncovered": True} if attention != "none" else {}
     rule = attach(model, name, sample_input=torch.randn(2, 4, 6), **options)

@@ -46,7 +46,7 @@ def inputs() -> dict[str, tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("kind", ["encoder", "leaf"])
 @pytest.mark.parametrize("variant", IN_PASSES)
-def test_rules_that_compute_no_error_for_the_input_warn_once(variant: str, kind: str) -> None:
+def test_rules_without_input_error_warn_once(variant: str, kind: str) -> None:
     model, rule = attached(variant)
     assert learn(model, rule, X) == []
     x, learner = inputs()[kind]
@@ -59,7 +59,7 @@ def test_rules_that_compute_no_error_for_the_input_warn_once(variant: str, kind:
 
 @pytest.mark.parametrize("kind", ["encoder", "leaf"])
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in IN_PASSES])
-def test_all_others_pass_an_error_to_the_input(variant: str, kind: str) -> None:
+def test_other_rules_propagate_error_to_input(variant: str, kind: str) -> None:
     model, rule = attached(variant)
     x, learner = inputs()[kind]
     assert learn(model, rule, x) == []
@@ -67,7 +67,7 @@ def test_all_others_pass_an_error_to_the_input(variant: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("variant", IN_PASSES)
-def test_what_the_warning_advises(variant: str) -> None:
+def test_input_error_warning_suggests_working_fixes(variant: str) -> None:
     model, rule = attached(variant)
     x, leaf = inputs()["leaf"]
     with rule.exact():
@@ -78,7 +78,7 @@ def test_what_the_warning_advises(variant: str) -> None:
     assert learn(model, rule, inputs()["encoder"][0].detach()) == []
 
 
-def test_an_encoder_within_the_model_learns() -> None:
+def test_encoder_inside_attached_model_learns() -> None:
     encoder = nn.Linear(8, 8)
     whole = nn.Sequential(encoder, Chain())
     rule = attach(whole, "weight_perturbation")

@@ -99,7 +99,7 @@ def learn(model: nn.Module, rule: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("name", COVERING)
-def test_uncovered_modules_are_named_and_allowed_by_what_is_suggested(name: str, kind: str) -> None:
+def test_uncovered_error_lists_weights_and_suggests_working_fix(name: str, kind: str) -> None:
     make, weights = MODULES[kind]
     if name == "dual_propagation" and kind.startswith(("LSTM", "GRU", "RNN")):
         with pytest.raises(CoverageError, match=r"computes ((sigmoid, )?tanh|lstm) outside of supported modules"):
@@ -123,14 +123,14 @@ def test_uncovered_modules_are_named_and_allowed_by_what_is_suggested(name: str,
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_a_model_of_such_modules_alone_is_told_why(kind: str) -> None:
+def test_error_explains_model_without_covered_layers(kind: str) -> None:
     make, _ = MODULES[kind]
     with pytest.raises(CoverageError, match=r"covers no layer of this model.*is a user-defined subclass"):
         attach(nn.Sequential(make()), "fa")
 
 
 @pytest.mark.parametrize("name", COVERING)
-def test_embeddings_and_position_tables_carry_no_error(name: str) -> None:
+def test_embeddings_and_position_tables_are_local(name: str) -> None:
     model = Reader()
     rule = attach(model, name, sample_input=TOKENS[:2])
     assert rule.coverage.uncovered == {} and set(rule.coverage.local) == {"emb.weight", "pos"}
@@ -164,7 +164,7 @@ def test_embeddings_and_position_tables_carry_no_error(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["fa", "kp", "dfa", "asap"])
-def test_a_table_is_local_only_where_it_is_added(name: str, table: Callable[[Reader, Tensor], Tensor], local: bool) -> None:
+def test_position_table_is_local_unless_multiplied(name: str, table: Callable[[Reader, Tensor], Tensor], local: bool) -> None:
     class Tabled(Reader):
         def forward(self, tokens: Tensor, mask: Any = None) -> Tensor:
             return self.out(self.act2(self.fc2(self.act(self.fc(self.embedded(table(self, self.emb(tokens))).mean(1))))))
@@ -195,7 +195,7 @@ class Speaker(nn.Module):
 
 @pytest.mark.parametrize("by_function", [False, True], ids=["module", "function"])
 @pytest.mark.parametrize("name", COVERING)
-def test_a_head_tied_to_an_embedding_misses_nothing(name: str, by_function: bool) -> None:
+def test_head_tied_to_embedding_is_covered(name: str, by_function: bool) -> None:
     model = Speaker(by_function)
     rule = attach(model, name, sample_input=TOKENS[:2])
     assert rule.coverage.uncovered == {}
@@ -205,14 +205,14 @@ def test_a_head_tied_to_an_embedding_misses_nothing(name: str, by_function: bool
 
 
 @pytest.mark.parametrize("name", CHANGES_INPUT)
-def test_rules_that_change_the_input_refuse_tokens(name: str) -> None:
+def test_input_changing_rules_reject_tokens(name: str) -> None:
     with pytest.raises(CoverageError, match=r"the model's first argument, which must be a floating-point tensor"):
         attach(Reader(), name, sample_input=TOKENS[:2])
 
 
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("name", COVERS_ALL)
-def test_a_rule_without_errors_covers_all_modules(name: str, kind: str) -> None:
+def test_rules_without_errors_cover_all_modules(name: str, kind: str) -> None:
     model = Reader(MODULES[kind][0]())
     rule = attach(model, name, sample_input=TOKENS[:2])
     assert rule.coverage.uncovered == {}
@@ -220,7 +220,7 @@ def test_a_rule_without_errors_covers_all_modules(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_lazy_layers_are_refused_and_left_alone_until_they_have_a_weight(name: str) -> None:
+def test_lazy_layers_are_rejected_until_initialised(name: str) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 3))
     model.cut_points = model.blocks = ["1", "3"]
     x = torch.linspace(-1, 1, 96).reshape(12, 8)
@@ -245,13 +245,13 @@ def test_lazy_layers_are_refused_and_left_alone_until_they_have_a_weight(name: s
     ids=["tensor", "tuple", "list", "dictionary", "dictionary of two"],
 )
 @pytest.mark.parametrize("name", COVERING)
-def test_a_sample_may_be_given_as_the_model_takes_it(name: str, sample: Any) -> None:
+def test_sample_input_accepts_tensor_sequence_and_dict(name: str, sample: Any) -> None:
     rule = attach(Reader(), name, sample_input=sample)
     assert rule.coverage == attach(Reader(), name, sample_input=TOKENS[:2]).coverage
 
 
 @pytest.mark.parametrize("name", COVERING)
-def test_without_a_sample_the_rule_asks_for_one_or_names_the_table(name: str) -> None:
+def test_token_model_requires_sample_input(name: str) -> None:
     """Zeros, which attach may use in place of a sample, are not tokens. Rules that need the pass ask for a sample; the others
     refuse the table, because they do not observe its use."""
     model = Reader()
@@ -261,7 +261,7 @@ def test_without_a_sample_the_rule_asks_for_one_or_names_the_table(name: str) ->
     attach(model, name, sample_input=TOKENS[:2])
 
 
-def test_a_sample_that_the_model_does_not_take_says_what_the_model_said() -> None:
+def test_invalid_sample_input_raises_model_error() -> None:
     with pytest.raises(TypeError, match="words"):
         attach(Reader(), "fa", sample_input={"words": TOKENS[:2]})
 
@@ -281,12 +281,12 @@ def test_a_sample_that_the_model_does_not_take_says_what_the_model_said() -> Non
     ],
     ids=str,
 )
-def test_a_weight_is_a_matrix_or_has_two_long_dimensions(shape: tuple[int, ...], weight: bool) -> None:
+def test_is_weight_depends_on_shape(shape: tuple[int, ...], weight: bool) -> None:
     assert is_weight("table", torch.empty(shape)) is weight
     assert not is_weight("feedback_B", torch.empty(shape))
 
 
-def test_a_look_up_in_a_tied_embedding_is_not_the_use_that_is_named() -> None:
+def test_error_names_matmul_use_of_tied_embedding() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -301,7 +301,7 @@ def test_a_look_up_in_a_tied_embedding_is_not_the_use_that_is_named() -> None:
         attach(Tied(), "fa", sample_input=TOKENS[:2])
 
 
-def test_a_table_that_did_not_run_is_known_by_its_kind() -> None:
+def test_unused_embedding_is_local() -> None:
     """A table that does not run in the sample's pass is accepted, because a look-up propagates no error."""
 
     class Unused(Reader):
@@ -313,7 +313,7 @@ def test_a_table_that_did_not_run_is_known_by_its_kind() -> None:
     assert coverage.local["spare.weight"] == "in an Embedding, looked up" and not coverage.uncovered
 
 
-def test_a_type_called_like_one_of_torch_has_its_package() -> None:
+def test_error_includes_package_of_torch_namesake() -> None:
     """A subclass with the name of torch's class, such as timm's Linear, is named with its package, because "in a Linear" would
     not explain why it is not covered."""
     other = type("Linear", (nn.Linear,), {"__module__": "vendor.layers"})
@@ -323,7 +323,7 @@ def test_a_type_called_like_one_of_torch_has_its_package() -> None:
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
 @pytest.mark.parametrize("path", ["0", "1"])
-def test_a_module_with_a_replaced_forward_method_is_named(name: str, path: str) -> None:
+def test_rejects_module_with_replaced_forward(name: str, path: str) -> None:
     """A tool that moves weights between devices may replace the forward method. The new method calls the original one, which
     transports the weight."""
     model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.Identity())
@@ -337,7 +337,7 @@ def test_a_module_with_a_replaced_forward_method_is_named(name: str, path: str) 
     assert not fa_bench.attach(model, name).coverage.uncovered
 
 
-def test_products_with_the_input_that_are_added_up_pass_no_error_on() -> None:
+def test_sum_of_products_with_input_is_local() -> None:
     """Products with the model's input propagate no error, because no layer before them learns, and their sum is an activation,
     not a weight."""
 

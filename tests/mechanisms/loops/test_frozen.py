@@ -14,7 +14,7 @@ X, Y = batch()
 @pytest.mark.filterwarnings("ignore:.*computes no error for the model's input")
 @pytest.mark.parametrize("frozen", [False, True], ids=["all learns", "first part frozen"])
 @pytest.mark.parametrize("name", RULES)
-def test_an_input_that_requires_grad_changes_nothing(name: str, frozen: bool) -> None:
+def test_input_requiring_grad_does_not_change_gradients(name: str, frozen: bool) -> None:
     found = []
     for asks in (False, True):
         model = Chain()
@@ -24,7 +24,7 @@ def test_an_input_that_requires_grad_changes_nothing(name: str, frozen: bool) ->
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_feedback_that_requires_no_grad_stays_and_needs_no_optimizer(name: str) -> None:
+def test_frozen_feedback_is_unchanged_and_needs_no_optimizer(name: str) -> None:
     model = Chain()
     rule = attach(model, name)
     for feedback in rule.learned_feedback():
@@ -44,7 +44,7 @@ def test_feedback_that_requires_no_grad_stays_and_needs_no_optimizer(name: str) 
         assert_same({key: after[key] for key in learned}, {key: before[key] for key in learned})
 
 
-def test_of_mixed_feedback_rests_what_follows_the_frozen_weight() -> None:
+def test_mixed_freezes_only_k_with_weight() -> None:
     """K is frozen together with the weight, because it shares the weight's gradient; R has its own gradient and still learns."""
     model = Chain()
     model.b.requires_grad_(False)
@@ -55,7 +55,7 @@ def test_of_mixed_feedback_rests_what_follows_the_frozen_weight() -> None:
 
 
 @pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
-def test_at_a_cut_rests_what_only_frozen_layers_between_this_cut_and_the_last_feed(name: str) -> None:
+def test_cut_feedback_is_frozen_with_layers_since_previous_cut(name: str) -> None:
     model = Chain()
     model.b.requires_grad_(False)
     rule = attach(model, name)

@@ -67,18 +67,18 @@ def by_copying(variant: str, weights_only: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("weights_only", [True, False])
 @pytest.mark.parametrize("variant", REPEATING)
-def test_rules_that_run_the_model_again_refuse_it(variant: str, weights_only: bool) -> None:
+def test_rules_with_repeated_passes_reject_functional_call(variant: str, weights_only: bool) -> None:
     with pytest.raises(StateError, match=r"'a\.[\w.]+' was a different tensor in the forward pass.*torch\.func\.functional_call"):
         by_functional_call(variant, weights_only)
 
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in REPEATING])
-def test_the_others_have_the_gradients_of_the_same_values_in_the_model(variant: str) -> None:
+def test_functional_call_matches_copied_weights(variant: str) -> None:
     assert_same(by_functional_call(variant, True), by_copying(variant, True))
 
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in REPEATING])
-def test_with_learned_feedback_too_they_have_them_or_refuse_it(variant: str) -> None:
+def test_functional_call_with_feedback_matches_or_is_rejected(variant: str) -> None:
     if VARIANTS[variant][0] in LEARNED_AT_CUTS:
         with pytest.raises(StateError, match=r"feedback_\w+' was a different tensor in the forward pass.*pass only the weights"):
             by_functional_call(variant, False)
@@ -87,7 +87,7 @@ def test_with_learned_feedback_too_they_have_them_or_refuse_it(variant: str) -> 
 
 
 @pytest.mark.parametrize("name", ["epc", "np_feedback", "dkp"])
-def test_tensors_replaced_between_the_passes_are_refused(name: str) -> None:
+def test_rejects_tensors_replaced_between_passes(name: str) -> None:
     model, rule = attached(name)
     logits = model(X)
     model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
@@ -97,6 +97,6 @@ def test_tensors_replaced_between_the_passes_are_refused(name: str) -> None:
     rule.backward(F.cross_entropy(logits, Y), logits, Y)
 
 
-def test_which_cut_rules_use_learned_feedback_in_the_backward_pass() -> None:
+def test_set_of_cut_rules_with_learned_feedback() -> None:
     found = {name for name in CUT_RULES if name not in REPEATING and attached(name)[1].learned_feedback()}
     assert found == set(LEARNED_AT_CUTS)

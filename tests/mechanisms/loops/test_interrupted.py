@@ -49,7 +49,7 @@ def interrupt(model, rule, at_call: int, error: type[BaseException], run) -> boo
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_the_next_step_is_as_it_would_have_been(name):
+def test_step_after_interruption_is_bitwise_identical(name):
     model, rule = attached(name)
     expected_model, expected_rule = attached(name)
     for at_call, error in ((1, KeyboardInterrupt), (1, Stopped), (2, KeyboardInterrupt), (3, KeyboardInterrupt)):
@@ -69,7 +69,7 @@ def test_the_next_step_is_as_it_would_have_been(name):
 
 
 @pytest.mark.parametrize("name", ["fa", "dfa", "pepita", "np_feedback"])
-def test_evaluation_copies_and_detach_after_an_interruption(name):
+def test_evaluation_copy_and_detach_after_interruption(name):
     model, rule = attached(name)
     x = data()[0]
     model(x)  # a first pass is observed while it runs, and such a pass cannot be copied
@@ -86,7 +86,7 @@ def test_evaluation_copies_and_detach_after_an_interruption(name):
     model(x).sum().backward()
 
 
-def test_a_model_that_calls_itself_is_still_told_apart():
+def test_recursive_call_is_not_mistaken_for_interruption():
     """If a model calls itself, the outer pass is still running when the inner one begins, and must not count as interrupted."""
 
     class Net(torch.nn.Sequential):

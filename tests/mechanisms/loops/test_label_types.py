@@ -20,7 +20,7 @@ X, Y = batch()
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16, torch.int8], ids=str)
 @pytest.mark.parametrize("name", RULES)
-def test_labels_of_any_integer_type(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_integer_label_types_match_int64(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_the_same_for_every_sample(monkeypatch)
     found = []
     for labels in (Y, Y.to(dtype)):
@@ -46,7 +46,7 @@ WRONG: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("scale", [None, 0.25], ids=["measured", "given"])
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", RULES)
-def test_labels_that_do_not_fit_are_refused_by_name_where_they_are_used(name: str, wrong: str, scale: float | None) -> None:
+def test_invalid_labels_error_names_rule_and_cause(name: str, wrong: str, scale: float | None) -> None:
     change, message = WRONG[wrong]
     model = Chain()
     rule = attach(model, name)
@@ -61,7 +61,7 @@ def test_labels_that_do_not_fit_are_refused_by_name_where_they_are_used(name: st
         assert needs_target or not_theirs or re.search(message, str(error)), error
 
 
-def test_np_feedback_uses_all_labels() -> None:
+def test_np_feedback_rejects_all_invalid_labels() -> None:
     for change, message in WRONG.values():
         for scale in (None, 0.25):
             model = Chain()

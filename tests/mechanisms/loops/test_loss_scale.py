@@ -110,21 +110,21 @@ X64 = X.double()
 
 @pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (5, 4, 2, 1)], ids=["equal", "unequal"])
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in (*TOGETHER, *REDRAWN)])
-def test_accumulated_parts_are_the_whole_batch(variant: str, sizes: tuple[int, ...]) -> None:
+def test_accumulated_gradients_match_whole_batch(variant: str, sizes: tuple[int, ...]) -> None:
     whole = found(variant, [(X64, Y, F.cross_entropy)])
     parts = [(x, y, times(len(y) / len(Y))) for x, y in zip(X64.split(sizes), Y.split(sizes), strict=True)]
     assert_same(found(variant, parts), whole, rel=1e-6)
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in REDRAWN])
-def test_the_same_batch_four_times_a_quarter(variant: str) -> None:
+def test_four_quarter_losses_match_whole_loss(variant: str) -> None:
     whole = found(variant, [(X64, Y, F.cross_entropy)])
     assert_same(found(variant, [(X64, Y, lambda logits, y: F.cross_entropy(logits, y) / 4)] * 4), whole, rel=1e-6)
 
 
 @pytest.mark.parametrize("factor", [1024.0, 3.0, 2.0**-8])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_multiplied_loss_multiplies_every_gradient(variant: str, factor: float) -> None:
+def test_scaled_loss_scales_every_gradient(variant: str, factor: float) -> None:
     """In single precision, the rounding error is about 1e-7 of the largest summand. If the factor is a power of two, the
     gradients divided by it are identical to those of the loss without the factor."""
     plain, scaled = found(variant, [(X, Y, F.cross_entropy)]), found(variant, [(X, Y, times(factor))])
@@ -134,7 +134,7 @@ def test_a_multiplied_loss_multiplies_every_gradient(variant: str, factor: float
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_gradient_scaler(variant: str) -> None:
+def test_grad_scaler_matches_unscaled_gradients(variant: str) -> None:
     plain = found(variant, [(X, Y, F.cross_entropy)])
     model, rule = chain(variant, torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -152,7 +152,7 @@ def test_a_gradient_scaler(variant: str) -> None:
 
 # One term in the gradient of np_feedback's B is quadratic in the error, and the gradients of dfc are not linear in it either.
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("np_feedback", "dfc", "dfc voltage")])
-def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
+def test_explicit_loss_scale_multiplies_label_errors(variant: str) -> None:
     plain, twice = found(variant, [(X64, Y, F.cross_entropy)]), found(variant, [(X64, Y, F.cross_entropy)], loss_scale=2.0)
     factor = 2.0 if variant in OF_LABELS else 1.0  # an error computed from the loss's gradient already has its scale
     own = OWN.get(variant, ("head",))
@@ -191,7 +191,7 @@ def true_head(loss: Loss) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("variant", [*OF_LABELS, "fa", "kp", "dfa", "dkp", "wm"])
-def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, kind: str) -> None:
+def test_other_losses_are_correct_or_rejected_with_working_fix(variant: str, kind: str) -> None:
     """Except in WHOLLY_OF_LABELS, the output layer learns from the loss itself. Errors computed from labels are those of the mean
     cross-entropy times the scale of the loss."""
     loss, factor = LOSSES[kind]
@@ -226,7 +226,7 @@ def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, k
 
 
 @pytest.mark.parametrize("variant", OF_LABELS)
-def test_a_refused_loss_leaves_no_gradient(variant: str) -> None:
+def test_rejected_loss_leaves_no_gradient(variant: str) -> None:
     model, rule = chain(variant, torch.float32)
     logits = model(X)
     with pytest.raises(ValueError, match=r"not a multiple of that of the mean cross-entropy"):
@@ -235,7 +235,7 @@ def test_a_refused_loss_leaves_no_gradient(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", WHOLLY_OF_LABELS)
-def test_a_given_scale_is_taken_as_it_is_for_losses_of_the_objective(variant: str) -> None:
+def test_accepts_explicit_scale_for_objective_losses(variant: str) -> None:
     """A given scale is used even if the gradient at the logits is zero or not finite. The rule may also have an objective other
     than the default."""
     for factor in (1.0, 2.0**16, 0.0, float("inf")):
@@ -250,7 +250,7 @@ def test_a_given_scale_is_taken_as_it_is_for_losses_of_the_objective(variant: st
 
 
 @pytest.mark.parametrize("variant", WHOLLY_OF_LABELS)
-def test_the_loss_is_compared_in_the_first_passes_alone(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_is_checked_only_in_first_passes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rule = chain(variant, torch.float32)
     compared = []
     real = delivery.is_other_loss
@@ -263,7 +263,7 @@ def test_the_loss_is_compared_in_the_first_passes_alone(variant: str, monkeypatc
 
 @pytest.mark.parametrize("factor", [1.0, 4.0, 0.25])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bfloat16_autocast(variant: str, factor: float) -> None:
+def test_bfloat16_autocast_infers_exact_scale(variant: str, factor: float) -> None:
     """A power of two is inferred exactly even though the gradient at the logits is rounded to 8 bits."""
     results = []
     for multiple, known in ((1.0, 1.0), (factor, None)):
@@ -286,7 +286,7 @@ def saturate(model: Chain, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", OF_LABELS)
-def test_where_the_output_is_certain_the_last_known_scale_stays(variant: str) -> None:
+def test_zero_error_reuses_last_loss_scale(variant: str) -> None:
     """A gradient of zero does not determine the scale, so errors computed from labels keep the scale of the previous batch."""
     results = []
     for multiple in (1.0, 0.25):
@@ -303,7 +303,7 @@ def test_where_the_output_is_certain_the_last_known_scale_stays(variant: str) ->
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_scale_is_found_where_most_samples_are_certain(variant: str) -> None:
+def test_scale_is_inferred_from_single_nonzero_error(variant: str) -> None:
     results = []
     for multiple in (1.0, 0.25, 1024.0):
         model, rule = chain(variant, torch.float32)
@@ -317,7 +317,7 @@ def test_a_scale_is_found_where_most_samples_are_certain(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", OF_LABELS)
-def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None:
+def test_handwritten_mean_loss_matches_cross_entropy(variant: str) -> None:
     """If the mean is written out by hand, the gradient at the logits is rounded differently, but the inferred scale is still
     1."""
 
@@ -333,14 +333,14 @@ def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None
 
 
 @pytest.mark.parametrize("variant", OF_LABELS)
-def test_an_overflow_is_seen_in_every_layer(variant: str) -> None:
+def test_overflow_is_visible_in_every_gradient(variant: str) -> None:
     """After an overflow, every nonzero gradient contains inf or NaN, so code that checks only some of them skips the update."""
     tensors = found(variant, [(X, Y, times(torch.inf))])
     assert not [key for key, tensor in tensors.items() if tensor.any() and torch.isfinite(tensor).all()]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside(variant: str) -> None:
+def test_backward_inside_autocast_matches_backward_outside(variant: str) -> None:
     """Calling the backward pass inside autocast must not round the products that a rule computes in it. The forward pass runs
     inside autocast in both cases."""
 
@@ -357,7 +357,7 @@ def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside
     assert_same(within(True), within(False), 0.0)
 
 
-def test_a_loss_that_is_no_mean_is_measured() -> None:
+def test_is_unscaled_accepts_only_batch_means() -> None:
     """The batch mean of any kind of loss counts as unscaled, not only that of the cross-entropy. A sum of losses counts as
     scaled, and so does a mean that leaves out samples."""
     logits, squares = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True), torch.zeros(6, 3)
@@ -372,7 +372,7 @@ def test_a_loss_that_is_no_mean_is_measured() -> None:
     assert is_unscaled(F.cross_entropy(logits, labels, ignore_index=7), labels), "counted as scaled, although no label is ignored"
 
 
-def test_a_scale_belongs_to_its_own_backward_pass() -> None:
+def test_scale_is_inferred_for_each_backward_pass() -> None:
     """A plain backward pass infers its own scale, even after another pass with labels; drtp with error_sign needs none."""
     model, rule = chain("drtp sign")
     logits = model(X64)
@@ -382,7 +382,7 @@ def test_a_scale_belongs_to_its_own_backward_pass() -> None:
     assert_same(gradients(model), found("drtp sign", [(X64, Y, times(0.25))]), rel=1e-6)
 
 
-def test_an_infinite_scale_is_what_it_is() -> None:
+def test_infinite_scale_is_returned_as_infinity() -> None:
     """An infinite scale is returned as infinity. Such a scale may come from an overflow, after which a gradient scaler skips the
     update."""
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
@@ -392,7 +392,7 @@ def test_an_infinite_scale_is_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("multiple", [1.0, 0.25, 64.0])
-def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: float) -> None:
+def test_scale_is_inferred_from_small_bfloat16_errors(multiple: float) -> None:
     """bfloat16 rounds probabilities near 1 by up to 1/512. In this test, the error δ of a label, which is the difference between
     its probability and 1, is on average only about three times as large."""
     labels = torch.arange(256) % 3
@@ -415,7 +415,7 @@ def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: floa
     ],
     ids=str,
 )
-def test_what_is_no_multiple_is_told_from_rounding(dtype: torch.dtype, error: float, is_noticed: bool) -> None:
+def test_other_loss_is_distinguished_from_rounding(dtype: torch.dtype, error: float, is_noticed: bool) -> None:
     """The added error is orthogonal to that of the cross-entropy. A relative error of up to 0.05 in half precision, and of
     up to 1e-3 otherwise, is attributed to rounding."""
     logits = torch.linspace(-1, 1, 36).view(12, 3)
@@ -431,7 +431,7 @@ def test_what_is_no_multiple_is_told_from_rounding(dtype: torch.dtype, error: fl
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_deliver_infers_the_scale_as_backward_does(variant: str) -> None:
+def test_deliver_matches_backward_with_inferred_scale(variant: str) -> None:
     got = []
     for method in ("backward", "deliver"):
         model, rule = chain(variant)
@@ -443,7 +443,7 @@ def test_deliver_infers_the_scale_as_backward_does(variant: str) -> None:
     assert_same(*got)
 
 
-def test_a_loss_times_zero_has_the_scale_zero() -> None:
+def test_loss_times_zero_has_scale_zero() -> None:
     logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True), torch.arange(4) % 3
     (delta,) = torch.autograd.grad(0 * F.cross_entropy(logits, labels), logits)
     assert measured_scale("drtp", delta, logits.detach(), labels) == 0
@@ -461,7 +461,7 @@ OTHERS: dict[str, Loss] = {
 
 @pytest.mark.parametrize("loss", OTHERS)
 @pytest.mark.parametrize("name", RULES)
-def test_which_rules_refuse_another_loss(name: str, loss: str) -> None:
+def test_other_losses_are_rejected_as_documented(name: str, loss: str) -> None:
     """Rules accept or refuse other losses as documented in docs/training_loops.md."""
     for scale in ({}, {"loss_scale": 1.0}):
         by_objective = name in ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)

@@ -25,7 +25,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("objective", [MSE(), SigmoidCE(), CrossEntropy(label_smoothing=0.2)], ids=lambda one: one.name)
 @pytest.mark.parametrize("name", ["drtp", "local_error"])
-def test_accumulated_losses_of_an_objective_equal_the_whole_batch(name, objective):
+def test_accumulated_objective_gradients_match_whole_batch(name, objective):
     """The factor by which a loss was scaled is inferred for every objective, not only for the cross-entropy."""
     x, y = batch()
     gradients = []
@@ -40,7 +40,7 @@ def test_accumulated_losses_of_an_objective_equal_the_whole_batch(name, objectiv
 
 
 @pytest.mark.parametrize("objective", ["mse", "sigmoid_ce"])
-def test_local_losses_are_the_objective(objective):
+def test_local_error_uses_objective_as_local_loss(objective):
     """The hidden layers of local_error learn from the loss of a linear classifier, which is written out here."""
     x, y = batch()
     net = model()
@@ -63,7 +63,7 @@ CLASSIFIERS = {
 
 @pytest.mark.parametrize("objective", [MSE(), SigmoidCE(), CrossEntropy(label_smoothing=0.6)], ids=lambda one: one.name)
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_trained_classifiers_learn_by_the_objective_with_its_options(name, objective):
+def test_local_classifiers_learn_from_objective_with_options(name, objective):
     """The gradient of a bias b of the scores s is the batch mean of dL/ds, which is s - t, σ(s) - t or softmax(s) - q.
 
     Here t is the one-hot target, and q is the smoothed target.
@@ -107,7 +107,7 @@ def test_trained_classifiers_learn_by_the_objective_with_its_options(name, objec
     ids=["loss", "class of loss", "function", "class", "loss 2", "function 2", "loss 3", "lambda", "number", "empty"],
 )
 @pytest.mark.parametrize("how", ["attach", "Rule.attach"])
-def test_what_is_no_objective_is_refused_with_the_nearest_name(given, nearest, how):
+def test_invalid_objective_error_suggests_nearest_name(given, nearest, how):
     net = model()
     with pytest.raises((OptionError, ConfigError), match=r"objective=.*cross_entropy, mse, sigmoid_ce") as refused:
         if how == "attach":
@@ -119,6 +119,6 @@ def test_what_is_no_objective_is_refused_with_the_nearest_name(given, nearest, h
     fa_bench.attach(net, "epc", cuts=["1"], objective=nearest or "mse")  # the model is unchanged
 
 
-def test_an_unknown_objective_is_named():
+def test_unknown_objective_name_error_suggests_nearest_name():
     with pytest.raises(ConfigError, match="objective=mze: no such objective; did you mean 'mse'"):
         fa_bench.attach(model(), "fa", objective="mze")

@@ -25,7 +25,7 @@ def older(model, rule, name):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_older_states_load_and_go_on_alike(name):
+def test_training_continues_identically_from_older_state(name):
     model, rule = attached(name)
     steps(model, rule, sgd(model.parameters()), 3)
     saved = older(model, rule, name)
@@ -41,7 +41,7 @@ def test_older_states_load_and_go_on_alike(name):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_keys_of_states_are_those_of_before(name):
+def test_state_dict_keys_have_not_changed(name):
     """Keys still have the form {layer or cut}.feedback_{name}, except those of auxiliary layers, which are new."""
     model, rule = attached(name)
     local = rule._local if name == "asfp_lc" else rule
@@ -55,7 +55,7 @@ def test_keys_of_states_are_those_of_before(name):
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in AUXILIARY])
-def test_keys_of_states_have_the_order_in_which_the_tensors_were_made(name):
+def test_state_dict_keys_follow_creation_order(name):
     """Learned and fixed feedback have one common order of keys, so the hash of a state does not depend on which tensors learn."""
     model, rule = attached(name)
     for place, tensors in rule.feedback.items():
@@ -67,7 +67,7 @@ def test_keys_of_states_have_the_order_in_which_the_tensors_were_made(name):
 
 
 @pytest.mark.parametrize("name", AUXILIARY)
-def test_a_state_without_auxiliary_layers_anywhere_is_refused(name):
+def test_rejects_state_without_auxiliary_layers(name):
     model, rule = attached(name)
     own, _ = older(model, rule, name)
     fresh, other = attached(name)
@@ -80,7 +80,7 @@ def test_a_state_without_auxiliary_layers_anywhere_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_states_of_a_rule_without_feedback_are_refused_by_one_that_has_some(name):
+def test_rules_with_feedback_reject_state_without_feedback(name):
     """A state without feedback is refused, because the feedback would keep its random values. The rule's own state is complete,
     including its update count."""
     model, rule = attached(name)
@@ -94,7 +94,7 @@ def test_the_states_of_a_rule_without_feedback_are_refused_by_one_that_has_some(
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_a_present_state_needs_nothing_else(name, tmp_path):
+def test_current_state_round_trips(name, tmp_path):
     model, rule = attached(name)
     steps(model, rule, sgd(model.parameters()), 2)
     torch.save({"model": model.state_dict(), "rule": rule.state_dict()}, tmp_path / "state.pt")

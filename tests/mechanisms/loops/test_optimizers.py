@@ -22,7 +22,7 @@ REPLACED = r"learned feedback '[\w.]+' was replaced after the optimizer was crea
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_feedback_is_a_parameter_and_weights_are_told_apart(name):
+def test_learned_feedback_and_weights_are_separate_parameters(name):
     model, rule = attached(name)
     feedback, weights = rule.feedback_parameters(), rule.weight_parameters()
     assert feedback and all(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in feedback)
@@ -32,20 +32,20 @@ def test_feedback_is_a_parameter_and_weights_are_told_apart(name):
 
 
 @pytest.mark.parametrize("name", ["fa", "usf", "frsf", "brsf", "wm", "dfa", "drtp", "local_error", "forward_alignment", "bp"])
-def test_fixed_feedback_is_no_parameter(name):
+def test_fixed_feedback_is_not_a_parameter(name):
     model, rule = attached(name)
     assert rule.feedback_parameters() == [] and len(list(model.parameters())) == 6
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_the_models_own_zero_grad_is_enough(name):
+def test_model_zero_grad_includes_feedback(name):
     one, two = attached(name), attached(name)
     steps(*one, sgd(one[0].parameters()), 4)
     steps(*two, sgd(two[0].parameters()), 4, zero_grad=two[0].zero_grad)
     assert_bitwise(state(two[0]), state(one[0]))
 
 
-def test_clipping_the_models_parameters_scales_both_alike():
+def test_gradient_clipping_scales_weights_and_feedback_equally():
     """With kp, only the weight decay changes W - B, so the angles converge to 0 although gradients are clipped in every step."""
     model, rule = attached("kp")
     steps(
@@ -65,7 +65,7 @@ CALLED = ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa", "activation_alignme
 
 @pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape asks for the call
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in CALLED])
-def test_plain_backward_and_no_call_of_the_rule_train_feedback(name):
+def test_plain_backward_without_rule_step_trains_feedback(name):
     one, two = attached(name), attached(name)
     steps(*one, sgd(one[0].parameters()), 4)
     steps(*two, sgd(two[0].parameters()), 4, plain_backward=True, rule_step=False)
@@ -74,7 +74,7 @@ def test_plain_backward_and_no_call_of_the_rule_train_feedback(name):
 
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("kind", ["loop", "foreach", "fused", "adam", "adamw fused", "rprop"])
-def test_optimizer_made_before_attach_is_an_error_at_the_first_update(name, kind):
+def test_optimizer_created_before_attach_raises_at_first_update(name, kind):
     model = net()
     made = {"adam": torch.optim.Adam, "rprop": torch.optim.Rprop}.get(kind) or (
         torch.optim.AdamW if kind.startswith("adamw") else torch.optim.SGD
@@ -87,7 +87,7 @@ def test_optimizer_made_before_attach_is_an_error_at_the_first_update(name, kind
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_without_rule_step_the_next_backward_pass_says_so(name):
+def test_old_optimizer_without_rule_step_raises_at_next_backward(name):
     model = net()
     optimizer = sgd(model.parameters())
     rule = fa_bench.attach(model, name, seed=0)
@@ -111,7 +111,7 @@ def by_hand(model, collected, data_attribute=False):
 
 @pytest.mark.parametrize("data_attribute", [False, True])
 @pytest.mark.parametrize("name", ["kp", "pfa", "dkp", "predsim"])
-def test_weights_updated_by_hand_without_feedback_are_an_error(name, data_attribute):
+def test_manual_update_without_feedback_raises(name, data_attribute):
     model = net()
     collected = list(model.parameters())
     rule = fa_bench.attach(model, name, seed=0)
@@ -124,7 +124,7 @@ def test_weights_updated_by_hand_without_feedback_are_an_error(name, data_attrib
 
 
 @pytest.mark.parametrize("name", ["kp", "dkp"])
-def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
+def test_manual_update_may_omit_feedback_with_zero_lr(name):
     model = net()
     collected = list(model.parameters())
     rule = fa_bench.attach(model, name, seed=0, b_lr_scale=0)
@@ -135,7 +135,7 @@ def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
     assert moved == [True] * len(collected) + [False] * len(rule.feedback_parameters())
 
 
-def test_the_mends_that_the_error_names_work():
+def test_suggested_optimizer_fixes_work():
     for mend in ("group", "new", "fixed"):
         model = net()
         optimizer = sgd(model.parameters())
@@ -158,7 +158,7 @@ def test_the_mends_that_the_error_names_work():
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("trained_before", [0, 3])
 @pytest.mark.parametrize("fused", [False, True])
-def test_tensors_replaced_after_the_optimizer_was_made_are_an_error(name, trained_before, fused):
+def test_tensors_replaced_after_optimizer_creation_raise(name, trained_before, fused):
     model, rule = attached(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
     steps(model, rule, optimizer, trained_before)
@@ -169,7 +169,7 @@ def test_tensors_replaced_after_the_optimizer_was_made_are_an_error(name, traine
 
 
 @pytest.mark.parametrize("name", ["kp", "pfa", "dkp", "predsim", "dfc"])
-def test_tensors_replaced_in_training_are_noticed_without_the_rules_step(name):
+def test_replaced_tensors_raise_without_rule_step(name):
     """Replaced tensors are noticed in the backward pass, no matter how the rule computes its gradients."""
     model, rule = attached(name)
     optimizer = sgd(model.parameters())
@@ -180,7 +180,7 @@ def test_tensors_replaced_in_training_are_noticed_without_the_rules_step(name):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_assigned_state_and_a_new_optimizer_go_on_as_before(name):
+def test_assigned_state_with_new_optimizer_continues_identically(name):
     one, two = attached(name), attached(name)
     steps(*one, sgd(one[0].parameters(), momentum=0.0), 2)
     two[0].load_state_dict(state(one[0]), assign=True)
@@ -192,7 +192,7 @@ def test_assigned_state_and_a_new_optimizer_go_on_as_before(name):
 
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("convert", ["double", "to"])
-def test_another_dtype_after_the_optimizer_was_made(name, convert):
+def test_dtype_conversion_after_optimizer_creation(name, convert):
     """Converting the model after creating the optimizer gives the same result as converting it first. The optimizer has no state
     yet when the model is converted, because torch does not convert such a state."""
     one, two = attached(name, torch.float32), attached(name, torch.float32)
@@ -216,7 +216,7 @@ def together(model, optimizers):
 
 @pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa ask for the call
 @pytest.mark.parametrize("name", LEARNED)
-def test_what_is_no_fault_is_not_taken_for_one(name):
+def test_valid_training_loops_raise_no_error(name):
     """A learning rate of 0 during warm-up, separate optimizers, gradient accumulation, weights changed by hand, and skipped
     updates cause neither a warning nor an error."""
     model, rule = attached(name)
@@ -246,7 +246,7 @@ def test_what_is_no_fault_is_not_taken_for_one(name):
 
 @pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize("name", LEARNED)
-def test_feedback_that_has_been_trained_may_get_an_optimizer_of_its_own(name, is_first):
+def test_trained_feedback_can_move_to_separate_optimizer(name, is_first):
     """After the first step of the weights' new optimizer, it is not yet known whether another optimizer trains the feedback."""
     model, rule = attached(name)
     steps(model, rule, sgd(model.parameters()), 3)
@@ -257,7 +257,7 @@ def test_feedback_that_has_been_trained_may_get_an_optimizer_of_its_own(name, is
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_updates_by_hand_at_a_rate_of_zero_are_no_fault(name):
+def test_manual_update_with_zero_lr_does_not_raise(name):
     """An update with a learning rate of zero writes to every tensor, but changes no value."""
     model, rule = attached(name)
 
@@ -274,7 +274,7 @@ def test_updates_by_hand_at_a_rate_of_zero_are_no_fault(name):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_an_update_that_is_left_out_because_it_is_not_finite_is_no_fault(name):
+def test_skipped_nonfinite_update_does_not_raise(name):
     """An infinite loss, weights changed by hand, and a step without an optimizer do not show that the optimizer lacks the
     feedback."""
     model, rule = attached(name)
@@ -289,7 +289,7 @@ def test_an_update_that_is_left_out_because_it_is_not_finite_is_no_fault(name):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_averaged_copies_and_schedules_have_feedback_too(name):
+def test_averaged_model_and_lr_scheduler_include_feedback(name):
     model, rule = attached(name)
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     optimizer = sgd(model.parameters())
@@ -307,7 +307,7 @@ def test_averaged_copies_and_schedules_have_feedback_too(name):
         torch.testing.assert_close(got[key], want[key], rtol=1e-12, atol=0)
 
 
-def test_a_frozen_weight_and_its_feedback_rest_together():
+def test_feedback_is_frozen_and_unfrozen_with_weight():
     """A frozen layer and its feedback get no gradient, which is not an error. If the weight is unfrozen, the error says that the
     feedback must be unfrozen, too."""
     model = net()
@@ -325,7 +325,7 @@ def test_a_frozen_weight_and_its_feedback_rest_together():
 
 
 @pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
-def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
+def test_cut_feedback_is_frozen_with_preceding_layer(name):
     """Feedback at a cut after a frozen layer does not learn, even if the model's input requires a gradient. If the layer is
     unfrozen, the error says that the feedback must be unfrozen, too."""
     model, x = net(), data()[0]
@@ -346,7 +346,7 @@ def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
 
 
 @pytest.mark.parametrize(("name", "key"), [("kp", "0"), ("dkp", "1"), ("predsim", "1")])
-def test_feedback_that_was_unfrozen_may_be_frozen_again(name, key):
+def test_unfrozen_feedback_can_be_frozen_again(name, key):
     """The feedback was frozen by `attach`, then trained together with its layer, and is now frozen by the user."""
     model = net()
     model[0].requires_grad_(False)
@@ -371,7 +371,7 @@ def convolutional():
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_convolutions_notice_an_optimizer_without_their_feedback(name):
+def test_optimizer_without_convolution_feedback_raises(name):
     """The optimizer has the feedback of the fully connected layer, but not that of the convolutions."""
     model, (x, y) = convolutional(), data()
     own = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {}
@@ -387,7 +387,7 @@ def test_convolutions_notice_an_optimizer_without_their_feedback(name):
             rule.step()
 
 
-def test_replaced_feedback_that_is_left_out_of_updates_by_hand_is_noticed():
+def test_manual_update_without_replaced_feedback_raises():
     """The parameters that were trained before the replacement are no longer in the model, and only the weights are updated
     now."""
     model, rule = attached("kp")
@@ -410,7 +410,7 @@ def test_replaced_feedback_that_is_left_out_of_updates_by_hand_is_noticed():
 
 
 @pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
-def test_an_optimizer_without_the_feedback_is_noticed_where_the_output_layer_is_frozen(name):
+def test_optimizer_without_feedback_raises_with_frozen_output_layer(name):
     """If the output layer is frozen, the update of a hidden layer shows that the feedback was left out."""
     model = net()
     model[4].requires_grad_(False)
@@ -421,7 +421,7 @@ def test_an_optimizer_without_the_feedback_is_noticed_where_the_output_layer_is_
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_an_update_after_the_rules_step_is_noticed_by_its_next_step(name):
+def test_update_after_rule_step_raises_at_next_step(name):
     model, (x, y) = net(), data()
     optimizer = sgd(model.parameters())
     rule = fa_bench.attach(model, name, seed=0)

@@ -135,7 +135,7 @@ def both(model: Net, rule: Any, kind: str, parts: tuple[int, ...] = (0, 1), main
 
 
 @pytest.mark.parametrize("name", ["weight_perturbation", "pepita", "epc"])
-def test_a_loss_on_another_output_moves_nothing_where_a_rule_computes_all_gradients(name: str) -> None:
+def test_rules_computing_all_gradients_ignore_loss_on_other_output(name: str) -> None:
     """If a rule computes all gradients itself, a loss on another output is ignored, because it would otherwise be backpropagated
     through the whole model."""
     found = []
@@ -151,7 +151,7 @@ def test_a_loss_on_another_output_moves_nothing_where_a_rule_computes_all_gradie
 
 @pytest.mark.parametrize("kind", PACKS)
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_cut_rules_ask_which_output_and_suggest_one(name: str, kind: str) -> None:
+def test_cut_rules_require_output_and_suggest_one(name: str, kind: str) -> None:
     pack, _, first, second = PACKS[kind]
     with pytest.raises(CoverageError, match=rf"returns {first} \(2, 3\), {second} \(2, 2\).*for example output='{first}'"):
         attach(Net(pack), name)
@@ -160,7 +160,7 @@ def test_cut_rules_ask_which_output_and_suggest_one(name: str, kind: str) -> Non
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("kind", PACKS)
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, number: int) -> None:
+def test_cut_rule_gradients_match_single_output_model(name: str, kind: str, number: int) -> None:
     """The gradients equal those of a model that returns only the named output. With most rules, a loss on the other output trains
     only that output's head."""
     reference = single(number)
@@ -185,7 +185,7 @@ def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, n
 
 @pytest.mark.parametrize("kind", PACKS)
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_a_wrong_output_names_the_nearest(name: str, kind: str) -> None:
+def test_unknown_output_error_suggests_nearest_name(name: str, kind: str) -> None:
     pack, _, first, second = PACKS[kind]
     for wrong in ("", f"{second}x", "zzz"):
         with pytest.raises(CoverageError, match=rf"^output='{wrong}': the model has no such output") as refused:
@@ -225,7 +225,7 @@ def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> No
 
 
 @pytest.mark.parametrize("name", EDGE_RULES)
-def test_a_head_without_a_loss_changes_nothing_for_edge_rules(name: str) -> None:
+def test_head_without_loss_does_not_affect_edge_rules(name: str) -> None:
     reference, model = single(0), Net(PACKS["tuple"][0])
     want = only(reference, attach(reference, name, sample_input=X[:2]))
     assert_same(both(model, attach(model, name, sample_input=X[:2]), "tuple", (0,)), want)
@@ -249,7 +249,7 @@ class Classifier(Net):
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["logits", "hidden states"])
 @pytest.mark.parametrize("name", RULES)
-def test_a_loss_computed_from_the_logits_of_such_a_model(name: str, hidden: bool) -> None:
+def test_loss_from_model_output_logits_matches_plain_model(name: str, hidden: bool) -> None:
     reference, model = single(0), Classifier(hidden)
     want = only(reference, attach(reference, name, sample_input=X[:2]))
     del model.two
@@ -262,13 +262,13 @@ def test_a_loss_computed_from_the_logits_of_such_a_model(name: str, hidden: bool
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_hidden_states_are_outputs_that_cut_rules_ask_about(name: str) -> None:
+def test_cut_rules_require_output_if_hidden_states_are_returned(name: str) -> None:
     with pytest.raises(CoverageError, match=r"returns logits \(2, 3\), hidden_states\.0 \(2, 16\).*output='logits'"):
         attach(Classifier(True), name)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
+def test_loss_computed_by_model_is_correct_or_rejected(name: str) -> None:
     model, reference = Classifier(), single(0)
     del model.two
     want = only(reference, attach(reference, name, sample_input=X[:2]))
@@ -287,7 +287,7 @@ def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
+def test_multiple_outputs_only_in_training_require_output(name: str) -> None:
     """A model may have auxiliary heads only in training, for example. A pass of the sample in evaluation mode does not reveal
     such heads."""
 
@@ -309,7 +309,7 @@ def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
+def test_outputs_without_grad_are_ignored(name: str) -> None:
     """If the only other output is one that requires no gradient, such as a mask, the logits need not be named, even if they come
     last."""
 
@@ -325,7 +325,7 @@ def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
     assert_same(gradients(model), gradients(plain))
 
 
-def test_of_several_outputs_those_that_layers_go_on_from_make_no_output_layer() -> None:
+def test_returned_hidden_state_does_not_define_output_layer() -> None:
     """A hidden state that is returned with the logits, before or after them, does not make its layer an output layer."""
 
     class States(nn.Module):
@@ -343,14 +343,14 @@ def test_of_several_outputs_those_that_layers_go_on_from_make_no_output_layer() 
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_a_number_names_the_output_that_its_text_names(name: str) -> None:
+def test_output_index_accepts_int_or_string(name: str) -> None:
     first, second = (attach(Net(PACKS["tuple"][0]), name, output=output) for output in (1, "1"))
     assert [getattr(rule, "_local", rule).output for rule in (first, second)] == ["1", "1"]
     assert str(first.coverage) == str(second.coverage)
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_from_it(name: str) -> None:
+def test_rejects_scalar_only_if_computed_from_selected_output(name: str) -> None:
     """A scalar next to the named output may be a penalty on a weight. If it was computed from the logits, or if no output has the
     given name, it may be the loss, so the model is refused."""
 
@@ -376,7 +376,7 @@ def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_fro
             model(X)
 
 
-def test_np_feedback_refuses_a_scalar_only_if_it_was_computed_from_another_output() -> None:
+def test_np_feedback_rejects_scalar_only_if_computed_from_logits() -> None:
     class Penalised(Chain):
         computed_from = "a weight"
 
@@ -404,7 +404,7 @@ class InAnObject(Chain):
 
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
-def test_edge_rules_need_no_output_that_can_be_read(name: str) -> None:
+def test_edge_rules_accept_opaque_output_object(name: str) -> None:
     model, plain = InAnObject(), Chain()
     rules = [attach(net, name, seed=0) for net in (model, plain)]
     assert rules[0].coverage.covered == rules[1].coverage.covered
@@ -413,7 +413,7 @@ def test_edge_rules_need_no_output_that_can_be_read(name: str) -> None:
     assert_same(gradients(model), gradients(plain))
 
 
-def test_cut_rules_say_that_no_output_can_be_read() -> None:
+def test_cut_rules_reject_opaque_output_object() -> None:
     with pytest.raises(CoverageError, match=r"output='logits': the model has no such output \(outputs: no tensor\)"):
         attach(InAnObject(), "dfa", output="logits")
     with pytest.raises(CoverageError, match=r"needs outputs of shape .*; this model returns \(\)"):
@@ -421,7 +421,7 @@ def test_cut_rules_say_that_no_output_can_be_read() -> None:
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_the_output_that_the_objective_names(name: str) -> None:
+def test_cut_rules_use_output_of_objective(name: str) -> None:
     """Errors are computed at the objective's output as if the rule named this output. A rule that names a different output is
     refused."""
     objective = CrossEntropy(output="two")

@@ -101,7 +101,7 @@ class Repeating(DFA):
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_further_passes_see_what_the_first_one_saw(how: str) -> None:
+def test_repeated_passes_reproduce_output_bitwise(how: str) -> None:
     """Additional passes reproduce the output bitwise from the first step on. The outputs are also reproduced after evaluation
     mode, in a copy, and after later changes to the buffers."""
     model = net(how)
@@ -123,7 +123,7 @@ def test_further_passes_see_what_the_first_one_saw(how: str) -> None:
         assert_same(own_buffers(model), before)
 
 
-def test_steps_of_a_copy_are_those_of_the_model() -> None:
+def test_copy_learns_like_original() -> None:
     """A copy has not run a pass that updates buffers, but it learns in the same way as the original."""
     model = net("in place")
     rule = attach(model, "epc", sample_input=X[:2])
@@ -136,7 +136,7 @@ def test_steps_of_a_copy_are_those_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_measurement_updates_none(how: str) -> None:
+def test_alignment_measurement_does_not_update_buffers(how: str) -> None:
     model = net(how)
     rule = attach(model, "fa", sample_input=X[:2])
     learn(model, rule)

@@ -69,7 +69,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", FEEDBACK)
-def test_training_is_refused_by_name(name: str, how: str) -> None:
+def test_feedback_rules_reject_training_and_error_names_layer(name: str, how: str) -> None:
     """Training is refused because feedback belongs to a weight, and this weight is now computed from other tensors."""
     model, rule = reparametrized(name, how)
     before = parameters(model)
@@ -81,7 +81,7 @@ def test_training_is_refused_by_name(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", [name for name in CUT_RULES if name not in FEEDBACK and not ALGORITHMS[name].repeats])
-def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str) -> None:
+def test_cut_rule_error_propagates_through_reparametrization(name: str, how: str) -> None:
     """Cut rules leave every layer unchanged, so the error at a cut also reaches the tensors from which the weight is computed."""
     model, rule = reparametrized(name, how)
     model.eval()
@@ -107,7 +107,7 @@ def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", RULES)
-def test_detach_leaves_plain_layers_and_the_parametrization(name: str, how: str) -> None:
+def test_detach_restores_layers_and_keeps_reparametrization(name: str, how: str) -> None:
     model, rule = reparametrized(name, how)
     model.eval()
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_detach_leaves_plain_layers_and_the_parametrization(name: str, how: str)
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", [name for name in RULES if name not in PLAIN])
-def test_attaching_again_says_what_to_do_and_then_works(name: str, how: str) -> None:
+def test_reattach_error_suggests_working_fix(name: str, how: str) -> None:
     model, rule = reparametrized(name, how)
     rule.detach()
     with pytest.raises(CoverageError, match=r"b\.fc is computed by pruning or a parametrization.*prune\.remove") as refused:
@@ -147,7 +147,7 @@ def test_attaching_again_says_what_to_do_and_then_works(name: str, how: str) -> 
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_spectral_norm_put_on_before_attach_is_refused_or_plain(name: str) -> None:
+def test_spectral_norm_before_attach_trains_or_is_rejected(name: str) -> None:
     model = Chain()
     parametrizations.spectral_norm(model.b.fc)
     if name in PLAIN:
@@ -168,7 +168,7 @@ class Scaled(nn.Module):
         return self.factor * weight
 
 
-def test_detach_unfreezes_the_weight_and_nothing_of_the_parametrization() -> None:
+def test_detach_does_not_unfreeze_parametrization_parameters() -> None:
     model = Chain()
     rule = attach(model, "frozen")
     parametrize.register_parametrization(model.b.fc, "weight", Scaled())
@@ -178,7 +178,7 @@ def test_detach_unfreezes_the_weight_and_nothing_of_the_parametrization() -> Non
     }
 
 
-def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
+def test_detach_unfreezes_weight_norm_of_frozen_weight() -> None:
     """weight_norm replaces the weight with new parameters for its norm and direction, which the user then freezes."""
     model = Chain()
     rule = attach(model, "frozen")
@@ -192,7 +192,7 @@ def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
 
 
 @pytest.mark.parametrize("name", ["frozen", "bp"])
-def test_a_frozen_weight_that_learns_by_what_weight_norm_made_of_it_is_refused(name: str) -> None:
+def test_rejects_trainable_weight_norm_of_frozen_weight(name: str) -> None:
     """weight_norm replaces the weight with new parameters for its norm and direction, which have not been frozen."""
     model = Chain()
     rule = attach(model, name, freeze_stem=True)
@@ -215,7 +215,7 @@ def quantised(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_dynamic_quantisation_is_refused_or_right_and_works_after_detach(name: str) -> None:
+def test_dynamic_quantisation_before_and_after_detach(name: str) -> None:
     model = Chain()
     rule = attach(model, name)
     train(model, rule, X, Y)
@@ -248,7 +248,7 @@ def test_dynamic_quantisation_is_refused_or_right_and_works_after_detach(name: s
     ],
     ids=["linear", "conv", "bilinear", "lstm", "cell", "attention"],
 )
-def test_a_computed_bias_stays_in_the_forward_pass(make: Callable[[], Any], is_attached_first: bool) -> None:
+def test_pruned_bias_is_used_in_forward_pass(make: Callable[[], Any], is_attached_first: bool) -> None:
     """If only the bias is pruned, the weight is still a parameter and has the same feedback."""
     (module, name), x = make(), torch.randn(3, 4, requires_grad=True)
     nn.init.normal_(getattr(module, name))
@@ -272,7 +272,7 @@ def test_a_computed_bias_stays_in_the_forward_pass(make: Callable[[], Any], is_a
     ],
     ids=["attention", "cell", "bilinear"],
 )
-def test_detach_leaves_a_plain_module_with_the_parametrization_of_its_bias(
+def test_detach_keeps_bias_parametrization(
     make: Callable[[], nn.Module],
     name: str,
     count: int,

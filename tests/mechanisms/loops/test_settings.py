@@ -18,7 +18,7 @@ RATE = r"should have {scale:g} times the learning rate of the weights.*rule\.par
 
 
 @pytest.mark.parametrize(("name", "scale"), [("dkp", 0.01), ("kp", 0.5), ("kp", 0.0)])
-def test_one_rate_for_all_is_warned_of_where_the_rule_asks_for_another(name, scale):
+def test_single_lr_warns_if_rule_sets_b_lr_scale(name, scale):
     model, rule = attached(name, b_lr_scale=scale)
     with pytest.warns(UserWarning, match=RATE.format(scale=scale)):
         steps(model, rule, sgd(model.parameters()), 1)
@@ -29,7 +29,7 @@ def test_one_rate_for_all_is_warned_of_where_the_rule_asks_for_another(name, sca
     assert all(moved) if scale else not any(moved)
 
 
-def test_a_scheduler_with_one_rate_for_all_groups_is_warned_of_with_the_mend():
+def test_scheduler_with_single_lr_warns_and_suggests_working_fix():
     def one_step(max_lr):
         model, rule = attached("kp", b_lr_scale=0.5)
         optimizer = sgd(rule.parameter_groups(lr=0.1))
@@ -43,7 +43,7 @@ def test_a_scheduler_with_one_rate_for_all_groups_is_warned_of_with_the_mend():
 
 
 @pytest.mark.parametrize("name", ["dkp", "kp"])
-def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
+def test_manual_update_may_omit_feedback_with_zero_lr(name):
     """Feedback with a learning rate of zero would not change anyway. With such feedback, dkp is direct feedback alignment."""
     model, rule = attached(name, b_lr_scale=0.0)
     x, y = data()
@@ -58,14 +58,14 @@ def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
 
 
 @pytest.mark.parametrize("name", ["kp", "pfa", "fa", "dfa", "bp"])
-def test_groups_of_a_rule_without_a_rate_of_its_own(name):
+def test_parameter_groups_have_equal_lr_by_default(name):
     model, rule = attached(name)
     groups = rule.parameter_groups(lr=0.2)
     assert {group["lr"] for group in groups} == {0.2}
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.parameters()}
 
 
-def test_a_decay_of_the_weights_alone_is_warned_of_where_feedback_follows():
+def test_weight_decay_only_on_weights_warns_for_kp():
     """Parameters are often grouped by name, with decay only for those named ``weight``, so that feedback_B has no decay."""
     for name, warned in (("kp", True), ("pfa", False)):
         model, rule = attached(name)
@@ -80,7 +80,7 @@ def test_a_decay_of_the_weights_alone_is_warned_of_where_feedback_follows():
 
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_second_optimizer_that_leaves_feedback_out_is_an_error(name, fused):
+def test_second_optimizer_without_feedback_raises(name, fused):
     model, rule = attached(name)
     steps(model, rule, torch.optim.SGD(model.parameters(), lr=0.1, fused=fused), 2)
     with pytest.raises(StateError, match="the weights were updated, but the learned feedback"):
@@ -88,7 +88,7 @@ def test_a_second_optimizer_that_leaves_feedback_out_is_an_error(name, fused):
 
 
 @pytest.mark.parametrize("order", ["weights first", "feedback first"])
-def test_an_older_optimizer_of_the_feedback_goes_on_beside_a_new_one_of_the_weights(order):
+def test_feedback_optimizer_continues_with_new_weight_optimizer(order):
     model, rule = attached("kp")
     feedback = sgd(rule.feedback_parameters())
     for _ in range(2):
@@ -105,7 +105,7 @@ def test_an_older_optimizer_of_the_feedback_goes_on_beside_a_new_one_of_the_weig
         steps(model, rule, Both, 4)
 
 
-def test_tied_weights_are_noted():
+def test_coverage_reports_tied_weights():
     model = net()
     model[4] = nn.Linear(16, 16).double()
     model[4].weight = model[2].weight
@@ -122,7 +122,7 @@ def test_tied_weights_are_noted():
 
 
 @pytest.mark.parametrize("how", ["tied", "outside"])
-def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
+def test_runner_updates_feedback_of_shared_weight_by_own_gradient(how):
     """The gradient of a weight that is used twice is the sum over both uses, and the runner's fused step must not pass this sum
     to B."""
 
@@ -154,7 +154,7 @@ def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
 
 @pytest.mark.parametrize("first", ["fa", "kp", "dfa", "dkp", "bp"])
 @pytest.mark.parametrize("second", ["fa", "kp", "dfa", "bp"])
-def test_models_that_share_modules_have_one_rule(first, second):
+def test_attach_rejects_second_model_with_shared_modules(first, second):
     """The second model is refused before anything changes, so the first model can still be trained."""
     shared = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
     models = [nn.Sequential(shared, nn.Linear(16, 3)).double() for _ in range(2)]
@@ -177,13 +177,13 @@ def test_complex_weights_are_not_covered():
         fa_bench.attach(model, "fa")
 
 
-def test_an_empty_batch_of_more_dimensions():
+def test_empty_batch_with_extra_dimensions():
     model, _ = attached("kp")
     assert model(data(2)[0][:0].reshape(0, 1, 8).expand(0, 7, 8)).shape == (0, 7, 3)
 
 
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1 + 1e-9, False), (0.95, True), (1.01, True), (0.0, True)])
-def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
+def test_lr_deviation_warns_unless_due_to_rounding(factor, warned):
     """A deviation of the learning rate causes a warning unless it is due to rounding."""
     model, rule = attached("kp")
     optimizer = sgd([{"params": rule.weight_parameters()}, {"params": rule.feedback_parameters(), "lr": 0.1 * factor}])
@@ -194,7 +194,7 @@ def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
 
 
 @pytest.mark.parametrize("name", ["kp", "dkp"])
-def test_an_update_by_rounding_noise_is_no_sign_that_feedback_was_left_out(name):
+def test_gradients_below_rounding_do_not_raise(name):
     """In a net that has learned its data, for example, the gradients are so small that adding them would not change any
     weight."""
     for scale, fault in ((1e-13, False), (1.0, True)):
@@ -214,7 +214,7 @@ def test_an_update_by_rounding_noise_is_no_sign_that_feedback_was_left_out(name)
 
 
 @pytest.mark.parametrize(("of_weights", "of_feedback"), [(0.01, 0.0), (0.0, 0.01), (0.01, 0.02), (0.02, 0.02)])
-def test_another_decay_of_the_feedback_is_warned_of_whichever_is_larger(of_weights, of_feedback):
+def test_different_weight_decay_of_feedback_warns(of_weights, of_feedback):
     model, rule = attached("kp")
     groups = [
         {"params": rule.weight_parameters(), "weight_decay": of_weights},
@@ -241,7 +241,7 @@ class SignDescent(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_an_optimizer_without_rates_has_no_wrong_ones(name):
+def test_optimizer_without_lr_gives_no_warning(name):
     """An optimizer without learning rates causes no warnings, which would be errors in this test."""
     model, rule = attached(name)
     steps(model, rule, SignDescent(model.parameters()), 2)

@@ -28,7 +28,7 @@ def sgd(model):
 @pytest.mark.parametrize(
     ("name", "plain_backward"), [*((name, False) for name in NEEDED), ("wm", True), ("pfa", True), ("ldfa", True)]
 )
-def test_a_rule_that_works_between_updates_warns_once(name, plain_backward):
+def test_missing_rule_step_warns_once_if_needed(name, plain_backward):
     model, rule = attached(name, **NEEDED[name])
     assert rule.needs_step
     optimizer = sgd(model)
@@ -40,7 +40,7 @@ def test_a_rule_that_works_between_updates_warns_once(name, plain_backward):
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_loops_that_call_it_are_not_warned(name):
+def test_loops_with_rule_step_give_no_warning(name):
     model, rule = attached(name, **NEEDED[name])
     optimizer, first = sgd(model), copy.deepcopy(model.state_dict())
     steps(model, rule, optimizer, 6)
@@ -53,7 +53,7 @@ def test_loops_that_call_it_are_not_warned(name):
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in NEEDED] + ["fa", "dfa", "drtp", "f3", "bp", "pepita"])
-def test_other_rules_do_not_ask_for_it(name):
+def test_other_rules_do_not_need_step(name):
     model, rule = attached(name)
     assert not rule.needs_step
     steps(model, rule, sgd(model), 6, rule_step=False)
@@ -68,11 +68,11 @@ def test_other_rules_do_not_ask_for_it(name):
         ("dkp", {"density": 1.0}),
     ],
 )
-def test_options_decide(name, options):
+def test_needs_step_depends_on_options(name, options):
     assert not attached(name, **options)[1].needs_step
 
 
-def test_f3_needs_it_between_processes_alone(monkeypatch):
+def test_f3_needs_step_only_with_multiple_processes(monkeypatch):
     model, rule = attached("f3")
     assert not rule.needs_step
     monkeypatch.setattr(sample_errors, "process_count", lambda: 2)
@@ -80,7 +80,7 @@ def test_f3_needs_it_between_processes_alone(monkeypatch):
         steps(model, rule, sgd(model), 4, rule_step=False)
 
 
-def test_a_copy_and_the_first_weight_that_learns():
+def test_copied_model_with_frozen_first_layer_warns():
     model = net()
     model[0].requires_grad_(False)
     fa_bench.attach(model, "wm", seed=0)

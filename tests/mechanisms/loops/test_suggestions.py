@@ -141,7 +141,7 @@ def attached_as_suggested(make: Callable[[], nn.Module], x: Tensor, name: str, *
         *((name, "squeezenet") for name in ("drtp", "predsim", "asfp_lc")),
     ],
 )
-def test_the_suggested_cuts_and_what_else_they_need(name: str, kind: str) -> None:
+def test_suggested_cuts_work(name: str, kind: str) -> None:
     make, x = MODELS[kind]
     rule = attached_as_suggested(make, x, name, **NEEDED.get(name, {}))
     assert rule.cuts and (rule.output == "one") == (kind == "two heads")
@@ -149,7 +149,7 @@ def test_the_suggested_cuts_and_what_else_they_need(name: str, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["mlp", "two heads", "recurrent"])
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str, kind: str) -> None:
+def test_first_suggestion_is_complete_and_model_is_unchanged(name: str, kind: str) -> None:
     """The suggestion was tested on a copy, so the model is unchanged, and following the suggestion once is enough."""
     make, x = MODELS[kind]
     options = NEEDED.get(name, {})
@@ -163,7 +163,7 @@ def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str,
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_cuts_that_would_not_do_are_not_suggested(name: str) -> None:
+def test_unusable_cuts_are_not_suggested(name: str) -> None:
     """The outputs have four axes of positions, one more than supported, so no cuts would work."""
     options = NEEDED.get(name, {})
     error = refusal(seeded(lambda: mlp(16, 16, 16)), name, sample_input=torch.zeros(2, 5, 1, 1, 1, 8), **options)
@@ -171,14 +171,14 @@ def test_cuts_that_would_not_do_are_not_suggested(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_without_a_sample_nothing_is_suggested_that_was_not_tried(name: str) -> None:
+def test_no_suggestion_without_sample_input(name: str) -> None:
     error = refusal(seeded(convnet), name, **({"samples": 16} if name == "f3" else {}))
     assert error.settings == {}
     assert ("needs sample_input" if name == "asfp_lc" else "with cuts, or set model.") in str(error)
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
-def test_the_suggested_output(name: str) -> None:
+def test_suggested_output_works(name: str) -> None:
     options = {"samples": 16} if name == "f3" else {}
     cuts = ["body.1", "body.3", "body.5"][: 2 if name in ("dgl", "asfp_lc") else 3]
     error = refusal(seeded(TwoHeads), name, cuts=cuts, **options)
@@ -188,7 +188,7 @@ def test_the_suggested_output(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHARING)
-def test_the_suggested_linear_and_match(name: str) -> None:
+def test_suggested_linear_and_match_work(name: str) -> None:
     """The first model has only one convolution that can share its activation, which is too few. The second model has widths that
     are not multiples of each other."""
     cuts = {"cuts": ["1"]} if name == "asfp_lc" else {}
@@ -200,7 +200,7 @@ def test_the_suggested_linear_and_match(name: str) -> None:
 
 @pytest.mark.parametrize("layers", [2, 6], ids=["names", "true"])
 @pytest.mark.parametrize("name", ["fa", "kp", "dfa", "predsim", "forward_alignment"])
-def test_the_suggested_allowance(name: str, layers: int) -> None:
+def test_suggested_allow_uncovered_works(name: str, layers: int) -> None:
     """Up to four weights are suggested by name; for more, allow_uncovered=True is suggested. Weights that were allowed before
     stay allowed."""
 
@@ -246,7 +246,7 @@ TORCHVISION = ["architecture=torchvision", "architecture.model=resnet18", "datas
     ],
     ids=["cuts", "cuts of blocks", "all uncovered", "some uncovered", "linear", "match"],
 )
-def test_the_command_line_trains_with_what_it_suggests(
+def test_command_line_suggestions_work(
     command: list[str], options: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -258,7 +258,7 @@ def test_the_command_line_trains_with_what_it_suggests(
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_patterns_mean_the_modules_that_were_chosen_and_no_others() -> None:
+def test_patterns_match_only_chosen_modules() -> None:
     """Up to six names are written out. If there are more than six names, patterns are used, but no pattern matches any other
     module."""
     chosen = ["stem.relu", *(f"layer{stage}.{block}.relu" for stage in (1, 2, 3) for block in (0, 1))]
@@ -270,7 +270,7 @@ def test_patterns_mean_the_modules_that_were_chosen_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("name", ["dfa", "local_error", "dgl"])
-def test_without_a_hidden_layer_nothing_is_suggested(name):
+def test_no_suggestion_without_hidden_layer(name):
     with pytest.raises(CoverageError, match=r"Sequential declares none; .*with cuts, or set model\.") as refused:
         fa_bench.attach(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), name, sample_input=torch.zeros(2, 8))
     assert refused.value.settings == {}

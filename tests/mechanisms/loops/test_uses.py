@@ -98,7 +98,7 @@ OUTSIDE: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize("how", OUTSIDE)
 @pytest.mark.parametrize("name", COVERING)
-def test_a_weight_used_outside_its_layer_is_refused_by_name(name: str, how: str) -> None:
+def test_rejects_weight_used_outside_its_layer(name: str, how: str) -> None:
     decode, words = OUTSIDE[how]
     with pytest.raises(CoverageError, match=rf"enc\.weight \(used outside its layer, by {words}.*uncovered=\['enc\.weight'\]"):
         attach(Net(decode), name)
@@ -106,7 +106,7 @@ def test_a_weight_used_outside_its_layer_is_refused_by_name(name: str, how: str)
 
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("name", COVERING)
-def test_a_weight_used_outside_its_layer_before_the_layer_runs_is_refused(name: str, by_name: bool) -> None:
+def test_rejects_weight_used_before_its_layer_runs(name: str, by_name: bool) -> None:
     """The layer's weight is used to compute the layer's own input."""
 
     class Early(Net):
@@ -119,7 +119,7 @@ def test_a_weight_used_outside_its_layer_before_the_layer_runs_is_refused(name: 
 
 
 @pytest.mark.parametrize("name", COVERING)
-def test_a_weight_that_scales_the_output_is_refused(name: str) -> None:
+def test_rejects_weight_that_scales_output(name: str) -> None:
     class Scaled(Net):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.enc.weight[0, :3]
@@ -129,7 +129,7 @@ def test_a_weight_that_scales_the_output_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COVERING)
-def test_the_refusal_says_it_once_and_leaves_the_model_plain(name: str) -> None:
+def test_rejection_is_reported_once_and_model_is_unchanged(name: str) -> None:
     model = Net(OUTSIDE["matmul"][0])
     with pytest.raises(CoverageError) as refused:
         attach(model, name)
@@ -140,7 +140,7 @@ def test_the_refusal_says_it_once_and_leaves_the_model_plain(name: str) -> None:
 
 @pytest.mark.parametrize("allowed", [True, ["enc.weight"], ["enc.*"]], ids=str)
 @pytest.mark.parametrize("name", COVERING)
-def test_allowed_by_name_or_pattern_it_trains(name: str, allowed: Any) -> None:
+def test_outside_use_allowed_by_name_or_pattern_trains(name: str, allowed: Any) -> None:
     model = Net(OUTSIDE["matmul"][0])
     rule = attach(model, name, allow_uncovered=allowed)
     assert list(rule.coverage.uncovered) == ["enc.weight"] and "used outside its layer" in str(rule.coverage)
@@ -148,19 +148,19 @@ def test_allowed_by_name_or_pattern_it_trains(name: str, allowed: Any) -> None:
 
 
 @pytest.mark.parametrize("name", COVERING)
-def test_another_name_does_not_allow_it(name: str) -> None:
+def test_allow_uncovered_of_other_weight_still_rejects(name: str) -> None:
     with pytest.raises(CoverageError, match=r"enc\.weight"):
         attach(Net(OUTSIDE["matmul"][0]), name, allow_uncovered=["mid.*"])
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_rules_that_carry_the_error_by_the_weights_do_not_mind(name: str) -> None:
+def test_backprop_rules_accept_weight_used_outside_its_layer(name: str) -> None:
     for decode, _ in OUTSIDE.values():
         attach(Net(decode), name)
 
 
 @pytest.mark.parametrize("name", COVERS_BLOCKS)
-def test_modules_that_learn_by_backpropagation_within_do_not_mind(name: str) -> None:
+def test_block_rules_accept_weight_used_outside_its_layer(name: str) -> None:
     assert attach(Net(OUTSIDE["matmul"][0]), name).coverage.uncovered == {}
 
 
@@ -189,7 +189,7 @@ HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("how", HARMLESS)
 @pytest.mark.parametrize("name", COVERING)
-def test_reading_a_weight_is_no_use(name: str, how: str) -> None:
+def test_reading_weight_without_error_path_is_accepted(name: str, how: str) -> None:
     model = Net(HARMLESS[how])
     assert attach(model, name).coverage.uncovered == {}
 
@@ -200,7 +200,7 @@ class Penalised(Net):
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ("frozen", "frozen_blocks", *COVERS_ALL)])
-def test_a_penalty_on_the_weights_adds_its_gradient(name: str) -> None:
+def test_weight_penalty_adds_its_gradient(name: str) -> None:
     """The penalty is computed outside the forward pass, or returned by it. Without the option `output`, cut rules refuse this."""
     model = Net()
     want = train(model, attach(model, name), X, Y, steps=1)
@@ -222,7 +222,7 @@ class Idle(Net):
 
 
 @pytest.mark.parametrize("name", COVERING)
-def test_a_layer_that_never_runs_is_named(name: str) -> None:
+def test_unused_layer_is_reported(name: str) -> None:
     model = Idle()
     if name in CUT_RULES and name != "asfp_lc":
         with pytest.raises(CoverageError, match=r"spare\.weight \(its layer did not run in the forward pass of the sample\)"):
@@ -236,7 +236,7 @@ def test_a_layer_that_never_runs_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COVERING)
-def test_a_layer_whose_weight_a_function_uses_in_its_place_is_refused(name: str) -> None:
+def test_rejects_functional_use_of_layer_weight(name: str) -> None:
     class Functional(Net):
         def forward(self, x: Tensor) -> Tensor:
             h = self.act(self.enc(x))
@@ -262,7 +262,7 @@ class Autoencoding(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["fa", "usf", "brsf", "frsf", "kp", "pfa", "pfa_o", "ldfa", "mixed"])
-def test_without_a_sample_the_first_training_forward_refuses_every_time(name: str) -> None:
+def test_training_forward_without_sample_rejects_outside_use(name: str) -> None:
     model = Autoencoding()
     rule = attach(model, name)
     before = state(model)
@@ -298,7 +298,7 @@ class TrainingOnly(nn.Module):
 
 
 @pytest.mark.parametrize("name", COVERING)
-def test_a_use_that_only_training_has_is_refused_by_the_first_training_pass(name: str) -> None:
+def test_first_training_pass_rejects_outside_use_only_in_training(name: str) -> None:
     model = TrainingOnly()
     rule = attach(model, name, freeze_stem=False)
     with pytest.raises(CoverageError, match=r"enc\.weight \(used outside its layer, by linear\(\) in the model"):
@@ -306,7 +306,7 @@ def test_a_use_that_only_training_has_is_refused_by_the_first_training_pass(name
 
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
-def test_a_frozen_weight_carries_the_error_outside_its_layer_too(name: str) -> None:
+def test_rejects_frozen_weight_used_outside_its_layer(name: str) -> None:
     """The error passes through the frozen weight to the bias of the weight's own layer, which learns."""
     model = Autoencoding()
     model.conv.weight.requires_grad_(False)
@@ -316,7 +316,7 @@ def test_a_frozen_weight_carries_the_error_outside_its_layer_too(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["fa", "kp", "mixed"])
-def test_with_allowance_the_first_training_forward_notes_it_and_trains(name: str) -> None:
+def test_first_training_pass_adds_allowed_use_to_coverage(name: str) -> None:
     model = Autoencoding()
     rule = attach(model, name, allow_uncovered=["conv.*"])
     assert not rule.coverage.uncovered
@@ -325,7 +325,7 @@ def test_with_allowance_the_first_training_forward_notes_it_and_trains(name: str
 
 
 @pytest.mark.parametrize("name", ["fa", "kp"])
-def test_without_a_sample_the_model_runs_as_often_as_it_is_called(name: str) -> None:
+def test_model_without_sample_runs_once_per_call(name: str) -> None:
     """The first training forward pass is observed while it runs; it is not repeated."""
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
     rule, calls = attach(model, name), []
@@ -354,7 +354,7 @@ class Attentive(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
-def test_attention_uses_its_own_weights_in_a_fused_function(name: str) -> None:
+def test_cut_rules_accept_fused_attention(name: str) -> None:
     """With cuts around attention, training passes use a fused function that does not call the layers, unlike the sample's
     pass."""
     model, x, y = Attentive(), torch.randn(2, 5, 4), torch.tensor([0, 1])
