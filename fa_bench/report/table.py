@@ -186,8 +186,8 @@ def _pairs_note(final: Mapping[int, float], control: Reference, difference: Pair
 
 
 def _rise_note(finished: Mapping[int, Run]) -> str:
-    """A note if training ended with a loss above `_RISE` times that of the first epoch. This happens if activations or weights
-    keep growing but stay finite."""
+    """A note if training ended with a loss above `_RISE` times that of the first epoch. This can happen if activations or
+    weights keep growing but stay finite."""
     risen = {}
     for seed, run in sorted(finished.items()):
         losses = known(line.get("train_loss") for line in run.metrics)
@@ -219,7 +219,7 @@ def _scores(runs: Sequence[Run], key: str) -> dict[int, float]:
 
 
 def _statistics(key: str, runs: Sequence[Run]) -> dict[str, float]:
-    """Mean, standard deviation and interval of a score of the finished runs, in the unit of tables."""
+    """Mean, standard deviation, interval and range of a score over the finished runs, in the unit of tables."""
     values = _scores(runs, key).values()
     low, high = value_range(values)
     return {
