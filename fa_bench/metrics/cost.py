@@ -28,8 +28,8 @@ from fa_bench.registry.kinds import CLASSES, IMAGES, TOKENS, VALUES
 #: Sizes of the batches that are run to determine the counts for any batch size.
 _BATCHES = (2, 3, 4)
 _ATEN = torch.ops.aten
-#: Formulas for the CPU's attention operations, which torch's table lacks. The backward pass of attention recomputes the scores, so
-#: it takes five matrix products instead of four.
+#: Formulas for the CPU's attention operations, which torch's table lacks. The backward pass of attention recomputes the scores,
+#: so it takes five matrix products instead of four.
 _ATTENTION: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query.shape, key.shape, value.shape
@@ -75,7 +75,7 @@ class Cost:
 class Counter(TorchDispatchMode):
     """Counts multiplications, bytes moved and bytes of new tensors for all operations, including those of a backward pass.
 
-    This class replaces torch's FlopCounterMode, which hooks modules and fails if a backward pass itself computes gradients with autograd.
+    This class replaces torch's FlopCounterMode, which hooks modules and fails if a backward pass itself calls autograd.
 
     Attributes:
         multiplications, moved: the numbers of multiplications and of bytes moved so far.

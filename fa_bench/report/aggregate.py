@@ -27,7 +27,8 @@ AGGREGATE_COLUMNS = {
 AGGREGATE_LEGEND = """\
 The interquartile mean is over the test accuracies of all tasks and seeds, without the lowest and the highest quarter. Its
 interval is the 95 % percentile interval of a stratified bootstrap (10,000 resamples of the runs within each task, with a fixed
-random seed), as in rliable (Agarwal et al. 2021). If a rule has several rows in a task, the one with the best validation score is used.
+random seed), as in rliable (Agarwal et al. 2021). If a rule has several rows in a task, the one with the best validation score is
+used.
 """
 
 

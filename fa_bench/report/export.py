@@ -45,8 +45,8 @@ RUN_TIMINGS = ["seconds", "seconds_per_epoch"]
 
 
 def escape_latex(text: str) -> str:
-    """Escape arbitrary text for LaTeX. A character beyond ASCII is replaced by its code, such as ``U+00E9``, so that the text works
-    in any encoding."""
+    """Escape arbitrary text for LaTeX. A character beyond ASCII is replaced by its code, such as ``U+00E9``, so that the text
+    works in any encoding."""
     escaped = "".join(_LATEX.get(char, char if char.isascii() else f"U+{ord(char):04X}") for char in printable(text))
     return re.sub("-(?=-)", "-{}", escaped)  # two hyphens would become a dash
 

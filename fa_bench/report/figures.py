@@ -136,8 +136,8 @@ def task_figures(
 
 
 def curve_parts(title: str, groups: Groups, only: Quantity | None, x: str) -> list[Part]:
-    """The parts of figures that show the curves of a task: those of `only` or, if it is None, of the primary test score and of all
-    other scores and losses with data.
+    """The parts of figures that show the curves of a task: those of `only` or, if it is None, of the primary test score and
+    of all other scores and losses with data.
 
     A small task has one part, in which the quantities are side by side; a large one has a part for each quantity.
     """

@@ -341,8 +341,8 @@ def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], k
 
 
 def apply_range(axes: Axes, limits: Range, labels: Sequence[str], centres: Sequence[float], kind: str) -> None:
-    """Set the vertical axis to the range, and add a note about the lines outside it. `labels` and `centres` are
-    those of all lines."""
+    """Set the vertical axis to the range, and add a note about the lines outside it. `labels` and `centres` are those
+    of the lines."""
     if limits.log:
         axes.set_yscale("log")
         axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")

@@ -159,8 +159,7 @@ def state_restored(rule: Rule) -> Iterator[None]:
     """A context manager that restores the state of an attached model and the global random state when it exits.
 
     The restored state consists of parameters (including learned feedback), buffers, gradients, ``requires_grad``, and the modes
-    of all modules. At the start of the context, gradients are None; within it,
-    ``rule.mode.freeze_random`` is set.
+    of all modules. At the start of the context, gradients are None; within it, ``rule.mode.freeze_random`` is set.
     """
     from fa_bench.mechanisms.contexts import modes_of, restore_modes, set_temporarily
     from fa_bench.utils.process import random_state, restore_random_state

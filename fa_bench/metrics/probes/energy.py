@@ -42,7 +42,8 @@ class Energy(Probe):
 
     All quantities are measured on the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. A ratio
     is NaN if its denominator is zero, and a cosine is NaN if either norm is zero. For a weight that does not learn,
-    ``energy_cosine`` and ``energy_ratio`` are NaN. The probe costs a step of the rule, two more passes of the model, and a step of backpropagation.
+    ``energy_cosine`` and ``energy_ratio`` are NaN. The probe costs a step of the rule, two more passes of the model,
+    and a step of backpropagation.
     """
 
     alarms = {
