@@ -191,7 +191,7 @@ class _Step(NamedTuple):
 
     Attributes:
         multiplications: in the forward pass, in the backward pass, for learning the feedback in the backward pass, in the
-            optimizer, and after it.
+            optimizer, and after the optimizer.
         moved: bytes moved in the forward pass, in the backward pass, and after it.
         new: bytes of new tensors, see `Counter`.
     """

@@ -84,8 +84,8 @@ LEGEND_WIDTH, MAX_LEGEND, MAX_ENTRIES = 40, 200, 60
 MAX_MARKED, MARKERS = 12, 8
 #: The width of a figure and the height of a line of its legend, in inches.
 WIDTH, LINE = 13, 0.2
-#: The minimum number of lines in a panel for one of them to be far off, the number of interquartile ranges by which it must be
-#: off, and the ratio of losses above which the axis is logarithmic.
+#: In a panel with at least TAIL lines, a line can be far off if it is beyond FAR interquartile ranges. If losses differ by more
+#: than a factor of LOG, their axis is logarithmic.
 TAIL, FAR, LOG = 4, 3, 50
 
 
@@ -109,8 +109,8 @@ def rule_style(rule: str) -> dict[str, Any]:
 
 
 def setting_style(rule: str, index: int, count: int) -> dict[str, Any]:
-    """The style of one of a rule's settings. Its colour is that of the rule, from light for the first setting to full for the
-    last."""
+    """The style of one of a rule's settings. Its colour is a shade of the rule's colour, from light for the first setting to
+    full for the last."""
     style = rule_style(rule)
     lightness = 0 if count < 2 else 0.6 * (1 - index / (count - 1))
     red, green, blue = (channel + lightness * (1 - channel) for channel in to_rgb(style["color"]))
@@ -290,8 +290,8 @@ def label_edges(grid: Sequence[Axes], count: int, columns: int) -> None:
 
 
 class Range(NamedTuple):
-    """A readable range of an axis, whether the axis is logarithmic, and the limit of the typical values of lines, beyond which a
-    line is outside."""
+    """A readable range of an axis, whether the axis is logarithmic, and the limit of the typical values of lines. A line whose
+    typical value is beyond the limit is outside the range."""
 
     low: float
     high: float

@@ -40,7 +40,7 @@ class Entry:
         at: the epoch that the value belongs to, however long the run was; None for the last epoch.
         conditions: remarks to consider in a comparison.
         experiments: the experiments whose runs the number is compared with.
-        where: config key -> the value that such a run must have, or a list of allowed values.
+        where: config key -> the value that a run must have to be compared, or a list of allowed values.
     """
 
     paper: str
