@@ -30,8 +30,8 @@ def summarise(
     context: Sequence[Run] | None = None,
     chosen: Mapping[str, Chosen] | None = None,
 ) -> pd.DataFrame:
-    """A table with one row per group, in the order of first appearance. Its columns are `COLUMNS` (those of energy only if energy was
-    recorded), the keys in which the configs differ, and alignment metrics that are not in `COLUMNS`.
+    """A table with one row per group, in the order of first appearance. Its columns are `COLUMNS` (those of energy only if energy
+    was measured), the keys in which the configs differ, and alignment metrics that are not in `COLUMNS`.
 
     Accuracies are in %, their differences are in percentage points, angles are in degrees, and times are in seconds of training.
     A primary score other than accuracy has columns like those of accuracy, with its name and in its unit. The statistics cover
