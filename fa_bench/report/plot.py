@@ -319,11 +319,11 @@ def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], k
     log = kind == LOSS and bool(positive) and max(positive) > LOG * min(positive)
     limit = -math.inf if kind == ACCURACY else math.inf
     if len(lines) >= TAIL and kind == ACCURACY:
-        quarter, _, half = quantiles(sorted(centres), n=4, method="inclusive")
-        limit = quarter - FAR * max(half - quarter, 2)
+        lower, _, upper = quantiles(sorted(centres), n=4, method="inclusive")
+        limit = lower - FAR * max(upper - lower, 2)
     elif len(lines) >= TAIL and log:
-        quarter, _, half = quantiles([math.log10(max(value, min(positive))) for value in centres], n=4, method="inclusive")
-        limit = 10 ** min(half + FAR * max(half - quarter, 0.5), 300)
+        lower, _, upper = quantiles([math.log10(max(value, min(positive))) for value in centres], n=4, method="inclusive")
+        limit = 10 ** min(upper + FAR * max(upper - lower, 0.5), 300)
     limits = Range(0, 1, log, limit)
     shown = [
         value
