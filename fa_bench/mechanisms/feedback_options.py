@@ -59,7 +59,8 @@ def positions_option() -> Any:
     """The option that sets whether the positions of a cut share their feedback if the errors have no positions."""
     return option(
         "own",
-        "feedback for a cut's tokens or pixels if the output has none: own (part of B for each) or shared (one matrix for all)",
+        "feedback for the positions (tokens or pixels) of a cut if the output has no positions: own (a part of B for each "
+        "position) or shared (one matrix for all)",
         choices=["own", "shared"],
         identifying=False,
     )

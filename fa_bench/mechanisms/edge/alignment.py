@@ -78,7 +78,7 @@ class AlignmentLoss(NamedTuple):
 
 
 class LayerProducts(NamedTuple):
-    """The matrix products, or convolutions, of one layer from which the local losses are computed.
+    """The matrix products, or convolutions, of one layer from which the gradients of the local losses are computed.
 
     Attributes:
         x: the layer's input, (rows, I); for a convolution (N, I, ...), already padded if `Geometry` cannot describe the padding.
