@@ -23,8 +23,8 @@ COMPILING_TORCH = (2, 13)
 
 
 class Handle:
-    """A name by which compiled graphs refer to an object. If a handle is copied or pickled with its owner, the copied handle
-    names the copied owner.
+    """A name by which compiled graphs refer to an object. If a handle is copied or pickled with its owner, the new handle
+    refers to the new owner.
 
     Args:
         owner: the object.

@@ -391,7 +391,7 @@ class Rule(Options):
         loss.backward()
 
     def counts(self) -> dict[str, int]:
-        """Numbers that the rule has counted since training began, for the record of a run."""
+        """Counts of events since training began, by name, for the record of a run."""
         return {}
 
     def begin_epoch(self, epoch: int) -> None:

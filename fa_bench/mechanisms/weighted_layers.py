@@ -11,7 +11,7 @@ from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.compound.projection import Projection
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-#: Only these exact types count, because the forward pass of a subclass may differ.
+#: The types of weighted layers. Subclasses do not count, because their forward pass may differ.
 WEIGHTED = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Projection, *CONVOLUTIONS)
 #: The static type of a weighted layer, plain or with feedback.
 WeightedLayer: TypeAlias = nn.Linear | Projection | nn.modules.conv._ConvNd

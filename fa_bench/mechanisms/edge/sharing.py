@@ -214,8 +214,8 @@ class SharingRule(EdgeRule):
     linear_b_init: str = init_option("the fixed B of fully connected layers", "uniform_one")
     transport: bool = option(
         False,
-        "convolutions use their weights as feedback, and so do fully connected layers if they share activations; otherwise, "
-        "these keep their fixed feedback",
+        "convolutions use their weights as feedback, and so do fully connected layers if they share activations; if they do "
+        "not, they keep their fixed feedback",
     )
     freeze_stem: bool = option(True, "the first layer keeps its initial weight and bias")
 
