@@ -239,7 +239,7 @@ def undecorated(base: type[Any]) -> type[Any]:
 @pytest.mark.parametrize("base", [fa_bench.EdgeRule, fa_bench.Architecture])
 def test_rejects_options_of_non_dataclass(base: type[Any]) -> None:
     message = (
-        r"^class undecorated\.<locals>\.Plain \(.*\) declares options \(drop, kinds_of_drop\) but is no dataclass; "
+        r"^class undecorated\.<locals>\.Plain \(.*\) declares options \(drop, kinds_of_drop\) but is not a dataclass; "
         r"write @dataclasses\.dataclass\(eq=False\) on the line above it$"
     )
     plain = undecorated(base)
@@ -255,7 +255,7 @@ def test_rejects_options_of_non_dataclass(base: type[Any]) -> None:
 
 def test_registering_non_dataclass_rule_error_suggests_fix() -> None:
     fa_bench.register_rule("undecorated")(undecorated(fa_bench.EdgeRule))
-    with pytest.raises(FaBenchError, match=r"undecorated.*\(drop, kinds_of_drop\) but is no dataclass; write @dataclasses"):
+    with pytest.raises(FaBenchError, match=r"undecorated.*\(drop, kinds_of_drop\) but is not a dataclass; write @dataclasses"):
         register_schemas()
     assert "undecorated" not in ALGORITHMS
     register_schemas()

@@ -78,7 +78,7 @@ class AlignmentLoss(NamedTuple):
 
 
 class LayerProducts(NamedTuple):
-    """The matrix products, or convolutions, of one layer from which the local losses are computed.
+    """The matrix products, or convolutions, of one layer from which the gradients of the local losses are computed.
 
     Attributes:
         x: the layer's input, (rows, I); for a convolution (N, I, ...), already padded if `Geometry` cannot describe the padding.
@@ -261,9 +261,9 @@ class AlignmentRule(RandomFeedbackRule):
 class InputAlignmentRule(AlignmentRule):
     """Base class of the alignment rules whose local losses depend on the layer's input.
 
-    With ``signal=noise``, the losses are computed on standard normal noise in the shape of the layer's input. The ``noise_batch``
-    noise samples are drawn again after every update and are the same in all processes. With noise, the expected value of the
-    second moments C = mean xᵀ x is the identity.
+    With ``signal=noise``, the losses are computed on standard normal noise in the shape of the layer's input, without positions
+    if the layer is linear. The ``noise_batch`` noise samples are drawn again after every update and are the same in all
+    processes. The expected second moments of such noise are the identity.
     """
 
     signal: str = option(
