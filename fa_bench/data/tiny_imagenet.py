@@ -47,7 +47,7 @@ class TinyImageNet(ImageFiles):
         return Listing(classes, {"train": (root / "train", train), "test": (root / "val", annotated(root / "val", classes))})
 
     def _download(self, data_dir: Path, root: Path) -> None:
-        """Download the archive if it is missing, and unpack it; an interruption leaves either the complete archive or nothing."""
+        """Download the archive if it is missing, and unpack it; an interruption never leaves an incomplete archive or dataset."""
         archive = data_dir / f"{self.folder}.zip"
         downloads = not archive.is_file()
         if downloads:

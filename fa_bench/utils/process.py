@@ -14,7 +14,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global random generator."""
+    """The states of the global random generators of torch (CPU and CUDA), Python and NumPy."""
     numpy_state: Any = np.random.get_state(legacy=True)
     kind, words, position, has_gauss, gauss = numpy_state
     return {
@@ -66,7 +66,7 @@ _jobs = 0
 
 
 def freeze_before_second_job() -> None:
-    """Exempt all loaded objects from garbage collection when this process begins its second job. Call this function before each
+    """Exempt all existing objects from garbage collection when this process begins its second job. Call this function before each
     job.
 
     Every run ends with a garbage collection. Without the exemption, the collection would traverse all of torch's modules and take
@@ -77,11 +77,11 @@ def freeze_before_second_job() -> None:
     global _jobs
     _jobs += 1
     if _jobs == 2:
-        gc.collect()  # present garbage would otherwise never be collected
+        gc.collect()  # existing garbage would otherwise never be collected
         gc.freeze()
 
 
-#: The variables of torch's module system, and the names of those that hold global hooks, which a model or a plugin may leave
+#: The variables of `torch.nn.modules.module`, and the names of those that hold global hooks, which a model or a plugin may leave
 #: registered.
 _MODULES = vars(torch.nn.modules.module)
 _HOOKS = [name for name, value in _MODULES.items() if name.startswith("_global_") and isinstance(value, dict)]
