@@ -92,7 +92,7 @@ def annotated(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         label_of[name] = labels[kind]
     if unlabelled := sorted(images - set(label_of)):
         raise DataError(
-            f"{source}: no line for {unlabelled[0]} and {len(unlabelled) - 1} others of {folder / 'images'}; "
-            f"delete {folder.parent} to download it again"
+            f"{source}: no line for {unlabelled[0]}{f' and {more} more' if (more := len(unlabelled) - 1) else ''} of "
+            f"{folder / 'images'}; delete {folder.parent} to download it again"
         )
     return [(folder / "images" / name, label_of[name]) for name in sorted(label_of)]

@@ -14,12 +14,13 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the global random generators of torch (CPU and CUDA), Python and NumPy."""
+    """The states of the global random generators of torch (CPU, CUDA and MPS), Python and NumPy."""
     numpy_state: Any = np.random.get_state(legacy=True)
     kind, words, position, has_gauss, gauss = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(words.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
     }
@@ -32,6 +33,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
         # Another machine may have fewer devices.
         for device, generator in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(generator.cpu(), device)
+    if state.get("mps") is not None and torch.backends.mps.is_available():  # states of earlier versions have no such entry
+        torch.mps.set_rng_state(state["mps"].cpu())
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, words, *rest = state["numpy"]
