@@ -85,7 +85,7 @@ class LocalRule(CutRule):
     # -------------------------------------------------------------------------------------------- attach and detach
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
         self._auxiliary: dict[str, Auxiliary] = {}
-        self._shapes = dict(features)
+        self._made_for = dict(features)
         like = next(self.model.parameters())
         for cut, shape in features.items():
             with _seeded(seed_for(self.seed, cut, "auxiliary")):
@@ -121,11 +121,11 @@ class LocalRule(CutRule):
                 loss = self.local_loss(cut, net, rows, target)
             except RuntimeError as error:
                 shape = tuple(rows.shape[1:])
-                if shape == self._shapes[cut]:
+                if shape == self._made_for[cut]:
                     raise
                 raise CoverageError(
                     f"cut '{cut}' has activations of shape {shape}, but its auxiliary layers were created for "
-                    f"{self._shapes[cut]}; attach with a sample_input of the same size as the training data"
+                    f"{self._made_for[cut]}; attach with a sample_input of the same size as the training data"
                 ) from error
             error, *gradients = torch.autograd.grad(loss, [activation, *required])
         if self.loss_factor != 1:
