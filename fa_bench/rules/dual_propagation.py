@@ -34,9 +34,9 @@ class DualPropagation(EdgeRule):
 
     In contrast to this rule, the code differentiates the mean loss with β = 1 and without s, so its finite difference depends on
     the batch size. This setting corresponds to ``beta`` = 1/N here, and the default is the value for the code's batches of 100.
-    The rule covers every elementwise nonlinear module of torch.nn without parameters or random numbers, not only ReLU. It rejects
-    other elementwise nonlinear functions, such as those in `nn.LSTM`. We took the equations from the code, did not compare them
-    with the paper, and have not reproduced the paper's accuracies.
+    The rule replaces the derivative of every elementwise nonlinear module of torch.nn without parameters or random numbers, not
+    only of ReLU. It rejects models that call functions such as ReLU or tanh outside of these modules, as `nn.LSTM` does. We took
+    the equations from the code, did not compare them with the paper, and have not reproduced the paper's accuracies.
     """
 
     equations = (
