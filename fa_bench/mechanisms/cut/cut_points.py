@@ -52,7 +52,7 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
         cuts: paths of modules.
 
     Raises:
-        CoverageError: if it cannot; the message names the output or the module.
+        CoverageError: if it cannot; the message states the reason.
     """
     if rule.output is None and len(trace.results) > 1:
         listed = names(f"{name} {shape}" for name, shape in trace.results.items())
@@ -138,12 +138,13 @@ def _check_origin(origin: str, trace: Trace, cuts: tuple[str, ...]) -> None:
     if late:
         raise CoverageError(
             f"error_at={origin}: the cut{'s' * (len(late) > 1)} {names(late)} run{'s' * (len(late) == 1)} after "
-            f"this module and would not receive its error; omit them from the cuts"
+            f"this module and would not receive its error; cut only at modules that run before it"
         )
 
 
 def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
-    """The error for a model without cut points. If there is a sample, the error suggests cut points that work."""
+    """The error for a model without cut points. If a sample is given and cut points that work are found, the error suggests
+    them."""
     model, modules = rule.model, [path for path in paths if not list(rule.model.get_submodule(path).children())]
     options: dict[str, Any] = {}
     if sample_input is not None:
@@ -152,14 +153,15 @@ def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> Covera
     example = f", for example {' and '.join(f'{{{name}}}' for name in options)}" if options else ""
     more = ", ..." if len(modules) > 12 else ""
     return CoverageError(
-        f"rule '{rule.name}' needs cut points and {type(model).__name__} declares none; name the modules whose outputs receive "
-        f"the error with cuts{example}, or set model.{rule.declared} (modules: {names(modules[:12])}{more})",
+        f"rule '{rule.name}' needs cut points, and {type(model).__name__} declares none; set cuts to the names of the modules "
+        f"whose outputs receive the error{example}, or set model.{rule.declared} (modules: {names(modules[:12])}{more})",
         options,
     )
 
 
 def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
-    """Options with which the rule can be attached to its model: ``cuts``, and any others that the rule's errors suggest.
+    """Options with which the rule can be attached to its model: ``cuts``, and any others that the error messages of failed
+    attempts suggest.
 
     The result is empty if no such options are found.
     """
@@ -173,7 +175,7 @@ def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
         except CoverageError as error:
             settings = error.settings
             if "allow_uncovered" in settings and has_blocks and not rule.modular and "within" not in options:
-                settings = {"within": "block"}  # leaving the weights uncovered would amount to this
+                settings = {"within": "block"}  # the weights would learn in the same way if they were uncovered
             if not settings or options.items() >= settings.items():
                 break
             options |= settings
@@ -183,7 +185,8 @@ def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
 
 
 def _suggested_cuts(rule: CutRule, sample_input: Any) -> list[str]:
-    """For every hidden layer, the last module whose output depends on this layer and on as few others as possible."""
+    """The paths of suggested cuts: for every hidden layer, the last module whose output is fed by this layer and by as few others
+    as possible, and possibly further modules for tables."""
     model = rule.model
     paths = tuple(path for path, _ in model.named_modules() if path)
     with rule.exact():
