@@ -93,8 +93,8 @@ class RecurrentLayers(Compound):
         return y.transpose(0, 1) if module.batch_first else y, *final
 
     def _layers(self, step: Step, x: Tensor, sizes: list[int] | None, initial: Any) -> tuple[Tensor, ...]:
-        """Run all layers. The input x is (T, N, I) or, if `sizes` lists the number of sequences in each step, (R, I) with the
-        steps in order."""
+        """Run all layers, and return the outputs and the final states. The input x is (T, N, I) or, if `sizes` lists the number
+        of sequences in each step, (R, I) with the steps in order."""
         module: Any = self
         states: list[Tensor] = [initial] if isinstance(initial, Tensor) else list(initial)
         finals: list[State] = []
@@ -113,8 +113,8 @@ class RecurrentLayers(Compound):
         return x, *(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _direction(self, step: Step, x: Tensor, sizes: list[int] | None, initial: State, suffix: str) -> tuple[Tensor, State]:
-        """Run one layer in one direction. Where the number of sequences changes from one step to the next, sequences end or
-        begin."""
+        """Run one layer in one direction, and return its outputs and its final state. Where the number of sequences changes from
+        one step to the next, sequences end or begin."""
         module: Any = self
         ih, hh, hr = (getattr(module, f"{part}_{suffix}", None) for part in ("ih", "hh", "hr"))
         assert ih is not None and hh is not None

@@ -1,4 +1,5 @@
-"""Choose the modules at which a cut rule cuts: read their names, reject unsuitable ones, and suggest some if none are named."""
+"""Choose the modules at which a cut rule cuts: read their names, reject modules that cannot be cut, and suggest cuts if none are
+named."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ _MAX_ATTEMPTS = 4
 
 
 def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
-    """The modules named by the rule's option `cuts` or, if it is not set, by the model, in the order of the model's modules.
+    """The paths of the modules named by the rule's option `cuts` or, if it is not set, by the model, in the order of the model's
+    modules.
 
     Raises:
         CoverageError: if there are none, or a name matches no module.
@@ -103,7 +105,7 @@ def _has_classes_first(rule: CutRule, trace: Trace) -> bool:
 
 
 def named_origin(rule: CutRule) -> tuple[str, ...]:
-    """The module named in the option ``error_at``, as a tuple that is empty if the option is not set.
+    """The option ``error_at`` as a tuple, which is empty if the option is not set.
 
     Raises:
         CoverageError: if the model has no such module.

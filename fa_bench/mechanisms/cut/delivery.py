@@ -1,9 +1,10 @@
 """The backward pass of a cut rule: once the error at the logits is known, an error is delivered to every cut.
 
-An autograd Function is applied to the model's output or, with ``error_at``, to the output of that module. In the forward pass,
-this Function is the identity, with all captured activations as additional inputs. All parts of the model therefore belong to one
-graph. Loss scaling and several forward passes before a backward pass work as usual, as does a plain ``loss.backward()`` for rules
-that need neither labels nor indices. A graph that is never differentiated is freed together with the output.
+An autograd Function is applied to the model's output or, if ``error_at`` names a module, to the output of this module. In the
+forward pass, the Function is the identity, with all captured activations as additional inputs. All parts of the model therefore
+belong to one graph. Loss scaling and several forward passes before a backward pass work as usual, as does a plain
+``loss.backward()`` for rules that need neither labels nor indices. A graph that is never differentiated is freed together with
+the output.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class Delivery:
         # network by one per cent.
         self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
         self._needs_indices = rule.needs_indices
-        # With error_at, the tape keeps the values instead of the autograd Function. The module in error_at may run within an
-        # activation checkpoint, whose repeated forward pass does not apply the Function and would not restore its saved values.
+        # With error_at, the values are kept on the tape instead of being saved by the autograd Function. If the module in
+        # error_at runs within an activation checkpoint, the repeated forward pass does not apply the Function, so its saved
+        # values would be missing.
         self._keeps_values = self._reads_values and rule.error_at is not None
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
@@ -219,8 +221,8 @@ class Delivery:
         """Run the backward pass; the arguments are those of `Rule.backward`."""
         self._target, self._is_delivered = target, False
         if self.rule.scales:
-            # If the rule computes errors from the objective's loss (`takes_numbers`), the scale is measured, which also verifies
-            # that this loss is a multiple of the objective's.
+            # If the rule computes errors from the objective's loss (`takes_numbers`), a scale that was not given is always
+            # measured, because this also verifies that the loss is a multiple of the objective's loss.
             is_known = not self.rule.takes_numbers and is_unscaled(loss, target, self.rule.objective)
             self._loss_scale = 1.0 if loss_scale is None and is_known else loss_scale
         try:

@@ -156,7 +156,7 @@ class CutRule(Rule):
 
         Args:
             cut: the cut's module path.
-            name: the tensor's name, which is ``feedback_NAME`` in the model's state_dict.
+            name: the tensor's name; the module at the cut stores the tensor as ``feedback_NAME``.
             value: an initialiser, or the tensor itself; the arguments below are for initialisers.
             shape: the tensor's shape, (C, ...).
             density: fraction of the entries that are not masked.
