@@ -261,7 +261,7 @@ def test_load_state_dict_restores_and_validates_errors() -> None:
     step(model, rule, ALL)
     other.load_state_dict(rule.state_dict())
     assert_matches(step(twin, other, ALL), numbers(step(model, rule, ALL)))
-    with pytest.raises(StateError, match=r"errors of shape \(7, 3\); these data have \(8, 3\)"):
+    with pytest.raises(StateError, match=r"errors of shape \(7, 3\); this rule stores errors of shape \(8, 3\)"):
         attached(samples=8)[1].load_state_dict(rule.state_dict())
     with pytest.raises(StateError, match="missing: seen"):
         other.load_state_dict({"errors": rule.state_dict()["errors"]})

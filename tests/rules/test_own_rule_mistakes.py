@@ -213,7 +213,7 @@ class Direct(fa_bench.CutRule):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), r"^cut '1' has no feedback tensor 'B' with which Direct projects errors; .*make_feedback with self\.put\(cut, 'B'"),
+        ((), r"^cut '1' has no feedback tensor 'B', which Direct needs to project errors; .*make_feedback with self\.put\(cut"),
         ((torch.zeros(5, 3),), r"^cut '1': its feedback tensor 'B' has the shape \(5, 3\); it needs 2 rows"),
         (("zeros",), r"^cut '1', feedback tensor 'B': \(\) is not a shape"),
         (("zeros", (2, {"1": (3,)})), r"^cut '1', feedback tensor 'B': \(2, \{.* is not a shape .*math\.prod\(features\[cut\]\)"),

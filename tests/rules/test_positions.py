@@ -441,9 +441,9 @@ def test_rejects_cut_without_batch_first():
     """The cut has shape (T, N, F) for two samples and four tokens. The second axis of the cut could be mistaken for positions,
     because four is a multiple of two."""
     model = nn.Sequential(nn.Linear(7, 5), Swapped(), nn.Tanh(), Swapped(), nn.Linear(5, C))
-    with pytest.raises(CoverageError, match=r"cut '2' has activations of shape \(4, 2, 5\).*the batch comes first"):
+    with pytest.raises(CoverageError, match=r"cut '2' has activations of shape \(4, 2, 5\).*the batch must come first"):
         fa_bench.attach(model, "dfa", cuts=["2"], sample_input=torch.randn(2, 4, 7))
-    with pytest.raises(CoverageError, match="the batch comes first"):
+    with pytest.raises(CoverageError, match="the batch must come first"):
         Layout("act", 2).matched(torch.zeros(2, 4, C), torch.Size((4, 2, 5)))
 
 
