@@ -389,7 +389,7 @@ def test_auxiliary_layers_are_sampled_on_cpu():
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim", "dgl"])
 def test_rejects_float_labels(name):
-    """Without this check, a label that is not an integer would be treated as the class to which it rounds."""
+    """Labels with a floating-point dtype are refused, even if all of them are whole numbers."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, cuts=["act1"], sample_input=x, allow_uncovered=True)
     logits = model(x)

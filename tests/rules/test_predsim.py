@@ -148,8 +148,8 @@ def test_frozen_decoder_matches_local_error():
 
 
 def test_one_hidden_layer_with_output_weight_as_decoder_matches_backprop():
-    """M starts equal to the output weight and gets the same gradient, so the two stay equal and the hidden layer's error is that
-    of backpropagation."""
+    """The decoder's weight starts equal to the output weight and gets the same gradient, so the two stay equal, and the hidden
+    layer's error is that of backpropagation."""
     one, two, (x, y) = nets.one_hidden(), nets.one_hidden(), nets.batch("one")
     for model in (one, two):
         torch.nn.init.zeros_(model.fc2.bias)

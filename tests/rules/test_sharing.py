@@ -317,8 +317,8 @@ def test_pooling_reduces_only_shrinking_axis():
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_matcher_supports_one_to_three_spatial_dimensions(dims):
-    """Maps with 4 pixels per side are reduced to 2 pixels per side. Pooling takes the maximum or the mean of 2^d pixels and
-    copies 2 channels to 4, while a random convolution takes every second pixel."""
+    """Maps with 4 pixels per side are reduced to 2 pixels per side. With pooling, each pixel is the maximum or
+    the mean of 2^d pixels, and 2 channels are copied to 4. A random convolution uses every second pixel."""
     x = torch.randn(3, 2, *[4] * dims, generator=torch.Generator().manual_seed(0))
     blocks = x
     for axis in range(2, 2 + dims):  # split each axis into windows and the positions within a window

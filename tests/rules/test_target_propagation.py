@@ -230,7 +230,7 @@ def test_ldrl_transposed_weights_as_maps_match_backprop() -> None:
 
 
 def test_ldrl_maps_converge_to_transposed_weights() -> None:
-    """The average over 200 steps of 256 noisy samples has an error of about 1 / (200 * 256)^(1/2) = 0.4 % in each entry, and the
+    """The average over 200 steps of 256 noisy samples has an error of about 1 / (200 * 256)^(1/2) = 0.004 in each entry, and the
     entries are of size 0.3."""
     model = linear_net()
     rule = fa_bench.attach(model, "ldrl", sample_input=torch.zeros(2, 7).double(), cuts=["1", "3"], sigma=0.5)
