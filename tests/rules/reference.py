@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Stage:
-    """One module of the chain, with the geometry of a convolution, the eps of BatchNorm, or the output size of average pooling."""
+    """One module of the chain, with a convolution's geometry, the eps of BatchNorm, or the output size of average pooling."""
 
     name: str
     kind: str
