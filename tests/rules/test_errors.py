@@ -67,10 +67,7 @@ def test_rejects_model_without_layers(name, sample, options):
 
 @pytest.mark.parametrize("name", ["fa", "dfa"])
 def test_error_omits_inapplicable_causes(name):
-    """The message mentions further causes in parentheses only if the model has any.
-
-    Further causes are weights that are pruned or used outside their layers.
-    """
+    """The message mentions weights that are pruned or used outside their layers only if the model has any."""
     with pytest.raises(CoverageError) as refused:
         fa_bench.attach(nn.Sequential(nn.Flatten()), name, **({"cuts": ["0"]} if name == "dfa" else {}))
     assert str(refused.value).endswith("or bilinear module with plain weights")
