@@ -21,7 +21,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fa_bench.errors import CoverageError, StateError, missing_method
+from fa_bench.errors import CoverageError, OptionError, StateError, missing_method
 from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, feedback_gradient
 from fa_bench.mechanisms.edge.rule import LayerContext, RandomFeedbackRule
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
@@ -225,6 +225,14 @@ class AlignmentRule(RandomFeedbackRule):
     #: Whether the losses are computed on noise.
     on_noise = False
 
+    def check(self) -> None:
+        super().check()
+        if self.derivative != "exact":
+            raise OptionError(
+                "derivative",
+                f"={self.derivative} is not available, because beta is a coefficient of the local losses in this rule",
+            )
+
     def alignment_loss(self) -> AlignmentLoss:
         """The coefficients of the local losses."""
         raise missing_method(self, "alignment_loss")
@@ -241,7 +249,7 @@ class AlignmentRule(RandomFeedbackRule):
         scale = self._scale
         scale.set(self._factor(loss, logits, target) if loss_scale is None else loss_scale)
         try:
-            loss.backward()
+            super().deliver(loss, logits, target, loss_scale)
         finally:
             scale.set(None)
 
