@@ -1,7 +1,7 @@
 """Read the files of a run. They may be damaged, edited or forged, so every value is checked before it is used.
 
-Each file has its own readers. An error names the file, the key, its value and the allowed values. Unknown keys are
-ignored, so that records of later versions can be read.
+An error names the file, the key, its value and the allowed values. Unknown keys are ignored, so that records of later versions
+can be read.
 """
 
 from __future__ import annotations
