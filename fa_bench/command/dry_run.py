@@ -90,7 +90,7 @@ def _sweep(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
         lines += _section("config", _config(job)) if number == 0 else []
         lines += _details(job, cache)
     if len(shown) < len(distinct):
-        lines.append(f"{len(distinct) - 1} more configs; --dry-run shows each config of a sweep of at most {MOST_CONFIGS}")
+        lines.append(f"{len(distinct) - 1} more configs; only sweeps of at most {MOST_CONFIGS} configs are shown in full")
     return lines
 
 

@@ -72,8 +72,8 @@ class Execution:
     def forward(
         self, function: Callable[..., Any], model: torch.nn.Module, steps: int, processes: int = 1, repeats: bool = False
     ) -> Callable[..., Any]:
-        """Return a forward pass, ``function(x, y)``, in the form in which the run executes it. With compilation, it is compiled
-        for full batches.
+        """Return the forward pass ``function(x, y)`` as the run executes it. With compilation, it is compiled for full batches
+        and their micro-batches.
 
         Other batches run without compilation, because a smaller last batch would need its own graph.
 
@@ -113,7 +113,7 @@ class Execution:
             if len(x) in self._pending:
                 self._pending.discard(len(x))
                 self._has_compiled = True
-                log.info("compiling the step for %d samples, which takes up to a minute", len(x))
+                log.info("compiling the step for %d samples, which may take a minute", len(x))
                 with torch._dynamo.config.patch(allow_rnn=True):  # by default, the graph breaks at recurrent modules
                     return compiled(x, y)
             return compiled(x, y)

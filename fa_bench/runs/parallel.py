@@ -138,7 +138,7 @@ class World:
         """Make the random numbers of dropout independent of those of the other processes."""
 
     def wrapped(self, model: torch_nn.Module) -> Any:
-        """The module that is called in training instead of the model."""
+        """The module to call in training, which wraps the model if there are several processes."""
         return model
 
     def micro_batches(

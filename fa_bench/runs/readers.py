@@ -288,4 +288,4 @@ def inconsistency(result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> s
         )
     last = f", the last of epoch {metrics[-1]['epoch']}" if metrics and metrics[-1]["epoch"] != len(metrics) else ""
     ended = "stopped after" if status == "stopped" else "finished"
-    return f"has records of {len(metrics)} epochs{last}, but {RESULT} says that the run {ended} {epochs}"
+    return f"has records of {len(metrics)} epochs{last}, but {RESULT} says that the run {ended} {epochs} epochs"

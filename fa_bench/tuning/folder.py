@@ -22,7 +22,7 @@ from fa_bench.utils.files import dump_json, temporary_name, write_text
 
 #: The file that describes the study and marks the folder as that of a study.
 STUDY = "tune.json"
-#: The folder that contains the experiment, and the name of both the experiment and the folder of its runs, the final runs.
+#: The folder of the experiment's file, and the name of the experiment, which is also the name of the folder of the final runs.
 EXPERIMENT, FINAL = "experiment", "tuned"
 #: Tables and figures.
 MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR = (
