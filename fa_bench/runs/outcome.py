@@ -109,7 +109,7 @@ def _explain(error: BaseException, job: Job) -> BaseException:
 def record_failure(job: Job, directory: Path, error: BaseException, experiment: str | None = None) -> None:
     """Log why a run failed, with the traceback, and write its result if the directory has none from the current code.
 
-    Checkpoints and records of earlier attempts are kept.
+    Checkpoints and records of earlier attempts are kept. If they are from different code, the directory still says so.
 
     Raises:
         RunDirectoryError: if the directory belongs to another run.
@@ -120,7 +120,7 @@ def record_failure(job: Job, directory: Path, error: BaseException, experiment: 
     with lock_directory(directory):
         has_result = (directory / RESULT).exists() and run_dir.state is not RunState.STALE
         if not has_result:
-            run_dir.start(resume=True)
+            run_dir.start(resume=True, keep_stale=True)
         with log_file(directory / LOG):
             log.debug("failed: %s", error, exc_info=error)
         if not has_result:

@@ -45,17 +45,25 @@ class RunDirectory:
     @property
     def state(self) -> RunState:
         """The state of the run with this config in the directory; `check` refuses a directory that belongs to another config."""
-        try:
-            lines = (self.path / CONFIG).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            return RunState.NEW
+        lines = self._config_lines()
         if not lines or lines[0] != f"{HEADER}{self.job.config_hash}":
             return RunState.NEW
-        if lines[1:2] != [f"{CODE_HEADER}{code_hash(self.job.run.plugins, self.job.own_classes)}"]:
+        if lines[1:2] != [self._code_line()]:
             return RunState.STALE
         if self._is_complete():
             return RunState.FINISHED
         return RunState.UNFINISHED if self.checkpoint.exists() or self.previous.exists() else RunState.NEW
+
+    def _config_lines(self) -> list[str]:
+        """The lines of the directory's config; empty if it cannot be read."""
+        try:
+            return (self.path / CONFIG).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return []
+
+    def _code_line(self) -> str:
+        """The line of a config that contains the hash of the current code."""
+        return f"{CODE_HEADER}{code_hash(self.job.run.plugins, self.job.own_classes)}"
 
     def _is_complete(self) -> bool:
         """Whether the directory has the result and records of a run that must not be trained further.
@@ -117,19 +125,23 @@ class RunDirectory:
         differences = [f"{key}={there.get(key)} there, {here.get(key)} here" for key in keys[:2]]
         return "; ".join(differences) + ("; ..." if len(keys) > 2 else "") if differences else "an older format"
 
-    def start(self, resume: bool) -> None:
+    def start(self, resume: bool, keep_stale: bool = False) -> None:
         """Begin the run: remove the files of earlier attempts, and write the config. If the run is resumed, only the result and
         half-written files are removed.
+
+        With `keep_stale`, the directory remains `RunState.STALE` if it is, so that checkpoints of other code are never resumed.
 
         Raises:
             RunDirectoryError: as in `check`.
             OutputError: if the directory cannot be written.
         """
         self.check()  # again, because files are removed from here on
+        code = self._code_line()
+        if keep_stale and self.state is RunState.STALE:
+            code = next((line for line in self._config_lines()[1:2] if line.startswith(CODE_HEADER)), f"{CODE_HEADER}unknown")
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for path in list(removable_files(self.path, resume)):
                 path.unlink(missing_ok=True)
         text = OmegaConf.to_yaml(OmegaConf.create(self.job.plain()))
-        code = code_hash(self.job.run.plugins, self.job.own_classes)
-        write_text(self.path / CONFIG, f"{HEADER}{self.job.config_hash}\n{CODE_HEADER}{code}\n{text}")
+        write_text(self.path / CONFIG, f"{HEADER}{self.job.config_hash}\n{code}\n{text}")

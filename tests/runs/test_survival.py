@@ -415,3 +415,23 @@ def test_kill_runs_script() -> None:
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert re.findall(r"^\| (\w+) \| \d+ \| 1 \| .* \| 0 \|$", ran.stdout, re.M) == rules
+
+
+def test_failed_restart_does_not_make_checkpoints_of_other_code_resumable(monkeypatch: Patch, capsys: Capture) -> None:
+    sweep = ["-m", *COMMON, "algorithm=kp", "seed=0,1"]
+    assert main(sweep) == 0
+    first = results("outputs")
+    with monkeypatch.context() as patch:
+        patch.setattr(hashes, "_package_hash", lambda: "other code")
+        for _ in range(2):
+            capsys.readouterr()
+            assert main([*sweep, "resume=true"]) == 1
+            assert "was produced by a different version of the code, so resume=true would not" in capsys.readouterr().err
+        assert {result["status"] for result, _ in results("outputs").values()} == {"failed"}
+    # The original code continues from the checkpoints, which are those of the last epoch.
+    assert main([*sweep, "resume=true"]) == 0
+    assert {name: lines for name, (_, lines) in results("outputs").items()} == {name: lines for name, (_, lines) in first.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(hashes, "_package_hash", lambda: "other code")
+        assert main(sweep) == 0
+    assert "was produced by a different version of the code; restarting" in capsys.readouterr().out
