@@ -166,8 +166,8 @@ def keys(options: Options, prefix: str) -> Iterator[str]:
             yield from keys(value, f"{prefix}{field.name}.")
 
 
-#: Options that are left out of the random overrides, because they can make a run slow or read files and devices that the test
-#: does not control.
+#: Options that are left out of the random overrides, because they can make a run slow or depend on files and devices that the
+#: test does not control.
 LONG = (
     "scale",
     "device",

@@ -184,7 +184,6 @@ def test_empty_batch_with_extra_dimensions():
 
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1 + 1e-9, False), (0.95, True), (1.01, True), (0.0, True)])
 def test_lr_deviation_warns_unless_due_to_rounding(factor, warned):
-    """A deviation of the learning rate causes a warning unless it is due to rounding."""
     model, rule = attached("kp")
     optimizer = sgd([{"params": rule.weight_parameters()}, {"params": rule.feedback_parameters(), "lr": 0.1 * factor}])
     with warnings.catch_warnings(record=True) as caught:
