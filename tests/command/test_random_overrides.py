@@ -21,7 +21,8 @@ from fa_bench.registry.options import Options, option_fields
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
 from fa_bench.utils.files import RESULT
 
-#: The number of random examples. 0 runs 30 examples with a fixed seed; FA_BENCH_EXAMPLES=5000 searches longer with new seeds.
+#: The number of random examples. If it is 0, 30 examples with a fixed seed are run; FA_BENCH_EXAMPLES=5000 searches longer with
+#: new seeds.
 EXAMPLES = int(os.environ.get("FA_BENCH_EXAMPLES", "0"))
 
 NUMBERS = [

@@ -388,8 +388,8 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 @needs_compiler
 def test_compiled_graph_accepts_any_loss_scale_and_batch_size() -> None:
-    """One graph supports losses of every scale. The graph is recompiled once for a variable size, and then supports batches of
-    every size."""
+    """One graph supports losses of every scale. When the batch size first changes, the graph is recompiled, and then supports
+    every batch size."""
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):

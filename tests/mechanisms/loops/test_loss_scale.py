@@ -335,7 +335,8 @@ def test_handwritten_mean_loss_matches_cross_entropy(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", OF_LABELS)
 def test_overflow_is_visible_in_every_gradient(variant: str) -> None:
-    """After an overflow, every nonzero gradient contains inf or NaN, so code that checks only some of them skips the update."""
+    """After an overflow, every nonzero gradient contains inf or NaN, so code that checks only some gradients also skips the
+    update."""
     tensors = found(variant, [(X, Y, times(torch.inf))])
     assert not [key for key, tensor in tensors.items() if tensor.any() and torch.isfinite(tensor).all()]
 

@@ -241,6 +241,6 @@ class SignDescent(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_optimizer_without_lr_gives_no_warning(name):
-    """An optimizer without learning rates causes no warnings, which would be errors in this test."""
+    """Warnings are errors in this test, so an optimizer without learning rates must cause none."""
     model, rule = attached(name)
     steps(model, rule, SignDescent(model.parameters()), 2)
