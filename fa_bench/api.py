@@ -119,7 +119,7 @@ def _arguments(function: str, overrides: Sequence[Any], options: Mapping[str, An
         if not isinstance(each, str):
             star = "**" if isinstance(each, Mapping) else "*" if isinstance(each, (list, tuple)) else ""
             hint = f"; unpack it: fa_bench.{function}({star}{truncate(repr(each), 200)})" if star else ""
-            raise ConfigError(f"{truncate(repr(each), 200)} is not an override, a string such as 'seed=0'{hint}")
+            raise ConfigError(f"{truncate(repr(each), 200)} is not an override (a string such as 'seed=0'){hint}")
         if each.startswith("-"):
             raise ConfigError(f"{each}: fa_bench.{function} accepts no flags; omit -m, and pass --config-dir as config_dir=")
     return [*overrides, *(f"{key}={_sweep(key, value)}" for key, value in options.items())]

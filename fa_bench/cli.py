@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def with_errors_printed(program: str, function: Callable[[], int], interrupted: str = "interrupted") -> int:
     """Call `function` and return its exit code. Signals, errors that users can fix, errors of the operating system and plugins
-    that exit the process are reported in one line and result in an exit code. All other exceptions are raised."""
+    that exit the process are reported in one line and result in an exit code. All other exceptions propagate."""
     try:
         with interrupt_on_signals():
             return function()
@@ -68,7 +68,7 @@ def _main(argv: list[str]) -> int:
         return 0
     arguments = _parse(argv)
     if arguments.hydra_help:
-        return _run_hydra(["--hydra-help"])  # the config is not read: it does not change the text
+        return _run_hydra(["--hydra-help"])  # the config is not read, because it does not affect this text
 
     from fa_bench.command.compose import Composer
 
@@ -97,7 +97,7 @@ def _main(argv: list[str]) -> int:
         composer.compose([o.input_line or "" for o in composer.parsed if not o.is_sweep_override()])  # called for its checks
         return _run_hydra([*arguments.overrides, *flags])
     if arguments.cfg:
-        (job,) = composer.expand(multirun=False)  # with the options that an experiment sets for its rule
+        (job,) = composer.expand(multirun=False)  # with the options that an experiment sets for the job's rule
         return 2 if _run_hydra([*job, *flags]) else 0  # Hydra reports a --package that does not exist
     clear_cache()
     with hydra_errors():
@@ -176,7 +176,7 @@ def _parse(argv: list[str]) -> Any:
         raise ConfigError(f"{message}; see fa-bench --help")
 
     parser.error = refuse  # type: ignore[method-assign]
-    # If abbreviations were allowed, --experiment=quickstart would be read as one of Hydra's flags with that prefix.
+    # If abbreviations were allowed, --experiment=quickstart would be read as Hydra's flag --experimental-rerun.
     parser.allow_abbrev = False
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
@@ -188,7 +188,7 @@ def _parse(argv: list[str]) -> Any:
         ("--experimental-rerun", arguments.experimental_rerun, "pass the run's options again"),
     ):
         if given is not None:
-            refuse(f"{flag}: not supported, {instead}")
+            refuse(f"{flag}: not supported; {instead}")
     modes = [
         flag
         for flag, given in (
@@ -245,8 +245,8 @@ def _run_hydra(argv: list[str]) -> int:
 
 @contextmanager
 def _removed_if_empty(directory: Path) -> Iterator[None]:
-    """On exit from the context, remove the run directory and its newly created parents if they are empty because the run did not
-    start."""
+    """On exit from the block, remove the run directory and its parents if they were created within the block and are empty, for
+    example because the run did not start."""
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         yield

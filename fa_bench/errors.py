@@ -28,7 +28,7 @@ class FaBenchError(Exception):
 
 
 class OptionError(FaBenchError, ValueError):
-    """An option of a component is unknown, of the wrong type or out of range.
+    """An option is unknown, has an invalid value, or does not fit the rest of the config.
 
     `path` is the option's name within its component; `with_prefix` prepends the component's key. `suggestion` is the text that
     should follow the path instead, such as ``.name=cosine``.
@@ -181,12 +181,12 @@ def missing_method(component: object, method: str) -> ComponentError:
 
 
 def names(allowed: Iterable[object]) -> str:
-    """The allowed names, separated by commas."""
+    """The items as text, separated by commas."""
     return ", ".join(map(str, allowed))
 
 
 def format_value(value: Any) -> str:
-    """An option's value as it would be typed on the command line, such as ``[a,b]``, ``null`` or ``true``."""
+    """An option's value as typed on the command line, such as ``[a,b]``, ``null`` or ``true``. Strings are not quoted."""
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(format_value, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -50,8 +50,6 @@ _LOCAL = ("directory", "reason")
 #: The tables of a tuning study that are kept.
 TUNED = ("tune.csv", "trials.csv")
 _COMPARED = ["label", "quantity", "ours", "ours_std", "published", "difference", "source"]
-#: The statuses of runs that are included in the statistics of reports.
-_FINISHED = ("finished", "stopped")
 
 
 class Study:
@@ -151,7 +149,7 @@ class Study:
             runs = self.runs[self.runs["algorithm"] == rule].set_index(key)
             if not runs.index.is_unique:
                 raise ValueError(f"{self.name}: {rule} has several runs with the same value of {key}")
-            finished = runs[runs["status"].isin(_FINISHED)][column]
+            finished = runs[runs["status"] == "finished"][column]
             texts = {value: str(runs.at[value, "status"]) if value in runs.index else "-" for value in values}
             texts |= {value: f"{score:.{digits}f}" for value, score in finished.items()}
             texts |= {value: f"**{texts[value]}**" for value in finished.index[finished == finished.max()]}

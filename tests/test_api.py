@@ -56,9 +56,9 @@ def test_python_values_are_converted_to_overrides(value: Any, text: str) -> None
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
-        ([["algorithm=bp"]], {}, r"\['algorithm=bp'\] is not an override, .* unpack it: fa_bench.run\(\*\['algorithm=bp'\]\)$"),
+        ([["algorithm=bp"]], {}, r"\['algorithm=bp'\] is not an override .* unpack it: fa_bench.run\(\*\['algorithm=bp'\]\)$"),
         ([{"seed": 0}], {}, r"unpack it: fa_bench.run\(\*\*\{'seed': 0\}\)$"),
-        ([Path("seed=0")], {}, r"is not an override, a string such as 'seed=0'$"),
+        ([Path("seed=0")], {}, r"is not an override \(a string such as 'seed=0'\)$"),
         (["-m"], {}, r"^-m: fa_bench.run accepts no flags"),
         ([], {"seed": []}, r"seed=\[\] is a sweep without values"),
         ([], {"algorithm": {"bp"}}, r"set is not an allowed type .*; pass a list$"),

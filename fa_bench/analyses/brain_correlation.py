@@ -32,9 +32,9 @@ class BrainCorrelation(Analysis):
         cos(angle) = R √p        [derived: the covariance is p R, and the variance of the feedback is multiplied by p]
 
     The paper sampled matrices with p = 0.31 and R = 0.36, as measured in cortex, and found a correlation of 0.2 and an angle of
-    78 degrees, in agreement with the formula. We also sample matrices: W is Gaussian, and the feedback is R W + √(1 - R²) N with
-    Gaussian noise N, multiplied by a Bernoulli mask that is one with probability p. The formula does not hold for weights with a
-    nonzero mean, such as synapses of one sign.
+    78 degrees, in agreement with the formula. We also sample matrices: W is Gaussian, and the feedback is
+    M ⊙ (R W + √(1 - R²) N) with Gaussian noise N and a Bernoulli mask M that is one with probability p. The formula does not hold
+    for weights with a nonzero mean, such as synapses of one sign.
 
     The rule `mixed`, which has three kinds of synapses, corresponds to p = k + f and R = k / (k + f), where k and f are its
     fractions of KP and FA synapses. The row for `mixed` uses the rule's defaults.
@@ -43,11 +43,13 @@ class BrainCorrelation(Analysis):
     size: ClassVar[tuple[float, float]] = (10, 4)
 
     reciprocal: float = option(0.31, "fraction of connected pairs that are reciprocal, in the brain", above=0, maximum=1)
-    correlation: float = option(0.36, "correlation of the weights over these pairs, in the brain", minimum=0, maximum=1)
+    correlation: float = option(0.36, "correlation of the weights over reciprocal pairs, in the brain", minimum=0, maximum=1)
     fractions: list[float] = option(
         [0.05, *(k / 10 for k in range(1, 11))], "p: fractions of reciprocal pairs to sample", above=0, maximum=1
     )
-    correlations: list[float] = option([0.2, 0.36, 0.6, 1.0], "R: correlations for every fraction", minimum=0, maximum=1)
+    correlations: list[float] = option(
+        [0.2, 0.36, 0.6, 1.0], "R: correlations to sample, each with all fractions", minimum=0, maximum=1
+    )
     neurons: int = option(200, "neurons on each side, that is, rows and columns of a matrix", minimum=2)
     draws: int = option(10, "matrices sampled for each point", minimum=1)
     seed: int = option(0, "seed of the matrices", minimum=0)

@@ -32,7 +32,7 @@ def _parsed(options: list[str]) -> DictConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``fa-bench-analyse`` and return its exit code. Invalid input prints a one-line error message and gives exit code 2."""
+    """Run ``fa-bench-analyse`` and return its exit code. Invalid input results in an error message and exit code 2."""
     return exit_code("fa-bench-analyse", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
 

@@ -90,10 +90,10 @@ class ForwardAlignmentTheorem(Analysis):
     outputs: int = option(4, "O: outputs", minimum=2)
     start: float = option(0.1, "standard deviation of M", minimum=0)
     k: float = option(1.0, "change of A in k_random (standard deviation) and k_negative (factor of C)", above=0)
-    condition: float = option(100.0, "largest over smallest eigenvalue of the coloured input's covariance", minimum=1)
+    condition: float = option(100.0, "largest eigenvalue of the coloured input's covariance, divided by the smallest", minimum=1)
     lr: float = option(0.01, "η: the step of the discrete dynamics, in units of time", above=0)
     time: float = option(100.0, "duration of each run", above=0)
-    records: int = option(100, "maximum number of rows per run, equally spaced in the logarithm of time", minimum=2)
+    records: int = option(100, "maximum number of rows per run after time 0, equally spaced in the logarithm of time", minimum=2)
     seeds: int = option(5, "number of seeds; T, C, M and all other random numbers depend on the seed", minimum=1)
 
     def check(self) -> None:

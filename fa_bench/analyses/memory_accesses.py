@@ -39,7 +39,7 @@ class MemoryAccesses(Analysis):
     batch: list[int] = option([1, 128], "batch sizes", minimum=1)
     input_shape: list[int] = option([3, 32, 32], "channels, height and width of an image", minimum=1)
     classes: int = option(10, "number of classes", minimum=2)
-    strict: bool = option(False, "also count what the paper omits: B, and one bit per output of a ReLU")
+    strict: bool = option(False, "also count what the paper omits: the feedback B, and one bit per output of a ReLU")
 
     def check(self) -> None:
         if len(self.input_shape) != 3:

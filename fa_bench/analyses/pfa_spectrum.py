@@ -33,9 +33,9 @@ class PFASpectrum(Analysis):
         μ(v) = √((λ₊ - v)(v - λ₋)) / (2π λ v) on [λ₋, λ₊], λ± = (1 ± √λ)²
 
     The eigenvalues have mean 1 and standard deviation √λ; if λ > 1, a fraction 1 - 1/λ of them is zero [derived]. With the error
-    g and the input x, the rule updates W by gᵀ x and R by Bᵀ gᵀ x, so B R approaches B Bᵀ W as the initial values decay. If W (O,
-    I) is independent of B, the angle between B Bᵀ W and W is arctan √λ [derived: tr(B Bᵀ)/O is 1, and tr((B Bᵀ)²)/O is 1 + λ]. A
-    new W is sampled for every B.
+    g and the input x, the rule updates W by gᵀ x and its learned feedback R (M, I) by Bᵀ gᵀ x, so B R approaches B Bᵀ W as the
+    initial values decay. If W (O, I) is independent of B, the angle between B Bᵀ W and W is arctan √λ [derived: tr(B Bᵀ)/O is 1,
+    and tr((B Bᵀ)²)/O is 1 + λ]. A new W is sampled for every B.
 
     The table is in long format. Each row contains the quantity, the ratio, λ, the middle of the bin (for the density only), the
     measured value, its standard deviation (for means only), and the prediction. Statistics of the eigenvalues are taken over all

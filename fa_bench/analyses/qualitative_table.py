@@ -60,8 +60,8 @@ class QualitativeTable(Analysis):
 
     - no magnitude transport: all W are doubled. The mark is "yes" if the relative change of the feedback is at most ``changed``.
 
-    - no separate feedback phase: ``rule.step()``, which performs mirror steps, is called between two updates, without data, a
-      loss or gradients. The mark is "yes" if the relative change of the feedback is at most ``changed``.
+    - no separate feedback phase: ``rule.step()``, which performs the mirror steps of a rule that has them, is called between two
+      updates, without data, a loss or gradients. The mark is "yes" if the relative change of the feedback is at most ``changed``.
 
     - no explicit symmetry after training: the direct synapses are the feedback tensors of the same shape as the weight or, for a
       rule without feedback tensors, the effective feedback. The mark is "no" if the mean angle between the direct synapses and W
@@ -99,19 +99,22 @@ class QualitativeTable(Analysis):
     seeds: int = option(2, "seeds, from 0", minimum=1)
     changed: float = option(
         1e-4,
-        "largest relative change, or fraction of values, that is ignored; it exceeds rounding errors (1e-7), but is far below "
-        "the effect of weight transport (1) or of a mirror step (0.01)",
+        "largest relative change, or fraction of values, that is ignored; the default exceeds rounding errors (1e-7), but is far "
+        "below the effect of weight transport (1) or of a mirror step (0.01)",
         minimum=0,
     )
     aligned: float = option(
         25.0,
-        "largest angle in degrees at which feedback and weight count as aligned; it lies between that of pfa, arctan √0.1 = "
-        "17.5, and that between uniform weights and their signs, 30",
+        "largest angle in degrees at which feedback and weight count as aligned; the default lies between the angle of pfa, "
+        "arctan √0.1 = 17.5, and the angle between uniform weights and their signs, 30",
         minimum=0,
         maximum=90,
     )
     apart: float = option(
-        78.0, "degrees from which direct synapses count as no more symmetric than those of the brain", minimum=0, maximum=90
+        78.0,
+        "angle in degrees from which direct synapses count as no more symmetric than those of the brain",
+        minimum=0,
+        maximum=90,
     )
     gap: float = option(
         1.3,

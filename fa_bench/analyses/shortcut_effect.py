@@ -34,14 +34,14 @@ class ShortcutEffect(Analysis):
 
     The input of layer l + 3 is h_{l+2} = φ(W_{l+2} h_{l+1} + b_{l+2}), plus h_l if there is a shortcut. Backpropagation therefore
     changes the layer's weight by δ φ(...), plus δ h_l if there is a shortcut. ASAP shares h_l and changes the weight by δ h_l in
-    both nets; with a shortcut, this is part of backpropagation's change. The paper illustrates this effect with a sketch; this
-    analysis measures it. Both nets are trained with ASAP. Between epochs, the gradients of ASAP and of backpropagation are
-    computed for the same batch and weights, and two angles between them are measured in each layer:
+    either case; with a shortcut, this is part of backpropagation's change. The paper illustrates this effect with a sketch; this
+    analysis measures it. A net with shortcuts and a net without them are trained with ASAP. Between epochs, the gradients of ASAP
+    and of backpropagation are computed for the same batch and weights, and two angles between them are measured in each layer:
 
     - ``whole``: the angle of ASAP's gradient as in training, where δ is propagated through B.
 
-    - ``sharing``: the angle of ASAP's gradient with backpropagation's δ (option ``transport``, also in fully connected layers),
-      as in eqs 44, 46 and 47.
+    - ``sharing``: the angle of the gradient that ASAP would compute from backpropagation's δ (option ``transport``, also in fully
+      connected layers), as in eqs 44, 46 and 47.
 
     The effect occurs in layers that take the sum at the end of a block as input, such as the first convolution of the next block,
     but not in layers inside a block. The column ``shares`` marks layers whose shared activation is not their own input; for other
@@ -58,7 +58,7 @@ class ShortcutEffect(Analysis):
     data_dir: str = option("data", "folder of datasets")
     optimizer: str = option("sgd:lr=0.03,momentum=0.9,weight_decay=0.0005", "optimizer, NAME:OPTION=VALUE,...")
     epochs: int = option(6, "epochs of training", minimum=1)
-    every: int = option(3, "epochs between two measurements; also measured before the first and after the last epoch", minimum=1)
+    every: int = option(3, "epochs between two measurements, in addition to those before and after training", minimum=1)
     batch_size: int = option(64, "batch size of training", minimum=1)
     probe_size: int = option(128, "batch size for measuring the angles", minimum=2)
     seeds: int = option(2, "seeds, from 0", minimum=1)
@@ -152,7 +152,7 @@ class ShortcutEffect(Analysis):
 
 
 def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
-    """The angles between the weight gradients of the rule and of backpropagation on the fixed batch, by layer.
+    """The angles between the weight gradients of the rule and of backpropagation on the meter's fixed batch, by layer.
 
     The angles are in degrees. ``whole`` is the angle for the unmodified rule, and ``sharing`` is the angle for the rule with the
     option ``transport``. ``shares`` indicates whether sharing changes the layer's gradient at all. The model is not changed.

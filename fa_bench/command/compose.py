@@ -31,7 +31,7 @@ from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import check_writable, refuse_root
 from fa_bench.utils.shell import expansion_problem
 
-#: The name that Hydra gives to jobs of `fa_bench.cli`, which paths in a config can contain as ``${hydra.job.name}``.
+#: The name that Hydra gives to jobs of `fa_bench.cli`. Paths in a config may refer to it as ``${hydra.job.name}``.
 JOB_NAME = "cli"
 
 
@@ -45,7 +45,7 @@ class Composer:
         loader: Hydra's config loader, if Hydra is running already.
 
     Attributes:
-        config: the config of the last job that was checked; None before.
+        config: the config of the last job that was checked; None before the first check.
         parsed: the parsed overrides.
         plugins: the modules named on the command line; a config file must not name others.
 
@@ -98,8 +98,8 @@ class Composer:
         return [job for line in lines for job in self._jobs(line, self.compose(line, RunMode.MULTIRUN))]
 
     def _jobs(self, overrides: list[str], config: DictConfig) -> list[list[str]]:
-        """The overrides of every job if at most one experiment is selected. `config` must be composed from those overrides that
-        are not sweeps."""
+        """The overrides of every job, for a command line that selects at most one experiment. `config` must be composed from
+        those overrides that are not sweeps."""
         where = f"experiment={config.hydra.runtime.choices.get('experiment')}"
         grid, rule_options = _read_grid(config, where), _read_rules(config, where)
         if grid and not self._multirun:
@@ -118,9 +118,9 @@ class Composer:
     def _parts(self, grid: list[dict[str, str]], overrides: list[str]) -> list[list[str]]:
         """The parts of an experiment's sweep as overrides. Values on the command line replace those of the experiment.
 
-        If parts list a component that the command line also sets, such as the rule, each part keeps only those values of the
-        command line that it lists itself. A part that lists none of the command line's values is dropped. Values that no part
-        lists go to the first part.
+        If the command line sets a group that parts of the sweep also set, such as the algorithm, each part keeps only those of
+        the command line's values that it lists itself. Values that no part lists go to the first part. A part that is left
+        without a value is dropped.
         """
         given = self.chosen()
         kinds = [group.kind for group in GROUPS if group.kind in given and any(group.kind in part for part in grid)]
@@ -161,7 +161,7 @@ class Composer:
 
         Args:
             jobs: the overrides of each job.
-            directories: whether to check that the run directories can be written and contain no other files.
+            directories: whether to check that the run directories can be written and contain only files of these runs.
 
         Returns:
             Every job with its run directory.
@@ -169,7 +169,7 @@ class Composer:
         Raises:
             ConfigError: for an unknown key, and if two jobs are the same run.
             OptionError: for an invalid value.
-            RunDirectoryError: if a directory cannot be created, belongs to another config's run, or contains other files.
+            RunDirectoryError: if a directory cannot be written, belongs to a run with another config, or contains foreign files.
         """
         checked: dict[Path, Job] = {}
         for number, overrides in enumerate(jobs):
@@ -223,7 +223,7 @@ def _loader(folder: Path | None) -> ConfigLoader:
     version.setbase("1.3")
     JobRuntime.instance().set("name", JOB_NAME)
     search_path = create_config_search_path(str(conf_dir()))
-    if folder is not None:  # as Hydra's --config-dir does; an override of the search path would not list the folder's groups
+    if folder is not None:  # as for Hydra's --config-dir; with hydra.searchpath, the folder's groups would not be listed
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     return JobLoader(search_path)
 
@@ -247,7 +247,7 @@ def _hydra_folders(config: DictConfig, multirun: bool) -> dict[str, str]:
 
 
 def folder_of(config: DictConfig, key: str) -> str:
-    """The folder name under `key`. Raises ConfigError if the name is missing, is empty or contains shell variables."""
+    """The folder name under `key`. Raises ConfigError if there is no such name, or if a shell would have to expand it."""
     try:
         value = OmegaConf.select(config, key)
     except FaBenchError:
@@ -267,10 +267,9 @@ def folder_of(config: DictConfig, key: str) -> str:
 
 
 def _parse_all(overrides: list[str]) -> list[Override]:
-    """Parse overrides. Raises ConfigError for overrides that Hydra would misread or would refuse only after the start.
+    """Parse overrides. Raises ConfigError for an override that cannot be parsed, and for a sweep over Hydra's own options.
 
-    Hydra refuses sweeps over its own options only after the start. An override that lists several components is refused, because
-    Hydra would merge the configs of these components.
+    An override that lists several components is also refused, because Hydra would merge the configs of these components.
     """
     parsed = [parse(text) for text in overrides]
     kinds = [group.kind for group in GROUPS]

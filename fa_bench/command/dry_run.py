@@ -49,9 +49,9 @@ _OUTPUTS = {CLASSES: "classes", VALUES: "outputs", POSITIONS: "tokens"}
 def dry_run(config_name: str, config_dir: str | None, overrides: list[str], multirun: bool) -> str:
     """Describe what a command line would run.
 
-    For a run, the text shows the config, model, feedback, sizes, costs, data and directory. For a sweep, the text shows an
-    overview, the run directories and the first config, with the model, feedback, sizes, costs and data of every config. Configs
-    that differ only in the seed are shown once. If there are more than `MOST_CONFIGS` configs, only the first one is shown.
+    For a run, the text shows the config, model, feedback, costs, data and directory. For a sweep, the text shows an overview, the
+    run directories, the first config and, for every config, the model, feedback, costs and data. Configs that differ only in the
+    seed are shown once. If there are more than `MOST_CONFIGS` configs, only the first one is shown.
 
     Args:
         config_name, config_dir, overrides: as for `fa_bench.command.compose.Composer`.
@@ -90,7 +90,7 @@ def _sweep(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
         lines += _section("config", _config(job)) if number == 0 else []
         lines += _details(job, cache)
     if len(shown) < len(distinct):
-        lines.append(f"{len(distinct) - 1} more configs; --dry-run shows each config of a sweep of at most {MOST_CONFIGS}")
+        lines.append(f"{len(distinct) - 1} more configs; only sweeps of at most {MOST_CONFIGS} configs are shown in full")
     return lines
 
 
@@ -113,7 +113,7 @@ def _nothing_written() -> Iterator[None]:
 
 
 def _load(job: Job, cache: dict[str, Splits]) -> Splits:
-    """The job's dataset. `cache` holds only the last one: consecutive configs share it, and no two are in memory at once."""
+    """The job's data. `cache` contains only the data loaded last, which are used again if the next job has the same dataset."""
     plain = job.plain()
     key = json.dumps([plain[part] for part in ("dataset", "data_dir", "scale")], sort_keys=True)
     if key not in cache:
@@ -162,10 +162,11 @@ def _uncovered(rule: Rule) -> list[str]:
 
 
 def _without_error(parts: Parts) -> list[str]:
-    """A line that names the layers with feedback that send no error back, because no layer before them learns."""
+    """A line that names the layers with feedback that send no error back, because no layer before them learns; empty if there are
+    none."""
     reached, pairs = parts.meter.trace.reached, parts.rule.weight_pairs()
     first = [path for path in parts.meter.trace.order if path in pairs and path not in reached]
-    return [f"{names(first)} send{'s' * (len(first) == 1)} no error back, because no earlier layer learns"] if first else []
+    return [f"no error is sent back from {names(first)}, because no earlier layer learns"] if first else []
 
 
 def _feedback(rule: Rule) -> list[str]:
@@ -242,7 +243,7 @@ def _optimizers(job: Job, learned: bool) -> str:
 
 
 def _accesses(job: Job, model: torch.nn.Module, splits: Splits, batch: int) -> list[tuple[str, str]]:
-    """External memory accesses (Woo et al. 2021) of backpropagation, and of the rule if they are defined for it."""
+    """A row with the external memory accesses (Woo et al. 2021) of backpropagation, and of the rule if defined for it."""
     counts = memories(model, splits.input_shape, job.fresh_algorithm(), splits.inputs)
     reference, of_rule = (memory and sum(memory.accesses(batch)) for memory in counts)
     assert reference is not None
@@ -300,7 +301,7 @@ def describe(run_dir: Path, job: Job) -> str:
 
 
 def _directories(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
-    """Lines that count the run directories of a sweep by state, and that list those that are not empty."""
+    """Lines that count the run directories of a sweep by state, followed by a line for each directory that is not empty."""
     states = {run_dir: describe(run_dir, job) for job, run_dir in jobs}
     counts = collections.Counter(text.split(":")[0].split(" (")[0] for text in states.values())
     used = [f"{run_dir}: {text}" for run_dir, text in states.items() if text != "empty"]

@@ -13,7 +13,7 @@ from fa_bench.command.overrides import parse, values_of
 from fa_bench.config.job import GRID, RULES, TUNE
 from fa_bench.errors import ConfigError, names, nearest, truncate
 
-#: Choices in Hydra's own groups that require an additional package.
+#: The additional packages that choices in Hydra's own groups require, by group and choice.
 _PACKAGES = {
     "hydra/launcher": {
         "joblib": "hydra-joblib-launcher",
@@ -28,7 +28,7 @@ _PACKAGES = {
 }
 
 
-#: The names that other libraries use for options of fa-bench.
+#: Maps names that other libraries use for options to fa-bench's names.
 _SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "wd": "weight_decay", "bs": "batch_size"}
 
 
@@ -48,10 +48,10 @@ def explain(
         config_name: name of the primary config.
         overrides: the overrides that could not be composed.
         error: raised by Hydra.
-        given: the values of the whole command line by key, if the overrides are those of one job of a sweep.
+        given: the values on the whole command line, by key, including all values of a sweep.
     """
     if isinstance(error, RecursionError):
-        return ConfigError("nested too deeply, or a config whose `defaults` refer to itself")
+        return ConfigError("a config is nested too deeply, or its `defaults` refer to the config itself")
     hydra_groups = {f"hydra/{group}": loader.get_group_options(f"hydra/{group}") for group in loader.list_groups("hydra")}
     groups = {**list_groups(loader), **hydra_groups}
     parsed = [parse(text) for text in overrides]
@@ -69,7 +69,7 @@ def explain(
                         if not hint and key not in hydra_groups and key != "experiment":
                             hint = "; if a plugin provides it, pass plugins=[MODULE]"
                         return ConfigError(f"{key}={truncate(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
-        # Keys are looked up in the config that is composed with the chosen groups.
+        # Keys are looked up in the config composed from those overrides that choose from groups, such as algorithm=kp.
         chosen = [
             f"{o.get_key_element()}={values_of(o)[0]}" if o.is_sweep_override() else o.input_line or ""
             for o in parsed

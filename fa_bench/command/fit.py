@@ -28,11 +28,11 @@ def check_fit(jobs: Iterable[Job], loaded: Shape | None = None) -> None:
 
     Args:
         jobs: the jobs.
-        loaded: the shape of the data of all jobs, if they have been loaded. Without it, datasets whose shape is known only from
-            their files are skipped.
+        loaded: the shape of the data of all jobs, if the data have been loaded. Without it, jobs with datasets whose shape is
+            known only from their files are skipped.
 
     Raises:
-        CoverageError: if a rule does not cover its network; the message names the rule, the architecture and what is missing.
+        CoverageError: if a rule cannot be attached to its network.
         OptionError, ConfigError: if an architecture refuses the shape of the data.
     """
     deadline = time.monotonic() + MOST_SECONDS

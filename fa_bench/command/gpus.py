@@ -25,7 +25,7 @@ class GpuPool:
     one.
 
     Attributes:
-        devices: as in CUDA_VISIBLE_DEVICES.
+        devices: the names of the devices, as in CUDA_VISIBLE_DEVICES.
         folder: the folder of the lock files, on this machine.
     """
 
@@ -62,19 +62,19 @@ def visible_devices(count: int, environment: Mapping[str, str]) -> list[str]:
 
 
 def shares_devices(requested: Collection[str]) -> bool:
-    """Whether jobs with these values of `device` can be distributed over the CUDA devices, which requires that at least one value
-    is auto or cuda and that all others are cpu."""
+    """Whether jobs with these values of `device` can be distributed over the CUDA devices, which requires that every value is
+    auto, cuda or cpu, and that at least one is not cpu."""
     return bool({"auto", "cuda"}.intersection(requested)) and set(requested) <= {"auto", "cuda", "cpu"}
 
 
 def jobs_at_a_time(jobs: int | None, devices: int, jobs_per_gpu: int) -> tuple[int | None, str]:
-    """The number of jobs that run at a time on these devices, and a line of text about it; the line is empty if there is nothing
-    to report.
+    """The number of jobs to request from the launcher, and a line of text about it; the line is empty if there is nothing to
+    report.
 
     Args:
-        jobs: the number requested from the launcher (`hydra.launcher.n_jobs`); -1 for its default, None for a launcher without
-            that option.
-        devices: CUDA devices.
+        jobs: the number of jobs at a time in the config (`hydra.launcher.n_jobs`); -1 for the launcher's default, None for a
+            launcher without that option.
+        devices: the number of CUDA devices.
         jobs_per_gpu: the number of jobs that run at a time on each device by default.
     """
     if not devices or jobs is None or jobs == 1:

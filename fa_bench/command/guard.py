@@ -35,8 +35,8 @@ SWEEPER = "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"
 #: The sections that Hydra instantiates, and the logging sections.
 _INSTANTIATED = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks")
 _LOGS = ("hydra.job_logging", "hydra.hydra_logging")
-#: The only interpolations allowed in instantiated and logging sections are names and folders, which are plain text in every
-#: config.
+#: Matches the only interpolations that are allowed in instantiated and logging sections. Their values, such as names and folders,
+#: are plain text in every config.
 _TEXT = re.compile(r"\$\{hydra\.(job|sweep|run|runtime)\.(name|id|num|dir|subdir|output_dir|override_dirname)\}")
 #: The values allowed for certain logging keys, and the allowed logging values that have a scheme, such as ``ext://``.
 _LOG_VALUES = {
@@ -54,7 +54,7 @@ class _FileResult(ConfigResult):
     """The config that was loaded from one file.
 
     It is marked as coming from a schema source. Otherwise, Hydra 1.3 would merge the file with the ConfigStore's entry of the
-    same path (automatic schema matching, removed in Hydra 1.4).
+    same path (automatic schema matching).
     """
 
     is_schema_source = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
@@ -186,7 +186,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
     if OmegaConf.is_list(modules) and (unnamed := [name for name in modules if name not in plugins]):
         raise ConfigError(
             f"plugins=[{unnamed[0]}]: set by a config file, but only the command line may name modules to import; "
-            f"add plugins=[{unnamed[0]}] to it"
+            f"add plugins=[{unnamed[0]}] to the command line"
         )
 
 
@@ -233,7 +233,7 @@ def _walk(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 @functools.cache
 def _hydra_classes() -> list[str]:
     """The import paths of the launchers, sweepers and callbacks that Hydra and its plugins define."""
-    import hydra.experimental.callbacks  # noqa: F401  (defines Hydra's own)
+    import hydra.experimental.callbacks  # noqa: F401  (defines Hydra's own callbacks)
 
     classes: list[type] = [*Plugins.instance().discover(Launcher), *Plugins.instance().discover(Sweeper), Callback]
     for cls in classes:  # the list grows during the loop

@@ -30,8 +30,8 @@ def errors_named(config: DictConfig, name: str) -> Iterator[None]:
 
 
 def check_sections(config: DictConfig) -> None:
-    """Check the sections that Hydra reads only when it runs a job. Raises ConfigError, naming the section, if a section is
-    invalid.
+    """Check options of Hydra that it reads only after a run or sweep has started. Raises ConfigError, naming the key, if a value
+    is invalid.
 
     Args:
         config: as composed by Hydra, with the node ``hydra``.

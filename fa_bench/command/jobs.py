@@ -28,12 +28,12 @@ class Task:
 
     Attributes:
         command: the command line, for the record of a sweep.
-        epochs: the number of epochs of every job of the sweep; empty for a single run.
+        epochs: the number of epochs of each job of the sweep; empty for a single run.
         keys: the keys in which the jobs of each rule differ, by rule.
         swept: the keys in which the jobs of the sweep differ, each mapped to whether its values are numbers.
         threads: CPU threads of the process that started the sweep; their number changes rounding.
         parent_pid: the pid of that process.
-        failure_marker: a file that exists once a job has failed.
+        failure_marker: a file that exists once a job with on_error=stop has failed.
         gpus: CUDA devices that worker processes share; None if each process uses the devices that it sees.
         directories: the run directories of the checked jobs.
         errors: a list that collects the FaBenchErrors of a run within a user's program; if None, they are printed.
@@ -56,7 +56,8 @@ class Task:
         """Run one job. In a sweep, an error in one job does not prevent the others from running, unless on_error=stop is set.
 
         Returns:
-            0 if the run finished, diverged or was stopped by a callback; 1 if it failed or was skipped; 2 after a FaBenchError.
+            0 if the run finished, diverged or was stopped by a callback; 1 if it failed or was skipped; 2 after a FaBenchError;
+            after a signal, the result of `_stopped`.
         """
         if self.epochs and os.getpid() != self.parent_pid:
             self._set_up_worker()
@@ -104,7 +105,8 @@ class Task:
             if isinstance(error, FaBenchError) and self.errors is not None:
                 self.errors.append(error)
                 return 2
-            # A failure is recorded in the run's directory, unless another process writes there or the error is only printed.
+            # The error is recorded in the run's directory, unless another process writes there or a single run raised a
+            # FaBenchError.
             unrecorded = isinstance(error, DirectoryLockedError) or (is_known and not self.epochs) or parallel.current().rank > 0
             logged = unrecorded or _record(job, directory, error, experiment)
             where = f"traceback: {directory / LOG}" if logged else f"in {directory}, where no log can be written"

@@ -33,8 +33,8 @@ def parse(text: str) -> Override:
     """Parse one override.
 
     Raises:
-        ConfigError: if it cannot be parsed, is too long, or has too many values or none; if known, the message says what to type
-            instead.
+        ConfigError: if it cannot be parsed, is too long, or has too many values or none; where possible, the message says what to
+            type instead.
     """
     short = truncate(text, 100)
     if len(text) > MOST_TEXT:
@@ -82,7 +82,7 @@ def expand(overrides: list[Override]) -> list[list[str]]:
 
 
 def _quoting_hint(text: str) -> str:
-    """The message for an override with a value that needs quotes; empty if missing quotes are not the problem."""
+    """The message for an override whose value begins with ``~`` or needs quotes; empty if the problem is another one."""
     key, found, value = text.partition("=")
     if not found or not re.fullmatch(r"\+{0,2}[\w./@-]+", key) or not value.isprintable() or re.match(r"\s*[\[{'\"]", value):
         return ""

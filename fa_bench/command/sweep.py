@@ -58,7 +58,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         0 if every run finished or was stopped by a callback, else 1; after a signal, 128 plus the number of the signal.
 
     Raises:
-        FaBenchError: before the first job starts, if one of them cannot be run.
+        FaBenchError: before the first job starts, if one of the jobs cannot be run.
     """
     hydra_overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
     composer = Composer(config.hydra.job.config_name, None, [*hydra_overrides, *arguments], context.config_loader)
@@ -71,7 +71,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         check_mean_curves(folder)
     assert composer.config is not None
     folder_of(config, "hydra.sweep.dir")  # a launcher may write its own files there before the first job
-    # ${now:...} must resolve to the same time in all jobs.
+    # ${now:...} must resolve to the same time in the config of the sweep as in those of the jobs.
     OmegaConf.copy_cache(from_config=composer.config, to_config=config)
     config.hydra.sweep.dir = composer.config.hydra.sweep.dir
     configs: dict[str, list[dict[str, Any]]] = {}

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
 #: The keys of an experiment that are not part of a run's config: its sweep, its options for rules and its tuning.
 GRID, RULES, TUNE = "grid", "rules", "tune"
-#: torch crashes when it starts about ten thousand threads.
+#: The maximum number of threads. torch crashes when it starts about ten thousand.
 MAX_THREADS = 1024
-#: Allowed devices. The index of a device has at most seven bits in torch.
+#: A pattern for the allowed devices. The index of a device has at most seven bits in torch.
 DEVICE = r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?|1[01][0-9]|12[0-7]))?"
 
 
@@ -64,8 +64,8 @@ class RunOptions(Options):
     accumulate: int = option(1, "micro-batches that a batch is split into to save memory; their gradients are summed", minimum=1)
     clip_norm: float | None = option(
         None,
-        "maximum norm of the gradients of weights and learned feedback together; gradients with a larger norm are scaled down, "
-        "so learned feedback can make weight steps smaller; null: no clipping",
+        "maximum joint norm of the gradients of weights and learned feedback; if the norm is larger, all are scaled down, so "
+        "large gradients of the feedback can make the steps of the weights smaller; null: no clipping",
         above=0,
     )
     device: str = option("auto", "auto (an accelerator if available), cpu, cuda, cuda:1, mps")
@@ -90,8 +90,8 @@ class RunOptions(Options):
     deterministic: bool = option(False, "refuse nondeterministic operations")
     compile: bool | str = option(
         False,
-        "compile forward and backward pass with torch.compile; auto: enabled where measurements show that it is faster; changes "
-        "rounding",
+        "compile the forward and backward passes with torch.compile; auto: enabled where measurements show that it is faster; "
+        "changes rounding",
         choices=["auto", True, False],
         identifying=False,
     )
@@ -208,8 +208,8 @@ class Job:
         """Check a composed config and create its components.
 
         Raises:
-            ConfigError: for an unknown key or component; suggests the nearest name.
-            OptionError: for an invalid value; names the full key.
+            ConfigError: for an unknown key or component, with the nearest name, and for components that do not fit together.
+            OptionError: for an invalid value; the message names the full key.
         """
         try:
             plain = {

@@ -15,7 +15,7 @@ class Scale:
     """The factors and limits by which a run is shortened.
 
     Attributes:
-        epochs: fraction of the epochs (at least one remains), of the lengths in schedules and of a rule's phase before training.
+        epochs: factor for the number of epochs (at least one remains), the lengths in schedules and the steps before training.
         train, test: maximum numbers of samples.
         batch_size, probe_size: maximum sizes.
     """

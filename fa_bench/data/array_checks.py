@@ -24,12 +24,11 @@ def checked(
 
     Args:
         arrays: these four arrays and the list of names. Images are whole numbers from 0 to 255, floats from 0 to 1, or bool, (n,
-            C, H, W) or (n, H, W); features are finite numbers, (n, F); tokens are whole numbers from 0 to the number of names -
-            1, (n, T). Labels are whole numbers from 0, which may be stored as floats or as (n, 1); values are finite numbers,
-            (n,) or (n, O); positions are labels for each token, (n, T), and may be negative for tokens that the objective
-            ignores.
-        notes: a sentence is appended to this list for each array of images converted from floats, and another if some labels
-            occur on no training sample.
+            C, H, W) or (n, H, W); features are finite numbers, (n, F); tokens are non-negative whole numbers below the number of
+            names, (n, T). Labels are class indices, which may be stored as floats or as (n, 1); values are finite numbers, (n,)
+            or (n, O); positions are labels for each token, (n, T), and may be negative for tokens that the objective ignores.
+        notes: a sentence is appended to this list for each array of images converted from floats, and another if some classes
+            have no training sample.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
 
     Returns:
@@ -46,7 +45,7 @@ def checked(
         )
     train_x, train_y, test_x, test_y, names = arrays
     if isinstance(names, str) or not hasattr(names, "__iter__"):
-        raise ValueError(f"the class names are {names!r:.40}, not a list of names")
+        raise ValueError(f"the names are {names!r:.40}, but should be a list of names of classes, outputs or tokens")
     classes = [str(name) for name in names]
     one, several = NOUNS[inputs]
 
@@ -65,7 +64,7 @@ def checked(
         if len(lacking := sorted({*range(len(classes))} - {*labels.tolist()})) and part == "training":
             notes.append(
                 f"no training {one} has label {', '.join(f'{k} ({classes[k]})' for k in lacking[:5])}"
-                f"{' and others' if len(lacking) > 5 else ''}"
+                f"{', ...' if len(lacking) > 5 else ''}"
             )
         return labels
 
@@ -102,8 +101,8 @@ def _images(given: Any, part: str, notes: list[str]) -> np.ndarray:
             f"{part} images have shape {shape} (allowed: (n, channels, height, width), or (n, height, width) for grey)"
         )
     _, first, second, last = images.shape
-    # The channels probably come last if the other two axes are longer than 4 and the last axis has length 3. A last axis of
-    # length 1 or 4 is assumed to hold the channels only if the two axes before it have equal lengths.
+    # The channels probably come last if the two axes before the last one are longer than 4 and the last one has length 3. A last
+    # axis of length 1 or 4 is assumed to hold the channels only if the two axes before it also have equal lengths.
     if first > 4 and second > 4 and (last == 3 or (last in (1, 4) and first == second)):
         raise ValueError(
             f"{part} images have shape {shape}, which looks like (n, height, width, channels); use images.transpose(0, 3, 1, 2)"

@@ -44,8 +44,8 @@ def crop_option(default: str) -> Any:
     """Return the `crop` option for a dataset."""
     return option(
         default,
-        "padded: resize to `size`, augment by crops with 4 pixels of padding; resized: train on a random 8 to "
-        "100 % of each image, resized to `size`; evaluate on a central crop after resizing to 256/224 of `size`",
+        "padded: resize to `size`, augment by crops with 4 pixels of padding; resized: augment by cropping a random 8 to 100 % "
+        "of each image and resizing it to `size`; without augmentation, resize to 256/224 of `size` and crop the centre",
         choices=list(CROPS),
     )
 
@@ -80,13 +80,12 @@ class Dataset(Options):
         identifying=False,
     )
     samples_seed: int = option(
-        0, "seed that determines which `samples` are chosen, the same for every run seed", minimum=0, identifying=False
+        0, "seed for the choice of training samples, the same for every run seed", minimum=0, identifying=False
     )
 
     #: The kind of the inputs, as defined in `fa_bench.registry.kinds`.
     inputs: ClassVar[str] = IMAGES
-    #: The kind of the targets, as defined in `fa_bench.registry.kinds`. For values, the names of the outputs replace the names of
-    #: the classes.
+    #: The kind of the targets, as defined in `fa_bench.registry.kinds`.
     targets: ClassVar[str] = CLASSES
     #: Whether data_dir is the dataset itself, and therefore part of a run's identity.
     content_is_data_dir: ClassVar[bool] = False
@@ -111,7 +110,7 @@ class Dataset(Options):
         return False
 
     def shape(self) -> tuple[tuple[int, ...], int] | None:
-        """The shape of a sample and the number of classes after `load`, or None if they are unknown before the data are read."""
+        """The shape of a loaded sample and the number of classes; None if they are unknown before the data are read."""
         return None
 
     def load(self, data_dir: Path, device: torch.device, at_most: tuple[int, int] | None = None) -> Splits:
@@ -121,10 +120,11 @@ class Dataset(Options):
             data_dir: the folder of the datasets.
             device: the device of the batches, where samples that fit in memory are stored.
             at_most: maximum numbers of training and test samples of a shortened run, sampled with a fixed seed; None: all. The
-                number of held-out samples and the number in `samples` are reduced in proportion.
+                number of held-out samples and the number that `samples` specifies are reduced in proportion.
 
         Raises:
-            DataError: if a file is missing or unreadable, or a split has no samples; the message names it.
+            DataError: if a file is missing or unreadable, or if there are no training or test samples; the message names the
+                file or the split.
             OptionError: if an option does not fit the data.
         """
         splits = self._with_data_errors(lambda: self.read(data_dir, device))
@@ -146,8 +146,8 @@ class Dataset(Options):
         return self.finished(self._reduced(splits, full))
 
     def finished(self, splits: Splits) -> Splits:
-        """Return the splits once all samples have been selected. Override this for steps that depend on the training samples,
-        such as scaling."""
+        """Return the final splits; `load` calls this method after selecting the samples. Override it for steps that depend on
+        the training samples, such as scaling."""
         return splits
 
     def _hold_out(self, splits: Splits, total: int) -> tuple[Splits, int]:
@@ -194,10 +194,10 @@ class Dataset(Options):
         return dataclasses.replace(splits, train=train.subset(chosen))
 
     def hash_of(self, data_dir: Path) -> str:
-        """The `data_hash` that `load` would return.
+        """The `data_hash` of the splits that `load` would return.
 
-        Datasets with one file per image are hashed without decoding them. If this process has already read all files of a part
-        and none of them has changed, they are not read again.
+        Datasets with one file per image are hashed without decoding the images. If this process has already read all files of a
+        split and none of them has changed, they are not read again.
 
         Raises:
             FaBenchError: see `load`.
@@ -219,7 +219,8 @@ class Dataset(Options):
             raise DataError(f"dataset={self.name}: {file}cannot be read ({error.strerror or error})") from None
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:
-        """Read the dataset, without a validation split unless the source has one. Each dataset implements this method."""
+        """Read the dataset; the validation split is None unless the dataset defines its own. Each dataset implements this
+        method."""
         raise missing_method(self, "read")
 
 
@@ -250,7 +251,7 @@ class ImageDataset(Dataset):
         return [*values] * (channels // len(values))
 
     def shape(self) -> tuple[tuple[int, ...], int] | None:
-        """The shape (C, H, W) and the number of classes after `load`, or None if they are unknown before the data are read."""
+        """The shape (C, H, W) of a loaded image and the number of classes; None if they are unknown before the data are read."""
         if self.stored is None:
             return None
         height, width, classes = self.stored

@@ -59,13 +59,13 @@ class Crop:
         return self.fixed(images)
 
     def fixed(self, images: Tensor) -> Tensor:
-        """A batch (N, C, H, W) without augmentation, as uint8 or as float32 from 0 to 255."""
+        """A batch (N, C, H, W) without augmentation, as stored or, after resizing, as float32 from 0 to 255."""
         return images
 
 
 class PaddedCrop(Crop):
-    """Resizes the shorter side and crops the centre. Augmentation pads the image with 4 pixels of zeros, crops it at a random
-    position, and flips half of the images horizontally."""
+    """Resizes the shorter side to `size` and crops the centre. Augmentation then pads each image with 4 pixels of zeros on every
+    side, crops it at a random position, and flips it horizontally with probability 1/2."""
 
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
         return crop_and_flip(self.fixed(images), generator, part=part)
@@ -76,9 +76,10 @@ class PaddedCrop(Crop):
 
 
 class ResizedCrop(Crop):
-    """Crops a random part of an image, 8 % to 100 % of its area, resizes it, and flips half of the images (Szegedy et al. 2015).
+    """Augments each image by cropping a random 8 % to 100 % of its area, resizing the crop to `size`, and flipping it
+    horizontally with probability 1/2 (Szegedy et al. 2015).
 
-    Without augmentation, the shorter side is resized to 256/224 of the size, and the centre is cropped.
+    Without augmentation, the shorter side is resized to 256/224 of `size`, and the centre is cropped.
     """
 
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
@@ -160,13 +161,14 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4, 
 
 
 def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Boxes of random resized crops, with an area uniform in 8 % to 100 % and an aspect ratio log-uniform in 3/4 to 4/3.
+    """Boxes of random resized crops, with an area uniform between 8 % and 100 % of the image's and an aspect ratio log-uniform
+    between 3/4 and 4/3.
 
     Each box is the first of ten tries that fits into the image. If none fits, it is the largest centred box with an aspect ratio
     between 3/4 and 4/3.
 
     Args:
-        draws: uniform in [0, 1), (N, DRAWS); the last, for the flip, is not used here.
+        draws: uniform in [0, 1), (N, DRAWS); the last column, for the flip, is not used here.
         height, width: the height and width of the images.
 
     Returns:
@@ -225,9 +227,9 @@ def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tens
 def _interpolation(start: Tensor, length: Tensor, total: int, resized: int, part: int, first: int = 0) -> Tensor:
     """Interpolation weights, (N, part, total), for resizing a range of pixels and cropping the result.
 
-    The pixels from start to start + length, both (N,), are resized to `resized` pixels. The weights are those of `part` of these
-    pixels, starting with the pixel `first`. The filter is a triangle as wide as two pixels of the coarser grid. Pixels outside of
-    the range have zero weight.
+    The range begins at `start` (N,), has the length `length` (N,), and is resized to `resized` pixels. Of these, only `part`
+    pixels are computed, starting with the pixel `first`. The filter is a triangle as wide as two pixels of the coarser grid.
+    Pixels outside of the range have zero weight.
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / resized

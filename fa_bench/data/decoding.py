@@ -68,7 +68,7 @@ class Decoder:
 
     def __call__(self, path: Path, rng: np.random.Generator | None = None) -> np.ndarray:
         """Decode a file, and augment the image with `rng` if `rng` and `crop` are given; raises a DataError that names the file
-        if that fails."""
+        if it cannot be decoded."""
         with errors_named(path):
             return self._array(self._fit(self._open(path, path, Counter()), rng))
 
@@ -91,20 +91,20 @@ class Decoder:
     def _array(self, image: Any) -> np.ndarray:
         array = np.asarray(image)
         # Make the array contiguous, like the images of a ResidentSplit. Batches with channels last would use other kernels, which
-        # round differently. In addition, oneDNN's kernels for few channels write out of bounds (torch 2.15, seen with a 7x7
-        # convolution of 4 channels at 224 pixels).
+        # round differently. In addition, some of oneDNN's kernels for channels-last batches write out of bounds (torch 2.15, seen
+        # with a 7x7 convolution of 4 channels at 224 pixels).
         return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
     def _open(self, path: Path, source: Path | io.BytesIO, notes: Counter[str]) -> Any:
-        """The PIL image as a viewer shows it, with this decoder's channels and at its original size. Adds 1 in `notes` for each
-        note that applies."""
+        """The PIL image as a viewer shows it, with this decoder's channels and at the image's original size. Counts each note
+        that applies in `notes`."""
         from PIL import Image
 
         with Image.open(source) as opened:
             # The other frames of an MPO file from a camera are a preview or the picture for the other eye.
             notes["frames"] += int(opened.format != "MPO" and getattr(opened, "is_animated", False))
             raw, deep = _storage(opened)
-            tags = getattr(opened, "tag_v2", {})  # a TIFF's tags; Pillow rotates a TIFF when it loads it
+            tags = getattr(opened, "tag_v2", {})  # a TIFF's tags; Pillow rotates a TIFF while loading it
             rotated = tags.get(_ORIENTATION) in _UPRIGHT
             opened.load()
             if opened.format == "PNG" and "transparency" in opened.info:
@@ -139,8 +139,8 @@ class Decoder:
             return canvas.convert(mode)
 
     def _eight_bits(self, path: Path, opened: Any, image: Any) -> tuple[Any, Any]:
-        """Reduce a grey image of more than 8 bits to 8 bits, mapping its full range to 0 to 255. Returns the image and its alpha
-        channel, if it has one."""
+        """Reduce a grey image of more than 8 bits to 8 bits, so that its full range becomes 0 to 255. Returns the image and its
+        alpha channel (None if no level is marked as transparent)."""
         from PIL import Image
 
         tags = getattr(opened, "tag_v2", {})
@@ -158,7 +158,7 @@ class Decoder:
         return Image.fromarray(grey), alpha
 
     def _fit(self, image: Any, rng: np.random.Generator | None) -> Any:
-        """The PIL image, cropped or resized to the size of the result."""
+        """The PIL image, cropped and resized to the size of the result if necessary."""
         from PIL import Image, ImageOps
 
         if self.crop is not None:

@@ -66,7 +66,7 @@ def _split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _share(counts: np.ndarray, total: int, generator: np.random.RandomState) -> np.ndarray:
-    """Divide `total` samples among the classes in proportion to `counts`, rounding up the largest remainders."""
+    """Divide `total` samples among the classes in proportion to `counts`, rounding up the shares with the largest remainders."""
     exact = counts / counts.sum() * total
     shares = np.floor(exact)
     missing = int(total - shares.sum())

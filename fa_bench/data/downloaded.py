@@ -1,4 +1,4 @@
-"""Datasets that torchvision reads and downloads."""
+"""Datasets that torchvision provides."""
 
 from __future__ import annotations
 
@@ -124,10 +124,10 @@ class MNIST(Downloaded):
         return dict(self._torchvision.resources)  # only the hashes of the archives
 
     def _is_intact(self, path: Path) -> bool:
-        """Whether the file has MNIST's format.
+        """Whether the file has MNIST's format and is complete.
 
-        The file starts with two zeros, the number 8 (which stands for bytes), the number of axes, and the length of each axis in
-        four bytes. Its remaining size must be what these lengths require.
+        In this format, a file starts with two zero bytes, the number 8 (which stands for bytes as values), the number of axes,
+        and the length of each axis in four bytes. The values follow, one byte each.
         """
         with path.open("rb") as file:
             head = file.read(16)

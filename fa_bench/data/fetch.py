@@ -1,7 +1,7 @@
 """Download files and unpack archives so that an interruption never leaves an incomplete dataset.
 
-torchvision downloads the files, since it has the sources and checksums of most of these datasets. pooch would replace a single
-call, and it provides neither locks between processes nor checks of archive members.
+torchvision downloads the files, since it has the sources and checksums of most datasets. A library such as pooch would replace
+only `download` and `has_md5`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
         missing: the missing files and where they belong, as text.
 
     Raises:
-        DataError: if the block fails, for example without a network, on a full disk or for a wrong checksum; always within
-            `downloads_refused`.
+        DataError: if the download in the block fails, for example because of a missing network, a full disk or a wrong checksum;
+            always within `downloads_refused`.
     """
     if _refuse_downloads:
         raise DataError(
@@ -149,14 +149,14 @@ def unpack_tar(archive: Path, folder: Path) -> None:
     """Unpack a tar archive, compressed or not, into `folder`.
 
     Raises:
-        DataError: if the archive has members outside of the folder, links or devices, or if this Python is too old to check them;
-            the message names the archive.
+        DataError: if the archive contains links, devices or members that would be unpacked outside of the folder, or if this
+            Python is too old to check for them; the message names the archive.
         OSError: if the archive cannot be read or its members cannot be written.
         ValueError: if the archive is damaged.
     """
     if not hasattr(tarfile, "data_filter"):
         raise DataError(
-            f"{archive}: this Python is too old to unpack it safely; update it to a newer patch release, or unpack "
+            f"{archive}: this Python is too old to unpack it safely; update Python to a newer patch release, or unpack "
             f"the archive by hand into {folder.parent}"
         )
 

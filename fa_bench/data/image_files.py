@@ -28,8 +28,8 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The SHA-256 of the files and a decoder's notes on them. The keys contain the state of the files (sizes and times), so that this
-#: process does not read unchanged files again.
+#: Caches of the SHA-256 of the files and of a decoder's notes on them. The keys depend on the sizes and times of the files, so an
+#: entry is used only while the files are unchanged.
 _contents: dict[bytes, bytes] = {}
 _inspected: dict[tuple[bytes, str], Counter[str]] = {}
 
@@ -144,8 +144,8 @@ class _Part:
     def inspect(self, decode: Decoder, pixels: np.ndarray | None) -> Counter[str]:
         """Decode and hash every file, and count the decoder's notes.
 
-        The images are stored in `pixels`. If `pixels` is None and no file has changed since a call with the same decoder, the
-        files are not read again.
+        The images are stored in `pixels` unless it is None. If it is None and no file has changed since a call with the same
+        decoder, the files are not read again.
         """
         key = self.state, str(dataclasses.astuple(decode))
         if pixels is None and key in _inspected:
@@ -185,13 +185,13 @@ def _sha256(path: Path) -> bytes:
 
 
 class StreamedSplit(ImageSplit):
-    """A split of images that worker processes decode when a batch needs them.
+    """A split of images that are decoded when a batch needs them.
 
     Args:
         paths: the files, (n,).
         labels: int64 (n,).
         decode: decodes one file.
-        workers: number of processes; with 0, images are decoded in this process.
+        workers: maximum number of processes that decode images; with 0, this process decodes them.
         mean, std, augment, device, crop: see ResidentSplit.
     """
 

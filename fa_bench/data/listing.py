@@ -34,8 +34,8 @@ EXTENSIONS = frozenset(
         ".avif",
     }
 )
-#: The names of folders that operating systems and network drives create, for example for thumbnails, snapshots or deleted files.
-#: Names with a leading dot are hidden anyway.
+#: Matches the names of folders that operating systems and network drives create, for example for thumbnails, snapshots or deleted
+#: files. Names with a leading dot are hidden anyway.
 _SYSTEM = re.compile(
     r"__macosx|__pycache__|\$recycle\.bin|(?-i:RECYCLER)|system volume information|found\.\d{3}|lost\+found|"
     r"network trash folder|temporary items|[@#]recycle|@eadir|@tmp|[#~]snapshot|@recently-snapshot",
@@ -53,7 +53,7 @@ class Listing:
     Attributes:
         classes: names of the classes.
         parts: for each of train, test and possibly validation: its folder, and (file, label) of every image.
-        notes: sentences on skipped files.
+        notes: sentences about the source, for example on skipped files.
     """
 
     classes: list[str]
@@ -149,7 +149,7 @@ def train_classes(root: Path, skipped: Counter[str]) -> list[Path]:
     names: dict[str, str] = {}
     for folder in folders:
         if (other := names.setdefault(plain_name(folder.name), folder.name)) != folder.name:
-            raise DataError(f"{root}: two classes look the same: {other!r} and {folder.name!r}; rename or merge them")
+            raise DataError(f"{root}: two class names look the same: {other!r} and {folder.name!r}; rename or merge the folders")
     return folders
 
 
@@ -198,7 +198,7 @@ def _evaluation(train: Path, root: Path, classes: list[str], notes: list[str]) -
 
 
 def has_classes(root: Path, classes: list[str]) -> bool:
-    """Whether a folder has a subfolder for one of the classes, that is, labelled images."""
+    """Whether a folder has a subfolder named after one of the classes."""
     names = {plain_name(name) for name in classes}
     return any(plain_name(folder.name) in names for folder in visible_folders(root))
 
@@ -214,8 +214,8 @@ def skip_notes(root: Path, skipped: Counter[str]) -> list[str]:
 
 
 def _hint(skipped: Counter[str]) -> str:
-    """The end of an error message about a folder without images, which lists the skipped files or, if there are none, the allowed
-    extensions."""
+    """The end of an error message about a folder without images: the numbers of skipped files by reason or, if there are none,
+    the allowed extensions."""
     return f" (skipped {_counted(skipped)})" if skipped else f" ({', '.join(sorted(EXTENSIONS))})"
 
 

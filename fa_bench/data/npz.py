@@ -41,7 +41,8 @@ class Npz(VectorDataset):
     T); positions labelled -100 are ignored.
 
     The types and shapes of x_train and y_train determine the kinds of inputs and targets, and the other arrays must match them.
-    The vocabulary size is one more than the largest token or target in any array.
+    The vocabulary size is one more than the largest token or target in any array. With `standardise`, images are standardised per
+    channel.
 
     numpy.savez("my.npz", x_train=..., y_train=..., x_test=..., y_test=...) writes such a file. Files with pickled objects are
     refused, since reading them could execute code.
@@ -153,7 +154,8 @@ def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
     if the file's `state` has changed.
 
     Raises:
-        DataError: if an array is missing, its type and shape do not determine its kind, or the targets of tokens are values.
+        DataError: if an array is missing, if the type and shape of x_train or y_train do not determine its kind, or if the
+            targets of tokens are values.
     """
     where = f"dataset.path={printable(str(path))}"
     with zipfile.ZipFile(path) as archive:

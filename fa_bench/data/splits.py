@@ -63,7 +63,7 @@ class Split(abc.ABC):
 
     @abc.abstractmethod
     def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each chunk of indices, yield the inputs as they are stored and the targets, both on the device.
+        """For each chunk of indices, yield the inputs, to be converted by `prepared`, and the targets, both on the device.
 
         `key` is the seed for everything that varies between epochs while reading; with None, nothing varies.
         """

@@ -38,7 +38,7 @@ class STL10(Downloaded):
         unpack_tar(archive, root)
 
     def _open(self, root: Path, part: str, download: bool = False) -> Any:
-        # The files are read here, because torchvision would require the unlabelled images and would read them to verify them.
+        # The files are read here, because torchvision would require the unlabelled images and verify their checksum.
         folder = root / self.folder
         images = np.fromfile(folder / f"{part}_X.bin", np.uint8).reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)
         return types.SimpleNamespace(data=images, targets=np.fromfile(folder / f"{part}_y.bin", np.uint8).astype(np.int64) - 1)

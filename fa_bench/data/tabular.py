@@ -22,7 +22,7 @@ BUNDLED = {"diabetes": VALUES, "wine": CLASSES, "breast_cancer": CLASSES}
 _TASKS = {"regression": VALUES, "classification": CLASSES}
 #: Maximum number of column names in a message.
 _MANY = 12
-#: The names that pandas gives to columns without a name. A file that pandas has read and written may contain these names.
+#: Matches the names that pandas gives to columns without a name. A file that pandas has read and written may contain these names.
 _UNNAMED = re.compile(r"Unnamed: \d+(\.\d+)*")
 
 
@@ -38,16 +38,17 @@ class Tabular(VectorDataset):
 
     A CSV file has a header with the column names; all columns except the target are features and must be numeric. If the target
     column contains text, its entries are classes; if it contains fractions, they are values to predict. Whole numbers may be
-    either, so set `task` for such a column. Classes are sorted alphabetically or by value. `test_seed` determines which rows form
-    the test set. For classification, the training and test sets have the same class proportions. With `standardise`, regression
-    targets are also standardised, by their mean and standard deviation over the rows that are not in the test set. The RMSE is
-    then in units of that standard deviation.
+    either, so set `task` for such a column. Classes are sorted alphabetically, or by value if they are numbers.
+
+    `test_seed` determines which rows form the test set. For classification, the training and test sets have the same class
+    proportions. With `standardise`, regression targets are also standardised, by their mean and standard deviation over the rows
+    that are not in the test set. The RMSE is then in units of that standard deviation.
     """
 
     table: str = option("diabetes", "diabetes, wine, breast_cancer, or the path of a CSV file")
     target: str | None = option(None, "for a CSV file: the name of the column with the target; null: the last column")
     task: str | None = option(
-        None, "for a CSV file: regression or classification; null: decided by the target", choices=list(_TASKS)
+        None, "for a CSV file: regression or classification; null: inferred from the target", choices=list(_TASKS)
     )
     test: float = option(0.2, "fraction of the rows in the test set", above=0, below=1)
     test_seed: int = option(0, "seed of the test set, the same for every run seed", minimum=0)
@@ -123,7 +124,7 @@ class _Table:
 
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Table:
-    """Read a CSV file; it is read again only if its `state` has changed.
+    """Read a CSV file; the result is cached until the file's `state` changes.
 
     Raises:
         DataError: if a column or row cannot be used; the message names it.

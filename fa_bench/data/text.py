@@ -126,7 +126,7 @@ class WindowSplit(Split):
     ) -> None:
         self.tokens, self.context, self.moves, self.device = tokens.to(device), context, moves, device
         self.characters = characters
-        # The last target is one token after the end of its window, and training windows may be shifted by up to T - 1 tokens.
+        # The last target of a window is the token after the window, and training windows may be shifted by up to T - 1 tokens.
         count = max((len(tokens) - 1 - (context - 1) * moves) // context, 0)
         self.starts = (torch.arange(count) * context if starts is None else starts).to(device)
 

@@ -47,7 +47,7 @@ class TinyImageNet(ImageFiles):
         return Listing(classes, {"train": (root / "train", train), "test": (root / "val", annotated(root / "val", classes))})
 
     def _download(self, data_dir: Path, root: Path) -> None:
-        """Download the archive if it is missing, and unpack it; an interruption leaves either the complete archive or nothing."""
+        """Download the archive if it is missing, and unpack it; an interruption never leaves an incomplete archive or dataset."""
         archive = data_dir / f"{self.folder}.zip"
         downloads = not archive.is_file()
         if downloads:
@@ -92,7 +92,7 @@ def annotated(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         label_of[name] = labels[kind]
     if unlabelled := sorted(images - set(label_of)):
         raise DataError(
-            f"{source}: no line for {unlabelled[0]} and {len(unlabelled) - 1} others of {folder / 'images'}; "
-            f"delete {folder.parent} to download it again"
+            f"{source}: no line for {unlabelled[0]}{f' and {more} more' if (more := len(unlabelled) - 1) else ''} of "
+            f"{folder / 'images'}; delete {folder.parent} to download it again"
         )
     return [(folder / "images" / name, label_of[name]) for name in sorted(label_of)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from fa_bench.errors import DataError, RunDirectoryError
 from fa_bench.utils.locks import locked
 
-#: A file that marks a folder as created by `workspace`, so that it may be removed.
+#: A file that marks a folder as created by `workspace`, so that the folder may be removed.
 _MARK = ".made-by-fa-bench"
 
 

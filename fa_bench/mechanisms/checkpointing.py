@@ -1,4 +1,4 @@
-"""Activation checkpointing, which repeats a forward pass inside the backward pass."""
+"""Activation checkpointing, which repeats parts of the forward pass inside the backward pass."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def recomputing() -> bool:
 
 
 def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
-    """A placeholder for functions that exist only in the first forward pass, for example in the `BackwardContext` of a repeated
-    pass. Calling the placeholder raises an error.
+    """A function that raises an error when it is called. In a forward pass that checkpointing repeats, it replaces functions that
+    only the first pass can provide.
 
-    The placeholder is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole
-    model. In that case, the first pass ran without gradients and looked like an evaluation.
+    It is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole model. In that
+    case, the first pass ran without gradients and looked like an evaluation.
     """
 
     def refuse(*_: Any) -> Tensor:

@@ -17,14 +17,14 @@ import torch
 
 from fa_bench.errors import CoverageError
 
-#: The first version of torch that compiles every rule. Earlier compilers fail on convolutional layers, and torch 2.11 sets all
-#: gradients to zero with derivative=dual.
+#: The first version of torch whose compiler works for all rules that do not set `Rule.repeats`. Earlier compilers fail on
+#: convolutional layers, and torch 2.11 sets all gradients to zero with derivative=dual.
 COMPILING_TORCH = (2, 13)
 
 
 class Handle:
-    """A name by which compiled graphs refer to an object. If a handle is copied or pickled with its owner, the copied handle
-    names the copied owner.
+    """A name by which compiled graphs refer to an object. If a handle is copied or pickled with its owner, the new handle
+    refers to the new owner.
 
     Args:
         owner: the object.
@@ -69,11 +69,11 @@ _NEEDS_MODEL = "needs a second forward pass of the whole model; compile the mode
 
 
 def too_old_to_compile() -> str:
-    """The reason why the installed version of torch cannot compile every rule, or an empty string if it can."""
+    """An error message if the installed version of torch is older than `COMPILING_TORCH`, and an empty string otherwise."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version >= COMPILING_TORCH:
         return ""
-    return f"torch {torch.__version__} cannot compile every rule, which needs {'.'.join(map(str, COMPILING_TORCH))} or later"
+    return f"compiling a model with a rule requires torch {'.'.join(map(str, COMPILING_TORCH))} or later, not {torch.__version__}"
 
 
 # With fullgraph=True, the compiler raises its own error, which quotes the reason given here. Otherwise, there is a graph break,
@@ -90,10 +90,10 @@ def refuse_part(rule: str, path: str) -> None:
     raise CoverageError(f"rule '{rule}' {_NEEDS_MODEL} only its part '{path}'")
 
 
-@torch.compiler.disable(reason="this version of torch cannot compile every rule")
+@torch.compiler.disable(reason="compiling a model with a rule requires a later version of torch")
 def refuse_version(rule: str, problem: str) -> None:
-    """Raise an error because this version of torch cannot compile every rule; see `too_old_to_compile`."""
-    raise CoverageError(f"rule '{rule}': {problem}; upgrade it, or do not compile the model")
+    """Raise an error because this version of torch is too old; `problem` is the result of `too_old_to_compile`."""
+    raise CoverageError(f"rule '{rule}': {problem}; upgrade torch, or do not compile the model")
 
 
 def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -137,7 +137,7 @@ def new_sample(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
     """Request a new sample of a layer's random magnitudes, which are overwritten the next time they are read.
 
     Returns:
-        The seed of the sample as a tensor of two numbers, for `fa_bench.utils.sampling.magnitudes`.
+        The seed of the sample as a tensor of two integers, for `fa_bench.utils.sampling.magnitudes`.
     """
     pathway.new_sample()
     return torch.tensor(pathway.seed_words(), dtype=torch.int32).to(magnitudes.device, non_blocking=True)

@@ -1,5 +1,4 @@
-"""Context managers that temporarily change modes, gradients, dropout, normalisation or random generators, so that running a model
-has no lasting effect."""
+"""Context managers that change a model's state temporarily, or that restore the state of the random generators."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ def set_temporarily(objects: Iterable[Any], attribute: str, value: Any) -> Itera
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """A context in which every module is in training or evaluation mode, except modules whose own ``train`` method refuses the
-    mode.
+    """A context in which every module is in training mode, or in evaluation mode if `training` is False. The exceptions are
+    modules whose own ``train`` method sets another mode.
 
     On exit, the earlier mode of every module is restored.
     """
@@ -83,7 +82,7 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
     """A context in which dropout is off, and normalisation in training mode uses the batch's statistics without updating its
     running statistics.
 
-    On exit, all other buffers and the state of the random generators are restored.
+    On exit, the buffers of other modules (see `own_buffers`) and the state of the random generators are restored.
     """
     dropouts = [
         m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"

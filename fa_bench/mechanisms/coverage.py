@@ -151,7 +151,7 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
     Args:
         model: the model.
         covered: ids of parameters.
-        uses: how a forward pass of a sample used the weights, if there was one.
+        uses: how a forward pass of a sample used the weights; None if no pass was traced.
 
     Returns:
         The pair (uncovered, local), as in `Coverage`.
@@ -180,7 +180,7 @@ def batch_note(what: str) -> str:
 
 
 def noise_note() -> str:
-    """A note for a rule that samples random numbers, such as noise, for every sample."""
+    """A note for a rule that draws separate random numbers, such as noise, for every sample."""
     return (
         "Each sample has its own random numbers, so results on data-parallel ranks and on micro-batches differ from those of "
         "one pass over the whole batch."

@@ -273,7 +273,7 @@ def _functions(model: nn.Module, modules: Iterable[nn.Module], sample: Any) -> l
 
 
 class DualModule(nn.Module):
-    """Mixin for a nonlinearity that replaces its backward pass with the finite difference."""
+    """Mixin that replaces the backward pass of a nonlinearity with the finite difference."""
 
     plain_class: type[nn.Module]
     dual: Dual

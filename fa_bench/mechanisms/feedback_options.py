@@ -18,7 +18,7 @@ def init_option(tensor: str, default: str | None = "xavier_uniform", can_copy: b
         tensor: what the help text calls the tensor.
         default: the default initialiser.
         can_copy: whether the tensor may be a copy of the weight.
-        continuous: whether its entries must have a continuous distribution (or be zero).
+        continuous: whether the tensor's entries must have a continuous distribution (or be zero).
     """
     initialisers = CONTINUOUS if continuous else INITIALISERS
     return option(default, f"initialiser of {tensor}", choices=[*initialisers, *([COPY_WEIGHT] if can_copy else [])])
@@ -35,7 +35,7 @@ def density_option(tensors: str = "B", masks: str = "mask") -> Any:
 
 
 def within_option() -> Any:
-    """The option that sets how far down the errors of a cut rule are exact."""
+    """The option that sets how far a cut rule backpropagates its errors exactly."""
     return option(
         "layer",
         "how far the error at a cut is backpropagated exactly: only to the nearest weights below (layer), or through all "
@@ -59,7 +59,8 @@ def positions_option() -> Any:
     """The option that sets whether the positions of a cut share their feedback if the errors have no positions."""
     return option(
         "own",
-        "feedback for a cut's tokens or pixels if the output has none: own (part of B for each) or shared (one matrix for all)",
+        "feedback for the positions (tokens or pixels) of a cut if the output has no positions: own (a part of B for each "
+        "position) or shared (one matrix for all)",
         choices=["own", "shared"],
         identifying=False,
     )

@@ -1,8 +1,8 @@
 """Access to the feedback tensors of a module by name.
 
-The tensor `B` of a module is its buffer ``feedback_B`` if it is fixed and its parameter ``feedback_B`` if it is learned.
-Therefore, ``state_dict``, ``.to()``, memory formats and deepcopy treat the tensor like a weight. If the tensor is learned,
-optimizers, gradient clipping and data parallelism also treat it like a weight.
+A fixed tensor `B` is the buffer ``feedback_B`` of the module, and a learned one is the parameter ``feedback_B``. Therefore,
+``state_dict``, ``.to()`` and deepcopy treat the tensor like a weight. If the tensor is learned, optimizers, gradient clipping and
+data parallelism also treat it like a weight.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Find the tensors in nested values, and walk the autograd graph from which they were computed."""
+"""Find the tensors in nested values, and walk autograd graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def items_in(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses, which models may return."""
+    """Every tensor in nested tuples, lists, mappings and dataclasses."""
     if isinstance(value, torch.Tensor):
         yield value
     else:
@@ -33,7 +33,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def nodes_from(roots: Iterable[Any], stops: Iterable[Any] = ()) -> Iterator[Any]:
-    """Every autograd node, including the `roots` themselves, that can be reached from `roots` without passing `stops`."""
+    """The `roots` that are not `stops`, and every autograd node that can be reached from them without passing `stops`."""
     visited = {None, *stops}
     stack = [root for root in dict.fromkeys(roots) if root not in visited]
     visited.update(stack)

@@ -69,7 +69,7 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
 #: objective.
 PASS_SCALE = "Pass the scale: rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
 PASS_OBJECTIVE = (
-    "It learns only from the objective, regardless of the loss; attach it with the objective that you train, objective=..."
+    "It learns only from the objective, regardless of the loss; attach it with the objective that you train with, objective=..."
 )
 
 
@@ -99,8 +99,8 @@ class PassOutput:
         """The logits, provided that they were not changed in place; otherwise, a StateError is raised."""
         if self.is_changed:
             raise StateError(
-                f"rule '{self.rule}' learns from the model's output as the forward pass returned it, but it was changed in "
-                "place since then; make the change within the model or in an objective of your own (objective=...)"
+                f"rule '{self.rule}' learns from the model's output as the forward pass returned it, but it has been "
+                "changed in place since; make the change within the model or in an objective of your own (objective=...)"
             )
         return self.logits
 
@@ -135,7 +135,7 @@ def measured_scale(
             only the δ of the label is negative.
         last: the previous result, returned if the gradient of the objective is zero, as when every label has probability 1.
         objective: the objective of the training; None: the mean cross-entropy.
-        mend: a remedy, for the error message if δ is not such a multiple.
+        mend: a remedy, for the error message if δ is not a multiple of the gradient.
 
     Raises:
         ValueError: if δ is not a multiple of the objective's gradient, or if the labels do not fit the logits.

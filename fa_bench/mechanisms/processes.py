@@ -1,5 +1,5 @@
-"""The processes of data-parallel training, regardless of how they were started. Without torch.distributed, there is only one
-process."""
+"""The processes of data-parallel training, regardless of how they were started. Unless torch.distributed is initialised, there is
+only one process."""
 
 from __future__ import annotations
 

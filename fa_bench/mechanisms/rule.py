@@ -59,7 +59,7 @@ class Rule(Options):
         True
     """
 
-    #: Whether reports warn about rules that are not more accurate than this one.
+    #: Whether reports warn about rules whose test score is not better than that of this one.
     is_floor: ClassVar[bool] = False
     #: Whether the rule runs the model again in the backward pass; see `fa_bench.mechanisms.second_pass`.
     repeats: ClassVar[bool] = False
@@ -75,7 +75,7 @@ class Rule(Options):
     freeze_stem: bool = option(False, "the first layer keeps its initial weight and bias")
 
     def shortened(self: R, fraction: float) -> R:
-        """The rule for a short trial run, with its initial phase shortened to `fraction` of its length."""
+        """The rule for a short trial run. An initial phase, if there is one, is shortened to `fraction` of its length."""
         return self
 
     @property
@@ -89,8 +89,8 @@ class Rule(Options):
         return None
 
     def expect_samples(self, count: int) -> None:
-        """Called by the runner before `attach` with the number of training samples, which rules that store data for each sample
-        need.
+        """Called by the runner before `attach` with the number of training samples. Override this method in rules that store data
+        for each sample.
 
         Raises:
             OptionError: if this number contradicts an option of the rule.
@@ -109,16 +109,18 @@ class Rule(Options):
 
         Args:
             model: a plain module, neither wrapped for data-parallel training nor compiled, and without a rule.
-            seed: seed of the feedback; every tensor is sampled from (seed, layer or cut, name).
+            seed: seed of the feedback; each tensor has its own seed, derived from (seed, layer or cut, name).
             sample_input: one input batch (N, ...), or a tuple or dictionary of several arguments; for rules that depend on the
                 order of the layers.
             initial_phase: whether to run the rule's initial phase now; otherwise, the caller runs the method `initial_phase`.
-            objective: the objective that the model is trained with, or its name, for rules that use the labels; None:
-                cross-entropy.
+            objective: the objective (or the name of the objective) that the model is trained with, for rules that use the labels;
+                None: cross-entropy.
 
         Raises:
             CoverageError: if the rule cannot be attached; the message states the reason.
-            OptionError: if the rule and the objective name different outputs of the model, or if `objective` is not an objective.
+            ConfigError: for the name of an unknown objective.
+            OptionError: if the rule and the objective name different outputs of the model, or if `objective` is neither a name
+                nor an objective.
         """
         from fa_bench.mechanisms.compound.expansion import expand
         from fa_bench.mechanisms.weighted_layers import Mode
@@ -244,7 +246,7 @@ class Rule(Options):
         """Called before every forward pass of the model; may return different arguments (args, kwargs) for the pass.
 
         Raises:
-            CoverageError: if the model has changed since `attach`.
+            CoverageError: if the model has changed since `attach`, or is being compiled although this rule cannot be.
         """
         mode = self.mode
         training = torch.is_grad_enabled() and not mode.exact
@@ -306,8 +308,8 @@ class Rule(Options):
             self.check_uses(watch.result(self.roots(output)).outside)
 
     def transporting_layers(self) -> dict[str, Any]:
-        """The layers, by path, whose weights must not be used outside the layer, because an error would then pass through
-        them."""
+        """The layers, by path, whose weights must not be used elsewhere in the model, because an error would then pass through
+        the weights."""
         return {}
 
     def roots(self, output: Any) -> list[Any]:
@@ -320,7 +322,7 @@ class Rule(Options):
 
     def check_uses(self, outside: dict[str, str]) -> None:
         """Refuse weights that the first training pass uses outside their layers, unless they may be uncovered. `attach` traced
-        only an evaluation pass."""
+        at most an evaluation pass."""
         new = {self._weight_name(path): outside_text(use) for path, use in outside.items()}
         if new.keys() - self.coverage.uncovered.keys():
             coverage = dataclasses.replace(self.coverage, uncovered=self.coverage.uncovered | new)
@@ -352,14 +354,15 @@ class Rule(Options):
             loss: the scalar loss, possibly scaled.
             logits: the output of the model from which the loss was computed, (N, C), or (N, T, C) or (N, C, H, W) if it has
                 positions; some edge rules need it to infer the scale of the loss.
-            target: the labels, (N,), or one for each position; for rules that compute their errors from labels.
+            target: the targets of the loss: labels (N,), a label for each position, or real values (N, O). Some rules compute
+                errors, or infer the scale of the loss, from them.
             loss_scale: the factor by which gradient accumulation or a gradient scaler has scaled the loss; None: rules that need
                 it infer it, if the loss is the objective's mean times a number.
             indices: the indices of the batch's samples in the training set, integers (N,) from 0, which must be the same in every
                 epoch; for rules with `needs_indices`.
 
         Raises:
-            CoverageError: if the rule is not attached to a model.
+            CoverageError: if the rule is not attached to a model, or if the model has changed since `attach`.
         """
         if getattr(self, "model", None) is None:
             raise CoverageError(f"this '{self.name}' rule object is not attached to a model: after detach, call loss.backward()")
@@ -377,7 +380,7 @@ class Rule(Options):
 
     @contextmanager
     def of_samples(self, indices: Tensor | None) -> Iterator[None]:
-        """A context in which `deliver` computes errors of the training samples with these indices; see `backward`."""
+        """A context in which `deliver` computes the errors of the training samples with these indices; see `backward`."""
         from fa_bench.mechanisms.contexts import set_temporarily
 
         with set_temporarily([self], "indices", indices):
@@ -388,7 +391,7 @@ class Rule(Options):
         loss.backward()
 
     def counts(self) -> dict[str, int]:
-        """Numbers that the rule has counted since training began, for the record of a run."""
+        """Counts of events since training began, by name, for the record of a run."""
         return {}
 
     def begin_epoch(self, epoch: int) -> None:
@@ -397,7 +400,7 @@ class Rule(Options):
 
     @property
     def needs_step(self) -> bool:
-        """Whether `step` does more than check the update, in which case the user is warned if a training loop never calls it."""
+        """Whether `step` does more than check the update, in which case a warning is issued if a training loop omits it."""
         return False
 
     def step(self) -> None:
@@ -477,8 +480,8 @@ class Rule(Options):
         return [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
 
     def matrices(self) -> dict[str, list[Tensor]]:
-        """A mapping from each layer or cut to its weight and to those of its learned tensors that have at least two dimensions.
-        The model's layers come first."""
+        """A mapping from each layer or cut to a list of its weight, if it has one, and its learned tensors of two or more
+        dimensions. The model's layers come first."""
         from fa_bench.mechanisms.weighted_layers import weight_parameter, weighted_layers
 
         weights = {path: weight_parameter(layer) for path, layer in weighted_layers(self.model).items()}
@@ -537,8 +540,8 @@ class Rule(Options):
         return {}
 
     def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows a (M, features) of a cut's activation and the logits (M, C) with which a Bᵀ is compared, with one row for each
-        sample and position."""
+        """A cut's activation a as a matrix (M, features), and the logits (M, C) that are compared with a Bᵀ. Both have one row
+        for each sample and position."""
         return activation.flatten(1), logits
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:

@@ -147,10 +147,10 @@ class EarlierBuffers:
         self._values: list[tuple[Place, Tensor]] | None = None
 
     def values(self) -> list[tuple[Place, Tensor]]:
-        """The buffers that the pass updated or replaced, with their earlier values; called after the pass.
+        """The buffers that the pass updated or replaced, with their earlier values. Call this method after the pass.
 
-        Unless this is the model's first pass, only the buffers that previous passes updated were copied. If another buffer was
-        changed in place nevertheless, its current value is returned.
+        Except before the first pass of each kind (see `_updated`), only buffers that previous passes updated were copied. For any
+        other buffer that was changed in place, the current value is returned.
         """
         if self._values is None:
             updated = [
@@ -181,15 +181,15 @@ def repeated(
     nothing.
 
     The pass records gradients if they are enabled. The backward pass must also run within the context, because activation
-    checkpointing then reruns parts of the forward pass.
+    checkpointing reruns parts of the forward pass during the backward pass.
 
     Args:
         model: the model.
         mode: `Rule.mode`.
         first: the pass that is repeated.
         args: replaces the positional arguments.
-        inputs, outputs: module's path -> change of the tensor at the module's input, or output. A change that keeps the tensor
-            beyond the pass must keep `value_of(tensor)`.
+        inputs, outputs: path of a module -> function that changes the module's input, or output. To keep the tensor that it
+            receives for use after the pass, such a function must copy it with `value_of`.
         precise: whether autocast is off.
     """
     handles = []
@@ -222,7 +222,7 @@ def _name(path: str, key: str) -> str:
 
 
 def value_of(tensor: Tensor) -> Tensor:
-    """A copy of a tensor at a module, for use after the pass, because later modules may change the original in place."""
+    """A copy of a module's input or output, for use after the pass; later modules may change the original in place."""
     return tensor.detach().clone()
 
 

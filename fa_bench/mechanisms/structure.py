@@ -127,8 +127,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: if `model` is not a module.
-        CoverageError: for a model that is compiled or wrapped for data-parallel training, that has layers without a weight yet,
-            or of which a part already has a rule or feedback.
+        CoverageError: for a model that is compiled or wrapped for data-parallel training, that has uninitialised parameters or
+            buffers, or that contains a module with a rule or feedback.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"attach needs an nn.Module, not {type(model).__name__}")

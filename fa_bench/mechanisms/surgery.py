@@ -30,11 +30,12 @@ def attach(
         model: any module; rules can cover its linear, convolutional, attention, recurrent and bilinear layers. Move the model to
             its device first.
         rule: a rule's name, such as ``"kp"``, or a rule object that is not attached yet.
-        seed: seed of the feedback tensors, which are sampled from (seed, layer, name); the global random state is left unchanged.
+        seed: seed of the feedback; each tensor has its own seed, derived from (seed, layer or cut, name). The global random state
+            is left unchanged.
         sample_input: one input batch (N, ...); needed by rules that depend on the order of the layers, such as those that cut the
             graph, unless the first layer is fully connected.
-        objective: the objective that the model is trained with, for rules that compute errors or local losses from the labels: a
-            name, such as ``"mse"``, or an objective with options.
+        objective: the name of the objective that the model is trained with, such as ``"mse"``, or an objective with options; for
+            rules that compute errors or local losses from the labels.
         **options: the rule's options, if `rule` is a name.
 
     Returns:

@@ -3,8 +3,8 @@ through the model.
 
 The passes repeat the training pass (`fa_bench.mechanisms.second_pass`), so dropout masks are the same, and running statistics are
 not updated. Autocast is off, and attention and recurrent modules run as compositions of operations that have a forward-mode
-derivative. Apart from the rounding that this changes, the values of forward-mode passes are those of the training pass. If the
-fused kernel of the training pass contains dropout, as it does for LSTMs with several layers, the dropout mask may differ.
+derivative. Except for rounding, forward-mode passes compute the same values as the training pass. However, the dropout mask may
+differ if the training pass used a fused kernel that contains dropout, as for LSTMs with several layers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def output_tangent(
         rule: the attached rule.
         first: the training pass.
         method: one of `METHODS`.
-        directions: tangents that are added at modules; each function is called once, with the tensor there.
+        directions: the tangents to be added at modules; for central differences, both passes use the same tangents.
         parameters: parameter -> a tangent of the same shape.
 
     Raises:

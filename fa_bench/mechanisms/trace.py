@@ -33,7 +33,7 @@ class Trace:
 
     Attributes:
         order: weighted layers in the order of execution.
-        outputs: weighted layers that feed the output for the loss, or that feed another output and no other layer.
+        outputs: weighted layers that feed the requested or only output, or that feed any output and no other layer.
         reached: weighted layers whose input depends on a parameter, so that an error has to pass through them.
         consumer: layer -> the first executed layer whose input it feeds; absent if it feeds none.
         inputs: weighted layers grouped by their input, in the order of execution. All layers whose input depends on no parameter
@@ -48,19 +48,19 @@ class Trace:
             to no layer. In the former, the error comes from a watched module; in the latter, from the model's outputs without
             passing a watched module.
         beyond: weighted layers between the outputs and the watched modules.
-        beyond_leaves, below_leaves: ids of the parameters between the outputs and the watched modules, and of those below the
-            watched modules, without the weights of embeddings.
+        beyond_leaves: ids of the parameters between the outputs and the watched modules.
+        below_leaves: ids of the parameters below the watched modules, except the weights of embeddings.
         after_tables: watched modules whose output depends, with no layer in between, on an embedding or on a weight that is only
             added or looked up.
         tables: paths of embeddings and ids of weights that belong to no layer.
         kinds: watched module -> type of its output if it is not a tensor.
-        output_shapes, input_shapes: watched module or layer -> shape of its output or input.
+        output_shapes, input_shapes: watched module, layer or embedding -> shape of its output or input.
         trainable: watched modules whose output depends on a trainable parameter, without passing the output of another watched
             module.
-        changed_in_place: watched modules and layers whose output is changed in place after they have returned it.
+        changed_in_place: watched modules, layers and embeddings whose output is changed in place after they have returned it.
         inputs_changed_in_place: layers whose input is changed in place after their last call.
         without_gradients: weighted layers that ran without gradients, under ``torch.no_grad()`` or reentrant checkpointing.
-        uses: how the model's weights were used outside their own layers.
+        uses: how the forward pass used the model's parameters.
         results: name -> shape of each output from which a loss can be computed; the name of a single tensor is ``""``.
         result_shape: shape of the output for the loss: the requested one, or the first one.
         result_leaves: ids of the parameters on which that output depends.
@@ -223,7 +223,7 @@ def _traced(
     through_below = set().union(*(through for _, through in walks.values()))
     later = through_below | through_beyond
     chosen = chosen_result(results, output) if results or output is not None else None
-    # A layer that feeds both one of several outputs, such as a hidden state, and further layers is not an output layer.
+    # Unless that output was requested, a layer that feeds one of several outputs and also other layers is not an output layer.
     last = _walk([chosen.grad_fn] if chosen is not None and (output is not None or len(results) == 1) else [], node_of, ())[0]
     fed, used = _walk(roots, node_of, ())[0], uses.result(roots)
     last |= {path for path in fed if path not in consumer}
@@ -411,10 +411,10 @@ def _walk(
     look_ups: Mapping[Any, str] | None = None,
     parameters: Collection[Any] = (),
 ) -> tuple[set[Any], set[Any]]:
-    """The layers found first on the paths down the graph from `roots`, and the layers found after those, without passing `stops`.
+    """Two sets: the layers that come first on paths from `roots` down the graph, and the layers that come later.
 
-    The two sets also contain the embeddings that are found, whose nodes are `look_ups`, and the ids of the `parameters` that are
-    found.
+    A path ends at the first of the `stops` after its root. The sets also contain the embeddings on these paths, whose nodes are
+    the keys of `look_ups`, and the ids of the `parameters` on these paths.
     """
     first: set[Any] = set()
     later: set[Any] = set()

@@ -1,11 +1,11 @@
 """Learned feedback tensors, and checks that an optimizer trains them.
 
-A learned tensor is a parameter of the model, so an optimizer created after `attach` trains it. An optimizer created earlier does
-not train it, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. In both cases,
-training would fail silently, because the rule would turn into feedback alignment, or nothing would be learned. Therefore, the
-first update after `attach` and the first one after a tensor was replaced are checked. If an optimizer steps, the check looks for
-the tensor in the optimizer's parameter groups; if the weights are updated by hand, it compares values when ``rule.step()`` is
-called. Later checks cost one comparison each.
+A learned tensor is a parameter of the model, so an optimizer created after `attach` from ``model.parameters()`` trains it. An
+optimizer created earlier does not train it, and one created before ``load_state_dict(assign=True)`` trains tensors that the model
+no longer has. The first case would silently turn the rule into feedback alignment; in the second, nothing would be learned.
+Therefore, the first update after `attach` and the first one after a tensor was replaced are checked. If an optimizer steps, the
+check looks for the tensor in the optimizer's parameter groups; if the weights are updated by hand, it compares values when
+``rule.step()`` is called. Later checks cost one comparison each.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: The number of entries of a tensor that are compared before and after an update, namely those with the largest gradients.
+#: The number of entries of a learned tensor that are compared before and after an update, namely those with the largest
+#: gradients.
 _ENTRIES = 16
 #: After this many calls of `after_step` without an update, updates by hand are no longer checked, while updates by optimizers
 #: still are.
 _PATIENCE = 3
-#: Gradients below this fraction of the entries are rounding noise, and an update with them changes nothing.
+#: If the largest gradient is below this fraction of the largest compared entry, an update may change nothing.
 _NOISE = 1e-5
 #: After this many updates without ``rule.step()``, rules that need this call warn. The limit is greater than one, because a
 #: single change of the weights may come from loading a state.
@@ -39,15 +40,15 @@ class LearnedTensor:
         path: the path of the layer or cut.
         module: the module that has the tensor as a parameter.
         key: the parameter's name in the module.
-        witness: a module whose weight is trained together with the tensor, which shows whether an update has happened;
-            None disables the check.
+        witness: a module whose weight is trained together with the tensor; if this weight changes, an update has happened. None
+            disables the check.
     """
 
     #: The tensor's learning rate relative to that of the weights.
     lr_scale = 1.0
     #: Whether the tensor's gradient is exactly the gradient of the witness's weight.
     follows = False
-    #: Whether the tensor has no separate gradient, because the optimizer uses the weight's gradient.
+    #: Whether the tensor has no separate gradient, because the optimizer uses the weight's gradient for it.
     shares_gradient = False
 
     def __init__(self, path: str, module: nn.Module, key: str, witness: nn.Module | None) -> None:
@@ -98,7 +99,7 @@ class LearnedTensor:
 
     @property
     def _weight(self) -> nn.Parameter | None:
-        """The weight that is trained together with the tensor, or None if that weight is computed."""
+        """The weight that is trained together with the tensor; None if there is no witness, or if its weight is computed."""
         from fa_bench.mechanisms.weighted_layers import weight_parameter
 
         return None if self.witness is None else weight_parameter(self.witness)
@@ -261,7 +262,7 @@ _unchecked: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
 #: The number of times that a check was requested. An optimizer's step is checked only if this number has changed since the
 #: optimizer's last step.
 _checks_requested = 0
-#: The attribute in which an optimizer keeps this number; it is not part of the optimizer's state.
+#: The attribute of an optimizer that holds the value of `_checks_requested` at its last step; not part of the optimizer's state.
 _CHECKED_AT = "_fa_bench_checked_at"
 _hook: Any = None
 
@@ -309,8 +310,8 @@ class _Snapshot:
 
     @property
     def significant(self) -> bool:
-        """Whether an update with this gradient changes anything. Gradients that are not finite do not count, because a gradient
-        scaler skips them."""
+        """Whether an update with the recorded gradient would change the tensor. Gradients that are not finite do not count,
+        because a gradient scaler skips the update."""
         size = self._gradients.abs().max()
         return bool(torch.isfinite(self._gradients).all()) and bool(size > _NOISE * self._values.abs().max())
 

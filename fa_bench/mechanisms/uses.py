@@ -1,8 +1,9 @@
 """Determine how a forward pass uses the model's weights outside their layers, by observing it while it runs and by searching its
 autograd graph.
 
-A rule changes how a layer uses its weight. If a function uses the weight elsewhere, as ``F.linear(x, self.enc.weight.t())`` does
-in a tied decoder, the error passes through the weight there, which is weight transport regardless of the rule.
+A rule determines how errors pass through a layer. If a function uses the layer's weight elsewhere, as ``F.linear(x,
+self.enc.weight.t())`` does in a tied decoder, the error passes through the weight there, which is weight transport regardless of
+the rule.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _MOVES = {
 #: Nodes that combine tensors so that the derivative with respect to one does not depend on the values of another: sums,
 #: concatenations, look-ups.
 _ADDS = {"Add", "Sub", "Rsub", "Cat", "Stack", "Embedding", "EmbeddingBag", "Where", "Copy", "CopySlices"}
-#: Nodes that scale their input by a factor that is not differentiated.
+#: Nodes that can scale their input by a factor that is not differentiated.
 _SCALES = {"Mul", "Div"}
 #: Functions that read a tensor's dtype, device or shape, but not its entries.
 _READS = {"to", "type_as", "view_as", "expand_as", "reshape_as", "broadcast_tensors"}

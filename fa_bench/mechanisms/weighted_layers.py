@@ -11,7 +11,7 @@ from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.compound.projection import Projection
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-#: Only these exact types count, because the forward pass of a subclass may differ.
+#: The types of weighted layers. Subclasses do not count, because their forward pass may differ.
 WEIGHTED = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Projection, *CONVOLUTIONS)
 #: The static type of a weighted layer, plain or with feedback.
 WeightedLayer: TypeAlias = nn.Linear | Projection | nn.modules.conv._ConvNd
@@ -24,7 +24,7 @@ class Mode:
     Attributes:
         rule: the rule's name.
         exact: forward passes are those of the plain model.
-        freeze_random: forward passes sample no new random tensors, so that measuring does not change the run.
+        freeze_random: no new random tensors are sampled, so that measuring does not change the run.
         alone: nothing is exchanged with the other processes of a data-parallel run, which are not doing the same at the moment.
         layerwise: compound modules call one layer for each of their weights; otherwise they may use fused kernels.
         always_layerwise: compound modules call these layers even if gradients are disabled.
@@ -109,7 +109,7 @@ def _plain_class(cls: type) -> type:
 
 
 def require_gradients(path: str, layer: nn.Module) -> None:
-    """Refuse a layer with a trainable weight that ran without gradients in a forward pass of the model with gradients.
+    """Refuse a layer whose weight is trainable but that ran without gradients in a training forward pass.
 
     Raises:
         CoverageError: in this case; the message names the layer and a remedy.

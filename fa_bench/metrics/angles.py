@@ -10,13 +10,13 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: A float32 gradient with a norm below this value is rounding noise, and its angle to any other tensor is meaningless.
+#: A tensor whose norm is below this value is treated as zero, so its angle to any other tensor is undefined.
 NORM_FLOOR = 1e-12
 
 
 def angles(u: Tensor, v: Tensor) -> Tensor:
-    """The angles (N,) between the rows of two (N, F) tensors, in double precision. An angle is NaN if either norm is below
-    `NORM_FLOOR`.
+    """The angles (N,) between corresponding rows of two (N, F) tensors, in double precision. An angle is NaN if either norm is
+    below `NORM_FLOOR`.
 
     For unit vectors û and v̂, the formula 2 atan2(‖û - v̂‖, ‖û + v̂‖) is precise near 0 and 180 degrees, where the arc cosine
     loses half of its digits.

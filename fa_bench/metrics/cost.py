@@ -1,7 +1,7 @@
 """The multiplications, bytes moved and peak memory of a training step, counted by running steps on a few samples.
 
-The counts depend only on the shapes of tensors. Steps with batches of two, three and four samples determine the counts for any
-batch size.
+The counts depend on the shapes of tensors but not on their values. Steps with batches of two, three and four samples determine
+the counts for any batch size.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fa_bench.registry.kinds import CLASSES, IMAGES, TOKENS, VALUES
 #: Sizes of the batches that are run to determine the counts for any batch size.
 _BATCHES = (2, 3, 4)
 _ATEN = torch.ops.aten
-#: Formulas for attention on the CPU, which torch's table lacks. The backward pass of attention recomputes the scores, so it takes
-#: five matrix products instead of four.
+#: Formulas for the CPU's attention operations, which torch's table lacks. The backward pass of attention recomputes the scores,
+#: so it takes five matrix products instead of four.
 _ATTENTION: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query.shape, key.shape, value.shape
@@ -75,7 +75,7 @@ class Cost:
 class Counter(TorchDispatchMode):
     """Counts multiplications, bytes moved and bytes of new tensors for all operations, including those of a backward pass.
 
-    This class replaces torch's FlopCounterMode, which hooks modules and fails if gradients are computed in a backward pass.
+    This class replaces torch's FlopCounterMode, which hooks modules and fails if a backward pass itself calls autograd.
 
     Attributes:
         multiplications, moved: the numbers of multiplications and of bytes moved so far.
@@ -177,9 +177,9 @@ def multiplications(step: Callable[[], None]) -> int:
 def at_batch(counts: Sequence[int], batch: int) -> int:
     """The count for a batch of `batch` samples, extrapolated from the counts for 2, 3 and 4 samples.
 
-    The result is exact if the count is a polynomial of degree at most two in the batch size. The cost of products that involve
-    the batch is linear in its size, that of similarities between samples is quadratic, and that of learning from noise that the
-    rule generates is constant.
+    The result is exact if the count is a polynomial of degree at most two in the batch size. The cost of most operations
+    is linear in the batch size, the cost of similarities between samples is quadratic, and the cost of learning from a fixed
+    number of noise samples is constant.
     """
     two, three, four = counts
     beyond = batch - _BATCHES[0]
@@ -191,7 +191,7 @@ class _Step(NamedTuple):
 
     Attributes:
         multiplications: in the forward pass, in the backward pass, for learning the feedback in the backward pass, in the
-            optimizer, and after it.
+            optimizer, and after the optimizer.
         moved: bytes moved in the forward pass, in the backward pass, and after it.
         new: bytes of new tensors, see `Counter`.
     """
@@ -213,7 +213,7 @@ def step_costs(
 ) -> tuple[Cost, Cost]:
     """The costs of one training step with the rule, and of one with backpropagation in the same model.
 
-    The function runs small steps on random inputs. The steps change gradients, running statistics, random feedback and, with
+    The function runs small steps on random inputs. The steps change gradients, running statistics, feedback and, with
     `optimizers`, the weights, so pass a rule that will not be trained further.
 
     Args:
@@ -222,7 +222,7 @@ def step_costs(
         classes: number of classes, of outputs, or of tokens.
         batch: the batch size of the step.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
-        optimizers: creates the rule's optimizers; without it, the bytes that they move and their states are not counted.
+        optimizers: creates the optimizers; None: their operations and states are not counted.
         accumulate: the number of micro-batches into which the batch is split.
     """
     model, learned = rule.model, rule.feedback_parameters()

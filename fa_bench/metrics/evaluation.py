@@ -13,7 +13,8 @@ from fa_bench.mechanisms.contexts import evaluating
 from fa_bench.mechanisms.trace import loss_output
 from fa_bench.objectives.base import Objective
 
-#: Minimum batch size of evaluation, which may exceed that of training, because evaluation keeps no activations in memory.
+#: Minimum batch size of evaluation. It may exceed the batch size of training, because evaluation keeps no activations for a
+#: backward pass.
 EVALUATION_BATCH = 512
 
 
@@ -55,7 +56,7 @@ def evaluate(
             losses.append(objective.loss(outputs, y, reduction="sum"))
             count = count + objective.counted(y)
             add(sums, objective.sums(outputs, y))
-    for _ in range(remaining):  # the other processes have a batch in which this one has no samples
+    for _ in range(remaining):  # other processes have batches in which this one has no samples
         before_batch()
     loss, total, totals = 0.0, 0, dict[str, Tensor]()
     for of_process in gather(
@@ -67,7 +68,7 @@ def evaluate(
 
 
 def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
-    """Add the sums of a batch to those of earlier ones, in place."""
+    """Add the values of `more` to those of `sums` with the same names, in place."""
     for name, value in more.items():
         sums[name] = sums[name] + value if name in sums else value
 

@@ -28,7 +28,7 @@ class Memory:
     bytes.
 
     Attributes:
-        parameters: P, the size of ``model.parameters()``.
+        parameters: P, the number of values in ``model.parameters()``.
         activations: A, values per sample that are kept for the backward pass.
         feedback: number of values in feedback tensors that propagate an error.
         learned: number of those values that are learned.
@@ -59,10 +59,10 @@ class Memory:
 def memories(
     model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None = None, inputs: str = IMAGES
 ) -> tuple[Memory, Memory | None]:
-    """The counts for backpropagation in a plain model, and those for a rule (None without a rule or if it defines no
-    `step_memory`).
+    """The sizes for backpropagation in a plain model, and those for a rule (None without a rule or if its `step_memory` returns
+    None).
 
-    The counts are obtained from a forward pass of one sample on the model's device. On the device ``meta``, this forward pass is
+    The sizes are obtained from a forward pass of one sample on the model's device. On the device ``meta``, this forward pass is
     cheap.
 
     Backpropagation keeps the output of every layer, and each output is counted once. Here, the output of a weighted layer is the

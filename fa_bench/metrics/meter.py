@@ -117,7 +117,7 @@ class Passes:
     @functools.cached_property
     def exact(self) -> Record:
         """The errors and tensors of a pass with backpropagation."""
-        _ = self.delivered  # the pass with the rule comes first, as in training
+        _ = self.delivered  # so that the pass with the rule always comes first
         with self.rule.exact():
             return self._pass(lambda loss, logits: loss.backward())
 
@@ -235,7 +235,7 @@ class Passes:
 
 @dataclasses.dataclass
 class Call:
-    """A tensor at a module's input or output in one call of the module, and its gradient once it has been computed.
+    """A tensor at a module's input or output in one call of the module, and, after the backward pass, the tensor's gradient.
 
     Attributes:
         batch_axis: the axis of the samples.

@@ -11,8 +11,8 @@ from fa_bench.mechanisms.weighted_layers import weighted_layers
 
 
 def named_tensors(rule: Rule) -> dict[str, Tensor]:
-    """The tensors of an attached rule by name, without copying them. Gradients are included only between a backward pass and the
-    update.
+    """The tensors of an attached rule by name, without copying them. A gradient is included only if it has been computed and has
+    not been reset.
 
     The names are ``weight/<layer>``, ``feedback/<layer or cut>/<tensor>`` and, for the gradient of a weight,
     ``gradient/<layer>``.

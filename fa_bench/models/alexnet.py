@@ -23,12 +23,12 @@ class ASAPAlexNet(Architecture):
 
     The convolutions have 64, 128 and 256 channels, 5x5 kernels and padding 2. Batch normalisation and ReLU follow every hidden
     layer, and the logits are also batch-normalised. Pooling rounds up, so 28x28 and 32x32 images both lead to 256 x 4 x 4
-    features. The network is that of the published code; the text of the paper states 3x3 kernels, which are inconsistent with its
-    4096 features.
+    features. The network is that of the published code. The text of the paper states 3x3 kernels, which with padding 2 would not
+    lead to its 4096 features.
     """
 
     width: int = option(64, "channels of the first convolution; the others have two and four times as many", minimum=1)
-    hidden: int = option(1024, "neurons of the two hidden fully connected layers", minimum=1)
+    hidden: int = option(1024, "neurons of each hidden fully connected layer", minimum=1)
     output_norm: bool = option(True, "batch normalisation of the logits, as in all nets of the paper")
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
@@ -52,7 +52,7 @@ class DKPAlexNet(Architecture):
     """
 
     width: int = option(64, "channels of the first convolution; the others have 3, 6, 4 and 4 times as many", minimum=1)
-    hidden: int = option(4096, "neurons of the two hidden fully connected layers", minimum=1)
+    hidden: int = option(4096, "neurons of each hidden fully connected layer", minimum=1)
     linear_norm: bool = option(True, "batch normalisation after the hidden fully connected layers, too")
     dropout: float = option(0.5, "rate of the two dropout layers", minimum=0, below=1)
 

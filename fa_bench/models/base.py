@@ -57,7 +57,7 @@ class Architecture(Options):
     linear_init: str | None = option(None, "initialiser of the weights of fully connected layers; null: init", choices=CONTINUOUS)
     output_init: str | None = option(
         None,
-        "initialiser of the weights of the output layer (the layer defined last); null: the same as for the others",
+        "initialiser of the weights of the output layer (the layer defined last); null: as specified by init and linear_init",
         choices=CONTINUOUS,
     )
 

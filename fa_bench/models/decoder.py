@@ -48,7 +48,10 @@ class Decoder(TransformerArchitecture):
     norm: str = option("pre", "LayerNorm before attention, MLP and head (pre), or after each sum (post)", choices=["pre", "post"])
     positions: str = option("learned", "kind of position embeddings", choices=["learned", "sinusoidal"])
     dropout: float = option(
-        0.1, "rate of dropout on embeddings, attention weights, hidden activations, attention and MLP outputs", minimum=0, below=1
+        0.1,
+        "dropout rate of embeddings, attention weights, hidden activations, and outputs of attention and MLP",
+        minimum=0,
+        below=1,
     )
 
     def check(self) -> None:

@@ -34,7 +34,7 @@ class LSTM(Architecture):
 
     layers: int = option(1, "recurrent layers", minimum=1, maximum=100)
     width: int = option(128, "neurons of the hidden state of each layer, and features of a token", minimum=1)
-    dropout: float = option(0.0, "rate between recurrent layers", minimum=0, below=1)
+    dropout: float = option(0.0, "dropout rate between recurrent layers", minimum=0, below=1)
     cell: str = option("lstm", "kind of recurrent layer; rnn uses tanh", choices=["lstm", "gru", "rnn"])
     scan: str = option(
         "rows", "how images are read: rows (C W numbers per step) or pixels (C numbers per step)", choices=["rows", "pixels"]

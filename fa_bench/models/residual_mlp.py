@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ResidualMLP(Architecture):
     """Residual MLP with LayerNorm at the start of every block.
 
-    The layers are embed - blocks x + fc2(act(fc1(norm(x)))) - final_norm - head. The default of 4 blocks of width 256 comes from
-    the faeval protocol (spring 2026).
+    The layers are embed - blocks - final_norm - head, where each block maps x to x + fc2(act(fc1(norm(x)))). The default of 4
+    blocks of width 256 comes from the faeval protocol (spring 2026).
 
     We know the protocol's depth and width but not its code. Our own choices are hidden layers of 4 times the width, as in
     transformers, and GELU. ``final_norm=false`` removes the final LayerNorm, as in the protocol's student network.

@@ -122,8 +122,8 @@ class ResNet18ImageNet(StagedArchitecture):
 
     ``bn=before`` is torchvision's network, in which the last ReLU of a block follows the sum. ``bn=after`` normalises after the
     ReLU, as Akrout et al. 2019 do. The appendix with the details of their network is not available. With ``bn=after``, a block is
-    conv - ReLU - BN twice, plus the shortcut, and no layer follows the sum. With both settings, shortcuts are 1x1 convolution -
-    BN where the shape changes.
+    conv - ReLU - BN twice, plus the shortcut, and no layer follows the sum. With both settings, a
+    shortcut is a 1x1 convolution followed by BN where the shape changes.
     """
 
     bn: str = option("before", "batch normalisation before or after the ReLU", choices=["before", "after"])

@@ -39,7 +39,7 @@ class VGG(Architecture):
     The network of depth 16 has the 13 convolutions of configuration D in Simonyan and Zisserman 2015, with 64 to 512 channels,
     each followed by a ReLU. One linear layer replaces the three fully connected layers of that paper, and ``batch_norm=true``
     normalises before every activation. A single linear layer and batch normalisation are common practice for CIFAR but are not in
-    the paper.
+    that paper.
     """
 
     depth: int = option(5, "the number in the name of the network: 5, 7, 9 or 16")

@@ -103,7 +103,7 @@ class Objective(Options):
         all samples and outputs.
 
         Args:
-            sums: the result of `sums` over all batches, as numbers or lists of numbers.
+            sums: the results of `sums`, added up over all batches, as numbers or lists of numbers.
             loss: the mean loss.
             count: the number of targets that count.
             characters: for text, the mean number of characters per token in this split.

@@ -13,7 +13,7 @@ from fa_bench.utils.lazy import nn
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: PyTorch's default, -100, would silently skip samples with this label.
+#: An index that no label has. PyTorch's default, -100, would silently skip samples with this label.
 _IGNORE_NOTHING = -(2**31)
 
 

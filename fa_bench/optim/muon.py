@@ -37,7 +37,7 @@ class Muon(OptimizerOptions):
     Without weight decay, the feedback of `kp` therefore comes no closer to the weights. The same holds for W - B R in `pfa_o`
     with its default ratio of 1, but not in `pfa`, where B times the update of R differs from the update of W.
 
-    ``layers=hidden`` leaves the first and the last layer to AdamW, as the usual recipes do. ``exclude`` lists further layers that
+    ``layers=hidden`` leaves the first and the last layer to AdamW, as is common with Muon. ``exclude`` lists further layers that
     AdamW trains together with their feedback. AdamW also trains biases, normalisation layers, embeddings and position tables. The
     learning rate of AdamW is ``adam_lr``; its weight decay and schedule are those of the matrices.
 

@@ -114,7 +114,7 @@ class Optimizers:
         """Set the learning rates of the schedules whose unit is given.
 
         Args:
-            **done: the unit, ``epoch`` or ``step`` -> how many of these have been completed.
+            **done: the unit, ``epoch`` or ``step`` -> the number of completed epochs or steps.
         """
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
             if (unit := part.schedule.per) in done:

@@ -40,8 +40,8 @@ def option(
     Args:
         default: the default value; a list, a dict or nested options are copied for each instance.
         help: one sentence for ``--help``, with units.
-        choices: the allowed values, such as names; for a list, the allowed items. A registry is not read until its names are
-            needed.
+        choices: the allowed values, such as names; for a list, the allowed items. A registry is not loaded until its names
+            are needed.
         with_options: whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``.
         minimum: the smallest allowed value; for a list, the smallest allowed item.
         above: exclusive lower bound.
@@ -108,7 +108,7 @@ class Options:
 
         Raises:
             OptionError: for an unknown name (with the nearest one) or an invalid value.
-            ComponentError: if the class declares options but is no dataclass.
+            ComponentError: if the class declares options but is not a dataclass.
         """
         allowed = [field.name for field in option_fields(cls)]
         for key in values:
@@ -139,8 +139,8 @@ def require_dataclass(cls: type[Options]) -> None:
         # The dataclass decorator would have removed such fields or replaced them with their default values.
         if declared := [name for name, value in vars(each).items() if isinstance(value, dataclasses.Field)]:
             raise ComponentError(
-                f"class {each.__qualname__} ({each.__module__}) declares options ({names(declared)}) but is no dataclass; write "
-                "@dataclasses.dataclass(eq=False) on the line above it"
+                f"class {each.__qualname__} ({each.__module__}) declares options ({names(declared)}) but is not a dataclass; "
+                "write @dataclasses.dataclass(eq=False) on the line above it"
             )
 
 
@@ -148,7 +148,7 @@ def option_fields(cls: type[Options]) -> list[dataclasses.Field[Any]]:
     """The declared options of a component, with those of its base classes first.
 
     Raises:
-        ComponentError: if the class declares options but is no dataclass.
+        ComponentError: if the class declares options but is not a dataclass.
     """
     require_dataclass(cls)
     return [field for field in dataclasses.fields(cls) if field.init and "help" in field.metadata]

@@ -1,6 +1,6 @@
 """Reports on runs: tables and figures that compare rules with each other and with published numbers.
 
-Pandas, SciPy and matplotlib are imported when a report is written, so that reading run directories stays fast.
+Pandas, SciPy and matplotlib are imported only when they are needed, so that reading run directories stays fast.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ number belongs. The column `inside` says whether this mean is in the published r
 
 
 class Report(NamedTuple):
-    """A report that was written: its table and notes as text for a terminal, and the paths of report.md and of the overview.
+    """A report that was written: its table and notes as text for a terminal, and the paths of report.md and the overview figure.
 
     `complete`: whether all runs that were found or planned have finished or were stopped by a callback, and no record was
     excluded.
@@ -99,8 +99,8 @@ def write_report(
     Each file is replaced atomically; files of an earlier report that are not part of this one are removed. The same runs give
     byte-identical files, regardless of their order and their folders, except for the directories in runs.csv. Runs that have not
     finished are counted in their rows and listed, but excluded from the statistics. The report also lists `planned` runs that
-    have not started, missing seeds, and published rows without a finished run. Runs with a record that is damaged or was not
-    written by a run are excluded and listed with the problem.
+    have not started, missing seeds, missing references, and published rows without a finished run. Runs with a record that is
+    damaged or was not written by a run are excluded and listed with the problem.
 
     Args:
         run_dirs: the runs' directories, with or without records.
@@ -202,7 +202,7 @@ def write_report(
         tables |= {f"{NAME}_tried.csv": to_csv(choice.tried)} if choice else {}
         tables |= {f"{NAME}_alarms.csv": to_csv(raised)} if len(raised) else {}
         tables |= {f"{NAME}_aggregate.csv": to_csv(totals)} if totals is not None else {}
-        for name in (PAGE, *tables):  # before the figures are written, so that a refused report leaves none
+        for name in (PAGE, *tables):  # before the figures are written, so that a refused report leaves no figures
             check_file(out_dir / name, earlier)
         with default_style():
             from fa_bench.report.figures import write_figures

@@ -26,17 +26,18 @@ AGGREGATE_COLUMNS = {
 }
 AGGREGATE_LEGEND = """\
 The interquartile mean is over the test accuracies of all tasks and seeds, without the lowest and the highest quarter. Its
-interval is the 95 % percentile interval of a stratified bootstrap (10,000 resamples of the seeds within each task, fixed seed),
-as in rliable (Agarwal et al. 2021). If a rule has several rows in a task, the one with the best validation score is used.
+interval is the 95 % percentile interval of a stratified bootstrap (10,000 resamples of the runs within each task, with a fixed
+random seed), as in rliable (Agarwal et al. 2021). If a rule has several rows in a task, the one with the best validation score is
+used.
 """
 
 
 def over_tasks(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str]]:
-    """Statistics over the test accuracies (%) of all tasks and seeds, with one row per rule that has finished runs in every task.
+    """Statistics over the test accuracies (%) of all tasks and seeds, with one row per rule.
 
     Returns:
-        The table, and a line for each exclusion: a task is excluded if its score is not an accuracy, and a rule if it lacks a
-        finished run in some task.
+        The table, and a line for each exclusion: a task is excluded if its primary score is not accuracy, and a rule if it has
+        no finished run in one of the other tasks.
     """
     groups = group_runs(runs)
     labels, left_out = group_labels(groups), []

@@ -36,7 +36,7 @@ UNSET = "-"
 
 
 class Chosen(NamedTuple):
-    """The values that `choose_best` chose for one rule and remaining setting.
+    """The values that `choose_best` chose for one rule and one combination of its other settings.
 
     `values` are the chosen values of the keys, as text. `tried` is the number of values that have at least one run, and `note`
     contains remarks on the choice.
@@ -75,7 +75,7 @@ def choose_best(runs: Sequence[Run], keys: Sequence[str]) -> Best:
         keys: command-line keys of the config.
 
     Raises:
-        DataError: a key is unknown or does not differ within any rule, or nothing can be chosen.
+        DataError: a key is unknown, is part of the comparison, or does not differ within any rule; or nothing can be chosen.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
@@ -150,8 +150,8 @@ def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str
 
 
 def _choose(cell: Groups, merits: Mapping[str, float]) -> str | None:
-    """The first group with the best validation score; None if no group has one. A single group needs no score, but a finished run
-    and no run that diverged."""
+    """The first group with the best validation score; None if no group has one. A single group is chosen even without a score,
+    provided that it has a finished run and no run that diverged."""
     if len(cell) == 1:
         ((group, members),) = cell.items()
         diverged = any(run.result["status"] == DIVERGED for run in members)
@@ -223,7 +223,7 @@ def _budgets(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, dict[str
 
 
 def _budget_notes(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, str]:
-    """A note for each row of a task with unequal budgets, which states the row's budget and those of the other rows."""
+    """If the budgets of a task's rows are unequal, a note for each row that states its budget and those of the other rows."""
     notes: dict[str, list[str]] = {}
     for what, counts in _budgets(groups, chosen).items():
         if len(set(counts.values())) > 1:

@@ -40,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 if all runs that were found or announced have finished or were stopped by a callback; 1 if some have not,
-        or are excluded; 2 if there is nothing to report or the report cannot be written, with one line on standard error; 130
-        after an interrupt. The live view returns 0, even after an interrupt, which is the normal way to end it, or 2 if there is
-        nothing to show.
+        or are excluded; 2 after an error, with one line on standard error; 130 after an interrupt. The live view returns 0, even
+        if it is interrupted, or 2 after an error.
     """
     return exit_code("fa-bench-report", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
@@ -70,8 +69,8 @@ def _main(argv: list[str]) -> int:
     parser.add_argument(
         "--best",
         metavar="KEY[,KEY]",
-        help="choose the values of these keys by their validation score for each rule, and compare the chosen "
-        "ones, for example --best optimizer.lr",
+        help="for each rule, choose the values of these keys by the validation score, and compare only the chosen "
+        "values; an example is --best optimizer.lr",
     )
     parser.add_argument(
         "--reference",

@@ -110,17 +110,17 @@ COLUMNS = {
 }
 #: The columns of the table `best.Best.tried` for accuracies, in addition to those of the keys.
 TRIED_COLUMNS = {"task": Column("task"), **{name: COLUMNS[name] for name in ("label", "n", "status", "val_accuracy", "chosen")}}
-#: The columns of differences, in the unit of the row's score.
+#: The columns of paired differences, which are in the unit of the row's score.
 _DIFFERENCES = ("bp_difference", "bp_difference_ci95", "bp_difference_low", "bp_difference_high")
 #: The columns that differ between two sweeps of the same runs.
 TIMINGS = [name for name, column in COLUMNS.items() if column.timing]
 
 
 def columns_of(frame: pd.DataFrame) -> dict[str, Column]:
-    """How to show the columns of a frame from `table.summarise`, in their order.
+    """The title and format of each column of a frame from `table.summarise`, in the order of the frame.
 
-    These are the columns in `COLUMNS`, those of other primary scores, settings that are not in the labels, and alignment metrics
-    of plugins. Other columns are omitted.
+    The result has the columns in `COLUMNS`, those of other primary scores, settings that are not in the labels, and alignment
+    metrics of plugins. Other columns are omitted.
     """
     added = metric_columns(declared(name for name in frame.attrs.get("metrics", ()) if name not in COLUMNS))
     added |= {key: Column(key) for key in frame.attrs.get("settings", ())}

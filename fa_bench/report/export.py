@@ -24,7 +24,7 @@ from fa_bench.report.states import reason
 from fa_bench.report.text import with_std
 from fa_bench.utils.files import resolved
 
-#: The characters with a special meaning in LaTeX; [ and * are special only after the end of a row.
+#: LaTeX code for the characters that LaTeX would not print as they are; [ and * are special only after the end of a row.
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -45,8 +45,8 @@ RUN_TIMINGS = ["seconds", "seconds_per_epoch"]
 
 
 def escape_latex(text: str) -> str:
-    """Escape arbitrary text so that LaTeX prints it literally. A character beyond ASCII is replaced by its code, such as
-    ``U+00E9``, so that the text works in any encoding."""
+    """Escape arbitrary text for LaTeX. A character beyond ASCII is replaced by its code, such as ``U+00E9``, so that the text
+    works in any encoding."""
     escaped = "".join(_LATEX.get(char, char if char.isascii() else f"U+{ord(char):04X}") for char in printable(text))
     return re.sub("-(?=-)", "-{}", escaped)  # two hyphens would become a dash
 
@@ -118,7 +118,7 @@ def _difference(row: Mapping[Any, Any]) -> str:
 
 
 def to_json(frame: pd.DataFrame) -> str:
-    """The rows as a JSON list of objects with typed values: numbers, booleans, text, and lists of seeds. Blank cells are null."""
+    """The rows as a JSON list of objects with typed values: numbers, booleans, text and lists. Blank cells are null."""
     counts = {name for name, column in COLUMNS.items() if column.format == ".0f"}
     rows = [{name: _plain(row[name], name in counts) for name in frame} for row in frame.to_dict("records")]
     for row in rows:

@@ -52,7 +52,7 @@ from fa_bench.report.settings import DENSITY, setting_figure
 #: The maximum number of panels per row if there is a panel for each layer or rule.
 COLUMNS = 4
 #: The maximum number of lines in a panel, and the maximum number of settings of one rule among them. If either is exceeded, each
-#: rule has its own panel of curves, and the other figures show only the best setting of each rule.
+#: rule has its own panel of curves, and the overview and the figures by layer show only the best setting of each rule.
 MAX_GROUPS, MAX_SETTINGS = 12, 4
 #: The maximum number of settings in a legend that all panels share. If there are more settings, each panel has its own legend.
 MAX_SHARED = 10
@@ -125,7 +125,7 @@ def task_figures(
 ) -> Iterator[tuple[str, str, Figure]]:
     """Yield (kind, title, figure) for the figures of one task, which show its curves and its alignment metrics by layer; the kind
     becomes a part of the file name."""
-    if only is None or is_large(groups):  # otherwise, the overview already shows the only curves
+    if only is None or is_large(groups):  # otherwise, the overview already shows the selected quantity
         for part in curve_parts(title, groups, only, x):
             of = part.panels[0].quantity
             is_first = of.name == f"test_{primary(runs_of(groups)).name}" or of == only
@@ -136,7 +136,8 @@ def task_figures(
 
 
 def curve_parts(title: str, groups: Groups, only: Quantity | None, x: str) -> list[Part]:
-    """The parts of figures that show the curves of a task: those of `only` or, if it is None, of all scores and losses with data.
+    """The parts of figures that show the curves of a task: those of `only` or, if it is None, of the primary test score and
+    of all other scores and losses with data.
 
     A small task has one part, in which the quantities are side by side; a large one has a part for each quantity.
     """

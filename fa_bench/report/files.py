@@ -80,7 +80,8 @@ def recorded_files(folder: Path) -> set[str]:
 
 
 def covered_directories(folder: Path) -> list[Path]:
-    """The existing run directories that the report in `folder` covers, according to its runs.csv; empty if there is no report."""
+    """The existing run directories that the report in `folder` covers, according to its runs.csv; empty if there is no readable
+    report."""
     try:
         if RUNS not in recorded_files(folder) or (folder / RUNS).is_symlink():
             return []

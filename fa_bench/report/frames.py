@@ -68,14 +68,15 @@ def load_results(*runs: Runs, curves: bool = False, angles: bool = False) -> pd.
     Returns:
         One row per run: its directory, status, components, seed, scores (accuracies as fractions), seconds, the mean over layers
         of every alignment metric, and the options of its config by command-line key, such as ``optimizer.lr``. With `curves`,
-        the run's directory, label and seed, and its record of the epoch: losses, scores, learning rate, seconds so far, and the
-        means of the alignment metrics that were measured. With `angles`, the run's directory, label and seed, step, epoch
-        (possibly fractional), metric, layer and value (NaN if undefined). Columns of numbers have a numeric type, with NaN for
-        values that are not recorded. A run without a result has no row; one with a damaged record is skipped with a warning.
+        a row has the run's directory, label and seed, and the record of the epoch: losses, scores, learning rate, seconds so far,
+        and the means of the alignment metrics that were measured. With `angles`, a row has the run's directory, label and seed,
+        and the step, epoch (possibly fractional), metric, layer and value (NaN if undefined). Columns of numbers have a numeric
+        type, with NaN for values that are not recorded. A run without a result has no row; a run with a damaged record is skipped
+        with a warning.
 
     Raises:
         DataError: for a directory that does not exist.
-        ValueError: if there is neither a directory nor a run, or if both `curves` and `angles` are set.
+        ValueError: if `runs` is empty, or if both `curves` and `angles` are set.
         TypeError: for anything that is neither a directory nor a run.
 
     Examples:

@@ -56,7 +56,8 @@ def value_key(value: Any) -> tuple[int, float, list[Any]]:
 
 
 def nearest_key(name: str, allowed: Iterable[str]) -> str:
-    """A hint such as ``; did you mean 'optimizer.lr'?``, also for the short name ``lr`` that labels use; empty without a hint."""
+    """A hint such as ``; did you mean 'optimizer.lr'?``, also for the short name ``lr`` that labels use; empty if no key is
+    similar."""
     allowed = list(allowed)
     whole = next((key for key in allowed if key.endswith(f".{name}")), None)
     return f"; did you mean '{whole}'?" if whole else nearest(name, allowed)

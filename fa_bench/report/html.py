@@ -53,7 +53,7 @@ def to_html(
 
     Args:
         tables: the first one is the summary.
-        lists: {title: lines about runs and other items that are excluded or missing}; empty lists are omitted.
+        lists: {title: lines}, such as warnings and missing seeds; empty lists are omitted.
         runs: the runs whose configs and statuses are listed.
         pictures: the figures.
         timings: whether to include measured seconds.

@@ -1,4 +1,4 @@
-"""The live view of a sweep, with one line per run, which is updated every few seconds. Nothing is written."""
+"""The live view of a sweep. It has one line per run and is updated every few seconds; nothing is written."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Line:
         metrics: the record of the last epoch.
         pace: recorded training seconds per epoch, without evaluation.
         overhead: for a running run, the wall-clock time of an epoch as a multiple of `pace`.
-        since: for a running run, seconds since its last epoch ended, or since it started.
+        since: for a running run, seconds since its last epoch ended or, if that is later, since it was started or resumed.
         remark: the reason for a failure, or another remark.
         remaining: estimated seconds until the run ends; None if unknown.
     """
@@ -96,7 +96,7 @@ class Watcher:
         Afterwards, `errors` contains an error for each sweep.json file that could not be used.
 
         Args:
-            now: the time, in seconds since the epoch.
+            now: the current time, as a Unix timestamp.
 
         Raises:
             DataError: a folder no longer exists, or there is no run.
@@ -175,7 +175,7 @@ def _line(planned: PlannedRun, run: Run, problem: str, now: float) -> Line:
 
 
 def _started(directory: Path) -> float:
-    """The time at which the holder of the directory's lock requested it, as the holder recorded it; 0 if unknown."""
+    """When the process that holds the directory's lock requested the lock, as a Unix timestamp; 0 if unknown."""
     try:
         return datetime.fromisoformat((lock_holder(directory) or {})["started"]).timestamp()
     except (OSError, ValueError, KeyError, TypeError):
@@ -246,8 +246,8 @@ def summary(lines: Sequence[Line]) -> str:
 
 
 def titles(lines: Sequence[Line]) -> tuple[str, ...]:
-    """The titles of the columns. If all lines have the same score, the titles of the score columns name it, for example ``val %``
-    for accuracies."""
+    """The titles of the columns. If all lines have the same primary score, the titles of the score columns include its name or
+    unit, for example ``val %`` for accuracies."""
     found = {scores_of(line.metrics)[0] for line in lines if line.metrics} or {ACCURACY}
     first = found.pop()
     name = "" if found else " %" if first == ACCURACY else f" {first.in_unit}"

@@ -45,7 +45,8 @@ Curves = dict[str, dict[int, float]]
 
 
 def write_mean_curves(run_dirs: Iterable[Path], folder: Path) -> list[str]:
-    """Write the mean curves of those finished runs in `run_dirs` that log to TensorBoard to the `tensorboard` folder in `folder`.
+    """Write mean curves to the `tensorboard` folder in `folder`. They cover the finished runs in `run_dirs` that log to
+    TensorBoard.
 
     Each file is replaced atomically, and groups that no longer exist are removed. Nothing is written if there is no such run.
 
@@ -166,8 +167,8 @@ def _curves(run: Run) -> Curves:
 
 
 def _statistics(curves: Sequence[Curves]) -> Curves:
-    """The means of curves, and their sample standard deviations as ``std/TAG``, at the steps that all curves with the tag
-    share."""
+    """The means over runs of the curves with each tag, and the sample standard deviations as ``std/TAG``, at the steps that all
+    curves with the tag share."""
     tags = list(dict.fromkeys(tag for each in curves for tag in each))
     means: Curves = {}
     for tag in tags:
@@ -220,7 +221,7 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
             file = folder / name / EVENTS
             if (
                 not file.exists() or file.read_bytes() != content
-            ):  # a running TensorBoard continues reading the file that it knows
+            ):  # a running TensorBoard continues to read the file that it has open
                 with atomic(file) as temporary:
                     temporary.write_bytes(content)
         for name in earlier.difference(contents):

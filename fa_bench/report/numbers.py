@@ -1,4 +1,4 @@
-"""Statistics over the known values, which are NaN if there are too few values.
+"""Statistics over the known values. A statistic is NaN if there are too few values.
 
 Paired comparisons use the differences between two rows at the same seeds. Aggregates over tasks follow Agarwal et al. 2021, "Deep
 Reinforcement Learning at the Edge of the Statistical Precipice" (rliable).

@@ -84,13 +84,13 @@ LEGEND_WIDTH, MAX_LEGEND, MAX_ENTRIES = 40, 200, 60
 MAX_MARKED, MARKERS = 12, 8
 #: The width of a figure and the height of a line of its legend, in inches.
 WIDTH, LINE = 13, 0.2
-#: The minimum number of lines in a panel for one of them to be far off, the number of interquartile ranges by which it must be
-#: off, and the ratio of losses above which the axis is logarithmic.
+#: In a panel with at least TAIL lines, a line can be far off if it is beyond FAR interquartile ranges. If losses differ by more
+#: than a factor of LOG, their axis is logarithmic.
 TAIL, FAR, LOG = 4, 3, 50
 
 
 def rule_style(rule: str) -> dict[str, Any]:
-    """The colour, line style and marker of a rule, which are the same in every figure, even for rules of plugins."""
+    """The default colour, line style and marker of a rule, which depend only on its name, even for rules of plugins."""
     if rule == CONTROL:
         return {"color": COLOURS[0], "linestyle": "-", "marker": "o"}
     if rule in _FLOORS:
@@ -109,8 +109,8 @@ def rule_style(rule: str) -> dict[str, Any]:
 
 
 def setting_style(rule: str, index: int, count: int) -> dict[str, Any]:
-    """The style of one of a rule's settings. Its colour is that of the rule, from light for the first setting to full for the
-    last."""
+    """The style of one of a rule's settings. Its colour is a shade of the rule's colour, from light for the first setting to
+    full for the last."""
     style = rule_style(rule)
     lightness = 0 if count < 2 else 0.6 * (1 - index / (count - 1))
     red, green, blue = (channel + lightness * (1 - channel) for channel in to_rgb(style["color"]))
@@ -290,8 +290,8 @@ def label_edges(grid: Sequence[Axes], count: int, columns: int) -> None:
 
 
 class Range(NamedTuple):
-    """A readable range of an axis, whether the axis is logarithmic, and the limit of the typical values of lines, beyond which a
-    line is outside."""
+    """A readable range of an axis, whether the axis is logarithmic, and the limit of the typical values of lines. A line whose
+    typical value is beyond the limit is outside the range."""
 
     low: float
     high: float
@@ -319,11 +319,11 @@ def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], k
     log = kind == LOSS and bool(positive) and max(positive) > LOG * min(positive)
     limit = -math.inf if kind == ACCURACY else math.inf
     if len(lines) >= TAIL and kind == ACCURACY:
-        quarter, _, half = quantiles(sorted(centres), n=4, method="inclusive")
-        limit = quarter - FAR * max(half - quarter, 2)
+        lower, _, upper = quantiles(sorted(centres), n=4, method="inclusive")
+        limit = lower - FAR * max(upper - lower, 2)
     elif len(lines) >= TAIL and log:
-        quarter, _, half = quantiles([math.log10(max(value, min(positive))) for value in centres], n=4, method="inclusive")
-        limit = 10 ** min(half + FAR * max(half - quarter, 0.5), 300)
+        lower, _, upper = quantiles([math.log10(max(value, min(positive))) for value in centres], n=4, method="inclusive")
+        limit = 10 ** min(upper + FAR * max(upper - lower, 0.5), 300)
     limits = Range(0, 1, log, limit)
     shown = [
         value
@@ -341,8 +341,8 @@ def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], k
 
 
 def apply_range(axes: Axes, limits: Range, labels: Sequence[str], centres: Sequence[float], kind: str) -> None:
-    """Set the vertical axis to the range, and add a note about the lines outside it. `labels` and `centres` belong to the
-    lines."""
+    """Set the vertical axis to the range, and add a note about the lines outside it. `labels` and `centres` are those
+    of the lines."""
     if limits.log:
         axes.set_yscale("log")
         axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")
@@ -398,7 +398,7 @@ Curve = list[tuple[float, float, float]]
 
 
 def _plot(axes: Axes, panel: Panel, series: Sequence[tuple[Line, Curve]], in_range: Sequence[tuple[Line, Curve]]) -> None:
-    """Plot the series of a panel; the vertical range is that of `in_range`."""
+    """Plot the series of a panel. Except for angles, the vertical range is chosen for the series `in_range`."""
     axes.set_title(escape_mathtext(panel.title), fontsize=11)
     axes.set(xlabel=POSITIONS[panel.x], ylabel=panel.quantity.axis)
     if not series:
@@ -422,7 +422,7 @@ def _plot(axes: Axes, panel: Panel, series: Sequence[tuple[Line, Curve]], in_ran
     if kind == ANGLE:
         axes.axhline(90, color="0.6", linewidth=1, linestyle=(0, (1, 3)))
         axes.set_ylim(-3, max(95, 5 + max(max(values) for values in means)))
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 1.5, 3, 4.5, 6, 10]))  # ticks at 30 or 45 degrees
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 1.5, 3, 4.5, 6, 10]))  # ticks every 30 or 45 degrees
     else:
         limits = readable_range(means, list(map(typical, means)), kind)
         apply_range(

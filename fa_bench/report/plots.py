@@ -95,8 +95,8 @@ def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metr
 
 
 def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: str | Sequence[str] = (), x: str = "epoch") -> Figure:
-    """Plot an alignment metric during training, with a panel for each layer. For large sweeps, the best setting of each rule is
-    shown.
+    """Plot an alignment metric during training, with a panel for each layer. For large sweeps, only the best setting of each
+    rule is shown.
 
     Args:
         *runs: directories with runs, or runs.

@@ -18,7 +18,8 @@ from fa_bench.report.runs import Run
 FILE = Path(__file__).with_name("published.yaml")
 #: A row of the comparison table is compared with a published number of the first of these quantities for which there is one.
 ACCURACIES = ("test_accuracy", "val_accuracy")
-#: The test accuracy minus that of backpropagation on the same task, paired by seed, in percentage points.
+#: The quantity whose values are test accuracies minus those of backpropagation on the same task, paired by seed, in percentage
+#: points.
 DIFFERENCE = "bp_difference"
 
 
@@ -27,7 +28,7 @@ class Entry:
     """One published number.
 
     Attributes:
-        paper, table: where the number was published; `row` is the name of its row in the table, the paper's name or ours.
+        paper, table: where the number was published; `row` names the row of the table, in the paper's words or in ours.
         dataset, architecture: descriptions.
         rule: the name that the rule has in fa_bench.
         quantity: a key of result.json (test_accuracy, val_accuracy, train_accuracy) or of its angles, or `DIFFERENCE`.
@@ -38,8 +39,8 @@ class Entry:
         epochs: number of training epochs, if known.
         at: the epoch that the value belongs to, however long the run was; None for the last epoch.
         conditions: remarks to consider in a comparison.
-        experiments: the experiments whose runs it is compared with.
-        where: config key -> the value that such a run must have, or a list of allowed values.
+        experiments: the experiments whose runs the number is compared with.
+        where: config key -> the value that a run must have to be compared, or a list of allowed values.
     """
 
     paper: str
@@ -151,7 +152,7 @@ def compare(
         entry: a published number.
         runs: the runs of one group.
         layers: the paths of the layers.
-        all_runs: all runs, including those of backpropagation, which differences need.
+        all_runs: all runs; `DIFFERENCE` needs those of backpropagation.
     """
     if entry.quantity == DIFFERENCE:
         yield "", entry.differences(runs, all_runs)

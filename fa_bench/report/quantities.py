@@ -196,8 +196,8 @@ class Point(NamedTuple):
     """The statistics of a group of runs that share one value of a setting.
 
     `mean` and `std` are over the finished runs; `std` is the sample standard deviation, NaN for a single run. `validation` is the
-    merit by which settings are chosen (`groups.validation_merit`), and `n` and `diverged` are the numbers of finished and of
-    diverged runs.
+    merit by which settings are chosen (`groups.validation_merit`). `n` is the number of finished runs with a known value, and
+    `diverged` is the number of runs that diverged.
     """
 
     x: Any

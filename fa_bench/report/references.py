@@ -29,9 +29,9 @@ class References:
     A reference is a row of the same task. Rows with the same code and data as the compared row are preferred; others are used
     with a note. If there are several candidates, `BEST` takes the one with the best primary validation score (last epoch, mean
     over its finished runs), because a reference should be trained as well as possible. `BEST` prefers rows with the same number
-    of epochs and the same scale, and takes a row with runs that diverged only if no other row can be chosen. `NEAREST` takes the
-    row with the fewest differences from the compared row in optimizer and epochs and, among these, with the fewest differing
-    keys; ties go to the best validation score.
+    of epochs and the same scale, and takes a row with runs that diverged only if no other row can be chosen. `NEAREST` prefers
+    rows with the fewest differences from the compared row in optimizer and epochs, then rows with the fewest differing keys;
+    ties go to the best validation score.
 
     Args:
         groups: all groups that may be references.
@@ -48,8 +48,8 @@ class References:
             self._by_rule.setdefault((run.result["algorithm"], task_key(run), run.primary.name), {})[group] = members
 
     def of(self, algorithm: str, run: Run) -> Reference:
-        """The reference row of the rule `algorithm` for the row of `run`; empty if `run` is itself a run of that rule, or if no
-        row can be chosen."""
+        """The reference row of the rule `algorithm` for the row of `run`. It has no runs if `run` is itself a run of that rule,
+        or if no row can be chosen."""
         rows = self._by_rule.get((algorithm, task_key(run), run.primary.name), {})
         if run.result["algorithm"] == algorithm or not rows:
             return Reference()
@@ -119,7 +119,7 @@ def _other_length(run: Run, other: Run) -> tuple[int]:
 
 
 def _other(algorithm: str, run: Run, reference: Run) -> str:
-    """A note if the runs of the reference are known to differ from `run` in code, data or epochs; `run` may be unfinished."""
+    """A note if the runs of the reference are known to differ from `run` in code, data or epochs; otherwise empty."""
     words = [
         word
         for key, word in VERSIONS.items()

@@ -104,11 +104,11 @@ class Run:
         return {**(self.result.get("angles") or {}), **self.probed}
 
     def layers(self, quantity: str) -> dict[str, Any]:
-        """The last values of one quantity by layer, in its own unit."""
+        """The values of one quantity at the end of the run, by layer."""
         return self.quantities.get(quantity) or {}
 
     def layer_mean(self, quantity: str, angles: Mapping[str, Any] | None) -> float:
-        """The mean of one quantity in an `angles` record over the layers that its metric declares, in its own unit.
+        """The mean of one quantity in an `angles` record over the layers that the metric declares.
 
         The mean is NaN if no such layer has a value.
         """
@@ -192,8 +192,8 @@ def _is_a_runs_config(config: Path) -> bool:
 
 
 def short_path(directory: Path) -> str:
-    """The last three parts of a run directory's path, usually experiment, rule and seed, which do not depend on where it is
-    stored."""
+    """The last three parts of a run directory's path, usually experiment, rule and seed, which do not depend on where the
+    outputs are stored."""
     return "/".join(resolved(directory).parts[-3:])
 
 

@@ -36,8 +36,8 @@ _NAMES = {DENSITY: "density of the feedback", "optimizer.lr": "learning rate (op
 #: The maximum number of rules in a panel, and of panels for combinations of other settings. With more rules, each rule has its
 #: own panel; with more combinations, only the best ones are shown.
 MAX_RULES, MAX_PANELS = 12, 6
-#: The maximum number of values in a row of panels for ranks to be shown above them, and the maximum number of labelled values in
-#: a panel.
+#: Ranks are shown above the values of a setting if a row of panels has at most MAX_RANKED values. At most MAX_TICKS values of a
+#: panel are labelled.
 MAX_RANKED, MAX_TICKS = 8, 14
 #: The ratio of values from which an axis is logarithmic, and the smallest allowed gap between two values as a fraction of a
 #: linear axis.

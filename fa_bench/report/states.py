@@ -31,7 +31,7 @@ def current_status(directory: Path, result: Mapping[str, Any]) -> str:
     """The status in a run's result, or `interrupted` if there is no result. If the run has not finished and its directory is
     locked, the status is `running`.
 
-    Checking the lock does not create it.
+    Checking the lock does not create a lock file.
     """
     status = result.get("status", INTERRUPTED)
     return RUNNING if status != FINISHED and lock_holder(directory) is not None else status

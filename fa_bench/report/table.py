@@ -30,8 +30,8 @@ def summarise(
     context: Sequence[Run] | None = None,
     chosen: Mapping[str, Chosen] | None = None,
 ) -> pd.DataFrame:
-    """A table with one row per group, in the order of first appearance. Its columns are `COLUMNS` (those of energy only if it was
-    recorded), the keys in which the configs differ, and alignment metrics that are not in `COLUMNS`.
+    """A table with one row per group, in the order of first appearance. Its columns are `COLUMNS` (those of energy only if energy
+    was measured), the keys in which the configs differ, and alignment metrics that are not in `COLUMNS`.
 
     Accuracies are in %, their differences are in percentage points, angles are in degrees, and times are in seconds of training.
     A primary score other than accuracy has columns like those of accuracy, with its name and in its unit. The statistics cover
@@ -186,8 +186,8 @@ def _pairs_note(final: Mapping[int, float], control: Reference, difference: Pair
 
 
 def _rise_note(finished: Mapping[int, Run]) -> str:
-    """A note if training ended with a loss above `_RISE` times that of the first epoch. This happens if activations or weights
-    keep growing but stay finite."""
+    """A note if training ended with a loss above `_RISE` times that of the first epoch. This can happen if activations or
+    weights keep growing but stay finite."""
     risen = {}
     for seed, run in sorted(finished.items()):
         losses = known(line.get("train_loss") for line in run.metrics)
@@ -219,7 +219,7 @@ def _scores(runs: Sequence[Run], key: str) -> dict[int, float]:
 
 
 def _statistics(key: str, runs: Sequence[Run]) -> dict[str, float]:
-    """Mean, standard deviation and interval of a score of the finished runs, in the unit of tables."""
+    """Mean, standard deviation, interval and range of a score over the finished runs, in the unit of tables."""
     values = _scores(runs, key).values()
     low, high = value_range(values)
     return {

@@ -36,9 +36,8 @@ class ASFP(SharingRule):
     The rule is given by eqs 39-42 of Woo et al. 2021.
 
     The rule computes e_in = g B; gradient of W = gᵀ x with the true input; gradient of B = gᵀ h̃ with the shared activation h̃ of
-    `asap`. B therefore follows W only to the extent that h̃ and x agree. The shared activations and their matching, the frozen
-    stem and the fully connected layers are those of `asap`, and so are the options `k`, `match`, `linear`, `b_init` and
-    `linear_b_init`.
+    `asap`. B therefore follows W only to the extent that h̃ and x agree. Sharing, matching, the frozen stem and the treatment of
+    fully connected layers are as in `asap`, with the same options `k`, `match`, `linear`, `b_init` and `linear_b_init`.
 
     Our choice: ``transport`` is rejected, because there would be no B to learn.
     """

@@ -33,12 +33,12 @@ class Classifiers(ModuleRule):
     alignment, and batch normalisation.
 
     Attributes:
-        pool: side length to which a map is averaged.
+        pool: side length to which larger maps are average-pooled.
         b_init: initialiser of the linear layer's fixed feedback.
     """
 
     net_name = "local classifier"
-    pool: int = option(2, "side length to which maps are averaged", minimum=1)
+    pool: int = option(2, "side length to which larger maps are average-pooled", minimum=1)
     b_init: str = init_option("the linear layer's fixed feedback", "uniform_one")
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
@@ -72,16 +72,18 @@ class ASFPLC(ASFP):
 
     The model is a chain of blocks, and no error passes between blocks. Every block except the last learns from its own local
     classifier s = BN(V p + c), whose loss is that of the objective, such as CE(s, labels). Here p is the activation at the end of
-    the block, averaged to at most ``pool`` x ``pool`` and flattened. The last block uses the network's own classifier. A local
-    classifier learns by feedback alignment: the error at p is g B, where B is fixed and uniform in [-1, 1) (``linear_b_init``),
-    and V, c and BN learn with the optimizer of W. Within a block, the rule is `asfp` with its options `k`, `match`, `linear` and
-    `b_init`: e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the shared activation h̃.
+    the block, average-pooled to at most ``pool`` x ``pool`` and flattened. The last block uses the network's own classifier. A
+    local classifier learns by feedback alignment: the error at p is g B, where g is the error at V p + c, and B is fixed and
+    uniform in [-1, 1) (``linear_b_init``). V, c and BN learn with the optimizer of W. Within a block, the rule is `asfp` with its
+    options `k`, `match`, `linear` and `b_init`: e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the shared
+    activation h̃.
 
     No code was published, so the following are our choices. The blocks are those that the model declares (``model.blocks``), such
-    as the stem and the residual blocks, or those that end with the modules in ``cuts``. The stem has its own classifier, which
-    trains the stem's normalisation; after a frozen stem without normalisation, the classifier does not learn. Activations are
-    shared across blocks as in `asfp`. Local classifiers are used only in training, so their batch normalisation always uses batch
-    statistics. Batch normalisation therefore rejects a batch of one sample, and each data-parallel rank has its own statistics.
+    as the stem and the residual blocks, or those that end with the modules in ``cuts``. If the stem is a block, it has its own
+    classifier, which trains the stem's normalisation; after a frozen stem without normalisation, the classifier does not learn.
+    Activations are shared across blocks as in `asfp`. Local classifiers are used only in training, so their batch normalisation
+    always uses batch statistics. Batch normalisation therefore rejects a batch of one sample, and each data-parallel rank has its
+    own statistics.
     """
 
     equations = (
@@ -93,7 +95,7 @@ class ASFPLC(ASFP):
 
     cuts: list[str] | None = option(None, "modules (names or patterns) that end the blocks; null: the model's blocks")
     output: str | int | None = output_option()
-    pool: int = option(2, "side length to which maps are averaged", minimum=1)
+    pool: int = option(2, "side length to which larger maps are average-pooled", minimum=1)
 
     def wire(self, sample_input: Any) -> Coverage:
         local: Any = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)

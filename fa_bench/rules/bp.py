@@ -31,7 +31,7 @@ class BP(Rule):
     )
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
-        """A dict {id of a frozen parameter: the text about its error in the coverage table}."""
+        """The parameters to freeze: a mapping from the id of each to the text about its error in the coverage table."""
         return {}
 
     def wire(self, sample_input: Any) -> Coverage:

@@ -35,9 +35,9 @@ class BPDeepSup(LocalRule):
     rule uses weight transport everywhere. At a cut, the error w ∂L(D_l(a_l))/∂a_l of the classifier is added to the error from
     the layers above. With ``weight=0``, the network learns as with `bp`.
 
-    The cuts and the classifiers are those of `predsim` with ``loss=pred``. D_l averages maps to at most `decoder_size` features,
-    has weights that are initially zero (`decoder_init`), and learns with the optimizer of the network's weights. The difference
-    in accuracy between `bp_deepsup` and this form of `predsim` shows how much is lost by stopping errors at the cuts.
+    The cuts and the classifiers are those of `predsim` with ``loss=pred``. D_l average-pools maps with more than `decoder_size`
+    features, has weights that are initially zero (`decoder_init`), and learns with the optimizer of the network's weights. The
+    difference in accuracy between `bp_deepsup` and this form of `predsim` shows how much is lost by stopping errors at the cuts.
 
     We did not check the form and the weights of the auxiliary losses against the papers. Lee et al. reduce the auxiliary losses
     during training, whereas w is constant here. If the model's output has positions, such as tokens, every cut must have the same
@@ -52,7 +52,7 @@ class BPDeepSup(LocalRule):
     search_space = {"weight": "tag(log,interval(1e-2,10))"}
 
     weight: float = option(1.0, "weight of each classifier's loss relative to the network's", minimum=0)
-    decoder_size: int = option(4096, "largest number of features of a classifier; larger maps are averaged", minimum=1)
+    decoder_size: int = option(4096, "maps with more features are average-pooled before the classifier", minimum=1)
     decoder_init: str = decoder_init_option()
 
     crosses = True
@@ -92,6 +92,6 @@ class BPDeepSup(LocalRule):
         return Rule.error_points(self, trace)
 
     def input_error(self, layer: str, x: Tensor, g: Tensor, delta: Tensor) -> Tensor:
-        """The error of backpropagation. At a layer that is a cut, `g` contains the error of the cut's classifier."""
+        """The error of backpropagation. At a layer that is a cut, `g` includes the error of the cut's classifier."""
         with self.exact():  # a cut's hook refuses calls outside of a forward pass of the model
             return super().input_error(layer, x, g, delta)

@@ -36,15 +36,15 @@ class DDTPLinear(DrawingRule, DKP):
         gradient of B = 2 / (N σ²) Δzᵀ (Δz B - σ ε)
 
     Let J be ∂z/∂h, and λ the weight decay. If J is the same for all samples and σ (``sigma``) is small, B converges to the
-    transpose of Jᵀ (J Jᵀ + λ/2)⁻¹, the damped pseudo-inverse of J. The update of h is then a Gauss-Newton update, and its angle
-    to the update of backpropagation is not supposed to be zero. The probe ``gauss_newton_angle`` measures the angles between this
-    update and those of the rule and of backpropagation.
+    transpose of Jᵀ (J Jᵀ + λ/2 I)⁻¹, the damped pseudo-inverse of J. The update of h is then a Gauss-Newton update, so its angle
+    to the update of backpropagation is not zero in general. The probe ``gauss_newton_angle`` measures the angle of the rule's
+    errors to those of the Gauss-Newton method, and the same angle for backpropagation.
 
-    According to its code, the paper trains networks with five hidden layers of 256 tanh units on MNIST, by Adam at lr 2e-5 and
-    with σ = 0.09. The feedback is trained by Adam at lr 1.6e-4 with decay 5.8e-7; here, ``optimizer@feedback_optimizer=adam``
-    gives B an optimizer of its own.
+    The paper's code trains networks with five hidden layers of 256 tanh units on MNIST, using Adam with a learning rate of 2e-5,
+    and σ = 0.09. For the feedback, it uses Adam with a learning rate of 1.6e-4 and a decay of 5.8e-7; here,
+    ``optimizer@feedback_optimizer=adam`` gives B an optimizer of its own.
 
-    Deviations from the code: B learns in every step, whereas the code trains it for six epochs before training and for one epoch
+    Deviations from the code: B learns in every step, whereas the code trains B for six epochs before training and for one epoch
     after every epoch. The output layer learns from its true gradient, whereas the code includes the softmax in the last layer and
     trains that layer with its target.
 

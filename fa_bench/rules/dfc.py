@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: The key of the output in dictionaries that are otherwise indexed by cuts.
 OUTPUT_OF_MODEL = ""
-#: The feedback tensor of the output, which is stored at the last cut.
+#: The name of the output's feedback tensor, which is stored at the last cut.
 OF_OUTPUT = "B_output"
 
 
@@ -38,7 +38,7 @@ class Controller:
     """The linearised closed loop between the output z (N, C) and the voltages v, for all samples of a batch.
 
     Attributes:
-        feedback: cut, or "" for the output -> Qᵀ (C, F); if Q is the Jacobian, Qᵀ of each sample (N, C, F) at cuts.
+        feedback: cut, or "" for the output -> Qᵀ (C, F); with ``jacobian``, Qᵀ of each sample (N, C, F) at the cuts.
         loop: J Q (N, C, C), summed over all cuts and the output.
         output: z in the pass at which the network was linearised.
     """
@@ -89,8 +89,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
     **Feedback.** `feedback_weights` determines Q. With ``learned``, B_l = Q_lᵀ (C, F_l) is initially Xavier-normal (`b_init`),
     and B at the output is initially the identity; both learn from Gaussian noise. In another forward pass, noise σ ε (`sigma`) is
-    added to all voltages, and the controller, now with the leak `alpha_fb`, counteracts its effect on z. Q learns by an
-    anti-Hebbian rule from the voltages that each layer then receives:
+    added to all voltages, and the controller, now with the leak `alpha_fb`, counteracts the effect of the noise on z. Q learns by
+    an anti-Hebbian rule from the feedback voltages v_fb:
 
         u = (J Q + α_fb I)⁻¹ (z⁻ - z_noisy),    v_fb = Q u + σ ε,    gradient of Q_l = 1/(N σ²) Σ_n v_fb,l uᵀ.
 
@@ -106,15 +106,15 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     Weight transport: the dynamics, which are the biological process in the paper, do not require weight transport. The closed
     form requires it, because J is computed by C backward passes through the weights.
 
-    Deviations from the paper and its code: we do not simulate the dynamics. In the published runs on MNIST, whose commands
-    contain neither ``ss`` nor ``ssa``, updates are averages over 500 Euler steps from rest, and Q learns from the correlations
+    Deviations from the paper and its code: we do not simulate the dynamics. In the published runs on MNIST, whose commands set
+    neither of the options ``ss`` and ``ssa``, updates are averages over 500 Euler steps from rest. Q learns from the correlations
     over 44 steps with noise in the apical compartments, far from the steady state. Strong-DFC, which uses the label as the
-    target, is not implemented. The published code has no closed form for it, because the linearisation is not valid for such a
-    target. Q learns in every step together with W, whereas the code trains Q alone for 20 epochs before training and for one
-    epoch before every epoch. The code's gradient has an additional factor of 2, and its voltage difference has the wrong sign in
-    the steady state. The code does not divide by σ² if σ² is below 0.01². The values α = 0.001 and α_fb = 0.5 are defaults of the
-    code, whereas λ = 0.1 and σ = 0.1 are our choices. We did not check the equations against the text of the papers and have not
-    reproduced any result.
+    target, is not implemented. The published code has no closed form for Strong-DFC, because the linearisation is not valid for
+    such a target. Q learns in every step together with W, whereas the code trains Q alone for 20 epochs before training and for
+    one epoch before every epoch. The code's gradient has an additional factor of 2, and its voltage difference has the wrong sign
+    in the steady state. The code does not divide by σ² if σ² is below 0.01². The values α = 0.001 and α_fb = 0.5 are defaults of
+    the code, whereas λ = 0.1 and σ = 0.1 are our choices. We did not check the equations against the text of the papers and have
+    not reproduced any result.
 
     Frozen layers before the first trainable layer (``freeze_stem``) are not controlled, and their output is the input r_0. A
     frozen layer after a trainable one is controlled, and its B learns.
@@ -126,8 +126,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     small. Dropout masks are those of the first pass.
 
     An update needs three additional forward passes (two if Q does not learn) and C backward passes that compute only the errors.
-    An update also needs half a backward pass for the weights, and solves a C x C system for every sample (two if Q learns). J is
-    stored only with ``jacobian``.
+    In addition, it needs half a backward pass for the weights, and the solution of a C x C system for every sample (two if Q
+    learns). J is stored only with ``jacobian``.
     """
 
     equations = (
@@ -140,7 +140,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     search_space = {"alpha": "tag(log,interval(1e-4,1))", "target_stepsize": "tag(log,interval(1e-3,1))"}
 
     alpha: float = option(0.001, "leak α of the controller", minimum=0)
-    target_stepsize: float = option(0.1, "step λ from the output to its target, along the gradient of a sample's loss", above=0)
+    target_stepsize: float = option(0.1, "step λ from the output to its target, against the gradient of a sample's loss", above=0)
     learning_rule: str = option(
         "nonlinear_difference",
         "whether a layer learns from the change of its activation or of its voltage",
@@ -233,7 +233,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
     @contextmanager
     def _pass(self, change: Callable[[str, Tensor], Tensor]) -> Iterator[Tensor]:
-        """A context manager that provides the output of an additional pass, in which `change` replaces the voltage of every
+        """A context manager that provides the output of an additional pass, in which `change` replaces the voltage at every
         cut."""
         from fa_bench.mechanisms.second_pass import repeated
 
@@ -321,7 +321,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             return self._cut_modules[cut].forward(voltage.clone())  # the nonlinearity may work in place
 
     def _feedback_gradients(self, controller: Controller, share: float) -> dict[str, Tensor]:
-        """A dict {cut, or "" for the output: the gradient of its B (C, F)}, computed in a pass with noise in all voltages."""
+        """A dict {cut, or "" for the output: the gradient of its B (C, F)}, computed in a pass with noise added to all
+        voltages."""
         self.next_draws()
         noise: dict[str, Tensor] = {}
 

@@ -41,13 +41,14 @@ class DGL(ModuleRule):
     with the optimizer of W. The paper trains for 50 epochs by SGD with momentum 0.9, decay 5e-4 and batches of 128. The learning
     rate is 0.1, multiplied by 0.2 every 15 epochs.
 
-    If the model's output has positions, such as tokens, every module must have the same positions. A is then applied to each
-    position, which has its own label, as if it were a flat activation.
+    If the model's output has positions, such as tokens, the output of every module must have the same positions. A is then
+    applied to each position, which has its own label, as if it were a flat activation.
 
     Our choices: average pooling never enlarges a map, so a map of at most 4x4 pixels has C features after the second pooling
     instead of 4C. A is used only in training, so its batch normalisation always uses batch statistics. A therefore rejects a
-    batch of one sample, except with ``auxiliary_net=linear``, and each data-parallel rank has its own statistics. ``cuts``, or
-    else ``model.blocks``, names where each module ends. A module that feeds the output layer is part of the last module.
+    batch of one sample, except with ``auxiliary_net=linear``, and each data-parallel rank has its own statistics. The option
+    ``cuts`` or, if it is not set, ``model.blocks`` lists the ends of the modules. A module that feeds the output layer is part of
+    the last module.
     """
 
     equations = (

@@ -34,17 +34,17 @@ class DKP(LearnedCutRule):
     positions. The options `within`, `error_at` and `positions` are those of `dfa`. With `error_at`, a Bᵀ aligns with the output
     of the selected module. With ``positions=shared``, the gradient of B is δᵀ times the sum of a over its positions.
 
-    B needs a much lower learning rate than W, or training diverges. To give B its own optimizer, schedule and decay, use
-    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``. Otherwise, B shares the optimizer of W, and `b_lr_scale`
-    sets its learning rate relative to that of W; 0 gives direct feedback alignment. Weight decay applies to B as well as to W.
-    For the network with two convolutions, the paper trains W and B by SGD with Nesterov momentum 0.9 and decay 1e-6. W has lr
-    1e-2. B has lr 1e-4, which is multiplied by 0.85 after every epoch. For AlexNet, the paper uses decay 1e-4, trains W at lr
-    1e-2 and trains B by Adam at lr 5e-4.
+    B needs a much lower learning rate than W, because training can diverge otherwise. To give B its own optimizer, schedule and
+    decay, use ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``. Otherwise, B shares the optimizer and the
+    decay of W, and `b_lr_scale` sets its learning rate relative to that of W; 0 gives direct feedback alignment. For a network
+    with two convolutions, the paper trains W and B by SGD with Nesterov momentum 0.9 and decay 1e-6. The learning rate is 1e-2
+    for W and 1e-4 for B; the latter is multiplied by 0.85 after every epoch. For AlexNet, the paper uses a decay of 1e-4, a
+    learning rate of 1e-2 for W, and Adam with a learning rate of 5e-4 for B.
 
     As in the paper, B is initially Kaiming-uniform, with the number of the cut's features as the fan; for AlexNet, the paper's
-    code uses ``b_init=zeros``. The default ``b_lr_scale`` of 0.01 is the paper's ratio for the network with two convolutions. If
-    `density` is below 1, a fixed mask sets entries of B to zero and is reapplied after every update. In the paper, training
-    diverged without batch normalisation.
+    code uses ``b_init=zeros``. The default ``b_lr_scale`` of 0.01 is the ratio of the paper's learning rates for the network with
+    two convolutions. If `density` is below 1, a fixed mask sets entries of B to zero and is reapplied after every update. In the
+    paper, training diverged without batch normalisation.
     """
 
     equations = (

@@ -29,9 +29,8 @@ class DRTP(CutRule):
     Since the error does not depend on the network's output, a layer can be updated as soon as it has been evaluated. For the same
     reason, the error never vanishes. B does not decay.
 
-    ``error_sign=true`` is sDFA: the error is sign(δ) B s / N, where δ = ∂L/∂z is the error at the logits, with the sign of output
-    minus target. With the cross-entropy, this sign is -1 for the label and +1 for every other class, unless a probability is
-    rounded to 0 or 1.
+    ``error_sign=true`` is sDFA: the error at a cut is sign(δ) B s / N, where δ = ∂L/∂z has the sign of output minus target. With
+    the cross-entropy, sign(δ) is -1 for the label and +1 for every other class, unless a probability is rounded to 0 or 1.
 
     If the model's output has positions (tokens, pixels), each label is projected to its own position. All positions share one B
     (C, F), and N is the number of positions with a label. Positions whose label is ignored (-100 by default) get no error. At a

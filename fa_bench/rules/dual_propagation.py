@@ -29,14 +29,15 @@ class DualPropagation(EdgeRule):
     derivatives. For ``beta`` → 0, and for linear φ with any ``beta``, this is backpropagation. For ReLU, the slope g_in / g lies
     between 0 and 1 where β s |g| > |a|, and tends to 1/2 for large ``beta``.
 
-    In every rule that passes errors through separate feedback in each layer, ``derivative=dual`` replaces the derivatives in the
-    same way; ``kp`` with this option is KP-DP. With ``derivative=exact``, this rule is `bp`.
+    In rules that pass errors through separate feedback in each layer, ``derivative=dual`` replaces the derivatives in the same
+    way, for example in `kp`. The four rules of Kunin et al. 2020 refuse this option, because their ``beta`` has another meaning.
+    With ``derivative=exact``, this rule is `bp`.
 
     In contrast to this rule, the code differentiates the mean loss with β = 1 and without s, so its finite difference depends on
     the batch size. This setting corresponds to ``beta`` = 1/N here, and the default is the value for the code's batches of 100.
-    The rule covers every elementwise nonlinear module of torch.nn without parameters or random numbers, not only ReLU. It rejects
-    other elementwise nonlinear functions, such as those in `nn.LSTM`. We took the equations from the code, did not compare them
-    with the paper, and have not reproduced the paper's accuracies.
+    The rule replaces the derivative of every elementwise nonlinear module of torch.nn without parameters or random numbers, not
+    only of ReLU. It rejects models that call functions such as ReLU or tanh outside of these modules, as `nn.LSTM` does. We took
+    the equations from the code, did not compare them with the paper, and have not reproduced the paper's accuracies.
     """
 
     equations = (

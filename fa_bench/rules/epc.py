@@ -15,7 +15,8 @@ class EPC(EnergyRule):
     error.
 
     The rule is due to Goemaere, Oliviers, Bogacz and Demeester, arXiv 2505.20137. Let s_l be the state at the end of block l, f_l
-    the block's function and L the loss of a sample. The following equation defines the energy of N samples:
+    the block's function and L the loss of a sample or, as an index, the number of blocks. The following equation defines the
+    energy of N samples:
 
         E = Σ_n [ Σ_l ½‖e_l‖² + L(f_L(s_{L-1})) ],    s_l = f_l(s_{l-1}) + e_l,    s_0 = x.
 
@@ -32,7 +33,7 @@ class EPC(EnergyRule):
     **When this is backpropagation.** After a few small steps without momentum, e_l = -T η ∂L/∂s_l + O(η²), where T is the number
     of steps. Every hidden layer then learns from the gradient of backpropagation times T η, and the output layer from the
     unscaled gradient. With T = 5 and η = 0.001, the values in the paper's code for CIFAR-10, the factor is 0.005, which Adam
-    cancels. With Adam, such a run is backpropagation except for the effect of ε. With SGD, it is backpropagation with a
+    cancels. With Adam, such a run is backpropagation except for the effect of Adam's ε. With SGD, it is backpropagation with a
     relatively high learning rate in the output layer. With ``steps=1 rate=1``, the gradient of the first block is exactly that of
     backpropagation. Coverage includes a note if T η (with momentum, the corresponding path length) is below 0.1.
     ``probes=[energy]`` measures how far the errors have converged, and the cosine between each layer's gradient and that of
@@ -42,17 +43,17 @@ class EPC(EnergyRule):
     and, because each step differentiates the whole network, also between blocks.
 
     The equations come from the paper's code and a derivation; we did not check them against the text of the paper. Our choices:
-    the default is 20 steps of 0.1, whereas that code uses 5 steps of 0.001 for CIFAR-10 and 64 to 256 steps of 0.1 to 0.3 for
-    MNIST. Without momentum, the optimisation of the errors is stable as long as η times the largest curvature of E is below 2. E
+    the default is 20 steps of 0.1, whereas the paper's code uses 5 steps of 0.001 for CIFAR-10 and 64 to 256 steps of 0.1 to 0.3
+    for MNIST. Without momentum, the optimisation of the errors is stable while η times the largest curvature of E is below 2. E
     is a sum over samples, so this optimisation does not depend on the batch size. If the output has positions, E is also a sum
     over positions.
 
     Since the rule delivers no errors at activations, there are no delta angles; ``probes=[energy]`` compares gradients instead.
 
-    Dropout masks are the same in all passes. Batch normalisation uses the statistics of each pass, which couples the samples of a
-    batch, and updates its running statistics in the first pass. An update needs T + 1 additional forward passes and T + 1
-    backward passes; T of the backward passes compute only the gradients of the errors, and one computes only those of the
-    weights.
+    Dropout masks are the same in all passes. Batch normalisation uses the statistics of each pass, so the samples of a batch are
+    not independent. The running statistics are updated only in the first pass. An update needs T + 1 additional forward passes
+    and T + 1 backward passes; T of the backward passes compute only the gradients of the errors, and one computes only those of
+    the weights.
     """
 
     equations = (

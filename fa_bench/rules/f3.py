@@ -50,24 +50,23 @@ class F3(CutRule):
 
     - one_hot_target: -y, as in `drtp` with the opposite sign of B.
 
-    The delayed errors come from the pass in which the sample was last used for training, before the weights were
-    updated, so no layer has to wait for the output. There is no delayed error in a sample's first epoch.
-    ``first_epoch`` selects the error in the first epoch: -y, which is the error of a zero output; the current error; or
-    zero, in which case hidden layers do not learn. If the weights do not change, the delayed error equals the current
-    one from the second epoch on.
+    A delayed error comes from the previous training pass that contained the sample, so no layer has to wait for the output. In a
+    sample's first epoch, there is no delayed error, and ``first_epoch`` selects its replacement: -y, which is the error of a zero
+    output; the current error; or zero, in which case hidden layers do not learn. If the weights do not change, the delayed error
+    equals the current one from the second epoch on.
 
-    The stored errors (training samples, C) are part of the rule's state and of checkpoints, but not of the model's
+    The stored errors, of shape (training samples, C), are part of the rule's state and of checkpoints, but not of the model's
     ``state_dict``. With delayed errors, each backward pass needs the indices of the samples in the training set:
     ``rule.backward(loss, logits, y, indices=indices)``. ``samples`` must be at least the size of the training set; the runner
-    sets it. Call ``rule.step()`` after every update, because it exchanges the errors between the processes of
-    ``torch.distributed``, which must train the same model. If samples are augmented, the stored error is that of the last
-    augmented version. Errors that are not finite are not stored. Outputs with positions, such as tokens, are rejected.
+    sets it. With ``torch.distributed``, call ``rule.step()`` after every update to exchange the errors between the processes,
+    which must train the same model. If samples are augmented, the stored error is that of the last augmented version. Errors that
+    are not finite are not stored. Outputs with positions, such as tokens, are rejected.
 
     The paper uses the following initialisers for B: PyTorch's default (``b_init=pytorch``, also the default of the code),
     ``trinomial`` with entries -1, 0 or 1, ``binomial`` with entries 0 or 1, and ``identity_pm``. The last three initialisers do
-    not scale with the number of features, which makes no difference to Adam but does to plain gradient descent. If ``density`` is
-    below 1, a fixed mask sets entries of B to zero. As in `dfa`, ``within=block`` places cuts only at the ends of the model's
-    blocks, and the layers of each block learn by backpropagation from its end.
+    not scale with the number of features, which matters for plain gradient descent but not for Adam. If ``density`` is below 1, a
+    fixed mask sets entries of B to zero. As in `dfa`, ``within=block`` places cuts only at the ends of the model's blocks, and
+    the layers of each block learn by backpropagation from its end.
 
     Differences from the code: errors are outputs minus targets here but targets minus outputs in the code, so B has the opposite
     sign. For ``delayed_loss``, the code differentiates its loss with respect to the output of a sigmoid, whereas here the loss is
@@ -86,9 +85,9 @@ class F3(CutRule):
 
     information: str = option(
         "delayed_loss",
-        "what is projected: from the sample's previous epoch, the derivative of its loss or its error (output minus target), as "
-        "it is, with a softmax of the output, or times the target; the current error (as in dfa); or minus the target (as in "
-        "drtp)",
+        "what is projected: delayed_loss (the derivative of the sample's loss in its previous epoch), delayed_error (output "
+        "minus target in that epoch), either of them with a softmax of the output (_softmax) or times the target (_one_hot), "
+        "current_error (as in dfa), or one_hot_target (minus the target, as in drtp)",
         choices=[
             "delayed_loss",
             "delayed_error",
@@ -109,7 +108,7 @@ class F3(CutRule):
     density: float = density_option()
     samples: int | None = option(
         None,
-        "number of training samples, if errors are delayed; null: taken from the run (required by attach)",
+        "number of training samples, for delayed errors; null: set by the runner (attach needs a number)",
         minimum=1,
         identifying=False,
     )

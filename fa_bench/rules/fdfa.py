@@ -32,12 +32,15 @@ class FDFA(JacobianRule):
     pass, so the noise at the other cuts adds variance to the estimate at each cut, and this variance grows with the number of
     cuts. The output layer learns from its true gradient.
 
-    As in the code, an optimizer updates B with this gradient. This optimizer is either the optimizer of W, with its learning rate
-    times `b_lr_scale`, or a separate one, as with ``optimizer@feedback_optimizer=adam``. The code uses batches of 64. It trains
-    both W and B with Adam at 1e-4 without decay, and multiplies only the learning rate of W by 0.95 per epoch. In the paper, the
-    update is B ← (1 - α) B + α mean d_n ⊗ p_n (from memory, not checked against the paper). This update is plain SGD at the
-    learning rate α: ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. If B has a
-    learning rate of 0 and a random ``b_init``, the rule is direct feedback alignment.
+    As in the code, an optimizer updates B with this gradient. This optimizer is either that of W, at `b_lr_scale` times the
+    learning rate of W, or a separate one, as with ``optimizer@feedback_optimizer=adam``. The code uses batches of 64. It trains
+    both W and B with Adam at a learning rate of 1e-4 without decay, and multiplies only the learning rate of W by 0.95 after
+    every epoch. We believe, but have not checked, that the paper's update is B ← (1 - α) B + α mean d_n ⊗ p_n. This update is
+    plain SGD at the learning rate α:
+
+        optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0
+
+    If B has a learning rate of 0 and a random ``b_init``, the rule is direct feedback alignment.
 
     `tangents` selects how d is computed. ``forward`` is exact but rejects operations that have no forward-mode derivative.
     ``difference``, which accepts such operations, computes (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001. `within` and `positions`

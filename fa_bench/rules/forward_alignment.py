@@ -30,7 +30,8 @@ class Pass:
 
     true: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     random: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    #: In a compiled graph, layer -> the messenger that carries the layer's input in the second pass; see `messages`.
+    #: In a compiled graph, layer -> the messenger that carries the layer's input in the second pass; see
+    #: `fa_bench.mechanisms.edge.messages`.
     messengers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     is_compiled: bool = False
 
@@ -59,7 +60,7 @@ class RandomForward(TransposeFeedback):
                 self.observe(layer, x)
             return BackwardContext(self.effective(layer))
         if recomputing():
-            # This context must contain the same tensors as that of the first pass, including the activation.
+            # This context must contain the same tensors as that of the pass that is repeated, including the activation.
             return BackwardContext(self.effective(layer), activation=None if self.first else refuse_reentrant(self.rule.name))
         if current is None and layer.mode.freeze_random:
             return BackwardContext(self.effective(layer))  # a metric runs only this layer
@@ -185,14 +186,14 @@ class ForwardAlignment(EdgeRule):
         return output
 
     def second_pass(self, given: list[Tensor], true: list[Tensor], count: int, names: str) -> list[Tensor]:
-        """The second pass of a compiled graph.
+        """Run the second pass of a compiled graph, and return the inputs of some layers.
 
         Args:
             given: the model's arguments, with keyword arguments last.
             true: the inputs of the layers in the first pass.
             count: how many of these layers, counted from the first, need their inputs in the second pass; these inputs are
                 returned.
-            names: the ``repr`` of the layers and the names of the keyword arguments.
+            names: the ``repr`` of a pair: the paths of the layers and the names of the keyword arguments.
         """
         paths, keywords = ast.literal_eval(names)
         current = Pass(dict(zip(paths, true, strict=True)))

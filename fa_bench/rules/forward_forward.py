@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: Added to the root mean square by which an activation is divided, as in the code loeweX/Forward-Forward.
 _TINY = 1e-8
-#: The momentum of the running mean of a unit's activity, and the initial value of this mean; both are from the same code.
+#: The momentum of the running mean of a unit's activity, and the initial value of this mean; both as in loeweX/Forward-Forward.
 _MOMENTUM, _START = 0.9, 0.5
 
 
@@ -48,8 +48,9 @@ class ForwardForward(DrawingRule, PassRule):
 
     Here θ is the number of values in the layer's activation, unless `theta` is given. No error passes between cuts. With
     ``full_gradient=true``, the derivative of the nonlinearity is replaced by 1, so that inactive units can also learn. To prevent
-    units from being always inactive or always active, `peer_norm` times the mean of (m̄ - m)² is added to the loss. Here m is the
-    running mean of each unit's activity for positive samples, and m̄ is the mean of m over the units.
+    units from being always inactive or always active, `peer_norm` times the mean of (m̄ - m)² is added to the loss of the
+    positive pass. Here m is the running mean of each unit's activity for positive samples, and m̄ is the mean of m over the
+    units.
 
     The model's predictions come from a linear classifier, which learns from the true gradient of the loss. The inputs of this
     classifier are the activations for a neutral image, in which 1/C for every class replaces the one-hot row. The output layer
@@ -68,8 +69,8 @@ class ForwardForward(DrawingRule, PassRule):
 
     Learning rates that suit other rules are too large, because goodness is a sum over all units of a layer, so start with 1e-3.
     The code trains three layers of 1000 units, with weights initialised from N(0, 1/fan_out), for 100 epochs with batches of 100.
-    The code uses SGD with momentum 0.9, a learning rate of 1e-3 and a decay of 3e-4; for the classifier, these are 1e-2 and 3e-3.
-    The learning rates fall linearly to zero over the second half of the training.
+    The code uses SGD with momentum 0.9, a learning rate of 1e-3 and a decay of 3e-4; for the classifier, the learning rate is
+    1e-2 and the decay 3e-3. Both learning rates fall linearly to zero over the second half of training.
 
     Each data-parallel process updates the running means with its own samples. `step` averages the running means over the
     processes, so every process must call it.
@@ -86,7 +87,7 @@ class ForwardForward(DrawingRule, PassRule):
 
     search_space = {"peer_norm": "choice(0,0.03,0.3)"}
 
-    theta: float | None = option(None, "threshold of the goodness; null: the number of the layer's values", above=0)
+    theta: float | None = option(None, "threshold of the goodness; null: the number of values in the layer's activation", above=0)
     peer_norm: float = option(0.03, "weight of the penalty on differences between the units' mean activities", minimum=0)
     full_gradient: bool = option(True, "use 1 as the derivative of nonlinearities")
     label_scale: float = option(1.0, "value that marks the label in the input", above=0)
@@ -182,7 +183,8 @@ class ForwardForward(DrawingRule, PassRule):
         return output if connected is None else connected
 
     def _marked(self, x: Tensor, label: Tensor) -> Tensor:
-        """The inputs (N, ...), normalised after the row of the label, (N, C) or (1, C), has replaced their first values."""
+        """The inputs (N, ...), normalised after `label`, (N, C) or (1, C), times `label_scale` has replaced their first
+        values."""
         marked = x.flatten(1).clone()
         marked[:, : self._classes] = label * self.label_scale
         return _normalised(marked).view(x.shape)

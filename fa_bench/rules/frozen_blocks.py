@@ -82,8 +82,8 @@ class FrozenBlocks(BP):
         return fixed
 
     def _inner_modules(self) -> list[str]:
-        """The names of all layers except the first and the last. Attention and recurrent modules replace their layers, which are
-        not called on their own."""
+        """The names of all layers except the first and the last. A layer within an attention or recurrent module, which does not
+        call the layer, is represented by the name of this module."""
         from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 
         def called_part(path: str) -> str:

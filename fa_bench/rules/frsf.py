@@ -20,7 +20,7 @@ class FRSF(EdgeRule):
     The rule computes e_in = g B with B = |M| sign(W), where W is the current weight and sign(0) = 0. M is sampled once.
 
     Our choices: M is Xavier-uniform (``m_init``), and if ``density`` is below 1, a fixed mask sets entries of B to zero. Metrics
-    use |M| sign(W), because the angle between |M| and W is about 90 degrees.
+    compare W with B, because the angle between |M| and W is about 90 degrees.
     """
 
     equations = (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.coverage import Coverage
 
-#: Smaller norms are replaced by this value before a division.
+#: Norms below this value are replaced by it before a division.
 _TINY = 1e-30
 
 

@@ -12,7 +12,7 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("information_alignment")
 @dataclasses.dataclass(eq=False)
 class InformationAlignment(InputAlignmentRule):
-    """Information alignment: local losses train the feedback to reconstruct the layer's input from its output.
+    """Information alignment: a local loss trains the feedback to reconstruct the layer's input from its output.
 
     The rule combines the primitives amp, null and decay of Kunin et al. 2020 (arXiv 2003.01513) and of the code released with
     that paper.
@@ -31,11 +31,12 @@ class InformationAlignment(InputAlignmentRule):
     If a convolution pads its input with anything other than zeros, ‖x Wᵀ B‖² covers the padded input, including its border.
 
     The options ``alpha``, ``beta`` and ``gamma``, which set α, β and γ, default to the values in the released code. In this rule,
-    α multiplies amp, whereas in the related rules it multiplies decay or sparse. With ``update_forward``, the loss also trains W,
-    with the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. With ``signal=noise``, ``noise_batch`` samples of noise replace x. With the
-    default α and β, B changes slowly; ``b_lr_scale`` can raise its learning rate relative to that of W. Centred and normalised
-    activations, delays and alternating steps, which the released code has, are not implemented. The paper's tuned settings are
-    not public, so none of our results reproduces the paper.
+    α multiplies amp, whereas it multiplies decay in `symmetric_alignment` and `regularized_mirror`, and sparse in
+    `activation_alignment`. With ``update_forward``, the loss also trains W, with the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. With
+    ``signal=noise``, ``noise_batch`` samples of noise replace x. With the default α and β, B changes slowly; ``b_lr_scale`` can
+    raise its learning rate relative to that of W. Centred and normalised activations, delays and alternating steps, which the
+    released code has, are not implemented. The paper's tuned settings are not public, so none of our results reproduces the
+    paper.
     """
 
     equations = (

@@ -52,7 +52,7 @@ class LDFA(SemiOrthogonalRule):
     The rule is due to Hanut and Kadmon 2025 (arXiv 2502.20580), "Training Large Neural Networks With Low-Dimensional Error
     Feedback".
 
-        ē = g B,  e_in = ē R,  gradient of R = ēᵀ x                                         as in `pfa_o`
+        ē = g B,  e_in = ē R,  gradient of R = ēᵀ x                                         as in ``pfa_o``
         gradient of B = -``b_rate`` (C B - B Bᵀ C B),  C = Σ gᵀ g / ‖g‖ over samples and positions
 
     B (O, r) has orthonormal columns, where r is the smaller of ``rank`` and O (in grouped convolutions, for each group). In the
@@ -62,8 +62,8 @@ class LDFA(SemiOrthogonalRule):
     update. Layers with at most ``rank`` outputs keep their initial B. With ``b_rate=0``, all layers keep their initial B, and the
     subspace is random, as in `pfa_o` with a ratio below 1.
 
-    We derived the equations ourselves and did not check them against the paper. We do not know the paper's rules for the subspace
-    or its settings, so none of our results reproduces the paper.
+    We derived the equations ourselves and did not check them against the paper. We know neither how the paper updates the
+    subspace nor its settings, so none of our results reproduces the paper.
 
     Our choices: errors are weighted by 1/‖g‖ in C. Like all other gradients, that of B is therefore proportional to the loss and
     a sum over samples, even with gradient accumulation, gradient scalers and data-parallel training. For errors with an

@@ -40,14 +40,13 @@ class LDRL(DrawingRule, LocalRule):
 
         e = g(h') - g(h' - e') = G e'
 
-    The error at the end of the last block is δ, the gradient of the loss at the logits. Within a block, the weights learn by
-    backpropagation of half the squared distance to the target, which means that e is propagated back. This backpropagation is
-    weight transport within blocks. G minimises
+    The error at the end of the last block is δ, the gradient of the loss at the logits. Each error is backpropagated within its
+    block, as the gradient of half the squared distance to the target; this is weight transport within blocks. G minimises
 
         loss = (-2 σε · (g(f(h + σε)) - g(f(h))) + ‖g(f(h) + σε') - g(f(h))‖²) / σ², averaged over the samples.
 
     Here ε and ε' are Gaussian noise, and σ is ``sigma``. For small σ, G converges to Jᵀ, the transpose of J = ∂h'/∂h averaged
-    over the samples. For a linear block, the targets are then those of backpropagation.
+    over the samples. For a linear block, the errors are then those of backpropagation.
 
     G is a linear layer if h or h' is flat. If both are maps, G enlarges h' to the size of h by copying values and then applies a
     3x3 convolution. ``b_lr_scale`` is the learning rate of G relative to that of the weights. A high learning rate makes G

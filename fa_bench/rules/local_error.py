@@ -37,8 +37,8 @@ class LocalError(LocalRule):
     position, which has its own label.
 
     The paper does not specify the following choices. There is one classifier at every cut point, without a bias. A map with more
-    than `features` features is first averaged to at most that many, by halving its height and width alternately. M is
-    Kaiming-uniform, with the number of features as the fan (``m_init``).
+    than `features` features is first average-pooled: its height and width are halved alternately until it has at most that many
+    features. M is Kaiming-uniform, with the number of features as the fan (``m_init``).
     """
 
     equations = (
@@ -47,7 +47,7 @@ class LocalError(LocalRule):
     )
 
     m_init: str = init_option("the classifiers M", "kaiming_uniform")
-    features: int = option(4096, "largest number of features of a classifier; larger maps are averaged", minimum=1)
+    features: int = option(4096, "maps with more features are average-pooled before the classifier", minimum=1)
     separate: bool = option(False, "the local error uses separate magnitudes with the signs of M")
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:

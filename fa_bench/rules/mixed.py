@@ -28,7 +28,7 @@ class MixedFeedback(FeedbackPathway):
     """Feedback e_in = g E, where masks determine which entries of E come from B R, from F and from K.
 
     Args:
-        kinds: the `KINDS` that the layer has; only the tensors of these exist.
+        kinds: the kinds of synapses in the layer, from `KINDS`; only their tensors exist.
     """
 
     def __init__(self, kinds: tuple[str, ...]) -> None:
@@ -63,7 +63,7 @@ class MixedFeedback(FeedbackPathway):
 @dataclasses.dataclass(eq=False)
 class Mixed(ExpandingRule):
     """A mixture of PFA, FA and KP synapses. With the default proportions, the angle between the direct synapses and W matches
-    that of the brain.
+    that in the brain.
 
     The rule comes from the discussion and appendix B of Li and Benna 2024.
 
@@ -75,13 +75,13 @@ class Mixed(ExpandingRule):
     The gradients of R and K are not masked: R has the gradient of PFA, and K has the gradient of W, although only the entries
     under K's mask propagate an error. With decay, B R therefore approaches B Bᵀ W and K approaches W in all entries, as in `pfa`
     and `kp`. Let λ = 1/ratio, and let r be the ratio of the norms of F and W over the entries of FA, and ρ the cosine between F
-    and W over these entries. Unless W aligns with F there, as it does in FA, ρ is 0. The following equation then gives the angle
-    between E and W:
+    and W over these entries. ρ is 0 unless W aligns with F in these entries, as it does in FA. The following equation then gives
+    the angle between E and W:
 
         cos = (p + k + f ρ r) / √(p (1 + λ) + k + f r²)
 
-    The direct synapses, m_fa F + m_kp K, are those between neurons that W connects, whereas a PFA synapse passes through the
-    intermediate population. The following equation gives the angle between the direct synapses and W:
+    The direct synapses, m_fa F + m_kp K, connect the same neurons as W, whereas PFA connects them through the intermediate
+    population. The following equation gives the angle between the direct synapses and W:
 
         cos = (k + f ρ r) / √(k + f r²)
 

@@ -28,22 +28,22 @@ class Pepita(PassRule):
 
     The first pass gives the activations h_l and the error e = softmax(z) - y (N, C) of each sample. For objectives other than the
     cross-entropy, e is N times the gradient of the mean loss at the logits. The second pass has the input x' = x + e F, where F
-    (C, features of the input) is fixed and random; it gives h'_l and the error of the logits, e' = softmax(z') - y. With h'_0 =
-    x', the gradients are as follows:
+    (C, features of the input) is fixed and random; it gives h'_l and the error e' = softmax(z') - y. With h'_0 = x', the
+    gradients are as follows:
 
         gradient of W_l = (h_l - h'_l)ᵀ h'_{l-1} / N,    gradient of the output layer = e'ᵀ h'_{L-1} / N.
 
     No error passes through a weight. The derivatives of the hidden nonlinearities are not used, because the difference h - h' is
-    the error at the input of the nonlinearity. F is Kaiming-uniform (`f_init`), which here means within ±√(6/features), times
-    `f_scale`. If the first layer is linear, h_1 - h'_1 = -e F W_1ᵀ. For this layer, the rule is then direct feedback alignment
-    with the feedback -F W_1ᵀ (Srinivasan et al. 2023, arXiv 2302.05440), and reduces the loss if -F aligns with the product of
-    the weights. With ``f_scale=0``, only the output layer learns.
+    used as the error at the input of the nonlinearity. F is Kaiming-uniform (`f_init`), which here means within ±√(6/features),
+    times `f_scale`. If the first layer has no nonlinearity, h_1 - h'_1 = -e F W_1ᵀ. For this layer, the rule is then direct
+    feedback alignment with the feedback -F W_1ᵀ (Srinivasan et al. 2023, arXiv 2302.05440), and reduces the loss if -F aligns
+    with the product of the weights. With ``f_scale=0``, only the output layer learns.
 
     Deviations from the paper and its code: layers may have biases and normalisation. Biases and normalisation learn from the same
     errors, through everything between the previous cut and the nonlinearity. The gradient of a convolution is the sum over
     positions, whereas the code averages over positions and a second time over the batch. If the module at a cut is not a
-    nonlinearity but, for example, a block, h - h' is the error at its output. A cut at a pooling layer is treated like a cut at
-    the preceding nonlinearity.
+    nonlinearity but, for example, a block, h - h' is used as the error at its output. A cut at a pooling layer is treated like a
+    cut at the preceding nonlinearity.
 
     With autocast or in a half-precision model, h - h' is a small difference of rounded numbers, so use float32 or a larger
     `f_scale`.

@@ -16,8 +16,9 @@ class PFAO(ExpandingRule, SemiOrthogonalRule):
 
     The rule is due to Li and Benna 2024.
 
-    As in `pfa`, ē = g B, e_in = ē R, gradient of R = ēᵀ x. B (O, M) is fixed and has orthonormal rows; it is the orthogonal
-    factor of a Gaussian matrix, with unique signs. With SGD, W and B R then differ only because of their initial values.
+    As in `pfa`, ē = g B, e_in = ē R, gradient of R = ēᵀ x. B (O, M) is fixed and has orthonormal rows; it comes from the QR
+    decomposition of a Gaussian matrix, with the signs that make the decomposition unique. With SGD, W and B R then differ only
+    because of their initial values.
 
     With ``ratio`` below 1, the columns of B are orthonormal instead, Bᵀ B = I. Errors then lose all components outside a fixed
     random subspace of M dimensions, and B R approaches B Bᵀ W. The angle between B Bᵀ W and W is arccos √``ratio`` if W is

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
 
-#: Rows with a norm below this value count as constant.
+#: Centred rows with a norm below this value count as constant; for float16, the limit is higher.
 _TINY = 1e-8
 
 
@@ -34,17 +34,17 @@ class PredSim(LocalRule):
         (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples.
 
     Here β is the option `beta`, CE the objective's loss (by default the cross-entropy), D a linear decoder, and y the one-hot
-    labels. K is a 3x3 convolution without bias that keeps the number of channels or, for flat activations, a linear layer that
-    keeps the number of features. S computes the cosines between the rows of its argument, after subtracting each row's mean. For
-    a map with more than 3 channels and a height above 1, S uses the standard deviation of each channel over space; for other
+    labels. K, which has no bias, is a 3x3 convolution that keeps the number of channels or, for flat activations, a linear layer
+    that keeps the number of features. S computes the cosines between the rows of its argument, after subtracting each row's mean.
+    For a map with more than 3 channels and a height above 1, S uses the standard deviation of each channel over space; for other
     maps, it uses all values. D and K learn with the optimizer of W, and no error crosses a cut. ``loss=pred`` uses only CE(D(a),
-    labels), and ``loss=sim`` uses only the similarity. With ``loss=predsim``, the error of the output layer is (1-β) times the
-    true error; otherwise, it is the true error.
+    labels), and ``loss=sim`` uses only the similarity loss. With ``loss=predsim``, the error of the output layer is (1-β) times
+    the true error; otherwise, it is the true error.
 
-    D averages maps to at most `decoder_size` features. The weight of D is initially zero (`decoder_init`); its bias, which
-    `decoder_bias=false` removes, has PyTorch's default initial values. These values, the divisor of the standard deviation
-    (positions minus one) and β are those of the paper's code. The paper uses leaky ReLU, dropout, no decay and Adam at 5e-4,
-    multiplied by 0.25 at 50, 75, 88 and 94 % of the epochs.
+    D average-pools maps with more than `decoder_size` features. The weight of D is initially zero (`decoder_init`); its bias,
+    which `decoder_bias=false` removes, has PyTorch's default initial values. These values, the divisor of the standard deviation
+    (positions minus one) and β are those of the paper's code. The paper uses leaky ReLU, dropout, no decay, and Adam with a
+    learning rate of 5e-4, which is multiplied by 0.25 after 50, 75, 88 and 94 % of the epochs.
 
     ``loss=pred decoder_init=pytorch decoder_bias=false`` is Mono-Forward (Gong, Li and Abdulla 2025, arXiv 2501.09238) with all
     layers trained simultaneously. D is their goodness matrix M (C, features), with scores a Mᵀ. ``experiment=mono_forward`` lists
@@ -52,10 +52,10 @@ class PredSim(LocalRule):
     input, and predicts with the last M. Here, the output layer, which learns from its true gradient, plays the role of the last
     M.
 
-    Our choices: if the pooling of the decoder does not divide the size of a map, the windows overlap. A sample with a constant K
-    a has similarity 0 to all other samples and no gradient, whereas the paper's code divides by zero. The cosines of a
-    half-precision model are computed in single precision. A projection shortcut learns from the loss of the activation after the
-    addition. Dropout after a cut does not affect the loss at this cut.
+    Our choices: if the size after the decoder's pooling does not divide the size of a map, the pooling windows overlap. A sample
+    with a constant K a has similarity 0 to all other samples and no gradient, whereas the paper's code divides by zero. The
+    cosines of a half-precision model are computed in single precision. A projection shortcut learns from the loss of the
+    activation after the addition. Dropout after a cut does not affect the loss at this cut.
 
     If the model's output has positions, such as tokens, each position has its own label and its own loss from D. The similarity
     loss needs one label per sample, so ``loss=pred`` is then the only choice.
@@ -71,8 +71,8 @@ class PredSim(LocalRule):
     search_space = {"beta": "choice(0.5,0.9,0.99,1)"}
 
     loss: str = option("predsim", "the local loss", choices=["predsim", "pred", "sim"])
-    beta: float = option(0.99, "weight of the similarity loss (predsim)", minimum=0, maximum=1)
-    decoder_size: int = option(4096, "largest number of features of the decoder; larger maps are averaged", minimum=1)
+    beta: float = option(0.99, "weight of the similarity loss, with loss=predsim", minimum=0, maximum=1)
+    decoder_size: int = option(4096, "maps with more features are average-pooled before the decoder", minimum=1)
     decoder_init: str = decoder_init_option()
     decoder_bias: bool = option(True, "the decoder has a bias", identifying=False)
 
@@ -114,8 +114,8 @@ class PredSim(LocalRule):
 def similarity(x: Tensor) -> Tensor:
     """The cosines (N, N) between the centred rows of x, (N, F) or maps (N, C, ...), in at least single precision.
 
-    Rows with a norm that is too small to give them a reliable direction count as constant. Half precision has no nonzero numbers
-    below 6e-8, and a gradient that is divided by such a norm overflows.
+    Rows whose norm is too small for a reliable direction count as constant. In float16, the gradient of such a row, which is
+    divided by the norm, could overflow.
     """
     shortest = max(_TINY, torch.finfo(x.dtype).tiny)
     x, device = x.to(torch.promote_types(x.dtype, torch.float32)), x.device.type

@@ -20,7 +20,7 @@ class RegularizedMirror(InputAlignmentRule):
         e_in = g B;  loss = α (‖W‖² + ‖B‖²) - β mean Σ (x Wᵀ)(x Bᵀ)
         gradient of B = 2 α B - β W C,  C = mean xᵀ x
 
-    The fixed point of B is β / (2 α) W C. If the inputs x are white, this is a multiple of W; with the code's defaults, it is
+    The fixed point of B is β / (2 α) W C. If the inputs x are white, this is a multiple of W; with the default α and β, it is
     half of W. In contrast, `wm` uses only noise as the input, in separate steps, and by default has a decay for which the fixed
     point is W.
 

@@ -24,9 +24,9 @@ class SymmetricAlignment(AlignmentRule):
     reference for `activation_alignment` and `information_alignment`, which avoid weight transport.
 
     The options ``alpha`` and ``beta``, which set α and β, default to the values in the released code. With ``update_forward``,
-    the loss also trains W, with a gradient of the same form in which W and B are exchanged. With the default α and β, B changes
-    slowly; ``b_lr_scale`` can raise its learning rate relative to that of W. The delays and alternating steps of the released
-    code are not implemented. The paper's tuned settings are not public, so none of our results reproduces the paper.
+    the loss also trains W, with the gradient 2 α W - β B. With the default α and β, B changes slowly; ``b_lr_scale`` can raise
+    its learning rate relative to that of W. The delays and alternating steps of the released code are not implemented. The
+    paper's tuned settings are not public, so none of our results reproduces the paper.
     """
 
     equations = (

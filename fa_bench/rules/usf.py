@@ -33,7 +33,7 @@ class USF(EdgeRule):
     xavier, 1/√(3 fan_in) for pytorch, and 1 for none. For xiao, s is √(2/fan_out) in convolutions and 1/√fan_in in linear layers.
     Both fans include kernel positions. B is computed from the weight used in the forward pass that is differentiated.
 
-    Li and Benna write B = sign(W) without s, which makes training diverge; their figures were computed with s = xavier. If
+    Li and Benna write B = sign(W) without s, which makes training diverge; their figures were computed with the scale xavier. If
     ``density`` is below 1, a fixed mask sets entries of B to zero. With ``plain_last``, the output layer uses its true weight, as
     in Xiao et al. 2018.
     """

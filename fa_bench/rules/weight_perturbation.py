@@ -93,7 +93,7 @@ class WeightPerturbation(DrawingRule, PassRule):
                 plus, minus = (self._loss(parameters, kept, size, target) for size in (self.epsilon, -self.epsilon))
             finally:
                 for parameter, value in zip(parameters, kept, strict=True):
-                    parameter.data.copy_(value)  # not counted as a change by autograd: other tensors depend on this value
+                    parameter.data.copy_(value)  # through .data, because autograd must not count this as a change
             if not len(target):
                 return [torch.zeros_like(parameter) for parameter in parameters]
             slope = (plus - minus) / (2 * self.epsilon) * self.loss_factor

@@ -134,20 +134,21 @@ class WM(EdgeRule):
         B <- (1 - λ) B + η Ŵ       η = ``mirror_rate``, λ = ``mirror_decay`` or, if that is null, η
 
     The update of B is the paper's ΔB = η_B x yᵀ with a decay, which the paper does not specify, and with a gain for which the
-    fixed point of B is W. With a different decay, the fixed point is W η / λ.
+    fixed point of B is W. If λ differs from η, the fixed point is W η / λ.
 
-    The slope φ' is 1 for the linear map and tanh, 1/2 for ReLU and 1/4 for the sigmoid. Without b, the fixed point is exact for
-    ReLU. For tanh and sigmoid, it is exact in the limit of small σ (σ ‖w‖ much below 1), where the constant part of the sigmoid
-    is additional noise. With b and a nonlinear φ, each row of the fixed point has its own factor; for ReLU and Gaussian noise,
-    this is 2 Φ(b / (σ ‖w‖)).
+    The slope φ' is 1 for the linear map and tanh, 1/2 for ReLU and 1/4 for the sigmoid. Without b, the fixed point for ReLU is
+    exactly W. For tanh and sigmoid, it tends to W for small σ (σ ‖w‖ much below 1 for every row w of W), where the constant part
+    of the sigmoid is additional noise. With b and a nonlinear φ, each row of the fixed point is a row of W times its own factor;
+    for ReLU and Gaussian noise, this factor is 2 Φ(b / (σ ‖w‖)), where Φ is the normal distribution function.
 
     For a linear layer, n is 1. For a convolution, n is counted for each tap of the kernel: it is the number of output positions
-    at which the tap meets an input that is not padding. With ``per_tap=false``, n is the largest of these counts for all taps,
-    which makes the taps at the kernel's border too small.
+    at which the tap meets an input that is not zero padding. With ``per_tap=false``, n is the largest of these counts for all
+    taps, which makes the taps at the kernel's border too small.
 
-    ``mirror_decay=0`` gives the mirror update of the numpy code that was released with the paper, B <- B + η_B Σ yᵀ x. In that
-    code, normalisation has no effect, and B grows without bound. The corresponding value of η is η_B N σ² φ' n. That code uses
-    η_B = 0.01, N = 128 and uniform noise of standard deviation 0.1 / √12 through a sigmoid with biases:
+    ``mirror_decay=0`` gives the mirror update of the numpy code that was released with the paper, B <- B + η_B Σ yᵀ x. The
+    normalisation in that code has no effect, and B grows without bound. The corresponding value of η is η_B N σ² φ' n. That code
+    uses η_B = 0.01, N = 128 and uniform noise of standard deviation 0.1 / √12 through a sigmoid with biases. The corresponding
+    options are:
 
         noise=uniform sigma=0.0288675 activation=sigmoid block_bias=false mirror_decay=0 mirror_rate=2.6667e-4
 
@@ -155,15 +156,15 @@ class WM(EdgeRule):
     is the fan-in and c is 1 for the linear map and 2 for ReLU. The fraction of B's initial value that remains is (1 - η)^steps.
 
     Our choices: by default, only the linear map is mirrored, so batch normalisation between the map and its activation does not
-    matter; it is never run. B is sampled by ``b_init``. The noise has σ = 1; its scale does not matter for the linear map, or for
-    ReLU without b. By default, η is 0.01, N is 128, and there is one mirror step per update. Before training, there are
-    ``initial_steps=469`` mirror steps, which is an epoch of MNIST in batches of 128, as in the code released with the paper. The
-    paper's runs mirrored ReLU without blocking biases.
+    matter; mirror steps do not run it. B is sampled by ``b_init``. The noise has σ = 1; its scale does not matter for the linear
+    map, or for ReLU without b. By default, η is 0.01, N is 128, and there is one mirror step per update. Before training, there
+    are ``initial_steps=469`` mirror steps, which is an epoch of MNIST in batches of 128, as in the code released with the paper.
+    The paper's runs mirrored ReLU without blocking biases.
 
     The noise has the size of the layer's input in `sample_input`, which models with convolutions need. Padding that copies the
     input (reflect, replicate, circular) gets independent noise, because the correlation of a copy would be mistaken for a weight.
-    A layer with no trainable layer before it propagates no error and is not mirrored, so its B keeps its initial value. Without
-    `sample_input`, this is the layer that is defined first.
+    A layer whose input depends on no parameter propagates no error and is not mirrored, so its B keeps its initial value. Without
+    `sample_input`, the layer that is defined first is assumed to be the only such layer.
     """
 
     equations = (
@@ -262,7 +263,7 @@ class WM(EdgeRule):
 def _noise_geometry(
     conv: Any, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Tensor, Geometry | None]:
-    """The shape of one noise sample, n of each tap (1, 1, K...), and the geometry of a convolution in mirror mode."""
+    """The shape of one noise sample, n of each tap (1, 1, K...), and the geometry, as in `MirroredFeedback`, of a convolution."""
     from fa_bench.mechanisms.edge.layers import padded
     from fa_bench.mechanisms.edge.ops import Geometry, weight_gradient
 

@@ -1,4 +1,4 @@
-"""Build the parts of a run: the data, model, rule and optimizers, and the objects that measure them."""
+"""Build the parts of a run, such as its data, model, rule and optimizers."""
 
 from __future__ import annotations
 
@@ -127,10 +127,11 @@ def _with_output(job: Job, rule: Rule, model: torch.nn.Module, x: torch.Tensor) 
 
 
 def prepare(job: Job) -> torch.device:
-    """Set all process-wide state that a run depends on, and return the run's device.
+    """Set the process-wide state that a run depends on, and return the run's device.
 
     Raises:
-        ConfigError: if the device is not available, or if compile=true is set for several processes.
+        ConfigError: if the device is not available or cannot be used by several processes, or if compile=true is set for several
+            processes.
     """
     # Large logits lead to probabilities below 1e-38, and a CPU computes with such denormal numbers many times more slowly. The
     # setting must be made before torch starts its worker threads, which inherit it.

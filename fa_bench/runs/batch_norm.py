@@ -60,7 +60,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise(model: nn.Module) -> nn.Module:
-    """Make every batch normalisation in the model use the batches of all processes, and return the model."""
+    """Make every batch normalisation in the model use the samples of all processes, and return the model."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             # Only the class is changed, so attributes of the module and references to it remain valid.

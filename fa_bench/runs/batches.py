@@ -1,4 +1,4 @@
-"""The batch on which alignment metrics are measured, and checks that the targets and batches of a run can be used."""
+"""The batch on which alignment metrics are measured, and checks that a run can use its targets, indices and batches."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _check_positions(rule: Rule, labels: Tensor, where: str) -> None:
 
 
 def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: int = 1) -> None:
-    """Refuse a run in which some process would get no sample of a batch, or in which batch normalisation would get a single
+    """Refuse a run in which some process would get no sample of a batch, or in which batch normalisation would fail for a single
     sample.
 
     Batch statistics need several values, so batch normalisation in the model or in the rule's auxiliary nets may raise an error
@@ -110,7 +110,7 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: in
     Args:
         rule: after `attach`.
         splits, options: the splits and options of the run.
-        processes: the number of processes that divide each batch, or each of its micro-batches.
+        processes: the number of processes among which each micro-batch is divided (the whole batch if accumulate=1).
 
     Raises:
         OptionError: if the run is refused; the message names the option that leads to such a batch, and what to set instead.

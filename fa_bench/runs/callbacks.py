@@ -74,7 +74,7 @@ class Alignment(Callback):
             progress.angles = self.meter.measure()
 
     def measure(self, trainer: Trainer) -> None:
-        """Measure now."""
+        """Measure the metrics, and record the values."""
         progress = trainer.progress
         progress.angles, progress.probed = self.meter.measure(), progress.step
         progress.measurements += 1
@@ -156,8 +156,8 @@ class Checkpoints(Callback):
 
 @dataclasses.dataclass(eq=False)
 class Display(Callback):
-    """Shows a progress bar on a terminal. Otherwise, it prints a line at most every `LINE_EVERY` seconds and after the last
-    epoch.
+    """Shows a progress bar on a terminal. If the output is not a terminal, this callback prints a line at most every `LINE_EVERY`
+    seconds and after the last epoch.
 
     Attributes:
         title: the title of the run.

@@ -72,8 +72,8 @@ class Execution:
     def forward(
         self, function: Callable[..., Any], model: torch.nn.Module, steps: int, processes: int = 1, repeats: bool = False
     ) -> Callable[..., Any]:
-        """Return a forward pass, ``function(x, y)``, in the form in which the run executes it. With compilation, it is compiled
-        for full batches.
+        """Return the forward pass ``function(x, y)`` as the run executes it. With compilation, it is compiled for full batches
+        and their micro-batches.
 
         Other batches run without compilation, because a smaller last batch would need its own graph.
 
@@ -95,7 +95,9 @@ class Execution:
             log.info("compile=auto: %s (%s)", "on" if self._compiles else "off", why)
         if not self._compiles:
             return eager
-        gc.collect()  # frees the keys that earlier rules' graphs contain, so that equal graphs are found in torch's cache
+        # This frees the handles of earlier rules, so that their keys, which are part of graphs, are used again and torch finds
+        # equal graphs in its cache.
+        gc.collect()
         # Each run needs its own code object, because torch limits the number of graphs per code object in a process.
         own: Any = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
         mode = {"triton.cudagraphs": True} if self.options.graphs is True else {}
@@ -111,7 +113,7 @@ class Execution:
             if len(x) in self._pending:
                 self._pending.discard(len(x))
                 self._has_compiled = True
-                log.info("compiling the step for %d samples, which takes seconds to a minute", len(x))
+                log.info("compiling the step for %d samples, which may take a minute", len(x))
                 with torch._dynamo.config.patch(allow_rnn=True):  # by default, the graph breaks at recurrent modules
                     return compiled(x, y)
             return compiled(x, y)

@@ -107,7 +107,7 @@ def compare_data(job: Job, result: dict[str, Any], read_hash: Callable[[], str])
 
     Args:
         job: the run.
-        result: its result.json.
+        result: the content of its result.json.
         read_hash: loads the data and returns their hash; raises DataError if they are missing or broken.
     """
     data = [job.dataset.name, as_plain(job.dataset), str(Path(job.run.data_dir).resolve()), job.run.scale]

@@ -26,7 +26,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
     """Hold the lock of a run directory within the block; the directory is created if it does not exist.
 
     Raises:
-        DirectoryLockedError: if another process holds the lock; the message names it.
+        DirectoryLockedError: if another process holds the lock; the message names that process if it is known.
         OutputError: if the directory cannot be created or written.
     """
     about = {

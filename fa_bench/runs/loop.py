@@ -1,4 +1,4 @@
-"""The training loop. The loop does not refer to any rule, loss, metric or logger by name."""
+"""The training loop, which is the same for all rules and objectives."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Progress:
         batch: finished batches of the current epoch.
         step: updates so far.
         seconds: training time so far, without evaluation, measurements and compilation.
-        compile_seconds: the duration of steps in which torch.compile compiled.
+        compile_seconds: the total duration of the steps in which torch.compile compiled a graph.
         energy_wh: energy that the machine has used so far, including evaluation and measurements; None if it was not always
             counted.
         loss_sum, sums, samples: totals over the current epoch's batches, namely the summed loss, the sums from which the
@@ -46,11 +46,11 @@ class Progress:
         probed: the step of the last recorded measurement of alignment metrics.
         measurements: the number of recorded measurements.
         angles: the result of the last measurement, if it was made in the current epoch.
-        batches_hash: a hash of the first batch of every epoch so far, as the model received it.
-        diverged: the epoch, step and layer at which the loss or a trained tensor first was not finite.
-        stopped: the reason for the first request to stop by a callback of the run's config, and that callback.
-        best_epoch, best_val, test_at_best: the epoch (from 1) with the best primary score of the validation samples, and its
-            validation and test scores.
+        batches_hash: a hash of the first batches of all epochs so far, as the model received them.
+        diverged: the epoch, step and layer at which the loss or a trained tensor was first found not to be finite.
+        stopped: the reason of the first request to stop by a callback of the run's config, and the name of that callback.
+        best_epoch, best_val, test_at_best: the epoch (from 1) with the best primary validation score, and the primary validation
+            and test scores of this epoch.
     """
 
     epoch: int = 0
@@ -80,7 +80,7 @@ class Progress:
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss over the batches of the current epoch; 0 if no target counted towards it."""
+        """The mean loss over the targets of the current epoch that count; 0 if no target counts."""
         assert self.loss_sum is not None
         return (self.loss_sum / (self.samples if isinstance(self.samples, int) else self.samples.clamp(min=1))).item()
 
@@ -104,7 +104,7 @@ class Trainer:
         rule: an attached rule; its model is trained for the rule's objective.
         optimizers: the optimizers of the weights and the learned feedback.
         splits: the data.
-        options: the run's options: epochs, batch size, seed, ...
+        options: the run's options, such as epochs, batch size and seed.
         callbacks: see `fa_bench.callbacks.base.Callback`; their hooks are called in this order.
         progress: the progress of the run, which may be within an epoch.
         external: those of `callbacks` that are not part of the run's config. A stop that they request is not saved in

@@ -107,9 +107,13 @@ def _explain(error: BaseException, job: Job) -> BaseException:
 
 
 def record_failure(job: Job, directory: Path, error: BaseException, experiment: str | None = None) -> None:
-    """Log why a run failed, with the traceback, and write its result if the run has not already written one.
+    """Log why a run failed, with the traceback, and write its result if the directory has none from the current code.
 
-    Files of another run are not touched. Files of earlier attempts, such as checkpoints, are kept.
+    Checkpoints and records of earlier attempts are kept.
+
+    Raises:
+        RunDirectoryError: if the directory belongs to another run.
+        OutputError: if the files cannot be written.
     """
     run_dir = RunDirectory(directory, job)
     run_dir.check()

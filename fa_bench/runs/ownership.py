@@ -87,14 +87,14 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
     if foreign:
         listed = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise RunDirectoryError(
-            f"{directory}: contains {listed}, which no run wrote; choose another directory, or move them elsewhere"
+            f"{directory}: contains {listed}, which no run wrote; choose another directory, or move foreign files elsewhere"
         )
     check_lock(directory / LOCK)
 
 
 def _may_precede_config(path: Path) -> bool:
     """Whether a directory without a config may contain this file because a run writes the file before its config."""
-    if path.name in (LOCK, CONFIG):  # `check_lock` checks the text of the lock; a link named CONFIG was refused above
+    if path.name in (LOCK, CONFIG):  # `check_lock` checks the text of the lock, and `_check_kind` refuses a link
         return True
     prefix = _EARLY_FILES.get(path.name)
     return prefix is not None and prefix.startswith(path.read_bytes()[: len(prefix)])

@@ -2,7 +2,7 @@
 
 Every process builds the same model with the same rule and trains on its part of every batch; DistributedDataParallel averages the
 gradients. The parts, the augmentation and the weights of the losses are chosen so that the update equals that of a single process
-with the whole batch, apart from rounding and from the differences that `World.notes` describes. All processes perform all
+with the whole batch, apart from rounding and from the differences that `Processes.notes` describes. All processes perform all
 measurements, so that none waits for another, but only process 0 writes.
 """
 
@@ -43,7 +43,7 @@ _INTERVAL = 0.05
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: The keys in the store that the processes share.
 _MESSAGE, _REPORTED, _ERROR = "fa_bench/message", "fa_bench/reported", "fa_bench/error"
-#: Parts of the error messages that torch raises if another process has ended or does not answer.
+#: A pattern that matches torch's error messages if another process has ended or does not answer.
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|Socket Timeout", re.IGNORECASE)
 
 
@@ -51,7 +51,7 @@ class ProcessLost(Exception):
     """Another process of the run has ended or does not respond.
 
     Attributes:
-        reason: the error with which it ended; empty if it did not report one.
+        reason: the error that the other process has reported; empty if there is none.
     """
 
     def __init__(self, reason: str = "") -> None:
@@ -138,7 +138,7 @@ class World:
         """Make the random numbers of dropout independent of those of the other processes."""
 
     def wrapped(self, model: torch_nn.Module) -> Any:
-        """The module that is called in training instead of the model."""
+        """The module to call in training, which wraps the model if there are several processes."""
         return model
 
     def micro_batches(
@@ -272,7 +272,7 @@ class Processes(World):
     def same_buffers(self, model: torch_nn.Module) -> None:
         with self._talking():
             for name, buffer in model.named_buffers():
-                if not name.rpartition(".")[2].startswith(PREFIX):  # feedback is the same everywhere, and may be large
+                if not name.rpartition(".")[2].startswith(PREFIX):  # feedback is the same in all processes, and may be large
                     torch.distributed.broadcast(buffer, src=0)
 
     def due(self, wanted: bool) -> bool:
@@ -403,7 +403,7 @@ def refuse(what: str) -> None:
 def run_together(command: Callable[[], int]) -> int:
     """Call `command` and return its exit code. If torchrun has started this process, first join the other processes.
 
-    Only process 0 writes to standard output and standard error; the other processes print errors with `World.report`.
+    The output of all processes except process 0 is discarded, apart from errors that are printed with `World.report`.
     """
     global _world
     if not is_started_by_torchrun():

@@ -14,7 +14,7 @@ _watching: set[int] = set()
 
 
 def exit_with_parent(starter: int) -> None:
-    """Exit this process as soon as its parent has ended.
+    """Make this process exit as soon as its parent has ended.
 
     This has no effect in the process that started the sweep, or in a process that multiprocessing did not start, such as a Slurm
     job. The process ends as if it had been killed, and the next start resumes from the last checkpoint.
@@ -26,7 +26,7 @@ def exit_with_parent(starter: int) -> None:
         return
     _watching.add(os.getpid())
     parent = multiprocessing.parent_process()
-    if parent is None and os.getppid() != starter:  # the starter has ended; joblib's processes do not record it
+    if parent is None and os.getppid() != starter:  # the starter has ended; joblib's processes do not record their parent
         os._exit(1)
     threading.Thread(target=_watch, args=(None if parent is None else parent.sentinel, starter), daemon=True).start()
 

@@ -1,7 +1,7 @@
 """Read the files of a run. They may be damaged, edited or forged, so every value is checked before it is used.
 
-Each file has its own readers. An error names the file, the key, its value and the allowed values. Unknown keys are
-ignored, so that records of later versions can be read.
+An error names the file, the key, its value and the allowed values. Unknown keys are ignored, so that records of later versions
+can be read.
 """
 
 from __future__ import annotations
@@ -288,4 +288,4 @@ def inconsistency(result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> s
         )
     last = f", the last of epoch {metrics[-1]['epoch']}" if metrics and metrics[-1]["epoch"] != len(metrics) else ""
     ended = "stopped after" if status == "stopped" else "finished"
-    return f"has records of {len(metrics)} epochs{last}, but {RESULT} says that the run {ended} {epochs}"
+    return f"has records of {len(metrics)} epochs{last}, but {RESULT} says that the run {ended} {epochs} epochs"

@@ -92,7 +92,7 @@ class Recorder(Callback):
             logger.scalars(values, progress.step)
 
     def flush(self) -> None:
-        """Write all records to disk. This must be called before a checkpoint is written."""
+        """Write all pending records to disk. This must be called before a checkpoint is written."""
         self._write_measurements()
         for logger in self.loggers:
             logger.flush()
@@ -127,7 +127,7 @@ class Recorder(Callback):
             self._write(RESULT, dump_json(result, indent=1) + "\n")
 
     def close(self) -> None:
-        """Release the loggers."""
+        """Close the loggers."""
         for logger in self.loggers:
             logger.close()
 
@@ -206,7 +206,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
 
 
 def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMeter, complete: bool) -> dict[str, Any]:
-    """The entries of a result that depend on training; `complete` says whether training ended with a last measurement."""
+    """The entries of a result that depend on training; `complete` says whether training ended with a final measurement."""
     last = recorder.last_metrics()
     return {
         "epoch": progress.epoch,

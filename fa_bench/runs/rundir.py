@@ -99,7 +99,7 @@ class RunDirectory:
             if not is_own_run:
                 raise RunDirectoryError(
                     f"{self.path}: belongs to a run with another config ({self._difference(text)}); "
-                    "choose another hydra.run.dir, or remove it"
+                    "choose another hydra.run.dir, or remove this directory"
                 )
         elif not os.path.lexists(config):
             records = [name for name in (METRICS, ANGLES, RESULT, CHECKPOINTS) if os.path.lexists(self.path / name)]

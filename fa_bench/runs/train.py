@@ -145,7 +145,7 @@ def _run(
         except (RecordError, RunDirectoryError) as error:
             if run_dir.job.run.resume:
                 raise RunDirectoryError(f"{error}; pass resume=false to restart") from None
-            # The parts are built again, because the checkpoint may have changed the model before loading it failed.
+            # The parts are built again, because loading the checkpoint may have changed the model before it failed.
             warnings, resuming, parts = [f"{error}; restarting"], False, assemble(job, prepare(run_dir.job))
     progress = _shared(progress, parts, resuming)
     if not world.rank:

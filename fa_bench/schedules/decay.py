@@ -20,7 +20,7 @@ class _Decay(Schedule):
             raise OptionError("min_lr", f"={self.min_lr} is above lr={lr}")
 
     def fraction(self, part: float) -> float:
-        """The fraction of lr - min_lr that is left after the fraction `part` of the training: 1 at the start and 0 at the end."""
+        """The fraction of lr - min_lr that is left after the fraction `part` of the run: 1 at the start and 0 at the end."""
         raise missing_method(self, "fraction")
 
     def rate(self, lr: float, done: int, total: int) -> float:
@@ -40,9 +40,9 @@ class Cosine(_Decay):
 @dataclasses.dataclass(eq=False)
 class Linear(_Decay):
     """Lowers the learning rate linearly from lr to `min_lr`, after keeping it constant for the fraction `flat` of the
-    training."""
+    run."""
 
-    flat: float = option(0.0, "fraction of the training before the rate begins to fall", minimum=0, below=1)
+    flat: float = option(0.0, "fraction of the run before the learning rate begins to fall", minimum=0, below=1)
 
     def fraction(self, part: float) -> float:
         return min(1.0, (1 - part) / (1 - self.flat))

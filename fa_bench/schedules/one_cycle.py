@@ -21,7 +21,7 @@ class OneCycle(Schedule):
     """
 
     per: str = option("step", "unit of the schedule and its warm-up", choices=["epoch", "step"])
-    rise: float = option(0.3, "fraction of the training during which the learning rate rises", above=0, below=1)
+    rise: float = option(0.3, "fraction of the run during which the learning rate rises", above=0, below=1)
     start: float = option(25.0, "ratio of lr to the initial learning rate", minimum=1)
     end: float = option(1e4, "ratio of the initial learning rate to the final one", minimum=1)
 

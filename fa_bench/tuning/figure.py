@@ -30,8 +30,8 @@ from fa_bench.tuning.trials import DONE
 from fa_bench.utils.text import escape_mathtext
 
 LR = "optimizer.lr"
-#: COLUMNS is the number of panels per row. In the panels of learning rates, the axis extends from the best trials towards worse
-#: scores by SHOWN points of accuracy or, for other scores, by RANGES times the range of the best trials.
+#: COLUMNS is the maximum number of panels per row. In the panels of learning rates, the vertical axis extends the range of the
+#: "Best so far" panel towards worse scores: by SHOWN points of accuracy or, for other scores, by RANGES times this range.
 COLUMNS, SHOWN, RANGES = 4, 10.0, 3.0
 
 
@@ -66,8 +66,8 @@ def write_figure(studies: Sequence[RuleStudy], path: Path) -> None:
 
 
 def _plot_rates(axes: Axes, study: RuleStudy, limits: Range, reference: float | None) -> None:
-    """Plot all trials of a rule against the learning rate. The chosen trial is marked with a ring. Trials outside the range of
-    the axis are drawn as triangles at its edge, and trials that were pruned, diverged or failed as crosses."""
+    """Plot the scores of a rule's trials against the learning rate. The chosen trial is marked with a ring. Trials with scores
+    outside the axis range are drawn as triangles at the edge, and trials that were pruned, diverged or failed as crosses."""
     style_axes(axes)
     axes.set_title(escape_mathtext(truncate(study.plan.rule, 40)), fontsize=11)
     axes.set(xlabel="learning rate", ylabel=_quantity(study.score).axis, xscale="log")

@@ -25,7 +25,8 @@ from fa_bench.utils.files import output_errors, write_text
 
 #: The first lines of the experiment, which mark it as written by a study.
 _HEAD = "# @package _global_\n# Written by fa-bench-tune: "
-#: Keys that are left out of the experiment, because a config file must not or need not set them.
+#: Keys that are not copied from the tuned configs. The experiment has its own seeds and output_dir, a config file must not name
+#: plugins, and the final runs use the default of resume.
 _OMITTED = (SEED, OUTPUT, "plugins", "resume")
 _GROUPS = tuple(group.kind for group in GROUPS if group.kind != ALGORITHM)
 
@@ -120,7 +121,8 @@ def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
 def run_final(plan: Plan) -> tuple[int, list[Path]]:
     """Run the experiment of the final runs as a sweep, and return its exit code and the directories of the runs.
 
-    With several jobs, the sweep uses Hydra's joblib launcher if it is installed and the command line names no other launcher.
+    If the study's option `jobs` is above 1, the sweep uses Hydra's joblib launcher, provided that it is installed and the command
+    line names no other launcher.
 
     Raises:
         FaBenchError: if a run cannot start.

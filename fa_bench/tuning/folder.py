@@ -22,7 +22,7 @@ from fa_bench.utils.files import dump_json, temporary_name, write_text
 
 #: The file that describes the study and marks the folder as that of a study.
 STUDY = "tune.json"
-#: The folder of the experiment with the final runs, and the name of this experiment, which is also the folder of the final runs.
+#: The folder of the experiment's file, and the name of the experiment, which is also the name of the folder of the final runs.
 EXPERIMENT, FINAL = "experiment", "tuned"
 #: Tables and figures.
 MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR = (
@@ -77,8 +77,8 @@ def study_folder(plan: Plan, study: Mapping[str, Any]) -> Iterator[None]:
         study: its `identity`.
 
     Raises:
-        RunDirectoryError: for a folder of another study, naming the key that differs, or with files that no study wrote.
-        DirectoryLockedError: another process holds the lock.
+        RunDirectoryError: as in `check_folder`.
+        DirectoryLockedError: if another process holds the lock.
     """
     check_folder(plan.directory, study)
     with lock_directory(plan.directory):
@@ -103,7 +103,7 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
     if foreign:
         listed = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise RunDirectoryError(
-            f"{directory}: contains {listed}, which no study wrote; choose another name=NAME, or move them elsewhere"
+            f"{directory}: contains {listed}, which no study wrote; choose another name=NAME, or move foreign files elsewhere"
         )
     for name in (*_FILES, *_FOLDERS):
         if os.path.lexists(directory / name):
@@ -114,7 +114,7 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
                 )
     if is_study and (difference := _difference(stored := _read(path), study)):
         mend = "choose another name=NAME"
-        if difference.startswith("tune_seeds="):  # a number of seeds is counted from the largest of `seeds`
+        if difference.startswith("tune_seeds="):  # if tune_seeds is a number, these seeds follow the largest of `seeds`
             seeds = truncate(format_value(stored.get("tune_seeds")), 80)
             mend += f", or pass tune_seeds={seeds} and other seeds=... to keep its trials"
         raise RunDirectoryError(f"{directory}: belongs to another study ({difference}); {mend}")

@@ -36,7 +36,7 @@ class TuneOptions(Options):
     pruner: str = option("none", "how optuna stops bad trials early", choices=list(PRUNERS))
     study_seed: int = option(0, "seed of the sampler", minimum=0, maximum=2**32 - 1)
     jobs: int = option(
-        1, "processes; each tunes one rule at a time, and the result does not depend on their number", minimum=1, maximum=1024
+        1, "number of processes, each of which runs one trial at a time; does not change the result", minimum=1, maximum=1024
     )
     keep_checkpoints: bool = option(False, "keep the checkpoints of finished trials (those of the final runs are always kept)")
     name: str | None = option(  # type: ignore[assignment, misc]

@@ -20,8 +20,8 @@ class Sampler(NamedTuple):
     Attributes:
         cls: the class in optuna.samplers.
         arguments: further arguments of the class.
-        startup: the number of trials after which the sampler first uses the results of earlier ones; None if it uses none, and 0
-            if it chooses the first trials by a method of its own.
+        startup: the number of the first trial whose values the sampler may choose. Earlier trials get random values from
+            `RuleStudy.ask`; None: all trials do. Trial 0 is always the default config.
         package: the additional package that it needs; empty if there is none.
     """
 
@@ -31,7 +31,7 @@ class Sampler(NamedTuple):
     package: str = ""
 
 
-#: Number of random trials before `tpe` and `gp` use the results, as in optuna by default.
+#: Number of trials after which `tpe` and `gp` begin to use the results, as in optuna by default.
 _STARTUP = 10
 SAMPLERS = {
     "tpe": Sampler("TPESampler", {"n_startup_trials": _STARTUP}, _STARTUP),

@@ -42,7 +42,7 @@ class RulePlan:
     Attributes:
         rule: the rule's name.
         overrides: the rule's default config as overrides, without the seed.
-        space: the dimensions by key.
+        space: the dimensions of the search space, by key.
         default: the values of these keys in the default config.
         job: the default config with the first seed of the trials.
     """
@@ -244,7 +244,7 @@ def _space_of_file(section: Mapping[str, Any], experiment: Any) -> tuple[list[Ov
 
 
 def _by_rule(jobs: Sequence[list[str]], default_rule: str, experiment: Any) -> dict[str, list[str]]:
-    """The overrides of every rule's default config; jobs that do not name a rule use the default one.
+    """The overrides of every rule's default config; jobs that do not name a rule use the default rule.
 
     Raises:
         ConfigError: if an experiment has several configs of one rule.

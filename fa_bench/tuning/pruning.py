@@ -41,7 +41,7 @@ class Rivals:
 
 
 class Judge:
-    """Decides whether one trial should end. A judge works on a copy of the trial's study, so it can run in another process.
+    """Decides whether one trial should end early. A judge works on a copy of the trial's study, so it can run in another process.
 
     Args:
         rivals: the trials before this one.
@@ -63,8 +63,8 @@ class Judge:
         self._trial = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
 
     def is_hopeless(self, step: int, value: float) -> bool:
-        """Whether the trial should end, given its latest validation score. `step` counts the epochs that all seeds of the trial
-        have trained so far."""
+        """Whether the trial should end early, given its latest validation score. `step` is the number of epochs that all
+        seeds of the trial have trained so far."""
         self._trial.report(value, step)
         return self._trial.should_prune()
 

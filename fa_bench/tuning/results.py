@@ -61,10 +61,10 @@ with the best validation {title} after the last epoch (mean over its seeds; in a
 failed count as trials, with {worst}. The test set was not used to choose anything.
 
 The chosen config of each rule was then trained for {final_epochs} epochs with {seeds}, which no trial used, and tested once. n is
-the number of its finished runs; ± 95 % is half the width of the Student t confidence interval of the mean. Differences from the
+the number of finished runs; ± 95 % is half the width of the Student t confidence interval of the mean. Differences from the
 tuned `{control}` are paired by seed. A rule beats the floor if its mean is better than that of the tuned `{floor}`, which trains
 only the output layer. The validation {title} of the best trial is the best of many and therefore too
-optimistic: compare rules by the {title} of the test samples.
+optimistic: compare rules by the test {title}.
 
 The final runs can be repeated, or continued, with
 

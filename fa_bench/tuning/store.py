@@ -171,7 +171,7 @@ class RuleStudy:
         usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
         merits = [self.score.merit(trial.outcome.value or 0.0) for trial in usable]
         highest = max(merits, default=0.0)
-        # Means of the same scores in a different order may differ by rounding, so they count as a tie.
+        # Merits that differ only by rounding count as a tie.
         return next(
             (trial for trial, merit in zip(usable, merits, strict=True) if math.isclose(merit, highest, rel_tol=_TIE)), None
         )

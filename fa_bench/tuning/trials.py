@@ -52,7 +52,7 @@ class TrialRun:
         title: the title of the trial.
         configs: the plain config of each seed's run, and its directory.
         experiment: the name of the experiment, for the records.
-        is_default: whether it is the rule's default config, whose errors are errors of the study.
+        is_default: whether the trial has the rule's default config; a FaBenchError in this trial ends the study.
         rivals: the trials with which a pruner compares this trial; None without a pruner.
     """
 

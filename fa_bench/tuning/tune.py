@@ -52,7 +52,7 @@ class TuneResult:
 
 
 def tune(overrides: Sequence[str], config_dir: str | None = None) -> TuneResult:
-    """Tune, train the best configs with the final seeds, and write the tables and the figure.
+    """Run the trials, train the best configs with the final seeds, and write the tables and the figure.
 
     Args:
         overrides: the overrides of the command line.

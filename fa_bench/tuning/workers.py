@@ -57,7 +57,7 @@ class Workers:
         self._connections[worker].send(trial)
 
     def results(self, busy: list[int]) -> Iterator[tuple[int, Outcome]]:
-        """Wait until at least one of the busy workers has finished, and yield each worker that has, with its outcome.
+        """Wait until a busy worker has finished its trial, and yield each worker that has, with the outcome.
 
         Raises:
             FaBenchError: if a trial has raised one, or if a worker has ended.
@@ -77,7 +77,7 @@ class Workers:
             yield worker, result
 
     def stop(self) -> None:
-        """Ask the workers to write their checkpoints, and wait for them to exit."""
+        """Ask the workers to write their checkpoints, wait for them to exit, and kill those that do not exit in time."""
         for process in self._processes:
             if process.is_alive():
                 process.terminate()

@@ -18,7 +18,7 @@ class Counter(Protocol):
     """A counter of energy."""
 
     def joules(self) -> float:
-        """The energy since an arbitrary fixed time. Raises OSError if the counter can no longer be read."""
+        """The energy since an arbitrary fixed time; raises an error if the counter can no longer be read."""
         ...
 
 
@@ -49,7 +49,7 @@ class Nvml:
 
     Raises:
         ImportError: the package is missing.
-        Exception: NVML's own errors: no driver, or a GPU without a counter (older than Volta).
+        Exception: NVML's own errors, for example if there is no driver or the GPU has no counter (older than Volta).
     """
 
     def __init__(self, uuid: str) -> None:
@@ -77,8 +77,8 @@ class EnergyMeter:
     @classmethod
     def of(cls, device: torch.device) -> EnergyMeter | None:
         """An energy meter for a run on this device. The meter reads the counters of the processor packages and their memory, if
-        they are readable, and that of the GPU if the run uses one. The result is None if a run on the CPU has no readable
-        counter, if the counter of a run's GPU is not readable, and for devices of other types."""
+        they are readable, and that of the GPU if the run uses one. The result is None for a run on the CPU if no counter is
+        readable, for a run on a GPU if the GPU's counter is not readable, and for devices of other types."""
         counters = rapl()
         if device.type == "cuda":
             import torch

@@ -90,7 +90,7 @@ def check_lock(path: Path) -> None:
 
 
 def check_temporary(path: Path, prefix: bytes) -> None:
-    """Refuse to create `path` if the file with its temporary name was not written by fa-bench, because it would be replaced.
+    """Refuse to create `path` if a file that fa-bench did not write has its temporary name, because that file would be replaced.
 
     Args:
         path: the file to be written.

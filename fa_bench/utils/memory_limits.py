@@ -22,8 +22,8 @@ _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "eye")
 
 
 def available_memory() -> int | None:
-    """The number of bytes that this process can still allocate within the limits of its machine and its container; None if
-    unknown."""
+    """An estimate of the number of bytes that this process can still allocate within the limits of its machine and its container;
+    None if unknown."""
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -45,7 +45,7 @@ def require_memory(needed: float, what: str) -> None:
 
     Args:
         needed: bytes.
-        what: text that names what needs the memory and which option to reduce.
+        what: text that names what needs the memory and, if known, which options to reduce.
 
     Raises:
         ConfigError: if the allocation is refused; the message names what needs the memory, its size, and the size available.
@@ -102,8 +102,8 @@ def describe_failure(error: BaseException) -> str:
 def within_memory() -> Iterator[None]:
     """Within the block or the decorated function, raise a ConfigError if the parts of a run do not fit into memory.
 
-    A single tensor of the model or its feedback that is too large is refused before it is allocated. In all other cases, the
-    error is raised when an allocation fails.
+    A tensor of the model or its feedback that is too large for the CPU's memory is refused before it is allocated. In all other
+    cases, the error is raised when an allocation fails.
     """
     from torch.overrides import TorchFunctionMode
 

@@ -107,7 +107,7 @@ def _failure(stream: TextIO) -> str:
 
 
 def _raw(stream: TextIO) -> Any:
-    """The raw stream below a text stream; None if the text stream has no raw stream."""
+    """The raw stream below a text stream, or its buffer if there is no raw stream; None if there is neither."""
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)
 
@@ -118,7 +118,7 @@ def _resilient(stream: TextIO | None, number: int) -> TextIO:
         return stream
     if stream is None:  # it was closed when Python started
         if not _is_open(number):
-            _redirect_to_null(number)  # otherwise, output of child processes could go to a file that has got this descriptor
+            _redirect_to_null(number)  # otherwise, child processes could write to a file opened with this descriptor
         return open(os.devnull, "w", encoding="utf-8", errors="replace")
     stream.flush()
     codecs.register_error(_ERRORS, _to_ascii)

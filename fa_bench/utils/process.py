@@ -14,12 +14,13 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global random generator."""
+    """The states of the global random generators of torch (CPU, CUDA and MPS), Python and NumPy."""
     numpy_state: Any = np.random.get_state(legacy=True)
     kind, words, position, has_gauss, gauss = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(words.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
     }
@@ -32,6 +33,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
         # Another machine may have fewer devices.
         for device, generator in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(generator.cpu(), device)
+    if state.get("mps") is not None and torch.backends.mps.is_available():  # states of earlier versions have no such entry
+        torch.mps.set_rng_state(state["mps"].cpu())
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, words, *rest = state["numpy"]
@@ -66,7 +69,7 @@ _jobs = 0
 
 
 def freeze_before_second_job() -> None:
-    """Exempt all loaded objects from garbage collection when this process begins its second job. Call this function before each
+    """Exempt all existing objects from garbage collection when this process begins its second job. Call this function before each
     job.
 
     Every run ends with a garbage collection. Without the exemption, the collection would traverse all of torch's modules and take
@@ -77,11 +80,11 @@ def freeze_before_second_job() -> None:
     global _jobs
     _jobs += 1
     if _jobs == 2:
-        gc.collect()  # present garbage would otherwise never be collected
+        gc.collect()  # existing garbage would otherwise never be collected
         gc.freeze()
 
 
-#: The variables of torch's module system, and the names of those that hold global hooks, which a model or a plugin may leave
+#: The variables of `torch.nn.modules.module`, and the names of those that hold global hooks, which a model or a plugin may leave
 #: registered.
 _MODULES = vars(torch.nn.modules.module)
 _HOOKS = [name for name, value in _MODULES.items() if name.startswith("_global_") and isinstance(value, dict)]

@@ -24,7 +24,7 @@ class Initialiser(NamedTuple):
         is_uniform: whether the distribution is uniform in [-scale, scale), rather than normal with mean 0 and standard deviation
             scale.
         scale: computes the scale from (fan_in, fan_out).
-        law: the distribution as a formula, for the docs.
+        law: the distribution as text, for the docs.
         fill: overwrites a tensor in another way, given a generator; None for the distributions above.
     """
 
@@ -91,8 +91,8 @@ def initialiser_of(name: str, what: str = "", others: Sequence[str] = ()) -> Ini
 
     Args:
         name: the name.
-        what: the tensor, as the error calls it.
-        others: further names that the caller accepts.
+        what: the tensor's name in the error message.
+        others: further names that the caller accepts, for the error message.
 
     Raises:
         ConfigError: if there is no such initialiser; the message suggests the nearest name.

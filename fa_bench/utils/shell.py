@@ -9,7 +9,7 @@ import subprocess
 
 from fa_bench.errors import truncate
 
-#: Paths and names that Hydra accepts without quotes.
+#: Matches paths and names that Hydra accepts without quotes.
 _PLAIN = re.compile(r"[A-Za-z0-9_./%+:-]+")
 
 
@@ -33,8 +33,7 @@ def hydra_quote(value: str) -> str:
 
 
 def expansion_problem(key: str, path: str) -> str:
-    """A message that explains why a path that begins with ``~`` or contains a shell variable that is set is refused; empty for
-    any other path.
+    """The reason for refusing a path that begins with ``~`` or contains a shell variable that is set; empty for any other path.
 
     A quoted ``~`` reaches fa-bench unexpanded and would become the name of a folder.
     """

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-#: SIGHUP, which is sent when the terminal is closed, does not exist on Windows.
+#: The signals that stop a run. SIGHUP, which is sent when the terminal is closed, does not exist on Windows.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 #: The signals with which submitit may requeue a job: USR2 by default, or USR1 if SUBMITIT_PREEMPT_SIGNAL names it.

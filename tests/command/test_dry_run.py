@@ -75,7 +75,7 @@ def test_edge_rule_description(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fa covers 3 layers, every weight\n" in text
     assert row(text, "fc1", "Linear") == "8x64 frozen passes through fixed B"
     assert row(text, "fc2", "Linear", "6x8") == "passes through fixed B"
-    assert "\n  fc1 sends no error back, because no earlier layer learns" in text
+    assert "\n  no error is sent back from fc1, because no earlier layer learns" in text
     assert row(text, "fc2", "B") == "6x8 192 B fixed"
     parameters = 8 * 65 + 6 * 9 + 10 * 7
     assert row(text, "parameters") == f"{parameters}, {parameters - 8 * 65} of them trained"
@@ -97,7 +97,7 @@ def test_cut_rule_description(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "algorithm=dfa"], capsys)
     assert row(text, "fc1", "Linear", "8x64") == "comes from the cut at act1"
     assert row(text, "fc3", "Linear", "10x6") == "is the true one (output layer)"
-    assert "sends no error back" not in text
+    assert "no error is sent back" not in text
     assert row(text, "act2", "B") == "10x6 240 B fixed"
     own = 16 * (8 * 64 + 6 * 8 + 10 * 6) * 2 + 16 * 10 * (8 + 6)
     assert row(text, "multiplications").startswith(f"{format_count(own)} per step")

@@ -108,8 +108,8 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "one-hot": ({"y": np.eye(3)[Y]}, r"training labels have shape \(6, 3\), not \(n,\); use labels\.argmax\(1\)"),
     "from 1": ({"y": Y + 1}, r"training image 2 has label 3, out of range .*they count from 1: subtract 1"),
     "too many": ({"y": np.r_[Y, 0]}, r"6 training images have 7 labels"),
-    "number of classes": ({"classes": 3}, r"the class names are 3, not a list"),
-    "one name": ({"classes": "abc"}, r"the class names are 'abc', not a list"),
+    "number of classes": ({"classes": 3}, r"the names are 3, but should be a list"),
+    "one name": ({"classes": "abc"}, r"the names are 'abc', but should be a list"),
 }
 
 

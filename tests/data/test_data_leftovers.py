@@ -247,7 +247,7 @@ def test_other_folders_are_reported(folder: Path) -> None:
                 image(f / "train" / unicodedata.normalize("NFD", "é") / "0.png")
                 and image(f / "train" / unicodedata.normalize("NFC", "é") / "0.png")
             ),
-            "two classes look the same",
+            "two class names look the same",
         ),
     ],
 )

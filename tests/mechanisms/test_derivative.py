@@ -16,10 +16,13 @@ import fa_bench
 from fa_bench.errors import CoverageError, OptionError
 from fa_bench.mechanisms.derivative import NONLINEAR, DualModule
 from fa_bench.rules.dual_propagation import DualPropagation
+from tests.mechanisms.loops.chain import EDGE_RULES, LOCAL_LOSSES
 from tests.versions import needs_compiler
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
+#: Edge rules that always use exact derivatives, or, like dual propagation, finite differences by default.
+BACKPROPAGATES = ("bp", "bp_fc", "frozen", "frozen_blocks", "dual_propagation")
 
 
 def mlp(*activations: nn.Module) -> nn.Sequential:
@@ -100,6 +103,30 @@ def test_relu_has_no_cancellation_in_single_precision() -> None:
     want = [p.grad.clone() for p in model.parameters()]
     rule = fa_bench.attach(model, "dual_propagation", beta=1e-7)
     assert apart(gradients(model, rule, x), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in EDGE_RULES if name not in (*BACKPROPAGATES, *LOCAL_LOSSES)])
+def test_edge_rules_support_dual_derivatives(name: str) -> None:
+    """With a small β, the gradients are those with exact derivatives; with a large one, they are not."""
+    options = {"initial_steps": 1, "mirror_batch": 2} if name == "wm" else {}
+
+    def found(**derivative: object) -> list[Tensor]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+        rule = fa_bench.attach(model, name, seed=0, sample_input=X, **options, **derivative)
+        logits = model(X)
+        rule.backward(F.cross_entropy(logits, Y), logits, Y, loss_scale=1.0)
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None and p.grad.any()]
+
+    want = found(derivative="exact")
+    assert apart(found(derivative="dual", beta=1e-6), want) < 1e-6
+    assert apart(found(derivative="dual", beta=5.0), want) > 1e-3
+
+
+@pytest.mark.parametrize("name", LOCAL_LOSSES)
+def test_rules_with_another_beta_refuse_dual_derivatives(name: str) -> None:
+    with pytest.raises(OptionError, match=r"derivative=dual is not available, because beta is a coefficient of the local losses"):
+        fa_bench.attach(mlp(nn.Tanh()), name, derivative="dual")
 
 
 @pytest.mark.parametrize("name", ["dual_propagation", "kp", "asfp_lc"])

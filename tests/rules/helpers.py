@@ -15,7 +15,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from . import nets
 
 EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp", "wm", "mixed")
-# Maps some of the rules with stored feedback to the name of one of their feedback tensors.
+# For some of the rules that store feedback, the name of one feedback tensor of the rule.
 STORED = {
     "fa": "B",
     "kp": "B",
@@ -28,15 +28,15 @@ STORED = {
     "wm": "B",
     "mixed": "F",
 }
-# Options that make rules cheaper in tests of other properties while running the same code.
+# Options for wm, which would be slow with its default options, and for f3, which requires the number of samples.
 QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}, "f3": {"samples": 16}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # A mistake in a call may raise any of these errors.
 LOUD = (ValueError, LookupError, TypeError)
 
 # Loops and torch add the same few hundred float64 products in different orders. The rounding error is about 1e-16 per product, is
-# amplified when BatchNorm divides by the deviation, and stays below 1e-12. A tolerance of 1e-9 leaves a margin above this error
-# and is far smaller than any term that could be missing.
+# amplified when BatchNorm divides by the standard deviation, and stays below 1e-12. A tolerance of 1e-9 leaves a margin above
+# this error and is far smaller than any term that could be missing.
 REL = 1e-9
 
 
@@ -46,7 +46,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def cut_options(name: str, model: nn.Module, options: dict) -> dict:
-    """The options, plus default cuts (all activations) or default blocks (only the first layer) if the rule takes them."""
+    """The options, with default cuts (all activations) or default blocks (only the first layer) if the rule needs them."""
     if "blocks" in {field.name for field in option_fields(ALGORITHMS[name])}:
         return {"blocks": layer_names(model)[:1]} | options
     if "cuts" not in {field.name for field in option_fields(ALGORITHMS[name])} or options.get("form") == "kernel":
@@ -64,7 +64,7 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def collect(model: nn.Module) -> dict[str, Tensor | None]:
-    """The gradients of the weights. The gradients of learned feedback are available through ``rule.feedback_parameters()``."""
+    """Copies of all gradients, except those of learned feedback, which are available through ``rule.feedback_parameters()``."""
     return {name: None if p.grad is None else p.grad.detach().clone() for name, p in weights(model).items()}
 
 
@@ -107,7 +107,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """The weights of an attached or plain model as NumPy arrays."""
+    """The parameters that `weights` returns, as NumPy arrays."""
     return {name: array(p) for name, p in weights(model).items()}
 
 
@@ -142,7 +142,7 @@ def assert_bitwise(got: dict, want: dict) -> None:
 
 
 def state_of(rule) -> tuple[dict, dict]:
-    """The states of the rule and of its model, which determine the next update, including its noise."""
+    """Copies of the states of the rule and of its model."""
     return copy.deepcopy(rule.state_dict()), copy.deepcopy(rule.model.state_dict())
 
 

@@ -84,7 +84,7 @@ def inplace_relu() -> nn.ReLU:
 
 
 def activation_cuts(model: nn.Sequential) -> list[str]:
-    """The names of the activations, at which dfa delivers its errors."""
+    """The names of the net's activation modules, for use as cuts."""
     return [name for name, _ in model.named_children() if name.startswith("act")]
 
 

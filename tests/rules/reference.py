@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Stage:
-    """One module of the chain, with the geometry of a convolution, the eps of a BatchNorm, and the output size of a pooling."""
+    """One module of the chain, with a convolution's geometry, the eps of BatchNorm, or the output size of average pooling."""
 
     name: str
     kind: str
@@ -157,7 +157,7 @@ def pool_backward(x: np.ndarray, g: np.ndarray) -> np.ndarray:
 
 
 def _normalised(stage: Stage, values: np.ndarray) -> tuple[np.ndarray, float]:
-    """The values of one feature, normalised over the batch (and the pixels), and their standard deviation."""
+    """The values of one feature, normalised over the batch (and the pixels), and the divisor of the normalisation."""
     mean = values.mean()
     deviation = math.sqrt(((values - mean) ** 2).mean() + stage.eps)
     return (values - mean) / deviation, deviation

@@ -2,7 +2,7 @@
 
 Each call processes one sample.
 
-Nothing here uses torch's autograd or fa_bench. In the code, o indexes outputs, i inputs, t time steps or queries, and s keys.
+Nothing here uses torch's autograd or fa_bench. In `Layer` and `attention`, o indexes outputs, i inputs, t queries, and s keys.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def gru(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> lis
 
 
 def rnn(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
-    """The errors at the inputs, as in `lstm`, for h' = tanh(a + b)."""
+    """The errors at the inputs, as in `lstm`, for h' = tanh(ih(x) + hh(h))."""
     h = [0.0] * len(hh.weight)
     steps = []
     for x in inputs:

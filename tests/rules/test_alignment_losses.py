@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def converged(name: str, x: Tensor, layer: nn.Module | None = None, steps: int = 3000, lr: float = 1.0, **options: Any):
-    """The tensors (B, W, initial B) of a layer after gradient descent on the local loss, without a task loss."""
+    """B and W of a layer after gradient descent on the local loss without a task loss, and the initial B."""
     torch.manual_seed(0)
     model = nn.Sequential((layer or nn.Linear(6, 4, bias=False)).double())
     rule = fa_bench.attach(model, name, sample_input=x[:2], **options)
@@ -41,7 +41,7 @@ def converged(name: str, x: Tensor, layer: nn.Module | None = None, steps: int =
 
 
 def white(rows: int, columns: int) -> Tensor:
-    """Inputs for which the mean of xᵀ x is the identity."""
+    """Inputs for which the mean of x xᵀ is the identity."""
     return torch.linalg.qr(random(rows, columns))[0] * rows**0.5
 
 
@@ -87,7 +87,7 @@ def test_information_alignment_white_inputs_converge_to_pseudo_inverse() -> None
 
 
 def test_convolution_feedback_converges_to_kernel() -> None:
-    """The convolution has padding and a stride, and its patches together span every entry of the kernel."""
+    """Despite padding and a stride, the input patches span the whole space, so every entry of the feedback converges."""
     feedback, weight, _ = converged(
         "activation_alignment", random(20, 2, 6, 5), nn.Conv2d(2, 3, 3, stride=2, padding=1), steps=1500, alpha=0.1, beta=0.2
     )
@@ -97,8 +97,8 @@ def test_convolution_feedback_converges_to_kernel() -> None:
 def test_regularized_mirror_with_noise_converges_to_half_weight() -> None:
     """The inputs are zero, so the feedback learns only from noise.
 
-    The feedback effectively averages over 100 updates of 100 samples, so the second moments of the noise differ from I by about
-    1/√10000.
+    The feedback effectively averages over 100 updates with 100 noise samples each, so the second moments of the noise differ
+    from I by about 1/√10000.
     """
     feedback, weight, _ = converged(
         "regularized_mirror", 0 * random(3, 6), steps=800, lr=0.1, alpha=0.05, beta=0.05, signal="noise", noise_batch=100
@@ -137,7 +137,7 @@ def literal_loss(loss: AlignmentLoss, layer: Any, weight: Tensor, feedback: Tens
     )
 
 
-# The null loss is not compared for circular padding, which is part of the input that the feedback reconstructs.
+# For circular padding, the null loss is not compared, because the rule computes z_W B for the padded input.
 @pytest.mark.parametrize(
     ("loss", "name"),
     [
@@ -354,7 +354,7 @@ def test_empty_batch_keeps_input_independent_loss_terms(name: str, net: str) -> 
 
 
 def test_packed_attention_weight_has_loss_per_row_block() -> None:
-    """In attention, the 4 query rows of the joint weight see only the first two tokens, while the other 8 rows see all tokens."""
+    """In this model, the 4 query rows of the packed weight see only the first two tokens; the other 8 rows see all tokens."""
     torch.manual_seed(0)
 
     class Net(nn.Module):

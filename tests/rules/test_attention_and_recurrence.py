@@ -198,7 +198,7 @@ def test_recurrent_modules_match_reference(kind: str, name: str) -> None:
     delta = errors(y)
     (y * delta).sum().backward()
     with torch.no_grad():
-        states = model.core(model.first(X))[0]  # the fused kernel  # type: ignore[operator]
+        states = model.core(model.first(X))[0]  # without gradients, the plain module runs  # type: ignore[operator]
     for n in range(X.shape[1]):
         x = [[*map(float, row)] for row in X[:, n]]
         h = [layers["first"].forward(row) for row in x]
@@ -314,7 +314,7 @@ def test_weights_as_feedback_match_backprop_under_autocast(name: str, kind: str)
     with rule.exact():
         exact = gradients(model, autocast=True)
     for key, gradient in found.items():
-        # If a layer runs several times, PyTorch accumulates its gradients in bfloat16, whose precision is 1/256.
+        # If a layer runs several times, PyTorch accumulates its gradients in bfloat16, which rounds with an error of up to 1/256.
         assert (gradient - exact[key]).abs().max() <= 0.02 * exact[key].abs().max()
 
 

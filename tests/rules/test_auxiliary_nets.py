@@ -1,4 +1,4 @@
-"""Tests of the error that normalisation in the auxiliary nets of dgl and asfp_lc raises for a batch of one sample."""
+"""Tests of dgl and asfp_lc with a batch of one sample, which BatchNorm in their auxiliary nets cannot normalise."""
 
 import pytest
 import torch

@@ -107,7 +107,7 @@ def test_launay_settings_match_reference(name: str, options: dict[str, Any]):
     feedback = {cut: tensors["B"].detach().clone() for cut, tensors in rule.feedback.items()}
     rows = WIDTH if options["error_at"] else VOCABULARY
     assert all(b.shape[0] == rows for b in feedback.values()) and len(feedback) == (6 if options is MICRO else 2)
-    if form and options["error_at"]:  # the leading columns of one matrix
+    if form and options["error_at"]:  # each B consists of the leading columns of one matrix
         widest = max(feedback.values(), key=lambda b: b.shape[1])
         assert all(torch.equal(b, widest[:, : b.shape[1]]) for b in feedback.values())
     got = train(model, rule)
@@ -128,7 +128,7 @@ def test_launay_settings_match_reference(name: str, options: dict[str, Any]):
     logits = plain(x)
     errors = torch.autograd.grad(loss_of(logits, y), [ends[0], logits], retain_graph=True)
     delta = errors[0] if options["error_at"] else errors[1]
-    loss_of(logits, y).backward()  # the layers after the last cut
+    loss_of(logits, y).backward()  # for the layers after the last cut
     gain = 1 / math.sqrt(max(b.shape[1] for b in feedback.values())) if form else 1.0
     for cut, output in outputs.items():
         output.backward(projected(delta, feedback[cut]) * gain)
@@ -262,7 +262,7 @@ def test_layers_after_error_at_module_learn_by_backprop():
     said = {entry.layer: entry.feedback for entry in rule.coverage.covered}
     assert said["4"] == "comes by backpropagation after 3" and said["2"] == "is the true one at 3"
     assert not rule.coverage.uncovered and rule.coverage.transport == ("after '3'",)
-    assert rule.weight_pairs() == {} == rule.readouts(), "expected no pairs, because B (4, 4) belongs to the error at 3"
+    assert rule.weight_pairs() == {} == rule.readouts(), "expected no pairs, because B (4, 4) projects the error at 3"
     for net, backward in ((model, lambda loss, z: rule.backward(loss, z, y)), (plain, lambda loss, z: loss.backward())):
         logits = net(x)
         backward(F.cross_entropy(logits, y), logits)
@@ -274,7 +274,7 @@ def test_layers_after_error_at_module_learn_by_backprop():
 
 @pytest.mark.parametrize("name", ["dfa", "dkp"])
 def test_error_at_module_may_contain_cut_with_same_output(name: str):
-    """A module and a cut within it may have the same output, so error_at gives the same error for either of them."""
+    """If a module and a cut inside it have the same output, error_at may name either of them, with the same result."""
     found = []
     for origin in ("2", "2.1"):
         plain = chain(4, 4, 4, 4)
@@ -288,7 +288,7 @@ def test_error_at_module_may_contain_cut_with_same_output(name: str):
 
 
 class Tied(nn.Module):
-    """A model whose output is computed with the embedding's weight, or with a layer whose weight a function also uses."""
+    """A model whose output is computed with the embedding's weight or, if `layer`, by a layer and a function with its weight."""
 
     def __init__(self, layer: bool) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ def test_functional_weight_uses_after_error_at_module_are_covered(layer: bool):
 
 
 def test_weight_used_on_both_sides_of_error_at_is_uncovered():
-    """A weight that is used only after the module is covered, because it learns by backpropagation like the layers after it."""
+    """A weight used only after the error_at module is covered, because it learns by backpropagation like the layers there."""
 
     class Net(nn.Module):
         def __init__(self, below: bool) -> None:
@@ -473,7 +473,10 @@ def test_activation_checkpointing_around_error_at_module(name: str, by_layer: bo
 
 
 class Extra(nn.Sequential):
-    """A 4-6-6-3 net that, in training, can run its second layer again without gradients, or in a reentrant checkpoint."""
+    """A 4-6-6-3 net whose passes in training depend on `how`.
+
+    With "beside", the second layer also runs once without gradients. With "reentrant", it runs in a reentrant checkpoint.
+    """
 
     how = ""
 

@@ -119,7 +119,7 @@ def test_rejects_duplicate_rule_name_and_options_for_rule_object():
 
 
 def test_rejects_copy_of_layer_with_feedback():
-    """The copy retains the class and the tensors that the rule gave to the original layer."""
+    """The copy retains the class and the feedback tensors that attaching the rule gave to the original layer."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
     other = nn.Sequential(copy.deepcopy(model.fc1), nn.Linear(5, 3))

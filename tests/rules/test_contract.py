@@ -101,7 +101,7 @@ def test_feedback_equal_to_weight_matches_backprop(name, layer):
 def test_networks_with_feedback_equal_to_weights_match_backprop(name, net):
     """The networks include residual additions, projections, in-place ReLU and BatchNorm.
 
-    The rule brsf is tested in evaluation mode, in which it keeps its magnitudes.
+    The rule brsf is tested in evaluation mode, in which it does not resample its magnitudes.
     """
     build = BUILD[net]
     plain, model = build(dtype=torch.float32), build(dtype=torch.float32)
@@ -115,7 +115,7 @@ def test_networks_with_feedback_equal_to_weights_match_backprop(name, net):
     want = bp_grads(plain, x, y)
     assert_bitwise(rule_grads(model, rule, x, y), want)
     assert any(not torch.allclose(other[key], want[key], rtol=1e-2) for key in want), (
-        "random feedback gives the gradients of backpropagation"
+        "with random feedback, the gradients are those of backpropagation"
     )
 
 

@@ -66,7 +66,7 @@ def test_gradients_do_not_depend_on_later_layers(name, model):
     below = [key for key in before[0] if id(names[key]) not in rule_ids]
     assert len(below) >= 4 and len(above) >= 2
     for key in below:
-        assert torch.equal(after[key], before[0][key]), f"{key} depends on what is above {last}"
+        assert torch.equal(after[key], before[0][key]), f"{key} depends on the layers after {last}"
     assert_bitwise(trained_grads(rule), before[1])
     assert any(not torch.equal(after[key], before[0][key]) for key in before[0] if key not in below)
 

@@ -54,7 +54,7 @@ def output_after(model: nn.Module, voltages: list[Tensor], x: Tensor) -> Tensor:
 
 
 def jacobian_of(model: nn.Module, x: Tensor) -> Tensor:
-    """The Jacobian J, of shape (C, sum of all F), for one sample of shape (1, I)."""
+    """The Jacobian J of the output with respect to all voltages, of shape (C, sum of all F), for one sample of shape (1, I)."""
     zeros = [torch.zeros(1, layer.out_features, dtype=x.dtype) for layer in layers_of(model)]
     rows = torch.autograd.functional.jacobian(lambda *v: output_after(model, list(v), x)[0], tuple(zeros))
     return torch.cat([row[:, 0] for row in rows], 1).detach()
@@ -82,7 +82,7 @@ def test_transposed_jacobian_with_large_leak_matches_backprop(net: str, differen
 
 
 def test_nonlinear_difference_squares_activation_derivative() -> None:
-    """With the difference of activities, the weights of hidden layers learn with the square of the derivative of tanh."""
+    """With the nonlinear difference, the gradients of hidden layers contain the square of the derivative of tanh."""
     x, y = nets.batch("mlp_tanh", size=1)
     found = {}
     for difference in ("voltage", "nonlinear"):
@@ -100,7 +100,7 @@ def test_transposed_jacobian_without_leak_is_gauss_newton_step() -> None:
     want = torch.linalg.pinv(jacobian_of(nets.NETS["mlp_tanh"](), x)) @ (-0.3 * error)
     found = -bias_gradients(learn(model, rule, x, y))
     assert torch.allclose(found, want, rtol=1e-9)
-    # The change found is the smallest one that brings the linearised output to its target, unlike a step of backpropagation.
+    # Unlike a step of backpropagation, this change brings the linearised output exactly to its target.
     assert torch.allclose(jacobian_of(nets.NETS["mlp_tanh"](), x) @ found, -0.3 * error, rtol=1e-9)
 
 
@@ -108,7 +108,7 @@ def test_transposed_jacobian_without_leak_is_gauss_newton_step() -> None:
 def test_closed_form_matches_steady_state_of_dynamics(kind: str) -> None:
     """The closed form is compared with Euler steps of the controller and of all voltages.
 
-    Unlike the closed form, the steps are not linearised, which causes a difference of O(stepsize).
+    Unlike the closed form, the steps are not linearised, which causes a relative difference of O(stepsize).
     """
     x, y = nets.batch("mlp_tanh", size=1)
     plain, distances = nets.NETS["mlp_tanh"](), []
@@ -576,7 +576,7 @@ def test_output_feedback_is_not_transposed() -> None:
 def test_noise_differs_between_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even layers of equal width must get different noise.
 
-    If the noise were the same in several layers, their feedback would learn the sum over these layers.
+    If several layers had the same noise, the feedback of each would learn from the sum of their Jacobians.
     """
     drawn: list[Tensor] = []
     real = Draws.normal

@@ -131,7 +131,7 @@ def test_first_epoch_zero_trains_only_output_layer() -> None:
 
 @pytest.mark.parametrize("init", ["identity", "identity_pm"])
 def test_identity_feedback_delivers_delayed_errors(init: str) -> None:
-    """With identity feedback, the error at a cut consists of entries of the sample's earlier error, up to the identity's sign."""
+    """With identity feedback, the error at a cut repeats the sample's earlier error, with alternating signs for identity_pm."""
     model, rule = attached(b_init=init)
     seen: list[Tensor] = []
     logits = model(X[[4, 2]])
@@ -194,7 +194,7 @@ def test_float_targets(information: str) -> None:
     torch.testing.assert_close(seen[0].grad[:, :3], -targets * times / SAMPLES, rtol=1e-12, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------------------------------------ stored errors
 @pytest.mark.parametrize("information", ["delayed_loss", "delayed_error"])
 def test_stored_errors_ignore_batch_size_and_loss_scale(information: str) -> None:
     """For the same batch and the same stored errors, multiplying the loss by 8 multiplies the gradients by 8."""
@@ -219,7 +219,7 @@ def test_pass_updates_only_errors_of_its_samples() -> None:
     assert not state["errors"][[0, 2, 3, 4, 6]].any() and state["errors"][[1, 5]].all()
     step(model, rule, torch.tensor([0, 6]))
     assert torch.equal(rule.state_dict()["errors"][[1, 5]], state["errors"][[1, 5]])
-    assert not state["seen"][0] and not state["errors"][0].any(), "the state changed when the rule learned"
+    assert not state["seen"][0] and not state["errors"][0].any(), "a later pass changed the returned state"
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -261,7 +261,7 @@ def test_load_state_dict_restores_and_validates_errors() -> None:
     step(model, rule, ALL)
     other.load_state_dict(rule.state_dict())
     assert_matches(step(twin, other, ALL), numbers(step(model, rule, ALL)))
-    with pytest.raises(StateError, match=r"errors of shape \(7, 3\); these data have \(8, 3\)"):
+    with pytest.raises(StateError, match=r"errors of shape \(7, 3\); this rule stores errors of shape \(8, 3\)"):
         attached(samples=8)[1].load_state_dict(rule.state_dict())
     with pytest.raises(StateError, match="missing: seen"):
         other.load_state_dict({"errors": rule.state_dict()["errors"]})
@@ -312,7 +312,7 @@ def test_rejects_stored_errors_exceeding_memory() -> None:
         attached(samples=10**13)
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ rejected calls
 @pytest.mark.parametrize(
     ("indices", "error"),
     [

@@ -1,4 +1,4 @@
-"""Tests that training steps neither mix devices nor read values back from an accelerator, which would make the CPU wait.
+"""Tests that training steps neither mix devices nor make the CPU wait by reading values from an accelerator.
 
 The tests use tensors without values, for which mixing devices or reading a number raises an error.
 """
@@ -36,7 +36,7 @@ READS_ONCE = {"frsf", *(name for name, rule in ALGORITHMS.items() if getattr(rul
 
 @pytest.fixture(autouse=True)
 def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Set up the meta device, on which autograd needs no driver, and replace the autocast and generators that it lacks."""
+    """Replace functions that do not work on the meta device, which the tests use because its autograd needs no driver."""
     autocast = torch.is_autocast_enabled
     for module in (torch, lazy.torch):  # the latter caches its results
         monkeypatch.setattr(module, "is_autocast_enabled", lambda device: device != "meta" and autocast(device))

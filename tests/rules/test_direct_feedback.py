@@ -123,7 +123,7 @@ def test_patterns_and_names_select_same_cuts():
 def test_layer_without_cut_is_rejected_or_gets_local_gradient():
     """Only act2 is a cut, so fc1's error passes through fc2's true weight.
 
-    Attaching raises an error that names fc1. With allow_uncovered, fc1 gets the exact local gradient.
+    Attaching raises an error that names fc1. With allow_uncovered, fc1 learns from this error.
     """
     reason = r"fc1\.weight \(no cut point between this layer and the next\)"
     with pytest.raises(fa_bench.errors.CoverageError, match=reason):
@@ -157,7 +157,7 @@ def test_shared_matrix_is_uniform_from_minus_one_to_one():
 
 
 def test_normalise_divides_by_sqrt_of_widest_cut():
-    """Both models sample the same matrix, so the gradients of hidden layers differ by a factor of √6, even at 5 features."""
+    """Both models sample the same matrix, so hidden gradients differ by a factor of √6, even at the cut with 5 features."""
     x, y = nets.batch("mlp")
     (one, raw), (two, scaled) = attached("shared", normalise=False), attached("shared")
     raw_grads, scaled_grads = rule_grads(one, raw, x, y), rule_grads(two, scaled, x, y)
@@ -231,7 +231,7 @@ def test_kernel_form_matches_layer_geometry(layer):
     x, y = torch.randn(2, *shape, dtype=torch.float64), torch.tensor([2, 0])
     middle = build()
     width = middle(x[:1].float()).numel()
-    first = nn.Linear(shape[-1], shape[-1])  # acts along the last dimension: its bias gradient is the error summed over the rest
+    first = nn.Linear(shape[-1], shape[-1])  # its bias gradient sums the error over all dimensions but the last
     model = nn.Sequential(first, middle, nn.Flatten(), nn.Linear(width, 3)).double()
     logits = model(x)
     delta = torch.autograd.grad(F.cross_entropy(logits, y), logits)[0]

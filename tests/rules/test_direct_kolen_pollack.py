@@ -93,7 +93,10 @@ def test_b_lr_scale_defaults_to_one_hundredth():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_weight_decay_applies_to_feedback(own):
-    """A step of plain SGD changes B to B - lr (gradient + decay B), with the decay of W or that of B's own optimizer."""
+    """A step of plain SGD changes B to B - lr (gradient + decay B).
+
+    The decay is that of B's own optimizer or, without such an optimizer, that of W.
+    """
     model, rule, x, y = attached()
     feedback = SGD(lr=0.2, momentum=0.0, weight_decay=0.5) if own else None
     optimizers = Optimizers(SGD(lr=0.1, momentum=0.0, weight_decay=0.3), rule, 1, feedback)
@@ -213,9 +216,9 @@ def alignment(name: str, steps: int = 300, **options) -> list[float]:
 
 
 def test_readouts_align_with_logits():
-    """At the last hidden layer, the angle between a Bᵀ and the logits falls from near 90 degrees to 6 degrees.
+    """At the last hidden layer, the angle between a Bᵀ and the logits falls from near 90 degrees to about 6 degrees.
 
-    With dfa, the activations also turn towards the fixed B, but only to 21 degrees.
+    With dfa, the activations also turn towards the fixed B, but only to about 21 degrees.
     """
     before, learned, fixed = alignment("dkp", steps=0), alignment("dkp", b_lr_scale=1.0), alignment("dfa")
     assert min(before) > 70

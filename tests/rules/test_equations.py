@@ -147,7 +147,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
         assert_matches(now, params)
     for (layer, name), tensor in feedback_tensors(rule).items():
         if not redrawn and f"{layer}.{name}" not in learned and CASES[case][0] != "usf":  # usf's B follows the weights
-            assert np.array_equal(array(tensor), initial[layer][name]), f"{layer}: fixed feedback moved"
+            assert np.array_equal(array(tensor), initial[layer][name]), f"{layer}: fixed feedback changed"
 
 
 @pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if name not in TRAITS["unscaled"]])

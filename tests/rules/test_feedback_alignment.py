@@ -29,7 +29,7 @@ def attached(**options):
 
 
 def test_feedback_affects_only_earlier_layers():
-    """B_1 has no effect on the gradients, B_2 affects only that of fc1, and B_3 affects those of fc1 and fc2."""
+    """B_1 does not affect the gradients of the layers, B_2 affects only those of fc1, and B_3 affects those of fc1 and fc2."""
     x, y = nets.batch("mlp")
     for layer, touched in {"fc1": set(), "fc2": {"fc1"}, "fc3": {"fc1", "fc2"}}.items():
         model, rule = attached()

@@ -92,7 +92,7 @@ def test_batch_norm_of_frozen_layers_stays_in_training_mode(name):
 @pytest.mark.parametrize("name", ["frozen", "bp_fc"])
 def test_detach_restores_requires_grad(name):
     model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
-    model.conv1.bias.requires_grad_(False)  # the user's own setting does not change
+    model.conv1.bias.requires_grad_(False)  # detach must not change the user's own setting
     rule = fa_bench.attach(model, name, seed=0, sample_input=x)
     rule.detach()
     assert {key for key, p in model.named_parameters() if not p.requires_grad} == {"conv1.bias"}

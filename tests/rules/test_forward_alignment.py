@@ -42,9 +42,9 @@ def test_weight_pairs_are_c_then_w():
 
 
 def test_residual_addition_sums_replacement_activations():
-    """After a residual addition, the replacement activation is the sum of the random outputs of the projection and of the branch.
+    """After a residual addition, the replacement activation is the sum of the outputs of the projection and of the branch.
 
-    The projection and the branch both use their true inputs.
+    Both outputs are computed with C from the true inputs.
     """
     x, y = nets.batch("residual")
     model, plain = nets.residual(), nets.residual()
@@ -158,7 +158,7 @@ def test_layers_with_shared_parameters_have_separate_c(what, options):
 
 @pytest.mark.parametrize("hidden", [6, 9])
 def test_linear_net_error_converges_to_zero(hidden):
-    """In the setting of appendix A.1, y = W A x learns y = T x from white inputs, with C x in place of A x in the gradient of W.
+    """As in appendix A.1 of the paper, y = W A x learns y = T x from white inputs, with C x for A x in the gradient of W.
 
     The error ‖T - W A‖ vanishes if there are at least as many hidden units as inputs. Throughout training, W and A follow the
     equations of the theorem.
@@ -188,7 +188,7 @@ def test_linear_net_error_converges_to_zero(hidden):
 
 
 class Beside(nn.Module):
-    """A net in which two layers use the image after dropout."""
+    """A net in which two layers use the net's input after dropout."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +200,7 @@ class Beside(nn.Module):
 
 
 def test_layers_reading_image_use_true_input():
-    """The true input includes the dropout applied to the image, although dropout is off in the second pass."""
+    """The true input of these layers includes the effect of dropout, although dropout is off in the second pass."""
     torch.manual_seed(0)
     model, (x, y) = Beside().double(), nets.batch("mlp")
     plain = Beside().double()

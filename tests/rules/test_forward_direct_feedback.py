@@ -119,7 +119,7 @@ def test_zero_b_lr_scale_matches_dfa() -> None:
 
 
 def test_sgd_on_feedback_is_running_mean() -> None:
-    """If B is updated by SGD with rate α and no momentum, a step gives (1 - α) B + α J, where J is the estimate."""
+    """If B is updated by SGD with rate α and no momentum, a step changes B to (1 - α) B + α J, where J is the estimate."""
     model, rule, x, y = attached(b_init="kaiming_uniform")
     before = {cut: tensors["B"].detach().clone() for cut, tensors in rule.feedback.items()}
     rule_grads(model, rule, x, y)
@@ -198,7 +198,7 @@ def test_frozen_feedback_needs_no_further_pass(monkeypatch: pytest.MonkeyPatch) 
     model, rule, x, y = attached(b_init="kaiming_uniform")
     for parameter in rule.feedback_parameters():
         parameter.requires_grad_(False)
-    monkeypatch.setattr(tangents, "output_tangent", lambda *_: pytest.fail("a further pass"))
+    monkeypatch.setattr(tangents, "output_tangent", lambda *_: pytest.fail("frozen feedback caused a further pass"))
     assert rule_grads(model, rule, x, y)["fc1.weight"].any()
 
 
@@ -301,7 +301,7 @@ def test_options_out_of_range_are_refused(options: dict) -> None:
 
 
 def test_estimate_sums_half_precision_in_float32() -> None:
-    """In half precision, a sum of 512 products of size 40 000 would overflow, although their mean would not."""
+    """In half precision, the sum of 512 products of 40 000 each would overflow, although their mean would not."""
     _, rule, _, _ = attached("one")
     wide = torch.full((512, 5), 200.0, dtype=torch.float16)
     rule.noise_and_tangent = lambda: ({"act1": wide}, wide[:, :3])

@@ -36,7 +36,7 @@ def attached(net: str = "mlp_tanh", size: int = 4, **options: Any) -> tuple[nn.M
     ids=str,
 )
 def test_mean_over_draws_matches_gradient(options: dict, draws: int, least: float, net: str) -> None:
-    """The relative noise of one draw is about the square root of the number of perturbed values, which is at most 300 here."""
+    """The relative noise of one draw is about the square root of the number of perturbed values, which is at most 120 here."""
     model, rule, x, y = attached(net, **options)
     exact, total = bp_grads(nets.NETS[net](), x, y), {}
     for _ in range(draws):
@@ -144,7 +144,7 @@ def test_weight_form_needs_no_cuts_and_covers_all_layers() -> None:
 
 
 def test_gradient_is_unbiased_for_tokens() -> None:
-    """The mean over 1500 noise samples shows that the gradient is also unbiased for tokens."""
+    """The mean over 1500 noise samples has nearly the direction of the exact gradient."""
     model = Tokens().double()  # seeds the global generator
     x, y = torch.randn(4, 3, 3, dtype=torch.float64), torch.arange(12).view(4, 3) % 3
     rule = fa_bench.attach(model, "forward_gradient", seed=0, sample_input=x)

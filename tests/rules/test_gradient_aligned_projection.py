@@ -46,7 +46,7 @@ def train(model: nn.Module, rule: Any, steps: int, feedback_lr: float = 0.1) -> 
 
 
 def test_cosine_gradient_is_orthogonal_to_feedback() -> None:
-    """The gradient is orthogonal to B, so it rotates B, whereas an earlier version of its paper only rescales B."""
+    """The gradient is orthogonal to B, so it rotates B. The update in an earlier version of the paper only rescales B."""
     rule, generator = GrAPE(), torch.Generator().manual_seed(0)
     b, estimate = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     leaf = b.clone().requires_grad_(True)
@@ -122,7 +122,7 @@ def test_all_micro_batches_of_anchor_are_exact() -> None:
 
 
 def test_anchor_status_is_fixed_at_forward_pass() -> None:
-    """A pass that ran as an anchor keeps its exact error, even if there are no anchors any more when its backward pass runs."""
+    """A forward pass that ran as an anchor has an exact error, even if anchors are disabled before the backward pass."""
     model, rule, x, y = attached(anchor_period=1)
     logits = model(x)
     rule.anchor_period = 0

@@ -26,10 +26,10 @@ from fa_bench.registry.registries import ALGORITHMS, METRICS, PROBES
 from .helpers import QUICK
 
 INPUTS, CLASSES, SAMPLES = 7, 4, 16
-#: Cuts before modules that work in place: nonlinearities, an addition, and dropout, which is active only in training.
+#: Cuts before in-place operations: nonlinearities, an addition, and dropout, which is active only in training.
 CUTS = ["norm1", "norm2", "fc3", "norm4"]
 OPTIONS: dict[str, dict[str, Any]] = QUICK | {"f3": {"samples": SAMPLES}, "frozen_blocks": {"blocks": ["norm1"]}}
-#: Options with which the rules store other tensors than with the default options.
+#: Rules with options under which they store other tensors than by default.
 FORMS = [
     ("ddtp_linear", {"error_at": "norm4", "cuts": CUTS[:-1]}),
     ("dkp", {"error_at": "norm4", "cuts": CUTS[:-1]}),
@@ -41,7 +41,7 @@ FORMS = [
 
 
 class Net(nn.Module):
-    """A net in which either all or none of the modules after the cuts work in place, with the same results."""
+    """A net in which either all or none of the operations after the cuts work in place, with the same results."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_training_step_is_identical_with_inplace_modules(name: str, options: dic
 
 
 class Frozen(nn.Module):
-    """A net with a frozen layer. Even in plain PyTorch, the input of a frozen layer may be changed in place after the call."""
+    """A net with a frozen layer. Plain PyTorch also allows in-place changes of the input of such a layer after the call."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class ChangesInput(nn.Module):
 
 
 def measured(in_place: bool, name: str, options: dict[str, Any], net: type[nn.Module] = Net) -> dict[str, dict[str, float]]:
-    """The values of all metrics and probes for a model after one training step."""
+    """The values of all metrics and of the applicable probes for a model after one training step."""
     model, rule, x, y = attached(in_place, name, options, net)
     step(model, rule, x.clone(), y)
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_accepts_inplace_module_after_cut_that_saves_its_output(name: str) -> No
 
 
 class InTraining(nn.Module):
-    """A module that works in place only in training mode, which the pass that `attach` runs does not reveal."""
+    """A module that works in place only in training mode, so that the pass in `attach` does not reveal it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2) if self.training else x * 2

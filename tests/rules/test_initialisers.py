@@ -29,7 +29,7 @@ DRAWS = {
 def check(tensor: torch.Tensor, deviation: float, uniform: bool) -> None:
     """Check the standard deviation, the mean and the largest entry of a tensor.
 
-    With at least 9 000 entries, the standard errors are 0.75 % for the deviation and 1 % for the mean.
+    With 9 000 entries, the standard errors of the standard deviation and of the mean are about 0.75 % and 1 % of the deviation.
 
     About 24 of 9 000 normally distributed entries exceed 3 standard deviations.
     """
@@ -47,7 +47,7 @@ def test_edge_feedback_distribution(draw):
     rule = fa_bench.attach(model, "fa", seed=0, b_init=draw)
     deviation, uniform = DRAWS[draw]
     check(rule.feedback["2"]["B"], deviation(40, 250), uniform)
-    if draw != "normal_fan_out":  # no source says whether the fan of a convolution includes the kernel
+    if draw != "normal_fan_out":  # no source says whether the fan-out includes the kernel's area
         check(rule.feedback["0"]["B"], deviation(20 * 15, 40 * 15), uniform)
 
 

@@ -136,7 +136,7 @@ def test_frozen_feedback_does_not_change():
     model, rule = attached()
     before = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
     for tensor in rule.feedback_parameters():
-        tensor.requires_grad_(False)  # learned feedback without an optimizer would be an error
+        tensor.requires_grad_(False)
     list(train(model, rule, torch.optim.SGD(model.parameters(), lr=0.1), 2))
     assert all(torch.equal(before[name], rule.feedback[name]["B"]) for name in before)
 

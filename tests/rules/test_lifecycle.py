@@ -535,7 +535,7 @@ def test_attach_does_not_modify_sample_input(variant):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_rules_compare_by_identity(name):
-    """Two rules with the same options belong to different models, so they must not compare equal.
+    """Two rules with the same options may belong to different models, so they must not compare equal.
 
     The base classes of a rule must also compare by identity.
     """

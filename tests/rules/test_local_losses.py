@@ -185,7 +185,7 @@ def test_rejects_cut_that_returns_tuple():
 
 @pytest.mark.parametrize("name", ["dfa", "predsim", "dgl"])
 def test_layers_after_frozen_cut_still_learn(name):
-    """The activation at the only cut needs no gradient, so the rule delivers no error, and only the layers after it learn."""
+    """The activation at the only cut needs no gradient, so the rule delivers no error. Only the layers after the cut learn."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1"], freeze_stem=True, allow_uncovered=True)
     grads = rule_grads(model, rule, x, y)
@@ -374,7 +374,7 @@ def test_separate_feedback_magnitudes_differ_between_cuts():
 
 
 def test_auxiliary_layers_are_sampled_on_cpu():
-    """Numbers sampled on an accelerator would differ.
+    """Numbers sampled on an accelerator would differ from those sampled on the CPU.
 
     The meta device, on which nothing is sampled, stands in for an accelerator.
     """
@@ -389,7 +389,7 @@ def test_auxiliary_layers_are_sampled_on_cpu():
 
 @pytest.mark.parametrize("name", ["drtp", "local_error", "predsim", "dgl"])
 def test_rejects_float_labels(name):
-    """Without this check, a label that is not an integer would be treated as the class to which it rounds."""
+    """Labels with a floating-point dtype are refused, even if all of them are whole numbers."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, name, seed=0, cuts=["act1"], sample_input=x, allow_uncovered=True)
     logits = model(x)

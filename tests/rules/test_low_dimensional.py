@@ -56,7 +56,7 @@ def test_rank_applies_per_convolution_group() -> None:
 
 
 def test_subspace_containing_errors_matches_backprop() -> None:
-    """If the columns of B are the right singular vectors of three-dimensional errors and R = Bᵀ W, then e_in = g B Bᵀ W = g W."""
+    """If the columns of B are the right singular vectors of errors of rank 3 and R = Bᵀ W, then e_in = g B Bᵀ W = g W."""
     model, rule = attached(nn.Linear(15, 10), rank=3)
     g = random(20, 3) @ random(3, 10, seed=1)
     weight = model[0].weight.detach()
@@ -217,7 +217,7 @@ def test_oja_gradient_sums_over_samples_and_positions(name: str) -> None:
 
 
 def test_packed_attention_weight_zero_pads_errors_of_other_rows() -> None:
-    """Queries have a different input from keys and values, so the rows of their joint weight do not all run together."""
+    """Queries have a different input from keys and values, so the rows of the packed weight are not all applied to one input."""
     torch.manual_seed(0)
     model = nn.MultiheadAttention(4, 2, batch_first=True).double()
 

@@ -292,8 +292,7 @@ def test_weight_angles_match_prediction_from_fractions(fractions):
     ids=["direct synapses of a layer that carries errors", "direct synapses by the default", "all synapses"],
 )
 def test_fractions_reproduce_78_degree_weight_angle(fractions, path, which):
-    """The angle of 78 degrees is measured over the synapses that correspond directly to a weight, as in the brain, or over all
-    synapses that propagate the error."""
+    """Given suitable fractions, the angle over the direct synapses, or over all synapses, is 78 degrees as in the brain."""
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     assert measured(rule, path)[which] == pytest.approx(78, abs=2)
     if which:

@@ -213,7 +213,7 @@ class Direct(fa_bench.CutRule):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), r"^cut '1' has no feedback tensor 'B' with which Direct projects errors; .*make_feedback with self\.put\(cut, 'B'"),
+        ((), r"^cut '1' has no feedback tensor 'B', which Direct needs to project errors; .*make_feedback with self\.put\(cut"),
         ((torch.zeros(5, 3),), r"^cut '1': its feedback tensor 'B' has the shape \(5, 3\); it needs 2 rows"),
         (("zeros",), r"^cut '1', feedback tensor 'B': \(\) is not a shape"),
         (("zeros", (2, {"1": (3,)})), r"^cut '1', feedback tensor 'B': \(2, \{.* is not a shape .*math\.prod\(features\[cut\]\)"),
@@ -239,7 +239,7 @@ def undecorated(base: type[Any]) -> type[Any]:
 @pytest.mark.parametrize("base", [fa_bench.EdgeRule, fa_bench.Architecture])
 def test_rejects_options_of_non_dataclass(base: type[Any]) -> None:
     message = (
-        r"^class undecorated\.<locals>\.Plain \(.*\) declares options \(drop, kinds_of_drop\) but is no dataclass; "
+        r"^class undecorated\.<locals>\.Plain \(.*\) declares options \(drop, kinds_of_drop\) but is not a dataclass; "
         r"write @dataclasses\.dataclass\(eq=False\) on the line above it$"
     )
     plain = undecorated(base)
@@ -255,7 +255,7 @@ def test_rejects_options_of_non_dataclass(base: type[Any]) -> None:
 
 def test_registering_non_dataclass_rule_error_suggests_fix() -> None:
     fa_bench.register_rule("undecorated")(undecorated(fa_bench.EdgeRule))
-    with pytest.raises(FaBenchError, match=r"undecorated.*\(drop, kinds_of_drop\) but is no dataclass; write @dataclasses"):
+    with pytest.raises(FaBenchError, match=r"undecorated.*\(drop, kinds_of_drop\) but is not a dataclass; write @dataclasses"):
         register_schemas()
     assert "undecorated" not in ALGORITHMS
     register_schemas()

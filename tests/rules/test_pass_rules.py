@@ -93,7 +93,7 @@ def test_extra_passes_do_not_change_running_statistics_or_rng(name: str) -> None
     learn(rule)
     state = torch.get_rng_state()
     torch.manual_seed(4)
-    if name == "forward_forward":  # this rule's first pass runs on the neutral image
+    if name == "forward_forward":  # in this rule's first pass, the input contains a neutral label
         twin[0].register_forward_pre_hook(lambda module, args: (rule._marked(X, X.new_full((1, 3), 1 / 3)),))
     twin(X)
     assert torch.equal(torch.get_rng_state(), state)
@@ -540,8 +540,8 @@ def test_cut_at_pooling_moves_to_preceding_nonlinearity() -> None:
 
 
 def test_cuts_move_only_across_pooling_layers() -> None:
-    """A cut at a second nonlinearity, or at a block that changes the shape, stays in place. A cut after pooling layers moves to
-    the nonlinearity before them, even if there are several or the nonlinearity is inside a container."""
+    """A cut at a second nonlinearity, or at a block that changes the shape, stays in place. A cut at a pooling layer moves
+    to the preceding nonlinearity, even across another pooling layer or into a container."""
 
     def part(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU())
@@ -686,7 +686,7 @@ def test_forward_forward_gradient_matches_goodness_derivative() -> None:
 
 def test_forward_forward_layers_ignore_activation_norms() -> None:
     """Layers after a cut must not depend on the norm of the cut's activation, and the first layer must not depend on the norm of
-    the image."""
+    the input."""
     rule = fa_bench.attach(mlp(8, 7, bias=False), "forward_forward")
     with torch.no_grad():
         logits = rule.model(X)

@@ -95,9 +95,9 @@ def test_dkp_feedback_gradient_sums_over_samples_and_tokens():
 
 @pytest.mark.parametrize("sign", [False, True])
 def test_drtp_projects_label_of_each_token(sign: bool):
-    """At act2 (N, T, 6), the error of a labelled token is B[label] or, with error_sign, the sum of the other rows of B minus
-    B[label], times the scale and divided by the number of labels. The gradient of fc2's bias sums this error, multiplied by the
-    derivative of tanh, over samples and tokens."""
+    """At act2 (N, T, 6), the error of a labelled token is proportional to B[label] or, with error_sign, to the sum of the other
+    rows of B minus B[label]. The factor is the scale divided by the number of labelled tokens. The gradient of fc2's bias sums
+    this error, multiplied by the derivative of tanh, over samples and tokens."""
     model, rule = attached("drtp", error_sign=sign, scale=2.0)
     x, y = tokens()
     y[0, 1] = y[2, 3] = IGNORED
@@ -214,8 +214,7 @@ def test_default_objective_ignores_unlabelled_tokens(name: str):
 
 @pytest.mark.parametrize("size", [(N, T, C), (N, C, 2, 3)], ids=str)
 def test_loss_scale_is_inferred_without_labels(size: tuple[int, ...]):
-    """Under cross-entropy, the label is the only class with a negative error along the class axis, so the scale can be measured
-    without labels."""
+    """Under cross-entropy, the label is the only class with a negative error, so the scale can be measured without labels."""
     logits = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     rows = logits if len(size) == 3 else logits.movedim(1, -1)
     delta = torch.autograd.grad(3.0 * F.cross_entropy(rows.flatten(0, -2), torch.arange(rows.numel() // C) % C), logits)[0]
@@ -441,9 +440,9 @@ def test_rejects_cut_without_batch_first():
     """The cut has shape (T, N, F) for two samples and four tokens. The second axis of the cut could be mistaken for positions,
     because four is a multiple of two."""
     model = nn.Sequential(nn.Linear(7, 5), Swapped(), nn.Tanh(), Swapped(), nn.Linear(5, C))
-    with pytest.raises(CoverageError, match=r"cut '2' has activations of shape \(4, 2, 5\).*the batch comes first"):
+    with pytest.raises(CoverageError, match=r"cut '2' has activations of shape \(4, 2, 5\).*the batch must come first"):
         fa_bench.attach(model, "dfa", cuts=["2"], sample_input=torch.randn(2, 4, 7))
-    with pytest.raises(CoverageError, match="the batch comes first"):
+    with pytest.raises(CoverageError, match="the batch must come first"):
         Layout("act", 2).matched(torch.zeros(2, 4, C), torch.Size((4, 2, 5)))
 
 

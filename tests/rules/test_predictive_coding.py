@@ -25,7 +25,7 @@ LAYERS = ["0.weight", "2.weight", "4.weight", "6.weight"]
 
 
 def deep(activation: Any = nn.Tanh, **options: Any) -> nn.Sequential:
-    """A 6-8-7-5-3 network in which each block consists of a layer and its activation."""
+    """A 6-8-7-5-3 network in which each hidden layer and its activation form a block."""
     model = mlp(8, 7, 5, activation=activation, **options)
     model.blocks = model.cut_points  # type: ignore[assignment]
     return model
@@ -56,7 +56,7 @@ def test_epc_few_small_steps_match_scaled_backprop() -> None:
 
 
 def test_pc_few_small_steps_match_scaled_backprop() -> None:
-    """An error travels one block per step. In the block that lies d blocks before the last cut, the gradient is (T choose d + 1)
+    """An error travels one block per step. In the block that ends d blocks before the last cut, the gradient is (T choose d + 1)
     η^(d + 1) times that of backpropagation."""
     got, want = learn(attach("pc", steps=5, rate=1e-3)), exact(deep())
     assert min(cosines(got, want)) > 0.9999
@@ -407,7 +407,7 @@ def test_coverage_reports_weight_transport(name: str) -> None:
 )
 def test_coverage_notes_near_equivalence_to_backprop(options: dict[str, Any], length: float | None) -> None:
     """Three steps with momentum 0.5 have a path length of 0.01 (1 + 1.5 + 1.75) = 0.0425. A path length of exactly SHORT
-    causes no warning."""
+    adds no note."""
     notes = attach("epc", **options).coverage.notes
     if length is None:
         assert notes == ()

@@ -60,8 +60,8 @@ def test_loss_option_determines_auxiliary_tensors(loss, held):
 
 @pytest.mark.parametrize(("loss", "share"), [("predsim", 0.25), ("pred", 1.0), ("sim", 1.0)])
 def test_output_layer_gradients_are_scaled_by_one_minus_beta(loss, share):
-    """With loss=predsim, the gradients of the output layer's weight and bias are (1-β) times the true ones. Probes still see the
-    true error at the logits."""
+    """With loss=predsim, the gradients of the output layer's weight and bias are (1-β) times the true ones. A hook on the logits
+    still sees the true error."""
     model, (x, y) = nets.mlp(), nets.batch("mlp")
     rule = fa_bench.attach(model, "predsim", seed=0, sample_input=x, cuts=["act1", "act2"], loss=loss, beta=0.75)
     got, seen = rule_grads(model, rule, x, y), []
@@ -90,7 +90,7 @@ def test_output_layer_gradients_are_scaled_by_one_minus_beta(loss, share):
     ids=str,
 )
 def test_similarity_uses_std_of_maps_with_more_than_three_channels(shape, deviations):
-    """Maps with at most three channels or only one row are compared by all of their values, as in predsim's code."""
+    """Maps with at most three channels or only one row are compared by all of their values, as in the paper's code."""
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     want = np.corrcoef(array(x.flatten(2).std(2) if deviations else x.flatten(1)))
     assert distance(similarity(x), want) < 1e-12
@@ -126,7 +126,7 @@ def test_decoder_options_do_not_affect_similarity_weight():
 
 
 def test_frozen_decoder_matches_local_error():
-    """If M (C, F) does not learn, five steps with momentum must give the same weights as local_error."""
+    """If the decoder does not learn, five steps with momentum must lead to the same weights as under local_error."""
     (one, x, y), two = (nets.mlp(), *nets.batch("mlp")), nets.mlp()
     rules = [
         fa_bench.attach(one, "predsim", seed=0, cuts=["act1", "act2"], **MONO_FORWARD),
@@ -148,8 +148,8 @@ def test_frozen_decoder_matches_local_error():
 
 
 def test_one_hidden_layer_with_output_weight_as_decoder_matches_backprop():
-    """M starts equal to the output weight and gets the same gradient, so the two stay equal and the hidden layer's error is that
-    of backpropagation."""
+    """The decoder's weight starts equal to the output weight and gets the same gradient, so the two stay equal, and the hidden
+    layer's error is that of backpropagation."""
     one, two, (x, y) = nets.one_hidden(), nets.one_hidden(), nets.batch("one")
     for model in (one, two):
         torch.nn.init.zeros_(model.fc2.bias)
@@ -234,8 +234,8 @@ def test_half_precision_trains_with_dead_sample(how, dtype, inside):
 
 
 def test_float64_model_computes_loss_in_float64():
-    """With four classes, the similarity of different labels is -1/3, which single precision would round, so it must be
-    computed in double precision."""
+    """With four classes, the similarity of different labels is -1/3. Rounding it to single precision would change the loss by
+    more than the tolerance."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
     rule = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], loss="sim")

@@ -182,7 +182,7 @@ def test_semi_orthogonal_b_has_no_preferred_direction():
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
 def test_ratio_below_one_projects_weight_to_random_subspace(ratio):
     """B R converges to B Bᵀ W, whose angle to W is arccos(‖Bᵀ W‖ / ‖W‖). For weights that are independent of B, the angle is
-    arccos √ratio."""
+    about arccos √ratio."""
     _, rule = train("pfa_o", ratio=ratio)
     for path, (effective, weight) in rule.weight_pairs().items():
         b = rule.feedback[path]["B"]

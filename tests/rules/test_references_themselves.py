@@ -45,8 +45,8 @@ def test_grouped_strided_conv_and_its_input_error():
 
 @pytest.mark.parametrize("form", ["inject", "deliver"])
 def test_direct_signals_equal_local_losses(form):
-    """Autograd gives the same gradients as the loops if the graph is detached at each cut and the inner product of the activation
-    and its signal is added to the loss."""
+    """Autograd computes the same gradients as the loops if each tensor that gets a signal is detached and its inner product with
+    the signal is added to the loss."""
     model, (x, y) = nets.convnet(), nets.batch("conv")
     chain, generator = describe(model), torch.Generator().manual_seed(5)
     delta = torch.autograd.grad(F.cross_entropy(z := model(x), y), z)[0].detach()
@@ -83,8 +83,8 @@ def test_sgd_step_equals_torch(nesterov):
 
 
 def test_usf_scales_match_initialiser_standard_deviations():
-    """The scales match the standard deviations that torch's initialisers produce for a large weight. The tolerance of 1 % is four
-    standard errors of a standard deviation estimated from 90 000 samples."""
+    """The scales match the standard deviations that torch's initialisers produce for a large weight. The tolerance of 1 % is at
+    least four standard errors of a standard deviation estimated from 90 000 samples."""
     weight = torch.empty(100, 30, 5, 6)
     generator = torch.Generator().manual_seed(0)
     torch.nn.init.xavier_uniform_(weight, generator=generator)

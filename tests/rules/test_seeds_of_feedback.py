@@ -171,8 +171,8 @@ def test_resampled_magnitudes_have_initialiser_distribution(init: str, dtype: to
 
 
 def test_resampled_magnitudes_are_nonzero() -> None:
-    """The sample consists of a million uniform 16-bit numbers, so the probability that it misses a given one of the 65 536 values
-    is exp(-15)."""
+    """The probability that none of a million uniform numbers is below 1e-5 is exp(-10), as is the probability that none is above
+    1 - 1e-5."""
     drawn = torch.empty(1000, 1000)
     resample_magnitudes(drawn, "uniform_one", seed=3)
     assert 0 < drawn.min() < 1e-5 and 1 - 1e-5 < drawn.max() < 1
@@ -186,7 +186,7 @@ def test_chunked_resampling_matches_single_formula(init: str, dtype: torch.dtype
     drawn = torch.empty(280, 250, dtype=dtype)
     resample_magnitudes(drawn, init, seed=4)
     at_once = magnitudes(torch.tensor(seed_words(4), dtype=torch.int32), drawn.shape, init, dtype)
-    # The same float32 operations run in a different order, and the inverse error function amplifies their rounding in the tails.
+    # The numbers may differ by rounding errors, which the inverse error function amplifies in the tails.
     torch.testing.assert_close(drawn, at_once, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-6)
     numbers = drawn.flatten().float()
     assert (numbers[:4464] - numbers[65536:]).abs().median() > 0.1 * numbers.mean()

@@ -32,8 +32,8 @@ from .references import REFERENCES
 def chain_net(linear: bool = False) -> nn.Sequential:
     """A network whose layers can share activations.
 
-    The network has 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) -> 8 channels on maps of 5x8 pixels and a linear layer or, if
-    linear, layers of widths 7-4-8-4-2-3.
+    By default, the network has convolutions with 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) -> 8 channels, for maps of 5x8
+    pixels, and a linear output layer. If `linear`, it has linear layers of widths 7-4-8-4-2-3.
     """
     torch.manual_seed(0)
     if linear:
@@ -178,7 +178,10 @@ TRANSPORT_NETS = {
     ],
 )
 def test_transport_applies_to_convolutions_and_sharing_layers(net, linear, fixed):
-    """Fully connected layers that use their own input keep their fixed B. The gradients equal those of the reference, if any."""
+    """Fully connected layers that use their own input keep their fixed B.
+
+    The gradients equal those of the reference, which cannot describe the net with a linear stem.
+    """
     x, y = data(net == "mlp")
     model, plain = TRANSPORT_NETS[net](), TRANSPORT_NETS[net]()
     rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, transport=True, linear=linear)
@@ -189,7 +192,7 @@ def test_transport_applies_to_convolutions_and_sharing_layers(net, linear, fixed
         if path.endswith(".weight") and layer not in fixed:
             assert torch.equal(rule.effective_feedback(layer), model.get_submodule(layer).weight)
     got, exact = rule_grads(model, rule, x, y), bp_grads(plain, x, y)
-    if net != "linear stem":  # the references cannot describe this net
+    if net != "linear stem":
         want = REFERENCES["asap"](describe(plain), arrays(plain), feedback_arrays(rule), array(x), y.numpy(), linear=linear)
         assert_matches(got, want)
     shared = "fc3.weight" if net == "mlp" else "conv4.weight"
@@ -264,7 +267,7 @@ def test_rejects_inplace_change_of_shared_activation():
             for layer in self.layers[:3]:
                 x = torch.tanh(layer(x)) * 1
             y = torch.tanh(self.layers[3](x))
-            x.add_(1)  # the input of layers[3], which that layer does not save and layers[4] shares
+            x.add_(1)  # x is the input of layers[3]; layers[4] shares x, but layers[3] does not save it
             return self.layers[4](y)
 
     model, x = Changed(), torch.randn(2, 4)
@@ -314,8 +317,8 @@ def test_pooling_reduces_only_shrinking_axis():
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_matcher_supports_one_to_three_spatial_dimensions(dims):
-    """Maps with 4 pixels per side are reduced to 2 pixels per side. Pooling takes the maximum or the mean of 2^d pixels and
-    copies 2 channels to 4, while a random convolution takes every second pixel."""
+    """Maps with 4 pixels per side are reduced to 2 pixels per side. With pooling, each pixel is the maximum or
+    the mean of 2^d pixels, and 2 channels are copied to 4. A random convolution uses every second pixel."""
     x = torch.randn(3, 2, *[4] * dims, generator=torch.Generator().manual_seed(0))
     blocks = x
     for axis in range(2, 2 + dims):  # split each axis into windows and the positions within a window
@@ -375,8 +378,7 @@ def test_shared_activation_is_padded_like_layer_input(name, options, mode):
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("single", [False, True])
 def test_bfloat16_autocast_gradients_match_float32(name, linear, single):
-    """Under bfloat16 autocast, the gradients match those of single precision to 8 bits, even if nonlinearities return single
-    precision."""
+    """The gradients match those of single precision to within 5 % in norm, even if nonlinearities return single precision."""
 
     class Single(nn.Tanh):
         def forward(self, x):
@@ -492,7 +494,7 @@ def test_layers_with_other_positions_do_not_share_and_are_reported(name):
 
 
 def test_rejected_model_has_no_leftover_feedback():
-    """The refused layer's feedback is created before its shapes are compared, so it has to be removed again."""
+    """Feedback is created before the shapes of activations are compared, so a refusal must remove it again."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
     before = list(model.state_dict())
     with pytest.raises(fa_bench.errors.CoverageError, match="input of '4': 3 channels are not a multiple of 2"):

@@ -227,7 +227,7 @@ def test_density_mask_is_constant_over_forwards(name):
         model(torch.zeros(1, 100))
         masks.append(rule.effective_feedback("0").detach() != 0)
     assert torch.equal(masks[1], masks[2])
-    assert torch.equal(masks[0], masks[1]), "the mask is not in force before the first training forward"
+    assert torch.equal(masks[0], masks[1]), "the mask does not apply before the first training forward pass"
     assert masks[0].float().mean().item() == pytest.approx(0.3, abs=0.02)  # six standard errors for 20 000 samples
     kept = rule.effective_feedback("0").detach()[masks[0]]
     assert torch.equal(kept.sign(), model[0].weight.detach()[masks[0]].sign())
@@ -252,7 +252,7 @@ def test_masked_entries_carry_no_error(name, kind):
 
 @pytest.mark.parametrize("name", SIGN_RULES)
 def test_tiny_weights_keep_their_signs_under_float16_autocast(name):
-    """A weight of 1e-9 rounds to 0 in float16, but its sign must be kept."""
+    """A weight of 1e-9 rounds to 0 in float16, but the feedback must have the sign of the original weight."""
     model = nn.Sequential(nn.Linear(4, 3, bias=False))
     rule = fa_bench.attach(model, name, seed=0)
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_xiao_scale_differs_for_convolutions_and_linear_layers(layer):
 
 
 def test_brsf_sample_depends_only_on_layer_seed_and_number():
-    """A run that is resumed, or repeated with another version, must use the same magnitudes."""
+    """A run that is resumed, or repeated with another version of fa_bench, must use the same magnitudes."""
     model, rule = attached("brsf")
     x, _ = nets.batch("conv")
     for _ in range(3):

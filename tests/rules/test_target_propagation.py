@@ -94,8 +94,8 @@ def test_second_pass_does_not_affect_masks_statistics_or_rng() -> None:
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_feedback_converges_to_damped_pseudo_inverse(damping: float) -> None:
-    """The Jacobian J has singular values from 0.7 to 1.4. The average over 300 steps of 256 noisy samples has an error of about 1
-    / (300 * 256)^(1/2) = 0.4 %."""
+    """The Jacobian J has singular values from 0.7 to 1.4. The average over 300 steps of 256 noisy samples has a relative error
+    of about 1 / (300 * 256)^(1/2) = 0.4 %."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 4), nn.Linear(4, 3)).double()
     with torch.no_grad():
@@ -124,8 +124,8 @@ def test_feedback_converges_to_damped_pseudo_inverse(damping: float) -> None:
 
 @pytest.mark.parametrize("name", ["ddtp_linear", "ldrl", "dfc"])
 def test_loss_scaling_scales_feedback_gradients(name: str) -> None:
-    """An optimizer or a gradient scaler later divides all gradients by the loss scale, so the gradients of feedback must contain
-    it as well."""
+    """A gradient scaler later divides all gradients by the loss scale, so the gradients of feedback must contain this factor as
+    well."""
     found = []
     for factor in (1.0, 1024.0, 0.3):
         model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
@@ -156,7 +156,7 @@ def map_gradient(chain, params, x, cut: str, above: str, weight: np.ndarray, sig
 
 
 def pooled() -> nn.Sequential:
-    """A network with two convolutions of different map sizes and two fully connected layers."""
+    """A network with two convolutions, whose outputs differ in size, and two fully connected layers."""
     torch.manual_seed(3)
     return nn.Sequential(
         OrderedDict(
@@ -230,7 +230,7 @@ def test_ldrl_transposed_weights_as_maps_match_backprop() -> None:
 
 
 def test_ldrl_maps_converge_to_transposed_weights() -> None:
-    """The average over 200 steps of 256 noisy samples has an error of about 1 / (200 * 256)^(1/2) = 0.4 % in each entry, and the
+    """The average over 200 steps of 256 noisy samples has an error of about 1 / (200 * 256)^(1/2) = 0.004 in each entry, and the
     entries are of size 0.3."""
     model = linear_net()
     rule = fa_bench.attach(model, "ldrl", sample_input=torch.zeros(2, 7).double(), cuts=["1", "3"], sigma=0.5)
@@ -255,7 +255,7 @@ def test_ldrl_coverage_and_rejection_of_positions() -> None:
     calls = []
     model.fc3.register_forward_hook(lambda *_: calls.append(1))
     rule_grads(model, rule, x, y)
-    assert len(calls) == 3, "expected the first pass, one with noise at act2, and one in which nothing changes"
+    assert len(calls) == 3, "expected the first pass, one with noise at act2, and one without noise"
     with pytest.raises(CoverageError, match=r"needs outputs of shape \(N, C\)"):
         fa_bench.attach(nets.NETS["mlp_tanh"](), "ldrl", sample_input=x[:, None].repeat(1, 2, 1), cuts=["act2"])
 

@@ -14,7 +14,7 @@ from .registered import registered
 
 SHARING = {"match": "random", "linear": "share", "freeze_stem": False}
 OPTIONS = QUICK | {"asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1"]}, "dgl": {"cuts": ["act1"]}}
-# The excluded rules sample feedback or noise in each pass, so the same batch gives different gradients in a later pass.
+# The excluded rules sample feedback or noise in each pass.
 FIXED = sorted(set(ALGORITHMS) - {"brsf", "ddtp_linear", "ldrl"})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fa_bench
 
-#: Maps rules that replace the whole backward pass to their options and to the coverage's text on the other output's layers.
+#: For each rule that replaces the whole backward pass, its options, and what the coverage says about the other output's layers.
 PASSES: dict[str, tuple[dict[str, Any], str]] = {
     "epc": ({}, "not trained"),
     "pc": ({}, "not trained"),

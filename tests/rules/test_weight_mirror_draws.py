@@ -94,7 +94,7 @@ def test_resume_is_bitwise_identical():
     forgetful.load_state_dict(saved[0])
     train(forgetful, forgetful_rule, range(2, 4))
     assert not torch.equal(forgetful.conv2.feedback_B, model.conv2.feedback_B), (
-        "a run that was resumed without the number of draws goes on as the original"
+        "a run resumed without the number of draws continues like the original"
     )
 
 

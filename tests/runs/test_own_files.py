@@ -93,7 +93,7 @@ def test_foreign_file_in_own_run_is_refused(name: str, capsys: Capture) -> None:
         assert path.name in own or "tfevents" in path.name
     put(f"../{place}/{name}")
     for command in ([*COMMON, "output_dir=o"], [*COMMON, "output_dir=o", "resume=false"], ["-m", *COMMON, "output_dir=o"]):
-        assert "which no run wrote; choose another directory, or move them elsewhere" in refused(command, capsys)
+        assert "which no run wrote; choose another directory, or move foreign files elsewhere" in refused(command, capsys)
 
 
 @pytest.mark.parametrize("name", [LOG, event_files.EVENTS, *ownership.TEMPORARIES, ownership.HOLDER])

@@ -339,6 +339,23 @@ def test_random_state_of_missing_cuda_device_is_ignored(monkeypatch: pytest.Monk
     assert restored == [(0, [1])]
 
 
+def test_random_state_includes_mps_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = {key: value for key, value in random_state().items() if key != "mps"}
+    generator = torch.tensor([3, 1])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", generator.clone)
+    monkeypatch.setattr(torch.mps, "set_rng_state", generator.copy_)
+    state = random_state()
+    generator.zero_()
+    restore_random_state(state)
+    assert generator.tolist() == [3, 1]
+    restore_random_state(older)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    generator.zero_()
+    restore_random_state(state)
+    assert generator.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("minutes", "elapsed", "saves"),
     [

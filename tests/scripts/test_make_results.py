@@ -34,7 +34,7 @@ def test_every_committed_result_is_on_page():
 @pytest.mark.parametrize("name", STUDIES)
 def test_study_statistics_match_runs(name: str):
     study = make_results.Study(name, make_results.DATA / name)
-    finished = study.runs[study.runs["status"].isin(make_results._FINISHED)]
+    finished = study.runs[study.runs["status"] == "finished"]
     for label, row in study.report.iterrows():
         runs = finished[finished["label"] == label]["test_accuracy"]
         assert len(runs) == row["n"]

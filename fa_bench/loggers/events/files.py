@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fa_bench.utils.files import write_text
 
-#: The file with the record, which is needed because TensorBoard requires a unique name for every event file.
+#: The file with the record. The names have to be recorded because TensorBoard requires a unique name for every event file.
 EVENTS = ".events.json"
 #: An event file that is being written; its name does not contain "tfevents", so TensorBoard ignores it.
 NEW_EVENTS = ".events.tmp"

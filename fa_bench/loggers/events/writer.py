@@ -131,7 +131,7 @@ class EventFile:
 
     def _write(self, summary: Summary, step: int) -> None:
         if summary.value:
-            with output_errors(self.path):  # unbuffered: a kill loses nothing, and TensorBoard sees it at once
+            with output_errors(self.path):  # unbuffered: a kill loses nothing, and TensorBoard sees the event at once
                 self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
     def flush(self) -> None:
@@ -178,7 +178,7 @@ Points = dict[tuple[int, str], tuple[float, Any]]
 
 
 def _read_points(paths: Iterable[Path], step: int) -> Points:
-    """The points of curves up to `step`, sorted by step."""
+    """The points of curves and the histograms up to `step`, sorted by step."""
     points: Points = {}
     for event in itertools.chain.from_iterable(map(_read, paths)):
         if event.session_log.status == SessionLog.START:
@@ -202,7 +202,7 @@ def _read(path: Path) -> Iterator[Event]:
 
 
 def _is_point(value: Any) -> bool:
-    """Whether a value is a point of a curve, rather than a final value of an earlier attempt or part of a file's header."""
+    """Whether a value belongs to a curve or histogram, and not to a file's header or the final values of an earlier attempt."""
     return not value.tag.startswith("final/") and (value.HasField("simple_value") or value.HasField("histo"))
 
 

@@ -18,7 +18,8 @@ from fa_bench.mechanisms.compound.projection import Projection
 
 @compound(nn.MultiheadAttention)
 class AttentionLayers(Compound):
-    """Attention with the layers ``in_proj`` (or ``q_proj``, ``k_proj`` and ``v_proj``) and ``out_proj``.
+    """Attention with the layers ``in_proj`` and ``out_proj``. If keys or values do not have the same number of features as
+    queries, the layers ``q_proj``, ``k_proj`` and ``v_proj`` replace ``in_proj``.
 
     With ``in_proj``, self-attention projects its input once, with the whole weight; cross-attention projects each argument with
     its own rows of the weight.
@@ -106,8 +107,8 @@ class AttentionLayers(Compound):
         sizes: tuple[int, int, int],
         dtype: torch.dtype,
     ) -> tuple[Tensor | None, bool]:
-        """The mask to add to the scores, (1 or N H, L, S), and whether the attention function itself has to apply the causal
-        mask.
+        """The mask to add to the scores, (1 or N H, L, S) or None, and whether the attention function itself has to apply the
+        causal mask.
 
         Args:
             sizes: (L, N, S).

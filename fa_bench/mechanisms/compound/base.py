@@ -25,7 +25,7 @@ class Compound(nn.Module):
 
     If ``rule_mode.layerwise`` is set, the forward pass calls one layer for each weight, provided that gradients are enabled or
     that ``rule_mode.training`` or ``rule_mode.always_layerwise`` is set. Otherwise, the forward pass of the plain class runs,
-    which may be a fused kernel.
+    which may use a fused kernel.
 
     Attributes:
         rule_mode: the `Mode` that all layers of the attached model share.

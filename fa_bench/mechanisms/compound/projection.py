@@ -1,6 +1,6 @@
 """One weight of a compound module, as a linear layer.
 
-Shapes: N batch, O out, I in; ``...`` any further dimensions.
+Shapes: I inputs, O outputs; ``...`` any number of leading dimensions.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": tanh_step, "rnn_relu": 
 
 @compound(nn.LSTM, nn.GRU, nn.RNN)
 class RecurrentLayers(Compound):
-    """A recurrent module whose first layer consists of the linear layers ``ih_l0`` and ``hh_l0``, and also of ``hr_l0`` if it is
-    an LSTM that projects its output.
+    """A recurrent module whose first layer consists of the linear layers ``ih_l0`` and ``hh_l0``. In an LSTM that projects its
+    output, the first layer also has the linear layer ``hr_l0``.
 
     The error passes through ``hh_l0`` in every time step; the derivatives of the gates are exact.
     """
@@ -93,8 +93,8 @@ class RecurrentLayers(Compound):
         return y.transpose(0, 1) if module.batch_first else y, *final
 
     def _layers(self, step: Step, x: Tensor, sizes: list[int] | None, initial: Any) -> tuple[Tensor, ...]:
-        """Run all layers. The input x is (T, N, I) or, if `sizes` lists the number of sequences in each step, (R, I) with the
-        steps in order."""
+        """Run all layers, and return the outputs and the final states. The input x is (T, N, I) or, if `sizes` lists the number
+        of sequences in each step, (R, I) with the steps in order."""
         module: Any = self
         states: list[Tensor] = [initial] if isinstance(initial, Tensor) else list(initial)
         finals: list[State] = []
@@ -113,8 +113,8 @@ class RecurrentLayers(Compound):
         return x, *(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _direction(self, step: Step, x: Tensor, sizes: list[int] | None, initial: State, suffix: str) -> tuple[Tensor, State]:
-        """Run one layer in one direction. Where the number of sequences changes from one step to the next, sequences end or
-        begin."""
+        """Run one layer in one direction, and return its outputs and its final state. Where the number of sequences changes from
+        one step to the next, sequences end or begin."""
         module: Any = self
         ih, hh, hr = (getattr(module, f"{part}_{suffix}", None) for part in ("ih", "hh", "hr"))
         assert ih is not None and hh is not None
@@ -165,10 +165,11 @@ class CellLayers(Compound):
 
 @compound(nn.Bilinear)
 class BilinearLayers(Compound):
-    """y_o = Σ_ij x1_i A_oij x2_j + b_o as the layer ``product`` of the outer product of x1 (..., I1) and x2 (..., I2).
+    """y_o = Σ_ij x1_i A_oij x2_j + b_o, computed by the linear layer ``product`` from the outer product of x1 (..., I1) and x2
+    (..., I2).
 
     The layer's weight is A, (O, I1, I2), flattened to (O, I1 I2). The feedback of this layer yields the error at the outer
-    product, from which the errors of x1 and x2 are computed with exact derivatives.
+    product, from which the errors at x1 and x2 are computed with exact derivatives.
     """
 
     def projections(self) -> dict[str, Projection]:

@@ -15,7 +15,7 @@ from fa_bench.mechanisms.compound.base import Compound, Substitute, compound
 @compound(ShiftedWindowAttention)
 class WindowAttentionLayers(Compound):
     """Torchvision's shifted-window attention, whose plain class passes the weights of its layers ``qkv`` and ``proj`` to a
-    function."""
+    function instead of calling these layers."""
 
     def layerwise_forward(self, x: Tensor) -> Tensor:
         module: Any = self

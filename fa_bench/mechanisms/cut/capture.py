@@ -30,11 +30,11 @@ class CapturedActivation:
     """The activation at one cut in one forward pass.
 
     Attributes:
-        tensor: the activation, (N, ...); `CutRule.signal` may read it only if the rule sets `reads_values`.
+        tensor: the activation, (N, ...); its values are available in the backward pass only if the rule sets `reads_values`.
         shape: its shape.
         output_shape: for a cut at a module's input, the shape of the module's output.
         channels_last: whether the error should be stored with its channels last.
-        version: the tensor's version when it was captured; 0 in a compiled graph, which has no versions.
+        version: the tensor's version when it was captured; 0 in a compiled graph, where tensors have no version.
     """
 
     tensor: Any
@@ -50,7 +50,7 @@ def is_stored_last(tensor: Tensor) -> bool:
 
 
 def format_of(tensor: Tensor) -> torch.memory_format:
-    """The memory format for results that have the shape of this tensor."""
+    """The memory format of results that have the shape and device of this tensor."""
     return torch.channels_last if is_stored_last(tensor) else torch.contiguous_format
 
 
@@ -61,7 +61,7 @@ class Capture:
         rule: the rule.
         modules: cut -> module.
         trace: the model's structure, traced with the cuts as watched modules.
-        frozen: cut -> learned tensors at the cut that were frozen because nothing trainable precedes it.
+        frozen: cut -> learned tensors at the cut that were frozen because the error at the cut reaches no trainable parameter.
 
     Attributes:
         tape: cut -> activation captured in the current forward pass; None outside a training pass.
@@ -92,8 +92,8 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    # A forward pass that is repeated within a backward pass, as in activation checkpointing, has its own tape. A repeated pass
-    # must treat its tensors as the first pass did, but the errors come from the tape of the first pass.
+    # If the model's forward pass is repeated within a backward pass, as in activation checkpointing, the repeated pass has its
+    # own tape. It must treat its tensors as the first pass did, but the errors come from the tape of the first pass.
     def begin(self) -> None:
         """Called at the start of every forward pass of the model."""
         if torch.compiler.is_compiling():
@@ -105,8 +105,8 @@ class Capture:
             self.tape = None
         elif self.tape is not None and not recomputing():
             raise CoverageError(
-                f"the model calls itself in a training pass, and rule '{self.rule.name}' cannot tell its outputs "
-                f"apart; call one of its modules instead"
+                f"the model calls itself in a training pass, and rule '{self.rule.name}' cannot tell the outputs of the "
+                f"two calls apart; call one of the model's modules instead"
             )
         else:
             self.tape = {}
@@ -141,7 +141,7 @@ class Capture:
                 self._warned.add(cut)
                 warnings.warn(
                     f"rule '{self.rule.name}': cut '{cut}' did not run in a training pass, although it ran when the "
-                    f"model was attached. Layers before it that did run received their error through later weights",
+                    f"model was attached. Layers before it that did run receive their error through later weights",
                     stacklevel=2,
                 )
 
@@ -167,7 +167,8 @@ class Capture:
                     f"cut '{cut}' ran twice in a training pass, but once when the model was attached; "
                     f"name a module that runs once in training"
                 )
-            # If errors cross the cut, the model continues with the output itself, as in backpropagation.
+            # If errors cross the cut, the model continues with the output itself, so a copy is captured if a later module changes
+            # the output in place.
             kept = output.clone() if self.rule.crosses and cut in self._changed_in_place else output
             tape[cut] = CapturedActivation(kept, output.shape, version=0 if torch.compiler.is_compiling() else kept._version)
             frozen = [learned for learned in self.frozen.get(cut, ()) if learned.is_frozen]
@@ -187,7 +188,7 @@ class Capture:
             repeated = recomputing() and not self.rule.mode.exact and torch.is_grad_enabled()
             return output.detach().requires_grad_() if repeated else None
         if not torch.is_grad_enabled():
-            return None  # not the trained pass; `require_connected` refuses reentrant checkpointing
+            return None  # a call without gradients is ignored; `require_connected` refuses reentrant checkpointing
         if not isinstance(output, torch.Tensor) or self._connected:
             what = "ran twice" if self._connected else f"returned a {type(output).__name__}"
             raise CoverageError(

@@ -22,8 +22,8 @@ def require_shape(what: str, shape: Sequence[Any]) -> None:
 def missing_b(rule: object, cut: str) -> ComponentError:
     """The error for a cut that has no B."""
     return ComponentError(
-        f"cut '{cut}' has no feedback tensor 'B' with which {type(rule).__qualname__} projects errors; create it in the rule's "
-        "method make_feedback with self.put(cut, 'B', ...)"
+        f"cut '{cut}' has no feedback tensor 'B', which {type(rule).__qualname__} needs to project errors; create it in the "
+        "rule's method make_feedback with self.put(cut, 'B', ...)"
     )
 
 

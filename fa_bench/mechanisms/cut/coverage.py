@@ -29,8 +29,8 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
     from fa_bench.mechanisms.weighted_layers import kind_of, weight_name
 
     beyond = trace.beyond if rule.error_at is not None else set()
-    # The error of these layers passes through another layer's weight. Layers beyond the module in error_at are excluded, because
-    # their errors are meant to be exact.
+    # `through` lists the layers whose error passes through another layer's weight, except those beyond the module in error_at,
+    # whose errors are meant to be exact.
     passed = trace.through_below if rule.error_at is not None else trace.through_below | trace.through_beyond
     through = [path for path in trace.order if path in passed and path not in beyond]
     covered = tuple(
@@ -70,16 +70,16 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
 
 
 def with_untrained(coverage: Coverage, rule: CutRule, reached: set[int], why: str = "not trained") -> Coverage:
-    """The coverage of a rule that learns in separate passes, with a note on the weights that these passes do not train.
+    """A copy of a coverage that also states which parameters the separate passes of the rule do not train.
 
-    All outputs of the model except the one for the loss are detached, so layers that feed only the other outputs learn from no
-    loss.
+    All outputs of the model except the one from which the loss is computed are detached, so layers that feed only the other
+    outputs do not learn.
 
     Args:
         coverage: the coverage of the rule, which is being attached.
         rule: the rule.
         reached: ids of the parameters that learn.
-        why: a phrase for the state of all other parameters.
+        why: a phrase that describes all other parameters.
     """
     results = rule._trace.results
     which = f"output '{next(iter(results)) if rule.output is None else rule.output}'" if len(results) > 1 else "the output"

@@ -1,4 +1,5 @@
-"""Choose the modules at which a cut rule cuts: read their names, reject unsuitable ones, and suggest some if none are named."""
+"""Choose the modules at which a cut rule cuts: read their names, reject modules that cannot be cut, and suggest cuts if none are
+named."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ _MAX_ATTEMPTS = 4
 
 
 def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
-    """The modules named by the rule's option `cuts` or, if it is not set, by the model, in the order of the model's modules.
+    """The paths of the modules named by the rule's option `cuts` or, if it is not set, by the model, in the order of the model's
+    modules.
 
     Raises:
         CoverageError: if there are none, or a name matches no module.
@@ -52,7 +54,7 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
         cuts: paths of modules.
 
     Raises:
-        CoverageError: if it cannot; the message names the output or the module.
+        CoverageError: if it cannot; the message states the reason.
     """
     if rule.output is None and len(trace.results) > 1:
         listed = names(f"{name} {shape}" for name, shape in trace.results.items())
@@ -103,7 +105,7 @@ def _has_classes_first(rule: CutRule, trace: Trace) -> bool:
 
 
 def named_origin(rule: CutRule) -> tuple[str, ...]:
-    """The module named in the option ``error_at``, as a tuple that is empty if the option is not set.
+    """The option ``error_at`` as a tuple, which is empty if the option is not set.
 
     Raises:
         CoverageError: if the model has no such module.
@@ -138,12 +140,13 @@ def _check_origin(origin: str, trace: Trace, cuts: tuple[str, ...]) -> None:
     if late:
         raise CoverageError(
             f"error_at={origin}: the cut{'s' * (len(late) > 1)} {names(late)} run{'s' * (len(late) == 1)} after "
-            f"this module and would not receive its error; omit them from the cuts"
+            f"this module and would not receive its error; cut only at modules that run before it"
         )
 
 
 def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
-    """The error for a model without cut points. If there is a sample, the error suggests cut points that work."""
+    """The error for a model without cut points. If a sample is given and cut points that work are found, the error suggests
+    them."""
     model, modules = rule.model, [path for path in paths if not list(rule.model.get_submodule(path).children())]
     options: dict[str, Any] = {}
     if sample_input is not None:
@@ -152,14 +155,15 @@ def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> Covera
     example = f", for example {' and '.join(f'{{{name}}}' for name in options)}" if options else ""
     more = ", ..." if len(modules) > 12 else ""
     return CoverageError(
-        f"rule '{rule.name}' needs cut points and {type(model).__name__} declares none; name the modules whose outputs receive "
-        f"the error with cuts{example}, or set model.{rule.declared} (modules: {names(modules[:12])}{more})",
+        f"rule '{rule.name}' needs cut points, and {type(model).__name__} declares none; set cuts to the names of the modules "
+        f"whose outputs receive the error{example}, or set model.{rule.declared} (modules: {names(modules[:12])}{more})",
         options,
     )
 
 
 def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
-    """Options with which the rule can be attached to its model: ``cuts``, and any others that the rule's errors suggest.
+    """Options with which the rule can be attached to its model: ``cuts``, and any others that the error messages of failed
+    attempts suggest.
 
     The result is empty if no such options are found.
     """
@@ -173,7 +177,7 @@ def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
         except CoverageError as error:
             settings = error.settings
             if "allow_uncovered" in settings and has_blocks and not rule.modular and "within" not in options:
-                settings = {"within": "block"}  # leaving the weights uncovered would amount to this
+                settings = {"within": "block"}  # the weights would learn in the same way if they were uncovered
             if not settings or options.items() >= settings.items():
                 break
             options |= settings
@@ -183,7 +187,8 @@ def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
 
 
 def _suggested_cuts(rule: CutRule, sample_input: Any) -> list[str]:
-    """For every hidden layer, the last module whose output depends on this layer and on as few others as possible."""
+    """The paths of suggested cuts: for every hidden layer, the last module whose output is fed by this layer and by as few others
+    as possible, and possibly further modules for tables."""
     model = rule.model
     paths = tuple(path for path, _ in model.named_modules() if path)
     with rule.exact():

@@ -1,9 +1,10 @@
 """The backward pass of a cut rule: once the error at the logits is known, an error is delivered to every cut.
 
-An autograd Function is applied to the model's output. In the forward pass, this Function is the identity, with all captured
-activations as additional inputs. All parts of the model therefore belong to one graph. Loss scaling and several forward passes
-before a backward pass work as usual, as does a plain ``loss.backward()`` for rules that need neither labels nor indices. A graph
-that is never differentiated is freed together with the output.
+An autograd Function is applied to the model's output or, if ``error_at`` names a module, to the output of this module. In the
+forward pass, the Function is the identity, with all captured activations as additional inputs. All parts of the model therefore
+belong to one graph. Loss scaling and several forward passes before a backward pass work as usual, as does a plain
+``loss.backward()`` for rules that need neither labels nor indices. A graph that is never differentiated is freed together with
+the output.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.updates import LearnedTensor
 
 
-#: The number of passes whose loss is checked. One pass would not be enough, because with a gradient scaler the gradients of the
-#: first passes may overflow, and nothing can then be checked.
+#: The number of passes whose loss is compared with the objective. One pass would not be enough, because with a gradient scaler
+#: the gradients of the first passes may overflow, in which case the comparison shows nothing.
 _CHECKED_PASSES = 3
 
 
@@ -52,8 +53,9 @@ class Delivery:
         # network by one per cent.
         self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
         self._needs_indices = rule.needs_indices
-        # If the module in error_at runs within an activation checkpoint, the repeated forward pass does not call this Function,
-        # so values that the Function has saved would be missing.
+        # With error_at, the values are kept on the tape instead of being saved by the autograd Function. If the module in
+        # error_at runs within an activation checkpoint, the repeated forward pass does not apply the Function, so its saved
+        # values would be missing.
         self._keeps_values = self._reads_values and rule.error_at is not None
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
@@ -64,10 +66,11 @@ class Delivery:
 
     # -------------------------------------------------------------------------------------------- forward
     def connect(self, output: Any, tape: dict[str, CapturedActivation]) -> Any:
-        """The model's output, with its logits connected to the captured activations.
+        """The output of the model, or of the module in ``error_at``, with its logits connected to the captured activations.
 
         Raises:
-            CoverageError: if the model returns a loss, or if it returns several outputs and none of them was chosen.
+            CoverageError: if the model returns a loss that it has computed from the logits, if it returns several outputs and
+                none of them was chosen, or if it does not return the chosen output.
         """
         logits = self.logits_in(output)
         if logits is output:
@@ -136,14 +139,14 @@ class Delivery:
                 )
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
-        """The variant of `_connected` for a rule that computes the gradients of all parameters in separate passes."""
+        """The variant of `_connected` for a rule that learns in separate passes."""
         first = self.rule.first_pass
         if first is not None and first.input_requires_grad and not self._has_warned_of_input:
             self._has_warned_of_input = True
             warnings.warn(
-                f"rule '{self.rule.name}' computes no error for the model's input, which requires a gradient: the input gets "
-                "none, and nothing before the model learns. Attach the rule to a model that contains both parts, or detach the "
-                "input; in rule.exact(), the input gets its true gradient",
+                f"rule '{self.rule.name}' computes no error for the model's input, which requires a gradient, so the input gets "
+                "no gradient, and nothing before the model learns. Attach the rule to a model that also contains the modules "
+                "before it, or detach the input; in rule.exact(), the input gets its true gradient",
                 stacklevel=2,
             )
         parameters = self.rule.trained_parameters([logits, *(captured.tensor for captured in tape.values())])
@@ -188,8 +191,8 @@ class Delivery:
 
         Args:
             delta: δ.
-            logits: the logits, if the rule needs them.
-            activations: the activation at each cut, or a tensor of the same shape if the rule does not read it.
+            logits: a list with the logits, which is empty if the rule does not need them.
+            activations: the activation at each cut or, if the rule does not read activations, a tensor of the same shape.
             learned: tensors with the shapes and dtypes of the learned tensors.
             cuts: the ``repr`` of a list that contains each cut with its `CapturedActivation.output_shape`.
         """
@@ -218,7 +221,8 @@ class Delivery:
         """Run the backward pass; the arguments are those of `Rule.backward`."""
         self._target, self._is_delivered = target, False
         if self.rule.scales:
-            # Rules that compute errors from the objective's loss (`takes_numbers`) must verify that the loss is a multiple of it.
+            # If the rule computes errors from the objective's loss (`takes_numbers`), a scale that was not given is always
+            # measured, because this also verifies that the loss is a multiple of the objective's loss.
             is_known = not self.rule.takes_numbers and is_unscaled(loss, target, self.rule.objective)
             self._loss_scale = 1.0 if loss_scale is None and is_known else loss_scale
         try:
@@ -232,7 +236,8 @@ class Delivery:
             )
 
     def _with_first_pass(self, errors: Callable[..., Any]) -> Callable[..., Any]:
-        """Bind the function to the rule's current `first_pass`, which is then kept only as long as the graph exists."""
+        """Bind `errors` to the rule's current `first_pass`, if the rule repeats passes. `first_pass` is then kept only as long as
+        the graph exists."""
         if not self.rule.repeats:
             return errors
         first, self.rule.first_pass = self.rule.first_pass, None
@@ -257,7 +262,8 @@ class Delivery:
         delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
-        """The error at the logits and the gradients of all parameters, for a rule that learns in separate passes."""
+        """The error at the logits and the gradients of `parameters`, for a rule that learns in separate passes. The error is None
+        unless the rule sets `output_learns_by_delta`."""
         device, rule = delta.device.type, self.rule
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -268,7 +274,7 @@ class Delivery:
             try:
                 if rule.scales:
                     self._measure_scale(delta, output)
-                labels: Any = self._target  # None for rules that do not need them
+                labels: Any = self._target  # may be None if the rule does not need labels
                 gradients = rule.gradients(parameters, activations, delta, output.logits, labels)
             except (IndexError, RuntimeError, ValueError):
                 if rule.needs_target and self._target is not None:
@@ -318,10 +324,10 @@ class Delivery:
     ) -> list[Tensor | None]:
         """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ.
 
-        `learned` contains each learned tensor together with the parameter that it had in the forward pass.
+        `learned` contains each `LearnedTensor` together with its parameter in the forward pass.
         """
         device = delta.device.type
-        if torch.is_autocast_enabled(device):  # enabled by the caller; a backward pass has the precision of its inputs
+        if torch.is_autocast_enabled(device):  # the caller enabled it; a backward pass runs in the precision of its inputs
             with torch.autocast(device, enabled=False):
                 return self._errors(tape, learned, output, delta, tensors)
         rule, target = self.rule, self._target

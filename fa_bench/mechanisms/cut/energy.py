@@ -23,7 +23,7 @@ SHORT = 0.1
 
 @dataclasses.dataclass
 class EnergyPass:
-    """One forward pass in which the activations at the cuts are replaced by states.
+    """One forward pass in which the activations at the cuts are replaced by states. The symbols are those of `EnergyRule`.
 
     Attributes:
         predicted: cut -> f_l(s_{l-1}) (N, ...), the output of the cut's block for the previous state.
@@ -41,11 +41,11 @@ class Relaxation:
     """The result of settling for one batch; each attribute except the loss maps each cut to a number.
 
     Attributes:
-        energies: ½‖e_l‖², averaged over the samples.
+        energies: ½‖e_l‖², summed over the batch and divided by N, the number of targets.
         loss: the mean loss of the settled states.
-        before, after: the norm of ∂E/∂e_l over the batch; all later states change with e_l. `before` is taken at e = 0, where the
-            derivative is the error of backpropagation, and `after` at the settled errors, where the derivative is zero in
-            equilibrium.
+        before, after: the norm of ∂E/∂e_l over the batch, where the derivative includes the effect of e_l on all later states.
+            `before` is taken at e = 0, where the derivative is the error of backpropagation, and `after` at the settled errors,
+            where the derivative is zero in equilibrium.
     """
 
     energies: dict[str, float]
@@ -56,15 +56,17 @@ class Relaxation:
 
 @dataclasses.dataclass(eq=False)
 class EnergyRule(PassRule):
-    """Base class of rules that train blocks, which end at the cuts, on the errors between states and predictions.
+    """Base class of rules that train blocks on the errors between states and predictions. Every block except the last ends at a
+    cut.
 
-    Let f_l be the function of a block, s_0 the input and L the loss of a sample. The energy E is then:
+    Let f_l be the function of block l, s_l the state at its end, s_0 the input, and L the loss of a sample. The energy E is then:
 
         E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ]
 
     The outer sum runs over the samples. The states start at the activations of the first pass, where all errors are zero, and
     settle in `steps` steps of gradient descent with momentum. Each step takes an additional forward pass and a backward pass to
-    the states. In one more pass, the parameters of each block get the gradient of E / N with all states fixed.
+    the states. In one more pass, the parameters of each block get the gradient of E / N with all states fixed, where N is the
+    number of targets.
     """
 
     #: Whether the variables are the states; otherwise, the variables are the errors e_l, and s_l = f_l(s_{l-1}) + e_l.
@@ -81,7 +83,8 @@ class EnergyRule(PassRule):
 
     def wire(self, sample_input: Any) -> Coverage:
         self._observed: list[Relaxation] | None = None
-        # Errors reach a state through the weights of the block after it, even if that block is a single layer.
+        # Errors reach a state through the weights of the block after it, even if that block is a single layer, so "within blocks"
+        # always applies.
         across = () if self.moves_states else ("from block to block in each step of settling",)
         return dataclasses.replace(super().wire(sample_input), transport=("within blocks", *across))
 
@@ -148,8 +151,8 @@ class EnergyRule(PassRule):
         return variables
 
     def _descent(self, variables: dict[str, Tensor], target: Tensor, moves_states: bool) -> dict[str, Tensor]:
-        """A mapping from each cut to the derivative of E with respect to the cut's variable. Missing variables are created with
-        their initial values."""
+        """A mapping from each cut to the derivative of E with respect to the cut's variable. Variables that are missing in
+        `variables` are added with their initial values."""
         for variable in variables.values():
             variable.requires_grad_()
         with self._energy_pass(variables, target, moves_states) as now:
@@ -160,7 +163,7 @@ class EnergyRule(PassRule):
     def _energy_pass(
         self, variables: dict[str, Tensor], target: Tensor, moves_states: bool, local: bool = False
     ) -> Iterator[EnergyPass]:
-        """A context that runs a pass in which the variables determine the activations at the cuts.
+        """A context that yields the `EnergyPass` of a forward pass in which the variables determine the activations at the cuts.
 
         Args:
             variables: cut -> its state or error; a cut without a variable gets one for which the error is zero.

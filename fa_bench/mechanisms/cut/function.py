@@ -1,7 +1,4 @@
-"""The autograd Function of cut rules.
-
-Shapes: N batch, C classes.
-"""
+"""The autograd Functions of cut rules."""
 
 from __future__ import annotations
 
@@ -16,16 +13,16 @@ from fa_bench.mechanisms.cut.capture import format_of
 
 
 class DeliverFunction(torch.autograd.Function):
-    """The identity on the logits z (N, C), whose backward pass returns the error at z, the error at each cut, and the gradients
-    of the learned feedback tensors.
+    """The identity on the logits z. The backward pass returns the error at z, the error at each cut, and the gradients of the
+    learned feedback tensors.
 
     Inputs:
-        errors: a function of δ = ∂L/∂z and the saved cut tensors that returns all of these errors and gradients.
+        errors: a function that computes these errors and gradients from δ = ∂L/∂z and the saved cut tensors.
         cuts: the number of cut tensors.
         save_values: whether the values of the cut tensors are saved for `errors`.
         logits: z.
-        *tensors: the cut tensors, which are the activations (N, ...) at the cuts, followed by the learned feedback tensors. A
-            rule that learns in separate passes instead has only its trained parameters here.
+        *tensors: the cut tensors, which are the activations (N, ...) at the cuts, followed by the learned feedback tensors. If
+            the rule learns in separate passes, these are only its trained parameters.
     """
 
     @staticmethod
@@ -42,12 +39,11 @@ class DeliverFunction(torch.autograd.Function):
 
 
 class CompiledDeliverFunction(torch.autograd.Function):
-    """The variant of `DeliverFunction` for compiled graphs, which calls
-    `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`.
+    """The variant of `DeliverFunction` for compiled graphs. Its backward pass calls the operator `cut_errors`.
 
     Inputs:
-        key: the key of the `Delivery`.
-        cuts: the argument `cuts` of that method.
+        key: the key of the `fa_bench.mechanisms.compiled.Handle` of the `fa_bench.mechanisms.cut.delivery.Delivery`.
+        cuts: the argument `cuts` of `cut_errors`.
         count: the number of cut tensors.
         save_values: whether the values of the cut tensors are needed.
         save_logits: whether the values of the logits are needed.
@@ -69,7 +65,7 @@ class CompiledDeliverFunction(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         ctx.key, ctx.cuts, ctx.count, ctx.save_logits, ctx.changes_delta = key, cuts, count, save_logits, changes_delta
-        # If only the shape of a tensor is needed, only its shape is saved.
+        # If the values of a tensor are not needed, a small stand-in of the same shape is saved.
         activations = tensors[:count] if save_values else map(stand_in, tensors[:count])
         # The logits are copied, because `PassOutput` cannot detect in-place changes of the output in a compiled graph.
         ctx.save_for_backward(*([logits.clone()] if save_logits else []), *activations, *map(stand_in, tensors[count:]))
@@ -100,6 +96,6 @@ def cut_errors(
     changes_delta: bool,
     cuts: str,
 ) -> list[Tensor]:
-    """Call `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`. The results have the memory format of `format_of` and
-    share no memory with other tensors."""
+    """The result of `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`, whose tensors share no memory with the arguments
+    or with the rule's feedback."""
     return delivery.errors_in_graph(delta, logits, activations, learned, changes_delta, cuts)

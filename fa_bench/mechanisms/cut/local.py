@@ -1,4 +1,4 @@
-"""Rules with a local loss at every cut, computed from the activation there, the labels, and the rule's auxiliary layers."""
+"""Rules with auxiliary layers and a local loss at every cut."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class LocalRule(CutRule):
         raise missing_method(self, "local_loss")
 
     def loss_of(self, scores: Tensor, target: Tensor) -> Tensor:
-        """The objective's mean loss for the scores (N, C), or (M, C) for labels (N, P...), where each position counts as a
-        sample."""
+        """The objective's mean loss for the scores (N, C) or, if the labels are (N, P...), for the scores (M, C) with one row for
+        each position."""
         if target.dim() > 1:
             scores = scores.unflatten(0, target.shape)
             scores = scores.movedim(-1, class_axis(scores.shape))
@@ -85,7 +85,7 @@ class LocalRule(CutRule):
     # -------------------------------------------------------------------------------------------- attach and detach
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
         self._auxiliary: dict[str, Auxiliary] = {}
-        self._shapes = dict(features)
+        self._made_for = dict(features)
         like = next(self.model.parameters())
         for cut, shape in features.items():
             with _seeded(seed_for(self.seed, cut, "auxiliary")):
@@ -121,11 +121,11 @@ class LocalRule(CutRule):
                 loss = self.local_loss(cut, net, rows, target)
             except RuntimeError as error:
                 shape = tuple(rows.shape[1:])
-                if shape == self._shapes[cut]:
+                if shape == self._made_for[cut]:
                     raise
                 raise CoverageError(
                     f"cut '{cut}' has activations of shape {shape}, but its auxiliary layers were created for "
-                    f"{self._shapes[cut]}; attach with a sample_input of the same size as the training data"
+                    f"{self._made_for[cut]}; attach with a sample_input of the same size as the training data"
                 ) from error
             error, *gradients = torch.autograd.grad(loss, [activation, *required])
         if self.loss_factor != 1:
@@ -142,7 +142,7 @@ class LocalRule(CutRule):
         return {cut: {**fixed, **dict(self.auxiliary_at(cut).named_parameters())} for cut, fixed in super().feedback.items()}
 
     def readouts(self) -> dict[str, Tensor]:
-        """An empty dictionary, because no error comes from the output."""
+        """An empty dictionary, because no cut has a matrix B that projects errors of the output."""
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -175,7 +175,7 @@ class Auxiliary:
     Attributes:
         tensors: name of a tensor in the module -> the dictionaries of the module and of the net that contain it, and its name in
             the net.
-        learned: the parameters.
+        learned: the parameters, each as a `LearnedTensor`.
         is_missing: whether the model has loaded a state without these tensors.
     """
 
@@ -206,7 +206,7 @@ class Auxiliary:
         self._hook = module.register_load_state_dict_pre_hook(self._accept_older_state) if had_older_states else None
 
     def net(self) -> torch_nn.Module:
-        """The layers, with the tensors that the module currently holds, because loading a state may have replaced them."""
+        """The layers, with the tensors that the module currently holds. Loading a state may have replaced them."""
         for key, (of_module, of_net, name) in self.tensors.items():
             tensor = of_module[key]
             if of_net[name] is not tensor:
@@ -241,9 +241,9 @@ class ModuleRule(LocalRule):
     """
 
     within = "block"
-    #: The name of an auxiliary network, and a remedy if a batch is too small for its batch normalisation, for use in error
-    #: messages.
+    #: What error messages call an auxiliary network.
     net_name = "auxiliary net"
+    #: The remedy in the error message for batches that are too small for batch normalisation.
     larger_batches = "use larger batches, or drop the last incomplete one"
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
@@ -270,7 +270,8 @@ class ModuleRule(LocalRule):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global CPU generator and restore it on exit; the generators of other devices are not affected."""
+    """A context in which torch's global CPU generator has this seed and the CPU is the default device. On exit, the generator's
+    earlier state is restored."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -315,7 +316,7 @@ def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
 def linear_classifier(
     cut: str, shape: tuple[int, ...], classes: int, limit: int, init: str, bias: bool = True
 ) -> torch_nn.Module:
-    """A linear classifier for the activation of one cut, which average-pools maps to the size from `pooled_size`.
+    """A linear classifier for the activation of one cut. Maps are first average-pooled to the size from `pooled_size`.
 
     Args:
         cut: the cut's module path.
@@ -327,7 +328,7 @@ def linear_classifier(
     """
     layers, count = flattening(cut, shape, limit)
     layers["out"] = out = nn.Linear(count, classes, bias=bias)
-    if init == "zeros":  # draws no random numbers, so later layers are the same as in earlier versions
+    if init == "zeros":  # draws no random numbers, so later layers are initialised as in earlier versions
         nn.init.zeros_(out.weight)
     elif init != "pytorch":  # torch has already initialised the weight in this way
         fill(out.weight, init)

@@ -1,4 +1,4 @@
-"""Cut rules that perturb the activations at cuts and learn from the derivative of the output along that noise."""
+"""Cut rules that learn from the derivative of the output along noise at the cuts."""
 
 from __future__ import annotations
 

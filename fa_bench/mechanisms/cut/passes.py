@@ -1,5 +1,4 @@
-"""Rules that compute the gradients of their trained parameters in additional passes of the model, without differentiating the
-first pass."""
+"""Rules that compute the gradients of their trained parameters in additional passes of the model."""
 
 from __future__ import annotations
 
@@ -36,8 +35,8 @@ class PassRule(CutRule):
     #: Whether the rule skips the derivatives of the nonlinearities at the cuts. A cut at a pooling layer then stands for the
     #: nonlinearity before the layer. At other cuts, such as blocks, errors are delivered at the output as usual.
     skips_nonlinearities: ClassVar[bool] = False
-    #: Whether layers after the last cut learn by backpropagation from the loss of the first pass; `gradients` returns None for
-    #: their parameters.
+    #: Whether layers after the last cut learn by backpropagation from the loss of the first pass. If so, `gradients` returns None
+    #: for their parameters.
     output_learns_by_delta = False
     #: Whether layers before a cut learn even if the cut does not affect the output from which the loss is computed.
     learns_beside_output = True
@@ -74,7 +73,7 @@ class PassRule(CutRule):
             delta: the gradient of the loss at the logits, in their shape; it includes the factor `loss_factor` and the 1/N of the
                 mean.
             logits: the logits of the first pass.
-            target: the labels, (N,) or (N, P...).
+            target: the labels, (N,) or (N, P...); if the rule sets `takes_numbers`, possibly numbers in the shape of the logits.
         """
         raise missing_method(self, "gradients")
 

@@ -76,7 +76,7 @@ def positions_of(shape: Shape, axis: int) -> Shape:
 
 
 def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
-    """The objective's mean loss; an objective for one class per sample treats every position with a label as a sample.
+    """The objective's mean loss. If the objective expects one class per sample, every position with a label counts as a sample.
 
     Args:
         objective: the objective.
@@ -105,7 +105,7 @@ def sample_losses(objective: Objective, outputs: Tensor, target: Tensor) -> Tens
 
 
 def _classes_last(outputs: Tensor, target: Tensor) -> Tensor:
-    """Outputs with positions as (N, P..., C), the only layout that objectives know; other outputs are returned unchanged."""
+    """Outputs with positions and class labels as (N, P..., C), the layout that objectives expect; other outputs unchanged."""
     has_positions = outputs.dim() > 2 and not target.is_floating_point()
     return outputs.movedim(class_axis(outputs.shape), -1) if has_positions else outputs
 
@@ -121,7 +121,8 @@ class Layout:
 
     The positions of the cut need not be those of the error, but along each axis, one size must be a multiple of the other. If the
     cut has fewer positions, each of them gets the sum of the errors at the positions that it covers; if it has more, errors are
-    copied. A cut without positions gets the sum over all positions, and an error without positions is copied to all of them.
+    copied. A cut without positions gets the sum of the errors at all positions, and an error without positions is copied to all
+    positions of the cut.
 
     Attributes:
         cut: the cut's path, for error messages.
@@ -150,7 +151,7 @@ class Layout:
         errors are copied to them later, by `restored`.
 
         Raises:
-            CoverageError: if the numbers of positions do not match.
+            CoverageError: if the batch sizes or the numbers of positions do not match.
         """
         given, wanted = tuple(errors.shape[1:-1]), positions_of(shape, self.axis)
         if given == wanted:
@@ -162,7 +163,7 @@ class Layout:
         return summed(errors, wanted)
 
     def pairs(self, errors: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors (M, C) and activations (M, F) whose product δᵀ a is the sum of the outer products over samples and positions.
+        """Errors δ (M, C) and activations a (M, F) whose product δᵀ a is the sum of outer products over samples and positions.
 
         Activations at positions that share an error are summed first.
         """
@@ -172,8 +173,8 @@ class Layout:
 
 
 def summed(x: Tensor, sizes: Shape) -> Tensor:
-    """Sum a tensor (N, P..., X) over groups of neighbouring positions, so that `sizes` positions remain along the axes that have
-    more. If `sizes` is empty, sum over all positions."""
+    """Sum a tensor (N, P..., X) over groups of neighbouring positions. Every axis of positions that is longer than its entry in
+    `sizes` is reduced to this length. If `sizes` is empty, sum over all positions."""
     if not sizes:
         return x.flatten(1, -2).sum(1) if x.dim() > 2 else x
     for axis, size in enumerate(sizes, 1):
@@ -195,16 +196,17 @@ def mismatch(cut: str, shape: Shape, positions: Shape) -> str:
     """The reason why the errors of an output with these positions cannot be converted to the positions of a cut."""
     return (
         f"cut '{cut}' has activations of shape {tuple(shape)}, which do not fit errors at {positions} positions: the batch "
-        f"comes first, and along each axis of positions one size must be a whole multiple of the other; name another module"
+        f"must come first, and along each axis of positions one size must be a multiple of the other; name another module"
     )
 
 
 def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shape] | None) -> int:
     """The feature axis of an activation (N, P..., F) or (N, F, P...).
 
-    The feature axis has the width of the preceding layer, and removing it leaves the positions of the output. If both candidate
-    axes satisfy this, or if neither does, the feature axis of the preceding layer is used, which is 1 for a convolution and the
-    last axis otherwise.
+    The candidates are axis 1 and the last axis. There are two criteria: the feature axis has the width of the preceding layer,
+    and removing it leaves the positions of the output. A criterion that neither candidate meets is ignored. If the criteria do
+    not decide, the result is 1 if the preceding layer is a convolution whose output has the same number of axes as the
+    activation, and the last axis otherwise.
 
     Args:
         shape: the shape of the activation.
@@ -226,8 +228,8 @@ def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shap
 
 
 def layout_of(path: str, shape: Shape, positions: Shape, trace: Trace, layers: dict[str, WeightedLayer]) -> Layout:
-    """The layout of a watched module's output of this shape, for errors at these positions; `trace` and `layers` are as for
-    `layouts_of`."""
+    """The layout of a watched module's output, which has this shape, for errors at these positions; `trace` and `layers` are as
+    for `layouts_of`."""
     before = trace.feeds.get(path)
     last = (layers[before[-1]], trace.output_shapes[before[-1]]) if before else None
     return Layout(path, feature_axis(shape, positions, last))
@@ -249,8 +251,8 @@ def layouts_of(
         layers: the model's weighted layers.
 
     Raises:
-        CoverageError: if the errors cannot be converted to the positions of a cut, or if `same` is set and these positions
-            differ.
+        CoverageError: if the errors cannot be converted to the positions of a cut, or if `same` is set and a cut has other
+            positions than the errors.
     """
     positions, layouts = positions_of(errors, axis), {}
     if not positions and not shared:

@@ -66,9 +66,9 @@ class CutRule(Rule):
         super().__post_init__()
         self.output = None if self.output is None else str(self.output)
 
-    #: Only some rules make these fields options. `within` states how far errors are exact (`within_option`), and `error_at` names
-    #: the module from whose output the error comes (`error_at_option`). `positions` states whether all positions of a cut share a
-    #: matrix if the error has no positions (`positions_option`).
+    #: Only some rules make these fields options. `within` states how far the error at a cut is backpropagated exactly
+    #: (`within_option`), and `error_at` names the module from whose output the error comes (`error_at_option`). `positions`
+    #: states whether all positions of a cut share a matrix if the error has no positions (`positions_option`).
     within: str = dataclasses.field(default="layer", init=False)
     error_at: str | None = dataclasses.field(default=None, init=False)
     positions: str = dataclasses.field(default="own", init=False)
@@ -76,23 +76,23 @@ class CutRule(Rule):
     same_positions = False
     #: Whether the errors of the layers above cross the cuts; `signal` is then added to them.
     crosses = False
-    #: Whether `signal` needs the labels.
+    #: Whether the rule needs the labels in the backward pass.
     needs_target = False
     #: Whether `signal` or `feedback_gradients` reads captured activations, which are then kept until the backward pass.
     reads_values = False
-    #: Whether some errors or gradients do not scale with the loss by themselves, such as errors computed from the labels. They
-    #: are then multiplied by `loss_factor`, the factor by which the loss was scaled.
+    #: Whether some errors or gradients, such as errors computed from the labels, do not scale with the loss by themselves. The
+    #: rule must then multiply them by `loss_factor`, the factor by which the loss was scaled.
     scales = False
     loss_factor = 1.0
     #: Whether targets may be numbers in the shape of the output, because errors are computed from the objective's loss, whatever
     #: its targets are.
     takes_numbers: ClassVar[bool] = False
-    #: The option and the value with which the rule computes its errors without targets, or an empty string if there is no such
-    #: option.
+    #: An option and its value, such as ``error_sign=true``, with which the rule computes its errors without targets, or an empty
+    #: string if there is no such option.
     without_target: ClassVar[str] = ""
     #: Whether all errors are computed from the objective, so that any other loss would be ignored.
     learns_by_objective: ClassVar[bool] = False
-    #: Whether `gradients` computes the gradients of all parameters, in separate passes; see `fa_bench.mechanisms.cut.passes`.
+    #: Whether `gradients` computes the gradients of the parameters in separate passes; see `fa_bench.mechanisms.cut.passes`.
     learns_in_passes = False
     output_learns_by_delta = False
     #: The description of an output layer's error in the coverage table.
@@ -102,7 +102,7 @@ class CutRule(Rule):
 
     @property
     def modular(self) -> bool:
-        """Whether all layers between two cuts form one block, which learns by backpropagation within itself.
+        """Whether all layers between two cuts form one block, within which errors are backpropagated.
 
         In that case, not every layer needs a cut, and all weights of a block are covered.
         """
@@ -115,7 +115,7 @@ class CutRule(Rule):
 
     @property
     def side(self) -> str:
-        """The side of its module at which a cut lies, which is the output or the input."""
+        """The side of a module at which the rule cuts: the output by default, or the input."""
         return OUTPUT
 
     @property
@@ -156,7 +156,7 @@ class CutRule(Rule):
 
         Args:
             cut: the cut's module path.
-            name: the tensor's name, which is ``feedback_NAME`` in the model's state_dict.
+            name: the tensor's name; the module at the cut stores the tensor as ``feedback_NAME``.
             value: an initialiser, or the tensor itself; the arguments below are for initialisers.
             shape: the tensor's shape, (C, ...).
             density: fraction of the entries that are not masked.
@@ -180,8 +180,13 @@ class CutRule(Rule):
         return feedback_tensor(self._cut_modules[cut], name)
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        """The signal for all cuts, in the shape of δ; by default, δ itself. This method is called once per backward pass, and its
-        arguments are like those of `signal`."""
+        """The signal that `signal` receives at all cuts; by default, δ itself. This method is called once per backward pass.
+
+        Args:
+            delta: δ, the gradient of the loss at the logits: (N, C), or (N, P..., C) with the class axis last if the output has
+                positions.
+            target: as for `signal`.
+        """
         return delta
 
     def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
@@ -190,8 +195,7 @@ class CutRule(Rule):
         Args:
             cut: the cut's module path.
             captured: the cut's activation.
-            broadcast: the result of `broadcast` for δ, the gradient of the loss at the logits: (N, C), or (N, P..., C) with the
-                class axis last if the output has positions.
+            broadcast: the result of the method `broadcast`.
             target: the labels, (N,) or (N, P...), if they were passed to ``rule.backward``.
         """
         return self.project(cut, broadcast, captured)
@@ -381,7 +385,8 @@ class CutRule(Rule):
         return self.connect(output, tape)
 
     def connect(self, output: Any, tape: dict[str, CapturedActivation] | None, at: str | None = None) -> Any:
-        """The output of the model, or of the module `at`, connected to the cuts; None if the errors do not come from there."""
+        """The output of the model, or of the module `at`, connected to the cuts; None outside a training pass or if the errors do
+        not come from this output."""
         if tape is None or output is None:
             return None
         if self.error_at != at:
@@ -432,8 +437,8 @@ class CutRule(Rule):
         return rows, outputs
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Only an output layer can have a pair. It has one if errors come from the model's output and the B of the last cut has
-        the shape of the layer's weight."""
+        """The pairs (B, weight) of output layers, where B is that of the last cut. An output layer has a pair if errors come from
+        the model's output and B has the shape of the weight."""
         if self.error_at is not None:
             return {}
         weights = {path: self._covered[path].weight.detach() for path in self._trace.outputs}

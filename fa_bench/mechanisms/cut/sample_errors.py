@@ -102,8 +102,8 @@ class SampleErrors:
         """
         if state["errors"].shape != self.errors.shape or state["seen"].shape != self.seen.shape:
             raise StateError(
-                f"not a state of rule '{rule}' in this model: errors of shape {tuple(state['errors'].shape)}; these data have "
-                f"{tuple(self.errors.shape)}"
+                f"not a state of rule '{rule}' in this model: errors of shape {tuple(state['errors'].shape)}; this rule "
+                f"stores errors of shape {tuple(self.errors.shape)}"
             )
         self.errors.copy_(state["errors"])
         self.seen.copy_(state["seen"])

@@ -21,7 +21,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fa_bench.errors import CoverageError, StateError, missing_method
+from fa_bench.errors import CoverageError, OptionError, StateError, missing_method
 from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, feedback_gradient
 from fa_bench.mechanisms.edge.rule import LayerContext, RandomFeedbackRule
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
@@ -78,7 +78,7 @@ class AlignmentLoss(NamedTuple):
 
 
 class LayerProducts(NamedTuple):
-    """The matrix products, or convolutions, of one layer from which the local losses are computed.
+    """The matrix products, or convolutions, of one layer from which the gradients of the local losses are computed.
 
     Attributes:
         x: the layer's input, (rows, I); for a convolution (N, I, ...), already padded if `Geometry` cannot describe the padding.
@@ -225,6 +225,14 @@ class AlignmentRule(RandomFeedbackRule):
     #: Whether the losses are computed on noise.
     on_noise = False
 
+    def check(self) -> None:
+        super().check()
+        if self.derivative != "exact":
+            raise OptionError(
+                "derivative",
+                f"={self.derivative} is not available, because beta is a coefficient of the local losses in this rule",
+            )
+
     def alignment_loss(self) -> AlignmentLoss:
         """The coefficients of the local losses."""
         raise missing_method(self, "alignment_loss")
@@ -241,7 +249,7 @@ class AlignmentRule(RandomFeedbackRule):
         scale = self._scale
         scale.set(self._factor(loss, logits, target) if loss_scale is None else loss_scale)
         try:
-            loss.backward()
+            super().deliver(loss, logits, target, loss_scale)
         finally:
             scale.set(None)
 
@@ -261,9 +269,9 @@ class AlignmentRule(RandomFeedbackRule):
 class InputAlignmentRule(AlignmentRule):
     """Base class of the alignment rules whose local losses depend on the layer's input.
 
-    With ``signal=noise``, the losses are computed on standard normal noise in the shape of the layer's input. The ``noise_batch``
-    noise samples are drawn again after every update and are the same in all processes. With noise, the expected value of the
-    second moments C = mean xᵀ x is the identity.
+    With ``signal=noise``, the losses are computed on standard normal noise in the shape of the layer's input, without positions
+    if the layer is linear. The ``noise_batch`` noise samples are drawn again after every update and are the same in all
+    processes. The expected second moments of such noise are the identity.
     """
 
     signal: str = option(

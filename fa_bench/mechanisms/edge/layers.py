@@ -133,8 +133,8 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _autocast_context(context: BackwardContext, weight: Tensor, dtype: torch.dtype) -> BackwardContext:
-    """`context` with all tensors cast. Feedback is derived from the weight at full precision, so that small weights are not
-    rounded to zero."""
+    """`context` with its feedback and activations cast. Feedback is derived from the weight at full precision, so that small
+    weights are not rounded to zero."""
     derived = _autocast(context.from_weight(weight), dtype) if context.from_weight else None
     return _prepared(context, lambda value: _autocast(value, dtype))._replace(
         feedback=None if context.feedback is None else _autocast(context.feedback, dtype),

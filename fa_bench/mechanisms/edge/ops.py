@@ -3,8 +3,8 @@
 Shapes: N batch, O out features or channels, I in features or channels, K kernel positions; ``...`` any further dimensions. The
 Functions compute the forward pass of the plain layer. With g the error at the layer's output, their backward pass computes:
 
-    gradient of the weight = correlation of the input with g            (as backpropagation)
-    gradient of the bias   = g summed over batch and space              (as backpropagation)
+    gradient of the weight = correlation of the input with g            (as in backpropagation)
+    gradient of the bias   = g summed over batch and space              (as in backpropagation)
     error at the input     = g times `feedback`                         (backpropagation uses the weight here)
 
 Feedback has the weight's layout, so no transpose is needed. With feedback = weight, the result is bitwise identical to
@@ -142,8 +142,8 @@ class FeedbackConvFunction(torch.autograd.Function):
         needs, needs_learned = ctx.needs_input_grad[:3], ctx.needs_input_grad[5:]
         if context.from_weight and needs[0]:
             feedback = context.from_weight(feedback)
-        # Of the weight argument, the weight gradient uses only the shape; of the input, the error uses only the shape. Therefore,
-        # one call computes both together with the bias gradient.
+        # The weight gradient uses only the shape of the weight argument, and the error uses only the shape of the input.
+        # Therefore, one call can compute both and the bias gradient.
         x = context.activation() if context.activation else saved[0]
         through_product = any(
             needed and one.first_hop is not None for one, needed in zip(context.gradients, needs_learned, strict=True)

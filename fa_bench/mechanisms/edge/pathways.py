@@ -146,7 +146,7 @@ class FeedbackPathway:
         return layer.apply_feedback(x, weight, bias, context, *args, **kwargs)
 
     def before_forward(self, layer: Any) -> None:
-        """Called before every call of the layer in training mode with gradients enabled."""
+        """Called before the layer runs in training mode with gradients enabled, except in `Rule.exact` and in measurements."""
 
     def observe(self, layer: Any, x: Tensor) -> None:
         """Called with the input of a frozen layer that runs without gradients in a training forward pass of the model."""
@@ -383,7 +383,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         return signs.mul_(self._magnitudes(feedback_tensor(layer, "M")))
 
     def _magnitudes(self, tensor: Tensor) -> Tensor:
-        """|M|, with absolute values computed only if M has negative entries, which is checked after each change of M."""
+        """|M|, which is M itself if M was found to have no negative entries and has not changed since."""
         if torch.compiler.is_compiling():
             return tensor.abs()
         if self._known_positive != _version(tensor):

@@ -98,7 +98,8 @@ class LayerContext:
 
         Args:
             density: the probability of a one.
-            seeded_by: the name of a tensor; the mask is then the one by which `put` multiplies that tensor.
+            seeded_by: the name from which the mask's seed is derived. If it is the name of a tensor, the mask is the one by which
+                `put` multiplies that tensor.
             shape: the mask's shape; default: the shape of the weight.
         """
         weight = self.module.weight

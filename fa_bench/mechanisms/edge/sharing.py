@@ -1,10 +1,10 @@
 """Shared activations, which replace the inputs of layers in gradients. A shared activation is an earlier activation, resized to
 the shape of the input that it replaces.
 
-The activations between weighted layers are numbered in the order of execution. The stem's output is number 1. An activation that
-is the input of several layers, such as a block's first convolution and its projection, is counted once. If k layers share,
-activation s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021). Layers whose input is activation 1 use
-that activation itself.
+The activations that are inputs of sharing layers are numbered in the order of execution. The stem's output is number 1. An
+activation that is the input of several layers, such as a block's first convolution and its projection, is counted once. If k
+layers share, activation s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021). Layers whose input is
+activation 1 use that activation itself.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SharedActivation:
 
     def capture(self, x: Tensor) -> None:
         """Called in every forward pass by the first layer that has the activation as its input."""
-        self._captured = x.detach(), 0 if torch.compiler.is_compiling() else x._version  # a graph has no versions
+        self._captured = x.detach(), 0 if torch.compiler.is_compiling() else x._version  # compiled graphs have no versions
 
     @property
     def is_missing(self) -> bool:
@@ -87,7 +87,7 @@ class SharedActivation:
 
 
 class PositionsDiffer(Exception):
-    """Two activations have features at positions that do not correspond, such as those of tokens and those of windows."""
+    """The positions of two activations do not correspond, such as tokens in one and windows in the other."""
 
 
 def matcher(
@@ -155,7 +155,7 @@ class SharedActivationFeedback(FeedbackPathway):
         source: the shared activation that replaces this layer's input, or None.
         provides: the shared activation that is this layer's input, or None.
         shape, wanted: shapes, without the batch, of the shared activation and of this layer's input.
-        kind: how one is resized to the other.
+        kind: how the shared activation is resized, one of `MATCHES`.
     """
 
     inner: FeedbackPathway
@@ -187,7 +187,7 @@ class SharedActivationFeedback(FeedbackPathway):
         return lambda activation: _batch_first(layer, match(activation), undo=True)
 
     def shared(self, layer: Any, context: BackwardContext, activation: Callable[[], Tensor]) -> BackwardContext:
-        """The context with the shared activation, which this class uses in the weight gradient."""
+        """The context in which the shared activation replaces the input, here in the weight gradient."""
         return context._replace(activation=activation)
 
     def effective(self, layer: Any) -> Tensor:
@@ -198,7 +198,7 @@ class SharedActivationFeedback(FeedbackPathway):
 class SharingRule(EdgeRule):
     """Base class of the rules with shared activations; the pathway class `sharing` determines where they are used."""
 
-    k: int = option(2, "how many layers share an activation (2 and 4 in the paper)", minimum=2)
+    k: int = option(2, "how many layers share an activation (2 and 4 in Woo et al. 2021)", minimum=2)
     match: str = option(
         "max_pool",
         "how a shared activation is resized to the shape of a later one: by copying and max- or "
@@ -214,8 +214,8 @@ class SharingRule(EdgeRule):
     linear_b_init: str = init_option("the fixed B of fully connected layers", "uniform_one")
     transport: bool = option(
         False,
-        "convolutions and layers with a shared activation use their weights as feedback; other fully connected layers "
-        "keep their fixed feedback",
+        "convolutions use their weights as feedback, and so do fully connected layers if they share activations; if they do "
+        "not, they keep their fixed feedback",
     )
     freeze_stem: bool = option(True, "the first layer keeps its initial weight and bias")
 

@@ -27,7 +27,7 @@ def oja_gradient(first: Tensor, groups: int, rate: float, errors: Tensor) -> Ten
 
 
 def orthonormalized(first: Tensor, groups: int) -> Tensor:
-    """B (O, M) with orthonormal columns in every group, by Gram-Schmidt orthonormalisation starting from the first column."""
+    """The result of Gram-Schmidt orthonormalisation of the columns of B (O, M) in every group, from the first to the last."""
     b = first.view(groups, len(first) // groups, -1)
     q, r = torch.linalg.qr(b.to(torch.promote_types(b.dtype, torch.float32)))
     return (q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)).flatten(0, 1).to(first.dtype)

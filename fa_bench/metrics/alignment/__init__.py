@@ -1,1 +1,1 @@
-"""Metrics that compare a rule's errors and feedback with those of backpropagation."""
+"""Alignment metrics, most of which compare a rule's errors or feedback with those of backpropagation."""

@@ -23,9 +23,8 @@ FEEDBACK, HIDDEN, ALL = "feedback", "hidden", "all"
 class Metric(Options):
     """Base class of alignment metrics, registered in `fa_bench.registry.registries.METRICS`.
 
-    A run measures its metrics at the end and, unless ``probe_every`` is 0, before the first step and every ``probe_every`` steps.
-    Every metric is recorded under its registered name in angles.jsonl, metrics.jsonl and result.json, and is passed to the
-    loggers.
+    A run measures its metrics at the end and, unless ``probe_every`` is 0, before the first step and at regular intervals. Every
+    metric is recorded under its registered name in angles.jsonl, metrics.jsonl and result.json, and is passed to the loggers.
 
     Examples:
         >>> import dataclasses, torch, fa_bench
@@ -65,8 +64,8 @@ class Metric(Options):
 
 
 def declared(names: Iterable[str]) -> dict[str, type[Metric]]:
-    """The metrics with these names, in the order of reports. If a metric is not registered because its plugin is missing, its
-    name is used as its title."""
+    """The metrics with these names, in the order of reports. A metric that is not registered, for example because its plugin is
+    missing, gets a title that is derived from its name."""
     metrics = {
         name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")}) for name in names
     }

@@ -1,4 +1,4 @@
-"""The alignment metrics, which measure how well a rule's feedback and errors agree with the weights and the errors of
+"""The alignment metrics. Most of them compare a rule's feedback with the weights, or its errors with those of
 backpropagation."""
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.metrics.meter import AlignmentMeter
 
-#: Maximum number of training images that a probe may learn from, and of images on which it measures accuracies. The same images
+#: Maximum number of training samples that a probe may learn from, and of samples on which it measures scores. The same samples
 #: are chosen in every run on the same data.
 TRAINING_IMAGES, SCORED_IMAGES = 2_000, 10_000
 
@@ -52,7 +52,7 @@ class Subject:
 
     @property
     def training(self) -> Split:
-        """The training images that a probe may learn from, which are the same for every run on the same data."""
+        """The training samples that a probe may learn from, which are the same for every run on the same data."""
         from fa_bench.data.splits import some
 
         return some(self.splits.train, TRAINING_IMAGES)
@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def scored(self) -> Split:
-        """The images that accuracies are measured on: validation images if there are any, otherwise test images."""
+        """The samples on which scores are measured: validation samples if there are any, otherwise test samples."""
         from fa_bench.data.splits import some
 
         validation = self.splits.validation
@@ -156,11 +156,10 @@ class Probes:
 
 @contextmanager
 def state_restored(rule: Rule) -> Iterator[None]:
-    """A context manager that undoes all changes to an attached model and to the global random state when it exits.
+    """A context manager that restores the state of an attached model and the global random state when it exits.
 
-    The context manager restores parameters (including learned feedback), buffers, gradients, ``requires_grad``, the modes of all
-    modules, and every global random generator. At the start of the context, gradients are None; within it,
-    ``rule.mode.freeze_random`` is set.
+    The restored state consists of parameters (including learned feedback), buffers, gradients, ``requires_grad``, and the modes
+    of all modules. At the start of the context, gradients are None; within it, ``rule.mode.freeze_random`` is set.
     """
     from fa_bench.mechanisms.contexts import modes_of, restore_modes, set_temporarily
     from fa_bench.utils.process import random_state, restore_random_state

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 @PROBES.register("depth_utility")
 @dataclasses.dataclass(eq=False)
 class DepthUtility(Probe):
-    """Accuracy (a fraction) that is lost when a block of the trained net is reset to its initial values, one block at a time.
+    """Accuracy (a fraction) that is lost when one block of the trained net is reset to its values before training.
 
     The model declares the ends of its blocks in ``model.blocks`` or, if that is missing, in ``model.cut_points``. In the order of
     execution, a block extends from the end of the previous block to its own end, and contains all parameters in between,
     including those of normalisation layers. Modules after the end of the last block, such as the output layer, belong to no
-    block. The initial values are those before training.
+    block.
 
     The running statistics of batch normalisation are re-estimated for every accuracy, including that of the trained net. The
-    statistics are plain means over batches of the run's size from at most 2,000 training images, without augmentation. With the
+    statistics are plain means over batches of the run's size from at most 2,000 training samples, without augmentation. With the
     statistics of the trained net, the accuracy would also drop because these statistics do not fit the reset weights. Accuracies
-    are measured on at most 10,000 validation images, or test images if there is no validation split. For tasks without classes,
-    the utility is the deterioration of the primary score in its own unit, such as the decrease in R² or the increase in
+    are measured on at most 10,000 validation samples, or test samples if there is no validation split. For tasks without
+    classes, the utility is the deterioration of the primary score in its own unit, such as the decrease in R² or the increase in
     perplexity.
 
     The layers after the block were trained on the output of the trained block, so the utility tends to overestimate the
@@ -78,9 +78,9 @@ class DepthUtility(Probe):
 
 
 def estimate_running_statistics(model: torch_nn.Module, split: Split, batch_size: int) -> None:
-    """Replace the running statistics of batch normalisation with their mean over the batches of one pass over `split`.
+    """Replace the running statistics of batch normalisation with the mean of the batches' statistics over one pass over `split`.
 
-    Dropout is off. The model is left in evaluation mode. If the model has no running statistics, nothing else changes.
+    The model is left in evaluation mode. If it has no running statistics, nothing else changes.
     """
     from fa_bench.mechanisms.contexts import set_temporarily
 

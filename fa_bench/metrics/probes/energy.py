@@ -1,5 +1,5 @@
-"""Measures how far rules that minimise an energy have settled, and how much their gradients differ from those of
-backpropagation."""
+"""Measures how far the states of rules that minimise an energy have settled, and how much the gradients of these rules differ
+from those of backpropagation."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ class Energy(Probe):
 
     - ``energy_ratio``: for each layer, the norm of the weight's gradient divided by that of backpropagation.
 
-    All quantities are measured on the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. A
-    ratio is NaN if its denominator is zero, a cosine is NaN if either norm is zero, and each is NaN for a weight that does not
-    learn. The probe costs a step of the rule, two more passes of the model, and a step of backpropagation.
+    All quantities are measured on the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. A ratio
+    is NaN if its denominator is zero, and a cosine is NaN if either norm is zero. For a weight that does not learn,
+    ``energy_cosine`` and ``energy_ratio`` are NaN. The probe costs a step of the rule, two more passes of the model,
+    and a step of backpropagation.
     """
 
     alarms = {

@@ -24,7 +24,7 @@ DAMPING = 1e-6
 @PROBES.register("gauss_newton_angle")
 @dataclasses.dataclass(eq=False)
 class GaussNewtonAngle(Probe):
-    """Angle between the errors at a layer's activation and J⁺ δ, the change in the activation in a Gauss-Newton step.
+    """Angle between the errors at a layer's activation and J⁺ δ, the error of the Gauss-Newton method.
 
     J = ∂z/∂a (C, F) is the derivative of a sample's logits with respect to the sample's activation a, and δ is the gradient of
     the loss with respect to the logits. J⁺ is Jᵀ (J Jᵀ + ε I)⁻¹, where ε is a millionth of the mean of the diagonal of J Jᵀ.

@@ -24,8 +24,8 @@ class ProjectionAngle(Probe):
     normalisation uses the batch's statistics and dropout is off.
 
     The angle is 0 if the feedback equals the weight, up to a positive factor, on the span of the inputs. Outside this span, the
-    feedback and the weight may differ; only `weight_angle` shows such differences. Layers of attention and recurrent modules have
-    no angle, and neither do layers for which the rule has no feedback in the weight's shape.
+    feedback and the weight may differ; only `weight_angle` shows such differences. Layers within compound modules, such as
+    attention, have no angle, and neither do layers for which the rule has no feedback in the weight's shape.
     """
 
     def measure(self, subject: Subject) -> Quantities:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fa_bench.data.splits import Split
     from fa_bench.mechanisms.trace import Trace
 
-#: The row for the raw images. A layer whose accuracy is no higher than this row's makes the classes no easier to separate.
+#: The row for the raw inputs. A layer whose accuracy is not above that of this row makes the classes no easier to classify
+#: linearly.
 FLOOR = "input"
 #: The maximum number of features of an activation that the readout uses, and the strength of the regularisation; see `fit`.
 FEATURES, RIDGE = 1024, 0.01
@@ -32,15 +33,15 @@ MODEL_INPUT, MODEL_OUTPUT = ".", ""
 @PROBES.register("readout")
 @dataclasses.dataclass(eq=False)
 class Readout(Probe):
-    """Accuracy (a fraction) of a linear classifier trained on each layer's activation and, in the row ``input``, on the raw
-    images.
+    """Accuracy (a fraction) of a linear classifier trained on a layer's activation or, in the row ``input``, on the raw
+    inputs.
 
     A layer's activation is the input of the next layer, that is, the output after normalisation, nonlinearity, addition and
     pooling. For the output layer, the logits are used. Layers whose outputs are added share one activation. The model is in
     evaluation mode.
 
-    The classifier (`fit`) is trained on at most 2,000 training images without augmentation. The classifier is scored on at most
-    10,000 validation images, or test images if there is no validation split. Activations are reduced to at most 1024 features
+    The classifier (`fit`) is trained on at most 2,000 training samples without augmentation. The classifier is scored on at most
+    10,000 validation samples, or test samples if there is no validation split. Activations are reduced to at most 1024 features
     (`bounded`).
     """
 
@@ -92,8 +93,8 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
 
     def recorder(point: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            # If a layer runs several times, its first input is used. In a recurrent module, the first input is the initial state,
-            # so the last input is used instead.
+            # If a layer runs several times, its first input is used. For a layer of a compound module, the last input is used
+            # instead, because the first input of a recurrent layer may be the initial state.
             in_compound = isinstance(module, Projection)
             if point not in activations or in_compound:
                 x = args[0].movedim(sample_axis(module, args[0].dim()), 0)
@@ -128,8 +129,8 @@ def _array(features: Tensor) -> np.ndarray:
 def bounded(x: Tensor, features_last: bool = False) -> Tensor:
     """An activation (N, ...) reduced to a matrix (N, F), where F is at most `FEATURES`.
 
-    Maps (N, C, ...) are reduced by average pooling to a size that fits. With `features_last`, the shape is (N, ..., F), and the
-    mean over all positions is taken. If there are still too many features, neighbouring features are averaged.
+    Maps (N, C, ...) are reduced by average pooling to a size that fits. With `features_last`, x has the features in its last
+    dimension, and the mean over all positions is taken. If there are still too many features, neighbouring features are averaged.
     """
     from fa_bench.mechanisms.cut.local import pooled_size
 

@@ -24,7 +24,7 @@ class Stability(Probe):
     """Mean cosine between the gradients that the rule computes for a weight on two different batches.
 
     The gradients are those for the objective's mean loss on up to 8 batches, without augmentation. A batch has the run's batch
-    size, but at most an eighth of the training images that probes may learn from, and at least two samples. The mean is taken
+    size, but at most an eighth of the training samples that probes may learn from, and at least two samples. The mean is taken
     over all pairs of batches:
 
         c = (‖Σ uₖ‖² - K) / (K (K - 1)).

@@ -26,16 +26,16 @@ class StreamGrowth(Probe):
 
     The model declares its blocks in ``model.blocks`` or, if that is missing, in ``model.cut_points``. If the module that ends a
     block has parameters, as a residual block does, the input of the block is the input of this module. Otherwise, the input of
-    the block is the output of the previous block. Feedback that the rule stores in the module does not count as a parameter. A
-    first block that ends in a module without parameters, such as the stem of a convolutional net, has no row, because its input
-    is the image. Values are NaN if the input is zero.
+    the block is the output of the previous block. Feedback that the rule stores in the module does not count as a parameter. If
+    the first block ends in a module without parameters, as the stem of a convolutional net does, the block has no row. Values
+    are NaN if the input is zero.
     """
 
     alarms = {
         "stream_growth": Alarm(
             50,
             True,
-            "The residual stream explodes: a final normalisation then divides the gradients of all blocks by its norm "
+            "The residual stream explodes: a final normalisation then divides the gradients of all blocks by the stream's norm "
             "(faeval protocol; healthy nets stay below 5 in late blocks, transformers below 25 in early ones).",
         )
     }

@@ -17,13 +17,13 @@ class Recurrent(nn.Module):
     """A recurrent network with the layers read - rnn - states - (last step -) head.
 
     Args:
-        read: makes the steps (N, T, features) from an input.
+        read: maps an input to its steps (N, T, features).
         features: the number of features per step.
         cell: one of CELLS.
-        layers: recurrent layers.
+        layers: the number of recurrent layers.
         width: D, the width of the hidden state.
-        dropout: rate between the layers.
-        classes: outputs.
+        dropout: dropout rate between the recurrent layers.
+        classes: the number of outputs.
         last: whether the head sees only the last step, with outputs (N, classes), instead of every step, with outputs (N, T,
             classes).
     """

@@ -20,7 +20,7 @@ class Attention(nn.Module):
 
     Args:
         width: D.
-        heads: a divisor of D.
+        heads: the number of attention heads, a divisor of D.
         dropout: rate for the attention weights and for the output.
         causal: whether a position attends to itself and earlier positions only.
     """
@@ -134,10 +134,10 @@ class TokenEmbedding(nn.Module):
 
     Args:
         vocabulary: number of tokens.
-        context: the longest sequence.
+        context: the length of the longest sequence.
         width: D, even for sinusoidal positions.
         learned: whether positions are learned instead of sinusoidal.
-        dropout: rate.
+        dropout: the dropout rate.
     """
 
     def __init__(self, vocabulary: int, context: int, width: int, learned: bool, dropout: float) -> None:

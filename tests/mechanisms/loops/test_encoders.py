@@ -18,7 +18,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
 }
 #: Variants that compute all gradients in separate passes, and no error for the input.
 IN_PASSES = ["pepita", "forward_forward", "weight_perturbation", "forward_gradient weight", "epc", "pc", "dfc"]
-MESSAGE = r"computes no error for the model's input, which requires a gradient.*Attach the rule to a model that contains both"
+MESSAGE = r"computes no error for the model's input, which requires a gradient.*Attach the rule to a model that also contains"
 
 
 def attached(variant: str) -> tuple[Chain, Any]:

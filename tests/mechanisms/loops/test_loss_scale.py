@@ -201,7 +201,7 @@ def test_other_losses_are_correct_or_rejected_with_working_fix(variant: str, kin
     except ValueError as error:
         assert variant in OF_LABELS and factor is None
         if variant in WHOLLY_OF_LABELS:  # these rules cannot learn from other losses
-            assert "attach it with the objective that you train, objective=" in str(error) and "loss_scale" not in str(error)
+            assert "attach it with the objective that you train with, objective=" in str(error) and "loss_scale" not in str(error)
             with pytest.raises(ValueError, match=r"not a multiple of that of the mean cross-entropy.*objective="):
                 found(variant, [(X, Y, loss)], loss_scale=1.0)
             return

@@ -174,7 +174,7 @@ def test_unusable_cuts_are_not_suggested(name: str) -> None:
 def test_no_suggestion_without_sample_input(name: str) -> None:
     error = refusal(seeded(convnet), name, **({"samples": 16} if name == "f3" else {}))
     assert error.settings == {}
-    assert ("needs sample_input" if name == "asfp_lc" else "with cuts, or set model.") in str(error)
+    assert ("needs sample_input" if name == "asfp_lc" else "receive the error, or set model.") in str(error)
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
@@ -271,6 +271,6 @@ def test_patterns_match_only_chosen_modules() -> None:
 
 @pytest.mark.parametrize("name", ["dfa", "local_error", "dgl"])
 def test_no_suggestion_without_hidden_layer(name):
-    with pytest.raises(CoverageError, match=r"Sequential declares none; .*with cuts, or set model\.") as refused:
+    with pytest.raises(CoverageError, match=r"Sequential declares none; set cuts to .*the error, or set model\.") as refused:
         fa_bench.attach(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), name, sample_input=torch.zeros(2, 8))
     assert refused.value.settings == {}

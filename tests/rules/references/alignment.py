@@ -1,8 +1,4 @@
-"""Reference implementations of the rules whose feedback learns by local losses, as loops over rows and scalars.
-
-A row is the part of the input that affects a sample's output at one position: the vector x or, for a convolution, a zero-padded
-patch.
-"""
+"""Reference implementations of the rules whose feedback learns by local losses, as loops over scalars."""
 
 from __future__ import annotations
 
@@ -57,7 +53,7 @@ def local_gradients(stage, weight, feedback, x, decay=0.0, amp=0.0, null=0.0, ti
 def with_losses(chain, params, feedback, x, y, losses: dict[str, float], update_forward: bool) -> Arrays:
     """The gradients of FA plus those of the local losses.
 
-    The inputs of the local losses are the layer's noise, if any, or its true input.
+    The local losses of a layer are computed from the layer's noise, if there is any, or else from its true input.
     """
     grads, true_inputs = fa(chain, params, feedback, x, y), inputs(chain, params, x)
     for stage in chain:

@@ -44,7 +44,7 @@ def drtp(chain, params, feedback, x, y, scale=1.0, error_sign=False, **_) -> Arr
 
 
 def f3_errors(information, logits, y) -> np.ndarray:
-    """The error of every sample in this pass, as selected by `information`, for the cross-entropy l of softmax(z)."""
+    """The error of every sample in this pass, as defined by `information`, for the cross-entropy loss l."""
     current, softmax = logits.shape[0] * output_error(logits, y), np.zeros_like(logits)
     for n, c in product(range(logits.shape[0]), range(logits.shape[1])):
         target = 1.0 if c == y[n] else 0.0

@@ -8,7 +8,7 @@ from ..reference import Arrays, conv_forward, forward, gradients, inputs, linear
 
 
 def forward_alignment(chain, params, feedback, x, y, c_init="xavier_uniform", plain_last=False) -> Arrays:
-    """The gradient of W_l is computed from the true g and phi(C_{l-1} h_{l-2}).
+    """The gradient of W_l is computed from the true error g and phi(C_{l-1} h_{l-2}).
 
     The first layer's gradient is computed from the network's input.
     """

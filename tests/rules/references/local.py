@@ -144,7 +144,7 @@ def similarity_loss(a: np.ndarray, weight: np.ndarray, y, classes: int) -> tuple
 
 
 def of_decoder(a, held: Arrays, y, size: int, factor: float) -> tuple[np.ndarray, Arrays]:
-    """The gradients of factor CE(D(a)) with respect to a and to the decoder, whose bias is optional."""
+    """The gradients of `factor` times CE(D(a)) with respect to a and to the parameters of the decoder, whose bias is optional."""
     errors: Arrays = {}
     decoder = [*flattening(a.shape[1:], size), Stage("out", "linear")]
     params = {name: held[f"decoder.{name}"] for name in ("out.weight", "out.bias") if f"decoder.{name}" in held}

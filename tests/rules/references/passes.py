@@ -1,6 +1,6 @@
 """Reference implementations of the rules that run the network again, with noise or with another input.
 
-The only thing that a reference shares with its rule is ``draws``, the random numbers of an update.
+The argument ``draws`` provides the random numbers that the rule samples in the same update.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def pfa(chain, params, feedback, x, y, **_) -> Arrays:
 
 
 def ldfa(chain, params, feedback, x, y, b_rate=1.0, rank=0, **_) -> Arrays:
-    """The gradients of PFA, with -rate (C B - B Bᵀ C B) as the gradient of B.
+    """The gradients of PFA, with -b_rate (C B - B Bᵀ C B) as the gradient of B.
 
     C is the sum of the outer products g gᵀ / ‖g‖. Every group has its own C.
     """

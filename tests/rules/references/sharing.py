@@ -1,4 +1,4 @@
-"""Reference implementations of the rules with shared activations."""
+"""Reference implementations of asap and asfp, in which layers share activations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..reference import Arrays, conv_weight_gradient, gradients, inputs, linear_
 
 
 def matched(h: np.ndarray, shape: tuple[int, ...], match: str, mixing: np.ndarray | None) -> np.ndarray:
-    """The activation h, resized to `shape` by copying channels and pooling or by a fixed random 1x1 convolution."""
+    """The activation h, resized to `shape` either by copying channels and pooling, or by a fixed random 1x1 convolution."""
     if h.ndim != len(shape):
         h = h.reshape(len(h), -1)
     if mixing is not None:
@@ -71,7 +71,7 @@ def asfp(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", fr
 
 
 def of_feedback(chain, grads: Arrays, errors: Arrays, learning: list[str], stand_ins: Arrays) -> Arrays:
-    """The gradient of each layer's B, computed from the activation that replaces the layer's input and from the output error.
+    """The gradient of each layer's B, from the error at the layer's output and the activation that replaces the layer's input.
 
     If a layer's input is not replaced, its B has the gradient of the weight.
     """

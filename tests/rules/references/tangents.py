@@ -1,6 +1,6 @@
 """Reference implementations of the rules that learn from directional derivatives of the logits, propagated stage by stage.
 
-The only thing that a reference shares with its rule is ``draws``, the random numbers of an update.
+The argument ``draws`` provides the random numbers that the rule samples in the same update.
 """
 
 from __future__ import annotations
@@ -87,11 +87,7 @@ def grape(chain, params, feedback, x, y, draws=None, **_) -> Arrays:
 
 
 def forward_gradient(chain, params, feedback, x, y, form="activation", cuts=(), draws=None, **_) -> Arrays:
-    """The gradients of the rule in the given form.
-
-    With form=activation, the error at a cut is (delta_n . d_n) p_n. With form=weight, the gradient is v times the sum over n of
-    (delta_n . d_n).
-    """
+    """The error at a cut is (delta_n . d_n) p_n or, with form=weight, the gradient is v times the sum of (delta_n . d_n)."""
     delta = output_error(forward(chain, params, x)[-1], y)
     if form == "weight":
         v = {name: noise(draws, name, value.shape, True) for name, value in params.items()}

@@ -1,6 +1,6 @@
 """Reference implementations of target propagation.
 
-Feedback that learns from noise is tested in tests/rules/test_target_propagation.py.
+How the feedback learns from noise is tested in tests/rules/test_target_propagation.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def ddtp_linear(chain, params, feedback, x, y, **_):
 
 
 def through_map(weight: np.ndarray, above: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The error G e' in the given shape, where G is a linear layer or a 3x3 convolution of the enlarged map."""
+    """The error G e' in the given shape, where G is a linear layer, or a 3x3 convolution of e' after resizing."""
     if weight.ndim == 2:
         return linear_forward(above.reshape(len(above), -1), weight, None).reshape(len(above), *shape)
     rows, columns = (np.arange(size) * given // size for size, given in zip(shape[1:], above.shape[2:], strict=True))
