@@ -1,5 +1,4 @@
-"""Tests run on one thread, because two are slower for small tensors, and do not render figures of reports that they do not
-test."""
+"""Tests run on one thread, which is faster for small tensors, and most of them do not render the figures of reports."""
 
 import gc
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import fa_bench
 
 ROOT = Path(fa_bench.__file__).parent
-#: The packages from top to bottom; each imports only from those that follow.
+#: The packages and top-level modules from top to bottom; each imports only from those that follow.
 ORDER = (
     "__main__",
     "api",

@@ -14,7 +14,7 @@ def is_older(version: str, *first: int) -> bool:
 
 #: With older versions, compilation is refused; see `fa_bench.mechanisms.compiled.COMPILING_TORCH`.
 needs_compiler = pytest.mark.skipif(too_old_to_compile() != "", reason=too_old_to_compile())
-#: The function with which torch's checkpoints save their inputs has no forward-mode derivative.
+#: In older versions, the function with which torch's checkpoints save their inputs has no forward-mode derivative.
 CHECKPOINTS_LACK_TANGENTS = is_older(torch.__version__, 2, 12)
-#: Uncompressed TIFFs in YCbCr are read with four channels and end too early.
+#: Older versions read uncompressed TIFFs in YCbCr with four channels, so the data end too early.
 YCBCR_IS_CUT_OFF = is_older(PIL.__version__, 13)

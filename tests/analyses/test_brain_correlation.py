@@ -1,5 +1,4 @@
-"""Tests of the brain_correlation analysis: the value for the brain is checked, and the formula is compared with sampled
-matrices."""
+"""Tests of the brain_correlation analysis: predicted correlations and angles, and those of sampled matrices."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ def test_brain_and_mixed_angles_are_78_degrees() -> None:
     brain, mixed, grid = (table.loc[kind] for kind in ("brain", "mixed", "grid"))
     assert brain["overall"] == pytest.approx(0.36 * 0.31**0.5) and brain["angle"] == pytest.approx(78.44, abs=0.01)
     # With 10,000 pairs, a correlation has a standard deviation of 0.01. The mean of five correlations has a standard deviation of
-    # 0.0045, which is a quarter of a degree.
+    # 0.0045, which corresponds to a quarter of a degree.
     assert brain["overall_drawn"] == pytest.approx(0.2004, abs=0.015)
     assert brain["angle_drawn"] == pytest.approx(78.4, abs=0.9)
     assert mixed["reciprocal"] == pytest.approx(0.31) and mixed["angle"] == pytest.approx(78.6, abs=0.05)

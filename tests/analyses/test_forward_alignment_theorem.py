@@ -1,4 +1,5 @@
-"""Tests of the forward_alignment_theorem analysis: the effects of violating the theorem's conditions are as expected."""
+"""Tests of the forward_alignment_theorem analysis: convergence if a condition of the theorem is violated, and what training
+conserves."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ def test_convergence_depends_on_rank_not_on_k() -> None:
 
 
 def test_only_symmetric_part_of_k_is_conserved() -> None:
-    """The symmetric part drifts only because the steps are finite. Its drift is proportional to the step, so it is about ten
-    times smaller for a tenth of the step."""
+    """The symmetric part drifts only because the step size is finite. The drift is proportional to the step size, so a tenth of
+    the step size gives about a tenth of the drift."""
     analysis = ForwardAlignmentTheorem(start=0.5)
     net, drift = analysis.net("theorem", seed=0), []
     for lr in (1e-2, 1e-3):

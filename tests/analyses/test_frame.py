@@ -1,5 +1,5 @@
-"""Every analysis runs as a command that writes a table and a figure. The same options give the same bytes, and errors take one
-line."""
+"""Every analysis runs as a command that writes a table and a figure. The same options produce identical files, and errors are
+reported in one line."""
 
 from __future__ import annotations
 

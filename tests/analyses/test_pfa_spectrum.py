@@ -1,5 +1,5 @@
-"""Tests of the pfa_spectrum analysis: the density of the theoretical law has the law's moments, and samples of the rule's B
-follow the law."""
+"""Tests of the pfa_spectrum analysis: the Marchenko-Pastur density has the right moments, and sampled feedback matrices match the
+predictions."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_marchenko_pastur_density_moments(ratio: float) -> None:
 
 
 def test_sampled_spectrum_and_angle_match_prediction() -> None:
-    """Matrices of 80 x 800 and 80 x 40 are sampled 8 times. The standard deviation of the 640 eigenvalues is then known to about
-    1 %, and the angle to 0.1 degrees."""
+    """Matrices of 80 x 800 and 80 x 40 are sampled 8 times. At a ratio of 10, the standard deviation of the 640 eigenvalues then
+    has a relative error of about 0.5 %, and the angle has an error of about 0.1 degrees."""
     table = PFASpectrum(outputs=80, inputs=100, ratios=[0.5, 10.0], histograms=[10.0], bins=6, draws=8).table()
     found = {(row.quantity, row.ratio): row for row in table.itertuples() if row.quantity != "density"}
     assert found["eigenvalue_mean", 10].measured == pytest.approx(1, abs=0.01)

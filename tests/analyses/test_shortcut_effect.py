@@ -1,4 +1,5 @@
-"""Tests of the shortcut_effect analysis: the angles equal those of gradients computed from captured activations and errors."""
+"""Tests of the shortcut_effect analysis: an angle is recomputed from captured activations and errors, and measuring has no side
+effects."""
 
 from __future__ import annotations
 
@@ -63,8 +64,8 @@ def test_layers_without_sharing_are_exact_under_true_error() -> None:
 
 
 def test_shortcuts_reduce_sharing_angle() -> None:
-    """Shortcuts reduce the angle even in an untrained net. With the default options, the mean angle over the seeds is 57 degrees
-    with shortcuts and 88 degrees without them."""
+    """Shortcuts reduce the sharing angle even in an untrained net. With the default options, its mean over the seeds is 57
+    degrees with shortcuts and 88 degrees without them."""
     with_them, without = (
         gradient_angles(parts_of(net))["stages.layer1.1.conv1"]["sharing"] for net in ("with_shortcuts", "without_shortcuts")
     )

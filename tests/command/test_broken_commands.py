@@ -1,5 +1,5 @@
-"""A broken command line gives an error of one or two lines. Its first line names what is wrong and, if possible, what is allowed
-or meant."""
+"""A broken command line gives an error of one or two lines. The first line names the mistake and, if possible, the allowed values
+or what was probably meant."""
 
 from __future__ import annotations
 

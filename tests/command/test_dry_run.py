@@ -62,7 +62,7 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def row(text: str, *cells: str) -> str:
-    """Return the rest of the line that begins with these cells, with single spaces."""
+    """Return the rest of the line that begins with these cells, with each run of spaces replaced by one space."""
     found = re.search(r"^ +" + r" +".join(map(re.escape, cells)) + r" +(.*)$", text, re.M)
     assert found is not None, (cells, text)
     return " ".join(found.group(1).split())

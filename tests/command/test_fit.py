@@ -1,4 +1,4 @@
-"""A sweep with parts that do not fit together is refused before it starts; other errors are left to the job."""
+"""A sweep with parts that do not fit together is refused before it starts; the check ignores other errors."""
 
 from __future__ import annotations
 

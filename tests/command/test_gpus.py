@@ -1,4 +1,4 @@
-"""Tests of a sweep on several CUDA devices, which need not exist."""
+"""Tests of sweeps on several CUDA devices. No such device is needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ SMALL = [
     "loggers=[]",
     "probe_every=0",
 ]
-#: A callback in which each run records the devices that its process sees, and waits until the other run has done so.
+#: The source of a callback that writes down the CUDA devices that are visible to its run, and waits until the other run has done
+#: the same.
 PLUGIN = """
 import os, time
 from pathlib import Path

@@ -33,13 +33,15 @@ SWEEP = [
     "epochs=2",
     "threads=1",
 ]
-#: The keys of training times, which differ between sweeps, and the table cells that contain such times.
+#: The keys of training times, which differ between sweeps.
 TIMES = ("seconds", "seconds_per_epoch", "seconds_per_step")
+#: Patterns of the table cells that contain such times.
 SECONDS = re.compile(r"\| [\d.]+ \| [\d.]+ (?=\| 2 seeds)")
 COST_ROW = re.compile(r"^(\| \w+ \| mlp \| synthetic \| .*)\| [\d.e-]+ \|$", re.MULTILINE)
 needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs hydra-submitit-launcher")
 LAUNCHERS = [["joblib", "hydra.launcher.n_jobs=2"], pytest.param(["submitit_local"], marks=needs_submitit)]
-#: Each run gets one signal at the end of its sixth step: submitit's for seed 0, Slurm's for seed 1.
+#: The source of a callback that sends one signal to each run at the end of its sixth step: submitit's SIGUSR2 for seed 0, and
+#: Slurm's SIGTERM for seed 1.
 SIGNALLED = """
 import os, signal
 from pathlib import Path

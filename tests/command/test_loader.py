@@ -1,5 +1,5 @@
-"""Configs that are composed once per choice of components equal Hydra's own, and no job sees the config of another job or
-command."""
+"""The loader composes each choice of components only once. Its configs equal Hydra's, and no job sees the config of another job
+or command."""
 
 from __future__ import annotations
 

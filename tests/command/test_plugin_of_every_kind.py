@@ -1,5 +1,5 @@
-"""A user's module needs no import from the project except ``fa_bench`` to add a component of every kind, which then appears in
-the command line, the help and the records."""
+"""With ``import fa_bench`` as its only import from the project, a user's module can add a component of every kind. The components
+can then be chosen on the command line, and appear in the help and the records."""
 
 from __future__ import annotations
 

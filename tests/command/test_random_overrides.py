@@ -21,7 +21,8 @@ from fa_bench.registry.options import Options, option_fields
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
 from fa_bench.utils.files import RESULT
 
-#: The number of random examples. 0 runs 30 examples with a fixed seed; FA_BENCH_EXAMPLES=5000 searches longer with new seeds.
+#: The number of random examples. If it is 0, 30 examples with a fixed seed are run; FA_BENCH_EXAMPLES=5000 searches longer with
+#: new seeds.
 EXAMPLES = int(os.environ.get("FA_BENCH_EXAMPLES", "0"))
 
 NUMBERS = [
@@ -166,8 +167,8 @@ def keys(options: Options, prefix: str) -> Iterator[str]:
             yield from keys(value, f"{prefix}{field.name}.")
 
 
-#: Options that are left out of the random overrides, because they can make a run slow or read files and devices that the test
-#: does not control.
+#: Options that are left out of the random overrides, because they can make a run slow or depend on files and devices that the
+#: test does not control.
 LONG = (
     "scale",
     "device",

@@ -38,8 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def watched(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Patch the launcher class of this name to record the number of jobs in each launch; the returned list grows with every
-    launch."""
+    """Patch the launcher class `name` so that each launch appends its number of jobs to the returned list."""
     cls: Any = Plugins.instance().class_name_to_class[name]
     launch, launched = cls.launch, []
 

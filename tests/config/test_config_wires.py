@@ -62,7 +62,7 @@ def composed(*overrides: str) -> Job:
 
 @cache
 def numbers(*overrides: str) -> dict[str, Any]:
-    """What each stage of a run on one thread produced: the hashes, and the recorded results."""
+    """Run with these overrides on one thread, and return what each stage produced: hashes, and the recorded results."""
     with tempfile.TemporaryDirectory() as folder:
         result = run(composed(*BASE, "threads=1", *overrides), Path(folder, "run"))
     assert result["status"] == "finished", result["error"]
@@ -83,7 +83,7 @@ def assert_changes(stage: str, base: tuple[str, ...], change: tuple[str, ...]) -
 
 
 def keys(options: type[Options], prefix: str = "") -> set[str]:
-    """The options of a component, including nested ones such as schedule.gamma."""
+    """The names of a component's options, including nested ones such as schedule.gamma."""
     found = set()
     for field in option_fields(options):
         value = getattr(options(), field.name)
@@ -103,7 +103,7 @@ TOP = {
     "drop_last": (TRAINED, (), "false"),
     "shuffle": (BATCHES, (), "false"),
     "clip_norm": (TRAINED, (), "0.01"),
-    "accumulate": (TRAINED, (), "2"),  # equal except for rounding
+    "accumulate": (TRAINED, (), "2"),  # changes only the rounding
     "probe_size": (RECORD, (), "3"),
     "scale": (BATCHES, (), "smoke"),
     "precision": (TRAINED, (), "bf16"),
@@ -147,8 +147,8 @@ ARCHITECTURE = {
 
 
 def test_tables_cover_every_option() -> None:
-    """If the run, synthetic, mlp or an optimizer gets a new option, this test fails until the option is added to the tables of
-    this file."""
+    """If the run, synthetic, mlp or an optimizer gets a new option, this test fails until the option is added to a table in this
+    file."""
     assert set(TOP) | NOT_NUMBERS | set(VOLATILE) == keys(RunOptions)
     assert set(DATASET) == keys(DATASETS["synthetic"]) and set(ARCHITECTURE) == keys(ARCHITECTURES["mlp"])
     for name in OPTIMIZERS:
@@ -209,7 +209,7 @@ def test_mean_std_and_augmentation_options_change_batches(tmp_path: Path, monkey
 
 # --- optimizers ---------------------------------------------------------------------------------------------------------------
 
-#: Maps a key to the optimizer that has it ("any" for all optimizers), the other settings that it needs, and a value.
+#: Maps a key to an optimizer that has it ("any" if all have it), the other settings that it needs, and a value.
 OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "lr": ("any", (), "0.02"),
     "weight_decay": ("any", (), "0.1"),
@@ -279,8 +279,8 @@ def test_feedback_optimizer_option_changes_results(name: str, key: str) -> None:
 
 
 def test_optimizers_differ_and_equal_feedback_optimizer_matches() -> None:
-    """Different optimizers with equal settings give different results. A feedback optimizer with the settings of the weights'
-    optimizer trains B as the weights' optimizer itself does."""
+    """Different optimizers with equal settings give different results. A feedback optimizer with the same settings as the
+    weights' optimizer gives the same results as no feedback optimizer."""
     same = ("algorithm=kp", "optimizer.lr=0.01", "optimizer.weight_decay=0.2")
     assert len({numbers(*same, f"optimizer={name}")[TRAINED] for name in ("sgd", "adam", "adamw", "muon")}) == 4
     own = (*same, "optimizer@feedback_optimizer=sgd", "feedback_optimizer.lr=0.01", "feedback_optimizer.weight_decay=0.2")
@@ -289,11 +289,12 @@ def test_optimizers_differ_and_equal_feedback_optimizer_matches() -> None:
 
 # --- rules --------------------------------------------------------------------------------------------------------------------
 
-#: The rules are trained in a net with two hidden layers. EDGE and CUT contain options that several rules share; RULES maps rules
-#: to their options and a value of each.
+#: The net in which the rules are trained has two hidden layers.
 HIDDEN = ("architecture.widths=[6,5]",)
+#: Options that several rules share, with a value for each option.
 EDGE = {"include": "['fc1','fc2']", "exclude": "['fc3']", "plain_last": "true"}
 CUT = {"cuts": "['act2']", "freeze_stem": "true"}
+#: Maps a rule to its options, with a value for each option.
 RULES: dict[str, dict[str, str]] = {
     "fa": {**EDGE, "b_init": "pytorch", "density": "0.5", "freeze_stem": "true"},
     "kp": {**EDGE, "b_init": "pytorch", "b_lr_scale": "0.5", "freeze_stem": "true"},

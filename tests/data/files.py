@@ -100,7 +100,7 @@ def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = 
 
 
 TINY = "tiny-imagenet-200"
-#: The classes are not sorted, like those in the published wnids.txt.
+#: The class names are not sorted, as in the published wnids.txt.
 TINY_CLASSES = ["n03", "n01", "n02"]
 #: The class of each validation image.
 TINY_ANNOTATED = ["n02", "n01", "n03", "n01"]

@@ -134,7 +134,7 @@ def test_invalid_return_type_of_arrays_is_reported(returned: object, said: str) 
 
 
 def test_narrow_images_with_many_channels_are_accepted() -> None:
-    """Signals of 12 leads, for example, are accepted as images with 12 channels and one column."""
+    """12-lead signals, for example, are accepted as images with 12 channels and one column."""
     x = np.random.default_rng(0).integers(0, 256, (6, 12, 50, 1), dtype=np.uint8)
     assert load(x, test_x=x).input_shape == (12, 50, 1)
 
@@ -167,7 +167,7 @@ def test_os_errors_are_reported() -> None:
 
 
 def test_class_without_training_images_is_noted() -> None:
-    """For example, a class has no training image if the labels start at 1 but the names start at 0."""
+    """A class has no training image if, for example, the labels count from 1, although classes are numbered from 0."""
     x, notes = np.full((4, 2, 2), 200, np.uint8), []
     checked((x, np.array([1, 2, 1, 2]), x, np.array([1, 2, 1, 2]), ["a", "b", "c"]), notes)
     assert notes == ["no training image has label 0 (a)"]

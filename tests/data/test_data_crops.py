@@ -28,7 +28,7 @@ from fa_bench.errors import OptionError
 from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
-#: The rounding of the float32 weights changes a level by up to 1e-6 of 255, and by a few times as much near a border.
+#: The rounding of the float32 weights changes a pixel's level by up to 1e-6 of 255, and by a few times as much near a border.
 CLOSE = {"rtol": 0, "atol": 2e-3}
 
 
@@ -100,8 +100,8 @@ def test_boxes_from_given_draws() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 40)])
 def test_box_distribution_matches_torchvision(height: int, width: int) -> None:
-    """The means of the boxes, of their squares, of the areas and of the ratios of 4,000 boxes from each implementation agree
-    within 4 standard errors of their difference."""
+    """For 4,000 boxes from each implementation, the means of the coordinates, their squares, the areas and the aspect ratios
+    differ by less than 4 standard errors."""
     from torchvision.transforms import RandomResizedCrop
 
     torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""Tests of ImageNet from small folders with its layout: crops are computed while decoding, and errors name missing parts."""
+"""Tests of the dataset imagenet on small folders with ImageNet's layout: crops are computed while decoding, and errors name
+missing parts."""
 
 from __future__ import annotations
 

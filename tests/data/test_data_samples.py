@@ -60,7 +60,7 @@ def test_samples_scale_with_trials_and_excess_is_rejected() -> None:
 def test_tabular_and_text_support_samples() -> None:
     assert len(load("tabular", samples=30).train) == 30 and len(Text(samples=10).load(Path(), CPU).train) == 10
     few = Tabular(samples=30).load(Path(), CPU).train
-    assert torch.allclose(few.inputs.mean(0), torch.zeros(10), atol=1e-5), "not scaled by the samples that are trained on"
+    assert torch.allclose(few.inputs.mean(0), torch.zeros(10), atol=1e-5), "not scaled with the selected samples' statistics"
 
 
 def test_synthetic_uses_own_samples_option() -> None:

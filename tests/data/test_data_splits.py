@@ -324,7 +324,7 @@ def test_digits_match_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     read = dataset.arrays(NOWHERE)
     assert all(np.array_equal(mine, theirs) and mine.dtype == theirs.dtype for mine, theirs in zip(read, expected, strict=False))
     assert read[4] == list(map(str, bunch.target_names))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # another scikit-learn may store its file elsewhere
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # other scikit-learn versions may store it elsewhere
     assert all(map(np.array_equal, dataset.arrays(NOWHERE), read))
 
 

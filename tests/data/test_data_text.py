@@ -51,7 +51,7 @@ def test_training_windows_depend_on_seed_and_epoch() -> None:
         assert sorted(first // 10 for first in of_epoch) == list(range(9)), "windows overlap or are missing"
         assert max(of_epoch) + 10 < 103
     later = [x for x, _ in split.batches(4, seed=0, epoch=1, start=1)]
-    assert torch.equal(later[0], list(split.batches(4, seed=0, epoch=1))[1][0]), "start=1 gives other batches"
+    assert torch.equal(later[0], list(split.batches(4, seed=0, epoch=1))[1][0]), "start=1 does not begin with the second batch"
     assert [int(x[0]) for batch, _ in split.batches(4) for x in batch] == list(range(0, 90, 10))
     counts = [len(WindowSplit(torch.arange(length), 10, False, CPU, 1.0)) for length in (100, 101)]
     assert counts == [9, 10], "the last token of a window needs a target"

@@ -263,7 +263,7 @@ def test_class_without_images_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [1, 0])
 @pytest.mark.parametrize("content", [b"not an image", None])
 def test_broken_image_is_reported(tmp_path: Path, content: bytes | None, limit: float) -> None:
-    """A file that is not an image, or is truncated, is named, whether the images are loaded into memory or streamed."""
+    """The error names a file that is truncated or not an image, whether the images are loaded into memory or streamed."""
     bad = write_tiny_imagenet(tmp_path) / "val" / "images" / "val_2.JPEG"
     bad.write_bytes(bad.read_bytes()[:1500] if content is None else content)
     with pytest.raises(DataError, match="not a readable image") as caught:

@@ -304,7 +304,7 @@ def test_truncated_image_is_reported_before_training(tmp_path: Path, kind: str, 
 
 def test_image_above_pillow_pixel_limit_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(tmp_path, Image.fromarray(picture()))
-    for most in (40, 10):  # Pillow warns about larger images, and refuses those with more than twice as many pixels
+    for most in (40, 10):  # Pillow warns above this limit, and refuses images above twice the limit
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
         with pytest.raises(DataError, match=r"more pixels than Pillow allows.*make it smaller"):
             load(tmp_path)

@@ -1,4 +1,4 @@
-"""The TensorBoard curves of a run are in one file, and equal those of an uninterrupted run even if the run was interrupted."""
+"""The TensorBoard curves of a run are stored in one file, and are the same whether or not the run was interrupted."""
 
 from __future__ import annotations
 
@@ -209,7 +209,8 @@ def test_kill_during_rewrite_loses_no_events(job: Job, tmp_path: Path, monkeypat
 
 
 def test_purge_steps_of_older_files_are_respected(job: Job, tmp_path: Path) -> None:
-    """SummaryWriter resumes with a start event, after which readers discard the later steps of the earlier file."""
+    """With purge_step=4, SummaryWriter begins its file with an event that makes readers discard the steps from 4 on in the
+    earlier file."""
     first = EventFile(tmp_path, job, 0)
     put(first, *range(9))
     first.close()

@@ -1,4 +1,4 @@
-"""A model with a rule compiles to one graph, without breaks or recompilation, and the results are those without compilation.
+"""A model with a rule compiles to one graph, without breaks or recompilation, and gives the same results as without compilation.
 
 Rules that run the model again in the backward pass refuse compilation.
 """
@@ -227,7 +227,7 @@ def test_compiled_model_accepts_keyword_arguments(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["kp", "brsf"])
 def test_default_compiler_matches_eager(spec: str) -> None:
-    """Fused kernels round in a different order. In each step, the rounding changes weights of about 0.1 by a relative error of
+    """Fused kernels compute in a different order. In each step, rounding changes weights of about 0.1 by a relative error of
     1e-7, which BatchNorm amplifies."""
     if _no_compiler():
         pytest.skip("no C++ compiler")

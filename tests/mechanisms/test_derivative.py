@@ -1,4 +1,4 @@
-"""Tests of the finite difference in place of the derivative of a nonlinearity: limits, scale, covered modules, and refusals."""
+"""Tests of the finite difference that replaces the derivative of a nonlinearity: limits, scale, covered modules, and refusals."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def make(kind: type[nn.Module]) -> nn.Module:
 
 @pytest.mark.parametrize("kind", NONLINEAR)
 def test_only_small_beta_matches_backprop(kind: type[nn.Module]) -> None:
-    """With a β of 1e-6 and errors of size 1, third-order differences vanish, and rounding is 1e-16 / 1e-6. The inputs do not hit
-    a kink."""
+    """With a β of 1e-6 and errors of size 1, third-order terms vanish, and rounding errors are about 1e-16 / 1e-6. The inputs do
+    not hit a kink."""
     model = mlp(make(kind))
     want = exact(model)
     rule = fa_bench.attach(model, "dual_propagation", beta=1e-6)
@@ -83,7 +83,7 @@ def test_linear_activations_match_backprop_for_every_beta() -> None:
 )
 @pytest.mark.parametrize("sign", [1, -1])
 def test_relu_slope_is_linear_between_thresholds(a: float, slope: float, sign: int) -> None:
-    """With β s |g| = 2, the slope is 1 above 2, 0 below -2, and (a + 2) / 4 between."""
+    """Here, β |g| is 2, so the slope is 1 for a above 2, 0 for a below -2, and (a + 2) / 4 in between."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False)).double()
     rule = fa_bench.attach(model, "dual_propagation", beta=2.0)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_rejects_activation_replaced_after_attach() -> None:
 
 
 class Calls(nn.Module):
-    """A net that computes one nonlinearity by a module and the other by a function."""
+    """A net that computes one nonlinearity with `nn.ReLU` and the other with the given function."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -384,8 +384,8 @@ def test_activation_accepts_input_without_grad_outside_model() -> None:
 
 
 def test_bfloat16_computes_difference_in_single_precision() -> None:
-    """bfloat16 rounds to 2^-8, so a difference of 1e-3 of the values would be rounded to 0 or doubled if it were computed in
-    bfloat16."""
+    """bfloat16 has a relative precision of only 2^-8, so a difference of 1e-3 of the values would consist mostly of rounding
+    errors if it were computed in bfloat16."""
     model = mlp(nn.Tanh()).float()
     model.zero_grad()
     F.cross_entropy(model(X.float()), Y).backward()
@@ -415,8 +415,8 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 @needs_compiler
 def test_compiled_graph_accepts_any_loss_scale_and_batch_size() -> None:
-    """One graph supports losses of every scale. The graph is recompiled once for a variable size, and then supports batches of
-    every size."""
+    """One graph supports losses of every scale. When the batch size first changes, the graph is recompiled, and then supports
+    every batch size."""
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):

@@ -1,5 +1,5 @@
-"""Tests of named feedback tensors: the rule supplies or initialises them, they are fixed or learned, and each is stored in a
-single place."""
+"""Tests of named feedback tensors: the rule supplies or initialises them, they are fixed or learned, and only one file accesses
+their storage."""
 
 from __future__ import annotations
 

@@ -194,7 +194,8 @@ def test_repeated_pass_uses_training_mode_of_first_pass() -> None:
 
 
 def test_precise_pass_disables_autocast_and_uses_changed_weights() -> None:
-    """Autocast caches casts of weights, so it would use the values from before a rule changed the weights."""
+    """Autocast caches casts of weights. With this cache, a repeated pass would use the values from before a rule changed the
+    weights."""
     model = net()
     weight = model.get_submodule("4").weight
 

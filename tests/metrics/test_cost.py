@@ -1,4 +1,5 @@
-"""The predicted cost of a step (multiplications, bytes moved and peak memory) equals counts by hand or of an actual step."""
+"""The predicted cost of a step (multiplications, bytes moved and peak memory) equals what is counted by hand or in an actual
+step."""
 
 from __future__ import annotations
 

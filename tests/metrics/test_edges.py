@@ -299,8 +299,8 @@ def test_one_step_error_uses_weight_rows_of_each_call() -> None:
     model, x, y = CrossAttention().double(), torch.randn(5, 6, 4, dtype=torch.float64), torch.arange(5) % 3
     passes = Passes(AlignmentMeter(fa_bench.attach(model, "fa", sample_input=x), x, y))
     weight, point = model.attention.in_proj_weight.detach(), ("attention.in_proj", INPUT)
-    # The first rows of the weight are those of the queries. Keys and values have the same input, so its error is the sum of both
-    # parts.
+    # The first rows of the weight are those of the queries. Keys and values have the same input, so the error of this input is
+    # the sum of their errors.
     (before, *_), (after, *_) = passes.delivered.calls[point], passes.delivered.calls["attention.in_proj", OUTPUT]
     assert before.rows == slice(0, 8) and after.error is not None
     exact = (after.error @ weight[:8]).movedim(1, 0)

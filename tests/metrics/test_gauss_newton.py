@@ -43,7 +43,7 @@ def test_jacobian_and_pseudo_inverse_match_torch() -> None:
         assert torch.allclose(found[number], want)
     delta = torch.randn(5, 3, dtype=torch.float64)
     wanted = torch.stack([torch.linalg.pinv(j) @ d for j, d in zip(found, delta, strict=True)])
-    assert torch.allclose(gauss_newton(found, delta), wanted, rtol=1e-3)  # the damping is one millionth
+    assert torch.allclose(gauss_newton(found, delta), wanted, rtol=1e-3)  # the relative damping is 1e-6
     assert (gauss_newton(torch.zeros(5, 3, 7), delta) == 0).all()
 
 

@@ -71,7 +71,7 @@ def test_readout_matches_closed_form_ridge_regression() -> None:
     generator = np.random.default_rng(0)
     for samples, features in ((50, 6), (6, 50)):  # the second has fewer samples than features
         x, labels = 3 * generator.standard_normal((samples, features)) + 1, generator.integers(0, 4, samples)
-        got = readout.fit(x, labels, classes=5)  # one of the classes is missing
+        got = readout.fit(x, labels, classes=5)  # class 4 does not occur
         centred, targets = x - x.mean(0), np.eye(5)[labels]
         strength = 0.01 * samples * x.var(0).mean()
         weight = np.linalg.solve(centred.T @ centred + strength * np.eye(features), centred.T @ (targets - targets.mean(0)))
@@ -471,8 +471,8 @@ def test_probe_side_effects_are_undone(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_state_restored_keeps_pending_brsf_sample() -> None:
-    """brsf samples its feedback when the feedback is read, so the restored values must be those of this sample, not of an earlier
-    one."""
+    """brsf samples its feedback only when the feedback is read. If a sample is pending when the state is saved, the restored
+    values must be those of the pending sample, not of an earlier one."""
     drawn = []
     for probed in (True, False):
         subject = subject_of(mlp(), "brsf")

@@ -86,7 +86,7 @@ def test_resuming_finished_run_measures_missing_probes(in_empty_folder: None, mo
     assert (result_in("run")["test_accuracy"], Path("run/metrics.jsonl").read_text()) == before
     assert result_in("run")["probes"] == result_in("whole")["probes"] and result_in("run")["status"] == "finished"
     monkeypatch.setattr(Recorder, "measure_probes", None)
-    assert main([*TINY, "probes=[readout]", "hydra.run.dir=run", "resume=true"]) == 0  # it has already been measured
+    assert main([*TINY, "probes=[readout]", "hydra.run.dir=run", "resume=true"]) == 0  # readout has already been measured
 
 
 def test_restarted_run_does_not_measure_checkpoint_model(in_empty_folder: None) -> None:

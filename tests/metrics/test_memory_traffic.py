@@ -20,7 +20,8 @@ from fa_bench.registry.registries import ALGORITHMS, ANALYSES, ARCHITECTURES
 from fa_bench.registry.specs import component, parse_spec
 from fa_bench.rules.asap import ASAP
 
-# The sizes (channels x height x width) of the stem's output and of both convolutions' outputs in every block, by stage.
+# The sizes (channels x height x width) of the maps of resnet18, by stage: the outputs of the stem and of both convolutions in
+# every block.
 MAPS = (64 * 32 * 32, 128 * 16 * 16, 256 * 8 * 8, 512 * 4 * 4)
 
 

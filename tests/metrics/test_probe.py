@@ -66,8 +66,8 @@ def mean_angle(u: Tensor, v: Tensor) -> float:
 
 
 def errors_by_hand(model: nn.Sequential, carry: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """For `mlp`: the error at the logits ("delta"), the errors at the hidden activations after layers "2" and "0", propagated
-    with the matrices in `carry`, of shape (O, I), and the slope of the second activation."""
+    """The error at the logits of `mlp` ("delta"), the errors at the activations after layers "2" and "0", which are propagated
+    with the matrices (O, I) in `carry`, and the slope of the second activation ("slope")."""
     a1 = x @ model[0].weight.T + model[0].bias
     h1 = a1.tanh()
     h2 = (h1 @ model[2].weight.T + model[2].bias).sigmoid()
@@ -236,7 +236,7 @@ def test_feedback_and_output_layers_in_execution_order():
     assert (probe.feedback_layers, probe.output_layers) == (["2", "4"], ["4"])
 
     class Two(nn.Module):
-        """A net in which two layers have the net's input as their input, and two compute the logits."""
+        """A net whose input enters two layers, and whose logits are the sum of the outputs of two layers."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -274,8 +274,8 @@ def test_angles_use_trained_output_of_several(name: str, options: dict[str, str]
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_projection_shortcut_is_feedback_layer(pooled: bool) -> None:
-    """A projection carries an error, whether it has the same input as the block's first layer or, as in ResNet-D, the average of
-    this input."""
+    """A projection carries an error, whether it has the same input as the block's first layer or, as in ResNet-D, this input
+    after average pooling."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -242,7 +242,7 @@ def test_evaluation_restores_the_mode_of_every_module(name: str) -> None:
 
 
 class Merges(nn.Module):
-    """Has a different factor in evaluation mode, and changes it only in `train`, like modules that merge weights into others."""
+    """Has a different factor in evaluation mode, which it sets only in `train`, like modules that merge weights into others."""
 
     def __init__(self) -> None:
         super().__init__()

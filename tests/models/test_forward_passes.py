@@ -19,7 +19,8 @@ from .by_hand import ByHand
 Shape = tuple[int, int, int]
 Reference = Callable[..., Tensor]
 
-#: The published image sizes, and 36x28, which has different sides and gives odd sizes in the third stage.
+#: Shapes of images: the published ones, and one of 36x28, which has different sides and gives odd sizes in the third stage.
+#: CLASSES is the number of classes.
 MNIST, CIFAR, ODD, CLASSES = (1, 28, 28), (3, 32, 32), (3, 36, 28), 10
 
 #: Maps the name of a case to the architecture, its options, the shape of an image, the net written by hand, and its arguments.

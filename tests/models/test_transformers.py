@@ -211,7 +211,7 @@ CUTS: dict[str, dict[str, list[str]]] = {
 
 @pytest.mark.parametrize(("architecture", "cut"), [(name, cut) for name, cuts in CUTS.items() for cut in cuts])
 def test_no_error_passes_cut_of_residual_stream(architecture: str, cut: str) -> None:
-    """If the feedback of all other cuts is zero, the gradients of a cut's layers are bitwise identical, and other layers get
+    """If the feedback of all other cuts is zero, the gradients of a cut's layers are bitwise unchanged, and other layers get
     none.
 
     The error does not pass a cut through the identity path. LayerNorms within blocks learn through the weight of the layer after

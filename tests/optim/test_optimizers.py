@@ -412,8 +412,8 @@ def test_feedback_without_gradient_is_unchanged() -> None:
 
 
 def test_step_schedule_sets_lr_of_current_step() -> None:
-    """The learning rate is the one for the current step as soon as the optimizers exist, in an epoch that starts at another step,
-    and in each step."""
+    """The learning rate is that of the current step as soon as the optimizers exist, at the start of an epoch, whatever its first
+    step, and in each step."""
     schedule = OneCycle()
     optimizers = Optimizers(SGD(lr=0.1, schedule=schedule), attached(), 2, steps_per_epoch=5)
     assert optimizers.lr == schedule.at(0.1, 0, 10)

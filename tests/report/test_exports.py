@@ -172,8 +172,8 @@ def test_aggregate_over_tasks_and_seeds(tmp_path):
     write_set(tmp_path, "kp", 0, 0.9)
     table, left_out = over_tasks(in_order(runs_in(tmp_path)))
     (fa,) = table.to_dict("records")
-    # A resample has two of (50, 60) and two of (70, 95). In ascending order, the second value of the resample is 50 (1/4) or 60,
-    # and the third is 70 (3/4) or 95.
+    # A resample has two of (50, 60) and two of (70, 95). In ascending order, the second value of the resample is 50 with a
+    # probability of 1/4 and otherwise 60, and the third is 70 with a probability of 3/4 and otherwise 95.
     assert (fa["tasks"], fa["n"], fa["iqm"], fa["mean"]) == (2, 4, 65, 68.75)
     assert (fa["iqm_low"], fa["iqm_high"]) == (60, 77.5)
     assert left_out == ["kp is not in the aggregate: no finished run in mnist, mlp"]

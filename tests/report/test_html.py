@@ -98,7 +98,7 @@ def test_values_common_to_all_rows_are_shown_above_table(tmp_path):
     assert "architecture mlp, dataset digits" in common and "seeds" not in common and "status" not in common
     head = page.of("button")
     assert "architecture" not in head and "dataset" not in head
-    assert "seeds" in head and "runs" in head and "status" in head  # these texts differ between rows
+    assert "seeds" in head and "runs" in head and "status" in head  # these columns differ between rows
     assert page.of("td").count("90.00") >= 4  # rows keep their numbers even if all are equal
 
 

@@ -115,7 +115,7 @@ def test_states_and_remaining_time(sweep):
 
 
 def test_resumed_run_is_not_estimated_faster_than_training(tmp_path):
-    run = write_begun(tmp_path, "kp", 0, epochs=10)  # 2 s each; the present process has trained only the last of them
+    run = write_begun(tmp_path, "kp", 0, epochs=10)  # 2 s per epoch; the present process has trained only the last one
     with at_work(run, started=at(3.0)):
         written(run, 1.0, started=500.0)
         (line,) = live.Watcher([tmp_path]).look(NOW)

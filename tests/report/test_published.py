@@ -1,4 +1,4 @@
-"""Tests of the published numbers: the file itself, the runs to which they are compared, and the comparison."""
+"""Tests of the published numbers: the file itself, the runs with which they are compared, and the comparison."""
 
 from __future__ import annotations
 

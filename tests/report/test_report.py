@@ -175,7 +175,7 @@ def test_accuracy_mean_std_and_interval(tmp_path):
 
 
 def test_interval_requires_three_values():
-    assert blank(half_width([1.0, 3.0])) and value_range([1.0, 3.0]) == (1, 3)  # no interval of 12.7 standard errors
+    assert blank(half_width([1.0, 3.0])) and value_range([1.0, 3.0]) == (1, 3)  # not a half width of 12.7 standard errors
     assert blank(value_range([1.0])[0])
     assert blank(half_width([1.0])) and blank(half_width([])) and blank(half_width([1.0, 2.0, None, float("inf")]))
 

@@ -179,7 +179,7 @@ def test_loop_matches_handwritten_reference(name: str, options: dict[str, Any], 
         # steps.
         assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(trained(rules[0]), trained(rules[1]), rtol=1e-4, atol=1e-5)
-    # No optimizer updates the B of wm.
+    # `trained` does not include the B of wm, which no optimizer updates.
     torch.testing.assert_close(rules[0].feedback, rules[1].feedback, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rules[0].model.state_dict(), rules[1].model.state_dict(), rtol=1e-4, atol=1e-5)
 

@@ -221,7 +221,7 @@ def test_every_field_of_the_progress_is_restored() -> None:
     )
     fields = [field.name for field in dataclasses.fields(Progress)]
     plain = vars(Progress())
-    assert [name for name in fields if vars(progress)[name] == plain[name]] == [], "give every field another value"
+    assert [name for name in fields if vars(progress)[name] == plain[name]] == [], "give every field a non-default value"
     rule, optimizers = make()
     checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", "data", progress, rule, optimizers)
     loaded = checkpoint.load([Path("a/last.pt")], Expected("hash", "data", 9, 4), rule, optimizers, warn=pytest.fail)

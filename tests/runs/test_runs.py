@@ -188,7 +188,7 @@ def test_resuming_finished_run_changes_nothing(grid: bool, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert "already finished; nothing to do" in said and "epoch 1/2" not in said
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()} == before
-    (run / RESULT).unlink()  # as if it was killed between the last checkpoint and the result
+    (run / RESULT).unlink()  # as if it had been killed between the last checkpoint and the result
     assert main(command) == 0
     assert result_in(run)["status"] == "finished" and result_in(run)["epoch"] == 2
 

@@ -161,7 +161,7 @@ def test_too_few_samples_are_refused_before_training(capsys: pytest.CaptureFixtu
 
 def test_dry_run_reports_memory_of_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RUN, "--dry-run"]) == 0
-    assert "most recent error of each of 40 training samples takes 1.64 kB" in capsys.readouterr().out  # 40 (10 x 4 + 1)
+    assert "most recent error of each of 40 training samples takes 1.64 kB" in capsys.readouterr().out  # 40 x (10 x 4 + 1) B
 
 
 def subject(size: int) -> tuple[Subject, Any]:

@@ -40,7 +40,7 @@ COMMON = [
     "probe_every=2",
 ]
 RUN = [*COMMON, "hydra.run.dir=run"]
-#: Cases with a feedback optimizer, masks, a phase before training, or new samples in every step.
+#: Cases with a feedback optimizer, masks, a phase before training, or feedback that is sampled again in every step.
 RULES = [
     ["algorithm=kp", "optimizer@feedback_optimizer=adam"],
     ["algorithm=pfa", "algorithm.density=0.5", "algorithm.ratio=2"],
@@ -104,7 +104,7 @@ def test_error_after_signal_is_interrupt() -> None:
     with pytest.raises(Interrupted) as caught, interrupt_on_signals():
         try:
             signal.raise_signal(signal.SIGTERM)
-        except BaseException:  # as if an import was interrupted
+        except BaseException:  # as if an import had been interrupted
             raise AttributeError("half a module") from None
     assert caught.value.code == 143
     with pytest.raises(AttributeError), interrupt_on_signals():

@@ -63,7 +63,7 @@ def test_hash_covers_only_imported_files(folder: Path, name: str) -> None:
 
 
 def test_component_file_is_hashed_without_plugin(folder: Path) -> None:
-    """The file of a rule that a script registers counts, and so do the modules that the script imports."""
+    """The hash includes the file of a rule that a script registers, and the modules that the script imports."""
     rule = type("Rule", (), {"__module__": "my_plugin"})
     assert code_hash([], [rule]) == code_hash(["my_plugin"]) != code_hash()
     before = code_hash([], [rule])

@@ -73,7 +73,7 @@ def test_lr_matches_torch_schedulers(schedule: Schedule, build) -> None:
 
 def test_shortened_scales_all_counts_of_schedule() -> None:
     """All counts are reduced to a tenth, but not below one. A schedule without warm-up does not gain one, and options that are
-    fractions of the training do not change."""
+    fractions of the length of a run do not change."""
     length, total = (lambda number: max(round(number / 10), 1)), 10
     for schedule, wanted in [
         (Constant(warmup=30), Constant(warmup=3)),

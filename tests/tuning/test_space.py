@@ -192,7 +192,7 @@ def test_rules_with_equal_spaces_and_results_get_equal_trials(sampler: str) -> N
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
 def test_best_is_earliest_of_equal_completed_trials(higher_is_better: bool) -> None:
-    """Equal trials are compared in the same way whether higher or lower scores are better."""
+    """The choice is the same whether higher or lower scores are better."""
     sign = 1 if higher_is_better else -1
     outcomes = [
         Outcome("done", sign * 0.5),

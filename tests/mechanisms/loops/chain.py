@@ -18,7 +18,7 @@ from fa_bench.registry.registries import ALGORITHMS
 RULES = list(ALGORITHMS)
 #: Rules that cover all weights in any kind of module, because they propagate no error through modules.
 COVERS_ALL = ["weight_perturbation"]
-#: Rules that cut the graph and take their error from one output of the model.
+#: Cut rules other than those in COVERS_ALL, and asfp_lc. They take their error from one output of the model.
 CUT_RULES = [name for name, rule in ALGORITHMS.items() if issubclass(rule, CutRule) and name not in COVERS_ALL] + ["asfp_lc"]
 #: Edge rules, bp, and the rules that freeze layers, except np_feedback and asfp_lc, which need the labels. All these rules learn
 #: from any loss.

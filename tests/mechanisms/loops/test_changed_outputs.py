@@ -21,7 +21,8 @@ from .chain import RULES, Chain, assert_same, attach, batch, draw_the_same_for_e
 X, Y = batch(12)
 LABELS = Y.clamp(max=1)  # the masked class does not occur
 INDICES = torch.arange(len(Y))
-#: Rules that evaluate the objective on the model's output themselves, so that they would ignore a change between output and loss.
+#: Rules that evaluate the objective on the model's output themselves, and would therefore ignore a change between output and
+#: loss.
 OF_OBJECTIVE = [name for name, rule in ALGORITHMS.items() if getattr(rule, "learns_by_objective", False)] + ["np_feedback"]
 #: Rules that measure the scale of every loss unless it is given.
 ALWAYS_MEASURED = ["f3"]

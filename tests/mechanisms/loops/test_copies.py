@@ -30,7 +30,7 @@ def test_parameter_groups_of_copied_and_reloaded_models(name):
     assert len(expected[0]) + len(expected[1]) == len(list(model.parameters()))
     copied = copy.deepcopy(copy.deepcopy(model))
     assert groups(copied) == expected
-    for _ in range(3):  # freed tensors may share their ids with later ones
+    for _ in range(3):  # later tensors may reuse the ids of freed ones
         model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
         gc.collect()
         assert groups(model) == expected

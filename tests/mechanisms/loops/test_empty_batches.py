@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .chain import RULES, attach
 
-#: Rules that refuse outputs with positions.
+#: Rules that refuse models with an output for each position.
 WITHOUT_POSITIONS = ("dfc", "f3", "forward_forward", "ldrl", "pepita", "predsim")
 
 

@@ -1,4 +1,4 @@
-"""A trainable module can precede the attached model, and other inputs may require a gradient, too."""
+"""The input of an attached model may require a gradient: it may be the output of a trainable module, or a leaf tensor."""
 
 from __future__ import annotations
 

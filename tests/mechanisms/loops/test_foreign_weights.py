@@ -252,8 +252,8 @@ def test_sample_input_accepts_tensor_sequence_and_dict(name: str, sample: Any) -
 
 @pytest.mark.parametrize("name", COVERING)
 def test_token_model_requires_sample_input(name: str) -> None:
-    """Zeros, which attach may use in place of a sample, are not tokens. Rules that need the pass ask for a sample; the others
-    refuse the table, because they do not observe its use."""
+    """In place of a sample, attach may use zeros, which are not tokens. Rules that must observe a forward pass ask for a sample;
+    the others refuse the position table, because they do not observe how it is used."""
     model = Reader()
     with pytest.raises(CoverageError, match=r"needs sample_input, one input batch|uncovered: pos \(in a Reader\)"):
         attach(model, name)
@@ -302,7 +302,7 @@ def test_error_names_matmul_use_of_tied_embedding() -> None:
 
 
 def test_unused_embedding_is_local() -> None:
-    """A table that does not run in the sample's pass is accepted, because a look-up propagates no error."""
+    """An embedding that the sample's forward pass does not use is accepted, because a look-up propagates no error."""
 
     class Unused(Reader):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Tests with a frozen part, an input that requires a gradient, and feedback that is to stay fixed."""
+"""Tests with a frozen part, an input that requires a gradient, and feedback that must stay fixed."""
 
 from __future__ import annotations
 

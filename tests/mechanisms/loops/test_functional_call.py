@@ -16,7 +16,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from .chain import CUT_RULES, RULES, Chain, assert_same, attach, batch, gradients
 
 X, Y = batch(12)
-#: Each rule, and variants of some rules.
+#: Maps the name of a variant to its rule and options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
     "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
     "information_alignment forward": ("information_alignment", {"update_forward": True}),

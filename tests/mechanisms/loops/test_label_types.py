@@ -1,6 +1,6 @@
 """Labels may have any integer type, and every rule treats them like 64-bit integers.
 
-Rules that use the labels refuse labels that do not fit, with an error that names the cause.
+Rules that use the labels refuse invalid ones, with an error that names the cause.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def test_invalid_labels_error_names_rule_and_cause(name: str, wrong: str, scale:
     except ValueError as error:
         assert not gradients(model)
         needs_target = "requires labels" in str(error) and "class indices of shape (N,)" in str(error)
-        not_theirs = "is not a multiple of that of the mean cross-entropy" in str(error)  # because the loss is that of Y
+        not_theirs = "is not a multiple of that of the mean cross-entropy" in str(error)  # because the loss was computed from Y
         assert f"rule '{name}'" in str(error)
         assert needs_target or not_theirs or re.search(message, str(error)), error
 

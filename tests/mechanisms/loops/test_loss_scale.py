@@ -34,13 +34,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "dgl linear": ("dgl", {"auxiliary_net": "linear"}),
     "dfc voltage": ("dfc", {"learning_rule": "voltage_difference"}),
 }
-#: Rules whose errors depend on the whole batch, because of similarities of pairs, batch normalisation in auxiliary nets, or a
-#: cosine.
+#: Rules whose errors depend on the whole batch, because of similarities between pairs of samples, batch normalisation in
+#: auxiliary nets, or a cosine.
 TOGETHER = ("predsim", "dgl", "asfp_lc", "grape")
 #: Rules that sample their feedback again in every forward pass.
 REDRAWN = ("brsf",)
-#: Variants that compute hidden errors or, in fdfa and grape, only gradients of feedback from the labels. These do not
-#: automatically scale with the loss.
+#: Variants whose hidden errors are computed from the labels, and therefore do not scale with the loss by themselves. In fdfa and
+#: grape, only the gradients of the feedback are computed in this way.
 OF_LABELS = (
     "drtp",
     "drtp sign",
@@ -62,8 +62,8 @@ OF_LABELS = (
 )
 #: Rules in OF_LABELS that compute even the error of the output layer from the labels.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
-#: Maps a variant in OF_LABELS to the parts that learn from the error at the output; with the variants that are not listed, only
-#: the head does. In the first step of bp_deepsup, the classifiers are zero, so the hidden parts get no other error. In fdfa and
+#: Maps a variant in OF_LABELS to the parts that learn from the error at the output; for variants that are not listed, only the
+#: head does. In the first step of bp_deepsup, the classifiers are zero, so the hidden parts get no other error. In fdfa and
 #: grape, only the gradient of the feedback has to be scaled.
 OWN: dict[str, tuple[str, ...]] = {
     **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
@@ -166,7 +166,8 @@ def test_explicit_loss_scale_multiplies_label_errors(variant: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ other losses
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5])
-#: Maps a name to a loss and the ratio of its gradient to that of the mean cross-entropy, or None if it is not a multiple.
+#: Maps a name to a loss and to the ratio of its gradient to that of the mean cross-entropy (None if the gradient is not a
+#: multiple).
 LOSSES: dict[str, tuple[Loss, float | None]] = {
     "sum": (lambda logits, y: F.cross_entropy(logits, y, reduction="sum"), 12.0),
     "mean by hand": (lambda logits, y: F.cross_entropy(logits, y, reduction="none").mean(), 1.0),
@@ -334,7 +335,8 @@ def test_handwritten_mean_loss_matches_cross_entropy(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", OF_LABELS)
 def test_overflow_is_visible_in_every_gradient(variant: str) -> None:
-    """After an overflow, every nonzero gradient contains inf or NaN, so code that checks only some of them skips the update."""
+    """After an overflow, every nonzero gradient contains inf or NaN, so code that checks only some gradients also skips the
+    update."""
     tensors = found(variant, [(X, Y, times(torch.inf))])
     assert not [key for key, tensor in tensors.items() if tensor.any() and torch.isfinite(tensor).all()]
 
@@ -373,7 +375,7 @@ def test_is_unscaled_accepts_only_batch_means() -> None:
 
 
 def test_scale_is_inferred_for_each_backward_pass() -> None:
-    """A plain backward pass infers its own scale, even after another pass with labels; drtp with error_sign needs none."""
+    """A plain backward pass infers its own scale, even after another pass with labels; drtp with error_sign needs no labels."""
     model, rule = chain("drtp sign")
     logits = model(X64)
     rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
@@ -383,8 +385,7 @@ def test_scale_is_inferred_for_each_backward_pass() -> None:
 
 
 def test_infinite_scale_is_returned_as_infinity() -> None:
-    """An infinite scale is returned as infinity. Such a scale may come from an overflow, after which a gradient scaler skips the
-    update."""
+    """An infinite scale may come from an overflow, after which a gradient scaler skips the update."""
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0])
     delta = (logits.softmax(1) - F.one_hot(labels, 3)) * math.inf

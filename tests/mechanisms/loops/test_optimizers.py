@@ -59,7 +59,7 @@ def test_gradient_clipping_scales_weights_and_feedback_equally():
         assert weight_angle(feedback, weight) < 1e-3
 
 
-# Rules that need labels, the scale of the loss or, to keep the columns of B orthonormal, a call of `rule.step()`.
+# Rules that need labels, the scale of the loss, or a call of `rule.step()`, which makes the columns of ldfa's B orthonormal.
 CALLED = ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa", "activation_alignment")
 
 
@@ -96,7 +96,7 @@ def test_old_optimizer_without_rule_step_raises_at_next_backward(name):
 
 
 def by_hand(model, collected, data_attribute=False):
-    """A substitute for an optimizer, with a hand-written update of the parameters that are in `collected` at that time."""
+    """A substitute for an optimizer, with a hand-written update of the parameters that are in `collected` when it is called."""
 
     @torch.no_grad()
     def step():
@@ -193,8 +193,8 @@ def test_assigned_state_with_new_optimizer_continues_identically(name):
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("convert", ["double", "to"])
 def test_dtype_conversion_after_optimizer_creation(name, convert):
-    """Converting the model after creating the optimizer gives the same result as converting it first. The optimizer has no state
-    yet when the model is converted, because torch does not convert such a state."""
+    """Converting the model after creating the optimizer gives the same result as converting it first. The model is converted
+    before the optimizer has a state, because torch would not convert this state."""
     one, two = attached(name, torch.float32), attached(name, torch.float32)
     optimizer = sgd(one[0].parameters())
     two[0].double()

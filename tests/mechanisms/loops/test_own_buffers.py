@@ -27,8 +27,8 @@ HOW = ["in place", "replaced"]
 
 
 class Centred(nn.Module):
-    """Subtracts a running mean, which it updates in place or replaces, and counts its calls, possibly in a buffer that it shares
-    with other modules."""
+    """Subtracts a running mean, which it updates in place or replaces, and counts its calls in training mode, possibly in a
+    buffer that it shares with other modules."""
 
     mean: Tensor
     calls: Tensor

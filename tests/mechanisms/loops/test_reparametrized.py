@@ -210,7 +210,7 @@ def test_rejects_trainable_weight_norm_of_frozen_weight(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ quantisation
 def quantised(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that it is deprecated
+        warnings.simplefilter("ignore")  # torch warns that this function is deprecated
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
 
 

@@ -184,7 +184,6 @@ def test_empty_batch_with_extra_dimensions():
 
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1 + 1e-9, False), (0.95, True), (1.01, True), (0.0, True)])
 def test_lr_deviation_warns_unless_due_to_rounding(factor, warned):
-    """A deviation of the learning rate causes a warning unless it is due to rounding."""
     model, rule = attached("kp")
     optimizer = sgd([{"params": rule.weight_parameters()}, {"params": rule.feedback_parameters(), "lr": 0.1 * factor}])
     with warnings.catch_warnings(record=True) as caught:
@@ -242,6 +241,6 @@ class SignDescent(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_optimizer_without_lr_gives_no_warning(name):
-    """An optimizer without learning rates causes no warnings, which would be errors in this test."""
+    """Warnings are errors in this test, so an optimizer without learning rates must cause none."""
     model, rule = attached(name)
     steps(model, rule, SignDescent(model.parameters()), 2)

@@ -165,7 +165,7 @@ def test_block_rules_accept_weight_used_outside_its_layer(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ harmless uses
-#: Maps a name to a use of a weight, in a forward pass, through which no error is propagated.
+#: Maps a name to a use of a weight, in the forward pass, that propagates no error.
 HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "dtype": lambda net, h: h[:, :8].to(net.enc.weight.dtype),
     "device": lambda net, h: h[:, :8].to(net.enc.weight.device),
@@ -201,7 +201,8 @@ class Penalised(Net):
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ("frozen", "frozen_blocks", *COVERS_ALL)])
 def test_weight_penalty_adds_its_gradient(name: str) -> None:
-    """The penalty is computed outside the forward pass, or returned by it. Without the option `output`, cut rules refuse this."""
+    """The penalty is computed outside the forward pass, or returned by it. Without the option `output`, cut rules refuse a model
+    that returns the penalty."""
     model = Net()
     want = train(model, attach(model, name), X, Y, steps=1)
     want["mid.weight"] = want["mid.weight"] + 2 * Net().mid.weight.detach()
