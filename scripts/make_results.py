@@ -137,8 +137,8 @@ class Study:
     def by_setting(self, key: str, column: str = "val_accuracy", digits: int = 2) -> str:
         """A Markdown table of single runs, with a row for each rule and a column for each value of a swept key.
 
-        The highest number of each rule is in bold. If a run has not finished, the cell has its status instead of a number. The text
-        "-" means that there is no such run.
+        The highest number of each rule is in bold. If a run has not finished, the cell has its status instead of a number. A cell
+        without a run is "-".
 
         Raises:
             ValueError: if a rule has several runs with the same value of the key.

@@ -24,8 +24,8 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 #: rules divide a small difference of losses by a small number.
 ROUNDING = 10.0
 STEPS, BATCH, CLASSES = 3, 16, 10
-#: Differences are relative to the largest entry of the tensor, or to this fraction of the largest entry of all compared tensors if
-#: that is larger. Smaller entries may be rounding errors of sums whose terms cancel.
+#: Differences are relative to the largest entry of the tensor, or to this fraction of the largest entry of all compared tensors
+#: if that is larger. Smaller entries may be rounding errors of sums whose terms cancel.
 _FLOOR = 1e-4
 
 
@@ -115,9 +115,9 @@ def run(context: Context, section: Section) -> None:
         f"without TF32. Each cell is the largest relative difference of a tensor, max |a - b| / max |b|, with the tensor's name "
         f"in brackets. The columns 'gradients' compare the gradients of the first step, and the columns 'weights' compare the "
         f"weights, feedback and buffers after the last step. Tolerance: 1e-9 in float64; in float32, 1e-4 or {ROUNDING:g} times "
-        f"the difference between float32 and float64 on the CPU, whichever is larger. If {_FLOOR:g} "
-        f"times the largest entry of all compared tensors is more than max |b|, it replaces max |b|. "
-        f"The noise of all rules is sampled on the CPU."
+        f"the difference between float32 and float64 on the CPU, whichever is larger. If {_FLOOR:g} times "
+        f"the largest entry of all compared tensors is more than max |b|, it replaces max |b|. The noise of all rules is sampled "
+        f"on the CPU."
     ]
     section.columns = [
         "net",
