@@ -56,9 +56,10 @@ def bare(split: ResidentSplit) -> float:
 
 
 def ours(split: ResidentSplit, probe_every: int) -> float:
-    """The duration in seconds of an epoch in fa_bench's loop without evaluation.
+    """The duration in seconds of an epoch in fa_bench's loop, without evaluation.
 
-    Alignment is measured every `probe_every` steps; 0 means never.
+    Alignment is measured at the start, every `probe_every` steps, and at the end. If `probe_every` is 0, it is measured only at
+    the end.
     """
     model = MLP().build((1, 28, 28), 10)
     rule = fa_bench.attach(model, "bp")

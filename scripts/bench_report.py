@@ -31,7 +31,7 @@ QUANTITIES = ("weight_angle", "delta_angle", "norm_ratio", "delta_angle_one_step
 
 
 def write_runs(folder: Path, rules: int, settings: int, seeds: int, epochs: int, layers: int) -> int:
-    """Write the records of the runs below `folder`, and return the number of runs."""
+    """Generate the records of all runs in subfolders of `folder`, and return the number of runs."""
     register_schemas()
     generator = random.Random(0)
     names = [f"fc{number}" for number in range(1, layers + 1)]

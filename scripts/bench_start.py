@@ -1,8 +1,8 @@
 """Measures the time from a command to its first training step, for one run and for a sweep of many jobs.
 
-The script also times the help and the import of torch. Each command runs in a separate process.
+The script also times `fa-bench --help` and the import of torch. Each command runs in a separate process.
 
-python scripts/bench_start.py --jobs 1000
+    python scripts/bench_start.py --jobs 1000
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ cli.main(sys.argv[1:])
 
 
 def seconds(*arguments: str, expected: int = 0) -> float:
-    """The seconds that a Python process takes in an empty folder.
+    """Run Python with these arguments in an empty folder, and return the duration in seconds.
 
     Raises:
         RuntimeError: if the exit code is not `expected`.

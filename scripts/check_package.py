@@ -1,4 +1,4 @@
-"""Build the package, check it, and run the wheel's commands in an empty folder.
+"""Builds the package, checks it, and runs the wheel's commands in an empty folder.
 
     python scripts/check_package.py [--out DIR]
 
@@ -57,7 +57,8 @@ def build(dist: Path) -> tuple[Path, Path]:
     """Build the sdist, build the wheel from it, and check the metadata and contents of both.
 
     Raises:
-        SystemExit: if a file is missing in one of them.
+        SystemExit: if a required file or folder is missing in one of them.
+        CalledProcessError: if the build fails or twine finds an error.
     """
     _run([sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, ROOT], ROOT)
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")

@@ -3,10 +3,10 @@
     python scripts/compare_runs.py record before.json [--data-dir DIR] [--rules-only]
     python scripts/compare_runs.py compare before.json after.json
 
-`record` trains every rule on an MLP (with SGD and with Adam), a small convolutional net and a narrow ResNet-20. It also runs
-every experiment at ``scale=smoke`` with seed 0. All runs use the version of fa_bench that Python imports. Experiments whose
-dataset is not in DIR and cannot be downloaded are recorded as failed. `compare` prints every run that differs, and its exit code
-is 1 if there are any.
+`record` trains every rule on an MLP (with SGD and with Adam), a small convolutional net and a narrow ResNet-20. Unless
+``--rules-only`` is given, it also runs every experiment at ``scale=smoke`` with seed 0. All runs use the version of fa_bench that
+Python imports. Runs whose dataset is not in DIR and cannot be downloaded are recorded as failed. `compare` prints every run that
+differs or that is in only one of the files. Its exit code is 1 if there are such runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HASHES = ("status", "initial_weights_hash", "batches_hash", "weights_hash", "fee
 
 
 def record(data_dir: str, rules_only: bool) -> dict[str, Any]:
-    """The hashes and metrics of every run, by the name of the run."""
+    """The status, hashes and metrics of every run by name, or the reason why a run has none."""
     runs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for setting, overrides in SETTINGS.items():
@@ -73,7 +73,7 @@ def _read(directory: Path) -> Any:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """A line for each run that differs between the two records."""
+    """A line for each run that differs between the two records or is in only one of them."""
     lines = [f"{run}: only {'before' if run in before else 'after'}" for run in sorted(before.keys() ^ after.keys())]
     for run in sorted(before.keys() & after.keys()):
         old, new = before[run], after[run]

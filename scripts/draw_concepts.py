@@ -22,7 +22,7 @@ TEXT, FORWARD, EXACT, REPLACED, CUT = "#1f2328", "#6e7781", "#0550ae", "#bc4c00"
 #: Horizontal positions of the network's boxes, which are centred at height 0.
 INPUT, LAYERS, ACTIVATIONS, OUTPUT, LOGITS, LOSS = 0.0, (1.15, 3.75), (2.45, 5.05), 6.35, 7.65, 8.85
 BELOW = -0.75
-#: With these settings, the files are reproducible, and their text can be selected and searched.
+#: With these settings, the IDs in the files are reproducible, and the text can be selected and searched.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fa_bench", "font.family": "sans-serif", "font.size": 11}
 
 
@@ -44,7 +44,7 @@ def arrow(
     bend: float = 0.0,
     lift: float = 0.0,
 ) -> None:
-    """Draw an arrow, with its label at the distance `lift` above its midpoint."""
+    """Draw an arrow, with its label `lift` above the midpoint."""
     style = {"arrowstyle": "-|>", "color": colour, "lw": 1.5, "shrinkA": 0, "shrinkB": 0, "connectionstyle": f"arc3,rad={bend}"}
     axes.annotate("", xy=end, xytext=start, arrowprops=style)
     if label:
@@ -73,7 +73,7 @@ def exact_error_at_logits(axes: Axes) -> None:
 
 
 def to_weights(axes: Axes, start: float, layer: float) -> None:
-    """Draw an arrow from the error at an activation to the weights before it; this step is exact in every diagram."""
+    """Draw an arrow from the error at an activation or at the logits to the weights before it; this step is always exact."""
     arrow(axes, (start - 0.16, BELOW), (layer + 0.05, -0.31), EXACT, bend=-0.3)
 
 
@@ -143,8 +143,8 @@ def figure(kind: str) -> Figure:
     return drawing
 
 
-#: Name of the file -> the function that draws the error, the lower end of the drawing, and the legend entries after the first
-#: two.
+#: Name of the file without its extension -> the function that draws the errors, the lower end of the drawing, and the entries of
+#: the legend after "forward pass" and "exact".
 KINDS = {
     "edge_rule": (edge, -2.0, [("replaced: the feedback B of a layer", REPLACED)]),
     "cut_rule": (direct, -2.75, [("replaced: direct feedback", REPLACED), ("no error passes", CUT)]),

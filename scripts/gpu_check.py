@@ -4,8 +4,8 @@
 
 Every part runs in a separate process and has a share of the time. Later parts get the time that earlier parts did not use. A part
 is skipped, with a note on the page, if too little time is left for it. An error, a crash or a hang ends only the part in which it
-occurs. The page is written after every row. The output of the parts is in gpu_check.log. The exit code is 1 if a check failed or
-a part had an error.
+occurs. The page is updated as rows are added. The output of the parts is in gpu_check.log. The exit code is 1 if a check failed
+or a part had an error.
 
 The folder that --data-dir names contains MNIST (as torchvision stores it) and CIFAR-10. CIFAR-10 may be cifar-10-batches-py,
 cifar10_jpeg.tar.xz, or train/ and test/ with a folder of images for each class. Parts whose data are missing are skipped. With
@@ -36,7 +36,7 @@ from gpu.parts import Context, Part, run_all, run_here, run_in_process  # noqa: 
 def _part(module: str, function: str) -> Any:
     """A function that imports and calls the function of a part.
 
-    The import is delayed because the process that starts the parts does not need torch.
+    The import is delayed, so that a process imports only the part that it runs.
     """
 
     def run(context: Context, section: Section) -> None:
@@ -121,7 +121,7 @@ def check(arguments: argparse.Namespace, given: list[str]) -> int:
 
 
 def part_process(arguments: argparse.Namespace) -> int:
-    """Run one part in this process."""
+    """Run one part in this process, and return the exit code."""
     part = next(part for part in PARTS if part.name == arguments.part)
     scratch: Path = arguments.output_dir
     section = Section(part.name, part.title, path=scratch / "section.json")
@@ -130,7 +130,7 @@ def part_process(arguments: argparse.Namespace) -> int:
 
 
 def parse(given: list[str]) -> argparse.Namespace:
-    """The checked options."""
+    """The parsed options."""
 
     def names(text: str) -> list[str]:
         chosen, known = [name.strip() for name in text.split(",")], [part.name for part in PARTS]
@@ -175,7 +175,7 @@ def header(arguments: argparse.Namespace, given: list[str]) -> dict[str, str]:
 
 
 def device_and_driver(device: str) -> str:
-    """The name, driver and memory of each GPU, as printed by nvidia-smi; a note for the CPU, or if nvidia-smi fails."""
+    """The name, driver and memory of each GPU, as printed by nvidia-smi, or a note if `device` is "cpu" or nvidia-smi fails."""
     if device == "cpu":
         return f"cpu ({platform.machine()}): the logic of the check only"
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]

@@ -13,7 +13,7 @@ import griffe
 
 
 class Comments(griffe.Extension):
-    """Documents attributes that have no docstring with their option's help or with their comment."""
+    """Documents each attribute without a docstring by its option's help or by the comment above it."""
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
         """Document an attribute; griffe calls this method for every attribute that it has read."""
@@ -22,20 +22,20 @@ class Comments(griffe.Extension):
 
 
 def _option_help(node: Any) -> str:
-    """The help text in ``option(default, "help", ...)``, or an empty string for any other value."""
+    """The help text in ``option(default, "help", ...)`` as a Markdown sentence, or an empty string for any other value."""
     value = getattr(node, "value", None)
     if not isinstance(value, ast.Call) or getattr(value.func, "id", "") != "option" or len(value.args) < 2:
         return ""
     try:
         text = ast.literal_eval(value.args[1])
-    except ValueError:  # not plain text
+    except ValueError:  # the help is not a literal
         return ""
     return inspect.cleandoc(text[0].upper() + text[1:] + ".").replace("*", "\\*")
 
 
 def _comment(attr: griffe.Attribute) -> str:
     """The text of the comment lines that begin with ``#:`` directly above an attribute, or an empty string."""
-    if attr.lineno is None or isinstance(attr.filepath, list):  # a list, for packages without a file
+    if attr.lineno is None or isinstance(attr.filepath, list):  # namespace packages have a list of paths
         return ""
     lines, text = attr.lines_collection[attr.filepath], []
     for line in reversed(lines[: attr.lineno - 1]):

@@ -3,9 +3,10 @@
     python scripts/kill_runs.py --kills 100 --seed 0
 
 Every trial starts a command in an empty folder and kills it after a random time (with SIGKILL, SIGTERM or SIGINT). The same
-command is started again until it ends without being killed. The script compares the hashes of weights, feedback, optimizer state
-and batches, the lines of metrics.jsonl and angles.jsonl, the rest of the result, and all points of the curves in TensorBoard's
-file, but not timings, memory and energy. The exit code is 1 if there are any differences.
+command is started again, and may be killed again, until it completes. The script compares result.json (which contains the hashes
+of weights, feedback, optimizer state and batches), the lines of metrics.jsonl and angles.jsonl, and all points of the curves in
+TensorBoard's file. It ignores timings, memory, energy and the git state. Failed commands and leftover temporary files count as
+differences. The exit code is 1 if there are any differences.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fa_bench import cli
 from fa_bench.runs import train  # noqa: F401
 from fa_bench.utils.files import ANGLES, METRICS, RESULT
 
-#: Small nets with batch normalisation, and checkpoints that are also written within epochs.
+#: Settings of all runs: a small net with batch normalisation, and checkpoints that are also written within epochs.
 COMMON = [
     "architecture.widths=[24,16]",
     "architecture.batch_norm=true",
@@ -69,7 +70,7 @@ def start(command: list[str], folder: Path) -> int:
         code = 70
         try:
             code = cli.main(command)
-        except KeyboardInterrupt:  # before or after main, where Python handles the signal
+        except KeyboardInterrupt:  # SIGINT came before or after main, which handles it itself
             code = 130
         finally:
             sys.stdout.flush()
@@ -150,10 +151,10 @@ def trial(command: list[str], folder: Path, seconds: float, kills: int, rng: ran
 
 
 def run_trials(name: str, kills: int, rng: random.Random, bar: tqdm[Any]) -> dict[str, Any]:
-    """Perform trials of one command until it has been killed `kills` times.
+    """Perform trials of one command until its processes have been killed `kills` times in total.
 
     Returns:
-        The numbers of trials and kills, the kills by signal, and the differences.
+        The numbers of trials and kills, the kills by signal, the seconds of an uninterrupted run, and the differences.
     """
     command, signals, lines, trials = COMMANDS[name], Counter[str](), [], 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -183,7 +184,7 @@ def run_trials(name: str, kills: int, rng: random.Random, bar: tqdm[Any]) -> dic
 
 
 def main() -> int:
-    """Perform the trials of all chosen commands, and print a table of the results."""
+    """Perform the trials of all chosen commands, print a table of the results, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="total number of kills, spread over the commands")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random times and signals")

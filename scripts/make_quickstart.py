@@ -1,4 +1,4 @@
-"""Runs the README's first command, and updates the table and docs/quickstart.png, which the README shows.
+"""Runs the sweep of the README's quick start, and updates the table and the picture (docs/quickstart.png) in the README.
 
     python scripts/make_quickstart.py
 

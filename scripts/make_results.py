@@ -6,10 +6,10 @@ docs/data.
 
 `collect` writes a report on the runs in DIR and keeps its tables as docs/data/NAME/report.csv, runs.csv, layers.csv and
 published.csv. It also writes about.yaml, which names the command, the commit, the versions and the machine. If DIR is the folder
-`tuned` of a tuning study, `collect` also keeps the study's tables of rules and trials (tune.csv and trials.csv). Runs of modified
-code are refused, and so are runs of several commits unless `--commits` is given. The prose is in the templates,
-docs/data/*.jinja. Every number in a table, and every number that the prose takes from a run, comes from the files in docs/data. A
-test compares the committed page with the output.
+`tuned` of a tuning study, `collect` also keeps the study's tables of rules and trials (tune.csv and trials.csv). Runs of code
+with uncommitted changes are refused, and so are runs of several commits unless `--commits` is given. The prose is in the
+templates, docs/data/*.jinja. Every number in a table, and every number that the prose takes from a run, comes from the files in
+docs/data. A test compares the committed page with the output.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Study:
         return cls(name, DATA / name)
 
     def tuned_scores(self) -> dict[str, str]:
-        """The accuracy and confidence interval of each rule of a tuning study, with the most accurate rule first."""
+        """The accuracy and confidence interval of each rule of a tuning study, as text, with the most accurate rule first."""
         ordered = self.tuned.sort_values("test_accuracy", ascending=False, kind="stable")
         return {str(row["rule"]): _interval(row) for _, row in ordered.iterrows()}
 
@@ -108,7 +108,7 @@ class Study:
         return format(self.runs.set_index(["label", "seed"]).at[(label, seed), column], form)
 
     def angles(self, label: str, quantity: str, digits: int = 1, std: bool = True, layer: str | None = None) -> str:
-        """The mean of a quantity in one layer, or in each layer in the order of the report.
+        """The mean of a quantity in one layer, or in each layer in the order of the report, as text.
 
         The standard deviation follows the mean if there are several seeds and `std` is true.
         """
@@ -137,8 +137,8 @@ class Study:
     def by_setting(self, key: str, column: str = "val_accuracy", digits: int = 2) -> str:
         """A Markdown table of single runs, with a row for each rule and a column for each value of a swept key.
 
-        The best number of each rule is in bold. If a run has not finished, the cell has its status instead of a number. The text
-        "-" means that there is no such run.
+        The highest number of each rule is in bold. If a run has not finished, the cell has its status instead of a number. A cell
+        without a run is "-".
 
         Raises:
             ValueError: if a rule has several runs with the same value of the key.
@@ -234,7 +234,7 @@ COLUMNS: dict[str, Any] = {
 
 
 def _interval(row: pd.Series) -> str:
-    """The accuracy and its confidence interval, in bold if the rule does not beat the floor."""
+    """The accuracy and its confidence interval, in bold if the rule does not beat the floor; "did not train" without accuracy."""
     if _is_blank(row["n"]) or row["n"] < 1 or _is_blank(row["test_accuracy"]):
         return "did not train"
     interval = "" if _is_blank(row["test_accuracy_ci95"]) else f" ± {row['test_accuracy_ci95']:.2f}"
@@ -271,7 +271,7 @@ TUNED_COLUMNS: dict[str, Any] = {
 def compared(studies: Mapping[str, str], common: bool = False) -> str:
     """A Markdown table of several tuning studies, with a row for each rule.
 
-    The rules are ordered by their accuracy in the first study.
+    The rules are ordered by their accuracy in the first study; rules that only the other studies have come last.
 
     Args:
         studies: {heading: name of the study}.
@@ -291,7 +291,7 @@ def _cell(row: pd.Series, column: str) -> str:
 
 
 def archived(name: str, columns: Sequence[str] = ()) -> str:
-    """A table from docs/data/archived/NAME.csv, cell by cell.
+    """The table in docs/data/archived/NAME.csv as Markdown, with unchanged cells.
 
     These tables were published before results were kept as files.
 
@@ -328,7 +328,7 @@ def render_readme() -> str:
 
 
 def collect(name: str, command: str, folders: list[Path], commits: bool = False) -> Path:
-    """Store the tables of a report on the runs in `folders` in docs/data/NAME.
+    """Write the tables of a report on the runs in `folders` to docs/data/NAME, and return this folder.
 
     Args:
         name: the name of the study.
@@ -338,8 +338,8 @@ def collect(name: str, command: str, folders: list[Path], commits: bool = False)
             commits produce comparable results.
 
     Raises:
-        SystemExit: if there are no runs, or if they are of several commits (without `commits`), versions or devices, or of code
-            with uncommitted changes.
+        SystemExit: if there are no runs; if their versions of torch or Python or their devices differ; if they are of several
+            commits, unless `commits` is true; or if the code had uncommitted changes.
     """
     results = [json.loads(path.read_text(encoding="utf-8")) for folder in folders for path in folder.rglob("seed*/result.json")]
     if not results:

@@ -1,9 +1,9 @@
 """Hooks for mkdocs.yml that add pages from other files of the repository, adapt links, list the rules and typeset equations.
 
 Links in the Markdown files of the repository work on GitHub. On the site, README.md, CONTRIBUTING.md, CHANGELOG.md and the
-notebook are also pages. Every other file outside docs/ that a page links to has a page with its listing. The hooks change links
-so that they lead to these pages. Equations (fenced blocks of the language ``math``) become MathML, which browsers show without
-scripts.
+notebook are also pages. Every other file outside docs/ that a page links to has a page with its listing. The hooks change the
+links so that they lead to these pages. Equations (fenced blocks of the language ``math``) become MathML, which browsers show
+without scripts.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ ORIGINS = {
     "changelog.md": "CHANGELOG.md",
     "notebook.md": "docs/notebook.ipynb",
 }
-#: The line below the title of the notebook's page. The link is HTML, because a Markdown link to the file would lead to this page.
+#: The line below the introduction of the notebook's page. The link is HTML, because `on_page_markdown` would change a Markdown
+#: link so that it leads to this page instead of the file.
 DOWNLOAD = '<a href="notebook.ipynb" download>Download the notebook</a>'
 PAGES = {origin: page for page, origin in ORIGINS.items()}
-#: Matches a Markdown link or image; the groups are the text, the target without its anchor, and the anchor.
+#: Matches a Markdown link or image; the groups are everything before the target, the target without its anchor, and the anchor.
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
 MATHML = "http://www.w3.org/1998/Math/MathML"
 INDEX_OF_RULES = "rules/README.md"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add functions, which YAML cannot express plainly, to the settings, and add the rules to the navigation."""
+    """Add the settings that are functions, which YAML cannot express plainly, and add the rules to the navigation."""
     config.mdx_configs["toc"]["slugify"] = slugify(case="lower")  # as on GitHub, so that anchors work there and on the site
     config.mdx_configs.setdefault("pymdownx.superfences", {})["custom_fences"] = [
         {"name": "math", "class": "math", "format": _format_math}
@@ -56,7 +57,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def _rules_by_kind(index: str) -> list[dict[str, list[str]]]:
-    """The sections of the index of rules, each with its pages."""
+    """The navigation of the rules: for each section of the index that lists rules, {title: its pages}."""
     sections = ((part.split("\n", 1)[0], re.findall(r"^- \[`\w+`\]\((\w+\.md)\)", part, re.M)) for part in index.split("\n## "))
     return [{title: [f"rules/{page}" for page in pages]} for title, pages in sections if pages]
 
@@ -94,7 +95,7 @@ def _links(markdown: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _in_repository(page: str, target: str) -> str | None:
-    """The path in the repository of a relative link's target, or None for a URL or a broken link."""
+    """The repository path of the file to which a link on a page leads, or None if there is no such file in the repository."""
     if "://" in target:
         return None
     path = posixpath.normpath(posixpath.join(posixpath.dirname(ORIGINS.get(page, f"docs/{page}")), target))
@@ -102,14 +103,14 @@ def _in_repository(page: str, target: str) -> str | None:
 
 
 def _page_of(path: str) -> str:
-    """The page or file of the site that shows a file of the repository."""
+    """The path, on the site, of the page or file that shows a file of the repository."""
     if path in PAGES:
         return PAGES[path]
     return path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}.md"
 
 
 def _listing(path: str) -> str:
-    """The Markdown of a page with the listing of a file of the repository."""
+    """The Markdown of a page that lists a file of the repository."""
     code = (ROOT / path).read_text(encoding="utf-8")
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", code)), 3)
     return f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n{fence}{Path(path).suffix[1:]}\n{code.rstrip()}\n{fence}\n"
@@ -135,7 +136,7 @@ def mathml(latex: str) -> str:
     r"""A displayed equation, or the rows of ``\begin{aligned}...\end{aligned}``, as MathML.
 
     Raises:
-        PluginError: if latex2mathml does not know a command, and has left it as text.
+        PluginError: if latex2mathml does not know a command, and therefore leaves it as text.
     """
     latex = latex.strip()
     aligned = re.fullmatch(r"\\begin\{aligned\}(.*)\\end\{aligned\}", latex, re.S)

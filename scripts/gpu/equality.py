@@ -24,19 +24,21 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 #: rules divide a small difference of losses by a small number.
 ROUNDING = 10.0
 STEPS, BATCH, CLASSES = 3, 16, 10
-#: Differences are relative to the largest entry of the tensor, or to this fraction of the largest entry in the model if that is
-#: larger. Tensors with smaller entries are usually sums of terms that cancel, such as the gradient of a bias before batch
-#: normalisation.
+#: Differences are relative to the largest entry of the tensor, or to this fraction of the largest entry of all compared tensors
+#: if that is larger. Smaller entries may be rounding errors of sums whose terms cancel.
 _FLOOR = 1e-4
 
 
 def mlp() -> tuple[nn.Module, tuple[int, ...]]:
-    """A multilayer perceptron with layers of 784, 64, 64 and 10 units."""
+    """A multilayer perceptron with layers of 784, 64, 64 and 10 units, and the shape of its inputs."""
     return MLP(widths=[64, 64]).build((1, 28, 28), CLASSES), (1, 28, 28)
 
 
 def convnet() -> tuple[nn.Module, tuple[int, ...]]:
-    """A net with three convolutions, the second and third with stride 2, and two linear layers."""
+    """A net with three convolutions and two linear layers, and the shape of its inputs.
+
+    The second and third convolutions have stride 2.
+    """
     model: Any = nn.Sequential()
     channels = [3, 8, 8, 16]
     for number in (1, 2, 3):
@@ -88,7 +90,8 @@ def _trained(rule_name: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[di
 def largest_difference(given: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
     """The largest relative difference between two tensors of the same name, in the maximum norm, and that name.
 
-    The difference is infinite if one side lacks a tensor or has entries that are not finite.
+    The difference is infinite if entries are not finite, or if one side lacks tensors. In the latter case, the name lists these
+    tensors.
     """
     if given.keys() != expected.keys():
         return float("inf"), ", ".join(sorted(given.keys() ^ expected.keys()))
@@ -112,9 +115,9 @@ def run(context: Context, section: Section) -> None:
         f"without TF32. Each cell is the largest relative difference of a tensor, max |a - b| / max |b|, with the tensor's name "
         f"in brackets. The columns 'gradients' compare the gradients of the first step, and the columns 'weights' compare the "
         f"weights, feedback and buffers after the last step. Tolerance: 1e-9 in float64; in float32, 1e-4 or {ROUNDING:g} times "
-        f"the difference between float32 and float64 on the CPU, whichever is larger. If the entries of a tensor are below "
-        f"{_FLOOR:g} of the model's largest entry, differences are relative to that value. The noise of all rules is sampled on "
-        f"the CPU."
+        f"the difference between float32 and float64 on the CPU, whichever is larger. If {_FLOOR:g} times "
+        f"the largest entry of all compared tensors is more than max |b|, it replaces max |b|. The noise of all rules is sampled "
+        f"on the CPU."
     ]
     section.columns = [
         "net",
@@ -141,7 +144,7 @@ def run(context: Context, section: Section) -> None:
 
 
 def compared(name: str, net: str, device: str) -> tuple[list[str], bool]:
-    """The differences of a rule in gradients and in weights for each dtype, and whether all are within the tolerance."""
+    """The cells of a rule's row, and whether the differences in gradients and weights are within the tolerances."""
     wide, narrow = (trained(name, net, dtype, "cpu") for dtype in (torch.float64, torch.float32))
     cells, passed = [], True
     for dtype, on_cpu in ((torch.float64, wide), (torch.float32, narrow)):

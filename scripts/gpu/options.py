@@ -10,7 +10,7 @@ from .jobs import RunFailed, can_compile, train
 from .page import Section
 from .parts import Context
 
-#: The net for each rule; asap needs three layers that share activations, and conv2 has too few.
+#: The net for each rule; conv2 has too few layers for asap.
 RULES = {
     "fa": "conv2",
     "kp": "conv2",
@@ -26,7 +26,7 @@ OF_NET = {
     "resnet_cifar_small": ["architecture.depth=8", "architecture.width=4"],
 }
 COMMON = ["dataset=digits", "epochs=1", "optimizer.lr=0.01", "batch_size=64", "threads=1", "seed=0"]
-#: Name -> overrides, tolerance of the losses, and expected seconds of a run on a GPU.
+#: Name -> overrides, tolerance of the relative difference of the training loss, and expected seconds of a run on a GPU.
 VARIANTS: dict[str, tuple[list[str], float, float]] = {
     "again": ([], 2e-3, 6),
     "channels_last": (["channels_last=true"], 2e-3, 6),
@@ -74,11 +74,12 @@ def run(context: Context, section: Section) -> None:
     Fast options come first, so that compilation uses the remaining time.
     """
     section.notes = [
-        f"Runs of {' '.join(COMMON)}, compared with the same run without the option on the same device (row plain: the "
-        f"reference). The relative difference of the training loss in the last epoch must be within the tolerance, which allows "
-        f"for rounding errors that 20 updates amplify; the rows 'again', without any option, show the difference between two "
-        f"equal runs. The other columns are the seconds of training without compilation, the seconds of compilation, and how "
-        f"often torch did not capture a CUDA graph. If an option includes accumulate=2, so does its reference."
+        f"Runs with {' '.join(COMMON)}. Each run with an option is compared with its reference, the run of the same rule without "
+        f"the option on the same device (rows 'plain'). The relative difference of the training loss must be within the "
+        f"tolerance, which allows for rounding errors that 20 updates amplify. The rows 'again', without any option, show the "
+        f"difference between two equal runs. The other columns are the seconds of training without compilation, the seconds of "
+        f"compilation, and how often torch did not capture a CUDA graph. If an option includes accumulate=2, so does its "
+        f"reference, which has no row."
     ]
     section.columns = [
         "option",

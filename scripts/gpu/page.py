@@ -20,7 +20,7 @@ class Section:
     Attributes:
         name, title: the name and title of the part.
         status: one of the constants above.
-        notes: sentences above the table, which describe the comparison and its tolerances.
+        notes: sentences above the table, for example about the comparison and its tolerances.
         columns, rows: the table.
         checks, misses: the number of rows that are checks, and the number of these that failed.
         missing: descriptions of the runs that were left out for lack of time.
@@ -70,7 +70,7 @@ class Section:
         return {**dataclasses.asdict(self), "path": None}
 
     def update(self, path: Path) -> None:
-        """Replace the content of this section with the section that another process saved to `path`."""
+        """Copy into this section what another process saved to `path`, if the file exists, except for the path and times."""
         if path.exists():
             for key, value in json.loads(path.read_text(encoding="utf-8")).items():
                 if key not in ("path", "budget", "seconds"):
@@ -78,7 +78,7 @@ class Section:
 
 
 def write_page(folder: Path, header: dict[str, str], sections: list[Section]) -> None:
-    """Write gpu_check.md and gpu_check.json."""
+    """Write gpu_check.md and gpu_check.json to `folder`."""
     plain = [section.plain() for section in sections]
     write_text(folder / "gpu_check.json", json.dumps({"header": header, "sections": plain}, indent=1) + "\n")
     write_text(folder / "gpu_check.md", markdown(header, sections))

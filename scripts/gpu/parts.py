@@ -37,7 +37,7 @@ class Context:
     deadline: float
 
     def left(self) -> float:
-        """The number of seconds until the part must end."""
+        """The number of seconds until the part should end, which is shortly before its deadline."""
         return self.deadline - time.time() - _RESERVE
 
     def fits(self, seconds: float) -> bool:
@@ -66,7 +66,7 @@ class Part:
 def budget(remaining: Sequence[Part], seconds: float) -> float:
     """The seconds available to the first of the remaining parts.
 
-    The remaining parts share the time that is left, including time that earlier parts did not use.
+    The remaining parts share the `seconds` that are left, including time that earlier parts did not use.
     """
     return seconds * remaining[0].weight / sum(part.weight for part in remaining)
 
@@ -79,12 +79,12 @@ def run_all(
     changed: Callable[[], None],
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Run the parts in order until `deadline`, a time as given by `clock`.
+    """Run the parts in order until `deadline`, and skip parts whose share of the time is too small.
 
     Args:
         parts: the parts, in order.
         sections: the sections of the parts.
-        deadline: the time by which all parts must have ended.
+        deadline: the time, as given by `clock`, by which all parts must have ended.
         run_one: a function that runs a part until a given time.
         changed: called whenever a section has changed.
         clock: a function that returns the time in seconds.
@@ -95,7 +95,7 @@ def run_all(
         section.budget = max(budget(parts[number:], left), 0.0)
         if section.budget < part.minimum:
             section.status = SKIPPED
-            section.notes.append(f"Skipped: only {section.budget:.0f} s were left, but the part needs {part.minimum:.0f} s.")
+            section.notes.append(f"Skipped: its share of the time was {section.budget:.0f} s, but it needs {part.minimum:.0f} s.")
         else:
             section.status = RUNNING
             changed()
@@ -140,7 +140,7 @@ def run_in_process(
             _kill_group(process)
     section.update(file)
     if is_late:
-        section.notes.append("The budget was used up, and the process was killed: the table has the rows that were complete.")
+        section.notes.append("The time was used up, so the process was killed; the table has the rows that were complete.")
     elif process.returncode and not section.error:
         with log.open("rb") as output:
             output.seek(start)
@@ -153,7 +153,7 @@ def run_in_process(
 
 
 def _kill_group(process: subprocess.Popen[Any]) -> None:
-    """Kill all processes in the process group that a process leads."""
+    """Kill a process and all others in its process group, which it leads."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -21,9 +21,9 @@ from .parts import Context
 
 RULES = ["fa", "kp", "frsf", "usf", "brsf", "dfa"]
 NETS, BATCHES = ("mlp", "conv2", "resnet20"), (64, 512)
-#: The rules with compiled steps, by net; some nets take half a minute per rule to compile.
+#: The rules whose compiled steps are timed, by net; compilation takes up to half a minute per rule.
 COMPILED = {"mlp": RULES, "conv2": RULES, "resnet20": ["fa", "kp", "dfa"]}
-#: Numbers of processes, and the seconds for which the processes train at the same time.
+#: Numbers of processes, and the seconds for which they train at the same time.
 PROCESSES, SECONDS = (1, 2, 4, 8), 4.0
 
 
@@ -151,7 +151,7 @@ def _line_of(worker: subprocess.Popen[str], first: str) -> str:
 
 
 def work(device_name: str, seconds: str) -> None:
-    """Report that the process is ready, wait for a line, train, and report the rate.
+    """Print "ready", wait for a line on standard input, train for the given time, and print the steps per second.
 
     This function runs in each process that `rates_together` starts.
     """

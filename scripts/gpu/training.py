@@ -15,7 +15,7 @@ from .jobs import RunFailed, train
 from .page import Section
 from .parts import Context
 
-#: The rules in Fig. 2 of Li and Benna 2024, which are trained first.
+#: The six rules in Fig. 2 of Li and Benna 2024 and the floor, frozen. They are trained first.
 FIGURE = ["bp", "frozen", "fa", "dfa", "usf", "pfa", "pfa_o"]
 CIFAR_NETS, CIFAR_RULES = ("resnet20", "resnet18"), ("bp", "fa", "kp", "dfa")
 
@@ -35,13 +35,13 @@ def figure2(context: Context, section: Section) -> None:
     except RunFailed as error:
         section.add("fa", 1, str(error), passed=False)
         return
-    # The factor 1.5 allows for rules that take several times as long as fa.
+    # The factor 1.5 is needed because some rules take several times as long as fa.
     epochs = max(1, min(40, int(context.left() / (1.5 * usual * len(rules)))))
     section.notes = [
         f"The protocol of experiment=pfa_fig2 (784-512-512-10, SGD, batches of 64) with **{epochs} epochs instead of 40** and "
-        f"one seed instead of five, so that all rules fit into the time available. The learning rate drops at the same fractions "
-        f"of the training. The paper's figure has {', '.join(FIGURE)}; the other rules use the same settings, which were not "
-        "tuned for them. This table does not reproduce the figure."
+        f"one seed instead of five, to train all rules in the time available. The learning rate drops after about one half and "
+        f"three quarters of the epochs. The first rules are {', '.join(FIGURE)}: the floor (frozen) and the rules of the paper's "
+        "figure. The other rules use the same settings, which were not tuned for them. This table does not reproduce the figure."
     ]
     slowest = usual * epochs
     for rule in rules:
@@ -82,9 +82,9 @@ def _figure2(context: Context, rule: str, epochs: int) -> list[str]:
 
 
 def cifar(context: Context, section: Section) -> None:
-    """Add a row for each net and rule, first with one epoch.
+    """Add a row for each net and rule with one epoch of training.
 
-    The number of epochs is doubled as long as the time allows.
+    As long as the time allows, double the number of epochs and add a row for each net and rule again.
     """
     section.columns = ["net", "rule", "epochs", "test accuracy (%)", "training loss", "seconds of training", "peak memory (MB)"]
     try:
@@ -94,7 +94,7 @@ def cifar(context: Context, section: Section) -> None:
         return
     section.notes = [
         f"{label}; SGD with momentum 0.9, learning rate 0.05, batches of 128, no validation split, seed 0. The number of "
-        f"epochs is limited by the time available, so the results are far from converged."
+        f"epochs is limited by the time available, so training has not converged."
     ]
     epochs, expected = 1, 15.0
     while True:
@@ -148,7 +148,7 @@ def cifar_data(context: Context) -> tuple[str, list[str]]:
         raise FileNotFoundError(f"{folder} contains neither cifar-10-batches-py nor cifar10_jpeg.tar.xz nor train/ and test/.")
     path = context.scratch / "cifar10.npz"
     np.savez(path, **arrays(images))  # type: ignore[arg-type]
-    label = "CIFAR-10 (JPEG): JPEG files, whose pixels are not those of CIFAR-10; decoded once, without augmentation"
+    label = "CIFAR-10 (JPEG): JPEG files, whose pixels differ from those of CIFAR-10; no augmentation"
     return label, ["dataset=npz", f"dataset.path={path}", "dataset.validation=0"]
 
 

@@ -1,4 +1,4 @@
-"""A fixture for tests that run the examples in documents."""
+"""A fixture for tests that run the examples in the documentation."""
 
 from __future__ import annotations
 

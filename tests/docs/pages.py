@@ -10,8 +10,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-#: Lines that are indented by four spaces and start with a program of one of these two tuples are commands; other indented lines
-#: are output.
+#: A line that is indented by four spaces and starts with a program of one of these two tuples is a command. Other indented lines,
+#: such as output, are not.
 PROGRAMS = ("fa-bench", "fa-bench-report", "fa-bench-tune", "fa-bench-analyse", "torchrun", "python", "python3", "pip")
 OTHER_PROGRAMS = ("tensorboard", "export", "mkdocs", "bash")
 FENCE = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2$", re.S | re.M)
@@ -40,8 +40,10 @@ def prose(page: Path) -> str:
 
 
 def indented(page: Path) -> list[str]:
-    """The lines outside fenced blocks that are indented by four spaces, without their indentation; a line that ends in a
-    backslash is joined to the next one."""
+    """The lines outside fenced blocks that are indented by four spaces, without their indentation.
+
+    A line that ends in a backslash is joined to the next one.
+    """
     return re.findall(r"^    (?=\S)(.*)$", prose(page).replace("\\\n", ""), re.M)
 
 

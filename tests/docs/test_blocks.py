@@ -32,10 +32,10 @@ from .pages import DOCS, PAGES, ROOT, commands, fences, indented, name_of
 
 #: Maps a page and the beginning of a block or line to the reason why it is not run here.
 NOT_RUN = {
-    ("README.md", "python3 -m venv"): "installs; .ci/run runs it as it is written",
-    ("README.md", "import fa_bench\n\nruns"): "test_docs.py runs it, and looks at the runs",
-    ("docs/command_line.md", "tensorboard"): "a server",
-    ("docs/tensorboard.md", "tensorboard"): "a server",
+    ("README.md", "python3 -m venv"): "installs packages; .ci/run runs the second of these lines",
+    ("README.md", "import fa_bench\n\nruns"): "test_docs.py runs it and checks the results",
+    ("docs/command_line.md", "tensorboard"): "starts a server",
+    ("docs/tensorboard.md", "tensorboard"): "starts a server",
     ("docs/add_a_dataset.md", "fa-bench"): "test_doc_pages.py runs all lines of this page",
     ("docs/add_a_dataset.md", '"""Images'): "test_doc_pages.py runs it",
     ("docs/add_a_dataset.md", "import pathlib"): "test_doc_pages.py runs it",
@@ -44,17 +44,17 @@ NOT_RUN = {
     ("docs/cluster.md", "pip install hydra-ray-launcher"): "not an extra of this package",
     ("docs/cluster.md", "#!/bin/bash"): "test_doc_pages.py runs it",
     ("docs/extend.md", "from fa_bench.runs.train"): "needs a job; tests/runs/test_stopping.py passes callbacks in this way",
-    ("docs/sweeps.md", "fa-bench -m plugins=[my_rules]"): "the rule of add_a_rule.md, whose lines are checked there",
+    ("docs/sweeps.md", "fa-bench -m plugins=[my_rules]"): "needs the rule of add_a_rule.md",
     ("docs/tune.md", "fa-bench-tune"): "tests/tuning/test_plan.py checks all lines of this page",
 }
-#: Maps a page to code that is executed before its blocks, which use the runs of this code.
+#: Maps a page to code that is executed before the page's Python blocks, which use its outputs.
 BEFORE = {
     "docs/extend.md": 'import fa_bench; fa_bench.run("optimizer.lr=0.1,0.01")',
     "docs/read_the_metrics.md": 'import fa_bench; fa_bench.run("algorithm=bp,fa")',
     "docs/reports.md": 'import fa_bench; fa_bench.run("algorithm=bp,fa", "optimizer.lr=0.1,0.01")',
     "docs/tune.md": 'import fa_bench; fa_bench.tune("experiment=tune_digits")',
 }
-#: Maps a page to the files that its commands read, each with its text or the language of the block that contains it.
+#: Maps a page to the files that its commands read, as {path: text, or language of the block that contains the text}.
 FILES = {
     "docs/add_a_rule.md": {"myconf/algorithm/sparse.yaml": "yaml"},
     "docs/datasets.md": {
@@ -127,8 +127,10 @@ def test_commands_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def check_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compose and check the first job, and further jobs until every value in the command occurs in one of them; launcher options
-    are ignored, because they have their own tests."""
+    """Compose and check the first job, and further jobs until every value in the command occurs in one of them.
+
+    A command with --help is run instead. Launcher options are ignored, because they have their own tests.
+    """
     if "--help" in words:
         assert main(words) == 0
         return
@@ -168,7 +170,7 @@ def check_report(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_tune(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make and check the plan of the study. A dry run also reads the data, so its data folder must not be a placeholder."""
+    """Make and check the plan of the study. A command with --dry-run is run, and reads the data."""
     if "--dry-run" in words:
         assert tuning.main(words) == 0
     else:
@@ -227,7 +229,7 @@ CHECKS = {
 
 
 def test_rule_pages_contain_attach_line() -> None:
-    """These lines are only searched for, because test_doc_pages.py attaches every rule."""
+    """The lines are not run, because test_doc_pages.py attaches every rule."""
     for name in ALGORITHMS:
         assert f'rule = fa_bench.attach(model, "{name}")' in indented(DOCS / "rules" / f"{name}.md")
 

@@ -1,4 +1,4 @@
-"""Tests of pages in docs/: generated ones are up to date, tables are complete and correct, and the examples of guides work."""
+"""Tests of pages in docs/: generated pages are up to date, tables are complete and correct, and examples in guides work."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_slurm_script_calls_fa_bench(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ choose a rule
 def rows(name: str) -> dict[str, list[str]]:
-    """The tables of a page as {first cell, without its backticks: the other cells}."""
+    """The table rows of a page as {name in the first cell: the other cells}; a first cell may contain several names."""
     lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in page(name).splitlines() if line[:1] == "|"]
     return {key.strip("` "): cells for first, *cells in lines for key in first.split(",")}
 

@@ -59,7 +59,7 @@ def test_table_of_rules_is_complete() -> None:
 
 
 def test_readme_run_and_tune_calls_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runs have one seed and the smallest scale; the study is only checked, as with --dry-run."""
+    """The runs have one seed and the smallest scale; the study is planned and checked, but not run."""
     [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "fa_bench.run(" in block]
     run = fa_bench.run
     monkeypatch.chdir(tmp_path)
@@ -103,7 +103,7 @@ def test_contributing_architecture_and_preset_work(
 
 
 def _check_random_signs() -> None:
-    """The guide's third rule has feedback of W's magnitude, samples new signs after every second update, and can be resumed."""
+    """The feedback of the guide's third rule has W's magnitudes; its signs change every second update, also after resuming."""
     first, second = (nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 3)) for _ in range(2))
     rule = fa_bench.attach(first, "randsign", every=2)
     signs = [rule.feedback["2"]["S"].clone()]

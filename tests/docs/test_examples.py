@@ -11,7 +11,7 @@ import pytest
 import fa_bench
 from fa_bench.metrics.meter import AlignmentMeter
 
-#: The public objects by name. The decorators, whose names begin with register_, share the example of SHARED.
+#: The public objects by name. The decorators, whose names begin with register_, share the example of register_rule.
 PUBLIC = {name: getattr(fa_bench, name) for name in fa_bench.__all__ if name != "__version__"} | {
     "AlignmentMeter": AlignmentMeter
 }

@@ -37,7 +37,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken(links: list[str], page: Path) -> list[str]:
-    """The page's links into the repository that have no existing target."""
+    """Those of a page's links into the repository whose target or anchor does not exist."""
     bad = []
     for link in links:
         if "://" in link:
@@ -73,7 +73,7 @@ class Elements(HTMLParser):
     """Collects the addresses that a page of the site uses, and the anchors that it defines.
 
     Attributes:
-        opened: the addresses of links.
+        opened: the addresses of links, and of the canonical, previous and next page.
         loaded: the addresses of scripts, styles, images and frames.
         ids: the anchors.
         math: the number of equations.
@@ -133,7 +133,7 @@ def test_site_links_and_anchors_are_valid(site: Path, parsed: dict[Path, Element
     for path, page in parsed.items():
         for address in {*page.opened, *page.loaded}:
             parts = urlsplit(address)
-            if parts.scheme or path.name == "404.html":  # the addresses on 404.html are relative to the server
+            if parts.scheme or path.name == "404.html":  # the addresses on 404.html are relative to the root of the server
                 continue
             target = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
             if not target.is_file() or (

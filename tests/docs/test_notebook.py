@@ -31,7 +31,7 @@ def names(code: str) -> set[str]:
 
 
 def execute(code: str, name: str, variables: dict[str, Any]) -> Any:
-    """Execute a cell and return the value of its last expression, which a notebook displays."""
+    """Execute a cell, and return what a notebook displays: the value of its last expression, or None if it ends otherwise."""
     tree = ast.parse(code, f"cell {name}")
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, f"cell {name}", "exec"), variables)

@@ -1,10 +1,10 @@
-"""The settings that the experiments must have, written from the papers and code that they reproduce.
+"""The settings that the experiments must have, taken from the papers and the code that the experiments reproduce.
 
-Marks in the comments give the source of a number; a number without a mark is from the paper.
+Marks in the comments give the source of a setting. In the sections on papers, a setting without a mark is from the paper.
 
-- [paper]: the paper states it; the mark distinguishes it from numbers with another source in the same comment.
+- [paper]: the paper states it; the mark distinguishes it from settings with another source in the same comment.
 - [code]: only the code states it, that is, the authors' code or the implementation that the comment names.
-- [choice]: neither specifies it, so the project chose it. The experiment's YAML file documents the choice unless noted here.
+- [choice]: neither specifies it, so the project chose it.
 
 A setting that the table does not name must have its component's default, so no experiment can change it unnoticed.
 """
@@ -30,9 +30,9 @@ class Preset:
     """The runs of one experiment, and their settings.
 
     Attributes:
-        sweep: parts of the sweep. Every value is a list, and a part stands for all combinations of its values.
+        sweep: parts of the sweep. A part maps each swept key to its values, and stands for all combinations of them.
         common: settings of all runs.
-        cases: settings of some of them; a later case overrides an earlier one.
+        cases: settings of some runs; a later case overrides an earlier one.
     """
 
     sweep: list[dict[str, list[Any]]]
@@ -40,7 +40,7 @@ class Preset:
     cases: list[Case] = dataclasses.field(default_factory=list)
 
     def runs(self) -> Iterator[tuple[Settings, list[int]]]:
-        """Yield the settings of every run, without its seed, and the seeds with which it is repeated."""
+        """Yield the settings of every run, without the seed, and the seeds with which the run is repeated."""
         for part in self.sweep:
             swept = {key: values for key, values in part.items() if key != "seed"}
             for values in itertools.product(*swept.values()):
@@ -71,7 +71,7 @@ STAGES_18, STAGES_34 = [2, 2, 2, 2], [3, 4, 6, 3]
 ASAP_RULES = ("asap", "asfp", "asfp_lc")
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # Kingma and Ba 2014
 
-#: The settings of components that apply to every paper, unless the paper's own settings below differ.
+#: Settings of components that apply to every experiment, unless the experiment's own settings below differ.
 COMPONENTS: list[Case] = [
     # In section 3 of the PFA paper, the net is 784-512-512-10, with ReLU and without normalisation.
     ({"architecture": "mlp"}, _keys("architecture", widths=[512, 512]) | PLAIN_MLP),
@@ -110,8 +110,9 @@ COMPONENTS: list[Case] = [
         ),
     ),
     ({"algorithm": "asfp_lc"}, _keys("algorithm", pool=2, cuts=None)),  # appendix B: average pooling to 2x2
-    # The ASAP paper compares ASAP with the rules of Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice], of
-    # Nøkland and Eidnes 2019, and of Belilovsky et al. 2020 with their "mlp-sr" auxiliary nets.
+    # The ASAP paper compares ASAP with the local rules of Mostafa et al. 2018 (local_error), Nøkland and Eidnes 2019 (predsim)
+    # and Belilovsky et al. 2020 (dgl, with "mlp-sr" auxiliary nets). kaiming_uniform and the 4096 features of local_error are the
+    # project's choice [choice].
     ({"algorithm": "local_error"}, _keys("algorithm", m_init="kaiming_uniform", features=4096, separate=False, cuts=None)),
     (
         {"algorithm": "predsim"},
@@ -149,7 +150,7 @@ COMPONENTS: list[Case] = [
             validation_seed=0,
         ),
     ),
-    # All papers use SGD with momentum 0.9, and the same optimizer for W and the learned feedback, unless their own cases differ.
+    # Unless an experiment's own settings differ, the optimizer is SGD with momentum 0.9, for W and for learned feedback.
     ({}, {"feedback_optimizer": None, "optimizer": "sgd", "optimizer.first_epoch_weight_decay": None}),
     ({"optimizer": "sgd"}, _keys("optimizer", momentum=0.9, nesterov=False)),
     ({"optimizer": "adam"}, _keys("optimizer", **ADAM)),
@@ -181,7 +182,7 @@ ASAP_CASES: list[Case] = [
     ({"dataset": "mnist"}, {"dataset.augment": False}),
     # The feedback of DFA is N(0, 1/classes) [code]. The feedback of FA is sampled like torch's default weights in convolutions,
     # and from U(-1, 1) in fully connected layers [code]. The code for KP is not public, so its feedback is sampled like the
-    # weights, in all layers [choice]. B and W are initially independent [choice].
+    # weights in all layers [choice]. B and W are initially independent [choice].
     ({"algorithm": "dfa"}, {"algorithm.b_init": "normal_fan_out"}),
     ({"algorithm": "fa"}, _keys("algorithm", b_init="pytorch", linear_b_init="uniform_one")),
     ({"algorithm": "kp"}, _keys("algorithm", b_init="pytorch", linear_b_init="kaiming_uniform")),
@@ -196,7 +197,6 @@ ASAP_CASES: list[Case] = [
 ]
 ASAP_TABLE1 = ["bp", "frozen", "kp", "fa", "dfa", "asap"]
 ASAP_PAPER: dict[str, Preset] = {
-    # Every setting is run with one seed.
     "asap_table1": Preset(
         [
             {
@@ -233,7 +233,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10"},
         ASAP_CASES,
     ),
-    # Table 5 contains the same accuracies for ResNet-34 as Table 4.
+    # The paper does not name the net of Table 4. Its accuracies are those of ResNet-34 in Table 5.
     "asap_table4": Preset(
         [
             {"algorithm": ["bp", "asap"], "optimizer.weight_decay": [0.0, 5e-6, 5e-5, 5e-4, 5e-3], "seed": [0]},
@@ -256,7 +256,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "cifar10"},
         [*ASAP_CASES, ({"optimizer": "adam"}, {"optimizer.lr": 5e-3, "optimizer.weight_decay": 0.0})],
     ),
-    # The experiment is from appendix D.2. CIFAR-10 is the project's choice [choice].
+    # The comparison is from appendix D.2; the dataset is the project's choice [choice].
     "asap_fig9": Preset(
         [
             {"algorithm": ["bp", "frozen"], "seed": [0]},
@@ -266,8 +266,8 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP_CASES,
     ),
     # Appendix A.2 uses a batch size of 50 and a learning rate of 1e-4. It trains a linear net, and a net with normalisation and
-    # ReLU, both with the hidden widths 10-10-10. The net with normalisation also normalises its logits [code]. The initialisers,
-    # the 784 inputs and the three seeds are the project's choice [choice].
+    # ReLU, both with 10-10-10 neurons. The net with normalisation also normalises its logits [code]. Hidden widths of 10-10-10
+    # after 784 inputs, and three seeds, are the project's choice [choice].
     "asap_fig6": Preset(
         [
             {
@@ -286,7 +286,7 @@ ASAP_PAPER: dict[str, Preset] = {
         ASAP | {"dataset": "mnist", "architecture": "mlp"},
         [
             *ASAP_CASES,
-            # The initialisers of the weights were chosen by the accuracy of backpropagation [choice].
+            # Each net has the initialiser with which backpropagation is closer to its published accuracy [choice].
             ({}, {"batch_size": 50, "optimizer.lr": 1e-4, "architecture.widths": [10, 10, 10], "architecture.linear_init": None}),
             ({"algorithm": "forward_alignment"}, {"algorithm.c_init": "kaiming_uniform"}),
         ],
@@ -301,7 +301,7 @@ PFA_CASES: list[Case] = [({"algorithm": ("fa", "dfa")}, {"algorithm.b_init": "xa
 BOTH_PFA = ("pfa", "pfa_o")
 PFA_TABLE = ["bp", "frozen", "fa", "dfa", "usf", "pfa", "pfa_o"]
 FIVE = range(5)
-#: The settings are from appendix A.1. Curves are measured on the test set [code].
+#: The settings are from appendix A.1. Curves are measured on the test set [code], so there is no validation split.
 PFA_MNIST: Settings = PFA | {
     "dataset": "mnist",
     "architecture": "mlp",
@@ -312,7 +312,7 @@ PFA_MNIST: Settings = PFA | {
     "optimizer.weight_decay": 1e-4,
     **_multistep([20, 30], 0.5),
 }
-#: PFA's decay after the first epoch is 0.003 x 0.03 = 9e-5 [code], but the paper states 1e-4.
+#: For PFA and PFA-o, the decay after the first epoch is 0.003 x 0.03 = 9e-5 [code], but the paper states 1e-4.
 PFA_MNIST_CASES: list[Case] = [
     *PFA_CASES,
     ({"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 0.03, "optimizer.weight_decay": 9e-5}),
@@ -383,8 +383,8 @@ DKP: Settings = {
 }
 DKP_CASES: list[Case] = [
     # Section 3.1 uses Kaiming's initialisation for the feedback of DFA and DKP. The section does not mention KP and FA. The
-    # feedback of KP is sampled like the weights, and that of FA with Glorot's method [choice]; the experiment does not document
-    # the choice for FA.
+    # feedback of KP is sampled like the weights, and that of FA with Glorot's method [choice]. The paper does not give the
+    # learning rates of FA, KP and DRTP; they are those of DKP [choice].
     ({"algorithm": "dfa"}, {"algorithm.b_init": "kaiming_uniform"}),
     ({"algorithm": "kp"}, {"algorithm.b_init": "pytorch"}),
     ({"algorithm": "fa"}, {"algorithm.b_init": "xavier_uniform"}),
@@ -444,9 +444,8 @@ DKP_PAPER: dict[str, Preset] = {
     ),
     # The 90 epochs, ten trials and decay 1e-4 are from the paper [paper]; the batch size, crops and normalisation are from the
     # code [code]. Section 3.2 uses a learning rate of 0.1 for backpropagation, both in all layers and in the fully connected
-    # layers only. For the other rules, the learning rate is 0.01 on CIFAR-100 and 5e-3 on Tiny ImageNet. The baseline `frozen`
-    # trains only the output layer, with the learning rate of the other rules [choice]; the experiment does not document this
-    # choice.
+    # layers only. The learning rate of DFA and DKP is 0.01 on CIFAR-100 and 5e-3 on Tiny ImageNet. The baseline `frozen` trains
+    # only the output layer, with the learning rate of DKP [choice].
     "dkp_table2": Preset(
         [{"dataset": ["cifar100", "tiny_imagenet"], "algorithm": DKP_TABLE, "seed": TEN}],
         DKP
@@ -464,8 +463,8 @@ DKP_PAPER: dict[str, Preset] = {
             ({"algorithm": ("bp", "bp_fc")}, {"optimizer.lr": 0.1}),
         ],
     ),
-    # The net has five layers with normalisation and is trained on MNIST. 15 epochs with batches of 50 give the 18,000 iterations
-    # of the figure. Widths, batch size, learning rates and the three seeds are the project's choice [choice].
+    # The net has five layers with normalisation and is trained on MNIST. With batches of 50, 15 epochs amount to the 18,000
+    # iterations of the figure. Widths, batch size, learning rates and the three seeds are the project's choice [choice].
     "dkp_fig2": Preset(
         [{"algorithm": ["bp", "frozen", "dfa", "dkp"], "seed": [0, 1, 2]}],
         DKP_SMALL
@@ -501,7 +500,7 @@ WM: Settings = {
     **_multistep([32], 0.1),
 }
 WM_CASES: list[Case] = [
-    # The feedback is sampled like the weights [choice].
+    # In all layers, the feedback is sampled like the weights of convolutions [choice].
     ({"algorithm": ("fa", "kp", "wm")}, {"algorithm.b_init": "kaiming_normal_fan_out"}),
     # In section 6, noise passes through the ReLU, and biases are not blocked. As in the authors' numpy code, there is one mirror
     # step per training step, and a whole epoch of 1,281,167 // 256 mirror steps before training. The mirror's learning rate and
@@ -559,23 +558,23 @@ QUICKSTART = Preset(
     [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})],
 )
 
-#: The default configs of a study of five rules, for which fa-bench-tune searches the learning rate and the weight decay.
+#: The configs, before tuning, of a study of five rules. fa-bench-tune chooses their learning rates and weight decays.
 TUNE_DIGITS = Preset(
     [{"algorithm": ["bp", "frozen", "fa", "kp", "dfa"], "seed": [0, 1, 2]}],
     QUICKSTART.common | {"epochs": 10, "probe_every": 0, "optimizer.weight_decay": 0.0},
     QUICKSTART.cases,
 )
 
-#: The default configs of a study of every rule; rules that share activations share them in fully connected layers, too.
+#: The configs, before tuning, of a study of every rule. Rules that share activations share them in fully connected layers, too.
 COMPARE = Preset(
     [{"algorithm": ["bp", "frozen", *sorted(set(ALGORITHMS) - {"bp", "frozen"})], "seed": [0, 1, 2]}],
     QUICKSTART.common | {"epochs": 20, "probe_every": 0, "optimizer.weight_decay": 0.0},
     [*QUICKSTART.cases, ({"algorithm": ("asap", "asfp", "asfp_lc")}, {"algorithm.linear": "share"})],
 )
 
-#: The settings are those of the faeval protocol as of spring 2026. The optimizer, learning rate, decay, schedule, batch size,
-#: epochs, seeds, widths and depths are taken second-hand from the history of its repository. Validation, augmentation,
-#: normalisation and the variants of dfa are our choice [choice].
+#: The faeval protocol as of spring 2026. The optimizer, learning rate, decay, schedule, batch size, epochs, seeds, widths and
+#: depths are from the history of the protocol's repository, not from a paper. Validation, augmentation, normalisation and the
+#: variants of dfa are our choice [choice].
 FAEVAL_NETS, FAEVAL_SEEDS = ["residual_mlp", "vit_mini"], [42, 123, 456]
 FAEVAL = Preset(
     [
@@ -615,8 +614,9 @@ FAEVAL = Preset(
     ],
 )
 
-#: A small decoder is trained on the built-in text; this experiment is not from a paper. dfa is run with the default cuts and with
-#: those of Launay et al. 2020. In both cases, it uses their shared matrix and the error before the vocabulary layer.
+#: A small decoder is trained on the built-in text; this experiment is not from a paper. dfa is run with one cut at the end of
+#: each block ("macro" in Launay et al. 2020) and with three cuts per block ("micro"). As in their paper, all cuts share one
+#: matrix. The error is taken before the vocabulary layer.
 LM_SEEDS, LM_CUTS = [0, 1, 2], [None, ["layers.*.norm1", "layers.*.act", "layers.*.norm2"]]
 LM_QUICKSTART = Preset(
     [
@@ -675,9 +675,9 @@ MONO_FORWARD = Preset(
     ],
 )
 
-#: The settings are those of Høier et al. 2023. Epochs, batch size, learning rate, length of the warm-up, momentum, decay and the
-#: number of seeds are from the code [code]. All other settings, such as the schedule of the learning rate, B and augmentation,
-#: are our choice [choice].
+#: The experiment follows Høier et al. 2023. Epochs, batch size, learning rate, length of the warm-up, momentum, decay and the
+#: number of seeds are from the code [code]; beta is the value in the code, 1, divided by the batch size. The schedule of the
+#: learning rate, the initial B, augmentation and the lack of a validation split are our choice [choice].
 DUAL_SEEDS = [0, 1, 2, 3, 4]
 DUAL_PROPAGATION = Preset(
     [
@@ -703,7 +703,7 @@ DUAL_PROPAGATION = Preset(
 )
 
 #: The settings are those of forward-forward in the independent implementation loeweX/Forward-Forward [code]. The range of the
-#: images, and the learning rate and decay of the other rules, are our choice [choice].
+#: images, the seeds, and the initial weights, learning rate and decay of bp and frozen are our choice [choice].
 FORWARD_FORWARD = Preset(
     [{"algorithm": ["forward_forward", "bp", "frozen"], "seed": [0, 1, 2]}],
     {
@@ -750,11 +750,10 @@ FORWARD_FORWARD = Preset(
     ],
 )
 
-#: The settings are those of deep feedback control in the repository mariacer/strong_dfc. The values are from the repository's
-#: commands for MNIST, its data and the defaults of its options, such as 0.99 for beta2 and for the beta of the feedback, and
-#: batches of 128 for backpropagation [code]. eps is half of the code's, because the code's gradient has a factor of 2 that ours
-#: lacks. The following are our choice: the steady state in closed form, no pretraining of the feedback, one norm for the clipping
-#: of all gradients, and the settings of bp for frozen [choice].
+#: The settings are those of deep feedback control in the repository mariacer/strong_dfc. They are from the repository's commands
+#: for MNIST and from the defaults of its code [code]. The eps of dfc is half of the code's, because the code's gradient has a
+#: factor of 2 that ours lacks. The following are our choice: the steady state in closed form, no pretraining of the feedback, the
+#: clipping of all gradients of bp and frozen by one norm, the settings of bp for frozen, and three seeds [choice].
 DFC = Preset(
     [{"algorithm": ["dfc", "bp", "frozen"], "seed": [0, 1, 2]}],
     {
@@ -801,8 +800,8 @@ DFC = Preset(
     ],
 )
 
-#: Rules that are not from the four papers, and some that are, follow the protocol of the PFA paper's MNIST runs for half as many
-#: epochs, with validation images and the same learning rates for all rules [choice].
+#: Rules from outside the four papers are compared with bp, fa, dfa, kp and frozen. The protocol is that of the PFA paper's MNIST
+#: runs, but with half as many epochs, a validation split, and the same five learning rates for all rules [choice].
 BEYOND = [
     "bp",
     "frozen",

@@ -1,4 +1,4 @@
-"""Tests of experiments: the jobs of a sweep, tables of settings by component, and trials at a smaller scale."""
+"""Tests of experiments: the jobs of a sweep, tables of settings by component, and runs at a smaller scale."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_scale_shortens_step_size(folder: Path) -> None:
 
 
 def test_scale_only_reduces_settings(folder: Path) -> None:
-    """A trial keeps at least one epoch, and scales the feedback optimizer in the same way as the weights' optimizer."""
+    """At least one epoch remains, sizes that are already small do not change, and the feedback schedule is scaled, too."""
     preset(folder, "epochs: 200\nbatch_size: 6\nprobe_size: 3\n")
     words = [
         "algorithm=kp",
@@ -210,7 +210,7 @@ def test_scale_only_reduces_settings(folder: Path) -> None:
         assert job.feedback_optimizer.schedule.milestones == milestones
         assert (job.run.batch_size, job.run.probe_size) == (6, 3), "small sizes have changed"
     assert (small.run.epochs, tiny.run.epochs) == (20, 1)
-    assert [scale and scale.train for scale in SCALES.values()] == [None, 10_000, 24], "the help of the option scale is outdated"
+    assert [scale and scale.train for scale in SCALES.values()] == [None, 10_000, 24], "update the help of the option scale"
     large = scaled(jobs(folder, "batch_size=50", "probe_size=50", "scale=smoke")[0])
     assert (large.run.batch_size, large.run.probe_size) == (8, 4) and large.feedback_optimizer is None
 
@@ -274,10 +274,10 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_published_are_answered(name: str, composed: list[Job]) -> None:
-    """Check that every published number of the experiment has a job in its sweep. If a published number belongs to certain
-    layers, check that the net of its job has them."""
+    """Check that the sweep has a job for every published number of the experiment. If a published number belongs to certain
+    layers, check that the job's net has them."""
     for entry in published():
-        # No experiment contains the ASAP paper's curves with k = 4; algorithm=asap algorithm.k=2,4 reproduces them.
+        # No experiment has runs of ASAP with k = 4, for which the paper shows curves.
         if name not in entry.experiments or entry.where.get("algorithm.k") == 4:
             continue
         found = []
@@ -298,8 +298,8 @@ PRESETS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("asap_")])
 def test_asap_presets_use_initial_weights_of_published_code(name: str) -> None:
-    """Fully connected layers have Kaiming's initialisation for all rules, except in asap_fig6. That experiment is about Forward
-    Alignment, which has no public code."""
+    """Fully connected layers have Kaiming's initialisation for all rules, except in asap_fig6, whose rule, Forward Alignment, has
+    no public code."""
     register_schemas()
     composer = Composer("config", None, [f"experiment={name}"])
     for job in [job for job, _ in composer.check(composer.expand(multirun=True))]:

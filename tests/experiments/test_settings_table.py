@@ -19,9 +19,9 @@ SEED = "seed="
 
 
 def composed_runs(name: str) -> list[tuple[Settings, Settings, list[int]]]:
-    """For every run of the experiment, return its settings, its components' defaults, and its seeds.
+    """For each group of runs that differ only in the seed, return the settings, the defaults of the components, and the seeds.
 
-    Composing is slow, so runs that differ only in the seed are composed once; their seeds are read from the overrides.
+    Composing is slow, so only the first run of each group is composed; the seeds are read from the overrides.
     """
     register_schemas()
     composer = Composer("config", None, [f"experiment={name}"])
@@ -46,7 +46,7 @@ def default_settings(job: Job) -> Settings:
 
 
 def identity(settings: Settings, keys: list[str]) -> str:
-    """Name the run within its experiment by its values of the swept keys."""
+    """The values of the swept keys, as a name for a run within its experiment."""
     return json.dumps({key: settings[key] for key in keys if key in settings})
 
 
@@ -57,7 +57,7 @@ def by_identity(runs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def differences(actual: Settings, default: Settings, wanted: Settings) -> list[str]:
-    """The settings that differ from the table, and those that differ from the default although the table does not name them."""
+    """A line for each setting that differs from the table, or from its default although the table does not name it."""
     found = [f"{key}: no such option; the table has {wanted[key]!r}" for key in wanted.keys() - actual.keys()]
     for key, value in actual.items():
         if key in wanted and value != wanted[key]:
@@ -68,7 +68,7 @@ def differences(actual: Settings, default: Settings, wanted: Settings) -> list[s
 
 
 def check(name: str) -> None:
-    """Raise an AssertionError if an experiment differs from the table; it names the differences of the first such run."""
+    """Check that the runs of an experiment have the settings and seeds in the table."""
     wanted_runs, actual_runs = list(PRESETS[name].runs()), composed_runs(name)
     swept = sorted({"algorithm", "architecture", "dataset", *(key for part in PRESETS[name].sweep for key in part)} - {"seed"})
     wanted = by_identity([(identity(settings, swept), (settings, seeds)) for settings, seeds in wanted_runs])
@@ -99,8 +99,7 @@ def test_default_config_components() -> None:
 
 
 def test_component_choice_equals_declared_defaults() -> None:
-    """``algorithm=kp`` selects kp with its declared defaults, so the name of a component in an experiment determines its
-    settings."""
+    """For example, ``algorithm=kp`` selects kp with its declared defaults, because no config file changes them."""
     register_schemas()
     composer = Composer("config", None, [])
     for group in GROUPS:

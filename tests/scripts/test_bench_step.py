@@ -1,4 +1,4 @@
-"""The benchmark of one step runs a step of every rule."""
+"""The benchmark of training steps can perform a step of every rule."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def script_(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.setattr(module, "SETTINGS", {"mlp sgd": ["dataset=synthetic", "architecture.widths=[8]"]})
     experiments = tmp_path / "conf" / "experiment"
     experiments.mkdir(parents=True)
-    (experiments / "quickstart.yaml").write_text("# only its name is read")
+    (experiments / "quickstart.yaml").write_text("# only the name of this file is read")
     monkeypatch.setattr(module, "conf_dir", lambda: tmp_path / "conf")
     return module
 

@@ -20,7 +20,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_committed_diagrams_match_script_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the texts are compared, because other versions of matplotlib may write different bytes."""
+    """Only the text elements are compared, because other versions of matplotlib may write different bytes."""
     monkeypatch.setattr(draw, "FOLDER", tmp_path)
     assert draw.main() == 0
     made = {path.name: texts(path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()}

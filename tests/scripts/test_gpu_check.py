@@ -21,7 +21,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.fixture(name="gpu")
 def gpu_(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """A function that imports a module of the script by name. The modules are removed again after the test."""
+    """A function that imports a module of the script by name. After the test, the modules are removed from `sys.modules`."""
     monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
     before = {*sys.modules}
     yield importlib.import_module
@@ -70,7 +70,7 @@ def test_skipped_part_is_reported_on_page(gpu: Callable[[str], Any]) -> None:
     section, ran = page.Section("a", "A"), []
     parts.run_all([parts.Part("a", "A", None, 1, 30)], [section], 20.0, lambda *_: ran.append(1), lambda: None, lambda: 0.0)
     assert not ran and section.status == page.SKIPPED
-    assert "Skipped: only 17 s were left, but the part needs 30 s." in page.markdown({}, [section])
+    assert "Skipped: its share of the time was 17 s, but it needs 30 s." in page.markdown({}, [section])
 
 
 def test_page_reports_every_miss(gpu: Callable[[str], Any], tmp_path: Path) -> None:

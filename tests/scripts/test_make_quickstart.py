@@ -1,4 +1,4 @@
-"""Tests of the script that updates the table and the picture of the README's first command."""
+"""Tests of the script that updates the table and the picture of the README's quick start."""
 
 from __future__ import annotations
 

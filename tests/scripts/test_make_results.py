@@ -49,7 +49,7 @@ def sweep(tmp_path: Path) -> Path:
     runs = fa_bench.run(
         "dataset=digits", "scale=smoke", algorithm=["bp", "frozen"], seed=[0, 1], **{"hydra.sweep.dir": str(tmp_path / "sweep")}
     )
-    for run in runs:  # the tests' checkout may have changes
+    for run in runs:  # the checkout may have uncommitted changes
         path = Path(run.directory) / "result.json"
         result = json.loads(path.read_text())
         result["git"] = {"commit": "1" * 40, "dirty": False}
