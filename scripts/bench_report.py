@@ -15,6 +15,7 @@ import json
 import math
 import random
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -131,7 +132,8 @@ def measure(folder: Path, out_dir: Path) -> None:
         timed("figures", lambda: write_figures(runs, out_dir, "report"))
     timed("the whole report", lambda: write_report(directories, out_dir / "whole"))
     timed("the whole report, --best", lambda: write_report(directories, out_dir / "best", best=["optimizer.lr"]))
-    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB")
+    unit = 1024 ** (3 if sys.platform == "darwin" else 2)  # macOS counts bytes, Linux KiB
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB")
 
 
 def main() -> None:

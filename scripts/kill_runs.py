@@ -131,6 +131,10 @@ def trial(command: list[str], folder: Path, seconds: float, kills: int, rng: ran
     while True:
         pid = start(command, folder)
         status = wait_for(pid, rng.uniform(0, seconds) if kills else 600)
+        if status is None and not kills:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise RuntimeError("the command did not end in 600 s without further kills")
         if status is None:
             number = rng.choice(SIGNALS)
             signals[signal.Signals(number).name] += 1
@@ -199,12 +203,12 @@ def main() -> int:
             kills = arguments.kills // len(names) + (number < arguments.kills % len(names))
             with contextlib.suppress(BrokenPipeError):
                 result = run_trials(name, kills, rng, bar)
+                differs |= bool(result["differences"])
                 signals = ", ".join(f"{count} {signal}" for signal, count in sorted(result["signals"].items()))
                 tqdm.write(
                     f"| {name} | {result['trials']} | {result['kills']} | {signals} | {result['seconds']:.1f} | "
                     f"{len(result['differences'])} |"
                 )
-                differs |= bool(result["differences"])
     return 1 if differs else 0
 
 
