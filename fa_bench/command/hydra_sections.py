@@ -54,7 +54,7 @@ def check_sections(config: DictConfig) -> None:
 
 def _configure_logging(section: DictConfig | None) -> None:
     plain: Any = OmegaConf.to_container(section, resolve=False) if section is not None else None
-    if plain is None or plain["root"] is None:  # the condition that Hydra uses
+    if plain is None or plain["root"] is None:  # Hydra skips the section under the same condition
         return
     for handler in (plain.get("handlers") or {}).values():
         if handler.pop("filename", None):  # its directory does not exist yet

@@ -1,7 +1,7 @@
 """The parts of a loaded dataset, which are iterated over in batches.
 
-Shapes: N batch, n samples, C channels, H and W pixels, F features, T positions, O outputs. Images are stored as uint8 and are
-normalised to float32 before they reach the model.
+Shapes: N batch, n samples, C channels, H and W pixels, F features, T positions, O outputs. Images are stored as uint8; before
+    they reach the model, they are converted to float32 and normalised.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def feedback_tensor(module: torch_nn.Module, name: str) -> Any:
 def fixed_tensor_reader(name: str) -> Any:
     """A method for pathway classes that returns the fixed feedback tensor `name` of a layer.
 
-    Code that runs at every step uses such a method, which costs only one dictionary look-up, whereas ``layer.feedback_B`` costs
-    as much as launching a small matrix product.
+    This method costs a single dictionary look-up, whereas ``layer.feedback_B`` goes through ``Module.__getattr__``, which takes
+    several times as long.
     """
     key = PREFIX + name
     return lambda self, layer: layer._buffers[key]

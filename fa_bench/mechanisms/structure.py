@@ -78,7 +78,7 @@ class Structure:
             replaced = [path for path in missing if path in now]
             what = f"{names(replaced)} replaced" if replaced else f"{names(missing)} removed"
             raise CoverageError(
-                f"the model was changed after attach ({what}), but the rule still uses the old layer. {_REATTACH}"
+                f"the model was changed after attach ({what}), but the rule still uses the original modules. {_REATTACH}"
             )
         new = [
             f"{path}.{key}"

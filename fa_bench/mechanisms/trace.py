@@ -309,7 +309,7 @@ class Arguments(NamedTuple):
 
 
 def arguments(sample: Any) -> Arguments:
-    """The arguments of a forward pass of a sample (see `trace_model`), copied because a model may change its inputs."""
+    """The arguments for a forward pass on a sample (see `trace_model`), copied because a model may change its inputs in place."""
 
     def detached(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -42,7 +42,7 @@ def option(
         help: one sentence for ``--help``, with units.
         choices: the allowed values, such as names; for a list, the allowed items. A registry is not loaded until its names
             are needed.
-        with_options: whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``.
+        with_options: whether components in a list may have options, in the form ``NAME:OPTION=VALUE``.
         minimum: the smallest allowed value; for a list, the smallest allowed item.
         above: exclusive lower bound.
         maximum: the largest allowed value.

@@ -120,14 +120,14 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     frozen layer after a trainable one is controlled, and its B learns.
 
     If the module at a cut is not an elementwise nonlinearity but, for example, a block, Q u is added to its output, and φ is the
-    identity. A cut at a pooling layer is treated like a cut at the preceding nonlinearity. Layers may be normalised; they then
-    learn through everything between the previous cut and the nonlinearity. With batch normalisation, J also contains the effect
-    of a sample on the outputs of the other samples. Outputs must be (N, C). Additional passes run without autocast, because Δv is
-    small. Dropout masks are those of the first pass.
+    identity. A cut at a pooling layer is treated like a cut at the preceding nonlinearity. Layers may be followed by
+    normalisation; the gradient of their weights then passes through all modules between the previous cut and the nonlinearity.
+    With batch normalisation, J also contains the effect of a sample on the outputs of the other samples. Outputs must be (N, C).
+    Additional passes run without autocast, because Δv is small. Dropout masks are those of the first pass.
 
     An update needs three additional forward passes (two if Q does not learn) and C backward passes that compute only the errors.
-    In addition, it needs half a backward pass for the weights, and the solution of a C x C system for every sample (two if Q
-    learns). J is stored only with ``jacobian``.
+    It also needs half a backward pass for the weights, and solves a C x C system for every sample (two if Q learns). J is stored
+    only with ``jacobian``.
     """
 
     equations = (

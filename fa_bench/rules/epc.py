@@ -35,9 +35,9 @@ class EPC(EnergyRule):
     unscaled gradient. With T = 5 and η = 0.001, the values in the paper's code for CIFAR-10, the factor is 0.005, which Adam
     cancels. With Adam, such a run is backpropagation except for the effect of Adam's ε. With SGD, it is backpropagation with a
     relatively high learning rate in the output layer. With ``steps=1 rate=1``, the gradient of the first block is exactly that of
-    backpropagation. Coverage includes a note if T η (with momentum, the corresponding path length) is below 0.1.
-    ``probes=[energy]`` measures how far the errors have converged, and the cosine between each layer's gradient and that of
-    backpropagation. Accuracies close to those of `bp` mean nothing without these measurements.
+    backpropagation. Coverage includes a note if a constant gradient of length 1 would move an error by less than 0.1 (T η without
+    momentum). ``probes=[energy]`` measures how far the errors have converged, and the cosine between each layer's gradient and
+    that of backpropagation. Accuracies close to those of `bp` mean nothing without these measurements.
 
     The blocks are those that the model declares, or those that end at `cuts`. The rule uses weight transport within every block
     and, because each step differentiates the whole network, also between blocks.

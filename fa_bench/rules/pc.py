@@ -33,8 +33,9 @@ class PC(EnergyRule):
     **When this is backpropagation.** After a few small steps without momentum, the error d blocks before the last cut is -(T
     choose d + 1) η^(d + 1) times the error of backpropagation, to leading order in η, where T is the number of steps. Each hidden
     layer then learns from the gradient of backpropagation times a constant factor, which Adam cancels, as in `epc`. Coverage
-    includes a note if T η (with momentum, the corresponding path length) is below 0.1. ``probes=[energy]`` measures how far the
-    states have converged, and the cosine between each layer's gradient and that of backpropagation.
+    includes a note if a constant gradient of length 1 would move a state by less than 0.1 (T η without momentum).
+    ``probes=[energy]`` measures how far the states have converged, and the cosine between each layer's gradient and that of
+    backpropagation.
 
     Far from the last cut, these errors can fall below the rounding error of the states, which is about 1e-7 times their size in
     single precision. We measured this with four hidden layers of 128 GELU units, initial weights and random data, for 5 steps of

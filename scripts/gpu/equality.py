@@ -21,7 +21,7 @@ from .parts import Context
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 #: In float32, the tolerance is at least this multiple of the difference between float32 and float64 on the CPU, because some
-#: rules divide a small difference of losses by a small number.
+#: rules divide a small difference between losses by a small number, which amplifies rounding errors.
 ROUNDING = 10.0
 STEPS, BATCH, CLASSES = 3, 16, 10
 #: Differences are relative to the largest entry of the tensor, or to this fraction of the largest entry of all compared tensors

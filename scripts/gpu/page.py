@@ -70,7 +70,8 @@ class Section:
         return {**dataclasses.asdict(self), "path": None}
 
     def update(self, path: Path) -> None:
-        """Copy into this section what another process saved to `path`, if the file exists, except for the path and times."""
+        """Update this section from the one that another process saved to `path`, if the file exists. The section keeps its own
+        path, budget and seconds."""
         if path.exists():
             for key, value in json.loads(path.read_text(encoding="utf-8")).items():
                 if key not in ("path", "budget", "seconds"):

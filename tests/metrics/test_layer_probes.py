@@ -320,8 +320,8 @@ def test_blocks_of_attached_model_match_plain_model(name: str) -> None:
 
 
 def test_depth_utility_is_accuracy_lost_without_block_training() -> None:
-    """The class is the sign of the brightness. The first block initially removes the brightness, and is trained to preserve
-    it."""
+    """The class says whether an image is brighter than average. The first block initially removes the brightness, and is trained
+    to preserve it."""
     grey = torch.arange(0, 256, 8)
     data = split(grey.view(-1, 1, 1, 1), (grey > 127).long())
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 3))

@@ -138,7 +138,7 @@ def blank(value: object) -> bool:
 
 
 def without_pixels(monkeypatch) -> None:
-    """Create the figures of reports without rendering them; their files are empty."""
+    """Patch the code of reports so that figures are created but not rendered; their files are then empty."""
     from fa_bench.report import figures, plot
 
     monkeypatch.setattr(figures, "fix_layout", lambda figure: None)

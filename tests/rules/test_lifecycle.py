@@ -1,4 +1,4 @@
-"""Tests of forward passes without side effects, copies, checkpoints, exact backpropagation, and detaching."""
+"""Tests of copies, checkpoints, exact backpropagation, detaching, and forward passes without side effects."""
 
 import copy
 from collections import OrderedDict

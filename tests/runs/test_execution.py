@@ -96,7 +96,8 @@ def test_micro_batches_of_both_sizes_are_compiled(tmp_path: Path, traced: list[t
 
 @needs_compiler
 def test_compiled_model_has_same_dropout_and_is_deterministic() -> None:
-    """With PyTorch's own compiler, fused kernels compute in a different order, which causes relative errors of about 1e-7."""
+    """Outputs are compared with a tolerance, because the fused kernels of PyTorch's Inductor compute in a different order, which
+    causes relative errors of about 1e-7."""
     if execution._no_compiler():
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)

@@ -106,7 +106,7 @@ CASES: dict[str, list[str]] = {
     "resnet20": [*RESNET, "sync_batch_norm=true"],
     "feedback optimizer": [*MLP, "algorithm=dkp", "optimizer@feedback_optimizer=adam", "probes=[gradient_norm]"],
 }
-#: Rules with new magnitudes in every pass, or with errors from an earlier epoch.
+#: Rules whose state must survive a resume: brsf samples new magnitudes in every pass, and f3 uses errors of the previous epoch.
 RESUMED = ("brsf", "f3")
 REFUSED = {
     ("batch_size=1",): "batch_size=1 makes batches of 1 for 2 processes, each of which needs a sample; use 2 or more",

@@ -105,8 +105,8 @@ class PassRule(CutRule):
         order = list(trace.output_shapes)
 
         def nonlinearity(cut: str) -> str:
-            """The cut itself or, if it changes the shape, as pooling does, the last module before it that could be its
-            nonlinearity."""
+            """The module at which to cut instead of `cut`: for a module without parameters that changes the shape, such as
+            pooling, the nearest earlier module that could be the nonlinearity, if any; otherwise, `cut` itself."""
             if not self._changes_shape(cut, trace) or has_own_parameters(self.model.get_submodule(cut)):
                 return cut
             for path in reversed(order[: order.index(cut)]):

@@ -2,7 +2,7 @@
 cut.
 
 The error δ at an output is handled as rows, with the class axis last: (N, C) or (N, P..., C). Shapes: N batch, C classes (or
-features of the module of ``error_at``), F features of a cut, P... positions: one axis for sequences, two or three for maps.
+    features of the module in ``error_at``), F features of a cut, P... positions (one axis for sequences, two or three for maps).
 """
 
 from __future__ import annotations

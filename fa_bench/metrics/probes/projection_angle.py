@@ -1,4 +1,4 @@
-"""Measures whether feedback and weight agree on a layer's inputs."""
+"""Measures how similar the feedback and the weight of a layer are on the layer's inputs."""
 
 from __future__ import annotations
 
