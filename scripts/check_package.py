@@ -57,7 +57,7 @@ def build(dist: Path) -> tuple[Path, Path]:
     """Build the sdist, build the wheel from it, and check the metadata and contents of both.
 
     Raises:
-        SystemExit: if a required file or folder is missing in one of them.
+        SystemExit: if a required file or folder is missing from the sdist or the wheel.
         CalledProcessError: if the build fails or twine finds an error.
     """
     _run([sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, ROOT], ROOT)

@@ -1,7 +1,7 @@
 """Download files and unpack archives so that an interruption never leaves an incomplete dataset.
 
-torchvision downloads the files, since it has the sources and checksums of most datasets. A library such as pooch would replace
-only `download` and `has_md5`.
+torchvision downloads the files, since it has the sources and checksums of most datasets. A library such as pooch could replace
+only `download` and `has_md5`, so it is not worth a dependency.
 """
 
 from __future__ import annotations

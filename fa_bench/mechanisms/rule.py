@@ -177,8 +177,8 @@ class Rule(Options):
         return 0
 
     def initial_phase(self) -> Iterator[None]:
-        """The work that the rule does before training, as a generator that yields once per step; it continues from a loaded
-        state."""
+        """The work that the rule does before training, as a generator that yields once per step. After a state has been loaded,
+        the generator continues from there."""
         return iter(())
 
     def detach(self) -> nn.Module:

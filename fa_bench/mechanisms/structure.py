@@ -22,7 +22,7 @@ class Structure:
 
     Args:
         rule: the rule's name.
-        model: the model, with the rule in it.
+        model: the model to which the rule is attached.
         watched: path -> module, for the layers and cuts that the rule relies on.
         frozen: parameters that the rule has frozen.
     """

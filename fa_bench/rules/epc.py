@@ -20,8 +20,8 @@ class EPC(EnergyRule):
 
         E = Σ_n [ Σ_l ½‖e_l‖² + L(f_L(s_{L-1})) ],    s_l = f_l(s_{l-1}) + e_l,    s_0 = x.
 
-    The errors start from e = 0, where E is the sum of the losses, and take `steps` gradient steps with step size η (`rate`) and
-    momentum μ (`momentum`):
+    The errors start from zero, where E is the sum of the losses. They are then updated by `steps` steps of gradient descent on E,
+    with step size η (`rate`) and momentum μ (`momentum`):
 
         v_l ← μ v_l + ∂E/∂e_l,    e_l ← e_l - η v_l.
 

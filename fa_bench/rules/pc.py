@@ -47,11 +47,11 @@ class PC(EnergyRule):
     one block. The derivatives of a block are exact, however, so the rule uses weight transport within blocks, even if a block has
     only one layer.
 
-    The equations come from the code of PCX and a derivation; we did not check them against a paper. Nudged outputs, weight
-    updates in every step (iPC) and the scaling of μPC are not implemented. The default of 20 steps of 0.1 without momentum is our
-    choice. The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and the VGG-5 of PCX uses 8 steps of 0.0266 in the
-    code of the `epc` paper. E is a sum over samples, so the optimisation of the states does not depend on the batch size. If the
-    output has positions, E is also a sum over positions.
+    We took the equations from the code of PCX and derived the rest ourselves; we did not check them against a paper. Nudged
+    outputs, weight updates in every step (iPC) and the scaling of μPC are not implemented. The default of 20 steps of 0.1 without
+    momentum is our choice. The MNIST network of PCX uses 5 steps of 0.0183 with momentum 0.35, and the VGG-5 of PCX uses 8 steps
+    of 0.0266 in the code of the `epc` paper. E is a sum over samples, so the optimisation of the states does not depend on the
+    batch size. If the output has positions, E is also a sum over positions.
 
     Since the rule delivers no errors at activations, there are no delta angles; ``probes=[energy]`` compares gradients instead.
 

@@ -299,8 +299,8 @@ def test_layer_shapes_match_published_networks(
 
 @pytest.mark.parametrize(("name", "options", "shape"), [case[:3] for case in PUBLISHED])
 def test_only_resnet_convolutions_have_no_bias(name: str, options: dict[str, Any], shape: Shape) -> None:
-    """The convolutions of residual nets have no biases in torchvision and in the code of the PFA paper. For backpropagation, they
-    have none in the code of the ASAP paper either."""
+    """The convolutions of residual nets have no biases in torchvision and in the code of the PFA paper. The nets that the code of
+    the ASAP paper uses for backpropagation have none, either."""
     with torch.device("meta"):
         net = ARCHITECTURES[name](**options).build(shape, CLASSES)
     for layer in (module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)):
