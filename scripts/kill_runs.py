@@ -179,9 +179,10 @@ def run_trials(name: str, kills: int, rng: random.Random, bar: tqdm[Any]) -> dic
             except Exception as error:
                 log = (folder / "log.txt").read_text().splitlines()[-4:]
                 new.append(f"{name} {trials}: {error}: {' | '.join(log)}")
-            for line in new:
-                tqdm.write(line, file=sys.stderr)
             lines += new
+            with contextlib.suppress(BrokenPipeError):
+                for line in new:
+                    tqdm.write(line, file=sys.stderr)
             bar.update(sum(signals.values()) - done)
             shutil.rmtree(folder)
     return {"trials": trials, "kills": sum(signals.values()), "signals": dict(signals), "seconds": seconds, "differences": lines}

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,8 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         # joblib would keep its processes for later sweeps, which may have a different working directory.
         if (loky := sys.modules.get("joblib.externals.loky")) is not None:
             loky.get_reusable_executor(reuse=True).shutdown(wait=True)
-    return max(_write_report(members, folder) for folder, members in folders.items())
+    stale = {run_dir for job, run_dir in jobs if RunDirectory(run_dir, job).is_stale}
+    return max(_write_report(members, folder, stale) for folder, members in folders.items())
 
 
 def oversubscribed(jobs: int | None, threads: int, available: int) -> str:
@@ -175,8 +176,11 @@ def _stop_jobs(run_dirs: Iterable[Path]) -> None:
         time.sleep(0.1)
 
 
-def _write_report(run_dirs: list[Path], folder: Path) -> int:
-    """Report on all runs in the folder, print the table of the sweep's own runs, and return the exit code."""
+def _write_report(run_dirs: list[Path], folder: Path, stale: Collection[Path]) -> int:
+    """Report on all runs in the folder, print the table of the sweep's own runs, and return the exit code.
+
+    Jobs that could not restart the runs of a different version of the code, `stale`, count as failed.
+    """
     from fa_bench.report import write_report
     from fa_bench.report.runs import find_runs
 
@@ -187,6 +191,7 @@ def _write_report(run_dirs: list[Path], folder: Path) -> int:
     for line in write_mean_curves([*run_dirs, *find_runs([folder])], folder):
         print(printable(line))
     failed = {run_dir: status for run_dir in run_dirs if (status := _status(run_dir)) not in SUCCESSES}
+    failed |= {run_dir: f"{RunState.STALE.value}, not restarted" for run_dir in run_dirs if run_dir in stale}
     for run_dir, status in failed.items():
         print(printable(f"fa-bench: {status}: {run_dir}"), file=sys.stderr)
     return 1 if failed else 0

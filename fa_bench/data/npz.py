@@ -182,7 +182,8 @@ def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
     if type_of_y.kind == "f" and inputs == TOKENS:
         raise DataError(
             f"{where}: x_train is {dtype} of shape {shape}, which are tokens, but y_train is {type_of_y}; values are "
-            "not allowed as targets of tokens (if x_train contains features, store them as floats)"
+            "not allowed as targets of tokens; store x_train as floats if it contains features, or y_train as whole numbers "
+            "if it contains classes"
         )
     if type_of_y.kind == "f":
         targets = VALUES

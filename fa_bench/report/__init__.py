@@ -266,7 +266,7 @@ def _gaps(records: _Records, planned: Sequence[PlannedRun]) -> _Gaps:
         [*sorted(map(unidentified_run, records.unidentified)), *unfinished_runs(records.runs)],
         runs_not_started(records.missing, planned),
         missing_seeds(records.runs, planned),
-        [] if records.missing else missing_references(records.runs),
+        missing_references(records.runs) if not (records.missing or records.errors or records.unidentified) else [],
     )
     return _Gaps(*([truncate(line, MAX_LINE) for line in of_kind] for of_kind in lines))
 

@@ -107,9 +107,10 @@ def _explain(error: BaseException, job: Job) -> BaseException:
 
 
 def record_failure(job: Job, directory: Path, error: BaseException, experiment: str | None = None) -> None:
-    """Log why a run failed, with the traceback, and write its result if the directory has none from the current code.
+    """Log why a run failed, with the traceback, and write its result if the directory has none.
 
-    Checkpoints and records of earlier attempts are kept. If they are from different code, the directory still says so.
+    Checkpoints and records of earlier attempts are kept. If the directory contains a run of different code, only the log is
+    written, so that this run can still be read, and be resumed by its own code.
 
     Raises:
         RunDirectoryError: if the directory belongs to another run.
@@ -118,12 +119,12 @@ def record_failure(job: Job, directory: Path, error: BaseException, experiment: 
     run_dir = RunDirectory(directory, job)
     run_dir.check()
     with lock_directory(directory):
-        has_result = (directory / RESULT).exists() and run_dir.state is not RunState.STALE
-        if not has_result:
-            run_dir.start(resume=True, keep_stale=True)
+        writes_result = run_dir.state is not RunState.STALE and not (directory / RESULT).exists()
+        if writes_result:
+            run_dir.start(resume=True)
         with log_file(directory / LOG):
             log.debug("failed: %s", error, exc_info=error)
-        if not has_result:
+        if writes_result:
             write_text(directory / RESULT, dump_json(base_result(job, experiment) | {"error": _error(error)}, indent=1) + "\n")
 
 

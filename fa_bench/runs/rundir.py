@@ -45,20 +45,25 @@ class RunDirectory:
     @property
     def state(self) -> RunState:
         """The state of the run with this config in the directory; `check` refuses a directory that belongs to another config."""
-        lines = self._config_lines()
-        if not lines or lines[0] != f"{HEADER}{self.job.config_hash}":
+        if self._config_lines()[:1] != [f"{HEADER}{self.job.config_hash}"]:
             return RunState.NEW
-        if lines[1:2] != [self._code_line()]:
+        if self.is_stale:
             return RunState.STALE
         if self._is_complete():
             return RunState.FINISHED
         return RunState.UNFINISHED if self.checkpoint.exists() or self.previous.exists() else RunState.NEW
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether the directory contains a run with this config that was produced by a different version of the code."""
+        lines = self._config_lines()
+        return lines[:1] == [f"{HEADER}{self.job.config_hash}"] and lines[1:2] != [self._code_line()]
+
     def _config_lines(self) -> list[str]:
         """The lines of the directory's config; empty if it cannot be read."""
         try:
-            return (self.path / CONFIG).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
+            return (self.path / CONFIG).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
             return []
 
     def _code_line(self) -> str:
@@ -125,23 +130,18 @@ class RunDirectory:
         differences = [f"{key}={there.get(key)} there, {here.get(key)} here" for key in keys[:2]]
         return "; ".join(differences) + ("; ..." if len(keys) > 2 else "") if differences else "an older format"
 
-    def start(self, resume: bool, keep_stale: bool = False) -> None:
+    def start(self, resume: bool) -> None:
         """Begin the run: remove the files of earlier attempts, and write the config. If the run is resumed, only the result and
         half-written files are removed.
-
-        With `keep_stale`, the directory remains `RunState.STALE` if it is, so that checkpoints of other code are never resumed.
 
         Raises:
             RunDirectoryError: as in `check`.
             OutputError: if the directory cannot be written.
         """
         self.check()  # again, because files are removed from here on
-        code = self._code_line()
-        if keep_stale and self.state is RunState.STALE:
-            code = next((line for line in self._config_lines()[1:2] if line.startswith(CODE_HEADER)), f"{CODE_HEADER}unknown")
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for path in list(removable_files(self.path, resume)):
                 path.unlink(missing_ok=True)
         text = OmegaConf.to_yaml(OmegaConf.create(self.job.plain()))
-        write_text(self.path / CONFIG, f"{HEADER}{self.job.config_hash}\n{code}\n{text}")
+        write_text(self.path / CONFIG, f"{HEADER}{self.job.config_hash}\n{self._code_line()}\n{text}")

@@ -417,7 +417,7 @@ def test_kill_runs_script() -> None:
     assert re.findall(r"^\| (\w+) \| \d+ \| 1 \| .* \| 0 \|$", ran.stdout, re.M) == rules
 
 
-def test_failed_restart_does_not_make_checkpoints_of_other_code_resumable(monkeypatch: Patch, capsys: Capture) -> None:
+def test_refused_restart_leaves_runs_of_other_code_unchanged(monkeypatch: Patch, capsys: Capture) -> None:
     sweep = ["-m", *COMMON, "algorithm=kp", "seed=0,1"]
     assert main(sweep) == 0
     first = results("outputs")
@@ -426,12 +426,22 @@ def test_failed_restart_does_not_make_checkpoints_of_other_code_resumable(monkey
         for _ in range(2):
             capsys.readouterr()
             assert main([*sweep, "resume=true"]) == 1
-            assert "was produced by a different version of the code, so resume=true would not" in capsys.readouterr().err
-        assert {result["status"] for result, _ in results("outputs").values()} == {"failed"}
-    # The original code continues from the checkpoints, which are those of the last epoch.
+            said = capsys.readouterr().err
+            assert "was produced by a different version of the code, so resume=true would not" in said
+            assert said.count("fa-bench: from a different version of the code, not restarted: outputs") == 2
+            assert results("outputs") == first
     assert main([*sweep, "resume=true"]) == 0
-    assert {name: lines for name, (_, lines) in results("outputs").items()} == {name: lines for name, (_, lines) in first.items()}
+    assert capsys.readouterr().out.count("is already finished; nothing to do") == 2 and results("outputs") == first
     with monkeypatch.context() as patch:
         patch.setattr(hashes, "_package_hash", lambda: "other code")
         assert main(sweep) == 0
     assert "was produced by a different version of the code; restarting" in capsys.readouterr().out
+
+
+def test_run_of_other_code_with_damaged_config_is_not_resumed(monkeypatch: Patch, capsys: Capture) -> None:
+    assert main([*COMMON, "algorithm=kp"]) == 0
+    (config,) = Path("outputs").rglob("config.yaml")
+    config.write_bytes(config.read_bytes() + b"# \xff\n")
+    monkeypatch.setattr(hashes, "_package_hash", lambda: "other code")
+    assert main([*COMMON, "algorithm=kp", "resume=true"]) == 2
+    assert "was produced by a different version of the code, so resume=true" in capsys.readouterr().err
