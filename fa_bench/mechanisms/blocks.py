@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fa_bench.mechanisms.contexts import evaluating
+from fa_bench.mechanisms.contexts import evaluating, restoring
 from fa_bench.mechanisms.coverage import matching
 from fa_bench.mechanisms.feedback_tensors import PREFIX
 from fa_bench.mechanisms.trace import arguments
@@ -75,7 +75,7 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
     handles += [module.register_forward_hook(lambda *_, path=path: after_module(path)) for path, module in modules.items()]
     args, kwargs = arguments(sample)
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), restoring(model), torch.no_grad():
             model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -91,11 +91,17 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
         stack.enter_context(set_temporarily(dropouts, "training", False))
         stack.enter_context(set_temporarily(dropouts, "p", 0.0))  # attention may pass this rate to a function
         stack.enter_context(without_running_statistics(model))
-        stack.enter_context(with_copies([(place, buffer) for place, buffer in own_buffers(model)]))
         for name in _DROPOUT_RATES:
             rates = [m for m in model.modules() if isinstance(getattr(m, name, None), float)]
             stack.enter_context(set_temporarily(rates, name, 0.0))
-        stack.enter_context(same_randomness(model))
+        stack.enter_context(restoring(model))
+        yield
+
+
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """A context that, on exit, restores the buffers of the model (see `own_buffers`) and the state of the random generators."""
+    with with_copies(list(own_buffers(model))), same_randomness(model):
         yield
 
 

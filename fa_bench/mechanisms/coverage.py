@@ -99,7 +99,7 @@ class Coverage:
         if not self.covered:
             raise CoverageError(f"rule '{self.rule}' covers no layer of this model: {not_coverable(model)}")
         patterns = allowed if isinstance(allowed, list) else ["*"] if allowed else []
-        refused = {name: why for name, why in self.uncovered.items() if not any(fnmatch.fnmatch(name, p) for p in patterns)}
+        refused = {name: why for name, why in self.uncovered.items() if not any(matches_name(name, p) for p in patterns)}
         if refused:
             listed = "; ".join(f"{name} ({why})" for name, why in refused.items())
             raise CoverageError(
@@ -212,6 +212,11 @@ def _a(kind: str) -> str:
     return f"an {kind}" if kind[:1] in "AEIOU" or kind.startswith(("LSTM", "RNN")) else f"a {kind}"
 
 
+def matches_name(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a name or is that name, which may contain brackets."""
+    return name == pattern or fnmatch.fnmatch(name, pattern)
+
+
 def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> set[str]:
     """The paths that match names or patterns such as ``layer*.conv1``; ``*`` matches any characters, including dots.
 
@@ -220,7 +225,7 @@ def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> se
     """
     matched: set[str] = set()
     for pattern in patterns:
-        matches = fnmatch.filter(paths, pattern)
+        matches = [path for path in paths if matches_name(path, pattern)]
         if not matches:
             raise CoverageError(f"{option}={pattern}: the model has no module of that name{nearest(pattern, paths)}")
         matched.update(matches)

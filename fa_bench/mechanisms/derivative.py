@@ -23,7 +23,7 @@ from fa_bench.errors import CoverageError, names
 from fa_bench.mechanisms.checkpointing import recomputing
 from fa_bench.mechanisms.compiled import Handle, operator
 from fa_bench.mechanisms.compound.expansion import layerwise
-from fa_bench.mechanisms.contexts import all_require_grad, evaluating, same_randomness
+from fa_bench.mechanisms.contexts import all_require_grad, evaluating, restoring
 from fa_bench.mechanisms.graph import nodes_from, tensors_in
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.mechanisms.trace import arguments, named_results
@@ -263,7 +263,7 @@ def _functions(model: nn.Module, modules: Iterable[nn.Module], sample: Any) -> l
     ]
     args, kwargs = arguments(sample)
     try:
-        with layerwise(model, Mode("")), evaluating(model), torch.enable_grad(), all_require_grad(model), same_randomness(model):
+        with layerwise(model, Mode("")), evaluating(model), torch.enable_grad(), all_require_grad(model), restoring(model):
             results = named_results(model(*args, **kwargs))
     finally:
         for handle in handles:

@@ -133,7 +133,9 @@ class Rule(Options):
             raise CoverageError(f"this '{self.name}' rule object is already attached to a model; create another one")
         check_model(model)
         objective = as_objective(objective)
+        own_output = getattr(self, "output", None)
         self._take_output_of(objective)
+        self._own_output = own_output
         self.model, self.mode, self.seed, self.objective = model, Mode(self.name), seed, objective
         expand(model, self.mode)
         self._frozen, self._handles = [], []
@@ -207,6 +209,8 @@ class Rule(Options):
             self._structure.release()
         for parameter in self._frozen_now():
             parameter.requires_grad_(True)
+        if hasattr(self, "output"):
+            self.output = self._own_output  # which may have come from the objective
         del self.model
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:

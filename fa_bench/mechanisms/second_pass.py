@@ -163,6 +163,11 @@ class EarlierBuffers:
         return self._values
 
 
+def forget_updates(model: nn.Module) -> None:
+    """Forget which buffers earlier passes updated, so that all buffers are copied before the next pass."""
+    _updated.pop(model, None)
+
+
 def _key(place: Place) -> tuple[int, str]:
     return id(place[0]), place[1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import OptionError
+from fa_bench.errors import OptionError, truncate
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.mechanisms.structure import RULE_ATTRIBUTE
 from fa_bench.registry.registries import ALGORITHMS
@@ -43,7 +43,7 @@ def attach(
 
     Raises:
         ConfigError: for an unknown rule or objective; suggests the nearest name.
-        OptionError: for an unknown option or an invalid value.
+        OptionError: for an unknown option or an invalid value, or if `rule` is neither a name nor a rule object.
         CoverageError: if the rule would cover nothing, leave weights uncovered, or find no cut points, or if the model is
             wrapped, compiled or already has a rule.
 
@@ -63,6 +63,10 @@ def attach(
         if "rule" in options or "name" in options:
             raise OptionError("name", f"pass the rule once: attach(model, '{rule}')")
         rule = cls.from_mapping(options)
+    elif not isinstance(rule, Rule):
+        shown = truncate(repr(rule), 100)
+        hint = f"; did you mean {rule.__name__}()?" if isinstance(rule, type) and issubclass(rule, Rule) else ""
+        raise OptionError("rule", f"={shown} is neither the name of a rule nor a rule object{hint}")
     elif options:
         raise OptionError(next(iter(options)), f"a rule object already has its options; pass them to {type(rule).__name__}")
     return rule.attach(model, seed=seed, sample_input=sample_input, objective=objective)

@@ -22,8 +22,8 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.contexts import evaluating, set_temporarily
-from fa_bench.mechanisms.second_pass import FirstPass, again
+from fa_bench.mechanisms.contexts import evaluating, restoring, set_temporarily
+from fa_bench.mechanisms.second_pass import FirstPass, again, forget_updates
 from fa_bench.mechanisms.trace import arguments
 
 if TYPE_CHECKING:
@@ -84,10 +84,11 @@ def check_tangents(rule: CutRule, method: str, cuts: Mapping[str, nn.Module], sa
         if cuts
         else {parameter: torch.zeros_like(parameter) for parameter in rule.model.parameters() if parameter.is_floating_point()}
     )
-    with evaluating(rule.model):
+    with evaluating(rule.model), restoring(rule.model):
         output_tangent(
             rule, FirstPass(rule.name, rule.model, args, kwargs), method, dict.fromkeys(cuts, torch.zeros_like), parameters
         )
+    forget_updates(rule.model)  # there was no first pass that could have updated buffers
 
 
 def _by_forward_mode(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fa_bench.errors import CoverageError, FaBenchError, first_line, names, nearest
 from fa_bench.mechanisms.compound.expansion import layerwise
-from fa_bench.mechanisms.contexts import all_require_grad, evaluating
+from fa_bench.mechanisms.contexts import all_require_grad, evaluating, restoring
 from fa_bench.mechanisms.coverage import is_weight, not_coverable
 from fa_bench.mechanisms.graph import items_in, leaves, tensors_in
 from fa_bench.mechanisms.uses import Uses, UsesOfWeights
@@ -186,8 +186,9 @@ def _traced(
     ]
     args, kwargs = arguments(sample)
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad} - set(map(id, frozen))
+    observing = UsesOfWeights(model, layers)
     try:
-        with evaluating(model), torch.enable_grad(), all_require_grad(model), UsesOfWeights(model, layers) as uses:
+        with evaluating(model), restoring(model), torch.enable_grad(), all_require_grad(model), observing as uses:
             result = model(*args, **kwargs)
     finally:
         for handle in handles:
@@ -314,6 +315,9 @@ def arguments(sample: Any) -> Arguments:
     def detached(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().clone()
+        if isinstance(value, tuple):
+            items = [detached(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if not isinstance(value, (MutableMapping, list)):
             return value
         copied: Any = copy.copy(value)
@@ -327,12 +331,14 @@ def arguments(sample: Any) -> Arguments:
 
 
 def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    """The nested value with `old` replaced by `new`; dictionaries and dataclasses are changed in place."""
+    """The nested value with `old` replaced by `new`; mappings that can be changed, and dataclasses, are changed in place."""
     if value is old:
         return new
-    if isinstance(value, dict):
+    if isinstance(value, MutableMapping):
         for key, item in list(value.items()):
             value[key] = replaced(item, old, new)
+    elif isinstance(value, Mapping):
+        return type(value)({key: replaced(item, old, new) for key, item in value.items()})  # type: ignore[call-arg]
     elif isinstance(value, (tuple, list)):
         items = [replaced(item, old, new) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

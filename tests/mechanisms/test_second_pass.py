@@ -217,3 +217,27 @@ def test_precise_pass_disables_autocast_and_uses_changed_weights() -> None:
         F.cross_entropy(logits, torch.arange(8) % 4).backward()
     for (changed, same), dtype in zip(rule.seen, (torch.bfloat16, torch.float32), strict=True):
         assert changed.dtype == same.dtype == dtype and not torch.allclose(changed, same)
+
+
+class Counting(nn.Module):
+    """Counts its calls, in evaluation mode as well, and keeps the counts that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        self.seen.append(self.count.item())
+        return x
+
+
+def test_check_at_attach_does_not_affect_buffers_of_first_pass():
+    model = nn.Sequential(nn.Linear(4, 3), Counting(), nn.Tanh(), nn.Linear(3, 2))
+    rule = fa_bench.attach(model, "forward_gradient", sample_input=torch.randn(2, 4), cuts=["2"])
+    model.eval()
+    model[1].seen.clear()
+    logits, y = model(torch.randn(2, 4)), torch.tensor([0, 1])
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    assert model[1].seen == [1, 1] and model[1].count == 1

@@ -1,12 +1,14 @@
 """Tests of dgl and asfp_lc with a batch of one sample, which BatchNorm in their auxiliary nets cannot normalise."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.mechanisms.cut.local import TOO_FEW
+from fa_bench.mechanisms.cut.local import TOO_FEW, LocalRule
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet import ResNet20
 
@@ -73,3 +75,44 @@ def test_other_auxiliary_net_errors_propagate_unchanged(rule):
     local.auxiliary_at("act2").register_forward_pre_hook(lambda module, args: (_ for _ in ()).throw(ValueError("mine")))
     with pytest.raises(ValueError, match=r"^mine$"):
         rule_grads(net, attached, x, torch.tensor([0, 1, 2, 0]))
+
+
+class Two(nn.Module):
+    """Two layers, either with one weight, or with names that differ only in whether words are separated by a dot."""
+
+    def __init__(self, features: int, classes: int, is_tied: bool) -> None:
+        super().__init__()
+        self.a, self.a_b = nn.ModuleDict({"b": nn.Linear(features, classes)}), nn.Linear(features, classes)
+        if is_tied:
+            self.a_b.weight = self.a["b"].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a["b"](x) + self.a_b(x)
+
+
+@dataclasses.dataclass(eq=False)
+class OwnNet(LocalRule):
+    is_tied: bool = False
+
+    def auxiliary(self, cut, shape, classes):
+        return Two(shape[0], classes, self.is_tied)
+
+    def local_loss(self, cut, auxiliary, activation, target):
+        return self.loss_of(auxiliary(activation), target)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_tied_and_similarly_named_parameters_get_their_gradients(is_tied, is_loaded):
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.randint(3, (6,))
+    rule = fa_bench.attach(model, OwnNet(cuts=["1"], is_tied=is_tied))
+    if is_loaded:
+        model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    parameters = list(rule.auxiliary_at("1").parameters())
+    assert len(parameters) == len(rule.feedback_parameters()) == 4 - is_tied
+    activation = model[0](x).detach().tanh()
+    want = torch.autograd.grad(F.cross_entropy(rule.auxiliary_at("1")(activation), y), parameters)
+    logits = model(x)
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    assert all(torch.equal(one.grad, gradient) for one, gradient in zip(parameters, want, strict=True))
+    assert set(rule.detach().state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}

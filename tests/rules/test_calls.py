@@ -140,3 +140,10 @@ def test_rejects_cut_before_first_layer(name):
 def test_default_seed_is_zero():
     found = [fa_bench.attach(nets.mlp(), "fa", **options).feedback["fc2"]["B"] for options in ({}, {"seed": 0}, {"seed": -1})]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("given", [None, 3, FA, nn.Linear])
+def test_rejects_rule_that_is_neither_name_nor_object(given):
+    with pytest.raises(fa_bench.errors.OptionError, match="neither the name of a rule nor a rule object") as caught:
+        fa_bench.attach(nets.mlp(), given)
+    assert ("did you mean FA()?" in str(caught.value)) == (given is FA)

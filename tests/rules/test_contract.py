@@ -349,3 +349,19 @@ def test_transposed_convolution_respects_output_size(name, build, shape, sizes):
         error = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
         got = torch.autograd.grad((y * error).sum(), model.up.weight)[0]
         torch.testing.assert_close(got, torch.autograd.grad((want * error).sum(), plain.weight)[0])
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_autocast_with_padding_other_than_zeros(mode):
+    x, found = torch.randn(2, 2, 6, 6), []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode), nn.Tanh(), nn.Conv2d(3, 2, 3, padding=1))
+        if attached:
+            fa_bench.attach(model, "kp", b_init="copy_w")
+        input = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input).float().square().mean()
+        loss.backward()
+        found.append(model[0].weight.grad)
+    assert torch.equal(*found)

@@ -10,6 +10,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.blocks import blocks_of
 from fa_bench.mechanisms.cut.rule import CutRule
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, put_tensor, tensors_of
 from fa_bench.mechanisms.rule import Rule
@@ -543,3 +544,27 @@ def test_rules_compare_by_identity(name):
         if issubclass(cls, Rule):
             one, other = cls(), cls()
             assert one == one != other and len({one, other}) == 2
+
+
+class Restless(nn.Module):
+    """A network that draws random numbers, and updates a buffer, in evaluation mode as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)
+        self.cut_points = self.blocks = ["act"]
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        return self.fc2(F.dropout(self.act(self.fc1(x)), 0.5))
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa", "dual_propagation", "epc", "forward_gradient", "ldfa", "wm"])
+def test_attach_leaves_random_state_and_buffers_unchanged(name):
+    model, x = Restless(), torch.randn(2, 4)
+    state = torch.get_rng_state()
+    fa_bench.attach(model, name, sample_input=x)
+    assert torch.equal(torch.get_rng_state(), state) and model.count == 0
+    blocks_of(model, x)
+    assert torch.equal(torch.get_rng_state(), state) and model.count == 0

@@ -634,3 +634,20 @@ def test_perturbation_rules_accept_outputs_with_positions(name: str, kind: str):
     for key in one:
         # The gradients contain a difference of losses divided by 2 sigma, which amplifies rounding.
         assert torch.allclose(one[key], two[key], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["node_perturbation", "np_feedback", "weight_perturbation", "epc", "pc"])
+@pytest.mark.parametrize("shape", [(N, 7), (N, T, 7), (N, 7, 2, 2)])
+def test_targets_may_be_numbers_in_shape_of_output(name: str, shape: tuple[int, ...]) -> None:
+    layer: Any = nn.Linear if len(shape) < 4 else lambda inputs, outputs: nn.Conv2d(inputs, outputs, 1)
+    model: Any = nn.Sequential(layer(7, 5), nn.Tanh(), layer(5, C))
+    x, objective = torch.randn(shape), MSE()
+    model.cut_points = model.blocks = ["1"]
+    rule = fa_bench.attach(model, name, sample_input=x, objective=objective)
+    outputs = model(x)
+    target = torch.randn_like(outputs)
+    loss = objective.loss(outputs, target)
+    losses = sample_losses(objective, outputs, target)
+    assert losses.shape == (N,) and torch.allclose(losses.mean(), loss)
+    rule.backward(loss, outputs, target)
+    assert model[0].weight.grad.abs().sum() > 0

@@ -3,6 +3,8 @@ about the others."""
 
 from __future__ import annotations
 
+from collections import UserDict
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fa_bench
+from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.registry.registries import ALGORITHMS
 
 #: For each rule that replaces the whole backward pass, its options, and what the coverage says about the other output's layers.
 PASSES: dict[str, tuple[dict[str, Any], str]] = {
@@ -111,3 +115,28 @@ def test_branch_with_cut_learns_except_under_epc(name: str, learns: bool) -> Non
     gradient = model.fc3.weight.grad
     assert (gradient is not None and bool(gradient.any())) == learns
     assert ("not trained" not in row(rule, "fc3")) == learns and "not trained" in row(rule, "other")
+
+
+@pytest.mark.parametrize("kind", [UserDict, MappingProxyType])
+def test_errors_reach_cuts_if_model_returns_other_mapping(kind: Any) -> None:
+    class Wrapped(TwoHeads):
+        def forward(self, x: Tensor) -> Any:
+            return kind(super().forward(x))
+
+    x, found = torch.randn(8, 6), []
+    for cls in (TwoHeads, Wrapped):
+        torch.manual_seed(0)
+        model = cls()
+        fa_bench.attach(model, "dfa", sample_input=x, output="main")
+        model(x)["main"].square().sum().backward()
+        found.append(model.fc1.weight.grad)
+    assert found[0] is not None and found[1] is not None and torch.equal(*found)
+
+
+def test_rule_object_takes_output_of_each_objective() -> None:
+    rule, x = ALGORITHMS["dfa"](), torch.randn(8, 6)
+    for output in ("main", "other"):
+        rule.attach(TwoHeads(), sample_input=x, objective=CrossEntropy(output=output))
+        assert rule.output == output
+        rule.detach()
+        assert rule.output is None

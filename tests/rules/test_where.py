@@ -1,7 +1,10 @@
 """Tests that check which layers a rule applies to, given layer patterns and the options for the output layer and the stem."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from torch import nn
 
 import fa_bench
 
@@ -102,3 +105,33 @@ def test_output_layer_without_sample_is_last_registered(name):
     for sample, output in ((None, "first"), (torch.zeros(2, 5), "last")):
         rule = fa_bench.attach(Backwards(), name, seed=0, plain_last=True, sample_input=sample)
         assert [path for path, pair in rule.weight_pairs().items() if torch.equal(*pair)] == [output]
+
+
+def test_names_may_contain_brackets():
+    x = torch.randn(2, 4)
+
+    def model():
+        names = OrderedDict({"in[0]": nn.Linear(4, 3), "act[0]": nn.Tanh(), "out[0]": nn.Linear(3, 2)})
+        return nn.Sequential(names)
+
+    rule = fa_bench.attach(model(), "fa", exclude=["in[0]"])
+    assert "through the weight" in rule.coverage.covered[0].feedback
+    assert list(fa_bench.attach(model(), "dfa", cuts=["act[0]"], sample_input=x).feedback) == ["act[0]"]
+    with pytest.raises(fa_bench.errors.CoverageError) as caught:
+        fa_bench.attach(model(), "dfa", sample_input=x)
+    assert caught.value.settings == {"cuts": ["act[0]"]}
+    loose = nn.Sequential(OrderedDict({"a[0]": Loose(), "b": nn.Linear(4, 2)}))
+    with pytest.raises(fa_bench.errors.CoverageError) as caught:
+        fa_bench.attach(loose, "fa", sample_input=x)
+    fa_bench.attach(loose, "fa", sample_input=x, **caught.value.settings)
+
+
+class Loose(nn.Module):
+    """A weight that belongs to no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x):
+        return x @ self.matrix

@@ -229,5 +229,5 @@ def patterns(chosen: Collection[str], paths: Collection[str]) -> list[str]:
     for path in chosen:
         parts = path.split(".")
         candidates = [f"*{'.'.join(parts[-number:])}" for number in range(1, len(parts))]
-        shortest[next((one for one in candidates if set(fnmatch.filter(paths, one)) <= set(chosen)), path)] = None
+        shortest[next((one for one in candidates if {path} <= set(fnmatch.filter(paths, one)) <= set(chosen)), path)] = None
     return list(shortest)

@@ -295,7 +295,7 @@ class Delivery:
             )
         rows = delta if delta.dim() == 2 else delta.movedim(rule.error_axis, -1)
         if self._needs_target:
-            self._check_target(rows, self._target)
+            self._check_target(delta, rows, self._target)
         if self._needs_indices:
             self._check_indices(len(rows), rule.indices)
         return rows
@@ -370,13 +370,13 @@ class Delivery:
                 one.on_gradient(gradient)
         return errors + gradients
 
-    def _check_target(self, rows: Tensor, target: Tensor | None) -> None:
+    def _check_target(self, delta: Tensor, rows: Tensor, target: Tensor | None) -> None:
         if self._is_delivered:
             raise ValueError(
                 f"rule '{self.rule.name}': the loss depends on two forward passes, but the labels belong to one of "
                 f"them; call rule.backward for each"
             )
-        if target is not None and self.rule.takes_numbers and target.is_floating_point() and target.shape == rows.shape:
+        if target is not None and self.rule.takes_numbers and target.is_floating_point() and target.shape == delta.shape:
             return
         if target is None or target.shape != rows.shape[:-1] or target.is_floating_point():
             shape = "(N,)" if rows.dim() == 2 else f"{tuple(rows.shape[:-1])}, one for each position"

@@ -191,12 +191,21 @@ class Auxiliary:
         self.is_missing = False
         self.tensors: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
         self.learned: list[LearnedTensor] = []
+        #: For tensors that layers of the net share: the dictionary of the net, the name in it, and the key in `tensors`.
+        self._shared: list[tuple[dict[str, Any], str, str]] = []
+        keys: dict[int, str] = {}
         for path, part in net.named_modules():
             for source in ("_parameters", "_buffers"):
                 for name, tensor in getattr(part, source).items():
                     if tensor is None:
                         continue
+                    if (known := keys.get(id(tensor))) is not None:
+                        self._shared.append((getattr(part, source), name, known))
+                        continue
                     key = AUXILIARY_PREFIX + "_".join([*path.split("."), name] if path else [name])
+                    while key in self.tensors:  # as for a.b and a_b
+                        key += "_"
+                    keys[id(tensor)] = key
                     if source == "_parameters":
                         module.register_parameter(key, tensor)
                         self.learned.append(LearnedTensor(cut, module, key, witness))
@@ -211,6 +220,8 @@ class Auxiliary:
             tensor = of_module[key]
             if of_net[name] is not tensor:
                 of_net[name] = tensor
+        for of_net, name, key in self._shared:
+            of_net[name] = self.tensors[key][0][key]
         return self._net
 
     def load(self, state: dict[str, Any]) -> None:

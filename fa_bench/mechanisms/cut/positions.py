@@ -96,7 +96,8 @@ def sample_losses(objective: Objective, outputs: Tensor, target: Tensor) -> Tens
     """The objective's loss for each sample, (N,). The mean of these losses is `mean_loss`, which has the same arguments."""
     outputs = _classes_last(outputs, target)
     if not _is_position_a_sample(objective, outputs, target):
-        return objective.loss(outputs, target, "none")
+        losses = objective.loss(outputs, target, "none")
+        return losses if losses.dim() == 1 else losses.flatten(1).mean(1)  # numbers at several positions
     rows, labels = outputs.flatten(0, -2), target.flatten()
     labelled = labels != ignored_label(objective)
     losses = rows.new_zeros(len(labels))

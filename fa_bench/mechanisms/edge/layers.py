@@ -273,7 +273,8 @@ def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
     """
     dims, padding = len(conv.kernel_size), conv.padding
     if conv.padding_mode != "zeros":
-        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0,) * dims
+        # Under autocast, reflection and replication return single precision on the CPU.
+        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode).to(x.dtype), (0,) * dims
     elif padding == "same":
         pads = conv._reversed_padding_repeated_twice
         if all(pads[i] == pads[i + 1] for i in range(0, len(pads), 2)):
