@@ -91,4 +91,5 @@ class FrozenBlocks(BP):
             is_called = isinstance(self.model.get_submodule(path), (nn.Linear, *CONVOLUTIONS))
             return path if is_called and not isinstance(self.model.get_submodule(parent), nn.MultiheadAttention) else parent
 
-        return list(dict.fromkeys(filter(None, map(called_part, list(self._layers)[1:-1]))))
+        first, *inner, last = [*map(called_part, self._layers)] or [""] * 2
+        return [part for part in dict.fromkeys(inner) if part and part not in (first, last)]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Part of torch's error message for batch normalisation with only one value per channel.
 TOO_FEW = "Expected more than 1 value per channel"
+#: Part of torch's error message for activations with another number of features than a linear layer has.
+_MISMATCH = "shapes cannot be multiplied"
 
 
 @dataclasses.dataclass(eq=False)
@@ -121,7 +123,7 @@ class LocalRule(CutRule):
                 loss = self.local_loss(cut, net, rows, target)
             except RuntimeError as error:
                 shape = tuple(rows.shape[1:])
-                if shape == self._made_for[cut]:
+                if shape == self._made_for[cut] or _MISMATCH not in str(error):
                     raise
                 raise CoverageError(
                     f"cut '{cut}' has activations of shape {shape}, but its auxiliary layers were created for "

@@ -86,6 +86,10 @@ class SharedActivation:
         return matched
 
 
+class DimensionsDiffer(ValueError):
+    """An activation cannot be resized to a map with another number of dimensions."""
+
+
 class PositionsDiffer(Exception):
     """The positions of two activations do not correspond, such as tokens in one and windows in the other."""
 
@@ -110,7 +114,7 @@ def matcher(
         return _feature_matcher(shape[-1], wanted[-1], kind, mixing)
     if len(shape) != len(wanted):
         if len(wanted) > 1:
-            raise ValueError(f"an activation of shape {shape} cannot be resized to a map of shape {wanted}")
+            raise DimensionsDiffer(f"an activation of shape {shape} cannot be resized to a map of shape {wanted}")
         inner = matcher((math.prod(shape),), wanted, kind, mixing)
         return lambda x: inner(x.flatten(1))
     dims = len(shape) - 1
@@ -337,7 +341,7 @@ class SharingRule(EdgeRule):
             raise CoverageError(
                 f"rule '{self.name}' cannot resize the shared activation, the input of '{self._first[source]}', to the "
                 f"shape of the input of '{layer.path}': {error}"
-                + ("" if self.match == "random" else "; {match} can resize activations to any number of channels or features"),
+                + ("" if self.match == "random" or isinstance(error, DimensionsDiffer) else "; {match} can resize activations to any number of channels or features"),
                 {} if self.match == "random" else {"match": "random"},
             ) from None
         return pathway
