@@ -63,8 +63,9 @@ def checked(
         check_labels(of, labels, classes, part, one)
         if len(lacking := sorted({*range(len(classes))} - {*labels.tolist()})) and part == "training":
             notes.append(
-                f"no training {one} has label {', '.join(f'{k} ({classes[k]})' for k in lacking[:5])}"
-                f"{', ...' if len(lacking) > 5 else ''}"
+                f"no training {one} has label "
+                f"{', '.join(f'{k}' if classes[k] == str(k) else f'{k} ({classes[k]})' for k in lacking[:5])}"
+                f"{', ...' if len(lacking) > 5 else ''}{'' if lacking[0] else '; labels count from 0'}"
             )
         return labels
 

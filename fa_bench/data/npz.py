@@ -177,7 +177,7 @@ def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
     else:
         raise DataError(
             f"{where}: x_train is {dtype} of shape {shape} (allowed: images (n, C, H, W) or (n, H, W); features, "
-            "floats (n, F); tokens, whole numbers of more than 8 bits (n, T))"
+            "floats (n, F); tokens, whole numbers of more than 8 bits (n, T)); store features as floats"
         )
     if type_of_y.kind == "f" and inputs == TOKENS:
         raise DataError(

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import CoverageError, names, nearest
+from fa_bench.errors import CoverageError, names, nearest, truncate
 from fa_bench.mechanisms.feedback_tensors import PREFIX
 from fa_bench.utils.lazy import torch
 from fa_bench.utils.text import align_columns, format_shape, indent
@@ -76,6 +76,11 @@ class Coverage:
             )
         lines += indent([*self.notes, *(f"Weight transport {where}." for where in self.transport)])
         return "\n".join(lines)
+
+    def all_transport(self) -> list[str]:
+        """Where errors pass through weights: `transport`, and the uncovered weights."""
+        uncovered = f"through {len(self.uncovered)} uncovered weight{'s' * (len(self.uncovered) > 1)} ({names(self.uncovered)})"
+        return [*self.transport, *([truncate(uncovered, 300)] if self.uncovered else [])]
 
     def with_frozen(self, model: Any) -> Coverage:
         """A copy of this coverage that marks the layers whose weights are frozen in `model`."""

@@ -85,7 +85,7 @@ def missing_references(runs: Sequence[Run]) -> list[str]:
         if lacking:
             where = "" if len(lacking) == len(rules) else f" for ({lacking[0]})"
             more = f" and {len(lacking) - 1} other task{'s' * (len(lacking) > 2)}" if where and len(lacking) > 1 else ""
-            lines.append(f"no run of {reference}{where}{more}; add {reference} to algorithm=... to {purpose}")
+            lines.append(f"no run of {reference}{where}{more}; include {reference} to {purpose}")
     return lines
 
 

@@ -91,5 +91,7 @@ class FrozenBlocks(BP):
             is_called = isinstance(self.model.get_submodule(path), (nn.Linear, *CONVOLUTIONS))
             return path if is_called and not isinstance(self.model.get_submodule(parent), nn.MultiheadAttention) else parent
 
-        first, *inner, last = [*map(called_part, self._layers)] or [""] * 2
-        return [part for part in dict.fromkeys(inner) if part and part not in (first, last)]
+        parts = [called_part(path) for path in self._layers]
+        # Attention has several layers, so it may contain both the first layer and inner ones.
+        ends = {part for part in (*parts[:1], *parts[-1:]) if isinstance(self.model.get_submodule(part), nn.MultiheadAttention)}
+        return [part for part in dict.fromkeys(parts[1:-1]) if part and part not in ends]

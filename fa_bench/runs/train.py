@@ -157,7 +157,7 @@ def _run(
         "device": device_name(device),
         "world_size": world.size,
         "initial_weights_hash": parts.initial_weights_hash,
-        "weight_transport": list(parts.rule.coverage.transport),
+        "weight_transport": parts.rule.coverage.all_transport(),
     }
     with ExitStack() as stack:
         if not world.rank:

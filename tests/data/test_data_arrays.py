@@ -170,6 +170,6 @@ def test_class_without_training_images_is_noted() -> None:
     """A class has no training image if, for example, the labels count from 1, although classes are numbered from 0."""
     x, notes = np.full((4, 2, 2), 200, np.uint8), []
     checked((x, np.array([1, 2, 1, 2]), x, np.array([1, 2, 1, 2]), ["a", "b", "c"]), notes)
-    assert notes == ["no training image has label 0 (a)"]
+    assert notes == ["no training image has label 0 (a); labels count from 0"]
     checked((x, np.arange(4) % 3, x, np.arange(4) % 3, ["a", "b", "c"]), more := [])
     assert more == []

@@ -182,8 +182,8 @@ def test_damaged_sweep_file_is_reported_and_unchanged(tmp_path, text):
 
 
 def test_missing_references_are_reported(tmp_path):
-    no_floor = "missing: no run of frozen; add frozen to algorithm=... to see whether the rules beat this floor"
-    no_bp = "missing: no run of bp; add bp to algorithm=... to compare the rules with backpropagation"
+    no_floor = "missing: no run of frozen; include frozen to see whether the rules beat this floor"
+    no_bp = "missing: no run of bp; include bp to compare the rules with backpropagation"
 
     def lines(*rules: str, folder: str) -> list[str]:
         for rule in rules:
@@ -212,8 +212,7 @@ def test_missing_references_are_listed_for_each_task(tmp_path):
     write_run(tmp_path / "single", "fa", 0, 0.9, group="fa-single", dataset="single")
     text = write_report(find_runs([tmp_path]), tmp_path).text
     assert (
-        "missing: no run of frozen for (set0, mlp) and 2 other tasks; add frozen to algorithm=..." in text
-        and "run of bp" not in text
+        "missing: no run of frozen for (set0, mlp) and 2 other tasks; include frozen to see" in text and "run of bp" not in text
     )
 
 

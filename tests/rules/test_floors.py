@@ -278,6 +278,20 @@ def test_frozen_blocks_rejects_single_block_missing_sample_and_typo():
         fa_bench.attach(model, "frozen_blocks", sample_input=x, blocks=["atc1"])
 
 
+def test_frozen_blocks_does_not_suggest_attention_at_the_ends():
+    class Residual(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, h):
+            return h + self.attn(h, h, h, need_weights=False)[0]
+
+    model = torch.nn.Sequential(Residual(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), Residual())
+    with pytest.raises(CoverageError, match=r"blocks=\['1', '2'\], or set"):
+        fa_bench.attach(model, "frozen_blocks", sample_input=torch.randn(2, 5, 8))
+
+
 def test_frozen_blocks_suggests_whole_recurrent_modules():
     torch.manual_seed(0)
     model: Any = ARCHITECTURES["lstm"]().build((5,), 7)

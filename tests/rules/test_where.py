@@ -135,3 +135,12 @@ class Loose(nn.Module):
 
     def forward(self, x):
         return x @ self.matrix
+
+
+def test_uncovered_weights_are_weight_transport() -> None:
+    model, (x, _) = nets.mlp(), nets.batch("mlp")
+    rule = fa_bench.attach(model, "dfa", cuts=["act2"], allow_uncovered=True, sample_input=x)
+    assert rule.coverage.all_transport() == ["through 1 uncovered weight (fc1.weight)"]
+    rule.detach()
+    rule = fa_bench.attach(model, "dfa", cuts=["act2"], within="block", sample_input=x)
+    assert rule.coverage.all_transport() == list(rule.coverage.transport) != []

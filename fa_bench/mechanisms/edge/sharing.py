@@ -341,7 +341,11 @@ class SharingRule(EdgeRule):
             raise CoverageError(
                 f"rule '{self.name}' cannot resize the shared activation, the input of '{self._first[source]}', to the "
                 f"shape of the input of '{layer.path}': {error}"
-                + ("" if self.match == "random" or isinstance(error, DimensionsDiffer) else "; {match} can resize activations to any number of channels or features"),
+                + (
+                    ""
+                    if self.match == "random" or isinstance(error, DimensionsDiffer)
+                    else "; {match} can resize activations to any number of channels or features"
+                ),
                 {} if self.match == "random" else {"match": "random"},
             ) from None
         return pathway
