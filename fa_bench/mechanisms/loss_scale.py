@@ -44,8 +44,7 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
 
     Args:
         loss: the loss.
-        target: the labels (N,) or (N, P...); a loss that covers fewer labels, or ignores or weights some of them, is not their
-            mean.
+        target: the labels (N,) or (N, P...); a loss that covers fewer labels, or ignores or weights classes, is not their mean.
         objective: the objective of the training; None: the cross-entropy.
     """
     if objective is not None and not objective.is_cross_entropy:

@@ -440,8 +440,8 @@ class Rule(Options):
     # -------------------------------------------------------------------------------------------- feedback
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:
-        """The feedback tensors by layer or cut, and then by name. The tensors are live, so changing them in place takes
-        effect."""
+        """The feedback tensors by layer or cut, and then by name. The tensors are live, so changing them in place takes effect,
+        except for tensors that are computed from the weight, such as those of `usf`."""
         return {}
 
     def effective_feedback(self, layer: str) -> Tensor:

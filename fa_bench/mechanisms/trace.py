@@ -19,12 +19,15 @@ from fa_bench.errors import CoverageError, FaBenchError, first_line, names, near
 from fa_bench.mechanisms.compound.expansion import layerwise
 from fa_bench.mechanisms.contexts import all_require_grad, evaluating, restoring
 from fa_bench.mechanisms.coverage import is_weight, not_coverable
-from fa_bench.mechanisms.graph import items_in, leaves, tensors_in
-from fa_bench.mechanisms.uses import Uses, UsesOfWeights
+from fa_bench.mechanisms.graph import items_in, leaves, nodes_from, tensors_in
+from fa_bench.mechanisms.uses import Uses, UsesOfWeights, node_kind
 from fa_bench.mechanisms.weighted_layers import Mode, require_gradients, weighted_layers
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
+
+#: Autograd nodes of operations that can move the axes of a tensor.
+_MOVES_AXES = {"Permute", "Transpose", "T", "View", "UnsafeView", "ReshapeAlias", "Mm", "Bmm"}
 
 
 @dataclasses.dataclass
@@ -64,6 +67,7 @@ class Trace:
         results: name -> shape of each output from which a loss can be computed; the name of a single tensor is ``""``.
         result_shape: shape of the output for the loss: the requested one, or the first one.
         result_leaves: ids of the parameters on which that output depends.
+        result_is_moved: whether an operation after the weighted layers may have moved the axes of that output.
     """
 
     order: list[str]
@@ -94,6 +98,7 @@ class Trace:
     results: dict[str, tuple[int, ...]]
     result_shape: tuple[int, ...]
     result_leaves: set[int]
+    result_is_moved: bool
 
 
 class StepMemory(NamedTuple):
@@ -259,6 +264,8 @@ def _traced(
         results={name: tuple(tensor.shape) for name, tensor in results.items()},
         result_shape=() if chosen is None else tuple(chosen.shape),
         result_leaves=set() if chosen is None else leaves(chosen.grad_fn),
+        result_is_moved=chosen is not None
+        and any(node_kind(node) in _MOVES_AXES for node in nodes_from([chosen.grad_fn], node_of)),
     )
 
 

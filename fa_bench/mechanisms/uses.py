@@ -167,9 +167,9 @@ class UsesOfWeights(TorchFunctionMode):
                 mixing := _mixing_node(leaf, consumers, self._nodes_of[number])
             ) is not None:
                 descriptions = (text for layer, text, node in self._used if layer == path and node in nodes)
-                outside[path] = next(descriptions, f"{_kind(mixing)}() in the model")
+                outside[path] = next(descriptions, f"{node_kind(mixing)}() in the model")
         for path, description, node in self._detached:
-            if node in nodes and _kind(node) not in _ADDS:
+            if node in nodes and node_kind(node) not in _ADDS:
                 outside.setdefault(path, description)
         local = frozenset(number for leaf, number in leaves.items() if _mixing_node(leaf, consumers, set()) is None)
         return Uses(outside, local, frozenset(leaves.values()))
@@ -183,7 +183,8 @@ def _storage(tensor: torch.Tensor) -> int:
         return 0
 
 
-def _kind(node: Any) -> str:
+def node_kind(node: Any) -> str:
+    """The name of an autograd node's operation, such as ``Mm``."""
     return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
 
 
@@ -195,7 +196,7 @@ def _mixing_node(leaf: Any, consumers: dict[Any, set[Any]], excluded: set[Any]) 
     stack, visited = [leaf], {leaf}
     while stack:
         for node in consumers[stack.pop()]:
-            kind = _kind(node)
+            kind = node_kind(node)
             if node in visited or (kind in _ADDS and not _is_weight(node)):
                 continue
             visited.add(node)
@@ -215,7 +216,7 @@ def _is_weight(root: Any) -> bool:
         node = stack.pop()
         if hasattr(node, "variable"):
             continue
-        kind, inputs = _kind(node), {following for following, _ in node.next_functions}
+        kind, inputs = node_kind(node), {following for following, _ in node.next_functions}
         # A product with a factor that is not differentiated may be a product with data.
         is_differentiated = (len(node.next_functions) == 1 or kind in ("Mm", "Bmm")) and None not in inputs
         if kind.startswith("Embedding") or not (is_differentiated or kind in _MOVES or kind in _SCALES or kind in _ADDS):

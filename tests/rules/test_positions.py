@@ -452,9 +452,10 @@ class Swapped(nn.Module):
 
 
 @pytest.mark.parametrize("length", [C, 6])
-def test_rejects_sequences_with_classes_first(length: int):
+@pytest.mark.parametrize("is_activated", [False, True])
+def test_rejects_sequences_with_classes_first(length: int, is_activated: bool):
     """With outputs of shape (N, C, T), time steps would be treated as classes, and no error would be raised if C equals T."""
-    model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.Conv1d(4, C, 1))
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.Conv1d(4, C, 1), *([nn.Softplus()] if is_activated else []))
     with pytest.raises(CoverageError, match=rf"\(N, T, C\).*returns \(2, {C}, {length}\) from the convolution '2'.*transpose"):
         fa_bench.attach(model, "dfa", cuts=["1"], sample_input=torch.randn(2, 2, length))
     transposed = nn.Sequential(*model, Transposed())

@@ -99,7 +99,7 @@ def _has_classes_first(rule: CutRule, trace: Trace) -> bool:
     layers = [(rule.model.get_submodule(path), trace.output_shapes[path]) for path in trace.outputs]
     return (
         len(shape) == 3
-        and shape[1] != shape[2]
+        and (shape[1] != shape[2] or not trace.result_is_moved)
         and any(isinstance(layer, CONVOLUTIONS) and of_layer == shape for layer, of_layer in layers)
     )
 

@@ -155,7 +155,7 @@ class Layout:
             CoverageError: if the batch sizes or the numbers of positions do not match.
         """
         given, wanted = tuple(errors.shape[1:-1]), positions_of(shape, self.axis)
-        if given == wanted:
+        if given == wanted and errors.shape[0] == shape[0]:
             return errors
         if not matches(given, wanted) or errors.shape[0] != shape[0]:
             raise CoverageError(mismatch(self.cut, shape, given))

@@ -72,7 +72,7 @@ class LayerContext:
                 device and dtype; the arguments below do not apply to a tensor.
             density: fraction of the entries that are not masked.
             magnitude: take the absolute values.
-            shape: the tensor's shape; default: the shape of the weight.
+            shape: the tensor's shape, except for ``copy_w``; default: the shape of the weight.
 
         Raises:
             ConfigError: for an unknown initialiser.
