@@ -100,12 +100,15 @@ class DDTPLinear(DrawingRule, DKP):
 
         def disturb(activation: Tensor) -> Tensor:
             seen["noise"] = self.sigma * self._draws.normal(cut, activation.detach())
-            return activation + seen["noise"]
+            disturbed = activation + seen["noise"]
+            if cut == self.error_at:
+                record(disturbed)
+            return disturbed
 
         def record(output: Tensor) -> None:
             seen["output"] = value_of(output)
 
-        changes: dict[str, Any] = {cut: disturb} | ({} if self.error_at is None else {self.error_at: record})
+        changes: dict[str, Any] = ({} if self.error_at is None else {self.error_at: record}) | {cut: disturb}
         result = again(self.model, self.mode, first, outputs=changes)
         output = self.logits_of(result) if self.error_at is None else seen["output"]
         change = output - first.output

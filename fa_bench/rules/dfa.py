@@ -47,7 +47,8 @@ class DFA(CutRule):
     With ``positions=shared``, B is then (C, F), and all positions get the same δ B.
 
     ``error_at=MODULE`` takes δ at the output h of this module instead, so B has the shape (features of h, F). Layers after the
-    module, such as the vocabulary layer, learn by exact backpropagation, and h receives its exact error through their weights.
+    module, such as the vocabulary layer, learn by exact backpropagation, and h receives its exact error through their weights. If
+    the module is also a cut, the layers before it learn from δ B and not from this exact error.
 
     With ``within=block``, there are cuts only at the ends of the model's blocks (or at `cuts`), and all layers between two cuts
     learn by exact backpropagation from the upper cut. This option causes weight transport within blocks, which coverage and

@@ -38,7 +38,7 @@ class ForwardGradient(NoisyCutRule):
       The derivatives from there down to the next weights are exact, and the output layer learns from its true gradient.
 
     - weight: standard normal noise v for every trained parameter:  d = Σ_n Σ_c δ_nc ż_nc,  gradient = d v.  The weight form needs
-      no cuts.
+      no cuts and ignores the option ``cuts``.
 
     The estimates of both forms are unbiased: their expectation is the true gradient. The variance of both estimates grows with
     the number of perturbed values P, and the cosine between a single estimate and the gradient is of order 1/√P. The rule is

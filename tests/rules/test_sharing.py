@@ -210,6 +210,20 @@ def test_transport_with_excluded_linear_layers_uses_true_error():
     assert got["conv1.weight"] is None
 
 
+@pytest.mark.parametrize("name", ["asap", "asfp"])
+def test_excluded_layer_still_shares_its_input(name):
+    """If every B is a copy of W, an excluded layer propagates the same error as before."""
+    (x, y), results = data(False), []
+    for others in ([], ["conv2"]):
+        model = chain_net()
+        rule = fa_bench.attach(model, name, seed=0, sample_input=x, b_init="copy_w", exclude=["fc", *others])
+        assert ("B" in rule.feedback["conv2"]) == (not others)
+        results.append((rule_grads(model, rule, x, y), rule.feedback["conv3"]["B"].grad))
+    (want, want_b), (got, got_b) = results
+    assert_matches(got, {key: grad for key, grad in want.items() if grad is not None}, rel=1e-12)
+    assert distance(got_b, want_b) < 1e-12
+
+
 @pytest.mark.parametrize("rule", ["asfp", "asfp_lc"])
 def test_feedback_sharing_rules_reject_transport(rule):
     with pytest.raises(fa_bench.errors.OptionError, match="transport"):

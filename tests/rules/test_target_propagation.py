@@ -322,6 +322,16 @@ def test_tokens_with_error_at_match_flattened_samples() -> None:
         assert torch.allclose(rule.feedback[cut]["B"].grad, want, rtol=1e-9)
 
 
+def test_ddtp_linear_learns_at_cut_that_error_at_names() -> None:
+    model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
+    rule = fa_bench.attach(
+        model, "ddtp_linear", seed=0, sample_input=x, cuts=["act1", "act2"], error_at="act2", sigma=0.2, b_init="zeros"
+    )
+    rule_grads(model, rule, x, y)
+    eps = 0.2 * torch.from_numpy(noise("act2", 1, nets.mlp()[:4](x).detach().numpy()))
+    assert torch.allclose(rule.feedback["act2"]["B"].grad, -2 / (len(x) * 0.04) * eps.t() @ eps, rtol=1e-9)
+
+
 def test_coverage_text_and_default_options() -> None:
     x, _ = nets.batch("mlp_tanh")
     rule = fa_bench.attach(nets.NETS["mlp_tanh"](), "ddtp_linear", sample_input=x, cuts=["act1", "act2"], b_lr_scale=0.5)

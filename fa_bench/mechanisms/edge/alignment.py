@@ -277,7 +277,7 @@ class InputAlignmentRule(AlignmentRule):
     signal: str = option(
         "input", "what the local losses are computed on: the layer's input, or noise", choices=["input", "noise"]
     )
-    noise_batch: int = option(32, "number of noise samples", minimum=1)
+    noise_batch: int = option(32, "number of noise samples, with signal=noise", minimum=1)
 
     @property
     def on_noise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

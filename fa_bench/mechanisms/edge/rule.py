@@ -150,6 +150,10 @@ class EdgeRule(Rule):
         """Create the layer's feedback tensors with `layer.put` and return the pathway that uses them."""
         raise missing_method(self, "pathway")
 
+    def _plain_pathway(self, path: str) -> FeedbackPathway:
+        """The pathway of a layer that uses its weight as feedback because of `include`, `exclude` or `plain_last`."""
+        return TransposeFeedback()
+
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.edge.layers import swap_in
         from fa_bench.mechanisms.weighted_layers import kind_of, weight_name, weighted_layers
@@ -176,7 +180,7 @@ class EdgeRule(Rule):
         for path, layer in layers.items():
             kind = kind_of(layer)
             context = LayerContext(path, layer, self.seed, path in outputs)
-            pathway = TransposeFeedback() if path in plain else self._checked_pathway(context)
+            pathway = self._plain_pathway(path) if path in plain else self._checked_pathway(context)
             self._layers[path] = layer = swap_in(layer, path, pathway, self.mode)
             pathway.check(layer)
             if pathway.learned:

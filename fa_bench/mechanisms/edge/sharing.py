@@ -309,6 +309,15 @@ class SharingRule(EdgeRule):
         """The number of the activation that replaces activation `number`, which is at least 2."""
         return 1 + self.k * ((number - 2) // self.k)
 
+    def _provided_by(self, path: str) -> SharedActivation | None:
+        """The shared activation that is captured at the input of this layer, if any."""
+        number = self._groups.get(path)
+        return self._sources.get(number) if number is not None and self._first[number] == path else None
+
+    def _plain_pathway(self, path: str) -> FeedbackPathway:
+        plain, provides, shape = super()._plain_pathway(path), self._provided_by(path), self._shapes.get(path, ())
+        return plain if provides is None else self.sharing(plain, None, provides, shape, shape, self.match)
+
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         number, transports = self._groups.get(layer.path), layer.path in self._transporting
         if number is None and not transports and (self.transport or layer.path != self._stem):
@@ -318,7 +327,7 @@ class SharingRule(EdgeRule):
         if not transports:
             layer.put("B", self.b_init)
         source = self.source_of(number) if number is not None and number > 1 else None
-        provides = self._sources.get(number) if number is not None and self._first[number] == layer.path else None
+        provides = self._provided_by(layer.path)
         if source is None and provides is None:
             return inner
         wanted = self._shapes[layer.path]
