@@ -266,10 +266,13 @@ class Trainer:
             if progress.batch == 0:
                 progress.batches_hash = chained(progress.batches_hash, *self.world.whole_batch(x, y, self._share, self._samples))
             self.world.begin_step(options.seed, progress.step)
+            before = progress.seconds
             self.train_step(x, y, of_batch)
             progress.step += 1
             progress.batch += 1
             seconds = time.perf_counter() - clock
+            # Callbacks have subtracted the time of their measurements within the step.
+            seconds, progress.seconds = seconds + progress.seconds - before, before
             if self.execution.step_compiled():
                 progress.compile_seconds += seconds
                 log.info("compiled in %.1f s", seconds)
