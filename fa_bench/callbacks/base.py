@@ -54,7 +54,8 @@ class Callback(Options):
         """Called after the weights and the feedback have been updated."""
 
     def on_batches_end(self, trainer: Trainer) -> None:
-        """Called after the last step of an epoch, before the evaluation."""
+        """Called after the last step of an epoch, before the evaluation; called again if a run is resumed that was interrupted
+        during this evaluation."""
 
     def on_evaluation_batch(self, trainer: Trainer) -> None:
         """Called before every batch of an evaluation."""
@@ -67,7 +68,8 @@ class Callback(Options):
         """Called after the last epoch, even if ``trainer.stop`` ended the run early."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a resumed run needs, as plain containers and tensors; every checkpoint contains it."""
+        """The state that a resumed run needs, as plain containers and tensors; every checkpoint contains it. A checkpoint with
+        anything else, such as a number of NumPy, cannot be read, and its run restarts."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -76,4 +76,7 @@ def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 def with_scores(loss: float, objective: Objective, sums: Mapping[str, Tensor], count: int, split: Split) -> dict[str, float]:
     """The mean loss and the scores by name, computed from sums over `count` targets of a split."""
     values = {name: value.tolist() for name, value in sums.items()}
-    return {"loss": loss, **(objective.scored(values, loss, count, split.characters) if count else {})}
+    scores = objective.scored(values, loss, count, split.characters) if count else {}
+    # A plugin may return numbers of NumPy, which checkpoints cannot contain.
+    plain: dict[str, Any] = {name: value.item() if hasattr(value, "item") else value for name, value in scores.items()}
+    return {"loss": loss, **plain}

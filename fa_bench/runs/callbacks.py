@@ -219,7 +219,7 @@ class Display(Callback):
 
 @dataclasses.dataclass(eq=False)
 class StopOnSignal(Callback):
-    """Raises `Interrupted` between two training steps or evaluation batches if a signal requested a stop."""
+    """Raises `Interrupted` between two training steps, or two batches of an epoch's evaluation, if a signal requested a stop."""
 
     stop: StopRequest
 
@@ -227,4 +227,5 @@ class StopOnSignal(Callback):
         trainer.world.check(self.stop)
 
     def on_evaluation_batch(self, trainer: Trainer) -> None:
-        trainer.world.check(self.stop)
+        if not trainer.is_nested:  # a run cannot resume within a hook
+            trainer.world.check(self.stop)

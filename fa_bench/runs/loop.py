@@ -111,6 +111,9 @@ class Trainer:
             checkpoints, so that the run can be resumed without them.
         execution: precision and compilation; by default, those of the options, on the model's device.
         world: the processes of the run, each of which has a trainer and its part of every batch; None: this is the only process.
+
+    Attributes:
+        is_nested: whether the current hook was called within another hook, because that hook calls `evaluate`.
     """
 
     def __init__(
@@ -151,6 +154,7 @@ class Trainer:
             rule.repeats,
         )
         self._calling: Callback | None = None
+        self.is_nested = False
         self._called = self.world.wrapped(self.model)
         self._share = self.world.share(options.accumulate)
 
@@ -262,10 +266,13 @@ class Trainer:
             if progress.batch == 0:
                 progress.batches_hash = chained(progress.batches_hash, *self.world.whole_batch(x, y, self._share, self._samples))
             self.world.begin_step(options.seed, progress.step)
+            before = progress.seconds
             self.train_step(x, y, of_batch)
             progress.step += 1
             progress.batch += 1
             seconds = time.perf_counter() - clock
+            # Callbacks have subtracted the time of their measurements within the step.
+            seconds, progress.seconds = seconds + progress.seconds - before, before
             if self.execution.step_compiled():
                 progress.compile_seconds += seconds
                 log.info("compiled in %.1f s", seconds)
@@ -309,9 +316,12 @@ class Trainer:
         self.progress.samples = self.progress.samples + count
 
     def _call(self, hook: str, *arguments: Any) -> None:
+        outer, was_nested = self._calling, self.is_nested
+        self.is_nested = outer is not None
         for callback, method in self._hooks[hook]:
             self._calling = callback
             method(self, *arguments)
+        self._calling, self.is_nested = outer, was_nested
 
 
 _HOOKS = [name for name in vars(Callback) if name.startswith("on_")]

@@ -48,12 +48,16 @@ def recording_outcome(
         result |= _diverged(progress)
     except BaseException as error:
         error = raised = _explain(error, job)
-        if isinstance(error, Interrupted) and trainer.world.stops_together:
-            save()
         # A process that ended without reporting an error was killed or stopped.
         is_stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, ProcessLost) and not error.reason)
         status = "interrupted" if is_stopped else "failed"
         result |= {"status": status, "error": _error(error)}
+        # A second SIGINT may arrive in the middle of a step, from which a run cannot resume.
+        if isinstance(error, Interrupted) and error.is_deferred and trainer.world.stops_together:
+            try:
+                save()
+            except OutputError as problem:
+                log.warning("%s", problem)  # only logged, because a sweep must not go on with its next run
         raise error
     finally:
         result |= progress_result(recorder, progress, parts.meter, complete)

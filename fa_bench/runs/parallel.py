@@ -287,7 +287,7 @@ class Processes(World):
         self._wanted, self._due = False, self._due or bool(due)
         if number:
             self.stops_together = True
-            raise Interrupted(number)
+            raise Interrupted(number, is_deferred=True)
 
     # -------------------------------------------------------------------------------------------- training
     def device(self, name: str) -> str:

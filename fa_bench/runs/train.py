@@ -68,7 +68,8 @@ def run(
 
     Raises:
         FaBenchError: if the job cannot be run, or another process has locked the directory.
-        Interrupted: after a signal such as SIGINT, once a checkpoint and a result with the status interrupted have been written.
+        Interrupted: after a signal such as SIGINT, once a checkpoint and a result with the status interrupted have been written;
+            after a second SIGINT, immediately and without a new checkpoint.
         ProcessLost: if another process that trains the run has ended; the run can be resumed from its last checkpoint.
     """
     run_dir, world = RunDirectory(directory, job), parallel.current()

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from typing import Any
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: The types of values that have the same `repr` in every process.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+#: The types, other than functions, of decorated functions, and the attributes in which they keep the function.
+_WRAPPERS = (functools.cached_property, functools.singledispatchmethod, type(functools.lru_cache(len)))
+_WRAPPED = ("__wrapped__", "func")
 
 
 def source_files(modules: Iterable[str]) -> list[Path]:
@@ -101,7 +105,7 @@ def _installed() -> set[Path]:
 
 def class_parts(classes: Iterable[type]) -> Iterator[str]:
     """Yield strings that change with the code of classes without a source file, such as classes in a notebook. They cover the
-    functions, classes and plain values that this code uses from the same module."""
+    functions, classes and plain values that this code uses from the same module, including decorated functions."""
     seen: set[int] = set()
     for cls in classes:
         if not hasattr(sys.modules.get(cls.__module__), "__file__"):
@@ -130,9 +134,19 @@ def _parts(value: Any, module: str, seen: set[int]) -> Iterator[str]:
         yield from _parts(value.__func__, module, seen)
     elif isinstance(value, property):
         yield from _parts((value.fget, value.fset, value.fdel), module, seen)
+    elif isinstance(value, types.CellType):
+        with suppress(ValueError):  # it is empty
+            if not isinstance(value.cell_contents, (list, dict, set)):  # these are state, such as a decorator's cache
+                yield from _parts(value.cell_contents, module, seen)
+    elif isinstance(value, (functools.partial, functools.partialmethod)):
+        yield from _parts((value.func, value.args, value.keywords), module, seen)
+    elif isinstance(value, _WRAPPERS):  # such as cached_property, or the result of lru_cache
+        seen.add(id(value))
+        yield from _parts(tuple(vars(value).get(name) for name in _WRAPPED), module, seen)
     elif isinstance(value, types.FunctionType) and value.__module__ == module:
         seen.add(id(value))
         yield from _parts((value.__code__, value.__defaults__, value.__kwdefaults__), module, seen)
+        yield from _parts(value.__closure__ or (), module, seen)  # a decorator keeps the decorated function there
         for name in _global_names(value.__code__):
             if name in value.__globals__:
                 yield name

@@ -59,14 +59,21 @@ class Judge:
         )
         study.add_trials(rivals.trials)
         study.add_trial(create_trial(state=TrialState.RUNNING))
-        self._study = study
+        self._study, self._steps = study, 0
         self._trial = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
 
     def is_hopeless(self, step: int, value: float) -> bool:
         """Whether the trial should end early, given its latest validation score. `step` is the number of epochs that all
         seeds of the trial have trained so far."""
+        self._steps = step
         self._trial.report(value, step)
         return self._trial.should_prune()
+
+    def catch_up(self, values: Sequence[float]) -> None:
+        """Judge the epochs that have not been judged yet, because their run had already finished when the trial was resumed.
+        `values` are the validation scores after all epochs so far."""
+        for step in range(self._steps + 1, len(values) + 1):
+            self.is_hopeless(step, values[step - 1])
 
     @property
     def system(self) -> dict[str, Any]:
@@ -107,4 +114,4 @@ def recorded_scores(directory: Path, epochs: int) -> list[float]:
 
 
 def _known(value: float | None) -> float:
-    return math.nan if value is None else value
+    return math.nan if value is None or not math.isfinite(value) else value

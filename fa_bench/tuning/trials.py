@@ -103,6 +103,7 @@ def run_trial(trial: TrialRun) -> Outcome:
             epochs, seconds = epochs + result["epoch"], seconds + (result["seconds"] or 0)
             if judge is not None:
                 reported += recorded_scores(directory, result["epoch"])
+                judge.catch_up(reported)
             state, reason = _state(result)
             if state in (DONE, PRUNED):
                 value, title = result[f"val_{job.scores[0].name}"], job.scores[0].title

@@ -17,11 +17,16 @@ _REQUEUE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2"
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised when a signal has requested a stop."""
+    """Raised when a signal has requested a stop.
 
-    def __init__(self, number: int) -> None:
+    Attributes:
+        number: the signal.
+        is_deferred: whether the error was raised between two steps, so that a run can save a checkpoint.
+    """
+
+    def __init__(self, number: int, is_deferred: bool = False) -> None:
         super().__init__(number)
-        self.number = number
+        self.number, self.is_deferred = number, is_deferred
 
     @property
     def code(self) -> int:
@@ -44,7 +49,7 @@ class StopRequest:
     def check(self) -> None:
         """Raise Interrupted if a signal was received."""
         if self.number is not None:
-            raise Interrupted(self.number)
+            raise Interrupted(self.number, is_deferred=True)
 
 
 def requeue_handler(number: int) -> Callable[[int, FrameType | None], Any] | None:

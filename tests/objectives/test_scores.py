@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fa_bench.data.splits import ArraySplit
 from fa_bench.errors import OptionError
-from fa_bench.metrics.evaluation import add, evaluate
+from fa_bench.metrics.evaluation import add, evaluate, with_scores
 from fa_bench.objectives.base import Objective
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.objectives.mse import MSE
@@ -121,6 +122,19 @@ def test_r2_is_zero_for_mean_and_omitted_for_constant_targets() -> None:
 def test_sigmoid_prediction_is_probability() -> None:
     target = torch.tensor([[0.25], [0.75]])
     assert scored(SigmoidCE(), torch.logit(target), target, [2]) == pytest.approx({"r2": 1, "rmse": 0}, abs=1e-6)
+
+
+def test_scores_of_numpy_become_plain_numbers() -> None:
+    """Checkpoints can contain only plain numbers."""
+
+    class OfPlugin(CrossEntropy):
+        def scored(self, *arguments: Any, **more: Any) -> dict[str, float]:
+            return {"accuracy": np.float64(0.5), "hits": np.int64(3)}  # type: ignore[dict-item]
+
+    split = ArraySplit(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), torch.device("cpu"))
+    values = with_scores(1.0, OfPlugin(), {}, 2, split)
+    assert values == {"loss": 1.0, "accuracy": 0.5, "hits": 3}
+    assert [type(value) for value in values.values()] == [float, float, int]
 
 
 def test_classes_are_scored_by_their_accuracy() -> None:

@@ -6,17 +6,20 @@ import json
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import fa_bench
+from fa_bench.callbacks.base import Callback
 from fa_bench.cli import main
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.report import figures
 from fa_bench.runs import checkpoint
-from fa_bench.runs.callbacks import probe_interval
+from fa_bench.runs.callbacks import Histograms, probe_interval
 from fa_bench.runs.checked_json import RecordError
+from fa_bench.runs.execution import Execution
 from fa_bench.runs.readers import read_measurements, recorded_measurements
 from fa_bench.utils.files import ANGLES, RESULT
 
@@ -108,6 +111,32 @@ def test_measuring_does_not_count_as_training_time(monkeypatch: Patch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     lines = fit(fa_bench.attach(make_model(), "bp", seed=1), load(), 2, probe_every=1)
     assert now[0] == 7000.0 and lines[-1]["seconds"] == 0.0  # six steps, and the measurement before the first one
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_histograms_do_not_count_as_time_of_compilation(is_compiled: bool, monkeypatch: Patch) -> None:
+    """Each of three steps takes two seconds and, in addition, ten seconds for the histograms."""
+    now: list[float] = [0.0]
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    class Work(Callback):
+        def on_loss(self, trainer: Any, x: Any) -> None:
+            wait(2.0)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Execution, "step_compiled", lambda execution: is_compiled)
+    histograms = Histograms(SimpleNamespace(histograms=lambda tensors, step: wait(10.0)), 1)  # type: ignore[arg-type]
+    seen: list[tuple[float, float]] = []
+    fit(
+        fa_bench.attach(make_model(), "bp", seed=1),
+        load(),
+        1,
+        callbacks_after=[Work(), histograms],
+        on_step=lambda progress: seen.append((progress.seconds, progress.compile_seconds)),
+    )
+    assert seen == [((0.0, 2.0 * step) if is_compiled else (2.0 * step, 0.0)) for step in (1, 2, 3)]
 
 
 DAMAGE = {

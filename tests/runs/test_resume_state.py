@@ -305,7 +305,8 @@ def test_inconsistent_progress_is_rejected(epoch: int, batch: int, step: int, fi
 
 
 DIVERGED, STOPPED = {"epoch": 1, "step": 2, "layer": None, "message": "m"}, {"reason": "r", "callback": None}
-SCORES = {"accepted": [None, 0, 0.5, 1, -3.5, 1e9], "refused": [float("nan"), float("inf"), -float("inf"), "x", True]}
+ODD = [float("nan"), float("inf"), -float("inf")]
+NUMBERS, NO_NUMBERS = [None, 0, 0.5, 1, -3.5, 1e9], ["x", True]
 SUMS = {"accepted": [torch.tensor(1.0), torch.tensor(3)], "refused": [torch.zeros(1), 1.0, None]}
 #: Accepted and refused values of each field in epoch 3 of 9, after 3 of its 4 batches, if all other fields are correct.
 FIELDS: dict[str, dict[str, list[Any]]] = {
@@ -313,8 +314,8 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
     "probed": {"accepted": [None, 0, 11], "refused": [12, -1, 3.0, True]},
     "best_epoch": {"accepted": [None, 1, 2], "refused": [3, -1, 1.0, True]},
     "seconds": {"accepted": [0, 0.0, 7, 1e9], "refused": [-0.1, float("inf"), float("nan"), True, "1", None]},
-    "best_val": SCORES,
-    "test_at_best": SCORES,
+    "best_val": {"accepted": NUMBERS, "refused": [*NO_NUMBERS, *ODD]},
+    "test_at_best": {"accepted": [*NUMBERS, *ODD], "refused": NO_NUMBERS},
     "loss_sum": SUMS,
     "sums": {
         "accepted": [{}, {"correct": torch.tensor(3)}, {"target_sums": torch.zeros(2)}],

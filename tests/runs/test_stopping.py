@@ -209,6 +209,40 @@ def test_checkpoint_contains_callback_state_after_epoch() -> None:
     assert state["callbacks"]["counts"] == {"count": 3} and state["progress"]["stopped"]["reason"] == "three"
 
 
+def test_callback_may_evaluate() -> None:
+    """A stop is attributed to the callback that requested it, even if it has called `evaluate`. A signal during this evaluation
+    interrupts the run only after the callback has returned."""
+    signals: list[int] = []
+
+    @fa_bench.register_callback("evaluates")
+    @dataclasses.dataclass(eq=False)
+    class Evaluates(Callback):
+        """Evaluates the model, and stops the run after the third epoch."""
+
+        def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+            if trainer.progress.epoch in signals:
+                signals.clear()
+                signal.raise_signal(signal.SIGTERM)
+            assert trainer.evaluate(trainer.splits.test)["loss"] == metrics["test_loss"]
+            if trainer.progress.epoch == 3:
+                trainer.stop("three")
+
+    try:
+        assert main([*RUN, "callbacks=[evaluates]", "hydra.run.dir=whole"]) == 0
+        assert recorded("whole")[0]["error"]["callback"] == "evaluates"
+        signals.append(2)
+        assert main([*RUN, "callbacks=[evaluates]"]) == 143 and not signals
+        assert main([*RUN, "callbacks=[evaluates]", "resume=true"]) == 0
+        assert recorded("run") == recorded("whole")
+        assert main([*RUN, "hydra.run.dir=of_other"]) == 0
+        result = run(job_of([*RUN, "hydra.run.dir=external"]), Path("external"), callbacks=[Evaluates()])
+        assert (result["status"], result["error"]["callback"]) == ("stopped", None)
+        assert run(job_of([*RUN, "hydra.run.dir=external"]), Path("external"))["status"] == "finished"
+        assert recorded("external") == recorded("of_other")
+    finally:
+        CALLBACKS.drop("evaluates")
+
+
 def test_configured_callback_overrides_external_one() -> None:
     job = job_of([*RUN, *STOPPED])
     result = run(job, Path("run"), callbacks=[Halt("on_step_end", 6)])

@@ -18,9 +18,11 @@ import pytest
 import torch
 
 from fa_bench.cli import main
+from fa_bench.errors import OutputError
 from fa_bench.report import figures
 from fa_bench.runs import checkpoint, hashes, locks, loop
 from fa_bench.runs.callbacks import StopOnSignal
+from fa_bench.runs.loop import Trainer
 from fa_bench.runs.ownership import HOLDER, LOCK
 from fa_bench.utils.files import ANGLES, CONFIG, METRICS, RESULT
 from fa_bench.utils.stopping import Interrupted, interrupt_on_signals
@@ -98,6 +100,40 @@ def test_signal_saves_checkpoint_within_epoch(
     assert main(command) == 0
     assert f"resuming after epoch {(step - 1) // 5}, batch" in capsys.readouterr().out
     assert recorded("run") == recorded("whole")
+
+
+def test_second_interrupt_within_step_saves_no_checkpoint(monkeypatch: Patch) -> None:
+    """A second SIGINT ends the run at once; the run resumes from its last checkpoint, not from the middle of a step."""
+    command = [*RUN, "dataset.validation=0"]
+    assert main([*command, "hydra.run.dir=whole"]) == 0
+    train_step = Trainer.train_step
+
+    def interrupted(trainer: Trainer, *arguments: Any) -> None:
+        train_step(trainer, *arguments)
+        if trainer.progress.step == 7:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert main(command) == 130
+    assert json.loads(Path("run", RESULT).read_text())["status"] == "interrupted"
+    assert torch.load(LAST, weights_only=True)["progress"]["step"] == 5
+    assert main([*command, "resume=true"]) == 0
+    assert recorded("run") == recorded("whole")
+
+
+def test_full_disk_after_signal_is_interrupt(monkeypatch: Patch, capsys: Capture) -> None:
+    """Otherwise, a sweep would go on with its next run."""
+
+    def full(*arguments: Any) -> None:
+        raise OutputError("last.pt: cannot be written (No space left on device)")
+
+    at_step(3, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert main([*RUN, "seed=0,1", "-m", "hydra.sweep.dir=sweep"]) == 143
+    assert "last.pt: cannot be written" in capsys.readouterr().out and len(list(Path("sweep").rglob(METRICS))) == 1
+    assert [json.loads(path.read_text())["status"] for path in Path("sweep").rglob(RESULT)] == ["interrupted"]
 
 
 def test_error_after_signal_is_interrupt() -> None:

@@ -100,11 +100,23 @@ def test_installed_plugin_contributes_only_own_package(folder: Path, monkeypatch
 
 
 NOTEBOOK = """
+import functools
 import math
 SCALE = 2
 TABLE = {"a": [1]}
 def helper(x):
     return x * 2
+def decorated(function):
+    calls = {}
+    @functools.wraps(function)
+    def counting(*arguments):
+        calls[arguments] = len(calls)
+        return function(*arguments)
+    return counting
+@functools.lru_cache
+def cached(x):
+    return x + 20
+partly = functools.partial(lambda x, y: x + y, 30)
 class Base:
     def inherited(self):
         return 1
@@ -118,6 +130,12 @@ class Rule(Base):
     @staticmethod
     def plain(x={"k": 5}):
         return x
+    @decorated
+    def wrapped(self):
+        return 6
+    @functools.cached_property
+    def kept(self):
+        return cached(7) + partly(8)
 """
 
 
@@ -139,6 +157,10 @@ def _of_notebook(source: str, monkeypatch: pytest.MonkeyPatch) -> str:
         ("return [helper", "return [-helper"),
         ("return 4", "return 5"),
         ('x={"k": 5}', 'x={"k": 6}'),
+        ("return 6", "return 60"),
+        ("return cached(7)", "return cached(70)"),
+        ("x + 20", "x + 21"),
+        ("y, 30", "y, 31"),
         ("class Rule(Base)", "class Rule"),
     ],
 )

@@ -263,16 +263,19 @@ def test_two_jobs_give_same_trials_as_one(finished: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("only_trials")
-def test_pruned_trials_count_and_killed_study_prunes_identically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Successive halving records in each trial which rungs it reached."""
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_pruned_trials_count_and_killed_study_prunes_identically(
+    seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Successive halving records in each trial which rungs it reached, also in runs that were finished before the kill."""
     monkeypatch.chdir(tmp_path)
     words = [word for word in STUDY if not word.startswith(("algorithm", "budget", "epochs"))]
-    words = [*words, "algorithm=bp", "budget=6", "epochs=4", "pruner=successive_halving"]
+    words = [*words, "algorithm=bp", "budget=6", "epochs=4", "pruner=successive_halving", f"tune_seeds={seeds}"]
     assert main(words) == 0
     states = [trial.state for trial in stored_trials(Path("outputs/study"))["bp"]]
     assert len(states) == 6 and TrialState.PRUNED in states and states[0] == TrialState.COMPLETE
     first = states.index(TrialState.PRUNED)
-    for install in (_before_tell(first + 1), _in_run(1)):
+    for install in (_in_run(3), _before_tell(1), _before_tell(first + 1), _in_run(1)):
         with pytest.MonkeyPatch.context() as patch:
             install(patch)
             assert main([*words, "output_dir=other"]) == 130
