@@ -117,13 +117,13 @@ def unknown_key(key: str, config: DictConfig, groups: list[str]) -> str:
     node: Any = config
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        if not isinstance(node, DictConfig) or part not in node:
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in node` is False for a missing value)
             allowed = sorted(str(name) for name in node if name != "hydra") if isinstance(node, DictConfig) else []
             allowed += [group for group in groups if depth == 0 and group not in allowed]
             within = ".".join(parts[:depth])
             return (
                 f"{key}: unknown key{f' {part} in {within}' if within else ''}"
-                f"{_same_name_hint(parts[-1], config) or nearest(part, allowed)} (allowed: {names(allowed)})"
+                f"{_same_name_hint(parts[-1], config) or nearest(part, allowed)} (allowed: {names(allowed) or 'none'})"
             )
         node = node._get_node(part)
     return ""

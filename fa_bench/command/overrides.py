@@ -23,6 +23,12 @@ def values_of(override: Override) -> list[str]:
     return [str(value) for value in (override.sweep_iterator() if override.is_sweep_override() else [override.value()])]
 
 
+def key_of(override: Override) -> str:
+    """The key of an override. A choice for another package keeps the package, as in ``optimizer@feedback_optimizer``, because it
+    is not a choice of the group itself."""
+    return f"{override.key_or_group}@{override.package}" if override.package else override.key_or_group
+
+
 @functools.lru_cache(maxsize=4096)  # the jobs of a sweep share most of their overrides
 def parse_override(text: str) -> Override:
     """An override as parsed by Hydra. The result is cached, so callers must not modify it. Hydra's errors are not caught."""
