@@ -29,7 +29,7 @@ from fa_bench.errors import ConfigError, FaBenchError, first_line, names, neares
 from fa_bench.registry.registries import ALGORITHMS, GROUPS
 from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import check_writable, refuse_root
-from fa_bench.utils.shell import expansion_problem
+from fa_bench.utils.shell import expansion_problem, hydra_quote
 
 #: The name that Hydra gives to jobs of `fa_bench.cli`. Paths in a config may refer to it as ``${hydra.job.name}``.
 JOB_NAME = "cli"
@@ -75,9 +75,7 @@ class Composer:
                     import_plugins(override.value())
         self._multirun, self._instead = False, ""
 
-    def expand(
-        self, multirun: bool, config: DictConfig | None = None, instead: str = "pass -m (--multirun)"
-    ) -> list[list[str]]:
+    def expand(self, multirun: bool, config: DictConfig | None = None, instead: str = "pass -m (--multirun)") -> list[list[str]]:
         """The overrides of every job.
 
         Args:
@@ -325,8 +323,20 @@ def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
         )
     for part in grid:
         for key, values in part.items():
-            _override(f"{where}: {GRID}", key, values)
-    return [{str(key): str(values) for key, values in part.items()} for part in grid]
+            _override(f"{where}: {GRID}", key, _typed(values))
+    return [{str(key): _typed(values) for key, values in part.items()} for part in grid]
+
+
+def _typed(values: Any) -> str:
+    """The values of a key in a grid as they would be typed on the command line."""
+    return "null" if values is None else str(values)
+
+
+def _quoted(value: Any) -> str:
+    """A value of an experiment as Hydra parses it, with quotes around every string."""
+    if isinstance(value, str):
+        return hydra_quote(value, always=True)
+    return f"[{','.join(map(_quoted, value))}]" if isinstance(value, list) else json.dumps(value, default=str)
 
 
 def _read_rules(config: DictConfig, where: str) -> dict[str, dict[str, str]]:
@@ -346,7 +356,7 @@ def _read_rules(config: DictConfig, where: str) -> dict[str, dict[str, str]]:
             )
     return {
         str(name): {
-            f"algorithm.{key}": _override(f"{where}: {RULES}.{name}", f"algorithm.{key}", json.dumps(value))
+            f"algorithm.{key}": _override(f"{where}: {RULES}.{name}", f"algorithm.{key}", _quoted(value))
             for key, value in options.items()
         }
         for name, options in rules.items()

@@ -72,7 +72,10 @@ def usage(composer: Composer, topics: Sequence[str]) -> str:
             [f"experiment={name}:", *textwrap.wrap(_comment(composer, name), _WIDTH, initial_indent="  ", subsequent_indent="  ")]
         )
     optimizers = kinds["optimizer"]
-    for key, kind, group in (*((kind, kind, group) for kind, group in kinds.items()), (_FEEDBACK, FEEDBACK_OPTIMIZER, optimizers)):
+    for key, kind, group in (
+        *((kind, kind, group) for kind, group in kinds.items()),
+        (_FEEDBACK, FEEDBACK_OPTIMIZER, optimizers),
+    ):
         for name in chosen.get(key, ()):
             # A choice that is not a component is a config that sets one up, so its values are shown instead of the defaults.
             values = {"name": name} if name in group else composer.component(group.kind, name)
