@@ -23,8 +23,8 @@ def shell_quote(text: str) -> str:
 def hydra_quote(value: str, always: bool = False) -> str:
     """Quote a value if necessary, or always, so that Hydra parses the result as `value`.
 
-    >>> hydra_quote("o/x"), hydra_quote("lr=0.1"), hydra_quote('a"b'), hydra_quote("2024")
-    ('o/x', '"lr=0.1"', "'a\\"b'", '"2024"')
+    >>> print(hydra_quote("o/x"), hydra_quote("lr=0.1"), hydra_quote('a"b'), hydra_quote("2024"))
+    o/x "lr=0.1" 'a"b' "2024"
     """
     if PLAIN.fullmatch(value) and not _NOT_TEXT.fullmatch(value) and not always:
         return value
