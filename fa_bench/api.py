@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -161,7 +162,7 @@ def _sweeps_explained(options: Mapping[str, Any]) -> Iterator[None]:
         yield
     except OptionError as error:
         value = options.get(error.path)
-        if not isinstance(value, (list, tuple)) or "is not a list" not in error.problem:
+        if not isinstance(value, (list, tuple)) or not re.search(r"is not .*\ba list\b", error.problem):
             raise
         raise OptionError(
             error.path, f"={value!r} is a sweep; for one value that is a list, {_nested(error.path, value)}"

@@ -97,7 +97,9 @@ def _main(argv: list[str]) -> int:
         composer.compose([o.input_line or "" for o in composer.parsed if not o.is_sweep_override()])  # called for its checks
         return _run_hydra([*arguments.overrides, *flags])
     if arguments.cfg:
-        (job,) = composer.expand(multirun=False)  # with the options that an experiment sets for the job's rule
+        # The job includes the options that an experiment sets for its rule.
+        (job,) = composer.expand(multirun=False, instead="--cfg shows the config of one run; pass --dry-run -m instead")
+        composer.compose(job)  # called for its checks
         return 2 if _run_hydra([*job, *flags]) else 0  # Hydra reports a --package that does not exist
     clear_cache()
     with hydra_errors():
@@ -204,8 +206,9 @@ def _parse(argv: list[str]) -> Any:
         modes = ["--dry-run", *(mode for mode in modes if mode != "--multirun")]
     if len(modes) > 1:
         refuse(f"{' and '.join(modes)} cannot be used together")
-    if arguments.resolve and not arguments.cfg:
-        refuse("--resolve requires --cfg")
+    for flag, given in (("--resolve", arguments.resolve), ("--package", arguments.package)):
+        if given and not arguments.cfg:
+            refuse(f"{flag} requires --cfg")
     return arguments
 
 

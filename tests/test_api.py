@@ -43,6 +43,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([np.bool_(True), None], "true,null"),
         ([[8, 4], (2,)], "[8,4],[2]"),
         (Path("o/x"), "o/x"),
+        (Path("2024"), '"2024"'),
         (Path("a,b c"), '"a,b c"'),
         ([[]], "[]"),
         (1e-5, "1e-05"),

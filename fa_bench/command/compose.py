@@ -23,13 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 from fa_bench.command.explain import explain, list_groups
 from fa_bench.command.guard import check_config, install
 from fa_bench.command.loader import JobLoader
-from fa_bench.command.overrides import expand, parse, values_of
+from fa_bench.command.overrides import expand, key_of, parse, values_of
 from fa_bench.config.job import GRID, RULES, Job, conf_dir, import_plugins, known_job
 from fa_bench.errors import ConfigError, FaBenchError, first_line, names, nearest, truncate
 from fa_bench.registry.registries import ALGORITHMS, GROUPS
 from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import check_writable, refuse_root
-from fa_bench.utils.shell import expansion_problem
+from fa_bench.utils.shell import expansion_problem, hydra_quote
 
 #: The name that Hydra gives to jobs of `fa_bench.cli`. Paths in a config may refer to it as ``${hydra.job.name}``.
 JOB_NAME = "cli"
@@ -73,22 +73,23 @@ class Composer:
                     self.plugins += value if isinstance(value, list) else []
                 if not override.is_sweep_override():
                     import_plugins(override.value())
-        self._multirun = False
+        self._multirun, self._instead = False, ""
 
-    def expand(self, multirun: bool, config: DictConfig | None = None) -> list[list[str]]:
+    def expand(self, multirun: bool, config: DictConfig | None = None, instead: str = "pass -m (--multirun)") -> list[list[str]]:
         """The overrides of every job.
 
         Args:
             multirun: whether this is a sweep.
             config: the result of `compose` for the whole command line, if available.
+            instead: what the user should do with a sweep if `multirun` is False, for the message.
 
         Raises:
             ConfigError: for configs that cannot be composed, and for a sweep without -m.
         """
-        self._multirun = multirun
+        self._multirun, self._instead = multirun, instead
         swept = [override for override in self.parsed if override.is_sweep_override()]
         if swept and not multirun:
-            raise ConfigError(f"{truncate(swept[0].input_line or '', 200)} is a sweep; pass -m (--multirun)")
+            raise ConfigError(f"{truncate(swept[0].input_line or '', 200)} is a sweep; {instead}")
         if config is None:
             config = self.compose(self.overrides, RunMode.MULTIRUN)
         if not any(override.key_or_group == "experiment" for override in swept):
@@ -104,7 +105,7 @@ class Composer:
         grid, rule_options = _read_grid(config, where), _read_rules(config, where)
         if grid and not self._multirun:
             keys = dict.fromkeys(key for part in grid for key in part)
-            raise ConfigError(f"{where} sweeps {names(keys)}; pass -m (--multirun)")
+            raise ConfigError(f"{where} sweeps {names(keys)}; {self._instead}")
         default_rule = str(config.hydra.runtime.choices.get("algorithm"))
         jobs = []
         for part in self._parts(grid, overrides) if grid else [overrides]:
@@ -134,7 +135,7 @@ class Composer:
                 selected[kind] = f"{kind}={','.join(values)}" if values else ""
             if all(selected.values()):
                 added = [f"{key}={value}" for key, value in part.items() if key not in given]
-                parts.append([*added, *(selected.get(parse(text).key_or_group, text) for text in overrides)])
+                parts.append([*added, *(selected.get(key_of(parse(text)), text) for text in overrides)])
         return parts or [overrides]
 
     def choices(self) -> dict[str, list[str]]:
@@ -143,16 +144,20 @@ class Composer:
 
     def chosen(self) -> dict[str, list[str]]:
         """The values given on the command line, by key."""
-        return {override.key_or_group: values_of(override) for override in self.parsed}
+        return {key_of(override): values_of(override) for override in self.parsed}
 
     def component(self, kind: str, choice: str) -> dict[str, Any]:
         """The options of one choice in a group, including the component's name. Raises ConfigError if the choice does not name a
-        component."""
+        component, or if a value cannot be interpolated."""
         values: Any = self.compose([f"{kind}={choice}"])[kind]
-        plain = OmegaConf.to_container(values, resolve=False) if OmegaConf.is_config(values) else values
+        try:
+            plain = OmegaConf.to_container(values, resolve=True) if OmegaConf.is_config(values) else values
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{kind}={choice}: {error.full_key or kind}: {first_line(error)}") from None
         if not isinstance(plain, dict) or plain.get("name") not in next(group for group in GROUPS if group.kind == kind):
             raise ConfigError(
-                f"{kind}={choice}: does not set up a {kind}; its file needs `defaults: [NAME]`, where NAME is a registered {kind}"
+                f"{kind}={choice}: the file names no {kind}; it needs `defaults: [NAME]`, where NAME is one of "
+                f"{names(next(group for group in GROUPS if group.kind == kind))}"
             )
         return {str(key): value for key, value in plain.items()}
 
@@ -318,8 +323,20 @@ def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
         )
     for part in grid:
         for key, values in part.items():
-            _override(f"{where}: {GRID}", key, values)
-    return [{str(key): str(values) for key, values in part.items()} for part in grid]
+            _override(f"{where}: {GRID}", key, _typed(values))
+    return [{str(key): _typed(values) for key, values in part.items()} for part in grid]
+
+
+def _typed(values: Any) -> str:
+    """The values of a key in a grid as they would be typed on the command line."""
+    return "null" if values is None else str(values)
+
+
+def _quoted(value: Any) -> str:
+    """A value of an experiment as Hydra parses it, with quotes around every string."""
+    if isinstance(value, str):
+        return hydra_quote(value, always=True)
+    return f"[{','.join(map(_quoted, value))}]" if isinstance(value, list) else json.dumps(value, default=str)
 
 
 def _read_rules(config: DictConfig, where: str) -> dict[str, dict[str, str]]:
@@ -339,7 +356,7 @@ def _read_rules(config: DictConfig, where: str) -> dict[str, dict[str, str]]:
             )
     return {
         str(name): {
-            f"algorithm.{key}": _override(f"{where}: {RULES}.{name}", f"algorithm.{key}", json.dumps(value))
+            f"algorithm.{key}": _override(f"{where}: {RULES}.{name}", f"algorithm.{key}", _quoted(value))
             for key, value in options.items()
         }
         for name, options in rules.items()

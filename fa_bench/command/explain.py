@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from fa_bench.command.overrides import parse, values_of
 from fa_bench.config.job import GRID, RULES, TUNE
-from fa_bench.errors import ConfigError, names, nearest, truncate
+from fa_bench.errors import ConfigError, first_line, names, nearest, truncate
 
 #: The additional packages that choices in Hydra's own groups require, by group and choice.
 _PACKAGES = {
@@ -117,13 +117,13 @@ def unknown_key(key: str, config: DictConfig, groups: list[str]) -> str:
     node: Any = config
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        if not isinstance(node, DictConfig) or part not in node:
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in node` is False for a missing value)
             allowed = sorted(str(name) for name in node if name != "hydra") if isinstance(node, DictConfig) else []
             allowed += [group for group in groups if depth == 0 and group not in allowed]
             within = ".".join(parts[:depth])
             return (
                 f"{key}: unknown key{f' {part} in {within}' if within else ''}"
-                f"{_same_name_hint(parts[-1], config) or nearest(part, allowed)} (allowed: {names(allowed)})"
+                f"{_same_name_hint(parts[-1], config) or nearest(part, allowed)} (allowed: {names(allowed) or 'none'})"
             )
         node = node._get_node(part)
     return ""
@@ -153,9 +153,11 @@ def _install_hint(group: str, name: str) -> str:
 
 
 def _summary(error: Exception) -> str:
-    """The first line of an error, or two lines if the first is a heading, and a hint on the package to install if one is
-    missing."""
+    """The first line of an error, or two lines if the first is a heading, with the reason that Hydra leaves out of the message,
+    and a hint on the package to install if one is missing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = truncate(" ".join(lines[: 2 if len(lines) > 1 and lines[0].endswith(":") else 1]), 400) or type(error).__name__
+    if text.startswith("Error merging override") and error.__cause__ is not None:
+        text += f" ({first_line(error.__cause__)})"
     choices = [(group, name) for group, packages in _PACKAGES.items() for name in packages if f"{group}/{name}'" in text]
     return text + (_install_hint(*choices[0]) if choices else "")

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 from hydra.errors import HydraException
 
 from fa_bench.errors import ConfigError, first_line, truncate
-from fa_bench.utils.shell import expansion_problem, hydra_quote, shell_quote
+from fa_bench.utils.shell import PLAIN, expansion_problem, hydra_quote, shell_quote
 
 #: Maximum number of jobs in a sweep and maximum number of characters in an override, both far above anything in practical use.
 MOST_JOBS, MOST_TEXT = 10_000, 20_000
@@ -21,6 +21,12 @@ MOST_JOBS, MOST_TEXT = 10_000, 20_000
 def values_of(override: Override) -> list[str]:
     """The values of an override, as text."""
     return [str(value) for value in (override.sweep_iterator() if override.is_sweep_override() else [override.value()])]
+
+
+def key_of(override: Override) -> str:
+    """The key of an override. A choice for another package keeps the package, as in ``optimizer@feedback_optimizer``, because it
+    is not a choice of the group itself."""
+    return f"{override.key_or_group}@{override.package}" if override.package else override.key_or_group
 
 
 @functools.lru_cache(maxsize=4096)  # the jobs of a sweep share most of their overrides
@@ -84,15 +90,31 @@ def expand(overrides: list[Override]) -> list[list[str]]:
 def _quoting_hint(text: str) -> str:
     """The message for an override whose value begins with ``~`` or needs quotes; empty if the problem is another one."""
     key, found, value = text.partition("=")
-    if not found or not re.fullmatch(r"\+{0,2}[\w./@-]+", key) or not value.isprintable() or re.match(r"\s*[\[{'\"]", value):
+    if not found or not re.fullmatch(r"\+{0,2}[\w./@-]+", key) or not value.isprintable():
+        return ""
+    if items := re.fullmatch(r"\[([^\[\]{}()'\"]+)\]", value):
+        # In a list such as [csv,early:patience=3,min=1], options belong to the component before them.
+        parts = [part.strip() for part in re.split(r",(?![\w.]+=)", items[1])]
+        return _corrected(text, "an item of the list", f"{key}=[{','.join(map(_quoted_if_needed, parts))}]")
+    if re.match(r"\s*[\[{'\"]", value):
         return ""
     if value.startswith("~"):
         return f"{key}{expansion_problem(key, value)}"
     for parts in ([value] if "${" in value else value.split(","), [value]):
-        meant = f"{key}={','.join(map(hydra_quote, parts))}"
-        try:
-            parse_override(meant)
-        except (HydraException, ValueError, RecursionError):
-            continue
-        return f"cannot read '{truncate(text, 100)}': the value needs quotes; write {truncate(shell_quote(meant), 500)}"
+        if hint := _corrected(text, "the value", f"{key}={','.join(map(_quoted_if_needed, parts))}"):
+            return hint
     return ""
+
+
+def _quoted_if_needed(value: str) -> str:
+    """A value with quotes if Hydra cannot read it without them. Numbers remain numbers."""
+    return value if PLAIN.fullmatch(value) else hydra_quote(value)
+
+
+def _corrected(text: str, quoted: str, meant: str) -> str:
+    """The message that suggests an override with quotes; empty if Hydra cannot read that one either."""
+    try:
+        parse_override(meant)
+    except (HydraException, ValueError, RecursionError):
+        return ""
+    return f"cannot read '{truncate(text, 100)}': {quoted} needs quotes; write {truncate(shell_quote(meant), 500)}"

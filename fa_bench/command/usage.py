@@ -6,11 +6,12 @@ import dataclasses
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import FEEDBACK_OPTIMIZER, RunOptions, conf_dir
-from fa_bench.errors import ConfigError, format_value, names, nearest, truncate
+from fa_bench.errors import ConfigError, OptionError, format_value, names, nearest, truncate
 from fa_bench.registry.options import Options, defaults, limits_text, option_fields, summary
 from fa_bench.registry.registries import GROUPS, NAMED, SCHEDULES
 
@@ -39,6 +40,8 @@ more:
 #: The run options that the overview lists.
 _COMMON = ("seed", "epochs", "batch_size", "device", "data_dir", "output_dir", "scale", "resume")
 _WIDTH = 100
+#: The key that chooses the optimizer of learned feedback.
+_FEEDBACK = f"optimizer@{FEEDBACK_OPTIMIZER}"
 
 
 def usage(composer: Composer, topics: Sequence[str]) -> str:
@@ -63,18 +66,26 @@ def usage(composer: Composer, topics: Sequence[str]) -> str:
             else [f"{topic}:", *(_components(named[topic]) if topic in named else _choices(composer, topic, choices[topic]))]
         )
     for name in chosen.get("experiment", ()):
-        if name not in choices["experiment"]:
+        if _experiment_file(composer, name) is None:
             raise ConfigError(f"experiment={name}: no such experiment{nearest(name, choices['experiment'])}")
         sections.append(
             [f"experiment={name}:", *textwrap.wrap(_comment(composer, name), _WIDTH, initial_indent="  ", subsequent_indent="  ")]
         )
-    for kind, group in kinds.items():
-        for name in chosen.get(kind, ()):
+    optimizers = kinds["optimizer"]
+    for key, kind, group in (
+        *((kind, kind, group) for kind, group in kinds.items()),
+        (_FEEDBACK, FEEDBACK_OPTIMIZER, optimizers),
+    ):
+        for name in chosen.get(key, ()):
             # A choice that is not a component is a config that sets one up, so its values are shown instead of the defaults.
-            values = {"name": name} if name in group else composer.component(kind, name)
+            values = {"name": name} if name in group else composer.component(group.kind, name)
             component = group[values.pop("name")]
-            title = f"{kind}={name}" + (f" ({component.name})" if component.name != name else "")
-            sections.append([f"{title}: {summary(component)}", *_options(component.from_mapping(values), f"{kind}.")])
+            title = f"{key}={name}" + (f" ({component.name})" if component.name != name else "")
+            try:
+                options = component.from_mapping(values)
+            except OptionError as error:
+                raise error.with_prefix(kind) from None
+            sections.append([f"{title}: {summary(component)}", *_options(options, f"{kind}.")])
     for kind, registry in named.items():
         for name in chosen.get(kind, ()):
             sections.append([f"{kind}={name}: {summary(registry[name])}", *_own_options(registry, name)])
@@ -87,7 +98,7 @@ def _page(choices: dict[str, list[str]]) -> str:
         lines += textwrap.wrap(
             ", ".join(sorted(choices[kind])), _WIDTH, initial_indent=f"  {kind:14s}", subsequent_indent=" " * 16
         )
-    lines += [f"  optimizer@{FEEDBACK_OPTIMIZER}=...  a separate optimizer for learned feedback", "", "common options:"]
+    lines += [f"  {_FEEDBACK}=...  a separate optimizer for learned feedback", "", "common options:"]
     fields = {field.name: field for field in option_fields(RunOptions)}
     defaults = RunOptions()
     for name in _COMMON:
@@ -132,11 +143,16 @@ def _own_options(registry: Registry, name: str) -> Iterator[str]:
 
 def _comment(composer: Composer, name: str) -> str:
     """The comment at the top of an experiment's file, as one line."""
-    folders = [conf_dir(), *([composer.config_dir] if composer.config_dir else [])]
-    path = next(path for folder in folders if (path := folder / "experiment" / f"{name}.yaml").is_file())
-    head = re.match(r"(?:#.*\n)*", path.read_text(encoding="utf-8", errors="replace"))
+    path = _experiment_file(composer, name)
+    head = re.match(r"(?:#.*\n)*", path.read_text(encoding="utf-8", errors="replace")) if path else None
     lines = head.group(0).splitlines() if head else []
     return " ".join(line.lstrip("# ") for line in lines if "@package" not in line)
+
+
+def _experiment_file(composer: Composer, name: str) -> Path | None:
+    """The file of an experiment, or None if there is no such experiment. A user's file replaces the shipped one."""
+    folders = [*([composer.config_dir] if composer.config_dir else []), conf_dir()]
+    return next((path for folder in folders if (path := folder / "experiment" / f"{name}.yaml").is_file()), None)
 
 
 def _options(options: Options, prefix: str) -> Iterator[str]:

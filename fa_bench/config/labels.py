@@ -150,6 +150,6 @@ def sweep_summary(jobs: list[Job], *directories: Path) -> str:
 def duration(seconds: float) -> str:
     """A duration as text, such as ``14 s``, ``3 min`` or ``2 h 05 min``."""
     minutes = round(seconds / 60)
-    if seconds < 100:
+    if seconds < 99.5:  # two digits of a larger number would be written as 1e+02
         return f"{seconds:.2g} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

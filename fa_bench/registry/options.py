@@ -251,18 +251,20 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     choices, limits = metadata["choices"], metadata["limits"]
     allowed = names(map(format_value, choices)) if choices else ""
     if converted is _WRONG:
-        if any(get_origin(kind) is list for kind in (hint, *get_args(hint))):
-            is_item = isinstance(value, str) and value in choices if choices else isinstance(value, str)
-            items = f" (of {allowed})" if choices else ""
-            raise OptionError(name, f"={truncate(repr(value), 100)} is not a list{items}", f"=[{value}]" if is_item else "")
-        wanted = f"one of {allowed}" if choices else type_name(hint)
         shown = "null" if value is None else truncate(repr(value), 100)
+        if any(get_origin(kind) is list for kind in (hint, *get_args(hint))):
+            is_item = isinstance(value, str) and (choices is None or value in choices)
+            wanted = f"a list (of {allowed})" if choices else type_name(hint)
+            raise OptionError(name, f"={shown} is not {wanted}", f"=[{value}]" if is_item else "")
+        wanted = f"one of {allowed}" if choices else type_name(hint)
         raise OptionError(name, f"={shown} is not {wanted}", _name_suggestion(value, hint))
     for item in converted if isinstance(converted, list) else [converted]:
         chosen = item.partition(":")[0] if metadata["with_options"] and isinstance(item, str) else item
         if choices is not None and item is not None and chosen not in choices:
-            similar = nearest(str(chosen), map(format_value, choices))
-            raise OptionError(name, f"={truncate(str(item), 100)} is not one of {allowed}{similar}")
+            problem = f"is not one of {allowed}{nearest(str(chosen), map(format_value, choices))}"
+            if not allowed:  # for example, callbacks, of which fa-bench itself has none
+                problem = "does not exist, because none are registered; pass plugins=[MODULE] to include those of a module"
+            raise OptionError(name, f"={truncate(str(item), 100)} {problem}")
         if isinstance(item, float) and not math.isfinite(item):
             raise OptionError(name, f"={item} is not a finite number")
         if isinstance(item, int) and abs(item) >= _LARGEST:

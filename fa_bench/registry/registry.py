@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -62,7 +63,7 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
                     f"{self.kind} '{name}' cannot be registered: {truncate(repr(cls), 100)} is not a subclass of {module}.{base}"
                 )
             known = self._entries.get(name)
-            if known is not None and known.__qualname__ != cls.__qualname__:
+            if known is not None and not _is_same(known, cls):
                 raise ConfigError(f"{self.kind} '{name}' is registered twice: {known.__module__} and {cls.__module__}")
             cls.name = name
             self._entries[name] = cls
@@ -102,3 +103,11 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
             for module in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{self._package}."):
                 importlib.import_module(module.name)
         import_installed()
+
+
+def _is_same(known: type, cls: type) -> bool:
+    """Whether a class is a new version of a registered class, which happens if its file is executed again, for example as a
+    plugin after it was started as a script."""
+    files = [getattr(sys.modules.get(each.__module__), "__file__", None) for each in (known, cls)]
+    is_same_file = files[0] is not None and files[0] == files[1]
+    return known.__qualname__ == cls.__qualname__ and (known.__module__ == cls.__module__ or is_same_file)

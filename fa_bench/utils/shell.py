@@ -10,7 +10,9 @@ import subprocess
 from fa_bench.errors import truncate
 
 #: Matches paths and names that Hydra accepts without quotes.
-_PLAIN = re.compile(r"[A-Za-z0-9_./%+:-]+")
+PLAIN = re.compile(r"[A-Za-z0-9_./%+:-]+")
+#: Matches numbers and keywords, which Hydra does not parse as text unless they are quoted.
+_NOT_TEXT = re.compile(r"[+-]?([0-9_]*\.?[0-9_]+|[0-9_]+\.)(e[+-]?[0-9_]+)?|[+-]?(inf|nan)|true|false|null", re.IGNORECASE)
 
 
 def shell_quote(text: str) -> str:
@@ -18,13 +20,13 @@ def shell_quote(text: str) -> str:
     return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 
 
-def hydra_quote(value: str) -> str:
-    """Quote a value if necessary, so that Hydra parses the result as `value`.
+def hydra_quote(value: str, always: bool = False) -> str:
+    """Quote a value if necessary, or always, so that Hydra parses the result as `value`.
 
-    >>> hydra_quote("o/x"), hydra_quote("lr=0.1"), hydra_quote('a"b')
-    ('o/x', '"lr=0.1"', "'a\\"b'")
+    >>> print(hydra_quote("o/x"), hydra_quote("lr=0.1"), hydra_quote('a"b'), hydra_quote("2024"))
+    o/x "lr=0.1" 'a"b' "2024"
     """
-    if _PLAIN.fullmatch(value):
+    if PLAIN.fullmatch(value) and not _NOT_TEXT.fullmatch(value) and not always:
         return value
     mark = '"' if '"' not in value else "'"
     # Hydra treats a backslash as an escape only before a quotation mark, where it has to be doubled.

@@ -184,3 +184,13 @@ def test_dry_run_reports_plugin_exit(error: str, tmp_path: Path, capsys: pytest.
     (tmp_path / "conf" / "algorithm" / "odd.yaml").write_text("defaults:\n  - /_schema/algorithm/odd_rule@_here_\n")
     assert main(["--dry-run", "--config-dir", "conf", *SMALL, "plugins=[odd_plugin]", "algorithm=odd"]) == 1
     assert error in (said := capsys.readouterr().err) and "odd_plugin.py:9" in said and "Traceback" not in said
+
+
+def test_plugin_cannot_replace_component_of_same_name_and_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = ALGORITHMS["fa"]
+    text = IMPORTS + RULE.replace("odd_rule", "fa").replace("class Odd", "class FA")
+    assert "class FA(" in text
+    (tmp_path / "odd_plugin.py").write_text(text)
+    assert main([*SMALL, "plugins=[odd_plugin]"]) == 2
+    assert "algorithm 'fa' is registered twice: fa_bench.rules.fa and odd_plugin" in capsys.readouterr().err
+    assert ALGORITHMS["fa"] is before

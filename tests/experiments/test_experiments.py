@@ -21,6 +21,7 @@ from fa_bench.errors import ConfigError
 from fa_bench.mechanisms.weighted_layers import weighted_layers
 from fa_bench.registry.options import option_fields
 from fa_bench.report.published import published
+from fa_bench.rules.fa import FA
 from fa_bench.runs.train import run
 
 from ..data.files import write_cifar, write_imagenet, write_mnist, write_svhn, write_tiny_imagenet
@@ -69,6 +70,18 @@ def test_grid_parts_have_separate_keys(folder: Path) -> None:
 def test_overrides_select_grid_parts(folder: Path, overrides: list[str], expected: list[tuple[str, int]]) -> None:
     preset(folder, "grid: [{algorithm: 'bp,kp', seed: '0,1'}, {algorithm: fa, algorithm.density: '0.5,0.1'}]")
     assert [(job.algorithm.name, job.run.seed) for job in jobs(folder, *overrides)] == expected
+
+
+def test_feedback_optimizer_does_not_select_grid_parts(folder: Path) -> None:
+    preset(folder, "grid: [{algorithm: bp}, {algorithm: kp, optimizer: adam}]")
+    found = jobs(folder, "optimizer@feedback_optimizer=adamw")
+    assert [(job.algorithm.name, job.optimizer.name) for job in found] == [("bp", "sgd"), ("kp", "adam")]
+    assert [job.feedback_optimizer and job.feedback_optimizer.name for job in found] == ["adamw", "adamw"]
+
+
+def test_null_in_grid(folder: Path) -> None:
+    preset(folder, "grid: [{clip_norm: null}, {clip_norm: 1}]")
+    assert [job.run.clip_norm for job in jobs(folder)] == [None, 1.0]
 
 
 def test_grid_runs_all_parts_with_consecutive_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +191,44 @@ def test_invalid_preset_rules_are_rejected(folder: Path, text: str, said: str) -
         jobs(folder)
 
 
+def test_cfg_reports_unknown_rule_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment=mine", preset(folder, "rules: {fa: {densty: 0.5}}"), "--cfg", "job"]) == 2
+    assert "algorithm.densty: unknown key densty in algorithm; did you mean 'density'" in capsys.readouterr().err
+
+
+def test_preset_rules_keep_text_unchanged(folder: Path) -> None:
+    patterns = ["a\\b", "é*", "'", '"', "x\\", "null", "1", "a,b"]
+    preset(folder, f"rules: {{fa: {{include: {json.dumps(patterns)}}}}}")
+    [job] = jobs(folder)
+    assert isinstance(job.algorithm, FA) and job.algorithm.include == patterns
+
+
+def test_help_describes_own_experiments(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "own" / "experiment" / "sub").mkdir()
+    for name in ("quickstart", "sub/other"):
+        (folder / "own" / "experiment" / f"{name}.yaml").write_text("# @package _global_\n# Text of my own.\nepochs: 1\n")
+        assert main(["--help", f"experiment={name}", "--config-dir", str(folder / "own")]) == 0
+        assert capsys.readouterr().out == f"experiment={name}:\n  Text of my own.\n"
+
+
+def test_help_resolves_values_of_own_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "own" / "optimizer").mkdir()
+    for value, code, said in (
+        ("${by:algorithm,{fa: 0.3}}", 0, "optimizer.lr=0.3\n"),
+        ("high", 2, "optimizer.lr='high' is not a number"),
+        ("${nope}", 2, "optimizer=mine: optimizer.lr: "),
+    ):
+        (folder / "own" / "optimizer" / "mine.yaml").write_text(f'defaults: [sgd]\nlr: "{value}"\n')
+        assert main(["--help", "optimizer=mine", "--config-dir", str(folder / "own")]) == code
+        assert said in "".join(capsys.readouterr())
+
+
+def test_help_on_feedback_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", "optimizer@feedback_optimizer=adam"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("optimizer@feedback_optimizer=adam: ") and "  feedback_optimizer.lr=0.001\n" in out
+
+
 def test_scale_shortens_pretraining_phase(folder: Path) -> None:
     preset(folder, "")
     steps = [
@@ -215,7 +266,9 @@ def test_scale_only_reduces_settings(folder: Path) -> None:
     assert (large.run.batch_size, large.run.probe_size) == (8, 4) and large.feedback_optimizer is None
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.25, "0.25 s"), (14, "14 s"), (180, "3 min"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.25, "0.25 s"), (14, "14 s"), (99.7, "2 min"), (180, "3 min"), (7500, "2 h 05 min")]
+)
 def test_duration_format(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
