@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +20,11 @@ from fa_bench.errors import ConfigError, FaBenchError, printable
 from fa_bench.registry.options import option_fields
 from fa_bench.registry.registries import ANALYSES
 from fa_bench.utils.output import exit_code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see fa-bench-analyse --help")
 
 
 def _parsed(options: list[str]) -> DictConfig:
@@ -46,12 +52,12 @@ def _guarded(argv: list[str]) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = _Parser(add_help=False)
     parser.add_argument("name", nargs="?")
     parser.add_argument("options", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("outputs/analyses"))
     parser.add_argument("--help", "-h", action="store_true")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.name is None:
         print(__doc__)
         for name in ANALYSES:

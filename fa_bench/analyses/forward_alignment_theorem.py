@@ -97,6 +97,8 @@ class ForwardAlignmentTheorem(Analysis):
     seeds: int = option(5, "number of seeds; T, C, M and all other random numbers depend on the seed", minimum=1)
 
     def check(self) -> None:
+        if not self.cases:
+            raise OptionError("cases", "=[] is empty; list at least one case")
         if not self.outputs < self.inputs <= self.hidden:
             raise OptionError("inputs", f"={self.inputs} must be above outputs={self.outputs} and at most hidden={self.hidden}")
         if self.time < self.lr:

@@ -53,6 +53,8 @@ class PFASpectrum(Analysis):
     seed: int = option(0, "seed of B and W", minimum=0)
 
     def check(self) -> None:
+        if not self.ratios:
+            raise OptionError("ratios", "=[] is empty; list at least one ratio")
         if missing := [ratio for ratio in self.histograms if ratio not in self.ratios]:
             raise OptionError("histograms", f"={names(missing)} is not among ratios={names(self.ratios)}")
 
@@ -139,7 +141,7 @@ class PFASpectrum(Analysis):
         angle.set(title="Angle of B Bᵀ W to W", ylabel="degrees", ylim=(0, None))
         for axes in (spectrum, angle):
             axes.set(xscale="log", xlabel="expansion ratio 1/λ")
-        for axes in (spectrum, density, angle):
+        for axes in (spectrum, *([density] if "density" in rows else []), angle):
             axes.legend(frameon=False, fontsize=8)
 
 

@@ -116,7 +116,7 @@ def write_report(
 
     Raises:
         DataError: no directory has a run to report on, `best` has a key that is unknown or does not differ, no value of the keys
-            can be chosen, or a part of the selection does not exist in the runs.
+            can be chosen for any rule or for any selected rule, or a part of the selection does not exist in the runs.
         RunDirectoryError: a file that no report wrote is in the way, or another process is writing a report there.
     """
     from fa_bench.report.against import COLUMNS, against_published
@@ -153,6 +153,9 @@ def write_report(
     gaps = _gaps(records._replace(errors=[*unusable, *records.errors]), planned)
     without_run = published_without_run(entries, runs)
     selection.checked(runs)
+    if choice and not selection.of(compared):
+        problem = f"rules={names(selection.rules)}: no setting of these rules could be chosen"
+        raise DataError("; ".join([problem, *choice.warnings]))
     lists = {
         "Excluded: damaged or foreign records": gaps.excluded,
         "Runs that have not finished": gaps.unfinished,

@@ -214,11 +214,13 @@ def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
 
 
 def _budgets(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, dict[str, int]]:
-    """The numbers of values, seeds and epochs of each group, as {quantity: {group: number}}."""
+    """The numbers of values, seeds and epochs of each group, as {quantity: {group: number}}; the epochs are those of a finished
+    run."""
+    finished = {group: list(finished_by_seed(members).values()) for group, members in groups.items()}
     return {
         "values": {group: chosen[group].tried for group in groups},
-        "seeds": {group: len(finished_by_seed(members)) for group, members in groups.items()},
-        "epochs": {group: epochs for group, members in groups.items() if (epochs := members[0].epochs)},
+        "seeds": {group: len(of_group) for group, of_group in finished.items()},
+        "epochs": {group: epochs for group, of_group in finished.items() if of_group and (epochs := of_group[0].epochs)},
     }
 
 

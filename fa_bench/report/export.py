@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pandas as pd
 from fa_bench.config.labels import differing_keys
 from fa_bench.errors import printable
 from fa_bench.objectives.scores import ACCURACY, PARTS
-from fa_bench.report.columns import COLUMNS, primary_scores
+from fa_bench.report.columns import COLUMNS, columns_of, primary_scores
 from fa_bench.report.groups import group_labels, group_runs
 from fa_bench.report.numbers import number
 from fa_bench.report.quantities import scores_in
@@ -73,7 +73,7 @@ def to_latex(frame: pd.DataFrame) -> str:
                 )
             )
         },
-        "difference from bp": ("r", [_difference(row) for row in frame.to_dict("records")]),
+        "difference from bp": ("r", _differences(frame)),
         r"$p$ (Holm)": ("r", [_number(value, ".2g") for value in frame["bp_difference_p_holm"]]),
         "beats floor": ("l", ["--" if pd.isna(beats) else "yes" if beats else "no" for beats in frame["floor"]]),
     }
@@ -108,13 +108,21 @@ def _number(value: float, form: str) -> str:
     return f"${mantissa} \\times 10^{{{int(exponent)}}}$" if exponent else f"${mantissa}$"
 
 
-def _difference(row: Mapping[Any, Any]) -> str:
-    centre, half, low, high = (row[f"bp_difference{end}"] for end in ("", "_ci95", "_low", "_high"))
-    if math.isnan(centre):
-        return "--"
-    if not math.isnan(half):
-        return f"${centre:+.2f} \\pm {half:.2f}$"
-    return f"${centre:+.2f}$" if math.isnan(low) else f"${centre:+.2f}$ (${low:+.2f}$ to ${high:+.2f}$)"
+def _differences(frame: pd.DataFrame) -> list[str]:
+    """The cells of the difference from bp, with as many decimal places as in the Markdown table."""
+    form = columns_of(frame)["bp_difference"].format
+    unsigned = columns_of(frame)["bp_difference_ci95"].format
+    cells = []
+    for row in frame.to_dict("records"):
+        centre, half, low, high = (row[f"bp_difference{end}"] for end in ("", "_ci95", "_low", "_high"))
+        if math.isnan(centre):
+            cells.append("--")
+        elif not math.isnan(half):
+            cells.append(f"${centre:{form}} \\pm {half:{unsigned}}$")
+        else:
+            spread = "" if math.isnan(low) else f" (${low:{form}}$ to ${high:{form}}$)"
+            cells.append(f"${centre:{form}}${spread}")
+    return cells
 
 
 def to_json(frame: pd.DataFrame) -> str:
@@ -134,6 +142,13 @@ def _plain(value: Any, is_count: bool) -> Any:
     if isinstance(value, float):
         return None if not math.isfinite(value) else int(value) if is_count else value
     return None if value == "" else value
+
+
+def _seconds_per_epoch(run: Run) -> float:
+    """The seconds of training per epoch; NaN if the run completed no epoch."""
+    if not run.epochs or run.result.get("epoch") == 0:
+        return math.nan
+    return number(run.result.get("seconds")) / run.epochs
 
 
 def _score_keys(run: Run) -> list[str]:
@@ -173,7 +188,7 @@ def runs_table(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
             "epochs": run.result.get("epochs"),
             "best_epoch": run.result.get("best_epoch"),
             "seconds": number(run.result.get("seconds")),
-            "seconds_per_epoch": number(run.result.get("seconds")) / run.epochs if run.epochs else math.nan,
+            "seconds_per_epoch": _seconds_per_epoch(run),
             "group": run.result["group"],
             **{key: run.result.get(key) for key in (*VERSIONS, "weights_hash")},
             "reason": reason(run.result) if not run.finished else "",

@@ -74,7 +74,7 @@ def run_without_result(directory: Path, others: Sequence[Run]) -> Run | None:
 
     The run's status is `running` or `interrupted`. Its group is the name of its parent folder, if this is the name of a group of
     its rule, or else the group of the runs in `others` that differ from it only in the seed. If there are none, a name is derived
-    from its rule and options.
+    from its rule and options. Its scores are those of the runs in `others` with the same dataset and objective.
 
     Raises:
         RecordError: a record is damaged or was not written by a run.
@@ -83,6 +83,7 @@ def run_without_result(directory: Path, others: Sequence[Run]) -> Run | None:
     if "algorithm" not in config or "seed" not in config:
         return None
     metrics = read_metrics(directory / METRICS)
+    scores = next((run.result.get("scores") for run in others if _objective(run.config) == _objective(config)), None)
     result = {key: config.get(key) for key in ("algorithm", "architecture", "dataset", "optimizer", "seed")} | {
         "status": current_status(directory, {}),
         "label": config["algorithm"],
@@ -90,8 +91,14 @@ def run_without_result(directory: Path, others: Sequence[Run]) -> Run | None:
         "epochs": epochs_of(config),
         "epoch": metrics[-1]["epoch"] if metrics else 0,
         "code_hash": code,
+        "scores": scores,
     }
     return Run(directory, result, metrics, config)
+
+
+def _objective(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config that determines the scores of a run."""
+    return {key: value for key, value in config.items() if key.partition(".")[0] in ("dataset", "objective")}
 
 
 def _group(directory: Path, config: dict[str, Any], others: Sequence[Run]) -> str:

@@ -134,7 +134,7 @@ def _row(
         f"does not beat {FLOOR}" if beats is False else "",
         control.note,
         floor.note,
-        *(f"weight transport {where}" for where in members[0].result.get("weight_transport") or ()),
+        *(f"weight transport {where}" for where in dict.fromkeys(_weight_transport(members))),
         chosen.note if chosen else "",
         f"{repeated} run{'s' * (repeated > 1)} with a repeated seed not counted" if repeated else "",
         *(_missing_note(members, key) for key in keys),
@@ -176,6 +176,11 @@ def _row(
         "chosen": chosen.values if chosen else "",
         "note": "; ".join(filter(None, notes)),
     }
+
+
+def _weight_transport(members: Sequence[Run]) -> Iterable[str]:
+    """Where the rule passes errors through weights by design; a run without a result does not say so."""
+    return (where for run in members for where in run.result.get("weight_transport") or ())
 
 
 def _pairs_note(final: Mapping[int, float], control: Reference, difference: Paired) -> str:

@@ -76,6 +76,9 @@ def test_same_options_give_the_same_bytes(tmp_path: Path) -> None:
             "fa-bench-analyse: bp with seed 0 diverged: not finite",
         ),
         (["pfa_spectrum", "ratios=[1"], "fa-bench-analyse: ratios=[1: cannot be read"),
+        (["pfa_spectrum", "ratios=[]", "histograms=[]"], "fa-bench-analyse: ratios=[] is empty; list at least one ratio"),
+        (["forward_alignment_theorem", "cases=[]"], "fa-bench-analyse: cases=[] is empty; list at least one case"),
+        (["pfa_spectrum", "--draws"], "fa-bench-analyse: unrecognized arguments: --draws"),
     ],
 )
 def test_errors_are_reported_in_one_line(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -90,3 +93,10 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture) -> None:
     main([])
     listed = capsys.readouterr().out
     assert all(name in listed for name in ANALYSES)
+
+
+@pytest.mark.filterwarnings("error")
+def test_options_may_follow_out_and_histograms_may_be_empty(tmp_path: Path) -> None:
+    small = ["outputs=8", "inputs=8", "ratios=[1]", "draws=2", "histograms=[]"]
+    assert main(["pfa_spectrum", "--out", str(tmp_path), *small]) == 0
+    assert len(pd.read_csv(tmp_path / "pfa_spectrum.csv")) == 6

@@ -164,6 +164,8 @@ def test_bounded_limits_number_of_features() -> None:
     torch.testing.assert_close(readout.bounded(flat), flat.view(1, 1024, 4).mean(2))
     tokens = torch.rand(2, 7, 9)
     torch.testing.assert_close(readout.bounded(tokens, features_last=True), tokens.mean(1))
+    integers = torch.arange(4096).view(2, 2048)
+    torch.testing.assert_close(readout.bounded(integers), integers.view(2, 1024, 2).float().mean(2))
 
 
 def test_readout_of_constant_or_nonfinite_features() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -321,3 +322,22 @@ def test_numeric_columns_stay_numeric_without_values(tmp_path):
     frame = fa_bench.load_results(tmp_path)
     assert {frame[name].dtype.kind for name in ("val_accuracy", "test_accuracy", "seconds", "clip_norm", "optimizer.lr")} == {"f"}
     assert frame["seed"].dtype.kind == "i" and frame["a"].dtype.kind == "b"
+
+
+def test_budget_of_epochs_is_that_of_finished_runs(tmp_path):
+    for rule in ("bp", "fa"):
+        write_values(tmp_path, rule, {0.1: [(0.9, 0.9)] * 2, 0.2: [(0.8, 0.9)] * 2}, epoch=2)
+    for path in tmp_path.glob("fa-*-0/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "interrupted", "epoch": 1}))
+        (path.parent / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    best = choose_best(in_order(runs_in(tmp_path)), ["optimizer.lr"])
+    assert "seeds: 1 (fa lr=0.1), 2 (bp lr=0.1)" in best.warnings[0] and "epoch" not in str((best.warnings, best.chosen))
+
+
+def test_figures_of_rules_without_choice_are_refused_before_writing(tmp_path, capsys):
+    study(tmp_path)
+    write_values(tmp_path, "kp", {0.1: [(None, 0.1)]}, status="diverged")
+    assert main([str(tmp_path), "--best", "optimizer.lr", "--rules", "kp", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fa-bench-report: rules=kp: no setting of these rules could be chosen; kp is not compared")
+    assert said.count("\n") == 1 and not (tmp_path / "out").exists()

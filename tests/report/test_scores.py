@@ -12,12 +12,14 @@ from fa_bench.objectives.token_cross_entropy import NEXT_TOKEN, PERPLEXITY
 from fa_bench.report import write_report
 from fa_bench.report.aggregate import over_tasks
 from fa_bench.report.best import choose_best
+from fa_bench.report.export import to_latex
 from fa_bench.report.figures import report_figures
 from fa_bench.report.frames import load_results
 from fa_bench.report.groups import in_order
 from fa_bench.report.live import titles
 from fa_bench.report.quantities import Selection
 from fa_bench.report.runs import find_runs
+from fa_bench.report.table import summarise
 from tests.report.by_hand import runs_in, without_pixels, write_run, write_set
 
 SCORES = as_records((PERPLEXITY, NEXT_TOKEN))
@@ -154,3 +156,24 @@ def test_text_as_score_value_is_rejected(tmp_path: Path) -> None:
 
     with pytest.raises(RecordError, match="test_perplexity='low'"):
         read_run(write_run(tmp_path, "bp", 0, 0.5, scores=SCORES, test_perplexity="low"))
+
+
+def test_run_without_records_has_scores_of_its_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first seed was killed in its first epoch, so that it has only a config; its row keeps the score of the other seed."""
+    without_pixels(monkeypatch)
+    write_tokens(tmp_path, "bp", 0, 4.0, 4.0)
+    killed, _ = (write_tokens(tmp_path, "fa", seed, 5.0, 5.0) for seed in (0, 1))
+    for name in ("result.json", "metrics.jsonl"):
+        (killed / name).unlink()
+    write_report(find_runs([tmp_path]), tmp_path)
+    _, fa = rows(tmp_path, "report.csv")
+    assert (fa["status"], fa["test_perplexity"]) == ("1 finished, 1 interrupted", "5") and "test_accuracy" not in next(
+        line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| rule")
+    )
+
+
+def test_latex_differences_have_decimal_places_of_markdown(tmp_path: Path) -> None:
+    write_tokens(tmp_path, "bp", 0, 4.0, 4.0)
+    write_tokens(tmp_path, "fa", 0, 4.0034, 4.0)
+    runs = in_order(run for run in runs_in(tmp_path) if run is not None)
+    assert "$+0.0034$" in to_latex(summarise(runs))

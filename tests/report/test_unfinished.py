@@ -222,3 +222,21 @@ def test_missing_references_are_not_reported_while_runs_are_pending(tmp_path):
     directory = tmp_path / "frozen" / "seed0"
     directory.mkdir(parents=True)
     assert "no run of" not in write_report([*find_runs([tmp_path]), directory], tmp_path).text
+
+
+def test_run_without_result_does_not_hide_note_on_weight_transport(tmp_path):
+    ended = write_run(tmp_path, "dgl", 1, 0.9, metrics=[], weight_transport=["within blocks"])
+    begun = write_begun(tmp_path, "dgl", 0, epochs=0)
+    config = json.loads((begun / "config.yaml").read_text().split("\n", 1)[1])
+    (ended / "config.yaml").write_text(json.dumps(config | {"seed": 1}))
+    write_report(find_runs([tmp_path]), tmp_path)
+    row = table(tmp_path)["dgl"]
+    assert row["runs"] == "2" and row["note"] == "weight transport within blocks"
+
+
+def test_seconds_per_epoch_are_blank_without_a_complete_epoch(tmp_path):
+    write_run(tmp_path, "fa", 0, None, metrics=[], status="diverged", epoch=0, seconds=0.5)
+    write_run(tmp_path, "kp", 0, 0.9, epoch=2)
+    write_report(find_runs([tmp_path]), tmp_path)
+    runs = csv.DictReader((tmp_path / "runs.csv").read_text().splitlines())
+    assert {row["algorithm"]: row["seconds_per_epoch"] for row in runs} == {"fa": "", "kp": "1"}

@@ -135,6 +135,7 @@ def bounded(x: Tensor, features_last: bool = False) -> Tensor:
     from fa_bench.mechanisms.cut.local import pooled_size
 
     functional: Any = nn.functional
+    x = x if x.is_floating_point() else x.float()  # tokens are integers, which cannot be averaged
     dims = x.dim() - 2
     if dims > 0 and features_last:
         x = x.flatten(1, -2).mean(1)

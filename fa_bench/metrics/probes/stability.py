@@ -34,7 +34,9 @@ class Stability(Probe):
     normalisation uses the batch's statistics, and dropout is off.
 
     If the value is near 0, the gradients are mostly noise, as is common late in training. If the value is near 1, the weight
-    drifts, that is, it moves in the same direction regardless of the data.
+    drifts, that is, it moves in the same direction regardless of the data. If a rule samples noise in every step, as
+    `weight_perturbation` does, all batches get the same noise. The gradients then have the same direction up to their sign, and
+    the value says little.
     """
 
     alarms = {
