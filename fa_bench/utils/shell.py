@@ -19,7 +19,7 @@ def shell_quote(text: str) -> str:
 
 
 def hydra_quote(value: str) -> str:
-    """Quote a value if necessary, so that Hydra parses the result as `value`.
+    """Quote a value if necessary, so that Hydra parses the result as `value`. Numbers, booleans and null are not quoted.
 
     >>> hydra_quote("o/x"), hydra_quote("lr=0.1"), hydra_quote('a"b')
     ('o/x', '"lr=0.1"', "'a\\"b'")
