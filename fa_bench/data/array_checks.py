@@ -18,7 +18,7 @@ _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True an
 
 
 def checked(
-    arrays: Any, notes: list[str], inputs: str = IMAGES, targets: str = CLASSES
+    arrays: Any, notes: list[str], inputs: str = IMAGES, targets: str = CLASSES, other: str = "test"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Check and convert training inputs and targets, test inputs and targets, and the names of classes, outputs or tokens.
 
@@ -30,6 +30,7 @@ def checked(
         notes: a sentence is appended to this list for each array of images converted from floats, and another if some classes
             have no training sample.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
+        other: what messages call the part that is not for training.
 
     Returns:
         The four arrays, contiguous, and the list of names. Images are uint8 (n, C, H, W), features float32, tokens, labels and
@@ -69,10 +70,11 @@ def checked(
             )
         return labels
 
-    train_x, test_x = (checked_inputs(x, part) for x, part in ((train_x, "training"), (test_x, "test")))
-    train_y, test_y = (checked_targets(y, part, x) for y, part, x in ((train_y, "training", train_x), (test_y, "test", test_x)))
+    train_x, test_x = (checked_inputs(x, part) for x, part in ((train_x, "training"), (test_x, other)))
+    train_y = checked_targets(train_y, "training", train_x)
+    test_y = checked_targets(test_y, other, test_x)
     if train_x.shape[1:] != test_x.shape[1:]:
-        raise ValueError(f"training {several} have shape {train_x.shape[1:]}, but test {several} have {test_x.shape[1:]}")
+        raise ValueError(f"training {several} have shape {train_x.shape[1:]}, but {other} {several} have {test_x.shape[1:]}")
     return train_x, train_y, test_x, test_y, classes
 
 
@@ -148,12 +150,14 @@ def _eight_bits(images: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
 
 
 def _features(given: Any, part: str) -> np.ndarray:
-    features = _array(given, f"{part} features").astype(np.float32)
+    original = _array(given, f"{part} features")
+    features = _float32(original)
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"{part} features have shape {features.shape} (allowed: (n, features))")
     if not np.isfinite(features).all():
         row, column = np.argwhere(~np.isfinite(features))[0]
-        raise ValueError(f"{part} features: row {row}, column {column} is {features[row, column]}, not a finite number")
+        problem = "too large for float32" if np.isfinite(original[row, column]) else "not a finite number"
+        raise ValueError(f"{part} features: row {row}, column {column} is {original[row, column]}, {problem}")
     return np.ascontiguousarray(features)
 
 
@@ -203,15 +207,23 @@ def _labels(given: Any, part: str, classes: int, noun: str) -> np.ndarray:
 
 
 def _values(given: Any, part: str, outputs: int, rows: int, nouns: str) -> np.ndarray:
-    values = _array(given, f"{part} targets").astype(np.float32)
+    values = _float32(_array(given, f"{part} targets"))
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or values.shape[1] != outputs:
         raise ValueError(f"{part} targets have shape {values.shape}, not (n, {outputs}), with a column for each named output")
+    if not outputs:
+        raise ValueError(f"{part} targets have shape {values.shape}, which has no column")
     if len(values) != rows:
         raise ValueError(f"{rows} {part} {nouns} have {len(values)} rows of targets, not one for each of them")
     if not np.isfinite(values).all():
-        raise ValueError(f"{part} targets have values that are not finite")
+        raise ValueError(f"{part} targets have values that are not finite, or too large for float32")
     return np.ascontiguousarray(values)
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    """The array in single precision, in which numbers that are too large become infinite."""
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
 
 
 def _array(given: Any, what: str, text: str = "") -> np.ndarray:

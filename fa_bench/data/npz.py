@@ -17,15 +17,18 @@ import numpy as np
 
 from fa_bench.data.array_checks import checked
 from fa_bench.data.splits import ImageSplit, ResidentSplit, Splits
-from fa_bench.data.vectors import VectorDataset, standardise, standardise_option
+from fa_bench.data.vectors import VectorDataset, nonzero, standardise, standardise_option
 from fa_bench.errors import DataError, FaBenchError, OptionError, names, nearest, printable
 from fa_bench.registry.kinds import CLASSES, FEATURES, IMAGES, POSITIONS, TOKENS, VALUES
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import DATASETS
 from fa_bench.utils.lazy import torch
+from fa_bench.utils.memory_limits import require_memory
 
 T = TypeVar("T")
 _REQUIRED, _VALIDATION = ("x_train", "y_train", "x_test", "y_test"), ("x_val", "y_val")
+#: The memory that the name of a class or token takes while the arrays are checked.
+_BYTES_OF_NAME = 200
 
 
 @DATASETS.register("npz")
@@ -83,6 +86,7 @@ class Npz(VectorDataset):
             with np.load(path, allow_pickle=False) as file:
                 return {name: file[name] for name in (*_REQUIRED, *_VALIDATION) if name in file.files}
 
+        _ = self._kinds  # raises a DataError if arrays are missing
         arrays = self._opened(load)
         parts: dict[str, tuple[Any, Any]] = {
             "train": (arrays["x_train"], arrays["y_train"]),
@@ -106,7 +110,10 @@ class Npz(VectorDataset):
             y = parts["train"][1]
             return y.shape[1] if y.ndim > 1 else 1
         with_tokens = [x for x, _ in parts.values()] if self.inputs == TOKENS else []
-        return 1 + max(int(array.max()) for array in (*(y for _, y in parts.values()), *with_tokens) if array.size)
+        count = 1 + max(_largest(array) for array in (*(y for _, y in parts.values()), *with_tokens))
+        what = f"dataset={self.name}: the largest label or token is {count - 1}; its {count} classes or tokens"
+        require_memory(_BYTES_OF_NAME * count, what)
+        return count
 
     def _images(self, parts: dict[str, tuple[Any, Any]], of: list[str], device: torch.device) -> Splits:
         """The splits of an image dataset, stored as 8-bit integers; for features and tokens, see `VectorDataset.splits_of`."""
@@ -114,7 +121,8 @@ class Npz(VectorDataset):
         digest, made = hashlib.sha256(), {}
         try:
             for name in (name for name in parts if name != "train"):
-                train_x, train_y, x, y, _ = checked((*parts["train"], *parts[name], of), notes, IMAGES, self.targets)
+                arrays = (*parts["train"], *parts[name], of)
+                train_x, train_y, x, y, _ = checked(arrays, notes, IMAGES, self.targets, name)
                 made |= {"train": (train_x, train_y), name: (x, y)}
         except ValueError as error:
             raise DataError(f"dataset={self.name}: {error}") from None
@@ -141,11 +149,20 @@ class Npz(VectorDataset):
             standardise(splits)
         elif self.standardise and self.inputs == IMAGES and isinstance(splits.train, ResidentSplit):
             pixels = splits.train.images.double() / 255
-            mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
+            mean, std = pixels.mean((0, 2, 3)), nonzero(pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0))
             for split in (splits.train, splits.validation, splits.test):
                 if isinstance(split, ImageSplit):
-                    split.mean, split.std = mean.tolist(), [value or 1.0 for value in std.tolist()]
+                    split.mean, split.std = mean.tolist(), std.tolist()
         return splits
+
+
+def _largest(array: np.ndarray) -> int:
+    """The largest number in an array, or 0 if all are negative. Entries that `checked` will refuse, such as NaN, are ignored."""
+    if array.dtype.kind not in "biuf":
+        return 0
+    if array.dtype.kind == "f":
+        array = array[abs(array) < 2**53]
+    return max(int(array.max()), 0) if array.size else 0
 
 
 @functools.lru_cache(maxsize=8)

@@ -202,9 +202,13 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
             "not a finite number"
         )
     if task == "regression":
+        if len(rows := np.flatnonzero(~np.isfinite(of.to_numpy(np.float64)))):
+            raise DataError(
+                f"{path}: {of.iloc[rows[0]]} in column '{target}' of row {rows[0] + 1} (below the header), not a finite number"
+            )
         return _Table(x, of.to_numpy(np.float64), [target], task)
     classes, labels = np.unique(of.to_numpy() if is_number else of.astype(str).to_numpy(str), return_inverse=True)
-    of_classes, counts = [f"{name:g}" if is_number else str(name) for name in classes], np.bincount(labels)
+    of_classes, counts = [_class_name(name) for name in classes], np.bincount(labels)
     if len(counts) < 2:
         raise DataError(f"{path}: column '{target}' has the same class, {truncate(of_classes[0], 40)}, in all rows")
     if rare := [truncate(name, 40) for name, count in zip(of_classes, counts, strict=True) if count < 2]:
@@ -214,6 +218,13 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
             f"({names(rare[:3])}{', ...' * (len(rare) > 3)}); the training set and the test set need one row each"
         )
     return _Table(x, labels, of_classes, task)
+
+
+def _class_name(value: Any) -> str:
+    """A class as text, with as many digits as a number needs."""
+    if isinstance(value, str) or float(f"{value:g}") != value:
+        return str(value)
+    return f"{value:g}"
 
 
 def _is_number(name: str) -> bool:

@@ -51,7 +51,7 @@ class VectorDataset(Dataset):
         try:
             for name in (name for name in parts if name != "train"):
                 arrays = (*parts["train"], *parts[name], names)
-                train_x, train_y, x, y, names = checked(arrays, notes, self.inputs, self.targets)
+                train_x, train_y, x, y, names = checked(arrays, notes, self.inputs, self.targets, name)
                 splits |= {"train": (train_x, train_y), name: (x, y)}
         except FaBenchError:
             raise
@@ -83,7 +83,12 @@ def standardise(splits: Splits) -> None:
     parts = [split for split in (splits.train, splits.validation, splits.test) if isinstance(split, ArraySplit)]
     inputs = parts[0].inputs.double()
     mean, std = inputs.mean(0), inputs.std(0, correction=0)
-    # The computed standard deviation of equal numbers may be a rounding error instead of 0.
-    std = torch.where(std > 1e-7 * mean.abs(), std, torch.ones_like(std))
+    std = nonzero(mean, std)
     for split in parts:
         split.inputs = ((split.inputs.double() - mean) / std).float()
+
+
+def nonzero(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """The standard deviations, with 1 in place of those of constant values."""
+    # The computed standard deviation of equal numbers may be a rounding error instead of 0.
+    return torch.where(std > 1e-7 * mean.abs(), std, torch.ones_like(std))

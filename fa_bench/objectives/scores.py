@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -65,6 +66,8 @@ class Score:
 
     def is_better(self, value: float, other: float) -> bool:
         """Whether the mean `value` is better than the mean `other`; means that differ only by rounding count as equal."""
+        if math.isinf(value) or math.isinf(other):  # a perplexity may be infinite
+            return self.merit(value) > self.merit(other)
         return self.merit(value) - self.merit(other) > 1e-9 * max(abs(value), abs(other))
 
     def text(self, value: float) -> str:

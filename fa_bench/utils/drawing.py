@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Within the block, figures have matplotlib's default style. The process's settings and backend are restored afterwards.
+    """Within the block, figures have matplotlib's default style. The process's settings are restored afterwards, except
+    for a backend that the block selects.
 
     Modules that import matplotlib at the top level must not be imported before the block begins.
     """

@@ -72,7 +72,7 @@ class EnergyMeter:
 
     def __init__(self, counters: dict[str, Counter]) -> None:
         self._counters = counters
-        self._before = 0.0
+        self._before: float | None = None
 
     @classmethod
     def of(cls, device: torch.device) -> EnergyMeter | None:
@@ -99,13 +99,15 @@ class EnergyMeter:
         self.used_wh()
 
     def used_wh(self) -> float | None:
-        """The energy used since the last call, in watt-hours; None if a counter failed."""
+        """The energy used since the last call, in watt-hours; None if a counter failed in this call or in the last one, and in
+        the first call."""
         try:
             now = sum(counter.joules() for counter in self._counters.values())
         except Exception:  # NVML raises many kinds of errors
+            self._before = None
             return None
-        used, self._before = now - self._before, now
-        return used / _WH
+        before, self._before = self._before, now
+        return None if before is None else (now - before) / _WH
 
 
 def rapl() -> dict[str, Counter]:

@@ -28,11 +28,21 @@ def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()  # so that x @ x.t() is as small as possible
-    x = wide / wide.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
+    x = _rescaled(wide)
+    x = x / x.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
     for _ in range(steps):
         gram = x @ x.t()
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide is matrix else x.t()
+
+
+def _rescaled(matrix: Tensor) -> Tensor:
+    """The matrix times a power of two, so that the squares of its entries neither underflow nor overflow. The factor is 1 unless
+    the norm is extreme, as it is when the gradients vanish because a loss is almost 0."""
+    lowest = math.frexp(torch.finfo(matrix.dtype).tiny)[1]  # the exponent of the smallest normal number
+    norm, bound, factor = matrix.norm(), 2.0 ** (lowest // 2 + 3), 2.0 ** (-lowest * 4 // 5)
+    up = torch.where(norm < bound, factor, torch.ones_like(norm))
+    return matrix * torch.where(norm > 1 / bound, 1 / factor, up)
 
 
 class Muon(torch.optim.Optimizer):

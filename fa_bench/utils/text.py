@@ -43,8 +43,8 @@ def format_bytes(size: float) -> str:
 
 def format_count(number: float) -> str:
     """A number in a readable form, such as ``1,797`` or ``25.7 million``."""
-    for unit, name in _NAMES:
-        if number >= unit:
+    for unit, name in _NAMES if number >= _NAMES[-1][0] else ():
+        if float(f"{number / unit:.3g}") >= 1:
             return f"{number / unit:.3g} {name}"
     return f"{number:,.0f}"
 

@@ -52,7 +52,8 @@ def read_text(path: Path) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML text with the same checks as `read_yaml`. Error messages refer to the text as `source`."""
+    """Parse YAML text with the same checks as `read_yaml`, except that of the size. Error messages refer to the text as
+    `source`."""
     return copy.deepcopy(_parse(text, source))
 
 

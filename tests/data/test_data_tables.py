@@ -65,6 +65,12 @@ def test_custom_csv_file(tmp_path: Path) -> None:
     assert (splits.targets, splits.classes) == ("values", ["b"])
 
 
+def test_classes_that_are_numbers_have_distinct_names(tmp_path: Path) -> None:
+    for names in (["1000001", "1000002"], ["0.1234567", "0.1234568"], ["1", "2"], ["0.5", "2"]):
+        path = write_csv(tmp_path, "a,b\n" + "".join(f"{i},{names[i % 2]}\n" for i in range(20)))
+        assert Tabular(table=path, task="classification").load(Path(), CPU).classes == names
+
+
 @pytest.mark.parametrize(
     ("text", "options", "problem"),
     [
@@ -73,6 +79,7 @@ def test_custom_csv_file(tmp_path: Path) -> None:
         ("a,b\n1,x\n2,y\n", {"task": "regression"}, "column 'b' is not numeric"),
         ("a\n1.5\n2\n", {}, "a feature and a target are needed"),
         ("", {}, "cannot be read as CSV"),
+        ("a,b\n1,2.5\n2,inf\n", {}, "inf in column 'b' of row 2"),
     ],
 )
 def test_unusable_csv_files_are_refused(tmp_path: Path, text: str, options: dict, problem: str) -> None:
@@ -163,6 +170,11 @@ def test_position_targets_may_be_negative_but_not_exceed_vocabulary() -> None:
         (FLOATS, LABELS - 1, {}, "training sample 0 has label -1"),
         (TOKENS - 1, TOKENS, {}, "has token -1"),
         (TOKENS, FLOATS[:, 0], {}, "values are not allowed as targets of tokens"),
+        (FLOATS * 1e300, LABELS, {}, r"is -?\d\S*e\+\d+, too large for float32"),
+        (FLOATS, FLOATS[:, :0], {}, "which has no column"),
+        (FLOATS, LABELS * 10**15, {}, "the largest label or token is 2000000000000000; .* needs .* of memory"),
+        (FLOATS, LABELS, {"x_val": FLOATS[:0], "y_val": LABELS[:0]}, r"validation features have shape \(0, 4\)"),
+        (IMAGES, LABELS, {"x_val": IMAGES[:2], "y_val": LABELS[:3]}, "2 validation images have 3 labels"),
     ],
 )
 def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, x: Any, y: Any, more: dict, problem: str) -> None:
@@ -170,6 +182,36 @@ def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, x: Any, y: Any, 
     with pytest.raises(FaBenchError, match=problem) as caught:
         _ = dataset.inputs, dataset.load(Path(), CPU)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("y", "problem"),
+    [
+        (np.array([0, np.nan]), "test sample 1 has label nan"),
+        (np.array([0, np.inf]), "test sample 1 has label inf"),
+        (np.array(["0", "1"]), "test labels are of type <U1"),
+    ],
+)
+def test_test_labels_of_another_type_are_refused(tmp_path: Path, y: np.ndarray, problem: str) -> None:
+    path = tmp_path / "my.npz"
+    np.savez(path, x_train=FLOATS, y_train=LABELS, x_test=FLOATS[:2], y_test=y)
+    with pytest.raises(DataError, match=problem):
+        Npz(path=str(path)).load(Path(), CPU)
+
+
+def test_load_names_missing_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "my.npz", x_train=FLOATS, y_train=LABELS, x_test=FLOATS)
+    for read in (lambda dataset: dataset.load(Path(), CPU), lambda dataset: dataset.hash_of(Path())):
+        with pytest.raises(DataError, match="lacks y_test"):
+            read(Npz(path=str(tmp_path / "my.npz")))
+
+
+def test_channel_that_is_constant_in_training_is_not_rescaled(tmp_path: Path) -> None:
+    """For this grey level, the computed standard deviation of the training images is a rounding error."""
+    images = np.full(IMAGES.shape, 5, np.uint8)
+    images[14:] += 1
+    splits = write_npz(tmp_path, images, LABELS).load(Path(), CPU)
+    torch.testing.assert_close(whole(splits.test)[0], torch.full((len(IMAGES) - 14, 1, 5, 5), 1 / 255))
 
 
 def test_missing_and_damaged_npz_files_are_rejected(tmp_path: Path) -> None:

@@ -146,6 +146,8 @@ def test_classes_are_scored_by_their_accuracy() -> None:
 def test_score_direction_and_record_round_trip() -> None:
     assert ACCURACY.merit(0.9) > ACCURACY.merit(0.8) and PERPLEXITY.merit(3) > PERPLEXITY.merit(4)
     assert (ACCURACY.text(0.9), RMSE.text(2), ACCURACY.direction, RMSE.direction) == ("90.00%", "2", "maximize", "minimize")
+    assert PERPLEXITY.is_better(5, math.inf) and not PERPLEXITY.is_better(math.inf, 5)
+    assert not PERPLEXITY.is_better(math.inf, math.inf)
     mine = (Score("f1", "F1", "%"), RMSE)
     assert scores_of({"scores": as_records(mine)}) == mine and scores_of({}) == scores_of(None) == (ACCURACY,)
     assert final_keys(mine)[:4] == ["test_f1", "test_f1_at_best_val", "val_f1", "train_f1"] and "val_rmse" in final_keys(mine)

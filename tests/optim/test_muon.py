@@ -61,6 +61,9 @@ def test_five_steps_bring_singular_values_near_one_at_any_scale() -> None:
         assert values.min() > 0.67 and values.max() < 1.14
         torch.testing.assert_close(orthogonalized(scale * matrix, 5), orthogonalized(matrix, 5), rtol=1e-9, atol=1e-12)
     assert not orthogonalized(torch.zeros(3, 4), 5).any()
+    single = matrix.float()  # at these scales, the squares of the entries underflow or overflow
+    for scale in (1e-25, 1e-36, 1e25, 1e37):
+        torch.testing.assert_close(orthogonalized(scale * single, 5), orthogonalized(single, 5), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

@@ -84,7 +84,14 @@ def test_no_meter_without_readable_counters(powercap: Path, monkeypatch: pytest.
 
 def test_failed_counter_makes_energy_unknown(powercap: Path) -> None:
     meter = meter_of(CPU)
-    (powercap / "intel-rapl:0" / "energy_uj").unlink()
+    counter = powercap / "intel-rapl:0" / "energy_uj"
+    before = counter.read_text()
+    counter.unlink()
+    meter.start()
+    counter.write_text(before)
+    assert meter.used_wh() is None, "the energy before the start was counted"
+    assert meter.used_wh() == 0
+    counter.unlink()
     assert meter.used_wh() is None
 
 
