@@ -132,9 +132,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """The first key in which two studies differ, with both values; empty if the studies are equal."""
-    rules = [side.get("rules") for side in (there, here)]
-    if all(isinstance(of_side, dict) for of_side in rules) and (changed := {*rules[1]} - {*rules[0]}):
-        return f"with the rules {names(sorted(rules[0]))}; {names(sorted(changed))} cannot be added to a study or removed from it"
+    before, now = there.get("rules"), here.get("rules")
+    if isinstance(before, dict) and isinstance(now, dict) and (added := [rule for rule in now if rule not in before]):
+        return f"of {names(before)}, to which {names(added)} cannot be added"
     old, new = flatten(there), flatten(json.loads(dump_json(here)))
     # Keys that the user chose are compared before the hashes of code and data and the version of optuna.
     order = [*new, *(key for key in old if key not in new)]

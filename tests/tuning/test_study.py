@@ -327,6 +327,7 @@ def test_directory_of_other_study_is_refused(copy: Path, capsys: pytest.CaptureF
         ),
         (["rules", "bp", "space", "optimizer.momentum"], "0,0.5", "bp: optimizer.momentum=none there, 0,0.5 here"),
         (["rules", "frozen"], None, "frozen: "),
+        (["rules", "kp"], {"space": {}}, "of bp, frozen, to which kp cannot be added"),
         (["sampler"], "random", "sampler=tpe there, random here"),
         (["study_seed"], 3, "study_seed=0 there, 3 here"),
         (["tune_seeds"], [2, 3], "tune_seeds=[2] there, [2,3] here"),
