@@ -261,7 +261,7 @@ def _removed_if_empty(directory: Path) -> Iterator[None]:
 
 def _print_result(directory: Path) -> int:
     from fa_bench.report.runs import read_run
-    from fa_bench.report.states import STOPPED, describe_status
+    from fa_bench.report.states import STOPPED, describe_status, rise_note
     from fa_bench.runs.schemas import SUCCESSES
 
     run = read_run(directory)
@@ -272,6 +272,8 @@ def _print_result(directory: Path) -> int:
         f"{printable(status)}: {run.test_score or f'no test {run.primary.title}'}, "
         f"{run.result.get('seconds') or 0:.1f} s of training; run directory: {printable(directory)}"
     )
+    if note := rise_note({run.result["seed"]: run}):
+        print(printable(f"note: {note}"))
     return 0 if run.result["status"] in SUCCESSES else 1
 
 

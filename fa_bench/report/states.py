@@ -17,12 +17,15 @@ from typing import Any
 from fa_bench.config.labels import result_options
 from fa_bench.config.scale import SCALES
 from fa_bench.errors import truncate
+from fa_bench.report.numbers import known
 from fa_bench.report.runs import FINISHED, Run
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.readers import read_config, read_metrics
 from fa_bench.utils.files import CONFIG, METRICS, resolved
 
 RUNNING, INTERRUPTED, DIVERGED, STOPPED = "running", "interrupted", "diverged", "stopped"
+#: A note is added if the training loss of the last epoch is more than this many times that of the first epoch.
+_RISE = 2
 #: The maximum number of characters in the reason for a failure; the run's log has the full text.
 MAX_REASON = 300
 
@@ -137,3 +140,18 @@ def describe_status(run: Run) -> str:
 
 def _diverged_in_known_epoch(result: Mapping[str, Any]) -> bool:
     return result.get("status") == DIVERGED and (result.get("error") or {}).get("epoch") is not None
+
+
+def rise_note(finished: Mapping[int, Run]) -> str:
+    """A note if training ended with a loss above `_RISE` times that of the first epoch. This can happen if activations or
+    weights keep growing but stay finite."""
+    risen = {}
+    for seed, run in sorted(finished.items()):
+        losses = known(line.get("train_loss") for line in run.metrics)
+        if len(losses) > 1 and losses[-1] > _RISE * losses[0] > 0:
+            risen[seed] = losses
+    if not risen:
+        return ""
+    seed, losses = max(risen.items(), key=lambda item: item[1][-1])
+    of = f"{len(risen)} of {len(finished)} runs" if len(finished) > 1 else "the run"
+    return f"the training loss of {of} rose, from {losses[0]:.3g} in the first epoch to {losses[-1]:.3g} (seed {seed})"

@@ -17,10 +17,7 @@ from fa_bench.report.numbers import Paired, half_width, holm, known, mean, paire
 from fa_bench.report.published import Entry, headline, matching_entries
 from fa_bench.report.references import BEST, Reference, References
 from fa_bench.report.runs import VERSIONS, Run, metrics_of
-from fa_bench.report.states import describe_status
-
-#: A note is added if the training loss of the last epoch is more than this many times that of the first epoch.
-_RISE = 2
+from fa_bench.report.states import describe_status, rise_note
 
 
 def summarise(
@@ -140,7 +137,7 @@ def _row(
         *(_missing_note(members, key) for key in keys),
         "2 seeds: the range in place of a 95 % interval" if len(final) == 2 else "",
         _pairs_note(final, control, difference),
-        _rise_note(finished),
+        rise_note(finished),
         entry.remark(members) if entry else "",
     ]
     return {
@@ -188,21 +185,6 @@ def _pairs_note(final: Mapping[int, float], control: Reference, difference: Pair
     if not final or difference.n == len(final) or not finished_by_seed(control.runs):
         return ""
     return f"{difference.n} of {len(final)} seeds are paired with {control.label}"
-
-
-def _rise_note(finished: Mapping[int, Run]) -> str:
-    """A note if training ended with a loss above `_RISE` times that of the first epoch. This can happen if activations or
-    weights keep growing but stay finite."""
-    risen = {}
-    for seed, run in sorted(finished.items()):
-        losses = known(line.get("train_loss") for line in run.metrics)
-        if len(losses) > 1 and losses[-1] > _RISE * losses[0] > 0:
-            risen[seed] = losses
-    if not risen:
-        return ""
-    seed, losses = max(risen.items(), key=lambda item: item[1][-1])
-    of = f"{len(risen)} of {len(finished)} runs" if len(finished) > 1 else "the run"
-    return f"the training loss of {of} rose, from {losses[0]:.3g} in the first epoch to {losses[-1]:.3g} (seed {seed})"
 
 
 def _missing_note(members: Sequence[Run], key: str) -> str:

@@ -283,3 +283,11 @@ def test_long_option_values_are_truncated_in_errors() -> None:
     with pytest.raises(OptionError) as caught:
         SGD(lr="x" * 10_000)  # type: ignore[arg-type]
     assert len(str(caught.value)) < 300
+
+
+def test_single_run_prints_note_about_rising_loss(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "epochs=2", "optimizer.lr=1e4", "algorithm=frozen"]) == 0
+    said = capsys.readouterr().out
+    assert "\nnote: the training loss of the run rose, from " in said, said
+    assert main([*SMALL, "epochs=2", "optimizer.lr=1e-3", "output_dir=calm"]) == 0
+    assert "note: the training loss" not in capsys.readouterr().out

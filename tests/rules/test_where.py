@@ -144,3 +144,12 @@ def test_uncovered_weights_are_weight_transport() -> None:
     rule.detach()
     rule = fa_bench.attach(model, "dfa", cuts=["act2"], within="block", sample_input=x)
     assert rule.coverage.all_transport() == list(rule.coverage.transport) != []
+
+
+def test_coverage_without_trace_says_what_is_checked_later() -> None:
+    convolutions = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    note = "Weights that are used outside their layers are found only in the first training pass; pass sample_input"
+    assert note in str(fa_bench.attach(convolutions, "fa").coverage)
+    fa_bench.attached_rule(convolutions).detach()
+    assert note not in str(fa_bench.attach(convolutions, "fa", sample_input=torch.zeros(2, 1, 4, 4)).coverage)
+    assert note not in str(fa_bench.attach(nets.mlp(), "fa").coverage)

@@ -116,6 +116,12 @@ class LayerContext:
         put_tensor(self.module, name, tensor)
 
 
+#: The note if there was no forward pass of a sample.
+_NOT_TRACED = (
+    "Weights that are used outside their layers are found only in the first training pass; pass sample_input to find them now."
+)
+
+
 @dataclasses.dataclass(eq=False)
 class EdgeRule(Rule):
     """A rule that gives every weighted layer a feedback pathway; subclasses implement `pathway`.
@@ -193,6 +199,8 @@ class EdgeRule(Rule):
         if trace is not None:
             uncovered |= {weight_name(path, layers[path]): outside_text(use) for path, use in trace.uses.outside.items()}
         notes = self.notes() + self._notes_on_tied_weights() + (() if self._dual is None else (self._dual.note(),))
+        if trace is None:
+            notes += (_NOT_TRACED,)
         return Coverage(self.name, tuple(covered), uncovered, local, notes)
 
     def _checked_pathway(self, layer: LayerContext) -> FeedbackPathway:
