@@ -20,7 +20,7 @@ class Optimizers:
     """Trains the weights and the learned feedback, with the same optimizer or with separate ones.
 
     Args:
-        options: the optimizer of the weights.
+        options: the options of the optimizer of the weights.
         rule: an attached rule, which may have learned feedback.
         epochs: length of the run, for the schedules.
         feedback_options: the optimizer of the learned feedback; None: that of the weights.

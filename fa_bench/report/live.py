@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
-#: Maps each state to its colour on a terminal. If not all runs fit, those whose states come first are shown. The summary counts
-#: the states in this order, except that DONE comes first.
+#: Maps each state to its colour on a terminal. If not all runs fit, those with the states listed first are shown. The summary
+#: counts the states in this order, except that DONE comes first.
 STATES = {
     RUNNING: "green",
     STALLED: "yellow",

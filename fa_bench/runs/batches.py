@@ -128,8 +128,8 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: in
     elif last == 1:
         error = OptionError(
             "drop_last",
-            f"=false leaves a last batch of one: {count} training {several} in batches of "
-            f"{options.batch_size}{why}; use drop_last=true or another batch_size",
+            f"=false leaves a last batch of one {one}{why} ({count} training {several} in batches of "
+            f"{options.batch_size}); use drop_last=true or another batch_size",
         )
     elif smallest == 1:
         error = OptionError(

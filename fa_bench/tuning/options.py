@@ -18,7 +18,7 @@ from fa_bench.registry.options import Options, option, option_fields
 from fa_bench.tuning.optuna_parts import PRUNERS, SAMPLERS
 
 SPACE = "space"
-#: The beginning of search values that are written with a function instead of as a plain list.
+#: Matches the name of the function at the beginning of search values that are not a plain list.
 _FUNCTION = re.compile(r"\s*(tag|interval|range|int|float|choice|sort|shuffle)\(")
 
 

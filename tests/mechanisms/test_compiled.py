@@ -257,7 +257,7 @@ def test_compiled_pass_rejects_layer_without_gradients() -> None:
 
 
 def test_manual_update_without_feedback_raises_after_compilation() -> None:
-    """The first step updates nothing, which is no error; the second step updates only the weights."""
+    """The first step updates nothing and raises no error; the second step updates only the weights."""
     model, rule, x, y = attached("kp", Small)
     compiled = torch.compile(model, backend="aot_eager")
     for images, labels, rate in zip(x, y, (None, 0.1), strict=False):

@@ -164,7 +164,7 @@ CASES = [
     Case(
         33,
         {"batch_size": 8, "drop_last": False},
-        f"drop_last=false leaves a last batch of one: 33 training images in batches of 8{WHY}; "
+        f"drop_last=false leaves a last batch of one image{WHY} (33 training images in batches of 8); "
         "use drop_last=true or another batch_size",
     ),
     Case(33, {"batch_size": 8, "drop_last": True}, None),
@@ -227,7 +227,7 @@ def test_last_batch_of_one_is_rejected_only_with_batch_norm(
     ]
     assert main([*command, "architecture.batch_norm=true"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("fa-bench: drop_last=false leaves a last batch of one: 33") and len(said.splitlines()) == 1
+    assert said.startswith("fa-bench: drop_last=false leaves a last batch of one image") and len(said.splitlines()) == 1
     assert not Path("run").exists()
     assert main(command) == 0
     line = json.loads(Path("run/metrics.jsonl").read_text())

@@ -51,7 +51,7 @@ class SharedActivation:
 
     def capture(self, x: Tensor) -> None:
         """Called in every forward pass by the first layer that has the activation as its input."""
-        self._captured = x.detach(), 0 if torch.compiler.is_compiling() else x._version  # compiled graphs have no versions
+        self._captured = x.detach(), 0 if torch.compiler.is_compiling() else x._version  # no versions in compiled graphs
 
     @property
     def is_missing(self) -> bool:
