@@ -30,7 +30,7 @@ def decoder_init_option() -> Any:
 
 
 def density_option(tensors: str = "B", masks: str = "mask") -> Any:
-    """The option for the fraction of the entries of feedback tensors that are not masked."""
+    """The option that sets the fraction of a feedback tensor's entries that are not masked."""
     return option(1.0, f"fraction of {tensors} that is not zero (fixed random {masks})", above=0, maximum=1)
 
 

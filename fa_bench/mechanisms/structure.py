@@ -136,7 +136,7 @@ def check_model(model: Any) -> None:
         where = f"the model's part '{path}'" if path else "the model"
         nn, kind, tensors = torch.nn, type(module).__name__, (*module._parameters.values(), *module._buffers.values())
         if any(isinstance(one, (nn.UninitializedParameter, nn.UninitializedBuffer)) for one in tensors):
-            raise CoverageError(f"{where} ({kind}) has no weight yet; run one forward pass, then attach")
+            raise CoverageError(f"{where} ({kind}) has no weight or buffers yet; run one forward pass, then attach")
         if kind in _WRAPPERS and type(module).__module__.startswith("torch."):
             raise CoverageError(f"{where} is wrapped in {kind}; attach to the plain model, then wrap it")
         if kind == "OptimizedModule" or module._compiled_call_impl is not None:

@@ -59,9 +59,9 @@ its finished runs) is used. Rows of `frozen` are chosen in the same way.
 """,
 }
 _BEST_LEGEND = """\
-For each rule and each combination of the settings that are not listed here, the values with the best validation score (last epoch,
-mean over the finished runs) were chosen. If several values are equally good, the smallest is chosen. Values with runs that
-diverged count as tried, but are not chosen.
+For each rule and each combination of the settings that are not listed here, the values with the best validation score (last
+epoch, mean over the finished runs) were chosen. If several values are equally good, the smallest is chosen. Values with runs
+that diverged count as tried, but are not chosen.
 """
 _PUBLISHED_LEGEND = """\
 The column `ours` gives the mean over the finished runs, one per seed, in the last epoch or in the epoch to which the published

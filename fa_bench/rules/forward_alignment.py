@@ -41,7 +41,8 @@ class Pass:
 
 
 class RandomForward(TransposeFeedback):
-    """Pathway in which the error passes through the weight, but the weight gradient uses a different activation."""
+    """Pathway in which the error passes through the weight, and the weight gradient uses the layer's input from the second pass
+    (in the first layer, the true input)."""
 
     always_needed = True
 

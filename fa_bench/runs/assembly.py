@@ -61,7 +61,7 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     not run yet.
 
     Args:
-        job: the job as it is trained, see `fa_bench.config.scale.scaled`.
+        job: the job, after its scale has been applied (see `fa_bench.config.scale.scaled`).
         device: from `prepare`.
         splits: from `load`, if it was called before.
 

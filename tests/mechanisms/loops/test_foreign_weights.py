@@ -225,7 +225,9 @@ def test_lazy_layers_are_rejected_until_initialised(name: str) -> None:
     model.cut_points = model.blocks = ["1", "3"]
     x = torch.linspace(-1, 1, 96).reshape(12, 8)
     for sample in (None, x):
-        with pytest.raises(CoverageError, match=r"'2' \(LazyLinear\) has no weight yet; run one forward pass, then attach"):
+        with pytest.raises(
+            CoverageError, match=r"'2' \(LazyLinear\) has no weight or buffers yet; run one forward pass, then attach"
+        ):
             attach(model, name, sample_input=sample)
         assert type(model[2]) is nn.LazyLinear
     model(x)
