@@ -78,4 +78,4 @@ def with_scores(loss: float, objective: Objective, sums: Mapping[str, Tensor], c
     values = {name: value.tolist() for name, value in sums.items()}
     scores = objective.scored(values, loss, count, split.characters) if count else {}
     # A plugin may return numbers of NumPy, which checkpoints cannot contain.
-    return {"loss": loss, **{name: value if value is None else float(value) for name, value in scores.items()}}
+    return {"loss": loss, **{name: getattr(value, "item", lambda value=value: value)() for name, value in scores.items()}}
