@@ -481,3 +481,22 @@ def test_run_of_other_code_with_damaged_config_is_not_resumed(monkeypatch: Patch
     monkeypatch.setattr(hashes, "_package_hash", lambda: "other code")
     assert main([*COMMON, "algorithm=kp", "resume=true"]) == 2
     assert "was produced by a different version of the code, so resume=true" in capsys.readouterr().err
+
+
+def test_refused_restart_does_not_make_checkpoints_of_other_code_resumable(monkeypatch: Patch, capsys: Capture) -> None:
+    sweep = ["-m", *COMMON, "algorithm=kp", "seed=0,1"]
+    assert main(sweep) == 0
+    for result in Path("outputs").rglob("result.json"):
+        result.unlink()
+    monkeypatch.setattr(hashes, "_package_hash", lambda: "other code")
+    for _ in range(2):
+        capsys.readouterr()
+        assert main([*sweep, "resume=true"]) == 1
+        assert "was produced by a different version of the code, so resume=true would not" in capsys.readouterr().err
+
+
+def test_result_names_uncovered_weights_as_weight_transport() -> None:
+    options = ["algorithm=dfa", "algorithm.cuts=[act2]", "algorithm.allow_uncovered=true", "architecture.widths=[6,5]"]
+    assert main([*COMMON, *options]) == 0
+    (path,) = Path("outputs").rglob("result.json")
+    assert json.loads(path.read_text())["weight_transport"] == ["through 1 uncovered weight (fc1.weight)"]

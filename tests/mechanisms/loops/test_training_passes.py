@@ -298,3 +298,16 @@ def test_rejects_loss_of_other_model_after_plain_backward(name):
     F.cross_entropy(model(X), Y).backward()
     with pytest.raises(ValueError, match="was not computed by a training forward pass of the attached model"):
         rule.backward(F.cross_entropy(Net()(X), Y))
+
+
+def test_other_errors_of_auxiliary_layers_are_raised_for_any_size(monkeypatch):
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(4, 3))
+    rule = fa_bench.attach(model, "local_error", cuts=["1"], sample_input=torch.zeros(2, 1, 8))
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(type(rule), "local_loss", fails)
+    logits, labels = model(torch.randn(4, 1, 10)), torch.tensor([0, 1, 2, 1])
+    with pytest.raises(torch.OutOfMemoryError):
+        rule.backward(F.cross_entropy(logits, labels), logits, labels)
