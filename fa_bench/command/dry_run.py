@@ -290,7 +290,7 @@ def describe(run_dir: Path, job: Job) -> str:
         return "empty"
     if (owner := lock_holder(run_dir)) is not None:
         return f"running: locked by process {owner.get('pid')} on {owner.get('host')}"
-    if RunDirectory(run_dir, job).state is RunState.STALE:
+    if RunDirectory(run_dir, job).is_stale:
         return "stale: produced by a different version of the code; would restart"
     if run is not None and run.finished:
         return ": ".join(filter(None, ("finished", run.test_score)))

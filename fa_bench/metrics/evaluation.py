@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,4 +79,4 @@ def with_scores(loss: float, objective: Objective, sums: Mapping[str, Tensor], c
     values = {name: value.tolist() for name, value in sums.items()}
     scores = objective.scored(values, loss, count, split.characters) if count else {}
     # A plugin may return numbers of NumPy, which checkpoints cannot contain.
-    return {"loss": loss, **{name: getattr(value, "item", lambda value=value: value)() for name, value in scores.items()}}
+    return {"loss": loss, **{name: value.item() if isinstance(value, np.generic) else value for name, value in scores.items()}}

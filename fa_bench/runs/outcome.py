@@ -20,7 +20,7 @@ from fa_bench.runs.loop import Progress, Trainer
 from fa_bench.runs.parallel import ProcessLost
 from fa_bench.runs.prediction import predicted_cost
 from fa_bench.runs.record import Recorder, base_result, progress_result
-from fa_bench.runs.rundir import RunDirectory, RunState
+from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import LOG, RESULT, dump_json, write_text
 from fa_bench.utils.stopping import Interrupted
 
@@ -123,7 +123,7 @@ def record_failure(job: Job, directory: Path, error: BaseException, experiment: 
     run_dir = RunDirectory(directory, job)
     run_dir.check()
     with lock_directory(directory):
-        writes_result = run_dir.state is not RunState.STALE and not (directory / RESULT).exists()
+        writes_result = not run_dir.is_stale and not (directory / RESULT).exists()
         if writes_result:
             run_dir.start(resume=True)
         with log_file(directory / LOG):

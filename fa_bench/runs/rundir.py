@@ -45,9 +45,10 @@ class RunDirectory:
     @property
     def state(self) -> RunState:
         """The state of the run with this config in the directory; `check` refuses a directory that belongs to another config."""
-        if self._config_lines()[:1] != [f"{HEADER}{self.job.config_hash}"]:
+        is_own_run, is_current = self._recorded()
+        if not is_own_run:
             return RunState.NEW
-        if self.is_stale:
+        if not is_current:
             return RunState.STALE
         if self._is_complete():
             return RunState.FINISHED
@@ -55,16 +56,17 @@ class RunDirectory:
 
     @property
     def is_stale(self) -> bool:
-        """Whether the directory contains a run with this config that was produced by a different version of the code."""
-        lines = self._config_lines()
-        return lines[:1] == [f"{HEADER}{self.job.config_hash}"] and lines[1:2] != [self._code_line()]
+        """Whether the directory contains a run with this config that was produced by a different version of the code. Unlike
+        `state`, this property reads no records."""
+        return self._recorded() == (True, False)
 
-    def _config_lines(self) -> list[str]:
-        """The lines of the directory's config; empty if it cannot be read."""
+    def _recorded(self) -> tuple[bool, bool]:
+        """Whether the directory's config is that of this run, and whether it was written by the current code."""
         try:
-            return (self.path / CONFIG).read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = (self.path / CONFIG).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
-            return []
+            return False, False
+        return lines[:1] == [f"{HEADER}{self.job.config_hash}"], lines[1:2] == [self._code_line()]
 
     def _code_line(self) -> str:
         """The line of a config that contains the hash of the current code."""

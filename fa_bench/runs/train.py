@@ -84,7 +84,7 @@ def run(
         run_dir.check()  # again, because another process may have changed it before it was locked
         title = title or str(directory)
         resume = job.run.resume is not False
-        if resume and run_dir.state is RunState.STALE:
+        if resume and run_dir.is_stale:
             resume = _restart(run_dir, title, "was produced by a different version of the code")
         elif resume and run_dir.state is RunState.FINISHED and _is_readable(run_dir):
             result = json.loads((directory / RESULT).read_bytes())
